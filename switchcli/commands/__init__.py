@@ -1,0 +1,1 @@
+"""One verb a file: assembles what the other rooms offer, computes nothing."""

@@ -1,0 +1,1 @@
+"""Text in, batches out: a batch is a function of (seed, step)."""

@@ -1,0 +1,1 @@
+"""The paper's model in plain PyTorch: no ranks, no devices, no files."""

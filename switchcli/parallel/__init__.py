@@ -1,0 +1,1 @@
+"""Processes and devices: the only room that knows accelerate and ranks."""

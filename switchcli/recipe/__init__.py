@@ -1,0 +1,1 @@
+"""YAML text in, one frozen value out."""

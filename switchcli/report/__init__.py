@@ -1,0 +1,1 @@
+"""What people and scripts read: the console and the metrics files."""
