@@ -1,0 +1,21 @@
+"""Spec: the base of every setting. A frozen pydantic value that refuses unknown keys.
+
+A choice among several is a union of specs told apart by their `kind`; the spec itself does the work (`assign`, `build`, a call),
+so that YAML validates straight into the object that is used.
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Spec(BaseModel):
+    """Immutable settings: unknown keys are refused, defaults are checked, NaN and infinity are no numbers."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
