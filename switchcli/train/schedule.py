@@ -1,0 +1,72 @@
+"""Learning-rate schedules: pure functions of the step, called as `schedule(step, total_steps)`, step counted from 0.
+
+Nothing is stepped and nothing is saved: after a resume the rate is what the step says. T5's is section 9.2 of the facts:
+constant for `warmup_steps`, then one over the root of the step.
+"""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from switchcli.spec import Spec
+
+
+class InverseSquareRoot(Spec):
+    """T5: learning_rate * sqrt(warmup / max(step, warmup)): constant first, then falling. No linear ramp.
+
+    With the defaults this is 1 / sqrt(max(step, 10,000)): 0.01 until step 10,000, 0.005 at 40,000.
+    """
+
+    kind: Literal["inverse_square_root"] = "inverse_square_root"
+    learning_rate: float = Field(default=0.01, gt=0.0)
+    """The rate of the constant part."""
+    warmup_steps: int = Field(default=10_000, ge=1)
+    """Length of the constant part."""
+    decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the run's end over which the rate also falls linearly to 0 (Mesh-TensorFlow's default is 0.1, T5 turned it off)."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        rate = self.learning_rate * math.sqrt(self.warmup_steps / max(step, self.warmup_steps))
+        ramp_steps = self.decay_fraction * total_steps
+        return rate * min(1.0, (total_steps - step) / ramp_steps) if ramp_steps else rate
+
+
+class Cosine(Spec):
+    """Linear warm-up from 0, then half a cosine down to `final_fraction` of the peak at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """The peak."""
+    warmup_steps: int = Field(default=0, ge=0)
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        cosine = 0.5 * (1 + math.cos(math.pi * _progress(step, self.warmup_steps, total_steps)))
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+
+class Linear(Spec):
+    """Linear warm-up from 0, then a straight line to `final_fraction` of the peak at the last step."""
+
+    kind: Literal["linear"] = "linear"
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """The peak."""
+    warmup_steps: int = Field(default=0, ge=0)
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        left = 1 - _progress(step, self.warmup_steps, total_steps)
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * left)
+
+
+def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Share of the part after the warm-up that lies behind, in [0, 1]."""
+    return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+ScheduleSpec = Annotated[InverseSquareRoot | Cosine | Linear, Field(discriminator="kind")]

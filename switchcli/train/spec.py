@@ -1,0 +1,53 @@
+"""The settings of a training run that belong to no single object: lengths, batches, precision, and what happens how often."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from switchcli.spec import Spec
+
+
+class TrainSpec(Spec):
+    """How long, on how much, from which seed."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    batch_tokens: int = Field(ge=1)
+    """Encoder input tokens of one optimizer step, over all ranks and microbatches (the paper's 2**20)."""
+    microbatch_tokens: int | None = Field(default=None, ge=1)
+    """Encoder input tokens of one forward pass on one rank; a step is accumulated from as many as it takes.
+
+    Absent: each rank takes its whole share at once. Dropout and jitter are drawn for each microbatch, so a run whose
+    noise is to be the same on any number of ranks sets this.
+    """
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16`: products in bfloat16; weights, optimizer, losses and the router stay float32 (section 2.4)."""
+    clip_norm: float | None = Field(default=None, gt=0.0)
+    """Largest global gradient norm; absent: no clipping, as in T5."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class LogSpec(Spec):
+    """Metrics go to metrics.jsonl always; trackers are other places that get them too."""
+
+    every_steps: int = Field(default=10, ge=1)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class EvalSpec(Spec):
+    """Held-out neg. log perplexity, before the first step, every so many, and at the end."""
+
+    every_steps: int = Field(default=100, ge=1)
+    sequences: int = Field(default=64, ge=1)
+    """Held-out sequences in each evaluation: the same ones each time, at most as many as there are."""
+
+
+class CheckpointSpec(Spec):
+    """Which checkpoints are written and which are kept."""
+
+    save_every_steps: int = Field(default=500, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    """2 by default: if the newest is damaged, the one before it still serves."""
+    keep_best: bool = True
+    """Keep the checkpoint with the highest held-out neg. log perplexity besides."""
