@@ -1,10 +1,10 @@
-"""Optimizers: Adafactor with T5's semantics (section 9.2 of the facts) and AdamW.
+"""Optimizers: Adafactor with the semantics that T5 gave it, and AdamW.
 
-An optimizer spec builds an object with one interface: `step(learning_rate)` updates the parameters from their gradients,
-`state()` names every tensor that resuming needs as `<parameter>/<slot>`. The rate comes from outside at every step.
+An optimizer spec builds an object with one interface: `step(learning_rate)` updates the parameters from their
+gradients, `state()` names every tensor that resuming needs as `<parameter>/<slot>`.
 
-A parameter is stacked when its name says that it holds experts (`.experts.`, dim 0 counts them): every statistic of such a
-parameter is kept an expert at a time, so that what happens to an expert does not depend on which others share its tensor.
+A parameter is stacked when its name says that it holds experts (`.experts.`, dim 0 counts them): every statistic of it
+is one expert's own, so that what happens to an expert does not depend on which others share its tensor.
 """
 
 from abc import ABC, abstractmethod
@@ -43,12 +43,12 @@ class Adafactor(Spec):
     """Adafactor (Shazeer and Stern 2018) as T5 runs it: no momentum, factored second moments, relative step sizes.
 
     Update of parameter w from gradient g at step t = 1, 2, ...:
-    decay_t = 1 - t**-decay_exponent; v = decay_t v + (1 - decay_t)(g**2 + epsilon), kept as row and column means when the
-    last two dims are both >= `min_dim_to_factor`; u = g / sqrt(v), divided by max(1, RMS(u) / clip_threshold);
+    decay_t = 1 - t**-decay_exponent; v = decay_t v + (1 - decay_t)(g**2 + epsilon), kept as row and column means when
+    the last two dims are both >= `min_dim_to_factor`; u = g / sqrt(v), divided by max(1, RMS(u) / clip_threshold);
     w -= learning_rate * max(scale_epsilon, RMS(w)) * u.
 
-    # Deviates: Mesh-TensorFlow factors the two largest dims and takes both RMS over all experts of a stacked weight; here
-    # the last two dims are factored and each RMS is one expert's own, so the update is the same at any sharding of experts.
+    # Deviates: Mesh-TensorFlow factors the two largest dims and takes both RMS over all experts of a stacked weight;
+    # here the last two dims are factored and each RMS is one expert's own: the update is the same at any sharding.
     """
 
     kind: Literal["adafactor"] = "adafactor"
@@ -98,10 +98,7 @@ class _Adafactor(Optimizer):
             shapes = {"row": shape[:-1], "column": shape[:-2] + shape[-1:]}
         else:
             shapes = {"moment": shape}
-        return {
-            slot: torch.zeros(size, dtype=torch.float32, device=parameter.device)
-            for slot, size in shapes.items()
-        }
+        return {slot: torch.zeros(size, dtype=torch.float32, device=parameter.device) for slot, size in shapes.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         named = {f"{name}/{slot}": m for name, slots in self._moments.items() for slot, m in slots.items()}
@@ -146,7 +143,10 @@ class _Adafactor(Optimizer):
 def _rms(tensor: torch.Tensor, first: int) -> torch.Tensor:
     """Root mean square over dims `first` and up, as a tensor that broadcasts against `tensor`."""
     dims = tuple(range(first, tensor.ndim))
-    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True) / (tensor[:1].numel() if first else tensor.numel()) ** 0.5
+    return (
+        torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+        / (tensor[:1].numel() if first else tensor.numel()) ** 0.5
+    )
 
 
 class _AdamW(Optimizer):
@@ -154,7 +154,7 @@ class _AdamW(Optimizer):
         super().__init__(parameters)
         self._adamw = torch.optim.AdamW(
             self.parameters.values(),
-            lr=torch.tensor(0.0),
+            lr=0.0,
             betas=(spec.beta1, spec.beta2),
             eps=spec.epsilon,
             weight_decay=spec.weight_decay,

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the step, called as `schedule(step, total_steps)`, step counted from 0.
 
-Nothing is stepped and nothing is saved: after a resume the rate is what the step says. T5's is section 9.2 of the facts:
-constant for `warmup_steps`, then one over the root of the step.
+Nothing is stepped and nothing is saved: after a resume the rate is what the step says. T5's is constant for
+`warmup_steps`, then one over the root of the step.
 """
 
 import math
@@ -24,7 +24,7 @@ class InverseSquareRoot(Spec):
     warmup_steps: int = Field(default=10_000, ge=1)
     """Length of the constant part."""
     decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the run's end over which the rate also falls linearly to 0 (Mesh-TensorFlow's default is 0.1, T5 turned it off)."""
+    """Share of the run at its end over which the rate also falls to 0: 0.1 in Mesh-TensorFlow, off in T5."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         rate = self.learning_rate * math.sqrt(self.warmup_steps / max(step, self.warmup_steps))

@@ -1,4 +1,4 @@
-"""The settings of a training run that belong to no single object: lengths, batches, precision, and what happens how often."""
+"""The settings of a training run that belong to no single object: lengths, batches, and what happens how often."""
 
 from typing import Literal
 

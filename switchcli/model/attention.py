@@ -1,0 +1,115 @@
+"""T5's attention: heads of width K that need not multiply to D, no biases, no scaling, learned relative positions.
+
+Legend: B batch, T query positions, S key positions, H heads, K head size, D model.
+The 1/sqrt(K) of other transformers is folded into the initial weights of the queries.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from switchcli.model.layers import linear
+from switchcli.model.spec import ModelSpec
+
+MASKED = -1e9  # added to a logit: large enough to give weight 0, small enough for bfloat16
+
+
+class KeyValue(NamedTuple):
+    """What is attended to, by head."""
+
+    key_BHSK: torch.Tensor
+    value_BHSK: torch.Tensor
+
+    def append(self, new: "KeyValue") -> "KeyValue":
+        """These positions followed by the new ones."""
+        return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(self, new, strict=True)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention; keys and values are projected apart, so that they can be kept between decoding steps."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        width = spec.num_heads * spec.d_kv
+        self.q = linear(spec.d_model, width)
+        self.k = linear(spec.d_model, width)
+        self.v = linear(spec.d_model, width)
+        self.o = linear(width, spec.d_model)
+        self.num_heads = spec.num_heads
+        self.dropout = spec.dropout
+
+    def key_value(self, memory_BSD: torch.Tensor) -> KeyValue:
+        return KeyValue(self._heads(self.k(memory_BSD)), self._heads(self.v(memory_BSD)))
+
+    def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
+        """Softmax(q k + bias) v. The bias broadcasts: positions [1, H, T, S], a mask [B, 1, 1, S], or their sum."""
+        query_BHTK = self._heads(self.q(x_BTD))
+        dropout = self.dropout if self.training else 0.0
+        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS.to(query_BHTK.dtype), dropout)
+        return self.o(mixed_BHTK.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSA: torch.Tensor) -> torch.Tensor:
+        B, S, _ = x_BSA.shape
+        return x_BSA.view(B, S, self.num_heads, -1).transpose(1, 2)
+
+
+def attend(query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Attention without scaling, through torch's fused kernels except where they were measured to be slower.
+
+    On a CPU in bfloat16 with a bias that learns, torch's fallback takes three times the plain products' time.
+    """
+    if query_BHTK.is_cpu and query_BHTK.dtype == torch.bfloat16 and bias.requires_grad:
+        logits_BHTS = query_BHTK @ memory.key_BHSK.mT + bias
+        weight_BHTS = logits_BHTS.softmax(-1, dtype=torch.float32).to(query_BHTK.dtype)
+        return F.dropout(weight_BHTS, dropout, training=dropout > 0.0) @ memory.value_BHSK
+    return F.scaled_dot_product_attention(
+        query_BHTK, memory.key_BHSK, memory.value_BHSK, attn_mask=bias, dropout_p=dropout, scale=1.0
+    )
+
+
+def padding_bias(real_BS: torch.Tensor) -> torch.Tensor:
+    """[B, 1, 1, S] float32: 0 where there is a token, `MASKED` at padding."""
+    return torch.where(real_BS, 0.0, MASKED)[:, None, None, :]
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number for each head and bucket of distance; one table serves every self-attention of a stack.
+
+    The encoder's buckets are halved between the two directions; the decoder's cover the past alone. Half of them hold
+    one distance each, the others grow logarithmically up to `relative_attention_max_distance` and beyond.
+    """
+
+    def __init__(self, spec: ModelSpec, bidirectional: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.relative_attention_num_buckets, spec.num_heads))
+        self.max_distance = spec.relative_attention_max_distance
+        self.bidirectional = bidirectional
+
+    def forward(self, num_queries: int, num_keys: int) -> torch.Tensor:
+        """[1, H, T, S] float32 for the last T of S positions; later keys are masked unless bidirectional."""
+        device = self.weight.device
+        key_S = torch.arange(num_keys, device=device)
+        query_T1 = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
+        distance_TS = key_S - query_T1
+        bias_1HTS = self.weight.float()[self._bucket(distance_TS)].permute(2, 0, 1).unsqueeze(0)
+        if self.bidirectional:
+            return bias_1HTS
+        return bias_1HTS.masked_fill(distance_TS > 0, MASKED)
+
+    def _bucket(self, distance_TS: torch.Tensor) -> torch.Tensor:
+        num_buckets = self.weight.shape[0]
+        if self.bidirectional:
+            num_buckets //= 2
+            side_TS = (distance_TS > 0) * num_buckets
+            distance_TS = distance_TS.abs()
+        else:
+            side_TS = torch.zeros_like(distance_TS)
+            distance_TS = (-distance_TS).clamp(min=0)
+        num_exact = num_buckets // 2
+        growth = math.log(self.max_distance / num_exact)
+        far = torch.log(distance_TS.clamp(min=1).float() / num_exact) / growth * (num_buckets - num_exact)
+        far_TS = (num_exact + far.long()).clamp(max=num_buckets - 1)
+        return side_TS + torch.where(distance_TS < num_exact, distance_TS, far_TS)

@@ -1,0 +1,68 @@
+"""The initial weights of the whole model, in one function.
+
+Paper section 2.4 and Table 3 for feed-forwards, experts and router; T5 for attention and embeddings.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from switchcli.model.transformer import SwitchTransformer
+
+
+@torch.no_grad()
+def initialise(model: SwitchTransformer, seed: int) -> None:
+    """Fill every weight in place.
+
+    | weight                          | distribution                | standard deviation     |
+    |---------------------------------|-----------------------------|------------------------|
+    | embedding                       | normal                      | 1                      |
+    | softmax matrix of its own       | truncated normal            | sqrt(s / d_model)      |
+    | attention q                     | normal                      | (d_model * d_kv)**-0.5 |
+    | attention k, v                  | normal                      | d_model**-0.5          |
+    | attention o                     | normal                      | (heads * d_kv)**-0.5   |
+    | position bias                   | normal                      | d_model**-0.5          |
+    | feed-forward and experts wi     | truncated normal            | sqrt(s / d_model)      |
+    | feed-forward and experts wo     | truncated normal            | sqrt(s / d_ff)         |
+    | router                          | truncated normal            | sqrt(s / d_model)      |
+    | norm scale                      | 1                           | 0                      |
+
+    s is `init_scale` (0.1 in the paper); the truncation is at two standard deviations. Each tensor, and each expert's
+    slice, is drawn from a generator of its own, keyed by the seed, the name and the expert's number: the same seed
+    gives the same model however its experts are spread.
+    """
+    spec = model.spec
+    normal = {
+        "embedding": 1.0,
+        "q.weight": (spec.d_model * spec.d_kv) ** -0.5,
+        "k.weight": spec.d_model**-0.5,
+        "v.weight": spec.d_model**-0.5,
+        "o.weight": (spec.num_heads * spec.d_kv) ** -0.5,
+        "position_bias.weight": spec.d_model**-0.5,
+    }
+    for name, parameter in model.named_parameters():
+        suffix = ".".join(name.split(".")[-2:])
+        if suffix.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif ".experts." in name:
+            for expert, weight in enumerate(parameter):
+                _truncated_normal(weight, spec.init_scale, _generator(seed, f"{name}.{expert}"))
+        elif suffix in normal:
+            drawn = torch.empty(parameter.shape).normal_(0.0, normal[suffix], generator=_generator(seed, name))
+            parameter.copy_(drawn)
+        else:
+            _truncated_normal(parameter, spec.init_scale, _generator(seed, name))
+
+
+def _truncated_normal(weight: torch.Tensor, scale: float, generator: torch.Generator) -> None:
+    """Weight [outputs, inputs]; sigma = sqrt(scale / inputs), redrawn beyond 2 sigma."""
+    sigma = (scale / weight.shape[1]) ** 0.5
+    drawn = torch.empty(weight.shape)
+    nn.init.trunc_normal_(drawn, std=sigma, a=-2 * sigma, b=2 * sigma, generator=generator)
+    weight.copy_(drawn)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)

@@ -1,0 +1,48 @@
+"""The plain layers of T5: RMS norm and the dense feed-forward; T5 has no biases.
+
+Legend: B batch, S positions, D model, F hidden, E experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from switchcli.model.spec import ModelSpec
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x**2) + epsilon) * weight over the last dim; no mean is taken off, no bias added."""
+
+    def __init__(self, d_model: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.epsilon = epsilon
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x_BSD, self.weight.shape, self.weight, self.epsilon)
+
+
+def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
+    """A product without bias, weight [outputs, inputs]."""
+    return nn.Linear(num_inputs, num_outputs, bias=False)
+
+
+class FeedForward(nn.Module):
+    """Two products with an activation between them; three for GEGLU (T5 1.1)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.wi = linear(spec.d_model, spec.d_ff)
+        self.wi_gate = linear(spec.d_model, spec.d_ff) if spec.activation == "geglu" else None
+        self.wo = linear(spec.d_ff, spec.d_model)
+        self.dropout = spec.dropout
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        gate = None if self.wi_gate is None else self.wi_gate(x_BSD)
+        hidden_BSF = F.dropout(activate(self.wi(x_BSD), gate), self.dropout, self.training)
+        return self.wo(hidden_BSF)
+
+
+def activate(hidden: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """ReLU(hidden); with a gate GELU(gate) * hidden, GELU by its tanh approximation, as T5 1.1 has it."""
+    return F.relu(hidden) if gate is None else F.gelu(gate, approximate="tanh") * hidden

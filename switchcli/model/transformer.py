@@ -1,0 +1,229 @@
+"""The whole model: T5's encoder and decoder with Switch layers where the spec says.
+
+Legend: B batch, S source, T target, D model, V vocabulary, H heads.
+
+Pre-norm blocks: x + dropout(layer(norm(x))). The forward pass returns the routing reports, which hold the losses of the
+sparse layers; nothing is kept on the side.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias
+from switchcli.model.layers import FeedForward, RMSNorm, linear
+from switchcli.model.moe import SwitchFeedForward
+from switchcli.model.routing import RoutingReport
+from switchcli.model.spec import ModelSpec
+
+PAD = 0  # T5: padding, and the token that starts the decoder
+
+Reports = tuple[RoutingReport, ...]
+
+
+class ModelOutput(NamedTuple):
+    """Logits for each target position, and a report for each sparse layer, the encoder's first."""
+
+    logits_BTV: torch.Tensor
+    reports: Reports
+
+
+class Encoded(NamedTuple):
+    """The encoder's answer."""
+
+    hidden_BSD: torch.Tensor
+    bias_B11S: torch.Tensor
+    """Hides the padding from cross-attention."""
+    reports: Reports
+
+
+class Cache(NamedTuple):
+    """Keys and values of one decoder block."""
+
+    self_attention: KeyValue
+    cross_attention: KeyValue
+
+
+class SelfAttention(nn.Module):
+    """x + dropout(attention(norm(x))) over the positions of x itself, after those of `past`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
+        self.attention = Attention(spec)
+        self.dropout = spec.dropout
+
+    def forward(
+        self, x_BTD: torch.Tensor, bias_BHTS: torch.Tensor, past: KeyValue | None = None
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """The new x, and the keys and values up to its last position."""
+        normed_BTD = self.norm(x_BTD)
+        memory = self.attention.key_value(normed_BTD)
+        if past is not None:
+            memory = past.append(memory)
+        y_BTD = self.attention(normed_BTD, memory, bias_BHTS)
+        return x_BTD + F.dropout(y_BTD, self.dropout, self.training), memory
+
+
+class CrossAttention(nn.Module):
+    """x + dropout(attention(norm(x), memory)); no position bias, as in T5."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
+        self.attention = Attention(spec)
+        self.dropout = spec.dropout
+
+    def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B11S: torch.Tensor) -> torch.Tensor:
+        y_BTD = self.attention(self.norm(x_BTD), memory, bias_B11S)
+        return x_BTD + F.dropout(y_BTD, self.dropout, self.training)
+
+
+class FeedForwardPart(nn.Module):
+    """x + dropout(feed_forward(norm(x))), dense or sparse; a dropped token keeps its x."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
+        self.layer = SwitchFeedForward(spec) if spec.is_sparse(layer) else FeedForward(spec)
+        self.dropout = spec.dropout
+
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, Reports]:
+        normed_BSD = self.norm(x_BSD)
+        reports: Reports = ()
+        if isinstance(self.layer, SwitchFeedForward):
+            y_BSD, report = self.layer(normed_BSD, real_BS)
+            reports = (report,)
+        else:
+            y_BSD = self.layer(normed_BSD)
+        return x_BSD + F.dropout(y_BSD, self.dropout, self.training), reports
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention, then a feed-forward."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(spec)
+        self.feed_forward = FeedForwardPart(spec, layer)
+
+    def forward(
+        self, x_BSD: torch.Tensor, real_BS: torch.Tensor, bias_BHSS: torch.Tensor
+    ) -> tuple[torch.Tensor, Reports]:
+        x_BSD, _ = self.self_attention(x_BSD, bias_BHSS)
+        return self.feed_forward(x_BSD, real_BS)
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention over the past, attention to the encoder, then a feed-forward."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(spec)
+        self.cross_attention = CrossAttention(spec)
+        self.feed_forward = FeedForwardPart(spec, layer)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        real_BT: torch.Tensor,
+        bias_1HTS: torch.Tensor,
+        encoded: Encoded,
+        past: Cache | None,
+    ) -> tuple[torch.Tensor, Cache, Reports]:
+        if past is None:
+            source = self.cross_attention.attention.key_value(encoded.hidden_BSD)
+            x_BTD, kept = self.self_attention(x_BTD, bias_1HTS)
+        else:
+            source = past.cross_attention
+            x_BTD, kept = self.self_attention(x_BTD, bias_1HTS, past.self_attention)
+        x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B11S)
+        x_BTD, reports = self.feed_forward(x_BTD, real_BT)
+        return x_BTD, Cache(kept, source), reports
+
+
+class Encoder(nn.Module):
+    """`num_layers` blocks that see all positions."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.position_bias = RelativePositionBias(spec, bidirectional=True)
+        self.blocks = nn.ModuleList(EncoderBlock(spec, layer) for layer in range(spec.num_layers))
+        self.final_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
+        self.dropout = spec.dropout
+
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> Encoded:
+        """x_BSD: the embedded tokens; `real_BS` is False for padding, which nothing attends to and no router sees."""
+        S = x_BSD.shape[1]
+        padding_B11S = padding_bias(real_BS)
+        bias_BHSS = self.position_bias(S, S) + padding_B11S
+        x_BSD = F.dropout(x_BSD, self.dropout, self.training)
+        reports: Reports = ()
+        for block in self.blocks:
+            x_BSD, new = block(x_BSD, real_BS, bias_BHSS)
+            reports += new
+        hidden_BSD = F.dropout(self.final_norm(x_BSD), self.dropout, self.training)
+        return Encoded(hidden_BSD, padding_B11S, reports)
+
+
+class Decoder(nn.Module):
+    """`decoder_layers` blocks that see the past and the encoder's output."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.position_bias = RelativePositionBias(spec, bidirectional=False)
+        self.blocks = nn.ModuleList(DecoderBlock(spec, layer) for layer in range(spec.decoder_layers))
+        self.final_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
+        self.dropout = spec.dropout
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        real_BT: torch.Tensor,
+        encoded: Encoded,
+        cache: tuple[Cache, ...] | None = None,
+    ) -> tuple[torch.Tensor, tuple[Cache, ...], Reports]:
+        """Hidden states of the T positions that follow those in `cache`, the cache with them, and the reports."""
+        T = x_BTD.shape[1]
+        past = 0 if cache is None else cache[0].self_attention.key_BHSK.shape[2]
+        bias_1HTS = self.position_bias(T, past + T)
+        x_BTD = F.dropout(x_BTD, self.dropout, self.training)
+        caches: tuple[Cache, ...] = ()
+        reports: Reports = ()
+        for layer, block in enumerate(self.blocks):
+            x_BTD, kept, new = block(x_BTD, real_BT, bias_1HTS, encoded, cache and cache[layer])
+            caches += (kept,)
+            reports += new
+        return F.dropout(self.final_norm(x_BTD), self.dropout, self.training), caches, reports
+
+
+class SwitchTransformer(nn.Module):
+    """An encoder-decoder from token ids to logits; `initialise` or a checkpoint fills its weights."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+        self.head = None if spec.tie_embeddings else linear(spec.d_model, spec.vocab_size)
+
+    def forward(self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor) -> ModelOutput:
+        """Logits of every target given the inputs and the targets before it (int64 ids; 0 is padding)."""
+        encoded = self.encode(inputs_BS)
+        shifted_BT = F.pad(targets_BT, (1, -1), value=PAD)
+        hidden_BTD, _, reports = self.decoder(self.embed(shifted_BT), targets_BT != PAD, encoded)
+        return ModelOutput(self.logits(hidden_BTD), encoded.reports + reports)
+
+    def encode(self, inputs_BS: torch.Tensor) -> Encoded:
+        return self.encoder(self.embed(inputs_BS), inputs_BS != PAD)
+
+    def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids_BS, self.embedding)
+
+    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        if self.head is not None:
+            return self.head(hidden_BTD)
+        return F.linear(hidden_BTD * self.spec.d_model**-0.5, self.embedding)
