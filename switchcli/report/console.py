@@ -1,0 +1,224 @@
+"""The console: what a person sees while a run goes on, on one stream (stderr unless told otherwise).
+
+In a terminal there are colours and a live bar; elsewhere plain lines only. It gets numbers and text, never tensors,
+and keeps nothing: the metrics file does (`switchcli.report.sinks`). Text goes through `safe_text` and
+`rich.text.Text`, never through markup.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple, TextIO, TypeVar
+
+from rich import console as rich_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from switchcli.report.text import safe_text
+from switchcli.report.units import clock, number, si
+
+T = TypeVar("T")
+
+PLAIN_WIDTH = 100
+"""Columns of tables and samples where there is no terminal to ask."""
+
+_SECONDS_BETWEEN_REFRESHES = 0.1
+_SECONDS_BETWEEN_PLAIN_LINES = 30.0
+_ROWS_BETWEEN_HEADERS = 20
+_SAMPLE_CHARACTERS = 500
+
+
+class Column(NamedTuple):
+    """One figure of a logged step: its key among the metrics, its heading, its width in characters, its form."""
+
+    key: str
+    heading: str
+    width: int
+    write: Callable[[float], str]
+
+
+COLUMNS = (
+    Column("neg_log_perplexity", "neg log ppl", 11, "{:.4f}".format),
+    Column("tokens_per_second", "tokens/s", 8, si),
+    Column("flops_per_second", "FLOP/s", 6, si),
+    Column("learning_rate", "lr", 8, "{:.2e}".format),
+    Column("gradient_norm", "grad norm", 9, "{:.3g}".format),
+    Column("seconds_left", "time left", 9, clock),
+)
+SPARSE_COLUMNS = (
+    Column("dropped_fraction", "dropped", 7, "{:.1%}".format),
+    Column("balance_loss", "balance", 7, "{:.4f}".format),
+    Column("dead_experts", "dead", 4, "{:.0f}".format),
+)
+
+
+class Console:
+    """Messages, warnings, progress and results for people. `quiet` leaves only warnings and errors."""
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        """`stream` is stderr when absent. Ranks other than the first are made quiet by their caller."""
+        stream = sys.stderr if stream is None else stream
+        terminal = stream.isatty()
+        self._quiet = quiet
+        self._rich = rich_console.Console(
+            file=stream,
+            force_terminal=terminal,  # the stream decides, not FORCE_COLOR: a log file holds no escape codes
+            width=None if terminal else PLAIN_WIDTH,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self._live = terminal and not quiet and not self._rich.is_dumb_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._rich,
+            refresh_per_second=4,
+            transient=True,
+            expand=True,
+            redirect_stdout=False,  # results go to stdout while the bar is on stderr
+        )
+
+    def message(self, text: str, style: str = "") -> None:
+        """One line, or several, of plain text."""
+        if not self._quiet:
+            self._print(text, style)
+
+    def warning(self, text: str) -> None:
+        """An alarm in words; shown even when quiet."""
+        self._print(f"warning: {text}", "yellow")
+
+    def error(self, text: str) -> None:
+        """Why the run ends; shown even when quiet."""
+        self._print(f"error: {text}", "bold red")
+
+    def track(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yields the items and shows how many have passed: a bar, or a line every half minute.
+
+        One line with the sum stays, unless it was done within a second.
+        """
+        started = time.monotonic()
+        interval = _SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES
+        due = started + interval
+        count = 0
+        with self._bar(description, total) as reach:
+            for count, item in enumerate(iterable, start=1):
+                yield item
+                now = time.monotonic()
+                if now >= due:
+                    due = now + interval
+                    reach(count)
+                    if not self._live:
+                        self.message(f"{description}: {count:,}" + (f" of {total:,}" if total else ""))
+        seconds = time.monotonic() - started
+        if seconds >= 1:
+            self.message(f"{description}: {count:,} in {clock(seconds)}")
+
+    @contextmanager
+    def training(self, steps: int, first: int = 0) -> Iterator["Training"]:
+        """The bar and the lines of a run of `steps` steps of which `first` are done already."""
+        with self._bar("training", steps, first) as reach:
+            yield Training(self, steps, reach)
+
+    def table(self, title: str, rows: Mapping[str, str | float]) -> None:
+        """Names and figures, one a line: the final results."""
+        if self._quiet:
+            return
+        grid = Table.grid(padding=(0, 3))
+        grid.add_column()
+        grid.add_column(justify="right", overflow="fold")
+        for name, value in rows.items():
+            grid.add_row(_text(name), _text(value if isinstance(value, str) else number(value)))
+        self._print(f"\n{title}", "bold")
+        self._rich.print(grid)
+
+    def sample(self, input: str, target: str, prediction: str) -> None:
+        """A text with its gaps, what was taken out of them, and what the model puts there."""
+        if self._quiet:
+            return
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for name, text in (("input", input), ("target", target), ("model", prediction)):
+            grid.add_row(name, _text(_shortened(text)))
+        self._rich.print()
+        self._rich.print(grid)
+
+    def _print(self, text: str, style: str) -> None:
+        self._rich.print(_text(text, style), soft_wrap=True)
+
+    @contextmanager
+    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[Callable[[int], None]]:
+        """A live bar where there is a terminal; yields what takes the count reached. Bars may be nested."""
+        if not self._live:
+            yield lambda count: None
+            return
+        task = self._progress.add_task(safe_text(description), total=total, completed=first)
+        self._progress.start()
+        try:
+            yield lambda count: self._progress.update(task, completed=count)
+        finally:
+            self._progress.remove_task(task)
+            if not self._progress.tasks:
+                self._progress.stop()
+
+
+class Training:
+    """The console of one run: `advance` at each step, `log` at each logged one."""
+
+    def __init__(self, console: Console, steps: int, reach: Callable[[int], None]) -> None:
+        self._console = console
+        self._steps = steps
+        self._reach = reach
+        self._rows = 0
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done: moves the bar, asks for no number."""
+        self._reach(step)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """The line of one logged step. An absent figure is `-`; unknown ones are left to the metrics file."""
+        if "neg_log_perplexity" in metrics:
+            columns = _columns(metrics)
+            if self._rows % _ROWS_BETWEEN_HEADERS == 0:
+                self._console.message(_heading(columns, self._steps), "bold")
+            self._rows += 1
+            self._console.message(_row(columns, self._steps, metrics))
+        if "held_out/neg_log_perplexity" in metrics:
+            held_out = metrics["held_out/neg_log_perplexity"]
+            self._console.message(f"{_step(self._steps, metrics)}  held-out neg. log perplexity {held_out:.4f}", "bold")
+
+
+def _columns(metrics: Mapping[str, float]) -> tuple[Column, ...]:
+    sparse = any(column.key in metrics for column in SPARSE_COLUMNS)
+    return COLUMNS + SPARSE_COLUMNS if sparse else COLUMNS
+
+
+def _heading(columns: Iterable[Column], steps: int) -> str:
+    width = len(_step(steps, {}))
+    return "  ".join(["step".rjust(width), *(column.heading.rjust(column.width) for column in columns)])
+
+
+def _row(columns: Iterable[Column], steps: int, metrics: Mapping[str, float]) -> str:
+    cells = (
+        (column.write(metrics[column.key]) if column.key in metrics else "-").rjust(column.width) for column in columns
+    )
+    return "  ".join([_step(steps, metrics), *cells])
+
+
+def _step(steps: int, metrics: Mapping[str, float]) -> str:
+    return f"{metrics.get('step', 0):.0f}/{steps}".rjust(2 * len(str(steps)) + 1)
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(safe_text(text), style)
+
+
+def _shortened(text: str) -> str:
+    """On one line, with its beginning only when it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SAMPLE_CHARACTERS else line[:_SAMPLE_CHARACTERS].rstrip() + " ..."

@@ -1,0 +1,91 @@
+"""The metrics file: one JSON object a line, the interface for scripts. Trackers with a service are not here."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from switchcli.errors import CheckpointError
+
+Value = str | float | bool | None
+
+
+class JsonLines:
+    """A file of records that a resumed run goes on with as if it had never stopped.
+
+    Raises `CheckpointError` when the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: Mapping[str, Value]) -> None:
+        """Appends one line and hands it to the system. NaN and infinity, which JSON does not have, become null."""
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise _refused(self.path, error) from error
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written after `step`, and a torn last line, so that the run can go on from `step`.
+
+        The file is replaced in one move: a crash leaves the old one or the new one.
+        """
+        if not self.path.exists():
+            return
+        kept = [line for line, record in _records(self.path) if record.get("step", 0) <= step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            raise _refused(self.path, error) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, perhaps of a run still going on: a torn last line is left out.
+
+    Raises `CheckpointError` when there is no such file, or a line before the last is no JSON object.
+    """
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line with its record."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    lines = text.split("\n")
+    last = len(lines) if lines[-1] else len(lines) - 1  # a line not ended is whole only if it parses
+    for index, line in enumerate(lines[:last], start=1):
+        record = _parse(line)
+        if record is not None:
+            yield line, record
+        elif index < last:
+            raise CheckpointError(f"{path}:{index}: not a JSON object: mend or remove the line")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _finite(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refused(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written ({error.strerror}): make room or mend the folder, then run the same command again"
+    )

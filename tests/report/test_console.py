@@ -1,0 +1,174 @@
+import io
+import os
+import pty
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from switchcli.report import console as console_module
+from switchcli.report.console import PLAIN_WIDTH, Console
+
+DENSE = {
+    "step": 250.0,
+    "neg_log_perplexity": -6.54321,
+    "learning_rate": 0.01,
+    "gradient_norm": 0.98765,
+    "tokens_per_second": 12345.0,
+    "flops_per_second": 1.5e12,
+    "seconds_left": 3725.0,
+    "loss": 6.6,
+    "router_z": 0.1,
+}
+SPARSE = {**DENSE, "dropped_fraction": 0.0123, "balance_loss": 1.0213, "dead_experts": 2.0}
+
+
+def plain(**options: bool) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(stream=stream, **options), stream
+
+
+def logged(*records: dict[str, float], steps: int = 1000) -> list[str]:
+    console, stream = plain()
+    with console.training(steps) as training:
+        for record in records:
+            training.advance(int(record["step"]))
+            training.log(record)
+    return stream.getvalue().splitlines()
+
+
+def test_a_logged_step_is_one_line_of_figures_under_their_headings() -> None:
+    heading, line = logged(SPARSE)
+    assert re.split(r"\s{2,}", heading.strip()) == [
+        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left", "dropped", "balance", "dead",
+    ]  # fmt: skip
+    assert line.split() == [
+        "250/1000", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05", "1.2%", "1.0213", "2",
+    ]  # fmt: skip
+    assert len(heading) == len(line)
+
+
+def test_a_dense_model_has_no_sparse_columns() -> None:
+    heading, line = logged(DENSE)
+    assert "dead" not in heading
+    assert line.split()[-1] == "1:02:05"
+
+
+def test_lines_fit_the_plain_width_and_stay_in_column() -> None:
+    worst = {
+        **dict.fromkeys(SPARSE, 1.2345e10),
+        "step": 524288.0,
+        "neg_log_perplexity": -10.3733,
+        "dropped_fraction": 1.0,
+        "balance_loss": 128.0,
+        "dead_experts": 2048.0,
+    }
+    lines = logged(*({**SPARSE, "step": 1.0}, worst), steps=524288)
+    assert max(map(len, lines)) <= PLAIN_WIDTH
+    nan = logged({key: float("nan") for key in SPARSE} | {"step": 3.0}, {"step": 4.0, "neg_log_perplexity": -1.0})
+    assert "nan" in nan[1]
+    assert nan[-1].split() == ["4/1000", "-1.0000", *"-----"]
+
+
+def test_the_heading_comes_again() -> None:
+    lines = logged(*({**DENSE, "step": float(step)} for step in range(1, 42)))
+    assert [index for index, line in enumerate(lines) if "neg log ppl" in line] == [0, 21, 42]
+
+
+def test_a_held_out_figure_has_its_own_line() -> None:
+    assert logged({"step": 500.0, "held_out/neg_log_perplexity": -5.25}) == [
+        " 500/1000  held-out neg. log perplexity -5.2500"
+    ]
+    assert logged({"step": 500.0, "something": 1.0}) == []
+
+
+def test_quiet_leaves_warnings_and_errors() -> None:
+    console, stream = plain(quiet=True)
+    console.message("hidden")
+    console.table("hidden", {"a": 1})
+    console.sample("a", "b", "c")
+    with console.training(10) as training:
+        training.log(SPARSE)
+    assert list(console.track("abc", "hidden")) == ["a", "b", "c"]
+    console.warning("the router has collapsed")
+    console.error("NaN at step 12")
+    assert stream.getvalue() == "warning: the router has collapsed\nerror: NaN at step 12\n"
+
+
+def test_text_is_never_markup_and_never_wrapped_in_a_pipe() -> None:
+    console, stream = plain()
+    nasty = "[bold]x[/nope] :smile: https://a.b \x1b[2J\x9b1m\u202e"
+    console.message(nasty * 10)
+    console.sample(nasty, nasty, nasty)
+    console.table(nasty, {nasty: nasty, "count": 12345})
+    output = stream.getvalue()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", output)
+    assert output.startswith("[bold]x[/nope] :smile: https://a.b [2J1m" * 10 + "\n")
+    assert "12,345" in output
+
+
+def test_a_sample_is_short_and_keeps_its_gaps() -> None:
+    console, stream = plain()
+    console.sample("Thank you\n<extra_id_0> me. " * 100, "<extra_id_0> for", "[/red]")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) < 12
+    assert "Thank you <extra_id_0> me." in lines[1]
+    assert [line.split(maxsplit=1)[1].rstrip() for line in lines[-2:]] == ["<extra_id_0> for", "[/red]"]
+
+
+def test_track_without_a_terminal_says_how_far_and_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 40.0, 41.0, 75.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    console, stream = plain()
+    assert list(console.track("abc", "reading [/x]", 3)) == ["a", "b", "c"]
+    assert stream.getvalue() == "reading [/x]: 2 of 3\nreading [/x]: 3 in 0:01:15\n"
+
+
+def test_forced_colours_do_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console, stream = plain()
+    console.warning("plain")
+    assert stream.getvalue() == "warning: plain\n"
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Console, int]]:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(console_module, "_SECONDS_BETWEEN_REFRESHES", 0.0)
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as stream:
+        yield Console(stream=stream), reader
+    os.close(reader)
+
+
+def read(descriptor: int) -> str:
+    return os.read(descriptor, 1 << 20).decode()
+
+
+def test_a_terminal_has_colours_a_bar_and_its_cursor_back(terminal: tuple[Console, int]) -> None:
+    console, reader = terminal
+    with console.training(10, first=3) as training:
+        assert list(console.track("ab", "evaluating [/x]", 2)) == ["a", "b"]
+        training.advance(4)
+        training.log(SPARSE)
+        console.warning("slow")
+    output = read(reader)
+    assert "\x1b[?25l" in output
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+    assert re.search(r"training .* 3/10", output)
+    assert "250/10" in output
+    assert "\x1b[33mwarning: slow" in output
+
+
+def test_a_bar_is_taken_down_when_the_run_fails(terminal: tuple[Console, int]) -> None:
+    console, reader = terminal
+    with pytest.raises(ValueError, match="ours"), console.training(10):
+        raise ValueError("ours")
+    items = console.track("abc", "reading")
+    next(items)
+    items.close()
+    output = read(reader)
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")

@@ -1,0 +1,105 @@
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchcli.errors import CheckpointError
+from switchcli.report.sinks import JsonLines, read_json_lines
+
+
+def write_steps(path: Path, *steps: int) -> JsonLines:
+    sink = JsonLines(path)
+    for step in steps:
+        sink.write({"step": step, "neg_log_perplexity": -1 / step})
+    return sink
+
+
+def test_one_object_a_line_read_back_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    sink.write({"step": 1, "loss": 0.1 + 0.2, "note": "a\nb\u2028\ud800"})
+    assert path.read_bytes().count(b"\n") == 1
+    assert read_json_lines(path) == [{"step": 1, "loss": 0.1 + 0.2, "note": "a\nb\u2028\ud800"}]
+
+
+def test_what_json_does_not_have_becomes_null(tmp_path: Path) -> None:
+    JsonLines(tmp_path / "m").write({"step": 1, "loss": math.nan, "norm": math.inf})
+    assert (tmp_path / "m").read_text() == '{"step": 1, "loss": null, "norm": null}\n'
+
+
+def test_an_interrupted_file_ends_like_one_never_stopped(tmp_path: Path) -> None:
+    write_steps(tmp_path / "straight", 10, 20, 30, 40)
+    sink = write_steps(tmp_path / "stopped", 10, 20, 30)
+    with sink.path.open("a") as file:
+        file.write('{"step": 40, "neg_log')
+    sink.rewind(20)
+    write_steps(sink.path, 30, 40)
+    assert sink.path.read_bytes() == (tmp_path / "straight").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "straight"]
+
+
+@given(cut=st.integers(min_value=0, max_value=200), step=st.integers(min_value=0, max_value=5))
+def test_any_cut_is_survived(tmp_path_factory: pytest.TempPathFactory, cut: int, step: int) -> None:
+    sink = write_steps(tmp_path_factory.mktemp("cut") / "m", 1, 2, 3, 4)
+    whole = sink.path.read_bytes()
+    sink.path.write_bytes(whole[:cut])
+    read = [record["step"] for record in read_json_lines(sink.path)]
+    assert read == list(range(1, len(read) + 1))
+    sink.rewind(step)
+    assert [record["step"] for record in read_json_lines(sink.path)] == [n for n in read if n <= step]
+    assert whole.startswith(sink.path.read_bytes())
+
+
+def test_a_last_line_that_only_lost_its_end_is_kept_whole(tmp_path: Path) -> None:
+    sink = write_steps(tmp_path / "m", 1, 2)
+    whole = sink.path.read_bytes()
+    sink.path.write_bytes(whole[:-1])
+    sink.rewind(2)
+    assert sink.path.read_bytes() == whole
+
+
+def test_rewinding_nothing_makes_nothing(tmp_path: Path) -> None:
+    JsonLines(tmp_path / "m").rewind(3)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("damage", ["{torn\n", "[1]\n", "\n"])
+def test_damage_before_the_last_line_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "m"
+    path.write_text('{"step": 1}\n' + damage + '{"step": 2}\n')
+    with pytest.raises(CheckpointError, match=r"m:2: .*remove the line"):
+        read_json_lines(path)
+    with pytest.raises(CheckpointError, match="m:2:"):
+        JsonLines(path).rewind(1)
+    assert path.read_text().count("\n") == 3
+
+
+def test_a_disk_that_refuses_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        JsonLines(tmp_path / "absent" / "m").write({"step": 1})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_json_lines(tmp_path / "absent")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with pytest.raises(CheckpointError, match="No space left"):
+        JsonLines(Path("/dev/full")).write({"step": 1})
+
+
+def test_rewind_leaves_the_old_file_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = write_steps(tmp_path / "m", 1, 2)
+    before = sink.path.read_bytes()
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match="No space left"):
+        sink.rewind(1)
+    assert sink.path.read_bytes() == before
+    assert [json.loads(line)["step"] for line in before.splitlines()] == [1, 2]

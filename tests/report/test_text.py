@@ -1,0 +1,33 @@
+import io
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.text import Text
+
+from switchcli.report.text import safe_text
+
+BIDI = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+UNSAFE = {*range(0x20), *range(0x7F, 0xA0), *BIDI, *range(0xD800, 0xE000)} - {ord("\n"), ord("\t")}
+
+any_text = st.text(st.one_of(st.characters(codec=None), st.sampled_from(sorted(map(chr, UNSAFE)))))
+
+
+@given(any_text)
+def test_drops_what_is_unsafe_and_nothing_else(text: str) -> None:
+    assert safe_text(text) == "".join(character for character in text if ord(character) not in UNSAFE)
+
+
+@given(any_text)
+def test_is_printable_in_utf8_and_done_once(text: str) -> None:
+    safe = safe_text(text)
+    safe.encode("utf-8")
+    assert safe_text(safe) == safe
+
+
+@given(any_text)
+def test_a_terminal_gets_no_command_from_it(text: str) -> None:
+    stream = io.StringIO()
+    Console(file=stream, force_terminal=True, color_system=None).print(Text(safe_text(text)))
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", stream.getvalue())

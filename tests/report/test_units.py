@@ -1,0 +1,59 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchcli.report.units import clock, number, si
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0.00"),
+        (1, "1.00"),
+        (12345, "12.3k"),
+        (999.4, "999"),
+        (999.9, "1.00k"),
+        (123.4e9, "123G"),
+        (1.2e12, "1.20T"),
+        (0.0123, "0.0123"),
+        (-4500, "-4.50k"),
+        (1e25, "10000Z"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+    ],
+)
+def test_si(value: float, text: str) -> None:
+    assert si(value) == text
+
+
+@given(st.floats(min_value=1, max_value=9.99e23))
+def test_si_is_short_and_true_to_three_digits(value: float) -> None:
+    text = si(value)
+    powers = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}
+    digits, power = (text[:-1], powers[text[-1]]) if text[-1] in powers else (text, 1)
+    assert len(text) <= 5
+    assert float(digits) * power == pytest.approx(value, rel=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00:00"),
+        (59.6, "0:01:00"),
+        (3599.9, "1:00:00"),
+        (90061, "25:01:01"),
+        (-1, "-"),
+        (math.nan, "-"),
+        (math.inf, "-"),
+    ],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_number() -> None:
+    assert number(12345678) == "12,345,678"
+    assert number(-4.321987) == "-4.322"
+    assert number(math.nan) == "nan"
