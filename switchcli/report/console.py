@@ -39,6 +39,10 @@ class Column(NamedTuple):
     write: Callable[[float], str]
 
 
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
 COLUMNS = (
     Column("neg_log_perplexity", "neg log ppl", 11, "{:.4f}".format),
     Column("tokens_per_second", "tokens/s", 8, si),
@@ -48,7 +52,7 @@ COLUMNS = (
     Column("seconds_left", "time left", 9, clock),
 )
 SPARSE_COLUMNS = (
-    Column("dropped_fraction", "dropped", 7, "{:.1%}".format),
+    Column("dropped_fraction", "drop %", 6, _percent),
     Column("balance_loss", "balance", 7, "{:.4f}".format),
     Column("dead_experts", "dead", 4, "{:.0f}".format),
 )

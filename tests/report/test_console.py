@@ -41,10 +41,10 @@ def logged(*records: dict[str, float], steps: int = 1000) -> list[str]:
 def test_a_logged_step_is_one_line_of_figures_under_their_headings() -> None:
     heading, line = logged(SPARSE)
     assert re.split(r"\s{2,}", heading.strip()) == [
-        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left", "dropped", "balance", "dead",
+        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left", "drop %", "balance", "dead",
     ]  # fmt: skip
     assert line.split() == [
-        "250/1000", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05", "1.2%", "1.0213", "2",
+        "250/1000", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05", "1.2", "1.0213", "2",
     ]  # fmt: skip
     assert len(heading) == len(line)
 
@@ -59,6 +59,7 @@ def test_lines_fit_the_plain_width_and_stay_in_column() -> None:
     worst = {
         **dict.fromkeys(SPARSE, 1.2345e10),
         "step": 524288.0,
+        "seconds_left": 3_599_999.0,
         "neg_log_perplexity": -10.3733,
         "dropped_fraction": 1.0,
         "balance_loss": 128.0,
