@@ -16,9 +16,7 @@ from switchcli.model.attention import Attention, KeyValue, RelativePositionBias,
 from switchcli.model.layers import FeedForward, RMSNorm, linear
 from switchcli.model.moe import SwitchFeedForward
 from switchcli.model.routing import RoutingReport
-from switchcli.model.spec import ModelSpec
-
-PAD = 0  # T5: padding, and the token that starts the decoder
+from switchcli.model.spec import PAD, ModelSpec
 
 Reports = tuple[RoutingReport, ...]
 

@@ -1,0 +1,35 @@
+"""Greedy decoding with a key-value cache.
+
+Legend: B batch, S source, T target.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from switchcli.model.spec import EOS, PAD
+from switchcli.model.transformer import Cache, SwitchTransformer
+
+
+@torch.no_grad()
+def greedy(model: SwitchTransformer, inputs_BS: torch.Tensor, max_tokens: int) -> torch.Tensor:
+    """The most probable answer to each input, token by token: int64 [B, T], T <= max_tokens, ended by EOS, then 0.
+
+    The model must be in evaluation mode. Routing counts capacity as in evaluation; in a decoding step a group is one
+    token of each of `group_sequences` sequences.
+    """
+    B = len(inputs_BS)
+    rows = -B % model.spec.router.group_sequences  # the batch is filled up to whole groups: padding takes no slot
+    inputs_BS = F.pad(inputs_BS, (0, 0, 0, rows), value=PAD)
+    encoded = model.encode(inputs_BS)
+    last_B1 = torch.full_like(inputs_BS[:, :1], PAD)
+    going_B1 = (inputs_BS != PAD).any(1, keepdim=True)
+    cache: tuple[Cache, ...] | None = None
+    steps: list[torch.Tensor] = []
+    for _ in range(max_tokens):
+        hidden_B1D, cache, _ = model.decoder(model.embed(last_B1), going_B1, encoded, cache)
+        last_B1 = model.logits(hidden_B1D).argmax(-1).masked_fill(~going_B1, PAD)
+        steps.append(last_B1)
+        going_B1 = going_B1 & (last_B1 != EOS)
+        if not going_B1.any():
+            break
+    return torch.cat(steps, dim=1)[:B]

@@ -1,0 +1,54 @@
+"""Evaluation: a function of model, objective and batches; training and the verbs share it."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from switchcli.data.batch import PAD, Batch
+from switchcli.parallel.runtime import Runtime
+from switchcli.train.metrics import Mean, Metrics, flatten, merge, unflatten
+from switchcli.train.objective import Objective
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, objective: Objective, batches: Iterable[Batch], runtime: Runtime) -> Metrics:
+    """The objective's metrics over all ranks' batches; the model's mode is put back afterwards.
+
+    `model` is the plain one, not the wrapped; each rank has at least one batch.
+    """
+    was_training = model.training
+    model.eval()
+    metrics: Metrics = {}
+    for batch in batches:
+        with runtime.autocast():
+            loss = objective(model, runtime.place(batch))
+        metrics = merge(metrics, exact(loss.metrics))
+    model.train(was_training)
+    return reduce(metrics, runtime)
+
+
+def reduce(metrics: Metrics, runtime: Runtime) -> Metrics:
+    """The metrics summed over all ranks, each of which has the same ones."""
+    return unflatten(runtime.all_reduce(flatten(metrics)), metrics)
+
+
+def exact(metrics: Metrics) -> Metrics:
+    """The metrics in float64, so that sums of many do not drift and JSON keeps them exactly."""
+    return {name: Mean(mean.total.double(), mean.weight.double()) for name, mean in metrics.items()}
+
+
+def shared(rows: Callable[[int, int], Batch], sequences: int, rows_each: int, rank: int, world: int) -> list[Batch]:
+    """This rank's batches of an evaluation on `sequences` rows, `rows_each` a batch, the same number on every rank.
+
+    `rows(first, count)` gives sequences. What is missing at the end is filled with padding: it is neither routed nor
+    counted, and every batch has one shape.
+    """
+    each = -(-sequences // (rows_each * world))
+    batches = []
+    for first in range(rank * each * rows_each, (rank + 1) * each * rows_each, rows_each):
+        count = max(0, min(rows_each, sequences - first))
+        batch = rows(min(first, sequences), count)
+        batches.append(Batch(*(F.pad(tensor, (0, 0, 0, rows_each - count), value=PAD) for tensor in batch)))
+    return batches

@@ -1,0 +1,150 @@
+"""What happens every so many steps beside the step itself: logging, evaluation, saving, called in that order."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from switchcli.data.batch import Batch
+from switchcli.errors import NumericsError
+from switchcli.parallel.runtime import Runtime
+from switchcli.train.evaluate import evaluate, reduce
+from switchcli.train.objective import Objective
+from switchcli.train.schedule import ScheduleSpec
+from switchcli.train.state import TrainState
+
+Record = Mapping[str, float]
+
+COLLAPSED_SHARE = 0.9
+"""An expert that takes this share of a layer's tokens has become the layer."""
+
+
+REPORTED = {"neg_log_perplexity", "dropped_fraction"}
+"""What a held-out evaluation reports: the figures that rows of padding do not touch."""
+
+
+class Hook(ABC):
+    """Called with the state after every `every_steps`-th step and after the last."""
+
+    def __init__(self, every_steps: int) -> None:
+        self.every_steps = every_steps
+
+    def due(self, step: int, last_step: int) -> bool:
+        return step % self.every_steps == 0 or step == last_step
+
+    @abstractmethod
+    def __call__(self, state: TrainState) -> None: ...
+
+
+class Log(Hook):
+    """Reduces the window's metrics to numbers, hands them to `write` on the main rank, and empties the window."""
+
+    def __init__(
+        self,
+        every_steps: int,
+        total_steps: int,
+        schedule: ScheduleSpec,
+        tokens_per_step: int,
+        flops_per_step: int,
+        runtime: Runtime,
+        write: Callable[[Record], None],
+        warn: Callable[[str], None],
+        state: TrainState,
+    ) -> None:
+        """`tokens_per_step` counts encoder inputs, `flops_per_step` forward and backward; both over all ranks."""
+        super().__init__(every_steps)
+        self._total_steps = total_steps
+        self._schedule = schedule
+        self._tokens = tokens_per_step
+        self._flops = flops_per_step
+        self._runtime = runtime
+        self._write = write
+        self._warn = warn
+        self._since = (state.step, state.seconds)
+        self._alarms: set[str] = set()
+
+    def __call__(self, state: TrainState) -> None:
+        metrics = reduce(state.window, self._runtime)
+        state.window = {}
+        if not self._runtime.is_main:
+            return
+        load = metrics.pop("expert_load", None)
+        record = {name: float(mean.value()) for name, mean in metrics.items()}
+        if load is not None:
+            record["dead_experts"] = float((load.total == 0).sum())
+            self._alarm(load.total)
+        seconds_per_step = (state.seconds - self._since[1]) / (state.step - self._since[0])
+        self._since = (state.step, state.seconds)
+        self._write(
+            {
+                "step": state.step,
+                **record,
+                "learning_rate": self._schedule(state.step - 1, self._total_steps),
+                "targets_seen": state.targets_seen,
+                "seconds": state.seconds,
+                "tokens_per_second": self._tokens / seconds_per_step,
+                "flops_per_second": self._flops / seconds_per_step,
+                "seconds_left": (self._total_steps - state.step) * seconds_per_step,
+            }
+        )
+
+    def _alarm(self, load_LE: torch.Tensor) -> None:
+        """Say once, in words, what is wrong with the routing of the window."""
+        alarms = set()
+        for layer, load_E in enumerate(load_LE):
+            share = float(load_E.max() / load_E.sum().clamp(min=1))
+            if load_E.numel() > 1 and share >= COLLAPSED_SHARE:
+                alarms.add(
+                    f"sparse layer {layer}: the router has collapsed: expert {int(load_E.argmax())} takes "
+                    f"{share:.0%} of the tokens; raise model.router.balance_loss_coef or lower the learning rate"
+                )
+            dead = (load_E == 0).nonzero().flatten().tolist()
+            if dead:
+                alarms.add(f"sparse layer {layer}: no token in {self.every_steps} steps for experts {dead}")
+        for alarm in sorted(alarms - self._alarms):
+            self._warn(alarm)
+        self._alarms = alarms
+
+
+class HeldOut(Hook):
+    """Evaluates on the same held-out batches each time, and notes the figure in the state."""
+
+    def __init__(
+        self,
+        every_steps: int,
+        model: nn.Module,
+        objective: Objective,
+        batches: Callable[[], Sequence[Batch]],
+        runtime: Runtime,
+        write: Callable[[Record], None],
+    ) -> None:
+        """`model` is the plain one; `batches` gives this rank's share."""
+        super().__init__(every_steps)
+        self._model = model
+        self._objective = objective
+        self._batches = batches
+        self._runtime = runtime
+        self._write = write
+
+    def __call__(self, state: TrainState) -> None:
+        metrics = evaluate(self._model, self._objective, self._batches(), self._runtime)
+        figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED & metrics.keys()}
+        figure = figures["held_out/neg_log_perplexity"]
+        if not math.isfinite(figure):
+            raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}")
+        state.held_out_neg_log_perplexity = figure
+        if self._runtime.is_main:
+            self._write({"step": state.step, **figures})
+
+
+class Save(Hook):
+    """Saves the run. A stop calls it too."""
+
+    def __init__(self, every_steps: int, save: Callable[[TrainState], None]) -> None:
+        super().__init__(every_steps)
+        self._save = save
+
+    def __call__(self, state: TrainState) -> None:
+        self._save(state)

@@ -1,0 +1,123 @@
+"""The one training loop. It does not know which verb runs: objective, batches and hooks are given to it."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from switchcli.data.batch import PAD
+from switchcli.errors import NumericsError
+from switchcli.parallel.runtime import Runtime
+from switchcli.parallel.signals import StopRequest
+from switchcli.train.evaluate import exact
+from switchcli.train.hooks import Hook
+from switchcli.train.metrics import Mean, Metrics, merge
+from switchcli.train.microbatches import Microbatch, Microbatches
+from switchcli.train.objective import Objective
+from switchcli.train.optimizer import Optimizer
+from switchcli.train.schedule import ScheduleSpec
+from switchcli.train.spec import TrainSpec
+from switchcli.train.state import TrainState
+
+
+def fit(
+    state: TrainState,
+    model: nn.Module,
+    objective: Objective,
+    batches: Microbatches,
+    optimizer: Optimizer,
+    schedule: ScheduleSpec,
+    runtime: Runtime,
+    hooks: Sequence[Hook],
+    settings: TrainSpec,
+    stop: StopRequest,
+) -> bool:
+    """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
+
+    Returns whether the run is complete: False when `stop` was requested on any rank, after a whole step on all of them.
+    The hooks are called after each step that they are due at; none is called for the stop itself.
+
+    Raises:
+        NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step.
+    """
+    model.train()
+    unchecked: list[tuple[int, torch.Tensor]] = []
+    while state.step < settings.steps:
+        started = time.perf_counter()
+        microbatches = list(batches(state.step))
+        counts = [int((micro.batch.targets_BT != PAD).sum()) for micro in microbatches]
+        stopping, num_targets = runtime.sum_over_ranks([int(stop.requested), sum(counts)])
+        if stopping:
+            return False
+        learning_rate = schedule(state.step, settings.steps)
+        metrics = accumulate_gradients(
+            model, objective, microbatches, num_targets, runtime, f"{settings.seed}/{state.step}"
+        )
+        norm = _clip(model, settings.clip_norm)
+        optimizer.step(learning_rate)
+        model.zero_grad()
+
+        state.step += 1
+        state.targets_seen += num_targets
+        metrics["gradient_norm"] = Mean(norm, torch.ones_like(norm))
+        state.window = merge(state.window, exact(metrics))
+        state.seconds += time.perf_counter() - started
+        due = [hook for hook in hooks if hook.due(state.step, settings.steps)]
+        unchecked.append((state.step, norm))
+        while len(unchecked) > (0 if due else 1):  # one step late unless a hook is due: no wait for the device
+            _check_finite(*unchecked.pop(0))
+        for hook in due:
+            hook(state)
+    return True
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    objective: Objective,
+    microbatches: Sequence[Microbatch],
+    num_targets: int,
+    runtime: Runtime,
+    seed: str,
+) -> Metrics:
+    """Add to every `.grad` the gradient of this step's loss, averaged over ranks by the last backward pass.
+
+    The loss is the sum over the step's targets, on all ranks, over their number `num_targets`, plus the balance loss
+    averaged over microbatches; so it does not depend on how the batch is cut up. `seed` names the step's noise.
+    """
+    metrics: Metrics = {}
+    for position, (number, batch) in enumerate(microbatches, 1):
+        _seed_noise(f"{seed}/{number}")
+        placed = runtime.place(batch)
+        with runtime.synchronise(model, last=position == len(microbatches)):
+            with runtime.autocast():
+                loss = objective(model, placed)
+            # Ranks are averaged afterwards, and a sum over ranks is meant: hence the world size.
+            per_target = loss.target_sum * (runtime.world / max(1, num_targets))
+            (per_target + loss.auxiliary / len(microbatches)).backward()  # type: ignore[no-untyped-call]
+        metrics = merge(metrics, loss.metrics)
+    return metrics
+
+
+def _seed_noise(name: str) -> None:
+    """Seed torch's generators, so that dropout and jitter follow from (seed, step, microbatch) and none is saved."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) >> 1)
+
+
+def _clip(model: nn.Module, clip_norm: float | None) -> torch.Tensor:
+    """The global gradient norm, before clipping to `clip_norm`."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def _check_finite(step: int, norm: torch.Tensor) -> None:
+    if not torch.isfinite(norm):
+        raise NumericsError(
+            f"step {step}: the gradient norm is {float(norm)}, so the weights are lost; the checkpoints before this "
+            "step are sound. Lower schedule.learning_rate, set train.clip_norm, or take precision float32, and run again"
+        )

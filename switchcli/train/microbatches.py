@@ -1,0 +1,55 @@
+"""Which rows of a step's batch this rank takes, and in which portions."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from switchcli.data.batch import Batch
+from switchcli.errors import RecipeError
+
+
+class Microbatch(NamedTuple):
+    """A portion of a step's batch and its number in the whole step, which seeds its dropout and jitter."""
+
+    number: int
+    batch: Batch
+
+
+class Microbatches:
+    """Cuts every step's batch into microbatches and gives each rank an equal run of them.
+
+    The cut depends on `microbatch` alone: the same microbatches come out on any number of ranks.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[int, int, int], Batch],
+        batch: int,
+        microbatch: int | None,
+        rank: int,
+        world: int,
+    ) -> None:
+        """`rows(step, first, count)` gives sequences of a step's batch; `batch` and `microbatch` count sequences.
+
+        Raises:
+            RecipeError: the batch cannot be shared out evenly.
+        """
+        if batch % world:
+            more = (batch // world + 1) * world
+            raise RecipeError(
+                f"train.batch_tokens holds {batch} sequences, which {world} ranks cannot share evenly: "
+                f"take as many as {more} sequences, or fewer ranks"
+            )
+        self.microbatch = microbatch or batch // world
+        if (batch // world) % self.microbatch:
+            raise RecipeError(
+                f"train.microbatch_tokens holds {self.microbatch} sequences, which does not divide the "
+                f"{batch // world} that each of {world} ranks takes a step: take a divisor of {batch // world}"
+            )
+        self.count = batch // world // self.microbatch
+        self._rows = rows
+        self._first = rank * self.count
+
+    def __call__(self, step: int) -> Iterator[Microbatch]:
+        """This rank's microbatches of a step, in order."""
+        for number in range(self._first, self._first + self.count):
+            yield Microbatch(number, self._rows(step, number * self.microbatch, self.microbatch))
