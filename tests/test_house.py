@@ -1,0 +1,400 @@
+"""The rules of the house (CONTRIBUTING.md), held on the syntax trees of the package: imports, size, what is banned.
+
+A rule is a function from a module to its faults; its docstring says the rule and why. `SLIPS` proves that it can fail.
+Rules for the whole tree, whatever the language of a file, are in test_tree.py.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 400, 60, 9000
+
+
+class Room(NamedTuple):
+    """A room of the package: imports go to rooms of a lower layer, or only to `rooms`; and to these packages."""
+
+    layer: int
+    packages: str = ""
+    rooms: str | None = None
+
+
+ROOMS = {
+    "__init__": Room(0),
+    "errors": Room(0),
+    "spec": Room(0, "pydantic"),
+    "model": Room(1, "torch pydantic"),
+    "data": Room(1, "numpy tokenizers pydantic"),
+    "report": Room(1, "rich tensorboard wandb"),
+    "tasks": Room(2, "numpy pydantic sacrebleu rouge_score", rooms="data errors spec"),
+    "parallel": Room(2, "torch accelerate pydantic", rooms="model errors spec"),
+    "train": Room(3, "torch safetensors pydantic"),
+    "interop": Room(3, "torch safetensors"),
+    "recipe": Room(4, "yaml pydantic pydantic_core"),
+    "commands": Room(5, "torch pydantic typer"),
+    "cli": Room(6, "typer rich", rooms="commands recipe report errors spec"),
+    "__main__": Room(7, rooms="cli"),
+}
+PACKAGES_OF_ONE_FILE = {
+    "switchcli/data/batch.py": "torch",
+    "switchcli/data/stream.py": "torch",
+    "switchcli/data/corpus.py": "datasets",
+    "switchcli/data/tokenizer.py": "huggingface_hub",
+}
+
+
+class Module(NamedTuple):
+    path: str
+    text: str
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        return Path(self.path).parts[1].removesuffix(".py")
+
+
+Fault = tuple[int, str]
+Rule = Callable[[Module], Iterator[Fault]]
+
+
+def module(path: str, text: str) -> Module:
+    return Module(path, text, ast.parse(text))
+
+
+def package() -> list[Module]:
+    paths = sorted((ROOT / "switchcli").rglob("*.py"))
+    return [module(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of attributes; what is not a name is left empty: `f().item` is `.item`."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+
+def imports(tree: ast.AST) -> Iterator[Fault]:
+    """Each imported name in full, late imports within functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def mentions(tree: ast.AST) -> Iterator[Fault]:
+    """Imports, and the names and attributes that the code uses."""
+    yield from imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            yield node.lineno, dotted(node)
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+# Who imports whom
+
+
+def rooms_import_down(module: Module) -> Iterator[Fault]:
+    """A room imports only from lower layers, not from its neighbours: each can be read, tested and changed alone."""
+    here = ROOMS[module.room]
+    for line, name in imports(module.tree):
+        if name.startswith("."):
+            yield line, f"{name}: imports are absolute"
+        if not name.startswith("switchcli."):
+            continue
+        target = name.split(".")[1]
+        room = ROOMS.get(target, ROOMS["__init__"])  # `from switchcli import __version__`
+        allowed = room.layer < here.layer if here.rooms is None else target in here.rooms.split()
+        if target != module.room and not allowed:
+            yield line, f"{module.room} imports {target}"
+
+
+def packages_stay_in_their_rooms(module: Module) -> Iterator[Fault]:
+    """A third-party package is imported only in the rooms that ROOMS names: replacing one touches one room."""
+    allowed = {"switchcli", *sys.stdlib_module_names, *ROOMS[module.room].packages.split()}
+    allowed |= {PACKAGES_OF_ONE_FILE.get(module.path, "")}
+    for line, name in imports(module.tree):
+        if name.split(".")[0] not in allowed:
+            yield line, f"{module.path} imports {name}"
+
+
+def ranks_are_known_in_parallel_alone(module: Module) -> Iterator[Fault]:
+    """Only the room parallel uses torch.distributed: no other code depends on how many ranks there are."""
+    if module.room != "parallel":
+        yield from ((line, name) for line, name in mentions(module.tree) if within(name, {"torch.distributed"}))
+
+
+def the_model_knows_no_machine(module: Module) -> Iterator[Fault]:
+    """The model is plain PyTorch: no files, environment, logging, device names, and no wait for the device."""
+    if module.room != "model":
+        return
+    for line, name in mentions(module.tree):
+        outside = within(name, {"os", "pathlib", "io", "logging", "tempfile", "shutil", "socket", "subprocess", "open"})
+        if outside or name.endswith((".item", ".tolist", ".numpy", ".cpu", ".cuda")):
+            yield line, name
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Constant) and re.fullmatch(r"(cuda|cpu|mps|xpu)(:\d+)?", str(node.value)):
+            yield node.lineno, f"the device {node.value!r}"
+
+
+# Size
+
+
+def files_are_short(module: Module) -> Iterator[Fault]:
+    """A file has at most 400 lines: one room, one idea. Split by idea, not by length."""
+    if (lines := len(module.text.splitlines())) > MAX_FILE:
+        yield lines, f"{lines} lines"
+
+
+def functions_are_short(module: Module) -> Iterator[Fault]:
+    """A function has at most 60 lines, its docstring included: it fits on a screen."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION:
+                yield node.lineno, f"{node.name} has {lines} lines"
+
+
+# Bans
+
+
+def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
+    """No pickle and nothing that uses it, no eval, no shell: a checkpoint, a recipe or a text can then run no code."""
+    pickles = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
+    pickles |= {"torch.distributed.checkpoint", "accelerate.load_checkpoint_and_dispatch"}
+    code = {"importlib.import_module", "runpy", "os.system", "os.popen"}
+    yaml = {"yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all"}
+    for line, name in mentions(module.tree):
+        if within(name, pickles | code | yaml) or name.endswith((".load_state", ".save_state")):
+            yield line, name
+    for call in calls(module.tree):
+        if dotted(call.func) in ("eval", "exec", "compile", "__import__"):
+            yield call.lineno, dotted(call.func)
+        for keyword in call.keywords:
+            harmless = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            if keyword.arg in ("allow_pickle", "shell", "trust_remote_code") and not harmless:
+                yield call.lineno, f"{keyword.arg}= may only be False"
+
+
+def yaml_is_read_safely(module: Module) -> Iterator[Fault]:
+    """yaml.load takes a SafeLoader or a class made from one: the others build any Python object."""
+    classes = [node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
+    safe = {node.name for node in classes if any(dotted(base).endswith("SafeLoader") for base in node.bases)}
+    for call in calls(module.tree):
+        if dotted(call.func) == "yaml.load":
+            loaders = [dotted(keyword.value) for keyword in call.keywords if keyword.arg == "Loader"]
+            loaders += [dotted(argument) for argument in call.args[1:2]]
+            if not any(name in safe or name.endswith("SafeLoader") for name in loaders):
+                yield call.lineno, "yaml.load without a SafeLoader"
+
+
+def errors_are_caught_by_name(module: Module) -> Iterator[Fault]:
+    """No bare except, no `except Exception`: name the error that is meant. What raises again hides nothing, and may."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ExceptHandler):
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(kind is None or dotted(kind) in ("Exception", "BaseException") for kind in kinds)
+            again = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
+            if broad and not again:
+                yield node.lineno, "a broad except"
+
+
+def only_commands_print(module: Module) -> Iterator[Fault]:
+    """print() is for results, in commands: all else goes through the console, which escapes and can be quiet."""
+    if module.room not in ("commands", "cli"):
+        yield from ((call.lineno, "print()") for call in calls(module.tree) if dotted(call.func) == "print")
+
+
+def types_are_known(module: Module) -> Iterator[Fault]:
+    """No hasattr and no global: a value has a type, and state has an owner."""
+    yield from ((call.lineno, "hasattr()") for call in calls(module.tree) if dotted(call.func) == "hasattr")
+    yield from ((node.lineno, "global") for node in ast.walk(module.tree) if isinstance(node, ast.Global))
+
+
+def arguments_have_names(module: Module) -> Iterator[Fault]:
+    """A public function passes no **kwargs on: its signature says what it takes, and refuses a misspelt name."""
+    owners = [module.tree, *(node for node in module.tree.body if isinstance(node, ast.ClassDef))]
+    for function in (node for owner in owners for node in owner.body):
+        if not isinstance(function, ast.FunctionDef) or not function.args.kwarg or function.name.startswith("_"):
+            continue
+        passed = {dotted(word.value) for call in calls(function) for word in call.keywords if word.arg is None}
+        if function.args.kwarg.arg in passed:
+            yield function.lineno, f"{function.name} passes **{function.args.kwarg.arg} on"
+
+
+def text_is_no_markup(module: Module) -> Iterator[Fault]:
+    """No rich markup: text from data may hold [/x]. Take rich.text.Text with a style, and report.text.safe_text."""
+    tag = re.compile(r"\[/[a-z ]*\]|\[(bold|dim|italic|underline|link|red|green|yellow|blue|magenta|cyan)\b[^\]]*\]")
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = (str(part.value) for part in node.values if isinstance(part, ast.Constant))
+            if any(tag.search(part) for part in parts):
+                yield node.lineno, "markup in an f-string"
+        elif isinstance(node, ast.Attribute) and node.attr == "from_markup":
+            yield node.lineno, "from_markup"
+        elif isinstance(node, ast.keyword) and node.arg == "markup" and getattr(node.value, "value", None) is not False:
+            yield node.lineno, "markup="
+
+
+def modules_say_what_they_are(module: Module) -> Iterator[Fault]:
+    """Each module begins with a docstring: what the file is, and what it is not."""
+    if not ast.get_docstring(module.tree):
+        yield 1, "no docstring"
+
+
+# Each rule with snippets that break it, and with one that nearly does
+
+MODEL, DATA, TRAIN, CLI = (f"switchcli/{name}.py" for name in ("model/a", "data/a", "train/a", "cli"))
+SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
+    rooms_import_down: (
+        [
+            (MODEL, "from switchcli.data.batch import Batch"),
+            (MODEL, "def late():\n    import switchcli.train.loop"),
+            (DATA, "from switchcli import report"),
+            (TRAIN, "from switchcli.recipe.schema import PretrainRecipe"),
+            (TRAIN, "from . import loop"),
+            (CLI, "from switchcli.train import loop"),
+            ("switchcli/tasks/a.py", "from switchcli.model import spec"),
+            ("switchcli/parallel/a.py", "from switchcli.data import batch"),
+            ("switchcli/interop/a.py", "from switchcli.train import loop"),
+        ],
+        [
+            (TRAIN, "from switchcli.parallel.runtime import Runtime\nfrom switchcli.train.state import TrainState"),
+            (MODEL, "from switchcli import __version__\nfrom switchcli.spec import Spec"),
+            (CLI, "from switchcli.commands import pretrain"),
+        ],
+    ),
+    packages_stay_in_their_rooms: (
+        [
+            (TRAIN, "import accelerate"),
+            (TRAIN, "def late():\n    from accelerate.utils import set_seed"),
+            (TRAIN, "import yaml"),
+            (TRAIN, "import typer"),
+            (DATA, "import torch.nn"),
+            (DATA, "from datasets import load_dataset"),
+            (CLI, "import torch"),
+            ("switchcli/report/a.py", "import torch"),
+            ("switchcli/commands/a.py", "import accelerate"),
+        ],
+        [("switchcli/data/stream.py", "import torch, numpy.random, os.path"), (TRAIN, "from torch import nn")],
+    ),
+    ranks_are_known_in_parallel_alone: (
+        [
+            (TRAIN, "import torch.distributed as dist"),
+            (MODEL, "from torch import distributed"),
+            (MODEL, "import torch\nrank = torch.distributed.get_rank()"),
+        ],
+        [("switchcli/parallel/a.py", "import torch.distributed"), (TRAIN, "import torch.distributions")],
+    ),
+    the_model_knows_no_machine: (
+        [
+            (MODEL, "import os\nhome = os.environ['HOME']"),
+            (MODEL, "from pathlib import Path"),
+            (MODEL, "import logging"),
+            (MODEL, "text = open('a').read()"),
+            (MODEL, "def f(x):\n    return x.sum().item()"),
+            (MODEL, "x = torch.zeros(1, device='cuda:0')"),
+        ],
+        [(MODEL, "x = torch.zeros(1, device=y.device)"), (TRAIN, "x.item()")],
+    ),
+    files_are_short: ([(DATA, "x = 1\n" * 401)], [(DATA, "x = 1\n" * 400)]),
+    functions_are_short: (
+        [(DATA, "class A:\n  def f():\n" + "    x = 1\n" * 60)],
+        [(DATA, "def f():\n" + "    x = 1\n" * 59)],
+    ),
+    nothing_runs_what_it_reads: (
+        [
+            (TRAIN, "import pickle"),
+            (TRAIN, "from torch import load"),
+            (TRAIN, "torch.save(model, path)"),
+            (TRAIN, "import torch.distributed.checkpoint as dcp"),
+            (TRAIN, "accelerator.load_state(path)"),
+            (DATA, "np.load(path, allow_pickle=True)"),
+            (DATA, "np.load(path, allow_pickle=choice)"),
+            (DATA, "load_dataset(path, trust_remote_code=True)"),
+            (DATA, "eval(text)"),
+            (DATA, "import importlib\nimportlib.import_module(name)"),
+            (DATA, "subprocess.run(line, shell=True)"),
+            (DATA, "yaml.unsafe_load(text)"),
+        ],
+        [
+            (
+                TRAIN,
+                "model.eval()\neval: int = 1\nre.compile(x)\nnp.load(x, allow_pickle=False)\nmodel.load_state_dict(x)",
+            )
+        ],
+    ),
+    yaml_is_read_safely: (
+        [(DATA, "yaml.load(text)"), (DATA, "yaml.load(text, Loader=yaml.FullLoader)"), (DATA, "yaml.load(text, Mine)")],
+        [(DATA, "class Mine(yaml.SafeLoader): pass\nyaml.load(text, Mine)\nyaml.load(text, Loader=yaml.CSafeLoader)")],
+    ),
+    errors_are_caught_by_name: (
+        [
+            (DATA, "try:\n  f()\nexcept:\n  pass"),
+            (DATA, "try:\n  f()\nexcept Exception as error:\n  raise ValueError from error"),
+            (DATA, "try:\n  f()\nexcept (OSError, BaseException):\n  pass"),
+        ],
+        [(DATA, "try:\n  f()\nexcept OSError:\n  pass\nexcept BaseException:\n  undo()\n  raise")],
+    ),
+    only_commands_print: ([(DATA, "print(1)")], [("switchcli/commands/a.py", "print(1)"), (DATA, "console.print(1)")]),
+    types_are_known: ([(DATA, "hasattr(x, 'y')"), (DATA, "def f():\n  global x")], [(DATA, "getattr(x, 'y')")]),
+    arguments_have_names: (
+        [
+            (DATA, "def f(**kwargs):\n  return g(**kwargs)"),
+            (DATA, "class A:\n  def f(self, **rest):\n    return g(1, **rest)"),
+        ],
+        [(DATA, "def f(**names):\n  return names\ndef g(options):\n  return f(**options)")],
+    ),
+    text_is_no_markup: (
+        [
+            (DATA, "f'[bold]{x}[/bold]'"),
+            (DATA, "f'[red on white]{x}'"),
+            (DATA, "Text.from_markup(x)"),
+            (DATA, "Console(markup=True)"),
+        ],
+        [(DATA, "f'{x}[E, D] [{y}] [0/1]'"), (DATA, "Console(markup=False)")],
+    ),
+    modules_say_what_they_are: ([(DATA, "x = 1")], [(DATA, '"""What it is."""')]),
+}
+
+
+@pytest.mark.parametrize("rule", SLIPS, ids=lambda rule: rule.__name__)
+def test_the_package_keeps(rule: Rule) -> None:
+    faults = [f"  {module.path}:{line}: {fault}" for module in package() for line, fault in rule(module)]
+    assert not faults, "\n".join([rule.__doc__ or "", *faults])
+
+
+@pytest.mark.parametrize("rule", SLIPS, ids=lambda rule: rule.__name__)
+def test_can_fail(rule: Rule) -> None:
+    breaks, keeps = SLIPS[rule]
+    for path, text in breaks:
+        assert list(rule(module(path, text))), f"not found: {text}"
+    for path, text in keeps:
+        assert not list(rule(module(path, text))), f"found wrongly: {text}"
+
+
+def test_the_package_stays_small() -> None:
+    lines = sum(len(module.text.splitlines()) for module in package())
+    assert lines <= MAX_PACKAGE, f"the package has {lines} lines of {MAX_PACKAGE}: take something out"
+
+
+def test_every_folder_is_a_room_and_a_package() -> None:
+    for folder in {(ROOT / module.path).parent for module in package()}:
+        assert (folder / "__init__.py").exists(), f"{folder.name} has no __init__.py: it would be left out of the wheel"
+    assert {module.room for module in package()} <= ROOMS.keys(), (
+        "a new room: give it a layer and its packages in ROOMS"
+    )
