@@ -1,0 +1,342 @@
+"""Checkpoints: saved whole or not at all, verified before use, the one before taken when the newest is damaged.
+
+    checkpoints/step-00001000/
+      model-00000.safetensors ...       whole logical tensors (see logical.py), at most 2 GiB a file
+      optimizer-00000.safetensors ...
+      recipe.yaml tokenizer.json state.json ...     the documents given
+      MANIFEST
+
+Any file of a group may hold any of its tensors: readers go by the headers, so a writer with its own experts alone is
+as good as one with all. A save goes to `.tmp-<step>-<unique>`; every file is synced, then the manifest, then the
+folder; all of it is read back and verified; then it is renamed. What bears the name `step-<step>` has thus been
+verified: that is why it comes before the rename, and nothing good is ever displaced by something bad. Hidden names are
+leftovers of a kill when found: `.tmp-`, `.old-` (a checkpoint that a second save of its step was to replace), `.del-`
+(about to be removed).
+
+Only the process that holds the run's lock may save, prune or call `latest`; readers beside it use `find`.
+Values are saved as they are, NaN too: the training loop stops at such numbers before it saves.
+"""
+
+import errno
+import json
+import math
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, Literal, final
+
+from torch import Tensor
+
+from switchcli.errors import CheckpointError
+from switchcli.train import manifest as manifests
+from switchcli.train import tensor_file
+from switchcli.train.fsops import DISK, Files
+from switchcli.train.logical import expert_numbers
+from switchcli.train.manifest import DamagedError, Entry, Manifest
+
+Group = Literal["model", "optimizer"]
+
+_STEP: Final = re.compile(r"step-(\d{8,})")
+_MAX_FILE_BYTES: Final = 1 << 31
+_WAYS_OUT: Final = {
+    errno.ENOSPC: "free some space, or give a folder on another disk by --out",
+    errno.EDQUOT: "free some of your quota, or give a folder on another disk by --out",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EROFS: "give a folder that can be written to by --out",
+    errno.EACCES: "give a folder that can be written to by --out",
+    errno.EPERM: "give a folder that can be written to by --out",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every file was verified when it was opened."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    """What state.json holds."""
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read the folder through. Raises DamagedError (a CheckpointError) when a byte differs from what was saved."""
+        manifest = manifests.load(path)
+        if _STEP.fullmatch(path.name) and path.name != _name(manifest.step):
+            raise DamagedError(path / manifests.NAME, "step", f"is that of step {manifest.step}")
+        manifest.verify(path)
+        return cls(path, manifest.step, _state(path, manifest), manifest)
+
+    def document(self, name: str) -> bytes:
+        """A document that was given to `save`."""
+        return self.manifest.read(self.path, name)
+
+    def read_model(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters, on the CPU, under the logical names of `wanted`.
+
+        `wanted` gives names, dtypes and shapes (tensors on `meta` will do). Nothing is read unless they are exactly the
+        checkpoint's: CheckpointError names the first that differs.
+        """
+        return self._read("model", wanted)
+
+    def read_optimizer(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The optimizer's state, in the same way."""
+        return self._read("optimizer", wanted)
+
+    def _read(self, group: Group, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        held: dict[str, tensor_file.Kind] = {}
+        place: dict[str, list[str]] = {}
+        for name in self.manifest.names():
+            if name.startswith(f"{group}-") and name.endswith(".safetensors"):
+                try:
+                    kinds = tensor_file.read_kinds(self.path / name)
+                except ValueError as error:
+                    raise DamagedError(self.path / name, "header", str(error)) from error
+                if kinds.keys() & held.keys():
+                    raise DamagedError(
+                        self.path / name, "header", f"holds {min(kinds.keys() & held.keys())}, as another file does"
+                    )
+                held.update(kinds)
+                place[name] = list(kinds)
+        difference = _difference(group, held, wanted)
+        if difference is not None:
+            raise CheckpointError(f"{self.path}: {group}: {difference}")
+        tensors: dict[str, Tensor] = {}
+        for name, keys in place.items():
+            tensors.update(tensor_file.read(self.path / name, keys))
+        return {key: tensors[key] for key in wanted}
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    documents: Mapping[str, bytes],
+    files: Files = DISK,
+) -> Path:
+    """Save a step under `folder`, replacing an earlier save of it, and return the new checkpoint's folder.
+
+    Tensors come under their logical names, of any device; a tied parameter is given once. `documents` holds at least
+    state.json. Raises CheckpointError when the disk refuses; every checkpoint there was is then still there.
+    """
+    assert "state.json" in documents
+    final_path = folder / _name(step)
+    unique = secrets.token_hex(4)
+    temporary = folder / f".tmp-{step:08d}-{unique}"
+    needed = tensor_file.num_bytes(model) + tensor_file.num_bytes(optimizer) + sum(map(len, documents.values()))
+    with _explained(folder, needed):
+        try:
+            files.make_dir(folder)
+            files.sync(folder.parent)
+            files.make_dir(temporary)
+            entries = [
+                *_write_group(temporary, "model", model, files),
+                *_write_group(temporary, "optimizer", optimizer, files),
+                *(_write(temporary / name, [content], files) for name, content in documents.items()),
+            ]
+            manifest = Manifest(step, tuple(sorted(entries, key=lambda entry: entry.name)))
+            _write(temporary / manifests.NAME, [manifest.encode()], files)
+            files.sync(temporary)
+            Checkpoint.open(temporary)
+            if final_path.exists():
+                files.rename(final_path, folder / f".old-{step:08d}-{unique}")
+            files.rename(temporary, final_path)
+            files.sync(folder)
+        finally:
+            # After a failure: the old one back, the new one away. A disk that refuses this too leaves it to `latest`.
+            with suppress(OSError):
+                _sweep(folder, files)
+    return final_path
+
+
+def latest(folder: Path, warn: Callable[[str], None], *, files: Files = DISK) -> Checkpoint | None:
+    """The newest checkpoint that verifies, to go on from; None when nothing was ever saved here.
+
+    Leftovers of killed saves are removed. A damaged checkpoint is renamed to `step-N.bad-<why>`, with a warning, and
+    the one before it is tried; CheckpointError when none is left: no run starts from scratch over what was saved.
+    """
+    with _explained(folder):
+        _sweep(folder, files)
+        for path in _steps(folder):
+            try:
+                return Checkpoint.open(path)
+            except DamagedError as damage:
+                aside = _free_name(path.with_name(f"{path.name}.bad-{damage.why}"))
+                files.rename(path, aside)
+                files.sync(folder)
+                warn(f"{damage} It is now {aside.name}; the one before it is tried.")
+        _refuse_if_any(folder, folder.glob("step-*.bad-*"))
+    return None
+
+
+def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """As `latest`, for a reader while a run may be at work in the folder: nothing is renamed or removed."""
+    with _explained(folder):
+        for path in _steps(folder):
+            try:
+                return Checkpoint.open(path)
+            except DamagedError as damage:
+                if path.exists():
+                    warn(f"{damage} The one before it is tried.")
+                else:  # the run has just pruned it, so there are newer ones
+                    return find(folder, warn)
+        _refuse_if_any(folder, folder.glob("step-*"))
+    return None
+
+
+def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK) -> None:
+    """Remove all but the last `keep_last` (>= 1) checkpoints and, if asked, the one with the highest held-out figure.
+
+    Two is the recipe's default: with one, damage to the newest leaves nothing to go back to. Checkpoints whose manifest
+    or state.json is damaged are not counted and stay, as do `.bad-` ones; tensors are not read here, for time.
+    """
+    assert keep_last >= 1
+    with _explained(folder):
+        figures: dict[Path, float] = {}
+        for path in _steps(folder):
+            with suppress(CheckpointError):
+                figures[path] = _held_out(_state(path, manifests.load(path)))
+        keep = set(list(figures)[:keep_last])
+        if keep_best and figures:
+            keep.add(max(figures, key=lambda path: figures[path]))  # the newest of equals
+        for path in figures:
+            if path not in keep:
+                files.rename(path, path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))
+        _sweep(folder, files)
+
+
+def preflight(folder: Path, bytes_needed: int, *, files: Files = DISK) -> None:
+    """Check before training that `folder` can be written to and its disk has this much room. Raises CheckpointError."""
+    probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
+    with _explained(folder, bytes_needed):
+        files.make_dir(probe)
+        try:
+            if shutil.disk_usage(folder).free < bytes_needed:
+                raise OSError(errno.ENOSPC, "not enough space")
+        finally:
+            files.remove_tree(probe)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by name alone, newest first."""
+    if not folder.exists():
+        return []
+    found = ((path, match) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)))
+    return sorted((path for path, match in found), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+    try:
+        state = json.loads(manifest.read(path, "state.json"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path / "state.json", "state", "is not JSON") from error
+    if not isinstance(state, dict):
+        raise DamagedError(path / "state.json", "state", "is not a JSON object")
+    return state
+
+
+def _held_out(state: Mapping[str, Any]) -> float:
+    figure = state.get("held_out_neg_log_perplexity")
+    return float(figure) if isinstance(figure, int | float) and math.isfinite(figure) else -math.inf
+
+
+def _write_group(folder: Path, group: Group, named: Mapping[str, Tensor], files: Files) -> Iterator[Entry]:
+    for number, shard in enumerate(tensor_file.shards(named, _MAX_FILE_BYTES)):
+        yield _write(folder / f"{group}-{number:05d}.safetensors", tensor_file.encode(shard), files)
+
+
+def _write(path: Path, chunks: Iterable[bytes | memoryview], files: Files) -> Entry:
+    """Write and sync a file. The digest is of the bytes in memory, so that it vouches for the way to the disk too."""
+    digest = sha256()
+    size = 0
+
+    def tallied() -> Iterator[bytes | memoryview]:
+        nonlocal size
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+
+    files.write(path, tallied())
+    files.sync(path)
+    return Entry(path.name, size, digest.hexdigest())
+
+
+def _sweep(folder: Path, files: Files) -> None:
+    """Undo what a kill left: a checkpoint that its successor has not replaced yet comes back, the rest goes."""
+    for path in sorted(folder.glob(".old-*")):
+        successor = folder / f"step-{path.name.split('-')[1]}"
+        if not successor.exists():
+            files.rename(path, successor)
+    leftovers = [path for pattern in (".old-*", ".tmp-*", ".del-*") for path in sorted(folder.glob(pattern))]
+    if leftovers:
+        files.sync(folder)  # a power cut must not take a successor that has just been renamed, and what it replaced
+    for path in leftovers:
+        files.remove_tree(path)
+
+
+def _free_name(path: Path) -> Path:
+    return next(p for n in range(10_000) if not (p := path.with_name(f"{path.name}{f'-{n}' if n else ''}")).exists())
+
+
+def _refuse_if_any(folder: Path, damaged: Iterable[Path]) -> None:
+    names = sorted(path.name for path in damaged)
+    if names:
+        raise CheckpointError(
+            f"{folder}: none of the {len(names)} checkpoints verifies ({', '.join(names)}): "
+            "restore one of them, or give another folder by --out to start again."
+        )
+
+
+def _difference(group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapping[str, Tensor]) -> str | None:
+    """The first way in which a checkpoint is not of the model's architecture, and the way out."""
+    way_out = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
+    have, want = expert_numbers(held), expert_numbers(wanted)
+    if group == "model" and have != want:
+        return f"num_experts: the checkpoint has {_experts(have)}, the recipe {_experts(want)}: {way_out}"
+    for name, tensor in wanted.items():
+        kind = tensor_file.kind_of(tensor)
+        if held.get(name) != kind:
+            have_kind = held.get(name, "nothing of that name")
+            return f"{name}: the checkpoint has {have_kind}, the recipe wants {kind}: {way_out}"
+    for name in held:
+        if name not in wanted:
+            return f"{name}: the checkpoint has {held[name]}, the recipe wants nothing of that name: {way_out}"
+    return None
+
+
+def _experts(numbers: list[int]) -> str:
+    return f"experts {numbers[0]}..{numbers[-1]}" if numbers else "none"
+
+
+@contextmanager
+def _explained(folder: Path, needed: int | None = None) -> Iterator[None]:
+    """An OSError as the one line that tells a user of it."""
+    try:
+        yield
+    except OSError as error:
+        room = "" if needed is None else f" ({needed:,} bytes needed, {_free_bytes(folder)} free)"
+        way_out = _WAYS_OUT.get(error.errno or 0, "check the disk, then run the same command again")
+        raise CheckpointError(
+            f"{folder}: {error.strerror}{room}: {way_out}; checkpoints already saved are untouched."
+        ) from error
+
+
+def _free_bytes(folder: Path) -> str:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        return f"{shutil.disk_usage(nearest).free:,}"
+    except OSError:
+        return "an unknown number of bytes"

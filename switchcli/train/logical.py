@@ -1,0 +1,64 @@
+"""Names of tensors on disk: a stacked expert weight [E, ...] is stored as E tensors, by each expert's global number.
+
+    encoder.blocks.1.feed_forward.experts.wi        [E, D, F]   in the model
+    encoder.blocks.1.feed_forward.experts.{e}.wi    [D, F]      on disk, for each expert e
+    ...experts.wi/row  <->  ...experts.{e}.wi/row               optimizer state, `<parameter>/<slot>`, in the same way
+
+So a checkpoint does not know how many ranks wrote it. A slot that is not stacked (a step count, say) keeps the name of
+the stacked parameter. This file knows names and views; it reads and writes nothing.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+_STACKED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<tail>[^/]+(?P<slot>/.*)?)")
+_NUMBERED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<expert>0|[1-9][0-9]*)\.(?P<tail>.+)")
+
+
+def split(named: Mapping[str, Tensor], num_experts: int, first_expert: int = 0) -> dict[str, Tensor]:
+    """Whole logical tensors of what one process holds, as views of the tensors given.
+
+    `num_experts` is the number of experts in each stack here (its first dimension), `first_expert` the global number of
+    the first of them. A parameter with `experts` in its name must be stacked; a slot is split when its first dimension
+    is num_experts.
+    """
+    logical: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        match = _STACKED.fullmatch(name)
+        assert not _NUMBERED.fullmatch(name), f"{name} has an expert's number already"
+        stacked = match is not None and tensor.shape[:1] == (num_experts,)
+        assert stacked or match is None or match["slot"], (
+            f"{name} {list(tensor.shape)} is not stacked over {num_experts} experts"
+        )
+        if match is not None and stacked:
+            for expert, part in enumerate(tensor.unbind(0), first_expert):
+                logical[f"{match['head']}.{expert}.{match['tail']}"] = part
+        else:
+            logical[name] = tensor
+    return logical
+
+
+def join(logical: Mapping[str, Tensor], num_experts: int, first_expert: int = 0) -> dict[str, Tensor]:
+    """The inverse of `split`: the experts from first_expert on stacked again (a copy), the rest as it is."""
+    named: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in logical.items():
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            named[name] = tensor
+        else:
+            stack = stacks.setdefault(f"{match['head']}.{match['tail']}", {})
+            stack[int(match["expert"])] = tensor
+    experts = range(first_expert, first_expert + num_experts)
+    for name, stack in stacks.items():
+        assert sorted(stack) == list(experts), f"{name} has experts {sorted(stack)}, not {experts}"
+        named[name] = torch.stack([stack[expert] for expert in experts])
+    return named
+
+
+def expert_numbers(names: Iterable[str]) -> list[int]:
+    """The global numbers of the experts that logical names speak of, ascending."""
+    return sorted({int(match["expert"]) for name in names if (match := _NUMBERED.fullmatch(name))})

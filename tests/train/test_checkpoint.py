@@ -1,0 +1,348 @@
+"""Checkpoints: what is saved is what is read, in every kind of tensor, and what must not be read is refused."""
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, wanted
+from torch import Tensor
+
+from switchcli.errors import CheckpointError
+from switchcli.train import manifest as manifests
+from switchcli.train import tensor_file
+from switchcli.train.checkpoint import Checkpoint, find, latest, preflight, prune, save
+from switchcli.train.manifest import DamagedError, Entry, Manifest
+
+
+def fail(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    assert path == tmp_path / "step-00000004"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    checkpoint = latest(tmp_path, fail)
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state["step"]) == (4, 4)
+    assert checkpoint.document("recipe.yaml") == b"step: 4\n"
+    assert equal(checkpoint.read_model(wanted(MODEL)), numbered(MODEL, 4))
+    assert equal(checkpoint.read_optimizer(wanted(OPTIMIZER)), numbered(OPTIMIZER, 4))
+    assert list(checkpoint.read_model(wanted(MODEL))) == list(MODEL)
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
+        checkpoint.document("tokenizer.json")
+
+
+def test_the_library_reads_the_files_and_nothing_else_is_in_the_folder(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    read = safetensors.torch.load_file(path / "model-00000.safetensors")
+    assert equal(read, numbered(MODEL, 4))
+    assert sorted(p.name for p in path.iterdir()) == [
+        "MANIFEST",
+        "model-00000.safetensors",
+        "optimizer-00000.safetensors",
+        "recipe.yaml",
+        "state.json",
+    ]
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
+    first, second = save_step(tmp_path / "a", 4), save_step(tmp_path / "b", 4)
+    assert (first / "MANIFEST").read_bytes() == (second / "MANIFEST").read_bytes()
+
+
+def test_an_empty_optimizer_has_no_file(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": b"{}"})
+    assert Checkpoint.open(path).read_optimizer({}) == {}
+    assert not list(path.glob("optimizer-*"))
+
+
+DTYPES = st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8]
+)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    tensor = torch.randint(0, 256, shape).to(draw(DTYPES))
+    return tensor.transpose(0, -1) if draw(st.booleans()) and shape else tensor
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=9).filter(lambda name: name != "__metadata__"), tensors(), max_size=5)
+)
+def test_any_tensors_are_encoded_as_the_library_decodes_them(named: dict[str, Tensor]) -> None:
+    encoded = b"".join(tensor_file.encode(named))
+    assert equal(safetensors.torch.load(encoded), named)
+    assert len(encoded) >= tensor_file.num_bytes(named)
+
+
+def test_not_a_number_is_kept_bit_for_bit(tmp_path: Path) -> None:
+    odd = {"a": torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)}
+    path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": b"{}"})
+    assert torch.equal(Checkpoint.open(path).read_model(odd)["a"].view(torch.int32), odd["a"].view(torch.int32))
+
+
+def test_tensors_are_spread_over_files_of_bounded_size() -> None:
+    named = {
+        name: torch.zeros(size, dtype=torch.uint8) for name, size in {"a": 3, "b": 9, "c": 2, "d": 2, "e": 1}.items()
+    }
+    assert [list(shard) for shard in tensor_file.shards(named, 4)] == [["a"], ["b"], ["c", "d"], ["e"]]
+    assert list(tensor_file.shards({}, 4)) == []
+
+
+def test_files_may_be_written_by_several(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": b"{}"})
+    safetensors.torch.save_file({"experts.3.wi": torch.zeros(3)}, path / "model-00007.safetensors")
+    reseal(path)
+    read = Checkpoint.open(path).read_model({"experts.3.wi": torch.empty(3), "a": torch.empty(2)})
+    assert list(read) == ["experts.3.wi", "a"]
+    assert torch.equal(read["a"], torch.ones(2))
+
+
+def test_a_step_is_saved_again_in_place_of_the_first(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    path = save(tmp_path, 4, model={"a": torch.ones(1)}, optimizer={}, documents={"state.json": b"{}"})
+    assert torch.equal(Checkpoint.open(path).read_model({"a": torch.ones(1)})["a"], torch.ones(1))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_may_be_copied_under_any_name_but_another_step(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    assert Checkpoint.open(path.rename(tmp_path / "mine")).step == 4
+    (tmp_path / "mine").rename(tmp_path / "step-00000008")
+    with pytest.raises(DamagedError, match="is that of step 4"):
+        Checkpoint.open(tmp_path / "step-00000008")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"embed.weight": torch.empty(4, 4)},
+            r"embed\.weight: the checkpoint has float32 \[4, 3\], .* wants float32 \[4, 4\]",
+        ),
+        ({"embed.weight": torch.empty(4, 3, dtype=torch.bfloat16)}, r"embed\.weight: .* wants bfloat16 \[4, 3\]"),
+        (
+            {"head.weight": torch.empty(1)},
+            r"head\.weight: the checkpoint has nothing of that name, .* wants float32 \[1\]",
+        ),
+        ({"embed.weight": None}, r"embed\.weight: the checkpoint has float32 \[4, 3\], .* wants nothing"),
+        (
+            {"ff.experts.2.wi": torch.empty(3, 2)},
+            r"num_experts: the checkpoint has experts 0\.\.1, the recipe experts 0\.\.2",
+        ),
+        ({"ff.experts.0.wi": None, "ff.experts.1.wi": None}, r"num_experts: .* experts 0\.\.1, the recipe none"),
+    ],
+)
+def test_another_architecture_is_refused_by_its_first_key(
+    tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
+    other = {name: tensor for name, tensor in (wanted(MODEL) | change).items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=message + ".*--out") as caught:
+        checkpoint.read_model(other)
+    assert not isinstance(caught.value, DamagedError)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
+    with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/momentum"):
+        checkpoint.read_optimizer({"embed.weight/momentum": torch.empty(4, 3)})
+
+
+def test_nothing_saved_is_none(tmp_path: Path) -> None:
+    assert latest(tmp_path / "absent", fail) is None
+    assert find(tmp_path / "absent", fail) is None
+    assert latest(tmp_path, fail) is None
+
+
+def test_a_reader_leaves_a_run_at_work_alone(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    for name in (".tmp-00000008-x", ".old-00000008-x", ".del-step-00000002-x"):
+        (tmp_path / name).mkdir()
+    (save_step(tmp_path / "other", 8).rename(tmp_path / "step-00000008") / "state.json").unlink()
+    before = sorted(tmp_path.iterdir())
+    warnings: list[str] = []
+    found = find(tmp_path, warnings.append)
+    assert found is not None
+    assert found.step == 4
+    assert len(warnings) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_reader_never_meets_half_a_checkpoint(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    failures: list[str] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                if find(tmp_path, failures.append) is None:
+                    failures.append("none")
+            except CheckpointError as error:
+                failures.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for step in range(2, 40):
+        save_step(tmp_path, step)
+        prune(tmp_path, 2, keep_best=False)
+    done.set()
+    reader.join()
+    assert failures == []
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, held_out in {1: None, 2: -3.0, 3: -1.0, 4: -1.5, 5: None, 6: -2.0}.items():
+        save_step(tmp_path, step, held_out)
+    prune(tmp_path, 2, keep_best=True)
+    assert steps(tmp_path) == [3, 5, 6]
+    prune(tmp_path, 1, keep_best=False)
+    assert steps(tmp_path) == [6]
+    prune(tmp_path, 3, keep_best=True)
+    assert steps(tmp_path) == [6]
+    prune(tmp_path / "absent", 2, keep_best=True)
+
+
+def test_pruning_counts_only_what_can_be_read(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path, step)
+    (tmp_path / "step-00000003" / "MANIFEST").unlink()
+    prune(tmp_path, 2, keep_best=False)
+    assert steps(tmp_path) == [2, 3, 4]
+
+
+def test_steps_beyond_eight_digits_are_still_in_order(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save_step(tmp_path, step)
+    found = latest(tmp_path, fail)
+    assert found is not None
+    assert found.step == 100_000_000
+
+
+def test_preflight(tmp_path: Path) -> None:
+    preflight(tmp_path / "run", 1000)
+    assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(
+        CheckpointError, match=r"run: not enough space \(1,000,000,000,000,000 bytes needed, [\d,]+ free\): free some"
+    ):
+        preflight(tmp_path / "run", 10**15)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/run"):
+        preflight(tmp_path / "file" / "run", 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["../step-00000002/state.json", "/etc/passwd", "a/b", ".hidden", "", "MANIFEST", "a\n", "ä"]
+)
+def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    path = save_step(tmp_path, 4)
+    known = manifests.load(path)
+    entries = sorted([*known.entries, Entry(name, 1, "0" * 64)], key=lambda entry: entry.name)
+    (path / "MANIFEST").write_bytes(Manifest(4, tuple(entries)).encode())
+    with pytest.raises(DamagedError, match="MANIFEST"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("target", ["state.json", "model-00000.safetensors", "MANIFEST"])
+def test_links_pipes_and_folders_are_not_read(tmp_path: Path, target: str) -> None:
+    path = save_step(tmp_path, 4)
+    file = path / target
+    file.rename(tmp_path / "elsewhere")
+    for make in (lambda: file.symlink_to(tmp_path / "elsewhere"), lambda: os.mkfifo(file)):
+        make()
+        with pytest.raises(DamagedError, match=target):
+            Checkpoint.open(path)
+        file.unlink()
+    file.mkdir()
+    with pytest.raises(DamagedError, match=target):
+        Checkpoint.open(path)
+
+
+def test_files_that_the_manifest_does_not_name_are_ignored(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "model-00009.safetensors").write_bytes(b"garbage")
+    assert equal(Checkpoint.open(path).read_model(wanted(MODEL)), numbered(MODEL, 4))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage",
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        b"\x02" + b"\x00" * 7 + b"{}" + b"trailing",
+        b"".join(tensor_file.encode({"embed.weight": torch.ones(4, 3)})),
+        safetensors.torch.save({"x": torch.ones(1, dtype=torch.int16)}),
+    ],
+    ids=["empty", "garbage", "length", "trailing", "twice", "dtype"],
+)
+def test_a_sealed_file_that_is_not_sound_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "model-00001.safetensors").write_bytes(content)
+    reseal(path)
+    with pytest.raises(DamagedError, match="model-00001"):
+        Checkpoint.open(path).read_model(wanted(MODEL))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"nonsense", b"[" * 100_000, b"\xff"])
+def test_a_state_that_is_no_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "state.json").write_bytes(content)
+    reseal(path)
+    with pytest.raises(DamagedError, match=r"state\.json"):
+        Checkpoint.open(path)
+
+
+def test_a_manifest_must_be_in_its_one_form(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    body = json.loads((path / "MANIFEST").read_bytes().splitlines()[0])
+
+    def seal(text: str) -> None:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (path / "MANIFEST").write_text(f"{text}\n{digest}\n")
+
+    for text in (
+        json.dumps(body),
+        json.dumps(body | {"more": 1}),
+        "[]",
+        "1",
+        "",
+        "{",
+        json.dumps(body | {"step": "4"}),
+    ):
+        seal(text)
+        with pytest.raises(DamagedError, match="MANIFEST"):
+            Checkpoint.open(path)
+    seal(json.dumps(body | {"format": "switchcli checkpoint 2"}))
+    with pytest.raises(CheckpointError, match="the switchcli that wrote it") as caught:
+        Checkpoint.open(path)
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_step(tmp_path, 4)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifests, "_descriptor", refuse)
+    with pytest.raises(CheckpointError, match="Permission denied: make it readable"):
+        latest(tmp_path, fail)
+    assert path.exists()

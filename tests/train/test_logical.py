@@ -1,0 +1,99 @@
+"""Stacked parameters and whole logical tensors: the names, the views, and that nothing is lost either way."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from switchcli.train.logical import expert_numbers, join, split
+
+WI = "encoder.blocks.1.feed_forward.experts.wi"
+
+
+def test_an_expert_weight_is_named_by_its_global_number() -> None:
+    named = {
+        WI: torch.arange(12.0).reshape(2, 3, 2),
+        "encoder.embed.weight": torch.ones(4),
+        f"{WI}/row": torch.ones(2, 3),
+    }
+    logical = split(named, 2, first_expert=6)
+    assert set(logical) == {
+        "encoder.blocks.1.feed_forward.experts.6.wi",
+        "encoder.blocks.1.feed_forward.experts.7.wi",
+        "encoder.blocks.1.feed_forward.experts.6.wi/row",
+        "encoder.blocks.1.feed_forward.experts.7.wi/row",
+        "encoder.embed.weight",
+    }
+    assert torch.equal(logical["encoder.blocks.1.feed_forward.experts.7.wi"], named[WI][1])
+    assert expert_numbers(logical) == [6, 7]
+
+
+def test_splitting_copies_nothing() -> None:
+    stacked = torch.randn(4, 3, 2)
+    parts = split({"experts.wi": stacked}, 4)
+    assert all(part.is_contiguous() for part in parts.values())
+    assert {part.untyped_storage().data_ptr() for part in parts.values()} == {stacked.untyped_storage().data_ptr()}
+
+
+def test_a_slot_that_is_not_stacked_keeps_the_stacked_name() -> None:
+    state = {"a.experts.wi/step": torch.tensor(3), "a.experts.wi/other": torch.ones(5)}
+    assert split(state, 4) == state
+    assert join(state, 4) == state
+
+
+@pytest.mark.parametrize("name", ["a.experts", "a.my_experts.wi", "a.experts_norm.weight", "router.weight/experts.x"])
+def test_other_names_are_left_alone(name: str) -> None:
+    assert list(split({name: torch.ones(4, 2)}, 4)) == [name]
+
+
+def test_our_own_mistakes_are_asserted() -> None:
+    with pytest.raises(AssertionError, match="not stacked over 4"):
+        split({"a.experts.wi": torch.ones(3, 2)}, 4)
+    with pytest.raises(AssertionError, match="number already"):
+        split({"a.experts.0.wi": torch.ones(4, 2)}, 4)
+    with pytest.raises(AssertionError, match=r"has experts \[0, 2\]"):
+        join({"a.experts.0.wi": torch.ones(2), "a.experts.2.wi": torch.ones(2)}, 2)
+
+
+PARTS = st.sampled_from(["encoder", "blocks", "0", "11", "feed_forward", "attention"])
+PATHS = st.lists(PARTS, max_size=3).map(lambda parts: "".join(f"{part}." for part in parts))
+TAILS = st.sampled_from(["wi", "wo", "wi.weight", "wi/row", "wo/column", "wi/step"])
+
+
+@st.composite
+def named_tensors(draw: st.DrawFn) -> tuple[dict[str, Tensor], int, int]:
+    num_experts = draw(st.integers(1, 9))
+    named: dict[str, Tensor] = {}
+    for path, tail, sparse in draw(st.lists(st.tuples(PATHS, TAILS, st.booleans()), max_size=8)):
+        shape = draw(st.lists(st.integers(0, 3), max_size=2))
+        lead = [num_experts] if sparse and not tail.endswith("/step") else []
+        named[f"{path}{'experts.' if sparse else ''}{tail}"] = torch.randn(
+            [] if tail.endswith("/step") else lead + shape
+        )
+    return named, num_experts, draw(st.integers(0, 99))
+
+
+@settings(deadline=None)
+@given(named_tensors())
+def test_split_and_join_are_inverse(case: tuple[dict[str, Tensor], int, int]) -> None:
+    named, num_experts, first = case
+    logical = split(named, num_experts, first)
+    again = join(logical, num_experts, first)
+    assert again.keys() == named.keys()
+    assert all(torch.equal(again[name], named[name]) for name in named)
+    twice = split(again, num_experts, first)
+    assert twice.keys() == logical.keys()
+    assert all(torch.equal(twice[name], logical[name]) for name in logical)
+    assert sum(t.numel() for t in logical.values()) == sum(t.numel() for t in named.values())
+
+
+def test_any_number_of_ranks_gives_the_same_tensors() -> None:
+    whole = {"experts.wi": torch.randn(8, 2)}
+    expected = split(whole, 8)
+    for held in (1, 2, 4):
+        found: dict[str, Tensor] = {}
+        for first in range(0, 8, held):
+            found |= split({"experts.wi": whole["experts.wi"][first : first + held]}, held, first)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
