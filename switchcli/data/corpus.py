@@ -1,6 +1,7 @@
 """Corpora: where documents come from, told apart by `kind`. The only file that opens a Hugging Face dataset.
 
-A corpus has `documents()`, an iterator of `Document` in a fixed order, and `fingerprint()`, which changes when its text may have.
+A corpus has `documents()`, an iterator of `Document` in a fixed order, and `fingerprint()`, which changes when its text
+may have.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ __all__ = ["Corpus", "Files", "Hub", "PythonStdlib"]
 
 
 class Hub(Spec):
-    """A dataset of the Hugging Face hub, or a folder of data files, through `datasets`. Code from the hub is never run."""
+    """A dataset of the Hugging Face hub, or a folder of data files, through `datasets`. No code from the hub is run."""
 
     kind: Literal["hub"] = "hub"
     path: str
@@ -37,9 +38,11 @@ class Hub(Spec):
     max_documents: int | None = Field(default=None, ge=1)
 
     def documents(self) -> Iterator[Document]:
-        """In the dataset's own order, named by their row. Raises DataError for no network, an unknown name or column, no text."""
+        """In the dataset's own order, named by their row.
+
+        Raises DataError for no network, an unknown name or column, no text.
+        """
         from datasets.exceptions import DatasetsError
-        from huggingface_hub.errors import HTTPError
 
         empty = True
         try:
@@ -48,11 +51,11 @@ class Hub(Spec):
                 if text.strip():
                     empty = False
                     yield Document(f"{self.path}/{self.name or ''}/{self.split}:{row}", text)
-        except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
+        except (DatasetsError, OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"data.corpora: {self.path}: the dataset cannot be opened ({reason}): check path, name, split and revision, "
-                "and the network; or use `kind: files` with text that is here"
+                f"data.corpora: {self.path}: the dataset cannot be opened ({reason}): check path, name, split, "
+                "revision and the network; or use `kind: files` with text that is here"
             ) from error
         if empty:
             raise DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")

@@ -12,6 +12,6 @@ class Document(NamedTuple):
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document of this name belongs to the `fraction` kept for evaluation: the same on any machine, in any order."""
+    """Whether the document of this name is of the `fraction` kept for evaluation: the same anywhere, in any order."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64

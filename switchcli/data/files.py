@@ -17,19 +17,20 @@ from switchcli.spec import Spec
 
 
 class Files(Spec):
-    """`paths` are files or globs (`**` goes down), read from the current folder; names that end in .json or .jsonl hold JSON Lines."""
+    """Text files, and JSON Lines where the name ends in .json or .jsonl; either with .gz after it."""
 
     kind: Literal["files"] = "files"
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files or globs (`**` goes down), from the current folder."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
     """What a document is in a text file; paragraphs are parted by blank lines. The unit that is held out."""
     field: str = "text"
     """The key of the text in JSON Lines."""
 
     def documents(self) -> Iterator[Document]:
-        """In the order of `paths`, each glob's files by name. A document is named by its path as given and its first line.
+        """In the order of `paths`, each glob's files by name; named by the path as given and the first line.
 
-        Raises DataError for no match, a folder, bytes that are not UTF-8, NUL bytes, broken JSON, a missing field, no text.
+        Raises DataError for no match, a folder, bytes that are not UTF-8, NULs, broken JSON, no such field, no text.
         """
         empty = True
         for path in _matches(self.paths):
@@ -137,10 +138,14 @@ def _json_text(line: str, field: str, where: str) -> str:
         raise DataError(f"{where}: a JSON object is needed in each line, this is a {type(value).__name__}")
     if field not in value:
         keys = ", ".join(map(str, value)) or "none"
-        raise DataError(f"{where}: no field {field!r} (fields here: {keys}): set `field` to the one that holds the text")
+        raise DataError(
+            f"{where}: no field {field!r} (fields here: {keys}): set `field` to the one that holds the text"
+        )
     text = value[field]
     if not isinstance(text, str):
         raise DataError(f"{where}: field {field!r} is a {type(text).__name__}, text is needed: set `field` to another")
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: field {field!r} holds a NUL or half a surrogate pair: clean the text")
+    try:
+        _decode(text.encode("utf-8"), where, 0)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: field {field!r} holds half a surrogate pair: clean the text") from error
     return text

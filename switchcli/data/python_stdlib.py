@@ -99,4 +99,5 @@ def _docstrings(path: Path) -> str:
                 visit(child)
 
     visit(_parse(path.read_bytes()))
-    return "\n\n".join(found)
+    # A docstring may spell half a surrogate pair, which is no text.
+    return "\n\n".join(found).encode("utf-8", "replace").decode("utf-8")

@@ -49,8 +49,9 @@ class SpanCorruption(Spec):
         lengths = self._lengths(self.raw_length)
         if lengths.num_spans > lengths.num_kept:
             raise ValueError(
-                f"noise_density ({self.noise_density}) in spans of {self.mean_span_length} makes {lengths.num_spans} spans, "
-                f"but only {lengths.num_kept} tokens are left to part them: lower noise_density or raise mean_span_length"
+                f"noise_density ({self.noise_density}) and mean_span_length ({self.mean_span_length}) make "
+                f"{lengths.num_spans} spans, but only {lengths.num_kept} tokens are left to part them: lower "
+                "noise_density or raise mean_span_length"
             )
         return self
 
@@ -92,11 +93,11 @@ class SpanCorruption(Spec):
     def corrupt(
         self, raw_RL: NDArray[np.int64], draws: NDArray[np.uint64], sentinels: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Inputs [R, inputs_length] and targets [R, targets_length] of raw ids [R, raw_length], both int64, padded with 0.
+        """Inputs [R, inputs_length] and targets [R, targets_length], int64, padded with 0, of raw ids [R, raw_length].
 
-        `draws` [R, num_draws] are uniform; only their order within a row counts. `sentinels` [>= num_spans]: the ids in order
-        of use. Kept and hidden segments are cut independently, each way of cutting into non-empty ones being equally likely;
-        they alternate, a kept one first.
+        `draws` [R, num_draws] are uniform; only their order within a row counts. `sentinels` [>= num_spans] are the ids
+        in order of use. Kept and hidden segments are cut independently, each way of cutting into non-empty ones being
+        equally likely; they alternate, a kept one first.
         """
         kept, noise, spans = self._lengths(self.raw_length)
         lengths = np.stack(
@@ -113,7 +114,7 @@ class SpanCorruption(Spec):
 
 
 def _segment(draws: NDArray[np.uint64], num_items: int, num_segments: int) -> NDArray[np.int64]:
-    """Random lengths [R, num_segments], each >= 1, summing to `num_items`: cut at the places of the smallest draws [R, num_items - 1]."""
+    """Random lengths [R, num_segments] >= 1 that add up to `num_items`: cut where draws [R, num_items - 1] are least."""
     cuts = np.sort(np.argsort(draws, axis=1)[:, : num_segments - 1], axis=1) + 1
     return np.diff(cuts, axis=1, prepend=0, append=num_items)
 
@@ -121,7 +122,7 @@ def _segment(draws: NDArray[np.uint64], num_items: int, num_segments: int) -> ND
 def _replace_spans(
     raw_RL: NDArray[np.int64], mask_RL: NDArray[np.bool_], sentinels: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Each masked span becomes one sentinel; every row has as many spans as there are `sentinels`, and as many masked tokens."""
+    """Each masked span becomes one sentinel. Every row has as many spans as `sentinels`, and as many masked tokens."""
     starts_RL = mask_RL.copy()
     starts_RL[:, 1:] &= ~mask_RL[:, :-1]
     marked_RL = raw_RL.copy()

@@ -1,6 +1,7 @@
-"""Tokenizer: text to ids and back in T5's layout (0 `<pad>`, 1 `</s>`, sentinels `<extra_id_0>`, ...), and the specs that load one.
+"""Tokenizer: text to ids and back, in T5's layout; and the specs that load one.
 
-Training a vocabulary is in `switchcli.data.vocabulary`.
+The layout: 0 `<pad>`, 1 `</s>`, 2 `<unk>`, and the sentinels `<extra_id_0>`, `<extra_id_1>`, ... anywhere. Training a
+vocabulary is in `switchcli.data.vocabulary`.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from switchcli.data.batch import EOS, PAD
-from switchcli.data.vocabulary import NUM_SENTINELS, sentinel, train_unigram
+from switchcli.data.document import Document
+from switchcli.data.vocabulary import NUM_SENTINELS, SPECIAL, sentinel, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import Spec
 
@@ -25,14 +27,14 @@ from switchcli.spec import Spec
 class Tokenizer:
     """A `tokenizer.json` whose ids are T5's.
 
-    Attributes: `vocab_size`, one more than the highest id; `sentinels` int64, `<extra_id_0>` first; `sha256` of `to_json()`.
+    vocab_size: one more than the highest id. sentinels: int64 ids, `<extra_id_0>` first. sha256: of `to_json()`.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str) -> None:
         """Takes over `inner`. Raises DataError, naming `where`, for other special ids or no sentinels."""
         inner.no_truncation()  # a saved tokenizer may cut or pad every text
         inner.no_padding()
-        for index, piece in ((PAD, "<pad>"), (EOS, "</s>")):
+        for index, piece in enumerate(SPECIAL):
             if inner.id_to_token(index) != piece:
                 raise DataError(
                     f"{where}: id {index} is {inner.id_to_token(index)!r}, T5's layout needs {piece!r} there: "
@@ -47,6 +49,8 @@ class Tokenizer:
             )
         self._inner = inner
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        self._plain = np.arange(self.vocab_size)
+        self._plain[[PAD, EOS, *self.sentinels]] = SPECIAL.index("<unk>")
         self.sha256 = hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
@@ -65,14 +69,15 @@ class Tokenizer:
         """The ids of a prompt: `<extra_id_0>` in it is that sentinel. No EOS is added."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text of a corpus: `<extra_id_0>` or `</s>` in it is text like any other. No EOS is added."""
+    def encode_batch(self, texts: list[str]) -> list[NDArray[np.int64]]:
+        """The ids, int64, of each text of a corpus: padding, EOS or a sentinel spelt out there is none. Adds no EOS."""
         self._inner.encode_special_tokens = True
         try:
             encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
         finally:
             self._inner.encode_special_tokens = False
-        return [encoding.ids for encoding in encodings]
+        # T5's own vocabulary has them as ordinary pieces too, so that text may still match one: it becomes <unk>.
+        return [self._plain[encoding.ids] for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text: padding and EOS left out, sentinels as `<extra_id_0>`."""
@@ -82,7 +87,7 @@ class Tokenizer:
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """The library's failures as DataError. It raises bare `Exception`, and a panic that is not even one; no other is caught."""
+    """The library's failures as DataError: it raises bare `Exception`, and a panic that is not even one."""
     try:
         yield
     except BaseException as error:
@@ -96,16 +101,16 @@ class TrainedTokenizer(Spec):
 
     kind: Literal["train"] = "train"
     vocab_size: int = Field(default=8192, ge=3 + NUM_SENTINELS + 1)
-    """Ids in all, the 100 sentinels included; what a small corpus leaves free is filled with pieces that no text uses."""
+    """Ids in all, 100 sentinels included; what a small corpus leaves free is filled with pieces that no text uses."""
     max_characters: int = Field(default=10_000_000, ge=1)
     """Trained on a sample of the documents of at most so many characters."""
 
     def fingerprint(self) -> str:
         return f"train {self.model_dump_json()} tokenizers {tokenizers.__version__}"
 
-    def load(self, texts: Callable[[], Iterable[tuple[str, str]]]) -> Tokenizer:
-        """Trains on the (name, text) pairs that `texts()` gives. Raises DataError when there are none."""
-        return Tokenizer(train_unigram(texts(), self.vocab_size, self.max_characters), "data.tokenizer")
+    def load(self, documents: Callable[[], Iterable[Document]]) -> Tokenizer:
+        """Trains on what `documents()` gives. Raises DataError when that is nothing."""
+        return Tokenizer(train_unigram(documents(), self.vocab_size, self.max_characters), "data.tokenizer")
 
 
 class TokenizerFile(Spec):
@@ -117,8 +122,8 @@ class TokenizerFile(Spec):
     def fingerprint(self) -> str:
         return f"file {hashlib.sha256(self._read().encode()).hexdigest()}"
 
-    def load(self, texts: Callable[[], Iterable[tuple[str, str]]]) -> Tokenizer:
-        """Raises DataError when the file is missing or no such tokenizer. `texts` is not read."""
+    def load(self, documents: Callable[[], Iterable[Document]]) -> Tokenizer:
+        """Raises DataError when the file is missing or no such tokenizer. `documents` is not called."""
         return Tokenizer.from_json(self._read(), self.path)
 
     def _read(self) -> str:
@@ -127,9 +132,7 @@ class TokenizerFile(Spec):
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.reason
-            raise DataError(
-                f"data.tokenizer.path: {path}: cannot be read ({reason}): name a tokenizer.json"
-            ) from error
+            raise DataError(f"data.tokenizer.path: {path}: cannot be read ({reason}): name a tokenizer.json") from error
 
 
 class HubTokenizer(Spec):
@@ -143,8 +146,8 @@ class HubTokenizer(Spec):
     def fingerprint(self) -> str:
         return f"hub {self.path} {self.revision}"
 
-    def load(self, texts: Callable[[], Iterable[tuple[str, str]]]) -> Tokenizer:
-        """Raises DataError without the network or such a repository. `texts` is not read."""
+    def load(self, documents: Callable[[], Iterable[Document]]) -> Tokenizer:
+        """Raises DataError without the network or such a repository. `documents` is not called."""
         from huggingface_hub import hf_hub_download
 
         try:
@@ -152,10 +155,10 @@ class HubTokenizer(Spec):
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"data.tokenizer: {self.path}: tokenizer.json cannot be had from the hub ({reason}): check path, revision and "
-                "the network; or use `kind: file` with one that is here"
+                f"data.tokenizer: {self.path}: tokenizer.json cannot be had from the hub ({reason}): check path, "
+                "revision and the network; or use `kind: file` with one that is here"
             ) from error
-        return TokenizerFile(path=file).load(texts)
+        return TokenizerFile(path=file).load(documents)
 
 
 TokenizerSpec = Annotated[TrainedTokenizer | TokenizerFile | HubTokenizer, Field(discriminator="kind")]

@@ -1,0 +1,94 @@
+"""SpanStream: the store's tokens as batches of corrupted spans, a pure function of (seed, step).
+
+Each epoch shuffles the documents, puts them end to end without EOS between (T5), cuts that into chunks, and shuffles
+the chunks, so that one long document does not fill a batch; the tail shorter than a chunk is left out. Resuming
+replays nothing.
+
+Legend  R rows  L raw tokens of a chunk
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from switchcli.data.batch import Batch
+from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.store import TokenStore
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError
+
+# The last word of Philox's counter: streams of numbers with the same key that never meet.
+SPANS, DOCUMENTS, CHUNKS = range(3)
+WORDS = 4  # 64-bit words that Philox gives for one count
+
+
+class SpanStream:
+    """Rows of an endless sequence of epochs, `batch_sequences` a step. Holds the order of one epoch at a time."""
+
+    def __init__(
+        self, store: TokenStore, tokenizer: Tokenizer, corruption: SpanCorruption, seed: int, batch_sequences: int
+    ) -> None:
+        """Raises DataError when the store is smaller than a chunk, or the sentinels are fewer than a row needs."""
+        if len(tokenizer.sentinels) < corruption.num_spans:
+            raise DataError(
+                f"data.span_corruption hides {corruption.num_spans} spans a row and needs as many sentinels, the "
+                f"tokenizer has {len(tokenizer.sentinels)}: take a smaller inputs_length or noise_density, or a larger "
+                "mean_span_length"
+            )
+        self.rows_per_epoch = store.num_tokens // corruption.raw_length
+        """Rows that show each token once at most."""
+        if not self.rows_per_epoch:
+            raise DataError(
+                f"data: {store.num_tokens} tokens in {store.num_documents} documents, but one row takes "
+                f"{corruption.raw_length}: add text, or take a smaller inputs_length (for the held-out part, a larger "
+                "held_out_fraction)"
+            )
+        self._store, self._sentinels, self._corruption = store, tokenizer.sentinels, corruption
+        self._seed, self._batch_sequences = seed, batch_sequences
+        self._epoch: _Epoch | None = None
+
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
+        epochs, rows = np.divmod(step * self._batch_sequences + np.arange(first, first + count), self.rows_per_epoch)
+        raw_RL = np.concatenate([self._enter(int(epoch)).raw(rows[epochs == epoch]) for epoch in np.unique(epochs)])
+        inputs_RS, targets_RT = self._corruption.corrupt(raw_RL, self._draws(step, first, count), self._sentinels)
+        return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
+
+    def _enter(self, number: int) -> "_Epoch":
+        if self._epoch is None or self._epoch.number != number:
+            self._epoch = _Epoch(self._store, self.rows_per_epoch, self._corruption.raw_length, self._seed, number)
+        return self._epoch
+
+    def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:
+        """[count, num_draws]: each row has counts of its own, so that any split of the batch draws the same."""
+        counts = -(-self._corruption.num_draws // WORDS)
+        bits = _philox(self._seed, step, SPANS).advance(first * counts)
+        return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._corruption.num_draws]
+
+
+class _Epoch:
+    """One order of the documents and of the chunks cut from them."""
+
+    def __init__(self, store: TokenStore, num_chunks: int, raw_length: int, seed: int, number: int) -> None:
+        self.number = number
+        self._tokens, self._raw_length = store.tokens, raw_length
+        documents = _permutation(store.num_documents, seed, number, DOCUMENTS)
+        ends = np.cumsum(np.diff(store.offsets)[documents])
+        # Where a shuffled position lies in the store: the position plus the shift of its document.
+        self._ends, self._shift = ends, store.offsets[1:][documents] - ends
+        self._chunks = _permutation(num_chunks, seed, number, CHUNKS)
+
+    def raw(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Raw ids int64 [R, L] of the epoch's rows [R]."""
+        position_RL = self._chunks[rows][:, None] * self._raw_length + np.arange(self._raw_length)
+        document_RL = np.searchsorted(self._ends, position_RL, side="right")
+        return self._tokens[position_RL + self._shift[document_RL]].astype(np.int64)
+
+
+def _philox(seed: int, index: int, purpose: int) -> np.random.Philox:
+    """Counter-based random bits of (seed, index, purpose): the same in every version, as numpy promises."""
+    return np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose])
+
+
+def _permutation(size: int, seed: int, index: int, purpose: int) -> NDArray[np.int64]:
+    return np.argsort(_philox(seed, index, purpose).random_raw(size), kind="stable")
