@@ -113,6 +113,11 @@ class Checkpoint:
         return {key: tensors[key] for key in wanted}
 
 
+def path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / _name(step)
+
+
 def save(
     folder: Path,
     step: int,
@@ -128,7 +133,7 @@ def save(
     state.json. Raises CheckpointError when the disk refuses; every checkpoint there was is then still there.
     """
     assert "state.json" in documents
-    final_path = folder / _name(step)
+    final_path = path(folder, step)
     unique = secrets.token_hex(4)
     temporary = folder / f".tmp-{step:08d}-{unique}"
     needed = tensor_file.num_bytes(model) + tensor_file.num_bytes(optimizer) + sum(map(len, documents.values()))

@@ -27,7 +27,7 @@ NAME: Final = "MANIFEST"
 _FORMAT: Final = "switchcli checkpoint 1"
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_MAX_BYTES: Final = 1 << 24
+_MAX_BYTES: Final = 1 << 28
 # What an open tells us about the checkpoint; any other refusal (permission, descriptors, memory) is about the machine.
 _DAMAGE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO)
 
@@ -126,7 +126,7 @@ def load(folder: Path) -> Manifest:
 
 
 def read_small(path: Path) -> bytes:
-    """A file of at most 16 MiB (MANIFEST, JSON, YAML), whole."""
+    """A file of at most 256 MiB (MANIFEST, JSON, YAML), whole."""
     with _opened(path) as (stream, size):
         if size > _MAX_BYTES:
             raise DamagedError(path, "size", f"has {size:,} bytes, where {_MAX_BYTES:,} are allowed")

@@ -15,6 +15,7 @@ from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, wanted
 from torch import Tensor
 
 from switchcli.errors import CheckpointError
+from switchcli.train import checkpoint as checkpoints
 from switchcli.train import manifest as manifests
 from switchcli.train import tensor_file
 from switchcli.train.checkpoint import Checkpoint, find, latest, preflight, prune, save
@@ -27,7 +28,7 @@ def fail(text: str) -> None:
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     path = save_step(tmp_path, 4)
-    assert path == tmp_path / "step-00000004"
+    assert path == checkpoints.path(tmp_path, 4) == tmp_path / "step-00000004"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     checkpoint = latest(tmp_path, fail)
     assert checkpoint is not None
