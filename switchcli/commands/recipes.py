@@ -1,0 +1,111 @@
+"""`switchcli recipes`: the recipes that ship, and whether one is sound. Results go to stdout, errors are raised."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from switchcli.errors import RecipeError
+from switchcli.recipe import library, resolve, text
+
+app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """Name and description of each recipe that ships."""
+    rows = [(name, library.description(name)) for name in library.names()]
+    if as_json:
+        _print_json({"recipes": [{"name": name, "description": described} for name, described in rows]})
+        return
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, described in rows:
+        typer.echo(f"{name:{width}}  {described}".rstrip())
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Such as quickstart/switch.")], as_json: Json = False) -> None:
+    """Print the file of a recipe that ships."""
+    path = library.named(name)
+    content = path.read_text(encoding="utf-8")
+    if as_json:
+        _print_json({"name": name, "path": str(path), "text": content})
+    else:
+        typer.echo(content, nl=False)
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="Such as quickstart/switch.")],
+    file: Annotated[Path, typer.Argument(help="The new file; it must not be there yet.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a recipe that ships, to change it. What it extends is then named as it ships."""
+    source = library.named(name)
+    content = source.read_text(encoding="utf-8")
+    target = file / source.name if file.is_dir() else file
+    try:
+        with target.open("x", encoding="utf-8") as out:
+            out.write(re.sub(r"(?m)^extends: *(\S+)$", lambda found: _shipped(source, found[1]), content))
+    except FileExistsError as error:
+        raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
+    except OSError as error:
+        raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
+    if as_json:
+        _print_json({"name": name, "file": str(target)})
+    else:
+        typer.echo(str(target))
+
+
+@app.command()
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE ...", help="Paths, or names of recipes that ship.")],
+    as_json: Json = False,
+) -> None:
+    """Check recipes and report everything that is wrong with any of them."""
+    errors = {file: _errors(file) for file in files}
+    if as_json:
+        _print_json({"files": [{"file": file, "ok": not found, "errors": found} for file, found in errors.items()]})
+    else:
+        for file in (file for file, found in errors.items() if not found):
+            typer.echo(f"{file}: ok")
+    if broken := [line for found in errors.values() for line in found]:
+        raise RecipeError("\n".join(broken))
+
+
+@app.command()
+def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes an editor is to complete.")]) -> None:
+    """Print the JSON Schema of a verb's recipes."""
+    from switchcli.recipe.schema import RECIPES, editor_schema
+
+    if verb not in RECIPES:
+        raise RecipeError(f"{text.name_of(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}")
+    _print_json(editor_schema(RECIPES[verb]))
+
+
+def _shipped(source: Path, extends: str) -> str:
+    """The `extends:` line of a copy of `source`, which need not lie beside what `source` extends."""
+    parent = library.locate(extends, beside=source.parent).resolve()
+    return f"extends: {parent.relative_to(library.folder().resolve()).with_suffix('').as_posix()}"
+
+
+def _errors(file: str) -> list[str]:
+    """Everything wrong with `file`, one line each, by the schema of the verb that it names."""
+    from switchcli.recipe.schema import RECIPES, PretrainRecipe
+
+    try:
+        tree = resolve.load(file)
+        verb = tree.value.get("verb") if isinstance(tree.value, dict) else None
+        recipe = RECIPES.get(str(verb.value)) if verb else None
+        resolve.validate(tree, recipe or PretrainRecipe)
+    except RecipeError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))

@@ -1,0 +1,226 @@
+"""What pydantic found wrong, in a user's words: where it was said, the dotted key, the rule, the value, the way out.
+
+A spec's own rule is the ValueError of its validator. When its message starts with a key of that spec, as in
+"steps (0) must be ...", the line is that key's; a message of several lines is several rules.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from switchcli.recipe.text import Node, name_of
+
+Keys = tuple[str | int, ...]
+Models = tuple[type[BaseModel], ...]
+
+_RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "missing": "missing",
+        "int_type": "must be an integer",
+        "int_from_float": "must be an integer",
+        "float_type": "must be a number",
+        "float_parsing": "must be a number",
+        "finite_number": "must be a finite number",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "tuple_type": "must be a list",
+        "list_type": "must be a list",
+        "dict_type": "must be a mapping of keys",
+        "model_type": "must be a mapping of keys",
+        "model_attributes_type": "must be a mapping of keys",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than_equal": "must be at most {le}",
+        "too_short": "must have at least {min_length} items",
+    }
+)
+_WORDS: Mapping[str, str] = MappingProxyType(
+    {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+)
+
+
+class _Place(NamedTuple):
+    """A place of the schema: the specs that may stand there (several are told apart by `kind`), and the path to it."""
+
+    models: Models
+    annotation: Any
+    path: Keys
+
+
+def lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[str]:
+    """One line for each thing wrong with `tree` as a value of `schema`, in the order of the schema."""
+    found: dict[tuple[str, str], str] = {}
+    for details in error.errors(include_url=False):
+        if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
+            continue  # pydantic counts the items that are right, and each that is wrong has a line of its own
+        for path, line in _explained(details, tree, schema):
+            # Of a union without kinds pydantic reports each member; the first rule is enough.
+            found.setdefault((dotted(path), "" if details["type"] != "value_error" else line), line)
+    return list(found.values())
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """`path` as a recipe's user writes it: `data.corpora.0.path`."""
+    return ".".join(name_of(key) for key in path)
+
+
+def got(value: Any) -> str:
+    """`value` as YAML shows it, shortened."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _explained(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iterator[tuple[Keys, str]]:
+    place = _find(schema, details["loc"])
+    path, kind = place.path, details["type"]
+    if kind == "value_error":
+        yield from _own_rules(str(details["ctx"]["error"]), place, tree)
+        return
+    if kind == "extra_forbidden":
+        rule = _unknown_key(_find(schema, details["loc"][:-1]), str(path[-1]), schema)
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        rule = _kind_rule(place.models, details)
+        path = (*path, "kind")
+    else:
+        rule = _value_rule(details, place, schema)
+    yield path, f"{_where(tree, path)}: {dotted(path)}: {rule}"
+
+
+def _own_rules(message: str, place: _Place, tree: Node) -> Iterator[tuple[Keys, str]]:
+    for rule in message.split("\n"):
+        first = re.match(r"[a-z_]\w*(?:\.\w+)*", rule)
+        keys = tuple(first.group().split(".")) if first else ()
+        if keys and any(keys[0] in model.model_fields for model in place.models):
+            path = (*place.path, *keys)
+            prefix = f"{dotted(place.path)}." if place.path else ""
+        else:
+            path = place.path
+            prefix = f"{dotted(place.path)}: " if place.path else ""
+        yield path, f"{_where(tree, path)}: {prefix}{rule}"
+
+
+def _value_rule(details: ErrorDetails, place: _Place, schema: type[BaseModel]) -> str:
+    kind, value = details["type"], details["input"]
+    ours = _RULES[kind].format(**details.get("ctx", {})) if kind in _RULES else None
+    rule = ours or re.sub(r"^\w+ should", "must", details["msg"])
+    default = _default(schema, details["loc"])
+    if kind == "missing":
+        return f"{rule}: add it, as {dotted(place.path)}=VALUE on the command line or in the recipe"
+    rule = f"{rule} (got {got(value)})"
+    if kind == "literal_error":
+        return rule + _did_you_mean(str(value), [str(choice) for choice in _choices(place.annotation)])
+    if kind == "bool_type" and isinstance(value, str) and value.lower() in _WORDS:
+        return f"{rule}; YAML 1.2 reads {value} as text: write {_WORDS[value.lower()]}"
+    if kind in ("int_type", "float_type", "float_parsing") and isinstance(value, str):
+        return f"{rule}; write {_bare(value)}" if _bare(value) else f"{rule}{_leave_out(default)}"
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{rule}; put it in quotes: '{value}'"
+    return f"{rule}{_leave_out(default)}"
+
+
+def _bare(value: str) -> str | None:
+    """The number that quoted or grouped digits mean, if they do."""
+    digits = value.replace("_", "").replace(",", "").strip()
+    return digits if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", digits) else None
+
+
+def _leave_out(default: Any) -> str:
+    return f"; leave it out for the default, {got(default)}" if isinstance(default, str | int | float) else ""
+
+
+def _unknown_key(place: _Place, key: str, schema: type[BaseModel]) -> str:
+    here = [name for model in place.models for name in model.model_fields]
+    if near := _did_you_mean(key, here, cutoff=0.8):
+        return f"no such key{near}"
+    if kinds := _kinds([model for model in _find(schema, place.path).models if key in model.model_fields]):
+        return f"no such key for this kind; it belongs to kind: {' or '.join(kinds)}"
+    elsewhere = list(_keys(schema, ()))
+    if close := difflib.get_close_matches(key, [str(path[-1]) for path in elsewhere], n=1, cutoff=0.8):
+        least_deep = min((path for path in elsewhere if path[-1] == close[0]), key=len)
+        return f"no such key. Did you mean {dotted(least_deep)}?"
+    return f"no such key{_did_you_mean(key, here) or '; the keys are ' + ', '.join(here)}"
+
+
+def _kind_rule(models: Models, details: ErrorDetails) -> str:
+    kinds = _kinds(models)
+    value = details["input"].get("kind") if isinstance(details["input"], dict) else None
+    if details["type"] == "union_tag_not_found":
+        return f"missing; it is one of {', '.join(kinds)}"
+    return f"must be one of {', '.join(kinds)} (got {got(value)}){_did_you_mean(str(value), kinds)}"
+
+
+def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
+def _where(tree: Node, path: Keys) -> str:
+    """Where the nearest thing to `path` was said that was said at all."""
+    for key in path:
+        if isinstance(tree.value, dict) and key in tree.value:
+            tree = tree.value[str(key)]
+        elif isinstance(tree.value, list) and isinstance(key, int) and key < len(tree.value):
+            tree = tree.value[key]
+        else:
+            break
+    return tree.where
+
+
+def _find(schema: type[BaseModel], location: Keys) -> _Place:
+    """The place at pydantic's `location`, which names the kind wherever it chose by one; the path leaves it out."""
+    place = _Place((schema,), schema, ())
+    for key in location:
+        if len(place.models) > 1 and key in _kinds(place.models):
+            place = place._replace(models=tuple(model for model in place.models if key in _kinds([model])))
+        elif place.models:
+            field = place.models[0].model_fields.get(str(key))
+            place = _at(field.annotation if field else None, (*place.path, key))
+        elif get_origin(place.annotation) is tuple:
+            place = _at(get_args(place.annotation)[0], (*place.path, key))
+    return place
+
+
+def _at(annotation: Any, path: Keys) -> _Place:
+    """The place of a value of type `annotation`: through Annotated, and through None in a union."""
+    if get_origin(annotation) is Annotated:
+        return _at(get_args(annotation)[0], path)
+    members: tuple[Any, ...] = (annotation,)
+    if get_origin(annotation) in (Union, UnionType):
+        members = tuple(member for member in get_args(annotation) if member is not type(None))
+    models = tuple(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
+    return _Place(models, members[0], path)
+
+
+def _default(schema: type[BaseModel], location: Keys) -> Any:
+    parent = _find(schema, location[:-1])
+    field = parent.models[0].model_fields.get(str(location[-1])) if parent.models else None
+    return field.default if field else None
+
+
+def _keys(model: type[BaseModel], path: Keys) -> Iterator[Keys]:
+    """The path of every key of `model`, through every kind; the first item stands for those of a list."""
+    for name, field in model.model_fields.items():
+        place = _at(field.annotation, (*path, name))
+        yield place.path
+        if get_origin(place.annotation) is tuple:
+            place = _at(get_args(place.annotation)[0], (*place.path, 0))
+        for member in place.models:
+            yield from _keys(member, place.path)
+
+
+def _kinds(models: Sequence[type[BaseModel]]) -> list[str]:
+    return [kind for model in models for kind in _choices(model.model_fields["kind"].annotation)]
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()

@@ -1,0 +1,172 @@
+"""A recipe and its overrides into one frozen value: read, extend, override, fill the size, validate.
+
+The layers of a recipe are the file that extends nothing, each file that extends it, and last the command line. A later
+layer wins:
+
+- mappings merge key by key; lists and scalars replace;
+- a mapping with another `kind` than the one beneath replaces it, for the keys of one kind mean nothing to another;
+- `model.size` fills the keys of that size where it is written: over what earlier layers say, beneath what its own layer
+  and later ones say. So a child that names another size gets that size, whatever its parent spelt out.
+
+The command line is one layer: the order of KEY=VALUE matters only when two set the same key, and then the last wins.
+
+Paths inside a recipe are left as they are: they hold from the current folder, as a shell's do. `extends` alone is read
+from the folder of the file that says it, or names a recipe that ships.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from switchcli.errors import RecipeError
+from switchcli.recipe import explain, library, sizes, text
+from switchcli.recipe.text import Node
+from switchcli.spec import Spec
+
+S = TypeVar("S", bound=Spec)
+
+
+def resolve(name_or_path: str, overrides: Sequence[str], schema: type[S]) -> S:
+    """The value that the recipe `name_or_path` and the KEY=VALUE `overrides` make of `schema`.
+
+    Raises:
+        RecipeError: one line for each thing that is wrong, each `file:line: key: rule (got value); way out`.
+    """
+    return validate(load(name_or_path, overrides), schema)
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Node:
+    """The merged recipe, not yet validated; each node knows where it was said.
+
+    Raises:
+        RecipeError: a file is missing or is not YAML, an `extends` or an override cannot be followed.
+    """
+    layers = _files(library.locate(name_or_path))
+    tree = layers[0]._replace(value={})
+    for layer in layers:
+        tree = _merge(_with_size(tree, _size(layer)), layer)
+    return _overridden(tree, overrides)
+
+
+def validate(tree: Node, schema: type[S]) -> S:
+    """`tree` as a value of `schema`. Lists become tuples and integers serve as floats; nothing else is converted.
+
+    Raises:
+        RecipeError: one line for each thing that is wrong.
+    """
+    size = _size(tree)
+    problem = sizes.problem(size.value) if size and isinstance(size.value, str) else None
+    problems = [f"{size.where}: model.size: {problem}"] if size and problem else []
+    try:
+        # As JSON, for there alone pydantic's strict mode takes a list as a tuple and an integer as a float.
+        value = schema.model_validate_json(json.dumps(text.plain(tree)))
+    except ValidationError as error:
+        problems += explain.lines(error, tree, schema)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return value
+
+
+def dump(spec: Spec) -> str:
+    """YAML text of a resolved recipe: every key, in the schema's order. Resolving it again gives an equal value."""
+    return text.write(spec.model_dump(mode="json"))
+
+
+def _files(path: Path) -> list[Node]:
+    """The file at `path` behind those it extends, the oldest first, without their `extends`."""
+    layers: list[Node] = []
+    seen = {path.resolve()}
+    while True:
+        root = text.read_file(path)
+        if not isinstance(root.value, dict):
+            raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
+        layers.insert(0, root)
+        extends = root.value.pop("extends", None)
+        if extends is None:
+            return layers
+        if not isinstance(extends.value, str):
+            raise RecipeError(f"{extends.where}: extends: must be the path of one recipe; there can be only one")
+        try:
+            path = library.locate(extends.value, beside=path.parent)
+        except RecipeError as error:
+            raise RecipeError(f"{extends.where}: extends: {error}") from error
+        if path.resolve() in seen:
+            raise RecipeError(f"{extends.where}: extends: a circle: {text.shown(path)} extends this file")
+        seen.add(path.resolve())
+
+
+def _overridden(tree: Node, overrides: Sequence[str]) -> Node:
+    """`tree` with the KEY=VALUE `overrides` over it."""
+    parsed = [_override(override) for override in overrides]
+    for path, value in parsed:
+        tree = _with_size(tree, _size(_nested(path, value)))
+    # The whole before its parts and `kind` before its other keys, so that neither wipes out what was said of a part.
+    for path, value in sorted(parsed, key=lambda item: (len(item[0]), item[0][-1] != "kind")):
+        tree = _set(tree, path, value)
+    return tree
+
+
+def _override(override: str) -> tuple[tuple[str, ...], Node]:
+    where = f"override {override!r}"
+    dotted, separator, value = override.partition("=")
+    path = tuple(dotted.split("."))
+    if not separator or not all(path):
+        raise RecipeError(f"{where}: must be KEY=VALUE with a dotted key, such as train.steps=1000")
+    if len(path) > text.MAX_DEPTH:
+        raise RecipeError(f"{where}: nested more than {text.MAX_DEPTH} deep")
+    if path[0] == "extends":
+        raise RecipeError(f"{where}: extends belongs in a file: name that recipe on the command line instead")
+    return path, text.read(value, lambda line: where)
+
+
+def _nested(path: Sequence[str], value: Node) -> Node:
+    for key in reversed(path):
+        value = Node({key: value}, value.where)
+    return value
+
+
+def _set(below: Node, path: Sequence[str], value: Node, done: tuple[str, ...] = ()) -> Node:
+    """`below` with `value` at `path`; `done` is the path to `below`. A mapping as the value merges."""
+    if not path:
+        return _merge(below, value)
+    key, rest = path[0], path[1:]
+    if isinstance(below.value, list):
+        if not (key.isascii() and key.isdecimal()) or int(key) >= len(below.value):
+            rule = f"the list has {len(below.value)} items, counted from 0"
+            raise RecipeError(f"{value.where}: {explain.dotted(done)}: no item {explain.dotted((key,))}: {rule}")
+        items = list(below.value)
+        items[int(key)] = _set(items[int(key)], rest, value, (*done, key))
+        return below._replace(value=items)
+    if not isinstance(below.value, dict):
+        below = Node({}, value.where)
+    assert isinstance(below.value, dict)
+    child = below.value.get(key, Node(None, value.where))
+    return _merge(below, Node({key: _set(child, rest, value, (*done, key))}, below.where))
+
+
+def _with_size(tree: Node, size: Node | None) -> Node:
+    """`tree` with the keys of `size` over its model. An unknown size is left for `validate`."""
+    if size is None or not isinstance(size.value, str) or size.value not in sizes.SIZES:
+        return tree
+    keys: dict[str, Node] = {key: Node(value, size.where) for key, value in sizes.SIZES[size.value]._asdict().items()}
+    return _merge(tree, Node({"model": Node(keys, size.where)}, tree.where))
+
+
+def _size(tree: Node) -> Node | None:
+    model = tree.value.get("model") if isinstance(tree.value, dict) else None
+    return model.value.get("size") if model and isinstance(model.value, dict) else None
+
+
+def _merge(below: Node, above: Node) -> Node:
+    if not isinstance(above.value, dict):
+        return above
+    under = below.value if isinstance(below.value, dict) else {}
+    if "kind" in under and "kind" in above.value and under["kind"].value != above.value["kind"].value:
+        under = {}
+    merged = dict(under)
+    for key, node in above.value.items():
+        merged[key] = _merge(merged[key], node) if key in merged else node
+    return Node(merged, above.where)

@@ -1,0 +1,236 @@
+"""YAML text to nodes that know their line, and plain data to YAML text.
+
+Scalars are read by the core schema of YAML 1.2: `1e-4` is a number, `no` and `12:30` are text, `012` is 12. Refused,
+because a recipe needs none of them and each has hidden a mistake or an attack: aliases, anchors, tags, merge keys, keys
+that are not text, a key given twice, a second document, nesting beyond 32, more than 1 MiB, bytes that are not UTF-8.
+
+This file knows nothing of recipes: what the keys mean is for `resolve` and the schema.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from switchcli.errors import RecipeError
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 32
+MAX_DIGITS = 1000
+
+Scalar = str | int | float | bool | None
+
+
+class Node(NamedTuple):
+    """A value, and the place that a message about it names: `file:line` of its key, or the override that set it."""
+
+    value: "Scalar | list[Node] | dict[str, Node]"
+    where: str
+
+
+def _integer(text: str) -> int:
+    bases = {"0x": 16, "0o": 8}
+    return int(text, bases.get(text[:2], 10))
+
+
+# Tag, pattern, first characters and reader of each plain scalar that is not text (YAML 1.2.2, section 10.3.2).
+_PLAIN: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Scalar]], ...] = (
+    ("null", re.compile(r"(?:null|Null|NULL|~|)\Z"), "nN~", lambda text: None),
+    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), "tTfF", lambda text: text[0] in "tT"),
+    ("int", re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), "-+0123456789", _integer),
+    (
+        "float",
+        re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z"),
+        "-+.0123456789",
+        float,
+    ),
+    (
+        "float",
+        re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"),
+        "-+.",
+        lambda text: float(text.replace(".", "")),
+    ),
+)
+
+
+def plain(node: Node) -> Any:
+    """The value of `node` as dicts, lists and scalars."""
+    if isinstance(node.value, dict):
+        return {key: plain(child) for key, child in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(child) for child in node.value]
+    return node.value
+
+
+def shown(path: Path) -> str:
+    """`path` as a message names it: from the current folder when it lies within."""
+    resolved, here = path.resolve(), Path.cwd()
+    return name_of(str(resolved.relative_to(here) if resolved.is_relative_to(here) else path))
+
+
+def read_file(path: Path) -> Node:
+    """The YAML file at `path`.
+
+    Raises:
+        RecipeError: `file:line: ...` when it cannot be read, or is not the YAML of a recipe.
+    """
+    name = shown(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{name}: more than the {MAX_BYTES} bytes that a recipe may have: is it a recipe?")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{name}:{line}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
+    return read(text, lambda line: f"{name}:{line}")
+
+
+def read(text: str, where: Callable[[int], str]) -> Node:
+    """The value of YAML `text`; `where` turns a line, counted from 1, into the place that messages name.
+
+    Raises:
+        RecipeError: `where(line): ...` for what the module refuses.
+    """
+    try:
+        return _Reader(text, where).document()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{where(line)}: the character {chr(error.character)!r} is not allowed in YAML") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = " ".join(str(error.problem).split())
+        raise RecipeError(f"{where(mark.line + 1 if mark else 1)}: not YAML: {problem}") from error
+    except (ValueError, OverflowError) as error:  # PyYAML passes "\U00110000" to chr
+        raise RecipeError(f"{where(1)}: not YAML: an escape names no character ({error})") from error
+
+
+class _Reader:
+    """Builds nodes from PyYAML's events, which come one at a time, so that a bomb is refused before it is unpacked."""
+
+    def __init__(self, text: str, where: Callable[[int], str]) -> None:
+        self.where = where
+        self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
+
+    def document(self) -> Node:
+        next(self.events)  # start of the stream
+        event = next(self.events)
+        if isinstance(event, yaml.StreamEndEvent):
+            return Node(None, self.where(1))
+        root = self.node(next(self.events), depth=0)
+        next(self.events)  # end of the document
+        event = next(self.events)
+        if not isinstance(event, yaml.StreamEndEvent):
+            raise self.refused(event, "a second document: a recipe is one; remove the line '---' above")
+        return root
+
+    def node(self, event: yaml.Event, depth: int) -> Node:
+        where = self.where(_line(event))
+        self.check(event, depth)
+        if isinstance(event, yaml.MappingStartEvent):
+            return Node(self.mapping(depth + 1), where)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return Node(self.sequence(depth + 1), where)
+        assert isinstance(event, yaml.ScalarEvent)
+        return Node(self.scalar(event), where)
+
+    def check(self, event: yaml.Event, depth: int) -> None:
+        if isinstance(event, yaml.AliasEvent):
+            raise self.refused(event, f"aliases (*{event.anchor}) are not allowed: write the value out")
+        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+        if event.anchor is not None:
+            raise self.refused(event, f"anchors (&{event.anchor}) are not allowed: remove it")
+        if event.tag is not None:
+            raise self.refused(event, f"tags ({event.tag}) are not allowed: remove it")
+        if isinstance(event, yaml.CollectionStartEvent) and depth >= MAX_DEPTH:
+            raise self.refused(event, f"nested more than {MAX_DEPTH} deep")
+
+    def mapping(self, depth: int) -> dict[str, Node]:
+        children: dict[str, Node] = {}
+        for event in iter(self.events):
+            if isinstance(event, yaml.MappingEndEvent):
+                break
+            self.check(event, depth)
+            key = self.scalar(event) if isinstance(event, yaml.ScalarEvent) else None
+            if not isinstance(key, str):
+                raise self.refused(event, "a key must be text: put it in quotes")
+            if key == "<<":
+                raise self.refused(event, "merge keys (<<) are not allowed: write the keys out, or use extends")
+            if key in children:
+                first = children[key].where
+                raise self.refused(event, f"{name_of(key)}: given twice, first at {first}: remove one")
+            children[key] = self.node(next(self.events), depth)._replace(where=self.where(_line(event)))
+        return children
+
+    def sequence(self, depth: int) -> list[Node]:
+        children = []
+        for event in iter(self.events):
+            if isinstance(event, yaml.SequenceEndEvent):
+                break
+            children.append(self.node(event, depth))
+        return children
+
+    def scalar(self, event: yaml.ScalarEvent) -> Scalar:
+        text: str = event.value
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise self.refused(event, "half a surrogate pair is no character: write the character itself")
+        if event.style is not None:  # quoted or block: text
+            return text
+        for tag, pattern, _, convert in _PLAIN:
+            if pattern.match(text):
+                if tag == "int" and len(text) > MAX_DIGITS:
+                    raise self.refused(event, f"an integer of more than {MAX_DIGITS} digits: is a digit stuck?")
+                return convert(text)
+        return text
+
+    def refused(self, event: yaml.Event, rule: str) -> RecipeError:
+        return RecipeError(f"{self.where(_line(event))}: {rule}")
+
+
+def _line(event: yaml.Event) -> int:
+    assert event.start_mark is not None
+    return event.start_mark.line + 1
+
+
+def name_of(key: str | int) -> str:
+    """`key` as a message shows it: on one line, without control characters."""
+    text = str(key)
+    return text if text and text.isprintable() else repr(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes so that `read` gives the same value again: text is quoted where the core schema would see a number."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML declares it
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first, _ in _PLAIN:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, [*_first] + [""] * (_tag == "null"))
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(value), repr(value))
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    # Left to itself PyYAML writes U+0085 and U+2028 as line breaks, which read back as others.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
+_Dumper.add_representer(float, _float)
+_Dumper.add_representer(str, _text)
+
+
+def write(data: Any) -> str:
+    """YAML text of dicts, lists and scalars in the order given; `read` gives it back equal, floats to the last bit."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,83 @@
+"""`switchcli recipes`: what goes to stdout, what is raised."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from switchcli.commands.recipes import app
+from switchcli.errors import RecipeError
+from switchcli.recipe import library, resolve
+from switchcli.recipe.schema import PretrainRecipe
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+
+
+def test_list_has_a_description_of_every_recipe():
+    lines = run("list").splitlines()
+    assert [line.split()[0] for line in lines] == library.names()
+    rows = json.loads(run("list", "--json"))["recipes"]
+    assert [row["name"] for row in rows] == library.names()
+    assert all(row["description"] for row in rows)
+
+
+def test_show_prints_the_file():
+    text = (library.folder() / "quickstart/switch.yaml").read_text(encoding="utf-8")
+    assert run("show", "quickstart/switch") == text
+    assert json.loads(run("show", "quickstart/switch", "--json"))["text"] == text
+    with pytest.raises(RecipeError, match=r"Did you mean quickstart/switch\?"):
+        run("show", "quickstart/swich")
+
+
+@pytest.mark.parametrize("name", library.names())
+def test_a_copy_resolves_as_the_recipe_does(name):
+    assert run("copy", name, "mine.yaml") == "mine.yaml\n"
+    assert resolve.resolve("mine.yaml", [], PretrainRecipe) == resolve.resolve(name, [], PretrainRecipe)
+
+
+def test_copy_never_overwrites(tmp_path):
+    (tmp_path / "mine.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match=r"^mine.yaml: is there already"):
+        run("copy", "quickstart/switch", "mine.yaml")
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+    with pytest.raises(RecipeError, match=r"^mine.yaml/x.yaml: cannot be written"):
+        run("copy", "quickstart/switch", "mine.yaml/x.yaml")
+
+
+def test_copy_into_a_folder_keeps_the_file_name(tmp_path):
+    assert json.loads(run("copy", "quickstart/dense", ".", "--json"))["file"] == "dense.yaml"
+    assert (tmp_path / "dense.yaml").read_text(encoding="utf-8").startswith("extends: quickstart/switch\n")
+
+
+def test_validate_reports_every_error_of_every_file(tmp_path):
+    (tmp_path / "good.yaml").write_text("extends: quickstart/switch")
+    (tmp_path / "bad.yaml").write_text("extends: quickstart/switch\nsteps: 1\nmodel: {d_model: no}")
+    files = ["good.yaml", "bad.yaml", "none.yaml"]
+    result = CliRunner().invoke(app, ["validate", *files])
+    assert result.stdout == "good.yaml: ok\n"
+    assert isinstance(result.exception, RecipeError)
+    lines = str(result.exception).splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["bad.yaml:3", "bad.yaml:2", "none.yaml"]
+
+    result = CliRunner().invoke(app, ["validate", "--json", *files])
+    assert [file["ok"] for file in json.loads(result.stdout)["files"]] == [True, False, False]
+    assert isinstance(result.exception, RecipeError)
+
+
+def test_validate_names_an_unknown_verb(tmp_path):
+    (tmp_path / "bad.yaml").write_text("extends: quickstart/switch\nverb: pretrian")
+    with pytest.raises(RecipeError, match=r"^bad.yaml:2: verb: must be 'pretrain' .* Did you mean pretrain\?"):
+        run("validate", "bad.yaml")
+
+
+def test_schema_is_json_schema():
+    assert "extends" in json.loads(run("schema", "pretrain"))["properties"]
+    with pytest.raises(RecipeError, match="no such recipe schema"):
+        run("schema", "pretrian")

@@ -1,0 +1,64 @@
+"""Where recipes are found, and what is said of those that are not."""
+
+import subprocess
+import sys
+
+import pytest
+
+from switchcli.errors import RecipeError
+from switchcli.recipe import library
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_shipped_recipes_have_names():
+    assert {"quickstart/switch", "quickstart/dense", "pretrain/t5-base"} <= set(library.names())
+    assert library.locate("quickstart/switch") == library.folder() / "quickstart/switch.yaml"
+
+
+def test_an_installed_package_has_them_within(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages/switchcli"
+    (package / "recipes/quickstart").mkdir(parents=True)
+    (package / "recipes/quickstart/switch.yaml").touch()
+    monkeypatch.setattr(library, "__file__", str(package / "recipe/library.py"))
+    assert library.names() == ["quickstart/switch"]
+
+
+def test_a_file_that_exists_is_taken_before_a_name(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    assert library.locate("quickstart/switch").is_relative_to(library.folder())
+    (tmp_path / "quickstart/switch").touch()
+    assert library.locate("quickstart/switch").resolve() == tmp_path / "quickstart/switch"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine.yaml", "mine.yaml: no such file. `switchcli recipes list`"),
+        ("quickstart/switch.yaml", "quickstart/switch.yaml: no such file. Did you mean quickstart/switch?"),
+        ("recipes/quickstart/dense.yml", "recipes/quickstart/dense.yml: no such file. Did you mean quickstart/dense?"),
+        ("quickstart/swich", "quickstart/swich: no such recipe ships. Did you mean quickstart/switch?"),
+        ("dense", "dense: no such recipe ships. Did you mean quickstart/dense?"),
+        ("../../etc/passwd-", "../../etc/passwd-: no such recipe ships. `switchcli recipes list`"),
+        ("folder", "folder: a folder, not a recipe"),
+        ("", "'': a folder, not a recipe"),
+        ("a\0b.yaml", "'a\\x00b.yaml': no such file."),
+        ("x" * 5000, "x" * 5000 + ": cannot be read: File name too long"),
+    ],
+)
+def test_what_is_not_there_is_said_with_the_nearest_name(tmp_path, name, message):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RecipeError) as raised:
+        library.locate(name)
+    assert str(raised.value).startswith(message)
+    assert raised.value.exit_code == 2
+
+
+def test_no_torch_is_needed():
+    program = (
+        "import sys; from switchcli.commands import recipes; recipes.list_recipes(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

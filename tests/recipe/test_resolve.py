@@ -1,0 +1,380 @@
+"""Layers, overrides, sizes and round trips, on a toy schema with the shapes of the real one."""
+
+import math
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import Field, model_validator
+
+from switchcli.errors import RecipeError
+from switchcli.recipe.resolve import dump, resolve
+from switchcli.recipe.sizes import SIZES
+from switchcli.spec import Spec
+
+
+class Router(Spec):
+    kind: Literal["switch"] = "switch"
+    capacity_factor: float = 1.25
+
+
+class Model(Spec):
+    size: str = "custom"
+    d_model: int = Field(default=512, ge=1)
+    d_ff: int = 2048
+    d_kv: int = 64
+    num_heads: int = 8
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    activation: Literal["relu", "geglu"] = "relu"
+    tie_embeddings: bool = True
+    num_experts: int = Field(default=1, ge=1)
+    sparse_every: int = 2
+    router: Router = Router()
+
+    @model_validator(mode="after")
+    def _rules(self):
+        if self.num_experts > 100 and self.d_ff < 10:
+            raise ValueError(f"d_ff ({self.d_ff}) is too small\nthe model is too wide")
+        return self
+
+
+class Files(Spec):
+    kind: Literal["files"] = "files"
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    weight: float = 1.0
+
+
+class Hub(Spec):
+    kind: Literal["hub"] = "hub"
+    path: str
+    revision: str | None = None
+
+
+class Train(Spec):
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(default=0.1, gt=0.0)
+    note: str = ""
+
+
+class Adafactor(Spec):
+    kind: Literal["adafactor"] = "adafactor"
+    decay: float = 0.8
+
+
+class AdamW(Spec):
+    kind: Literal["adamw"] = "adamw"
+    weight_decay: float = 0.0
+    beta: float = 0.9
+
+
+class Toy(Spec):
+    model: Model = Model()
+    corpora: Annotated[tuple[Annotated[Files | Hub, Field(discriminator="kind")], ...], Field(min_length=1)] = (
+        Hub(path="a/b"),
+    )
+    train: Train = Train(steps=1)
+    optimizer: Annotated[Adafactor | AdamW, Field(discriminator="kind")] = Adafactor()
+
+    @model_validator(mode="after")
+    def _rules(self):
+        if self.train.steps == 13:
+            raise ValueError("train.steps (13) must be a lucky number: try 7.")
+        return self
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture
+def toy(write):
+    """The recipe `text` and overrides, resolved."""
+
+    def toy(text, *overrides):
+        write("mine.yaml", text)
+        return resolve("mine.yaml", overrides, Toy)
+
+    return toy
+
+
+@pytest.fixture
+def errors(toy):
+    """The lines by which they are refused."""
+
+    def errors(text, *overrides):
+        with pytest.raises(RecipeError) as raised:
+            toy(text, *overrides)
+        return str(raised.value).splitlines()
+
+    return errors
+
+
+def test_a_file_becomes_a_frozen_value(toy):
+    recipe = toy("train: {steps: 3, learning_rate: 1}\ncorpora: [{kind: files, paths: [a, b]}]")
+    assert recipe.train == Train(steps=3, learning_rate=1.0)
+    assert recipe.corpora == (Files(paths=("a", "b")),)
+
+
+def test_a_chain_of_extends_is_relative_to_each_file(write):
+    write("base/one.yaml", "train: {steps: 3, note: one}\ncorpora: [{kind: files, paths: [a]}]")
+    write("base/two.yaml", "extends: one.yaml\ntrain: {note: two}")
+    write("mine/three.yaml", "extends: ../base/two.yaml\ncorpora: [{kind: hub, path: x}]")
+    recipe = resolve("mine/three.yaml", [], Toy)
+    assert recipe.train == Train(steps=3, note="two")
+    assert recipe.corpora == (Hub(path="x"),)
+
+
+def test_extends_may_name_a_recipe_that_ships(write):
+    write("mine.yaml", "extends: quickstart/switch")
+    with pytest.raises(RecipeError, match="no such key"):  # the toy schema has fewer keys, but the file was found
+        resolve("mine.yaml", [], Toy)
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("mine.yaml", "mine.yaml:1: extends: a circle: mine.yaml extends this file"),
+        ("other.yaml", "other.yaml:1: extends: a circle: mine.yaml extends this file"),
+        ("none.yaml", "mine.yaml:1: extends: none.yaml: no such file"),
+        ("quickstart/swich", r"mine.yaml:1: extends: .*Did you mean quickstart/switch\?"),
+        ("[a, b]", "mine.yaml:1: extends: must be the path of one recipe"),
+        ("3", "mine.yaml:1: extends: must be the path of one recipe"),
+    ],
+)
+def test_extends_that_cannot_be_followed(write, extends, message):
+    write("mine.yaml", f"extends: {extends}")
+    write("other.yaml", "extends: mine.yaml")
+    with pytest.raises(RecipeError, match=f"^{message}"):
+        resolve("mine.yaml", [], Toy)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "- a", "word", "3"])
+def test_a_recipe_is_a_mapping(errors, text):
+    assert "a recipe is a mapping of keys" in errors(text)[0]
+
+
+def test_another_kind_replaces_and_the_same_kind_merges(write, toy):
+    write("base.yaml", "optimizer: {kind: adamw, weight_decay: 0.5, beta: 0.5}")
+    assert toy("extends: base.yaml\noptimizer: {beta: 0.1}").optimizer == AdamW(weight_decay=0.5, beta=0.1)
+    assert toy("extends: base.yaml\noptimizer: {kind: adamw}").optimizer == AdamW(weight_decay=0.5, beta=0.5)
+    assert toy("extends: base.yaml\noptimizer: {kind: adafactor}").optimizer == Adafactor()
+    assert toy("extends: base.yaml", "optimizer.kind=adafactor").optimizer == Adafactor()
+
+
+# --- sizes
+
+
+def test_a_size_fills_the_keys_that_its_own_file_does_not_state(toy):
+    model = toy("model: {d_ff: 99, size: switch-c}").model
+    assert (model.d_ff, model.d_model, model.num_experts, model.sparse_every) == (99, 2080, 2048, 1)
+
+
+def test_a_size_beats_what_a_parent_states(write, toy):
+    write("base.yaml", "model: {size: t5-base, d_model: 96, num_decoder_layers: 3, router: {capacity_factor: 3}}")
+    assert toy("extends: base.yaml").model.d_model == 96
+    model = toy("extends: base.yaml\nmodel: {size: t5-small}").model
+    assert (model.d_model, model.num_decoder_layers, model.activation) == (512, None, "relu")
+    assert model.router.capacity_factor == 3
+
+
+def test_what_a_child_states_beats_the_size_of_its_parent(write, toy):
+    write("base.yaml", "model: {size: switch-base-8}")
+    model = toy("extends: base.yaml\nmodel: {num_experts: 1}").model
+    assert (model.num_experts, model.d_model) == (1, 768)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("model.size=tiny", "model.d_ff=7"), ("model.d_ff=7", "model.size=tiny"), ("model={size: tiny, d_ff: 7}",)],
+)
+def test_the_command_line_is_one_layer(toy, overrides):
+    model = toy("model: {size: t5-base, d_model: 5, d_ff: 6}", *overrides)
+    assert (model.model.d_ff, model.model.d_model) == (7, 128)
+
+
+def test_every_size_fills_every_one_of_its_keys(toy):
+    for name, size in SIZES.items():
+        model = toy(f"model: {{size: {name}}}").model
+        assert {key: getattr(model, key) for key in size._fields} == size._asdict()
+
+
+def test_an_unknown_size_is_one_of_the_errors(errors):
+    assert errors("model:\n  size: swich-base-8\n  d_modl: 3") == [
+        "mine.yaml:2: model.size: no such size (got 'swich-base-8'). Did you mean switch-base-8?",
+        "mine.yaml:3: model.d_modl: no such key. Did you mean d_model?",
+    ]
+
+
+# --- overrides
+
+
+def test_overrides_reach_into_lists_and_split_at_the_first_equals_sign(toy):
+    text = "train: {steps: 1}\ncorpora: [{kind: files, paths: [a, b]}, {kind: hub, path: x}]"
+    recipe = toy(text, "corpora.0.paths.1=c=d", "corpora.1.path=y", "train.note='5'")
+    assert recipe.corpora == (Files(paths=("a", "c=d")), Hub(path="y"))
+    assert recipe.train.note == "5"
+
+
+def test_overrides_are_read_as_yaml_and_the_last_wins(toy):
+    recipe = toy(
+        "train: {steps: 1}",
+        "train.learning_rate=1e-4",
+        "train.learning_rate=1e-3",
+        "train.note=no",
+        "corpora=[{kind: hub, path: z}]",
+    )
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.train.note == "no"
+    assert recipe.corpora == (Hub(path="z"),)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
+    overrides = ["optimizer.weight_decay=0.5", "optimizer.kind=adamw"][::order]
+    assert toy("optimizer: {kind: adafactor, decay: 0.1}", *overrides).optimizer == AdamW(weight_decay=0.5)
+    overrides = ["optimizer.beta=0.5", "optimizer={kind: adamw, weight_decay: 1}"][::order]
+    assert toy("{}", *overrides).optimizer == AdamW(weight_decay=1.0, beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "override 'train.steps': must be KEY=VALUE"),
+        ("=3", "override '=3': must be KEY=VALUE"),
+        ("a..b=3", "override 'a..b=3': must be KEY=VALUE"),
+        ("train.steps=[1", "override 'train.steps=[1': not YAML: "),
+        ("train.note=&x y", "override 'train.note=&x y': anchors"),
+        ("extends=x", "override 'extends=x': extends belongs in a file"),
+        ("a." * 40 + "b=1", "override '" + "a." * 40 + "b=1': nested more than 32 deep"),
+        ("corpora.2.path=x", "override 'corpora.2.path=x': corpora: no item 2: the list has 1 items, counted from 0"),
+        ("corpora.x=1", "override 'corpora.x=1': corpora: no item x"),
+        ("model.d_model=-3", "override 'model.d_model=-3': model.d_model: must be at least 1 (got -3); "),
+        ("optimizer.nam=x", "override 'optimizer.nam=x': optimizer.kind: missing"),
+        ("steps=3", "override 'steps=3': steps: no such key. Did you mean train.steps?"),
+        ("train.note='\x1b[2J'", "override \"train.note='\\x1b[2J'\": the character '\\x1b' is not allowed"),
+    ],
+)
+def test_an_override_that_is_wrong_is_named(errors, override, message):
+    assert errors("corpora: [{kind: hub, path: x}]", override)[0].startswith(message)
+
+
+# --- round trip
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "train.learning_rate": st.floats(min_value=5e-324, allow_infinity=False, allow_nan=False),
+            "train.steps": st.integers(14),
+            "model.size": st.sampled_from(["custom", *SIZES]),
+            "model.d_model": st.integers(1),
+            "model.num_decoder_layers": st.none() | st.integers(-3, 3),
+            "model.router.capacity_factor": st.floats(allow_infinity=False, allow_nan=False) | st.integers(-9, 9),
+            "optimizer": st.sampled_from(["{kind: adamw}", "{kind: adafactor, decay: 1e-7}"]),
+        },
+    ),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
+)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_dump_resolves_to_an_equal_value(toy, overrides, paths):
+    first = toy(
+        "train: {steps: 1}", *(f"{key}={value if value is not None else 'null'}" for key, value in overrides.items())
+    )
+    first = first.model_copy(update={"corpora": (Files(paths=tuple(paths)),)})
+    again = toy(dump(first))
+    assert again == first
+    assert dump(again) == dump(first)
+    assert math.copysign(1, again.model.router.capacity_factor) == math.copysign(1, first.model.router.capacity_factor)
+
+
+# --- errors
+
+
+def test_all_errors_at_once_each_with_its_line_and_way_out(errors):
+    text = """\
+model:
+  num_expert: 3
+  d_ff: '12'
+  activation: rely
+  tie_embeddings: no
+  num_heads: 1.5
+  router: {kind: swich, capasity_factor: 1}
+corpora:
+  - kind: hub
+    path: 3
+  - {kind: files, path: x}
+  - {kind: filez}
+  - {path: x}
+  - word
+train: {learning_rate: .nan, steps: 1_024}
+optimizer: {kind: adafactor, weight_decay: 1}
+steps: 3
+zzz: 1
+"""
+    assert errors(text) == [
+        "mine.yaml:3: model.d_ff: must be an integer (got '12'); write 12",
+        "mine.yaml:6: model.num_heads: must be an integer (got 1.5); leave it out for the default, 8",
+        "mine.yaml:4: model.activation: must be 'relu' or 'geglu' (got 'rely'). Did you mean relu?",
+        "mine.yaml:5: model.tie_embeddings: must be true or false (got 'no'); YAML 1.2 reads no as text: write false",
+        "mine.yaml:7: model.router.kind: must be 'switch' (got 'swich'). Did you mean switch?",
+        "mine.yaml:7: model.router.capasity_factor: no such key. Did you mean capacity_factor?",
+        "mine.yaml:2: model.num_expert: no such key. Did you mean num_experts?",
+        "mine.yaml:10: corpora.0.path: must be text (got 3); put it in quotes: '3'",
+        "mine.yaml:11: corpora.1.paths: missing: add it, as corpora.1.paths=VALUE on the command line or in the recipe",
+        "mine.yaml:11: corpora.1.path: no such key. Did you mean paths?",
+        "mine.yaml:12: corpora.2.kind: must be one of files, hub (got 'filez'). Did you mean files?",
+        "mine.yaml:13: corpora.3.kind: missing; it is one of files, hub",
+        "mine.yaml:14: corpora.4: must be a mapping of keys (got 'word')",
+        "mine.yaml:15: train.steps: must be an integer (got '1_024'); write 1024",
+        "mine.yaml:15: train.learning_rate: must be a finite number (got nan); leave it out for the default, 0.1",
+        "mine.yaml:16: optimizer.weight_decay: no such key for this kind; it belongs to kind: adamw",
+        "mine.yaml:17: steps: no such key. Did you mean train.steps?",
+        "mine.yaml:18: zzz: no such key; the keys are model, corpora, train, optimizer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: null", "mine.yaml:1: train: must be a mapping of keys (got null)"),
+        ("train: [1]", "mine.yaml:1: train: must be a mapping of keys (got a list)"),
+        ("corpora: {a: b}", "mine.yaml:1: corpora: must be a list (got a mapping)"),
+        ("corpora: []", "mine.yaml:1: corpora: must have at least 1 items (got a list)"),
+        ("optimizer: {kind: 3}", "mine.yaml:1: optimizer.kind: must be one of adafactor, adamw (got 3)"),
+        ("train:\n  note: x", "mine.yaml:1: train.steps: missing: add it, as train.steps=VALUE"),
+        ("train: {steps: true}", "mine.yaml:1: train.steps: must be an integer (got true)"),
+        ("train: {steps: 1, learning_rate: 0}", "mine.yaml:1: train.learning_rate: must be greater than 0"),
+        ('"a\\nb": 1', "mine.yaml:1: 'a\\nb': no such key"),
+    ],
+)
+def test_one_error(errors, text, message):
+    (line,) = errors(text)
+    assert line.startswith(message)
+
+
+def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
+    assert errors("model:\n  num_experts: 101\n  d_ff: 3") == [
+        "mine.yaml:3: model.d_ff (3) is too small",
+        "mine.yaml:1: model: the model is too wide",
+    ]
+    assert errors("train:\n\n  steps: 13") == ["mine.yaml:3: train.steps (13) must be a lucky number: try 7."]
+    assert errors("{}", "train.steps=13")[0].startswith("override 'train.steps=13': train.steps (13) must")
+
+
+def test_an_error_in_a_parent_names_the_parent(write, errors):
+    write("base.yaml", "train:\n  stepz: 3\n  steps: 1")
+    assert errors("extends: base.yaml\ntrain: {note: x}")[0].startswith("base.yaml:2: train.stepz: no such key")

@@ -1,0 +1,109 @@
+"""The rules between the parts of a recipe, and the schema that editors read."""
+
+import json
+
+import pytest
+
+from switchcli.errors import RecipeError
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import RECIPES, PretrainRecipe, editor_schema
+
+TEXT = """\
+model: {size: switch-tiny-8, vocab_size: 8192}
+data:
+  tokenizer: {kind: train, vocab_size: 8192}
+train:
+  steps: 100
+  batch_tokens: 4096
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """The recipe above with overrides."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(TEXT, encoding="utf-8")
+
+    def recipe(*overrides):
+        return resolve.resolve("mine.yaml", overrides, PretrainRecipe)
+
+    return recipe
+
+
+def test_a_dumped_recipe_resolves_to_an_equal_one(recipe, tmp_path):
+    first = recipe("optimizer.kind=adamw", "schedule={kind: linear, warmup_steps: 3}", "log.trackers=[wandb]")
+    (tmp_path / "recipe.yaml").write_text(resolve.dump(first), encoding="utf-8")
+    again = resolve.resolve("recipe.yaml", [], PretrainRecipe)
+    assert again == first
+    assert isinstance(again.log.trackers, tuple)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.batch_tokens=1000"],
+            "train.batch_tokens (1000) must be a multiple of the 512 tokens of one input sequence: try 1024.",
+        ),
+        (
+            ["train.microbatch_tokens=600"],
+            "train.microbatch_tokens (600) must be a multiple of the 512 tokens of one input sequence: try 1024.",
+        ),
+        (
+            ["train.microbatch_tokens=1536"],
+            "train.microbatch_tokens (1536) must divide train.batch_tokens (4096): try 1024.",
+        ),
+        (
+            ["train.microbatch_tokens=8192"],
+            "train.microbatch_tokens (8192) must divide train.batch_tokens (4096): try 4096.",
+        ),
+        (
+            ["model.router.group_sequences=3"],
+            "train.batch_tokens (4096) must be a multiple of the 1536 tokens that model.router.group_sequences puts "
+            "into one group: try 4608.",
+        ),
+        (
+            ["model.router.group_sequences=4", "train.microbatch_tokens=1024"],
+            "train.microbatch_tokens (1024) must be a multiple of the 2048 tokens that model.router.group_sequences "
+            "puts into one group: try 2048.",
+        ),
+        (
+            ["model.vocab_size=8000"],
+            "data.tokenizer.vocab_size (8192) must be at most the 8000 rows of model.vocab_size: "
+            "try model.vocab_size=8192.",
+        ),
+        (
+            ["schedule={kind: cosine, warmup_steps: 101}"],
+            "schedule.warmup_steps (101) must be at most train.steps (100): try 10.",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(recipe, overrides, message):
+    with pytest.raises(RecipeError) as raised:
+        recipe(*overrides)
+    (line,) = str(raised.value).splitlines()
+    assert line.endswith(f": {message}")
+
+
+def test_the_line_is_that_of_the_key(recipe):
+    with pytest.raises(RecipeError) as raised:
+        recipe("data.span_corruption.inputs_length=100", "model.vocab_size=200")
+    assert [line.split(": ")[0] for line in str(raised.value).splitlines()] == ["mine.yaml:6", "mine.yaml:3"]
+
+
+def test_a_dense_model_has_no_groups(recipe):
+    recipe("model.num_experts=1", "model.router.group_sequences=3")
+
+
+def test_t5s_constant_part_may_outlast_the_run(recipe):
+    recipe("schedule={kind: inverse_square_root, warmup_steps: 10000}")
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_the_schema_is_for_completion(verb):
+    schema = editor_schema(RECIPES[verb])
+    json.dumps(schema)
+    assert {"extends", "model", "train"} <= schema["properties"].keys()
+    assert "switch-c" in schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"]
+    assert schema["additionalProperties"] is False
+    assert not any("required" in part for part in (schema, *schema["$defs"].values()))

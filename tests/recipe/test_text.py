@@ -1,0 +1,156 @@
+"""YAML as version 1.2 reads it, refusals with their line, and text that reads back equal."""
+
+import re
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from switchcli.errors import RecipeError
+from switchcli.recipe import text
+
+
+def read(source):
+    return text.read(source, lambda line: f"f:{line}")
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("-.inf", float("-inf")),
+        ("012", 12),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("+7", 7),
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("1_000", "1_000"),
+        ("12:30:45", "12:30:45"),
+        ("2001-01-01", "2001-01-01"),
+        ("0b1", "0b1"),
+        ("True", True),
+        ("false", False),
+        ("tRue", "tRue"),
+        ("~", None),
+        ("", None),
+        ("'1'", "1"),
+        ('"null"', "null"),
+        ("=", "="),
+        ("<<", "<<"),
+        ("[1, [a], {b: c}]", [1, ["a"], {"b": "c"}]),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(source, value):
+    read_back = text.plain(read(source))
+    assert read_back == value
+    assert type(read_back) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "f:3: a: given twice, first at f:1: remove one"),
+        ("a: 1\nb: &x 2", r"f:2: anchors \(&x\) are not allowed"),
+        ("a: *x", r"f:1: aliases \(\*x\) are not allowed"),
+        ("? *x\n: 1", r"f:1: aliases"),
+        ("a: !!str 3", "f:1: tags .* are not allowed"),
+        ("a: !python/object:os.system {}", "f:1: tags .* are not allowed"),
+        ("!x a: 1", "f:1: tags"),
+        ("<<: {a: 1}", "f:1: merge keys"),
+        ("a: 1\n2: 3", "f:2: a key must be text"),
+        ("no: 1\nnull: 2", "f:2: a key must be text"),
+        ("? [a]\n: 1", "f:1: a key must be text"),
+        ("a: 1\n---\nb: 1", "f:2: a second document"),
+        ("[" * 33, "f:1: nested more than 32 deep"),
+        ("[" * 3000, "f:1: nested more than 32 deep"),
+        ("{a: " * 3000, "f:1: nested more than 32 deep"),
+        ("a: 1\nb: [1", "f:2: not YAML: "),
+        ("a: b: c", "f:1: not YAML: "),
+        ("a: 1\n\tb: 2", "f:2: not YAML: "),
+        ("a: \x01", "f:1: the character .* is not allowed"),
+        ("a: 1\nb: \ud800", "f:2: the character .* is not allowed"),
+        ('a: "\\ud800"', "f:1: half a surrogate pair"),
+        ('a: "\\U00110000"', "f:1: not YAML: an escape"),
+        ('a: "\\UFFFFFFFF"', "f:1: not YAML: an escape"),
+        ("a: " + "9" * 5000, "f:1: an integer of more than 1000 digits"),
+        ("a: 0x" + "f" * 5000, "f:1: an integer of more than 1000 digits"),
+        ("- " * 3000, "f:1: nested more than 32 deep"),
+    ],
+)
+def test_what_a_recipe_needs_not_is_refused_by_line(source, message):
+    with pytest.raises(RecipeError, match=f"^{message}") as raised:
+        read(source)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_node_knows_the_line_of_its_key():
+    root = read("# first\na:\n  b:\n    - 1\n    - c: 2\n")
+    assert root.value["a"].where == "f:2"
+    items = root.value["a"].value["b"]
+    assert items.where == "f:3"
+    assert [item.where for item in items.value] == ["f:4", "f:5"]
+
+
+def test_nesting_of_32_is_read():
+    assert read("[" * 32 + "]" * 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: \xff", r"mine.yaml:2: byte 8 is not UTF-8"),
+        ("a: 1".encode("utf-16"), r"mine.yaml:1: byte 0 is not UTF-8"),
+        (b"#" * (2**20 + 1), "mine.yaml: more than the 1048576 bytes"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=f"^{message}"):
+        text.read_file(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=f"^{re.escape(str(path))}: cannot be read"):
+            text.read_file(path)
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):
+    path = tmp_path / "windows.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: two\r\n")
+    assert text.plain(text.read_file(path)) == {"a": 1, "b": "two"}
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(
+        ["1e-4", "no", "012", "~", "null", ".inf", "<<", "=", "0x1", "- a", "a: b", "#", " a", "1_0", "%"]
+    )
+)
+keys = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda key: key != "<<")
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=10)
+
+
+@given(values)
+@settings(deadline=None)
+def test_what_is_written_reads_back_equal(value):
+    assert text.plain(read(text.write(value))) == value
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_any_text_is_read_or_refused(source):
+    with suppress(RecipeError):
+        read(source)
