@@ -63,7 +63,7 @@ def copy(
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE ...", help="Paths, or names of recipes that ship.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Paths, or names of recipes that ship.")],
     as_json: Json = False,
 ) -> None:
     """Check recipes and report everything that is wrong with any of them."""

@@ -89,6 +89,10 @@ class Runtime:
         dist.all_reduce(summed, group=self._control)
         return [int(value) for value in summed]
 
+    def from_main(self, value: int) -> int:
+        """The main rank's value, on every rank."""
+        return self.sum_over_ranks([value if self.is_main else 0])[0]
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, on its device, in place."""
         if self.world > 1:

@@ -1,7 +1,8 @@
 """What pydantic found wrong, in a user's words: where it was said, the dotted key, the rule, the value, the way out.
 
 A spec's own rule is the ValueError of its validator. When its message starts with a key of that spec, as in
-"steps (0) must be ...", the line is that key's; a message of several lines is several rules.
+"steps (0) must be ...", the line is that key's; when the recipe leaves that key out, the line is that of the first dotted
+key in the message which it states. A message of several lines is several rules.
 """
 
 import difflib
@@ -97,15 +98,13 @@ def _explained(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> It
 
 
 def _own_rules(message: str, place: _Place, tree: Node) -> Iterator[tuple[Keys, str]]:
+    fields = {name for model in place.models for name in model.model_fields}
     for rule in message.split("\n"):
-        first = re.match(r"[a-z_]\w*(?:\.\w+)*", rule)
-        keys = tuple(first.group().split(".")) if first else ()
-        if keys and any(keys[0] in model.model_fields for model in place.models):
-            path = (*place.path, *keys)
-            prefix = f"{dotted(place.path)}." if place.path else ""
-        else:
-            path = place.path
-            prefix = f"{dotted(place.path)}: " if place.path else ""
+        named = [tuple(keys.split(".")) for keys in re.findall(r"^[a-z_]\w*(?:\.\w+)*|[a-z_]\w*(?:\.\w+)+", rule)]
+        about = [(*place.path, *keys) for keys in named if keys[0] in fields]
+        starts_with_key = bool(about) and rule.startswith(dotted(about[0][len(place.path) :]))
+        path = next((path for path in about if _said(tree, path)[1]), about[0]) if starts_with_key else place.path
+        prefix = dotted(place.path) + ("." if starts_with_key else ": ") if place.path else ""
         yield path, f"{_where(tree, path)}: {prefix}{rule}"
 
 
@@ -113,19 +112,18 @@ def _value_rule(details: ErrorDetails, place: _Place, schema: type[BaseModel]) -
     kind, value = details["type"], details["input"]
     ours = _RULES[kind].format(**details.get("ctx", {})) if kind in _RULES else None
     rule = ours or re.sub(r"^\w+ should", "must", details["msg"])
-    default = _default(schema, details["loc"])
     if kind == "missing":
         return f"{rule}: add it, as {dotted(place.path)}=VALUE on the command line or in the recipe"
-    rule = f"{rule} (got {got(value)})"
+    rule, leave_out = f"{rule} (got {got(value)})", _leave_out(schema, details["loc"])
     if kind == "literal_error":
         return rule + _did_you_mean(str(value), [str(choice) for choice in _choices(place.annotation)])
     if kind == "bool_type" and isinstance(value, str) and value.lower() in _WORDS:
         return f"{rule}; YAML 1.2 reads {value} as text: write {_WORDS[value.lower()]}"
     if kind in ("int_type", "float_type", "float_parsing") and isinstance(value, str):
-        return f"{rule}; write {_bare(value)}" if _bare(value) else f"{rule}{_leave_out(default)}"
+        return f"{rule}; write {_bare(value)}" if _bare(value) else f"{rule}{leave_out}"
     if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{rule}; put it in quotes: '{value}'"
-    return f"{rule}{_leave_out(default)}"
+    return f"{rule}{leave_out}"
 
 
 def _bare(value: str) -> str | None:
@@ -134,8 +132,14 @@ def _bare(value: str) -> str | None:
     return digits if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", digits) else None
 
 
-def _leave_out(default: Any) -> str:
-    return f"; leave it out for the default, {got(default)}" if isinstance(default, str | int | float) else ""
+def _leave_out(schema: type[BaseModel], location: Keys) -> str:
+    """The way out by the default of the key at `location`, if it has one."""
+    parent = _find(schema, location[:-1])
+    field = parent.models[0].model_fields.get(str(location[-1])) if parent.models else None
+    if field is None or field.is_required():
+        return ""
+    shown = f", {got(field.default)}" if isinstance(field.default, str | int | float | None) else ""
+    return f"; leave it out for the default{shown}"
 
 
 def _unknown_key(place: _Place, key: str, schema: type[BaseModel]) -> str:
@@ -165,15 +169,19 @@ def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:
 
 
 def _where(tree: Node, path: Keys) -> str:
-    """Where the nearest thing to `path` was said that was said at all."""
+    return _said(tree, path)[0].where
+
+
+def _said(tree: Node, path: Keys) -> tuple[Node, bool]:
+    """The node at `path`, or the nearest one above it that the recipe states; and whether it is the one at `path`."""
     for key in path:
         if isinstance(tree.value, dict) and key in tree.value:
             tree = tree.value[str(key)]
         elif isinstance(tree.value, list) and isinstance(key, int) and key < len(tree.value):
             tree = tree.value[key]
         else:
-            break
-    return tree.where
+            return tree, False
+    return tree, True
 
 
 def _find(schema: type[BaseModel], location: Keys) -> _Place:
@@ -199,12 +207,6 @@ def _at(annotation: Any, path: Keys) -> _Place:
         members = tuple(member for member in get_args(annotation) if member is not type(None))
     models = tuple(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
     return _Place(models, members[0], path)
-
-
-def _default(schema: type[BaseModel], location: Keys) -> Any:
-    parent = _find(schema, location[:-1])
-    field = parent.models[0].model_fields.get(str(location[-1])) if parent.models else None
-    return field.default if field else None
 
 
 def _keys(model: type[BaseModel], path: Keys) -> Iterator[Keys]:

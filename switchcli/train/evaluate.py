@@ -49,6 +49,6 @@ def shared(rows: Callable[[int, int], Batch], sequences: int, rows_each: int, ra
     batches = []
     for first in range(rank * each * rows_each, (rank + 1) * each * rows_each, rows_each):
         count = max(0, min(rows_each, sequences - first))
-        batch = rows(min(first, sequences), count)
+        batch = rows(first, count) if count else Batch(*(tensor[:0] for tensor in rows(0, 1)))
         batches.append(Batch(*(F.pad(tensor, (0, 0, 0, rows_each - count), value=PAD) for tensor in batch)))
     return batches

@@ -1,0 +1,126 @@
+"""The command line: verbs, options, help, exit codes. Nothing that computes is imported until a verb runs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from switchcli import __version__
+from switchcli.commands import recipes
+from switchcli.errors import SwitchError
+from switchcli.report.console import Console
+from switchcli.report.output import print_json
+
+app = typer.Typer(
+    help="Train Switch Transformers (Fedus, Zoph, Shazeer 2021) in PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(recipes.app, name="recipes")
+
+INTERRUPTED_BY_FORCE = 130
+
+Recipe = Annotated[str, typer.Argument(help="A file, or the name of a recipe that ships.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to set, by dotted path.", show_default=False)
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/RECIPE when absent.", show_default=False)]
+Resume = Annotated[bool, typer.Option(help="Go on with the run in the folder, or set it aside and begin anew.")]
+Processes = Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the recipe comes to, and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"switchcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command()
+def pretrain(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = True,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train from scratch by span corruption; the same command goes on after a stop."""
+    from switchcli.commands import describe, pretrain, run
+    from switchcli.recipe.resolve import resolve
+    from switchcli.recipe.schema import PretrainRecipe
+
+    resolved = resolve(recipe, overrides or [], PretrainRecipe)
+    if dry_run:
+        if as_json:
+            print_json(describe.dry_run(resolved))
+        else:
+            describe.show(resolved, Console(), Console(stream=sys.stdout))
+        return
+    if processes > 1:
+        from switchcli.parallel.launch import is_rank, launch
+
+        if not is_rank():
+            raise typer.Exit(launch(processes, sys.argv[1:]))
+    options = run.Options(out or run.default_out(recipe), resume, quiet)
+    result = pretrain.pretrain(resolved, options)
+    if as_json and result:
+        print_json(result)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fill in the gaps of texts: "The capital of <extra_id_0> is Paris." """
+    from switchcli.commands.generate import generate as run
+    from switchcli.report.text import safe_text
+
+    lines = texts if texts else (line.rstrip("\n") for line in sys.stdin)
+    answered = run(checkpoint, lines, max_tokens, device, Console().warning)
+    if as_json:
+        print_json({"checkpoint": str(checkpoint), "answers": [answer._asdict() for answer in answered]})
+        return
+    for answer in answered:
+        typer.echo(safe_text(answer.output).replace("\n", " "))
+
+
+def main() -> None:
+    """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
+    try:
+        app()
+    except SwitchError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED_BY_FORCE)
+
+
+def _fail(message: str, code: int) -> None:
+    """Say why and leave. A rank leaves at once: what its launcher started with it must not be waited for."""
+    rank = os.environ.get("RANK", "0")
+    Console().error(message if rank == "0" else f"rank {rank}: {message}")
+    if "--json" in sys.argv and rank == "0":
+        print_json({"error": message, "exit_code": code})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

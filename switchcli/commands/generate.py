@@ -1,0 +1,50 @@
+"""`switchcli generate`: a checkpoint's answers to texts with gaps."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from switchcli.commands.load import load
+from switchcli.data.batch import EOS
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError
+from switchcli.model.generate import greedy
+from switchcli.model.transformer import SwitchTransformer
+
+
+class Answer(NamedTuple):
+    """A text and what the model says to it."""
+
+    input: str
+    output: str
+
+
+def generate(
+    path: Path, texts: Iterable[str], max_tokens: int, device: str, warn: Callable[[str], None]
+) -> Iterator[Answer]:
+    """Answer each text by greedy decoding, one after another.
+
+    Raises:
+        CheckpointError: as `load`.
+        DataError: a text without a token, or longer than the model was trained on.
+    """
+    name = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    loaded = load(path, torch.device(name), warn)
+    longest = loaded.recipe.data.span_corruption.inputs_length
+    for text in texts:
+        ids = [*loaded.tokenizer.encode(text), EOS]
+        if len(ids) == 1:
+            raise DataError("the text is empty: write some, with <extra_id_0> where the model is to fill in")
+        if len(ids) > longest:
+            warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
+            ids = [*ids[: longest - 1], EOS]
+        inputs_BS = torch.tensor([ids], device=name)
+        yield Answer(text, answers(loaded.model, loaded.tokenizer, inputs_BS, max_tokens)[0])
+
+
+def answers(model: SwitchTransformer, tokenizer: Tokenizer, inputs_BS: torch.Tensor, max_tokens: int) -> list[str]:
+    """The model's greedy answer to each row of ids, as text with the sentinels readable."""
+    model.eval()
+    return [tokenizer.decode(row) for row in greedy(model, inputs_BS, max_tokens).tolist()]

@@ -1,0 +1,91 @@
+"""What the training verbs share: options, claiming a run's folder, and the result that they leave."""
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import torch
+
+from switchcli import __version__
+from switchcli.errors import RecipeError
+from switchcli.parallel.runtime import Runtime
+from switchcli.recipe.compare import differences
+from switchcli.recipe.resolve import dump, resolve
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.train.lock import lock
+from switchcli.train.run_folder import RunFolder
+
+CHANGEABLE = ("description", "train.steps", "train.device", "log.", "eval.", "checkpoint.")
+"""Keys that may change between two starts of one run: they do not touch what was trained so far."""
+
+
+class Options(NamedTuple):
+    """The options of every training verb (cli.md: `--out`, `--resume`, ...)."""
+
+    out: Path
+    resume: bool
+    quiet: bool
+
+
+def default_out(recipe: str) -> Path:
+    """runs/NAME for a recipe that ships, runs/STEM for a file."""
+    path = Path(recipe)
+    return Path("runs") / (path.stem if path.suffix else path)
+
+
+@contextmanager
+def claim(
+    options: Options, recipe: PretrainRecipe, runtime: Runtime, say: Callable[[str], None]
+) -> Iterator[RunFolder]:
+    """The run's folder, locked, with its recipe written into it; all ranks go on together.
+
+    Raises:
+        CheckpointError: another run holds the folder, or it cannot be written.
+        RecipeError: the folder holds a run of another recipe.
+    """
+    folder = RunFolder(options.out)
+    with lock(options.out) if runtime.is_main else nullcontext():
+        if runtime.is_main:
+            if not options.resume and (aside := folder.set_aside()):
+                say(f"the run that was in {options.out} is now in {aside}")
+            if folder.recipe.exists():
+                _check_same(resolve(str(folder.recipe), [], PretrainRecipe), recipe, options.out)
+            folder.write_recipe(dump(recipe))
+        runtime.barrier()
+        yield folder
+
+
+def _check_same(before: PretrainRecipe, after: PretrainRecipe, out: Path) -> None:
+    changed = [one for one in differences(before, after) if not one.key.startswith(CHANGEABLE)]
+    if changed:
+        key, old, new = changed[0]
+        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        raise RecipeError(
+            f"{out} holds a run whose {key} is {old}, and the recipe says {new}{more}: give another folder by --out, "
+            "or --no-resume to set that run aside and begin anew"
+        )
+
+
+def machine(runtime: Runtime) -> dict[str, Any]:
+    """Hardware and versions, for the result."""
+    cuda = runtime.device.type == "cuda"
+    return {
+        "hardware": {
+            "device": torch.cuda.get_device_name(runtime.device)
+            if cuda
+            else platform.processor() or platform.machine(),
+            "ranks": runtime.world,
+            "cores": os.cpu_count(),
+            "threads_per_rank": torch.get_num_threads(),
+        },
+        "versions": {
+            "switchcli": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }

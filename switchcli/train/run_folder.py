@@ -1,0 +1,49 @@
+"""RunFolder: what lies where in a run's folder, and how its small files are written."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from switchcli.errors import CheckpointError
+
+
+class RunFolder:
+    """The folder of one run (see the README for its layout); nothing is made until it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.result = path / "result.json"
+
+    def write_recipe(self, text: str) -> None:
+        self._write(self.recipe, text)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        self._write(self.result, json.dumps(result, indent=1) + "\n")
+
+    def set_aside(self) -> Path | None:
+        """Rename what earlier runs left here, so that a run can begin anew and nothing is lost; the new name, if any."""
+        if not self.recipe.exists():
+            return None
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
+            number += 1
+        try:
+            self.path.rename(aside)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be renamed to {aside.name}: {error.strerror}") from error
+        return aside
+
+    def _write(self, path: Path, text: str) -> None:
+        """Whole or not at all."""
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be written: {error.strerror}; free the disk, or give another folder by --out"
+            ) from error

@@ -1,0 +1,81 @@
+"""Saver: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.runtime import Runtime
+from switchcli.train import checkpoint, logical
+from switchcli.train.evaluate import reduce
+from switchcli.train.optimizer import Optimizer
+from switchcli.train.spec import CheckpointSpec
+from switchcli.train.state import TrainState
+
+
+class Saver:
+    """Saves to and restores from one folder of checkpoints. Its methods are called on every rank; the main one writes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: SwitchTransformer,
+        optimizer: Optimizer,
+        runtime: Runtime,
+        documents: Mapping[str, bytes],
+        settings: CheckpointSpec,
+    ) -> None:
+        """`model` is the plain one; `documents` (recipe, tokenizer) make a checkpoint whole by itself."""
+        self._folder = folder
+        self._model = model
+        self._optimizer = optimizer
+        self._runtime = runtime
+        self._documents = documents
+        self._settings = settings
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of `state.step` and remove those that need not be kept."""
+        window = reduce(state.window, self._runtime)
+        if self._runtime.is_main:
+            checkpoint.save(
+                self._folder,
+                state.step,
+                model=self._logical(dict(self._model.named_parameters())),
+                optimizer=self._logical(self._optimizer.state()),
+                documents={**self._documents, "state.json": state.to_json(window)},
+            )
+            checkpoint.prune(self._folder, self._settings.keep_last, keep_best=self._settings.keep_best)
+        self._runtime.barrier()
+
+    def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
+        """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none."""
+        newest = checkpoint.latest(self._folder, warn) if self._runtime.is_main else None
+        step = self._runtime.from_main(-1 if newest is None else newest.step)
+        if step < 0:
+            return False
+        found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step))
+        load_model(self._model, found)
+        slots = self._optimizer.state()
+        experts = self._model.spec.num_experts
+        self._optimizer.load(logical.join(found.read_optimizer(logical.split(slots, experts)), experts))
+        state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.is_main)
+        return True
+
+    def _logical(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return logical.split({name: tensor.detach() for name, tensor in named.items()}, self._model.spec.num_experts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors of one checkpoint."""
+        tensors = [*self._model.parameters(), *self._optimizer.state().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def load_model(model: SwitchTransformer, found: checkpoint.Checkpoint) -> None:
+    """Fill the model's weights, in place, from a checkpoint of the same architecture."""
+    named = dict(model.named_parameters())
+    experts = model.spec.num_experts
+    for name, tensor in logical.join(found.read_model(logical.split(named, experts)), experts).items():
+        named[name].copy_(tensor)
