@@ -1,8 +1,8 @@
 """What pydantic found wrong, in a user's words: where it was said, the dotted key, the rule, the value, the way out.
 
 A spec's own rule is the ValueError of its validator. When its message starts with a key of that spec, as in
-"steps (0) must be ...", the line is that key's; when the recipe leaves that key out, the line is that of the first dotted
-key in the message which it states. A message of several lines is several rules.
+"steps (0) must be ...", the line is that key's; when the recipe leaves that key out, the line is that of the first
+dotted key in the message which it states. A message of several lines is several rules.
 """
 
 import difflib

@@ -91,6 +91,15 @@ def test_the_line_is_that_of_the_key(recipe):
     assert [line.split(": ")[0] for line in str(raised.value).splitlines()] == ["mine.yaml:6", "mine.yaml:3"]
 
 
+def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("train: {steps: 1, batch_tokens: 512}\nmodel: {vocab_size: 200}")
+    with pytest.raises(
+        RecipeError, match=r"^mine.yaml:2: data.tokenizer.vocab_size \(8192\) must be at most the 200 rows"
+    ):
+        resolve.resolve("mine.yaml", [], PretrainRecipe)
+
+
 def test_a_dense_model_has_no_groups(recipe):
     recipe("model.num_experts=1", "model.router.group_sequences=3")
 

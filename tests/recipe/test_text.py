@@ -136,7 +136,29 @@ scalars = (
     | st.floats(allow_nan=False)
     | st.text(st.characters(exclude_categories=["Cs"]))
     | st.sampled_from(
-        ["1e-4", "no", "012", "~", "null", ".inf", "<<", "=", "0x1", "- a", "a: b", "#", " a", "1_0", "%"]
+        [
+            "\x85",
+            "a\u2028b",
+            "\n",
+            "\r\n",
+            "\ufeff",
+            "\0",
+            "1e-4",
+            "no",
+            "012",
+            "~",
+            "null",
+            ".inf",
+            "<<",
+            "=",
+            "0x1",
+            "- a",
+            "a: b",
+            "#",
+            " a",
+            "1_0",
+            "%",
+        ]
     )
 )
 keys = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda key: key != "<<")
