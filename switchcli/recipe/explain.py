@@ -121,6 +121,8 @@ def _value_rule(details: ErrorDetails, place: _Place, schema: type[BaseModel]) -
         return f"{rule}; YAML 1.2 reads {value} as text: write {_WORDS[value.lower()]}"
     if kind in ("int_type", "float_type", "float_parsing") and isinstance(value, str):
         return f"{rule}; write {_bare(value)}" if _bare(value) else f"{rule}{leave_out}"
+    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        return f"{rule}; write {int(value)}"
     if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{rule}; put it in quotes: '{value}'"
     return f"{rule}{leave_out}"

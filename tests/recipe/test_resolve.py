@@ -356,6 +356,8 @@ zzz: 1
         ("corpora: []", "mine.yaml:1: corpora: must have at least 1 items (got a list)"),
         ("optimizer: {kind: 3}", "mine.yaml:1: optimizer.kind: must be one of adafactor, adamw (got 3)"),
         ("train:\n  note: x", "mine.yaml:1: train.steps: missing: add it, as train.steps=VALUE"),
+        ("train: {steps: 1e3}", "mine.yaml:1: train.steps: must be an integer (got 1000.0); write 1000"),
+        ("train: {steps: .inf}", "mine.yaml:1: train.steps: must be an integer (got inf)"),
         ("train: {steps: true}", "mine.yaml:1: train.steps: must be an integer (got true)"),
         ("train: {steps: 1, learning_rate: 0}", "mine.yaml:1: train.learning_rate: must be greater than 0"),
         ('"a\\nb": 1', "mine.yaml:1: 'a\\nb': no such key"),
