@@ -109,23 +109,30 @@ def _own_rules(message: str, place: _Place, tree: Node) -> Iterator[tuple[Keys, 
 
 
 def _value_rule(details: ErrorDetails, place: _Place, schema: type[BaseModel]) -> str:
-    kind, value = details["type"], details["input"]
+    kind = details["type"]
     ours = _RULES[kind].format(**details.get("ctx", {})) if kind in _RULES else None
     rule = ours or re.sub(r"^\w+ should", "must", details["msg"])
     if kind == "missing":
         return f"{rule}: add it, as {dotted(place.path)}=VALUE on the command line or in the recipe"
-    rule, leave_out = f"{rule} (got {got(value)})", _leave_out(schema, details["loc"])
+    value = details["input"]
     if kind == "literal_error":
-        return rule + _did_you_mean(str(value), [str(choice) for choice in _choices(place.annotation)])
+        way_out = _did_you_mean(str(value), [str(choice) for choice in _choices(place.annotation)])
+    else:
+        way_out = _rewritten(kind, value) or _leave_out(schema, details["loc"])
+    return f"{rule} (got {got(value)}){way_out}"
+
+
+def _rewritten(kind: str, value: Any) -> str | None:
+    """How to write what `value`, which is of the wrong type, seems to mean."""
     if kind == "bool_type" and isinstance(value, str) and value.lower() in _WORDS:
-        return f"{rule}; YAML 1.2 reads {value} as text: write {_WORDS[value.lower()]}"
-    if kind in ("int_type", "float_type", "float_parsing") and isinstance(value, str):
-        return f"{rule}; write {_bare(value)}" if _bare(value) else f"{rule}{leave_out}"
+        return f"; YAML 1.2 reads {value} as text: write {_WORDS[value.lower()]}"
+    if kind in ("int_type", "float_type", "float_parsing") and isinstance(value, str) and _bare(value):
+        return f"; write {_bare(value)}"
     if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
-        return f"{rule}; write {int(value)}"
+        return f"; write {int(value)}"
     if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{rule}; put it in quotes: '{value}'"
-    return f"{rule}{leave_out}"
+        return f"; put it in quotes: '{value}'"
+    return None
 
 
 def _bare(value: str) -> str | None:
