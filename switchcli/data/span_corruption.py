@@ -114,7 +114,7 @@ class SpanCorruption(Spec):
 
 
 def _segment(draws: NDArray[np.uint64], num_items: int, num_segments: int) -> NDArray[np.int64]:
-    """Random lengths [R, num_segments] >= 1 that add up to `num_items`: cut where draws [R, num_items - 1] are least."""
+    """Random lengths [R, num_segments] >= 1, adding up to `num_items`: cut where draws [R, num_items - 1] are least."""
     cuts = np.sort(np.argsort(draws, axis=1)[:, : num_segments - 1], axis=1) + 1
     return np.diff(cuts, axis=1, prepend=0, append=num_items)
 

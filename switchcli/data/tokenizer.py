@@ -44,7 +44,7 @@ class Tokenizer:
         self.sentinels: NDArray[np.int64] = np.array(list(takewhile(lambda id_: id_ is not None, ids)), dtype=np.int64)
         if not self.sentinels.size:
             raise DataError(
-                f"{where}: no sentinel {sentinel(0)} in the vocabulary, span corruption needs them: use a T5 tokenizer, "
+                f"{where}: no {sentinel(0)} in the vocabulary, span corruption needs sentinels: use a T5 tokenizer, "
                 "or train one (kind: train)"
             )
         self._inner = inner
@@ -97,7 +97,10 @@ def _explained(where: str) -> Iterator[None]:
 
 
 class TrainedTokenizer(Spec):
-    """A Unigram vocabulary trained on the training documents: the same text gives the same vocabulary."""
+    """A Unigram vocabulary trained on the training documents: the same prose or code gives the same one.
+
+    Where words are few and equally frequent, training breaks ties by chance; cache and checkpoint keep its choice.
+    """
 
     kind: Literal["train"] = "train"
     vocab_size: int = Field(default=8192, ge=3 + NUM_SENTINELS + 1)

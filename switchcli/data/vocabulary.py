@@ -49,7 +49,7 @@ def train_unigram(documents: Iterable[Document], vocab_size: int, max_characters
     if len(alphabet) + len(SPECIAL) > num_pieces:
         raise DataError(
             f"data.tokenizer.vocab_size ({vocab_size}) must hold {len(SPECIAL)} special ids, {NUM_SENTINELS} sentinels "
-            f"and the {len(alphabet)} characters of the text: take {len(alphabet) + len(SPECIAL) + NUM_SENTINELS} or more"
+            f"and the text's {len(alphabet)} characters: take {len(alphabet) + len(SPECIAL) + NUM_SENTINELS} or more"
         )
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
@@ -116,4 +116,4 @@ def _alphabet(texts: list[str]) -> tuple[dict[int, str], set[str]]:
     enough = sum(counts.values()) * COVERAGE
     num_common = sum(before < enough for before in covered)  # characters before which the coverage is not reached yet
     rare = {ord(character): " " for character in by_number[num_common:]}
-    return rare, set(unicodedata.normalize("NFKC", "".join(by_number[:num_common])))
+    return rare, {" ", *unicodedata.normalize("NFKC", "".join(by_number[:num_common]))}

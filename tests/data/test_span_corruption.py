@@ -1,0 +1,127 @@
+"""Span corruption against an independent, slow reading of T5's algorithm."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from switchcli.data.span_corruption import SpanCorruption
+
+FIRST_ID, EOS = 1000, 1  # raw ids are 1000 and on; sentinels are 900 and down
+
+
+def corrupt(spec: SpanCorruption, rows: int, seed: int) -> tuple[NDArray[np.int64], ...]:
+    raw = FIRST_ID + np.arange(rows * spec.raw_length).reshape(rows, -1)
+    draws = np.random.Philox(seed).random_raw(rows * spec.num_draws).reshape(rows, -1)
+    sentinels = 900 - np.arange(spec.num_spans)
+    return raw, draws, sentinels, *spec.corrupt(raw, draws, sentinels)
+
+
+def slow_segments(draws: list[int], num_items: int, num_segments: int) -> list[int]:
+    cuts = sorted(sorted(range(num_items - 1), key=lambda place: draws[place])[: num_segments - 1])
+    lengths, last = [], 0
+    for cut in cuts:
+        lengths.append(cut + 1 - last)
+        last = cut + 1
+    return [*lengths, num_items - last]
+
+
+def slow_row(
+    spec: SpanCorruption, raw: list[int], draws: list[int], sentinels: list[int]
+) -> tuple[list[int], list[int]]:
+    num_kept = spec.raw_length - spec.num_noise
+    kept = slow_segments(draws[: num_kept - 1], num_kept, spec.num_spans)
+    noise = slow_segments(draws[num_kept - 1 :], spec.num_noise, spec.num_spans)
+    inputs, targets, at = [], [], 0
+    for span in range(spec.num_spans):
+        inputs += raw[at : at + kept[span]]
+        at += kept[span]
+        inputs.append(sentinels[span])
+        targets += [sentinels[span], *raw[at : at + noise[span]]]
+        at += noise[span]
+    inputs.append(EOS)
+    return inputs + [0] * (spec.inputs_length - len(inputs)), [*targets, EOS]
+
+
+def specs() -> st.SearchStrategy[SpanCorruption]:
+    def build(length: int, density: float, mean: float) -> SpanCorruption | None:
+        try:
+            return SpanCorruption(inputs_length=length, noise_density=density, mean_span_length=mean)
+        except ValidationError:
+            return None
+
+    built = st.builds(build, st.integers(3, 200), st.floats(0.01, 0.9), st.floats(1.0, 12.0))
+    return built.filter(lambda spec: spec is not None)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "raw", "targets", "noise", "spans"),
+    [(512, 568, 114, 85, 28), (256, 284, 58, 43, 14), (128, 141, 29, 21, 7), (64, 70, 14, 10, 3)],
+)
+def test_lengths_are_t5s(inputs: int, raw: int, targets: int, noise: int, spans: int) -> None:
+    spec = SpanCorruption(inputs_length=inputs)
+    assert (spec.raw_length, spec.targets_length, spec.num_noise, spec.num_spans) == (raw, targets, noise, spans)
+
+
+@settings(deadline=None, max_examples=150)
+@given(spec=specs(), seed=st.integers(0, 2**32))
+def test_equals_the_slow_reference(spec: SpanCorruption, seed: int) -> None:
+    raw, draws, sentinels, inputs, targets = corrupt(spec, 3, seed)
+    assert inputs.shape == (3, spec.inputs_length)
+    assert targets.shape == (3, spec.targets_length)
+    assert inputs.dtype == targets.dtype == np.int64
+    for row in range(3):
+        expected = slow_row(spec, raw[row].tolist(), draws[row].tolist(), sentinels.tolist())
+        assert (inputs[row].tolist(), targets[row].tolist()) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(spec=specs(), seed=st.integers(0, 2**32))
+def test_inputs_and_targets_give_the_text_back(spec: SpanCorruption, seed: int) -> None:
+    raw, _, sentinels, inputs, targets = corrupt(spec, 2, seed)
+    for row in range(2):
+        hidden: dict[int, list[int]] = {}
+        for index in targets[row, :-1].tolist():
+            if index in sentinels:
+                hidden[index] = []
+            else:
+                hidden[list(hidden)[-1]].append(index)
+        body = inputs[row, : inputs[row].tolist().index(EOS)].tolist()
+        assert body[0] >= FIRST_ID, "a row begins with kept text"
+        assert body[-1] == sentinels[-1], "and ends with a hidden span"
+        assert list(hidden) == sentinels.tolist(), "sentinels in descending order, no closing one"
+        assert all(hidden.values())
+        restored = [token for index in body for token in hidden.get(index, [index])]
+        assert restored == raw[row].tolist()
+        assert sum(map(len, hidden.values())) == spec.num_noise
+
+
+def test_every_segmentation_is_equally_likely() -> None:
+    spec = SpanCorruption(inputs_length=10, noise_density=0.45, mean_span_length=2.0)
+    assert (spec.raw_length, spec.num_noise, spec.num_spans) == (12, 5, 2)
+    rows = 24_000
+    _, _, sentinels, inputs, targets = corrupt(spec, rows, seed=7)
+    kept = np.argmax(inputs == sentinels[0], axis=1)
+    noise = np.argmax(targets == sentinels[1], axis=1) - 1
+    counts = Counter(zip(kept.tolist(), noise.tolist(), strict=True))
+    assert set(counts) == {(k, n) for k in range(1, 7) for n in range(1, 5)}
+    expected = rows / len(counts)
+    chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert chi_squared < 49.7, "99.9 % of 23 degrees of freedom"
+
+
+def test_refuses_more_spans_than_text_can_part() -> None:
+    with pytest.raises(ValidationError, match="lower noise_density or raise mean_span_length"):
+        SpanCorruption(noise_density=0.8, mean_span_length=1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"inputs_length": 2}, {"noise_density": 0.0}, {"noise_density": 1.0}, {"mean_span_length": 0.5}]
+)
+def test_refuses_numbers_out_of_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        SpanCorruption.model_validate(wrong)

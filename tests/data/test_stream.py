@@ -1,0 +1,132 @@
+"""The stream: a function of (seed, step), any split of the rows, every token once an epoch."""
+
+from collections import Counter
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from switchcli.data.batch import Batch
+from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.store import TokenStore
+from switchcli.data.stream import SpanStream
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError
+
+CORRUPTION = SpanCorruption(inputs_length=16)
+LENGTHS = [1, 50, 3, 17, 200, 2, 9, 31, 44]
+
+
+class _Sentinels:
+    """As much of a tokenizer as the stream looks at."""
+
+    def __init__(self, number: int) -> None:
+        self.sentinels: NDArray[np.int64] = 60_000 - np.arange(number)
+
+
+def stream(
+    lengths: list[int] = LENGTHS, *, seed: int = 3, batch: int = 8, corruption: SpanCorruption = CORRUPTION
+) -> SpanStream:
+    """A store whose token number i is 100 + i."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    store = TokenStore((100 + np.arange(offsets[-1])).astype(np.uint16), offsets)
+    return SpanStream(store, cast("Tokenizer", _Sentinels(100)), corruption, seed, batch)
+
+
+def raw(batch: Batch) -> list[list[int]]:
+    """The raw rows, from inputs and targets."""
+    rows = []
+    for inputs, targets in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), strict=True):
+        hidden: dict[int, list[int]] = {}
+        for index in targets[:-1]:
+            if index > 50_000:
+                hidden[index] = []
+            else:
+                hidden[list(hidden)[-1]].append(index)
+        rows.append([token for index in inputs if index > 1 for token in hidden.get(index, [index])])
+    return rows
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.inputs_BS, b.inputs_BS) and torch.equal(a.targets_BT, b.targets_BT)
+
+
+def test_shapes_and_types() -> None:
+    batch = stream().batch(0, 0, 8)
+    assert batch.inputs_BS.shape == (8, 16)
+    assert batch.targets_BT.shape == (8, CORRUPTION.targets_length)
+    assert batch.inputs_BS.dtype == batch.targets_BT.dtype == torch.int64
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**63), step=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 7)))
+def test_any_split_of_the_rows_gives_the_same_batch(seed: int, step: int, cuts: set[int]) -> None:
+    whole = stream(seed=seed).batch(step, 0, 8)
+    edges = [0, *sorted(cuts), 8]
+    asked = stream(seed=seed)
+    parts = [asked.batch(step, first, last - first) for first, last in pairwise(edges)]
+    assert equal(whole, Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    used = stream()
+    for step in (9, 0, 4, 31):
+        used.batch(step, 2, 5)
+    assert equal(used.batch(5, 0, 8), stream().batch(5, 0, 8))
+    assert not equal(used.batch(5, 0, 8), used.batch(6, 0, 8))
+    assert not equal(used.batch(5, 0, 8), stream(seed=4).batch(5, 0, 8))
+
+
+def test_an_epoch_shows_every_chunk_once_and_the_next_in_another_order() -> None:
+    rows_per_epoch = stream().rows_per_epoch
+    assert rows_per_epoch == sum(LENGTHS) // CORRUPTION.raw_length
+    epochs = []
+    for epoch in range(2):
+        rows = raw(stream(batch=rows_per_epoch).batch(epoch, 0, rows_per_epoch))
+        counts = Counter(token for row in rows for token in row)
+        assert set(counts.values()) == {1}, "no token twice"
+        assert len(counts) == rows_per_epoch * CORRUPTION.raw_length, "all but the tail"
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) != sorted(epochs[1]), "documents were put end to end in another order"
+
+
+def test_documents_lie_end_to_end() -> None:
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+    starts, ends = set((100 + offsets[:-1]).tolist()), set((99 + offsets[1:]).tolist())
+    rows_per_epoch = stream().rows_per_epoch
+    for row in raw(stream(batch=rows_per_epoch).batch(0, 0, rows_per_epoch)):
+        for a, b in pairwise(row):
+            assert b == a + 1 or (a in ends and b in starts)
+
+
+def test_a_long_document_does_not_fill_a_batch() -> None:
+    rows = raw(stream([2000, 2000, 2000], batch=12).batch(0, 0, 12))
+    assert len({(row[0] - 100) // 2000 for row in rows}) == 3
+
+
+def test_a_batch_may_hold_rows_of_two_epochs() -> None:
+    per_epoch = stream().rows_per_epoch
+    across = stream(batch=per_epoch + 2)
+    first_epoch = raw(stream(batch=per_epoch).batch(0, 0, per_epoch))
+    second_epoch = raw(stream(batch=per_epoch).batch(1, 0, per_epoch))
+    assert raw(across.batch(0, 0, per_epoch + 2)) == first_epoch + second_epoch[:2]
+
+
+def test_sentinels_are_used_in_order() -> None:
+    corruption = SpanCorruption(inputs_length=64)
+    inputs = stream(corruption=corruption).batch(0, 0, 1).inputs_BS[0].tolist()
+    assert [index for index in inputs if index > 50_000] == [60_000, 59_999, 59_998]
+
+
+def test_too_little_text_or_too_few_sentinels() -> None:
+    with pytest.raises(DataError, match=r"8 tokens in 2 documents, but one row takes 17.*inputs_length"):
+        stream([5, 3])
+    long = SpanCorruption(inputs_length=4096)
+    with pytest.raises(DataError, match=r"hides 227 spans a row and needs as many sentinels, the tokenizer has 100"):
+        stream(corruption=long)
