@@ -70,11 +70,8 @@ def pretrain(
         else:
             describe.show(resolved, Console(), Console(stream=sys.stdout))
         return
-    if processes > 1:
-        from switchcli.parallel.launch import is_rank, launch
-
-        if not is_rank():
-            raise typer.Exit(launch(processes, sys.argv[1:]))
+    if (code := run.ranks_elsewhere(processes)) is not None:
+        raise typer.Exit(code)
     options = run.Options(out or run.default_out(recipe), resume, quiet)
     result = pretrain.pretrain(resolved, options)
     if as_json and result:
@@ -110,17 +107,22 @@ def main() -> None:
     try:
         app()
     except SwitchError as error:
-        _fail(str(error), error.exit_code)
+        _leave(str(error), error.exit_code, every_rank=error.on_every_rank)
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED_BY_FORCE)
+        _leave(
+            "interrupted by force: nothing since the last checkpoint was saved", INTERRUPTED_BY_FORCE, every_rank=True
+        )
 
 
-def _fail(message: str, code: int) -> None:
-    """Say why and leave. A rank leaves at once: what its launcher started with it must not be waited for."""
+def _leave(message: str, code: int, every_rank: bool) -> None:
+    """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
     rank = os.environ.get("RANK", "0")
-    Console().error(message if rank == "0" else f"rank {rank}: {message}")
-    if "--json" in sys.argv and rank == "0":
-        print_json({"error": message, "exit_code": code})
+    if rank == "0":
+        Console().error(message)
+        if "--json" in sys.argv:
+            print_json({"error": message, "exit_code": code})
+    elif not every_rank:
+        Console().error(f"rank {rank}: {message}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -10,40 +10,54 @@ from typing import ClassVar
 class SwitchError(Exception):
     """A failure that the user is told about in one line, without a traceback."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
+    on_every_rank: ClassVar[bool] = False
+    """All ranks raise it together, so that one of them says it."""
 
 
 class RecipeError(SwitchError):
     """A recipe, an override or an option that breaks a rule."""
 
-    exit_code: ClassVar[int] = 2
+    exit_code = 2
 
 
 class DataError(SwitchError):
     """A corpus, a tokenizer or a text that cannot be used."""
 
-    exit_code: ClassVar[int] = 3
+    exit_code = 3
 
 
 class CheckpointError(SwitchError):
     """A checkpoint, a lock or a disk that cannot be used."""
 
-    exit_code: ClassVar[int] = 4
+    exit_code = 4
 
 
 class NumericsError(SwitchError):
     """NaN, infinity or divergence."""
 
-    exit_code: ClassVar[int] = 5
+    exit_code = 5
+    on_every_rank = True
 
 
 class DistributedError(SwitchError):
     """A rank or the network between ranks."""
 
-    exit_code: ClassVar[int] = 6
+    exit_code = 6
 
 
 class Interrupted(SwitchError):
     """Stopped by a signal after saving: the same command goes on from there."""
 
-    exit_code: ClassVar[int] = 75
+    exit_code = 75
+    on_every_rank = True
+
+
+class MainRankError(SwitchError):
+    """The main rank failed and says why: the others leave with its exit code and no words."""
+
+    on_every_rank = True
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the main rank failed")
+        self.exit_code = exit_code

@@ -1,7 +1,7 @@
 """Spec: the base of every setting. A frozen pydantic value that refuses unknown keys.
 
-A choice among several is a union of specs told apart by their `kind`; the spec itself does the work (`assign`, `build`, a call),
-so that YAML validates straight into the object that is used.
+A choice among several is a union of specs told apart by their `kind`; the spec itself does the work (`assign`, `build`,
+a call), so that YAML validates straight into the object that is used.
 """
 
 from pydantic import BaseModel, ConfigDict

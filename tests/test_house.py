@@ -38,7 +38,7 @@ ROOMS = {
     "interop": Room(3, "torch safetensors"),
     "recipe": Room(4, "yaml pydantic pydantic_core"),
     "commands": Room(5, "torch pydantic typer"),
-    "cli": Room(6, "typer rich", rooms="commands recipe report errors spec"),
+    "cli": Room(6, "typer rich", rooms="commands recipe report errors spec __version__"),
     "__main__": Room(7, rooms="cli"),
 }
 PACKAGES_OF_ONE_FILE = {

@@ -8,33 +8,38 @@ import torch
 from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
 from switchcli.commands.run import Options, claim, machine
+from switchcli.data.batch import Batch
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.stream import SpanStream
+from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.model.initialise import initialise
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
+from switchcli.parallel.trackers import Trackers
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import JsonLines, read_json_lines
-from switchcli.train import checkpoint
 from switchcli.train.evaluate import shared
 from switchcli.train.hooks import HeldOut, Hook, Log, Record, Save
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import Saver
 from switchcli.train.state import TrainState
 
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
+HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds are then on the same batches
 NUM_SAMPLES = 2
+HELD_OUT = "held_out/neg_log_perplexity"
 
 
 def pretrain(recipe: PretrainRecipe, options: Options) -> dict[str, Any]:
-    """Train what is left of the run in `options.out` and return its result, which is then in result.json too.
+    """Train what is left of the run in `options.out`; its result, also in result.json, or {} off the main rank.
 
     Raises:
         Interrupted: stopped by a signal, after saving.
@@ -43,13 +48,11 @@ def pretrain(recipe: PretrainRecipe, options: Options) -> dict[str, Any]:
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with claim(options, recipe, runtime, console.message) as folder:
-        with runtime.main_first():
-            prepared = prepare(recipe.data, default_cache(), console.track)
-        _check_vocabulary(recipe, prepared)
-        run = _assemble(recipe, prepared, folder, runtime, console)
-        result = _train(run)
+        run = _assemble(recipe, folder, runtime, console)
+        _train(run)
+        result = runtime.on_main(lambda: _finish(run))
         runtime.close()
-        return result
+    return result or {}
 
 
 class _Run(NamedTuple):
@@ -59,33 +62,24 @@ class _Run(NamedTuple):
     folder: RunFolder
     runtime: Runtime
     console: Console
-    prepared: Prepared
-    model: SwitchTransformer
-    saver: Saver
-    state: TrainState
-    optimizer: Any
+    tokenizer: Tokenizer
     batches: Microbatches
     held_out: SpanStream
+    model: SwitchTransformer
+    optimizer: Optimizer
+    saver: Saver
+    state: TrainState
 
 
-def _check_vocabulary(recipe: PretrainRecipe, prepared: Prepared) -> None:
-    pieces, rows = prepared.tokenizer.vocab_size, recipe.model.vocab_size
-    if pieces > rows:
-        raise RecipeError(
-            f"the tokenizer has {pieces} pieces, more than the {rows} rows of model.vocab_size: "
-            f"set model.vocab_size to {pieces} or more"
-        )
-
-
-def _assemble(
-    recipe: PretrainRecipe, prepared: Prepared, folder: RunFolder, runtime: Runtime, console: Console
-) -> _Run:
+def _assemble(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: Console) -> _Run:
     spans, train = recipe.data.span_corruption, recipe.train
+    prepared = _prepared(recipe, runtime, console)
     sequences = train.batch_tokens // spans.inputs_length
     stream = SpanStream(prepared.train, prepared.tokenizer, spans, train.seed, sequences)
+    held_out = SpanStream(prepared.held_out, prepared.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
     microbatch = train.microbatch_tokens and train.microbatch_tokens // spans.inputs_length
-    batches = Microbatches(stream.batch, sequences, microbatch, runtime.rank, runtime.world)
-    held_out = SpanStream(prepared.held_out, prepared.tokenizer, spans, 0, recipe.eval.sequences)
+    group = recipe.model.router.group_sequences if recipe.model.num_experts > 1 else 1
+    batches = Microbatches(stream.batch, sequences, microbatch, group, runtime.rank, runtime.world)
 
     with torch.device("meta"):
         model = SwitchTransformer(recipe.model)
@@ -93,100 +87,112 @@ def _assemble(
     optimizer = recipe.optimizer.build(dict(model.named_parameters()))
     documents = {"recipe.yaml": dump(recipe).encode(), "tokenizer.json": prepared.tokenizer.to_json().encode()}
     saver = Saver(folder.checkpoints, model, optimizer, runtime, documents, recipe.checkpoint)
+    saver.preflight()
     state = TrainState()
-    if not saver.restore(state, console.warning):
+    if saver.restore(state, console.warning):
+        console.message(f"going on from step {state.step} of {train.steps}")
+    else:
         initialise(model, train.seed)
-    if runtime.is_main:
-        checkpoint.preflight(folder.checkpoints, saver.num_bytes)
-    return _Run(recipe, folder, runtime, console, prepared, model, saver, state, optimizer, batches, held_out)
+    return _Run(recipe, folder, runtime, console, prepared.tokenizer, batches, held_out, model, optimizer, saver, state)
 
 
-def _train(run: _Run) -> dict[str, Any]:
-    recipe, state, steps = run.recipe, run.state, run.recipe.train.steps
+def _prepared(recipe: PretrainRecipe, runtime: Runtime, console: Console) -> Prepared:
+    def prepared() -> Prepared:
+        return prepare(recipe.data, default_cache(), console.track)
+
+    found = runtime.on_main(prepared) or prepared()  # the main rank fills the cache that the others read
+    pieces, rows = found.tokenizer.vocab_size, recipe.model.vocab_size
+    if pieces > rows:
+        raise RecipeError(
+            f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
+        )
+    return found
+
+
+def _train(run: _Run) -> None:
+    recipe, state, runtime = run.recipe, run.state, run.runtime
+    steps = recipe.train.steps
     metrics = JsonLines(run.folder.metrics)
-    if run.runtime.is_main:
-        metrics.rewind(state.step)
-    if state.step:
-        run.console.message(f"resuming at step {state.step} of {steps}")
+    runtime.on_main(lambda: metrics.rewind(state.step))
+    trackers = Trackers(recipe.log.trackers if runtime.is_main else (), run.folder.path)
     with StopRequest() as stop, run.console.training(steps, state.step) as training:
 
         def write(record: Record) -> None:
             metrics.write(record)
+            trackers.log(record)
             training.advance(int(record["step"]))
             training.log(record)
 
-        hooks = _hooks(run, write)
+        held_out = _held_out(run, write)
         if state.step == 0:
-            hooks[1](state)
+            held_out(state)
+        hooks = [_log(run, write), held_out, Save(recipe.checkpoint.save_every_steps, run.saver.save)]
+        wrapped = runtime.wrap(run.model)
         complete = fit(
             state,
-            run.runtime.wrap(run.model),
+            wrapped,
             cross_entropy,
             run.batches,
             run.optimizer,
             recipe.schedule,
-            run.runtime,
+            runtime,
             hooks,
             recipe.train,
             stop,
         )
         if not complete:
             run.saver.save(state)
-            raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
-    return _finish(run)
+    trackers.close()
+    if not complete:
+        raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
 
 
-def _hooks(run: _Run, write: Callable[[Record], None]) -> list[Hook]:
-    recipe, runtime = run.recipe, run.runtime
-    facts = describe(recipe)
-    flops = FORWARD_AND_BACKWARD * facts["flops_per_sequence"] * facts["sequences_per_step"]
-    sequences = min(recipe.eval.sequences, run.held_out.rows_per_epoch)
+def _log(run: _Run, write: Callable[[Record], None]) -> Hook:
+    recipe, facts = run.recipe, describe(run.recipe)
+    return Log(
+        recipe.log.every_steps,
+        recipe.train.steps,
+        recipe.schedule,
+        recipe.train.batch_tokens,
+        FORWARD_AND_BACKWARD * facts["flops_per_sequence"] * facts["sequences_per_step"],
+        run.runtime,
+        write,
+        run.console.warning,
+        run.state,
+    )
 
-    def held_out() -> Any:
-        def rows(first: int, count: int) -> Any:
+
+def _held_out(run: _Run, write: Callable[[Record], None]) -> Hook:
+    """The hook that evaluates on the first rows of the held-out text, the same ones each time."""
+    sequences = min(run.recipe.eval.sequences, run.held_out.rows_per_epoch)
+
+    def batches() -> list[Batch]:
+        def rows(first: int, count: int) -> Batch:
             return run.held_out.batch(0, first, count)
 
-        return shared(rows, sequences, run.batches.microbatch, runtime.rank, runtime.world)
+        return shared(rows, sequences, run.batches.microbatch, run.runtime.rank, run.runtime.world)
 
-    return [
-        Log(
-            recipe.log.every_steps,
-            recipe.train.steps,
-            recipe.schedule,
-            recipe.train.batch_tokens,
-            flops,
-            runtime,
-            write,
-            run.console.warning,
-            run.state,
-        ),
-        HeldOut(recipe.eval.every_steps, run.model, cross_entropy, held_out, runtime, write),
-        Save(recipe.checkpoint.save_every_steps, run.saver.save),
-    ]
+    return HeldOut(run.recipe.eval.every_steps, run.model, cross_entropy, batches, run.runtime, write)
 
 
 def _finish(run: _Run) -> dict[str, Any]:
-    """The result, for people on the console and in result.json; only the main rank has one to write."""
+    """The result, on the console and in result.json."""
     facts, state = describe(run.recipe), run.state
-    if not run.runtime.is_main:
-        return {}
-    figures = [
-        record["held_out/neg_log_perplexity"]
-        for record in read_json_lines(run.folder.metrics)
-        if "held_out/neg_log_perplexity" in record
-    ]
+    records = read_json_lines(run.folder.metrics)
+    first = next(record[HELD_OUT] for record in records if HELD_OUT in record)
+    tokens = state.step * run.recipe.train.batch_tokens
     result = {
         "verb": run.recipe.verb,
         "run": str(run.folder.path),
         "step": state.step,
-        "held_out/neg_log_perplexity": state.held_out_neg_log_perplexity,
-        "held_out/first_neg_log_perplexity": figures[0],
-        **{key: facts[key] for key in ("parameters", "dense_parameters", "expert_parameters", "active_parameters")},
+        HELD_OUT: state.held_out_neg_log_perplexity,
+        "held_out/first_neg_log_perplexity": first,
+        **{key: facts[key] for key in facts if "parameters" in key},
         "flops_per_sequence": facts["flops_per_sequence"],
-        "input_tokens": state.step * run.recipe.train.batch_tokens,
+        "input_tokens": tokens,
         "target_tokens": state.targets_seen,
         "seconds": state.seconds,
-        "tokens_per_second": state.step * run.recipe.train.batch_tokens / state.seconds,
+        "tokens_per_second": tokens / state.seconds,
         **machine(run.runtime),
     }
     run.folder.write_result(result)
@@ -196,14 +202,13 @@ def _finish(run: _Run) -> dict[str, Any]:
 
 def _show(run: _Run, result: dict[str, Any]) -> None:
     batch = run.runtime.place(run.held_out.batch(0, 0, NUM_SAMPLES))
-    tokenizer = run.prepared.tokenizer
-    filled = answers(run.model, tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
+    filled = answers(run.model, run.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
     for inputs, targets, output in zip(*(tensor.tolist() for tensor in batch), filled, strict=True):
-        run.console.sample(tokenizer.decode(inputs), tokenizer.decode(targets), output)
+        run.console.sample(run.tokenizer.decode(inputs), run.tokenizer.decode(targets), output)
     run.console.table(
         "done",
         {
-            "held-out neg. log perplexity": result["held_out/neg_log_perplexity"],
+            "held-out neg. log perplexity": result[HELD_OUT],
             "before training": result["held_out/first_neg_log_perplexity"],
             "parameters": f"{result['parameters']:,}",
             "of them met by a token": f"{result['active_parameters']:,}",
@@ -212,6 +217,6 @@ def _show(run: _Run, result: dict[str, Any]) -> None:
         },
     )
     out = run.folder.path
-    run.console.message(f"\nIn {out}: recipe.yaml, metrics.jsonl, result.json, checkpoints. Next:")
+    run.console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
     run.console.message(f'  switchcli generate {out} "The <extra_id_0> of a list is its <extra_id_1>."')
     run.console.message(f"  switchcli pretrain {out}/recipe.yaml train.steps={2 * result['step']} --out {out}")

@@ -2,16 +2,18 @@
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import accelerate
 import torch
 
 from switchcli import __version__
 from switchcli.errors import RecipeError
+from switchcli.parallel.launch import is_rank, launch
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.compare import differences
 from switchcli.recipe.resolve import dump, resolve
@@ -31,6 +33,11 @@ class Options(NamedTuple):
     quiet: bool
 
 
+def ranks_elsewhere(processes: int) -> int | None:
+    """Start this very command as `processes` ranks and return their exit code; None when this process does the work."""
+    return launch(processes, sys.argv[1:]) if processes > 1 and not is_rank() else None
+
+
 def default_out(recipe: str) -> Path:
     """runs/NAME for a recipe that ships, runs/STEM for a file."""
     path = Path(recipe)
@@ -48,14 +55,20 @@ def claim(
         RecipeError: the folder holds a run of another recipe.
     """
     folder = RunFolder(options.out)
-    with lock(options.out) if runtime.is_main else nullcontext():
-        if runtime.is_main:
-            if not options.resume and (aside := folder.set_aside()):
+
+    def enter() -> None:
+        if not options.resume:
+            with lock(options.out):
+                aside = folder.set_aside()
+            if aside:
                 say(f"the run that was in {options.out} is now in {aside}")
-            if folder.recipe.exists():
-                _check_same(resolve(str(folder.recipe), [], PretrainRecipe), recipe, options.out)
-            folder.write_recipe(dump(recipe))
-        runtime.barrier()
+        held.enter_context(lock(options.out))
+        if folder.recipe.exists():
+            _check_same(resolve(str(folder.recipe), [], PretrainRecipe), recipe, options.out)
+        folder.write_recipe(dump(recipe))
+
+    with ExitStack() as held:
+        runtime.on_main(enter)
         yield folder
 
 
@@ -86,6 +99,6 @@ def machine(runtime: Runtime) -> dict[str, Any]:
             "switchcli": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
+            "accelerate": version("accelerate"),
         },
     }

@@ -6,8 +6,8 @@ and never wait for a device.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Literal, TypeVar
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from torch import nn
 
-from switchcli.errors import DistributedError, RecipeError
+from switchcli.errors import DistributedError, MainRankError, RecipeError, SwitchError
 
 TIMEOUT_SECONDS = 600
 """How long a rank waits for the others before the run ends: above the longest pause of one rank alone (a save)."""
@@ -99,21 +99,24 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block before the others enter it: it fills a cache that they read."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """What `action` returns on the main rank, None on the others, which wait for it.
 
-    def barrier(self) -> None:
-        if self._control is not None:
-            dist.barrier(group=self._control)
+        Raises:
+            SwitchError: the action's own, on the main rank.
+            MainRankError: on the others, when the action raised one.
+        """
+        result = None
+        try:
+            if self.is_main:
+                result = action()
+        except SwitchError as error:
+            self.from_main(error.exit_code)
+            raise
+        if code := self.from_main(0):
+            raise MainRankError(code)
+        return result
 
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
         self._accelerator.end_training()
-        if self.world > 1:
-            dist.destroy_process_group()

@@ -22,7 +22,7 @@ class Trackers:
         for name in names:
             if not available[name]():
                 raise RecipeError(
-                    f"log.trackers names {name}, which is not installed: pip install 'switchcli[{name}]', or leave it out"
+                    f"log.trackers: {name} is not installed: pip install 'switchcli[{name}]', or leave it out"
                 )
         self._trackers: list[TensorBoardTracker | WandBTracker] = []
         if "tensorboard" in names:

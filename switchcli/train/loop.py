@@ -84,7 +84,7 @@ def accumulate_gradients(
     """Add to every `.grad` the gradient of this step's loss, averaged over ranks by the last backward pass.
 
     The loss is the sum over the step's targets, on all ranks, over their number `num_targets`, plus the balance loss
-    averaged over microbatches; so it does not depend on how the batch is cut up. `seed` names the step's noise.
+    averaged over microbatches: it does not depend on how the batch is cut. `seed` names the noise.
     """
     metrics: Metrics = {}
     for position, (number, batch) in enumerate(microbatches, 1):
@@ -119,5 +119,5 @@ def _check_finite(step: int, norm: torch.Tensor) -> None:
     if not torch.isfinite(norm):
         raise NumericsError(
             f"step {step}: the gradient norm is {float(norm)}, so the weights are lost; the checkpoints before this "
-            "step are sound. Lower schedule.learning_rate, set train.clip_norm, or take precision float32, and run again"
+            "step are sound. Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
         )

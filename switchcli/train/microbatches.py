@@ -25,10 +25,13 @@ class Microbatches:
         rows: Callable[[int, int, int], Batch],
         batch: int,
         microbatch: int | None,
+        group: int,
         rank: int,
         world: int,
     ) -> None:
-        """`rows(step, first, count)` gives sequences of a step's batch; `batch` and `microbatch` count sequences.
+        """`rows(step, first, count)` gives sequences of a step's batch.
+
+        `batch`, `microbatch` and `group`, those that are routed together, count sequences.
 
         Raises:
             RecipeError: the batch cannot be shared out evenly.
@@ -44,6 +47,11 @@ class Microbatches:
             raise RecipeError(
                 f"train.microbatch_tokens holds {self.microbatch} sequences, which does not divide the "
                 f"{batch // world} that each of {world} ranks takes a step: take a divisor of {batch // world}"
+            )
+        if self.microbatch % group:
+            raise RecipeError(
+                f"a microbatch of {self.microbatch} sequences (on {world} ranks) does not hold whole groups of "
+                f"model.router.group_sequences ({group}): set train.microbatch_tokens to a multiple of them"
             )
         self.count = batch // world // self.microbatch
         self._rows = rows

@@ -25,7 +25,7 @@ class RunFolder:
         self._write(self.result, json.dumps(result, indent=1) + "\n")
 
     def set_aside(self) -> Path | None:
-        """Rename what earlier runs left here, so that a run can begin anew and nothing is lost; the new name, if any."""
+        """Rename what an earlier run left here, so that one can begin anew; the new name, if there was a run."""
         if not self.recipe.exists():
             return None
         number = 1

@@ -9,13 +9,14 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.train import checkpoint, logical
 from switchcli.train.evaluate import reduce
+from switchcli.train.metrics import Metrics
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.spec import CheckpointSpec
 from switchcli.train.state import TrainState
 
 
 class Saver:
-    """Saves to and restores from one folder of checkpoints. Its methods are called on every rank; the main one writes."""
+    """One folder of checkpoints. Its methods are called on every rank; the main one writes."""
 
     def __init__(
         self,
@@ -37,20 +38,21 @@ class Saver:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of `state.step` and remove those that need not be kept."""
         window = reduce(state.window, self._runtime)
-        if self._runtime.is_main:
-            checkpoint.save(
-                self._folder,
-                state.step,
-                model=self._logical(dict(self._model.named_parameters())),
-                optimizer=self._logical(self._optimizer.state()),
-                documents={**self._documents, "state.json": state.to_json(window)},
-            )
-            checkpoint.prune(self._folder, self._settings.keep_last, keep_best=self._settings.keep_best)
-        self._runtime.barrier()
+        self._runtime.on_main(lambda: self._write(state, window))
+
+    def _write(self, state: TrainState, window: Metrics) -> None:
+        checkpoint.save(
+            self._folder,
+            state.step,
+            model=self._logical(dict(self._model.named_parameters())),
+            optimizer=self._logical(self._optimizer.state()),
+            documents={**self._documents, "state.json": state.to_json(window)},
+        )
+        checkpoint.prune(self._folder, self._settings.keep_last, keep_best=self._settings.keep_best)
 
     def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
         """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none."""
-        newest = checkpoint.latest(self._folder, warn) if self._runtime.is_main else None
+        newest = self._runtime.on_main(lambda: checkpoint.latest(self._folder, warn))
         step = self._runtime.from_main(-1 if newest is None else newest.step)
         if step < 0:
             return False
@@ -65,11 +67,13 @@ class Saver:
     def _logical(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return logical.split({name: tensor.detach() for name, tensor in named.items()}, self._model.spec.num_experts)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensors of one checkpoint."""
+    def preflight(self) -> None:
+        """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written."""
         tensors = [*self._model.parameters(), *self._optimizer.state().values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        one = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        here = sum(path.is_dir() for path in self._folder.glob("step-*"))
+        kept = self._settings.keep_last + self._settings.keep_best
+        self._runtime.on_main(lambda: checkpoint.preflight(self._folder, one * max(1, kept + 1 - here)))
 
 
 @torch.no_grad()

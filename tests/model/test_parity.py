@@ -78,8 +78,14 @@ def their_name(name: str) -> str:
         (r"^blocks\.(\d+)\.cross_attention\.norm\.", r"block.\1.layer.1.layer_norm."),
         (r"^blocks\.(\d+)\.cross_attention\.attention\.", r"block.\1.layer.1.EncDecAttention."),
         (r"^blocks\.(\d+)\.feed_forward\.norm\.", rf"block.\1.layer.{feed_forward}.layer_norm."),
-        (r"^blocks\.(\d+)\.feed_forward\.layer\.router\.weight", rf"block.\1.layer.{feed_forward}.mlp.router.classifier.weight"),
-        (r"^blocks\.(\d+)\.feed_forward\.layer\.experts\.(\w+)$", rf"block.\1.layer.{feed_forward}.mlp.experts.expert_0.\2.weight"),
+        (
+            r"^blocks\.(\d+)\.feed_forward\.layer\.router\.weight",
+            rf"block.\1.layer.{feed_forward}.mlp.router.classifier.weight",
+        ),
+        (
+            r"^blocks\.(\d+)\.feed_forward\.layer\.experts\.(\w+)$",
+            rf"block.\1.layer.{feed_forward}.mlp.experts.expert_0.\2.weight",
+        ),
         (r"^blocks\.(\d+)\.feed_forward\.layer\.", rf"block.\1.layer.{feed_forward}.MLP."),
     ]:
         rest, found = re.subn(pattern, replacement, rest)
@@ -96,13 +102,21 @@ def pairs(ours: SwitchTransformer, theirs: torch.nn.Module) -> list[tuple[str, t
     for name, parameter in ours.named_parameters():
         key = their_name(name)
         if ".MLP." in key:
-            kind = "DenseReluDense" if key.replace("MLP", "DenseReluDense").replace(".wi.", ".wi_1." if geglu else ".wi.").replace(".wi_gate.", ".wi_0.") in their else "mlp"
+            kind = (
+                "DenseReluDense"
+                if key.replace("MLP", "DenseReluDense")
+                .replace(".wi.", ".wi_1." if geglu else ".wi.")
+                .replace(".wi_gate.", ".wi_0.")
+                in their
+                else "mlp"
+            )
             key = key.replace("MLP", kind)
             if geglu:  # theirs: gelu(wi_0 x) * (wi_1 x)
                 key = key.replace(".wi.", ".wi_1.").replace(".wi_gate.", ".wi_0.")
         if "expert_0" in key:
             found += [
-                (f"{name}.{e}", (name, e), their.pop(key.replace("expert_0", f"expert_{e}"))) for e in range(len(parameter))
+                (f"{name}.{e}", (name, e), their.pop(key.replace("expert_0", f"expert_{e}")))
+                for e in range(len(parameter))
             ]
         else:
             found.append((name, (name, None), their.pop(key)))
