@@ -73,7 +73,7 @@ class _Run(NamedTuple):
 
 def _assemble(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: Console) -> _Run:
     spans, train = recipe.data.span_corruption, recipe.train
-    prepared = _prepared(recipe, runtime, console)
+    prepared = _prepared(recipe, folder, runtime, console)
     sequences = train.batch_tokens // spans.inputs_length
     stream = SpanStream(prepared.train, prepared.tokenizer, spans, train.seed, sequences)
     held_out = SpanStream(prepared.held_out, prepared.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
@@ -96,9 +96,17 @@ def _assemble(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, conso
     return _Run(recipe, folder, runtime, console, prepared.tokenizer, batches, held_out, model, optimizer, saver, state)
 
 
-def _prepared(recipe: PretrainRecipe, runtime: Runtime, console: Console) -> Prepared:
+def _prepared(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: Console) -> Prepared:
+    """The text as ids, by the vocabulary that the run began with: one trained again need not be the same."""
+
     def prepared() -> Prepared:
-        return prepare(recipe.data, default_cache(), console.track)
+        found = prepare(recipe.data, default_cache(), console.track)
+        if not folder.tokenizer.exists():
+            folder.write_tokenizer(found.tokenizer.to_json())
+        first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
+        if first.sha256 == found.tokenizer.sha256:
+            return found
+        return prepare(recipe.data, default_cache(), console.track, first)
 
     found = runtime.on_main(prepared) or prepared()  # the main rank fills the cache that the others read
     pieces, rows = found.tokenizer.vocab_size, recipe.model.vocab_size

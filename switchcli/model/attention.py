@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        width = spec.num_heads * spec.d_kv
+        width = spec.num_heads * spec.head_width
         self.q = linear(spec.d_model, width)
         self.k = linear(spec.d_model, width)
         self.v = linear(spec.d_model, width)

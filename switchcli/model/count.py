@@ -30,7 +30,7 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
     """Count `spec` for sequences of `source` encoder and `target` decoder tokens."""
     stacks = (spec.num_layers, spec.decoder_layers)
     sparse = sum(spec.is_sparse(layer) for stack in stacks for layer in range(stack))
-    attention = 4 * spec.d_model * spec.num_heads * spec.d_kv
+    attention = 4 * spec.d_model * spec.num_heads * spec.head_width
     feed_forward = (3 if spec.activation == "geglu" else 2) * spec.d_model * spec.d_ff
     vocabulary = spec.vocab_size * spec.d_model
 
@@ -43,7 +43,7 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
         + 2 * spec.relative_attention_num_buckets * spec.num_heads
     )
     expert = feed_forward * spec.num_experts * sparse
-    width = spec.num_heads * spec.d_kv
+    width = spec.num_heads * spec.head_width
     flops = 2 * (
         spec.num_layers * ((attention + feed_forward) * source + width * source**2)
         + spec.decoder_layers * ((2 * attention + feed_forward) * target + width * (target**2 + target * source))

@@ -35,10 +35,10 @@ def initialise(model: SwitchTransformer, seed: int) -> None:
     spec = model.spec
     normal = {
         "embedding": 1.0,
-        "q.weight": (spec.d_model * spec.d_kv) ** -0.5,
+        "q.weight": (spec.d_model * spec.head_width) ** -0.5,
         "k.weight": spec.d_model**-0.5,
         "v.weight": spec.d_model**-0.5,
-        "o.weight": (spec.num_heads * spec.d_kv) ** -0.5,
+        "o.weight": (spec.num_heads * spec.head_width) ** -0.5,
         "position_bias.weight": spec.d_model**-0.5,
     }
     for name, parameter in model.named_parameters():

@@ -25,8 +25,9 @@ class ModelSpec(Spec):
     """Rows of the embedding: at least the tokenizer's pieces; T5 pads 32,100 to 32,128."""
     d_model: int = Field(default=512, ge=1)
     d_ff: int = Field(default=2048, ge=1)
-    d_kv: int = Field(default=64, ge=1)
-    """Width of one attention head. Heads need not multiply to d_model: T5-XXL's and Switch-C's do not."""
+    d_kv: int | None = Field(default=None, ge=1)
+    """Width of one attention head; absent: d_model / num_heads. Given, it may differ: T5-3B's and Switch-C's heads
+    do not multiply to d_model."""
     num_heads: int = Field(default=8, ge=1)
     num_layers: int = Field(default=6, ge=1)
     """Blocks of the encoder, and of the decoder unless `num_decoder_layers` says otherwise."""
@@ -50,6 +51,16 @@ class ModelSpec(Spec):
     router: Switch = Switch()
 
     @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.d_kv is None and self.d_model % self.num_heads:
+            near = max(self.num_heads, round(self.d_model / self.num_heads) * self.num_heads)
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of num_heads ({self.num_heads}) where d_kv is not given: "
+                f"try d_model: {near}, or give d_kv, the width of a head"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _experts_have_a_layer(self) -> Self:
         fewest = min(self.num_layers, self.decoder_layers)
         if self.num_experts > 1 and self.sparse_every > fewest:
@@ -62,6 +73,10 @@ class ModelSpec(Spec):
     @property
     def decoder_layers(self) -> int:
         return self.num_decoder_layers or self.num_layers
+
+    @property
+    def head_width(self) -> int:
+        return self.d_kv or self.d_model // self.num_heads
 
     @property
     def hidden_dropout(self) -> float:

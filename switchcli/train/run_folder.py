@@ -14,12 +14,16 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"
+        self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.result = path / "result.json"
 
     def write_recipe(self, text: str) -> None:
         self._write(self.recipe, text)
+
+    def write_tokenizer(self, text: str) -> None:
+        self._write(self.tokenizer, text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         self._write(self.result, json.dumps(result, indent=1) + "\n")

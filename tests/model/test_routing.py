@@ -48,6 +48,7 @@ def a_layer(num_experts: int, activation: str, router: Switch, seed: int, d_mode
     spec = ModelSpec(
         d_model=d_model,
         d_ff=5,
+        num_heads=2,
         num_layers=2,
         num_experts=num_experts,
         activation=activation,
