@@ -1,0 +1,35 @@
+"""A model and batches small enough for any test: sparse, dropping tokens, with as much padding as there are targets."""
+
+import torch
+
+from switchcli.data.batch import EOS, Batch
+from switchcli.model.initialise import initialise
+from switchcli.model.routing import Switch
+from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
+
+SOURCE, TARGET = 12, 9
+SHAPE = {"vocab_size": 37, "d_model": 16, "d_ff": 24, "d_kv": 5, "num_heads": 2, "num_layers": 2}
+DROPPING = Switch(capacity_factor=0.6, min_capacity=1, jitter=0.0)
+SPARSE = ModelSpec(**SHAPE, num_experts=4, router=DROPPING)
+NOISY = SPARSE.model_copy(update={"dropout": 0.2, "router": DROPPING.model_copy(update={"jitter": 0.1})})
+DENSE = ModelSpec(**SHAPE)
+
+
+def a_model(spec: ModelSpec = SPARSE, seed: int = 0) -> SwitchTransformer:
+    model = SwitchTransformer(spec)
+    initialise(model, seed)
+    return model
+
+
+def rows(step: int, first: int, count: int) -> Batch:
+    """Sequences of very different lengths; every fourth has no target at all. A function of step and row."""
+    inputs_BS, targets_BT = torch.zeros(count, SOURCE, dtype=torch.int64), torch.zeros(count, TARGET, dtype=torch.int64)
+    for row in range(first, first + count):
+        generator = torch.Generator().manual_seed(1000 * step + row)
+        source = 1 + int(torch.randint(SOURCE, (), generator=generator))
+        target = 0 if row % 4 == 3 else 1 + int(torch.randint(TARGET, (), generator=generator))
+        for padded_L, length in ((inputs_BS[row - first], source), (targets_BT[row - first], target)):
+            padded_L[:length] = torch.randint(2, SHAPE["vocab_size"], (length,), generator=generator)
+            padded_L[length - 1 : length] = EOS
+    return Batch(inputs_BS, targets_BT)
