@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -86,7 +86,7 @@ def generate(
         typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Fill in the gaps of texts: "The capital of <extra_id_0> is Paris." """
@@ -109,9 +109,7 @@ def main() -> None:
     except SwitchError as error:
         _leave(str(error), error.exit_code, every_rank=error.on_every_rank)
     except KeyboardInterrupt:
-        _leave(
-            "interrupted by force: nothing since the last checkpoint was saved", INTERRUPTED_BY_FORCE, every_rank=True
-        )
+        _leave("interrupted by force: what is not in a checkpoint is lost", INTERRUPTED_BY_FORCE, every_rank=True)
 
 
 def _leave(message: str, code: int, every_rank: bool) -> None:

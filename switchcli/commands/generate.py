@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from switchcli.commands.load import load
 from switchcli.data.batch import EOS
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import DataError
+from switchcli.errors import DataError, RecipeError
 from switchcli.model.generate import greedy
 from switchcli.model.transformer import SwitchTransformer
 
@@ -22,15 +22,22 @@ class Answer(NamedTuple):
 
 
 def generate(
-    path: Path, texts: Iterable[str], max_tokens: int, device: str, warn: Callable[[str], None]
+    path: Path,
+    texts: Iterable[str],
+    max_tokens: int,
+    device: Literal["auto", "cpu", "cuda"],
+    warn: Callable[[str], None],
 ) -> Iterator[Answer]:
     """Answer each text by greedy decoding, one after another.
 
     Raises:
         CheckpointError: as `load`.
+        RecipeError: no CUDA device, and one was asked for.
         DataError: a text without a token, or longer than the model was trained on.
     """
-    name = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
+    name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     loaded = load(path, torch.device(name), warn)
     longest = loaded.recipe.data.span_corruption.inputs_length
     for text in texts:

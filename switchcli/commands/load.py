@@ -32,11 +32,12 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
         CheckpointError: there is none, or none that is whole.
     """
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = None
     if (folder / manifest.NAME).is_file():
         found = checkpoint.Checkpoint.open(folder)
-    elif (newest := checkpoint.find(folder, warn)) is not None:
-        found = newest
-    else:
+    elif folder.is_dir():
+        found = checkpoint.find(folder, warn)
+    if found is None:
         raise CheckpointError(f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*")
     recipe = resolve(str(found.path / "recipe.yaml"), [], PretrainRecipe)
     tokenizer = Tokenizer.from_json(found.document("tokenizer.json").decode(), str(found.path / "tokenizer.json"))

@@ -7,7 +7,7 @@ import torch
 
 from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
-from switchcli.commands.run import Options, claim, machine
+from switchcli.commands.run import Options, claim, machine, stoppable
 from switchcli.data.batch import Batch
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.stream import SpanStream
@@ -47,7 +47,7 @@ def pretrain(recipe: PretrainRecipe, options: Options) -> dict[str, Any]:
     """
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
-    with claim(options, recipe, runtime, console.message) as folder:
+    with stoppable(), claim(options, recipe, runtime, console.message) as folder:
         run = _assemble(recipe, folder, runtime, console)
         _train(run)
         result = runtime.on_main(lambda: _finish(run))
@@ -68,18 +68,28 @@ class _Run(NamedTuple):
     model: SwitchTransformer
     optimizer: Optimizer
     saver: Saver
+    trackers: Trackers
     state: TrainState
 
 
 def _assemble(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: Console) -> _Run:
     spans, train = recipe.data.span_corruption, recipe.train
-    prepared = _prepared(recipe, folder, runtime, console)
     sequences = train.batch_tokens // spans.inputs_length
-    stream = SpanStream(prepared.train, prepared.tokenizer, spans, train.seed, sequences)
-    held_out = SpanStream(prepared.held_out, prepared.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
     microbatch = train.microbatch_tokens and train.microbatch_tokens // spans.inputs_length
     group = recipe.model.router.group_sequences if recipe.model.num_experts > 1 else 1
-    batches = Microbatches(stream.batch, sequences, microbatch, group, runtime.rank, runtime.world)
+
+    def rows(step: int, first: int, count: int) -> Batch:
+        return stream.batch(step, first, count)
+
+    def shares() -> Microbatches:
+        return Microbatches(rows, sequences, microbatch, group, runtime.rank, runtime.world)
+
+    # What needs no data is refused before data is prepared, which may take hours, and by one rank for all.
+    batches = runtime.on_main(shares) or shares()
+    trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
+    prepared = _prepared(recipe, folder, runtime, console)
+    stream = SpanStream(prepared.train, prepared.tokenizer, spans, train.seed, sequences)
+    held_out = SpanStream(prepared.held_out, prepared.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
 
     with torch.device("meta"):
         model = SwitchTransformer(recipe.model)
@@ -93,7 +103,20 @@ def _assemble(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, conso
         console.message(f"going on from step {state.step} of {train.steps}")
     else:
         initialise(model, train.seed)
-    return _Run(recipe, folder, runtime, console, prepared.tokenizer, batches, held_out, model, optimizer, saver, state)
+    return _Run(
+        recipe,
+        folder,
+        runtime,
+        console,
+        prepared.tokenizer,
+        batches,
+        held_out,
+        model,
+        optimizer,
+        saver,
+        trackers,
+        state,
+    )
 
 
 def _prepared(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: Console) -> Prepared:
@@ -121,13 +144,13 @@ def _train(run: _Run) -> None:
     recipe, state, runtime = run.recipe, run.state, run.runtime
     steps = recipe.train.steps
     metrics = JsonLines(run.folder.metrics)
-    runtime.on_main(lambda: metrics.rewind(state.step))
-    trackers = Trackers(recipe.log.trackers if runtime.is_main else (), run.folder.path)
+    # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
+    runtime.on_main(lambda: metrics.rewind(state.step or -1))
     with StopRequest() as stop, run.console.training(steps, state.step) as training:
 
         def write(record: Record) -> None:
             metrics.write(record)
-            trackers.log(record)
+            run.trackers.log(record)
             training.advance(int(record["step"]))
             training.log(record)
 
@@ -150,7 +173,7 @@ def _train(run: _Run) -> None:
         )
         if not complete:
             run.saver.save(state)
-    trackers.close()
+    run.trackers.close()
     if not complete:
         raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
 
