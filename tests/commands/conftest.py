@@ -1,0 +1,82 @@
+"""A tiny recipe on a text of its own, and the command line as its user meets it: what goes in, code, stdout, stderr."""
+
+import io
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import pytest
+
+from switchcli.cli import main
+
+WORDS = ["the", "a", "of", "red", "green", "blue", "walk", "run", "is", "not", "alpha", "beta", "gamma", "delta"]
+RECIPE = """\
+model:
+  {size: tiny, vocab_size: 512, num_experts: 4, d_model: 32, d_ff: 64, d_kv: 8, dropout: 0.1, router: {jitter: 0.01}}
+data:
+  corpora: [{kind: files, paths: [text.txt], sample_by: line}]
+  tokenizer: {kind: train, vocab_size: 512}
+  span_corruption: {inputs_length: 32}
+train: {steps: 2, batch_tokens: 256, microbatch_tokens: 128, device: cpu}
+log: {every_steps: 3}
+eval: {every_steps: 5, sequences: 8}
+checkpoint: {save_every_steps: 4}
+"""
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+SwitchCLI = Callable[..., Done]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file for all tests of the session: what it is prepared into is cached by its path and time."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    draw = random.Random(0)
+    path.write_text("".join(" ".join(draw.choices(WORDS, k=40)) + "\n" for _ in range(300)))
+    return path
+
+
+@pytest.fixture
+def recipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """tiny.yaml beside its text, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").symlink_to(text)
+    Path("tiny.yaml").write_text(RECIPE)
+    return "tiny.yaml"
+
+
+@pytest.fixture
+def switchcli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> SwitchCLI:
+    """`switchcli ARGUMENTS` in this process, by the entry point that a shell calls."""
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    def run(*arguments: object, stdin: str = "") -> Done:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["switchcli", *map(str, arguments)])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            patch.setattr(os, "_exit", leave)
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code
+            else:
+                code = 0
+        out, err = capsys.readouterr()
+        assert isinstance(code, int)
+        return Done(code, out, err)
+
+    return run

@@ -1,0 +1,159 @@
+"""`switchcli pretrain`: what a run prints and leaves behind, and what happens when it is started again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SwitchCLI
+from typer.testing import CliRunner
+
+from switchcli.cli import app
+from switchcli.commands import pretrain as verb
+
+RESULT_KEYS = {
+    "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",
+    "held_out/neg_log_perplexity", "held_out/first_neg_log_perplexity", "hardware", "versions",
+    "parameters", "dense_parameters", "expert_parameters", "active_parameters",
+}  # fmt: skip
+
+
+def metrics(run: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", recipe, "--out", "runs/a", "--json")
+    assert done.code == 0
+    assert done.out.count("\n") == 1
+    result = json.loads(done.out)
+    assert result.keys() == RESULT_KEYS
+    assert result == json.loads(Path("runs/a/result.json").read_text())
+    assert result["step"] == 2
+    assert result["input_tokens"] == 2 * 256
+    assert result["held_out/first_neg_log_perplexity"] < result["held_out/neg_log_perplexity"] < 0
+
+    assert names("runs/a") == {
+        "recipe.yaml", "tokenizer.json", "metrics.jsonl", "result.json", "run.lock", "checkpoints",
+    }  # fmt: skip
+    assert names("runs/a/checkpoints") == {"step-00000002"}
+    assert names("runs/a/checkpoints/step-00000002") == {
+        "MANIFEST", "recipe.yaml", "tokenizer.json", "state.json",
+        "model-00000.safetensors", "optimizer-00000.safetensors",
+    }  # fmt: skip
+    first, logged, last = metrics("runs/a")
+    assert first.keys() == last.keys() == {"step", "held_out/neg_log_perplexity", "held_out/dropped_fraction"}
+    assert {"step", "neg_log_perplexity", "learning_rate", "gradient_norm", "dropped_fraction"} <= logged.keys()
+
+    for seen in ("held-out neg. log perplexity", "<extra_id_0>", "switchcli generate runs/a", "2/2"):
+        assert seen in done.err
+    assert "\x1b" not in done.err  # no terminal: no colours, no bar
+
+
+def test_without_json_stdout_is_empty_and_quiet_says_nothing(recipe: str, switchcli: SwitchCLI) -> None:
+    loud = switchcli("pretrain", recipe)
+    assert (loud.code, loud.out) == (0, "")
+    assert loud.err
+    assert Path("runs/tiny/result.json").exists()  # runs/RECIPE where no --out is given
+    assert switchcli("pretrain", recipe, "--quiet", "--out", "b") == (0, "", "")
+
+
+def test_what_the_recipe_written_says_is_the_same_run(recipe: str, switchcli: SwitchCLI) -> None:
+    switchcli("pretrain", recipe, "train.seed=7", "--out", "a")
+    assert switchcli("pretrain", "a/recipe.yaml", "--out", "b").code == 0
+    timed = {"seconds", "tokens_per_second", "flops_per_second"}
+    untimed = [
+        [{key: value for key, value in record.items() if key not in timed} for record in metrics(run)] for run in "ab"
+    ]
+    assert untimed[0] == untimed[1]
+    assert Path("a/recipe.yaml").read_text() == Path("b/recipe.yaml").read_text()
+
+
+def test_a_finished_run_is_done_at_once_with_the_same_result(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = switchcli("pretrain", recipe, "--out", "a", "--json")
+    monkeypatch.setattr(verb, "cross_entropy", None)  # nothing is trained or evaluated again
+    before = Path("a/metrics.jsonl").read_text()
+    again = switchcli("pretrain", recipe, "--out", "a", "--json")
+    assert again.code == 0
+    assert json.loads(again.out) == json.loads(first.out)
+    assert Path("a/metrics.jsonl").read_text() == before
+
+
+def test_more_steps_go_on_from_there(recipe: str, switchcli: SwitchCLI) -> None:
+    switchcli("pretrain", recipe, "--out", "a")
+    done = switchcli("pretrain", "a/recipe.yaml", "train.steps=5", "log.every_steps=1", "--out", "a", "--json")
+    assert json.loads(done.out)["step"] == 5
+    assert "going on from step 2 of 5" in done.err
+    assert [record["step"] for record in metrics("a") if "learning_rate" in record] == [2, 3, 4, 5]
+
+
+def test_no_resume_sets_the_old_run_aside(recipe: str, switchcli: SwitchCLI) -> None:
+    switchcli("pretrain", recipe, "--out", "a")
+    for number in (1, 2):
+        done = switchcli("pretrain", recipe, f"train.seed={number}", "--no-resume", "--out", "a")
+        assert done.code == 0
+        assert f"the run that was in a is now in a.before-{number}" in done.err
+    assert "seed: 0" in Path("a.before-1/recipe.yaml").read_text()
+    assert "seed: 2" in Path("a/recipe.yaml").read_text()
+    assert len(metrics("a")) == 3
+
+
+@pytest.mark.parametrize(
+    "key", ["train.seed=1", "model.d_model=16", "optimizer={kind: adamw}", "data.held_out_fraction=0.1"]
+)
+def test_a_changed_recipe_is_refused_and_nothing_is_touched(key: str, recipe: str, switchcli: SwitchCLI) -> None:
+    switchcli("pretrain", recipe, "--out", "a")
+    before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
+    done = switchcli("pretrain", recipe, key, "--out", "a")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: a holds a run whose {key.partition('=')[0]}")
+    assert done.err.count("\n") == 1
+    assert "--out" in done.err
+    assert "--no-resume" in done.err
+    assert {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()} == before
+
+
+def test_a_start_that_failed_does_not_bind_the_next(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "data.corpora.0.paths=[none.txt]", "--out", "a").code == 3
+    assert switchcli("pretrain", recipe, "--out", "a").code == 0
+
+
+DRY_RUNS = {  # parameters and forward FLOPs a sequence, as the paper prints them (Table 1, Table 9)
+    "pretrain/t5-base": (222_903_552, 124e9),
+    "pretrain/switch-base-128": (7_415_217_408, 124e9),
+    "pretrain/switch-c": (1_571_308_972_448, 890e9),
+    "pretrain/switch-xxl": (None, 6.3e12),
+}
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_dry_run_counts_without_a_model(
+    name: str, tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = switchcli("pretrain", name, "--dry-run", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    parameters, flops = DRY_RUNS[name]
+    assert parameters is None or found["parameters"] == parameters
+    assert found["flops_per_sequence"] == pytest.approx(flops, rel=0.01)
+    assert found["recipe"]["verb"] == "pretrain"
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_prints_a_recipe_that_can_be_run(recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", recipe, "model.num_experts=2", "--dry-run")
+    assert "parameters" in done.err
+    Path("resolved.yaml").write_text(done.out)
+    assert switchcli("pretrain", "resolved.yaml", "--dry-run").out == done.out
+
+
+def test_help_names_the_options() -> None:
+    shown = CliRunner().invoke(app, ["pretrain", "--help"], terminal_width=200).stdout
+    for option in ("--out", "--resume", "--no-resume", "--processes", "--dry-run", "--json", "--quiet", "KEY=VALUE"):
+        assert option in shown
