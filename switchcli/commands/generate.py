@@ -33,7 +33,7 @@ def generate(
     Raises:
         CheckpointError: as `load`.
         RecipeError: no CUDA device, and one was asked for.
-        DataError: a text without a token, or longer than the model was trained on.
+        DataError: a text is empty.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
@@ -41,9 +41,9 @@ def generate(
     loaded = load(path, torch.device(name), warn)
     longest = loaded.recipe.data.span_corruption.inputs_length
     for text in texts:
-        ids = [*loaded.tokenizer.encode(text), EOS]
-        if len(ids) == 1:
+        if not text.strip():
             raise DataError("the text is empty: write some, with <extra_id_0> where the model is to fill in")
+        ids = [*loaded.tokenizer.encode(text), EOS]
         if len(ids) > longest:
             warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
             ids = [*ids[: longest - 1], EOS]
