@@ -1,0 +1,133 @@
+"""Runs killed or stopped at random moments and started again until they are done, against one that never stopped.
+
+`python drill.py kill|stop RECIPE FOLDER TIMES SEED` prints a JSON report. Each start is a fork of one process that has
+imported everything, which saves the seconds that importing torch takes; what runs in it is the command's entry point.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+
+from switchcli.cli import main
+from switchcli.commands import generate, pretrain  # noqa: F401  # so that a fork has them
+
+CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second"}
+"""What two runs need not have in common."""
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """SHA-256 of the last checkpoint's weights and optimizer, and of metrics.jsonl without its clocks."""
+    newest = max((run / "checkpoints").glob("step-*"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    untimed = [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
+    state = json.loads((newest / "state.json").read_text())
+    return {
+        "step": newest.name,
+        "model": _tensors(newest, "model-*"),
+        "optimizer": _tensors(newest, "optimizer-*"),
+        "metrics": hashlib.sha256(json.dumps(untimed).encode()).hexdigest(),
+        "state": hashlib.sha256(json.dumps({**state, "seconds": None}).encode()).hexdigest(),
+    }
+
+
+def _tensors(checkpoint: Path, pattern: str) -> str:
+    digest = hashlib.sha256()
+    named = {
+        name: tensor for file in checkpoint.glob(pattern) for name, tensor in safetensors.numpy.load_file(file).items()
+    }
+    for name, tensor in sorted(named.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def start(recipe: Path, run: Path, log: Path) -> int:
+    """`switchcli pretrain RECIPE --out RUN` in a child process; its id."""
+    child = os.fork()
+    if child:
+        return child
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["switchcli", "pretrain", str(recipe), "--out", str(run)]
+    try:
+        main()
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(1)  # a traceback, which the log does not hold: no code of a user's error
+    raise AssertionError
+
+
+def ended(child: int, patience: float) -> int | None:
+    """The exit code (minus the signal's number for a death by one), or None while it still runs after `patience` s."""
+    deadline = time.monotonic() + patience
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.001)
+
+
+def in_a_save(run: Path) -> bool:
+    """Whether what a kill left shows that it struck while a checkpoint was written, replaced or removed."""
+    return any((run / "checkpoints").glob(".*-*"))
+
+
+def wait_for_a_save(child: int, run: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and not in_a_save(run):
+        pass
+
+
+def drill(numbers: tuple[signal.Signals, ...], recipe: Path, folder: Path, times: int, seed: int) -> dict[str, Any]:
+    """Strike runs `times` times in all, every third time as soon as a save has begun; each run goes on to its end."""
+    draw = random.Random(seed)
+    began = time.monotonic()
+    assert ended(start(recipe, folder / "straight", folder / "straight.log"), 120) == 0
+    length = time.monotonic() - began
+    wanted = fingerprint(folder / "straight")
+    codes: Counter[str] = Counter()
+    strikes = in_saves = runs = 0
+    differing: list[str] = []
+    while strikes < times:
+        run, log = folder / f"run-{runs}", folder / f"run-{runs}.log"
+        runs += 1
+        while True:
+            child = start(recipe, run, log)
+            if strikes < times:
+                code = ended(child, draw.uniform(0, length))
+                if code is None and strikes % 3 == 0:
+                    wait_for_a_save(child, run, 1.0)
+                if code is None:
+                    os.kill(child, draw.choice(numbers))
+                    code = ended(child, 60)
+                    strikes += code != 0
+                    in_saves += in_a_save(run)
+            else:
+                code = ended(child, 120)
+            codes[str(code)] += 1
+            if code == 0 or code not in (75, -signal.SIGKILL):
+                break
+        if code != 0 or fingerprint(run) != wanted or in_a_save(run):
+            differing.append(str(run))
+    return {"strikes": strikes, "in_saves": in_saves, "runs": runs, "differing": differing, "exit_codes": codes}
+
+
+SIGNALS = {"kill": (signal.SIGKILL,), "stop": (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+if __name__ == "__main__":
+    how, recipe, folder, times, seed = sys.argv[1:]
+    report = drill(SIGNALS[how], Path(recipe), Path(folder), int(times), int(seed))
+    sys.stdout.write(json.dumps(report) + "\n")

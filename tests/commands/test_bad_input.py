@@ -1,0 +1,222 @@
+"""What a user gets wrong, one case each: the exit code of its kind, one line that says the rule and the way out."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import SwitchCLI
+
+from switchcli.train.checkpoint import Checkpoint
+
+RECIPE, DATA, CHECKPOINT = 2, 3, 4
+
+
+@pytest.fixture
+def texts(recipe: str) -> None:
+    """Corpora beside the recipe that hold no text that can be used."""
+    Path("empty.txt").touch()
+    Path("blank.txt").write_text("\n \n\t\n")
+    Path("latin1.txt").write_bytes("fine\ncaf\u00e9\n".encode("latin1"))
+    Path("one.txt").write_text("one line\n")
+    Path("twice.yaml").write_text("train: {steps: 1}\ntrain: {steps: 2}\n")
+
+
+def corpus(file: str) -> str:
+    return f"data.corpora=[{{kind: files, paths: [{file}], sample_by: line}}]"
+
+
+CASES = {
+    "misspelt key": (["train.stps=3"], RECIPE, r"train\.stps: no such key\. Did you mean steps\?"),
+    "misspelt size": (["model.size=tny"], RECIPE, r"model\.size: no such size .*Did you mean tiny\?"),
+    "wrong type": (["train.steps=ten"], RECIPE, r"train\.steps: must be an integer \(got 'ten'\)"),
+    "out of range": (["model.dropout=1.0"], RECIPE, r"model\.dropout: must be .*\(got 1\.0\)"),
+    "no value": (["train.steps"], RECIPE, r"must be KEY=VALUE"),
+    "heads": (["model={d_model: 30, num_heads: 4, d_kv: null}"], RECIPE, r"d_model.*30.*num_heads.*4"),
+    "part of a sequence": (["train.batch_tokens=250"], RECIPE, r"must be a multiple of the 32 tokens .*: try 256"),
+    "no such corpus": ([corpus("none.txt")], DATA, r"none\.txt: no such file .*: mend the path"),
+    "empty corpus": ([corpus("empty.txt")], DATA, r"empty\.txt: no text in these files"),
+    "blank corpus": ([corpus("blank.txt")], DATA, r"blank\.txt: no text in these files"),
+    "not UTF-8": ([corpus("latin1.txt")], DATA, r"latin1\.txt:2: byte 0xe9 at offset 8 is not UTF-8: .*iconv"),
+    "nothing to hold out": ([corpus("one.txt")], DATA, r"both need one at least"),
+    "no tokenizer": (["data.tokenizer={kind: file, path: none.json}"], DATA, r"none\.json"),
+    "not a tokenizer": (["data.tokenizer={kind: file, path: text.txt}"], DATA, r"not a tokenizer\.json"),
+    "out below a file": (["--out", "text.txt/run"], CHECKPOINT, r"text\.txt/run.*--out"),
+    "out where nothing can be made": (["--out", "/proc/run"], CHECKPOINT, r"/proc/run.*--out"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("texts")
+def test_one_line_with_the_way_out(case: str, recipe: str, switchcli: SwitchCLI) -> None:
+    arguments, code, pattern = CASES[case]
+    done = switchcli("pretrain", recipe, *arguments)
+    assert (done.code, done.out) == (code, ""), done.err
+    assert re.fullmatch(rf"error: .*{pattern}.*\n", done.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["pretrain", "none.yaml"], r"none\.yaml: no such file\. `switchcli recipes list`"),
+        (["pretrain", "quickstart/swich"], r"no such recipe ships\. Did you mean quickstart/switch\?"),
+        (["pretrain", "."], r"a folder, not a recipe"),
+        (["pretrain", "twice.yaml"], r"twice\.yaml:2: .*train"),
+        (["pretrain", "latin1.txt"], r"latin1\.txt:2: .*not UTF-8"),
+        (["pretrain", "tiny.yaml", "--outt", "a"], r"No such option: --outt .*--out"),
+        (["pretrian", "tiny.yaml"], r"No such command 'pretrian'\. Did you mean 'pretrain'\?"),
+        (["pretrain"], r"Missing argument 'recipe'"),
+        (["pretrain", "tiny.yaml", "--processes", "0"], r"'--processes'.*greater than or equal to 1"),
+    ],
+)
+@pytest.mark.usefixtures("texts")
+def test_usage(arguments: list[str], pattern: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*arguments)
+    assert (done.code, done.out) == (RECIPE, "")
+    assert re.search(pattern, done.err)
+    assert "Traceback" not in done.err
+
+
+def test_every_wrong_key_has_its_line_and_json_its_object(recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", recipe, "train.stps=3", "model.dmodel=3", "--json")
+    assert done.code == RECIPE
+    assert len(done.err.splitlines()) == 2
+    assert json.loads(done.out) == {"error": done.err.removeprefix("error: ").strip(), "exit_code": RECIPE}
+
+
+def test_no_cuda(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = switchcli("pretrain", recipe, "train.device=cuda")
+    assert (done.code, done.out) == (RECIPE, "")
+    assert re.fullmatch(r"error: train\.device is cuda .*: set it to auto or cpu\n", done.err)
+
+
+def test_a_tracker_that_is_not_installed_is_missed_before_data_is_read(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.parallel.trackers.is_wandb_available", lambda: False)
+    done = switchcli("pretrain", recipe, "log.trackers=[wandb]", corpus("none.txt"))
+    assert (done.code, done.out) == (RECIPE, "")
+    assert re.fullmatch(r"error: log\.trackers: wandb is not installed: pip install .*\n", done.err)
+
+
+def test_more_pieces_than_rows(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "--out", "a").code == 0
+    tokenizer = "data.tokenizer={kind: file, path: a/tokenizer.json}"
+    done = switchcli("pretrain", recipe, tokenizer, "model.vocab_size=100", "--out", "b")
+    assert (done.code, done.out) == (RECIPE, "")
+    assert re.fullmatch(r"error: .*model\.vocab_size \(100\).*pieces.*try \d+.*\n", done.err)
+
+
+# Folders and disks
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow over `size` bytes: what a full disk does to a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "--out", "a").code == 0
+    with largest_file(100_000):  # less than the weights
+        done = switchcli("pretrain", recipe, "train.steps=5", "--out", "a", "--quiet")
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert re.search(
+        r"^error: a/checkpoints: .*bytes needed.* free\): .*already saved are untouched\.\n\Z", done.err, re.M
+    )
+    assert [path.name for path in Path("a/checkpoints").iterdir()] == ["step-00000002"]
+    assert Checkpoint.open(Path("a/checkpoints/step-00000002")).step == 2
+    assert switchcli("pretrain", recipe, "train.steps=5", "--out", "a").code == 0
+
+
+def test_too_small_a_disk_is_seen_before_training(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    done = switchcli("pretrain", recipe, "--out", "a")
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert re.fullmatch(r"error: a/checkpoints: .*\([\d,]+ bytes needed, 1,000 free\): free some space.*\n", done.err)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="rights do not bind root")
+def test_a_read_only_folder(recipe: str, switchcli: SwitchCLI) -> None:
+    Path("shut").mkdir(mode=0o555)
+    done = switchcli("pretrain", recipe, "--out", "shut/run")
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert re.fullmatch(r"error: shut/run.*Permission denied: .*--out.*\n", done.err)
+
+
+READ_ONLY = """
+mount --bind shut shut && mount -o remount,bind,ro shut &&
+exec "$0" -m switchcli pretrain tiny.yaml --out shut/run
+"""
+
+
+def test_a_read_only_file_system(recipe: str) -> None:
+    Path("shut").mkdir()
+    user = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*user, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespace here to mount in")
+    done = subprocess.run([*user, "bash", "-c", READ_ONLY, sys.executable], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (CHECKPOINT, "")
+    assert re.fullmatch(r"error: shut/run.*Read-only file system: .*--out.*\n", done.stderr)
+
+
+def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
+    done = switchcli("pretrain", recipe)
+    assert (done.code, done.out) == (DATA, "")
+    assert re.fullmatch(r"error: text\.txt/cache: the cache cannot be used .*SWITCHCLI_CACHE\n", done.err)
+
+
+# Checkpoints that do not fit
+
+
+def test_a_checkpoint_of_another_architecture(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "--out", "a").code == 0
+    assert switchcli("pretrain", recipe, "model.d_ff=128", "--out", "b").code == 0
+    shutil.rmtree("b/checkpoints")
+    shutil.copytree("a/checkpoints", "b/checkpoints")
+    done = switchcli("pretrain", recipe, "model.d_ff=128", "--out", "b")
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert re.fullmatch(r"error: b/checkpoints/step-00000002: model: .*the checkpoint has .*--out.*\n", done.err)
+    assert Checkpoint.open(Path("b/checkpoints/step-00000002")).step == 2
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "train.steps=8", "--out", "a").code == 0
+    path = Path("a/checkpoints/step-00000008/optimizer-00000.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = switchcli("pretrain", recipe, "train.steps=8", "--out", "a")
+    assert done.code == 0
+    warning, going_on, *_ = done.err.splitlines()
+    assert warning.startswith("warning: ")
+    assert "optimizer-00000.safetensors" in warning
+    assert going_on == "going on from step 4 of 8"
+    assert Checkpoint.open(Path("a/checkpoints/step-00000008")).step == 8
+
+
+def test_every_checkpoint_damaged_never_begins_anew(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "--out", "a").code == 0
+    Path("a/checkpoints/step-00000002/model-00000.safetensors").unlink()
+    done = switchcli("pretrain", recipe, "--out", "a", "--quiet")
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert "none of the 1 checkpoints verifies" in done.err
+    again = switchcli("pretrain", recipe, "--out", "a", "--quiet")
+    assert (again.code, again.out) == (CHECKPOINT, "")

@@ -1,0 +1,112 @@
+"""`switchcli generate`: answers from a trained run, to texts given or read, for people and for scripts."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE, SwitchCLI
+from typer.testing import CliRunner
+
+from switchcli.cli import app
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.train.manifest import NAME
+
+GAP = "the red <extra_id_0> is blue"
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(RECIPE.replace("text.txt", str(text)))
+    out = folder / "run"
+    done = CliRunner().invoke(app, ["pretrain", str(folder / "tiny.yaml"), "--out", str(out), "--quiet"])
+    assert done.exit_code == 0
+    return out
+
+
+def test_texts_given_and_texts_read_have_the_same_answers(run: Path, switchcli: SwitchCLI) -> None:
+    given = switchcli("generate", run, GAP, "a green <extra_id_0>", "--max-tokens", 5)
+    assert (given.code, given.err) == (0, "")
+    assert len(given.out.splitlines()) == 2
+    assert switchcli("generate", run, "--max-tokens", 5, stdin=f"{GAP}\na green <extra_id_0>\n") == given
+    assert switchcli("generate", run / "checkpoints/step-00000002", GAP, "--max-tokens", 5).out in given.out
+
+
+def test_json_is_one_object_with_every_answer(run: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("generate", run, GAP, GAP, "--json")
+    assert done.code == 0
+    assert done.out.count("\n") == 1
+    found = json.loads(done.out)
+    assert found["checkpoint"] == str(run)
+    assert [answer["input"] for answer in found["answers"]] == [GAP, GAP]
+    assert found["answers"][0] == found["answers"][1]
+    assert found["answers"][0].keys() == {"input", "output"}
+
+
+def test_a_long_text_is_cut_with_a_warning(run: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("generate", run, "the red " * 100)
+    assert done.code == 0
+    assert done.err.startswith("warning: the text has ")
+    assert "trained on 32" in done.err
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_text_is_refused(empty: str, run: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("generate", run, empty)
+    assert (done.code, done.out) == (3, "")
+    assert done.err == "error: the text is empty: write some, with <extra_id_0> where the model is to fill in\n"
+
+
+def test_a_blank_line_read_is_refused_after_the_answers_before_it(run: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("generate", run, stdin=f"{GAP}\n\n{GAP}\n")
+    assert done.code == 3
+    assert len(done.out.splitlines()) == 1
+
+
+def test_what_a_model_says_cannot_act_on_the_terminal(
+    run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "a\x1b[2J\x9b31m\u202eb\r\nc\x07")
+    plain = switchcli("generate", run, GAP)
+    assert plain.out == "a[2J31mb c\n"
+    shown = switchcli("generate", run, GAP, "--json").out
+    assert shown.isascii()
+    assert shown.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize("path", ["nowhere", ".", "file.txt"])
+def test_no_checkpoint_there(path: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").touch()
+    done = switchcli("generate", path, GAP)
+    assert (done.code, done.out) == (4, "")
+    assert done.err == f"error: {path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*\n"
+
+
+@pytest.mark.parametrize("file", ["model-00000.safetensors", "tokenizer.json", "recipe.yaml", "state.json", NAME])
+def test_a_damaged_checkpoint_is_refused_by_file(file: str, run: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / "checkpoints/step-00000002" / file
+    path.write_bytes(path.read_bytes()[:-9] + b"123456789")
+    done = switchcli("generate", copy, GAP)
+    assert (done.code, done.out) == (4, "")
+    assert file in done.err
+
+
+def test_no_cuda(run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = switchcli("generate", run, GAP, "--device", "cuda")
+    assert (done.code, done.out) == (2, "")
+    assert "no CUDA device" in done.err
+    assert switchcli("generate", run, GAP, "--device", "tpu").code == 2
+
+
+def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
+    command = f'{sys.executable} -m switchcli generate {run} "{GAP}" "{GAP}" | head -n 0'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
