@@ -41,8 +41,8 @@ def formula(parameter: torch.Tensor, drawn: list[torch.Tensor], factored: bool) 
     """T5's Adafactor of one tensor in float64, as the paper of Adafactor writes it (algorithms 4 to 6)."""
     x = parameter.detach().double()
     v = r = c = torch.zeros(())
-    for t, (g, rate) in enumerate(zip(drawn, rates(), strict=True), 1):
-        g = g.double()
+    for t, (gradient, rate) in enumerate(zip(drawn, rates(), strict=True), 1):
+        g = gradient.double()
         beta = 1 - t**-0.8
         square = g * g + 1e-30
         if factored:

@@ -1,6 +1,7 @@
 """Schedules at the values that T5 and their definitions give, and as functions without jumps."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -88,4 +89,4 @@ def test_a_rate_is_positive_at_most_the_peak_and_never_jumps(schedule: ScheduleS
 def test_the_rate_never_rises_after_the_warm_up(schedule: ScheduleSpec, total: int) -> None:
     steps = range(min(schedule.warmup_steps, total), total, max(1, total // 50))
     rates = [schedule(step, total) for step in steps]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(rates))

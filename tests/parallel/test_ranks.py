@@ -1,0 +1,227 @@
+"""One recipe, one gradient: however a step's batch is cut into microbatches and spread over ranks.
+
+The tolerance is 1e-6 of the largest entry of each tensor: float32 keeps 6e-8 of a number, and sums of a few hundred
+terms in another order differ by a few times that; an entry that is itself near zero is what is left of larger terms.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from ranks import on_ranks
+from tiny import DENSE, NOISY, SPARSE, a_model, rows
+
+from switchcli.data.batch import PAD, Batch
+from switchcli.model.spec import ModelSpec
+from switchcli.parallel.runtime import Runtime
+from switchcli.parallel.signals import StopRequest
+from switchcli.train.evaluate import evaluate, reduce, shared
+from switchcli.train.hooks import HeldOut, Hook, Log
+from switchcli.train.loop import fit
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor, Optimizer
+from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.spec import TrainSpec
+from switchcli.train.state import TrainState
+
+RELATIVE = 1e-6
+BATCH = 8
+CLIP = 0.05
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class Recorder(Optimizer):
+    """Keeps the gradients that it is given, and moves nothing."""
+
+    def step(self, learning_rate: float) -> None:
+        self.seen = {name: parameter.grad.clone() for name, parameter in self.parameters.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class Keep(Hook):
+    """Keeps the metrics of the step, summed over ranks."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(1)
+        self.runtime = runtime
+
+    def __call__(self, state: TrainState) -> None:
+        self.metrics = reduce(state.window, self.runtime)
+
+
+def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, first_step: int = 0) -> Arrays:
+    """Of one step of `fit` on these ranks: every gradient and metric, by name."""
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", "float32")
+    model = a_model(spec)
+    optimizer, keep, state = Recorder(dict(model.named_parameters())), Keep(runtime), TrainState(step=first_step)
+    fit(
+        state,
+        runtime.wrap(model),
+        cross_entropy,
+        Microbatches(rows, BATCH, microbatch, 1, runtime.rank, runtime.world),
+        optimizer,
+        InverseSquareRoot(),
+        runtime,
+        [keep],
+        TrainSpec(steps=first_step + 1, batch_tokens=1, clip_norm=clip_norm),
+        StopRequest(),
+    )
+    load = keep.metrics.pop(
+        "expert_load", None
+    )  # a count of tokens: its mean over forward passes depends on their number
+    metrics = {f"metric {name}": mean.value().float() for name, mean in keep.metrics.items()}
+    if load is not None:
+        metrics["expert_load"] = load.total
+    seen = {"targets": torch.tensor(float(state.targets_seen)), **optimizer.seen, **metrics}
+    return {name: tensor.numpy() for name, tensor in seen.items()}
+
+
+def naive(clip_norm: float | None = None) -> Arrays:
+    """Autograd on the loss as it is meant, one sequence at a time: no microbatches, no ranks, no shared code."""
+    model = a_model().train()
+    inputs_BS, targets_BT = rows(0, 0, BATCH)
+    total, balances, count = torch.zeros(()), [], 0
+    for row in range(BATCH):
+        output = model(inputs_BS[row : row + 1], targets_BT[row : row + 1])
+        log_probability_TV = output.logits_BTV[0].log_softmax(-1)
+        for position, target in enumerate(targets_BT[row].tolist()):
+            if target:
+                total, count = total - log_probability_TV[position, target], count + 1
+        balances.append(sum(report.balance for report in output.reports))
+    (total / count + sum(balances) / BATCH).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (float(norm) + 1e-6))  # as torch has it
+    found = {name: gradient * factor for name, gradient in found.items()}
+    found["metric gradient_norm"] = norm
+    found["metric neg_log_perplexity"] = -total.detach() / count
+    found["targets"] = torch.tensor(float(count))
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def assert_same(found: Arrays, expected: Arrays) -> None:
+    for name, array in expected.items():
+        largest = max(float(np.abs(array).max()), 1e-30)
+        assert float(np.abs(found[name] - array).max()) <= RELATIVE * largest, name
+
+
+@pytest.mark.parametrize("clip_norm", [None, CLIP])
+@pytest.mark.parametrize("microbatch", [1, 2, None])
+def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_its_targets(
+    microbatch: int | None, clip_norm: float | None
+) -> None:
+    found = gradients(SPARSE, microbatch, clip_norm)
+    assert found["metric dropped_fraction"] > 0.1
+    assert_same(found, naive(clip_norm))
+    if clip_norm is not None:
+        norm = np.sqrt(
+            sum(np.square(array).sum() for name, array in found.items() if "." in name or name == "embedding")
+        )
+        assert norm == pytest.approx(clip_norm, rel=1e-4)
+
+
+def trained(steps: int = 5) -> Arrays:
+    """Weights and all records of a short run with dropout, jitter, logging and evaluation."""
+    runtime = Runtime("cpu", "float32")
+    model, state, records = a_model(NOISY), TrainState(), []
+    optimizer = Adafactor(min_dim_to_factor=8).build(dict(model.named_parameters()))
+    batches = Microbatches(rows, BATCH, 2, 1, runtime.rank, runtime.world)
+    schedule = InverseSquareRoot()
+
+    def held_out() -> list[Batch]:
+        return shared(lambda first, count: rows(99, first, count), 7, 2, runtime.rank, runtime.world)
+
+    hooks = [
+        Log(2, steps, schedule, 1, 1, runtime, records.append, lambda _: None, state),
+        HeldOut(2, model, cross_entropy, held_out, runtime, records.append),
+    ]
+    settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
+    fit(
+        state,
+        runtime.wrap(model),
+        cross_entropy,
+        batches,
+        optimizer,
+        schedule,
+        runtime,
+        hooks,
+        settings,
+        StopRequest(),
+    )
+    clock = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left"}
+    figures = {
+        f"record {name}": np.array([record[name] for record in records if name in record])
+        for name in {key for record in records for key in record} - clock
+    }
+    return {**figures, **{name: parameter.detach().numpy() for name, parameter in model.named_parameters()}}
+
+
+def evaluated() -> Arrays:
+    """Metrics of a held-out set that the ranks cannot share evenly."""
+    runtime = Runtime("cpu", "float32")
+    batches = shared(lambda first, count: rows(5, first, count), 11, 2, runtime.rank, runtime.world)
+    metrics = evaluate(a_model(), cross_entropy, batches, runtime)
+    return {name: metrics[name].value().numpy() for name in ("neg_log_perplexity", "dropped_fraction")}
+
+
+CASES: dict[str, Callable[[], Arrays]] = {
+    "at once": partial(gradients, SPARSE, None, None),
+    "accumulated and clipped": partial(gradients, SPARSE, 1, CLIP),
+    "dense": partial(gradients, DENSE, None, CLIP),
+    "dropout and jitter": partial(gradients, NOISY, 2, CLIP),
+    "evaluation": evaluated,
+}
+
+
+def every_case() -> dict[str, Any]:
+    return {**{name: case() for name, case in CASES.items()}, "trained": trained()}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Each rank's answer to all cases, from one start of the ranks."""
+    return on_ranks(request.param, every_case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, Any]]) -> None:
+    alone = CASES[case]()
+    for answer in answers:
+        assert_same(answer[case], alone)
+
+
+def test_a_rank_may_have_no_target_at_all() -> None:
+    targets_BT = rows(0, 0, BATCH).targets_BT
+    counts = (targets_BT != PAD).view(4, -1).sum(1).tolist()
+    assert counts[1] == 0  # of the second of 4 ranks, in the cases above
+    assert len(set(counts)) == 4
+
+
+def test_noise_is_the_microbatchs_own() -> None:
+    one, other = gradients(NOISY, 2, None), gradients(NOISY, 4, None)
+    assert np.abs(one["embedding"] - other["embedding"]).max() > 1e-3 * np.abs(one["embedding"]).max()
+    assert_same(gradients(NOISY, 2, None), one)
+
+
+def test_a_run_of_several_steps_has_the_same_records_and_weights_on_any_number_of_ranks(
+    answers: list[dict[str, Any]],
+) -> None:
+    alone = trained()
+    ours = answers[0]["trained"]
+    assert ours.keys() == alone.keys()
+    assert len(alone["record held_out/neg_log_perplexity"]) == 3
+    for name, array in alone.items():
+        # Each step starts from the rounding of the one before, and Adafactor divides by the size of a gradient.
+        np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-4 * np.abs(array).max(), err_msg=name)
+    for answer in answers[1:]:
+        assert not any(name.startswith("record") for name in answer["trained"])  # the main rank alone writes
+        for name in answer["trained"]:
+            assert np.array_equal(answer["trained"][name], ours[name]), name  # replicas stay bit-equal

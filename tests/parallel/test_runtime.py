@@ -1,0 +1,81 @@
+"""Runtime: failures of the main rank reach all, integers add up, precision is the recipe's."""
+
+import os
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import a_model
+
+from switchcli.data.batch import Batch
+from switchcli.errors import CheckpointError, DistributedError, MainRankError, RecipeError
+from switchcli.parallel.runtime import Runtime
+
+
+def full() -> str:
+    raise CheckpointError("the disk is full")
+
+
+def two_ranks() -> dict[str, object]:
+    runtime = Runtime("cpu", "float32")
+    try:
+        runtime.on_main(full)
+        failure: tuple[str, int] | None = None
+    except (CheckpointError, MainRankError) as error:
+        failure = (type(error).__name__, error.exit_code)
+    model = a_model(seed=runtime.rank)
+    runtime.wrap(model)
+    return {
+        "failure": failure,
+        "after": runtime.on_main(lambda: runtime.rank + 41),
+        "sum": runtime.sum_over_ranks([1, runtime.rank, 2**40]),
+        "from main": runtime.from_main(7 - runtime.rank),
+        "tensor": runtime.all_reduce(torch.full((2,), 0.5 + runtime.rank, dtype=torch.float64)).tolist(),
+        "main": runtime.is_main,
+        "weight": model.embedding.detach().numpy(),
+    }
+
+
+def test_two_ranks_act_as_one() -> None:
+    main, other = on_ranks(2, two_ranks)
+    assert main["failure"] == ("CheckpointError", 4)
+    assert other["failure"] == ("MainRankError", 4)  # the main rank's exit code, and no words
+    assert (main["after"], other["after"]) == (41, None)
+    assert main["sum"] == other["sum"] == [2, 1, 2**41]
+    assert main["from main"] == other["from main"] == 7
+    assert main["tensor"] == other["tensor"] == [2.0, 2.0]
+    assert (main["main"], other["main"]) == (True, False)
+    assert (main["weight"] == other["weight"]).all()  # wrapping hands out the main rank's weights
+
+
+def test_one_process_alone() -> None:
+    runtime = Runtime("auto", "float32")
+    assert (runtime.rank, runtime.world, runtime.is_main) == (0, 1, True)
+    assert runtime.sum_over_ranks([3, 4]) == [3, 4]
+    assert runtime.from_main(5) == 5
+    assert runtime.on_main(lambda: "done") == "done"
+    with pytest.raises(CheckpointError):
+        runtime.on_main(full)
+    batch = Batch(torch.ones(1, 2), torch.zeros(1, 3))
+    assert isinstance(runtime.place(batch), Batch)
+
+
+def test_autocast_is_bfloat16_only_when_the_recipe_says_so() -> None:
+    x = torch.ones(2, 2)
+    with Runtime("cpu", "float32").autocast():
+        assert (x @ x).dtype == torch.float32
+    with Runtime("cpu", "bfloat16").autocast():
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_cuda_is_not_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="set it to auto or cpu"):
+        Runtime("cuda", "float32")
+
+
+def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    Runtime("cpu", "float32")  # accelerate keeps the first answer of a process: one rank
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="started 2 ranks and this one sees 1"):
+        Runtime("cpu", "float32")
