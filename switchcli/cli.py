@@ -21,8 +21,6 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 
-INTERRUPTED_BY_FORCE = 130
-
 Recipe = Annotated[str, typer.Argument(help="A file, or the name of a recipe that ships.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to set, by dotted path.", show_default=False)
@@ -59,23 +57,26 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train from scratch by span corruption; the same command goes on after a stop."""
-    from switchcli.commands import describe, pretrain, run
-    from switchcli.recipe.resolve import resolve
-    from switchcli.recipe.schema import PretrainRecipe
+    from switchcli.commands.stop import stoppable
 
-    resolved = resolve(recipe, overrides or [], PretrainRecipe)
-    if dry_run:
-        if as_json:
-            print_json(describe.dry_run(resolved))
-        else:
-            describe.show(resolved, Console(), Console(stream=sys.stdout))
-        return
-    if (code := run.ranks_elsewhere(processes)) is not None:
-        raise typer.Exit(code)
-    options = run.Options(out or run.default_out(recipe), resume, quiet)
-    result = pretrain.pretrain(resolved, options)
-    if as_json and result:
-        print_json(result)
+    with stoppable():
+        from switchcli.commands import describe, pretrain, run
+        from switchcli.recipe.resolve import resolve
+        from switchcli.recipe.schema import PretrainRecipe
+
+        resolved = resolve(recipe, overrides or [], PretrainRecipe)
+        if dry_run:
+            if as_json:
+                print_json(describe.dry_run(resolved))
+            else:
+                describe.show(resolved, Console(), Console(stream=sys.stdout))
+            return
+        if (code := run.ranks_elsewhere(processes)) is not None:
+            raise typer.Exit(code)
+        options = run.Options(out or run.default_out(recipe), resume, quiet)
+        result = pretrain.pretrain(resolved, options)
+        if as_json and result:
+            print_json(result)
 
 
 @app.command()
@@ -108,8 +109,6 @@ def main() -> None:
         app()
     except SwitchError as error:
         _leave(str(error), error.exit_code, every_rank=error.on_every_rank)
-    except KeyboardInterrupt:
-        _leave("interrupted by force: what is not in a checkpoint is lost", INTERRUPTED_BY_FORCE, every_rank=True)
 
 
 def _leave(message: str, code: int, every_rank: bool) -> None:

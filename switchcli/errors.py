@@ -53,6 +53,13 @@ class Interrupted(SwitchError):
     on_every_rank = True
 
 
+class InterruptedByForce(SwitchError):
+    """Stopped by a second Ctrl-C, without saving."""
+
+    exit_code = 130
+    on_every_rank = True
+
+
 class MainRankError(SwitchError):
     """The main rank failed and says why: the others leave with its exit code and no words."""
 

@@ -7,7 +7,7 @@ import torch
 
 from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
-from switchcli.commands.run import Options, claim, machine, stoppable
+from switchcli.commands.run import Options, claim, machine
 from switchcli.data.batch import Batch
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.stream import SpanStream
@@ -47,7 +47,7 @@ def pretrain(recipe: PretrainRecipe, options: Options) -> dict[str, Any]:
     """
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
-    with stoppable(), claim(options, recipe, runtime, console.message) as folder:
+    with claim(options, recipe, runtime, console.message) as folder:
         run = _assemble(recipe, folder, runtime, console)
         _train(run)
         result = runtime.on_main(lambda: _finish(run))

@@ -2,22 +2,19 @@
 
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 
 from switchcli import __version__
-from switchcli.errors import Interrupted, RecipeError
+from switchcli.errors import RecipeError
 from switchcli.parallel.launch import is_rank, launch
 from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import STOPPING
 from switchcli.recipe.compare import differences
 from switchcli.recipe.resolve import dump, resolve
 from switchcli.recipe.schema import PretrainRecipe
@@ -76,25 +73,6 @@ def claim(
     with ExitStack() as held:
         runtime.on_main(enter)
         yield folder
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Outside the training loop, which has its own handlers, a stopping signal ends the command at once.
-
-    Raises:
-        Interrupted: from within, when the signal comes. All that was done is on the disk, or is done again the same.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}, nothing is lost: the same command goes on")
-
-    previous = {number: signal.signal(number, stop) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _check_same(before: PretrainRecipe, after: PretrainRecipe, out: Path) -> None:
