@@ -51,8 +51,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """tiny.yaml beside its text, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").symlink_to(text)
-    Path("tiny.yaml").write_text(RECIPE)
+    return lay_out(tmp_path, text)
+
+
+def lay_out(folder: Path, text: Path) -> str:
+    """The text and a recipe that reads it from the current folder: which documents are held out follows from the path."""
+    (folder / "text.txt").symlink_to(text)
+    (folder / "tiny.yaml").write_text(RECIPE)
     return "tiny.yaml"
 
 

@@ -1,0 +1,251 @@
+"""Exact resume: a run with interruptions ends as one without: weights, optimizer, metrics, bit for bit."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RECIPE, SwitchCLI, lay_out
+from drill import fingerprint
+from typer.testing import CliRunner
+
+from switchcli.cli import app
+from switchcli.commands import pretrain as verb
+from switchcli.train import checkpoint, saver
+from switchcli.train.lock import lock
+
+INTERRUPTED, FORCED, CHECKPOINT = 75, 130, 4
+STEPS = 13
+MICROBATCHES = 2  # a step, in RECIPE; the log, eval and save intervals there are 3, 5 and 4
+
+
+@pytest.fixture(scope="module")
+def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """How a run ends that is never interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    arguments = ["pretrain", lay_out(folder, text), f"train.steps={STEPS}", "--out", "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    return fingerprint(folder / "run")
+
+
+class Signals:
+    """The objective of training, which at given calls of its own first sends this process signals."""
+
+    def __init__(self, at: dict[int, list[signal.Signals]]) -> None:
+        self.calls, self.at = 0, at
+        self.objective = verb.cross_entropy
+
+    def __call__(self, *arguments: Any) -> Any:
+        if arguments[0].training:
+            for number in self.at.get(self.calls, []):
+                signal.raise_signal(number)
+            self.calls += 1
+        return self.objective(*arguments)
+
+
+def signals_at(monkeypatch: pytest.MonkeyPatch, at: dict[int, list[signal.Signals]]) -> None:
+    monkeypatch.setattr(verb, "cross_entropy", Signals(at))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("stops", [[1, 2, 3, 4], [5, 6, 11], [0, 7]])
+def test_stopped_by_signals_it_ends_the_same(
+    number: signal.Signals,
+    stops: list[int],
+    straight: dict[str, str],
+    recipe: str,
+    switchcli: SwitchCLI,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run", "--json"]
+    done_steps = 0
+    for stop in stops:  # in the first microbatch of a step or its second: the step is finished, and no other
+        with monkeypatch.context() as patch:
+            signals_at(patch, {(stop - done_steps) * MICROBATCHES + stop % 2: [number]})
+            done = switchcli(*command)
+        done_steps = stop + 1
+        assert done.code == INTERRUPTED
+        message = f"stopped and saved at step {done_steps} of {STEPS}: the same command goes on from there"
+        assert done.err.splitlines()[-1] == f"error: {message}"
+        assert json.loads(done.out) == {"error": message, "exit_code": INTERRUPTED}
+        assert checkpoint.Checkpoint.open(checkpoint.path(Path("run/checkpoints"), done_steps)).step == done_steps
+    assert switchcli(*command).code == 0
+    assert fingerprint(Path("run")) == straight
+
+
+def test_stopped_before_the_first_step(
+    straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(verb.StopRequest):
+        def __enter__(self) -> "Stopped":
+            entered = super().__enter__()
+            signal.raise_signal(signal.SIGTERM)
+            return entered
+
+    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "StopRequest", Stopped)
+        assert switchcli(*command).code == INTERRUPTED
+    assert switchcli(*command).code == 0
+    assert fingerprint(Path("run")) == straight
+
+
+class Killed(BaseException):
+    """The end of a process: what comes after it never happens."""
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_about_a_save_it_ends_the_same(
+    moment: int,
+    before: bool,
+    straight: dict[str, str],
+    recipe: str,
+    switchcli: SwitchCLI,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed just before or after the checkpoint of step 4, 8 or 12: what was logged since the last one goes."""
+    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
+    moments: Iterator[int] = iter(range(STEPS))
+    save = checkpoint.save
+
+    def save_and_die(*arguments: Any, **named: Any) -> Path:
+        last = next(moments) == moment
+        if last and before:
+            raise Killed
+        path = save(*arguments, **named)
+        if last:
+            raise Killed
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.checkpoint, "save", save_and_die)
+        with pytest.raises(Killed):
+            switchcli(*command)
+    assert switchcli(*command).code == 0
+    assert fingerprint(Path("run")) == straight
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
+    with monkeypatch.context() as patch:
+        signals_at(patch, {5 * MICROBATCHES: [signal.SIGINT, signal.SIGINT]})
+        done = switchcli(*command)
+    assert done.code == FORCED
+    assert (
+        done.err.splitlines()[-1]
+        == "error: stopped at once, without saving: the same command goes on from the last save"
+    )
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000004"]
+    assert switchcli(*command).code == 0
+    assert fingerprint(Path("run")) == straight
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_data_is_prepared(
+    number: signal.Signals, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SWITCHCLI_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr("switchcli.data.prepare.seal", lambda folder, facts: signal.raise_signal(number))
+        done = switchcli("pretrain", recipe, "--out", "run")
+    assert (done.code, done.out) == (INTERRUPTED, "")
+    assert done.err.endswith(f"error: stopped by {number.name}, nothing is lost: the same command goes on\n")
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
+    assert switchcli("pretrain", recipe, "--out", "run").code == 0
+
+
+def test_stopped_after_the_last_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "machine", lambda runtime: signal.raise_signal(signal.SIGTERM))
+        assert switchcli("pretrain", recipe, "--out", "run").code == INTERRUPTED
+    assert not Path("run/result.json").exists()
+    assert switchcli("pretrain", recipe, "--out", "run").code == 0
+    assert Path("run/result.json").exists()
+
+
+def test_a_folder_in_use_is_refused_by_name(recipe: str, switchcli: SwitchCLI) -> None:
+    with lock(Path("run")):
+        for option in ("--resume", "--no-resume"):
+            started = time.monotonic()
+            done = switchcli("pretrain", recipe, "--out", "run", option)
+            assert time.monotonic() - started < 3
+            assert (done.code, done.out) == (CHECKPOINT, "")
+            assert re.fullmatch(rf"error: run: in use by another run \(.*process {os.getpid()}.*--out.*\n", done.err)
+    assert [path.name for path in Path("run").iterdir()] == ["run.lock"]
+    assert switchcli("pretrain", recipe, "--out", "run").code == 0
+
+
+# Real processes
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "switchcli", "pretrain", *map(str, arguments)]
+
+
+def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    """Until the metrics of the run hold that step, or a later one."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            steps = re.findall(r'"step": (\d+)', (run / "metrics.jsonl").read_text())
+            if steps and int(steps[-1]) >= step:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_twenty_strikes_at_random_moments(how: str, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        RECIPE.replace("text.txt", str(text))
+        .replace("steps: 2,", "steps: 30,")
+        .replace("save_every_steps: 4", "save_every_steps: 1")
+    )
+    drill = [sys.executable, str(Path(__file__).parent / "drill.py"), how, str(recipe), str(tmp_path), "20", "0"]
+    report = json.loads(subprocess.run(drill, stdout=subprocess.PIPE, check=True).stdout)
+    assert report["strikes"] >= 20, report
+    assert report["differing"] == [], report
+    if how == "kill":
+        assert report["in_saves"] >= 4, report
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_through_their_launcher_end_the_same(recipe: str) -> None:
+    two = (recipe, "train.steps=200", "--processes", 2)
+    subprocess.run(command(*two, "--out", "straight"), check=True)
+    for stop in (10, 60):
+        with subprocess.Popen(command(*two, "--out", "run"), stderr=subprocess.PIPE, text=True) as process:
+            wait_for_step(Path("run"), stop, process)
+            process.terminate()
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == INTERRUPTED, err
+        assert re.search(r"stopped and saved at step \d+ of 200", err), err
+        assert "Traceback" not in err
+    subprocess.run(command(*two, "--out", "run"), check=True)
+    assert fingerprint(Path("run")) == fingerprint(Path("straight"))
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused_while_the_first_goes_on(recipe: str, switchcli: SwitchCLI) -> None:
+    arguments = (recipe, "train.steps=100", "--out", "run")
+    with subprocess.Popen(command(*arguments, "--quiet"), text=True) as process:
+        wait_for_step(Path("run"), 3, process)
+        done = switchcli("pretrain", *arguments)
+        assert process.poll() is None
+        assert (done.code, done.out) == (CHECKPOINT, "")
+        assert f"process {process.pid}" in done.err
+    assert process.returncode == 0
