@@ -30,7 +30,9 @@ def evaluate(model: nn.Module, objective: Objective, batches: Iterable[Batch], r
 
 
 def reduce(metrics: Metrics, runtime: Runtime) -> Metrics:
-    """The metrics summed over all ranks, each of which has the same ones."""
+    """The metrics summed over all ranks, each of which has the same ones, perhaps none."""
+    if not metrics:
+        return {}
     return unflatten(runtime.all_reduce(flatten(metrics)), metrics)
 
 
