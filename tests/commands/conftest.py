@@ -55,7 +55,7 @@ def recipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def lay_out(folder: Path, text: Path) -> str:
-    """The text and a recipe that reads it from the current folder: which documents are held out follows from the path."""
+    """The text and a recipe that reads it from the current folder: the path as written says what is held out."""
     (folder / "text.txt").symlink_to(text)
     (folder / "tiny.yaml").write_text(RECIPE)
     return "tiny.yaml"
