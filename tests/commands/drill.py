@@ -34,7 +34,7 @@ def fingerprint(run: Path) -> dict[str, str]:
         "step": newest.name,
         "model": _tensors(newest, "model-*"),
         "optimizer": _tensors(newest, "optimizer-*"),
-        "metrics": hashlib.sha256(json.dumps(untimed).encode()).hexdigest(),
+        "metrics": hashlib.sha256(json.dumps(untimed, sort_keys=True).encode()).hexdigest(),
         "state": hashlib.sha256(json.dumps({**state, "seconds": None}).encode()).hexdigest(),
     }
 

@@ -1,0 +1,74 @@
+"""Bad input under `--processes`: one rank says it for all, and the code is that of its kind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SwitchCLI
+
+from switchcli.cli import main
+from switchcli.errors import DataError, MainRankError, RecipeError
+
+
+def two_ranks(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "switchcli", "pretrain", *arguments, "--processes", "2"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.commands.run.launch", None)
+    done = switchcli("pretrain", "none.yaml", "--processes", 2)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert switchcli("pretrain", recipe, "--dry-run", "--processes", 2).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "pattern"),
+    [
+        (
+            ["train.batch_tokens=32", "train.microbatch_tokens=null"],
+            2,
+            r"train\.batch_tokens holds 1 .* 2 ranks .*fewer",
+        ),
+        (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, r"none\.txt: no such file"),
+    ],
+)
+@pytest.mark.slow
+def test_one_message_for_all_ranks(arguments: list[str], code: int, pattern: str, recipe: str) -> None:
+    done = two_ranks(recipe, *arguments, "--out", "run", "--json")
+    assert done.returncode == code
+    assert re.fullmatch(rf"error: .*{pattern}.*\n", done.stderr)
+    assert json.loads(done.stdout)["exit_code"] == code
+    assert not (Path("run") / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "said"),
+    [
+        ("0", DataError("none.txt: no such file"), "error: none.txt: no such file\n"),
+        ("1", MainRankError(3), ""),
+        ("1", RecipeError("no CUDA here"), "error: rank 1: no CUDA here\n"),
+    ],
+)
+def test_which_rank_speaks(
+    rank: str,
+    error: DataError | RecipeError | MainRankError,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise error
+
+    left: list[int] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("switchcli.cli.app", fail)
+    monkeypatch.setattr(os, "_exit", left.append)
+    main()
+    assert left == [error.exit_code]
+    assert capsys.readouterr().err == said
