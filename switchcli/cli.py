@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from switchcli import __version__
-from switchcli.commands import recipes
-from switchcli.errors import SwitchError
+from switchcli.commands import recipes, stop
+from switchcli.errors import Interrupted, SwitchError
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 
@@ -108,18 +108,20 @@ def main() -> None:
     try:
         app()
     except SwitchError as error:
-        _leave(str(error), error.exit_code, every_rank=error.on_every_rank)
+        _leave(error)
 
 
-def _leave(message: str, code: int, every_rank: bool) -> None:
+def _leave(error: SwitchError) -> None:
     """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        Console().error(message)
+        say = Console().message if isinstance(error, Interrupted) else Console().error
+        say(str(error))
         if "--json" in sys.argv:
-            print_json({"error": message, "exit_code": code})
-    elif not every_rank:
-        Console().error(f"rank {rank}: {message}")
+            print_json({"error": str(error), "exit_code": error.exit_code})
+        stop.note_exit_code(error.exit_code)
+    elif not error.on_every_rank:
+        Console().error(f"rank {rank}: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(error.exit_code)

@@ -82,7 +82,7 @@ def _assemble(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, conso
         return stream.batch(step, first, count)
 
     def shares() -> Microbatches:
-        return Microbatches(rows, sequences, microbatch, group, runtime.rank, runtime.world)
+        return Microbatches(rows, sequences, microbatch, group, runtime.rank, runtime.world, spans.inputs_length)
 
     # What needs no data is refused before data is prepared, which may take hours, and by one rank for all.
     batches = runtime.on_main(shares) or shares()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from switchcli.errors import Interrupted, InterruptedByForce
+from switchcli.parallel import exit_code
 from switchcli.parallel.signals import STOPPING
 
 
@@ -31,3 +32,8 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def note_exit_code(code: int) -> None:
+    """Leave the exit code for a launcher of ours."""
+    exit_code.note(code)

@@ -18,7 +18,7 @@ from switchcli.data.document import Document, is_held_out
 from switchcli.data.spec import DataSpec
 from switchcli.data.store import StoreWriter, TokenStore, is_whole, seal
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import DataError
+from switchcli.errors import CheckpointError, DataError
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def prepare(spec: DataSpec, cache: Path, track: Track = untracked, tokenizer: To
     """The spec's documents as ids, from the cache where they are there already.
 
     `tokenizer` takes the place of the spec's, for a model trained with it. Raises DataError for anything wrong with the
-    text, the tokenizer or the cache folder, and when no document, or every one, is held out.
+    text or the tokenizer, and when no document, or every one, is held out; CheckpointError for the cache folder.
     """
     folder = cache / "tokens" / _key(spec, tokenizer)
     with _explained(cache):
@@ -165,11 +165,11 @@ def _publish(scratch: Path, folder: Path) -> None:
 
 @contextmanager
 def _explained(cache: Path) -> Iterator[None]:
-    """What the operating system refuses, as DataError; corpora and tokenizers have told of their own files before."""
+    """What the disk refuses, as CheckpointError; corpora and tokenizers have told of their own files before."""
     try:
         yield
     except OSError as error:
-        raise DataError(
+        raise CheckpointError(
             f"{cache}: the cache cannot be used ({error.strerror or error}): make room or rights there, or name "
             "another folder in $SWITCHCLI_CACHE"
         ) from error

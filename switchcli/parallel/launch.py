@@ -6,13 +6,16 @@ which it builds on, does not. `Runtime` finds its ranks as it finds those of any
 
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
-from switchcli.errors import DistributedError, Interrupted
+from switchcli.errors import DistributedError
+from switchcli.parallel import exit_code
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
@@ -31,21 +34,29 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         "switchcli",
         *arguments,
     ]
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves why they fail
+    logging.disable(logging.CRITICAL)  # the ranks say themselves why they end
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    try:
-        run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
-    except ChildFailedError as failure:
-        first = min(failure.failures.values(), key=lambda one: one.timestamp)
-        code: int = first.exitcode
-        if code < 0:
+    with tempfile.TemporaryDirectory() as scratch:
+        left = Path(scratch) / "exit_code"
+        os.environ[exit_code.FILE] = str(left)
+        try:
+            run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
+        except ChildFailedError as failure:
+            first = min(failure.failures.values(), key=lambda one: one.timestamp)
+            if first.exitcode < 0:
+                raise DistributedError(
+                    f"rank {first.local_rank} was killed by signal {-first.exitcode}; the others were ended"
+                ) from None
+            return int(first.exitcode)
+        except SignalException as stopped:
+            # torch forwarded the signal and forgets how the ranks took it; the main one has noted that.
+            if left.exists():
+                return int(left.read_text())
             raise DistributedError(
-                f"rank {first.local_rank} was killed by signal {-code}; the others were ended"
+                f"stopped by {stopped.sigval.name}, and the ranks left without saving: the same command goes on from "
+                "the last save"
             ) from None
-        return code
-    except SignalException as stopped:
-        raise Interrupted(f"the ranks were stopped by signal {stopped.sigval}") from None
     return 0
 
 

@@ -15,7 +15,7 @@ class Size(NamedTuple):
 
     d_model: int
     d_ff: int
-    d_kv: int
+    d_kv: int | None
     num_heads: int
     num_layers: int
     activation: str = "relu"
@@ -64,12 +64,12 @@ SIZES: Mapping[str, Size] = MappingProxyType({
     "t5-v1_1-xxl":   Size(4096, 10240, 64, 64, 24, "geglu", False),
 
     # Ours, for a laptop; each switch- size has the FLOPs a token of the dense one.
-    "tiny":          Size(128, 512, 32, 4, 2),
-    "mini":          Size(256, 1024, 64, 4, 4),
-    "small":         Size(384, 1536, 64, 6, 6),
-    "switch-tiny-8": Size(128, 512, 32, 4, 2, num_experts=8),
-    "switch-mini-8": Size(256, 1024, 64, 4, 4, num_experts=8),
-    "switch-small-8": Size(384, 1536, 64, 6, 6, num_experts=8),
+    "tiny":          Size(128, 512, None, 4, 2),
+    "mini":          Size(256, 1024, None, 4, 4),
+    "small":         Size(384, 1536, None, 6, 6),
+    "switch-tiny-8": Size(128, 512, None, 4, 2, num_experts=8),
+    "switch-mini-8": Size(256, 1024, None, 4, 4, num_experts=8),
+    "switch-small-8": Size(384, 1536, None, 6, 6, num_experts=8),
 })
 # fmt: on
 

@@ -21,7 +21,7 @@ COLLAPSED_SHARE = 0.9
 """An expert that takes this share of a layer's tokens has become the layer."""
 
 
-REPORTED = {"neg_log_perplexity", "dropped_fraction"}
+REPORTED = ("neg_log_perplexity", "dropped_fraction")
 """What a held-out evaluation reports: the figures that rows of padding do not touch."""
 
 
@@ -130,7 +130,7 @@ class HeldOut(Hook):
 
     def __call__(self, state: TrainState) -> None:
         metrics = evaluate(self._model, self._objective, self._batches(), self._runtime)
-        figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED & metrics.keys()}
+        figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures["held_out/neg_log_perplexity"]
         if not math.isfinite(figure):
             raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}")

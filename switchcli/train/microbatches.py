@@ -28,10 +28,11 @@ class Microbatches:
         group: int,
         rank: int,
         world: int,
+        length: int = 1,
     ) -> None:
         """`rows(step, first, count)` gives sequences of a step's batch.
 
-        `batch`, `microbatch` and `group`, those that are routed together, count sequences.
+        `batch`, `microbatch` and `group`, those that are routed together, count sequences of `length` tokens.
 
         Raises:
             RecipeError: the batch cannot be shared out evenly.
@@ -39,19 +40,19 @@ class Microbatches:
         if batch % world:
             more = (batch // world + 1) * world
             raise RecipeError(
-                f"train.batch_tokens holds {batch} sequences, which {world} ranks cannot share evenly: "
-                f"take as many as {more} sequences, or fewer ranks"
+                f"train.batch_tokens ({batch * length}) holds {batch} sequences, which {world} ranks cannot share "
+                f"evenly: try {more * length}, or fewer ranks"
             )
         self.microbatch = microbatch or batch // world
         if (batch // world) % self.microbatch:
             raise RecipeError(
-                f"train.microbatch_tokens holds {self.microbatch} sequences, which does not divide the "
-                f"{batch // world} that each of {world} ranks takes a step: take a divisor of {batch // world}"
+                f"train.microbatch_tokens ({self.microbatch * length}) must divide the {batch // world * length} "
+                f"tokens that each of {world} ranks takes a step"
             )
         if self.microbatch % group:
             raise RecipeError(
                 f"a microbatch of {self.microbatch} sequences (on {world} ranks) does not hold whole groups of "
-                f"model.router.group_sequences ({group}): set train.microbatch_tokens to a multiple of them"
+                f"model.router.group_sequences ({group}): set train.microbatch_tokens to a multiple of {group * length}"
             )
         self.count = batch // world // self.microbatch
         self._rows = rows

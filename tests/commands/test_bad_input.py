@@ -179,7 +179,7 @@ def test_a_read_only_file_system(recipe: str) -> None:
 def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
     done = switchcli("pretrain", recipe)
-    assert (done.code, done.out) == (DATA, "")
+    assert (done.code, done.out) == (CHECKPOINT, "")
     assert re.fullmatch(r"error: text\.txt/cache: the cache cannot be used .*SWITCHCLI_CACHE\n", done.err)
 
 

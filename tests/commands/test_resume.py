@@ -75,7 +75,7 @@ def test_stopped_by_signals_it_ends_the_same(
         done_steps = stop + 1
         assert done.code == INTERRUPTED
         message = f"stopped and saved at step {done_steps} of {STEPS}: the same command goes on from there"
-        assert done.err.splitlines()[-1] == f"error: {message}"
+        assert done.err.splitlines()[-1] == message
         assert json.loads(done.out) == {"error": message, "exit_code": INTERRUPTED}
         assert checkpoint.Checkpoint.open(checkpoint.path(Path("run/checkpoints"), done_steps)).step == done_steps
     assert switchcli(*command).code == 0
@@ -161,7 +161,7 @@ def test_stopped_while_data_is_prepared(
         patch.setattr("switchcli.data.prepare.seal", lambda folder, facts: signal.raise_signal(number))
         done = switchcli("pretrain", recipe, "--out", "run")
     assert (done.code, done.out) == (INTERRUPTED, "")
-    assert done.err.endswith(f"error: stopped by {number.name}, nothing is lost: the same command goes on\n")
+    assert done.err.endswith(f"stopped by {number.name}, nothing is lost: the same command goes on\n")
     assert not list((tmp_path / "cache" / "tokens").iterdir())
     assert switchcli("pretrain", recipe, "--out", "run").code == 0
 

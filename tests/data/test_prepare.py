@@ -17,7 +17,7 @@ from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.spec import DataSpec
 from switchcli.data.store import StoreWriter, TokenStore, is_whole
 from switchcli.data.tokenizer import TrainedTokenizer
-from switchcli.errors import DataError
+from switchcli.errors import CheckpointError, DataError
 
 
 @pytest.fixture
@@ -143,14 +143,14 @@ def test_a_full_disk_and_a_cache_that_is_no_folder(
     spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file: the cache cannot be used \(Not a directory\).*SWITCHCLI_CACHE"):
+    with pytest.raises(CheckpointError, match=r"file: the cache cannot be used \(Not a directory\).*SWITCHCLI_CACHE"):
         prepare(spec, tmp_path / "file")
 
     def full(self: StoreWriter, ids: object, *, starts_document: bool) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(StoreWriter, "add", full)
-    with pytest.raises(DataError, match="No space left on device"):
+    with pytest.raises(CheckpointError, match="No space left on device"):
         prepare(spec, tmp_path / "cache")
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 

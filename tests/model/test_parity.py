@@ -130,7 +130,7 @@ def slice_of(tensor: torch.Tensor, expert: int | None) -> torch.Tensor:
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
-    """Relative to the largest entry: 1e-5 of each single entry would ask more than float32 sums in another order give."""
+    """Relative to the largest entry: of each single entry it would ask more than reordered float32 sums give."""
     scale = theirs.abs().max().clamp(min=1e-30)
     assert ((ours - theirs).abs().max() / scale) <= RELATIVE, what
 

@@ -23,7 +23,7 @@ class Model(Spec):
     size: str = "custom"
     d_model: int = Field(default=512, ge=1)
     d_ff: int = 2048
-    d_kv: int = 64
+    d_kv: int | None = None
     num_heads: int = 8
     num_layers: int = 6
     num_decoder_layers: int | None = None
