@@ -50,6 +50,8 @@ def fit(
         counts = [int((micro.batch.targets_BT != PAD).sum()) for micro in microbatches]
         stopping, num_targets = runtime.sum_over_ranks([int(stop.requested), sum(counts)])
         if stopping:
+            for one in unchecked:  # what is saved after a stop has been looked at
+                _check_finite(*one)
             return False
         learning_rate = schedule(state.step, settings.steps)
         metrics = accumulate_gradients(
