@@ -63,7 +63,7 @@ class Log(Hook):
         self._write = write
         self._warn = warn
         self._since = (state.step, state.seconds)
-        self._alarms: set[str] = set()
+        self._alarms: set[tuple[int, str]] = set()
 
     def __call__(self, state: TrainState) -> None:
         metrics = reduce(state.window, self._runtime)
@@ -91,21 +91,21 @@ class Log(Hook):
         )
 
     def _alarm(self, load_LE: torch.Tensor) -> None:
-        """Say once, in words, what is wrong with the routing of the window."""
-        alarms = set()
+        """Say in words, when it begins, what is wrong with the routing of a layer."""
+        alarms = {}
         for layer, load_E in enumerate(load_LE):
             share = float(load_E.max() / load_E.sum().clamp(min=1))
             if load_E.numel() > 1 and share >= COLLAPSED_SHARE:
-                alarms.add(
+                alarms[layer, "collapsed"] = (
                     f"sparse layer {layer}: the router has collapsed: expert {int(load_E.argmax())} takes "
                     f"{share:.0%} of the tokens; raise model.router.balance_loss_coef or lower the learning rate"
                 )
             dead = (load_E == 0).nonzero().flatten().tolist()
             if dead:
-                alarms.add(f"sparse layer {layer}: no token in {self.every_steps} steps for experts {dead}")
-        for alarm in sorted(alarms - self._alarms):
-            self._warn(alarm)
-        self._alarms = alarms
+                alarms[layer, "dead"] = f"sparse layer {layer}: no token in {self.every_steps} steps for experts {dead}"
+        for which in sorted(alarms.keys() - self._alarms):
+            self._warn(alarms[which])
+        self._alarms = set(alarms)
 
 
 class HeldOut(Hook):
