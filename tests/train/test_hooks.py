@@ -1,0 +1,152 @@
+"""Hooks: when they are due, what a record says, alarms in words and once, a held-out figure that is no number."""
+
+import math
+
+import pytest
+import torch
+from tiny import a_model, rows
+from torch import nn
+
+from switchcli.data.batch import Batch
+from switchcli.errors import NumericsError
+from switchcli.parallel.runtime import Runtime
+from switchcli.train.hooks import HeldOut, Log, Record, Save
+from switchcli.train.metrics import Mean, Metrics
+from switchcli.train.objective import StepLoss, cross_entropy
+from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.state import TrainState
+
+
+def double(value: float | list[list[float]]) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def window(load: list[list[float]] | None = None) -> Metrics:
+    metrics = {"neg_log_perplexity": Mean(double(-30.0), double(10.0))}
+    return metrics if load is None else {**metrics, "expert_load": Mean(double(load), double(4.0))}
+
+
+class Written:
+    """A Log with what it wrote and what it warned of."""
+
+    def __init__(self, state: TrainState, every_steps: int = 10) -> None:
+        self.records: list[Record] = []
+        self.warnings: list[str] = []
+        self.log = Log(
+            every_steps=every_steps,
+            total_steps=100,
+            schedule=InverseSquareRoot(),
+            tokens_per_step=512,
+            flops_per_step=10**6,
+            runtime=Runtime("cpu", "float32"),
+            write=self.records.append,
+            warn=self.warnings.append,
+            state=state,
+        )
+
+    def after(self, load: list[list[float]] | None) -> list[str]:
+        """The warnings of one more window."""
+        told = len(self.warnings)
+        self.log(TrainState(step=10 * (len(self.records) + 1), window=window(load), seconds=len(self.records) + 1.0))
+        return self.warnings[told:]
+
+
+@pytest.mark.parametrize(("step", "due"), [(1, False), (5, True), (10, True), (12, True), (11, False)])
+def test_a_hook_is_due_every_so_many_steps_and_after_the_last(step: int, due: bool) -> None:
+    assert Save(5, lambda state: None).due(step, 12) is due
+
+
+def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
+    state = TrainState(step=20, seconds=4.0)
+    written = Written(state)
+    state.step, state.seconds, state.targets_seen = 30, 9.0, 777
+    state.window = window([[3.0, 0.0], [1.0, 2.0]])
+    written.log(state)
+    assert state.window == {}
+    assert written.records == [
+        {
+            "step": 30,
+            "neg_log_perplexity": -3.0,
+            "dead_experts": 1.0,
+            "learning_rate": 0.01,
+            "targets_seen": 777,
+            "seconds": 9.0,
+            "tokens_per_second": 1024.0,
+            "flops_per_second": 2e6,
+            "seconds_left": 35.0,
+        }
+    ]
+
+
+def test_a_collapsed_router_is_told_in_words_and_once() -> None:
+    written = Written(TrainState())
+    assert written.after([[10.0, 9.0, 11.0], [10.0, 10.0, 10.0]]) == []
+    (warning,) = written.after([[10.0, 9.0, 11.0], [1.0, 28.0, 1.0]])
+    assert warning.startswith("sparse layer 1: the router has collapsed: expert 1 takes 93% of the tokens; raise ")
+    assert "model.router.balance_loss_coef" in warning
+    assert written.after([[10.0, 9.0, 11.0], [1.0, 28.0, 1.0]]) == []
+    assert written.after([[10.0, 9.0, 11.0], [10.0, 10.0, 10.0]]) == []
+    assert len(written.after([[10.0, 9.0, 11.0], [1.0, 28.0, 1.0]])) == 1  # it had got well in between
+
+
+def test_a_collapse_is_told_once_though_its_share_changes() -> None:
+    written = Written(TrainState())
+    assert len(written.after([[27.0, 1.0, 1.0]])) == 1
+    assert written.after([[28.0, 1.0, 1.0]]) == []
+    assert written.after([[98.0, 1.0, 1.0]]) == []
+
+
+def test_dead_experts_are_named_once() -> None:
+    written = Written(TrainState())
+    assert written.after([[10.0, 0.0, 11.0, 0.0]]) == ["sparse layer 0: no token in 10 steps for experts [1, 3]"]
+    assert written.after([[10.0, 0.0, 11.0, 0.0]]) == []
+    assert written.records[0]["dead_experts"] == 2
+
+
+def test_a_dense_run_has_no_experts_to_speak_of() -> None:
+    written = Written(TrainState())
+    assert written.after(None) == []
+    assert "dead_experts" not in written.records[0]
+
+
+def a_held_out(model: nn.Module, records: list[Record]) -> HeldOut:
+    return HeldOut(5, model, cross_entropy, lambda: [rows(9, 0, 4)], Runtime("cpu", "float32"), records.append)
+
+
+def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
+    state, records = TrainState(step=5), []
+    a_held_out(a_model(), records)(state)
+    assert -4.5 < state.held_out_neg_log_perplexity < -3.0  # about ln 37 at the start
+    assert records == [
+        {
+            "step": 5,
+            "held_out/neg_log_perplexity": state.held_out_neg_log_perplexity,
+            "held_out/dropped_fraction": pytest.approx(0.0, abs=0.5),
+        }
+    ]
+
+
+def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -> None:
+    model, state, records = a_model(), TrainState(step=5, held_out_neg_log_perplexity=-2.0), []
+    with torch.no_grad():
+        model.embedding.fill_(math.nan)
+    with pytest.raises(NumericsError, match="step 5: the held-out") as raised:
+        a_held_out(model, records)(state)
+    assert raised.value.exit_code == 5
+    assert state.held_out_neg_log_perplexity == -2.0
+    assert records == []
+
+
+def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
+    def nothing(model: nn.Module, batch: Batch) -> StepLoss:
+        return StepLoss(torch.zeros(()), torch.zeros(()), {"neg_log_perplexity": Mean(double(0.0), double(0.0))})
+
+    state = TrainState(step=5)
+    HeldOut(5, a_model(), nothing, lambda: [rows(0, 0, 1)], Runtime("cpu", "float32"), lambda record: None)(state)
+    assert state.held_out_neg_log_perplexity == 0.0
+
+
+def test_save_is_handed_the_state() -> None:
+    saved, state = [], TrainState(step=5)
+    Save(5, saved.append)(state)
+    assert saved == [state]

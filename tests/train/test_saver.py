@@ -1,0 +1,131 @@
+"""Saver: weights, optimizer and state come back bit by bit, window included, for sparse and dense models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import DENSE, NOISY, SPARSE, a_model, rows
+
+from switchcli.errors import CheckpointError
+from switchcli.model.spec import ModelSpec
+from switchcli.parallel.runtime import Runtime
+from switchcli.parallel.signals import StopRequest
+from switchcli.train import checkpoint
+from switchcli.train.loop import fit
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
+from switchcli.train.saver import Saver, load_model
+from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.spec import CheckpointSpec, TrainSpec
+from switchcli.train.state import TrainState
+
+GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
+DOCUMENTS = {"recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}
+
+
+class Parts:
+    def __init__(self, folder: Path, spec: ModelSpec, optimizer: OptimizerSpec, seed: int) -> None:
+        self.model = a_model(spec, seed)
+        self.optimizer = optimizer.build(dict(self.model.named_parameters()))
+        self.runtime = Runtime("cpu", "float32")
+        self.state = TrainState()
+        settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False)
+        self.saver = Saver(folder, self.model, self.optimizer, self.runtime, DOCUMENTS, settings)
+
+    def train(self, steps: int) -> None:
+        fit(
+            self.state,
+            self.model,
+            cross_entropy,
+            Microbatches(rows, 4, 2, 1, 0, 1),
+            self.optimizer,
+            InverseSquareRoot(),
+            self.runtime,
+            [],
+            TrainSpec(steps=steps, batch_tokens=1),
+            StopRequest(),
+        )
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        window = {f"window {name} {i}": part for name, mean in self.state.window.items() for i, part in enumerate(mean)}
+        return {**dict(self.model.named_parameters()), **self.optimizer.state(), **window}
+
+
+def unexpected(warning: str) -> None:
+    pytest.fail(warning)
+
+
+def assert_equal(one: Parts, other: Parts) -> None:
+    ours, theirs = one.everything(), other.everything()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    for name in ("step", "targets_seen", "held_out_neg_log_perplexity"):
+        assert getattr(one.state, name) == getattr(other.state, name)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [Adafactor(min_dim_to_factor=8), Adafactor(), AdamW()], ids=["factored", "adafactor", "adamw"]
+)
+@pytest.mark.parametrize("spec", [NOISY, DENSE, GEGLU], ids=["sparse", "dense", "geglu"])
+def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
+    spec: ModelSpec, optimizer: OptimizerSpec, tmp_path: Path
+) -> None:
+    before = Parts(tmp_path, spec, optimizer, seed=0)
+    before.train(2)
+    before.state.held_out_neg_log_perplexity = -1.25
+    before.saver.save(before.state)
+    after = Parts(tmp_path, spec, optimizer, seed=1)
+    assert after.saver.restore(after.state, unexpected)
+    assert_equal(before, after)
+    assert after.state.seconds == before.state.seconds
+    before.train(4)
+    after.train(4)
+    assert_equal(before, after)
+
+
+def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    parts.saver.save(parts.state)
+    found = checkpoint.latest(tmp_path, unexpected)
+    assert found is not None
+    for name, content in DOCUMENTS.items():
+        assert found.document(name) == content
+    model = a_model(SPARSE, seed=1)
+    load_model(model, found)
+    for ours, theirs in zip(model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    assert parts.saver.restore(parts.state, unexpected) is False
+    assert parts.state == TrainState()
+
+
+def test_the_last_few_are_kept(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    for step in (1, 2, 3):
+        parts.state.step = step
+        parts.saver.save(parts.state)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def test_another_architecture_is_refused_in_words(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    parts.saver.save(parts.state)
+    for changes in ({"d_ff": 25}, {"num_experts": 5}, {"num_layers": 4}, {"tie_embeddings": False}, {"num_experts": 1}):
+        other = Parts(tmp_path, SPARSE.model_copy(update=changes), Adafactor(), seed=1)
+        with pytest.raises(CheckpointError) as raised:
+            other.saver.restore(other.state, unexpected)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(checkpoint, "preflight", lambda folder, size: asked.append(size))
+    parts = Parts(tmp_path, SPARSE, AdamW(), seed=0)
+    parts.saver.preflight()
+    one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
+    assert asked == [3 * one]  # the two that are kept, and one being written
