@@ -70,6 +70,16 @@ class ModelSpec(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _far_buckets_lie_beyond_the_exact_ones(self) -> Self:
+        exact = self.relative_attention_num_buckets // 2  # the decoder's, one distance each
+        if self.relative_attention_max_distance <= exact:
+            raise ValueError(
+                f"relative_attention_max_distance ({self.relative_attention_max_distance}) must be more than {exact}, "
+                f"half of relative_attention_num_buckets ({self.relative_attention_num_buckets}): try {4 * exact}"
+            )
+        return self
+
     @property
     def decoder_layers(self) -> int:
         return self.num_decoder_layers or self.num_layers
