@@ -1,6 +1,6 @@
 """Parameters and forward FLOPs from the spec alone, by the formulas of paper section 5.6; no tensor is made.
 
-The FLOPs formula counts as Kaplan et al. do: two for each weight that a token meets, and the two products of attention.
+The FLOPs formula counts as Kaplan et al. do: two for each weight that a token meets, one of attention's two products.
 Embedding look-ups and routers are left out, each token meets one expert, capacity padding is not counted, and the keys
 and values of cross-attention are charged once a decoder token. With 512 and 114 tokens it gives the FLOPs of Table 9.
 """
