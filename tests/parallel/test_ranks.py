@@ -4,6 +4,7 @@ The tolerance is 1e-6 of the largest entry of each tensor: float32 keeps 6e-8 of
 terms in another order differ by a few times that; an entry that is itself near zero is what is left of larger terms.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from ranks import on_ranks
 from tiny import DENSE, NOISY, SPARSE, a_model, rows
+from torch import nn
 
 from switchcli.data.batch import PAD, Batch
+from switchcli.errors import NumericsError
 from switchcli.model.spec import ModelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
@@ -23,7 +26,7 @@ from switchcli.train.evaluate import evaluate, reduce, shared
 from switchcli.train.hooks import HeldOut, Hook, Log
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import cross_entropy
+from switchcli.train.objective import StepLoss, cross_entropy
 from switchcli.train.optimizer import Adafactor, Optimizer
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import TrainSpec
@@ -172,6 +175,38 @@ def evaluated() -> Arrays:
     return {name: metrics[name].value().numpy() for name in ("neg_log_perplexity", "dropped_fraction")}
 
 
+def ended(stop_on: int | None, poison_on: int | None) -> tuple[int, int]:
+    """The step at which a run ends when one rank alone is asked to stop, or has a loss that is not a number; and how:
+    0 for a stop, else the exit code."""
+    runtime = Runtime("cpu", "float32")
+    model, stop, state = a_model(), StopRequest(), TrainState()
+
+    def objective(module: nn.Module, batch: Batch) -> StepLoss:
+        loss = cross_entropy(module, batch)
+        if state.step == 1:
+            stop.requested = runtime.rank == stop_on
+            if runtime.rank == poison_on:
+                return loss._replace(auxiliary=loss.auxiliary * math.nan)
+        return loss
+
+    try:
+        fit(
+            state,
+            runtime.wrap(model),
+            objective,
+            Microbatches(rows, BATCH, None, 1, runtime.rank, runtime.world),
+            Adafactor().build(dict(model.named_parameters())),
+            InverseSquareRoot(),
+            runtime,
+            [Keep(runtime)],
+            TrainSpec(steps=9, batch_tokens=1),
+            stop,
+        )
+    except NumericsError as error:
+        return state.step, error.exit_code
+    return state.step, 0
+
+
 CASES: dict[str, Callable[[], Arrays]] = {
     "at once": partial(gradients, SPARSE, None, None),
     "accumulated and clipped": partial(gradients, SPARSE, 1, CLIP),
@@ -182,7 +217,12 @@ CASES: dict[str, Callable[[], Arrays]] = {
 
 
 def every_case() -> dict[str, Any]:
-    return {**{name: case() for name, case in CASES.items()}, "trained": trained()}
+    return {
+        **{name: case() for name, case in CASES.items()},
+        "trained": trained(),
+        "stopped": ended(stop_on=1, poison_on=None),
+        "poisoned": ended(stop_on=None, poison_on=1),
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -203,6 +243,11 @@ def test_a_rank_may_have_no_target_at_all() -> None:
     counts = (targets_BT != PAD).view(4, -1).sum(1).tolist()
     assert counts[1] == 0  # of the second of 4 ranks, in the cases above
     assert len(set(counts)) == 4
+
+
+def test_one_rank_that_stops_or_fails_takes_all_with_it_at_the_same_step(answers: list[dict[str, Any]]) -> None:
+    assert {answer["stopped"] for answer in answers} == {(2, 0)}
+    assert {answer["poisoned"] for answer in answers} == {(2, 5)}
 
 
 def test_noise_is_the_microbatchs_own() -> None:

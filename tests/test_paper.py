@@ -1,0 +1,127 @@
+"""The figures of the paper that the model, the data, the schedule and the routing must give.
+
+Table and section numbers are of arXiv 2101.03961v3; what T5 decides is said so. Parameters of the sizes that are not
+printed are worked out from the formula of section 5.6 and kept in tests/recipe/test_sizes.py.
+"""
+
+import pytest
+import torch
+
+from switchcli.data.span_corruption import SpanCorruption
+from switchcli.model.count import count
+from switchcli.model.routing import Switch
+from switchcli.model.spec import ModelSpec
+from switchcli.recipe.sizes import SIZES
+from switchcli.train.schedule import InverseSquareRoot
+
+
+def sized(name: str, **changes: object) -> ModelSpec:
+    return ModelSpec(**{**SIZES[name]._asdict(), **changes})
+
+
+def of_expert_count(num_experts: int) -> ModelSpec:
+    return sized("switch-base", num_experts=num_experts)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("t5-base", 222_903_552), ("switch-base", 7_415_217_408), ("switch-c", 1_571_308_972_448)],
+)
+def test_parameters_of_table_9_to_the_last_digit(name: str, parameters: int) -> None:
+    assert count(sized(name)).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("t5-base", 223),
+        ("t5-xxl", 11_000),
+        ("switch-base", 7_410),
+        ("switch-xxl-128", 395_000),
+        ("switch-c", 1_571_000),
+    ],
+)
+def test_parameters_as_printed_in_millions(name: str, printed: int) -> None:
+    """Within a fifth of a percent, to which the printed figures are rounded. Switch-XXL is untied, as released."""
+    assert count(sized(name)).parameters / 1e6 == pytest.approx(printed, rel=2e-3)
+
+
+@pytest.mark.parametrize(("num_experts", "billions"), [(16, 1.1), (32, 2.0), (64, 3.8), (128, 7.4), (256, 14.7)])
+def test_the_teachers_of_table_7(num_experts: int, billions: float) -> None:
+    assert round(count(of_expert_count(num_experts)).parameters / 1e9, 1) == billions
+
+
+@pytest.mark.parametrize(
+    ("names", "printed", "unit"),
+    [
+        (("t5-base", "switch-base"), 124, 1e9),
+        (("t5-v1_0-large", "switch-large-128"), 425, 1e9),  # the shape as released: the printed one gives 433
+        (("t5-xxl", "switch-xxl", "switch-xxl-128"), 6.3, 1e12),
+        (("switch-c",), 890, 1e9),
+    ],
+)
+def test_flops_a_sequence_of_table_9(names: tuple[str, ...], printed: float, unit: float) -> None:
+    """To half a percent, or to the digits printed: 124.6 and 894.0 are what comes out of 124B and 890B."""
+    flops = {count(sized(name)).flops for name in names}
+    assert len(flops) == 1  # a sparse model costs what the dense one does
+    found = flops.pop() / unit
+    assert round(found, 1) == printed or found == pytest.approx(printed, rel=5e-3)
+
+
+def test_flops_do_not_depend_on_the_number_of_experts() -> None:
+    assert len({count(of_expert_count(experts)).flops for experts in (1, 2, 8, 128, 2048)}) == 1
+
+
+@pytest.mark.parametrize(("inputs", "raw", "targets"), [(512, 568, 114), (256, 284, 58), (128, 141, 29), (64, 70, 14)])
+def test_span_corruption_of_t5(inputs: int, raw: int, targets: int) -> None:
+    corruption = SpanCorruption(inputs_length=inputs)
+    assert (corruption.raw_length, corruption.targets_length) == (raw, targets)
+
+
+def test_a_chunk_of_568_hides_85_tokens_in_28_spans() -> None:
+    corruption = SpanCorruption(inputs_length=512, noise_density=0.15, mean_span_length=3.0)
+    assert corruption.num_spans == 28
+    assert corruption.num_noise == 85
+    assert corruption.raw_length - 85 + 28 + 1 == corruption.inputs_length
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.01), (9_999, 0.01), (40_000, 0.005)])
+def test_learning_rates_of_t5(step: int, rate: float) -> None:
+    assert InverseSquareRoot()(step, 550_000) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("factor", "capacity"),
+    [(1.0, 2), (1.25, 2), (1.5, 3), (2.0, 4)],
+)
+def test_expert_capacity_of_equation_3(factor: float, capacity: int) -> None:
+    """Six tokens on three experts: two slots each at a factor of 1.0, and half as many again at 1.5."""
+    router = Switch(capacity_factor=factor, min_capacity=1)
+    assert router.capacity(6, 3, training=True) == capacity
+    logits_GNE = torch.tensor([[0, 0, 0, 1, 1, 2]]).eq(torch.arange(3)[:, None, None]).float().permute(1, 2, 0)
+    dropped = router.assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), training=True).report.dropped
+    assert dropped == max(0, 3 - capacity)  # three of the six choose the first expert
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 128, 2048])
+def test_the_balance_loss_is_alpha_at_uniform_routing(num_experts: int) -> None:
+    tokens = 2 * num_experts
+    choice_GNE = torch.nn.functional.one_hot(torch.arange(tokens) % num_experts, num_experts).float().unsqueeze(0)
+    report = Switch().assign(1e-3 * choice_GNE, torch.ones(1, tokens, dtype=torch.bool), training=True).report
+    assert Switch().balance_loss_coef == 0.01
+    assert report.balance.item() == pytest.approx(0.01, rel=1e-5)
+
+
+def test_the_balance_loss_of_a_collapse_is_alpha_times_experts_times_the_probability() -> None:
+    logits_GNE = torch.tensor([4.0, 0.0, 0.0, 0.0]).expand(1, 9, 4)
+    report = Switch().assign(logits_GNE, torch.ones(1, 9, dtype=torch.bool), training=True).report
+    assert report.balance.item() == pytest.approx(0.01 * 4 * logits_GNE.softmax(-1)[0, 0, 0].item())
+
+
+def test_switch_base_has_a_balance_loss_of_twelve_alphas() -> None:
+    """Every other feed-forward of 12 + 12: the losses of the layers are summed, so the balanced floor is 0.12."""
+    spec = sized("switch-base")
+    assert 2 * sum(spec.is_sparse(layer) for layer in range(spec.num_layers)) == 12
+    assert [layer for layer in range(4) if spec.is_sparse(layer)] == [1, 3]
+    every = sized("switch-c")
+    assert all(every.is_sparse(layer) for layer in range(every.num_layers))
