@@ -5,6 +5,7 @@ That its gradient is the one meant, on any number of ranks, is in tests/parallel
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -126,6 +127,18 @@ def test_a_run_that_is_left_and_taken_up_again_is_bit_equal_to_one_that_is_not()
     assert second.state.window.keys() == straight.state.window.keys()
     for name, mean in straight.state.window.items():
         assert all(torch.equal(*pair) for pair in zip(second.state.window[name], mean, strict=True)), name
+
+
+def test_only_the_last_microbatch_of_a_step_waits_for_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    last_ones: list[bool] = []
+
+    def noted(runtime: Runtime, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        last_ones.append(last)
+        return nullcontext()
+
+    monkeypatch.setattr(Runtime, "synchronise", noted)
+    Run().fit(steps=2)
+    assert last_ones == [False, True, False, True]
 
 
 def test_noise_depends_on_the_seed() -> None:
