@@ -12,6 +12,7 @@ SOURCE, TARGET = 12, 9
 SHAPE = {"vocab_size": 37, "d_model": 16, "d_ff": 24, "d_kv": 5, "num_heads": 2, "num_layers": 2}
 DROPPING = Switch(capacity_factor=0.6, min_capacity=1, jitter=0.0)
 SPARSE = ModelSpec(**SHAPE, num_experts=4, router=DROPPING)
+GROUPED = SPARSE.model_copy(update={"router": DROPPING.model_copy(update={"group_sequences": 2})})
 NOISY = SPARSE.model_copy(update={"dropout": 0.2, "router": DROPPING.model_copy(update={"jitter": 0.1})})
 DENSE = ModelSpec(**SHAPE)
 

@@ -14,7 +14,7 @@ from torch import nn
 from switchcli.model.layers import linear
 from switchcli.model.spec import ModelSpec
 
-MASKED = -1e9  # added to a logit: large enough to give weight 0, small enough for bfloat16
+MASKED = -1e9  # added to a logit: gives weight 0, but no NaN, as infinity would, to a row that may see nothing
 
 
 class KeyValue(NamedTuple):
@@ -29,7 +29,10 @@ class KeyValue(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values are projected apart, so that they can be kept between decoding steps."""
+    """Multi-head attention; keys and values are projected apart, so that they can be kept between decoding steps.
+
+    # Deviates: T5's dropout masks, here and in the other layers, are shared along the positions; these are not.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class Attention(nn.Module):
         """Softmax(q k + bias) v. The bias broadcasts: positions [1, H, T, S], a mask [B, 1, 1, S], or their sum."""
         query_BHTK = self._heads(self.q(x_BTD))
         dropout = self.dropout if self.training else 0.0
-        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS.to(query_BHTK.dtype), dropout)
+        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, dropout)
         return self.o(mixed_BHTK.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSA: torch.Tensor) -> torch.Tensor:
@@ -57,17 +60,20 @@ class Attention(nn.Module):
 
 
 def attend(query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Attention without scaling, through torch's fused kernels except where they were measured to be slower.
+    """Attention without scaling, logits and softmax in float32, through torch's fused kernels where they serve.
 
     On a CPU a bias that learns sends torch to a fallback: a little slower than the plain products in float32, three
     times slower in bfloat16.
     """
+    key_BHSK, value_BHSK = memory
     if query_BHTK.is_cpu and bias.requires_grad:
-        logits_BHTS = query_BHTK @ memory.key_BHSK.mT + bias
-        weight_BHTS = logits_BHTS.softmax(-1, dtype=torch.float32).to(query_BHTK.dtype)
-        return F.dropout(weight_BHTS, dropout, training=dropout > 0.0) @ memory.value_BHSK
+        with torch.autocast("cpu", enabled=False):
+            logits_BHTS = query_BHTK.float() @ key_BHSK.float().mT + bias
+        weight_BHTS = F.dropout(logits_BHTS.softmax(-1), dropout, training=dropout > 0.0)
+        return weight_BHTS.to(value_BHSK.dtype) @ value_BHSK
+    bias = bias.to(query_BHTK.dtype)
     return F.scaled_dot_product_attention(
-        query_BHTK, memory.key_BHSK, memory.value_BHSK, attn_mask=bias, dropout_p=dropout, scale=1.0
+        query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, dropout_p=dropout, scale=1.0
     )
 
 

@@ -17,8 +17,8 @@ class Local:
     def send(self, x_GND: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Gather the token of each slot: [E, G * C, D], zero where the slot is empty."""
         rows = F.pad(x_GND, (0, 0, 0, 1)).flatten(0, 1)
-        slot_EGC = _row_of_slot(routing, x_GND)
-        return rows.index_select(0, slot_EGC.flatten()).view(len(slot_EGC), -1, rows.shape[-1])
+        row_EGC = _row_of_slot(routing, x_GND)
+        return rows.index_select(0, row_EGC.flatten()).view(len(row_EGC), -1, rows.shape[-1])
 
     def receive(self, y_ESD: torch.Tensor, routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:
         """Add each slot's output times its weight to its token, like x_GND; a token in no slot stays exactly zero."""

@@ -42,7 +42,7 @@ class Experts(nn.Module):
         self.wi = nn.Parameter(torch.empty(E, hidden, D))
         self.wi_gate = nn.Parameter(torch.empty(E, hidden, D)) if spec.activation == "geglu" else None
         self.wo = nn.Parameter(torch.empty(E, D, hidden))
-        self.dropout = spec.hidden_dropout
+        self.dropout = spec.experts_dropout
 
     def forward(self, x_ESD: torch.Tensor) -> torch.Tensor:
         """x_ESD: the S = G * C slots of each expert. Every expert runs, with no token too, so all have gradients."""

@@ -100,3 +100,7 @@ class Switch(Spec):
             dropped=(load_GE - capacity).clamp(min=0).sum().float(),
             tokens=real_GN.sum().float(),
         )
+
+
+RouterSpec = Switch
+"""The routers that a recipe can name by `kind`: a union, as soon as there are two."""

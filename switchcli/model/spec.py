@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.model.routing import Switch
+from switchcli.model.routing import RouterSpec, Switch
 from switchcli.spec import Spec
 
 PAD = 0
@@ -48,7 +48,7 @@ class ModelSpec(Spec):
     """Experts in each sparse layer; 1 is the dense model: no router, no sparse layer."""
     sparse_every: int = Field(default=2, ge=1)
     """Block i of a stack is sparse when i % sparse_every == sparse_every - 1: 2 is the paper's frequency 1/2."""
-    router: Switch = Switch()
+    router: RouterSpec = Switch()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -89,7 +89,7 @@ class ModelSpec(Spec):
         return self.d_kv or self.d_model // self.num_heads
 
     @property
-    def hidden_dropout(self) -> float:
+    def experts_dropout(self) -> float:
         return self.dropout if self.expert_dropout is None else self.expert_dropout
 
     def is_sparse(self, layer: int) -> bool:

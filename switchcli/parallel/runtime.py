@@ -6,8 +6,8 @@ and never wait for a device.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Literal, TypeVar
 
@@ -19,8 +19,10 @@ from torch import nn
 
 from switchcli.errors import DistributedError, MainRankError, RecipeError, SwitchError
 
-TIMEOUT_SECONDS = 600
-"""How long a rank waits for the others before the run ends: above the longest pause of one rank alone (a save)."""
+STEP_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others within a step before the run ends."""
+MAIN_TIMEOUT = timedelta(days=7)
+"""How long the others wait while the main rank does something alone: preparing data takes what it takes."""
 
 T = TypeVar("T")
 
@@ -38,14 +40,15 @@ class Runtime:
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("train.device is cuda and this machine shows no CUDA device: set it to auto or cpu")
         on_cpu = device == "cpu" or not torch.cuda.is_available()
-        self._accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no",  # `autocast` below: accelerate's own would copy the logits to float32
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_SECONDS)),
-            ],
-        )
+        with _lost_ranks_explained():
+            self._accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision="no",  # `autocast` below: accelerate's own would copy the logits to float32
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=STEP_TIMEOUT),
+                ],
+            )
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -56,7 +59,10 @@ class Runtime:
                 "start them with --processes, or with torchrun"
             )
         self._autocast = precision == "bfloat16"
-        self._control = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._control = self._main_wait = None
+        if self.world > 1:
+            self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+            self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
@@ -73,9 +79,13 @@ class Runtime:
         return wrapped
 
     def synchronise(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a microbatch: the step's last one averages the gradients over the ranks."""
-        context: AbstractContextManager[None] = nullcontext() if last else self._accelerator.no_sync(model)
-        return context
+        """Around forward and backward of a microbatch: the step's last one averages the gradients over the ranks.
+
+        Raises:
+            DistributedError: from within, when another rank is gone; as do the sums below.
+        """
+        apart: AbstractContextManager[None] = self._accelerator.no_sync(model)
+        return _lost_ranks_explained() if last else apart
 
     def autocast(self) -> AbstractContextManager[object]:
         """Products in the recipe's precision."""
@@ -83,20 +93,19 @@ class Runtime:
 
     def sum_over_ranks(self, values: Sequence[int]) -> list[int]:
         """Host integers, summed position by position over all ranks."""
-        if self._control is None:
-            return list(values)
-        summed = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(summed, group=self._control)
-        return [int(value) for value in summed]
+        return list(values) if self._control is None else _summed(values, self._control)
 
     def from_main(self, value: int) -> int:
-        """The main rank's value, on every rank."""
-        return self.sum_over_ranks([value if self.is_main else 0])[0]
+        """The main rank's value, on every rank; the others wait for it as long as it takes."""
+        if self._main_wait is None:
+            return value
+        return _summed([value if self.is_main else 0], self._main_wait)[0]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, on its device, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with _lost_ranks_explained():
+                dist.all_reduce(tensor)
         return tensor
 
     def on_main(self, action: Callable[[], T]) -> T | None:
@@ -120,3 +129,26 @@ class Runtime:
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
         self._accelerator.end_training()
+
+
+def _summed(values: Sequence[int], group: dist.ProcessGroup) -> list[int]:
+    summed = torch.tensor(values, dtype=torch.int64)
+    with _lost_ranks_explained():
+        dist.all_reduce(summed, group=group)
+    return [int(value) for value in summed]
+
+
+@contextmanager
+def _lost_ranks_explained() -> Iterator[None]:
+    """What torch raises when ranks do not find one another, or one is gone, as DistributedError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's failures have no type of their own; DistError is that of the rendezvous and of NCCL.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "Timed out" not in str(error):
+            raise
+        cause = str(error).splitlines()[0]
+        raise DistributedError(
+            f"the other ranks cannot be reached ({cause}): one has ended, or the network is down; see what each "
+            "printed last, and run the same command again to go on from the last save"
+        ) from error

@@ -71,10 +71,11 @@ class Log(Hook):
         if not self._runtime.is_main:
             return
         load = metrics.pop("expert_load", None)
+        steps = int(metrics["gradient_norm"].weight) // self._runtime.world
         record = {name: float(mean.value()) for name, mean in metrics.items()}
         if load is not None:
             record["dead_experts"] = float((load.total == 0).sum())
-            self._alarm(load.total)
+            self._alarm(load.total, steps)
         seconds_per_step = (state.seconds - self._since[1]) / (state.step - self._since[0])
         self._since = (state.step, state.seconds)
         self._write(
@@ -90,7 +91,7 @@ class Log(Hook):
             }
         )
 
-    def _alarm(self, load_LE: torch.Tensor) -> None:
+    def _alarm(self, load_LE: torch.Tensor, steps: int) -> None:
         """Say in words, when it begins, what is wrong with the routing of a layer."""
         alarms = {}
         for layer, load_E in enumerate(load_LE):
@@ -102,7 +103,7 @@ class Log(Hook):
                 )
             dead = (load_E == 0).nonzero().flatten().tolist()
             if dead:
-                alarms[layer, "dead"] = f"sparse layer {layer}: no token in {self.every_steps} steps for experts {dead}"
+                alarms[layer, "dead"] = f"sparse layer {layer}: no token in {steps} steps for experts {dead}"
         for which in sorted(alarms.keys() - self._alarms):
             self._warn(alarms[which])
         self._alarms = set(alarms)

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -33,11 +33,13 @@ def fit(
     hooks: Sequence[Hook],
     settings: TrainSpec,
     stop: StopRequest,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> bool:
     """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
 
     Returns whether the run is complete: False when `stop` was requested on any rank, after a whole step on all of them.
-    The hooks are called after each step that they are due at; none is called for the stop itself.
+    `on_step` is called with the number of steps taken after each one, the hooks after those that they are due at;
+    neither is called for the stop itself.
 
     Raises:
         NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step.
@@ -65,11 +67,12 @@ def fit(
         state.targets_seen += num_targets
         metrics["gradient_norm"] = Mean(norm, torch.ones_like(norm))
         state.window = merge(state.window, exact(metrics))
-        state.seconds += time.perf_counter() - started
         due = [hook for hook in hooks if hook.due(state.step, settings.steps)]
         unchecked.append((state.step, norm))
         while len(unchecked) > (0 if due else 1):  # one step late unless a hook is due: no wait for the device
             _check_finite(*unchecked.pop(0))
+        state.seconds += time.perf_counter() - started
+        on_step(state.step)
         for hook in due:
             hook(state)
     return True

@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from ranks import on_ranks
-from tiny import DENSE, NOISY, SPARSE, a_model, rows
+from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import PAD, Batch
@@ -210,6 +210,7 @@ def ended(stop_on: int | None, poison_on: int | None) -> tuple[int, int]:
 CASES: dict[str, Callable[[], Arrays]] = {
     "at once": partial(gradients, SPARSE, None, None),
     "accumulated and clipped": partial(gradients, SPARSE, 1, CLIP),
+    "groups of two sequences": partial(gradients, GROUPED, None, CLIP),
     "dense": partial(gradients, DENSE, None, CLIP),
     "dropout and jitter": partial(gradients, NOISY, 2, CLIP),
     "evaluation": evaluated,

@@ -22,7 +22,8 @@ def double(value: float | list[list[float]]) -> torch.Tensor:
 
 
 def window(load: list[list[float]] | None = None) -> Metrics:
-    metrics = {"neg_log_perplexity": Mean(double(-30.0), double(10.0))}
+    ten_steps = {"gradient_norm": Mean(double(5.0), double(10.0))}
+    metrics = {"neg_log_perplexity": Mean(double(-30.0), double(10.0)), **ten_steps}
     return metrics if load is None else {**metrics, "expert_load": Mean(double(load), double(4.0))}
 
 
@@ -67,6 +68,7 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
         {
             "step": 30,
             "neg_log_perplexity": -3.0,
+            "gradient_norm": 0.5,
             "dead_experts": 1.0,
             "learning_rate": 0.01,
             "targets_seen": 777,
