@@ -147,7 +147,7 @@ def _lost_ranks_explained() -> Iterator[None]:
         # Gloo's failures have no type of their own; DistError is that of the rendezvous and of NCCL.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "Timed out" not in str(error):
             raise
-        cause = str(error).splitlines()[0]
+        cause = str(error).splitlines()[0].split(". ")[0]
         raise DistributedError(
             f"the other ranks cannot be reached ({cause}): one has ended, or the network is down; see what each "
             "printed last, and run the same command again to go on from the last save"
