@@ -9,7 +9,7 @@ import typer
 
 from switchcli import __version__
 from switchcli.commands import recipes, stop
-from switchcli.errors import Interrupted, SwitchError
+from switchcli.errors import DataError, Interrupted, SwitchError
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 
@@ -94,6 +94,8 @@ def generate(
     from switchcli.commands.generate import generate as run
     from switchcli.report.text import safe_text
 
+    if texts and not all(map(str.strip, texts)):
+        raise DataError("a TEXT is empty: write some, with <extra_id_0> where the model is to fill in")
     lines = texts if texts else (line.rstrip("\n") for line in sys.stdin)
     answered = run(checkpoint, lines, max_tokens, device, Console().warning)
     if as_json:

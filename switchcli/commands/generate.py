@@ -9,7 +9,7 @@ import torch
 from switchcli.commands.load import load
 from switchcli.data.batch import EOS
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import DataError, RecipeError
+from switchcli.errors import RecipeError
 from switchcli.model.generate import greedy
 from switchcli.model.transformer import SwitchTransformer
 
@@ -28,12 +28,11 @@ def generate(
     device: Literal["auto", "cpu", "cuda"],
     warn: Callable[[str], None],
 ) -> Iterator[Answer]:
-    """Answer each text by greedy decoding, one after another.
+    """Answer each text by greedy decoding, one after another; a blank one by nothing.
 
     Raises:
         CheckpointError: as `load`.
         RecipeError: no CUDA device, and one was asked for.
-        DataError: a text is empty.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
@@ -42,7 +41,8 @@ def generate(
     longest = loaded.recipe.data.span_corruption.inputs_length
     for text in texts:
         if not text.strip():
-            raise DataError("the text is empty: write some, with <extra_id_0> where the model is to fill in")
+            yield Answer(text, "")
+            continue
         ids = [*loaded.tokenizer.encode(text), EOS]
         if len(ids) > longest:
             warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")

@@ -50,7 +50,7 @@ def copy(
     target = file / source.name if file.is_dir() else file
     try:
         with target.open("x", encoding="utf-8") as out:
-            out.write(re.sub(r"(?m)^extends: *(\S+)$", lambda found: _shipped(source, found[1]), content))
+            out.write(_free_standing(source, content))
     except FileExistsError as error:
         raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
     except OSError as error:
@@ -87,10 +87,14 @@ def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes a
     _print_json(editor_schema(RECIPES[verb]))
 
 
-def _shipped(source: Path, extends: str) -> str:
-    """The `extends:` line of a copy of `source`, which need not lie beside what `source` extends."""
-    parent = library.locate(extends, beside=source.parent).resolve()
-    return f"extends: {parent.relative_to(library.folder().resolve()).with_suffix('').as_posix()}"
+def _free_standing(source: Path, content: str) -> str:
+    """The `content` of a copy of `source`, which need not lie beside what `source` extends."""
+    root = text.read_file(source).value
+    if not isinstance(root, dict) or "extends" not in root:
+        return content
+    parent = library.locate(str(root["extends"].value), beside=source.parent).resolve()
+    name = parent.relative_to(library.folder().resolve()).with_suffix("").as_posix()
+    return re.sub(r"(?m)^extends *:.*?(\s+#.*)?$", lambda line: f"extends: {name}{line[1] or ''}", content)
 
 
 def _errors(file: str) -> list[str]:

@@ -16,5 +16,5 @@ _UNSAFE = re.compile(
 
 
 def safe_text(text: str) -> str:
-    """`text` without control characters (newline and tab stay), bidirectional controls and lone surrogates."""
-    return _UNSAFE.sub("", text)
+    """`text` with control characters (but newline and tab), bidirectional controls and lone surrogates as escapes."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

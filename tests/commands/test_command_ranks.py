@@ -33,7 +33,7 @@ def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypa
         (
             ["train.batch_tokens=32", "train.microbatch_tokens=null"],
             2,
-            r"train\.batch_tokens holds 1 .* 2 ranks .*fewer",
+            r"train\.batch_tokens \(32\) holds 1 sequences, which 2 ranks .*fewer",
         ),
         (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, r"none\.txt: no such file"),
     ],

@@ -42,6 +42,23 @@ def test_a_copy_resolves_as_the_recipe_does(name):
     assert resolve.resolve("mine.yaml", [], PretrainRecipe) == resolve.resolve(name, [], PretrainRecipe)
 
 
+@pytest.mark.parametrize(
+    "line", ["extends: base.yaml", "extends: base.yaml  # why", "extends : '../a/base.yaml' # why"]
+)
+def test_a_copy_extends_what_ships_however_that_is_written(line, tmp_path, monkeypatch):
+    (tmp_path / "ships/a").mkdir(parents=True)
+    (tmp_path / "ships/a/base.yaml").write_text("train: {steps: 1}\n")
+    (tmp_path / "ships/a/child.yaml").write_text(f"# extends: nothing\n{line}\nmodel: {{}}\n")
+    monkeypatch.setattr(library, "folder", lambda: tmp_path / "ships")
+    run("copy", "a/child", "mine.yaml")
+    why = line[line.index("#") - 1 :] if "#" in line else ""
+    copied = (tmp_path / "mine.yaml").read_text().splitlines()
+    assert copied[0] == "# extends: nothing"
+    assert copied[1].split("#")[0].rstrip() == "extends: a/base"
+    assert copied[1].endswith(why)
+    assert resolve.load("mine.yaml").value["train"]
+
+
 def test_copy_never_overwrites(tmp_path):
     (tmp_path / "mine.yaml").write_text("mine")
     with pytest.raises(RecipeError, match=r"^mine.yaml: is there already"):

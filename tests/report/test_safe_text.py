@@ -15,8 +15,13 @@ any_text = st.text(st.one_of(st.characters(codec=None), st.sampled_from(sorted(m
 
 
 @given(any_text)
-def test_drops_what_is_unsafe_and_nothing_else(text: str) -> None:
-    assert safe_text(text) == "".join(character for character in text if ord(character) not in UNSAFE)
+def test_escapes_what_is_unsafe_and_nothing_else(text: str) -> None:
+    escaped = (ascii(character)[1:-1] if ord(character) in UNSAFE else character for character in text)
+    assert safe_text(text) == "".join(escaped)
+
+
+def test_an_escape_can_be_read() -> None:
+    assert safe_text("a\x1b[2J\x9b\u202e\r\ud800\n") == r"a\x1b[2J\x9b\u202e\r\ud800" + "\n"
 
 
 @given(any_text)
