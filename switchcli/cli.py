@@ -69,7 +69,7 @@ def pretrain(
             if as_json:
                 print_json(describe.dry_run(resolved))
             else:
-                describe.show(resolved, Console(), Console(stream=sys.stdout))
+                typer.echo(describe.text(resolved), nl=False)
             return
         if (code := run.ranks_elsewhere(processes)) is not None:
             raise typer.Exit(code)

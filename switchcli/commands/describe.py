@@ -5,7 +5,6 @@ from typing import Any
 from switchcli.model.count import count
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
-from switchcli.report.console import Console
 
 
 def describe(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -33,11 +32,7 @@ def dry_run(recipe: PretrainRecipe) -> dict[str, Any]:
     return {**describe(recipe), "recipe": recipe.model_dump(mode="json")}
 
 
-def show(recipe: PretrainRecipe, console: Console, results: Console) -> None:
-    """The same for people: the recipe on `results`, the figures on `console`."""
-    results.message(dump(recipe).rstrip())
-    console.table("what this comes to", {key: _grouped(value) for key, value in describe(recipe).items()})
-
-
-def _grouped(value: int) -> str:
-    return f"{value:,}"
+def text(recipe: PretrainRecipe) -> str:
+    """The same for people: the figures as comments above the resolved recipe, so that the whole is a recipe still."""
+    figures = [f"# {name.replace('_', ' ')}: {value:,}\n" for name, value in describe(recipe).items()]
+    return "".join([*figures, dump(recipe)])

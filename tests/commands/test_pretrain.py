@@ -1,6 +1,7 @@
 """`switchcli pretrain`: what a run prints and leaves behind, and what happens when it is started again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,8 @@ def test_dry_run_counts_without_a_model(
 
 def test_dry_run_prints_a_recipe_that_can_be_run(recipe: str, switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", recipe, "model.num_experts=2", "--dry-run")
-    assert "parameters" in done.err
+    assert (done.code, done.err) == (0, "")
+    assert re.match(r"# parameters: [\d,]+\n# dense parameters: ", done.out)
     Path("resolved.yaml").write_text(done.out)
     assert switchcli("pretrain", "resolved.yaml", "--dry-run").out == done.out
 
