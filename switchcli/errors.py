@@ -15,6 +15,10 @@ class SwitchError(Exception):
     """All ranks raise it together, so that one of them says it."""
 
 
+class OutOfMemory(SwitchError):
+    """The device or the machine has no room for a tensor."""
+
+
 class RecipeError(SwitchError):
     """A recipe, an override or an option that breaks a rule."""
 

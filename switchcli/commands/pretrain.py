@@ -1,5 +1,6 @@
 """`switchcli pretrain`: a recipe into a trained, evaluated, resumable model."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 
 from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
-from switchcli.commands.run import Options, claim, machine
+from switchcli.commands.run import Options, claim, machine, memory_explained, program
 from switchcli.data.batch import Batch
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.stream import SpanStream
@@ -21,7 +22,7 @@ from switchcli.parallel.trackers import Trackers
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
-from switchcli.report.sinks import JsonLines, read_json_lines
+from switchcli.report.sinks import JsonLines
 from switchcli.train.evaluate import shared
 from switchcli.train.hooks import HeldOut, Hook, Log, Record, Save
 from switchcli.train.loop import fit
@@ -29,7 +30,7 @@ from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
-from switchcli.train.saver import Saver
+from switchcli.train.saver import DATA, Saver, preflight
 from switchcli.train.state import TrainState
 
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
@@ -47,7 +48,7 @@ def pretrain(recipe: PretrainRecipe, options: Options) -> dict[str, Any]:
     """
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
-    with claim(options, recipe, runtime, console.message) as folder:
+    with claim(options, recipe, runtime, console) as folder, memory_explained(recipe):
         run = _assemble(recipe, folder, runtime, console)
         _train(run)
         result = runtime.on_main(lambda: _finish(run))
@@ -87,17 +88,21 @@ def _assemble(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, conso
     # What needs no data is refused before data is prepared, which may take hours, and by one rank for all.
     batches = runtime.on_main(shares) or shares()
     trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
-    prepared = _prepared(recipe, folder, runtime, console)
-    stream = SpanStream(prepared.train, prepared.tokenizer, spans, train.seed, sequences)
-    held_out = SpanStream(prepared.held_out, prepared.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
-
     with torch.device("meta"):
         model = SwitchTransformer(recipe.model)
     model = model.to_empty(device=runtime.device)
     optimizer = recipe.optimizer.build(dict(model.named_parameters()))
-    documents = {"recipe.yaml": dump(recipe).encode(), "tokenizer.json": prepared.tokenizer.to_json().encode()}
+    preflight(folder.checkpoints, model, optimizer, runtime, recipe.checkpoint)
+    prepared = _prepared(recipe, folder, runtime, console)
+    stream = SpanStream(prepared.train, prepared.tokenizer, spans, train.seed, sequences)
+    held_out = SpanStream(prepared.held_out, prepared.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
+
+    documents = {
+        "recipe.yaml": dump(recipe).encode(),
+        "tokenizer.json": prepared.tokenizer.to_json().encode(),
+        DATA: json.dumps({"tokens_sha256": prepared.identity}).encode(),
+    }
     saver = Saver(folder.checkpoints, model, optimizer, runtime, documents, recipe.checkpoint)
-    saver.preflight()
     state = TrainState()
     if saver.restore(state, console.warning):
         console.message(f"going on from step {state.step} of {train.steps}")
@@ -151,7 +156,6 @@ def _train(run: _Run) -> None:
         def write(record: Record) -> None:
             metrics.write(record)
             run.trackers.log(record)
-            training.advance(int(record["step"]))
             training.log(record)
 
         held_out = _held_out(run, write)
@@ -170,6 +174,7 @@ def _train(run: _Run) -> None:
             hooks,
             recipe.train,
             stop,
+            training.advance,
         )
         if not complete:
             run.saver.save(state)
@@ -209,15 +214,13 @@ def _held_out(run: _Run, write: Callable[[Record], None]) -> Hook:
 def _finish(run: _Run) -> dict[str, Any]:
     """The result, on the console and in result.json."""
     facts, state = describe(run.recipe), run.state
-    records = read_json_lines(run.folder.metrics)
-    first = next(record[HELD_OUT] for record in records if HELD_OUT in record)
     tokens = state.step * run.recipe.train.batch_tokens
     result = {
         "verb": run.recipe.verb,
         "run": str(run.folder.path),
         "step": state.step,
         HELD_OUT: state.held_out_neg_log_perplexity,
-        "held_out/first_neg_log_perplexity": first,
+        "held_out/first_neg_log_perplexity": state.first_held_out_neg_log_perplexity,
         **{key: facts[key] for key in facts if "parameters" in key},
         "flops_per_sequence": facts["flops_per_sequence"],
         "input_tokens": tokens,
@@ -247,7 +250,7 @@ def _show(run: _Run, result: dict[str, Any]) -> None:
             "tokens/s": result["tokens_per_second"],
         },
     )
-    out = run.folder.path
+    out, switchcli = run.folder.path, program()
     run.console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
-    run.console.message(f'  switchcli generate {out} "The <extra_id_0> of a list is its <extra_id_1>."')
-    run.console.message(f"  switchcli pretrain {out}/recipe.yaml train.steps={2 * result['step']} --out {out}")
+    run.console.message(f'  {switchcli} generate {out} "The <extra_id_0> of a list is its <extra_id_1>."')
+    run.console.message(f"  {switchcli} pretrain {out}/recipe.yaml train.steps={2 * result['step']} --out {out}")

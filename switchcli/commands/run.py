@@ -2,8 +2,9 @@
 
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli import __version__
-from switchcli.errors import RecipeError
+from switchcli.errors import OutOfMemory, RecipeError
+from switchcli.model.count import count
 from switchcli.parallel.launch import is_rank, launch
 from switchcli.parallel.runtime import Runtime
+from switchcli.recipe import library
 from switchcli.recipe.compare import differences
 from switchcli.recipe.resolve import dump, resolve
 from switchcli.recipe.schema import PretrainRecipe
+from switchcli.report.console import Console
+from switchcli.train import checkpoint
 from switchcli.train.lock import lock
 from switchcli.train.run_folder import RunFolder
 
@@ -40,14 +45,38 @@ def ranks_elsewhere(processes: int) -> int | None:
 
 def default_out(recipe: str) -> Path:
     """runs/NAME for a recipe that ships, runs/STEM for a file."""
+    if not Path(recipe).exists() and recipe in library.names():
+        return Path("runs") / recipe
     path = Path(recipe)
-    return Path("runs") / (path.stem if path.suffix else path)
+    return Path("runs") / (path.stem if path.suffix in (".yaml", ".yml") else path.name)
+
+
+def program() -> str:
+    """How this command was called, for the commands that are shown to follow it."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{Path(sys.executable)} -m switchcli"
+    return "switchcli" if shutil.which("switchcli") else str(called)
 
 
 @contextmanager
-def claim(
-    options: Options, recipe: PretrainRecipe, runtime: Runtime, say: Callable[[str], None]
-) -> Iterator[RunFolder]:
+def memory_explained(recipe: PretrainRecipe) -> Iterator[None]:
+    """A machine or device without room as OutOfMemory; torch has a type for the device's alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "enough memory" not in str(error):
+            raise
+        counted = count(recipe.model)
+        raise OutOfMemory(
+            f"out of memory: weights and gradients of the {counted.parameters:,} parameters alone take "
+            f"{8 * counted.parameters / 2**30:,.1f} GiB: take a smaller train.microbatch_tokens, fewer experts or a "
+            "smaller model; --dry-run tells the parameters"
+        ) from error
+
+
+@contextmanager
+def claim(options: Options, recipe: PretrainRecipe, runtime: Runtime, console: Console) -> Iterator[RunFolder]:
     """The run's folder, locked, with its recipe written into it; all ranks go on together.
 
     Raises:
@@ -61,13 +90,13 @@ def claim(
             with lock(options.out):
                 aside = folder.set_aside()
             if aside:
-                say(f"the run that was in {options.out} is now in {aside}")
+                console.message(f"the run that was in {options.out} is now in {aside}")
         held.enter_context(lock(options.out))
-        begun = any(folder.checkpoints.glob("step-*"))
-        if begun and folder.recipe.exists():
-            _check_same(resolve(str(folder.recipe), [], PretrainRecipe), recipe, options.out)
+        begun = checkpoint.find(folder.checkpoints, warn=lambda damage: None)
+        if begun is not None:  # its own recipe: the folder's may have been edited
+            _check_same(resolve(str(begun.path / "recipe.yaml"), [], PretrainRecipe), recipe, options.out)
         folder.write_recipe(dump(recipe))
-        if not begun:  # a start that failed, say on its data, binds nobody to its recipe and its vocabulary
+        if begun is None:  # a start that failed, say on its data, binds nobody to its recipe and its vocabulary
             folder.tokenizer.unlink(missing_ok=True)
 
     with ExitStack() as held:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from switchcli.data.document import Document, is_held_out
 from switchcli.data.spec import DataSpec
-from switchcli.data.store import StoreWriter, TokenStore, is_whole, seal
+from switchcli.data.store import StoreWriter, TokenStore, identity, is_whole, seal
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, DataError
 
@@ -45,6 +45,8 @@ class Prepared(NamedTuple):
     tokenizer: Tokenizer
     train: TokenStore
     held_out: TokenStore
+    identity: str
+    """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
 
 
 def default_cache() -> Path:
@@ -72,6 +74,7 @@ def prepare(spec: DataSpec, cache: Path, track: Track = untracked, tokenizer: To
             Tokenizer.from_json(text, str(folder / "tokenizer.json")),
             TokenStore.open(folder / TRAIN),
             TokenStore.open(folder / HELD_OUT),
+            identity(folder, (TRAIN, HELD_OUT)),
         )
 
 

@@ -7,7 +7,7 @@ A folder is written elsewhere, sealed with a manifest of sizes and digests, and 
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -101,6 +101,13 @@ def is_whole(folder: Path) -> bool:
         return all(_identity(folder / name) == identity for name, identity in files.items())
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def identity(folder: Path, parts: Iterable[str]) -> str:
+    """A digest of the files of some parts of a sealed folder, by what its manifest says of them."""
+    files = json.loads(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["manifest"])["files"]
+    named = {name: facts for name, facts in sorted(files.items()) if name.split("/")[0] in parts}
+    return _digest(json.dumps(named).encode())
 
 
 def _identity(path: Path) -> dict[str, object]:

@@ -67,7 +67,7 @@ def attend(query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, dropo
     """
     key_BHSK, value_BHSK = memory
     if query_BHTK.is_cpu and bias.requires_grad:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(query_BHTK.device.type, enabled=False):
             logits_BHTS = query_BHTK.float() @ key_BHSK.float().mT + bias
         weight_BHTS = F.dropout(logits_BHTS.softmax(-1), dropout, training=dropout > 0.0)
         return weight_BHTS.to(value_BHSK.dtype) @ value_BHSK

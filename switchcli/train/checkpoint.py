@@ -253,7 +253,8 @@ def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
 
 
 def _held_out(state: Mapping[str, Any]) -> float:
-    figure = state.get("held_out_neg_log_perplexity")
+    """The figure of this very checkpoint; a state carries that of the last evaluation on, which may be older."""
+    figure = state.get("held_out_neg_log_perplexity") if state.get("held_out_step") == state.get("step") else None
     return float(figure) if isinstance(figure, int | float) and math.isfinite(figure) else -math.inf
 
 

@@ -135,7 +135,7 @@ class HeldOut(Hook):
         figure = figures["held_out/neg_log_perplexity"]
         if not math.isfinite(figure):
             raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}")
-        state.held_out_neg_log_perplexity = figure
+        state.note_held_out(figure)
         if self._runtime.is_main:
             self._write({"step": state.step, **figures})
 

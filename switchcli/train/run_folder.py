@@ -30,7 +30,7 @@ class RunFolder:
 
     def set_aside(self) -> Path | None:
         """Rename what an earlier run left here, so that one can begin anew; the new name, if there was a run."""
-        if not self.recipe.exists():
+        if not self.recipe.exists() and not self.checkpoints.exists():
             return None
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from switchcli.errors import CheckpointError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.train import checkpoint, logical
@@ -13,6 +14,9 @@ from switchcli.train.metrics import Metrics
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.spec import CheckpointSpec
 from switchcli.train.state import TrainState
+
+DATA = "data.json"
+"""The document that identifies the text: a run goes on with the text that it began with, or not at all."""
 
 
 class Saver:
@@ -27,7 +31,7 @@ class Saver:
         documents: Mapping[str, bytes],
         settings: CheckpointSpec,
     ) -> None:
-        """`model` is the plain one; `documents` (recipe, tokenizer) make a checkpoint whole by itself."""
+        """`model` is the plain one; `documents` (recipe, tokenizer, `DATA`) make a checkpoint whole by itself."""
         self._folder = folder
         self._model = model
         self._optimizer = optimizer
@@ -51,12 +55,21 @@ class Saver:
         checkpoint.prune(self._folder, self._settings.keep_last, keep_best=self._settings.keep_best)
 
     def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
-        """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none."""
+        """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none.
+
+        Raises:
+            CheckpointError: the checkpoint is of another architecture, optimizer or text.
+        """
         newest = self._runtime.on_main(lambda: checkpoint.latest(self._folder, warn))
         step = self._runtime.from_main(-1 if newest is None else newest.step)
         if step < 0:
             return False
         found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step))
+        if found.document(DATA) != self._documents[DATA]:
+            raise CheckpointError(
+                f"{found.path} was trained on other text than data.corpora gives now: bring that text back, give "
+                "another folder by --out, or --no-resume to set this run aside and begin anew"
+            )
         load_model(self._model, found)
         slots = self._optimizer.state()
         experts = self._model.spec.num_experts
@@ -67,13 +80,16 @@ class Saver:
     def _logical(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return logical.split({name: tensor.detach() for name, tensor in named.items()}, self._model.spec.num_experts)
 
-    def preflight(self) -> None:
-        """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written."""
-        tensors = [*self._model.parameters(), *self._optimizer.state().values()]
-        one = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        here = sum(path.is_dir() for path in self._folder.glob("step-*"))
-        kept = self._settings.keep_last + self._settings.keep_best
-        self._runtime.on_main(lambda: checkpoint.preflight(self._folder, one * max(1, kept + 1 - here)))
+
+def preflight(
+    folder: Path, model: SwitchTransformer, optimizer: Optimizer, runtime: Runtime, settings: CheckpointSpec
+) -> None:
+    """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written."""
+    tensors = [*model.parameters(), *optimizer.state().values()]
+    one = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    here = sum(path.is_dir() for path in folder.glob("step-*"))
+    kept = settings.keep_last + settings.keep_best
+    runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
 
 
 @torch.no_grad()

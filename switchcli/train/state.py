@@ -7,6 +7,8 @@ import torch
 
 from switchcli.train.metrics import Mean, Metrics
 
+_HELD_OUT = ("held_out_neg_log_perplexity", "held_out_step", "first_held_out_neg_log_perplexity")
+
 
 @dataclass
 class TrainState:
@@ -22,6 +24,17 @@ class TrainState:
     """The last evaluation's."""
     window: Metrics = field(default_factory=dict)
     """This rank's metrics since the last logged step, in float64: JSON keeps those exactly."""
+    held_out_step: int | None = None
+    """The step of the last evaluation: a checkpoint of another step was not evaluated."""
+    first_held_out_neg_log_perplexity: float | None = None
+    """The evaluation's before the first step."""
+
+    def note_held_out(self, figure: float) -> None:
+        """Take the held-out neg. log perplexity of the weights as they are."""
+        if self.first_held_out_neg_log_perplexity is None:
+            self.first_held_out_neg_log_perplexity = figure
+        self.held_out_neg_log_perplexity = figure
+        self.held_out_step = self.step
 
     def to_json(self, window: Metrics) -> bytes:
         """The state with the window of all ranks, `window`, in place of this rank's."""
@@ -29,7 +42,7 @@ class TrainState:
             "step": self.step,
             "targets_seen": self.targets_seen,
             "seconds": self.seconds,
-            "held_out_neg_log_perplexity": self.held_out_neg_log_perplexity,
+            **{name: getattr(self, name) for name in _HELD_OUT},
             "window": {name: [part.tolist() for part in mean] for name, mean in window.items()},
         }
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
@@ -40,7 +53,8 @@ class TrainState:
         self.step = state["step"]
         self.targets_seen = state["targets_seen"]
         self.seconds = state["seconds"]
-        self.held_out_neg_log_perplexity = state["held_out_neg_log_perplexity"]
+        for name in _HELD_OUT:
+            setattr(self, name, state[name])
         self.window = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
             for name, parts in state["window"].items()

@@ -192,9 +192,34 @@ def test_a_checkpoint_of_another_architecture(recipe: str, switchcli: SwitchCLI)
     shutil.rmtree("b/checkpoints")
     shutil.copytree("a/checkpoints", "b/checkpoints")
     done = switchcli("pretrain", recipe, "model.d_ff=128", "--out", "b")
-    assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: b/checkpoints/step-00000002: model: .*the checkpoint has .*--out.*\n", done.err)
+    assert (done.code, done.out) == (RECIPE, "")
+    assert re.fullmatch(r"error: b holds a run whose model\.d_ff is \d+, and the recipe says 128.*--out.*\n", done.err)
     assert Checkpoint.open(Path("b/checkpoints/step-00000002")).step == 2
+
+
+def test_a_recipe_edited_in_the_runs_folder_does_not_change_the_run(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "--out", "a").code == 0
+    path = Path("a/recipe.yaml")
+    path.write_text(path.read_text().replace("  seed: 0", "  seed: 5"))
+    done = switchcli("pretrain", "a/recipe.yaml", "--out", "a")
+    assert (done.code, done.out) == (RECIPE, "")
+    assert "a holds a run whose train.seed is 0, and the recipe says 5" in done.err
+    path.unlink()
+    assert switchcli("pretrain", recipe, "train.seed=5", "--out", "a").code == RECIPE
+    assert switchcli("pretrain", recipe, "train.seed=5", "--out", "a", "--no-resume").code == 0
+    assert Path("a.before-1/checkpoints").is_dir()
+
+
+def test_a_run_does_not_go_on_with_other_text(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "--out", "a").code == 0
+    text = Path("text.txt")
+    text.touch()
+    assert switchcli("pretrain", recipe, "train.steps=3", "--out", "a").code == 0
+    text.write_text(text.read_text() + "one more line of the words that were there before\n" * 9)
+    done = switchcli("pretrain", recipe, "train.steps=4", "--out", "a")
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert re.search(r"error: a/checkpoints/step-00000003 was trained on other text .*--no-resume.*\n\Z", done.err)
+    assert Checkpoint.open(Path("a/checkpoints/step-00000003")).step == 3
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(recipe: str, switchcli: SwitchCLI) -> None:

@@ -37,8 +37,11 @@ def wanted(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in named.items()}
 
 
-def save_step(folder: Path, step: int, held_out: float | None = None, *, files: Files = DISK) -> Path:
-    state = {"step": step, "held_out_neg_log_perplexity": held_out}
+def save_step(
+    folder: Path, step: int, held_out: float | None = None, *, held_out_step: int | None = None, files: Files = DISK
+) -> Path:
+    evaluated = step if held_out_step is None else held_out_step
+    state = {"step": step, "held_out_neg_log_perplexity": held_out, "held_out_step": evaluated}
     documents = {"state.json": json.dumps(state).encode(), "recipe.yaml": f"step: {step}\n".encode()}
     return save(
         folder,

@@ -221,6 +221,13 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     prune(tmp_path / "absent", 2, keep_best=True)
 
 
+def test_the_best_is_one_that_was_evaluated(tmp_path: Path) -> None:
+    for step, held_out_step in {100: 100, 150: 100, 200: 100, 250: 100, 300: 100}.items():
+        save_step(tmp_path, step, -1.0, held_out_step=held_out_step)
+        prune(tmp_path, 2, keep_best=True)
+    assert steps(tmp_path) == [100, 250, 300]
+
+
 def test_pruning_counts_only_what_can_be_read(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step)

@@ -15,13 +15,13 @@ from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
-from switchcli.train.saver import Saver, load_model
+from switchcli.train.saver import Saver, load_model, preflight
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import CheckpointSpec, TrainSpec
 from switchcli.train.state import TrainState
 
 GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
-DOCUMENTS = {"recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}
+DOCUMENTS = {"data.json": b"{}", "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}
 
 
 class Parts:
@@ -126,6 +126,6 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch:
     asked: list[int] = []
     monkeypatch.setattr(checkpoint, "preflight", lambda folder, size: asked.append(size))
     parts = Parts(tmp_path, SPARSE, AdamW(), seed=0)
-    parts.saver.preflight()
+    preflight(tmp_path, parts.model, parts.optimizer, parts.runtime, CheckpointSpec(keep_last=2, keep_best=False))
     one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
     assert asked == [3 * one]  # the two that are kept, and one being written

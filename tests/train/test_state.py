@@ -65,6 +65,8 @@ def test_the_text_is_json_that_any_program_reads() -> None:
         "targets_seen": 0,
         "seconds": 0.0,
         "held_out_neg_log_perplexity": -1.5,
+        "held_out_step": None,
+        "first_held_out_neg_log_perplexity": None,
         "window": {},
     }
 
