@@ -1,6 +1,5 @@
 """The command line: verbs, options, help, exit codes. Nothing that computes is imported until a verb runs."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,8 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from switchcli import __version__
-from switchcli.commands import recipes, stop
-from switchcli.errors import DataError, Interrupted, SwitchError
+from switchcli.commands import ending, recipes
+from switchcli.errors import DataError, SwitchError
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 
@@ -57,9 +56,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train from scratch by span corruption; the same command goes on after a stop."""
-    from switchcli.commands.stop import stoppable
-
-    with stoppable():
+    with ending.stoppable():
         from switchcli.commands import describe, pretrain, run
         from switchcli.recipe.resolve import resolve
         from switchcli.recipe.schema import PretrainRecipe
@@ -71,8 +68,10 @@ def pretrain(
             else:
                 typer.echo(describe.text(resolved), nl=False)
             return
-        if (code := run.ranks_elsewhere(processes)) is not None:
-            raise typer.Exit(code)
+        if (ended := run.ranks_elsewhere(processes, resolved.train.device)) is not None:
+            if as_json and ended.error is not None:
+                print_json({"error": ended.error, "exit_code": ended.exit_code})
+            raise typer.Exit(ended.exit_code)
         options = run.Options(out or run.default_out(recipe), resume, quiet)
         result = pretrain.pretrain(resolved, options)
         if as_json and result:
@@ -110,20 +109,4 @@ def main() -> None:
     try:
         app()
     except SwitchError as error:
-        _leave(error)
-
-
-def _leave(error: SwitchError) -> None:
-    """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        say = Console().message if isinstance(error, Interrupted) else Console().error
-        say(str(error))
-        if "--json" in sys.argv:
-            print_json({"error": str(error), "exit_code": error.exit_code})
-        stop.note_exit_code(error.exit_code)
-    elif not error.on_every_rank:
-        Console().error(f"rank {rank}: {error}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(error.exit_code)
+        ending.leave(error)

@@ -15,7 +15,7 @@ import torch
 from switchcli import __version__
 from switchcli.errors import OutOfMemory, RecipeError
 from switchcli.model.count import count
-from switchcli.parallel.launch import is_rank, launch
+from switchcli.parallel.launch import Ended, is_rank, join_srun, launch
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
 from switchcli.recipe.compare import differences
@@ -38,9 +38,23 @@ class Options(NamedTuple):
     quiet: bool
 
 
-def ranks_elsewhere(processes: int) -> int | None:
-    """Start this very command as `processes` ranks and return their exit code; None when this process does the work."""
-    return launch(processes, sys.argv[1:]) if processes > 1 and not is_rank() else None
+def ranks_elsewhere(processes: int, device: str) -> Ended | None:
+    """Start this very command as `processes` ranks and say how they ended; None when this process does the work.
+
+    Raises:
+        RecipeError: more ranks than CUDA devices.
+        DistributedError: as `launch` and `join_srun` say.
+    """
+    join_srun(os.environ)
+    if processes == 1 or is_rank():
+        return None
+    if device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
+        devices = torch.cuda.device_count()
+        raise RecipeError(
+            f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
+            "train.device=cpu"
+        )
+    return launch(processes, sys.argv[1:])
 
 
 def default_out(recipe: str) -> Path:

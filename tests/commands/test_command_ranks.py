@@ -12,6 +12,7 @@ from conftest import SwitchCLI
 
 from switchcli.cli import main
 from switchcli.errors import DataError, MainRankError, RecipeError
+from switchcli.parallel.launch import Ended
 
 
 def two_ranks(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -45,6 +46,38 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, pattern: str
     assert re.fullmatch(rf"error: .*{pattern}.*\n", done.stderr)
     assert json.loads(done.stdout)["exit_code"] == code
     assert not (Path("run") / "checkpoints").exists()
+
+
+def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.commands.run.launch", lambda processes, arguments: Ended(0, None))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 4)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: --processes (4) must be at most the 1 CUDA devices of this machine: try 1, or train.device=cpu\n"
+    )
+    assert switchcli("pretrain", recipe, "--processes", 4).code == 0  # on cpu
+
+
+def test_the_launcher_prints_the_object_of_ranks_that_failed(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "switchcli.commands.run.launch", lambda processes, arguments: Ended(3, "none.txt: no such file")
+    )
+    done = switchcli("pretrain", recipe, "--processes", 2, "--json")
+    assert (done.code, done.err) == (3, "")
+    assert json.loads(done.out) == {"error": "none.txt: no such file", "exit_code": 3}
+    assert switchcli("pretrain", recipe, "--processes", 2) == (3, "", "")
+
+
+def test_tasks_of_srun_do_not_train_alone(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    done = switchcli("pretrain", recipe)
+    assert (done.code, done.out) == (6, "")
+    assert re.fullmatch(r"error: started by srun with 2 tasks: set MASTER_ADDR .*\n", done.err)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.parallel.launch import is_rank
+from switchcli.errors import DistributedError
+from switchcli.parallel.launch import is_rank, join_srun, report
 
 LAUNCH = """
 import os, sys
 from switchcli.parallel.launch import launch
 os.chdir(sys.argv[1])  # `python -m switchcli` then finds what the test put there
-sys.exit(launch(2, sys.argv[2:]))
+ended = launch(2, sys.argv[2:])
+print("told:", ended.error)
+sys.exit(ended.exit_code)
 """
 RANK = """
 import os, signal, sys, time
@@ -21,9 +24,14 @@ rank, what = os.environ["RANK"], sys.argv[1]
 print(f"rank {rank} of {os.environ['WORLD_SIZE']}", flush=True)
 if what == "kill" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-if what == "fail" and rank == "1":
+if what in ("fail", "die") and rank == "1":
     print("the rule, the numbers, the way out", file=sys.stderr)
+    if what == "fail":
+        open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[4, "the rule"]')
     sys.exit(4)
+if what == "fail":  # ended by the launcher, it says so, and is not the one to blame
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped"]')
 if what != "end":
     time.sleep(60)
 """
@@ -45,15 +53,18 @@ def launched(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("what", ["end", "fail", "kill"])
+@pytest.mark.parametrize("what", ["end", "fail", "die", "kill"])
 def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path: Path) -> None:
     done = launched(what, tmp_path)
     assert "rank 0 of 2" in done.stdout
     assert "rank 1 of 2" in done.stdout
     if what == "end":
         assert done.returncode == 0
-    if what == "fail":
+        assert "told: None" in done.stdout
+    if what in ("fail", "die"):
         assert done.returncode == 4
+        said = "the rule" if what == "fail" else "rank 1 ended with exit code 4; see what it printed"
+        assert f"told: {said}\n" in done.stdout
         assert "the rule, the numbers, the way out" in done.stderr
         assert "Traceback" not in done.stderr
     if what == "kill":
@@ -66,3 +77,53 @@ def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert is_rank()
+
+
+def test_a_rank_reports_only_to_a_launcher_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SWITCHCLI_REPORTS", raising=False)
+    assert not report("why", 3)
+    monkeypatch.setenv("SWITCHCLI_REPORTS", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    assert report("why", 3)
+    assert (tmp_path / "1").read_text() == '[3, "why"]'
+
+
+SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-05,9],cpu1", "gpu03"), ("a-1,b", "a-1"), ("n1.site", "n1.site"), ("n[1,3]", "n1"), ("n[12]", "n12")],
+)
+def test_a_task_of_srun_is_a_rank(nodes: str, first: str) -> None:
+    environment = {**SRUN, "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "1234567"}
+    join_srun(environment)
+    assert environment.items() >= {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": first, "MASTER_PORT": "24567",
+    }.items()  # fmt: skip
+
+
+def test_where_the_tasks_meet_may_be_given_and_must_be_known() -> None:
+    environment = {**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "1", "SLURM_STEP_NODELIST": "b"}
+    join_srun(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("a", "1")
+    for nodes in ({}, {"SLURM_STEP_NODELIST": "rack[0-1]node[0-7]"}):
+        with pytest.raises(DistributedError, match="srun with 4 tasks: set MASTER_ADDR and MASTER_PORT"):
+            join_srun({**SRUN, **nodes})
+    with pytest.raises(DistributedError, match="srun with 2 tasks"):
+        join_srun({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {**SRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},  # a shell that salloc gave
+    ],
+)
+def test_what_is_no_task_of_several_is_left_alone(environment: dict[str, str]) -> None:
+    before = dict(environment)
+    join_srun(environment)
+    assert environment == before

@@ -1,13 +1,18 @@
-"""Signals that stop a training verb before and after its loop. No torch here: importing it takes seconds as well."""
+"""How a command ends before its time: by a signal, or by an error that a user can mend. No torch: it takes seconds."""
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
-from switchcli.errors import Interrupted, InterruptedByForce
-from switchcli.parallel import exit_code
+from switchcli.errors import Interrupted, InterruptedByForce, SwitchError
+from switchcli.parallel.launch import report
 from switchcli.parallel.signals import STOPPING
+from switchcli.report.console import Console
+from switchcli.report.output import print_json
 
 
 @contextmanager
@@ -34,6 +39,17 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def note_exit_code(code: int) -> None:
-    """Leave the exit code for a launcher of ours."""
-    exit_code.note(code)
+def leave(error: SwitchError) -> NoReturn:
+    """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        say = Console().message if isinstance(error, Interrupted) else Console().error
+        say(str(error))
+    elif not error.on_every_rank:
+        Console().error(f"rank {rank}: {error}")
+    launched = report(str(error), error.exit_code)  # then it is for the launcher to print the object
+    if "--json" in sys.argv and rank == "0" and not launched:
+        print_json({"error": str(error), "exit_code": error.exit_code})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code)
