@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli import __version__
-from switchcli.errors import OutOfMemory, RecipeError
-from switchcli.model.count import count
+from switchcli.errors import RecipeError
 from switchcli.parallel.launch import Ended, is_rank, join_srun, launch
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
@@ -58,35 +58,24 @@ def ranks_elsewhere(processes: int, device: str) -> Ended | None:
 
 
 def default_out(recipe: str) -> Path:
-    """runs/NAME for a recipe that ships, runs/STEM for a file."""
-    if not Path(recipe).exists() and recipe in library.names():
-        return Path("runs") / recipe
+    """runs/NAME for a recipe that ships; for a file runs/STEM, or runs/FOLDER when it is a run's recipe.yaml."""
     path = Path(recipe)
-    return Path("runs") / (path.stem if path.suffix in (".yaml", ".yml") else path.name)
+    if recipe in library.names() and not path.is_file():
+        return Path("runs") / recipe
+    if path.name == "recipe.yaml":
+        path = path.resolve().parent
+    return Path("runs") / (path.stem if path.suffix in library.SUFFIXES else path.name)
 
 
 def program() -> str:
-    """How this command was called, for the commands that are shown to follow it."""
-    called = Path(sys.argv[0])
-    if called.name == "__main__.py":
-        return f"{Path(sys.executable)} -m switchcli"
-    return "switchcli" if shutil.which("switchcli") else str(called)
-
-
-@contextmanager
-def memory_explained(recipe: PretrainRecipe) -> Iterator[None]:
-    """A machine or device without room as OutOfMemory; torch has a type for the device's alone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "enough memory" not in str(error):
-            raise
-        counted = count(recipe.model)
-        raise OutOfMemory(
-            f"out of memory: weights and gradients of the {counted.parameters:,} parameters alone take "
-            f"{8 * counted.parameters / 2**30:,.1f} GiB: take a smaller train.microbatch_tokens, fewer experts or a "
-            "smaller model; --dry-run tells the parameters"
-        ) from error
+    """How to call this program again: by its name where the PATH finds it, else by its path."""
+    script = Path(sys.executable).with_name("switchcli")
+    found = shutil.which("switchcli")
+    if found and (not script.exists() or script.samefile(found)):
+        return "switchcli"
+    if not script.exists():
+        return shlex.join([sys.executable, "-m", "switchcli"])
+    return shlex.quote(str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script))
 
 
 @contextmanager

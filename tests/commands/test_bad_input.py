@@ -213,9 +213,11 @@ def test_a_recipe_edited_in_the_runs_folder_does_not_change_the_run(recipe: str,
 def test_a_run_does_not_go_on_with_other_text(recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "--out", "a").code == 0
     text = Path("text.txt")
-    text.touch()
+    content = text.read_text()
+    text.unlink()  # the file behind it is that of other tests
+    text.write_text(content)
     assert switchcli("pretrain", recipe, "train.steps=3", "--out", "a").code == 0
-    text.write_text(text.read_text() + "one more line of the words that were there before\n" * 9)
+    text.write_text(content + "one more line of the words that were there before\n" * 9)
     done = switchcli("pretrain", recipe, "train.steps=4", "--out", "a")
     assert (done.code, done.out) == (CHECKPOINT, "")
     assert re.search(r"error: a/checkpoints/step-00000003 was trained on other text .*--no-resume.*\n\Z", done.err)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands import pretrain as verb
+from switchcli.commands import training
 from switchcli.train import checkpoint, saver
 from switchcli.train.lock import lock
 
@@ -85,7 +86,7 @@ def test_stopped_by_signals_it_ends_the_same(
 def test_stopped_before_the_first_step(
     straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(verb.StopRequest):
+    class Stopped(training.StopRequest):
         def __enter__(self) -> "Stopped":
             entered = super().__enter__()
             signal.raise_signal(signal.SIGTERM)
@@ -93,7 +94,7 @@ def test_stopped_before_the_first_step(
 
     command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "StopRequest", Stopped)
+        patch.setattr(training, "StopRequest", Stopped)
         assert switchcli(*command).code == INTERRUPTED
     assert switchcli(*command).code == 0
     assert fingerprint(Path("run")) == straight
@@ -168,7 +169,7 @@ def test_stopped_while_data_is_prepared(
 
 def test_stopped_after_the_last_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "machine", lambda runtime: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(training, "machine", lambda runtime: signal.raise_signal(signal.SIGTERM))
         assert switchcli("pretrain", recipe, "--out", "run").code == INTERRUPTED
     assert not Path("run/result.json").exists()
     assert switchcli("pretrain", recipe, "--out", "run").code == 0

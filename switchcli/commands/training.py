@@ -1,0 +1,216 @@
+"""One run of a training verb, which differs from another verb's by its objective and its text alone."""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from switchcli.commands.describe import describe
+from switchcli.commands.generate import answers
+from switchcli.commands.run import machine, program
+from switchcli.data.batch import Batch
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import Interrupted
+from switchcli.model.initialise import initialise
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.runtime import Runtime
+from switchcli.parallel.signals import StopRequest
+from switchcli.parallel.trackers import Trackers
+from switchcli.recipe.resolve import dump
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.report.console import Console
+from switchcli.report.sinks import JsonLines
+from switchcli.train.evaluate import shared
+from switchcli.train.hooks import HeldOut, Log, Record, Save
+from switchcli.train.loop import fit
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.objective import Objective
+from switchcli.train.run_folder import RunFolder
+from switchcli.train.saver import DATA, Saver, preflight
+from switchcli.train.state import TrainState
+
+FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
+NUM_SAMPLES = 2
+HELD_OUT = "held_out/neg_log_perplexity"
+
+Write = Callable[[Record], None]
+
+
+class Text(NamedTuple):
+    """What a verb trains and is evaluated on."""
+
+    tokenizer: Tokenizer
+    identity: str
+    """A digest of the text: a run goes on with the one that it began with."""
+    rows: Callable[[int, int, int], Batch]
+    """`rows(step, first, count)`: sequences of a step's batch."""
+    held_out: Callable[[int, int], Batch]
+    """`held_out(first, count)`: held-out sequences, the same ones each time."""
+    num_held_out: int
+
+
+class Training:
+    """The parts of a run, on this rank, and what is done with them from its start, or its last save, to its end."""
+
+    def __init__(
+        self,
+        recipe: PretrainRecipe,
+        folder: RunFolder,
+        runtime: Runtime,
+        console: Console,
+        objective: Objective,
+        text: Callable[[], Text],
+    ) -> None:
+        """Make the parts, or read them from the newest checkpoint.
+
+        `text` is called last: it may take hours, and the rest may be refused.
+        """
+        self.recipe = recipe
+        self.folder = folder
+        self.runtime = runtime
+        self.console = console
+        self.objective = objective
+        # What one rank refuses for all is made on the main one first.
+        self.batches = runtime.on_main(self._shares) or self._shares()
+        self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
+        with torch.device("meta"):
+            model = SwitchTransformer(recipe.model)
+        self.model = model.to_empty(device=runtime.device)
+        self.optimizer = recipe.optimizer.build(dict(self.model.named_parameters()))
+        preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint)
+        self.text = text()
+        documents = {
+            "recipe.yaml": dump(recipe).encode(),
+            "tokenizer.json": self.text.tokenizer.to_json().encode(),
+            DATA: json.dumps({"tokens_sha256": self.text.identity}).encode(),
+        }
+        self.saver = Saver(folder.checkpoints, self.model, self.optimizer, runtime, documents, recipe.checkpoint)
+        self.state = TrainState()
+        if self.saver.restore(self.state, console.warning):
+            console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
+        else:
+            initialise(self.model, recipe.train.seed)
+
+    def _shares(self) -> Microbatches:
+        train, length = self.recipe.train, self.recipe.data.span_corruption.inputs_length
+        return Microbatches(
+            self._rows,
+            train.batch_tokens // length,
+            train.microbatch_tokens and train.microbatch_tokens // length,
+            self.recipe.model.router.group_sequences if self.recipe.model.num_experts > 1 else 1,
+            self.runtime.rank,
+            self.runtime.world,
+            length,
+        )
+
+    def _rows(self, step: int, first: int, count: int) -> Batch:
+        return self.text.rows(step, first, count)
+
+    def run(self) -> dict[str, Any]:
+        """Train what is left; the result, also in result.json, or {} off the main rank.
+
+        Raises:
+            Interrupted: stopped by a signal, after saving.
+        """
+        recipe, state = self.recipe, self.state
+        steps = recipe.train.steps
+        metrics = JsonLines(self.folder.metrics)
+        # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
+        self.runtime.on_main(lambda: metrics.rewind(state.step or -1))
+        with StopRequest() as stop, self.console.training(steps, state.step) as shown:
+
+            def write(record: Record) -> None:
+                metrics.write(record)
+                self.trackers.log(record)
+                shown.log(record)
+
+            held_out = self._held_out(write)
+            if state.step == 0:
+                held_out(state)
+            complete = fit(
+                state,
+                self.runtime.wrap(self.model),
+                self.objective,
+                self.batches,
+                self.optimizer,
+                recipe.schedule,
+                self.runtime,
+                [self._log(write), held_out, Save(recipe.checkpoint.save_every_steps, self.saver.save)],
+                recipe.train,
+                stop,
+                shown.advance,
+            )
+            if not complete:
+                self.saver.save(state)
+        self.trackers.close()
+        if not complete:
+            raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
+        return self.runtime.on_main(self._finish) or {}
+
+    def _log(self, write: Write) -> Log:
+        recipe, facts = self.recipe, describe(self.recipe)
+        return Log(
+            recipe.log.every_steps,
+            recipe.train.steps,
+            recipe.schedule,
+            recipe.train.batch_tokens,
+            FORWARD_AND_BACKWARD * facts["flops_per_sequence"] * facts["sequences_per_step"],
+            self.runtime,
+            write,
+            self.console.warning,
+            self.state,
+        )
+
+    def _held_out(self, write: Write) -> HeldOut:
+        sequences = min(self.recipe.eval.sequences, self.text.num_held_out)
+
+        def batches() -> list[Batch]:
+            runtime = self.runtime
+            return shared(self.text.held_out, sequences, self.batches.microbatch, runtime.rank, runtime.world)
+
+        return HeldOut(self.recipe.eval.every_steps, self.model, self.objective, batches, self.runtime, write)
+
+    def _finish(self) -> dict[str, Any]:
+        """The result, on the console and in result.json."""
+        facts, state = describe(self.recipe), self.state
+        tokens = state.step * self.recipe.train.batch_tokens
+        result = {
+            "verb": self.recipe.verb,
+            "run": str(self.folder.path),
+            "step": state.step,
+            HELD_OUT: state.held_out_neg_log_perplexity,
+            "held_out/first_neg_log_perplexity": state.first_held_out_neg_log_perplexity,
+            **{key: facts[key] for key in facts if "parameters" in key},
+            "flops_per_sequence": facts["flops_per_sequence"],
+            "input_tokens": tokens,
+            "target_tokens": state.targets_seen,
+            "seconds": state.seconds,
+            "tokens_per_second": tokens / state.seconds,
+            **machine(self.runtime),
+        }
+        self.folder.write_result(result)
+        self._show(result)
+        return result
+
+    def _show(self, result: dict[str, Any]) -> None:
+        console, decode = self.console, self.text.tokenizer.decode
+        batch = self.runtime.place(self.text.held_out(0, NUM_SAMPLES))
+        filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
+        for inputs, targets, output in zip(*(tensor.tolist() for tensor in batch), filled, strict=True):
+            console.sample(decode(inputs), decode(targets), output)
+        console.table(
+            "done",
+            {
+                "held-out neg. log perplexity": result[HELD_OUT],
+                "before training": result["held_out/first_neg_log_perplexity"],
+                "parameters": f"{result['parameters']:,}",
+                "of them met by a token": f"{result['active_parameters']:,}",
+                "input tokens": f"{result['input_tokens']:,}",
+                "tokens/s": result["tokens_per_second"],
+            },
+        )
+        out, switchcli = self.folder.path, program()
+        console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
+        console.message(f'  {switchcli} generate {out} "The <extra_id_0> of a list is its <extra_id_1>."')
+        console.message(f"  {switchcli} pretrain {out}/recipe.yaml train.steps={2 * result['step']} --out {out}")

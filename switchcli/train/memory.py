@@ -1,0 +1,43 @@
+"""What training takes of a device's memory whatever the batch, and running out of it as an error with a way out."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from switchcli.errors import OutOfMemory
+from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.train.optimizer import OptimizerSpec
+
+
+def needed(model: ModelSpec, optimizer: OptimizerSpec) -> int:
+    """Bytes of weights, gradients and optimizer; activations come on top. Nothing is allocated."""
+    with torch.device("meta"):
+        parameters = dict(SwitchTransformer(model).named_parameters())
+        state = optimizer.build(parameters).state()
+    tensors = [*parameters.values(), *parameters.values(), *state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device) -> Iterator[None]:
+    """Within, a device or a machine that has no more memory raises OutOfMemory."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has a type for the device's memory; of the machine's it only speaks, in one way or another.
+        words = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in words:
+            raise
+        there = (
+            torch.cuda.mem_get_info(device)[1]
+            if device.type == "cuda"
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        )
+        raise OutOfMemory(
+            f"out of memory: weights, gradients and optimizer take {needed(model, optimizer):,} bytes, a microbatch "
+            f"comes on top, and {device} has {there:,} in all: lower train.microbatch_tokens, or take a smaller model "
+            "(--dry-run tells the parameters of one)"
+        ) from error

@@ -1,0 +1,81 @@
+"""What the training verbs share: where a run goes when nobody says, and how the program is called again."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SwitchCLI
+
+from switchcli.commands.run import default_out, program
+
+
+@pytest.mark.parametrize(
+    ("recipe", "out"),
+    [
+        ("quickstart/switch", "quickstart/switch"),
+        ("mine.yaml", "mine"),
+        ("sub/mine.yml", "mine"),
+        ("../mine.yaml", "mine"),
+        ("/somewhere/else/mine.yaml", "mine"),
+        ("./v1.5", "v1.5"),
+        ("sub/v1.5.yaml", "v1.5"),
+        ("sub/e1.5/recipe.yaml", "e1.5"),
+        ("recipe.yaml", "here"),
+    ],
+)
+def test_a_run_goes_below_runs(recipe: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert default_out(recipe) == Path("runs") / out
+
+
+def test_a_file_comes_before_a_name_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart/switch").mkdir(parents=True)
+    assert default_out("quickstart/switch") == Path("runs/quickstart/switch")
+    Path("quickstart/switch").rmdir()
+    Path("quickstart/switch").touch()
+    assert default_out("quickstart/switch") == Path("runs/switch")
+
+
+@pytest.mark.parametrize(
+    ("on_path", "beside", "called"),
+    [
+        ("{bin}/switchcli", True, "switchcli"),
+        (None, True, "'my env/bin/switchcli'"),
+        ("{other}/switchcli", True, "'my env/bin/switchcli'"),
+        ("{other}/switchcli", False, "switchcli"),
+        (None, False, "'{bin}/python' -m switchcli"),
+    ],
+)
+def test_the_program_is_called_as_it_can_be(
+    on_path: str | None, beside: bool, called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"bin": tmp_path / "my env/bin", "other": tmp_path / "other"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "switchcli").touch()
+    if not beside:
+        (folders["bin"] / "switchcli").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(folders["bin"] / "python"))
+    monkeypatch.setattr(shutil, "which", lambda name: on_path and on_path.format(**folders))
+    assert program() == called.format(**folders)
+
+
+def test_memory_is_asked_for_before_text_is_read(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.commands.pretrain.prepare", None)
+    done = switchcli("pretrain", recipe, "model.d_ff=1000000000000", "--out", "a")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: out of memory: weights, gradients and optimizer take ")
+    assert done.err.count("\n") == 1
+
+
+def test_the_bar_moves_at_each_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr("switchcli.report.console.Training.advance", lambda self, step: steps.append(step))
+    assert switchcli("pretrain", recipe, "train.steps=4", "--out", "a").code == 0
+    assert steps == [1, 2, 3, 4]

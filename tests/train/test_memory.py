@@ -1,0 +1,42 @@
+"""What training takes of memory, and running out of it."""
+
+import re
+
+import pytest
+import torch
+
+from switchcli.errors import OutOfMemory
+from switchcli.model.spec import ModelSpec
+from switchcli.train.memory import explained, needed
+from switchcli.train.optimizer import Adafactor, AdamW
+
+CPU = torch.device("cpu")
+
+
+def test_weights_gradients_and_two_moments() -> None:
+    model = ModelSpec(vocab_size=128, d_model=16, d_ff=32, num_heads=2, num_layers=1)
+    adam, small = needed(model, AdamW()), needed(model, Adafactor(min_dim_to_factor=1))
+    assert adam % 16 in (0, 8)  # with or without a count of the steps
+    assert adam / 2 < small < adam * 0.6
+
+
+def test_a_machine_without_room_says_what_is_needed() -> None:
+    with (
+        pytest.raises(OutOfMemory, match=r"take [\d,]+ bytes, .* cpu has [\d,]+ in all: lower train.microbatch_tokens"),
+        explained(ModelSpec(), Adafactor(), CPU),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_a_device_without_room_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 1000))
+    with (
+        pytest.raises(OutOfMemory, match=re.escape("cuda:0 has 1,000 in all")),
+        explained(ModelSpec(), Adafactor(), torch.device("cuda:0")),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), explained(ModelSpec(), Adafactor(), CPU):
+        raise RuntimeError("shapes differ")
