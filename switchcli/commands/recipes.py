@@ -1,6 +1,5 @@
 """`switchcli recipes`: the recipes that ship, and whether one is sound. Results go to stdout, errors are raised."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import typer
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, resolve, text
+from switchcli.report.output import print_json
 
 app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
 
@@ -20,7 +20,7 @@ def list_recipes(as_json: Json = False) -> None:
     """Name and description of each recipe that ships."""
     rows = [(name, library.description(name)) for name in library.names()]
     if as_json:
-        _print_json({"recipes": [{"name": name, "description": described} for name, described in rows]})
+        print_json({"recipes": [{"name": name, "description": described} for name, described in rows]})
         return
     width = max((len(name) for name, _ in rows), default=0)
     for name, described in rows:
@@ -33,7 +33,7 @@ def show(name: Annotated[str, typer.Argument(help="Such as quickstart/switch.")]
     path = library.named(name)
     content = path.read_text(encoding="utf-8")
     if as_json:
-        _print_json({"name": name, "path": str(path), "text": content})
+        print_json({"name": name, "path": str(path), "text": content})
     else:
         typer.echo(content, nl=False)
 
@@ -56,7 +56,7 @@ def copy(
     except OSError as error:
         raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
     if as_json:
-        _print_json({"name": name, "file": str(target)})
+        print_json({"name": name, "file": str(target)})
     else:
         typer.echo(str(target))
 
@@ -69,7 +69,7 @@ def validate(
     """Check recipes and report everything that is wrong with any of them."""
     errors = {file: _errors(file) for file in files}
     if as_json:
-        _print_json({"files": [{"file": file, "ok": not found, "errors": found} for file, found in errors.items()]})
+        print_json({"files": [{"file": file, "ok": not found, "errors": found} for file, found in errors.items()]})
     else:
         for file in (file for file, found in errors.items() if not found):
             typer.echo(f"{file}: ok")
@@ -84,7 +84,7 @@ def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes a
 
     if verb not in RECIPES:
         raise RecipeError(f"{text.name_of(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}")
-    _print_json(editor_schema(RECIPES[verb]))
+    print_json(editor_schema(RECIPES[verb]))
 
 
 def _free_standing(source: Path, content: str) -> str:
@@ -109,7 +109,3 @@ def _errors(file: str) -> list[str]:
     except RecipeError as error:
         return str(error).splitlines()
     return []
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))

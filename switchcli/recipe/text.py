@@ -8,7 +8,7 @@ This file knows nothing of recipes: what the keys mean is for `resolve` and the 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +99,9 @@ def read(text: str, where: Callable[[int], str]) -> Node:
         RecipeError: `where(line): ...` for what the module refuses.
     """
     try:
-        return _Reader(text, where).document()
+        _refuse(text, where)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return _node(root, where) if root else Node(None, where(1))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{where(line)}: the character {chr(error.character)!r} is not allowed in YAML") from error
@@ -111,91 +113,74 @@ def read(text: str, where: Callable[[int], str]) -> Node:
         raise RecipeError(f"{where(1)}: not YAML: an escape names no character ({error})") from error
 
 
-class _Reader:
-    """Builds nodes from PyYAML's events, which come one at a time, so that a bomb is refused before it is unpacked."""
+def _refuse(text: str, where: Callable[[int], str]) -> None:
+    """Raise RecipeError for what no recipe may hold. Events come one at a time: a bomb is refused before it unpacks."""
+    depth = documents = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        rule = None
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                rule = "a second document: a recipe is one; remove the line '---' above"
+        elif isinstance(event, yaml.AliasEvent):
+            rule = f"aliases (*{event.anchor}) are not allowed: write the value out"
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            if event.anchor is not None:
+                rule = f"anchors (&{event.anchor}) are not allowed: remove it"
+            elif event.tag is not None:
+                rule = f"tags ({event.tag}) are not allowed: remove it"
+            elif depth > MAX_DEPTH:
+                rule = f"nested more than {MAX_DEPTH} deep"
+        if rule:
+            raise RecipeError(f"{where(_line(event))}: {rule}")
 
-    def __init__(self, text: str, where: Callable[[int], str]) -> None:
-        self.where = where
-        self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
 
-    def document(self) -> Node:
-        next(self.events)  # start of the stream
-        event = next(self.events)
-        if isinstance(event, yaml.StreamEndEvent):
-            return Node(None, self.where(1))
-        root = self.node(next(self.events), depth=0)
-        next(self.events)  # end of the document
-        event = next(self.events)
-        if not isinstance(event, yaml.StreamEndEvent):
-            raise self.refused(event, "a second document: a recipe is one; remove the line '---' above")
-        return root
+def _node(node: yaml.Node, where: Callable[[int], str]) -> Node:
+    here = where(_line(node))
+    if isinstance(node, yaml.MappingNode):
+        return Node(_mapping(node, where), here)
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_node(child, where) for child in node.value], here)
+    assert isinstance(node, yaml.ScalarNode)
+    return Node(_scalar(node, here), here)
 
-    def node(self, event: yaml.Event, depth: int) -> Node:
-        where = self.where(_line(event))
-        self.check(event, depth)
-        if isinstance(event, yaml.MappingStartEvent):
-            return Node(self.mapping(depth + 1), where)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return Node(self.sequence(depth + 1), where)
-        assert isinstance(event, yaml.ScalarEvent)
-        return Node(self.scalar(event), where)
 
-    def check(self, event: yaml.Event, depth: int) -> None:
-        if isinstance(event, yaml.AliasEvent):
-            raise self.refused(event, f"aliases (*{event.anchor}) are not allowed: write the value out")
-        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
-        if event.anchor is not None:
-            raise self.refused(event, f"anchors (&{event.anchor}) are not allowed: remove it")
-        if event.tag is not None:
-            raise self.refused(event, f"tags ({event.tag}) are not allowed: remove it")
-        if isinstance(event, yaml.CollectionStartEvent) and depth >= MAX_DEPTH:
-            raise self.refused(event, f"nested more than {MAX_DEPTH} deep")
+def _mapping(node: yaml.MappingNode, where: Callable[[int], str]) -> dict[str, Node]:
+    children: dict[str, Node] = {}
+    for name, child in node.value:
+        here = where(_line(name))
+        key = _scalar(name, here) if isinstance(name, yaml.ScalarNode) else None
+        if not isinstance(key, str):
+            raise RecipeError(f"{here}: a key must be text: put it in quotes")
+        if key == "<<":
+            raise RecipeError(f"{here}: merge keys (<<) are not allowed: write the keys out, or use extends")
+        if key in children:
+            first = children[key].where
+            raise RecipeError(f"{here}: {name_of(key)}: given twice, first at {first}: remove one")
+        children[key] = _node(child, where)._replace(where=here)
+    return children
 
-    def mapping(self, depth: int) -> dict[str, Node]:
-        children: dict[str, Node] = {}
-        for event in iter(self.events):
-            if isinstance(event, yaml.MappingEndEvent):
-                break
-            self.check(event, depth)
-            key = self.scalar(event) if isinstance(event, yaml.ScalarEvent) else None
-            if not isinstance(key, str):
-                raise self.refused(event, "a key must be text: put it in quotes")
-            if key == "<<":
-                raise self.refused(event, "merge keys (<<) are not allowed: write the keys out, or use extends")
-            if key in children:
-                first = children[key].where
-                raise self.refused(event, f"{name_of(key)}: given twice, first at {first}: remove one")
-            children[key] = self.node(next(self.events), depth)._replace(where=self.where(_line(event)))
-        return children
 
-    def sequence(self, depth: int) -> list[Node]:
-        children = []
-        for event in iter(self.events):
-            if isinstance(event, yaml.SequenceEndEvent):
-                break
-            children.append(self.node(event, depth))
-        return children
-
-    def scalar(self, event: yaml.ScalarEvent) -> Scalar:
-        text: str = event.value
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise self.refused(event, "half a surrogate pair is no character: write the character itself")
-        if event.style is not None:  # quoted or block: text
-            return text
-        for tag, pattern, _, convert in _PLAIN:
-            if pattern.match(text):
-                if tag == "int" and len(text) > MAX_DIGITS:
-                    raise self.refused(event, f"an integer of more than {MAX_DIGITS} digits: is a digit stuck?")
-                return convert(text)
+def _scalar(node: yaml.ScalarNode, here: str) -> Scalar:
+    text = str(node.value)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RecipeError(f"{here}: half a surrogate pair is no character: write the character itself")
+    if node.style is not None:  # quoted or block: text
         return text
+    for tag, pattern, _, convert in _PLAIN:
+        if pattern.match(text):
+            if tag == "int" and len(text) > MAX_DIGITS:
+                raise RecipeError(f"{here}: an integer of more than {MAX_DIGITS} digits: is a digit stuck?")
+            return convert(text)
+    return text
 
-    def refused(self, event: yaml.Event, rule: str) -> RecipeError:
-        return RecipeError(f"{self.where(_line(event))}: {rule}")
 
-
-def _line(event: yaml.Event) -> int:
-    assert event.start_mark is not None
-    return event.start_mark.line + 1
+def _line(place: yaml.Event | yaml.Node) -> int:
+    assert place.start_mark is not None
+    return place.start_mark.line + 1
 
 
 def name_of(key: str | int) -> str:

@@ -172,17 +172,13 @@ class Console:
 
 
 class Training:
-    """The console of one run: `advance` at each step, `log` at each logged one."""
+    """The console of one run: `advance(step)` at each step, which only moves the bar, `log` at each logged one."""
 
-    def __init__(self, console: Console, steps: int, reach: Callable[[int], None]) -> None:
+    def __init__(self, console: Console, steps: int, advance: Callable[[int], None]) -> None:
+        self.advance = advance
         self._console = console
         self._steps = steps
-        self._reach = reach
         self._rows = 0
-
-    def advance(self, step: int) -> None:
-        """`step` steps are done: moves the bar, asks for no number."""
-        self._reach(step)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """The line of one logged step. An absent figure is `-`; unknown ones are left to the metrics file."""

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,6 @@ def test_memory_is_asked_for_before_text_is_read(
 
 def test_the_bar_moves_at_each_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    monkeypatch.setattr("switchcli.report.console.Training.advance", lambda self, step: steps.append(step))
+    monkeypatch.setattr("switchcli.report.console.Console._bar", lambda *_: nullcontext(steps.append))
     assert switchcli("pretrain", recipe, "train.steps=4", "--out", "a").code == 0
     assert steps == [1, 2, 3, 4]
