@@ -21,8 +21,9 @@ from switchcli.errors import CheckpointError, DataError
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> DataSpec:
-    path = tmp_path / "text.txt"
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSpec:
+    monkeypatch.chdir(tmp_path)  # documents bear the path as it is given: a relative one splits them the same each time
+    path = Path("text.txt")
     path.write_text("".join(f"line {index} tells of the number {index * index}, and no more\n" for index in range(400)))
     files = Files(paths=(str(path),), sample_by="line")
     return DataSpec(corpora=(files,), tokenizer=TrainedTokenizer(vocab_size=200), held_out_fraction=0.1)

@@ -2,6 +2,7 @@ import io
 import os
 import pty
 import re
+import select
 import time
 from collections.abc import Iterator
 
@@ -146,7 +147,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Console, int]]:
 
 
 def read(descriptor: int) -> str:
-    return os.read(descriptor, 1 << 20).decode()
+    """All that was written; a terminal hands it out in pieces."""
+    pieces = []
+    while select.select([descriptor], [], [], 0.2)[0]:
+        pieces.append(os.read(descriptor, 1 << 20))
+    return b"".join(pieces).decode()
 
 
 def test_a_terminal_has_colours_a_bar_and_its_cursor_back(terminal: tuple[Console, int]) -> None:
