@@ -34,11 +34,6 @@ class Track(Protocol):
     def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
 
 
-def untracked(items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]:
-    """No bar."""
-    return iter(items)
-
-
 class Prepared(NamedTuple):
     """What training reads."""
 
@@ -54,7 +49,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("SWITCHCLI_CACHE") or Path.home() / ".cache" / "switchcli")
 
 
-def prepare(spec: DataSpec, cache: Path, track: Track = untracked, tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(spec: DataSpec, cache: Path, track: Track, tokenizer: Tokenizer | None = None) -> Prepared:
     """The spec's documents as ids, from the cache where they are there already.
 
     `tokenizer` takes the place of the spec's, for a model trained with it. Raises DataError for anything wrong with the

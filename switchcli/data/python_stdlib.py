@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import io
+import os
 import sys
 import sysconfig
 import tokenize
@@ -54,7 +55,10 @@ def _root() -> Path:
 
 
 def _modules(root: Path) -> list[Path]:
-    found = (path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # site-packages may take seconds to walk
+        found += (Path(folder, name) for name in files if name.endswith(".py"))
     return sorted((path for path in found if path != root / TOPICS), key=lambda path: path.relative_to(root).parts)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 from switchcli.data import prepare as module
 from switchcli.data.corpus import Files
 from switchcli.data.document import is_held_out
-from switchcli.data.prepare import Prepared, default_cache, prepare
+from switchcli.data.prepare import Prepared, Track, default_cache
 from switchcli.data.spec import DataSpec
 from switchcli.data.store import StoreWriter, TokenStore, is_whole
-from switchcli.data.tokenizer import TrainedTokenizer
+from switchcli.data.tokenizer import Tokenizer, TrainedTokenizer
 from switchcli.errors import CheckpointError, DataError
 
 
@@ -27,6 +28,14 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSpec:
     path.write_text("".join(f"line {index} tells of the number {index * index}, and no more\n" for index in range(400)))
     files = Files(paths=(str(path),), sample_by="line")
     return DataSpec(corpora=(files,), tokenizer=TrainedTokenizer(vocab_size=200), held_out_fraction=0.1)
+
+
+def untracked(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
+    return iter(items)
+
+
+def prepare(spec: DataSpec, cache: Path, track: Track = untracked, tokenizer: Tokenizer | None = None) -> Prepared:
+    return module.prepare(spec, cache, track, tokenizer)
 
 
 def no_reading(items: Iterable[object], label: str, total: int | None) -> NoReturn:
@@ -62,6 +71,17 @@ def test_the_second_time_reads_nothing(spec: DataSpec, tmp_path: Path) -> None:
     first = prepare(spec, tmp_path / "cache", track)
     assert labels == ["reading for a vocabulary", "tokenising"]
     assert same(first, prepare(spec, tmp_path / "cache", no_reading))
+
+
+def test_the_identity_is_of_the_text_alone(spec: DataSpec, tmp_path: Path) -> None:
+    first = prepare(spec, tmp_path / "cache")
+    path = Path(spec.corpora[0].paths[0])
+    os.utime(path, ns=(0, 0))
+    assert module._key(spec, None) not in {folder.name for folder in (tmp_path / "cache" / "tokens").iterdir()}
+    assert prepare(spec, tmp_path / "cache").identity == prepare(spec, tmp_path / "moved").identity == first.identity
+    assert prepare(spec.model_copy(update={"held_out_fraction": 0.2}), tmp_path / "cache").identity != first.identity
+    path.write_text(path.read_text().replace("line 7 ", "line 8 "))
+    assert prepare(spec, tmp_path / "cache", tokenizer=first.tokenizer).identity != first.identity
 
 
 def test_a_given_tokenizer_is_used(spec: DataSpec, tmp_path: Path) -> None:
