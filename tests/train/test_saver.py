@@ -15,23 +15,23 @@ from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
-from switchcli.train.saver import Saver, load_model, preflight
+from switchcli.train.saver import DATA, Saver, load_model, preflight
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import CheckpointSpec, TrainSpec
 from switchcli.train.state import TrainState
 
 GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
-DOCUMENTS = {"data.json": b"{}", "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}
+DOCUMENTS = {DATA: b"{}", "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}
 
 
 class Parts:
-    def __init__(self, folder: Path, spec: ModelSpec, optimizer: OptimizerSpec, seed: int) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, optimizer: OptimizerSpec, seed: int, data: bytes = b"{}") -> None:
         self.model = a_model(spec, seed)
         self.optimizer = optimizer.build(dict(self.model.named_parameters()))
         self.runtime = Runtime("cpu", "float32")
         self.state = TrainState()
         settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False)
-        self.saver = Saver(folder, self.model, self.optimizer, self.runtime, DOCUMENTS, settings)
+        self.saver = Saver(folder, self.model, self.optimizer, self.runtime, DOCUMENTS | {DATA: data}, settings)
 
     def train(self, steps: int) -> None:
         fit(
@@ -120,6 +120,14 @@ def test_another_architecture_is_refused_in_words(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as raised:
             other.saver.restore(other.state, unexpected)
         assert "\n" not in str(raised.value)
+
+
+def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    parts.saver.save(parts.state)
+    other = Parts(tmp_path, SPARSE, Adafactor(), seed=1, data=b"other")
+    with pytest.raises(CheckpointError, match=r"step-00000000 was trained on other text than data\.corpora gives now"):
+        other.saver.restore(other.state, unexpected)
 
 
 def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,17 @@ def test_one_rank_takes_the_window_and_the_others_start_from_zero() -> None:
     assert other.weight == 0
 
 
+def test_the_first_held_out_figure_is_kept_and_the_last_has_its_step() -> None:
+    state = TrainState()
+    for step, figure in ((0, -5.0), (100, -2.0), (200, -3.0)):
+        state.step = step
+        state.note_held_out(figure)
+    state.step = 250
+    after = restored(state.to_json({}))
+    assert (after.first_held_out_neg_log_perplexity, after.held_out_neg_log_perplexity) == (-5.0, -3.0)
+    assert (after.step, after.held_out_step) == (250, 200)
+
+
 def test_the_text_is_json_that_any_program_reads() -> None:
     text = TrainState(step=3, held_out_neg_log_perplexity=-1.5).to_json({})
     assert json.loads(text) == {
