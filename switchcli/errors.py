@@ -4,7 +4,12 @@ A message is one line that says the rule, the numbers, where it was broken (file
 `assert` is for our own mistakes; these are for a user's input, files and machines.
 """
 
-from typing import ClassVar
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar, Final
 
 
 class SwitchError(Exception):
@@ -72,3 +77,34 @@ class MainRankError(SwitchError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("the main rank failed")
         self.exit_code = exit_code
+
+
+_MEND: Final = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+}
+
+
+@contextmanager
+def disk_errors(
+    path: Path, elsewhere: str = "give another folder by --out", bytes_needed: int | None = None
+) -> Iterator[None]:
+    """Within, what the disk refuses (OSError) is raised as a CheckpointError: where, why, and the ways out."""
+    try:
+        yield
+    except OSError as error:
+        room = "" if bytes_needed is None else f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
+        mend = _MEND.get(error.errno or 0, "check the disk")
+        raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
+
+
+def _free_bytes(path: Path) -> str:
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        return f"{shutil.disk_usage(nearest).free:,}"
+    except OSError:
+        return "an unknown number of bytes"

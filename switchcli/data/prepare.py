@@ -9,7 +9,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -18,7 +17,7 @@ from switchcli.data.document import Document, is_held_out
 from switchcli.data.spec import DataSpec
 from switchcli.data.store import StoreWriter, TokenStore, identity, is_whole, seal
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import CheckpointError, DataError
+from switchcli.errors import DataError, disk_errors
 
 T = TypeVar("T")
 
@@ -56,7 +55,8 @@ def prepare(spec: DataSpec, cache: Path, track: Track, tokenizer: Tokenizer | No
     text or the tokenizer, and when no document, or every one, is held out; CheckpointError for the cache folder.
     """
     folder = cache / "tokens" / _key(spec, tokenizer)
-    with _explained(cache):
+    # Corpora and tokenizers have told of their own files before.
+    with disk_errors(cache, "name another folder for the cache in $SWITCHCLI_CACHE"):
         if not is_whole(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(
@@ -159,15 +159,3 @@ def _publish(scratch: Path, folder: Path) -> None:
         if not is_whole(folder):
             folder.rename(scratch / "damaged")
             (scratch / "built").rename(folder)
-
-
-@contextmanager
-def _explained(cache: Path) -> Iterator[None]:
-    """What the disk refuses, as CheckpointError; corpora and tokenizers have told of their own files before."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{cache}: the cache cannot be used ({error.strerror or error}): make room or rights there, or name "
-            "another folder in $SWITCHCLI_CACHE"
-        ) from error

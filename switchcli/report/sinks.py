@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, disk_errors
 
 Value = str | float | bool | None
 
@@ -24,11 +24,8 @@ class JsonLines:
     def write(self, record: Mapping[str, Value]) -> None:
         """Appends one line and hands it to the system. NaN and infinity, which JSON does not have, become null."""
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise _refused(self.path, error) from error
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops what was written after `step`, and a torn last line, so that the run can go on from `step`.
@@ -39,14 +36,12 @@ class JsonLines:
             return
         kept = [line for line, record in _records(self.path) if record.get("step", 0) <= step]
         temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
+        with disk_errors(self.path):
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in kept)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
-        except OSError as error:
-            raise _refused(self.path, error) from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -59,10 +54,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line with its record."""
-    try:
+    with disk_errors(path, "name another run's"):
         text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     lines = text.split("\n")
     last = len(lines) if lines[-1] else len(lines) - 1  # a line not ended is whole only if it parses
     for index, line in enumerate(lines[:last], start=1):
@@ -83,9 +76,3 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def _finite(value: Value) -> Value:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _refused(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: cannot be written ({error.strerror}): make room or mend the folder, then run the same command again"
-    )

@@ -23,8 +23,8 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any, Final, Literal, final
 
 from torch import Tensor
 
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, disk_errors
 from switchcli.train import manifest as manifests
 from switchcli.train import tensor_file
 from switchcli.train.fsops import DISK, Files
@@ -43,14 +43,7 @@ Group = Literal["model", "optimizer"]
 
 _STEP: Final = re.compile(r"step-(\d{8,})")
 _MAX_FILE_BYTES: Final = 1 << 31
-_WAYS_OUT: Final = {
-    errno.ENOSPC: "free some space, or give a folder on another disk by --out",
-    errno.EDQUOT: "free some of your quota, or give a folder on another disk by --out",
-    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
-    errno.EROFS: "give a folder that can be written to by --out",
-    errno.EACCES: "give a folder that can be written to by --out",
-    errno.EPERM: "give a folder that can be written to by --out",
-}
+_ELSEWHERE: Final = "give another folder by --out; checkpoints already saved are untouched."
 
 
 @final
@@ -77,19 +70,12 @@ class Checkpoint:
         """A document that was given to `save`."""
         return self.manifest.read(self.path, name)
 
-    def read_model(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters, on the CPU, under the logical names of `wanted`.
+    def read(self, group: Group, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a group, on the CPU, under the logical names of `wanted`.
 
         `wanted` gives names, dtypes and shapes (tensors on `meta` will do). Nothing is read unless they are exactly the
         checkpoint's: CheckpointError names the first that differs.
         """
-        return self._read("model", wanted)
-
-    def read_optimizer(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The optimizer's state, in the same way."""
-        return self._read("optimizer", wanted)
-
-    def _read(self, group: Group, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         held: dict[str, tensor_file.Kind] = {}
         place: dict[str, list[str]] = {}
         for name in self.manifest.names():
@@ -137,7 +123,7 @@ def save(
     unique = secrets.token_hex(4)
     temporary = folder / f".tmp-{step:08d}-{unique}"
     needed = tensor_file.num_bytes(model) + tensor_file.num_bytes(optimizer) + sum(map(len, documents.values()))
-    with _explained(folder, needed):
+    with disk_errors(folder, _ELSEWHERE, needed):
         try:
             files.make_dir(folder)
             files.sync(folder.parent)
@@ -145,10 +131,10 @@ def save(
             entries = [
                 *_write_group(temporary, "model", model, files),
                 *_write_group(temporary, "optimizer", optimizer, files),
-                *(_write(temporary / name, [content], files) for name, content in documents.items()),
+                *(_write(temporary / name, content, files) for name, content in documents.items()),
             ]
             manifest = Manifest(step, tuple(sorted(entries, key=lambda entry: entry.name)))
-            _write(temporary / manifests.NAME, [manifest.encode()], files)
+            _write(temporary / manifests.NAME, manifest.encode(), files)
             files.sync(temporary)
             Checkpoint.open(temporary)
             if final_path.exists():
@@ -168,33 +154,22 @@ def latest(folder: Path, warn: Callable[[str], None], *, files: Files = DISK) ->
     Leftovers of killed saves are removed. A damaged checkpoint is renamed to `step-N.bad-<why>`, with a warning, and
     the one before it is tried; CheckpointError when none is left: no run starts from scratch over what was saved.
     """
-    with _explained(folder):
+
+    def put_aside(path: Path, damage: DamagedError) -> None:
+        aside = _free_name(path.with_name(f"{path.name}.bad-{damage.why}"))
+        files.rename(path, aside)
+        files.sync(folder)
+        warn(f"{damage} It is now {aside.name}; the one before it is tried.")
+
+    with disk_errors(folder, _ELSEWHERE):
         _sweep(folder, files)
-        for path in _steps(folder):
-            try:
-                return Checkpoint.open(path)
-            except DamagedError as damage:
-                aside = _free_name(path.with_name(f"{path.name}.bad-{damage.why}"))
-                files.rename(path, aside)
-                files.sync(folder)
-                warn(f"{damage} It is now {aside.name}; the one before it is tried.")
-        _refuse_if_any(folder, folder.glob("step-*.bad-*"))
-    return None
+        return _newest(folder, put_aside)
 
 
 def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """As `latest`, for a reader while a run may be at work in the folder: nothing is renamed or removed."""
-    with _explained(folder):
-        for path in _steps(folder):
-            try:
-                return Checkpoint.open(path)
-            except DamagedError as damage:
-                if path.exists():
-                    warn(f"{damage} The one before it is tried.")
-                else:  # the run has just pruned it, so there are newer ones
-                    return find(folder, warn)
-        _refuse_if_any(folder, folder.glob("step-*"))
-    return None
+    with disk_errors(folder, _ELSEWHERE):
+        return _newest(folder, lambda path, damage: warn(f"{damage} The one before it is tried."))
 
 
 def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK) -> None:
@@ -204,7 +179,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
     or state.json is damaged are not counted and stay, as do `.bad-` ones; tensors are not read here, for time.
     """
     assert keep_last >= 1
-    with _explained(folder):
+    with disk_errors(folder, _ELSEWHERE):
         figures: dict[Path, float] = {}
         for path in _steps(folder):
             with suppress(CheckpointError):
@@ -221,7 +196,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
 def preflight(folder: Path, bytes_needed: int, *, files: Files = DISK) -> None:
     """Check before training that `folder` can be written to and its disk has this much room. Raises CheckpointError."""
     probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
-    with _explained(folder, bytes_needed):
+    with disk_errors(folder, _ELSEWHERE, bytes_needed):
         files.make_dir(probe)
         try:
             if shutil.disk_usage(folder).free < bytes_needed:
@@ -240,6 +215,23 @@ def _steps(folder: Path) -> list[Path]:
         return []
     found = ((path, match) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)))
     return sorted((path for path, match in found), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _newest(folder: Path, damaged: Callable[[Path, DamagedError], None]) -> Checkpoint | None:
+    """The newest that verifies; `damaged` is told of each before it that does not."""
+    for path in _steps(folder):
+        try:
+            return Checkpoint.open(path)
+        except DamagedError as damage:
+            if not path.exists():  # the run has just pruned it, so there are newer ones
+                return _newest(folder, damaged)
+            damaged(path, damage)
+    if names := sorted(path.name for path in folder.glob("step-*")):
+        raise CheckpointError(
+            f"{folder}: none of the {len(names)} checkpoints verifies ({', '.join(names)}): "
+            "restore one of them, or give another folder by --out to start again."
+        )
+    return None
 
 
 def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
@@ -263,21 +255,11 @@ def _write_group(folder: Path, group: Group, named: Mapping[str, Tensor], files:
         yield _write(folder / f"{group}-{number:05d}.safetensors", tensor_file.encode(shard), files)
 
 
-def _write(path: Path, chunks: Iterable[bytes | memoryview], files: Files) -> Entry:
+def _write(path: Path, content: bytes, files: Files) -> Entry:
     """Write and sync a file. The digest is of the bytes in memory, so that it vouches for the way to the disk too."""
-    digest = sha256()
-    size = 0
-
-    def tallied() -> Iterator[bytes | memoryview]:
-        nonlocal size
-        for chunk in chunks:
-            digest.update(chunk)
-            size += len(chunk)
-            yield chunk
-
-    files.write(path, tallied())
+    files.write(path, content)
     files.sync(path)
-    return Entry(path.name, size, digest.hexdigest())
+    return Entry(path.name, len(content), sha256(content).hexdigest())
 
 
 def _sweep(folder: Path, files: Files) -> None:
@@ -295,15 +277,6 @@ def _sweep(folder: Path, files: Files) -> None:
 
 def _free_name(path: Path) -> Path:
     return next(p for n in range(10_000) if not (p := path.with_name(f"{path.name}{f'-{n}' if n else ''}")).exists())
-
-
-def _refuse_if_any(folder: Path, damaged: Iterable[Path]) -> None:
-    names = sorted(path.name for path in damaged)
-    if names:
-        raise CheckpointError(
-            f"{folder}: none of the {len(names)} checkpoints verifies ({', '.join(names)}): "
-            "restore one of them, or give another folder by --out to start again."
-        )
 
 
 def _difference(group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapping[str, Tensor]) -> str | None:
@@ -325,24 +298,3 @@ def _difference(group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapp
 
 def _experts(numbers: list[int]) -> str:
     return f"experts {numbers[0]}..{numbers[-1]}" if numbers else "none"
-
-
-@contextmanager
-def _explained(folder: Path, needed: int | None = None) -> Iterator[None]:
-    """An OSError as the one line that tells a user of it."""
-    try:
-        yield
-    except OSError as error:
-        room = "" if needed is None else f" ({needed:,} bytes needed, {_free_bytes(folder)} free)"
-        way_out = _WAYS_OUT.get(error.errno or 0, "check the disk, then run the same command again")
-        raise CheckpointError(
-            f"{folder}: {error.strerror}{room}: {way_out}; checkpoints already saved are untouched."
-        ) from error
-
-
-def _free_bytes(folder: Path) -> str:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        return f"{shutil.disk_usage(nearest).free:,}"
-    except OSError:
-        return "an unknown number of bytes"

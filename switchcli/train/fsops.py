@@ -6,7 +6,6 @@ Reading is not here: it changes nothing.
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Protocol, final
 
@@ -17,8 +16,8 @@ class Files(Protocol):
     def make_dir(self, path: Path) -> None:
         """Make a folder, with its parents; one that exists is left as it is."""
 
-    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write the chunks, one after another, to a file that must not exist yet."""
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file that must not exist yet."""
 
     def sync(self, path: Path) -> None:
         """Return once the bytes of a file, or the names in a folder, are on the disk."""
@@ -37,12 +36,9 @@ class Disk:
     def make_dir(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-        with path.open("xb", buffering=0) as stream:
-            for chunk in chunks:
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[stream.write(rest) :]
+    def write(self, path: Path, content: bytes) -> None:
+        with path.open("xb") as stream:
+            stream.write(content)
 
     def sync(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)

@@ -5,7 +5,6 @@ the file says. The descriptor is not passed on to programs that the run starts; 
 With several ranks, the first takes the lock for all.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, disk_errors
 
 _PATIENCE_SECONDS = 0.2  # how long a second run waits for the first to have written its name
 
@@ -28,14 +27,12 @@ def lock(run_folder: Path) -> Iterator[None]:
     Raises CheckpointError, at once, when another run holds it, or the folder cannot be written or locked.
     """
     path = run_folder / "run.lock"
-    try:
+    with disk_errors(path):
         run_folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}: give a folder that can be written to by --out.") from error
     try:
-        _take(descriptor, path)
-        _write(descriptor, path)
+        with disk_errors(path):
+            _take(descriptor, path)
         try:
             yield
         finally:
@@ -48,24 +45,14 @@ def lock(run_folder: Path) -> Iterator[None]:
 def _take(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise CheckpointError(
-                f"{path}: {error.strerror}: this file system cannot lock a file; give a folder on another by --out."
-            ) from error
+    except (BlockingIOError, PermissionError):
         raise CheckpointError(
             f"{path.parent}: in use by another run ({_holder(descriptor)}): "
             "wait for it, stop it, or give another folder by --out."
         ) from None
-
-
-def _write(descriptor: int, path: Path) -> None:
     holder = {"host": platform.node(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}: make room, or give another folder by --out.") from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
 
 
 def _holder(descriptor: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switchcli.errors import CheckpointError
+from switchcli.errors import disk_errors
 
 
 class RunFolder:
@@ -35,19 +35,13 @@ class RunFolder:
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
             number += 1
-        try:
+        with disk_errors(self.path):
             self.path.rename(aside)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be renamed to {aside.name}: {error.strerror}") from error
         return aside
 
     def _write(self, path: Path, text: str) -> None:
         """Whole or not at all."""
         temporary = path.with_name(f"{path.name}.tmp")
-        try:
+        with disk_errors(path):
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be written: {error.strerror}; free the disk, or give another folder by --out"
-            ) from error

@@ -73,7 +73,7 @@ class Saver:
         load_model(self._model, found)
         slots = self._optimizer.state()
         experts = self._model.spec.num_experts
-        self._optimizer.load(logical.join(found.read_optimizer(logical.split(slots, experts)), experts))
+        self._optimizer.load(logical.join(found.read("optimizer", logical.split(slots, experts)), experts))
         state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.is_main)
         return True
 
@@ -97,5 +97,5 @@ def load_model(model: SwitchTransformer, found: checkpoint.Checkpoint) -> None:
     """Fill the model's weights, in place, from a checkpoint of the same architecture."""
     named = dict(model.named_parameters())
     experts = model.spec.num_experts
-    for name, tensor in logical.join(found.read_model(logical.split(named, experts)), experts).items():
+    for name, tensor in logical.join(found.read("model", logical.split(named, experts)), experts).items():
         named[name].copy_(tensor)

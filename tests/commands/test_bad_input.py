@@ -180,7 +180,7 @@ def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypa
     monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
     done = switchcli("pretrain", recipe)
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: text\.txt/cache: the cache cannot be used .*SWITCHCLI_CACHE\n", done.err)
+    assert re.fullmatch(r"error: text\.txt/cache: Not a directory: .*SWITCHCLI_CACHE\n", done.err)
 
 
 # Checkpoints that do not fit

@@ -79,9 +79,9 @@ def test_damage_before_the_last_line_is_named(tmp_path: Path, damage: str) -> No
 
 
 def test_a_disk_that_refuses_is_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match=r"m: No such file or directory: .*--out"):
         JsonLines(tmp_path / "absent" / "m").write({"step": 1})
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="absent: No such file or directory"):
         read_json_lines(tmp_path / "absent")
 
 

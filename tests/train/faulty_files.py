@@ -3,9 +3,8 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 from switchcli.train.fsops import DISK, Files
@@ -18,7 +17,7 @@ class Crash(BaseException):
 class FaultyFiles:
     """A disk, until operation number `at` (from 0): there `strike` is called, and at every one after it if `for_good`.
 
-    A write that is struck has written half of its pieces before.
+    A write that is struck has written half of its bytes before.
     """
 
     def __init__(self, at: int, strike: Callable[[], None], *, for_good: bool = True, disk: Files = DISK) -> None:
@@ -42,13 +41,12 @@ class FaultyFiles:
         self._step()
         self._disk.make_dir(path)
 
-    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-        pieces = list(chunks)
+    def write(self, path: Path, content: bytes) -> None:
         if self._next():
             if self.count == self._at + 1:
-                self._disk.write(path, islice(halved(pieces), len(pieces)))
+                self._disk.write(path, content[: len(content) // 2])
             self._strike()
-        self._disk.write(path, pieces)
+        self._disk.write(path, content)
 
     def sync(self, path: Path) -> None:
         self._step()
@@ -66,13 +64,6 @@ class FaultyFiles:
         self._disk.remove_tree(path)
 
 
-def halved(pieces: list[bytes | memoryview]) -> Iterator[memoryview]:
-    for piece in pieces:
-        half = len(piece) // 2
-        yield memoryview(piece)[:half]
-        yield memoryview(piece)[half:]
-
-
 class LossyFiles:
     """The real disk with a cache: `lose_power` takes back all that was not synced."""
 
@@ -84,8 +75,8 @@ class LossyFiles:
             DISK.make_dir(path)
             self._undo.append((path.parent, lambda: shutil.rmtree(path)))
 
-    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-        DISK.write(path, chunks)
+    def write(self, path: Path, content: bytes) -> None:
+        DISK.write(path, content)
         self._undo.append((path.parent, path.unlink))
         self._undo.append((path, lambda: os.truncate(path, path.stat().st_size // 2)))
 

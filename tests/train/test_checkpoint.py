@@ -34,9 +34,9 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.state["step"]) == (4, 4)
     assert checkpoint.document("recipe.yaml") == b"step: 4\n"
-    assert equal(checkpoint.read_model(wanted(MODEL)), numbered(MODEL, 4))
-    assert equal(checkpoint.read_optimizer(wanted(OPTIMIZER)), numbered(OPTIMIZER, 4))
-    assert list(checkpoint.read_model(wanted(MODEL))) == list(MODEL)
+    assert equal(checkpoint.read("model", wanted(MODEL)), numbered(MODEL, 4))
+    assert equal(checkpoint.read("optimizer", wanted(OPTIMIZER)), numbered(OPTIMIZER, 4))
+    assert list(checkpoint.read("model", wanted(MODEL))) == list(MODEL)
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
         checkpoint.document("tokenizer.json")
 
@@ -61,7 +61,7 @@ def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
 
 def test_an_empty_optimizer_has_no_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": b"{}"})
-    assert Checkpoint.open(path).read_optimizer({}) == {}
+    assert Checkpoint.open(path).read("optimizer", {}) == {}
     assert not list(path.glob("optimizer-*"))
 
 
@@ -82,7 +82,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     st.dictionaries(st.text(min_size=1, max_size=9).filter(lambda name: name != "__metadata__"), tensors(), max_size=5)
 )
 def test_any_tensors_are_encoded_as_the_library_decodes_them(named: dict[str, Tensor]) -> None:
-    encoded = b"".join(tensor_file.encode(named))
+    encoded = tensor_file.encode(named)
     assert equal(safetensors.torch.load(encoded), named)
     assert len(encoded) >= tensor_file.num_bytes(named)
 
@@ -90,7 +90,7 @@ def test_any_tensors_are_encoded_as_the_library_decodes_them(named: dict[str, Te
 def test_not_a_number_is_kept_bit_for_bit(tmp_path: Path) -> None:
     odd = {"a": torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)}
     path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": b"{}"})
-    assert torch.equal(Checkpoint.open(path).read_model(odd)["a"].view(torch.int32), odd["a"].view(torch.int32))
+    assert torch.equal(Checkpoint.open(path).read("model", odd)["a"].view(torch.int32), odd["a"].view(torch.int32))
 
 
 def test_tensors_are_spread_over_files_of_bounded_size() -> None:
@@ -105,7 +105,7 @@ def test_files_may_be_written_by_several(tmp_path: Path) -> None:
     path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": b"{}"})
     safetensors.torch.save_file({"experts.3.wi": torch.zeros(3)}, path / "model-00007.safetensors")
     reseal(path)
-    read = Checkpoint.open(path).read_model({"experts.3.wi": torch.empty(3), "a": torch.empty(2)})
+    read = Checkpoint.open(path).read("model", {"experts.3.wi": torch.empty(3), "a": torch.empty(2)})
     assert list(read) == ["experts.3.wi", "a"]
     assert torch.equal(read["a"], torch.ones(2))
 
@@ -113,7 +113,7 @@ def test_files_may_be_written_by_several(tmp_path: Path) -> None:
 def test_a_step_is_saved_again_in_place_of_the_first(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
     path = save(tmp_path, 4, model={"a": torch.ones(1)}, optimizer={}, documents={"state.json": b"{}"})
-    assert torch.equal(Checkpoint.open(path).read_model({"a": torch.ones(1)})["a"], torch.ones(1))
+    assert torch.equal(Checkpoint.open(path).read("model", {"a": torch.ones(1)})["a"], torch.ones(1))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -151,7 +151,7 @@ def test_another_architecture_is_refused_by_its_first_key(
     checkpoint = Checkpoint.open(save_step(tmp_path, 4))
     other = {name: tensor for name, tensor in (wanted(MODEL) | change).items() if tensor is not None}
     with pytest.raises(CheckpointError, match=message + ".*--out") as caught:
-        checkpoint.read_model(other)
+        checkpoint.read("model", other)
     assert not isinstance(caught.value, DamagedError)
     assert "\n" not in str(caught.value)
 
@@ -159,7 +159,7 @@ def test_another_architecture_is_refused_by_its_first_key(
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_step(tmp_path, 4))
     with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/momentum"):
-        checkpoint.read_optimizer({"embed.weight/momentum": torch.empty(4, 3)})
+        checkpoint.read("optimizer", {"embed.weight/momentum": torch.empty(4, 3)})
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_links_pipes_and_folders_are_not_read(tmp_path: Path, target: str) -> No
 def test_files_that_the_manifest_does_not_name_are_ignored(tmp_path: Path) -> None:
     path = save_step(tmp_path, 4)
     (path / "model-00009.safetensors").write_bytes(b"garbage")
-    assert equal(Checkpoint.open(path).read_model(wanted(MODEL)), numbered(MODEL, 4))
+    assert equal(Checkpoint.open(path).read("model", wanted(MODEL)), numbered(MODEL, 4))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_files_that_the_manifest_does_not_name_are_ignored(tmp_path: Path) -> No
         b"garbage",
         (1 << 40).to_bytes(8, "little") + b"{}",
         b"\x02" + b"\x00" * 7 + b"{}" + b"trailing",
-        b"".join(tensor_file.encode({"embed.weight": torch.ones(4, 3)})),
+        tensor_file.encode({"embed.weight": torch.ones(4, 3)}),
         safetensors.torch.save({"x": torch.ones(1, dtype=torch.int16)}),
     ],
     ids=["empty", "garbage", "length", "trailing", "twice", "dtype"],
@@ -306,7 +306,7 @@ def test_a_sealed_file_that_is_not_sound_is_refused(tmp_path: Path, content: byt
     (path / "model-00001.safetensors").write_bytes(content)
     reseal(path)
     with pytest.raises(DamagedError, match="model-00001"):
-        Checkpoint.open(path).read_model(wanted(MODEL))
+        Checkpoint.open(path).read("model", wanted(MODEL))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"nonsense", b"[" * 100_000, b"\xff"])

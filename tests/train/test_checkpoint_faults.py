@@ -34,8 +34,8 @@ def is_intact(checkpoint: Checkpoint | None, step: int | None = None) -> bool:
     assert checkpoint is not None
     return (
         step in (None, checkpoint.step)
-        and equal(checkpoint.read_model(wanted(MODEL)), numbered(MODEL, checkpoint.step))
-        and equal(checkpoint.read_optimizer(wanted(OPTIMIZER)), numbered(OPTIMIZER, checkpoint.step))
+        and equal(checkpoint.read("model", wanted(MODEL)), numbered(MODEL, checkpoint.step))
+        and equal(checkpoint.read("optimizer", wanted(OPTIMIZER)), numbered(OPTIMIZER, checkpoint.step))
         and checkpoint.document("recipe.yaml") == f"step: {checkpoint.step}\n".encode()
     )
 
@@ -363,8 +363,8 @@ def test_a_save_that_reads_back_wrong_is_no_checkpoint(tmp_path: Path) -> None:
         def __getattr__(self, name: str) -> object:
             return getattr(DISK, name)
 
-        def write(self, path: Path, chunks: Iterator[bytes]) -> None:
-            DISK.write(path, [b"".join(chunks)[:-1]])
+        def write(self, path: Path, content: bytes) -> None:
+            DISK.write(path, content[:-1])
 
     save_step(tmp_path, 4)
     with pytest.raises(CheckpointError, match=r"\.tmp-00000008"):

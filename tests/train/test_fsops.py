@@ -7,22 +7,22 @@ import pytest
 from switchcli.train.fsops import DISK
 
 
-def test_a_file_is_written_in_pieces_and_never_over_another(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
     DISK.make_dir(path.parent)
     DISK.make_dir(path.parent)
-    DISK.write(path, [b"one", memoryview(b""), memoryview(b"two")])
+    DISK.write(path, b"one")
     DISK.sync(path)
     DISK.sync(path.parent)
-    assert path.read_bytes() == b"onetwo"
+    assert path.read_bytes() == b"one"
     with pytest.raises(FileExistsError):
-        DISK.write(path, [b"three"])
+        DISK.write(path, b"two")
 
 
 def test_rename_takes_no_place_that_is_filled(tmp_path: Path) -> None:
     for name in ("a", "b"):
         DISK.make_dir(tmp_path / name)
-        DISK.write(tmp_path / name / "file", [name.encode()])
+        DISK.write(tmp_path / name / "file", name.encode())
     with pytest.raises(OSError, match="not empty"):
         DISK.rename(tmp_path / "a", tmp_path / "b")
     DISK.rename(tmp_path / "a", tmp_path / "c")
@@ -31,7 +31,7 @@ def test_rename_takes_no_place_that_is_filled(tmp_path: Path) -> None:
 
 def test_a_tree_goes_and_a_link_is_not_followed(tmp_path: Path) -> None:
     DISK.make_dir(tmp_path / "tree" / "branch")
-    DISK.write(tmp_path / "tree" / "branch" / "leaf", [b"x"])
+    DISK.write(tmp_path / "tree" / "branch" / "leaf", b"x")
     (tmp_path / "link").symlink_to(tmp_path / "tree")
     DISK.remove_tree(tmp_path / "link")
     assert (tmp_path / "tree" / "branch" / "leaf").exists()
