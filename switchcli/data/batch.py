@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-PAD = 0  # T5: the padding token, and the decoder's start token
-EOS = 1
+from switchcli.spec import EOS, PAD
+
+__all__ = ["EOS", "PAD", "Batch"]
 
 
 class Batch(NamedTuple):

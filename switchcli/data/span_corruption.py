@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from switchcli.data.batch import EOS
-from switchcli.spec import Spec
+from switchcli.spec import EOS, Spec
 
 
 class Lengths(NamedTuple):

@@ -17,11 +17,10 @@ import tokenizers
 from numpy.typing import NDArray
 from pydantic import Field
 
-from switchcli.data.batch import EOS, PAD
 from switchcli.data.document import Document
 from switchcli.data.vocabulary import NUM_SENTINELS, SPECIAL, sentinel, train_unigram
 from switchcli.errors import DataError
-from switchcli.spec import Spec
+from switchcli.spec import EOS, PAD, Spec
 
 
 class Tokenizer:

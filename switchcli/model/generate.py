@@ -6,8 +6,8 @@ Legend: B batch, S source, T target.
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.spec import EOS, PAD
 from switchcli.model.transformer import Cache, SwitchTransformer
+from switchcli.spec import EOS, PAD
 
 
 @torch.no_grad()

@@ -10,11 +10,6 @@ from pydantic import Field, model_validator
 from switchcli.model.routing import RouterSpec, Switch
 from switchcli.spec import Spec
 
-PAD = 0
-"""T5: the padding token, and the token that starts the decoder."""
-EOS = 1
-"""T5: the token that ends inputs and targets."""
-
 
 class ModelSpec(Spec):
     """An encoder-decoder with `num_layers` blocks in each stack; every number is a count or a width in elements."""

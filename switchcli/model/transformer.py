@@ -16,7 +16,8 @@ from switchcli.model.attention import Attention, KeyValue, RelativePositionBias,
 from switchcli.model.layers import FeedForward, RMSNorm, linear
 from switchcli.model.moe import SwitchFeedForward
 from switchcli.model.routing import RoutingReport
-from switchcli.model.spec import PAD, ModelSpec
+from switchcli.model.spec import ModelSpec
+from switchcli.spec import PAD
 
 Reports = tuple[RoutingReport, ...]
 

@@ -11,8 +11,9 @@ from switchcli.model.generate import greedy
 from switchcli.model.initialise import initialise
 from switchcli.model.moe import SwitchFeedForward
 from switchcli.model.routing import Switch
-from switchcli.model.spec import EOS, PAD, ModelSpec
+from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.spec import EOS, PAD
 
 # As many slots as tokens: nothing overflows, whatever the group. Few pieces, so that some answers end early.
 ROOMY = Switch(eval_capacity_factor=4.0)
