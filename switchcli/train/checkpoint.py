@@ -41,7 +41,7 @@ from switchcli.train.manifest import DamagedError, Entry, Manifest
 
 Group = Literal["model", "optimizer"]
 
-_STEP: Final = re.compile(r"step-(\d{8,})")
+_STEP: Final = re.compile(r"step-\d{8,}")
 _MAX_FILE_BYTES: Final = 1 << 31
 _ELSEWHERE: Final = "give another folder by --out; checkpoints already saved are untouched."
 
@@ -53,8 +53,6 @@ class Checkpoint:
 
     path: Path
     step: int
-    state: Mapping[str, Any]
-    """What state.json holds."""
     manifest: Manifest
 
     @classmethod
@@ -64,7 +62,8 @@ class Checkpoint:
         if _STEP.fullmatch(path.name) and path.name != _name(manifest.step):
             raise DamagedError(path / manifests.NAME, "step", f"is that of step {manifest.step}")
         manifest.verify(path)
-        return cls(path, manifest.step, _state(path, manifest), manifest)
+        _state(path, manifest)
+        return cls(path, manifest.step, manifest)
 
     def document(self, name: str) -> bytes:
         """A document that was given to `save`."""
@@ -122,7 +121,7 @@ def save(
     final_path = path(folder, step)
     unique = secrets.token_hex(4)
     temporary = folder / f".tmp-{step:08d}-{unique}"
-    needed = tensor_file.num_bytes(model) + tensor_file.num_bytes(optimizer) + sum(map(len, documents.values()))
+    needed = tensor_file.num_bytes([*model.values(), *optimizer.values()]) + sum(map(len, documents.values()))
     with disk_errors(folder, _ELSEWHERE, needed):
         try:
             files.make_dir(folder)
@@ -213,8 +212,8 @@ def _steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder by name alone, newest first."""
     if not folder.exists():
         return []
-    found = ((path, match) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)))
-    return sorted((path for path, match in found), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    found = (path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.exists())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _newest(folder: Path, damaged: Callable[[Path, DamagedError], None]) -> Checkpoint | None:

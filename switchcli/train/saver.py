@@ -8,7 +8,7 @@ import torch
 from switchcli.errors import CheckpointError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
-from switchcli.train import checkpoint, logical
+from switchcli.train import checkpoint, logical, tensor_file
 from switchcli.train.evaluate import reduce
 from switchcli.train.metrics import Metrics
 from switchcli.train.optimizer import Optimizer
@@ -85,8 +85,7 @@ def preflight(
     folder: Path, model: SwitchTransformer, optimizer: Optimizer, runtime: Runtime, settings: CheckpointSpec
 ) -> None:
     """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written."""
-    tensors = [*model.parameters(), *optimizer.state().values()]
-    one = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    one = tensor_file.num_bytes([*model.parameters(), *optimizer.state().values()])
     here = sum(path.is_dir() for path in folder.glob("step-*"))
     kept = settings.keep_last + settings.keep_best
     runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))

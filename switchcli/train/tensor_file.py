@@ -39,9 +39,9 @@ def kind_of(tensor: Tensor) -> Kind:
     return Kind(tensor.dtype, tuple(tensor.shape))
 
 
-def num_bytes(named: Mapping[str, Tensor]) -> int:
+def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that the values of these tensors take on disk; headers are some hundred bytes a tensor more."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in named.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def encode(named: Mapping[str, Tensor]) -> bytes:
@@ -75,7 +75,7 @@ def shards(named: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Te
     shard: dict[str, Tensor] = {}
     room = max_bytes
     for name, tensor in named.items():
-        size = num_bytes({name: tensor})
+        size = num_bytes([tensor])
         if shard and size > room:
             yield shard
             shard, room = {}, max_bytes
