@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,6 @@ def test_no_cuda(run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
-    command = f'{sys.executable} -m switchcli generate {run} "{GAP}" "{GAP}" | head -n 0'
+    command = shlex.join([sys.executable, "-m", "switchcli", "generate", str(run), GAP, GAP]) + " | head -n 0"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands import pretrain as verb
+from switchcli.commands.run import program
 
 RESULT_KEYS = {
     "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",
@@ -49,7 +50,7 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
     assert first.keys() == last.keys() == {"step", "held_out/neg_log_perplexity", "held_out/dropped_fraction"}
     assert {"step", "neg_log_perplexity", "learning_rate", "gradient_norm", "dropped_fraction"} <= logged.keys()
 
-    for seen in ("held-out neg. log perplexity", "<extra_id_0>", "switchcli generate runs/a", "2/2"):
+    for seen in ("held-out neg. log perplexity", "<extra_id_0>", f"{program()} generate runs/a", "2/2"):
         assert seen in done.err
     assert "\x1b" not in done.err  # no terminal: no colours, no bar
 
