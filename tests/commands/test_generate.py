@@ -1,8 +1,8 @@
 """`switchcli generate`: answers from a trained run, to texts given or read, for people and for scripts."""
 
 import json
-import shutil
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
