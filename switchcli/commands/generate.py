@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from switchcli.commands.load import load
-from switchcli.data.batch import EOS
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.generate import greedy
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.spec import EOS
 
 
 class Answer(NamedTuple):

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.data.batch import PAD, Batch
+from switchcli.data.batch import Batch
 from switchcli.parallel.runtime import Runtime
+from switchcli.spec import PAD
 from switchcli.train.metrics import Mean, Metrics, flatten, merge, unflatten
 from switchcli.train.objective import Objective
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from switchcli.data.batch import PAD
 from switchcli.errors import NumericsError
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
+from switchcli.spec import PAD
 from switchcli.train.evaluate import exact
 from switchcli.train.hooks import Hook
 from switchcli.train.metrics import Mean, Metrics, merge

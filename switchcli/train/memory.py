@@ -10,6 +10,7 @@ from switchcli.errors import OutOfMemory
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.optimizer import OptimizerSpec
+from switchcli.train.tensor_file import num_bytes
 
 
 def needed(model: ModelSpec, optimizer: OptimizerSpec) -> int:
@@ -18,7 +19,7 @@ def needed(model: ModelSpec, optimizer: OptimizerSpec) -> int:
         parameters = dict(SwitchTransformer(model).named_parameters())
         state = optimizer.build(parameters).state()
     tensors = [*parameters.values(), *parameters.values(), *state.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return num_bytes(tensors)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.data.batch import PAD, Batch
+from switchcli.data.batch import Batch
 from switchcli.model.routing import RoutingReport
 from switchcli.model.transformer import ModelOutput
+from switchcli.spec import PAD
 from switchcli.train.metrics import Mean, Metrics
 
 

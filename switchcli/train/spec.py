@@ -50,4 +50,4 @@ class CheckpointSpec(Spec):
     keep_last: int = Field(default=2, ge=1)
     """2 by default: if the newest is damaged, the one before it still serves."""
     keep_best: bool = True
-    """Keep the checkpoint with the highest held-out neg. log perplexity besides."""
+    """Keep the one with the highest held-out neg. log perplexity besides, of those saved at an evaluated step."""

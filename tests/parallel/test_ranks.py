@@ -17,11 +17,12 @@ from ranks import on_ranks
 from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
 from torch import nn
 
-from switchcli.data.batch import PAD, Batch
+from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
 from switchcli.model.spec import ModelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
+from switchcli.spec import PAD
 from switchcli.train.evaluate import evaluate, reduce, shared
 from switchcli.train.hooks import HeldOut, Hook, Log
 from switchcli.train.loop import fit

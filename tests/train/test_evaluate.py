@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import NOISY, a_model, rows
 
-from switchcli.data.batch import PAD, Batch
+from switchcli.data.batch import Batch
 from switchcli.parallel.runtime import Runtime
+from switchcli.spec import PAD
 from switchcli.train.evaluate import evaluate, exact, reduce, shared
 from switchcli.train.metrics import Mean
 from switchcli.train.objective import cross_entropy

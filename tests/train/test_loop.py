@@ -12,11 +12,12 @@ import torch
 from tiny import NOISY, a_model, rows
 from torch import nn
 
-from switchcli.data.batch import PAD, Batch
+from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
+from switchcli.spec import PAD
 from switchcli.train.hooks import Hook, Save
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
