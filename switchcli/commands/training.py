@@ -1,6 +1,7 @@
 """One run of a training verb, which differs from another verb's by its objective and its text alone."""
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -212,5 +213,10 @@ class Training:
         )
         out, switchcli = self.folder.path, program()
         console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
-        console.message(f'  {switchcli} generate {out} "The <extra_id_0> of a list is its <extra_id_1>."')
-        console.message(f"  {switchcli} pretrain {out}/recipe.yaml train.steps={2 * result['step']} --out {out}")
+        again = shlex.join(
+            ["pretrain", str(out / "recipe.yaml"), f"train.steps={2 * result['step']}", "--out", str(out)]
+        )
+        console.message(
+            f'  {switchcli} generate {shlex.quote(str(out))} "The <extra_id_0> of a list is its <extra_id_1>."'
+        )
+        console.message(f"  {switchcli} {again}")

@@ -52,7 +52,7 @@ class Microbatches:
         if self.microbatch % group:
             raise RecipeError(
                 f"a microbatch of {self.microbatch} sequences (on {world} ranks) does not hold whole groups of "
-                f"model.router.group_sequences ({group}): set train.microbatch_tokens to a multiple of {group * length}"
+                f"model.router.group_sequences ({group}): let each rank take a multiple of {group * length} tokens"
             )
         self.count = batch // world // self.microbatch
         self._rows = rows

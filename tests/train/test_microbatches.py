@@ -43,7 +43,7 @@ def test_without_a_size_a_rank_takes_its_share_at_once() -> None:
         (10, None, 1, 4, "holds 10 sequences, which 4 ranks cannot share evenly: try 12,"),
         (2, None, 1, 4, "holds 2 sequences, which 4 ranks cannot share evenly: try 4,"),
         (12, 4, 1, 2, "microbatch_tokens .4. must divide the 6 tokens that each of 2 ranks takes"),
-        (12, 3, 2, 2, "a microbatch of 3 sequences .on 2 ranks. does not hold whole groups .* .2.: set"),
+        (12, 3, 2, 2, "a microbatch of 3 sequences .on 2 ranks. does not hold whole groups .* .2.: let"),
         (6, None, 2, 2, "a microbatch of 3 sequences"),
     ],
 )
