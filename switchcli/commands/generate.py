@@ -53,5 +53,8 @@ def generate(
 
 def answers(model: SwitchTransformer, tokenizer: Tokenizer, inputs_BS: torch.Tensor, max_tokens: int) -> list[str]:
     """The model's greedy answer to each row of ids, as text with the sentinels readable."""
+    was_training = model.training
     model.eval()
-    return [tokenizer.decode(row) for row in greedy(model, inputs_BS, max_tokens).tolist()]
+    rows_BT = greedy(model, inputs_BS, max_tokens)
+    model.train(was_training)
+    return [tokenizer.decode(row) for row in rows_BT.tolist()]

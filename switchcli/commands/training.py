@@ -23,7 +23,7 @@ from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import JsonLines
 from switchcli.train.evaluate import shared
-from switchcli.train.hooks import HeldOut, Log, Record, Save
+from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective
@@ -137,7 +137,12 @@ class Training:
                 self.optimizer,
                 recipe.schedule,
                 self.runtime,
-                [self._log(write), held_out, Save(recipe.checkpoint.save_every_steps, self.saver.save)],
+                [
+                    self._log(write),
+                    held_out,
+                    Save(recipe.checkpoint.save_every_steps, self.saver.save),
+                    Sample(recipe.log.sample_every_steps or steps, self._samples),
+                ],
                 recipe.train,
                 stop,
                 shown.advance,
@@ -194,12 +199,19 @@ class Training:
         self._show(result)
         return result
 
-    def _show(self, result: dict[str, Any]) -> None:
-        console, decode = self.console, self.text.tokenizer.decode
+    def _samples(self) -> None:
+        """Held-out texts with their gaps filled in by the model, on the console of the main rank."""
+        if not self.runtime.is_main:
+            return
+        decode = self.text.tokenizer.decode
         batch = self.runtime.place(self.text.held_out(0, NUM_SAMPLES))
         filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
         for inputs, targets, output in zip(*(tensor.tolist() for tensor in batch), filled, strict=True):
-            console.sample(decode(inputs), decode(targets), output)
+            self.console.sample(decode(inputs), decode(targets), output)
+
+    def _show(self, result: dict[str, Any]) -> None:
+        console = self.console
+        self._samples()
         console.table(
             "done",
             {

@@ -26,13 +26,14 @@ REPORTED = ("neg_log_perplexity", "dropped_fraction")
 
 
 class Hook(ABC):
-    """Called with the state after every `every_steps`-th step and after the last."""
+    """Called with the state after every `every_steps`-th step, and after the last if it is for the end too."""
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, every_steps: int, at_end: bool = True) -> None:
         self.every_steps = every_steps
+        self.at_end = at_end
 
     def due(self, step: int, last_step: int) -> bool:
-        return step % self.every_steps == 0 or step == last_step
+        return self.at_end if step == last_step else step % self.every_steps == 0
 
     @abstractmethod
     def __call__(self, state: TrainState) -> None: ...
@@ -149,3 +150,14 @@ class Save(Hook):
 
     def __call__(self, state: TrainState) -> None:
         self._save(state)
+
+
+class Sample(Hook):
+    """Shows what the model makes of a few texts; at the end the run shows them anyway."""
+
+    def __init__(self, every_steps: int, show: Callable[[], None]) -> None:
+        super().__init__(every_steps, at_end=False)
+        self._show = show
+
+    def __call__(self, state: TrainState) -> None:
+        self._show()

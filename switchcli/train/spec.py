@@ -32,6 +32,8 @@ class LogSpec(Spec):
     """Metrics go to metrics.jsonl always; trackers are other places that get them too."""
 
     every_steps: int = Field(default=10, ge=1)
+    sample_every_steps: int | None = Field(default=None, ge=1)
+    """Fill in two held-out texts on the console every so many steps; absent: at the end alone."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 

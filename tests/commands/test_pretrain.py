@@ -55,6 +55,15 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
     assert "\x1b" not in done.err  # no terminal: no colours, no bar
 
 
+def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli: SwitchCLI) -> None:
+    plain = switchcli("pretrain", recipe, "train.steps=6", "--out", "a")
+    shown = switchcli("pretrain", recipe, "train.steps=6", "log.sample_every_steps=2", "--out", "b")
+    assert plain.code == shown.code == 0
+    assert plain.err.count("\ntarget") == 2
+    assert shown.err.count("\ntarget") == 6  # after steps 2 and 4, and at the end
+    assert metrics("a")[-1] == metrics("b")[-1]
+
+
 def test_without_json_stdout_is_empty_and_quiet_says_nothing(recipe: str, switchcli: SwitchCLI) -> None:
     loud = switchcli("pretrain", recipe)
     assert (loud.code, loud.out) == (0, "")
