@@ -1,6 +1,6 @@
 """The Switch layer: a router, E experts, and the way between them (paper section 2).
 
-Legend: B batch, S positions, G groups, N tokens a group, E experts, C slots an expert, D model, F hidden.
+Legend: B batch, S positions, G groups, N tokens a group, E experts, C slots an expert, D model.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.dispatch import Local
-from switchcli.model.layers import activate
+from switchcli.model.experts import Experts
 from switchcli.model.routing import RoutingReport
 from switchcli.model.spec import ModelSpec
 
@@ -33,24 +33,6 @@ class Router(nn.Module):
             return F.linear(x_GND, self.weight.float())
 
 
-class Experts(nn.Module):
-    """E feed-forwards as stacked weights: slice e is the `nn.Linear` weight [outputs, inputs] of expert e."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        E, D, hidden = spec.num_experts, spec.d_model, spec.d_ff
-        self.wi = nn.Parameter(torch.empty(E, hidden, D))
-        self.wi_gate = nn.Parameter(torch.empty(E, hidden, D)) if spec.activation == "geglu" else None
-        self.wo = nn.Parameter(torch.empty(E, D, hidden))
-        self.dropout = spec.experts_dropout
-
-    def forward(self, x_ESD: torch.Tensor) -> torch.Tensor:
-        """x_ESD: the S = G * C slots of each expert. Every expert runs, with no token too, so all have gradients."""
-        gate = None if self.wi_gate is None else x_ESD @ self.wi_gate.mT
-        hidden_ESF = F.dropout(activate(x_ESD @ self.wi.mT, gate), self.dropout, self.training)
-        return hidden_ESF @ self.wo.mT
-
-
 class SwitchOutput(NamedTuple):
     """What the layer gives back: the tokens' outputs and the report that carries its losses."""
 
@@ -65,7 +47,7 @@ class SwitchFeedForward(nn.Module):
         super().__init__()
         self.spec = spec.router
         self.router = Router(spec)
-        self.experts = Experts(spec)
+        self.experts = Experts(spec, spec.d_model)
         self.dispatcher = Local()
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> SwitchOutput:
