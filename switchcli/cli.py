@@ -87,6 +87,10 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    capacity: Annotated[
+        Literal["paper", "dropless"],
+        typer.Option(help="Slots an expert: by eval_capacity_factor, or one for every token."),
+    ] = "dropless",
     as_json: Json = False,
 ) -> None:
     """Fill in the gaps of texts: "The capital of <extra_id_0> is Paris." """
@@ -96,7 +100,7 @@ def generate(
     if texts and not all(map(str.strip, texts)):
         raise DataError("a TEXT is empty: write some, with <extra_id_0> where the model is to fill in")
     lines = texts if texts else (line.rstrip("\n") for line in sys.stdin)
-    answered = run(checkpoint, lines, max_tokens, device, Console().warning)
+    answered = run(checkpoint, lines, max_tokens, device, capacity, Console().warning)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "answers": [answer._asdict() for answer in answered]})
         return

@@ -10,6 +10,8 @@ from switchcli.commands.load import load
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.generate import greedy
+from switchcli.model.moe import evaluating
+from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
 
@@ -26,9 +28,12 @@ def generate(
     texts: Iterable[str],
     max_tokens: int,
     device: Literal["auto", "cpu", "cuda"],
+    policy: Policy,
     warn: Callable[[str], None],
 ) -> Iterator[Answer]:
     """Answer each text by greedy decoding, one after another; a blank one by nothing.
+
+    `policy` is how the routers count capacity: `dropless` makes a step's answer that of the whole sequence.
 
     Raises:
         CheckpointError: as `load`.
@@ -48,13 +53,17 @@ def generate(
             warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
             ids = [*ids[: longest - 1], EOS]
         inputs_BS = torch.tensor([ids], device=name)
-        yield Answer(text, answers(loaded.model, loaded.tokenizer, inputs_BS, max_tokens)[0])
+        yield Answer(text, answers(loaded.model, loaded.tokenizer, inputs_BS, max_tokens, policy)[0])
 
 
-def answers(model: SwitchTransformer, tokenizer: Tokenizer, inputs_BS: torch.Tensor, max_tokens: int) -> list[str]:
+def answers(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    inputs_BS: torch.Tensor,
+    max_tokens: int,
+    policy: Policy = "dropless",
+) -> list[str]:
     """The model's greedy answer to each row of ids, as text with the sentinels readable."""
-    was_training = model.training
-    model.eval()
-    rows_BT = greedy(model, inputs_BS, max_tokens)
-    model.train(was_training)
+    with evaluating(model, policy):
+        rows_BT = greedy(model, inputs_BS, max_tokens)
     return [tokenizer.decode(row) for row in rows_BT.tolist()]

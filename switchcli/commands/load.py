@@ -42,7 +42,7 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
     recipe = resolve(str(found.path / "recipe.yaml"), [], PretrainRecipe)
     tokenizer = Tokenizer.from_json(found.document("tokenizer.json").decode(), str(found.path / "tokenizer.json"))
     with torch.device("meta"):
-        model = SwitchTransformer(recipe.model)
+        model = SwitchTransformer(recipe.architecture)
     model = model.to_empty(device=device).eval()
     load_model(model, found)
     return Loaded(found.path, found.step, recipe, tokenizer, model)

@@ -76,7 +76,7 @@ class Training:
         self.batches = runtime.on_main(self._shares) or self._shares()
         self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
         with torch.device("meta"):
-            model = SwitchTransformer(recipe.model)
+            model = SwitchTransformer(recipe.architecture)
         self.model = model.to_empty(device=runtime.device)
         self.optimizer = recipe.optimizer.build(dict(self.model.named_parameters()))
         preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint)
@@ -99,7 +99,7 @@ class Training:
             self._rows,
             train.batch_tokens // length,
             train.microbatch_tokens and train.microbatch_tokens // length,
-            self.recipe.model.router.group_sequences if self.recipe.model.num_experts > 1 else 1,
+            self.recipe.model.group_sequences,
             self.runtime.rank,
             self.runtime.world,
             length,
@@ -166,6 +166,7 @@ class Training:
             write,
             self.console.warning,
             self.state,
+            recipe.model.routed_parts(),
         )
 
     def _held_out(self, write: Write) -> HeldOut:
@@ -175,7 +176,15 @@ class Training:
             runtime = self.runtime
             return shared(self.text.held_out, sequences, self.batches.microbatch, runtime.rank, runtime.world)
 
-        return HeldOut(self.recipe.eval.every_steps, self.model, self.objective, batches, self.runtime, write)
+        return HeldOut(
+            self.recipe.eval.every_steps,
+            self.model,
+            self.objective,
+            batches,
+            self.runtime,
+            write,
+            self.recipe.eval.capacity,
+        )
 
     def _finish(self) -> dict[str, Any]:
         """The result, on the console and in result.json."""

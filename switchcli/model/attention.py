@@ -44,12 +44,15 @@ class Attention(nn.Module):
         self.num_heads = spec.num_heads
         self.dropout = spec.dropout
 
+    def query(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """By head: [B, H, T, K]."""
+        return self._heads(self.q(x_BTD))
+
     def key_value(self, memory_BSD: torch.Tensor) -> KeyValue:
         return KeyValue(self._heads(self.k(memory_BSD)), self._heads(self.v(memory_BSD)))
 
-    def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
+    def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
         """Softmax(q k + bias) v. The bias broadcasts: positions [1, H, T, S], a mask [B, 1, 1, S], or their sum."""
-        query_BHTK = self._heads(self.q(x_BTD))
         dropout = self.dropout if self.training else 0.0
         mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, dropout)
         return self.o(mixed_BHTK.transpose(1, 2).flatten(2))

@@ -1,13 +1,14 @@
 """Parameters and forward FLOPs from the spec alone, by the formulas of paper section 5.6; no tensor is made.
 
 The FLOPs formula counts as Kaplan et al. do: two for each weight that a token meets, one of attention's two products.
-Embedding look-ups and routers are left out, each token meets one expert, capacity padding is not counted, and the keys
-and values of cross-attention are charged once a decoder token. With 512 and 114 tokens it gives the FLOPs of Table 9.
+Embedding look-ups and routers are left out, each token meets one expert whatever the router, capacity padding is not
+counted, and the keys and values of cross-attention are charged once a decoder token. With 512 and 114 tokens it gives
+the FLOPs of Table 9.
 """
 
 from typing import NamedTuple
 
-from switchcli.model.spec import ModelSpec
+from switchcli.model.spec import STACKS, ModelSpec
 
 
 class Count(NamedTuple):
@@ -28,25 +29,32 @@ class Count(NamedTuple):
 
 def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
     """Count `spec` for sequences of `source` encoder and `target` decoder tokens."""
-    stacks = (spec.num_layers, spec.decoder_layers)
-    sparse = sum(spec.is_sparse(layer) for stack in stacks for layer in range(stack))
-    attention = 4 * spec.d_model * spec.num_heads * spec.head_width
-    feed_forward = (3 if spec.activation == "geglu" else 2) * spec.d_model * spec.d_ff
+    width = spec.num_heads * spec.head_width
+    attention = 4 * spec.d_model * width
+    inputs = (2 if spec.activation == "geglu" else 1) * spec.d_model * spec.d_ff
+    feed_forward = inputs + spec.d_ff * spec.d_model
+    queries = inputs + 2 * width * spec.d_ff  # of one expert of a Switch attention, with its shared keys and values
     vocabulary = spec.vocab_size * spec.d_model
 
+    sparse = {stack: len(spec.sparse_layers(stack)) for stack in STACKS}
+    routed = {part: spec.sparse in (part, "both") for part in ("feed_forward", "attention")}
+    expert = routed["feed_forward"] * feed_forward + routed["attention"] * queries
+    replaced = routed["feed_forward"] * feed_forward + routed["attention"] * 3 * spec.d_model * width
+    blocks = {"encoder": attention + feed_forward, "decoder": 2 * attention + feed_forward}  # a dense one's
     dense = (
         vocabulary * (1 if spec.tie_embeddings else 2)
-        + attention * (spec.num_layers + 2 * spec.decoder_layers)
-        + feed_forward * (sum(stacks) - sparse)
-        + spec.num_experts * spec.d_model * sparse
+        + sum(blocks[stack] * spec.num_blocks(stack) for stack in STACKS)
+        + sum(sparse.values()) * (sum(routed.values()) * spec.num_experts * spec.d_model - replaced)
         + spec.d_model * (2 * spec.num_layers + 3 * spec.decoder_layers + 2)
         + 2 * spec.relative_attention_num_buckets * spec.num_heads
     )
-    expert = feed_forward * spec.num_experts * sparse
-    width = spec.num_heads * spec.head_width
+    met = {stack: blocks[stack] * spec.num_blocks(stack) + sparse[stack] * (expert - replaced) for stack in STACKS}
     flops = 2 * (
-        spec.num_layers * ((attention + feed_forward) * source + width * source**2)
-        + spec.decoder_layers * ((2 * attention + feed_forward) * target + width * (target**2 + target * source))
+        met["encoder"] * source
+        + spec.num_layers * width * source**2
+        + met["decoder"] * target
+        + spec.decoder_layers * width * (target**2 + target * source)
         + vocabulary * target
     )
-    return Count(dense, expert, dense + feed_forward * sparse, flops)
+    active = expert * sum(sparse.values())
+    return Count(dense, active * spec.num_experts, dense + active, flops)

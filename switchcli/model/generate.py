@@ -14,11 +14,11 @@ from switchcli.spec import EOS, PAD
 def greedy(model: SwitchTransformer, inputs_BS: torch.Tensor, max_tokens: int) -> torch.Tensor:
     """The most probable answer to each input, token by token: int64 [B, T], T <= max_tokens, ended by EOS, then 0.
 
-    The model must be in evaluation mode. Routing counts capacity as in evaluation; in a decoding step a group is one
-    token of each of `group_sequences` sequences.
+    The model must be in evaluation mode (`moe.evaluating`). Where routing counts capacity, the group of a decoding step
+    is one token of each of `group_sequences` sequences.
     """
     B = len(inputs_BS)
-    rows = -B % model.spec.router.group_sequences  # the batch is filled up to whole groups: padding takes no slot
+    rows = -B % model.spec.group_sequences  # the batch is filled up to whole groups: padding takes no slot
     inputs_BS = F.pad(inputs_BS, (0, 0, 0, rows), value=PAD)
     encoded = model.encode(inputs_BS)
     last_B1 = torch.full_like(inputs_BS[:, :1], PAD)
@@ -27,7 +27,7 @@ def greedy(model: SwitchTransformer, inputs_BS: torch.Tensor, max_tokens: int) -
     steps: list[torch.Tensor] = []
     for _ in range(max_tokens):
         hidden_B1D, cache, _ = model.decoder(model.embed(last_B1), going_B1, encoded, cache)
-        last_B1 = model.logits(hidden_B1D).argmax(-1).masked_fill(~going_B1, PAD)
+        last_B1 = F.linear(*model.vocabulary(hidden_B1D)).argmax(-1).masked_fill(~going_B1, PAD)
         steps.append(last_B1)
         going_B1 = going_B1 & (last_B1 != EOS)
         if not going_B1.any():

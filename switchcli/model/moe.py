@@ -1,8 +1,10 @@
 """The Switch layer: a router, E experts, and the way between them (paper section 2).
 
-Legend: B batch, S positions, G groups, N tokens a group, E experts, C slots an expert, D model.
+Legend: B batch, S positions, G groups, N tokens a group, E experts, D model, O outputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,50 +13,71 @@ from torch import nn
 
 from switchcli.model.dispatch import Local
 from switchcli.model.experts import Experts
-from switchcli.model.routing import RoutingReport
-from switchcli.model.spec import ModelSpec
+from switchcli.model.reports import RoutingReport
+from switchcli.model.routing import Policy
+from switchcli.model.spec import ModelSpec, Stack
 
 
 class Router(nn.Module):
-    """h(x) = W x, no bias, in float32 whatever the precision around it (selective precision, section 2.4)."""
+    """h(x) = W x, no bias, in the spec's `router_precision` whatever the precision around it (section 2.4)."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, stack: Stack) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.d_model))
-        self.jitter = spec.router.jitter
+        self.rule = spec.router_of(stack)
+        self.dtype = torch.float32 if spec.router_precision == "float32" else torch.bfloat16
 
     def forward(self, x_GND: torch.Tensor) -> torch.Tensor:
-        """Logits_GNE in float32. The jitter falls on this copy alone: the experts see the clean input."""
+        """Logits_GNE. Jitter and dropout fall on this copy alone: the experts see the clean input (Appendix C)."""
         # Casting is not enough: under autocast a product of float32 tensors still runs in bfloat16.
         with torch.autocast(x_GND.device.type, enabled=False):
-            x_GND = x_GND.float()
-            if self.training and self.jitter:
-                x_GND = x_GND * torch.empty_like(x_GND).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
-            return F.linear(x_GND, self.weight.float())
+            x_GND = x_GND.to(self.dtype)
+            if self.training and self.rule.jitter:
+                x_GND = x_GND * torch.empty_like(x_GND).uniform_(1.0 - self.rule.jitter, 1.0 + self.rule.jitter)
+            x_GND = F.dropout(x_GND, self.rule.input_dropout, self.training)
+            return F.linear(x_GND, self.weight.to(self.dtype))
 
 
 class SwitchOutput(NamedTuple):
     """What the layer gives back: the tokens' outputs and the report that carries its losses."""
 
-    y_BSD: torch.Tensor
+    y_BSO: torch.Tensor
     report: RoutingReport
 
 
-class SwitchFeedForward(nn.Module):
-    """The feed-forward of a sparse block: y = p_i(x) E_i(x) for the chosen expert i, zero for a dropped token."""
+class SwitchLayer(nn.Module):
+    """y = sum of p_i(x) E_i(x) over the experts i in whose slots x sits (eq. 2), zero for a dropped token."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, stack: Stack, num_outputs: int) -> None:
         super().__init__()
-        self.spec = spec.router
-        self.router = Router(spec)
-        self.experts = Experts(spec, spec.d_model)
+        self.rule = spec.router_of(stack)
+        self.router = Router(spec, stack)
+        self.experts = Experts(spec, num_outputs)
         self.dispatcher = Local()
+        self.policy: Policy = "paper"
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> SwitchOutput:
-        """`real_BS` is False for padding. B must be a multiple of the spec's `group_sequences`."""
+        """`real_BS` is False for padding. B must be a multiple of the router's `group_sequences`."""
         B, S, D = x_BSD.shape
-        x_GND = x_BSD.reshape(B // self.spec.group_sequences, -1, D)
-        routing = self.spec.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.training)
-        y_ESD = self.experts(self.dispatcher.send(x_GND, routing))
-        y_GND = self.dispatcher.receive(y_ESD, routing, x_GND)
-        return SwitchOutput(y_GND.reshape(B, S, D), routing.report)
+        x_GND = x_BSD.reshape(B // self.rule.group_sequences, -1, D)
+        mode = "training" if self.training else self.policy
+        routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), mode)
+        y_ESO = self.experts(self.dispatcher.send(x_GND, routing))
+        y_GNO = self.dispatcher.receive(y_ESO, routing, x_GND)
+        return SwitchOutput(y_GNO.reshape(B, S, -1), routing.report)
+
+
+@contextmanager
+def evaluating(model: nn.Module, policy: Policy) -> Iterator[None]:
+    """Within, `model` is in evaluation mode and its sparse layers count capacity by `policy`; then as it was before."""
+    layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
+    training, policies = model.training, [layer.policy for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.policy = policy
+    try:
+        yield
+    finally:
+        model.train(training)
+        for layer, before in zip(layers, policies, strict=True):
+            layer.policy = before

@@ -1,14 +1,20 @@
-"""The shape of a model: T5 (v1.0 and v1.1) with Switch layers where `sparse_every` says.
+"""The shape of a model: T5 (v1.0 and v1.1) with experts in the blocks that the spec names.
 
-Sources: paper sections 2 and 5.6 (Table 9); T5 for the rest. Sizes by name are in `switchcli.recipe.sizes`.
+Sources: paper sections 2 and 5.6 (Table 9), Appendix A; T5 for the rest. Sizes by name are in `switchcli.recipe.sizes`.
 """
 
-from typing import Literal, Self
+import math
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from switchcli.model.losses import Reduction
 from switchcli.model.routing import RouterSpec, Switch
 from switchcli.spec import Spec
+
+Stack = Literal["encoder", "decoder"]
+STACKS: tuple[Stack, Stack] = ("encoder", "decoder")
+Layers = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class ModelSpec(Spec):
@@ -43,7 +49,22 @@ class ModelSpec(Spec):
     """Experts in each sparse layer; 1 is the dense model: no router, no sparse layer."""
     sparse_every: int = Field(default=2, ge=1)
     """Block i of a stack is sparse when i % sparse_every == sparse_every - 1: 2 is the paper's frequency 1/2."""
+    sparse_encoder_layers: Layers | None = None
+    """The encoder's sparse blocks, counted from 0, instead of `sparse_every`; [] for none."""
+    sparse_decoder_layers: Layers | None = None
+    """The same for the decoder."""
+    sparse: Literal["feed_forward", "attention", "both"] = "feed_forward"
+    """What a sparse block routes: its feed-forward, the queries, keys and values of its self-attention (Appendix A), or
+    both. Experts of an attention have d_ff hidden units too."""
     router: RouterSpec = Switch()
+    """By its `kind`: switch, top_k, no_token_left_behind, expert_choice."""
+    decoder_router: RouterSpec | None = None
+    """The decoder's; absent: `router`."""
+    router_precision: Literal["float32", "bfloat16"] = "float32"
+    """float32 whatever the precision around it (selective precision, section 2.4); bfloat16: the paper's other arm."""
+    balance_reduction: Reduction = "sum"
+    """How the balance and z-losses of the layers become one: their sum (Mesh-TensorFlow), mean (T5X), or pooled over
+    the tokens of a stack's layers (transformers). The same coefficient means something else in each."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -57,11 +78,32 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _experts_have_a_layer(self) -> Self:
-        fewest = min(self.num_layers, self.decoder_layers)
-        if self.num_experts > 1 and self.sparse_every > fewest:
+        for stack in STACKS:
+            listed, blocks = self._listed(stack), self.num_blocks(stack)
+            if listed is not None and (list(listed) != sorted(set(listed)) or max(listed, default=0) >= blocks):
+                raise ValueError(
+                    f"sparse_{stack}_layers ({list(listed)}) must name blocks from 0 to {blocks - 1} in order, once each"
+                )
+            if self.num_experts > 1 and listed is None and self.sparse_every > blocks:
+                raise ValueError(
+                    f"sparse_every ({self.sparse_every}) is more than the {blocks} blocks of a stack, so no layer "
+                    f"would be sparse: take sparse_every <= {blocks}, name the layers, or num_experts: 1 for a dense model"
+                )
+        if self.num_experts > 1 and not any(map(self.sparse_layers, STACKS)):
+            raise ValueError("sparse_encoder_layers and sparse_decoder_layers name no block: num_experts: 1 is dense")
+        return self
+
+    @model_validator(mode="after")
+    def _routers_fit(self) -> Self:
+        for stack in STACKS:
+            router, key = self.router_of(stack), "decoder_router" if stack == "decoder" else "router"
+            if self.sparse_layers(stack) and router.kind == "top_k" and router.k > self.num_experts:
+                raise ValueError(f"{key}.k ({router.k}) must be at most num_experts ({self.num_experts})")
+        reason = self.router_of("decoder").sees_the_future()
+        if self.sparse_layers("decoder") and reason:
             raise ValueError(
-                f"sparse_every ({self.sparse_every}) is more than the {fewest} blocks of a stack, so no layer would be "
-                f"sparse: take sparse_every <= {fewest}, or num_experts: 1 for a dense model"
+                f"the decoder is causal, and {reason}: give decoder_router: {{kind: switch}}, or "
+                "sparse_decoder_layers: [] to have experts in the encoder alone"
             )
         return self
 
@@ -87,6 +129,40 @@ class ModelSpec(Spec):
     def experts_dropout(self) -> float:
         return self.dropout if self.expert_dropout is None else self.expert_dropout
 
-    def is_sparse(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) of either stack holds experts."""
-        return self.num_experts > 1 and layer % self.sparse_every == self.sparse_every - 1
+    def router_of(self, stack: Stack) -> RouterSpec:
+        return self.decoder_router or self.router if stack == "decoder" else self.router
+
+    @property
+    def group_sequences(self) -> int:
+        """Sequences in which a batch is routed: its number of sequences must be a multiple."""
+        return math.lcm(*(self.router_of(stack).group_sequences for stack in STACKS if self.sparse_layers(stack)))
+
+    def num_blocks(self, stack: Stack) -> int:
+        return self.num_layers if stack == "encoder" else self.decoder_layers
+
+    def sparse_layers(self, stack: Stack) -> tuple[int, ...]:
+        """The blocks of a stack that hold experts, from 0."""
+        if self.num_experts == 1:
+            return ()
+        listed = self._listed(stack)
+        return (
+            tuple(range(self.sparse_every - 1, self.num_blocks(stack), self.sparse_every)) if listed is None else listed
+        )
+
+    def is_sparse(self, stack: Stack, layer: int, part: Literal["feed_forward", "attention"]) -> bool:
+        """Whether that part of block `layer` is routed to experts."""
+        return self.sparse in (part, "both") and layer in self.sparse_layers(stack)
+
+    def routed_parts(self) -> tuple[str, ...]:
+        """The name of each sparse layer in the model, in the order of its reports."""
+        parts = [part for part in ("attention", "feed_forward") if self.sparse in (part, "both")]
+        names = {"attention": "self_attention.attention", "feed_forward": "feed_forward.layer"}
+        return tuple(
+            f"{stack}.blocks.{layer}.{names[part]}"
+            for stack in STACKS
+            for layer in self.sparse_layers(stack)
+            for part in parts
+        )
+
+    def _listed(self, stack: Stack) -> tuple[int, ...] | None:
+        return self.sparse_encoder_layers if stack == "encoder" else self.sparse_decoder_layers

@@ -14,19 +14,34 @@ from torch import nn
 
 from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias
 from switchcli.model.layers import FeedForward, RMSNorm, linear
-from switchcli.model.moe import SwitchFeedForward
-from switchcli.model.routing import RoutingReport
-from switchcli.model.spec import ModelSpec
+from switchcli.model.losses import auxiliary_loss
+from switchcli.model.moe import SwitchLayer
+from switchcli.model.reports import Reports
+from switchcli.model.spec import STACKS, ModelSpec, Stack
+from switchcli.model.switch_attention import SwitchAttention
 from switchcli.spec import PAD
-
-Reports = tuple[RoutingReport, ...]
 
 
 class ModelOutput(NamedTuple):
-    """Logits for each target position, and a report for each sparse layer, the encoder's first."""
+    """The decoder's answer at each target position, and what the sparse layers tell."""
 
-    logits_BTV: torch.Tensor
-    reports: Reports
+    hidden_BTD: torch.Tensor
+    """What the softmax matrix is multiplied with: a loss may then do without all logits at once."""
+    vocabulary_VD: torch.Tensor
+    """The softmax matrix."""
+    auxiliary: torch.Tensor | None
+    """Balance and z-losses with their coefficients; None of a dense model."""
+    encoder_reports: Reports
+    decoder_reports: Reports
+
+    @property
+    def logits_BTV(self) -> torch.Tensor:
+        return F.linear(self.hidden_BTD, self.vocabulary_VD)
+
+    @property
+    def reports(self) -> Reports:
+        """One for each sparse layer, the encoder's first."""
+        return self.encoder_reports + self.decoder_reports
 
 
 class Encoded(NamedTuple):
@@ -46,24 +61,29 @@ class Cache(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """x + dropout(attention(norm(x))) over the positions of x itself, after those of `past`."""
+    """x + dropout(attention(norm(x))) over the positions of x itself, after those of `past`; dense or sparse."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, stack: Stack, layer: int) -> None:
         super().__init__()
         self.norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
-        self.attention = Attention(spec)
+        sparse = spec.is_sparse(stack, layer, "attention")
+        self.attention = SwitchAttention(spec, stack) if sparse else Attention(spec)
         self.dropout = spec.dropout
 
     def forward(
-        self, x_BTD: torch.Tensor, bias_BHTS: torch.Tensor, past: KeyValue | None = None
-    ) -> tuple[torch.Tensor, KeyValue]:
-        """The new x, and the keys and values up to its last position."""
+        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, past: KeyValue | None = None
+    ) -> tuple[torch.Tensor, KeyValue, Reports]:
+        """The new x, the keys and values up to its last position, and the report if it is sparse."""
         normed_BTD = self.norm(x_BTD)
-        memory = self.attention.key_value(normed_BTD)
-        if past is not None:
-            memory = past.append(memory)
-        y_BTD = self.attention(normed_BTD, memory, bias_BHTS)
-        return x_BTD + F.dropout(y_BTD, self.dropout, self.training), memory
+        reports: Reports = ()
+        if isinstance(self.attention, SwitchAttention):
+            query_BHTK, memory, report = self.attention.project(normed_BTD, real_BT)
+            reports = (report,)
+        else:
+            query_BHTK, memory = self.attention.query(normed_BTD), self.attention.key_value(normed_BTD)
+        memory = memory if past is None else past.append(memory)
+        y_BTD = self.attention(query_BHTK, memory, bias_BHTS)
+        return x_BTD + F.dropout(y_BTD, self.dropout, self.training), memory, reports
 
 
 class CrossAttention(nn.Module):
@@ -76,23 +96,24 @@ class CrossAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B11S: torch.Tensor) -> torch.Tensor:
-        y_BTD = self.attention(self.norm(x_BTD), memory, bias_B11S)
+        y_BTD = self.attention(self.attention.query(self.norm(x_BTD)), memory, bias_B11S)
         return x_BTD + F.dropout(y_BTD, self.dropout, self.training)
 
 
 class FeedForwardPart(nn.Module):
     """x + dropout(feed_forward(norm(x))), dense or sparse; a dropped token keeps its x."""
 
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, stack: Stack, layer: int) -> None:
         super().__init__()
         self.norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
-        self.layer = SwitchFeedForward(spec) if spec.is_sparse(layer) else FeedForward(spec)
+        sparse = spec.is_sparse(stack, layer, "feed_forward")
+        self.layer = SwitchLayer(spec, stack, spec.d_model) if sparse else FeedForward(spec)
         self.dropout = spec.dropout
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, Reports]:
         normed_BSD = self.norm(x_BSD)
         reports: Reports = ()
-        if isinstance(self.layer, SwitchFeedForward):
+        if isinstance(self.layer, SwitchLayer):
             y_BSD, report = self.layer(normed_BSD, real_BS)
             reports = (report,)
         else:
@@ -105,14 +126,15 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(spec)
-        self.feed_forward = FeedForwardPart(spec, layer)
+        self.self_attention = SelfAttention(spec, "encoder", layer)
+        self.feed_forward = FeedForwardPart(spec, "encoder", layer)
 
     def forward(
         self, x_BSD: torch.Tensor, real_BS: torch.Tensor, bias_BHSS: torch.Tensor
     ) -> tuple[torch.Tensor, Reports]:
-        x_BSD, _ = self.self_attention(x_BSD, bias_BHSS)
-        return self.feed_forward(x_BSD, real_BS)
+        x_BSD, _, attended = self.self_attention(x_BSD, real_BS, bias_BHSS)
+        x_BSD, fed = self.feed_forward(x_BSD, real_BS)
+        return x_BSD, attended + fed
 
 
 class DecoderBlock(nn.Module):
@@ -120,9 +142,9 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(spec)
+        self.self_attention = SelfAttention(spec, "decoder", layer)
         self.cross_attention = CrossAttention(spec)
-        self.feed_forward = FeedForwardPart(spec, layer)
+        self.feed_forward = FeedForwardPart(spec, "decoder", layer)
 
     def forward(
         self,
@@ -133,14 +155,13 @@ class DecoderBlock(nn.Module):
         past: Cache | None,
     ) -> tuple[torch.Tensor, Cache, Reports]:
         if past is None:
-            source = self.cross_attention.attention.key_value(encoded.hidden_BSD)
-            x_BTD, kept = self.self_attention(x_BTD, bias_1HTS)
+            source, before = self.cross_attention.attention.key_value(encoded.hidden_BSD), None
         else:
-            source = past.cross_attention
-            x_BTD, kept = self.self_attention(x_BTD, bias_1HTS, past.self_attention)
+            source, before = past.cross_attention, past.self_attention
+        x_BTD, kept, attended = self.self_attention(x_BTD, real_BT, bias_1HTS, before)
         x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B11S)
-        x_BTD, reports = self.feed_forward(x_BTD, real_BT)
-        return x_BTD, Cache(kept, source), reports
+        x_BTD, fed = self.feed_forward(x_BTD, real_BT)
+        return x_BTD, Cache(kept, source), attended + fed
 
 
 class Encoder(nn.Module):
@@ -210,11 +231,13 @@ class SwitchTransformer(nn.Module):
         self.head = None if spec.tie_embeddings else linear(spec.d_model, spec.vocab_size)
 
     def forward(self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor) -> ModelOutput:
-        """Logits of every target given the inputs and the targets before it (int64 ids; 0 is padding)."""
+        """The answer for every target given the inputs and the targets before it (int64 ids; 0 is padding)."""
         encoded = self.encode(inputs_BS)
         shifted_BT = F.pad(targets_BT, (1, -1), value=PAD)
         hidden_BTD, _, reports = self.decoder(self.embed(shifted_BT), targets_BT != PAD, encoded)
-        return ModelOutput(self.logits(hidden_BTD), encoded.reports + reports)
+        encoder, decoder = (self.spec.router_of(stack) for stack in STACKS)
+        auxiliary = auxiliary_loss([(encoder, encoded.reports), (decoder, reports)], self.spec.balance_reduction)
+        return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.reports, reports)
 
     def encode(self, inputs_BS: torch.Tensor) -> Encoded:
         return self.encoder(self.embed(inputs_BS), inputs_BS != PAD)
@@ -222,7 +245,8 @@ class SwitchTransformer(nn.Module):
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids_BS, self.embedding)
 
-    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    def vocabulary(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of the logits: hidden states, scaled as T5 1.0 does with tied embeddings, and matrix [V, D]."""
         if self.head is not None:
-            return self.head(hidden_BTD)
-        return F.linear(hidden_BTD * self.spec.d_model**-0.5, self.embedding)
+            return hidden_BTD, self.head.weight
+        return hidden_BTD * self.spec.d_model**-0.5, self.embedding

@@ -30,7 +30,9 @@ T = TypeVar("T")
 class Runtime:
     """`rank` of `world` processes, each on its `device`; rank 0 is the main one, which writes and prints."""
 
-    def __init__(self, device: Literal["auto", "cpu", "cuda"], precision: Literal["float32", "bfloat16"]) -> None:
+    def __init__(
+        self, device: Literal["auto", "cpu", "cuda"], precision: Literal["float32", "bfloat16", "selective"]
+    ) -> None:
         """Join the ranks that a launcher started (RANK, WORLD_SIZE), or be the only one.
 
         Raises:
@@ -58,7 +60,7 @@ class Runtime:
                 f"the launcher started {started} ranks and this one sees {self.world}: each would train alone; "
                 "start them with --processes, or with torchrun"
             )
-        self._autocast = precision == "bfloat16"
+        self._autocast = precision != "float32"
         self._control = self._main_wait = None
         if self.world > 1:
             self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)

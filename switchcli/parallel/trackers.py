@@ -1,7 +1,8 @@
 """TensorBoard and Weights & Biases, through accelerate's trackers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available, is_wandb_available
@@ -32,12 +33,21 @@ class Trackers:
         for tracker in self._trackers:
             tracker.start()
 
-    def log(self, record: Mapping[str, float]) -> None:
-        """One record, at its own `step`."""
-        values = {name: value for name, value in record.items() if name != "step"}
+    def log(self, record: Mapping[str, Any]) -> None:
+        """The numbers of one record, at its `step`; those of mappings as `outer/inner`. Lists are for metrics.jsonl."""
+        values = dict(_numbers(record))
+        del values["step"]
         for tracker in self._trackers:
             tracker.log(values, step=int(record["step"]))
 
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.finish()
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif not isinstance(value, list):
+            yield f"{prefix}{name}", value

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from switchcli.data.spec import DataSpec
-from switchcli.model.spec import ModelSpec
+from switchcli.model.spec import STACKS, ModelSpec
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.spec import Spec
 from switchcli.train.optimizer import Adafactor, OptimizerSpec
@@ -38,9 +38,21 @@ class PretrainRecipe(Spec):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if broken := [*self._batch_rules(), *self._vocabulary_rules(), *self._schedule_rules()]:
+        if broken := [
+            *self._batch_rules(),
+            *self._capacity_rules(),
+            *self._vocabulary_rules(),
+            *self._schedule_rules(),
+        ]:
             raise ValueError("\n".join(broken))
         return self
+
+    @property
+    def architecture(self) -> ModelSpec:
+        """`model`, with the router's precision of the paper's bfloat16 arm where `train.precision` asks for that."""
+        if self.train.precision != "bfloat16":
+            return self.model
+        return self.model.model_copy(update={"router_precision": "bfloat16"})
 
     def _batch_rules(self) -> Iterator[str]:
         length = self.data.span_corruption.inputs_length
@@ -55,10 +67,33 @@ class PretrainRecipe(Spec):
         if batch % microbatch:
             sequences = next(n for n in range(microbatch // length, 0, -1) if batch // length % n == 0)
             yield f"{key} ({microbatch}) must divide train.batch_tokens ({batch}): try {sequences * length}."
-        group = self.model.router.group_sequences * length
-        if self.model.num_experts > 1 and microbatch % group:
+        group = self.model.group_sequences * length
+        if microbatch % group:
             rule = f"must be a multiple of the {group} tokens that model.router.group_sequences puts into one group"
             yield f"{key} ({microbatch}) {rule}: try {_round_up(microbatch, group)}."
+
+    def _capacity_rules(self) -> Iterator[str]:
+        """A group must hold a token for each expert, and an even share of it at least one slot."""
+        spans, experts = self.data.span_corruption, self.model.num_experts
+        lengths = {"encoder": spans.inputs_length, "decoder": spans.targets_length}
+        for stack in STACKS:
+            router, own = self.model.router_of(stack), stack == "decoder" and self.model.decoder_router is not None
+            key, group = "model.decoder_router" if own else "model.router", router.group_sequences * lengths[stack]
+            if not self.model.sparse_layers(stack):
+                continue
+            if group < experts:
+                yield (
+                    f"{key}.group_sequences ({router.group_sequences}): a group of the {stack} has {group} tokens for "
+                    f"{experts} experts: try {key}.group_sequences={-(-experts // lengths[stack])} or more."
+                )
+                continue
+            factors = {"capacity_factor": router.capacity_factor, "eval_capacity_factor": router.eval_capacity_factor}
+            for name, factor in factors.items():
+                if not isinstance(factor, str) and group * factor < experts:
+                    yield (
+                        f"{key}.{name} ({factor}) gives each of {experts} experts {group * factor / experts:.2g} slots "
+                        f"in a group of {group} tokens of the {stack}: take {experts / group:.2g} or more, for at least one."
+                    )
 
     def _vocabulary_rules(self) -> Iterator[str]:
         tokenizer, rows = self.data.tokenizer, self.model.vocab_size

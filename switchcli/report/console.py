@@ -52,8 +52,9 @@ COLUMNS = (
     Column("seconds_left", "time left", 9, clock),
 )
 SPARSE_COLUMNS = (
-    Column("dropped_fraction", "drop %", 6, _percent),
-    Column("balance_loss", "balance", 7, "{:.4f}".format),
+    Column("encoder_dropped_fraction", "enc drop %", 10, _percent),
+    Column("decoder_dropped_fraction", "dec drop %", 10, _percent),
+    Column("balance", "balance", 7, "{:.3f}".format),
     Column("dead_experts", "dead", 4, "{:.0f}".format),
 )
 

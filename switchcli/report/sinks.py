@@ -9,7 +9,8 @@ from typing import Any
 
 from switchcli.errors import CheckpointError, disk_errors
 
-Value = str | float | bool | None
+Value = Any
+"""What JSON holds."""
 
 
 class JsonLines:
@@ -23,7 +24,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Value]) -> None:
         """Appends one line and hands it to the system. NaN and infinity, which JSON does not have, become null."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        line = json.dumps(_finite(record), allow_nan=False)
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -75,4 +76,6 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _finite(value: Value) -> Value:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

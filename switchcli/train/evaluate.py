@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.data.batch import Batch
+from switchcli.model.moe import evaluating
+from switchcli.model.routing import Policy
 from switchcli.parallel.runtime import Runtime
 from switchcli.spec import PAD
 from switchcli.train.metrics import Mean, Metrics, flatten, merge, unflatten
@@ -14,19 +16,19 @@ from switchcli.train.objective import Objective
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, objective: Objective, batches: Iterable[Batch], runtime: Runtime) -> Metrics:
+def evaluate(
+    model: nn.Module, objective: Objective, batches: Iterable[Batch], runtime: Runtime, policy: Policy = "paper"
+) -> Metrics:
     """The objective's metrics over all ranks' batches; the model's mode is put back afterwards.
 
-    `model` is the plain one, not the wrapped; each rank has at least one batch.
+    `model` is the plain one, not the wrapped; each rank has at least one batch. `policy` says how capacity is counted.
     """
-    was_training = model.training
-    model.eval()
     metrics: Metrics = {}
-    for batch in batches:
-        with runtime.autocast():
-            loss = objective(model, runtime.place(batch))
-        metrics = merge(metrics, exact(loss.metrics))
-    model.train(was_training)
+    with evaluating(model, policy):
+        for batch in batches:
+            with runtime.autocast():
+                loss = objective(model, runtime.place(batch))
+            metrics = merge(metrics, exact(loss.metrics))
     return reduce(metrics, runtime)
 
 

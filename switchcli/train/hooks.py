@@ -3,24 +3,22 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
+from switchcli.model.routing import Policy
 from switchcli.parallel.runtime import Runtime
+from switchcli.train import health
 from switchcli.train.evaluate import evaluate, reduce
 from switchcli.train.objective import Objective
 from switchcli.train.schedule import ScheduleSpec
 from switchcli.train.state import TrainState
 
-Record = Mapping[str, float]
-
-COLLAPSED_SHARE = 0.9
-"""An expert that takes this share of a layer's tokens has become the layer."""
-
-
+Record = Mapping[str, Any]
+"""Figures by name, and under `layers` those of each sparse layer."""
 REPORTED = ("neg_log_perplexity", "dropped_fraction")
 """What a held-out evaluation reports: the figures that rows of padding do not touch."""
 
@@ -53,8 +51,12 @@ class Log(Hook):
         write: Callable[[Record], None],
         warn: Callable[[str], None],
         state: TrainState,
+        layers: Sequence[str],
     ) -> None:
-        """`tokens_per_step` counts encoder inputs, `flops_per_step` forward and backward; both over all ranks."""
+        """`tokens_per_step` counts encoder inputs, `flops_per_step` forward and backward; both over all ranks.
+
+        `layers` names the sparse layers in the order of the model's reports.
+        """
         super().__init__(every_steps)
         self._total_steps = total_steps
         self._schedule = schedule
@@ -62,27 +64,22 @@ class Log(Hook):
         self._flops = flops_per_step
         self._runtime = runtime
         self._write = write
-        self._warn = warn
         self._since = (state.step, state.seconds)
-        self._alarms: set[tuple[int, str]] = set()
+        self._layers = layers
+        self._alarms = health.Alarms(layers, warn)
 
     def __call__(self, state: TrainState) -> None:
         metrics = reduce(state.window, self._runtime)
         state.window = {}
         if not self._runtime.is_main:
             return
-        load = metrics.pop("expert_load", None)
-        steps = int(metrics["gradient_norm"].weight) // self._runtime.world
-        record = {name: float(mean.value()) for name, mean in metrics.items()}
-        if load is not None:
-            record["dead_experts"] = float((load.total == 0).sum())
-            self._alarm(load.total, steps)
+        self._alarms(metrics, steps=int(metrics["gradient_norm"].weight) // self._runtime.world)
         seconds_per_step = (state.seconds - self._since[1]) / (state.step - self._since[0])
         self._since = (state.step, state.seconds)
         self._write(
             {
                 "step": state.step,
-                **record,
+                **health.record(metrics, self._layers),
                 "learning_rate": self._schedule(state.step - 1, self._total_steps),
                 "targets_seen": state.targets_seen,
                 "seconds": state.seconds,
@@ -91,23 +88,6 @@ class Log(Hook):
                 "seconds_left": (self._total_steps - state.step) * seconds_per_step,
             }
         )
-
-    def _alarm(self, load_LE: torch.Tensor, steps: int) -> None:
-        """Say in words, when it begins, what is wrong with the routing of a layer."""
-        alarms = {}
-        for layer, load_E in enumerate(load_LE):
-            share = float(load_E.max() / load_E.sum().clamp(min=1))
-            if load_E.numel() > 1 and share >= COLLAPSED_SHARE:
-                alarms[layer, "collapsed"] = (
-                    f"sparse layer {layer}: the router has collapsed: expert {int(load_E.argmax())} takes "
-                    f"{share:.0%} of the tokens; raise model.router.balance_loss_coef or lower the learning rate"
-                )
-            dead = (load_E == 0).nonzero().flatten().tolist()
-            if dead:
-                alarms[layer, "dead"] = f"sparse layer {layer}: no token in {steps} steps for experts {dead}"
-        for which in sorted(alarms.keys() - self._alarms):
-            self._warn(alarms[which])
-        self._alarms = set(alarms)
 
 
 class HeldOut(Hook):
@@ -121,17 +101,19 @@ class HeldOut(Hook):
         batches: Callable[[], Sequence[Batch]],
         runtime: Runtime,
         write: Callable[[Record], None],
+        policy: Policy = "paper",
     ) -> None:
-        """`model` is the plain one; `batches` gives this rank's share."""
+        """`model` is the plain one; `batches` gives this rank's share; `policy` is how capacity is counted."""
         super().__init__(every_steps)
         self._model = model
         self._objective = objective
         self._batches = batches
         self._runtime = runtime
         self._write = write
+        self._policy = policy
 
     def __call__(self, state: TrainState) -> None:
-        metrics = evaluate(self._model, self._objective, self._batches(), self._runtime)
+        metrics = evaluate(self._model, self._objective, self._batches(), self._runtime, self._policy)
         figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures["held_out/neg_log_perplexity"]
         if not math.isfinite(figure):

@@ -7,7 +7,7 @@ import torch
 
 
 class Mean(NamedTuple):
-    """A sum and what to divide it by; float32 or float64 tensors on the model's device, `weight` a scalar."""
+    """A sum and what to divide it by; float32 or float64 tensors on the model's device, `weight` a scalar or alike."""
 
     total: torch.Tensor
     weight: torch.Tensor

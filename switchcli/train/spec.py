@@ -4,7 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from switchcli.model.routing import Policy
 from switchcli.spec import Spec
+
+Precision = Literal["float32", "bfloat16", "selective"]
 
 
 class TrainSpec(Spec):
@@ -21,8 +24,9 @@ class TrainSpec(Spec):
     noise is to be the same on any number of ranks sets this.
     """
     seed: int = Field(default=0, ge=0, lt=2**31)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: products in bfloat16; weights, optimizer, losses and the router stay float32 (section 2.4)."""
+    precision: Precision = "float32"
+    """`selective`: products in bfloat16; weights, optimizer, losses and the router stay float32 (section 2.4).
+    `bfloat16`: the router in bfloat16 too, the paper's other arm, which diverges (Table 2)."""
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; absent: no clipping, as in T5."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -43,6 +47,8 @@ class EvalSpec(Spec):
     every_steps: int = Field(default=100, ge=1)
     sequences: int = Field(default=64, ge=1)
     """Held-out sequences in each evaluation: the same ones each time, at most as many as there are."""
+    capacity: Policy = "paper"
+    """`paper`: routers count by eval_capacity_factor; `dropless`: no capacity, no token is dropped."""
 
 
 class CheckpointSpec(Spec):

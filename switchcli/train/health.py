@@ -1,0 +1,90 @@
+"""Health of the sparse layers: metrics that stay on the device in a step, and on the host their record and alarms.
+
+Legend: L sparse layers, E experts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from switchcli.model.transformer import ModelOutput
+from switchcli.train.metrics import Mean, Metrics
+
+COLLAPSED_SHARE = 0.9
+"""An expert that takes this share of a layer's tokens has become the layer."""
+LAYER = "layer_"
+"""Begins the names of metrics with an entry for each sparse layer."""
+
+
+@torch.no_grad()
+def routing_metrics(output: ModelOutput) -> Metrics:
+    """Of all layers together, of each stack, and of each layer by itself; nothing of a dense model."""
+    if output.auxiliary is None:
+        return {}
+    reports = output.reports
+    balance_L = torch.stack([report.balance for report in reports])
+    fields = ("z", "load_E", "dropped", "tokens", "entropy", "confidence")
+    z_L, load_LE, dropped_L, tokens_L, entropy_L, confidence_L = (
+        torch.stack([getattr(report, field) for report in reports]) for field in fields
+    )
+    one = torch.ones_like(balance_L[0])
+    split = len(output.encoder_reports)
+    stacks = {"": slice(None), "encoder_": slice(split), "decoder_": slice(split, None)}
+    return {
+        "auxiliary_loss": Mean(output.auxiliary, one),
+        "balance": Mean(balance_L.mean(), one),
+        **{
+            f"{stack}dropped_fraction": Mean(dropped_L[part].sum(), tokens_L[part].sum())
+            for stack, part in stacks.items()
+            if len(reports[part])
+        },
+        f"{LAYER}balance": Mean(balance_L, one),
+        f"{LAYER}z": Mean(z_L, one),
+        f"{LAYER}dropped_fraction": Mean(dropped_L, tokens_L),
+        f"{LAYER}entropy": Mean(entropy_L, tokens_L),
+        f"{LAYER}confidence": Mean(confidence_L, tokens_L),
+        f"{LAYER}load": Mean(load_LE, one),
+    }
+
+
+def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]:
+    """The metrics as numbers; those of each layer under its name in `layers`, its load as tokens an expert."""
+    flat = {name: float(mean.value()) for name, mean in metrics.items() if not name.startswith(LAYER)}
+    load = metrics.get(f"{LAYER}load")
+    if load is None:
+        return flat
+    each: dict[str, list[Any]] = {
+        name.removeprefix(LAYER): mean.value().tolist() for name, mean in metrics.items() if name.startswith(LAYER)
+    }
+    each["load"] = load.total.long().tolist()
+    named = {layer: {name: values[place] for name, values in each.items()} for place, layer in enumerate(layers)}
+    return {**flat, "dead_experts": float((load.total == 0).sum()), "layers": named}
+
+
+class Alarms:
+    """Says in words, when it begins, what is wrong with the routing of a layer."""
+
+    def __init__(self, layers: Sequence[str], warn: Callable[[str], None]) -> None:
+        self._layers = layers
+        self._warn = warn
+        self._ringing: set[tuple[str, str]] = set()
+
+    def __call__(self, metrics: Mapping[str, Mean], steps: int) -> None:
+        """Look at what `steps` steps brought."""
+        if (load := metrics.get(f"{LAYER}load")) is None:
+            return
+        alarms: dict[tuple[str, str], str] = {}
+        for layer, load_E in zip(self._layers, load.total, strict=True):
+            share = float(load_E.max() / load_E.sum().clamp(min=1))
+            if load_E.numel() > 1 and share >= COLLAPSED_SHARE:
+                alarms[layer, "collapsed"] = (
+                    f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
+                    "tokens; raise model.router.balance_loss_coef or lower the learning rate"
+                )
+            dead = (load_E == 0).nonzero().flatten().tolist()
+            if dead:
+                alarms[layer, "dead"] = f"{layer}: no token in {steps} steps for experts {dead}"
+        for which in sorted(alarms.keys() - self._ringing):
+            self._warn(alarms[which])
+        self._ringing = set(alarms)
