@@ -22,12 +22,12 @@ class Local:
 
     def receive(self, y_ESD: torch.Tensor, routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:
         """Add each slot's output times its weight to its token, like x_GND; a token in no slot stays exactly zero."""
-        G, N, D = x_GND.shape
+        G, N, _D = x_GND.shape
         weight_EGC = routing.weight_GEC.transpose(0, 1)
-        weighted = y_ESD.view(*weight_EGC.shape, D) * weight_EGC.unsqueeze(-1).to(y_ESD.dtype)
-        rows = weighted.new_zeros(G * (N + 1), D)
+        weighted = y_ESD.view(*weight_EGC.shape, -1) * weight_EGC.unsqueeze(-1).to(y_ESD.dtype)
+        rows = weighted.new_zeros(G * (N + 1), weighted.shape[-1])
         rows = rows.index_add(0, _row_of_slot(routing, x_GND).flatten(), weighted.flatten(0, 2))
-        return rows.view(G, N + 1, D)[:, :N]
+        return rows.view(G, N + 1, -1)[:, :N]
 
 
 def _row_of_slot(routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ class RoutingReport(NamedTuple):
     probability_GE: torch.Tensor
     """P of eq. 6: the mean probability of each expert over real tokens."""
     z: torch.Tensor
-    """Mean over real tokens of logsumexp(h)**2: the router z-loss (ST-MoE, beyond the paper)."""
+    """logsumexp(h)**2, averaged over a group's real tokens, then over groups: the router z-loss (ST-MoE)."""
     load_E: torch.Tensor
     """Choices that fell on each expert, before the capacity cut any: of expert choice, its filled slots."""
     dropped: torch.Tensor
@@ -55,7 +55,7 @@ def report_of(
     return RoutingReport(
         fraction_GE=fraction_GE,
         probability_GE=(probability_GNE * real_GN.unsqueeze(-1)).sum(1) / tokens_G1.clamp(min=1),
-        z=(log_total_GN.square() * real_GN).sum() / tokens.clamp(min=1),
+        z=((log_total_GN.square() * real_GN).sum(1, keepdim=True) / tokens_G1.clamp(min=1)).mean(),
         load_E=load_GE.sum(0).float(),
         dropped=(real_GN & ~placed_GN).sum().float(),
         tokens=tokens,

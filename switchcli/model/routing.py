@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from switchcli.model.reports import RoutingReport, count_each, report_of, share
 from switchcli.spec import Spec
@@ -287,8 +287,16 @@ class ExpertChoice(RoutingRule):
         return Routing(token_GEC, weight_GEC.masked_fill(empty_G1C, 0.0), report)
 
 
-RouterSpec = Annotated[Switch | TopK | NoTokenLeftBehind | ExpertChoice, Field(discriminator="kind")]
-"""The routers that a recipe can name by `kind`."""
+def _switch_unless_said(value: object) -> object:
+    return {"kind": "switch", **value} if isinstance(value, dict) else value
+
+
+RouterSpec = Annotated[
+    Switch | TopK | NoTokenLeftBehind | ExpertChoice,
+    Field(discriminator="kind"),
+    BeforeValidator(_switch_unless_said),
+]
+"""The routers that a recipe can name by `kind`; without one it is `switch`."""
 
 
 def _line_up(

@@ -21,7 +21,7 @@ from switchcli.report.units import clock, number, si
 
 T = TypeVar("T")
 
-PLAIN_WIDTH = 100
+PLAIN_WIDTH = 112
 """Columns of tables and samples where there is no terminal to ask."""
 
 _SECONDS_BETWEEN_REFRESHES = 0.1
@@ -40,7 +40,7 @@ class Column(NamedTuple):
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
+    return f"{100 * fraction:.1f}%"
 
 
 COLUMNS = (
@@ -52,8 +52,8 @@ COLUMNS = (
     Column("seconds_left", "time left", 9, clock),
 )
 SPARSE_COLUMNS = (
-    Column("encoder_dropped_fraction", "enc drop %", 10, _percent),
-    Column("decoder_dropped_fraction", "dec drop %", 10, _percent),
+    Column("encoder_dropped_fraction", "enc drop", 8, _percent),
+    Column("decoder_dropped_fraction", "dec drop", 8, _percent),
     Column("balance", "balance", 7, "{:.3f}".format),
     Column("dead_experts", "dead", 4, "{:.0f}".format),
 )

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.model.count import count
 from switchcli.model.initialise import initialise
+from switchcli.model.routing import Switch
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 
@@ -25,6 +26,8 @@ shapes = st.fixed_dictionaries(
         "tie_embeddings": st.booleans(),
         "num_experts": st.integers(1, 9),
         "sparse_every": st.integers(1, 3),
+        "sparse": st.sampled_from(["feed_forward", "attention", "both"]),
+        "sparse_encoder_layers": st.none() | st.sets(st.integers(0, 2)).map(sorted).map(tuple),
         "relative_attention_num_buckets": st.sampled_from([4, 8, 32]),
     }
 )
@@ -42,6 +45,8 @@ def test_parameters_are_those_of_the_model(shape: dict[str, object]) -> None:
     named = dict(on_meta(spec).named_parameters())
     expert = sum(parameter.numel() for name, parameter in named.items() if ".experts." in name)
     one_expert = sum(parameter[0].numel() for name, parameter in named.items() if ".experts." in name)
+    if ".experts." not in "".join(named):
+        assert found.expert == 0
     total = sum(parameter.numel() for parameter in named.values())
     assert (found.parameters, found.expert, found.dense) == (total, expert, total - expert)
     assert found.active == total - expert + one_expert
@@ -53,7 +58,7 @@ def counted_by_torch(spec: ModelSpec, source: int, target: int) -> int:
     ids = torch.arange(2, 2 + source).unsqueeze(0)
     # torch's counter does not know the fused attention of a CPU: it sees the plain products instead.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(ids, ids[:, :target])
+        assert model(ids, ids[:, :target]).logits_BTV.shape == (1, target, spec.vocab_size)
     return counter.get_total_flops()
 
 
@@ -80,6 +85,18 @@ def test_flops_of_a_dense_model_are_torchs_but_for_two_terms(
     product = 2 * width * (3 * source**2 + 2 * (target**2 + target * source))
     keys_and_values = 2 * 2 * 2 * spec.d_model * width * (source - target)
     assert counted_by_torch(spec, source, target) == count(spec, source, target).flops + product + keys_and_values
+
+
+@pytest.mark.parametrize("sparse", ["feed_forward", "attention", "both"])
+def test_flops_of_a_model_with_one_expert_a_token_are_torchs(sparse: str) -> None:
+    """An expert of Switch attention has other FLOPs than the projections that it replaces. Slots for every token, so
+    that torch's count is of whole experts: E times what a token meets, and the routers besides."""
+    shape = {"vocab_size": 40, "d_model": 12, "d_ff": 20, "d_kv": 4, "num_heads": 3, "num_layers": 2}
+    spec = ModelSpec(**shape, num_experts=2, sparse=sparse, router=Switch(eval_capacity_factor=1.0, min_capacity=1))
+    width, layers = 12, 4 if sparse == "both" else 2
+    routers = 2 * 2 * 12 * 24 * layers
+    product = 2 * width * (2 * 24**2 + 2 * (24**2 + 24 * 24))
+    assert counted_by_torch(spec, 24, 24) == count(spec, 24, 24).flops + product + routers
 
 
 def test_flops_of_a_sparse_model_are_those_of_the_dense_one() -> None:

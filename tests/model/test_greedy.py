@@ -9,7 +9,7 @@ from weights import OURS, copy_weights, switch, t5
 
 from switchcli.model.generate import greedy
 from switchcli.model.initialise import initialise
-from switchcli.model.moe import SwitchFeedForward
+from switchcli.model.moe import SwitchLayer
 from switchcli.model.routing import Switch
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -59,7 +59,7 @@ def uncached(model: SwitchTransformer, inputs_S: torch.Tensor, max_tokens: int) 
     while len(answer) < max_tokens and EOS not in answer:
         real_1T = torch.ones(1, len(prefix), dtype=torch.bool)
         hidden_1TD, _, _ = model.decoder(model.embed(torch.tensor([prefix])), real_1T, encoded)
-        answer.append(int(model.logits(hidden_1TD)[0, -1].argmax()))
+        answer.append(int(F.linear(*model.vocabulary(hidden_1TD))[0, -1].argmax()))
         prefix = [PAD, *answer]
     return answer + [PAD] * (max_tokens - len(answer))
 
@@ -118,7 +118,7 @@ def test_a_decoding_step_routes_no_row_that_has_ended_or_fills_a_group() -> None
     model = a_model(SPEC.model_copy(update={"router": grouped}), 7)
     routed: list[int] = []
     for module in model.decoder.modules():
-        if isinstance(module, SwitchFeedForward):
+        if isinstance(module, SwitchLayer):
             module.register_forward_hook(lambda _, __, output: routed.append(int(output.report.tokens)))
     inputs_BS = some_inputs(5, 7, SPEC.vocab_size)  # of 6 rows in 2 groups
     inputs_BS[0] = PAD

@@ -78,12 +78,10 @@ def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, 
         TrainSpec(steps=first_step + 1, batch_tokens=1, clip_norm=clip_norm),
         StopRequest(),
     )
-    load = keep.metrics.pop(
-        "expert_load", None
-    )  # a count of tokens: its mean over forward passes depends on their number
+    load = keep.metrics.pop("layer_load", None)  # tokens: their mean over forward passes depends on their number
     metrics = {f"metric {name}": mean.value().float() for name, mean in keep.metrics.items()}
     if load is not None:
-        metrics["expert_load"] = load.total
+        metrics["layer_load"] = load.total
     seen = {"targets": torch.tensor(float(state.targets_seen)), **optimizer.seen, **metrics}
     return {name: tensor.numpy() for name, tensor in seen.items()}
 
@@ -99,7 +97,7 @@ def naive(clip_norm: float | None = None) -> Arrays:
         for position, target in enumerate(targets_BT[row].tolist()):
             if target:
                 total, count = total - log_probability_TV[position, target], count + 1
-        balances.append(sum(report.balance for report in output.reports))
+        balances.append(output.auxiliary)
     (total / count + sum(balances) / BATCH).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     norm = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
@@ -144,7 +142,7 @@ def trained(steps: int = 5) -> Arrays:
         return shared(lambda first, count: rows(99, first, count), 7, 2, runtime.rank, runtime.world)
 
     hooks = [
-        Log(2, steps, schedule, 1, 1, runtime, records.append, lambda _: None, state),
+        Log(2, steps, schedule, 1, 1, runtime, records.append, lambda _: None, state, SPARSE.routed_parts()),
         HeldOut(2, model, cross_entropy, held_out, runtime, records.append),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
@@ -161,6 +159,9 @@ def trained(steps: int = 5) -> Arrays:
         StopRequest(),
     )
     clock = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left"}
+    for record in records:  # of nested figures the names are joined
+        layers = record.pop("layers", {})
+        record |= {f"{layer} {name}": value for layer, each in layers.items() for name, value in each.items()}
     figures = {
         f"record {name}": np.array([record[name] for record in records if name in record])
         for name in {key for record in records for key in record} - clock

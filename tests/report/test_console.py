@@ -22,7 +22,13 @@ DENSE = {
     "loss": 6.6,
     "router_z": 0.1,
 }
-SPARSE = {**DENSE, "dropped_fraction": 0.0123, "balance_loss": 1.0213, "dead_experts": 2.0}
+SPARSE = {
+    **DENSE,
+    "encoder_dropped_fraction": 0.0123,
+    "decoder_dropped_fraction": 0.25,
+    "balance": 1.0213,
+    "dead_experts": 2.0,
+}
 
 
 def plain(**options: bool) -> tuple[Console, io.StringIO]:
@@ -42,10 +48,10 @@ def logged(*records: dict[str, float], steps: int = 1000) -> list[str]:
 def test_a_logged_step_is_one_line_of_figures_under_their_headings() -> None:
     heading, line = logged(SPARSE)
     assert re.split(r"\s{2,}", heading.strip()) == [
-        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left", "drop %", "balance", "dead",
+        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left", "enc drop", "dec drop", "balance", "dead",
     ]  # fmt: skip
     assert line.split() == [
-        "250/1000", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05", "1.2", "1.0213", "2",
+        "250/1000", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05", "1.2%", "25.0%", "1.021", "2",
     ]  # fmt: skip
     assert len(heading) == len(line)
 
@@ -62,8 +68,9 @@ def test_lines_fit_the_plain_width_and_stay_in_column() -> None:
         "step": 524288.0,
         "seconds_left": 3_599_999.0,
         "neg_log_perplexity": -10.3733,
-        "dropped_fraction": 1.0,
-        "balance_loss": 128.0,
+        "encoder_dropped_fraction": 1.0,
+        "decoder_dropped_fraction": 1.0,
+        "balance": 128.0,
         "dead_experts": 2048.0,
     }
     lines = logged(*({**SPARSE, "step": 1.0}, worst), steps=524288)

@@ -16,6 +16,8 @@ from switchcli.train.objective import StepLoss, cross_entropy
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.state import TrainState
 
+EVEN = [10.0, 10.0, 10.0]
+
 
 def double(value: float | list[list[float]]) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
@@ -24,7 +26,7 @@ def double(value: float | list[list[float]]) -> torch.Tensor:
 def window(load: list[list[float]] | None = None) -> Metrics:
     ten_steps = {"gradient_norm": Mean(double(5.0), double(10.0))}
     metrics = {"neg_log_perplexity": Mean(double(-30.0), double(10.0)), **ten_steps}
-    return metrics if load is None else {**metrics, "expert_load": Mean(double(load), double(4.0))}
+    return metrics if load is None else {**metrics, "layer_load": Mean(double(load), double(4.0))}
 
 
 class Written:
@@ -43,6 +45,7 @@ class Written:
             write=self.records.append,
             warn=self.warnings.append,
             state=state,
+            layers=("first", "second"),
         )
 
     def after(self, load: list[list[float]] | None) -> list[str]:
@@ -70,6 +73,7 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
             "neg_log_perplexity": -3.0,
             "gradient_norm": 0.5,
             "dead_experts": 1.0,
+            "layers": {"first": {"load": [3, 0]}, "second": {"load": [1, 2]}},
             "learning_rate": 0.01,
             "targets_seen": 777,
             "seconds": 9.0,
@@ -84,7 +88,7 @@ def test_a_collapsed_router_is_told_in_words_and_once() -> None:
     written = Written(TrainState())
     assert written.after([[10.0, 9.0, 11.0], [10.0, 10.0, 10.0]]) == []
     (warning,) = written.after([[10.0, 9.0, 11.0], [1.0, 28.0, 1.0]])
-    assert warning.startswith("sparse layer 1: the router has collapsed: expert 1 takes 93% of the tokens; raise ")
+    assert warning.startswith("second: the router has collapsed: expert 1 takes 93% of the tokens; raise ")
     assert "model.router.balance_loss_coef" in warning
     assert written.after([[10.0, 9.0, 11.0], [1.0, 28.0, 1.0]]) == []
     assert written.after([[10.0, 9.0, 11.0], [10.0, 10.0, 10.0]]) == []
@@ -93,15 +97,17 @@ def test_a_collapsed_router_is_told_in_words_and_once() -> None:
 
 def test_a_collapse_is_told_once_though_its_share_changes() -> None:
     written = Written(TrainState())
-    assert len(written.after([[27.0, 1.0, 1.0]])) == 1
-    assert written.after([[28.0, 1.0, 1.0]]) == []
-    assert written.after([[98.0, 1.0, 1.0]]) == []
+    assert len(written.after([[27.0, 1.0, 1.0], EVEN])) == 1
+    assert written.after([[28.0, 1.0, 1.0], EVEN]) == []
+    assert written.after([[98.0, 1.0, 1.0], EVEN]) == []
 
 
 def test_dead_experts_are_named_once() -> None:
     written = Written(TrainState())
-    assert written.after([[10.0, 0.0, 11.0, 0.0]]) == ["sparse layer 0: no token in 10 steps for experts [1, 3]"]
-    assert written.after([[10.0, 0.0, 11.0, 0.0]]) == []
+    assert written.after([[10.0, 0.0, 11.0, 0.0], [5.0, 5.0, 5.0, 5.0]]) == [
+        "first: no token in 10 steps for experts [1, 3]"
+    ]
+    assert written.after([[10.0, 0.0, 11.0, 0.0], [5.0, 5.0, 5.0, 5.0]]) == []
     assert written.records[0]["dead_experts"] == 2
 
 

@@ -26,19 +26,21 @@ def test_the_sum_runs_over_real_targets_alone(spec: ModelSpec) -> None:
     assert loss.metrics["neg_log_perplexity"].value().item() == pytest.approx(-total / count, rel=1e-6)
 
 
-def test_the_auxiliary_loss_is_the_sum_over_layers_and_the_routing_is_told() -> None:
+def test_the_auxiliary_loss_is_the_models_own_and_the_routing_is_told() -> None:
     model, batch = a_model().train(), rows(0, 0, 8)
     loss = cross_entropy(model, batch)
-    reports = model(*batch).reports
+    output = model(*batch)
+    reports = output.reports
     assert len(reports) == 2  # one sparse layer in each stack
-    assert loss.auxiliary.item() == pytest.approx(sum(report.balance.item() for report in reports))
-    assert loss.metrics["balance_loss"].value().item() == pytest.approx(loss.auxiliary.item())
+    assert loss.auxiliary.item() == output.auxiliary.item()
+    assert loss.metrics["auxiliary_loss"].value().item() == pytest.approx(loss.auxiliary.item())
+    assert loss.metrics["balance"].value().item() == pytest.approx(sum(report.balance.item() for report in reports) / 2)
     dropped = sum(report.dropped.item() for report in reports)
     assert dropped > 0
     tokens = int((batch.inputs_BS != 0).sum() + (batch.targets_BT != 0).sum())
     assert loss.metrics["dropped_fraction"].value().item() == pytest.approx(dropped / tokens)
-    assert loss.metrics["expert_load"].total.shape == (2, SPARSE.num_experts)
-    assert loss.metrics["expert_load"].total.sum() == tokens
+    assert loss.metrics["layer_load"].total.shape == (2, SPARSE.num_experts)
+    assert loss.metrics["layer_load"].total.sum() == tokens
     assert not any(part.requires_grad for mean in loss.metrics.values() for part in mean)
 
 
