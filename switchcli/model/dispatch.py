@@ -1,37 +1,69 @@
 """Dispatch and combine: tokens to the experts' slots and back, by index (Appendix F does it with one-hot products).
 
-Legend: G groups, N tokens a group, E experts, C slots an expert, D model.
+Legend: G groups, N tokens a group, E experts, C slots an expert, D model, O outputs, A rows: the filled slots of all
+experts, end to end.
 
-`Local` keeps all experts in this process. Another dispatcher may put a collective in between: the layer does not know.
+Empty slots are not computed: an expert gets the rows that it was sent. `Local` keeps all experts in this process.
+Another dispatcher may put a collective in between: the layer does not know.
 """
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 
 from switchcli.model.routing import Routing
+
+
+class Rows(NamedTuple):
+    """Where each row that goes to an expert comes from, the first expert's rows first."""
+
+    source_A: torch.Tensor
+    """int64: which of the G * N tokens, all groups end to end."""
+    weight_A: torch.Tensor
+    """What the expert's output is multiplied by, float32."""
+    end_E: torch.Tensor
+    """int32: the end of each expert's rows."""
 
 
 class Local:
     """The way there and back when every expert is here."""
 
-    def send(self, x_GND: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Gather the token of each slot: [E, G * C, D], zero where the slot is empty."""
-        rows = F.pad(x_GND, (0, 0, 0, 1)).flatten(0, 1)
-        row_EGC = _row_of_slot(routing, x_GND)
-        return rows.index_select(0, row_EGC.flatten()).view(len(row_EGC), -1, rows.shape[-1])
+    def send(self, x_GND: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Rows]:
+        """Gather the token of each filled slot, in the type that products are computed in: [A, D]."""
+        rows = rows_of(routing, exact=x_GND.is_cpu)
+        return x_GND.to(_compute_dtype(x_GND)).flatten(0, 1).index_select(0, rows.source_A), rows
 
-    def receive(self, y_ESD: torch.Tensor, routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:
-        """Add each slot's output times its weight to its token, like x_GND; a token in no slot stays exactly zero."""
+    def receive(self, y_AO: torch.Tensor, rows: Rows, x_GND: torch.Tensor) -> torch.Tensor:
+        """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
         G, N, _D = x_GND.shape
-        weight_EGC = routing.weight_GEC.transpose(0, 1)
-        weighted = y_ESD.view(*weight_EGC.shape, -1) * weight_EGC.unsqueeze(-1).to(y_ESD.dtype)
-        rows = weighted.new_zeros(G * (N + 1), weighted.shape[-1])
-        rows = rows.index_add(0, _row_of_slot(routing, x_GND).flatten(), weighted.flatten(0, 2))
-        return rows.view(G, N + 1, -1)[:, :N]
+        weighted_AO = y_AO * rows.weight_A.unsqueeze(1).to(y_AO.dtype)
+        y_GNO = weighted_AO.new_zeros(G * N, y_AO.shape[1]).index_add(0, rows.source_A, weighted_AO)
+        return y_GNO.view(G, N, -1)
 
 
-def _row_of_slot(routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:
-    """[E, G, C]: the row of each slot's token, all groups end to end, each followed by a row for its empty slots."""
-    G, N, _D = x_GND.shape
-    start_G11 = torch.arange(G, device=x_GND.device).view(G, 1, 1) * (N + 1)
-    return (routing.token_GEC + start_G11).transpose(0, 1)
+def rows_of(routing: Routing, exact: bool) -> Rows:
+    """The filled slots in order, of all groups together for each expert.
+
+    `exact`: as many rows as there are filled slots. Off the CPU their number would have to be waited for: then there
+    are `most_rows`, and those too many go through the last expert and give their token nothing.
+    """
+    G, _, C = routing.token_GEC.shape
+    token_EGC = routing.token_GEC.transpose(0, 1)
+    filled_EGC = token_EGC < routing.group_size
+    if exact:
+        slot_A = filled_EGC.flatten().nonzero().squeeze(1)
+    else:
+        slot_A = filled_EGC.flatten().nonzero_static(size=routing.most_rows, fill_value=-1).squeeze(1)
+    real_A = slot_A >= 0
+    slot_A = slot_A.clamp(min=0)
+    start_A = slot_A // C % G * routing.group_size
+    token_A = token_EGC.flatten()[slot_A].clamp(max=routing.group_size - 1)
+    weight_A = routing.weight_GEC.transpose(0, 1).flatten()[slot_A] * real_A
+    end_E = filled_EGC.sum((1, 2)).cumsum(0)
+    end_E[-1] = len(slot_A)
+    return Rows(start_A + token_A, weight_A, end_E.int())
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,6 +1,6 @@
-"""E feed-forwards as stacked weights, run together.
+"""E feed-forwards as stacked weights, run together as grouped products.
 
-Legend: E experts, S slots of an expert (all groups' together), D model, F hidden, O outputs.
+Legend: E experts, A rows (each expert's, one after the other), D model, F hidden, O outputs.
 """
 
 import torch
@@ -9,6 +9,9 @@ from torch import nn
 
 from switchcli.model.layers import activate
 from switchcli.model.spec import ModelSpec
+
+ALIGNMENT = 16
+"""Bytes to which torch's grouped product wants the rows of matrices aligned."""
 
 
 class Experts(nn.Module):
@@ -22,8 +25,24 @@ class Experts(nn.Module):
         self.wo = nn.Parameter(torch.empty(E, num_outputs, hidden))
         self.dropout = spec.experts_dropout
 
-    def forward(self, x_ESD: torch.Tensor) -> torch.Tensor:
-        """[E, S, O]. Every expert runs, with no token too, so all have gradients."""
-        gate = None if self.wi_gate is None else x_ESD @ self.wi_gate.mT
-        hidden_ESF = F.dropout(activate(x_ESD @ self.wi.mT, gate), self.dropout, self.training)
-        return hidden_ESF @ self.wo.mT
+    def forward(self, x_AD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
+        """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0."""
+        gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E)
+        hidden_AF = activate(grouped_product(x_AD, self.wi, end_E), gate)
+        hidden_AF = F.dropout(hidden_AF, self.dropout, self.training)
+        return grouped_product(hidden_AF, self.wo, end_E)
+
+
+def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T, each row by the weight of its own expert: [A, F] in the type of x, float32 or shorter.
+
+    On CUDA one kernel in bfloat16; float32 there falls back to a product an expert, which waits for `end_E`.
+    """
+    num_outputs, D = weight_EFD.shape[1:]
+    unit = ALIGNMENT // x_AD.element_size()
+    more_inputs, more_outputs = -D % unit, -num_outputs % unit
+    if more_inputs or more_outputs:  # narrow models alone: zeros change no product
+        x_AD = F.pad(x_AD, (0, more_inputs))
+        weight_EFD = F.pad(weight_EFD, (0, more_inputs, 0, more_outputs))
+    y_AF = F.grouped_mm(x_AD, weight_EFD.to(x_AD.dtype).mT, offs=end_E)
+    return y_AF[:, :num_outputs] if more_outputs else y_AF

@@ -62,8 +62,8 @@ class SwitchLayer(nn.Module):
         x_GND = x_BSD.reshape(B // self.rule.group_sequences, -1, D)
         mode = "training" if self.training else self.policy
         routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), mode)
-        y_ESO = self.experts(self.dispatcher.send(x_GND, routing))
-        y_GNO = self.dispatcher.receive(y_ESO, routing, x_GND)
+        x_AD, rows = self.dispatcher.send(x_GND, routing)
+        y_GNO = self.dispatcher.receive(self.experts(x_AD, rows.end_E), rows, x_GND)
         return SwitchOutput(y_GNO.reshape(B, S, -1), routing.report)
 
 

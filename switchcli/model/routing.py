@@ -32,6 +32,10 @@ class Routing(NamedTuple):
     """int64: the token in each slot, as its index in the group; N where the slot is empty."""
     weight_GEC: torch.Tensor
     """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty; differentiable, float32."""
+    group_size: int
+    """N."""
+    most_rows: int
+    """No more slots than this are filled, whatever the tokens choose."""
     report: RoutingReport
 
 
@@ -142,7 +146,8 @@ class TokenChoice(RoutingRule, ABC):
             load_GE=load_GE,
             placed_GN=placed_GN,
         )
-        return Routing(token_GS[:, :-1].view(G, E, C), weight_GS[:, :-1].view(G, E, C), report)
+        token_GEC, weight_GEC = token_GS[:, :-1].view(G, E, C), weight_GS[:, :-1].view(G, E, C)
+        return Routing(token_GEC, weight_GEC, N, G * min(E * C, N * K), report)
 
     def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
         """int64 [G, N, K]: the experts of each token, the first choice first."""
@@ -284,7 +289,8 @@ class ExpertChoice(RoutingRule):
             load_GE=load_GE,
             placed_GN=placed_GN,
         )
-        return Routing(token_GEC, weight_GEC.masked_fill(empty_G1C, 0.0), report)
+        weight_GEC = weight_GEC.masked_fill(empty_G1C, 0.0)
+        return Routing(token_GEC, weight_GEC, N, token_GEC.numel(), report)
 
 
 def _switch_unless_said(value: object) -> object:

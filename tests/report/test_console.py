@@ -48,7 +48,8 @@ def logged(*records: dict[str, float], steps: int = 1000) -> list[str]:
 def test_a_logged_step_is_one_line_of_figures_under_their_headings() -> None:
     heading, line = logged(SPARSE)
     assert re.split(r"\s{2,}", heading.strip()) == [
-        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left", "enc drop", "dec drop", "balance", "dead",
+        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left",
+        "enc drop", "dec drop", "balance", "dead",
     ]  # fmt: skip
     assert line.split() == [
         "250/1000", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05", "1.2%", "25.0%", "1.021", "2",
