@@ -1,6 +1,6 @@
 """Dispatch and combine: tokens to the experts' slots and back, by index (Appendix F does it with one-hot products).
 
-Legend: G groups, N tokens a group, E experts, C slots an expert, D model.
+Legend: G groups, N tokens a group, E experts, C slots an expert, D model, O outputs.
 
 `Local` keeps all experts in this process. Another dispatcher may put a collective in between: the layer does not know.
 """
@@ -20,14 +20,14 @@ class Local:
         row_EGC = _row_of_slot(routing, x_GND)
         return rows.index_select(0, row_EGC.flatten()).view(len(row_EGC), -1, rows.shape[-1])
 
-    def receive(self, y_ESD: torch.Tensor, routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:
-        """Add each slot's output times its weight to its token, like x_GND; a token in no slot stays exactly zero."""
-        G, N, D = x_GND.shape
+    def receive(self, y_ESO: torch.Tensor, routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:
+        """Add each slot's output times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
+        (G, N, _), width = x_GND.shape, y_ESO.shape[-1]
         weight_EGC = routing.weight_GEC.transpose(0, 1)
-        weighted = y_ESD.view(*weight_EGC.shape, D) * weight_EGC.unsqueeze(-1).to(y_ESD.dtype)
-        rows = weighted.new_zeros(G * (N + 1), D)
+        weighted = y_ESO.view(*weight_EGC.shape, width) * weight_EGC.unsqueeze(-1).to(y_ESO.dtype)
+        rows = weighted.new_zeros(G * (N + 1), width)
         rows = rows.index_add(0, _row_of_slot(routing, x_GND).flatten(), weighted.flatten(0, 2))
-        return rows.view(G, N + 1, D)[:, :N]
+        return rows.view(G, N + 1, width)[:, :N]
 
 
 def _row_of_slot(routing: Routing, x_GND: torch.Tensor) -> torch.Tensor:
