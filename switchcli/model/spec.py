@@ -82,12 +82,14 @@ class ModelSpec(Spec):
             listed, blocks = self._listed(stack), self.num_blocks(stack)
             if listed is not None and (list(listed) != sorted(set(listed)) or max(listed, default=0) >= blocks):
                 raise ValueError(
-                    f"sparse_{stack}_layers ({list(listed)}) must name blocks from 0 to {blocks - 1} in order, once each"
+                    f"sparse_{stack}_layers ({list(listed)}) must name blocks from 0 to {blocks - 1} in order, "
+                    "once each"
                 )
             if self.num_experts > 1 and listed is None and self.sparse_every > blocks:
                 raise ValueError(
                     f"sparse_every ({self.sparse_every}) is more than the {blocks} blocks of a stack, so no layer "
-                    f"would be sparse: take sparse_every <= {blocks}, name the layers, or num_experts: 1 for a dense model"
+                    f"would be sparse: take sparse_every <= {blocks}, name the layers, or num_experts: 1 for a dense "
+                    "model"
                 )
         if self.num_experts > 1 and not any(map(self.sparse_layers, STACKS)):
             raise ValueError("sparse_encoder_layers and sparse_decoder_layers name no block: num_experts: 1 is dense")
