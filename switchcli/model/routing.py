@@ -112,8 +112,9 @@ class TokenChoice(RoutingRule, ABC):
         K, C = self.num_choices(E), self.capacity(N, E, mode)
         probability_GNE = logits_GNE.softmax(-1)
         expert_GNK = self._choices(logits_GNE, K, training)
-        gate_GNK = self._gates(probability_GNE.gather(-1, expert_GNK))
-        order_GN = self._order(gate_GNK[..., 0], training)
+        chosen_GNK = probability_GNE.gather(-1, expert_GNK)
+        gate_GNK = self._gates(chosen_GNK)
+        order_GN = self._order(chosen_GNK[..., 0], training)
 
         filled_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)
         load_GE = filled_GE

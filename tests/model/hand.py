@@ -1,11 +1,11 @@
 """Routing of one small group of tokens, from a table of probabilities to what stands in each expert's queue."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from switchcli.model.reports import RoutingReport
-from switchcli.model.routing import Mode, RoutingRule
+from switchcli.model.routing import Mode, Routing, RoutingRule
 
 Table = list[list[float]]
 
@@ -33,9 +33,8 @@ def route(rule: RoutingRule, probabilities: Table, real: list[bool] | None = Non
     return Routed(queues, token_GEC.shape[2], report)
 
 
-def one_row(rule: RoutingRule, probability_E: list[float], num_tokens: int, num_groups: int, **draws: Any) -> Any:
-    """The routing in training of groups whose tokens all have the same p(x), drawn from `seed`."""
-    torch.manual_seed(draws.get("seed", 0))
-    logits_E = torch.tensor(probability_E).log().to(draws.get("dtype", torch.float32))
-    logits_GNE = logits_E.expand(num_groups, num_tokens, -1)
+def one_row(rule: RoutingRule, probability_E: list[float], num_tokens: int, num_groups: int) -> Routing:
+    """The routing in training of groups whose tokens all have the same p(x), with draws that repeat."""
+    torch.manual_seed(0)
+    logits_GNE = torch.tensor(probability_E).log().expand(num_groups, num_tokens, -1)
     return rule.assign(logits_GNE, torch.ones(num_groups, num_tokens, dtype=torch.bool), "training")
