@@ -147,7 +147,7 @@ class TokenChoice(RoutingRule, ABC):
 
     def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
         """int64 [G, N, K]: the experts of each token, the first choice first."""
-        score_GNE = logits_GNE.detach()
+        score_GNE = logits_GNE.detach().float()  # noise in bfloat16 would make ties, which the first expert wins
         if training and self.sample_temperature is not None:  # the largest of logits with Gumbel noise is a sample
             noise_GNE = torch.empty_like(score_GNE).exponential_().log_()
             score_GNE = score_GNE / self.sample_temperature - noise_GNE
@@ -160,7 +160,7 @@ class TokenChoice(RoutingRule, ABC):
         if self.overflow == "probability":
             return gate_GN.argsort(dim=1, descending=True, stable=True)
         if self.overflow == "random" and training:
-            return torch.rand_like(gate_GN).argsort(dim=1)
+            return torch.rand_like(gate_GN, dtype=torch.float32).argsort(dim=1)
         return None
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -220,7 +220,7 @@ class TopK(TokenChoice):
     def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         if not training:
             return torch.ones_like(placed_GN)
-        return torch.rand_like(gate_GN) * self.keep_threshold <= gate_GN.detach()
+        return torch.rand_like(gate_GN, dtype=torch.float32) * self.keep_threshold <= gate_GN.detach()
 
 
 class NoTokenLeftBehind(TokenChoice):
