@@ -271,10 +271,13 @@ class ExpertChoice(RoutingRule):
         factor = self.capacity_factor if mode == "training" else self.eval_capacity_factor
         probability_GNE = logits_GNE.softmax(-1)
         score_GEN = probability_GNE.mT.masked_fill(~real_GN.unsqueeze(1), -1.0)
-        weight_GEC, token_GEC = score_GEN.topk(self._capacity(factor, N, E))
+        # Stable, as topk is not: before the first attention a token that is repeated ties with itself.
+        score_GEN, order_GEN = score_GEN.sort(dim=-1, descending=True, stable=True)
+        C = self._capacity(factor, N, E)
+        weight_GEC, token_GEC = score_GEN[..., :C], order_GEN[..., :C]
         tokens_G = real_GN.sum(1)
         slots_G = (tokens_G.double() * factor / E).long().clamp(min=self.min_capacity).minimum(tokens_G)
-        empty_G1C = torch.arange(token_GEC.shape[-1], device=slots_G.device) >= slots_G[:, None, None]
+        empty_G1C = torch.arange(C, device=slots_G.device) >= slots_G[:, None, None]
         token_GEC = token_GEC.masked_fill(empty_G1C, N)
         placed_GN = F.pad(torch.zeros_like(real_GN), (0, 1)).scatter_(1, token_GEC.flatten(1), True)[:, :-1]
         load_GE = (~empty_G1C).sum(-1).expand(-1, E)

@@ -29,6 +29,14 @@ def test_tokens_that_are_equal_are_taken_once_each_and_padding_never() -> None:
     assert all(token in (0, 2, 3, 5) for queue in few.queues for token, _ in queue)
 
 
+def test_of_tokens_that_are_equal_the_earlier_are_taken_as_before_a_first_attention_where_tokens_repeat() -> None:
+    few = RULE.model_copy(update={"capacity_factor": 0.5})
+    for left, right in ((0, 0), (40, 0), (0, 40), (7, 3)):
+        real = [False] * left + [True] * 12 + [False] * right
+        found = route(few, [[0.5, 0.5]] * len(real), real)
+        assert [[token - left for token, _ in queue] for queue in found.queues] == [[0, 1, 2], [0, 1, 2]]
+
+
 def test_a_token_of_no_probability_is_taken_before_padding() -> None:
     found = route(RULE.model_copy(update={"capacity_factor": 2.0}), [[0.0, 1.0]] * 3, [False, True, False])
     assert found.queues == [[(1, 0.0)], [(1, 1.0)]]
