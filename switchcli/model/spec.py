@@ -98,7 +98,8 @@ class ModelSpec(Spec):
     @model_validator(mode="after")
     def _routers_fit(self) -> Self:
         for stack in STACKS:
-            router, key = self.router_of(stack), "decoder_router" if stack == "decoder" else "router"
+            router = self.router_of(stack)
+            key = "decoder_router" if stack == "decoder" and self.decoder_router else "router"
             if self.sparse_layers(stack) and router.kind == "top_k" and router.k > self.num_experts:
                 raise ValueError(f"{key}.k ({router.k}) must be at most num_experts ({self.num_experts})")
         reason = self.router_of("decoder").sees_the_future()
