@@ -32,7 +32,7 @@ def routing_metrics(output: ModelOutput) -> Metrics:
     split = len(output.encoder_reports)
     stacks = {"": slice(None), "encoder_": slice(split), "decoder_": slice(split, None)}
     return {
-        "auxiliary_loss": Mean(output.auxiliary, one),
+        "auxiliary_loss": Mean(output.auxiliary.detach(), one),
         "balance": Mean(balance_L.mean(), one),
         **{
             f"{stack}dropped_fraction": Mean(dropped_L[part].sum(), tokens_L[part].sum())
