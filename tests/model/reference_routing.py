@@ -78,7 +78,7 @@ def layer(
     logits_GNE = x_GND @ weights["router.weight"].T
     probability_GNE = logits_GNE.exp() / logits_GNE.exp().sum(-1, keepdim=True)
     outputs, groups, means = [], [], []
-    squares, entropy, confidence = torch.zeros((), dtype=x_BSD.dtype), 0.0, 0.0
+    squares, entropy, confidence = [], 0.0, 0.0
     tokens = dropped = 0
     for x_ND, logits_NE, probability_NE, real_N in zip(
         x_GND, logits_GNE, probability_GNE, real_BS.reshape(len(x_GND), -1).tolist(), strict=True
@@ -94,10 +94,12 @@ def layer(
         means.append(probability_NE[real].sum(0) / max(1, len(real)))
         tokens += len(real)
         dropped += len(set(real) - {place.token for place in group.places})
+        total = torch.zeros((), dtype=x_BSD.dtype)
         for token in real:
-            squares = squares + logits_NE[token].exp().sum().log() ** 2
+            total = total + logits_NE[token].exp().sum().log() ** 2
             entropy -= sum(p * torch.tensor(p).log().item() for p in probability_NE[token].tolist())
             confidence += max(probability_NE[token].tolist())
+        squares.append(total / max(1, len(real)))
     fraction_GE = torch.tensor([group.fraction_E for group in groups], dtype=x_BSD.dtype)
     num_experts = fraction_GE.shape[1]
     balance = sum(
@@ -110,7 +112,7 @@ def layer(
         fraction_GE=fraction_GE,
         probability_GE=torch.stack(means),
         balance=torch.as_tensor(balance) / len(groups),
-        z=squares / max(1, tokens),
+        z=torch.stack(squares).mean(),
         load_E=torch.tensor([group.load_E for group in groups]).sum(0),
         dropped=dropped,
         tokens=tokens,

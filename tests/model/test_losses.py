@@ -40,14 +40,25 @@ def test_its_gradient_makes_the_crowded_expert_less_probable_and_f_has_none() ->
     assert (gradient_GNE[..., 2:] < 0).all()
 
 
-def test_z_is_the_mean_square_of_the_log_of_the_sum_over_real_tokens() -> None:
+def test_z_is_the_mean_square_of_the_log_of_the_sum_over_real_tokens_and_then_over_groups() -> None:
     logits_GNE = 5 * torch.randn(2, 7, E, generator=torch.Generator().manual_seed(0))
     real_GN = torch.arange(7) < torch.tensor([[7], [3]])
     logits_GNE.requires_grad_()
-    found, naive = report(logits_GNE, real_GN).z, logits_GNE.logsumexp(-1)[real_GN].square().mean()
+    square_GN = logits_GNE.logsumexp(-1).square()
+    found, naive = report(logits_GNE, real_GN).z, (square_GN[0].mean() + square_GN[1, :3].mean()) / 2
     assert found.item() == pytest.approx(naive.item(), rel=1e-6)
     ours, theirs = (torch.autograd.grad(z, logits_GNE)[0] for z in (found, naive))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "pooled"])
+def test_the_losses_of_a_batch_are_the_mean_of_those_of_its_microbatches(reduction: Reduction) -> None:
+    """Else they would depend on the number of ranks and of microbatches: groups have different numbers of tokens."""
+    router = SPARSE.router.model_copy(update={"balance_loss_coef": 0.5, "z_loss_coef": 0.25})
+    model = a_model(SPARSE.model_copy(update={"router": router, "balance_reduction": reduction, "sparse": "both"}))
+    whole = model(*rows(0, 0, 8)).auxiliary
+    parts = [model(*rows(0, first, 2)).auxiliary for first in range(0, 8, 2)]
+    assert whole.item() == pytest.approx(sum(parts).item() / 4, rel=1e-5)
 
 
 def naive(stacks: list[tuple[float, float, list[RoutingReport]]], reduction: Reduction) -> float:
