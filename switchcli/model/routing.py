@@ -189,8 +189,9 @@ class Switch(TokenChoice):
 class TopK(TokenChoice):
     """Mixture-of-Experts routing with k experts a token (eq. 2): the paper's MoE baseline, by Mesh-TensorFlow's top-2.
 
-    First choices take their slots before any second one. In training a later choice is kept at random, with probability
-    min(1, gate / keep_threshold).
+    First choices take their slots before any second one: in a decoder a later token's first choice then goes before an
+    earlier token's second, and where slots are short what is dropped depends on the future. In training a later choice
+    is kept at random, with probability min(1, gate / keep_threshold).
 
     # Deviates: Mesh-TensorFlow draws in evaluation too; here every choice is kept then, so that a figure repeats.
     """
@@ -226,7 +227,9 @@ class TopK(TokenChoice):
 class NoTokenLeftBehind(TokenChoice):
     """Switch routing in k rounds: a token that found no slot tries its next choice (Appendix B).
 
-    Weights are raw probabilities; f of the balance loss is the mean over the k choices (Mesh-TensorFlow).
+    Weights are raw probabilities; f of the balance loss is the mean over the k choices (Mesh-TensorFlow), so with no
+    more than k experts it is uniform whatever the router does, and the loss pulls nowhere. As in `TopK` a later token's
+    first choice goes before an earlier token's second.
 
     # Deviates: Mesh-TensorFlow takes this softmax in the precision of the activations; here it is the router's.
     """
