@@ -30,7 +30,7 @@ class Local:
 
     def send(self, x_GND: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Rows]:
         """Gather the token of each filled slot, in the type that products are computed in: [A, D]."""
-        rows = rows_of(routing, exact=x_GND.is_cpu)
+        rows = rows_of(routing, x_GND.shape[1], exact=x_GND.is_cpu)
         return x_GND.to(_compute_dtype(x_GND)).flatten(0, 1).index_select(0, rows.source_A), rows
 
     def receive(self, y_AO: torch.Tensor, rows: Rows, x_GND: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Local:
         return y_GNO.view(G, N, -1)
 
 
-def rows_of(routing: Routing, exact: bool) -> Rows:
+def rows_of(routing: Routing, group_size: int, exact: bool) -> Rows:
     """The filled slots in order, of all groups together for each expert.
 
     `exact`: as many rows as there are filled slots. Off the CPU their number would have to be waited for: then there
@@ -49,16 +49,16 @@ def rows_of(routing: Routing, exact: bool) -> Rows:
     """
     G, _, C = routing.token_GEC.shape
     token_EGC = routing.token_GEC.transpose(0, 1)
-    filled_EGC = token_EGC < routing.group_size
+    filled_EGC = token_EGC < group_size
     if exact:
         slot_A = filled_EGC.flatten().nonzero().squeeze(1)
     else:
-        slot_A = filled_EGC.flatten().nonzero_static(size=routing.most_rows, fill_value=-1).squeeze(1)
-    real_A = slot_A >= 0
-    slot_A = slot_A.clamp(min=0)
-    start_A = slot_A // C % G * routing.group_size
-    token_A = token_EGC.flatten()[slot_A].clamp(max=routing.group_size - 1)
-    weight_A = routing.weight_GEC.transpose(0, 1).flatten()[slot_A] * real_A
+        slot_A = filled_EGC.flatten().nonzero_static(size=routing.most_rows, fill_value=0).squeeze(1)
+    num_rows = filled_EGC.sum()
+    start_A = slot_A // C % G * group_size
+    token_A = token_EGC.flatten()[slot_A].clamp(max=group_size - 1)
+    weight_A = routing.weight_GEC.transpose(0, 1).flatten()[slot_A]
+    weight_A = weight_A.masked_fill(torch.arange(len(slot_A), device=slot_A.device) >= num_rows, 0.0)
     end_E = filled_EGC.sum((1, 2)).cumsum(0)
     end_E[-1] = len(slot_A)
     return Rows(start_A + token_A, weight_A, end_E.int())

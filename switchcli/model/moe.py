@@ -71,13 +71,14 @@ class SwitchLayer(nn.Module):
 def evaluating(model: nn.Module, policy: Policy) -> Iterator[None]:
     """Within, `model` is in evaluation mode and its sparse layers count capacity by `policy`; then as it was before."""
     layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
-    training, policies = model.training, [layer.policy for layer in layers]
+    modes, policies = [(module, module.training) for module in model.modules()], [layer.policy for layer in layers]
     model.eval()
     for layer in layers:
         layer.policy = policy
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for layer, before in zip(layers, policies, strict=True):
             layer.policy = before

@@ -16,7 +16,8 @@ class RoutingReport(NamedTuple):
     probability_GE: torch.Tensor
     """P of eq. 6: the mean probability of each expert over real tokens."""
     z: torch.Tensor
-    """logsumexp(h)**2, averaged over a group's real tokens, then over groups: the router z-loss (ST-MoE)."""
+    """Mean over a group's real tokens of logsumexp(h)**2, averaged over groups as `balance` is, so that neither depends
+    on microbatches or ranks: the router z-loss (ST-MoE, beyond the paper)."""
     load_E: torch.Tensor
     """Choices that fell on each expert, before the capacity cut any: of expert choice, its filled slots."""
     dropped: torch.Tensor
@@ -49,16 +50,15 @@ def report_of(
     log_probability_GNE = logits_GNE.float().log_softmax(-1)
     probability_GNE = log_probability_GNE.exp()
     tokens_G1 = real_GN.sum(1, keepdim=True)
-    tokens = tokens_G1.sum().float()
     log_total_GN = logits_GNE[..., 0] - log_probability_GNE[..., 0]
     entropy_GN = -(probability_GNE.detach() * log_probability_GNE.detach()).sum(-1)
     return RoutingReport(
         fraction_GE=fraction_GE,
         probability_GE=(probability_GNE * real_GN.unsqueeze(-1)).sum(1) / tokens_G1.clamp(min=1),
-        z=((log_total_GN.square() * real_GN).sum(1, keepdim=True) / tokens_G1.clamp(min=1)).mean(),
+        z=(log_total_GN.square() * real_GN).sum(1).div(tokens_G1.squeeze(1).clamp(min=1)).mean(),
         load_E=load_GE.sum(0).float(),
         dropped=(real_GN & ~placed_GN).sum().float(),
-        tokens=tokens,
+        tokens=tokens_G1.sum().float(),
         entropy=(entropy_GN * real_GN).sum(),
         confidence=(probability_GNE.detach().amax(-1) * real_GN).sum(),
     )

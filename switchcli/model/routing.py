@@ -32,8 +32,6 @@ class Routing(NamedTuple):
     """int64: the token in each slot, as its index in the group; N where the slot is empty."""
     weight_GEC: torch.Tensor
     """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty; differentiable, float32."""
-    group_size: int
-    """N."""
     most_rows: int
     """No more slots than this are filled, whatever the tokens choose."""
     report: RoutingReport
@@ -116,8 +114,9 @@ class TokenChoice(RoutingRule, ABC):
         K, C = self.num_choices(E), self.capacity(N, E, mode)
         probability_GNE = logits_GNE.softmax(-1)
         expert_GNK = self._choices(logits_GNE, K, training)
-        gate_GNK = self._gates(probability_GNE.gather(-1, expert_GNK))
-        order_GN = self._order(gate_GNK[..., 0], training)
+        chosen_GNK = probability_GNE.gather(-1, expert_GNK)
+        gate_GNK = self._gates(chosen_GNK)
+        order_GN = self._order(chosen_GNK[..., 0], training)
 
         filled_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)
         load_GE = filled_GE
@@ -147,11 +146,11 @@ class TokenChoice(RoutingRule, ABC):
             placed_GN=placed_GN,
         )
         token_GEC, weight_GEC = token_GS[:, :-1].view(G, E, C), weight_GS[:, :-1].view(G, E, C)
-        return Routing(token_GEC, weight_GEC, N, G * min(E * C, N * K), report)
+        return Routing(token_GEC, weight_GEC, G * min(E * C, N * K), report)
 
     def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
         """int64 [G, N, K]: the experts of each token, the first choice first."""
-        score_GNE = logits_GNE.detach()
+        score_GNE = logits_GNE.detach().float()  # noise in bfloat16 would make ties, which the first expert wins
         if training and self.sample_temperature is not None:  # the largest of logits with Gumbel noise is a sample
             noise_GNE = torch.empty_like(score_GNE).exponential_().log_()
             score_GNE = score_GNE / self.sample_temperature - noise_GNE
@@ -164,7 +163,7 @@ class TokenChoice(RoutingRule, ABC):
         if self.overflow == "probability":
             return gate_GN.argsort(dim=1, descending=True, stable=True)
         if self.overflow == "random" and training:
-            return torch.rand_like(gate_GN).argsort(dim=1)
+            return torch.rand_like(gate_GN, dtype=torch.float32).argsort(dim=1)
         return None
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -193,8 +192,9 @@ class Switch(TokenChoice):
 class TopK(TokenChoice):
     """Mixture-of-Experts routing with k experts a token (eq. 2): the paper's MoE baseline, by Mesh-TensorFlow's top-2.
 
-    First choices take their slots before any second one. In training a later choice is kept at random, with probability
-    min(1, gate / keep_threshold).
+    First choices take their slots before any second one: in a decoder a later token's first choice then goes before an
+    earlier token's second, and where slots are short what is dropped depends on the future. In training a later choice
+    is kept at random, with probability min(1, gate / keep_threshold).
 
     # Deviates: Mesh-TensorFlow draws in evaluation too; here every choice is kept then, so that a figure repeats.
     """
@@ -224,13 +224,15 @@ class TopK(TokenChoice):
     def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         if not training:
             return torch.ones_like(placed_GN)
-        return torch.rand_like(gate_GN) * self.keep_threshold <= gate_GN.detach()
+        return torch.rand_like(gate_GN, dtype=torch.float32) * self.keep_threshold <= gate_GN.detach()
 
 
 class NoTokenLeftBehind(TokenChoice):
     """Switch routing in k rounds: a token that found no slot tries its next choice (Appendix B).
 
-    Weights are raw probabilities; f of the balance loss is the mean over the k choices (Mesh-TensorFlow).
+    Weights are raw probabilities; f of the balance loss is the mean over the k choices (Mesh-TensorFlow), so with no
+    more than k experts it is uniform whatever the router does, and the loss pulls nowhere. As in `TopK` a later token's
+    first choice goes before an earlier token's second.
 
     # Deviates: Mesh-TensorFlow takes this softmax in the precision of the activations; here it is the router's.
     """
@@ -275,10 +277,13 @@ class ExpertChoice(RoutingRule):
         factor = self.capacity_factor if mode == "training" else self.eval_capacity_factor
         probability_GNE = logits_GNE.softmax(-1)
         score_GEN = probability_GNE.mT.masked_fill(~real_GN.unsqueeze(1), -1.0)
-        weight_GEC, token_GEC = score_GEN.topk(self._capacity(factor, N, E))
+        # Stable, as topk is not: before the first attention a token that is repeated ties with itself.
+        score_GEN, order_GEN = score_GEN.sort(dim=-1, descending=True, stable=True)
+        C = self._capacity(factor, N, E)
+        weight_GEC, token_GEC = score_GEN[..., :C], order_GEN[..., :C]
         tokens_G = real_GN.sum(1)
         slots_G = (tokens_G.double() * factor / E).long().clamp(min=self.min_capacity).minimum(tokens_G)
-        empty_G1C = torch.arange(token_GEC.shape[-1], device=slots_G.device) >= slots_G[:, None, None]
+        empty_G1C = torch.arange(C, device=slots_G.device) >= slots_G[:, None, None]
         token_GEC = token_GEC.masked_fill(empty_G1C, N)
         placed_GN = F.pad(torch.zeros_like(real_GN), (0, 1)).scatter_(1, token_GEC.flatten(1), True)[:, :-1]
         load_GE = (~empty_G1C).sum(-1).expand(-1, E)
@@ -290,7 +295,7 @@ class ExpertChoice(RoutingRule):
             placed_GN=placed_GN,
         )
         weight_GEC = weight_GEC.masked_fill(empty_G1C, 0.0)
-        return Routing(token_GEC, weight_GEC, N, token_GEC.numel(), report)
+        return Routing(token_GEC, weight_GEC, token_GEC.numel(), report)
 
 
 def _switch_unless_said(value: object) -> object:

@@ -82,12 +82,14 @@ class ModelSpec(Spec):
             listed, blocks = self._listed(stack), self.num_blocks(stack)
             if listed is not None and (list(listed) != sorted(set(listed)) or max(listed, default=0) >= blocks):
                 raise ValueError(
-                    f"sparse_{stack}_layers ({list(listed)}) must name blocks 0 to {blocks - 1} in order, once each"
+                    f"sparse_{stack}_layers ({list(listed)}) must name blocks from 0 to {blocks - 1} in order, "
+                    "once each"
                 )
             if self.num_experts > 1 and listed is None and self.sparse_every > blocks:
                 raise ValueError(
                     f"sparse_every ({self.sparse_every}) is more than the {blocks} blocks of a stack, so no layer "
-                    f"would be sparse: take sparse_every <= {blocks}, or num_experts: 1 for a dense model"
+                    f"would be sparse: take sparse_every <= {blocks}, name the layers, or num_experts: 1 for a dense "
+                    "model"
                 )
         if self.num_experts > 1 and not any(map(self.sparse_layers, STACKS)):
             raise ValueError("sparse_encoder_layers and sparse_decoder_layers name no block: num_experts: 1 is dense")
@@ -96,7 +98,8 @@ class ModelSpec(Spec):
     @model_validator(mode="after")
     def _routers_fit(self) -> Self:
         for stack in STACKS:
-            router, key = self.router_of(stack), "decoder_router" if stack == "decoder" else "router"
+            router = self.router_of(stack)
+            key = "decoder_router" if stack == "decoder" and self.decoder_router else "router"
             if self.sparse_layers(stack) and router.kind == "top_k" and router.k > self.num_experts:
                 raise ValueError(f"{key}.k ({router.k}) must be at most num_experts ({self.num_experts})")
         reason = self.router_of("decoder").sees_the_future()

@@ -92,7 +92,8 @@ class PretrainRecipe(Spec):
                 if not isinstance(factor, str) and group * factor < experts:
                     yield (
                         f"{key}.{name} ({factor}) gives each of {experts} experts {group * factor / experts:.2g} slots "
-                        f"in a group of {group} tokens of the {stack}: take {experts / group:.2g} or more."
+                        f"in a group of {group} tokens of the {stack}: take {experts / group:.2g} or more, for at "
+                        "least one."
                     )
 
     def _vocabulary_rules(self) -> Iterator[str]:

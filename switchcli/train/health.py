@@ -75,9 +75,11 @@ class Alarms:
         if (load := metrics.get(f"{LAYER}load")) is None:
             return
         alarms: dict[tuple[str, str], str] = {}
-        for layer, load_E in zip(self._layers, load.total, strict=True):
-            share = float(load_E.max() / load_E.sum().clamp(min=1))
-            if load_E.numel() > 1 and share >= COLLAPSED_SHARE:
+        tokens_L = metrics[f"{LAYER}dropped_fraction"].weight
+        for layer, load_E, tokens in zip(self._layers, load.total, tokens_L, strict=True):
+            share = float(load_E.max() / tokens.clamp(min=1))
+            # Where tokens may go to several experts, each of them may take nearly all.
+            if share >= COLLAPSED_SHARE and load_E.max() > 1.5 * load_E.mean():
                 alarms[layer, "collapsed"] = (
                     f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
                     "tokens; raise model.router.balance_loss_coef or lower the learning rate"

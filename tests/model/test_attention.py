@@ -64,7 +64,7 @@ def an_attention(seed: int = 0) -> Attention:
 def test_it_is_softmax_of_unscaled_products_head_by_head() -> None:
     attention = an_attention()
     x_BTD, memory_BSD, bias_BHTS = torch.randn(2, 4, 12), torch.randn(2, 6, 12), torch.randn(2, 3, 4, 6)
-    found = attention(x_BTD, attention.key_value(memory_BSD), bias_BHTS)
+    found = attention(attention.query(x_BTD), attention.key_value(memory_BSD), bias_BHTS)
     for row in range(2):
         mixed = []
         for head in range(3):
@@ -83,10 +83,10 @@ def test_padding_is_not_attended_to() -> None:
     real_BS = torch.tensor([[True] * 4 + [False] * 2, [False] * 3 + [True] * 3])
     bias = padding_bias(real_BS)
     assert bias.shape == (2, 1, 1, 6)
-    found = attention(x_BTD, attention.key_value(memory_BSD), bias)
+    found = attention(attention.query(x_BTD), attention.key_value(memory_BSD), bias)
     changed_BSD = torch.where(real_BS.unsqueeze(-1), memory_BSD, 1e3 * torch.randn(2, 6, 12))
-    assert torch.equal(found, attention(x_BTD, attention.key_value(changed_BSD), bias))
-    alone = attention(x_BTD[:1], attention.key_value(memory_BSD[:1, :4]), torch.zeros(1, 1, 1, 4))
+    assert torch.equal(found, attention(attention.query(x_BTD), attention.key_value(changed_BSD), bias))
+    alone = attention(attention.query(x_BTD[:1]), attention.key_value(memory_BSD[:1, :4]), torch.zeros(1, 1, 1, 4))
     torch.testing.assert_close(found[:1], alone)
 
 

@@ -26,6 +26,7 @@ SPEC = ModelSpec(
     activation="geglu",
     tie_embeddings=False,
 )
+EXPERTS = ("router.weight", "experts.wi", "experts.wi_gate", "experts.wo")
 
 
 def weights(spec: ModelSpec = SPEC, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -52,9 +53,12 @@ def expected(spec: ModelSpec, name: str) -> tuple[float, bool]:
     }[last]
 
 
+@pytest.mark.parametrize("sparse", ["feed_forward", "both"])
+@pytest.mark.parametrize("activation", ["relu", "geglu"])
 @pytest.mark.parametrize("scale", [0.1, 1.0])
-def test_every_weight_has_the_deviation_and_the_cut_of_the_table(scale: float) -> None:
-    spec = SPEC.model_copy(update={"init_scale": scale})
+def test_every_weight_has_the_deviation_and_the_cut_of_the_table(scale: float, activation: str, sparse: str) -> None:
+    """The two arms of Table 3, and experts of all kinds: fan-in is d_model or d_ff, whatever the number of outputs."""
+    spec = SPEC.model_copy(update={"init_scale": scale, "activation": activation, "sparse": sparse})
     for name, weight in weights(spec).items():
         if name.endswith("norm.weight"):
             assert (weight == 1.0).all(), name
@@ -70,10 +74,28 @@ def test_every_weight_has_the_deviation_and_the_cut_of_the_table(scale: float) -
             assert largest > 2.5, name
 
 
+def test_a_sparse_block_has_the_weights_of_its_parts_and_no_others() -> None:
+    names = {
+        name for name in weights(SPEC.model_copy(update={"sparse": "both"})) if name.startswith("encoder.blocks.1.")
+    }
+    routed = [
+        f"{part}.{name}" for part in ("self_attention.attention.switch", "feed_forward.layer") for name in EXPERTS
+    ]
+    assert names == {
+        f"encoder.blocks.1.{name}"
+        for name in [
+            *routed,
+            "self_attention.attention.o.weight",
+            "self_attention.norm.weight",
+            "feed_forward.norm.weight",
+        ]
+    }
+
+
 def test_experts_and_tensors_differ_from_one_another() -> None:
     drawn = [
         part.flatten()[:20]
-        for name, weight in weights().items()
+        for name, weight in weights(SPEC.model_copy(update={"sparse": "both"})).items()
         if not name.endswith("norm.weight")
         for part in (weight if ".experts." in name else [weight])
     ]
@@ -89,8 +111,9 @@ def test_a_seed_is_a_model() -> None:
     assert not any(torch.equal(one[name], other[name]) for name in one if not name.endswith("norm.weight"))
 
 
-def test_an_expert_does_not_depend_on_how_many_there_are() -> None:
-    few, many = weights(), weights(SPEC.model_copy(update={"num_experts": 9}))
+@pytest.mark.parametrize("sparse", ["feed_forward", "attention", "both"])
+def test_an_expert_does_not_depend_on_how_many_there_are(sparse: str) -> None:
+    few, many = (weights(SPEC.model_copy(update={"num_experts": experts, "sparse": sparse})) for experts in (5, 9))
     for name, weight in few.items():
         if ".router." not in name:
             assert torch.equal(weight, many[name][:5] if ".experts." in name else many[name]), name

@@ -1,218 +1,178 @@
-"""Slot-major routing against the masked products of Appendix F, as the authors' code does them, and by hand."""
+"""What all routers that queue share, by hand: order, capacity, padding, noise, and who is first in a queue."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hand import one_row, route
 
-from switchcli.model.dispatch import Local
-from switchcli.model.moe import SwitchFeedForward
-from switchcli.model.routing import Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.model.routing import ExpertChoice, Mode, NoTokenLeftBehind, RoutingRule, Switch, TopK
 
-
-def reference(
-    layer: SwitchFeedForward, x_BSD: torch.Tensor, real_BS: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, balance loss and number dropped by one-hot products: float dispatch and combine masks [G, N, E, C]."""
-    spec = layer.spec
-    B, S, D = x_BSD.shape
-    x_GND = x_BSD.reshape(B // spec.group_sequences, -1, D)
-    real_GN = real_BS.reshape(x_GND.shape[:2])
-    E, N = layer.router.weight.shape[0], x_GND.shape[1]
-    C = spec.capacity(N, E, layer.training)
-    probability_GNE = (x_GND @ layer.router.weight.T).softmax(-1)
-    mask_GNE = F.one_hot(probability_GNE.argmax(-1), E) * real_GN.unsqueeze(-1)
-    position_GNE = (mask_GNE.cumsum(1) - mask_GNE) * mask_GNE  # exclusive, along the tokens
-    kept_GNE = mask_GNE * (position_GNE < C)
-    slot_GNEC = F.one_hot(position_GNE.clamp(max=C - 1), C) * kept_GNE.unsqueeze(-1)
-    combine_GNEC = probability_GNE.unsqueeze(-1) * slot_GNEC
-    sent_GECD = torch.einsum("gnd,gnec->gecd", x_GND, slot_GNEC.to(x_GND.dtype))
-    hidden = torch.einsum("gecd,efd->gecf", sent_GECD, layer.experts.wi)
-    if layer.experts.wi_gate is None:
-        hidden = hidden.relu()
-    else:
-        gate = torch.einsum("gecd,efd->gecf", sent_GECD, layer.experts.wi_gate)
-        hidden = F.gelu(gate, approximate="tanh") * hidden
-    y_GECD = torch.einsum("gecf,edf->gecd", hidden, layer.experts.wo)
-    y_GND = torch.einsum("gecd,gnec->gnd", y_GECD, combine_GNEC)
-    tokens_G1 = real_GN.sum(1, keepdim=True).clamp(min=1)
-    density_GE = mask_GNE.sum(1) / tokens_G1
-    proxy_GE = (probability_GNE * real_GN.unsqueeze(-1)).sum(1) / tokens_G1
-    balance = spec.balance_loss_coef * E * (density_GE * proxy_GE).sum(1).mean()
-    return y_GND.reshape(B, S, D), balance, (mask_GNE - kept_GNE).sum()
-
-
-def a_layer(num_experts: int, activation: str, router: Switch, seed: int, d_model: int = 6) -> SwitchFeedForward:
-    spec = ModelSpec(
-        d_model=d_model,
-        d_ff=5,
-        num_heads=2,
-        num_layers=2,
-        num_experts=num_experts,
-        activation=activation,
-        sparse_every=1,
-        router=router,
-    )
-    layer = SwitchFeedForward(spec).double()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    return layer
-
-
-@given(
-    num_experts=st.integers(2, 7),
-    groups=st.integers(1, 3),
-    group_sequences=st.integers(1, 3),
-    length=st.integers(1, 9),
-    factor=st.floats(0.1, 4.0),
-    min_capacity=st.integers(1, 4),
-    padding=st.integers(0, 9),
-    left=st.booleans(),
-    activation=st.sampled_from(["relu", "geglu"]),
-    training=st.booleans(),
-    seed=st.integers(0, 2**20),
-)
-def test_output_and_every_gradient_equal_the_masked_products(
-    num_experts: int,
-    groups: int,
-    group_sequences: int,
-    length: int,
-    factor: float,
-    min_capacity: int,
-    padding: int,
-    left: bool,
-    activation: str,
-    training: bool,
-    seed: int,
-) -> None:
-    router = Switch(
-        capacity_factor=factor,
-        eval_capacity_factor=2 * factor,
-        min_capacity=min_capacity,
-        group_sequences=group_sequences,
-        jitter=0.0,
-    )
-    # float64 inputs would be rounded by the router's float32 island, and near ties would then part ways: the reference
-    # gets the same float32 logits through a router in float32 on inputs that float32 holds exactly.
-    layer = a_layer(num_experts, activation, router, seed).float().train(training)
-    generator = torch.Generator().manual_seed(seed + 1)
-    x_BSD = torch.randn(groups * group_sequences, length, 6, generator=generator).requires_grad_()
-    real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool)
-    real_BS[0, : min(padding, length)] = False
-    if not left:
-        real_BS = real_BS.flip(1)
-    weight_BSD = torch.randn(x_BSD.shape, generator=generator)
-
-    def gradients(y: torch.Tensor, balance: torch.Tensor) -> list[torch.Tensor]:
-        loss = (y * weight_BSD).sum() + 7 * balance
-        return list(torch.autograd.grad(loss, [x_BSD, *layer.parameters()]))
-
-    y_BSD, report = layer(x_BSD, real_BS)
-    expected_BSD, balance, dropped = reference(layer, x_BSD, real_BS)
-    torch.testing.assert_close(y_BSD, expected_BSD)
-    torch.testing.assert_close(report.balance, balance)
-    assert report.dropped == dropped
-    assert report.tokens == real_BS.sum()
-    assert report.load_E.sum() == real_BS.sum()
-    assert (y_BSD[~real_BS] == 0).all()
-    for ours, theirs in zip(gradients(y_BSD, report.balance), gradients(expected_BSD, balance), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # float32 sums of up to 200 terms, reordered
-
-
-def routed(logits: list[list[float]], real: list[bool] | None = None, **settings: float) -> tuple[list, list, object]:
-    logits_GNE = torch.tensor([logits])
-    real_GN = torch.tensor([real or [True] * len(logits)])
-    routing = Switch(**{"min_capacity": 1, **settings}).assign(logits_GNE, real_GN, training=True)
-    return routing.token_GEC[0].tolist(), routing.weight_GEC[0].tolist(), routing.report
+BARE = Switch(capacity_factor=1.0, min_capacity=1, jitter=0.0)
+EVERY = [
+    Switch(overflow="random", sample_temperature=1.0),
+    Switch(overflow="probability", capacity_factor="dropless"),
+    TopK(),
+    NoTokenLeftBehind(),
+    ExpertChoice(),
+]
+MODES: tuple[Mode, ...] = ("training", "paper", "dropless")
+IN_EVERY_MODE = [(rule, mode) for rule in EVERY for mode in MODES]
 
 
 def test_earlier_tokens_take_the_slots_and_the_gate_is_the_raw_probability() -> None:
-    # Tokens 0, 2, 3 choose expert 1; token 1 expert 0. Capacity int(4 * 1.0 / 2) = 2: token 3 is dropped.
-    tokens, weights, report = routed([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0], [0.0, 1.0]], capacity_factor=1.0)
-    assert tokens == [[1, 4], [0, 2]]
-    sigmoid = torch.tensor([2.0, 1.0, 3.0]).sigmoid().tolist()
-    assert weights[0] == pytest.approx([sigmoid[0], 0.0])
-    assert weights[1] == pytest.approx([sigmoid[1], sigmoid[2]])
-    assert report.load_E.tolist() == [1, 3]
-    assert report.dropped == 1
+    # Tokens 0, 2, 3 choose expert 1, token 1 expert 0. Capacity int(4 * 1.0 / 2) = 2: token 3 is dropped.
+    found = route(BARE, [[0.3, 0.7], [0.9, 0.1], [0.4, 0.6], [0.1, 0.9]])
+    assert found.queues == [[(1, 0.9)], [(0, 0.7), (2, 0.6)]]
+    assert found.report.load_E.tolist() == [1, 3]
+    assert found.report.dropped == 1
 
 
-def test_padding_takes_no_slot_on_either_side() -> None:
-    logits = [[0.0, 1.0]] * 4
-    assert routed(logits, [False, False, True, True], capacity_factor=1.0)[0] == [[4, 4], [2, 3]]
-    assert routed(logits, [True, True, False, False], capacity_factor=1.0)[0] == [[4, 4], [0, 1]]
+def test_groups_do_not_share_slots() -> None:
+    logits_GNE = torch.tensor([[1.0, 0.0]]).expand(3, 4, 2)
+    routing = BARE.assign(logits_GNE, torch.ones(3, 4, dtype=torch.bool), "training")
+    assert routing.token_GEC.tolist() == 3 * [[[0, 1], [4, 4]]]
+    assert routing.report.dropped == 6
+
+
+@pytest.mark.parametrize(("real", "first"), [([False, False, True, True], 2), ([True, True, False, False], 0)])
+def test_padding_takes_no_slot_on_either_side(real: list[bool], first: int) -> None:
+    found = route(BARE, [[0.2, 0.8]] * 4, real)
+    assert found.queues == [[], [(first, 0.8), (first + 1, 0.8)]]
+    assert (found.report.tokens, found.report.dropped) == (2, 0)
+    assert found.report.fraction_GE.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("mode", ["training", "paper", "dropless"])
+def test_a_group_of_padding_gives_zeros_and_no_nan(rule: RoutingRule, mode: Mode) -> None:
+    found = route(rule, [[0.2, 0.3, 0.4, 0.1]] * 5, [False] * 5, mode)
+    assert found.queues == [[]] * 4
+    for name, field in found.report._asdict().items():
+        assert (field == 0).all(), name
+    assert found.report.balance == 0
 
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "factor", "least", "capacity"),
-    [(512, 8, 1.25, 4, 80), (512, 128, 1.0, 4, 4), (100, 8, 1.25, 4, 15), (3, 8, 1.25, 4, 3), (1, 2, 0.1, 1, 1)],
+    [
+        (512, 8, 1.25, 4, 80),
+        (512, 128, 1.0, 4, 4),
+        (100, 8, 1.25, 4, 15),  # 15.6 rounded down
+        (3, 8, 1.25, 4, 3),
+        (1, 2, 0.1, 1, 1),
+        (10, 4, 8.0, 4, 10),
+        (10, 4, "dropless", 4, 10),
+    ],
 )
-def test_capacity_is_equation_3(tokens: int, experts: int, factor: float, least: int, capacity: int) -> None:
-    router = Switch(capacity_factor=factor, min_capacity=least)
-    assert router.capacity(tokens, experts, training=True) == capacity
+def test_capacity_is_equation_3(tokens: int, experts: int, factor: float | str, least: int, capacity: int) -> None:
+    training = Switch(capacity_factor=factor, min_capacity=least, eval_capacity_factor=0.01)
+    evaluation = Switch(eval_capacity_factor=factor, min_capacity=least, capacity_factor=0.01)
+    assert training.capacity(tokens, experts, "training") == capacity
+    assert evaluation.capacity(tokens, experts, "paper") == capacity
+    assert training.capacity(tokens, experts, "dropless") == tokens
 
 
-def test_balance_loss_is_alpha_when_uniform_and_grows_with_collapse() -> None:
-    E, N = 4, 32
-    even_GNE = 1e-4 * F.one_hot(torch.arange(N) % E, E).float().unsqueeze(0)
-    real_GN = torch.ones(1, N, dtype=torch.bool)
-    router = Switch(balance_loss_coef=0.01)
-    assert router.assign(even_GNE, real_GN, True).report.balance.item() == pytest.approx(0.01, rel=1e-5)
-    collapsed_GNE = torch.tensor([3.0, 0.0, 0.0, 0.0]).expand(1, N, E)
-    most = collapsed_GNE.softmax(-1)[0, 0, 0].item()
-    assert router.assign(collapsed_GNE, real_GN, True).report.balance.item() == pytest.approx(0.01 * E * most)
+@pytest.mark.parametrize(
+    "rule", [BARE, TopK(min_capacity=1), NoTokenLeftBehind(min_capacity=1, k=2)], ids=lambda r: r.kind
+)
+def test_nothing_is_dropped_without_a_capacity(rule: RoutingRule) -> None:
+    table = [[0.7, 0.2, 0.1]] * 9  # all to the first expert
+    assert route(rule, table, mode="training").report.dropped > 0
+    free = rule.model_copy(update={"capacity_factor": "dropless"})
+    for found in (route(rule, table, mode="dropless"), route(free, table, mode="training")):
+        assert found.report.dropped == 0
+        assert found.num_slots == 9
+        assert [token for token, _ in found.queues[0]] == list(range(9))
 
 
-def test_gradient_reaches_the_router_through_the_gate_and_through_the_balance_loss() -> None:
-    layer = a_layer(4, "relu", Switch(capacity_factor=4.0), seed=0).float()
-    x_BSD = torch.randn(2, 8, 6)
-    y_BSD, report = layer(x_BSD, torch.ones(2, 8, dtype=torch.bool))
-    for loss in (y_BSD.square().sum(), report.balance):
-        (gradient,) = torch.autograd.grad(loss, layer.router.weight, retain_graph=True)
-        assert gradient.abs().max() > 0
+def test_the_most_probable_token_is_first_where_overflow_goes_by_probability() -> None:
+    rule = BARE.model_copy(update={"overflow": "probability"})
+    table = [[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]
+    for mode in ("training", "paper"):
+        found = route(rule.model_copy(update={"eval_capacity_factor": 1.0}), table, mode=mode)
+        assert found.queues == [[(1, 0.9), (3, 0.7)], [(2, 0.8)]]
+    equal = route(rule, [[0.8, 0.2]] * 4)
+    assert equal.queues[0] == [(0, 0.8), (1, 0.8)]  # by position where probabilities are equal
+    padded = route(rule, table, [True, False, True, True])
+    assert padded.queues[0] == [(3, 0.7), (0, 0.6)]
 
 
-def test_a_dropped_token_is_exactly_zero_and_an_expert_without_tokens_still_has_a_gradient() -> None:
-    layer = a_layer(3, "relu", Switch(capacity_factor=0.1, min_capacity=1, jitter=0.0), seed=1).float()
-    with torch.no_grad():
-        layer.router.weight.zero_()  # all tokens tie, and the first expert takes them
-    x_BSD = torch.randn(1, 5, 6)
-    y_BSD, _ = layer(x_BSD, torch.ones(1, 5, dtype=torch.bool))
-    assert (y_BSD[0, 1:] == 0).all()
-    assert (y_BSD[0, 0] != 0).any()
-    y_BSD.sum().backward()
-    assert layer.experts.wi.grad is not None
-    assert (layer.experts.wi.grad[1:] == 0).all()
+def test_each_token_is_as_likely_to_stay_where_overflow_is_random_in_training() -> None:
+    """8 tokens for 2 slots, 4,000 times: 1,000 each, known to 27.4; five times that is allowed."""
+    rule = Switch(capacity_factor=0.5, min_capacity=1, overflow="random")
+    routing = one_row(rule, [0.9, 0.1], num_tokens=8, num_groups=4000)
+    assert routing.token_GEC[:, 1].eq(8).all()
+    times_N = routing.token_GEC[:, 0].flatten().bincount(minlength=8)
+    assert times_N.sum() == 8000
+    assert (times_N - 1000).abs().max() < 137
+    first_N = routing.token_GEC[:, 0, 0].bincount(minlength=8)  # and to be the first of them
+    assert (first_N - 500).abs().max() < 105
 
 
-def test_jitter_falls_on_the_routers_copy_alone_and_only_in_training() -> None:
-    layer = a_layer(3, "relu", Switch(jitter=0.5, capacity_factor=9.0), seed=2).float()
-    x_BSD = torch.randn(1, 6, 6)
-    kept_BSD = x_BSD.clone()
+def test_random_overflow_goes_by_position_in_evaluation_and_drops_no_padding_into_a_slot() -> None:
+    rule = Switch(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, overflow="random")
+    assert route(rule, [[0.9, 0.1]] * 4, mode="paper").queues == [[(0, 0.9), (1, 0.9)], []]
+    for _ in range(20):
+        found = route(rule, [[0.9, 0.1]] * 6, [True, False, True, False, False, True])
+        assert {token for token, _ in found.queues[0]} == {0, 2, 5}
+        assert found.queues[1] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_choices_are_sampled_from_the_softmax_of_tempered_logits(temperature: float, dtype: torch.dtype) -> None:
+    """40,000 tokens: a share is known to sqrt(p (1 - p) / 40,000), and five times that is allowed."""
+    rule = Switch(sample_temperature=temperature, capacity_factor="dropless")
+    logits_E = torch.tensor([39.0, 40.0, 40.0, 38.0]).to(dtype)  # bfloat16 knows quarters there
     torch.manual_seed(0)
-    first = layer.router(x_BSD)
-    assert not torch.equal(first, layer.router(x_BSD))
-    assert torch.equal(x_BSD, kept_BSD)
-    seen = []
-    layer.experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    layer(x_BSD, torch.ones(1, 6, dtype=torch.bool))
-    rows = {tuple(row) for row in seen[0].flatten(0, 1).tolist()} - {(0.0,) * 6}
-    assert rows == {tuple(row) for row in x_BSD[0].tolist()}
-    layer.eval()
-    assert torch.equal(layer.router(x_BSD), layer.router(x_BSD))
+    routing = rule.assign(logits_E.expand(10, 4000, 4), torch.ones(10, 4000, dtype=torch.bool), "training")
+    expected_E = (logits_E.float() / temperature).softmax(-1)
+    error_E = (routing.report.load_E / 40_000 - expected_E) / (expected_E * (1 - expected_E) / 40_000).sqrt()
+    assert error_E.abs().max() < 5
+    # The gate is the probability without temperature.
+    gate_E = logits_E.softmax(-1).float()
+    for expert in range(4):
+        assert set(routing.weight_GEC[:, expert].float().flatten().tolist()) == {0.0, gate_E[expert].item()}
 
 
-def test_dispatch_is_a_gather_and_combine_its_transpose() -> None:
-    routing = Switch(capacity_factor=2.0, min_capacity=1).assign(torch.randn(2, 5, 3), torch.ones(2, 5).bool(), True)
-    x_GND = torch.randn(2, 5, 4)
-    sent_ESD = Local().send(x_GND, routing)
-    token_EGC = routing.token_GEC.transpose(0, 1)
-    for place in torch.cartesian_prod(*(torch.arange(size) for size in token_EGC.shape)).tolist():
-        e, g, c = place
-        token = int(token_EGC[e, g, c])
-        row = sent_ESD.view(*token_EGC.shape, 4)[e, g, c]
-        assert torch.equal(row, torch.zeros(4) if token == 5 else x_GND[g, token])
-    assert Local().receive(sent_ESD, routing, x_GND).shape == x_GND.shape
+def test_sampling_draws_distinct_experts_and_only_in_training() -> None:
+    rule = TopK(sample_temperature=1.0, keep_threshold=0.0, capacity_factor="dropless")
+    routing = one_row(rule, [0.5, 0.3, 0.2], num_tokens=500, num_groups=1)
+    assert routing.report.load_E.sum() == 1000
+    for token_C in routing.token_GEC[0].tolist():
+        tokens = [token for token in token_C if token < 500]
+        assert len(tokens) == len(set(tokens))
+    assert 0 < routing.report.load_E[2] < 1000
+    for mode in ("paper", "dropless"):
+        assert route(rule, [[0.5, 0.3, 0.2]] * 50, mode=mode).report.load_E.tolist() == [50, 50, 0]
+
+
+def test_without_noise_training_is_the_argmax() -> None:
+    logits_GNE = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    routing = Switch(jitter=0.0, capacity_factor="dropless").assign(
+        logits_GNE, torch.ones(3, 50, dtype=torch.bool), "training"
+    )
+    assert torch.equal(before, torch.get_rng_state())  # nothing is drawn
+    for group, expert, slot in (routing.token_GEC < 50).nonzero().tolist():
+        token = routing.token_GEC[group, expert, slot]
+        assert logits_GNE[group, token].argmax() == expert
+    assert (routing.token_GEC < 50).sum() == 150
+
+
+@pytest.mark.parametrize(("rule", "mode"), IN_EVERY_MODE, ids=lambda value: getattr(value, "kind", value))
+def test_routing_waits_for_no_number(rule: RoutingRule, mode: Mode) -> None:
+    """On the meta device there is none: whatever asks for one, as `.item()` and boolean indices do, fails."""
+    logits_GNE = torch.empty(2, 9, 5, device="meta")
+    routing = rule.assign(logits_GNE, torch.empty(2, 9, device="meta", dtype=torch.bool), mode)
+    assert routing.token_GEC.shape == routing.weight_GEC.shape
+    assert routing.report.balance.shape == ()
+
+
+@pytest.mark.parametrize(("rule", "mode"), IN_EVERY_MODE, ids=lambda value: getattr(value, "kind", value))
+def test_gradients_flow_through_weights_probabilities_and_z_alone(rule: RoutingRule, mode: Mode) -> None:
+    logits_GNE = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    routing = rule.assign(logits_GNE, torch.ones(2, 9, dtype=torch.bool), mode)
+    carrying = {name for name, field in routing.report._asdict().items() if field.requires_grad}
+    assert carrying == {"probability_GE", "z"}
+    assert routing.weight_GEC.requires_grad
+    assert routing.weight_GEC.dtype == torch.float32

@@ -26,7 +26,11 @@ def double(value: float | list[list[float]]) -> torch.Tensor:
 def window(load: list[list[float]] | None = None) -> Metrics:
     ten_steps = {"gradient_norm": Mean(double(5.0), double(10.0))}
     metrics = {"neg_log_perplexity": Mean(double(-30.0), double(10.0)), **ten_steps}
-    return metrics if load is None else {**metrics, "layer_load": Mean(double(load), double(4.0))}
+    if load is None:
+        return metrics
+    tokens_L = double(load).sum(1)
+    dropped = Mean(torch.zeros_like(tokens_L), tokens_L)
+    return {**metrics, "layer_load": Mean(double(load), double(4.0)), "layer_dropped_fraction": dropped}
 
 
 class Written:
@@ -64,7 +68,8 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
     state = TrainState(step=20, seconds=4.0)
     written = Written(state)
     state.step, state.seconds, state.targets_seen = 30, 9.0, 777
-    state.window = window([[3.0, 0.0], [1.0, 2.0]])
+    loads = {"first": [3, 0], "second": [1, 2]}
+    state.window = window([[float(tokens) for tokens in load] for load in loads.values()])
     written.log(state)
     assert state.window == {}
     assert written.records == [
@@ -73,7 +78,7 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
             "neg_log_perplexity": -3.0,
             "gradient_norm": 0.5,
             "dead_experts": 1.0,
-            "layers": {"first": {"load": [3, 0]}, "second": {"load": [1, 2]}},
+            "layers": {name: {"load": load, "dropped_fraction": 0.0} for name, load in loads.items()},
             "learning_rate": 0.01,
             "targets_seen": 777,
             "seconds": 9.0,

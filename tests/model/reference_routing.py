@@ -1,0 +1,173 @@
+"""The sparse layer again, token by token in float64: what the layer must give, by loops instead of sorted indices.
+
+Legend: B batch, S positions, G groups, N tokens a group, E experts, D model, O outputs.
+
+Nothing of `switchcli.model` is called: a layer is its spec's settings and its parameters by name. Queues are lists of
+tokens, expert by expert; a token goes to the end of a list if that is shorter than the capacity.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from switchcli.model.routing import ExpertChoice, Mode, NoTokenLeftBehind, Switch, TopK
+
+Router = Switch | TopK | NoTokenLeftBehind | ExpertChoice
+Weights = Mapping[str, torch.Tensor]
+GAP = 1e-5
+"""How far apart numbers are at least that decide where a token goes: float32 then finds their order too."""
+
+
+class Place(NamedTuple):
+    """A token in a slot."""
+
+    token: int
+    expert: int
+    weight: torch.Tensor
+
+
+class Group(NamedTuple):
+    """What one group gives."""
+
+    places: list[Place]
+    fraction_E: list[float]
+    load_E: list[int]
+
+
+class Answer(NamedTuple):
+    """The layer's output and the fields of its report."""
+
+    y_BSO: torch.Tensor
+    fraction_GE: torch.Tensor
+    probability_GE: torch.Tensor
+    balance: torch.Tensor
+    z: torch.Tensor
+    load_E: torch.Tensor
+    dropped: int
+    tokens: int
+    entropy: float
+    confidence: float
+
+
+def capacity(rule: Router, num_tokens: int, num_experts: int, mode: Mode) -> int:
+    """Eq. 3 as Mesh-TensorFlow rounds it; a slot for every token where nothing may drop."""
+    factor = rule.capacity_factor if mode == "training" else rule.eval_capacity_factor
+    if factor == "dropless" or (mode == "dropless" and not isinstance(rule, ExpertChoice)):
+        return num_tokens
+    return min(num_tokens, max(rule.min_capacity, int(num_tokens * factor / num_experts)))
+
+
+def can_be_told_apart(logits_GNE: torch.Tensor) -> bool:
+    """Whether no two numbers that decide are nearly equal: logits of a token, probabilities for an expert."""
+    probability_GNE = logits_GNE.softmax(-1)
+    best_GN = probability_GNE.amax(-1)
+    return all(
+        (values.sort(dim).values.diff(dim=dim) > GAP).all()
+        for values, dim in ((logits_GNE, 2), (probability_GNE, 1), (best_GN, 1))
+    )
+
+
+def layer(
+    rule: Router, weights: Weights, x_BSD: torch.Tensor, real_BS: torch.Tensor, mode: Mode
+) -> tuple[Answer, torch.Tensor]:
+    """The answer of the layer, and the router's logits [G, N, E]."""
+    B, S, D = x_BSD.shape
+    x_GND = x_BSD.reshape(B // rule.group_sequences, rule.group_sequences * S, D)
+    logits_GNE = x_GND @ weights["router.weight"].T
+    probability_GNE = logits_GNE.exp() / logits_GNE.exp().sum(-1, keepdim=True)
+    outputs, groups, means = [], [], []
+    squares, entropy, confidence = [], 0.0, 0.0
+    tokens = dropped = 0
+    for x_ND, logits_NE, probability_NE, real_N in zip(
+        x_GND, logits_GNE, probability_GNE, real_BS.reshape(len(x_GND), -1).tolist(), strict=True
+    ):
+        real = [token for token, there in enumerate(real_N) if there]
+        group = _expert_choice(rule, probability_NE, real, mode) if isinstance(rule, ExpertChoice) else None
+        group = group or _token_choice(rule, probability_NE, real, mode)
+        y_N = [torch.zeros(weights["experts.wo"].shape[1], dtype=x_BSD.dtype) for _ in real_N]
+        for token, expert, weight in group.places:
+            y_N[token] = y_N[token] + weight * _expert(weights, expert, x_ND[token])
+        outputs.append(torch.stack(y_N))
+        groups.append(group)
+        means.append(probability_NE[real].sum(0) / max(1, len(real)))
+        tokens += len(real)
+        dropped += len(set(real) - {place.token for place in group.places})
+        total = torch.zeros((), dtype=x_BSD.dtype)
+        for token in real:
+            total = total + logits_NE[token].exp().sum().log() ** 2
+            entropy -= sum(p * torch.tensor(p).log().item() for p in probability_NE[token].tolist())
+            confidence += max(probability_NE[token].tolist())
+        squares.append(total / max(1, len(real)))
+    fraction_GE = torch.tensor([group.fraction_E for group in groups], dtype=x_BSD.dtype)
+    num_experts = fraction_GE.shape[1]
+    balance = sum(
+        num_experts * f * p
+        for fraction_E, mean_E in zip(fraction_GE, means, strict=True)
+        for f, p in zip(fraction_E, mean_E, strict=True)
+    )
+    answer = Answer(
+        y_BSO=torch.stack(outputs).reshape(B, S, -1),
+        fraction_GE=fraction_GE,
+        probability_GE=torch.stack(means),
+        balance=torch.as_tensor(balance) / len(groups),
+        z=torch.stack(squares).mean(),
+        load_E=torch.tensor([group.load_E for group in groups]).sum(0),
+        dropped=dropped,
+        tokens=tokens,
+        entropy=entropy,
+        confidence=confidence,
+    )
+    return answer, logits_GNE
+
+
+def _token_choice(rule: Router, probability_NE: torch.Tensor, real: list[int], mode: Mode) -> Group:
+    """Switch, top-k and no-token-left-behind without noise; a later choice of top-k is always kept."""
+    N, E = probability_NE.shape
+    C = capacity(rule, N, E, mode)
+    table = probability_NE.tolist()
+    ranked = {token: sorted(range(E), key=lambda expert, p=table[token]: -p[expert]) for token in real}
+    rounds = {"switch": 1, "top_k": getattr(rule, "k", 1), "no_token_left_behind": min(getattr(rule, "k", 1), E)}
+    queue = list(real)
+    if rule.overflow == "probability":
+        queue.sort(key=lambda token: -max(table[token]))
+    slots: list[list[int]] = [[] for _ in range(E)]
+    load = [0] * E
+    places: list[Place] = []
+    for choice in range(rounds[rule.kind]):
+        settled = {place.token for place in places}
+        for token in queue:
+            if isinstance(rule, NoTokenLeftBehind) and token in settled:
+                continue
+            expert = ranked[token][choice]
+            load[expert] += 1
+            if len(slots[expert]) < C:
+                slots[expert].append(token)
+                weight = probability_NE[token, expert]
+                if isinstance(rule, TopK) and rule.renormalise:
+                    weight = weight / probability_NE[token, ranked[token][: rule.k]].sum()
+                places.append(Place(token, expert, weight))
+    counted = rounds[rule.kind] if isinstance(rule, NoTokenLeftBehind) else 1
+    chosen = [expert for token in real for expert in ranked[token][:counted]]
+    return Group(places, [chosen.count(expert) / max(1, len(chosen)) for expert in range(E)], load)
+
+
+def _expert_choice(rule: ExpertChoice, probability_NE: torch.Tensor, real: list[int], mode: Mode) -> Group:
+    E = probability_NE.shape[1]
+    C = capacity(rule, len(real), E, mode)
+    places = [
+        Place(token, expert, probability_NE[token, expert])
+        for expert in range(E)
+        for token in sorted(real, key=lambda token, e=expert: -probability_NE[token, e].item())[:C]
+    ]
+    return Group(places, [1 / E if real else 0.0] * E, [C] * E)
+
+
+def _expert(weights: Weights, expert: int, x_D: torch.Tensor) -> torch.Tensor:
+    hidden_F = weights["experts.wi"][expert] @ x_D
+    if "experts.wi_gate" in weights:
+        hidden_F = hidden_F * F.gelu(weights["experts.wi_gate"][expert] @ x_D, approximate="tanh")
+    else:
+        hidden_F = hidden_F.clamp(min=0.0)
+    return weights["experts.wo"][expert] @ hidden_F

@@ -1,0 +1,150 @@
+"""Balance and z-losses: of one report, and over layers and stacks by each reduction."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import SPARSE, a_model, rows
+
+from switchcli.model.losses import Reduction, auxiliary_loss
+from switchcli.model.reports import RoutingReport
+from switchcli.model.routing import ExpertChoice, Switch, TopK
+
+E, N = 4, 32
+
+
+def report(logits_GNE: torch.Tensor, real_GN: torch.Tensor | None = None) -> RoutingReport:
+    real_GN = torch.ones(logits_GNE.shape[:2], dtype=torch.bool) if real_GN is None else real_GN
+    return Switch().assign(logits_GNE, real_GN, "training").report
+
+
+def towards(expert_N: torch.Tensor, strength: float) -> torch.Tensor:
+    """Logits of one group whose tokens prefer the experts given."""
+    return strength * F.one_hot(expert_N, E).float().unsqueeze(0)
+
+
+def test_the_balance_loss_is_one_when_uniform_and_grows_with_collapse() -> None:
+    assert report(towards(torch.arange(N) % E, 1e-4)).balance.item() == pytest.approx(1.0, rel=1e-5)
+    collapsed_GNE = towards(torch.zeros(N, dtype=torch.int64), 3.0)
+    most = collapsed_GNE.softmax(-1)[0, 0, 0].item()
+    assert report(collapsed_GNE).balance.item() == pytest.approx(E * most)
+
+
+def test_its_gradient_makes_the_crowded_expert_less_probable_and_f_has_none() -> None:
+    logits_GNE = towards(torch.tensor([0] * 24 + [1] * 8), 1.0).requires_grad_()
+    found = report(logits_GNE)
+    assert not found.fraction_GE.requires_grad
+    (gradient_GNE,) = torch.autograd.grad(found.balance, logits_GNE)
+    assert (gradient_GNE[..., 0] > 0).all()
+    assert (gradient_GNE[..., 2:] < 0).all()
+
+
+def test_z_is_the_mean_square_of_the_log_of_the_sum_over_real_tokens_and_then_over_groups() -> None:
+    logits_GNE = 5 * torch.randn(2, 7, E, generator=torch.Generator().manual_seed(0))
+    real_GN = torch.arange(7) < torch.tensor([[7], [3]])
+    logits_GNE.requires_grad_()
+    square_GN = logits_GNE.logsumexp(-1).square()
+    found, naive = report(logits_GNE, real_GN).z, (square_GN[0].mean() + square_GN[1, :3].mean()) / 2
+    assert found.item() == pytest.approx(naive.item(), rel=1e-6)
+    ours, theirs = (torch.autograd.grad(z, logits_GNE)[0] for z in (found, naive))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "pooled"])
+def test_the_losses_of_a_batch_are_the_mean_of_those_of_its_microbatches(reduction: Reduction) -> None:
+    """Else they would depend on the number of ranks and of microbatches: groups have different numbers of tokens."""
+    router = SPARSE.router.model_copy(update={"balance_loss_coef": 0.5, "z_loss_coef": 0.25})
+    model = a_model(SPARSE.model_copy(update={"router": router, "balance_reduction": reduction, "sparse": "both"}))
+    whole = model(*rows(0, 0, 8)).auxiliary
+    parts = [model(*rows(0, first, 2)).auxiliary for first in range(0, 8, 2)]
+    assert whole.item() == pytest.approx(sum(parts).item() / 4, rel=1e-5)
+
+
+def naive(stacks: list[tuple[float, float, list[RoutingReport]]], reduction: Reduction) -> float:
+    """Sums of plain numbers: (alpha, coefficient of z, reports) of each stack."""
+    layers = []
+    for alpha, c, reports in stacks:
+        if reduction == "pooled" and reports:
+            total = 0.0
+            groups, experts = reports[0].fraction_GE.shape
+            for group in range(groups):
+                for expert in range(experts):
+                    f = sum(one.fraction_GE[group, expert].item() for one in reports) / len(reports)
+                    p = sum(one.probability_GE[group, expert].item() for one in reports) / len(reports)
+                    total += experts * f * p / groups
+            layers.append(alpha * total + c * sum(one.z.item() for one in reports) / len(reports))
+        else:
+            layers += [alpha * one.balance.item() + c * one.z.item() for one in reports]
+    return sum(layers) / len(layers) if reduction == "mean" else sum(layers)
+
+
+@given(
+    reduction=st.sampled_from(["sum", "mean", "pooled"]),
+    encoder=st.integers(0, 3),
+    decoder=st.integers(0, 3),
+    coefficients=st.tuples(*[st.floats(0.0, 1.0)] * 4),
+    seed=st.integers(0, 2**20),
+)
+def test_each_reduction_equals_the_naive_one_with_coefficients_of_each_stack(
+    reduction: Reduction, encoder: int, decoder: int, coefficients: tuple[float, ...], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    alpha, z, decoder_alpha, decoder_z = coefficients
+    # The stacks see sequences of other lengths.
+    reports = [report(torch.randn(3, 9, E, generator=generator)) for _ in range(encoder)]
+    others = [report(torch.randn(3, 5, E, generator=generator)) for _ in range(decoder)]
+    found = auxiliary_loss(
+        [
+            (Switch(balance_loss_coef=alpha, z_loss_coef=z), tuple(reports)),
+            (TopK(balance_loss_coef=decoder_alpha, z_loss_coef=decoder_z), tuple(others)),
+        ],
+        reduction,
+    )
+    if not reports and not others:
+        assert found is None
+        return
+    assert found is not None
+    expected = naive([(alpha, z, reports), (decoder_alpha, decoder_z, others)], reduction)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_layers_that_collapse_into_different_experts_show_but_for_pooling() -> None:
+    """Pooled over as many layers as experts, each collapsed into another one, routing looks uniform."""
+    collapsed = tuple(report(towards(torch.full((N,), expert), 20.0)) for expert in range(E))
+    uniform = tuple(report(towards(torch.arange(N) % E, 1e-4)) for _ in range(E))
+
+    def loss(reports: tuple[RoutingReport, ...], reduction: Reduction) -> float:
+        found = auxiliary_loss([(Switch(balance_loss_coef=1.0), reports), (Switch(), ())], reduction)
+        assert found is not None
+        return found.item()
+
+    assert loss(uniform, "sum") == pytest.approx(E, rel=1e-4)
+    assert loss(uniform, "mean") == loss(uniform, "pooled") == pytest.approx(1.0, rel=1e-4)
+    assert loss(collapsed, "sum") == pytest.approx(E * E, rel=1e-4)
+    assert loss(collapsed, "mean") == pytest.approx(E, rel=1e-4)
+    assert loss(collapsed, "pooled") == pytest.approx(1.0, rel=1e-4)
+    assert loss(collapsed[:2], "pooled") == pytest.approx(E / 2, rel=1e-4)
+
+
+def test_an_expert_choice_layer_has_a_z_loss_alone() -> None:
+    found = report(torch.randn(1, 9, E))
+    loss = auxiliary_loss([(ExpertChoice(z_loss_coef=0.5), (found,)), (Switch(), ())], "sum")
+    assert loss is not None
+    assert loss.item() == pytest.approx(0.5 * found.z.item())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "pooled"])
+def test_the_model_adds_the_losses_of_its_stacks_with_the_coefficients_of_their_routers(reduction: Reduction) -> None:
+    router = SPARSE.router.model_copy(update={"balance_loss_coef": 0.5, "z_loss_coef": 0.25})
+    other = SPARSE.router.model_copy(update={"balance_loss_coef": 0.125, "z_loss_coef": 2.0})
+    changes = {"router": router, "decoder_router": other, "sparse": "both", "balance_reduction": reduction}
+    model = a_model(SPARSE.model_copy(update=changes))
+    output = model(*rows(0, 0, 4))
+    assert len(output.encoder_reports) == len(output.decoder_reports) == 2
+    expected = naive([(0.5, 0.25, output.encoder_reports), (0.125, 2.0, output.decoder_reports)], reduction)
+    assert output.auxiliary.item() == pytest.approx(expected, rel=1e-5)
+    output.auxiliary.backward()
+    for name, parameter in model.named_parameters():
+        if ".router." in name:
+            assert parameter.grad.abs().max() > 0, name

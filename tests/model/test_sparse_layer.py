@@ -1,0 +1,178 @@
+"""The whole sparse layer of every router against loops over its tokens: output, report and every gradient."""
+
+import pytest
+import reference_routing as reference
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from switchcli.model.layers import FeedForward
+from switchcli.model.moe import SwitchLayer, evaluating
+from switchcli.model.routing import ExpertChoice, Mode, NoTokenLeftBehind, RouterSpec, Switch, TopK
+from switchcli.model.spec import ModelSpec
+
+factors = st.floats(0.1, 4.0)
+common = {"jitter": st.just(0.0), "min_capacity": st.integers(1, 4), "group_sequences": st.integers(1, 3)}
+queued = {
+    **common,
+    "capacity_factor": factors | st.just("dropless"),
+    "eval_capacity_factor": factors | st.just("dropless"),
+    "overflow": st.sampled_from(["position", "probability"]),
+}
+ROUTERS = {
+    "switch": st.builds(Switch, **queued),
+    # With k: 1 the gate is raw: renormalised it would be 1.
+    "top_1": st.builds(TopK, **queued, k=st.just(1), renormalise=st.just(False), keep_threshold=st.just(0.0)),
+    "top_k": st.builds(TopK, **queued, k=st.integers(2, 3), renormalise=st.booleans(), keep_threshold=st.just(0.0)),
+    "no_token_left_behind": st.builds(NoTokenLeftBehind, **queued, k=st.integers(2, 5)),
+    "expert_choice": st.builds(ExpertChoice, **common, capacity_factor=factors, eval_capacity_factor=factors),
+}
+
+
+def a_layer(router: RouterSpec, seed: int, num_outputs: int = 4, **shape: object) -> SwitchLayer:
+    """A layer of the encoder, where every router may stand, with weights of unit variance."""
+    sizes = {"d_model": 6, "d_ff": 5, "num_heads": 2, "num_layers": 2, "num_experts": 4}
+    spec = ModelSpec(**{**sizes, **shape}, router=router, sparse_every=1, sparse_decoder_layers=())
+    layer = SwitchLayer(spec, "encoder", num_outputs)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@settings(max_examples=80)
+@given(data=st.data())
+def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.DataObject) -> None:
+    router = data.draw(ROUTERS[kind])
+    num_experts = data.draw(st.integers(max(2, getattr(router, "k", 2) if kind == "top_k" else 2), 6))
+    batch, length = router.group_sequences * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+    mode: Mode = data.draw(st.sampled_from(["training", "paper", "dropless"]))
+    seed = data.draw(st.integers(0, 2**20))
+    layer = a_layer(
+        router,
+        seed,
+        num_outputs=data.draw(st.sampled_from([6, 4])),
+        num_experts=num_experts,
+        activation=data.draw(st.sampled_from(["relu", "geglu"])),
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    x_BSD = torch.randn(batch, length, 6, generator=generator).requires_grad_()
+    padding_B = data.draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch))
+    real_BS = torch.arange(length) >= torch.tensor(padding_B).unsqueeze(1)  # on the left; all of a row where it is full
+    if data.draw(st.booleans()):
+        real_BS = real_BS.flip(1)
+
+    if mode == "training":
+        y_BSO, report = layer.train()(x_BSD, real_BS)
+    else:
+        with evaluating(layer, mode):
+            y_BSO, report = layer(x_BSD, real_BS)
+    exact = {name: weight.detach().double().requires_grad_() for name, weight in layer.named_parameters()}
+    exact_BSD = x_BSD.detach().double().requires_grad_()
+    expected, logits_GNE = reference.layer(router, exact, exact_BSD, real_BS, mode)
+    assume(reference.can_be_told_apart(logits_GNE))
+
+    close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}  # float32 against float64
+    torch.testing.assert_close(y_BSO, expected.y_BSO, **close)
+    for field in ("fraction_GE", "probability_GE", "balance", "z", "load_E"):
+        torch.testing.assert_close(getattr(report, field), getattr(expected, field), **close)
+    assert (report.dropped, report.tokens) == (expected.dropped, expected.tokens)
+    assert report.entropy.item() == pytest.approx(expected.entropy, rel=1e-4, abs=1e-4)
+    assert report.confidence.item() == pytest.approx(expected.confidence, rel=1e-5)
+    if mode == "dropless" and kind != "expert_choice":
+        assert report.dropped == 0
+
+    weight_BSO = torch.randn(y_BSO.shape, generator=generator)
+    loss = (y_BSO * weight_BSO).sum() + 7 * report.balance + 3 * report.z
+    exact_loss = (expected.y_BSO * weight_BSO).sum() + 7 * expected.balance + 3 * expected.z
+    ours = torch.autograd.grad(loss, [x_BSD, *layer.parameters()])
+    theirs = torch.autograd.grad(exact_loss, [exact_BSD, *exact.values()], allow_unused=True, materialize_grads=True)
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dropped_token_is_exactly_zero_and_an_expert_without_tokens_still_has_a_gradient() -> None:
+    layer = a_layer(Switch(capacity_factor=0.1, min_capacity=1, jitter=0.0), seed=1)
+    with torch.no_grad():
+        layer.router.weight.zero_()  # all tokens tie, and the first expert takes them
+    y_BSO, report = layer(torch.randn(1, 5, 6), torch.ones(1, 5, dtype=torch.bool))
+    assert report.dropped == 4
+    assert (y_BSO[0, 1:] == 0).all()
+    assert (y_BSO[0, 0] != 0).any()
+    y_BSO.sum().backward()
+    assert (layer.experts.wi.grad[0] != 0).any()
+    assert (layer.experts.wi.grad[1:] == 0).all()
+
+
+@pytest.mark.parametrize("router", [Switch(), TopK(), NoTokenLeftBehind(), ExpertChoice()], ids=lambda r: r.kind)
+def test_gradient_reaches_the_router_through_the_gate_the_balance_loss_and_z(router: RouterSpec) -> None:
+    layer = a_layer(router, seed=0, num_experts=6)
+    torch.manual_seed(0)
+    y_BSO, report = layer(torch.randn(2, 8, 6), torch.ones(2, 8, dtype=torch.bool))
+    for loss in (y_BSO.square().sum(), report.z, *([report.balance] if router.balance_loss_coef else [])):
+        (gradient,) = torch.autograd.grad(loss, layer.router.weight, retain_graph=True)
+        assert gradient.abs().max() > 1e-5
+
+
+NOISY = {"jitter": Switch(jitter=0.5), "input_dropout": Switch(jitter=0.0, input_dropout=0.5)}
+
+
+@pytest.mark.parametrize("noise", NOISY)
+def test_noise_falls_on_the_routers_copy_alone_and_only_in_training(noise: str) -> None:
+    """Experts that give what they get, times a gate: each output is its input but for one number."""
+    layer = a_layer(NOISY[noise].model_copy(update={"capacity_factor": "dropless"}), seed=2, num_outputs=6, d_ff=12)
+    with torch.no_grad():  # relu(x) - relu(-x)
+        layer.experts.wi.copy_(torch.cat([torch.eye(6), -torch.eye(6)]))
+        layer.experts.wo.copy_(torch.cat([torch.eye(6), -torch.eye(6)], dim=1))
+    x_BSD, real_BS = torch.randn(1, 6, 6), torch.ones(1, 6, dtype=torch.bool)
+    kept_BSD = x_BSD.clone()
+    torch.manual_seed(0)
+    y_BSD, again_BSD = layer(x_BSD, real_BS).y_BSO, layer(x_BSD, real_BS).y_BSO
+    assert not torch.equal(y_BSD, again_BSD)
+    assert torch.equal(x_BSD, kept_BSD)
+    gate_BSD = y_BSD / x_BSD
+    torch.testing.assert_close(gate_BSD, gate_BSD[..., :1].expand_as(gate_BSD))
+    layer.eval()
+    assert torch.equal(layer(x_BSD, real_BS).y_BSO, layer(x_BSD, real_BS).y_BSO)
+
+
+def test_jitter_is_uniform_within_its_bounds_and_dropout_keeps_the_mean() -> None:
+    """A router that copies its input shows the factors."""
+    for rule in NOISY.values():
+        layer = a_layer(rule, seed=0, num_experts=6)
+        with torch.no_grad():
+            layer.router.weight.copy_(torch.eye(6))
+        torch.manual_seed(0)
+        factor_GNE = layer.router(torch.ones(1, 10_000, 6))
+        assert factor_GNE.mean().item() == pytest.approx(1.0, abs=0.02)
+        if rule.jitter:
+            assert 0.5 <= factor_GNE.min() < 0.501
+            assert 1.499 < factor_GNE.max() <= 1.5
+            assert factor_GNE.std().item() == pytest.approx(12**-0.5, rel=0.02)
+        else:
+            assert set(factor_GNE.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize(("expert_dropout", "rate"), [(0.4, 0.4), (None, 0.1), (0.0, 0.0)])
+@pytest.mark.parametrize("activation", ["relu", "geglu"])
+def test_expert_dropout_falls_on_the_experts_hidden_vector_alone(
+    expert_dropout: float | None, rate: float, activation: str
+) -> None:
+    """Outputs that are the hidden units show the share that is zero: of 60,000, known to 0.002."""
+    shape = {"d_model": 6, "d_ff": 30, "num_heads": 2, "num_layers": 1, "num_experts": 2, "sparse_every": 1}
+    router = Switch(capacity_factor="dropless", jitter=0.0)
+    spec = ModelSpec(**shape, activation=activation, dropout=0.1, expert_dropout=expert_dropout, router=router)
+    sparse, dense = SwitchLayer(spec, "encoder", 30), FeedForward(spec)
+    dense.wo = torch.nn.Linear(30, 30, bias=False)
+    with torch.no_grad():
+        for name, weight in [*sparse.named_parameters(), *dense.named_parameters()]:
+            weight.copy_(torch.eye(30) if "wo" in name else torch.ones(()))
+    x_BSD, real_BS = torch.ones(2, 1000, 6), torch.ones(2, 1000, dtype=torch.bool)
+    torch.manual_seed(0)
+    for layer, expected in ((sparse, rate), (dense, 0.1)):
+        arguments = (x_BSD, real_BS) if layer is sparse else (x_BSD,)
+        noisy, plain = (layer.train(training)(*arguments) for training in (True, False))
+        noisy, plain = (noisy.y_BSO, plain.y_BSO) if layer is sparse else (noisy, plain)
+        assert (noisy == 0).float().mean().item() == pytest.approx(expected, abs=0.01)
+        assert (noisy.mean() / plain.mean()).item() == pytest.approx(1.0, abs=0.02)

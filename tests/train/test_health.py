@@ -1,0 +1,203 @@
+"""Health of the sparse layers: what becomes a metric, a record, an alarm."""
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from tiny import DENSE, DROPPING, SPARSE, TARGET, a_model, rows
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from switchcli.model import dispatch
+from switchcli.model.dispatch import rows_of
+from switchcli.model.reports import RoutingReport
+from switchcli.model.routing import RoutingRule, Switch, TopK
+from switchcli.model.transformer import ModelOutput, SwitchTransformer
+from switchcli.spec import PAD
+from switchcli.train.health import Alarms, record, routing_metrics
+from switchcli.train.metrics import Mean, merge
+
+BOTH = SPARSE.model_copy(update={"sparse": "both"})
+NAMES = ("encoder.first", "decoder.second")
+
+
+def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = None, **fields: float) -> RoutingReport:
+    """Of one group; f and P uniform."""
+    uniform = torch.full((1, len(load)), 1 / len(load))
+    return RoutingReport(
+        fraction_GE=uniform,
+        probability_GE=uniform,
+        z=torch.tensor(fields.get("z", 0.0)),
+        load_E=torch.tensor(load),
+        dropped=torch.tensor(dropped),
+        tokens=torch.tensor(sum(load) if tokens is None else tokens),
+        entropy=torch.tensor(fields.get("entropy", 0.0)),
+        confidence=torch.tensor(fields.get("confidence", 0.0)),
+    )
+
+
+def an_output(encoder: list[RoutingReport], decoder: list[RoutingReport]) -> ModelOutput:
+    hidden = torch.zeros(1, 1, 1)
+    return ModelOutput(hidden, hidden[0], torch.tensor(0.5), tuple(encoder), tuple(decoder))
+
+
+def values(metrics: Mapping[str, Mean]) -> dict[str, object]:
+    return {name: mean.value().tolist() for name, mean in metrics.items()}
+
+
+def test_a_dense_model_has_no_routing_to_tell_of() -> None:
+    metrics = routing_metrics(a_model(DENSE)(*rows(0, 0, 4)))
+    assert metrics == {}
+    assert record({"loss": Mean(torch.tensor(3.0), torch.tensor(2.0))}, ()) == {"loss": 1.5}
+
+
+def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
+    output = an_output(
+        [a_report([6.0, 2.0], dropped=2.0, z=3.0, entropy=4.0, confidence=6.0)],
+        [a_report([0.0, 2.0], dropped=1.0, z=1.0, entropy=0.5, confidence=1.5)],
+    )
+    found = values(routing_metrics(output))
+    assert found.pop("layer_load") == [[6.0, 2.0], [0.0, 2.0]]
+    assert found == {
+        "auxiliary_loss": 0.5,
+        "balance": 1.0,
+        "dropped_fraction": pytest.approx(0.3),
+        "encoder_dropped_fraction": 0.25,
+        "decoder_dropped_fraction": 0.5,
+        "layer_balance": [1.0, 1.0],
+        "layer_z": [3.0, 1.0],
+        "layer_dropped_fraction": [0.25, 0.5],
+        "layer_entropy": [0.5, 0.25],
+        "layer_confidence": [0.75, 0.75],
+    }
+    # Over two microbatches: tokens weigh alike, and loads add up.
+    other = an_output([a_report([2.0, 0.0], dropped=0.0)], [a_report([6.0, 0.0], dropped=5.0)])
+    both = merge(routing_metrics(output), routing_metrics(other))
+    assert values(both)["layer_dropped_fraction"] == [pytest.approx(0.2), pytest.approx(0.75)]
+    assert both["layer_load"].total.tolist() == [[8.0, 2.0], [6.0, 2.0]]
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_stack_without_experts_has_no_metric(stack: str) -> None:
+    one = [a_report([1.0, 1.0])]
+    names = set(routing_metrics(an_output(one, []) if stack == "encoder" else an_output([], one)))
+    other = {"encoder": "decoder", "decoder": "encoder"}[stack]
+    assert f"{stack}_dropped_fraction" in names
+    assert f"{other}_dropped_fraction" not in names
+
+
+def test_a_router_that_is_undecided_has_entropy_log_e_confidence_1_over_e_and_balance_1() -> None:
+    model = a_model(BOTH)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router." in name:
+                parameter.zero_()
+    found = values(routing_metrics(model(*rows(0, 0, 8))))
+    assert found["layer_entropy"] == [pytest.approx(math.log(4))] * 4
+    assert found["layer_confidence"] == [pytest.approx(0.25)] * 4
+    assert found["layer_z"][:2] == [pytest.approx(math.log(4) ** 2)] * 2  # the decoder has groups without a token
+    assert found["layer_balance"][:2] == [pytest.approx(1.0)] * 2
+
+
+def test_metrics_of_a_model_are_those_of_its_reports() -> None:
+    batch = rows(0, 0, 8)
+    output = a_model(BOTH)(*batch)
+    metrics = routing_metrics(output)
+    sources, targets = (float((ids != PAD).sum()) for ids in batch)
+    assert metrics["layer_dropped_fraction"].weight.tolist() == [sources, sources, targets, targets]
+    assert metrics["layer_load"].total.sum(1).tolist() == [sources, sources, targets, targets]
+    assert metrics["auxiliary_loss"].value() == output.auxiliary
+    assert 0 < metrics["dropped_fraction"].value() < 1
+    assert not any(part.requires_grad for mean in metrics.values() for part in mean)
+    assert metrics["layer_load"].total.shape == (len(BOTH.routed_parts()), 4)
+
+
+@pytest.mark.parametrize("router", [DROPPING, TopK(), Switch(capacity_factor="dropless", overflow="random")])
+def test_a_step_and_its_metrics_wait_for_no_number(router: RoutingRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without content have none to give: `.item()`, `float` and boolean indices fail.
+
+    As on a GPU: a CPU, which has nothing to wait for, counts the rows of the experts.
+    """
+    monkeypatch.setattr(dispatch, "rows_of", lambda routing, N, exact: rows_of(routing, N, exact=False))
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        model = SwitchTransformer(BOTH.model_copy(update={"router": router}))
+        ids = torch.empty(4, TARGET, dtype=torch.int64)
+        metrics = routing_metrics(model(ids, ids))
+        with pytest.raises(DataDependentOutputException):
+            metrics["dropped_fraction"].total.item()
+    assert len(metrics) > 10
+
+
+def test_the_record_has_numbers_by_the_name_of_the_layer() -> None:
+    output = an_output([a_report([6.0, 2.0], dropped=2.0)], [a_report([0.0, 2.0], dropped=1.0)])
+    metrics = {"loss": Mean(torch.tensor(3.0), torch.tensor(2.0)), **routing_metrics(output)}
+    twice = merge(metrics, metrics)
+    found = record(twice, NAMES)
+    assert found["loss"] == 1.5
+    assert found["dead_experts"] == 1.0
+    assert list(found["layers"]) == list(NAMES)
+    assert found["layers"]["decoder.second"] == {
+        "balance": 1.0,
+        "z": 0.0,
+        "dropped_fraction": 0.5,
+        "entropy": 0.0,
+        "confidence": 0.0,
+        "load": [0, 4],
+    }
+    assert not any(name.startswith("layer_") for name in found)
+    assert all(isinstance(value, float) for name, value in found.items() if name != "layers")
+
+
+def alarms_of(*outputs: ModelOutput) -> list[str]:
+    """What is said when each output is a window of ten steps."""
+    said: list[str] = []
+    alarms = Alarms(NAMES, said.append)
+    for output in outputs:
+        alarms(routing_metrics(output), 10)
+    return said
+
+
+GOOD = a_report([5.0, 5.0, 5.0, 5.0])
+
+
+def test_nothing_is_said_of_routing_that_is_well_or_of_a_dense_model() -> None:
+    assert alarms_of(an_output([GOOD], [a_report([1.0, 2.0, 3.0, 14.0])])) == []
+    said: list[str] = []
+    Alarms((), said.append)({}, 10)
+    assert said == []
+
+
+def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
+    (collapsed,) = alarms_of(an_output([GOOD], [a_report([1.0, 1.0, 96.0, 2.0])]))
+    assert collapsed == (
+        "decoder.second: the router has collapsed: expert 2 takes 96% of the tokens; raise "
+        "model.router.balance_loss_coef or lower the learning rate"
+    )
+
+
+def test_experts_without_a_token_are_named_with_the_steps() -> None:
+    assert alarms_of(an_output([a_report([5.0, 0.0, 5.0, 0.0])], [GOOD])) == [
+        "encoder.first: no token in 10 steps for experts [1, 3]"
+    ]
+
+
+def test_an_alarm_rings_when_it_begins_and_again_when_it_comes_back() -> None:
+    bad = an_output([a_report([5.0, 0.0, 5.0, 5.0])], [GOOD])
+    worse = an_output([a_report([5.0, 0.0, 0.0, 5.0])], [a_report([5.0, 0.0, 5.0, 5.0])])
+    good = an_output([GOOD], [GOOD])
+    assert len(alarms_of(bad, bad)) == 1
+    assert len(alarms_of(bad, worse)) == 2
+    assert len(alarms_of(bad, good, bad)) == 2
+
+
+def test_a_share_is_of_the_tokens_however_many_experts_each_of_them_asks() -> None:
+    """All tokens have the same first choice: second choices, or further rounds, hide it in the sum of the loads."""
+    for load in ([99.0, 33.0, 33.0, 33.0], [100.0, 75.0, 50.0, 25.0]):
+        (said,) = alarms_of(an_output([a_report(load, tokens=100.0)], [GOOD]))
+        assert "encoder.first: the router has collapsed: expert 0 takes" in said
+
+
+def test_experts_that_all_take_nearly_all_tokens_are_no_collapse() -> None:
+    """Two choices of two experts; experts that choose, with slots for all."""
+    for load in ([100.0, 100.0], [95.0, 90.0]):
+        assert alarms_of(an_output([a_report(load, tokens=100.0)], [a_report([5.0, 5.0])])) == []
