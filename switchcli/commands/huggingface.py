@@ -12,7 +12,7 @@ from switchcli.data.spec import DataSpec
 from switchcli.data.tokenizer import Tokenizer, TokenizerFile
 from switchcli.errors import CheckpointError, DataError
 from switchcli.interop import config as configs
-from switchcli.interop.config import Lengths
+from switchcli.interop.config import Config, Lengths
 from switchcli.interop.files import Weights, open_weights
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -39,22 +39,27 @@ def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False)
     """
     path = folder / configs.NAME
     config = configs.read(path)
-    spans = next(spans for spans in _spans() if spans.targets_length >= config.num_experts)
-    spec = configs.spec_of(config, Lengths(spans.inputs_length, spans.targets_length), path)
     file = tokenizer or folder / "tokenizer.json"
-    recipe = PretrainRecipe(
-        description=f"Converted from {folder.name}: train and data say nothing of how it was trained",
-        model=spec,
-        data=DataSpec(tokenizer=TokenizerFile(path=str(file.absolute())), span_corruption=spans),
+    recipe = recipe_of(config, path, file)
+    found = _tokenizer(file)
+    if found.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{file}: ids up to {found.vocab_size - 1}, where the embedding of {path} has {config.vocab_size} rows: "
+            "give the tokenizer of these weights by --tokenizer FILE"
+        )
+    wanted = logical_tensors(empty(recipe.model))
+    return Foreign(recipe, found, open_weights(folder, config, wanted, unpickle=unpickle))
+
+
+def recipe_of(config: Config, path: Path, tokenizer: Path) -> PretrainRecipe:
+    """A recipe for the model of `config`, read from `path`. CheckpointError where our model has its own rules."""
+    spans = next(spans for spans in _spans() if spans.targets_length >= config.num_experts)
+    return PretrainRecipe(
+        description=f"Converted from {path.parent.name}: train and data say nothing of how it was trained",
+        model=configs.spec_of(config, Lengths(spans.inputs_length, spans.targets_length), path),
+        data=DataSpec(tokenizer=TokenizerFile(path=str(tokenizer.absolute())), span_corruption=spans),
         train=TrainSpec(steps=1, batch_tokens=spans.inputs_length),
     )
-    found = _tokenizer(file)
-    if found.vocab_size > spec.vocab_size:
-        raise CheckpointError(
-            f"{file}: ids up to {found.vocab_size - 1}, where the embedding of {path} has {spec.vocab_size} rows: give "
-            "the tokenizer of these weights by --tokenizer FILE"
-        )
-    return Foreign(recipe, found, open_weights(folder, config, logical_tensors(empty(spec)), unpickle=unpickle))
 
 
 def empty(spec: ModelSpec) -> SwitchTransformer:

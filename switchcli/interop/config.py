@@ -120,7 +120,8 @@ class SwitchConfig(_Shape):
     encoder_sparse_step: int | None = Field(default=None, ge=0)
     decoder_sparse_step: int | None = Field(default=None, ge=0)
     router_jitter_noise: float = Field(default=0.01, ge=0.0, lt=1.0)
-    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    router_dtype: Literal["float32"] = "float32"
+    """In bfloat16 transformers chooses by probabilities rounded to 8 bits, some of them equal; we choose by logits."""
     router_z_loss_coef: float = Field(default=0.001, ge=0.0)
     router_aux_loss_coef: float = Field(default=0.001, ge=0.0)
     router_bias: Literal[False] = False
@@ -150,15 +151,13 @@ class SwitchConfig(_Shape):
         where: dict[str, Any] = (
             {"sparse_every": every} if every else {"sparse_encoder_layers": encoder, "sparse_decoder_layers": decoder}
         )
-        router, decoder_router = (self._router(length) for length in lengths)
-        # One router serves both stacks unless that would leave the decoder less than a slot by the factor alone.
-        shared = self.expert_capacity * lengths.decoder >= lengths.encoder
+        # One router serves both stacks unless that would leave the shorter one less than a slot by the factor alone.
+        shared = self.expert_capacity * min(lengths) >= max(lengths)
         return self._spec(
             self.tie_word_embeddings,
             num_experts=self.num_experts,
-            router=router,
-            decoder_router=None if shared else decoder_router,
-            router_precision=self.router_dtype,
+            router=self._router(max(lengths) if shared else lengths.encoder),
+            decoder_router=None if shared else self._router(lengths.decoder),
             balance_reduction="pooled",
             **where,
         )

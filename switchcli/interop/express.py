@@ -50,7 +50,10 @@ def express(spec: ModelSpec, lengths: Lengths, where: Path) -> tuple[Config, lis
     routers = {stack: _switch(spec.router_of(stack)) for stack in stacks}
     first = routers[stacks[0]]
     length = {stack: getattr(lengths, stack) for stack in stacks}
-    capacity = max(router.capacity(length[stack], spec.num_experts, "paper") for stack, router in routers.items())
+    capacity = max(
+        max(router.capacity(length[stack], spec.num_experts, "paper"), router.min_capacity)
+        for stack, router in routers.items()
+    )
     steps: dict[str, Any] = {}
     for stack in STACKS:
         number = _number(spec.sparse_layers(stack), spec.num_blocks(stack))
@@ -62,7 +65,6 @@ def express(spec: ModelSpec, lengths: Lengths, where: Path) -> tuple[Config, lis
         num_experts=spec.num_experts,
         expert_capacity=capacity,
         router_jitter_noise=first.jitter,
-        router_dtype=spec.router_precision,
         router_z_loss_coef=first.z_loss_coef,
         router_aux_loss_coef=first.balance_loss_coef,
     )
@@ -95,6 +97,8 @@ def _impossible(spec: ModelSpec, stacks: list[Stack]) -> str | None:
     for stack in stacks:
         if (kind := spec.router_of(stack).kind) != "switch":
             return f"the {stack}'s router is of kind {kind}, where transformers has switch alone"
+    if spec.router_precision != "float32":
+        return f"the router computes in {spec.router_precision}, where transformers' would choose other experts"
     if spec.sparse != "feed_forward":
         return f"sparse ({spec.sparse}) routes attention, where transformers routes feed-forwards alone"
     if spec.activation != "relu":
