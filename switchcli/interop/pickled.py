@@ -4,6 +4,7 @@ A pickle is a program. `weights_only` runs none but the few calls that make tens
 nothing else in switchcli reads such a file, and why the user is asked.
 """
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Final
@@ -24,7 +25,9 @@ def read(path: Path) -> dict[str, Tensor]:
         CheckpointError: anything else is in it, or it is damaged.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch remarks of a format is for its programmers
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # What `weights_only` does not allow is an error of the module pickle, which is imported nowhere.
         if isinstance(error, RuntimeError | ValueError | EOFError | OSError) or type(error).__name__ in _REFUSED:

@@ -67,7 +67,9 @@ def save(model: torch.nn.Module, folder: Path, **options: Any) -> Path:
 def tokenizer(num_pieces: int = 40) -> str:
     """tokenizer.json with pieces of one letter and three sentinels."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
-    pieces += [(string.ascii_letters[index], -2.0 - index) for index in range(num_pieces - len(pieces))]
+    pieces += [
+        ((string.ascii_letters + string.digits)[index], -2.0 - index) for index in range(num_pieces - len(pieces))
+    ]
     inner = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     inner.decoder = tokenizers.decoders.Metaspace()
