@@ -190,8 +190,9 @@ def read(path: Path) -> Config:
         raise CheckpointError(f"{path}: not JSON: take the file that save_pretrained wrote") from error
     kind = found.get("model_type") if isinstance(found, dict) else None
     names = found.get("architectures") if isinstance(found, dict) else None
-    named = next((_CLASSES[name] for name in names if name in _CLASSES), None) if isinstance(names, list) else kind
-    if kind not in _CLASSES.values() or named != kind:
+    names = names if isinstance(names, list) else []
+    named = [_CLASSES[name] for name in names if isinstance(name, str) and name in _CLASSES] if names else [kind]
+    if kind not in _CLASSES.values() or kind not in named:
         raise CheckpointError(
             f"{path}: model_type {kind!r} with architectures {names!r}: switchcli reads "
             "T5ForConditionalGeneration (t5) and SwitchTransformersForConditionalGeneration (switch_transformers)"

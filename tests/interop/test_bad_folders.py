@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import theirs
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -319,6 +319,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
 def test_any_config_is_read_or_refused_in_one_line(made: Path, keys: dict[str, Any]) -> None:
     before = json.loads((made / "config.json").read_text())
