@@ -108,6 +108,43 @@ def generate(
         typer.echo(safe_text(answer.output).replace("\n", " "))
 
 
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="A run's or checkpoint's folder, a Hugging Face folder or hub name.", show_default=False),
+    ],
+    destination: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
+    to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.", show_default=False)],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The model's tokenizer.json, if SOURCE has none.", show_default=False)
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Commit, tag or branch of a hub name.")] = "main",
+    unpickle: Annotated[
+        bool,
+        typer.Option(
+            "--unpickle",
+            help="Read pytorch_model.bin too: a pickle, which can run code (read with weights_only=True).",
+        ),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Into transformers' T5 or SwitchTransformers layout, or from it; whole or not at all."""
+    with ending.stoppable():
+        from switchcli.commands import convert
+
+        console = Console(quiet=quiet)
+        if to == "switchcli":
+            options = convert.Options(tokenizer, revision, unpickle)
+            result = convert.to_switchcli(source, destination, options)
+        else:
+            result = convert.to_huggingface(Path(source), destination, console.warning)
+        console.message(f"{result['parameters']:,} parameters in {destination}")
+        if as_json:
+            print_json(result)
+
+
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
     try:

@@ -35,7 +35,7 @@ ROOMS = {
     "tasks": Room(2, "numpy pydantic sacrebleu rouge_score", rooms="data errors spec"),
     "parallel": Room(2, "torch accelerate pydantic", rooms="model errors spec"),
     "train": Room(3, "torch safetensors pydantic"),
-    "interop": Room(3, "torch safetensors"),
+    "interop": Room(3, "torch safetensors pydantic"),
     "recipe": Room(4, "yaml pydantic pydantic_core"),
     "commands": Room(5, "torch pydantic typer"),
     "cli": Room(6, "typer rich", rooms="commands recipe report errors spec __version__"),
@@ -46,7 +46,9 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/stream.py": "torch",
     "switchcli/data/corpus.py": "datasets",
     "switchcli/data/tokenizer.py": "huggingface_hub",
+    "switchcli/interop/hub.py": "huggingface_hub",
 }
+READS_PICKLES = "switchcli/interop/pickled.py"
 
 
 class Module(NamedTuple):
@@ -173,12 +175,20 @@ def functions_are_short(module: Module) -> Iterator[Fault]:
 
 
 def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
-    """No pickle and nothing that uses it, no eval, no shell: a checkpoint, a recipe or a text can then run no code."""
+    """No pickle and nothing that uses it, no eval, no shell: a checkpoint, a recipe or a text can then run no code.
+
+    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there.
+    """
     pickles = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
     pickles |= {"torch.distributed.checkpoint", "accelerate.load_checkpoint_and_dispatch"}
     code = {"importlib.import_module", "runpy", "os.system", "os.popen"}
     yaml = {"yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all"}
-    for line, name in mentions(module.tree):
+    tree = module.tree
+    if module.path == READS_PICKLES:
+        tree = ast.parse(module.text)
+        for call in filter(_reads_tensors_alone, calls(tree)):
+            call.func = ast.Name("read_tensors_alone", lineno=call.lineno)
+    for line, name in mentions(tree):
         if within(name, pickles | code | yaml) or name.endswith((".load_state", ".save_state")):
             yield line, name
     for call in calls(module.tree):
@@ -188,6 +198,14 @@ def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
             harmless = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
             if keyword.arg in ("allow_pickle", "shell", "trust_remote_code") and not harmless:
                 yield call.lineno, f"{keyword.arg}= may only be False"
+
+
+def _reads_tensors_alone(call: ast.Call) -> bool:
+    """`torch.load(..., weights_only=True)`, with the literal, and nothing passed on that could say otherwise."""
+    words = {word.arg: word.value for word in call.keywords}
+    alone = words.get("weights_only")
+    literal = isinstance(alone, ast.Constant) and alone.value is True and len(call.args) == 1
+    return dotted(call.func) == "torch.load" and literal and None not in words and "pickle_module" not in words
 
 
 def yaml_is_read_safely(module: Module) -> Iterator[Fault]:
@@ -259,6 +277,7 @@ def modules_say_what_they_are(module: Module) -> Iterator[Fault]:
 # Each rule with snippets that break it, and with one that nearly does
 
 MODEL, DATA, TRAIN, CLI = (f"switchcli/{name}.py" for name in ("model/a", "data/a", "train/a", "cli"))
+SAFELY = "torch.load(path, map_location='cpu', weights_only=True)"
 SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     rooms_import_down: (
         [
@@ -320,6 +339,20 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             (TRAIN, "import pickle"),
             (TRAIN, "from torch import load"),
+            (TRAIN, SAFELY),
+            ("switchcli/interop/a.py", SAFELY),
+            (READS_PICKLES, "import pickle"),
+            (READS_PICKLES, "torch.load(path)"),
+            (READS_PICKLES, "torch.load(path, weights_only=False)"),
+            (READS_PICKLES, "torch.load(path, weights_only=choice)"),
+            (READS_PICKLES, "torch.load(path, weights_only=True, **rest)"),
+            (READS_PICKLES, "torch.load(path, weights_only=True, pickle_module=mine)"),
+            (READS_PICKLES, "torch.load(path, None, mine, weights_only=True)"),
+            (READS_PICKLES, "torch.load(torch.load(path), weights_only=True)"),
+            (READS_PICKLES, f"{SAFELY}; torch.load(path)"),
+            (READS_PICKLES, "read = torch.load"),
+            (READS_PICKLES, "from torch import load"),
+            (READS_PICKLES, "torch.save(model, path)"),
             (TRAIN, "torch.save(model, path)"),
             (TRAIN, "import torch.distributed.checkpoint as dcp"),
             (TRAIN, "accelerator.load_state(path)"),
@@ -335,7 +368,8 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (
                 TRAIN,
                 "model.eval()\neval: int = 1\nre.compile(x)\nnp.load(x, allow_pickle=False)\nmodel.load_state_dict(x)",
-            )
+            ),
+            (READS_PICKLES, SAFELY),
         ],
     ),
     yaml_is_read_safely: (

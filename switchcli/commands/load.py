@@ -1,18 +1,23 @@
-"""A CHECKPOINT on the command line into a model with its tokenizer: a run's folder (its newest) or one checkpoint's."""
+"""A CHECKPOINT on the command line into a model with its tokenizer.
 
-from collections.abc import Callable
+It is a run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from switchcli.commands import huggingface
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError
+from switchcli.interop.files import is_layout
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.train import checkpoint, manifest
-from switchcli.train.saver import load_model
+from switchcli.train.saver import fill, logical_tensors
 
 
 class Loaded(NamedTuple):
@@ -31,6 +36,17 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
+    if is_layout(path):
+        recipe, tokenizer, weights = huggingface.read(path)
+        return Loaded(path, 0, recipe, tokenizer, _filled(recipe, weights, device))
+    found = open_checkpoint(path, warn)
+    recipe, tokenizer = documents(found)
+    wanted = logical_tensors(huggingface.empty(recipe.architecture))
+    return Loaded(found.path, found.step, recipe, tokenizer, _filled(recipe, found.read("model", wanted), device))
+
+
+def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
+    """The checkpoint of a run's folder, or of that name, in our layout. Raises CheckpointError when there is none."""
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = None
     if (folder / manifest.NAME).is_file():
@@ -39,10 +55,17 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
         found = checkpoint.find(folder, warn)
     if found is None:
         raise CheckpointError(f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*")
+    return found
+
+
+def documents(found: checkpoint.Checkpoint) -> tuple[PretrainRecipe, Tokenizer]:
+    """The recipe and the tokenizer of a checkpoint."""
     recipe = resolve(str(found.path / "recipe.yaml"), [], PretrainRecipe)
-    tokenizer = Tokenizer.from_json(found.document("tokenizer.json").decode(), str(found.path / "tokenizer.json"))
-    with torch.device("meta"):
-        model = SwitchTransformer(recipe.architecture)
-    model = model.to_empty(device=device).eval()
-    load_model(model, found)
-    return Loaded(found.path, found.step, recipe, tokenizer, model)
+    text = found.document("tokenizer.json").decode()
+    return recipe, Tokenizer.from_json(text, str(found.path / "tokenizer.json"))
+
+
+def _filled(recipe: PretrainRecipe, tensors: Mapping[str, torch.Tensor], device: torch.device) -> SwitchTransformer:
+    model = huggingface.empty(recipe.architecture).to_empty(device=device).eval()
+    fill(model, tensors)
+    return model

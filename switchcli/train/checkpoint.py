@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
@@ -114,14 +115,15 @@ def save(
 ) -> Path:
     """Save a step under `folder`, replacing an earlier save of it, and return the new checkpoint's folder.
 
-    Tensors come under their logical names, of any device; a tied parameter is given once. `documents` holds at least
+    Tensors come under their logical names, of any device; a tied parameter is given once. A mapping that reads them
+    when asked will do: it is asked twice, and one file's worth is held at a time. `documents` holds at least
     state.json. Raises CheckpointError when the disk refuses; every checkpoint there was is then still there.
     """
     assert "state.json" in documents
     final_path = path(folder, step)
     unique = secrets.token_hex(4)
     temporary = folder / f".tmp-{step:08d}-{unique}"
-    needed = tensor_file.num_bytes([*model.values(), *optimizer.values()]) + sum(map(len, documents.values()))
+    needed = tensor_file.num_bytes(chain(model.values(), optimizer.values())) + sum(map(len, documents.values()))
     with disk_errors(folder, _ELSEWHERE, needed):
         try:
             files.make_dir(folder)

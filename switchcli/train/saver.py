@@ -91,10 +91,20 @@ def preflight(
     runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
 
 
-@torch.no_grad()
 def load_model(model: SwitchTransformer, found: checkpoint.Checkpoint) -> None:
     """Fill the model's weights, in place, from a checkpoint of the same architecture."""
-    named = dict(model.named_parameters())
-    experts = model.spec.num_experts
-    for name, tensor in logical.join(found.read("model", logical.split(named, experts)), experts).items():
-        named[name].copy_(tensor)
+    fill(model, found.read("model", logical_tensors(model)))
+
+
+@torch.no_grad()
+def fill(model: SwitchTransformer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the model's weights, in place, from tensors under their logical names, one after another."""
+    for name, tensor in logical_tensors(model).items():
+        tensor.copy_(tensors[name])
+
+
+def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
+    """The model's weights under their logical names, as views."""
+    return logical.split(
+        {name: parameter.detach() for name, parameter in model.named_parameters()}, model.spec.num_experts
+    )

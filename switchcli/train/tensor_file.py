@@ -44,9 +44,11 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def encode(named: Mapping[str, Tensor]) -> bytes:
+def encode(named: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file with these tensors, of any device and stride. Takes their size in memory twice."""
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()})
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, metadata
+    )
 
 
 def read_kinds(path: Path) -> dict[str, Kind]:

@@ -1,0 +1,158 @@
+"""`switchcli convert`: a checkpoint into the Hugging Face layout, or from there, whole or not at all."""
+
+import errno
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from switchcli.commands import huggingface
+from switchcli.commands.load import documents, open_checkpoint
+from switchcli.data.vocabulary import sentinel
+from switchcli.errors import CheckpointError, disk_errors
+from switchcli.interop import config as configs
+from switchcli.interop import hub
+from switchcli.interop import tokenizer as tokenizers
+from switchcli.interop.config import Lengths
+from switchcli.interop.express import express, translate
+from switchcli.interop.files import INDEX, SAFE, is_layout
+from switchcli.recipe.resolve import dump
+from switchcli.train import checkpoint, tensor_file
+from switchcli.train.fsops import DISK
+from switchcli.train.saver import logical_tensors
+from switchcli.train.state import TrainState
+
+_MAX_FILE_BYTES = 1 << 31
+
+
+class Options(NamedTuple):
+    """The options of an import."""
+
+    tokenizer: Path | None = None
+    revision: str = "main"
+    unpickle: bool = False
+
+
+def to_switchcli(source: str, destination: Path, options: Options) -> dict[str, Any]:
+    """Write a folder, or a repository of the hub, as one of our checkpoints, and say what it is.
+
+    Raises:
+        CheckpointError: it is no whole model of ours, or the disk refuses.
+        DataError: no tokenizer.
+    """
+    folder = Path(source)
+    if not folder.exists() and hub.is_name(source):
+        folder = hub.download(source, options.revision, unpickle=options.unpickle)
+    if not is_layout(folder):
+        raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
+    destination = _free(folder, destination)
+    recipe, tokenizer, weights = huggingface.read(folder, options.tokenizer, unpickle=options.unpickle)
+    wanted = logical_tensors(huggingface.empty(recipe.model))
+
+    def write(temporary: Path) -> Path:
+        texts = {"recipe.yaml": dump(recipe), "tokenizer.json": tokenizer.to_json()}
+        state = {"state.json": TrainState().to_json({})}
+        return checkpoint.save(
+            temporary,
+            0,
+            model=weights,
+            optimizer={},
+            documents=state | {name: text.encode() for name, text in texts.items()},
+        )
+
+    _place(destination, tensor_file.num_bytes(wanted.values()), write)
+    return _result(source, destination, "switchcli", wanted, [])
+
+
+def to_huggingface(source: Path, destination: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Write one of our checkpoints as transformers' `from_pretrained` reads it; `warn` is told what gets lost.
+
+    Raises:
+        CheckpointError: transformers has no such model, there is no whole checkpoint, or the disk refuses.
+    """
+    if is_layout(source):
+        raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
+    found = open_checkpoint(source, warn)
+    destination = _free(source, destination)
+    recipe, tokenizer = documents(found)
+    spans = recipe.data.span_corruption
+    lengths = Lengths(spans.inputs_length, spans.targets_length)
+    config, losses = express(recipe.architecture, lengths, found.path)
+    for loss in losses:
+        warn(loss)
+    wanted = logical_tensors(huggingface.empty(recipe.architecture))
+    small = {
+        configs.NAME: configs.encode(config),
+        "generation_config.json": configs.generation(),
+        **tokenizers.documents(
+            tokenizer.to_json(), [sentinel(number) for number in range(len(tokenizer.sentinels))], spans.inputs_length
+        ),
+    }
+
+    def write(temporary: Path) -> Path:
+        new = temporary / "new"
+        DISK.make_dir(new)
+        theirs = translate(config, found.read("model", wanted))
+        for name, content in (*small.items(), *_shards(theirs)):
+            DISK.write(new / name, content)
+            DISK.sync(new / name)
+        DISK.sync(new)
+        return new
+
+    _place(destination, tensor_file.num_bytes(wanted.values()), write)
+    return _result(str(source), destination, "huggingface", wanted, losses)
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes]]:
+    """Name and content of each file of weights, and of their index when there are several."""
+    shards = list(tensor_file.shards(tensors, _MAX_FILE_BYTES))
+    stem, suffix = SAFE.split(".")
+    names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SAFE]
+    else:
+        files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": tensor_file.num_bytes(tensors.values())}, "weight_map": files}
+        yield f"{SAFE}{INDEX}", (json.dumps(index, indent=2) + "\n").encode()
+    for name, shard in zip(names, shards, strict=True):
+        yield name, tensor_file.encode(shard, {"format": "pt"})  # version 4 reads no file that does not say so
+
+
+def _free(source: Path, destination: Path) -> Path:
+    """`destination` in full, if something can be written there. Raises CheckpointError."""
+    full = destination.resolve()
+    if full.is_relative_to(source.resolve()):
+        raise CheckpointError(f"{destination}: within the source {source}: give a DESTINATION outside of it")
+    if full.exists() and (not full.is_dir() or any(full.iterdir())):
+        raise CheckpointError(f"{destination}: is there already: give a DESTINATION that is not, or an empty folder")
+    return full
+
+
+def _place(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -> None:
+    """Let `write` make a folder within a temporary one beside `destination`, and give it that name when it is whole."""
+    temporary = destination.with_name(f".tmp-{destination.name}-{secrets.token_hex(4)}")
+    with disk_errors(destination, "give another DESTINATION", bytes_needed):
+        try:
+            DISK.make_dir(temporary)
+            if shutil.disk_usage(temporary).free < bytes_needed:
+                raise OSError(errno.ENOSPC, "not enough space")
+            DISK.rename(write(temporary), destination)
+            DISK.sync(destination.parent)
+        finally:
+            with suppress(OSError):
+                DISK.remove_tree(temporary)
+
+
+def _result(source: str, destination: Path, to: str, wanted: Mapping[str, Tensor], losses: list[str]) -> dict[str, Any]:
+    return {
+        "source": source,
+        "destination": str(destination),
+        "to": to,
+        "parameters": sum(tensor.numel() for tensor in wanted.values()),
+        "warnings": losses,
+    }

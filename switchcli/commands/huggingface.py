@@ -1,0 +1,85 @@
+"""A folder in the Hugging Face layout as a checkpoint: recipe, tokenizer and weights."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.spec import DataSpec
+from switchcli.data.tokenizer import Tokenizer, TokenizerFile
+from switchcli.errors import CheckpointError, DataError
+from switchcli.interop import config as configs
+from switchcli.interop.config import Config, Lengths
+from switchcli.interop.files import Weights, open_weights
+from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.train.saver import logical_tensors
+from switchcli.train.spec import TrainSpec
+
+
+class Foreign(NamedTuple):
+    """What such a folder holds."""
+
+    recipe: PretrainRecipe
+    """Of it only the model, the lengths and the tokenizer are the folder's."""
+    tokenizer: Tokenizer
+    weights: Weights
+
+
+def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False) -> Foreign:
+    """Open the folder; weights are checked by name, shape and type, and read when they are asked for.
+
+    Raises:
+        CheckpointError: it is not whole, or no model of ours.
+        DataError: no tokenizer in T5's layout, in `folder` or as the file `tokenizer`.
+    """
+    path = folder / configs.NAME
+    config = configs.read(path)
+    file = tokenizer or folder / "tokenizer.json"
+    recipe = recipe_of(config, path, file)
+    found = _tokenizer(file)
+    if found.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{file}: ids up to {found.vocab_size - 1}, where the embedding of {path} has {config.vocab_size} rows: "
+            "give the tokenizer of these weights by --tokenizer FILE"
+        )
+    wanted = logical_tensors(empty(recipe.model))
+    return Foreign(recipe, found, open_weights(folder, config, wanted, unpickle=unpickle))
+
+
+def recipe_of(config: Config, path: Path, tokenizer: Path) -> PretrainRecipe:
+    """A recipe for the model of `config`, read from `path`. CheckpointError where our model has its own rules."""
+    spans = next(spans for spans in _spans() if spans.targets_length >= config.num_experts)
+    return PretrainRecipe(
+        description=f"Converted from {path.parent.name}: train and data say nothing of how it was trained",
+        model=configs.spec_of(config, Lengths(spans.inputs_length, spans.targets_length), path),
+        data=DataSpec(tokenizer=TokenizerFile(path=str(tokenizer.absolute())), span_corruption=spans),
+        train=TrainSpec(steps=1, batch_tokens=spans.inputs_length),
+    )
+
+
+def empty(spec: ModelSpec) -> SwitchTransformer:
+    """A model without memory: names and shapes."""
+    with torch.device("meta"):
+        return SwitchTransformer(spec)
+
+
+def _spans() -> Iterator[SpanCorruption]:
+    """Lengths from T5's 512 on: a recipe's sequences hold a token for each expert, which transformers does not ask."""
+    return (SpanCorruption(inputs_length=length) for length in count(512, 64))
+
+
+def _tokenizer(file: Path) -> Tokenizer:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
+        raise DataError(
+            f"{file}: cannot be read ({reason}): give the model's tokenizer.json by --tokenizer FILE; of spiece.model "
+            "transformers' AutoTokenizer makes one (save_pretrained)"
+        ) from error
+    return Tokenizer.from_json(text, str(file))

@@ -1,0 +1,39 @@
+"""The files of a repository of the Hugging Face hub that a conversion needs, and no others."""
+
+import re
+from pathlib import Path
+from typing import Final
+
+from switchcli.errors import CheckpointError
+from switchcli.interop import config
+from switchcli.interop.files import INDEX, PICKLED, SAFE
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ALWAYS: Final = [config.NAME, "tokenizer.json", "model*.safetensors", f"{SAFE}{INDEX}"]
+_PICKLED: Final = ["pytorch_model*.bin", f"{PICKLED}{INDEX}"]
+
+
+def is_name(source: str) -> bool:
+    """Whether a source can be a name on the hub, such as google/switch-base-8."""
+    return _NAME.fullmatch(source) is not None
+
+
+def download(name: str, revision: str, *, unpickle: bool) -> Path:
+    """The folder in the hub's cache that holds them; pickled weights only if asked for, and if there are no others.
+
+    Raises:
+        CheckpointError: no network, no such repository or revision.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_ALWAYS))
+        if unpickle and not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_ALWAYS, *_PICKLED]))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{name}: no folder of that name, and it cannot be had from the hub ({reason}): check the name, --revision "
+            "and the network"
+        ) from error
+    return folder

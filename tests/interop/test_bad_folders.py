@@ -1,0 +1,336 @@
+"""Folders and options that are not what they should be: one line with the way out, and nothing left behind."""
+
+import json
+import pickle
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import theirs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from switchcli.cli import app
+from switchcli.commands.load import load
+from switchcli.errors import CheckpointError, DataError, SwitchError
+from switchcli.interop import config as configs
+
+WI = "encoder.block.1.layer.1.mlp.experts.expert_1.wi.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound folder."""
+    return theirs.save(theirs.switch(), tmp_path_factory.mktemp("made") / "sound")
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(made, tmp_path / "theirs"))
+
+
+def refused(*arguments: object, kind: type[SwitchError] = CheckpointError) -> str:
+    """What `switchcli convert` says when it refuses: one line."""
+    done = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+    assert type(done.exception) is kind or isinstance(done.exception, kind), done.exception
+    said = str(done.exception)
+    assert "\n" not in said
+    return said
+
+
+def reweigh(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Change the tensors of model.safetensors; None takes one out. Dots are written `__`."""
+    weights = load_file(folder / "model.safetensors")
+    for key, tensor in changes.items():
+        name = key.replace("__", ".")
+        weights.pop(name, None)
+        if tensor is not None:
+            weights[name] = tensor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change(name: str, tensor: torch.Tensor | None) -> Callable[[Path], None]:
+    return lambda folder: reweigh(folder, **{name.replace(".", "__"): tensor})
+
+
+def configure(**keys: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+    return write
+
+
+def without(key: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+    return write
+
+
+def write(file: str, content: bytes) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        (folder / file).write_bytes(content)
+
+    return act
+
+
+def cut(count: int) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:count])
+
+    return act
+
+
+def claim_more(folder: Path) -> None:
+    """A header longer than the file."""
+    path = folder / "model.safetensors"
+    path.write_bytes((1 << 40).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def shard(weight_map: Callable[[dict[str, str]], object], twice: bool = False) -> Callable[[Path], None]:
+    """Two shards with an index that `weight_map` makes of the right one."""
+
+    def act(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
+        for file in set(files.values()):
+            part = {name: tensor for name, tensor in weights.items() if files[name] == file}
+            save_file(part | ({"shared.weight": weights["shared.weight"]} if twice else {}), folder / file)
+        index = {"metadata": {}, "weight_map": weight_map(files)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return act
+
+
+def pickled(folder: Path) -> None:
+    theirs.as_version_4(folder, pickled=True)
+
+
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing expert": (change(WI, None), f"{WI}: not there, and config.json wants it, [40, 24]: take the whole folder"),
+    "extra expert": (
+        change(WI.replace("expert_1", "expert_3"), torch.zeros(40, 24)),
+        "expert_3.wi.weight: config.json has no place for it",
+    ),
+    "other shape": (change(WI, torch.zeros(41, 24)), f"{WI}: [41, 24], and config.json wants [40, 24]"),
+    "other type": (change(WI, torch.zeros(40, 24, dtype=torch.int8)), f"{WI}: of type I8, where float32,"),
+    "float64": (change(WI, torch.zeros(40, 24, dtype=torch.float64)), "of type F64"),
+    "NaN": (change(WI, torch.full((40, 24), float("nan"))), f"{WI}: holds NaN or infinity"),
+    "infinity": (change(WI, torch.full((40, 24), float("-inf"))), "holds NaN or infinity"),
+    "unknown tensor": (
+        change("encoder.extra.weight", torch.zeros(1)),
+        "encoder.extra.weight: config.json has no place",
+    ),
+    "untied embedding": (
+        change("encoder.embed_tokens.weight", torch.zeros(61, 24)),
+        "encoder.embed_tokens.weight is not shared.weight, and switchcli has one matrix",
+    ),
+    "head that is not tied": (change("lm_head.weight", torch.zeros(61, 24)), "lm_head.weight is not shared.weight"),
+    "biased router": (configure(router_bias=True), "config.json: router_bias: Input should be False (got True)"),
+    "gated experts": (configure(dense_act_fn="gated-gelu"), "dense_act_fn: Input should be 'relu'"),
+    "router in bfloat16": (configure(router_dtype="bfloat16"), "router_dtype: Input should be 'float32'"),
+    "one expert": (configure(num_experts=1), "num_experts: Input should be greater than or equal to 2 (got 1)"),
+    "other padding": (configure(pad_token_id=5), "pad_token_id: Input should be 0 (got 5)"),
+    "buckets": (configure(relative_attention_num_buckets=30), "relative_attention_num_buckets: Input should be a mult"),
+    "far buckets": (configure(relative_attention_max_distance=9), "relative_attention_max_distance (9) must be more"),
+    "wrong type": (configure(d_model="24"), "config.json: d_model: Input should be a valid integer (got '24')"),
+    "not finite": (configure(layer_norm_epsilon=float("nan")), "layer_norm_epsilon: Input should be a finite number"),
+    "missing key": (without("d_ff"), "config.json: d_ff: missing"),
+    "other model": (configure(model_type="bert"), "model_type 'bert' with architectures"),
+    "other head": (configure(architectures=["SwitchTransformersEncoderModel"]), "switchcli reads T5ForConditional"),
+    "list": (write("config.json", b"[1]"), "model_type None"),
+    "not JSON": (write("config.json", b"{"), "config.json: not JSON"),
+    "deep JSON": (write("config.json", b"[" * 100_000), "config.json: not JSON"),
+    "not UTF-8": (write("config.json", b"\xff\xfe{"), "config.json: not JSON"),
+    "cut tensor": (cut(-100), "not a whole safetensors file"),
+    "cut header": (cut(100), "not a whole safetensors file"),
+    "empty file": (cut(0), "not a whole safetensors file"),
+    "long header": (claim_more, "not a whole safetensors file"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors beside config.json"),
+    "path in index": (
+        shard(lambda files: {**files, WI: "../outside.safetensors"}),
+        "names '../outside.safetensors', which is no file of its folder",
+    ),
+    "absolute path in index": (shard(lambda files: {**files, WI: "/etc/passwd"}), "names '/etc/passwd', which is no"),
+    "number in index": (shard(lambda files: {**files, WI: 3}), "names 3, which is no file"),
+    "missing shard": (shard(lambda files: {**files, WI: "model-3.safetensors"}), "model-3.safetensors: cannot be read"),
+    "in two shards": (shard(lambda files: files, twice=True), "shared.weight: in model-0000"),
+    "wrong shard": (
+        shard(lambda files: {**files, "shared.weight": min({*files.values()} - {files["shared.weight"]})}),
+        "holds shared.weight, which it does not",
+    ),
+    "index of nothing": (shard(lambda files: [*files]), "not an index of tensors"),
+    "pickle": (pickled, "its weights are a pickle (pytorch_model.bin), which can run code"),
+    "large tokenizer": (write("tokenizer.json", theirs.tokenizer(60).encode()), "ids up to 62, where the embedding of"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_whole_is_refused_and_nothing_is_written(case: str, folder: Path) -> None:
+    spoil, says = CASES[case]
+    spoil(folder)
+    said = refused(folder, folder.parent / "ours", "--to", "switchcli")
+    assert says in said
+    assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
+    with pytest.raises(CheckpointError) as refusal:
+        load(folder, torch.device("cpu"), pytest.fail)
+    assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff"])
+def test_no_tokenizer(content: bytes | None, folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    if content:
+        (folder / "tokenizer.json").write_bytes(content)
+    said = refused(folder, folder.parent / "ours", "--to", "switchcli", kind=DataError)
+    assert "tokenizer.json: " in said
+    (folder.parent / "mine.json").write_text(theirs.tokenizer())
+    options = ["--tokenizer", str(folder.parent / "mine.json")]
+    done = CliRunner().invoke(app, ["convert", str(folder), str(folder.parent / "ours"), "--to", "switchcli", *options])
+    assert done.exit_code == 0
+
+
+class Runs:
+    """What a pickle may do when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+Pair = namedtuple("Pair", "one two")
+PICKLES: dict[str, Callable[[Path], object]] = {
+    "code": lambda path: torch.save({"shared.weight": Runs()}, path),
+    "code, bare": lambda path: path.write_bytes(pickle.dumps(Runs())),
+    "no dict": lambda path: torch.save([torch.zeros(1)], path),
+    "no tensor": lambda path: torch.save({"shared.weight": 3}, path),
+    "no pickle": lambda path: path.write_bytes(b"hello"),
+    "empty": lambda path: path.write_bytes(b""),
+    "zip": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "a class": lambda path: torch.save({"shared.weight": Pair(1, 2)}, path),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_pickle_of_anything_but_tensors_is_refused_and_not_run(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder / "model.safetensors").unlink()
+    PICKLES[case](folder / "pytorch_model.bin")
+    said = refused(folder, "ours", "--to", "switchcli", "--unpickle")
+    assert "pytorch_model.bin: not " in said
+    assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
+
+
+def test_destinations(folder: Path, tmp_path: Path) -> None:
+    assert "within the source" in refused(folder, folder / "ours", "--to", "switchcli")
+    assert "within the source" in refused(folder, folder, "--to", "switchcli")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    assert "is there already" in refused(folder, full, "--to", "switchcli")
+    assert "is there already" in refused(folder, full / "file", "--to", "switchcli")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = CliRunner().invoke(app, ["convert", str(folder), str(empty), "--to", "switchcli", "--json"])
+    assert json.loads(done.stdout)["destination"] == str(empty)
+    assert "within the source" in refused(empty, empty / "theirs", "--to", "huggingface")
+    assert "in the Hugging Face layout already" in refused(folder, tmp_path / "x", "--to", "huggingface")
+    assert "no config.json there" in refused(empty, tmp_path / "x", "--to", "switchcli")
+    assert "no checkpoint there" in refused(tmp_path / "nowhere", tmp_path / "x", "--to", "huggingface")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "theirs"]
+
+
+@pytest.mark.parametrize("to", ["switchcli", "huggingface"])
+def test_a_full_disk(to: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder
+    if to == "huggingface":
+        source = folder.parent / "ours"
+        CliRunner().invoke(app, ["convert", str(folder), str(source), "--to", "switchcli"], catch_exceptions=False)
+    before = sorted(folder.parent.iterdir())
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    said = refused(source, folder.parent / "new", "--to", to)
+    assert "not enough space" in said
+    assert "bytes needed, 1,000 free): free some space, or give another DESTINATION" in said
+    assert sorted(folder.parent.iterdir()) == before
+
+
+def test_a_name_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[tuple[str, str, list[str]]] = []
+
+    def download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(made)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    arguments = ["convert", "google/switch-base-8", "ours", "--to", "switchcli", "--revision", "abc", "--unpickle"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert [(name, revision) for name, revision, _ in asked] == [("google/switch-base-8", "abc")]
+    assert not any("bin" in pattern for pattern in asked[0][2])
+    assert load(Path("ours"), torch.device("cpu"), pytest.fail).step == 0
+
+
+def test_pickles_of_the_hub_are_downloaded_only_when_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs.as_version_4(folder, pickled=True)
+    asked: list[list[str]] = []
+
+    def download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert "its weights are a pickle" in refused("google/switch-base-8", "ours", "--to", "switchcli")
+    assert not any("bin" in pattern for patterns in asked for pattern in patterns)
+    arguments = ["convert", "google/switch-base-8", "ours", "--to", "switchcli", "--unpickle"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert "pytorch_model*.bin" in asked[-1]
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        raise OSError("no route\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    said = refused("google/no-such", tmp_path / "ours", "--to", "switchcli")
+    assert said.startswith("google/no-such: no folder of that name, and it cannot be had from the hub (no route)")
+
+
+KEYS = [*configs.SwitchConfig.model_fields, *configs.T5Config.model_fields, "architectures"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
+def test_any_config_is_read_or_refused_in_one_line(made: Path, keys: dict[str, Any]) -> None:
+    before = json.loads((made / "config.json").read_text())
+    folder = made.parent / "any"
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**before, **keys}))
+    said = ""
+    try:
+        configs.spec_of(configs.read(path), configs.Lengths(512, 114), path)
+    except CheckpointError as refusal:
+        said = str(refusal)
+    assert not said or said.startswith(f"{path}: ")
+    assert "\n" not in said

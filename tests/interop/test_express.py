@@ -1,0 +1,85 @@
+"""What transformers cannot say is refused by its rule and its numbers; what it only does otherwise is warned of."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from switchcli.errors import CheckpointError
+from switchcli.interop.config import Lengths, SwitchConfig
+from switchcli.interop.express import express
+from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.spec import ModelSpec
+
+LENGTHS = Lengths(512, 114)
+DROPLESS = {"capacity_factor": "dropless", "eval_capacity_factor": "dropless"}
+
+
+def spec(**keys: Any) -> ModelSpec:
+    """A model that transformers has, but for `keys`."""
+    plain = {"num_experts": 4, "num_layers": 4, "router": Switch(**DROPLESS), "balance_reduction": "pooled"}
+    return ModelSpec(**{"d_model": 24, "d_kv": 6, "d_ff": 40, "num_heads": 4, **plain, **keys})
+
+
+REFUSED = {
+    "top-k": (spec(router=TopK()), "the encoder's router is of kind top_k"),
+    "NTLB in the decoder": (
+        spec(decoder_router=NoTokenLeftBehind()),
+        "decoder's router is of kind no_token_left_behind",
+    ),
+    "expert choice": (
+        spec(router=ExpertChoice(), decoder_router=Switch()),
+        "encoder's router is of kind expert_choice",
+    ),
+    "Switch attention": (spec(sparse="attention"), "sparse (attention) routes attention"),
+    "both": (spec(sparse="both"), "sparse (both) routes attention"),
+    "GEGLU experts": (spec(activation="geglu"), "activation (geglu) of 4 experts"),
+    "router in bfloat16": (spec(router_precision="bfloat16"), "the router computes in bfloat16"),
+    "other layers": (
+        spec(sparse_encoder_layers=(0, 2)),
+        "the sparse blocks of the encoder are [0, 2], where transformers can have [1] or [1, 3] or [0, 1, 2, 3] or []",
+    ),
+    "the last layer": (spec(sparse_every=4), "the sparse blocks of the encoder are [3]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    model, says = REFUSED[case]
+    with pytest.raises(CheckpointError) as refusal:
+        express(model, LENGTHS, Path("runs/a"))
+    assert str(refusal.value).startswith("runs/a: ")
+    assert says in str(refusal.value)
+    assert str(refusal.value).endswith("transformers has no such model; switchcli's own layout keeps it")
+
+
+WARNED = {
+    "by a factor": (
+        spec(router=Switch()),
+        "an expert of the encoder has 160 slots in training and 256 in evaluation for 512 tokens, fewer for fewer; "
+        "transformers has expert_capacity (256) for any number",
+        256,
+    ),
+    "groups": (spec(router=Switch(**DROPLESS, group_sequences=2)), "router.group_sequences (2) share a capacity", 512),
+    "overflow": (spec(router=Switch(**DROPLESS, overflow="random")), "overflow (random) of the encoder's router", 512),
+    "sampling": (spec(router=Switch(**DROPLESS, sample_temperature=1.0)), "sample_temperature of the router", 512),
+    "dropout": (spec(router=Switch(**DROPLESS, input_dropout=0.1)), "input_dropout of the router", 512),
+    "expert dropout": (spec(expert_dropout=0.4), "expert_dropout (0.4): transformers takes dropout (0.0)", 512),
+    "sum": (spec(balance_reduction="sum"), "balance_reduction (sum): transformers pools", 512),
+    "two routers": (spec(decoder_router=Switch(**DROPLESS, jitter=0.1)), "of the decoder's router alone", 512),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_warned_of(case: str) -> None:
+    model, says, capacity = WARNED[case]
+    config, losses = express(model, LENGTHS, Path("runs/a"))
+    assert isinstance(config, SwitchConfig)
+    assert config.expert_capacity == capacity
+    assert any(says in loss for loss in losses), losses
+    assert all("\n" not in loss for loss in losses)
+
+
+def test_nothing_to_warn_of() -> None:
+    for model in (spec(), spec(tie_embeddings=False), spec(sparse_decoder_layers=()), spec(num_experts=1)):
+        assert not express(model, LENGTHS, Path("runs/a"))[1]
