@@ -1,0 +1,164 @@
+"""The benchmark behind scripts/bench: jobs in processes of their own take turns; tables in Markdown on stdout.
+
+A ratio is taken within a round, of runs side by side, and printed as median (least to most): machines are noisy.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from layer import layer
+from machine import PRECISIONS, Job, Result, ceilings
+from parts import parts
+from step import step
+
+SECTIONS = {"ceilings": ceilings, "layer": layer, "step": step, "parts": parts}
+EXPERTS = (8, 32, 64, 128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all when none is named")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        job = json.loads(options.job)
+        print(json.dumps(SECTIONS[job["section"]](job)))
+        return
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    common = {"device": options.device, "threads": options.threads, "rounds": options.rounds}
+    print(f"{processor()}, {options.threads} threads, {platform.python_version()}, torch {version('torch')}\n")
+    for name in options.sections or SECTIONS:
+        {"ceilings": of_ceilings, "layer": of_layers, "step": of_steps, "parts": of_parts}[name](common)
+        sys.stdout.flush()
+
+
+def run(job: Job) -> Result:
+    """The answer of `job`, from a process of its own."""
+    print(" ".join(str(value) for value in job.values()), file=sys.stderr, flush=True)
+    command = [sys.executable, str(Path(__file__).parent), "--job", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of_ceilings(common: Job) -> None:
+    rows = []
+    for precision in PRECISIONS:
+        found = run({"section": "ceilings", **common, "precision": precision})
+        speeds = [f"{speed / 1e9:.0f}" for speed in found["flops_per_second"].values()]
+        rows.append([precision, *speeds, f"{found['bytes_per_second'] / 1e9:.1f}"])
+    heads = ["products of rows x 768 x 2048, GFLOP/s", *(f"{n} rows" for n in (4096, 512, 128, 32)), "copy, GB/s"]
+    table(heads, rows)
+
+
+def of_layers(common: Job) -> None:
+    for precision in PRECISIONS:
+        rows = []
+        for experts in EXPERTS:
+            found = run({"section": "layer", **common, "precision": precision, "experts": experts})
+            seconds = found["seconds"]
+            ours = statistics.median(seconds["this layer"])
+            rows.append(
+                [
+                    f"{experts} ({4096 // experts} tokens each)",
+                    *(ratio(seconds[way], seconds["dense"]) for way in seconds if way != "dense"),
+                    f"{found['floor'] / statistics.median(seconds['dense']):.2f}",
+                    f"{ours / found['floor']:.2f}",
+                    f"{found['kept']:.1%}",
+                ]
+            )
+        ways = [way for way in seconds if way != "dense"]
+        print(f"Forward and backward, {precision}: time over the dense feed-forward's\n")
+        table(["experts", *ways, "floor", "this layer over the floor", "kept"], rows)
+
+
+def of_steps(common: Job) -> None:
+    rows = []
+    rounds = {**common, "rounds": 2}
+    cases = [(1, 4, "adafactor"), (8, 4, "adafactor"), (8, 4, "adamw"), (128, 2, "adafactor")]
+    for precision in PRECISIONS:
+        for experts, layers, optimizer in cases:
+            job = {"section": "step", **rounds, "precision": precision, "experts": experts, "layers": layers}
+            found: dict[str, list[Result]] = {"transformers": [], "switchcli": []}
+            for _ in range(max(2, common["rounds"] // 2)):
+                for who, results in found.items():
+                    results.append(run({**job, "optimizer": optimizer, "who": who}))
+            seconds = {who: [second for one in results for second in one["seconds"]] for who, results in found.items()}
+            peaks = {who: max(one["peak"] for one in results) / 2**30 for who, results in found.items()}
+            rows.append(
+                [
+                    precision,
+                    "dense" if experts == 1 else str(experts),
+                    f"{layers} + {layers}",
+                    optimizer,
+                    ratio(seconds["transformers"], seconds["switchcli"]),
+                    *(f"{statistics.median(each):.2f}" for each in seconds.values()),
+                    *(f"{peak:.1f}" for peak in peaks.values()),
+                ]
+            )
+    who = ("transformers", "switchcli")
+    heads = ["precision", "experts", "layers", "optimizer", "transformers' time over ours"]
+    table([*heads, *(f"{name}, s" for name in who), *(f"{name}, peak GiB" for name in who)], rows)
+
+
+def of_parts(common: Job) -> None:
+    for precision in PRECISIONS:
+        for experts, layers in ((8, 4), (128, 2)):
+            job = {"section": "parts", **common, "precision": precision, "experts": experts, "layers": layers}
+            found = run(job)
+            each = {name: statistics.median(times) for name, times in found["seconds"].items()}
+            count = {**found["times"], "loss over the vocabulary": 1, "Adafactor": 1}
+            total = each["whole"] + each["Adafactor"]
+            rows = [
+                [name, str(count[name]), f"{1e3 * second:.0f}", f"{count[name] * second / total:.0%}"]
+                for name, second in each.items()
+                if name != "whole"
+            ]
+            known = sum(count[name] * each[name] for name in each if name != "whole")
+            rows.append(["all of them; forward, backward and Adafactor measured whole", "", f"{1e3 * known:.0f}; ", ""])
+            rows[-1][2] += f"{1e3 * total:.0f}"
+            print(f"{experts} experts, {layers} + {layers} layers, {precision}; Adafactor: ", end="")
+            print(f"{1e9 * each['Adafactor'] / found['parameters']:.2f} ns a parameter\n")
+            table(["part, forward and backward", "times", "ms each", "share of the step"], rows)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    found = [one / other for one, other in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
+    heads = list(heads)
+    for row in (heads, ["---"] * len(heads), *rows):
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def version(package: str) -> str:
+    from importlib import metadata
+
+    return metadata.version(package)
+
+
+if __name__ == "__main__":
+    main()

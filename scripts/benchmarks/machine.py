@@ -1,0 +1,92 @@
+"""What all sections of the benchmark share: the shape, a clock, and what the machine can do at most."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from switchcli.data.batch import Batch
+from switchcli.model.spec import ModelSpec
+from switchcli.parallel.runtime import Runtime
+
+D_MODEL, D_FF, HEADS, VOCABULARY = 768, 2048, 12, 32128
+BATCH, SOURCE, TARGET = 8, 512, 114
+TOKENS = BATCH * SOURCE
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Job = dict[str, Any]
+Result = dict[str, Any]
+
+
+def shape(num_experts: int, **changes: Any) -> ModelSpec:
+    keys = {
+        "d_model": D_MODEL,
+        "d_ff": D_FF,
+        "num_heads": HEADS,
+        "num_layers": 4,
+        "vocab_size": VOCABULARY,
+        "num_experts": num_experts,
+        "dropout": 0.1,
+    }
+    return ModelSpec(**{**keys, **changes})
+
+
+class Clock:
+    """Seconds of a call, the device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self._wait()
+        started = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - started
+
+    def in_turn(self, calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        """Each call once uncounted, then all of them `rounds` times one after the other."""
+        for call in calls.values():
+            self(call)
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                found[name].append(self(call))
+        return found
+
+
+def begin(job: Job) -> tuple[Runtime, Clock]:
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    runtime = Runtime(job["device"], "float32" if job["precision"] == "float32" else "selective")
+    return runtime, Clock(runtime.device)
+
+
+def bandwidth(device: torch.device, clock: Clock) -> float:
+    """Bytes a second of a copy of 256 MB into standing memory, reads and writes counted."""
+    source, target = (torch.ones(2**26, device=device) for _ in range(2))
+    return 2 * source.numel() * 4 / min(clock(lambda: target.copy_(source)) for _ in range(8))
+
+
+def ceilings(job: Job) -> Result:
+    """Products of an expert's rows with a weight that is read from memory each time, and the copy."""
+    runtime, clock = begin(job)
+    dtype, device = PRECISIONS[job["precision"]], runtime.device
+    speed = {}
+    for rows in (TOKENS, 512, 128, 32):
+        weights = torch.randn(TOKENS // rows, D_FF, D_MODEL, device=device).to(dtype)
+        x_AD = torch.randn(rows, D_MODEL, device=device).to(dtype)
+        y_AF = torch.empty(rows, D_FF, device=device, dtype=dtype)
+
+        def products(weights: torch.Tensor = weights, x_AD: torch.Tensor = x_AD, y_AF: torch.Tensor = y_AF) -> None:
+            for weight_FD in weights:
+                torch.mm(x_AD, weight_FD.T, out=y_AF)
+
+        speed[rows] = 2 * TOKENS * D_MODEL * D_FF / min(clock(products) for _ in range(5))
+    return {"flops_per_second": speed, "bytes_per_second": bandwidth(device, clock)}
+
+
+def batch(device: torch.device | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(2, VOCABULARY, (BATCH, length), generator=generator) for length in (SOURCE, TARGET)]
+    return Batch(*(each.to(device) for each in ids))

@@ -1,0 +1,114 @@
+"""A whole training step against transformers' SwitchTransformers and T5 of the same shape, and its peak memory.
+
+Dropout 0.1, jitter, the balance loss, the gradient's norm and the optimizer included. No token is dropped on either
+side, so that the work is equal.
+"""
+
+import resource
+import time
+from itertools import pairwise
+
+import torch
+from machine import BATCH, D_FF, D_MODEL, HEADS, SOURCE, TOKENS, VOCABULARY, Clock, Job, Result, batch, begin, shape
+
+from switchcli.model.initialise import initialise
+from switchcli.model.routing import Switch
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.runtime import Runtime
+from switchcli.parallel.signals import StopRequest
+from switchcli.train.loop import fit
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor, AdamW
+from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.spec import TrainSpec
+from switchcli.train.state import TrainState
+
+
+def step(job: Job) -> Result:
+    """Seconds of each of `rounds` steps after one uncounted, and the most memory that the process has had."""
+    runtime, clock = begin(job)
+    seconds = (our_steps if job["who"] == "switchcli" else their_steps)(job, runtime, clock)
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds[1:], "peak": peak}
+
+
+def our_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
+    model = our_model(job, runtime.device)
+    optimizer = {"adafactor": Adafactor(), "adamw": AdamW()}[job["optimizer"]].build(dict(model.named_parameters()))
+    times = [time.perf_counter()]
+
+    def on_step(number: int) -> None:
+        times.append(time.perf_counter() if clock(lambda: None) >= 0 else 0.0)
+
+    fit(
+        TrainState(),
+        runtime.wrap(model),
+        cross_entropy,
+        Microbatches(lambda step, first, count: batch(), BATCH, None, 1, 0, 1),
+        optimizer,
+        InverseSquareRoot(learning_rate=1e-3),
+        runtime,
+        [],
+        TrainSpec(steps=1 + job["rounds"], batch_tokens=TOKENS),
+        StopRequest(),
+        on_step,
+    )
+    return [after - before for before, after in pairwise(times)]
+
+
+def our_model(job: Job, device: torch.device) -> SwitchTransformer:
+    router = Switch(capacity_factor="dropless", group_sequences=1)
+    with torch.device("meta"):
+        model = SwitchTransformer(shape(job["experts"], num_layers=job["layers"], router=router))
+    model = model.to_empty(device=device).train()
+    initialise(model, 0)
+    return model
+
+
+def their_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
+    """transformers' model and Adafactor (or torch's fused AdamW) in the plainest loop, the gradient's norm included."""
+    import transformers
+
+    keys = {
+        "vocab_size": VOCABULARY,
+        "d_model": D_MODEL,
+        "d_ff": D_FF,
+        "d_kv": D_MODEL // HEADS,
+        "num_heads": HEADS,
+        "num_layers": job["layers"],
+        "dropout_rate": 0.1,
+        "decoder_start_token_id": 0,
+    }
+    sparse = {"num_experts": job["experts"], "expert_capacity": SOURCE, "router_jitter_noise": 0.01}
+    sparse |= {f"num_sparse_{stack}_layers": job["layers"] // 2 for stack in ("encoder", "decoder")}
+    if job["experts"] == 1:
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**keys))
+    else:
+        config = transformers.SwitchTransformersConfig(**keys, **sparse)
+        model = transformers.SwitchTransformersForConditionalGeneration(config)
+    model = model.to(runtime.device).train()
+    parameters = list(model.parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:  # saturated by its own initialisation: a router must not make the work uneven
+                parameter.mul_(0.01)
+    if job["optimizer"] == "adafactor":
+        optimizer = transformers.Adafactor(parameters, lr=1e-3, scale_parameter=True, relative_step=False)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    inputs_BS, targets_BT = batch(runtime.device)
+    routed = {"output_router_logits": True} if job["experts"] > 1 else {}
+
+    def one() -> None:
+        with runtime.autocast():
+            loss = model(input_ids=inputs_BS, labels=targets_BT, **routed).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return [clock(one) for _ in range(1 + job["rounds"])]
