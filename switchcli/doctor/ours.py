@@ -1,0 +1,66 @@
+"""This project's model as a subject.
+
+Legend: B batch, T target, V vocabulary.
+"""
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+
+from switchcli.doctor.subject import Loss, Seen, Subject, Text, precision, training, watching
+from switchcli.model.moe import Router, evaluating
+from switchcli.model.routing import Mode
+from switchcli.model.spec import STACKS
+from switchcli.model.transformer import Cache, SwitchTransformer
+from switchcli.spec import PAD
+
+
+class Ours(Subject):
+    """A `SwitchTransformer`; under the policy `dropless` it answers as `switchcli generate` does."""
+
+    def __init__(self, model: SwitchTransformer, initialised: bool) -> None:
+        spec = model.spec
+        self.model: SwitchTransformer = model
+        self.initialised = initialised
+        self.layers = spec.routed_parts()
+        self.routers = tuple(module for module in model.modules() if isinstance(module, Router))
+        self.num_experts = spec.num_experts
+        self.vocab_size = spec.vocab_size
+        self.rows = spec.group_sequences
+        self.slots = None
+        routers = [spec.router_of(stack) for stack in STACKS if spec.sparse_layers(stack)]
+        chosen = [router.balance_loss_coef for router in routers if router.kind != "expert_choice"]
+        self.balance_coef = min(chosen, default=None)
+
+    def look(self, text: Text, mode: Mode = "paper", autocast: bool = False) -> Seen:
+        with self._in(mode), torch.no_grad(), precision(autocast), watching(self, None) as calls:
+            output = self.model(*text)
+            return Seen(output.logits_BTV.float(), tuple(calls), output.reports)
+
+    def decode(self, text: Text, mode: Mode) -> torch.Tensor:
+        shifted_BT = F.pad(text.targets_BT, (1, -1), value=PAD)
+        cache: tuple[Cache, ...] | None = None
+        steps = []
+        with self._in(mode), torch.no_grad():
+            encoded = self.model.encode(text.inputs_BS)
+            for last_B1, target_B1 in zip(shifted_BT.split(1, 1), text.targets_BT.split(1, 1), strict=True):
+                x_B1D = self.model.embed(last_B1)
+                hidden_B1D, cache, _ = self.model.decoder(x_B1D, target_B1 != PAD, encoded, cache)
+                steps.append(F.linear(*self.model.vocabulary(hidden_B1D)))
+        return torch.cat(steps, dim=1)
+
+    def loss(self, text: Text) -> Loss:
+        with training(self.model):
+            output = self.model(*text)
+        loss = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
+        auxiliary = 0.0 if output.auxiliary is None else float(output.auxiliary.detach())
+        return Loss(loss, auxiliary, auxiliary)
+
+    def in_bfloat16(self) -> Self:
+        return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialised)
+
+    def _in(self, mode: Mode) -> AbstractContextManager[None]:
+        return training(self.model) if mode == "training" else evaluating(self.model, mode)
