@@ -31,6 +31,8 @@ LOGITS: Final = 2
 class HuggingFace(Subject):
     """A `SwitchTransformersForConditionalGeneration`. Its capacity is the same in training and evaluation."""
 
+    code = "transformers"
+
     def __init__(self, model: Any, initialised: bool) -> None:
         config = model.config
         self.model: Any = model

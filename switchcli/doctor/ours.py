@@ -4,6 +4,7 @@ Legend: B batch, T target, V vocabulary.
 """
 
 import copy
+import os
 from contextlib import AbstractContextManager
 from typing import Self
 
@@ -11,15 +12,20 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.doctor.subject import Loss, Seen, Subject, Text, precision, training, watching
+from switchcli.errors import OutOfMemory
+from switchcli.model.count import count
+from switchcli.model.initialise import initialise
 from switchcli.model.moe import Router, evaluating
 from switchcli.model.routing import Mode
-from switchcli.model.spec import STACKS
+from switchcli.model.spec import STACKS, ModelSpec
 from switchcli.model.transformer import Cache, SwitchTransformer
 from switchcli.spec import PAD
 
 
 class Ours(Subject):
     """A `SwitchTransformer`; under the policy `dropless` it answers as `switchcli generate` does."""
+
+    code = "switchcli"
 
     def __init__(self, model: SwitchTransformer, initialised: bool) -> None:
         spec = model.spec
@@ -46,9 +52,10 @@ class Ours(Subject):
         steps = []
         with self._in(mode), torch.no_grad():
             encoded = self.model.encode(text.inputs_BS)
-            for last_B1, target_B1 in zip(shifted_BT.split(1, 1), text.targets_BT.split(1, 1), strict=True):
-                x_B1D = self.model.embed(last_B1)
-                hidden_B1D, cache, _ = self.model.decoder(x_B1D, target_B1 != PAD, encoded, cache)
+            for step in range(text.targets_BT.shape[1]):
+                here = slice(step, step + 1)
+                x_B1D = self.model.embed(shifted_BT[:, here])
+                hidden_B1D, cache, _ = self.model.decoder(x_B1D, text.targets_BT[:, here] != PAD, encoded, cache)
                 steps.append(F.linear(*self.model.vocabulary(hidden_B1D)))
         return torch.cat(steps, dim=1)
 
@@ -64,3 +71,21 @@ class Ours(Subject):
 
     def _in(self, mode: Mode) -> AbstractContextManager[None]:
         return training(self.model) if mode == "training" else evaluating(self.model, mode)
+
+
+def fresh(spec: ModelSpec, seed: int) -> Ours:
+    """The model with its initial weights.
+
+    Raises:
+        OutOfMemory: this machine is too small for it.
+    """
+    needed = 8 * count(spec).parameters  # weights and gradients
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise OutOfMemory(
+            f"weights and gradients take {needed:,} bytes, and this machine has {there:,}: probe it with fewer "
+            "experts or layers, such as model.num_experts=8 model.num_layers=2"
+        )
+    model = SwitchTransformer(spec)
+    initialise(model, seed)
+    return Ours(model.eval(), initialised=True)

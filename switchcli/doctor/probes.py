@@ -7,6 +7,7 @@ Differences of logits are the largest, in standard deviations of the logits. Thr
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -65,7 +66,9 @@ def weights(subject: Subject) -> Answer:
     of = len(subject.parameters)
     if not bad:
         return Answer("pass", f"all {of} tensors finite", 0)
-    return Answer("fail", f"NaN or infinity in {len(bad)} of {of} tensors: {bad[0]}", len(bad), "take an older checkpoint")
+    return Answer(
+        "fail", f"NaN or infinity in {len(bad)} of {of} tensors: {bad[0]}", len(bad), "take an older checkpoint"
+    )
 
 
 def router_gradient(subject: Subject) -> Answer:
@@ -77,14 +80,19 @@ def router_gradient(subject: Subject) -> Answer:
     figure = f"{least:.1e} of the gradient's norm, at least ({layer})"
     if least > NO_GRADIENT:
         return Answer("pass", figure, least)
-    advice = "the router learns nothing from the loss: weigh an expert's output by its raw probability, not renormalised"
+    advice = (
+        "the router learns nothing from the loss: weigh an expert's output by its raw probability, not renormalised"
+    )
     return Answer("fail", figure, least, advice)
 
 
 def router_precision(subject: Subject) -> Answer:
     """The precision in which logits of the router come, where all else is bfloat16 (paper, section 2.4)."""
     text = texts.short(subject)
-    found = {"autocast": subject.look(text, autocast=True), "weights loaded in bfloat16": subject.in_bfloat16().look(text)}
+    found = {
+        "autocast": subject.look(text, autocast=True),
+        "weights loaded in bfloat16": subject.in_bfloat16().look(text),
+    }
     dtypes = {way: {call.logits_GNE.dtype for call in seen.calls} for way, seen in found.items()}
     wrong = [way for way, seen in dtypes.items() if seen != {torch.float32}]
     if not wrong:
@@ -101,7 +109,9 @@ def router_confidence(subject: Subject) -> Answer:
     std = max(float(call.logits_GNE.float().std()) for call in seen.calls)
     top = max(float(report.confidence / report.tokens) for report in seen.reports)
     entropy = min(float(report.entropy / report.tokens) for report in seen.reports) / math.log(subject.num_experts)
-    figure = f"logits' std {std:.2g}, mean top probability {top:.3f}, entropy {entropy:.2f} of log E, in the surest layer"
+    figure = (
+        f"logits' std {std:.2g}, mean top probability {top:.3f}, entropy {entropy:.2f} of log E, in the surest layer"
+    )
     if not subject.initialised:
         verdict: Verdict = "warn" if top > CERTAIN else "pass"
         return Answer(verdict, figure, top, "it is certain of every token and learns no more" if top > CERTAIN else "")
@@ -131,7 +141,9 @@ def experts_in_use(subject: Subject) -> Answer:
     hottest = max(float(report.load_E.max() / report.load_E.sum()) * E for report in reports)
     figure = f"{dead} of {E * len(reports)} experts without a token, the hottest with {hottest:.1f} even shares"
     if (dead and text.inputs_BS.numel() >= texts.TOKENS_AN_EXPERT * E) or hottest >= min(HOT, 0.9 * E):
-        return Answer("warn", figure, dead, "look again on real text (`pretrain` logs each layer); raise balance_loss_coef")
+        return Answer(
+            "warn", figure, dead, "look again on real text (`pretrain` logs each layer); raise balance_loss_coef"
+        )
     return Answer("pass", figure, dead)
 
 
@@ -145,7 +157,9 @@ def dropped_tokens(subject: Subject) -> Answer:
     worst = max(rates)
     if worst < MANY_DROPPED:
         return Answer("pass", figure, worst)
-    return Answer("fail" if worst >= MOST_DROPPED else "warn", figure, worst, "raise the capacity, or balance the routers")
+    return Answer(
+        "fail" if worst >= MOST_DROPPED else "warn", figure, worst, "raise the capacity, or balance the routers"
+    )
 
 
 def padding(subject: Subject) -> Answer:
@@ -157,12 +171,16 @@ def padding(subject: Subject) -> Answer:
     # A capacity that follows the length grows with padding: there only the sides can be compared while it counts.
     full = [subject.look(text, "paper") for text in (left, right)]
     free = [subject.look(text, "dropless").logits_BTV for text in (plain, left, right)]
-    worst = max(_difference(full[0].logits_BTV, full[1].logits_BTV), *(_difference(free[0], other) for other in free[1:]))
+    worst = max(
+        _difference(full[0].logits_BTV, full[1].logits_BTV), *(_difference(free[0], other) for other in free[1:])
+    )
     lost = [_dropped(seen, subject, "encoder") for seen in full]
     figure = f"logits change by {worst:.1e}; {lost[0]} inputs dropped padded left, {lost[1]} right"
     if worst <= SAME:
         return Answer("pass", figure, worst)
-    return Answer("fail", figure, worst, "padding takes the slots of tokens: mask it before capacity, or pad on the right only")
+    return Answer(
+        "fail", figure, worst, "padding takes the slots of tokens: mask it before capacity, or pad on the right only"
+    )
 
 
 def batch_neighbours(subject: Subject) -> Answer:
@@ -177,7 +195,9 @@ def batch_neighbours(subject: Subject) -> Answer:
         return Answer("pass", figure, free)
     if subject.balance_coef is None:
         return Answer("warn", figure, free, "experts choose within a group: evaluate with group_sequences: 1")
-    return Answer("fail", figure, free, "what a sequence gets depends on the others in its batch: route without capacity")
+    return Answer(
+        "fail", figure, free, "what a sequence gets depends on the others in its batch: route without capacity"
+    )
 
 
 def cached_decoding(subject: Subject) -> Answer:
@@ -187,18 +207,25 @@ def cached_decoding(subject: Subject) -> Answer:
         _difference(subject.look(text, mode).logits_BTV, subject.decode(text, mode)) for mode in ("dropless", "paper")
     )
     lost = _dropped(subject.look(text, "paper"), subject, "decoder")
-    figure = f"logits differ by {free:.1e}" + _by_the_paper(subject, paper) + f"; {lost} targets dropped when all at once"
+    figure = (
+        f"logits differ by {free:.1e}" + _by_the_paper(subject, paper) + f"; {lost} targets dropped when all at once"
+    )
     if free <= SAME:
         return Answer("pass", figure, free)
     return Answer(
-        "fail", figure, free, "a step alone never fills a queue: evaluate with a capacity for every token, as in decoding"
+        "fail",
+        figure,
+        free,
+        "a step alone never fills a queue: evaluate with a capacity for every token, as in decoding",
     )
 
 
 def clean_inputs(subject: Subject) -> Answer:
     """Whether a router leaves its input as it is in training: noise is for its own copy (Appendix C)."""
     calls = subject.look(texts.short(subject), "training").calls
-    worst = max(float(((call.left_GND - call.given_GND).abs() / call.given_GND.abs().clamp(min=1e-6)).max()) for call in calls)
+    worst = max(
+        float(((call.left_GND - call.given_GND).abs() / call.given_GND.abs().clamp(min=1e-6)).max()) for call in calls
+    )
     if worst == 0:
         return Answer("pass", "the router leaves its input as it is", 0)
     figure = f"the router changes its input in place, by up to {worst:.1%}"
@@ -213,7 +240,10 @@ def idle_gradients(subject: Subject) -> Answer:
     if not missing:
         return Answer("pass", figure, 0)
     return Answer(
-        "warn", figure, len(missing), f"DistributedDataParallel stops there: find_unused_parameters=True ({missing[0]}, ...)"
+        "warn",
+        figure,
+        len(missing),
+        f"DistributedDataParallel stops there: find_unused_parameters=True ({missing[0]}, ...)",
     )
 
 
@@ -260,12 +290,11 @@ PROBES: Final = (
 
 def examine(subject: Subject) -> Iterator[Finding]:
     """The findings of all probes, in order; the same each time."""
-    dense = not subject.layers or subject.num_experts == 1
     broken = False
     for name, ask, of_routers in PROBES:
         if broken:
             answer = Answer("skip", "the weights are not finite")
-        elif dense and of_routers:
+        elif subject.dense and of_routers:
             answer = Answer("skip", "a dense model has no router")
         else:
             with torch.random.fork_rng(devices=[]):
@@ -276,18 +305,15 @@ def examine(subject: Subject) -> Iterator[Finding]:
         yield Finding(name, answer.verdict, answer.figure, value, answer.advice)
 
 
-class _gradients:
+@contextmanager
+def _gradients(subject: Subject, text: Text) -> Iterator[None]:
     """Within, the weights hold the gradient of the cross-entropy of `text`; afterwards none."""
-
-    def __init__(self, subject: Subject, text: Text) -> None:
-        self._subject, self._text = subject, text
-
-    def __enter__(self) -> None:
-        self._subject.model.zero_grad(set_to_none=True)
-        self._subject.loss(self._text).cross_entropy.backward()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: object) -> None:
-        self._subject.model.zero_grad(set_to_none=True)
+    subject.model.zero_grad()
+    torch.autograd.backward(subject.loss(text).cross_entropy)
+    try:
+        yield
+    finally:
+        subject.model.zero_grad()
 
 
 def _norm(gradients: list[torch.Tensor | None]) -> float:

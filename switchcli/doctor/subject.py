@@ -54,6 +54,8 @@ class Loss(NamedTuple):
 class Subject(ABC):
     """A model on the CPU in float32 that is being probed."""
 
+    code: str
+    """Whose code the model runs in."""
     model: nn.Module
     initialised: bool
     """Fresh weights, to be judged as an initialisation; else they are trained."""
@@ -87,13 +89,17 @@ class Subject(ABC):
         """A copy whose weights are loaded in bfloat16."""
 
     @property
+    def dense(self) -> bool:
+        return not self.layers or self.num_experts == 1
+
+    @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
 
 @contextmanager
 def watching(subject: Subject, logits_of: int | None) -> Iterator[list[Call]]:
-    """Within, each call of a router is written down; `logits_of` is where in its answer the logits are, if not alone."""
+    """Within, each call of a router is noted; `logits_of` is where in its answer the logits are, if not alone."""
     given: list[torch.Tensor] = []
     calls: list[Call] = []
 
