@@ -66,7 +66,7 @@ def show(diagnosis: Diagnosis) -> None:
     for finding in diagnosis.findings:
         console.message(f"{finding.verdict}  {finding.probe:{width}}  {finding.figure}", _STYLES[finding.verdict])
         if finding.advice:
-            console.message(f"      {'':{width}}{finding.advice}")
+            console.message(f"{'':{6 + width + 2}}{finding.advice}")
     failed, warned = diagnosis.count("fail"), diagnosis.count("warn")
     ending = "sound" if diagnosis.sound else "not sound"
     console.message(f"{ending}: {failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning", "bold")
@@ -75,7 +75,7 @@ def show(diagnosis: Diagnosis) -> None:
 def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
     path = Path(name)
     if not path.is_dir() or name in library.names():
-        recipe = resolve(name, overrides, PretrainRecipe)
+        recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
         return ours.fresh(recipe.architecture, recipe.train.seed)
     if overrides:
         raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
@@ -83,3 +83,12 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
         return huggingface.load(path)
     loaded = load(path, torch.device("cpu"), console.warning)
     return ours.Ours(loaded.model, initialised=False)
+
+
+def _recipe(name: str) -> Path:
+    try:
+        return library.locate(name)
+    except RecipeError as error:
+        if Path(name).exists():
+            raise
+        raise RecipeError(f"{error} No checkpoint is there either.") from error

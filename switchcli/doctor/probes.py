@@ -74,7 +74,7 @@ def weights(subject: Subject) -> Answer:
 def router_gradient(subject: Subject) -> Answer:
     """The cross-entropy's gradient at each router, which can come by the gate alone."""
     with _gradients(subject, texts.short(subject)):
-        whole = _norm([weight.grad for weight in subject.parameters.values()])
+        whole = _norm([weight.grad for weight in subject.parameters.values()]) or 1.0
         shares = [_norm([weight.grad for weight in router.parameters()]) / whole for router in subject.routers]
     least, layer = min(zip(shares, subject.layers, strict=True))
     figure = f"{least:.1e} of the gradient's norm, at least ({layer})"
@@ -321,7 +321,7 @@ def _norm(gradients: list[torch.Tensor | None]) -> float:
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / one.std())
+    return float((one - other).abs().max() / one.std().clamp(min=1e-12))
 
 
 def _dropped(seen: Seen, subject: Subject, stack: str) -> int:

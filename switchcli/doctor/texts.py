@@ -5,23 +5,27 @@ Legend: B batch, S source, T target.
 What fills a queue is known only from the model itself: a crowd is made of tokens that its router sends to one expert.
 """
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 
 from switchcli.doctor.subject import Subject, Text
 from switchcli.spec import EOS, PAD
 
-SHORT: int = 32
+SHORT: Final = 32
 """Positions of a text where its length does not matter."""
-LONGEST: int = 512
+LONGEST: Final = 512
 """Positions beyond which a capacity counts as one that never binds: T5's length."""
-BROAD: int = 512
+BROAD: Final = 512
 """Tokens that say how an average layer routes."""
-TOKENS_AN_EXPERT: int = 8
+TOKENS_AN_EXPERT: Final = 8
 """So many on average, so that an expert has none by chance once in exp(8) = 3,000 times."""
-MOST: int = 8192
+MOST: Final = 8192
 """Tokens that a probe may cost."""
-_CANDIDATES: int = 1024
+_CANDIDATES: Final = 1024
+_FEW: Final = 4
+"""A crowd has few different tokens: in a text of their like they want what they wanted among the candidates."""
 
 
 def rows_of(subject: Subject, at_least: int) -> int:
@@ -53,12 +57,11 @@ def crowded_source(subject: Subject) -> Text:
     plain = short(subject)
     candidates = _candidates(subject)
     padded = Text(F.pad(candidates.inputs_BS, (0, 1), value=PAD), candidates.targets_BT)
-    chosen_BS = _chosen(subject, padded, "encoder")
-    if chosen_BS is None:
+    logits_BSE = _first_logits(subject, padded, "encoder")
+    if logits_BSE is None:
         return plain
-    wanted = int(chosen_BS[:, -1].mode().values)
-    pool = candidates.inputs_BS[chosen_BS[:, :-1] == wanted]
-    return plain._replace(inputs_BS=_filled(pool, plain.inputs_BS))
+    wanted = int(logits_BSE[:, -1].argmax(-1).mode().values)
+    return plain._replace(inputs_BS=_crowd(candidates.inputs_BS, logits_BSE[:, :-1], wanted, plain.inputs_BS.shape))
 
 
 def crowded_target(subject: Subject) -> Text:
@@ -67,12 +70,12 @@ def crowded_target(subject: Subject) -> Text:
     rows = rows_of(subject, 1)
     text = Text(_drawn(subject, rows, SHORT, seed=6), _drawn(subject, rows, length, seed=7))
     candidates = _candidates(subject)
-    chosen_BT = _chosen(subject, candidates, "decoder")
-    if chosen_BT is None:
+    logits_BTE = _first_logits(subject, candidates, "decoder")
+    if logits_BTE is None:
         return text
-    chosen_BT = chosen_BT[:, 1:]  # at position t the decoder is given target t - 1
-    pool = candidates.targets_BT[:, :-1][chosen_BT == chosen_BT.flatten().mode().values]
-    return text._replace(targets_BT=_filled(pool, text.targets_BT))
+    logits_BTE = logits_BTE[:, 1:]  # at position t the decoder is given target t - 1
+    wanted = int(logits_BTE.argmax(-1).flatten().mode().values)
+    return text._replace(targets_BT=_crowd(candidates.targets_BT[:, :-1], logits_BTE, wanted, text.targets_BT.shape))
 
 
 def crowded_rows(subject: Subject) -> Text:
@@ -89,7 +92,8 @@ def alone(text: Text) -> Text:
 
 def _drawn(subject: Subject, rows: int, length: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(EOS + 1, subject.vocab_size, (rows, length), generator=generator)
+    first = min(EOS + 1, subject.vocab_size - 1)
+    return torch.randint(first, subject.vocab_size, (rows, length), generator=generator)
 
 
 def _candidates(subject: Subject) -> Text:
@@ -97,16 +101,15 @@ def _candidates(subject: Subject) -> Text:
     return Text(_drawn(subject, rows, SHORT, seed=8), _drawn(subject, rows, SHORT, seed=9))
 
 
-def _chosen(subject: Subject, text: Text, stack: str) -> torch.Tensor | None:
-    """The expert that each position wants in the first sparse layer of a stack, if it has one."""
+def _first_logits(subject: Subject, text: Text, stack: str) -> torch.Tensor | None:
+    """What the router says to each position in the first sparse layer of a stack, if it has one."""
     first = next((place for place, layer in enumerate(subject.layers) if layer.startswith(stack)), None)
     if first is None:
         return None
-    return subject.look(text).calls[first].logits_GNE.argmax(-1).view(len(text.inputs_BS), -1)
+    return subject.look(text).calls[first].logits_GNE.view(len(text.inputs_BS), -1, subject.num_experts)
 
 
-def _filled(pool: torch.Tensor, like_BS: torch.Tensor) -> torch.Tensor:
-    """`like_BS` with ids of the pool instead, in their order and again; as it is when the pool is empty."""
-    if not len(pool):
-        return like_BS
-    return pool.repeat(-(-like_BS.numel() // len(pool)))[: like_BS.numel()].view_as(like_BS)
+def _crowd(ids_BS: torch.Tensor, logits_BSE: torch.Tensor, wanted: int, shape: torch.Size) -> torch.Tensor:
+    """The few ids that want the expert most, again and again."""
+    ids_A = ids_BS.flatten()[logits_BSE.softmax(-1)[..., wanted].flatten().topk(_FEW).indices]
+    return ids_A.repeat(-(-shape.numel() // _FEW))[: shape.numel()].view(shape)
