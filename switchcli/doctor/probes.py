@@ -36,6 +36,8 @@ COLLAPSED: Final = 0.8
 """So much of the way from uniform (1) to one expert for all (E)."""
 HOT: Final = 4.0
 """An expert with so many even shares of the tokens; the paper's capacity factors end at 2."""
+ALL: Final = 0.9
+"""A share of a layer's tokens that is as good as all: the alarm of training has the same."""
 MANY_DROPPED: Final = 0.2
 """Of drawn tokens, in training or evaluation; the paper sees less than 0.01 of real ones once a router is trained."""
 MOST_DROPPED: Final = 0.5
@@ -134,17 +136,17 @@ def router_balance(subject: Subject) -> Answer:
 
 
 def experts_in_use(subject: Subject) -> Answer:
-    """Experts that no token chooses, and those that many do."""
+    """Experts that no token chooses, and those that many do; initial ones are uneven by chance, the more the more."""
     text = texts.broad(subject)
     reports, E = subject.look(text).reports, subject.num_experts
     dead = sum(int((report.load_E == 0).sum()) for report in reports)
     hottest = max(float(report.load_E.max() / report.load_E.sum()) * E for report in reports)
     figure = f"{dead} of {E * len(reports)} experts without a token, the hottest with {hottest:.1f} even shares"
-    if (dead and text.inputs_BS.numel() >= texts.TOKENS_AN_EXPERT * E) or hottest >= min(HOT, 0.9 * E):
-        return Answer(
-            "warn", figure, dead, "look again on real text (`pretrain` logs each layer); raise balance_loss_coef"
-        )
-    return Answer("pass", figure, dead)
+    many_dead, hot = (E * len(reports) / 2, ALL * E) if subject.initialised else (1, min(HOT, ALL * E))
+    if dead < many_dead and hottest < hot:
+        return Answer("pass", figure, dead)
+    advice = "look again on real text (`pretrain` logs each layer's load); raise balance_loss_coef"
+    return Answer("warn", figure, dead, advice)
 
 
 def dropped_tokens(subject: Subject) -> Answer:

@@ -28,7 +28,7 @@ SOUND = {
     "no token left behind": {"router": {"kind": "no_token_left_behind", "k": 2}},
     "expert choice": {"router": {"kind": "expert_choice"}, "sparse_decoder_layers": []},
     "decoder alone": {"sparse_encoder_layers": []},
-    "attention": {"sparse": "both"},
+    "attention": {"sparse": "both", "d_kv": 4},
     "GEGLU, untied": {"activation": "geglu", "tie_embeddings": False, "dropout": 0.1},
     "dense": {"num_experts": 1},
 }
