@@ -24,8 +24,6 @@ TOKENS_AN_EXPERT: Final = 8
 MOST: Final = 8192
 """Tokens that a probe may cost."""
 _CANDIDATES: Final = 1024
-_FEW: Final = 4
-"""A crowd has few different tokens: in a text of their like they want what they wanted among the candidates."""
 
 
 def rows_of(subject: Subject, at_least: int) -> int:
@@ -61,7 +59,7 @@ def crowded_source(subject: Subject) -> Text:
     if logits_BSE is None:
         return plain
     wanted = int(logits_BSE[:, -1].argmax(-1).mode().values)
-    return plain._replace(inputs_BS=_crowd(candidates.inputs_BS, logits_BSE[:, :-1], wanted, plain.inputs_BS.shape))
+    return plain._replace(inputs_BS=_crowd(candidates.inputs_BS, logits_BSE[:, :-1], wanted, 4, plain.inputs_BS.shape))
 
 
 def crowded_target(subject: Subject) -> Text:
@@ -75,7 +73,8 @@ def crowded_target(subject: Subject) -> Text:
         return text
     logits_BTE = logits_BTE[:, 1:]  # at position t the decoder is given target t - 1
     wanted = int(logits_BTE.argmax(-1).flatten().mode().values)
-    return text._replace(targets_BT=_crowd(candidates.targets_BT[:, :-1], logits_BTE, wanted, text.targets_BT.shape))
+    shape = text.targets_BT.shape  # one token all over: then all positions want the same, whatever they want
+    return text._replace(targets_BT=_crowd(candidates.targets_BT[:, :-1], logits_BTE, wanted, 1, shape))
 
 
 def crowded_rows(subject: Subject) -> Text:
@@ -109,7 +108,7 @@ def _first_logits(subject: Subject, text: Text, stack: str) -> torch.Tensor | No
     return subject.look(text).calls[first].logits_GNE.view(len(text.inputs_BS), -1, subject.num_experts)
 
 
-def _crowd(ids_BS: torch.Tensor, logits_BSE: torch.Tensor, wanted: int, shape: torch.Size) -> torch.Tensor:
-    """The few ids that want the expert most, again and again."""
-    ids_A = ids_BS.flatten()[logits_BSE.softmax(-1)[..., wanted].flatten().topk(_FEW).indices]
-    return ids_A.repeat(-(-shape.numel() // _FEW))[: shape.numel()].view(shape)
+def _crowd(ids_BS: torch.Tensor, logits_BSE: torch.Tensor, wanted: int, few: int, shape: torch.Size) -> torch.Tensor:
+    """The few ids that want the expert most, again and again: among their like they want what they wanted before."""
+    ids_A = ids_BS.flatten()[logits_BSE.softmax(-1)[..., wanted].flatten().topk(few).indices]
+    return ids_A.repeat(-(-shape.numel() // few))[: shape.numel()].view(shape)

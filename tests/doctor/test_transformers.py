@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from subjects import findings, theirs
 
 from switchcli.doctor import huggingface, texts
-from switchcli.doctor.probes import Finding, balance_loss, cached_decoding
+from switchcli.doctor.probes import Finding, balance_loss, cached_decoding, idle_gradients
 from switchcli.errors import CheckpointError, RecipeError, SwitchError
 
 
@@ -72,12 +72,13 @@ def test_decoding_differs_only_where_a_queue_is_full() -> None:
 
 
 def test_experts_without_tokens_have_no_gradient(fresh: dict[str, Finding]) -> None:
-    subject = theirs()
+    subject = theirs(d_model=32, dropout_rate=0.0, router_jitter_noise=0.0)
     inputs_BS, targets_BT = texts.one_token(subject)
     subject.model.train()(input_ids=inputs_BS, labels=targets_BT).loss.backward()
     missing = [name for name, weight in subject.model.named_parameters() if weight.grad is None]
     assert all(".experts." in name for name in missing)
-    assert fresh["gradient of idle experts"].value == pytest.approx(len(missing), abs=4)  # dropout moves a token or two
+    assert idle_gradients(subject).value == len(missing) > 30
+    assert fresh["gradient of idle experts"].value > 30
 
 
 def test_the_flags_of_the_configuration_bring_no_balance_loss() -> None:
