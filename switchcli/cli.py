@@ -145,6 +145,31 @@ def convert(
             print_json(result)
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|RECIPE",
+            help="A run's folder, one checkpoint's, a Hugging Face folder; or a recipe, for its initial weights.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Is this Switch model sound? Router gradient, precision, padding, balance, dead experts; exit code 1 if not."""
+    from switchcli.commands import doctor
+
+    diagnosis = doctor.doctor(model, overrides or [], Console())
+    if as_json:
+        print_json(diagnosis.to_json())
+    else:
+        doctor.show(diagnosis)
+    if not diagnosis.sound:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
     try:

@@ -36,6 +36,7 @@ ROOMS = {
     "parallel": Room(2, "torch accelerate pydantic", rooms="model errors spec"),
     "train": Room(3, "torch safetensors pydantic"),
     "interop": Room(3, "torch safetensors pydantic"),
+    "doctor": Room(4, "torch safetensors", rooms="model errors spec"),
     "recipe": Room(4, "yaml pydantic pydantic_core"),
     "commands": Room(5, "torch pydantic typer"),
     "cli": Room(6, "typer rich", rooms="commands recipe report errors spec __version__"),
@@ -47,6 +48,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/corpus.py": "datasets",
     "switchcli/data/tokenizer.py": "huggingface_hub",
     "switchcli/interop/hub.py": "huggingface_hub",
+    "switchcli/doctor/huggingface.py": "transformers",
 }
 READS_PICKLES = "switchcli/interop/pickled.py"
 
@@ -290,6 +292,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("switchcli/tasks/a.py", "from switchcli.model import spec"),
             ("switchcli/parallel/a.py", "from switchcli.data import batch"),
             ("switchcli/interop/a.py", "from switchcli.train import loop"),
+            ("switchcli/doctor/a.py", "from switchcli.train import loop"),
         ],
         [
             (TRAIN, "from switchcli.parallel.runtime import Runtime\nfrom switchcli.train.state import TrainState"),
@@ -308,6 +311,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (CLI, "import torch"),
             ("switchcli/report/a.py", "import torch"),
             ("switchcli/commands/a.py", "import accelerate"),
+            ("switchcli/doctor/probes.py", "def late():\n    import transformers"),
         ],
         [("switchcli/data/stream.py", "import torch, numpy.random, os.path"), (TRAIN, "from torch import nn")],
     ),

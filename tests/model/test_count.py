@@ -89,8 +89,8 @@ def test_flops_of_a_dense_model_are_torchs_but_for_two_terms(
 
 @pytest.mark.parametrize("sparse", ["feed_forward", "attention", "both"])
 def test_flops_of_a_model_with_one_expert_a_token_are_torchs(sparse: str) -> None:
-    """An expert of Switch attention has other FLOPs than the projections that it replaces. Torch's counter does not know
-    grouped products; ours leaves routers out."""
+    """An expert of Switch attention has other FLOPs than the projections that it replaces. Torch's counter does not
+    know grouped products; ours leaves routers out."""
     shape = {"vocab_size": 40, "d_model": 12, "d_ff": 20, "d_kv": 4, "num_heads": 3, "num_layers": 2}
     spec = ModelSpec(**shape, num_experts=2, sparse=sparse, router=Switch(eval_capacity_factor=1.0, min_capacity=1))
     width, layers = 12, 4 if sparse == "both" else 2

@@ -1,0 +1,94 @@
+"""`switchcli doctor`: is this Switch model sound?"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from switchcli.commands.load import load
+from switchcli.doctor import huggingface, ours
+from switchcli.doctor.probes import PROBES, Finding, Verdict, examine
+from switchcli.doctor.subject import Subject
+from switchcli.errors import RecipeError
+from switchcli.recipe import library
+from switchcli.recipe.resolve import resolve
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.report.console import Console
+
+_STYLES: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+
+
+class Diagnosis(NamedTuple):
+    """What the probes found of a model."""
+
+    model: str
+    code: str
+    initialised: bool
+    layers: int
+    experts: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        return not self.count("fail")
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(finding.verdict == verdict for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        findings = [finding._asdict() for finding in self.findings]
+        return {**self._asdict(), "sound": self.sound, "findings": findings}
+
+
+def doctor(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
+    """Probe a checkpoint, a Hugging Face folder, or the initial weights of a recipe.
+
+    Raises:
+        CheckpointError: a folder that holds no model that can be opened.
+        RecipeError: no such recipe, or transformers is not installed.
+        OutOfMemory: the recipe's model does not fit this machine.
+    """
+    subject = _subject(name, overrides, console)
+    findings = tuple(console.track(examine(subject), "probing", total=len(PROBES)))
+    layers = 0 if subject.dense else len(subject.layers)
+    return Diagnosis(name, subject.code, subject.initialised, layers, subject.num_experts, findings)
+
+
+def show(diagnosis: Diagnosis) -> None:
+    """The findings on stdout, a line each, and below it what to do about those that did not pass."""
+    console = Console(stream=sys.stdout)
+    weights = "initial weights" if diagnosis.initialised else "trained weights"
+    sparse = f"{diagnosis.layers} sparse layers of {diagnosis.experts} experts" if diagnosis.layers else "a dense model"
+    console.message(f"{diagnosis.model}: {sparse}, {weights}, in the code of {diagnosis.code}", "bold")
+    width = max(len(finding.probe) for finding in diagnosis.findings)
+    for finding in diagnosis.findings:
+        console.message(f"{finding.verdict}  {finding.probe:{width}}  {finding.figure}", _STYLES[finding.verdict])
+        if finding.advice:
+            console.message(f"{'':{6 + width + 2}}{finding.advice}")
+    failed, warned = diagnosis.count("fail"), diagnosis.count("warn")
+    ending = "sound" if diagnosis.sound else "not sound"
+    console.message(f"{ending}: {failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning", "bold")
+
+
+def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
+    path = Path(name)
+    if not path.is_dir() or name in library.names():
+        recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
+        return ours.fresh(recipe.architecture, recipe.train.seed)
+    if overrides:
+        raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
+    if huggingface.is_one(path):
+        return huggingface.load(path)
+    loaded = load(path, torch.device("cpu"), console.warning)
+    return ours.Ours(loaded.model, initialised=False)
+
+
+def _recipe(name: str) -> Path:
+    try:
+        return library.locate(name)
+    except RecipeError as error:
+        if Path(name).exists():
+            raise
+        raise RecipeError(f"{error} No checkpoint is there either.") from error

@@ -1,0 +1,91 @@
+"""This project's model as a subject.
+
+Legend: B batch, T target, V vocabulary.
+"""
+
+import copy
+import os
+from contextlib import AbstractContextManager
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+
+from switchcli.doctor.subject import Loss, Seen, Subject, Text, precision, training, watching
+from switchcli.errors import OutOfMemory
+from switchcli.model.count import count
+from switchcli.model.initialise import initialise
+from switchcli.model.moe import Router, evaluating
+from switchcli.model.routing import Mode
+from switchcli.model.spec import STACKS, ModelSpec
+from switchcli.model.transformer import Cache, SwitchTransformer
+from switchcli.spec import PAD
+
+
+class Ours(Subject):
+    """A `SwitchTransformer`; under the policy `dropless` it answers as `switchcli generate` does."""
+
+    code = "switchcli"
+
+    def __init__(self, model: SwitchTransformer, initialised: bool) -> None:
+        spec = model.spec
+        self.model: SwitchTransformer = model
+        self.initialised = initialised
+        self.layers = spec.routed_parts()
+        self.routers = tuple(module for module in model.modules() if isinstance(module, Router))
+        self.num_experts = spec.num_experts
+        self.vocab_size = spec.vocab_size
+        self.rows = spec.group_sequences
+        self.slots = None
+        routers = [spec.router_of(stack) for stack in STACKS if spec.sparse_layers(stack)]
+        chosen = [router.balance_loss_coef for router in routers if router.kind != "expert_choice"]
+        self.balance_coef = min(chosen, default=None)
+
+    def look(self, text: Text, mode: Mode = "paper", autocast: bool = False) -> Seen:
+        with self._in(mode), torch.no_grad(), precision(autocast), watching(self, None) as calls:
+            output = self.model(*text)
+            return Seen(output.logits_BTV.float(), tuple(calls), output.reports)
+
+    def decode(self, text: Text, mode: Mode) -> torch.Tensor:
+        shifted_BT = F.pad(text.targets_BT, (1, -1), value=PAD)
+        cache: tuple[Cache, ...] | None = None
+        steps = []
+        with self._in(mode), torch.no_grad():
+            encoded = self.model.encode(text.inputs_BS)
+            for step in range(text.targets_BT.shape[1]):
+                here = slice(step, step + 1)
+                x_B1D = self.model.embed(shifted_BT[:, here])
+                hidden_B1D, cache, _ = self.model.decoder(x_B1D, text.targets_BT[:, here] != PAD, encoded, cache)
+                steps.append(F.linear(*self.model.vocabulary(hidden_B1D)))
+        return torch.cat(steps, dim=1)
+
+    def loss(self, text: Text) -> Loss:
+        with training(self.model):
+            output = self.model(*text)
+        loss = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
+        auxiliary = 0.0 if output.auxiliary is None else float(output.auxiliary.detach())
+        return Loss(loss, auxiliary, auxiliary)
+
+    def in_bfloat16(self) -> Self:
+        return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialised)
+
+    def _in(self, mode: Mode) -> AbstractContextManager[None]:
+        return training(self.model) if mode == "training" else evaluating(self.model, mode)
+
+
+def fresh(spec: ModelSpec, seed: int) -> Ours:
+    """The model with its initial weights.
+
+    Raises:
+        OutOfMemory: this machine is too small for it.
+    """
+    needed = 8 * count(spec).parameters  # weights and gradients
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise OutOfMemory(
+            f"weights and gradients take {needed:,} bytes, and this machine has {there:,}: probe it with fewer "
+            "experts or layers, such as model.num_experts=8 model.num_layers=2"
+        )
+    model = SwitchTransformer(spec)
+    initialise(model, seed)
+    return Ours(model.eval(), initialised=True)

@@ -1,0 +1,135 @@
+"""What a probe may ask of a model, so that ours and other systems' answer the same questions.
+
+Legend: B batch, S source, T target, V vocabulary, G groups, N tokens a group, E experts.
+
+An answer holds the routing reports of `switchcli.model.reports`, also where the model is not ours. Nothing here judges.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from switchcli.model.reports import Reports
+from switchcli.model.routing import Mode
+
+
+class Text(NamedTuple):
+    """Made-up ids, 0 is padding."""
+
+    inputs_BS: torch.Tensor
+    targets_BT: torch.Tensor
+
+
+class Call(NamedTuple):
+    """One call of a router: its input as it was given, as it was left, and its logits in the precision they had."""
+
+    given_GND: torch.Tensor
+    left_GND: torch.Tensor
+    logits_GNE: torch.Tensor
+
+
+class Seen(NamedTuple):
+    """What one forward pass shows; calls and reports in the order of the sparse layers."""
+
+    logits_BTV: torch.Tensor
+    calls: tuple[Call, ...]
+    reports: Reports
+
+
+class Loss(NamedTuple):
+    """What training would minimise."""
+
+    cross_entropy: torch.Tensor
+    """Mean over the targets, with its graph."""
+    auxiliary: float
+    """What a training loop that asks for nothing special finds added to it."""
+    auxiliary_asked: float
+    """The same when the caller asks for the routers' losses."""
+
+
+class Subject(ABC):
+    """A model on the CPU in float32 that is being probed."""
+
+    code: str
+    """Whose code the model runs in."""
+    model: nn.Module
+    initialised: bool
+    """Fresh weights, to be judged as an initialisation; else they are trained."""
+    layers: tuple[str, ...]
+    """The name of each sparse layer."""
+    routers: tuple[nn.Module, ...]
+    """The router of each sparse layer: its first argument is the hidden states, its parameters are W_r alone."""
+    num_experts: int
+    vocab_size: int
+    rows: int
+    """The number of sequences of a batch must be a multiple of it."""
+    slots: int | None
+    """The capacity of an expert in a sequence where that is a constant; None where it follows the length."""
+    balance_coef: float | None
+    """alpha of eq. 4; None for routing that is balanced by construction."""
+
+    @abstractmethod
+    def look(self, text: Text, mode: Mode = "paper", autocast: bool = False) -> Seen:
+        """Teacher forcing without gradients; `mode` may mean nothing to a model that has one capacity only."""
+
+    @abstractmethod
+    def decode(self, text: Text, mode: Mode) -> torch.Tensor:
+        """Logits_BTV of the same targets, one position at a time from the cache."""
+
+    @abstractmethod
+    def loss(self, text: Text) -> Loss:
+        """As in training, dropout and noise included."""
+
+    @abstractmethod
+    def in_bfloat16(self) -> Self:
+        """A copy whose weights are loaded in bfloat16."""
+
+    @property
+    def dense(self) -> bool:
+        return not self.layers or self.num_experts == 1
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+
+@contextmanager
+def watching(subject: Subject, logits_of: int | None) -> Iterator[list[Call]]:
+    """Within, each call of a router is noted; `logits_of` is where in its answer the logits are, if not alone."""
+    given: list[torch.Tensor] = []
+    calls: list[Call] = []
+
+    def before(router: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        given.append(arguments[0].detach().clone())
+
+    def after(router: nn.Module, arguments: tuple[torch.Tensor, ...], answer: Any) -> None:
+        logits_GNE = answer if logits_of is None else answer[logits_of]
+        calls.append(Call(given.pop(), arguments[0].detach(), logits_GNE.detach()))
+
+    hooks = [router.register_forward_pre_hook(before) for router in subject.routers]
+    hooks += [router.register_forward_hook(after) for router in subject.routers]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in training mode."""
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def precision(autocast: bool) -> torch.autocast:
+    """bfloat16 autocast, on or off."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)

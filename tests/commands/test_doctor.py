@@ -1,0 +1,139 @@
+"""`switchcli doctor`: the verdict on recipes, trained runs and Hugging Face folders, for people and for scripts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import RECIPE, SwitchCLI
+
+from switchcli.doctor.probes import PROBES
+
+QUICKSTART = ("quickstart/switch", "model.router.kind=switch")
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = RECIPE.replace("text.txt", str(text)).replace("router: {jitter", "router: {kind: switch, jitter")
+    (folder / "tiny.yaml").write_text(recipe)
+    out = folder / "run"
+    command = [sys.executable, "-m", "switchcli", "pretrain", str(folder / "tiny.yaml"), "--out", str(out), "--quiet"]
+    subprocess.run(command, check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SwitchTransformers without weights."""
+    folder = tmp_path_factory.mktemp("huggingface")
+    transformers.SwitchTransformersConfig(
+        vocab_size=97,
+        d_model=64,
+        d_kv=8,
+        d_ff=32,
+        num_heads=2,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        num_experts=4,
+        expert_capacity=8,
+        decoder_start_token_id=0,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_the_shipped_recipe_is_sound(switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", *QUICKSTART)
+    assert done.code == 0
+    head, *lines, end = done.out.splitlines()
+    assert head == "quickstart/switch: 4 sparse layers of 8 experts, initial weights, in the code of switchcli"
+    assert [line.split("  ")[:2] for line in lines] == [["pass", probe.name] for probe in PROBES]
+    assert end == f"sound: 0 of {len(PROBES)} probes failed, 0 with a warning"
+    assert "\x1b" not in done.out
+
+
+def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", "quickstart/dense", QUICKSTART[1])
+    assert done.code == 0
+    assert done.out.startswith("quickstart/dense: a dense model, initial weights")
+    assert done.out.count("a dense model has no router") == sum(probe.of_routers for probe in PROBES)
+
+
+def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", run)
+    assert done.code == 0
+    assert "trained weights, in the code of switchcli" in done.out
+    newest = switchcli("doctor", run / "checkpoints/step-00000002")
+    assert newest.out.splitlines()[1:] == done.out.splitlines()[1:]
+    refused = switchcli("doctor", run, "model.num_experts=2")
+    assert (refused.code, refused.out) == (2, "")
+    assert "a model that is there takes no KEY=VALUE (model.num_experts=2): leave it out" in refused.err
+
+
+def test_a_hugging_face_configuration_fails(configuration: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", configuration)
+    assert done.code == 1
+    assert "initial weights, in the code of transformers" in done.out
+    assert "\nfail  padding " in done.out
+    assert "\n" + " " * 32 + "padding takes the slots of tokens" in done.out
+    assert done.out.splitlines()[-1].startswith("not sound: ")
+
+
+def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", configuration, "--json")
+    assert (done.code, done.out.count("\n")) == (1, 1)
+    found = json.loads(done.out)
+    findings = found.pop("findings")
+    assert found == {
+        "model": str(configuration),
+        "code": "transformers",
+        "initialised": True,
+        "layers": 2,
+        "experts": 4,
+        "sound": False,
+    }
+    assert [finding["probe"] for finding in findings] == [probe.name for probe in PROBES]
+    for finding in findings:
+        assert finding.keys() == {"probe", "verdict", "figure", "value", "advice"}
+        assert finding["verdict"] in ("pass", "warn", "fail", "skip")
+        assert isinstance(finding["value"], int | float | None)
+        assert bool(finding["advice"]) == (finding["verdict"] in ("warn", "fail"))
+
+
+def test_a_name_cannot_act_on_the_terminal(configuration: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    evil = tmp_path / "a\x1b[2J[bold]"
+    evil.symlink_to(configuration)
+    assert r"a\x1b[2J[bold]: 2 sparse layers" in switchcli("doctor", evil).out
+
+
+def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"model_type": "bert"}')
+    Path("list.yaml").write_text("[]")
+    for name, code, said in [
+        ("empty", 4, "empty: no checkpoint there"),
+        ("other", 4, "other/config.json: model_type must be switch_transformers, and is 'bert'"),
+        ("nowhere", 2, "nowhere: no such recipe ships"),
+        ("runs/none", 2, "No checkpoint is there either."),
+        ("none.yaml", 2, "none.yaml: no such file"),
+        ("list.yaml", 2, "a recipe is a mapping of keys"),
+    ]:
+        done = switchcli("doctor", name)
+        assert (done.code, done.out) == (code, "")
+        assert done.err.startswith("error: ")
+        assert said in done.err
+        assert done.err.count("\n") == 1
+
+
+def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", *QUICKSTART, "model.d_ff=20000000000")
+    assert (done.code, done.out) == (1, "")
+    assert "weights and gradients take 655,3" in done.err
+    assert done.err.count("\n") == 1

@@ -1,0 +1,51 @@
+"""Subjects small enough for any test, and what the probes find of them."""
+
+import torch
+import transformers
+
+from switchcli.doctor.huggingface import HuggingFace
+from switchcli.doctor.ours import Ours, fresh
+from switchcli.doctor.probes import Finding, examine
+from switchcli.doctor.subject import Subject
+from switchcli.model.spec import ModelSpec
+
+SHAPE = {"vocab_size": 211, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "sparse_every": 1}
+
+
+def ours(**settings: object) -> Ours:
+    """A fresh one of this project's models, with four experts unless `settings` says otherwise."""
+    return fresh(ModelSpec.model_validate({**SHAPE, "num_experts": 4, **settings}, strict=False), seed=0)
+
+
+def theirs(**settings: object) -> HuggingFace:
+    """A SwitchTransformers with transformers' own initial weights, wide enough for its router to saturate."""
+    config = transformers.SwitchTransformersConfig(
+        **{
+            "vocab_size": 211,
+            "d_model": 768,
+            "d_kv": 16,
+            "d_ff": 32,
+            "num_layers": 4,
+            "num_decoder_layers": 4,
+            "num_heads": 2,
+            "num_experts": 8,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 2,
+            "expert_capacity": 8,
+            "decoder_start_token_id": 0,
+            **settings,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    return HuggingFace(model, initialised=True)
+
+
+def findings(subject: Subject) -> dict[str, Finding]:
+    return {finding.probe: finding for finding in examine(subject)}
+
+
+def verdicts(subject: Subject, *wanted: str) -> set[str]:
+    """The probes with one of these verdicts."""
+    return {name for name, finding in findings(subject).items() if finding.verdict in wanted}

@@ -1,0 +1,229 @@
+"""Each probe passes a sound model, and finds by itself the one thing that is broken in another."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from subjects import findings, ours, verdicts
+from torch import nn
+
+from switchcli.doctor import texts
+from switchcli.doctor.probes import PROBES
+from switchcli.doctor.subject import Subject
+from switchcli.model import transformer
+from switchcli.model.moe import Router, SwitchLayer
+from switchcli.model.routing import Routing, Switch, TokenChoice
+
+Patch = pytest.MonkeyPatch
+SWITCH = {"kind": "switch"}
+DROPLESS = {"kind": "switch", "capacity_factor": "dropless", "eval_capacity_factor": "dropless"}
+SOUND = {
+    "switch": {},
+    "groups of several sequences": {"router": {**SWITCH, "group_sequences": 4}},
+    "two experts": {"num_experts": 2},
+    "32 experts": {"num_experts": 32, "router": {**SWITCH, "group_sequences": 8}},
+    "no capacity": {"router": DROPLESS},
+    "top-2": {"router": {"kind": "top_k"}},
+    "no token left behind": {"router": {"kind": "no_token_left_behind", "k": 2}},
+    "expert choice": {"router": {"kind": "expert_choice"}, "sparse_decoder_layers": []},
+    "decoder alone": {"sparse_encoder_layers": []},
+    "attention": {"sparse": "both", "d_kv": 4},
+    "GEGLU, untied": {"activation": "geglu", "tie_embeddings": False, "dropout": 0.1},
+    "dense": {"num_experts": 1},
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_our_models_are_sound(case: str) -> None:
+    subject = ours(**SOUND[case])
+    state = torch.random.get_rng_state()
+    assert not verdicts(subject, "fail", "warn")
+    assert torch.equal(torch.random.get_rng_state(), state), "probes leave the generator as it was"
+    assert all(weight.grad is None for weight in subject.model.parameters())
+    assert not subject.model.training
+
+
+def test_of_a_dense_model_nothing_is_said_about_routers() -> None:
+    found = findings(ours(num_experts=1))
+    skipped = {name for name, finding in found.items() if finding.verdict == "skip"}
+    assert skipped == {probe.name for probe in PROBES if probe.of_routers}
+    assert {found[name].figure for name in skipped} == {"a dense model has no router"}
+
+
+def route(logits_of: Callable[[Router, torch.Tensor], torch.Tensor]) -> Callable[[Patch], Subject]:
+    """A model whose routers compute their logits so."""
+
+    def make(patch: Patch) -> Subject:
+        patch.setattr(Router, "forward", logits_of)
+        return ours(router=DROPLESS)
+
+    return make
+
+
+def leaning(bias: float) -> Callable[[Router, torch.Tensor], torch.Tensor]:
+    """To the first expert, or away from it."""
+
+    def logits(router: Router, x_GND: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x_GND.float(), router.weight.float()) + torch.tensor([bias, 0.0, 0.0, 0.0])
+
+    return logits
+
+
+def noisy_in_place(router: Router, x_GND: torch.Tensor) -> torch.Tensor:
+    if router.training:
+        x_GND *= 1.01
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x_GND.float(), router.weight.float())
+
+
+def infinite(patch: Patch) -> Subject:
+    subject = ours()
+    with torch.no_grad():
+        subject.model.embedding[3, 3] = torch.inf
+    return subject
+
+
+def renormalised(patch: Patch) -> Subject:
+    patch.setattr(Switch, "_gates", lambda self, gate: gate / gate.sum(-1, keepdim=True))
+    return ours()
+
+
+def saturated(patch: Patch) -> Subject:
+    subject = ours()
+    for router in subject.routers:
+        nn.init.normal_(router.weight, std=1.0)
+    return subject
+
+
+def collapsed(patch: Patch) -> Subject:
+    subject = route(leaning(5.0))(patch)
+    subject.initialised = False
+    return subject
+
+
+def dead(patch: Patch) -> Subject:
+    subject = route(leaning(-3.0))(patch)
+    subject.initialised = False
+    return subject
+
+
+def padding_is_routed(patch: Patch) -> Subject:
+    assign = TokenChoice.assign
+
+    def blind(self: Switch, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str) -> Routing:
+        return assign(self, logits_GNE, torch.ones_like(real_GN), mode)
+
+    patch.setattr(TokenChoice, "assign", blind)
+    return ours()
+
+
+def rows_are_mixed(patch: Patch) -> Subject:
+    forward = transformer.Encoder.forward
+    patch.setattr(transformer.Encoder, "forward", lambda self, x, real: forward(self, x + x.mean(0), real))
+    return ours()
+
+
+def a_capacity_whatever_the_policy(patch: Patch) -> Subject:
+    patch.setattr(TokenChoice, "capacity", lambda self, num_tokens, num_experts, mode: min(num_tokens, 40))
+    return ours()
+
+
+def a_capacity_of_groups_whatever_the_policy(patch: Patch) -> Subject:
+    capacity = TokenChoice.capacity
+    patch.setattr(TokenChoice, "capacity", lambda self, tokens, experts, mode: capacity(self, tokens, experts, "paper"))
+    return ours(router={**SWITCH, "group_sequences": 4})
+
+
+def an_unused_weight(patch: Patch) -> Subject:
+    subject = ours()
+    subject.model.encoder.unused = nn.Parameter(torch.zeros(1))
+    return subject
+
+
+def no_auxiliary(patch: Patch) -> Subject:
+    patch.setattr(transformer, "auxiliary_loss", lambda stacks, reduction: torch.zeros(()))
+    return ours()
+
+
+BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = {
+    "infinite weight": (infinite, "fail", {"finite weights"}, set()),
+    "renormalised gate": (renormalised, "fail", {"router gradient"}, set()),
+    "router under autocast": (
+        route(lambda router, x: F.linear(x, router.weight)),
+        "fail",
+        {"router precision"},
+        set(),
+    ),
+    "initial weights of std 1": (saturated, "fail", {"router confidence"}, {"router balance"}),
+    "collapsed": (collapsed, "fail", {"router balance"}, {"experts in use"}),
+    "a dead expert": (dead, "warn", {"experts in use"}, set()),
+    "few slots": (
+        lambda patch: ours(router={**SWITCH, "capacity_factor": 0.3, "eval_capacity_factor": 0.3}),
+        "fail",
+        {"dropped tokens"},
+        set(),
+    ),
+    "padding is routed": (padding_is_routed, "fail", {"padding"}, set()),
+    "rows are mixed": (rows_are_mixed, "fail", {"batch neighbours"}, set()),
+    "always a capacity": (a_capacity_whatever_the_policy, "fail", {"cached decoding"}, set()),
+    "always the paper's": (
+        a_capacity_of_groups_whatever_the_policy,
+        "fail",
+        {"batch neighbours", "cached decoding", "padding"},
+        set(),
+    ),
+    "noise in place": (route(noisy_in_place), "fail", {"clean experts' input"}, set()),
+    "an unused weight": (an_unused_weight, "warn", {"gradient of idle experts"}, set()),
+    "no balance loss": (no_auxiliary, "fail", {"balance in the loss"}, set()),
+    "balance loss of 0": (
+        lambda patch: ours(router={**SWITCH, "balance_loss_coef": 0.0}),
+        "warn",
+        {"balance in the loss"},
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_model_is_found_by_its_probe_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, verdict, named, also_warned = BROKEN[case]
+    found = findings(make(monkeypatch))
+    by_verdict = {one: {name for name, finding in found.items() if finding.verdict == one} for one in ("fail", "warn")}
+    assert by_verdict[verdict] == named
+    assert by_verdict["fail" if verdict == "warn" else "warn"] <= also_warned
+    assert all(found[name].advice for name in named)
+
+
+def test_every_probe_is_shown_to_fail() -> None:
+    assert {probe.name for probe in PROBES} == {name for _, _, named, _ in BROKEN.values() for name in named}
+
+
+def test_a_trained_router_may_be_confident_but_not_certain() -> None:
+    subject = ours()
+    for router in subject.routers:
+        nn.init.normal_(router.weight, std=1.0)
+    subject.initialised = False
+    assert findings(subject)["router confidence"].verdict == "pass"
+    with torch.no_grad():
+        for router in subject.routers:
+            router.weight *= 1e3
+    assert findings(subject)["router confidence"].verdict == "warn"
+
+
+def test_the_figures_are_those_of_a_direct_measurement() -> None:
+    """The first sparse layer's mean top probability and balance, from the layer's input and eq. 4 to 6 by hand."""
+    subject = ours(sparse_encoder_layers=[0], sparse_decoder_layers=[])
+    text = texts.broad(subject)
+    inputs: list[torch.Tensor] = []
+    layer = next(module for module in subject.model.modules() if isinstance(module, SwitchLayer))
+    hook = layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0].detach()))
+    subject.look(text)
+    hook.remove()
+    probability_BSE = (inputs[0] @ layer.router.weight.detach().T).softmax(-1)
+    fraction_BE = F.one_hot(probability_BSE.argmax(-1), 4).float().mean(1)
+    balance = float(4 * (fraction_BE * probability_BSE.mean(1)).sum(-1).mean())
+    found = findings(subject)
+    assert found["router confidence"].value == pytest.approx(float(probability_BSE.amax(-1).mean()), rel=1e-5)
+    assert found["router balance"].value == pytest.approx(balance, rel=1e-5)

@@ -1,0 +1,133 @@
+"""What doctor finds in transformers' SwitchTransformers: peers' bugs, as far as they can be seen from outside."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from subjects import findings, theirs
+
+from switchcli.doctor import huggingface, texts
+from switchcli.doctor.probes import Finding, balance_loss, cached_decoding, idle_gradients
+from switchcli.errors import CheckpointError, RecipeError, SwitchError
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Finding]:
+    return findings(theirs())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Weights as `save_pretrained` leaves them."""
+    theirs(d_model=32).model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_every_finding_of_a_fresh_one(fresh: dict[str, Finding]) -> None:
+    verdicts = {name: finding.verdict for name, finding in fresh.items() if finding.verdict != "pass"}
+    verdicts.pop("router balance", None)  # of random routers, as it falls
+    assert verdicts == {
+        "router precision": "fail",
+        "router confidence": "fail",
+        "padding": "fail",
+        "cached decoding": "fail",
+        "clean experts' input": "fail",
+        "gradient of idle experts": "warn",
+        "balance in the loss": "fail",
+        "dropped tokens": "warn",
+    }
+
+
+def test_the_router_is_saturated_at_initialisation(fresh: dict[str, Finding]) -> None:
+    """By transformers' own recorder: logits of std 28 at d_model 768, and a mean top probability of 0.95."""
+    subject = theirs()
+    inputs_BS, targets_BT = texts.broad(subject)
+    with torch.no_grad():
+        output = subject.model(input_ids=inputs_BS, labels=targets_BT, output_router_logits=True)
+    logits = [*output.encoder_router_logits, *output.decoder_router_logits]
+    found = fresh["router confidence"]
+    assert found.value == pytest.approx(max(float(one.softmax(-1).amax(-1).mean()) for one in logits), rel=1e-5)
+    assert found.value > 0.9
+    assert f"std {max(float(one.std()) for one in logits):.2g}," in found.figure
+    assert max(float(one.std()) for one in logits) == pytest.approx(28, abs=5)
+
+
+def test_padding_on_the_left_takes_the_slots(fresh: dict[str, Finding]) -> None:
+    assert fresh["padding"].value > 0.01
+    left, right = map(int, re.findall(r"(\d+) (?:inputs|right)", fresh["padding"].figure))
+    assert left > right > 0
+
+
+def test_decoding_differs_only_where_a_queue_is_full() -> None:
+    assert cached_decoding(theirs(d_model=32, expert_capacity=600)).verdict == "pass"
+    subject = theirs()
+    text = texts.crowded_target(subject)
+    difference_T = (subject.look(text).logits_BTV - subject.decode(text, "paper")).abs().amax(-1)[0]
+    assert difference_T[: subject.slots].max() < 1e-4
+    assert difference_T[subject.slots :].max() > 0.1
+
+
+def test_experts_without_tokens_have_no_gradient(fresh: dict[str, Finding]) -> None:
+    subject = theirs(d_model=32, dropout_rate=0.0, router_jitter_noise=0.0)
+    inputs_BS, targets_BT = texts.one_token(subject)
+    subject.model.train()(input_ids=inputs_BS, labels=targets_BT).loss.backward()
+    missing = [name for name, weight in subject.model.named_parameters() if weight.grad is None]
+    assert all(".experts." in name for name in missing)
+    assert idle_gradients(subject).value == len(missing) > 30
+    assert fresh["gradient of idle experts"].value > 30
+
+
+def test_the_flags_of_the_configuration_bring_no_balance_loss() -> None:
+    found = balance_loss(theirs(output_router_logits=True, add_router_probs=True))
+    assert (found.verdict, found.value) == ("fail", 0)
+    assert "unless the caller asks" in found.figure
+    sparse = theirs(num_sparse_encoder_layers=4, num_sparse_decoder_layers=4)
+    assert "even when asked" in balance_loss(sparse).figure
+
+
+def test_a_folder_is_read(folder: Path) -> None:
+    subject = huggingface.load(folder)
+    assert (subject.initialised, subject.code, len(subject.layers)) == (False, "transformers", 4)
+    for name, weight in theirs(d_model=32).model.named_parameters():
+        assert torch.equal(weight, subject.parameters[name])
+    (folder / "model.safetensors").unlink()
+    assert huggingface.load(folder).initialised
+
+
+def refused(folder: Path, kind: type[SwitchError]) -> str:
+    with pytest.raises(kind) as raised:
+        huggingface.load(folder)
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+def test_folders_that_cannot_be_probed(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "cannot open it (SafetensorError" in refused(folder, CheckpointError)
+    save_file({"shared.weight": theirs(d_model=32).parameters["shared.weight"].detach()}, weights)
+    assert "the weights lack" in refused(folder, CheckpointError)
+    weights.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    assert "pytorch_model.bin: a pickle, which can run code" in refused(folder, CheckpointError)
+    (folder / "pytorch_model.bin").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for changed, said in [
+        ({"model_type": "t5"}, "must be switch_transformers, and is 't5'"),
+        ({"dense_act_fn": "gated-gelu"}, "cannot open it (KeyError: 'gated-gelu')"),
+    ]:
+        (folder / "config.json").write_text(json.dumps({**config, **changed}))
+        assert said in refused(folder, CheckpointError)
+    (folder / "config.json").write_text("[")
+    assert "config.json: not JSON" in refused(folder, CheckpointError)
+
+
+def test_without_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'transformers>=5.18,<6', or `switchcli convert`" in refused(folder, RecipeError)
