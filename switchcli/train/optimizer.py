@@ -18,6 +18,11 @@ from switchcli.spec import Spec
 
 Named = Mapping[str, torch.nn.Parameter]
 
+CPU_SLICE = 2**21
+"""Elements that Adafactor works on at a time: with a scratch as large they stay in a CPU's cache."""
+GPU_SLICE = 2**27
+"""The same on a GPU, where launches cost: half a GB of scratch."""
+
 
 class Optimizer(ABC):
     """Updates `parameters` in place; holds float32 state of its own for each."""
@@ -110,43 +115,58 @@ class _Adafactor(Optimizer):
         decay = 1.0 - float(self._steps) ** -self.spec.decay_exponent
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                first = 1 if is_stacked(name) else 0
-                self._update(parameter, parameter.grad, self._moments[name], decay, learning_rate, first)
+                tensors = [parameter, parameter.grad, *self._moments[name].values()]
+                if not is_stacked(name):
+                    tensors = [tensor.unsqueeze(0) for tensor in tensors]
+                self._update(tensors, decay, learning_rate)
 
-    def _update(
-        self,
-        parameter: torch.Tensor,
-        gradient: torch.Tensor,
-        moments: dict[str, torch.Tensor],
-        decay: float,
-        learning_rate: float,
-        first: int,
-    ) -> None:
-        """`first`: the first dim over which a root mean square is taken (1 keeps experts apart)."""
-        spec = self.spec
-        square = gradient.square().add_(spec.epsilon)
-        if "row" in moments:
-            row = moments["row"].lerp_(square.mean(-1), 1.0 - decay)
-            column = moments["column"].lerp_(square.mean(-2), 1.0 - decay)
-            row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_()
-            update = torch.mul(gradient, row_factor.unsqueeze(-1), out=square)
-            update.mul_(column.rsqrt().unsqueeze(-2))
-        else:
-            moment = moments["moment"].lerp_(square, 1.0 - decay)
-            update = torch.mul(gradient, moment.rsqrt(), out=square)
-        scale = learning_rate / (_rms(update, first) / spec.clip_threshold).clamp_(min=1.0)
-        if spec.scale_by_parameter:
-            scale = scale * _rms(parameter, first).clamp_(min=spec.scale_epsilon)
-        parameter.addcmul_(update, scale, value=-1.0)
+    def _update(self, tensors: list[torch.Tensor], decay: float, learning_rate: float) -> None:
+        """Update of parameter, gradient and moments [experts, ...], as many experts at a time as one slice holds.
+
+        What costs is memory: a slice is read again while it is in the cache, and all slices share one scratch.
+        """
+        num_experts = max(1, (CPU_SLICE if tensors[0].is_cpu else GPU_SLICE) // tensors[0][0].numel())
+        scratch = torch.empty_like(tensors[1][:num_experts])
+        for parameter, gradient, *moments in zip(*(torch.split(each, num_experts) for each in tensors), strict=True):
+            factor = scratch[: len(gradient)]
+            renew = self._renew_factored if len(moments) == 2 else self._renew
+            left, right, rms = renew(gradient, moments, factor, 1.0 - decay)
+            scale = learning_rate / (rms / self.spec.clip_threshold).clamp_(min=1.0)
+            if self.spec.scale_by_parameter:
+                scale *= _rms(parameter).clamp_(min=self.spec.scale_epsilon)
+            torch.mul(left * scale.view(-1, *[1] * (gradient.ndim - 1)), right, out=factor)
+            parameter.addcmul_(gradient, factor, value=-1.0)
+
+    def _renew_factored(
+        self, gradient: torch.Tensor, moments: list[torch.Tensor], square: torch.Tensor, new: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Renew row and column means; return 1 / sqrt(v) as two factors, and RMS(u) of each expert.
+
+        With v = row column / mean(row), sum(u**2) is a quadratic form in the squares: u itself is never formed.
+        """
+        row, column = moments
+        torch.mul(gradient, gradient, out=square)
+        row.lerp_(square.mean(-1).add_(self.spec.epsilon), new)
+        column.lerp_(square.mean(-2).add_(self.spec.epsilon), new)
+        row_weight = (row.mean(-1, keepdim=True) / row).unsqueeze(-1)
+        column_weight = column.reciprocal().unsqueeze(-1)
+        mean_square = (row_weight * (square @ column_weight)).flatten(1).sum(-1) / square[0].numel()
+        return row_weight.sqrt_(), column_weight.sqrt_().mT, mean_square.sqrt_()
+
+    def _renew(
+        self, gradient: torch.Tensor, moments: list[torch.Tensor], square: torch.Tensor, new: float
+    ) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """The same with a moment for each entry."""
+        (moment,) = moments
+        moment.lerp_(torch.mul(gradient, gradient, out=square).add_(self.spec.epsilon), new)
+        factor = moment.rsqrt()
+        return 1.0, factor, _rms(torch.mul(gradient, factor, out=square))
 
 
-def _rms(tensor: torch.Tensor, first: int) -> torch.Tensor:
-    """Root mean square over dims `first` and up, as a tensor that broadcasts against `tensor`."""
-    dims = tuple(range(first, tensor.ndim))
-    return (
-        torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
-        / (tensor[:1].numel() if first else tensor.numel()) ** 0.5
-    )
+def _rms(tensor: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each slice of dim 0. By way of the last dim: torch sums to a single number in one thread."""
+    norm = torch.linalg.vector_norm(tensor, dim=-1).view(len(tensor), -1)
+    return torch.linalg.vector_norm(norm, dim=-1) / tensor[0].numel() ** 0.5
 
 
 class _AdamW(Optimizer):
