@@ -118,55 +118,51 @@ class _Adafactor(Optimizer):
                 tensors = [parameter, parameter.grad, *self._moments[name].values()]
                 if not is_stacked(name):
                     tensors = [tensor.unsqueeze(0) for tensor in tensors]
-                self._update(tensors, decay, learning_rate)
+                update = self._update_factored if "row" in self._moments[name] else self._update_whole
+                update(tensors, 1.0 - decay, learning_rate)
 
-    def _update(self, tensors: list[torch.Tensor], decay: float, learning_rate: float) -> None:
-        """Update of parameter, gradient and moments [experts, ...], as many experts at a time as one slice holds.
+    def _update_whole(self, tensors: list[torch.Tensor], new: float, learning_rate: float) -> None:
+        """With a moment for each entry. `tensors`: parameter, gradient, moments, dim 0 of each counts experts.
 
-        What costs is memory: a slice is read again while it is in the cache, and all slices share one scratch.
+        `new` is the weight of the new squares.
+        """
+        parameters, gradients, moments = tensors
+        square = gradients.square().add_(self.spec.epsilon)
+        update = torch.mul(gradients, moments.lerp_(square, new).rsqrt(), out=square)
+        parameters.addcmul_(update, self._scale(parameters, _rms(update), learning_rate), value=-1.0)
+
+    def _update_factored(self, tensors: list[torch.Tensor], new: float, learning_rate: float) -> None:
+        """With row and column means, as many experts at a time as one slice holds.
+
+        What costs is memory: a slice is read again while it is in the cache, all slices share one scratch, and u is
+        not formed. As v = row column / mean(row), sum(u**2) is a quadratic form in the squares.
         """
         num_experts = max(1, (CPU_SLICE if tensors[0].is_cpu else GPU_SLICE) // tensors[0][0].numel())
+        slices = zip(*(torch.split(each, num_experts) for each in tensors), strict=True)
         scratch = torch.empty_like(tensors[1][:num_experts])
-        for parameter, gradient, *moments in zip(*(torch.split(each, num_experts) for each in tensors), strict=True):
-            factor = scratch[: len(gradient)]
-            renew = self._renew_factored if len(moments) == 2 else self._renew
-            left, right, rms = renew(gradient, moments, factor, 1.0 - decay)
-            scale = learning_rate / (rms / self.spec.clip_threshold).clamp_(min=1.0)
-            if self.spec.scale_by_parameter:
-                scale *= _rms(parameter).clamp_(min=self.spec.scale_epsilon)
-            torch.mul(left * scale.view(-1, *[1] * (gradient.ndim - 1)), right, out=factor)
-            parameter.addcmul_(gradient, factor, value=-1.0)
+        for parameter, gradient, row, column in slices:
+            square = torch.mul(gradient, gradient, out=scratch[: len(gradient)])
+            row.lerp_(square.mean(-1).add_(self.spec.epsilon), new)
+            column.lerp_(square.mean(-2).add_(self.spec.epsilon), new)
+            left = (row.mean(-1, keepdim=True) / row).unsqueeze(-1)
+            right = column.reciprocal().unsqueeze(-1)
+            mean_square = (left * (square @ right)).mean(_inner(left), keepdim=True) / gradient.shape[-1]
+            factor = left.sqrt_().mul_(self._scale(parameter, mean_square.sqrt_(), learning_rate))
+            parameter.addcmul_(gradient, torch.mul(factor, right.sqrt_().mT, out=square), value=-1.0)
 
-    def _renew_factored(
-        self, gradient: torch.Tensor, moments: list[torch.Tensor], square: torch.Tensor, new: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Renew row and column means; return 1 / sqrt(v) as two factors, and RMS(u) of each expert.
-
-        With v = row column / mean(row), sum(u**2) is a quadratic form in the squares: u itself is never formed.
-        """
-        row, column = moments
-        torch.mul(gradient, gradient, out=square)
-        row.lerp_(square.mean(-1).add_(self.spec.epsilon), new)
-        column.lerp_(square.mean(-2).add_(self.spec.epsilon), new)
-        row_weight = (row.mean(-1, keepdim=True) / row).unsqueeze(-1)
-        column_weight = column.reciprocal().unsqueeze(-1)
-        mean_square = (row_weight * (square @ column_weight)).flatten(1).sum(-1) / square[0].numel()
-        return row_weight.sqrt_(), column_weight.sqrt_().mT, mean_square.sqrt_()
-
-    def _renew(
-        self, gradient: torch.Tensor, moments: list[torch.Tensor], square: torch.Tensor, new: float
-    ) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """The same with a moment for each entry."""
-        (moment,) = moments
-        moment.lerp_(torch.mul(gradient, gradient, out=square).add_(self.spec.epsilon), new)
-        factor = moment.rsqrt()
-        return 1.0, factor, _rms(torch.mul(gradient, factor, out=square))
+    def _scale(self, parameter: torch.Tensor, rms: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """What an update whose root mean square is `rms` is multiplied with."""
+        scale = learning_rate / (rms / self.spec.clip_threshold).clamp_(min=1.0)
+        return scale * _rms(parameter).clamp_(min=self.spec.scale_epsilon) if self.spec.scale_by_parameter else scale
 
 
 def _rms(tensor: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each slice of dim 0. By way of the last dim: torch sums to a single number in one thread."""
-    norm = torch.linalg.vector_norm(tensor, dim=-1).view(len(tensor), -1)
-    return torch.linalg.vector_norm(norm, dim=-1) / tensor[0].numel() ** 0.5
+    """Root mean square of each slice of dim 0, to broadcast."""
+    return torch.linalg.vector_norm(tensor, dim=_inner(tensor), keepdim=True) / tensor[0].numel() ** 0.5
+
+
+def _inner(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(range(1, tensor.ndim))
 
 
 class _AdamW(Optimizer):
