@@ -27,6 +27,18 @@ def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
     return nn.Linear(num_inputs, num_outputs, bias=False)
 
 
+def dropout(x: torch.Tensor, rate: float, training: bool, shared: int = -2) -> torch.Tensor:
+    """T5's dropout: one mask for all positions, which lie along dim `shared`, drawn from torch's generator.
+
+    So only a thin mask is drawn and kept: on a CPU to draw is what costs.
+    """
+    if not training or rate == 0.0:
+        return x
+    mask_shape = list(x.shape)
+    mask_shape[shared] = 1
+    return x * F.dropout(x.new_ones(mask_shape), rate)
+
+
 class FeedForward(nn.Module):
     """Two products with an activation between them; three for GEGLU (T5 1.1)."""
 
@@ -39,7 +51,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         gate = None if self.wi_gate is None else self.wi_gate(x_BSD)
-        hidden_BSF = F.dropout(activate(self.wi(x_BSD), gate), self.dropout, self.training)
+        hidden_BSF = dropout(activate(self.wi(x_BSD), gate), self.dropout, self.training)
         return self.wo(hidden_BSF)
 
 

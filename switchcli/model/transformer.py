@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias
-from switchcli.model.layers import FeedForward, RMSNorm, linear
+from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
 from switchcli.model.losses import auxiliary_loss
 from switchcli.model.moe import SwitchLayer
 from switchcli.model.reports import Reports
@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
             query_BHTK, memory = self.attention.query(normed_BTD), self.attention.key_value(normed_BTD)
         memory = memory if past is None else past.append(memory)
         y_BTD = self.attention(query_BHTK, memory, bias_BHTS)
-        return x_BTD + F.dropout(y_BTD, self.dropout, self.training), memory, reports
+        return x_BTD + dropout(y_BTD, self.dropout, self.training), memory, reports
 
 
 class CrossAttention(nn.Module):
@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B11S: torch.Tensor) -> torch.Tensor:
         y_BTD = self.attention(self.attention.query(self.norm(x_BTD)), memory, bias_B11S)
-        return x_BTD + F.dropout(y_BTD, self.dropout, self.training)
+        return x_BTD + dropout(y_BTD, self.dropout, self.training)
 
 
 class FeedForwardPart(nn.Module):
@@ -118,7 +118,7 @@ class FeedForwardPart(nn.Module):
             reports = (report,)
         else:
             y_BSD = self.layer(normed_BSD)
-        return x_BSD + F.dropout(y_BSD, self.dropout, self.training), reports
+        return x_BSD + dropout(y_BSD, self.dropout, self.training), reports
 
 
 class EncoderBlock(nn.Module):
@@ -179,12 +179,12 @@ class Encoder(nn.Module):
         S = x_BSD.shape[1]
         padding_B11S = padding_bias(real_BS)
         bias_BHSS = self.position_bias(S, S) + padding_B11S
-        x_BSD = F.dropout(x_BSD, self.dropout, self.training)
+        x_BSD = dropout(x_BSD, self.dropout, self.training)
         reports: Reports = ()
         for block in self.blocks:
             x_BSD, new = block(x_BSD, real_BS, bias_BHSS)
             reports += new
-        hidden_BSD = F.dropout(self.final_norm(x_BSD), self.dropout, self.training)
+        hidden_BSD = dropout(self.final_norm(x_BSD), self.dropout, self.training)
         return Encoded(hidden_BSD, padding_B11S, reports)
 
 
@@ -209,14 +209,14 @@ class Decoder(nn.Module):
         T = x_BTD.shape[1]
         past = 0 if cache is None else cache[0].self_attention.key_BHSK.shape[2]
         bias_1HTS = self.position_bias(T, past + T)
-        x_BTD = F.dropout(x_BTD, self.dropout, self.training)
+        x_BTD = dropout(x_BTD, self.dropout, self.training)
         caches: tuple[Cache, ...] = ()
         reports: Reports = ()
         for layer, block in enumerate(self.blocks):
             x_BTD, kept, new = block(x_BTD, real_BT, bias_1HTS, encoded, cache and cache[layer])
             caches += (kept,)
             reports += new
-        return F.dropout(self.final_norm(x_BTD), self.dropout, self.training), caches, reports
+        return dropout(self.final_norm(x_BTD), self.dropout, self.training), caches, reports
 
 
 class SwitchTransformer(nn.Module):

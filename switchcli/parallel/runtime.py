@@ -5,7 +5,9 @@ the loop reads the same on one process and on many. Control values (stop, counts
 and never wait for a device.
 """
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -23,6 +25,8 @@ STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
 MAIN_TIMEOUT = timedelta(days=7)
 """How long the others wait while the main rank does something alone: preparing data takes what it takes."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 T = TypeVar("T")
 
@@ -42,6 +46,8 @@ class Runtime:
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("train.device is cuda and this machine shows no CUDA device: set it to auto or cpu")
         on_cpu = device == "cpu" or not torch.cuda.is_available()
+        if on_cpu:
+            _keep_freed_memory()
         with _lost_ranks_explained():
             self._accelerator = Accelerator(
                 cpu=on_cpu,
@@ -131,6 +137,19 @@ class Runtime:
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
         self._accelerator.end_training()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones; elsewhere nothing changes.
+
+    By itself it gives each large tensor fresh pages and takes them back: to have them cleared costs more than to
+    compute the tensor (gradients of 800 MB took 1/2 of the time with memory kept, chains on 33 MB 4/9). The process
+    stays as large as it ever was, and freed pieces that do not fit the next tensors make it larger still.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _summed(values: Sequence[int], group: dist.ProcessGroup) -> list[int]:

@@ -18,6 +18,11 @@ from switchcli.spec import Spec
 
 Named = Mapping[str, torch.nn.Parameter]
 
+CPU_SLICE = 2**21
+"""Elements that Adafactor works on at a time: with a scratch as large they stay in a CPU's cache."""
+GPU_SLICE = 2**27
+"""The same on a GPU, where launches cost: half a GB of scratch."""
+
 
 class Optimizer(ABC):
     """Updates `parameters` in place; holds float32 state of its own for each."""
@@ -110,43 +115,54 @@ class _Adafactor(Optimizer):
         decay = 1.0 - float(self._steps) ** -self.spec.decay_exponent
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                first = 1 if is_stacked(name) else 0
-                self._update(parameter, parameter.grad, self._moments[name], decay, learning_rate, first)
+                tensors = [parameter, parameter.grad, *self._moments[name].values()]
+                if not is_stacked(name):
+                    tensors = [tensor.unsqueeze(0) for tensor in tensors]
+                update = self._update_factored if "row" in self._moments[name] else self._update_whole
+                update(tensors, 1.0 - decay, learning_rate)
 
-    def _update(
-        self,
-        parameter: torch.Tensor,
-        gradient: torch.Tensor,
-        moments: dict[str, torch.Tensor],
-        decay: float,
-        learning_rate: float,
-        first: int,
-    ) -> None:
-        """`first`: the first dim over which a root mean square is taken (1 keeps experts apart)."""
-        spec = self.spec
-        square = gradient.square().add_(spec.epsilon)
-        if "row" in moments:
-            row = moments["row"].lerp_(square.mean(-1), 1.0 - decay)
-            column = moments["column"].lerp_(square.mean(-2), 1.0 - decay)
-            row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_()
-            update = torch.mul(gradient, row_factor.unsqueeze(-1), out=square)
-            update.mul_(column.rsqrt().unsqueeze(-2))
-        else:
-            moment = moments["moment"].lerp_(square, 1.0 - decay)
-            update = torch.mul(gradient, moment.rsqrt(), out=square)
-        scale = learning_rate / (_rms(update, first) / spec.clip_threshold).clamp_(min=1.0)
-        if spec.scale_by_parameter:
-            scale = scale * _rms(parameter, first).clamp_(min=spec.scale_epsilon)
-        parameter.addcmul_(update, scale, value=-1.0)
+    def _update_whole(self, tensors: list[torch.Tensor], new: float, learning_rate: float) -> None:
+        """With a moment for each entry. `tensors`: parameter, gradient, moments, dim 0 of each counts experts.
+
+        `new` is the weight of the new squares.
+        """
+        parameters, gradients, moments = tensors
+        square = gradients.square().add_(self.spec.epsilon)
+        update = torch.mul(gradients, moments.lerp_(square, new).rsqrt(), out=square)
+        parameters.addcmul_(update, self._scale(parameters, _rms(update), learning_rate), value=-1.0)
+
+    def _update_factored(self, tensors: list[torch.Tensor], new: float, learning_rate: float) -> None:
+        """With row and column means, as many experts at a time as one slice holds.
+
+        What costs is memory: a slice is read again while it is in the cache, all slices share one scratch, and u is
+        not formed. As v = row column / mean(row), sum(u**2) is a quadratic form in the squares.
+        """
+        num_experts = max(1, (CPU_SLICE if tensors[0].is_cpu else GPU_SLICE) // tensors[0][0].numel())
+        slices = zip(*(torch.split(each, num_experts) for each in tensors), strict=True)
+        scratch = torch.empty_like(tensors[1][:num_experts])
+        for parameter, gradient, row, column in slices:
+            square = torch.mul(gradient, gradient, out=scratch[: len(gradient)])
+            row.lerp_(square.mean(-1).add_(self.spec.epsilon), new)
+            column.lerp_(square.mean(-2).add_(self.spec.epsilon), new)
+            left = (row.mean(-1, keepdim=True) / row).unsqueeze(-1)
+            right = column.reciprocal().unsqueeze(-1)
+            mean_square = (left * (square @ right)).mean(_inner(left), keepdim=True) / gradient.shape[-1]
+            factor = left.sqrt_().mul_(self._scale(parameter, mean_square.sqrt_(), learning_rate))
+            parameter.addcmul_(gradient, torch.mul(factor, right.sqrt_().mT, out=square), value=-1.0)
+
+    def _scale(self, parameter: torch.Tensor, rms: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """What an update whose root mean square is `rms` is multiplied with."""
+        scale = learning_rate / (rms / self.spec.clip_threshold).clamp_(min=1.0)
+        return scale * _rms(parameter).clamp_(min=self.spec.scale_epsilon) if self.spec.scale_by_parameter else scale
 
 
-def _rms(tensor: torch.Tensor, first: int) -> torch.Tensor:
-    """Root mean square over dims `first` and up, as a tensor that broadcasts against `tensor`."""
-    dims = tuple(range(first, tensor.ndim))
-    return (
-        torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
-        / (tensor[:1].numel() if first else tensor.numel()) ** 0.5
-    )
+def _rms(tensor: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each slice of dim 0, to broadcast."""
+    return torch.linalg.vector_norm(tensor, dim=_inner(tensor), keepdim=True) / tensor[0].numel() ** 0.5
+
+
+def _inner(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(range(1, tensor.ndim))
 
 
 class _AdamW(Optimizer):

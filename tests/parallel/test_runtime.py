@@ -1,6 +1,8 @@
 """Runtime: failures of the main rank reach all, integers add up, precision is the recipe's."""
 
 import os
+import platform
+import resource
 
 import pytest
 import torch
@@ -58,6 +60,16 @@ def test_one_process_alone() -> None:
         runtime.on_main(full)
     batch = Batch(torch.ones(1, 2), torch.zeros(1, 3))
     assert isinstance(runtime.place(batch), Batch)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
+    Runtime("cpu", "float32")
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2**14  # 64 MiB: the pages of one of them
 
 
 def test_autocast_is_bfloat16_only_when_the_recipe_says_so() -> None:

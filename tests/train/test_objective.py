@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import DENSE, SPARSE, TARGET, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.model.spec import ModelSpec
-from switchcli.train.objective import cross_entropy
+from switchcli.train.objective import cross_entropy, summed_cross_entropy
 
 
 @pytest.mark.parametrize("spec", [SPARSE, DENSE], ids=["sparse", "dense"])
@@ -58,3 +61,57 @@ def test_a_batch_without_targets_costs_nothing_and_its_gradient_is_zero() -> Non
     assert loss.metrics["neg_log_perplexity"].value().item() == 0.0
     loss.target_sum.backward()
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
+def factors(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden_ND = torch.randn(rows, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    vocabulary_VD = torch.randn(11, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden_ND, vocabulary_VD, torch.randint(0, 11, (rows,), generator=generator)
+
+
+def plain(hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(hidden_ND @ vocabulary_VD.mT, targets_N, ignore_index=0, reduction="sum")
+
+
+@given(rows=st.integers(1, 17), chunk=st.integers(1, 18))
+def test_in_chunks_of_any_size_loss_and_gradients_are_those_of_the_plain_formula(rows: int, chunk: int) -> None:
+    hidden_ND, vocabulary_VD, targets_N = factors(rows, torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.train.objective.CHUNK", chunk)
+        found = summed_cross_entropy(hidden_ND, vocabulary_VD, targets_N)
+    expected = plain(hidden_ND, vocabulary_VD, targets_N)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(0.3 * loss, (hidden_ND, vocabulary_VD)) for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_its_gradients_are_its_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.train.objective.CHUNK", 3)
+    hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float64)
+    torch.autograd.gradcheck(lambda h, v: summed_cross_entropy(h, v, targets_N), (hidden_ND, vocabulary_VD))
+
+
+def test_in_float32_and_under_autocast_it_is_exact_within_the_rounding_of_the_products() -> None:
+    """bfloat16 keeps 2**-9 of a number: what is summed of a few such products is off by 2**-6 of the largest."""
+    hidden_ND, vocabulary_VD, targets_N = factors(200, torch.float32)
+    wrt = (hidden_ND, vocabulary_VD)
+    exact = [tensor.detach().double().requires_grad_() for tensor in wrt]
+    expected = plain(*exact, targets_N)
+    expected_gradients = torch.autograd.grad(expected, exact)
+    for enabled, tolerance in ((False, 1e-6), (True, 2**-6)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = summed_cross_entropy(hidden_ND, vocabulary_VD, targets_N)
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+        for gradient, right in zip(torch.autograd.grad(found, wrt), expected_gradients, strict=True):
+            assert gradient.dtype == torch.float32
+            assert (gradient - right).abs().max() <= tolerance * right.abs().max()
+
+
+def test_without_gradients_it_only_sums() -> None:
+    hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float32)
+    with torch.no_grad():
+        found = summed_cross_entropy(hidden_ND, vocabulary_VD, targets_N)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, plain(hidden_ND, vocabulary_VD, targets_N).detach())

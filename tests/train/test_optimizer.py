@@ -72,6 +72,43 @@ def test_adafactor_is_the_formula_one_tensor_and_one_expert_at_a_time() -> None:
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@given(
+    experts=st.integers(1, 5),
+    rows=st.integers(2, 9),
+    columns=st.integers(2, 9),
+    factored=st.booleans(),
+    slice_size=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+def test_in_slices_of_any_size_each_expert_moves_by_the_formula(
+    experts: int, rows: int, columns: int, factored: bool, slice_size: int, seed: int
+) -> None:
+    named = parameters({"layer.experts.wi": (experts, rows, columns)}, seed)
+    ((_, parameter),) = named.items()
+    start, drawn = parameter.detach().clone(), gradients(parameter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.train.optimizer.CPU_SLICE", slice_size)
+        run(Adafactor(min_dim_to_factor=1 if factored else 10).build(named), rates())
+    expected = [formula(start[e], [gradient[e] for gradient in drawn], factored) for e in range(experts)]
+    torch.testing.assert_close(parameter.detach(), torch.stack(expected), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("least", [1, 999], ids=["factored", "whole"])
+def test_an_expert_in_a_slice_of_its_own_moves_bit_by_bit_as_alone(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.train.optimizer.CPU_SLICE", 140 * 129)
+    spec, shape = Adafactor(min_dim_to_factor=least), (3, 140, 129)
+    stacked = parameters({"layer.experts.wi": shape})
+    alone = [torch.nn.Parameter(weight.clone()) for weight in stacked["layer.experts.wi"].detach()]
+    drawn = gradients(stacked["layer.experts.wi"])
+    run(spec.build(stacked), rates())
+    for expert, parameter in enumerate(alone):
+        optimizer = spec.build({"layer.wi": parameter})
+        for gradient, rate in zip(drawn, rates(), strict=True):
+            parameter.grad = gradient[expert].clone()
+            optimizer.step(rate)
+        assert torch.equal(stacked["layer.experts.wi"][expert], parameter)
+
+
 @pytest.mark.parametrize("shape", [(130, 200), (7, 5), (40,)])
 def test_adafactor_equals_transformers(shape: tuple[int, ...]) -> None:
     (ours,), (theirs,) = (list(parameters({"weight": shape}).values()) for _ in range(2))
