@@ -1,6 +1,6 @@
 """E feed-forwards as stacked weights, run together as grouped products.
 
-Legend: E experts, A rows (each expert's, one after the other), D model, F hidden, O outputs.
+Legend: E experts, B sequences, A rows (each expert's, one after the other), D model, F hidden, O outputs.
 """
 
 import torch
@@ -25,11 +25,18 @@ class Experts(nn.Module):
         self.wo = nn.Parameter(torch.empty(E, num_outputs, hidden))
         self.dropout = spec.experts_dropout
 
-    def forward(self, x_AD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
-        """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0."""
+    def forward(
+        self, x_AD: torch.Tensor, end_E: torch.Tensor, sequence_A: torch.Tensor, num_sequences: int
+    ) -> torch.Tensor:
+        """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0.
+
+        As elsewhere a dropout mask is shared by the positions of a sequence: `sequence_A` says which a row is of.
+        """
         gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E)
         hidden_AF = activate(grouped_product(x_AD, self.wi, end_E), gate)
-        hidden_AF = F.dropout(hidden_AF, self.dropout, self.training)
+        if self.training and self.dropout:
+            mask_BF = F.dropout(hidden_AF.new_ones(num_sequences, hidden_AF.shape[1]), self.dropout)
+            hidden_AF = hidden_AF * mask_BF.index_select(0, sequence_A)
         return grouped_product(hidden_AF, self.wo, end_E)
 
 

@@ -63,7 +63,8 @@ class SwitchLayer(nn.Module):
         mode = "training" if self.training else self.policy
         routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), mode)
         x_AD, rows = self.dispatcher.send(x_GND, routing)
-        y_GNO = self.dispatcher.receive(self.experts(x_AD, rows.end_E), rows, x_GND)
+        y_AO = self.experts(x_AD, rows.end_E, rows.source_A // S, B)
+        y_GNO = self.dispatcher.receive(y_AO, rows, x_GND)
         return SwitchOutput(y_GNO.reshape(B, S, -1), routing.report)
 
 

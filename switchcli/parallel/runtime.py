@@ -149,7 +149,7 @@ def _keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: 2**31 - 1, the largest, is less than what a step frees
 
 
 def _summed(values: Sequence[int], group: dist.ProcessGroup) -> list[int]:

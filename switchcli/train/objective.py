@@ -14,7 +14,6 @@ from switchcli.spec import PAD
 from switchcli.train.health import routing_metrics
 from switchcli.train.metrics import Mean, Metrics
 
-
 CHUNK = 1024
 """Targets whose logits are held at a time: 130 MB in float32 with T5's vocabulary."""
 

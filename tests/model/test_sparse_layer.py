@@ -168,7 +168,7 @@ def test_expert_dropout_falls_on_the_experts_hidden_vector_alone(
     with torch.no_grad():
         for name, weight in [*sparse.named_parameters(), *dense.named_parameters()]:
             weight.copy_(torch.eye(30) if "wo" in name else torch.ones(()))
-    x_BSD, real_BS = torch.ones(2, 1000, 6), torch.ones(2, 1000, dtype=torch.bool)
+    x_BSD, real_BS = torch.ones(2000, 1, 6), torch.ones(2000, 1, dtype=torch.bool)
     torch.manual_seed(0)
     for layer, expected in ((sparse, rate), (dense, 0.1)):
         arguments = (x_BSD, real_BS) if layer is sparse else (x_BSD,)
@@ -176,3 +176,21 @@ def test_expert_dropout_falls_on_the_experts_hidden_vector_alone(
         noisy, plain = (noisy.y_BSO, plain.y_BSO) if layer is sparse else (noisy, plain)
         assert (noisy == 0).float().mean().item() == pytest.approx(expected, abs=0.01)
         assert (noisy.mean() / plain.mean()).item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_positions_of_a_sequence_share_the_mask_of_expert_dropout() -> None:
+    """As in T5's other layers; sequences have masks of their own."""
+    shape = {"d_model": 8, "d_ff": 64, "num_heads": 2, "num_layers": 1, "num_experts": 2, "sparse_every": 1}
+    router = Switch(capacity_factor="dropless", jitter=0.0)
+    layer = SwitchLayer(ModelSpec(**shape, expert_dropout=0.5, router=router), "encoder", 64)
+    with torch.no_grad():
+        layer.experts.wi.fill_(1.0)
+        layer.experts.wo.copy_(torch.eye(64))
+        layer.router.weight.normal_()
+    x_BSD = torch.rand(3, 20, 8)
+    report = layer.train()(x_BSD, torch.ones(3, 20, dtype=torch.bool)).report
+    kept_BSF = layer(x_BSD, torch.ones(3, 20, dtype=torch.bool)).y_BSO != 0
+    assert (report.load_E > 0).all()  # a sequence is in more than one expert, whose rows are of all sequences
+    assert (kept_BSF == kept_BSF[:, :1]).all()
+    assert (kept_BSF[0] != kept_BSF[1]).any()
+    assert (kept_BSF[1] != kept_BSF[2]).any()
