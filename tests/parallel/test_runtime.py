@@ -67,8 +67,7 @@ def test_one_process_alone() -> None:
 def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
     """In the main thread of a process of its own, as in a run: of other threads' memory glibc keeps less."""
     script = """
-import subprocess
-import sys
+import resource
 import torch
 from switchcli.parallel.runtime import Runtime
 Runtime("cpu", "float32")
