@@ -157,8 +157,9 @@ class _Adafactor(Optimizer):
 
 
 def _rms(tensor: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each slice of dim 0, to broadcast."""
-    return torch.linalg.vector_norm(tensor, dim=_inner(tensor), keepdim=True) / tensor[0].numel() ** 0.5
+    """Root mean square of each slice of dim 0, to broadcast. By rows first: torch sums one number in one thread."""
+    norm = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(norm, dim=_inner(tensor), keepdim=True) / tensor[0].numel() ** 0.5
 
 
 def _inner(tensor: torch.Tensor) -> tuple[int, ...]:
