@@ -92,6 +92,8 @@ class Training:
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
         else:
             initialise(self.model, recipe.train.seed)
+        if recipe.train.compile:
+            runtime.compile(self.model)
 
     def _shares(self) -> Microbatches:
         train, length = self.recipe.train, self.recipe.data.span_corruption.inputs_length

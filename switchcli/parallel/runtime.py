@@ -18,8 +18,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from switchcli.errors import DistributedError, MainRankError, RecipeError, SwitchError
+from switchcli.model.compiled import compile_dense_parts
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
@@ -85,6 +87,22 @@ class Runtime:
         """The model on this device, its gradients averaged over the ranks by its last backward pass (`synchronise`)."""
         wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile the dense parts of `model`, in place, before it is wrapped.
+
+        Raises:
+            RecipeError: torch finds no compiler for this device.
+        """
+        try:
+            torch.compile(torch.sin)(torch.ones(1, device=self.device))
+        except (TorchDynamoException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(
+                f"train.compile: torch.compile does not work here ({reason}): install a C++ compiler such as g++, or "
+                "take train.compile=false"
+            ) from error
+        compile_dense_parts(model)
 
     def synchronise(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a microbatch: the step's last one averages the gradients over the ranks.

@@ -11,6 +11,8 @@ import torch
 from switchcli.model.transformer import ModelOutput
 from switchcli.train.metrics import Mean, Metrics
 
+MANY_DROPPED = 0.5
+"""A layer in which so many tokens find no slot trains on the wrong ones: the capacity or the balance is off."""
 COLLAPSED_SHARE = 0.9
 """An expert that takes this share of a layer's tokens has become the layer."""
 LAYER = "layer_"
@@ -75,14 +77,20 @@ class Alarms:
         if (load := metrics.get(f"{LAYER}load")) is None:
             return
         alarms: dict[tuple[str, str], str] = {}
-        tokens_L = metrics[f"{LAYER}dropped_fraction"].weight
-        for layer, load_E, tokens in zip(self._layers, load.total, tokens_L, strict=True):
+        dropped_L, tokens_L = metrics[f"{LAYER}dropped_fraction"]
+        for layer, load_E, dropped, tokens in zip(self._layers, load.total, dropped_L, tokens_L, strict=True):
             share = float(load_E.max() / tokens.clamp(min=1))
             # Where tokens may go to several experts, each of them may take nearly all.
             if share >= COLLAPSED_SHARE and load_E.max() > 1.5 * load_E.mean():
                 alarms[layer, "collapsed"] = (
                     f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
                     "tokens; raise model.router.balance_loss_coef or lower the learning rate"
+                )
+            lost = float(dropped / tokens.clamp(min=1))
+            if lost >= MANY_DROPPED:
+                alarms[layer, "dropped"] = (
+                    f"{layer}: {lost:.0%} of the tokens found no slot; raise model.router.capacity_factor or "
+                    "balance_loss_coef"
                 )
             dead = (load_E == 0).nonzero().flatten().tolist()
             if dead:

@@ -27,6 +27,8 @@ class TrainSpec(Spec):
     precision: Precision = "float32"
     """`selective`: products in bfloat16; weights, optimizer, losses and the router stay float32 (section 2.4).
     `bfloat16`: the router in bfloat16 too, the paper's other arm, which diverges (Table 2)."""
+    compile: bool = False
+    """torch.compile for attention and dense feed-forwards: the first steps take longer, by minutes on a CPU."""
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; absent: no clipping, as in T5."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.data.tokenizer import Tokenizer
+from switchcli.model.routing import Switch
 from switchcli.train.manifest import NAME
 
 GAP = "the red <extra_id_0> is blue"
@@ -46,6 +47,16 @@ def test_json_is_one_object_with_every_answer(run: Path, switchcli: SwitchCLI) -
     assert [answer["input"] for answer in found["answers"]] == [GAP, GAP]
     assert found["answers"][0] == found["answers"][1]
     assert found["answers"][0].keys() == {"input", "output"}
+
+
+def test_the_capacity_is_a_choice(run: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI) -> None:
+    seen: list[str] = []
+    assign = Switch.assign
+    monkeypatch.setattr(Switch, "assign", lambda self, *args: (seen.append(args[-1]), assign(self, *args))[1])
+    for options, policy in (((), "dropless"), (("--capacity", "paper"), "paper")):
+        assert switchcli("generate", run, GAP, "--max-tokens", 3, *options).code == 0
+        assert set(seen) == {policy}
+        seen.clear()
 
 
 def test_a_long_text_is_cut_with_a_warning(run: Path, switchcli: SwitchCLI) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from switchcli.errors import RecipeError
+from switchcli.model.routing import Switch, TopK
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import RECIPES, PretrainRecipe, editor_schema
 
@@ -68,6 +69,21 @@ def test_a_dumped_recipe_resolves_to_an_equal_one(recipe, tmp_path):
             "puts into one group: try 2048.",
         ),
         (
+            ["model.num_experts=200"],
+            "model.router.group_sequences (1): a group of the decoder has 114 tokens for 200 experts: try "
+            "model.router.group_sequences=2 or more.",
+        ),
+        (
+            ["model.decoder_router={capacity_factor: 0.05}"],
+            "model.decoder_router.capacity_factor (0.05) gives each of 8 experts 0.71 slots in a group of 114 tokens "
+            "of the decoder: take 0.07 or more, for at least one.",
+        ),
+        (
+            ["model.router.eval_capacity_factor=0.01", "model.sparse_decoder_layers=[]"],
+            "model.router.eval_capacity_factor (0.01) gives each of 8 experts 0.64 slots in a group of 512 tokens of "
+            "the encoder: take 0.016 or more, for at least one.",
+        ),
+        (
             ["model.vocab_size=8000"],
             "data.tokenizer.vocab_size (8192) must be at most the 8000 rows of model.vocab_size: "
             "try model.vocab_size=8192.",
@@ -102,6 +118,22 @@ def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypat
 
 def test_a_dense_model_has_no_groups(recipe):
     recipe("model.num_experts=1", "model.router.group_sequences=3")
+
+
+def test_a_router_without_a_kind_is_switch(recipe):
+    assert recipe("model.router.jitter=0.5").model.router == Switch(jitter=0.5)
+    assert recipe("model.router={kind: top_k, jitter: 0.5}").model.router == TopK(jitter=0.5)
+
+
+def test_without_a_capacity_none_can_be_too_small(recipe):
+    assert recipe("model.router={capacity_factor: dropless, eval_capacity_factor: dropless}")
+
+
+def test_the_routers_precision_follows_that_of_training_unless_the_model_says_so(recipe):
+    arms = {"float32": "float32", "selective": "float32", "bfloat16": "bfloat16"}
+    for precision, routers in arms.items():
+        assert recipe(f"train.precision={precision}").architecture.router_precision == routers
+    assert recipe("model.router_precision=bfloat16").architecture.router_precision == "bfloat16"
 
 
 def test_t5s_constant_part_may_outlast_the_run(recipe):

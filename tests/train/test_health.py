@@ -181,6 +181,14 @@ def test_experts_without_a_token_are_named_with_the_steps() -> None:
     ]
 
 
+def test_a_layer_that_drops_half_of_its_tokens_is_named_with_the_way_out() -> None:
+    few, many = (a_report([5.0, 5.0, 5.0, 5.0], dropped=dropped) for dropped in (9.0, 11.0))
+    assert alarms_of(an_output([few], [GOOD])) == []
+    assert alarms_of(an_output([GOOD], [many])) == [
+        "decoder.second: 55% of the tokens found no slot; raise model.router.capacity_factor or balance_loss_coef"
+    ]
+
+
 def test_an_alarm_rings_when_it_begins_and_again_when_it_comes_back() -> None:
     bad = an_output([a_report([5.0, 0.0, 5.0, 5.0])], [GOOD])
     worse = an_output([a_report([5.0, 0.0, 0.0, 5.0])], [a_report([5.0, 0.0, 5.0, 5.0])])

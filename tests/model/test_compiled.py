@@ -1,0 +1,39 @@
+"""Compiled parts give what they give uncompiled; sparse layers are left as they are."""
+
+import pytest
+import torch
+from tiny import DENSE, SPARSE, a_model, rows
+from torch import nn
+
+from switchcli.model.compiled import compile_dense_parts
+from switchcli.model.moe import SwitchLayer
+from switchcli.model.spec import ModelSpec
+
+MIXED = SPARSE.model_copy(update={"num_layers": 4, "sparse": "both"})
+
+
+def compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("spec", [SPARSE, MIXED, DENSE])
+def test_every_part_without_experts_is_compiled_and_no_other(spec: ModelSpec) -> None:
+    model = a_model(spec)
+    names = [name for name, _ in model.named_parameters()]
+    compile_dense_parts(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        for part in block.children():
+            assert compiled(part) != any(isinstance(module, SwitchLayer) for module in part.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_loss_and_gradients_are_the_same() -> None:
+    plain, fast = a_model(SPARSE), a_model(SPARSE)
+    compile_dense_parts(fast)
+    for model in (plain, fast):
+        output = model.train()(*rows(0, 0, 4))
+        (output.logits_BTV.float().square().mean() + output.auxiliary).backward()
+    for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
