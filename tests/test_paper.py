@@ -1,8 +1,15 @@
 """The figures of the paper that the model, the data, the schedule and the routing must give.
 
 Table and section numbers are of arXiv 2101.03961v3; what T5 decides is said so. Parameters of the sizes that are not
-printed are worked out from the formula of section 5.6 and kept in tests/recipe/test_sizes.py.
+printed are worked out from the formula of section 5.6 and kept in tests/recipe/test_sizes.py. paper.md says of every
+equation where it is done and which test proves it; the last tests here hold that its references exist.
 """
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +138,92 @@ def test_switch_base_has_a_balance_loss_of_twelve_alphas() -> None:
     spec = sized("switch-base")
     assert spec.sparse_layers("encoder") == spec.sparse_layers("decoder") == (1, 3, 5, 7, 9, 11)
     assert sized("switch-c").sparse_layers("encoder") == tuple(range(15))
+
+
+def test_a_router_has_the_papers_settings_and_mesh_tensorflows_where_the_paper_has_none() -> None:
+    router = Switch()
+    assert (router.capacity_factor, router.eval_capacity_factor, router.min_capacity) == (1.25, 2.0, 4)
+    assert (router.balance_loss_coef, router.z_loss_coef, router.overflow) == (0.01, 0.0, "position")
+    assert (router.jitter, router.input_dropout, router.sample_temperature) == (0.01, 0.0, None)
+
+
+# paper.md
+
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = re.compile(r"`([\w./-]+)::([\w.]+)`")
+
+
+@cache
+def symbols(path: Path) -> frozenset[str]:
+    """Functions, classes, their methods and the constants of a module."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return frozenset(found)
+
+
+def rows(text: str) -> list[tuple[int, list[str]]]:
+    """The rows of the tables, without their heads, each with the number of its line."""
+    lines = list(enumerate(text.splitlines(), start=1))
+    rules = {number for number, line in lines if re.fullmatch(r"[|-]+", line)}  # beneath the heads
+    return [
+        (number, line.strip("|").split("|"))
+        for number, line in lines
+        if line.startswith("|") and not {number, number + 1} & rules
+    ]
+
+
+def faults(text: str) -> Iterator[str]:
+    """References to what is not there, and rows that do not say where a thing is done or what proves it."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        for path, symbol in REFERENCE.findall(line):
+            if not (ROOT / path).is_file() or symbol not in symbols(ROOT / path):
+                yield f"{number}: there is no {path}::{symbol}"
+    for number, cells in rows(text):
+        if len(cells) != 4:
+            yield f"{number}: {len(cells)} columns, not 4"
+            continue
+        done, proved = (REFERENCE.findall(cell) for cell in cells[1:3])
+        if not done or not all(path.startswith("switchcli/") for path, _ in done):
+            yield f"{number}: the second column names what does it, in switchcli/"
+        if not proved or not all(path.startswith("tests/") and name.startswith("test_") for path, name in proved):
+            yield f"{number}: the third column names the tests that prove it"
+
+
+def test_every_row_of_the_table_says_where_and_by_which_test_and_both_exist() -> None:
+    text = (ROOT / "tests/paper.md").read_text(encoding="utf-8")
+    assert len(rows(text)) > 50
+    assert not list(faults(text))
+
+
+HEAD = "| what | done in | proved by | elsewhere |\n|---|---|---|---|\n"
+DONE, PROVED = "`switchcli/model/routing.py::Switch`", "`tests/test_paper.py::test_learning_rates_of_t5`"
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (f"| gate | {DONE} | {PROVED} | |", None),
+        (f"| gate | `switchcli/model/routing.py::TokenChoice.assign` | {PROVED} | as here |", None),
+        (f"| gate | `switchcli/train/objective.py::CHUNK` | {PROVED} | |", None),
+        (f"| gate | `switchcli/model/routing.py::Swich` | {PROVED} | |", "no switchcli/model/routing.py::Swich"),
+        (f"| gate | `switchcli/model/routing.py::Switch.jitters` | {PROVED} | |", "::Switch.jitters"),
+        (f"| gate | `switchcli/model/router.py::Switch` | {PROVED} | |", "no switchcli/model/router.py"),
+        (f"| gate | {DONE} | `tests/test_paper.py::test_of_nothing` | |", "::test_of_nothing"),
+        (f"| gate | in the router | {PROVED} | |", "the second column"),
+        (f"| gate | {PROVED} | {PROVED} | |", "the second column"),
+        (f"| gate | {DONE} | by hand | |", "the third column"),
+        (f"| gate | {DONE} | `tests/test_paper.py::faults` | |", "the third column"),
+        (f"| gate | {DONE} | {PROVED} |", "3 columns"),
+    ],
+)
+def test_the_table_can_fail(row: str, fault: str | None) -> None:
+    found = list(faults(HEAD + row))
+    assert [fault in one for one in found] == ([] if fault is None else [True])

@@ -115,6 +115,16 @@ def test_the_plain_products_in_bfloat16_are_attention_within_its_rounding() -> N
     torch.testing.assert_close(plain, fused, rtol=2**-6, atol=2**-5)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_logits_are_float32_where_all_else_is_bfloat16(learns: bool) -> None:
+    """40 and 40.125 are the same number in bfloat16; of float32 logits the weights are 0.469 and 0.531."""
+    query, key = torch.ones(1, 1, 1, 2).bfloat16(), torch.tensor([[[[40.0, 0.0], [40.0, 0.125]]]]).bfloat16()
+    bias = torch.zeros(1, 1, 1, 2).requires_grad_(learns)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = attend(query, KeyValue(key, torch.eye(2).bfloat16().view(1, 1, 2, 2)), bias, 0.0)
+    torch.testing.assert_close(weights.flatten().float(), torch.tensor([0.0, 0.125]).softmax(0), rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_falls_on_the_weights_of_both_paths(dtype: torch.dtype) -> None:
     query, key = (torch.zeros(1, 1, 1, 4, dtype=dtype) for _ in range(2))

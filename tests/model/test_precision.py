@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import NOISY, SPARSE, a_model, rows
 
 from switchcli.model.moe import Router, SwitchLayer
-from switchcli.model.routing import Switch
+from switchcli.model.routing import NoTokenLeftBehind, RouterSpec, Switch
 from switchcli.model.spec import ModelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
@@ -60,10 +60,27 @@ def test_the_routers_logits_are_float32_and_exact_in_the_whole_model(runtime: Ru
         assert report.balance.requires_grad
 
 
-def test_the_weight_of_a_slot_is_float32_until_it_meets_the_experts_output() -> None:
+def test_the_papers_bfloat16_arm_rounds_the_router_whatever_is_around_it() -> None:
+    """Table 2's arm that diverges: product and softmax in bfloat16, from a float32 master."""
+    spec = SPARSE.model_copy(update={"router_precision": "bfloat16"})
+    router = next(module for module in a_model(spec).modules() if isinstance(module, Router))
+    x_GND = torch.randn(1, 6, SPARSE.d_model, generator=torch.Generator().manual_seed(0))
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits_GNE = router(x_GND)
+            routing = router.rule.assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), mode="dropless")
+        assert logits_GNE.dtype == torch.bfloat16
+        assert torch.equal(logits_GNE, F.linear(x_GND.bfloat16(), router.weight.bfloat16()))
+        gates = routing.weight_GEC[routing.weight_GEC > 0].tolist()
+        assert set(gates) == set(logits_GNE.softmax(-1).amax(-1)[0].tolist())
+    assert router.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("router", [Switch(min_capacity=6), NoTokenLeftBehind(min_capacity=6)], ids=lambda r: r.kind)
+def test_the_weight_of_a_slot_is_float32_until_it_meets_the_experts_output(router: RouterSpec) -> None:
     logits_GNE = torch.randn(1, 6, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        routing = Switch(min_capacity=6).assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), mode="training")
+        routing = router.assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), mode="training")
     assert routing.weight_GEC.dtype == torch.float32
     assert set(routing.weight_GEC[routing.weight_GEC > 0].tolist()) == set(logits_GNE.softmax(-1).amax(-1)[0].tolist())
 

@@ -10,6 +10,7 @@ from switchcli.model.layers import FeedForward
 from switchcli.model.moe import SwitchLayer, evaluating
 from switchcli.model.routing import ExpertChoice, Mode, NoTokenLeftBehind, RouterSpec, Switch, TopK
 from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import FeedForwardPart
 
 factors = st.floats(0.1, 4.0)
 common = {"jitter": st.just(0.0), "min_capacity": st.integers(1, 4), "group_sequences": st.integers(1, 3)}
@@ -103,6 +104,19 @@ def test_a_dropped_token_is_exactly_zero_and_an_expert_without_tokens_still_has_
     y_BSO.sum().backward()
     assert (layer.experts.wi.grad[0] != 0).any()
     assert (layer.experts.wi.grad[1:] == 0).all()
+
+
+def test_the_residual_carries_a_dropped_token_unchanged() -> None:
+    shape = {"d_model": 6, "d_ff": 5, "num_heads": 2, "num_layers": 1, "num_experts": 4, "sparse_every": 1}
+    router = Switch(capacity_factor=0.1, min_capacity=1, jitter=0.0)
+    part = FeedForwardPart(ModelSpec(**shape, router=router), "encoder", 0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    x_BSD = torch.randn(1, 9, 6, generator=generator)
+    y_BSD, (report,) = part(x_BSD, torch.ones(1, 9, dtype=torch.bool))
+    kept_BS = (y_BSD == x_BSD).all(-1)
+    assert report.dropped == kept_BS.sum() >= 5
 
 
 @pytest.mark.parametrize("router", [Switch(), TopK(), NoTokenLeftBehind(), ExpertChoice()], ids=lambda r: r.kind)

@@ -1,0 +1,87 @@
+"""Dispatch and combine by index against the one-hot products of the paper's Appendix F.
+
+Legend: G groups (the paper's cores), N tokens a group, E experts, C slots an expert, D model, F hidden.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from switchcli.model import dispatch
+from switchcli.model.dispatch import Local, rows_of
+from switchcli.model.moe import SwitchLayer
+from switchcli.model.routing import Switch
+from switchcli.model.spec import ModelSpec
+
+NUM_GROUPS, NUM_TOKENS, NUM_EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 6, 7
+
+
+def a_layer(factor: float) -> SwitchLayer:
+    router = Switch(capacity_factor=factor, min_capacity=1, jitter=0.0, group_sequences=2)
+    shape = {"d_model": WIDTH, "d_ff": HIDDEN, "num_heads": 2, "num_layers": 2, "num_experts": NUM_EXPERTS}
+    layer = SwitchLayer(ModelSpec(**shape, router=router), "encoder", WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return layer
+
+
+def some_tokens() -> torch.Tensor:
+    return torch.randn(2 * NUM_GROUPS, NUM_TOKENS // 2, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def appendix_f(layer: SwitchLayer, x_GND: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and balance loss as the pseudo-code has them, with the exclusive sum of the released code."""
+    probability_GNE = (x_GND @ layer.router.weight.T).softmax(-1)
+    gate_GN, expert_GN = probability_GNE.max(-1)
+    mask_GNE = F.one_hot(expert_GN, NUM_EXPERTS).float()
+    density_GE, proxy_GE = mask_GNE.mean(1), probability_GNE.mean(1)
+    balance = (density_GE * proxy_GE).mean() * NUM_EXPERTS**2
+    position_GNE = (mask_GNE.cumsum(1) - mask_GNE) * mask_GNE
+    mask_GNE = mask_GNE * (position_GNE < capacity)
+    slot_GNC = F.one_hot(position_GNE.sum(-1).long(), NUM_TOKENS).float()[..., :capacity]
+    combine_GNEC = torch.einsum("gn,gne,gnc->gnec", gate_GN, mask_GNE, slot_GNC)
+    dispatch_GNEC = (combine_GNEC != 0).float()
+    assert combine_GNEC.shape == (NUM_GROUPS, NUM_TOKENS, NUM_EXPERTS, capacity)
+    inputs_EGCD = torch.einsum("gnd,gnec->egcd", x_GND, dispatch_GNEC)
+    assert inputs_EGCD.shape == (NUM_EXPERTS, NUM_GROUPS, capacity, WIDTH)
+    hidden_EGCF = torch.einsum("egcd,efd->egcf", inputs_EGCD, layer.experts.wi).relu()
+    outputs_EGCD = torch.einsum("egcf,edf->egcd", hidden_EGCF, layer.experts.wo)
+    return torch.einsum("egcd,gnec->gnd", outputs_EGCD, combine_GNEC), balance
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("factor", "capacity"), [(0.5, 1), (1.25, 3), (4.0, 10)])
+def test_the_layer_is_appendix_f_with_every_gradient(
+    factor: float, capacity: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many rows as filled slots, and with the number that is known without looking, as off the CPU."""
+    monkeypatch.setattr(dispatch, "rows_of", lambda routing, size, **_: rows_of(routing, size, exact=exact))
+    layer, x_BSD = a_layer(factor), some_tokens().requires_grad_()
+    y_BSD, report = layer(x_BSD, torch.ones(x_BSD.shape[:2], dtype=torch.bool))
+    expected_GND, balance = appendix_f(layer, x_BSD.reshape(NUM_GROUPS, NUM_TOKENS, WIDTH), capacity)
+    assert (report.dropped > 0) == (factor < 4.0)
+    torch.testing.assert_close(y_BSD, expected_GND.reshape(y_BSD.shape))
+    torch.testing.assert_close(report.balance, balance)
+    places = [x_BSD, *layer.parameters()]
+    ours, theirs = (
+        torch.autograd.grad(y.square().sum() + 3 * loss, places)
+        for y, loss in ((y_BSD, report.balance), (expected_GND, balance))
+    )
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_products() -> None:
+    layer, x_GND = a_layer(4.0), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
+    real_GN = torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool)
+    routing = layer.rule.assign(layer.router(x_GND), real_GN, "training")
+    sent_AD, rows = Local().send(x_GND, routing)
+    assert sent_AD.dtype == torch.float32
+    assert len(sent_AD) == NUM_GROUPS * NUM_TOKENS < routing.token_GEC.numel()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_AD, rows = Local().send(x_GND, routing)
+        y_GND = Local().receive(rounded_AD, rows, x_GND)
+    assert rounded_AD.dtype == y_GND.dtype == torch.bfloat16
+    assert rows.weight_A.dtype == torch.float32
+    assert torch.equal(rounded_AD, sent_AD.bfloat16())
