@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from layer import layer
@@ -141,8 +142,8 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
     heads = list(heads)
-    for row in (heads, ["---"] * len(heads), *rows):
-        print("| " + " | ".join(row) + " |")
+    for row in chain((heads, ["---"] * len(heads)), rows):
+        print("| " + " | ".join(row) + " |", flush=True)
     print()
 
 

@@ -3,6 +3,8 @@
 Legend: E experts, B sequences, A rows (each expert's, one after the other), D model, F hidden, O outputs.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -51,5 +53,25 @@ def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.T
     if more_inputs or more_outputs:  # narrow models alone: zeros change no product
         x_AD = F.pad(x_AD, (0, more_inputs))
         weight_EFD = F.pad(weight_EFD, (0, more_inputs, 0, more_outputs))
-    y_AF = F.grouped_mm(x_AD, weight_EFD.to(x_AD.dtype).mT, offs=end_E)
+    y_AF: torch.Tensor = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
     return y_AF[:, :num_outputs] if more_outputs else y_AF
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Keeps the weights as they are for the way back, not their copy in the shorter type of x: that is made twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_AD, weight_EFD, end_E)
+        return F.grouped_mm(x_AD, weight_EFD.to(x_AD.dtype).mT, offs=end_E)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_AF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x_AD, weight_EFD, end_E = ctx.saved_tensors
+        gradient_AF = gradient_AF.contiguous()
+        for_x = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_x = F.grouped_mm(gradient_AF, weight_EFD.to(x_AD.dtype), offs=end_E)
+        if ctx.needs_input_grad[1]:
+            for_weight = F.grouped_mm(gradient_AF.mT, x_AD, offs=end_E).to(weight_EFD.dtype)
+        return for_x, for_weight, None
