@@ -3,8 +3,9 @@
 Legend: G groups, N tokens a group, E experts, C slots an expert, D model, O outputs, A rows: the filled slots of all
 experts, end to end.
 
-Empty slots are not computed: an expert gets the rows that it was sent. `Local` keeps all experts in this process.
-Another dispatcher may put a collective in between: the layer does not know.
+`Local` keeps all experts in this process. Another dispatcher may put a collective in between: the layer does not know.
+
+# Deviates: the paper computes empty slots, as zeros; here an expert gets the rows that were sent to it.
 """
 
 from typing import NamedTuple

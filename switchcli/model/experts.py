@@ -32,7 +32,10 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0.
 
-        As elsewhere a dropout mask is shared by the positions of a sequence: `sequence_A` says which a row is of.
+        `sequence_A` says which sequence a row is of.
+
+        # Deviates: the positions of a sequence share a dropout mask, as in T5's other layers; Mesh-TensorFlow's experts
+        # draw for each entry, which is what costs on a CPU.
         """
         gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E)
         hidden_AF = activate(grouped_product(x_AD, self.wi, end_E), gate)

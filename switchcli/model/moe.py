@@ -68,7 +68,8 @@ class SwitchLayer(nn.Module):
         B, S, D = x_BSD.shape
         x_GND = x_BSD.reshape(B // self.rule.group_sequences, -1, D)
         mode = "training" if self.training else self.policy
-        routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), mode)
+        with torch.autocast(x_BSD.device.type, enabled=False):  # which would choose a precision for the softmax
+            routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), mode)
         x_AD, rows = self.dispatcher.send(x_GND, routing)
         y_AO = self.experts(x_AD, rows.end_E, rows.source_A // S, B)
         y_GNO = self.dispatcher.receive(y_AO, rows, x_GND)

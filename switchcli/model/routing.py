@@ -5,6 +5,9 @@ Legend: G groups, N tokens a group, E experts, C slots an expert (the capacity),
 A router is a spec with a pure `assign`. Its answer is slot-major, so that all routers share one dispatch and combine;
 a token may sit in the slots of several experts, or in none. A group is a fixed number of whole sequences, so what is
 dropped does not depend on microbatches or ranks. Routing without a capacity is the same with a slot for every token.
+
+# Deviates: the paper counts capacity, f and P over the tokens of a core; here over those of a group, whose size is the
+# recipe's, f and P over its real tokens alone.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +34,8 @@ class Routing(NamedTuple):
     token_GEC: torch.Tensor
     """int64: the token in each slot, as its index in the group; N where the slot is empty."""
     weight_GEC: torch.Tensor
-    """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty; differentiable, float32."""
+    """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty; differentiable, in the router's
+    precision."""
     most_rows: int
     """No more slots than this are filled, whatever the tokens choose."""
     report: RoutingReport
