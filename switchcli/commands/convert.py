@@ -82,10 +82,10 @@ def to_huggingface(source: Path, destination: Path, warn: Callable[[str], None])
     recipe, tokenizer = documents(found)
     spans = recipe.data.span_corruption
     lengths = Lengths(spans.inputs_length, spans.targets_length)
-    config, losses = express(recipe.architecture, lengths, found.path)
+    config, losses = express(recipe.model, lengths, found.path, recipe.train.router_dtype)
     for loss in losses:
         warn(loss)
-    wanted = logical_tensors(huggingface.empty(recipe.architecture))
+    wanted = logical_tensors(huggingface.empty(recipe.model))
     small = {
         configs.NAME: configs.encode(config),
         "generation_config.json": configs.generation(),

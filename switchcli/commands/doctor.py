@@ -76,7 +76,7 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
     path = Path(name)
     if not path.is_dir() or name in library.names():
         recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
-        return ours.fresh(recipe.architecture, recipe.train.seed)
+        return ours.fresh(recipe.model, recipe.train.seed, recipe.train.router_dtype)
     if overrides:
         raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
     if huggingface.is_one(path):

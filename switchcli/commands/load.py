@@ -41,7 +41,7 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
         return Loaded(path, 0, recipe, tokenizer, _filled(recipe, weights, device))
     found = open_checkpoint(path, warn)
     recipe, tokenizer = documents(found)
-    wanted = logical_tensors(huggingface.empty(recipe.architecture))
+    wanted = logical_tensors(huggingface.empty(recipe.model))
     return Loaded(found.path, found.step, recipe, tokenizer, _filled(recipe, found.read("model", wanted), device))
 
 
@@ -66,6 +66,8 @@ def documents(found: checkpoint.Checkpoint) -> tuple[PretrainRecipe, Tokenizer]:
 
 
 def _filled(recipe: PretrainRecipe, tensors: Mapping[str, torch.Tensor], device: torch.device) -> SwitchTransformer:
-    model = huggingface.empty(recipe.architecture).to_empty(device=device).eval()
+    with torch.device("meta"):
+        model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
+    model = model.to_empty(device=device).eval()
     fill(model, tensors)
     return model

@@ -76,7 +76,7 @@ class Training:
         self.batches = runtime.on_main(self._shares) or self._shares()
         self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
         with torch.device("meta"):
-            model = SwitchTransformer(recipe.architecture)
+            model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
         self.model = model.to_empty(device=runtime.device)
         self.optimizer = recipe.optimizer.build(dict(self.model.named_parameters()))
         preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint)
@@ -216,7 +216,8 @@ class Training:
             return
         decode = self.text.tokenizer.decode
         batch = self.runtime.place(self.text.held_out(0, NUM_SAMPLES))
-        filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
+        with self.runtime.uncompiled():
+            filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
         for inputs, targets, output in zip(*(tensor.tolist() for tensor in batch), filled, strict=True):
             self.console.sample(decode(inputs), decode(targets), output)
 

@@ -73,7 +73,7 @@ class Ours(Subject):
         return training(self.model) if mode == "training" else evaluating(self.model, mode)
 
 
-def fresh(spec: ModelSpec, seed: int) -> Ours:
+def fresh(spec: ModelSpec, seed: int, router_dtype: torch.dtype) -> Ours:
     """The model with its initial weights.
 
     Raises:
@@ -86,6 +86,6 @@ def fresh(spec: ModelSpec, seed: int) -> Ours:
             f"weights and gradients take {needed:,} bytes, and this machine has {there:,}: probe it with fewer "
             "experts or layers, such as model.num_experts=8 model.num_layers=2"
         )
-    model = SwitchTransformer(spec)
+    model = SwitchTransformer(spec, router_dtype)
     initialise(model, seed)
     return Ours(model.eval(), initialised=True)

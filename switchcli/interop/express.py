@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from switchcli.errors import CheckpointError
@@ -20,7 +21,9 @@ from switchcli.spec import PAD
 _MODES: tuple[Mode, Mode] = ("training", "paper")
 
 
-def express(spec: ModelSpec, lengths: Lengths, where: Path) -> tuple[Config, list[str]]:
+def express(
+    spec: ModelSpec, lengths: Lengths, where: Path, router_dtype: torch.dtype = torch.float32
+) -> tuple[Config, list[str]]:
     """The configuration of our model, and what transformers will do otherwise, a line each.
 
     Raises:
@@ -45,6 +48,8 @@ def express(spec: ModelSpec, lengths: Lengths, where: Path) -> tuple[Config, lis
     if not stacks:
         gated = spec.activation == "geglu"
         return T5Config(**shape, feed_forward_proj="gated-gelu" if gated else "relu"), []
+    if router_dtype != torch.float32:
+        raise CheckpointError(f"{where}: its routers are in bfloat16, where transformers' would choose other experts")
     if reason := _impossible(spec, stacks):
         raise CheckpointError(f"{where}: {reason}: transformers has no such model; switchcli's own layout keeps it")
     routers = {stack: _switch(spec.router_of(stack)) for stack in stacks}
@@ -97,8 +102,6 @@ def _impossible(spec: ModelSpec, stacks: list[Stack]) -> str | None:
     for stack in stacks:
         if (kind := spec.router_of(stack).kind) != "switch":
             return f"the {stack}'s router is of kind {kind}, where transformers has switch alone"
-    if spec.router_precision != "float32":
-        return f"the router computes in {spec.router_precision}, where transformers' would choose other experts"
     if spec.sparse != "feed_forward":
         return f"sparse ({spec.sparse}) routes attention, where transformers routes feed-forwards alone"
     if spec.activation != "relu":

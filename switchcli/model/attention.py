@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.layers import dropout, linear
+from switchcli.model.layers import compute_dtype, dropout, linear
 from switchcli.model.spec import ModelSpec
 
 MASKED = -1e9  # added to a logit: gives weight 0, but no NaN, as infinity would, to a row that may see nothing
@@ -75,6 +75,11 @@ def attend(query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, rate:
         return logits_BHTS.softmax(-1).to(value_BHSK.dtype) @ value_BHSK
     bias = bias.to(query_BHTK.dtype)
     return F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, scale=1.0)
+
+
+def shared_bias(bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The bias as all blocks of a stack take it, in the type of the fused kernels' products; on a CPU float32."""
+    return bias if bias.is_cpu else bias.to(compute_dtype(x))
 
 
 def padding_bias(real_BS: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Parameters and forward FLOPs from the spec alone, by the formulas of paper section 5.6; no tensor is made.
 
 The FLOPs formula counts as Kaplan et al. do: two for each weight that a token meets, one of attention's two products.
-Embedding look-ups and routers are left out, each token meets one expert whatever the router, capacity padding is not
+Embedding look-ups and routers are left out, each token meets one expert (k where the router is top_k), capacity is not
 counted, and the keys and values of cross-attention are charged once a decoder token. With 512 and 114 tokens it gives
 the FLOPs of Table 9.
 """
@@ -19,7 +19,7 @@ class Count(NamedTuple):
     expert: int
     """Parameters of all experts."""
     active: int
-    """Parameters that one token can meet: the dense ones and one expert in each sparse layer."""
+    """Parameters that one token meets: the dense ones and one expert (k with top_k) in each sparse layer."""
     flops: int
 
     @property
@@ -48,7 +48,12 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
         + spec.d_model * (2 * spec.num_layers + 3 * spec.decoder_layers + 2)
         + 2 * spec.relative_attention_num_buckets * spec.num_heads
     )
-    met = {stack: blocks[stack] * spec.num_blocks(stack) + sparse[stack] * (expert - replaced) for stack in STACKS}
+    routers = {stack: spec.router_of(stack) for stack in STACKS}
+    experts_met = {stack: expert * (router.k if router.kind == "top_k" else 1) for stack, router in routers.items()}
+    met = {
+        stack: blocks[stack] * spec.num_blocks(stack) + sparse[stack] * (experts_met[stack] - replaced)
+        for stack in STACKS
+    }
     flops = 2 * (
         met["encoder"] * source
         + spec.num_layers * width * source**2
@@ -56,5 +61,5 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
         + spec.decoder_layers * width * (target**2 + target * source)
         + vocabulary * target
     )
-    active = expert * sum(sparse.values())
-    return Count(dense, active * spec.num_experts, dense + active, flops)
+    active = sum(experts_met[stack] * sparse[stack] for stack in STACKS)
+    return Count(dense, expert * spec.num_experts * sum(sparse.values()), dense + active, flops)

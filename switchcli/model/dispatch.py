@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from switchcli.model.layers import compute_dtype
 from switchcli.model.routing import Routing
 
 
@@ -32,7 +33,7 @@ class Local:
     def send(self, x_GND: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Rows]:
         """Gather the token of each filled slot, in the type that products are computed in: [A, D]."""
         rows = rows_of(routing, x_GND.shape[1], exact=x_GND.is_cpu)
-        return x_GND.to(_compute_dtype(x_GND)).flatten(0, 1).index_select(0, rows.source_A), rows
+        return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, rows.source_A), rows
 
     def receive(self, y_AO: torch.Tensor, rows: Rows, x_GND: torch.Tensor) -> torch.Tensor:
         """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
@@ -63,8 +64,3 @@ def rows_of(routing: Routing, group_size: int, exact: bool) -> Rows:
     end_E = filled_EGC.sum((1, 2)).cumsum(0)
     end_E[-1] = len(slot_A)
     return Rows(start_A + token_A, weight_A, end_E.int())
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -3,9 +3,12 @@
 Legend: B batch, S source, T target.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from switchcli.model.moe import SwitchLayer
 from switchcli.model.transformer import Cache, SwitchTransformer
 from switchcli.spec import EOS, PAD
 
@@ -18,7 +21,9 @@ def greedy(model: SwitchTransformer, inputs_BS: torch.Tensor, max_tokens: int) -
     is one token of each of `group_sequences` sequences.
     """
     B = len(inputs_BS)
-    rows = -B % model.spec.group_sequences  # the batch is filled up to whole groups: padding takes no slot
+    layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
+    group = math.lcm(*(layer.rule.together(layer.mode) for layer in layers))
+    rows = -B % group  # the batch is filled up to whole groups: padding takes no slot
     inputs_BS = F.pad(inputs_BS, (0, 0, 0, rows), value=PAD)
     encoded = model.encode(inputs_BS)
     last_B1 = torch.full_like(inputs_BS[:, :1], PAD)

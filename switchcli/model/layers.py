@@ -22,6 +22,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BSD, self.weight.shape, self.weight, self.epsilon)
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What products with x are computed in: autocast's type, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
     """A product without bias, weight [outputs, inputs]."""
     return nn.Linear(num_inputs, num_outputs, bias=False)

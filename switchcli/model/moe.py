@@ -14,18 +14,19 @@ from torch import nn
 from switchcli.model.dispatch import Local
 from switchcli.model.experts import Experts
 from switchcli.model.reports import RoutingReport
-from switchcli.model.routing import Policy
+from switchcli.model.routing import Mode, Policy
 from switchcli.model.spec import ModelSpec, Stack
 
 
 class Router(nn.Module):
-    """h(x) = W x, no bias, in the spec's `router_precision` whatever the precision around it (section 2.4)."""
+    """h(x) = W x, no bias, in float32 whatever the precision around it (selective precision, section 2.4)."""
 
     def __init__(self, spec: ModelSpec, stack: Stack) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.d_model))
         self.rule = spec.router_of(stack)
-        self.dtype = torch.float32 if spec.router_precision == "float32" else torch.bfloat16
+        self.dtype = torch.float32
+        """bfloat16 in the paper's other arm (Table 2)."""
 
     def forward(self, x_GND: torch.Tensor) -> torch.Tensor:
         """Logits_GNE. Jitter and dropout fall on this copy alone: the experts see the clean input (Appendix C)."""
@@ -63,13 +64,16 @@ class SwitchLayer(nn.Module):
         self.dispatcher = Local()
         self.policy: Policy = "paper"
 
+    @property
+    def mode(self) -> Mode:
+        return "training" if self.training else self.policy
+
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> SwitchOutput:
-        """`real_BS` is False for padding. B must be a multiple of the router's `group_sequences`."""
+        """`real_BS` is False for padding. B must be a multiple of the sequences that the router takes `together`."""
         B, S, D = x_BSD.shape
-        x_GND = x_BSD.reshape(B // self.rule.group_sequences, -1, D)
-        mode = "training" if self.training else self.policy
+        x_GND = x_BSD.reshape(B // self.rule.together(self.mode), -1, D)
         with torch.autocast(x_BSD.device.type, enabled=False):  # which would choose a precision for the softmax
-            routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), mode)
+            routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
         x_AD, rows = self.dispatcher.send(x_GND, routing)
         y_AO = self.experts(x_AD, rows.end_E, rows.source_A // S, B)
         y_GNO = self.dispatcher.receive(y_AO, rows, x_GND)

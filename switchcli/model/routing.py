@@ -22,7 +22,7 @@ from switchcli.spec import Spec
 
 Policy = Literal["paper", "dropless"]
 """How an evaluation counts capacity: by `eval_capacity_factor`, or not at all. Without one, no token's output depends
-on which others are beside it, so that decoding step by step equals teacher forcing."""
+on which others are beside it, so that decoding step by step equals teacher forcing. Expert choice keeps its own."""
 Mode = Literal["training", "paper", "dropless"]
 """Training, or an evaluation under one of the policies."""
 Factor = Annotated[float, Field(gt=0.0)]
@@ -68,6 +68,10 @@ class RoutingRule(Spec, ABC):
         """
 
     @abstractmethod
+    def together(self, mode: Mode) -> int:
+        """Sequences that must be routed together: a group, unless it makes no difference."""
+
+    @abstractmethod
     def sees_the_future(self) -> str | None:
         """Why a causal decoder may not route so, if it may not."""
 
@@ -84,7 +88,8 @@ class TokenChoice(RoutingRule, ABC):
     """Slots for training, as a multiple of an even share (eq. 3); `dropless`: a slot for every token."""
     overflow: Literal["position", "probability", "random"] = "position"
     """Who is first in a queue: the earlier token; the one with the higher first probability (batch-prioritised, not in
-    a decoder); or one drawn at random in training (by position in evaluation)."""
+    a decoder); or one drawn at random in training (by position in evaluation; in a decoder what is dropped in training
+    then depends on later tokens)."""
     sample_temperature: float | None = Field(default=None, gt=0.0)
     """In training choose by sampling from softmax(h / temperature) (Appendix C); absent: the most probable."""
     balance_loss_coef: float = Field(default=0.01, ge=0.0)
@@ -95,12 +100,19 @@ class TokenChoice(RoutingRule, ABC):
         """K: how many experts a token may name."""
 
     @abstractmethod
+    def _places(self, num_choices: int) -> int:
+        """How many slots a token may sit in."""
+
+    @abstractmethod
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         """The weights of the choices, from their probabilities."""
 
     @abstractmethod
     def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         """bool: which tokens queue at their next choice (after the first), given which are in a slot already."""
+
+    def together(self, mode: Mode) -> int:
+        return 1 if mode == "dropless" else self.group_sequences
 
     def sees_the_future(self) -> str | None:
         if self.overflow == "probability":
@@ -150,7 +162,7 @@ class TokenChoice(RoutingRule, ABC):
             placed_GN=placed_GN,
         )
         token_GEC, weight_GEC = token_GS[:, :-1].view(G, E, C), weight_GS[:, :-1].view(G, E, C)
-        return Routing(token_GEC, weight_GEC, G * min(E * C, N * K), report)
+        return Routing(token_GEC, weight_GEC, G * min(E * C, N * self._places(K)), report)
 
     def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
         """int64 [G, N, K]: the experts of each token, the first choice first."""
@@ -184,6 +196,9 @@ class Switch(TokenChoice):
     kind: Literal["switch"] = "switch"
 
     def num_choices(self, num_experts: int) -> int:
+        return 1
+
+    def _places(self, num_choices: int) -> int:
         return 1
 
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
@@ -222,6 +237,9 @@ class TopK(TokenChoice):
     def num_choices(self, num_experts: int) -> int:
         return self.k
 
+    def _places(self, num_choices: int) -> int:
+        return num_choices
+
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK / gate_GNK.sum(-1, keepdim=True) if self.renormalise else gate_GNK
 
@@ -248,6 +266,9 @@ class NoTokenLeftBehind(TokenChoice):
     def num_choices(self, num_experts: int) -> int:
         return min(self.k, num_experts)
 
+    def _places(self, num_choices: int) -> int:
+        return 1
+
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK
 
@@ -271,6 +292,9 @@ class ExpertChoice(RoutingRule):
     eval_capacity_factor: Factor = 1.25
     """The same for evaluation, under either policy."""
     balance_loss_coef: ClassVar[float] = 0.0
+
+    def together(self, mode: Mode) -> int:
+        return self.group_sequences
 
     def sees_the_future(self) -> str | None:
         return "kind: expert_choice lets each expert choose among all positions, later ones too"

@@ -60,8 +60,6 @@ class ModelSpec(Spec):
     """By its `kind`: switch, top_k, no_token_left_behind, expert_choice."""
     decoder_router: RouterSpec | None = None
     """The decoder's; absent: `router`."""
-    router_precision: Literal["float32", "bfloat16"] = "float32"
-    """float32 whatever the precision around it (selective precision, section 2.4); bfloat16: the paper's other arm."""
     balance_reduction: Reduction = "sum"
     """How the balance and z-losses of the layers become one: their sum (Mesh-TensorFlow), mean (T5X), or pooled over
     the tokens of a stack's layers (transformers). The same coefficient means something else in each."""

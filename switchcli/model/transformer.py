@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias
+from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias, shared_bias
 from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
 from switchcli.model.losses import auxiliary_loss
-from switchcli.model.moe import SwitchLayer
+from switchcli.model.moe import Router, SwitchLayer
 from switchcli.model.reports import Reports
 from switchcli.model.spec import STACKS, ModelSpec, Stack
 from switchcli.model.switch_attention import SwitchAttention
@@ -178,7 +178,7 @@ class Encoder(nn.Module):
         """x_BSD: the embedded tokens; `real_BS` is False for padding, which nothing attends to and no router sees."""
         S = x_BSD.shape[1]
         padding_B11S = padding_bias(real_BS)
-        bias_BHSS = self.position_bias(S, S) + padding_B11S
+        bias_BHSS = shared_bias(self.position_bias(S, S) + padding_B11S, x_BSD)
         x_BSD = dropout(x_BSD, self.dropout, self.training)
         reports: Reports = ()
         for block in self.blocks:
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         """Hidden states of the T positions that follow those in `cache`, the cache with them, and the reports."""
         T = x_BTD.shape[1]
         past = 0 if cache is None else cache[0].self_attention.key_BHSK.shape[2]
-        bias_1HTS = self.position_bias(T, past + T)
+        bias_1HTS = shared_bias(self.position_bias(T, past + T), x_BTD)
         x_BTD = dropout(x_BTD, self.dropout, self.training)
         caches: tuple[Cache, ...] = ()
         reports: Reports = ()
@@ -222,13 +222,16 @@ class Decoder(nn.Module):
 class SwitchTransformer(nn.Module):
     """An encoder-decoder from token ids to logits; `initialise` or a checkpoint fills its weights."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, router_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.spec = spec
         self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
         self.head = None if spec.tie_embeddings else linear(spec.d_model, spec.vocab_size)
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.dtype = router_dtype
 
     def forward(self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor) -> ModelOutput:
         """The answer for every target given the inputs and the targets before it (int64 ids; 0 is padding)."""

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from switchcli.errors import DistributedError, MainRankError, RecipeError, SwitchError
 from switchcli.model.compiled import compile_dense_parts
@@ -69,6 +68,7 @@ class Runtime:
                 "start them with --processes, or with torchrun"
             )
         self._autocast = precision != "float32"
+        self._compiled = False
         self._control = self._main_wait = None
         if self.world > 1:
             self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
@@ -94,6 +94,8 @@ class Runtime:
         Raises:
             RecipeError: torch finds no compiler for this device.
         """
+        from torch._dynamo.exc import TorchDynamoException  # seconds
+
         try:
             torch.compile(torch.sin)(torch.ones(1, device=self.device))
         except (TorchDynamoException, OSError) as error:
@@ -103,6 +105,11 @@ class Runtime:
                 "take train.compile=false"
             ) from error
         compile_dense_parts(model)
+        self._compiled = True
+
+    def uncompiled(self) -> AbstractContextManager[object]:
+        """Within, what was compiled runs as it was written: decoding has other shapes at each step."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def synchronise(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a microbatch: the step's last one averages the gradients over the ranks.

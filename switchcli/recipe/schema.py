@@ -47,13 +47,6 @@ class PretrainRecipe(Spec):
             raise ValueError("\n".join(broken))
         return self
 
-    @property
-    def architecture(self) -> ModelSpec:
-        """`model`, with the router's precision of the paper's bfloat16 arm where `train.precision` asks for that."""
-        if self.train.precision != "bfloat16":
-            return self.model
-        return self.model.model_copy(update={"router_precision": "bfloat16"})
-
     def _batch_rules(self) -> Iterator[str]:
         length = self.data.span_corruption.inputs_length
         batch, microbatch = self.train.batch_tokens, self.train.microbatch_tokens or self.train.batch_tokens

@@ -84,13 +84,13 @@ class Alarms:
             if share >= COLLAPSED_SHARE and load_E.max() > 1.5 * load_E.mean():
                 alarms[layer, "collapsed"] = (
                     f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
-                    "tokens; raise model.router.balance_loss_coef or lower the learning rate"
+                    "tokens; raise its router's balance_loss_coef or lower the learning rate"
                 )
             lost = float(dropped / tokens.clamp(min=1))
             if lost >= MANY_DROPPED:
                 alarms[layer, "dropped"] = (
-                    f"{layer}: {lost:.0%} of the tokens found no slot; raise model.router.capacity_factor or "
-                    "balance_loss_coef"
+                    f"{layer}: {lost:.0%} of the tokens found no slot; raise its router's capacity_factor, or "
+                    "balance_loss_coef where it has one"
                 )
             dead = (load_E == 0).nonzero().flatten().tolist()
             if dead:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from switchcli.data.batch import Batch
+from switchcli.model.layers import compute_dtype
 from switchcli.model.transformer import ModelOutput
 from switchcli.spec import PAD
 from switchcli.train.health import routing_metrics
@@ -47,7 +48,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
 def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Sum over real targets of -log softmax(hidden vocabulary^T)[target]; products in the precision of autocast.
 
-    Logits, softmax and sum are float32 at least, as is the gradient of the vocabulary until all chunks are in it.
+    Softmax and sum are float32 at least, as is the gradient of the vocabulary until all chunks are in it.
     """
     learns = torch.is_grad_enabled()
     return _SummedCrossEntropy.apply(hidden_ND, vocabulary_VD, targets_N, learns)  # type: ignore[no-untyped-call]
@@ -61,7 +62,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, targets_N: torch.Tensor, learns: bool
     ) -> torch.Tensor:
         device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        dtype = compute_dtype(hidden_ND)
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         weight_VD = vocabulary_VD.to(dtype)
         total = hidden_ND.new_zeros((), dtype=exact)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from switchcli.model.routing import Policy
@@ -33,6 +34,11 @@ class TrainSpec(Spec):
     """Largest global gradient norm; absent: no clipping, as in T5."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @property
+    def router_dtype(self) -> torch.dtype:
+        """What routers compute in."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
 
 class LogSpec(Spec):
     """Metrics go to metrics.jsonl always; trackers are other places that get them too."""
@@ -50,7 +56,8 @@ class EvalSpec(Spec):
     sequences: int = Field(default=64, ge=1)
     """Held-out sequences in each evaluation: the same ones each time, at most as many as there are."""
     capacity: Policy = "paper"
-    """`paper`: routers count by eval_capacity_factor; `dropless`: no capacity, no token is dropped."""
+    """`paper`: routers count by eval_capacity_factor; `dropless`: a slot for every token, but for expert_choice, which
+    has its own number."""
 
 
 class CheckpointSpec(Spec):

@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SwitchCLI
 from typer.testing import CliRunner
 
@@ -62,6 +65,35 @@ def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli:
     assert plain.err.count("\ntarget") == 2
     assert shown.err.count("\ntarget") == 6  # after steps 2 and 4, and at the end
     assert metrics("a")[-1] == metrics("b")[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_it_ends_about_where_it_does_uncompiled(recipe: str, switchcli: SwitchCLI) -> None:
+    """In a process of its own: what torch compiles it keeps. Nothing is said but by us, samples are decoded as ever."""
+    figures = []
+    for compiled in ("true", "false"):
+        command = [sys.executable, "-m", "switchcli", "pretrain", recipe, f"train.compile={compiled}", "--quiet"]
+        done = subprocess.run(
+            [*command, "--json", "--out", f"runs/{compiled}"], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        figures.append(json.loads(done.stdout)["held_out/neg_log_perplexity"])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+
+
+def test_without_a_compiler_compiling_is_refused_with_the_way_out(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("no g++ here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    done = switchcli("pretrain", recipe, "train.compile=true", "--out", "runs/a")
+    assert done.code == 2
+    assert "train.compile" in done.err
+    assert "no g++ here" in done.err
+    assert "take train.compile=false" in done.err
 
 
 def test_without_json_stdout_is_empty_and_quiet_says_nothing(recipe: str, switchcli: SwitchCLI) -> None:

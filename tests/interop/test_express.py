@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from switchcli.errors import CheckpointError
 from switchcli.interop.config import Lengths, SwitchConfig
@@ -34,7 +35,6 @@ REFUSED = {
     "Switch attention": (spec(sparse="attention"), "sparse (attention) routes attention"),
     "both": (spec(sparse="both"), "sparse (both) routes attention"),
     "GEGLU experts": (spec(activation="geglu"), "activation (geglu) of 4 experts"),
-    "router in bfloat16": (spec(router_precision="bfloat16"), "the router computes in bfloat16"),
     "other layers": (
         spec(sparse_encoder_layers=(0, 2)),
         "the sparse blocks of the encoder are [0, 2], where transformers can have [1] or [1, 3] or [0, 1, 2, 3] or []",
@@ -83,3 +83,8 @@ def test_warned_of(case: str) -> None:
 def test_nothing_to_warn_of() -> None:
     for model in (spec(), spec(tie_embeddings=False), spec(sparse_decoder_layers=()), spec(num_experts=1)):
         assert not express(model, LENGTHS, Path("runs/a"))[1]
+
+
+def test_routers_in_bfloat16_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="routers are in bfloat16"):
+        express(spec(), LENGTHS, Path("runs/a"), torch.bfloat16)

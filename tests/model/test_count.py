@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.model.count import count
 from switchcli.model.initialise import initialise
-from switchcli.model.routing import Switch
+from switchcli.model.routing import Switch, TopK
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 
@@ -99,6 +99,14 @@ def test_flops_of_a_model_with_one_expert_a_token_are_torchs(sparse: str) -> Non
     grouped = 2 * 24 * sum(parameter[0].numel() for name, parameter in named if ".experts." in name)
     product = 2 * width * (2 * 24**2 + 2 * (24**2 + 24 * 24))
     assert counted_by_torch(spec, 24, 24) + grouped == count(spec, 24, 24).flops + product + routers
+
+
+def test_two_choices_meet_two_experts() -> None:
+    shape = {"vocab_size": 40, "d_model": 12, "d_ff": 20, "d_kv": 4, "num_layers": 4, "num_experts": 4}
+    one, two = (count(ModelSpec(**shape, router=router), 10, 5) for router in (Switch(), TopK(k=2)))
+    assert two.parameters == one.parameters
+    assert two.active == one.active + 4 * 2 * 12 * 20
+    assert two.flops == one.flops + 2 * 2 * (10 + 5) * 2 * 12 * 20
 
 
 def test_flops_of_a_sparse_model_are_those_of_the_dense_one() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from switchcli.model import dispatch
 from switchcli.model.dispatch import Local, rows_of
 from switchcli.model.moe import SwitchLayer
-from switchcli.model.routing import Switch
+from switchcli.model.routing import NoTokenLeftBehind, RouterSpec, Switch, TopK
 from switchcli.model.spec import ModelSpec
 
 NUM_GROUPS, NUM_TOKENS, NUM_EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 6, 7
@@ -85,3 +85,13 @@ def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_prod
     assert rounded_AD.dtype == y_GND.dtype == torch.bfloat16
     assert rows.weight_A.dtype == torch.float32
     assert torch.equal(rounded_AD, sent_AD.bfloat16())
+
+
+@pytest.mark.parametrize(("router", "places"), [(Switch(), 1), (TopK(k=2), 2), (NoTokenLeftBehind(k=4), 1)], ids=str)
+def test_no_more_rows_are_foreseen_than_tokens_can_fill(router: RouterSpec, places: int) -> None:
+    """Where rows are not counted, those foreseen are computed."""
+    logits_GNE, real_GN = torch.randn(3, 20, 8), torch.ones(3, 20, dtype=torch.bool)
+    for mode in ("training", "paper", "dropless"):
+        routing = router.assign(logits_GNE, real_GN, mode)
+        assert routing.most_rows == 3 * min(8 * routing.token_GEC.shape[2], 20 * places)
+        assert (routing.token_GEC < 20).sum() <= routing.most_rows

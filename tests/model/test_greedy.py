@@ -9,7 +9,7 @@ from weights import OURS, copy_weights, switch, t5
 
 from switchcli.model.generate import greedy
 from switchcli.model.initialise import initialise
-from switchcli.model.moe import SwitchLayer
+from switchcli.model.moe import SwitchLayer, evaluating
 from switchcli.model.routing import Switch
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -153,3 +153,17 @@ def test_the_answers_are_those_of_transformers(name: str) -> None:
     ours_BT = greedy(ours, inputs_BS, 15)
     assert len({tuple(row) for row in ours_BT.tolist()}) > 1
     assert ours_BT.tolist() == theirs_BT[:, 1:].tolist()
+
+
+def test_without_a_capacity_one_sequence_is_decoded_alone_whatever_the_groups() -> None:
+    grouped = ROOMY.model_copy(update={"group_sequences": 3})
+    model = a_model(SPEC.model_copy(update={"router": grouped}), 7)
+    rows: list[int] = []
+    model.encoder.register_forward_hook(lambda _, arguments, __: rows.append(len(arguments[0])))
+    inputs_BS = some_inputs(1, 7, SPEC.vocab_size)
+    with evaluating(model, "dropless"):
+        alone = greedy(model, inputs_BS, 5)
+    with evaluating(model, "paper"):
+        filled_up = greedy(model, inputs_BS, 5)
+    assert rows == [1, 3]
+    assert torch.equal(alone, filled_up)

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from tiny import NOISY, SPARSE, a_model, rows
 
+from switchcli.model.initialise import initialise
 from switchcli.model.moe import Router, SwitchLayer
 from switchcli.model.routing import NoTokenLeftBehind, RouterSpec, Switch
 from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.train.hooks import Hook
@@ -62,8 +64,9 @@ def test_the_routers_logits_are_float32_and_exact_in_the_whole_model(runtime: Ru
 
 def test_the_papers_bfloat16_arm_rounds_the_router_whatever_is_around_it() -> None:
     """Table 2's arm that diverges: product and softmax in bfloat16, from a float32 master."""
-    spec = SPARSE.model_copy(update={"router_precision": "bfloat16"})
-    router = next(module for module in a_model(spec).modules() if isinstance(module, Router))
+    model = SwitchTransformer(SPARSE, router_dtype=torch.bfloat16)
+    initialise(model, 0)
+    router = next(module for module in model.modules() if isinstance(module, Router))
     x_GND = torch.randn(1, 6, SPARSE.d_model, generator=torch.Generator().manual_seed(0))
     for autocast in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

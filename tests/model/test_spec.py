@@ -64,7 +64,6 @@ def test_the_routed_parts_are_the_modules_of_the_model_in_the_order_of_their_rep
         ({"sparse": "both", "sparse_every": 0}, r"greater than or equal to 1"),
         ({"sparse": "cross_attention"}, r"'feed_forward', 'attention' or 'both'"),
         ({"balance_reduction": "max"}, r"'sum', 'mean' or 'pooled'"),
-        ({"router_precision": "float16"}, r"'float32' or 'bfloat16'"),
     ],
 )
 def test_layers_that_are_refused(changes: dict[str, object], message: str) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from switchcli.errors import RecipeError
 from switchcli.model.routing import Switch, TopK
@@ -129,11 +130,10 @@ def test_without_a_capacity_none_can_be_too_small(recipe):
     assert recipe("model.router={capacity_factor: dropless, eval_capacity_factor: dropless}")
 
 
-def test_the_routers_precision_follows_that_of_training_unless_the_model_says_so(recipe):
-    arms = {"float32": "float32", "selective": "float32", "bfloat16": "bfloat16"}
+def test_the_routers_precision_is_that_of_the_papers_arms(recipe):
+    arms = {"float32": torch.float32, "selective": torch.float32, "bfloat16": torch.bfloat16}
     for precision, routers in arms.items():
-        assert recipe(f"train.precision={precision}").architecture.router_precision == routers
-    assert recipe("model.router_precision=bfloat16").architecture.router_precision == "bfloat16"
+        assert recipe(f"train.precision={precision}").train.router_dtype == routers
 
 
 def test_t5s_constant_part_may_outlast_the_run(recipe):

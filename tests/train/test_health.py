@@ -171,7 +171,7 @@ def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
     (collapsed,) = alarms_of(an_output([GOOD], [a_report([1.0, 1.0, 96.0, 2.0])]))
     assert collapsed == (
         "decoder.second: the router has collapsed: expert 2 takes 96% of the tokens; raise "
-        "model.router.balance_loss_coef or lower the learning rate"
+        "its router's balance_loss_coef or lower the learning rate"
     )
 
 
@@ -185,7 +185,8 @@ def test_a_layer_that_drops_half_of_its_tokens_is_named_with_the_way_out() -> No
     few, many = (a_report([5.0, 5.0, 5.0, 5.0], dropped=dropped) for dropped in (9.0, 11.0))
     assert alarms_of(an_output([few], [GOOD])) == []
     assert alarms_of(an_output([GOOD], [many])) == [
-        "decoder.second: 55% of the tokens found no slot; raise model.router.capacity_factor or balance_loss_coef"
+        "decoder.second: 55% of the tokens found no slot; raise its router's capacity_factor, or "
+        "balance_loss_coef where it has one"
     ]
 
 
