@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands.load import load
-from switchcli.errors import CheckpointError, DataError, SwitchError
+from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError
 from switchcli.interop import config as configs
 
 WI = "encoder.block.1.layer.1.mlp.experts.expert_1.wi.weight"
@@ -253,6 +254,25 @@ def test_destinations(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "theirs"]
 
 
+def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
+    said = refused(folder, tmp_path / "step-00000007", "--to", "switchcli")
+    assert "a converted one is of step 0: give a DESTINATION of another name" in said
+    for source, name, to in [(folder, "step-7", "switchcli"), (tmp_path / "step-7", "step-00000007", "huggingface")]:
+        done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / name), "--to", to])
+        assert done.exit_code == 0
+        assert load(tmp_path / name, torch.device("cpu"), pytest.fail).step == 0
+
+
+def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
+    CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "ours"), "--to", "switchcli"])
+    for options, says in [
+        (["--unpickle"], "--unpickle: of --to switchcli alone"),
+        (["--tokenizer", "a.json", "--revision", "abc"], "--tokenizer, --revision: of --to switchcli alone"),
+    ]:
+        said = refused(tmp_path / "ours", tmp_path / "x", "--to", "huggingface", *options, kind=RecipeError)
+        assert said.startswith(says)
+
+
 @pytest.mark.parametrize("to", ["switchcli", "huggingface"])
 def test_a_full_disk(to: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder
@@ -281,6 +301,9 @@ def test_a_name_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert [(name, revision) for name, revision, _ in asked] == [("google/switch-base-8", "abc")]
     assert not any("bin" in pattern for pattern in asked[0][2])
+    files = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    files += ["model.safetensors.index.json", "model.fp16.safetensors", "model_2.safetensors", "spiece.model"]
+    assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked[0][2])] == files[:5]
     assert load(Path("ours"), torch.device("cpu"), pytest.fail).step == 0
 
 
