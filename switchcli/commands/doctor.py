@@ -49,7 +49,7 @@ def doctor(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
     Raises:
         CheckpointError: a folder that holds no model that can be opened.
         RecipeError: no such recipe, or transformers is not installed.
-        OutOfMemory: the recipe's model does not fit this machine.
+        OutOfMemory: the model does not fit this machine.
     """
     subject = _subject(name, overrides, console)
     findings = tuple(console.track(examine(subject), "probing", total=len(PROBES)))
