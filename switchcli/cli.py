@@ -135,11 +135,11 @@ def convert(
         from switchcli.commands import convert
 
         console = Console(quiet=quiet)
+        options = convert.Options(tokenizer, revision, unpickle)
         if to == "switchcli":
-            options = convert.Options(tokenizer, revision, unpickle)
             result = convert.to_switchcli(source, destination, options)
         else:
-            result = convert.to_huggingface(Path(source), destination, console.warning)
+            result = convert.to_huggingface(Path(source), destination, options, console.warning)
         console.message(f"{result['parameters']:,} parameters in {destination}")
         if as_json:
             print_json(result)

@@ -5,6 +5,7 @@ A message is one line that says the rule, the numbers, where it was broken (file
 """
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,11 @@ def disk_errors(
         room = "" if bytes_needed is None else f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
         mend = _MEND.get(error.errno or 0, "check the disk")
         raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
+
+
+def machine_bytes() -> int:
+    """Bytes of this machine's memory, taken or not: what OutOfMemory has to say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _free_bytes(path: Path) -> str:

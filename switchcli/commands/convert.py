@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from switchcli.commands import huggingface
 from switchcli.commands.load import documents, open_checkpoint
 from switchcli.data.vocabulary import sentinel
-from switchcli.errors import CheckpointError, disk_errors
+from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.interop import config as configs
 from switchcli.interop import hub
 from switchcli.interop import tokenizer as tokenizers
@@ -50,6 +51,11 @@ def to_switchcli(source: str, destination: Path, options: Options) -> dict[str, 
         folder = hub.download(source, options.revision, unpickle=options.unpickle)
     if not is_layout(folder):
         raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
+    if checkpoint.STEP.fullmatch(destination.resolve().name):
+        raise CheckpointError(
+            f"{destination}: a checkpoint of that name is that of its step, and a converted one is of step 0: give a "
+            "DESTINATION of another name"
+        )
     destination = _free(folder, destination)
     recipe, tokenizer, weights = huggingface.read(folder, options.tokenizer, unpickle=options.unpickle)
     wanted = logical_tensors(huggingface.empty(recipe.model))
@@ -69,12 +75,16 @@ def to_switchcli(source: str, destination: Path, options: Options) -> dict[str, 
     return _result(source, destination, "switchcli", wanted, [])
 
 
-def to_huggingface(source: Path, destination: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+def to_huggingface(source: Path, destination: Path, options: Options, warn: Callable[[str], None]) -> dict[str, Any]:
     """Write one of our checkpoints as transformers' `from_pretrained` reads it; `warn` is told what gets lost.
 
     Raises:
         CheckpointError: transformers has no such model, there is no whole checkpoint, or the disk refuses.
+        RecipeError: an option of an import is given.
     """
+    given = [f"--{name}" for name, value in options._asdict().items() if value != Options._field_defaults[name]]
+    if given:
+        raise RecipeError(f"{', '.join(given)}: of --to switchcli alone, and this is --to huggingface: leave it out")
     if is_layout(source):
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
     found = open_checkpoint(source, warn)
@@ -97,10 +107,11 @@ def to_huggingface(source: Path, destination: Path, warn: Callable[[str], None])
     def write(temporary: Path) -> Path:
         new = temporary / "new"
         DISK.make_dir(new)
-        theirs = translate(config, found.read("model", wanted))
-        for name, content in (*small.items(), *_shards(theirs)):
+        shards = _shards(translate(config, found.read("model", wanted)))
+        for name, content in chain(small.items(), shards):
             DISK.write(new / name, content)
             DISK.sync(new / name)
+            del content  # before the next is encoded
         DISK.sync(new)
         return new
 
@@ -109,7 +120,10 @@ def to_huggingface(source: Path, destination: Path, warn: Callable[[str], None])
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes]]:
-    """Name and content of each file of weights, and of their index when there are several."""
+    """Name and content of each file of weights, and of their index when there are several.
+
+    One is encoded at a time, and its tensors let go: `tensors` should be held by nobody else.
+    """
     shards = list(tensor_file.shards(tensors, _MAX_FILE_BYTES))
     stem, suffix = SAFE.split(".")
     names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
@@ -119,8 +133,9 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes]]:
         files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": tensor_file.num_bytes(tensors.values())}, "weight_map": files}
         yield f"{SAFE}{INDEX}", (json.dumps(index, indent=2) + "\n").encode()
-    for name, shard in zip(names, shards, strict=True):
-        yield name, tensor_file.encode(shard, {"format": "pt"})  # version 4 reads no file that does not say so
+    del tensors
+    for name in names:
+        yield name, tensor_file.encode(shards.pop(0), {"format": "pt"})  # version 4 reads no file that does not say so
 
 
 def _free(source: Path, destination: Path) -> Path:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli.commands.load import load
+from switchcli.commands.load import load, on_the_hub
 from switchcli.doctor import huggingface, ours
 from switchcli.doctor.probes import PROBES, Finding, Verdict, examine
 from switchcli.doctor.subject import Subject
 from switchcli.errors import RecipeError
+from switchcli.interop.files import is_layout
 from switchcli.recipe import library
 from switchcli.recipe.resolve import resolve
 from switchcli.recipe.schema import PretrainRecipe
@@ -48,7 +49,7 @@ def doctor(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
     Raises:
         CheckpointError: a folder that holds no model that can be opened.
         RecipeError: no such recipe, or transformers is not installed.
-        OutOfMemory: the recipe's model does not fit this machine.
+        OutOfMemory: the model does not fit this machine.
     """
     subject = _subject(name, overrides, console)
     findings = tuple(console.track(examine(subject), "probing", total=len(PROBES)))
@@ -79,7 +80,7 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
         return ours.fresh(recipe.model, recipe.train.seed, recipe.train.router_dtype)
     if overrides:
         raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
-    if huggingface.is_one(path):
+    if is_layout(path):
         return huggingface.load(path)
     loaded = load(path, torch.device("cpu"), console.warning)
     return ours.Ours(loaded.model, initialised=False)
@@ -91,4 +92,5 @@ def _recipe(name: str) -> Path:
     except RecipeError as error:
         if Path(name).exists():
             raise
-        raise RecipeError(f"{error} No checkpoint is there either.") from error
+        hint = on_the_hub(name)
+        raise RecipeError(f"{error} No checkpoint is there either{hint and f': {hint}'}.") from error

@@ -1,7 +1,6 @@
 """A folder in the Hugging Face layout as a checkpoint: recipe, tokenizer and weights."""
 
-from collections.abc import Iterator
-from itertools import count
+from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +52,7 @@ def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False)
 
 def recipe_of(config: Config, path: Path, tokenizer: Path) -> PretrainRecipe:
     """A recipe for the model of `config`, read from `path`. CheckpointError where our model has its own rules."""
-    spans = next(spans for spans in _spans() if spans.targets_length >= config.num_experts)
+    spans = _spans(config.num_experts)
     return PretrainRecipe(
         description=f"Converted from {path.parent.name}: train and data say nothing of how it was trained",
         model=configs.spec_of(config, Lengths(spans.inputs_length, spans.targets_length), path),
@@ -68,9 +67,11 @@ def empty(spec: ModelSpec) -> SwitchTransformer:
         return SwitchTransformer(spec)
 
 
-def _spans() -> Iterator[SpanCorruption]:
+def _spans(num_experts: int) -> SpanCorruption:
     """Lengths from T5's 512 on: a recipe's sequences hold a token for each expert, which transformers does not ask."""
-    return (SpanCorruption(inputs_length=length) for length in count(512, 64))
+    lengths = range(512, 513 + 8 * num_experts, 64)  # there are more targets than an eighth of the inputs
+    place = bisect_left(lengths, num_experts, key=lambda length: SpanCorruption(inputs_length=length).targets_length)
+    return SpanCorruption(inputs_length=lengths[place])
 
 
 def _tokenizer(file: Path) -> Tokenizer:

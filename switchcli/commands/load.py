@@ -12,6 +12,7 @@ import torch
 from switchcli.commands import huggingface
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError
+from switchcli.interop import hub
 from switchcli.interop.files import is_layout
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import resolve
@@ -54,8 +55,18 @@ def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Check
     elif folder.is_dir():
         found = checkpoint.find(folder, warn)
     if found is None:
-        raise CheckpointError(f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*")
+        hint = on_the_hub(str(path))
+        raise CheckpointError(
+            f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*{hint and f'; {hint}'}"
+        )
     return found
+
+
+def on_the_hub(name: str) -> str:
+    """What to do if `name` is one on the hub; nothing if it cannot be, or is a folder."""
+    if Path(name).exists() or not hub.is_name(name):
+        return ""
+    return f"if it is a name on the hub, `switchcli convert {name} FOLDER --to switchcli` makes a checkpoint of it"
 
 
 def documents(found: checkpoint.Checkpoint) -> tuple[PretrainRecipe, Tokenizer]:

@@ -6,8 +6,7 @@ The only file that imports transformers, and late: nothing else needs it.
 """
 
 import copy
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Self
@@ -17,13 +16,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
-from switchcli.doctor.subject import Loss, Seen, Subject, Text, precision, training, watching
+from switchcli.doctor.subject import Loss, Seen, Subject, Text, fits, precision, training, watching
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.interop import config as configs
 from switchcli.model.reports import RoutingReport, count_each, report_of, share
 from switchcli.model.routing import Mode
 from switchcli.spec import PAD
 
-CONFIG: Final = "config.json"
 LOGITS: Final = 2
 """Where transformers' router has the logits in its answer; first come the choices, one-hot, none where dropped."""
 
@@ -132,40 +131,54 @@ def _report(logits_GNE: torch.Tensor, real_GN: torch.Tensor, placed_GN: torch.Te
     )
 
 
-def is_one(folder: Path) -> bool:
-    """Whether `folder` has the Hugging Face layout."""
-    return (folder / CONFIG).is_file()
-
-
 def load(folder: Path) -> HuggingFace:
     """The model in `folder`; without weights there, one that transformers initialises.
 
     Raises:
-        CheckpointError: another model, weights that are missing, damaged or pickled.
+        CheckpointError: another model, weights that are missing, damaged, quantized or pickled.
+        OutOfMemory: this machine is too small for it.
         RecipeError: transformers is not installed.
     """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not JSON that can be read ({error}): fetch the folder again") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "switch_transformers":
+    path = folder / configs.NAME
+    found = configs.document(path)
+    if (kind := found.get("model_type")) != "switch_transformers":
         raise CheckpointError(f"{path}: model_type must be switch_transformers, and is {kind!r}: name another folder")
+    if found.get("quantization_config") is not None:
+        raise CheckpointError(f"{path}: quantization_config: weights are probed in float32: save the model without it")
     weights = any(folder.glob("*.safetensors"))
     if not weights and (pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])):
         raise CheckpointError(
             f"{pickled[0]}: a pickle, which can run code when it is read: save the model as safetensors, or take the "
             "weights away to probe the configuration alone"
         )
-    return HuggingFace(_read(folder) if weights else _initialised(folder), initialised=not weights)
+    config = _config(found, path)
+    return HuggingFace(_read(folder, config) if weights else _initialised(folder, config), initialised=not weights)
 
 
-def _read(folder: Path) -> nn.Module:
+def _config(found: Mapping[str, Any], path: Path) -> Any:
+    """As transformers reads it, except that the file does not choose its attention's code, which may be the hub's."""
+    transformers = _transformers()
+    settings = {key: value for key, value in found.items() if not key.endswith("_implementation")}
+    with _refusals(path.parent):
+        config = transformers.SwitchTransformersConfig.from_dict(settings, attn_implementation="eager")
+        configs.bound(config.to_dict(), path)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = transformers.SwitchTransformersForConditionalGeneration(config)
+    fits(sum(weight.numel() for weight in model.parameters()), "probe it on a larger one")
+    return config
+
+
+def _read(folder: Path, config: Any) -> nn.Module:
     transformers = _transformers()
     with _refusals(folder):
         model, told = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     if missing := sorted(told["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -173,11 +186,10 @@ def _read(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _initialised(folder: Path) -> nn.Module:
+def _initialised(folder: Path, config: Any) -> nn.Module:
     transformers = _transformers()
     with _refusals(folder), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = transformers.SwitchTransformersConfig.from_pretrained(folder, local_files_only=True)
         return transformers.SwitchTransformersForConditionalGeneration(config).float().eval()
 
 
@@ -197,9 +209,12 @@ def _transformers() -> Any:
 @contextmanager
 def _refusals(folder: Path) -> Iterator[None]:
     """Within, what transformers or safetensors refuse is raised as a CheckpointError in one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    known = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, ImportError, RuntimeError)
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (*known, SafetensorError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder}: transformers cannot open it ({type(error).__name__}: {said}): fetch the folder again"

@@ -4,15 +4,13 @@ Legend: B batch, T target, V vocabulary.
 """
 
 import copy
-import os
 from contextlib import AbstractContextManager
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 
-from switchcli.doctor.subject import Loss, Seen, Subject, Text, precision, training, watching
-from switchcli.errors import OutOfMemory
+from switchcli.doctor.subject import Loss, Seen, Subject, Text, fits, precision, training, watching
 from switchcli.model.count import count
 from switchcli.model.initialise import initialise
 from switchcli.model.moe import Router, evaluating
@@ -79,13 +77,9 @@ def fresh(spec: ModelSpec, seed: int, router_dtype: torch.dtype) -> Ours:
     Raises:
         OutOfMemory: this machine is too small for it.
     """
-    needed = 8 * count(spec).parameters  # weights and gradients
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise OutOfMemory(
-            f"weights and gradients take {needed:,} bytes, and this machine has {there:,}: probe it with fewer "
-            "experts or layers, such as model.num_experts=8 model.num_layers=2"
-        )
+    fits(
+        count(spec).parameters, "probe it with fewer experts or layers, such as model.num_experts=8 model.num_layers=2"
+    )
     model = SwitchTransformer(spec, router_dtype)
     initialise(model, seed)
     return Ours(model.eval(), initialised=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
+from switchcli.errors import OutOfMemory, machine_bytes
 from switchcli.model.reports import Reports
 from switchcli.model.routing import Mode
 
@@ -95,6 +96,13 @@ class Subject(ABC):
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return dict(self.model.named_parameters())
+
+
+def fits(parameters: int, instead: str) -> None:
+    """Raise OutOfMemory, which says what to do `instead`, if this machine is too small to probe so many of them."""
+    needed, there = 8 * parameters, machine_bytes()  # weights and gradients
+    if needed > there:
+        raise OutOfMemory(f"weights and gradients take {needed:,} bytes, and this machine has {there:,}: {instead}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ no more than that up to the longest sequence.
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -25,6 +26,22 @@ from switchcli.spec import EOS, PAD, Spec
 
 NAME: Final = "config.json"
 _MAX_BYTES: Final = 1 << 20
+_MOST: Final = {
+    "vocab_size": 1 << 24,
+    "d_model": 1 << 17,
+    "d_kv": 1 << 17,
+    "d_ff": 1 << 20,
+    "num_heads": 1 << 13,
+    "num_layers": 1 << 10,
+    "num_decoder_layers": 1 << 10,
+    "num_experts": 1 << 14,
+    "expert_capacity": 1 << 31,
+    "relative_attention_num_buckets": 1 << 16,
+    "relative_attention_max_distance": 1 << 31,
+}
+"""Far above any model published; what a file asks beyond it would take hours, or needs numbers that no tensor has."""
+_MOST_EXPERTS: Final = 1 << 17
+"""Of all blocks together, each counted as sparse; Switch-C has 61,440."""
 _CLASSES: Final[Mapping[str, Kind]] = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",
@@ -179,8 +196,8 @@ class SwitchConfig(_Shape):
 Config = T5Config | SwitchConfig
 
 
-def read(path: Path) -> Config:
-    """The configuration in the file `path`. Raises CheckpointError for what is no model of ours."""
+def document(path: Path) -> dict[str, Any]:
+    """What is in the file `path`; nothing where it is no mapping. Raises CheckpointError when it cannot be read."""
     try:
         with path.open("rb") as stream:
             found = json.loads(stream.read(_MAX_BYTES))
@@ -188,8 +205,31 @@ def read(path: Path) -> Config:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): take a folder of save_pretrained") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: take the file that save_pretrained wrote") from error
-    kind = found.get("model_type") if isinstance(found, dict) else None
-    names = found.get("architectures") if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def bound(found: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError where the sizes in `found`, of the file `path`, are far beyond any model."""
+    sizes = {key: value for key in _MOST if type(value := found.get(key)) is int}
+    for key, size in sizes.items():
+        if size > _MOST[key]:
+            raise CheckpointError(
+                f"{path}: {key}: at most {_MOST[key]:,} (got {reprlib.repr(size)}): take the file that save_pretrained "
+                "wrote"
+            )
+    blocks = sizes.get("num_layers", 0)
+    blocks += sizes.get("num_decoder_layers", blocks)
+    if blocks * sizes.get("num_experts", 1) > _MOST_EXPERTS:
+        raise CheckpointError(
+            f"{path}: num_experts ({sizes['num_experts']}) in {blocks} blocks: at most {_MOST_EXPERTS:,} in all: take "
+            "the file that save_pretrained wrote"
+        )
+
+
+def read(path: Path) -> Config:
+    """The configuration in the file `path`. Raises CheckpointError for what is no model of ours."""
+    found = document(path)
+    kind, names = found.get("model_type"), found.get("architectures")
     names = names if isinstance(names, list) else []
     named = [_CLASSES[name] for name in names if isinstance(name, str) and name in _CLASSES] if names else [kind]
     if kind not in _CLASSES.values() or kind not in named:
@@ -197,6 +237,7 @@ def read(path: Path) -> Config:
             f"{path}: model_type {kind!r} with architectures {names!r}: switchcli reads "
             "T5ForConditionalGeneration (t5) and SwitchTransformersForConditionalGeneration (switch_transformers)"
         )
+    bound(found, path)
     try:
         return T5Config.model_validate(found) if kind == "t5" else SwitchConfig.model_validate(found)
     except ValidationError as error:
@@ -219,7 +260,7 @@ def _first(error: ValidationError) -> str:
     key, rule = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{key}: missing: take the file that save_pretrained wrote"
-    got = f" (got {first['input']!r})" if key else ""
+    got = f" (got {reprlib.repr(first['input'])})" if key else ""
     return f"{key}: {rule}{got}: switchcli can build no such model".removeprefix(": ")
 
 

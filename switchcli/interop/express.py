@@ -146,15 +146,25 @@ def _other_training(spec: ModelSpec, routers: Mapping[Stack, Switch]) -> Iterato
     first = next(iter(routers.values()))
     if spec.balance_reduction != "pooled":
         yield f"balance_reduction ({spec.balance_reduction}): transformers pools the layers of a stack (training alone)"
-    for router in routers.values():
+    differ = any(router != first for router in routers.values())
+    distinct = (
+        {f"the {stack}'s router": router for stack, router in routers.items()} if differ else {"the router": first}
+    )
+    for which, router in distinct.items():
         unsaid = [name for name in ("input_dropout", "sample_temperature") if getattr(router, name) not in (0.0, None)]
         if unsaid:
-            yield f"{' and '.join(unsaid)} of the router: transformers has no such noise (training alone)"
+            yield f"{' and '.join(unsaid)} of {which}: transformers has no such noise (training alone)"
         if (router.jitter, router.balance_loss_coef, router.z_loss_coef) != (
             first.jitter,
             first.balance_loss_coef,
             first.z_loss_coef,
         ):
             yield "jitter or coefficients of the decoder's router alone: transformers has one set (training alone)"
+    full = [stack for stack in routers if len(spec.sparse_layers(stack)) == spec.num_blocks(stack)]
+    if lost := [stack for stack in full if routers[stack].balance_loss_coef or routers[stack].z_loss_coef]:
+        yield (
+            f"every block of the {' and the '.join(lost)} is sparse: transformers then leaves the balance and z-loss "
+            "of its routers out (training alone)"
+        )
     if spec.experts_dropout != spec.dropout:
         yield f"expert_dropout ({spec.experts_dropout}): transformers takes dropout ({spec.dropout}) (training alone)"

@@ -9,7 +9,8 @@ from switchcli.interop import config
 from switchcli.interop.files import INDEX, PICKLED, SAFE
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_ALWAYS: Final = [config.NAME, "tokenizer.json", "model*.safetensors", f"{SAFE}{INDEX}"]
+_WEIGHTS: Final = [SAFE, "model-*-of-*.safetensors"]
+_ALWAYS: Final = [config.NAME, "tokenizer.json", *_WEIGHTS, f"{SAFE}{INDEX}"]
 _PICKLED: Final = ["pytorch_model*.bin", f"{PICKLED}{INDEX}"]
 
 
@@ -28,7 +29,7 @@ def download(name: str, revision: str, *, unpickle: bool) -> Path:
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_ALWAYS))
-        if unpickle and not any(folder.glob("model*.safetensors")):
+        if unpickle and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_ALWAYS, *_PICKLED]))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

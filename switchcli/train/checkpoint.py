@@ -42,7 +42,8 @@ from switchcli.train.manifest import DamagedError, Entry, Manifest
 
 Group = Literal["model", "optimizer"]
 
-_STEP: Final = re.compile(r"step-\d{8,}")
+STEP: Final = re.compile(r"step-\d{8,}")
+"""Names that a checkpoint of that very step alone may bear."""
 _MAX_FILE_BYTES: Final = 1 << 31
 _ELSEWHERE: Final = "give another folder by --out; checkpoints already saved are untouched."
 
@@ -60,7 +61,7 @@ class Checkpoint:
     def open(cls, path: Path) -> "Checkpoint":
         """Read the folder through. Raises DamagedError (a CheckpointError) when a byte differs from what was saved."""
         manifest = manifests.load(path)
-        if _STEP.fullmatch(path.name) and path.name != _name(manifest.step):
+        if STEP.fullmatch(path.name) and path.name != _name(manifest.step):
             raise DamagedError(path / manifests.NAME, "step", f"is that of step {manifest.step}")
         manifest.verify(path)
         _state(path, manifest)
@@ -214,7 +215,7 @@ def _steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder by name alone, newest first."""
     if not folder.exists():
         return []
-    found = (path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.exists())
+    found = (path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.exists())
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 

@@ -1,8 +1,8 @@
 """Names of tensors on disk: a stacked expert weight [E, ...] is stored as E tensors, by each expert's global number.
 
-    encoder.blocks.1.feed_forward.experts.wi        [E, D, F]   in the model
-    encoder.blocks.1.feed_forward.experts.{e}.wi    [D, F]      on disk, for each expert e
-    ...experts.wi/row  <->  ...experts.{e}.wi/row               optimizer state, `<parameter>/<slot>`, in the same way
+    encoder.blocks.1.feed_forward.layer.experts.wi      [E, F, D]   in the model
+    encoder.blocks.1.feed_forward.layer.experts.{e}.wi  [F, D]      on disk, for each expert e
+    ...experts.wi/row  <->  ...experts.{e}.wi/row       optimizer state, `<parameter>/<slot>`, in the same way
 
 So a checkpoint does not know how many ranks wrote it. A slot that is not stacked (a step count, say) keeps the name of
 the stacked parameter. This file knows names and views; it reads and writes nothing.

@@ -1,12 +1,11 @@
 """What training takes of a device's memory whatever the batch, and running out of it as an error with a way out."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from switchcli.errors import OutOfMemory
+from switchcli.errors import OutOfMemory, machine_bytes
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.optimizer import OptimizerSpec
@@ -32,11 +31,7 @@ def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device) 
         words = str(error)
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in words:
             raise
-        there = (
-            torch.cuda.mem_get_info(device)[1]
-            if device.type == "cuda"
-            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        )
+        there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
         raise OutOfMemory(
             f"out of memory: weights, gradients and optimizer take {needed(model, optimizer):,} bytes, a microbatch "
             f"comes on top, and {device} has {there:,} in all: lower train.microbatch_tokens, or take a smaller model "

@@ -70,7 +70,7 @@ class Saver:
                 f"{found.path} was trained on other text than data.corpora gives now: bring that text back, give "
                 "another folder by --out, or --no-resume to set this run aside and begin anew"
             )
-        load_model(self._model, found)
+        fill(self._model, found.read("model", logical_tensors(self._model)))
         slots = self._optimizer.state()
         experts = self._model.spec.num_experts
         self._optimizer.load(logical.join(found.read("optimizer", logical.split(slots, experts)), experts))
@@ -89,11 +89,6 @@ def preflight(
     here = sum(path.is_dir() for path in folder.glob("step-*"))
     kept = settings.keep_last + settings.keep_best
     runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
-
-
-def load_model(model: SwitchTransformer, found: checkpoint.Checkpoint) -> None:
-    """Fill the model's weights, in place, from a checkpoint of the same architecture."""
-    fill(model, found.read("model", logical_tensors(model)))
 
 
 @torch.no_grad()

@@ -121,7 +121,8 @@ def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pyt
         ("empty", 4, "empty: no checkpoint there"),
         ("other", 4, "other/config.json: model_type must be switch_transformers, and is 'bert'"),
         ("nowhere", 2, "nowhere: no such recipe ships"),
-        ("runs/none", 2, "No checkpoint is there either."),
+        ("runs/a/none", 2, "No checkpoint is there either."),
+        ("google/switch-base-8", 2, "`switchcli convert google/switch-base-8 FOLDER --to switchcli` makes"),
         ("none.yaml", 2, "none.yaml: no such file"),
         ("list.yaml", 2, "a recipe is a mapping of keys"),
     ]:

@@ -101,6 +101,16 @@ def test_no_checkpoint_there(path: str, switchcli: SwitchCLI, tmp_path: Path, mo
     assert done.err == f"error: {path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*\n"
 
 
+def test_a_name_on_the_hub_is_to_be_converted_first(
+    switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = switchcli("generate", "google/switch-base-8", GAP)
+    assert (done.code, done.out) == (4, "")
+    assert "`switchcli convert google/switch-base-8 FOLDER --to switchcli` makes a checkpoint of it" in done.err
+    assert done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("file", ["model-00000.safetensors", "tokenizer.json", "recipe.yaml", "state.json", NAME])
 def test_a_damaged_checkpoint_is_refused_by_file(file: str, run: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     copy = tmp_path / "copy"

@@ -12,7 +12,7 @@ from subjects import findings, theirs
 
 from switchcli.doctor import huggingface, texts
 from switchcli.doctor.probes import Finding, balance_loss, cached_decoding, idle_gradients
-from switchcli.errors import CheckpointError, RecipeError, SwitchError
+from switchcli.errors import CheckpointError, OutOfMemory, RecipeError, SwitchError
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,42 @@ def test_folders_that_cannot_be_probed(folder: Path) -> None:
     for changed, said in [
         ({"model_type": "t5"}, "must be switch_transformers, and is 't5'"),
         ({"dense_act_fn": "gated-gelu"}, "cannot open it (KeyError: 'gated-gelu')"),
+        ({"num_layers": True}, "cannot open it (StrictDataclassFieldValidationError"),
+        ({"num_layers": [1]}, "cannot open it (StrictDataclassFieldValidationError"),
+        ({"num_layers": -1, "d_model": -1}, "cannot open it (RuntimeError"),
+        ({"encoder_sparse_step": "2"}, "cannot open it (TypeError"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: weights are probed in float32"),
+        ({"num_experts": 10**7}, "config.json: num_experts: at most 16,384 (got 10000000)"),
+        ({"hidden_size": 10**400}, "config.json: d_model: at most 131,072 (got 1000"),
+        ({"num_layers": 10**6}, "config.json: num_layers: at most 1,024"),
+        ({"num_layers": 1024, "num_experts": 16384}, "num_experts (16384) in 1028 blocks: at most 131,072 in all"),
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **changed}))
         assert said in refused(folder, CheckpointError)
-    (folder / "config.json").write_text("[")
-    assert "config.json: not JSON" in refused(folder, CheckpointError)
+    for text in ("[", "[" * 100_000, '{"a": ' * 100_000, " " * (1 << 20) + json.dumps(config)):
+        (folder / "config.json").write_text(text)
+        assert "config.json: not JSON" in refused(folder, CheckpointError)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_configuration_does_not_choose_whose_code_runs(folder: Path, key: str, weights: bool) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "someone/kernel"}))
+    if not weights:
+        (folder / "model.safetensors").unlink()
+    assert huggingface.load(folder).model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_model_too_large_for_the_machine(folder: Path, weights: bool) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "d_ff": 1 << 20, "d_model": 1 << 17}))
+    if not weights:
+        (folder / "model.safetensors").unlink()
+    assert re.fullmatch(
+        r"weights and gradients take [\d,]+ bytes, and this machine has [\d,]+: .*", refused(folder, OutOfMemory)
+    )
 
 
 def test_without_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands.load import load
-from switchcli.errors import CheckpointError, DataError, SwitchError
+from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError
 from switchcli.interop import config as configs
 
 WI = "encoder.block.1.layer.1.mlp.experts.expert_1.wi.weight"
@@ -147,6 +148,30 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "far buckets": (configure(relative_attention_max_distance=9), "relative_attention_max_distance (9) must be more"),
     "wrong type": (configure(d_model="24"), "config.json: d_model: Input should be a valid integer (got '24')"),
     "not finite": (configure(layer_norm_epsilon=float("nan")), "layer_norm_epsilon: Input should be a finite number"),
+    "experts": (configure(num_experts=10**7), "config.json: num_experts: at most 16,384 (got 10000000)"),
+    "layers": (configure(num_layers=10**6), "config.json: num_layers: at most 1,024 (got 1000000)"),
+    "layers of the decoder": (configure(num_decoder_layers=10**6), "num_decoder_layers: at most 1,024 (got 1000000)"),
+    "vocabulary": (configure(vocab_size=10**30), "config.json: vocab_size: at most 16,777,216 (got 1000"),
+    "width": (configure(d_ff=10**18), "config.json: d_ff: at most 1,048,576 (got 1000000000000000000)"),
+    "capacity": (configure(expert_capacity=10**400), "config.json: expert_capacity: at most 2,147,483,648 (got 100000"),
+    "experts in all": (
+        configure(num_experts=16384, num_layers=100, num_decoder_layers=None),
+        "num_experts (16384) in 200 blocks: at most 131,072 in all",
+    ),
+    "just within": (
+        configure(num_experts=16384, num_layers=1, num_decoder_layers=1, encoder_sparse_step=1, decoder_sparse_step=0),
+        "not there, and config.json wants it",
+    ),
+    "wide, just within": (
+        configure(d_ff=1 << 20, d_model=1 << 17, num_heads=1 << 13, d_kv=1 << 17, vocab_size=1 << 24),
+        "and config.json wants [16777216, 131072]",
+    ),
+    "capacity, just within": (configure(expert_capacity=1 << 31, d_ff=41), "and config.json wants"),
+    "epsilon": (configure(layer_norm_epsilon=10**400), "layer_norm_epsilon: "),
+    "long list": (
+        configure(d_model=[0] * 10_000),
+        "d_model: Input should be a valid integer (got [0, 0, 0, 0, 0, 0, ...])",
+    ),
     "missing key": (without("d_ff"), "config.json: d_ff: missing"),
     "other model": (configure(model_type="bert"), "model_type 'bert' with architectures"),
     "other head": (configure(architectures=["SwitchTransformersEncoderModel"]), "switchcli reads T5ForConditional"),
@@ -253,6 +278,25 @@ def test_destinations(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "theirs"]
 
 
+def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
+    said = refused(folder, tmp_path / "step-00000007", "--to", "switchcli")
+    assert "a converted one is of step 0: give a DESTINATION of another name" in said
+    for source, name, to in [(folder, "step-7", "switchcli"), (tmp_path / "step-7", "step-00000007", "huggingface")]:
+        done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / name), "--to", to])
+        assert done.exit_code == 0
+        assert load(tmp_path / name, torch.device("cpu"), pytest.fail).step == 0
+
+
+def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
+    CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "ours"), "--to", "switchcli"])
+    for options, says in [
+        (["--unpickle"], "--unpickle: of --to switchcli alone"),
+        (["--tokenizer", "a.json", "--revision", "abc"], "--tokenizer, --revision: of --to switchcli alone"),
+    ]:
+        said = refused(tmp_path / "ours", tmp_path / "x", "--to", "huggingface", *options, kind=RecipeError)
+        assert said.startswith(says)
+
+
 @pytest.mark.parametrize("to", ["switchcli", "huggingface"])
 def test_a_full_disk(to: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder
@@ -281,6 +325,9 @@ def test_a_name_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert [(name, revision) for name, revision, _ in asked] == [("google/switch-base-8", "abc")]
     assert not any("bin" in pattern for pattern in asked[0][2])
+    files = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    files += ["model.safetensors.index.json", "model.fp16.safetensors", "model_2.safetensors", "spiece.model"]
+    assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked[0][2])] == files[:5]
     assert load(Path("ours"), torch.device("cpu"), pytest.fail).step == 0
 
 

@@ -88,3 +88,31 @@ def test_nothing_to_warn_of() -> None:
 def test_routers_in_bfloat16_are_refused() -> None:
     with pytest.raises(CheckpointError, match="routers are in bfloat16"):
         express(spec(), LENGTHS, Path("runs/a"), torch.bfloat16)
+
+
+def test_a_warning_is_said_once_and_names_the_stack_only_where_they_differ() -> None:
+    noisy = Switch(**DROPLESS, input_dropout=0.1)
+    for decoder_router, says in [
+        (None, ["input_dropout of the router"]),
+        (noisy.model_copy(), ["input_dropout of the router"]),
+        (Switch(**DROPLESS), ["input_dropout of the encoder's router"]),
+        (
+            noisy.model_copy(update={"sample_temperature": 1.0}),
+            ["input_dropout of the encoder's router", "input_dropout and sample_temperature of the decoder's router"],
+        ),
+    ]:
+        _, losses = express(spec(router=noisy, decoder_router=decoder_router), LENGTHS, Path("runs/a"))
+        assert losses == [f"{one}: transformers has no such noise (training alone)" for one in says]
+
+
+def test_of_a_stack_without_dense_blocks_transformers_adds_no_router_losses() -> None:
+    says = "every block of the {} is sparse: transformers then leaves the balance and z-loss of its routers out"
+    for keys, stacks in [
+        ({"sparse_every": 1}, "encoder and the decoder"),
+        ({"sparse_encoder_layers": (0, 1, 2, 3)}, "encoder"),
+        ({"sparse_every": 1, "sparse_encoder_layers": ()}, "decoder"),
+    ]:
+        _, losses = express(spec(**keys), LENGTHS, Path("runs/a"))
+        assert losses == [f"{says.format(stacks)} (training alone)"]
+    no_losses = Switch(**DROPLESS, balance_loss_coef=0.0, z_loss_coef=0.0)
+    assert not express(spec(sparse_every=1, router=no_losses), LENGTHS, Path("runs/a"))[1]

@@ -1,7 +1,9 @@
 """What transformers saved computes the same here; what is saved here computes the same there; weights bit for bit."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,9 @@ from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
-from switchcli.train import checkpoint
+from switchcli.train import checkpoint, tensor_file
 from switchcli.train.checkpoint import Checkpoint
+from switchcli.train.fsops import Disk
 from switchcli.train.saver import logical_tensors
 from switchcli.train.spec import TrainSpec
 from switchcli.train.state import TrainState
@@ -173,6 +176,29 @@ def test_shards_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
     theirs.assert_same_logits(opened(tmp_path / "back").model, model)
     theirs.assert_same_logits(opened(tmp_path / "ours").model, from_pretrained(tmp_path / "back"))
+
+
+def test_one_shard_is_encoded_at_a_time_and_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    before: list[weakref.ref[torch.Tensor]] = []
+
+    def encode(named: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+        assert not any(tensor() for tensor in before), "the shard before is still held"
+        before[:] = map(weakref.ref, named.values())
+        done.append("encode")
+        return tensor_file.encode(named, metadata)
+
+    def write(self: Disk, path: Path, content: bytes) -> None:
+        done.append("write")
+        path.write_bytes(content)
+
+    source = ours(tmp_path, SPECS["sparse"])
+    monkeypatch.setattr(convert, "_MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(convert, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
+    monkeypatch.setattr(Disk, "write", write)
+    run(source, tmp_path / "theirs", "--to", "huggingface")
+    assert done.count("encode") > 3
+    assert done[done.index("encode") :] == ["encode", "write"] * done.count("encode")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
