@@ -11,14 +11,14 @@ from conftest import RECIPE, SwitchCLI
 
 from switchcli.doctor.probes import PROBES
 
-QUICKSTART = ("quickstart/switch", "model.router.kind=switch")
+QUICKSTART = ("quickstart/switch",)
 
 
 @pytest.fixture(scope="module")
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("trained")
-    recipe = RECIPE.replace("text.txt", str(text)).replace("router: {jitter", "router: {kind: switch, jitter")
+    recipe = RECIPE.replace("text.txt", str(text))
     (folder / "tiny.yaml").write_text(recipe)
     out = folder / "run"
     command = [sys.executable, "-m", "switchcli", "pretrain", str(folder / "tiny.yaml"), "--out", str(out), "--quiet"]
@@ -138,3 +138,9 @@ def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
     assert (done.code, done.out) == (1, "")
     assert "weights and gradients take 655,3" in done.err
     assert done.err.count("\n") == 1
+
+
+def test_the_papers_bfloat16_arm_fails_by_its_routers_precision(switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", "quickstart/switch", "train.precision=bfloat16", "--json")
+    failed = [finding["probe"] for finding in json.loads(done.out)["findings"] if finding["verdict"] == "fail"]
+    assert (done.code, failed) == (1, ["router precision"])

@@ -14,7 +14,11 @@ SHAPE = {"vocab_size": 211, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4
 
 def ours(**settings: object) -> Ours:
     """A fresh one of this project's models, with four experts unless `settings` says otherwise."""
-    return fresh(ModelSpec.model_validate({**SHAPE, "num_experts": 4, **settings}, strict=False), seed=0)
+    return fresh(
+        ModelSpec.model_validate({**SHAPE, "num_experts": 4, **settings}, strict=False),
+        seed=0,
+        router_dtype=torch.float32,
+    )
 
 
 def theirs(**settings: object) -> HuggingFace:

@@ -133,6 +133,7 @@ def a_capacity_whatever_the_policy(patch: Patch) -> Subject:
 def a_capacity_of_groups_whatever_the_policy(patch: Patch) -> Subject:
     capacity = TokenChoice.capacity
     patch.setattr(TokenChoice, "capacity", lambda self, tokens, experts, mode: capacity(self, tokens, experts, "paper"))
+    patch.setattr(TokenChoice, "together", lambda self, mode: self.group_sequences)
     return ours(router={**SWITCH, "group_sequences": 4})
 
 
