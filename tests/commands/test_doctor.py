@@ -11,8 +11,6 @@ from conftest import RECIPE, SwitchCLI
 
 from switchcli.doctor.probes import PROBES
 
-QUICKSTART = ("quickstart/switch",)
-
 
 @pytest.fixture(scope="module")
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,7 +46,7 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_shipped_recipe_is_sound(switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", *QUICKSTART)
+    done = switchcli("doctor", "quickstart/switch")
     assert done.code == 0
     head, *lines, end = done.out.splitlines()
     assert head == "quickstart/switch: 4 sparse layers of 8 experts, initial weights, in the code of switchcli"
@@ -58,7 +56,7 @@ def test_the_shipped_recipe_is_sound(switchcli: SwitchCLI) -> None:
 
 
 def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", "quickstart/dense", QUICKSTART[1])
+    done = switchcli("doctor", "quickstart/dense")
     assert done.code == 0
     assert done.out.startswith("quickstart/dense: a dense model, initial weights")
     assert done.out.count("a dense model has no router") == sum(probe.of_routers for probe in PROBES)
@@ -134,7 +132,7 @@ def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", *QUICKSTART, "model.d_ff=20000000000")
+    done = switchcli("doctor", "quickstart/switch", "model.d_ff=20000000000")
     assert (done.code, done.out) == (1, "")
     assert "weights and gradients take 655,3" in done.err
     assert done.err.count("\n") == 1
