@@ -94,7 +94,8 @@ class Runtime:
         Raises:
             RecipeError: torch finds no compiler for this device.
         """
-        from torch._dynamo.exc import TorchDynamoException  # seconds
+        import torch._inductor.config  # these take seconds
+        from torch._dynamo.exc import TorchDynamoException
 
         try:
             torch.compile(torch.sin)(torch.ones(1, device=self.device))
@@ -104,6 +105,7 @@ class Runtime:
                 f"train.compile: torch.compile does not work here ({reason}): install a C++ compiler such as g++, or "
                 "take train.compile=false"
             ) from error
+        torch._inductor.config.fallback_random = True  # else a compiled run has dropout masks of its own
         compile_dense_parts(model)
         self._compiled = True
 

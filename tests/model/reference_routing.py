@@ -74,7 +74,8 @@ def layer(
 ) -> tuple[Answer, torch.Tensor]:
     """The answer of the layer, and the router's logits [G, N, E]."""
     B, S, D = x_BSD.shape
-    x_GND = x_BSD.reshape(B // rule.group_sequences, rule.group_sequences * S, D)
+    together = 1 if mode == "dropless" and not isinstance(rule, ExpertChoice) else rule.group_sequences
+    x_GND = x_BSD.reshape(B // together, together * S, D)
     logits_GNE = x_GND @ weights["router.weight"].T
     probability_GNE = logits_GNE.exp() / logits_GNE.exp().sum(-1, keepdim=True)
     outputs, groups, means = [], [], []

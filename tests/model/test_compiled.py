@@ -9,6 +9,10 @@ from switchcli.model.compiled import compile_dense_parts
 from switchcli.model.moe import SwitchLayer
 from switchcli.model.spec import ModelSpec
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch's own
+
 MIXED = SPARSE.model_copy(update={"num_layers": 4, "sparse": "both"})
 
 
