@@ -10,8 +10,6 @@ from switchcli.model.moe import SwitchLayer
 from switchcli.model.spec import ModelSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
-)  # torch's own
 
 MIXED = SPARSE.model_copy(update={"num_layers": 4, "sparse": "both"})
 
