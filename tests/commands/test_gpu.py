@@ -20,7 +20,7 @@ def switchcli(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "selective"])
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_a_run_trains_saves_and_goes_on(optimizer: str, precision: str, recipe: str) -> None:
     keys = ["train.device=cuda", f"train.precision={precision}", "train.clip_norm=1.0", f"optimizer.kind={optimizer}"]
