@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, *EXPERTS], help="1 is the dense model, of `step`")
+    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -40,8 +42,8 @@ def main() -> None:
     common = {"device": options.device, "threads": options.threads, "rounds": options.rounds}
     print(f"{processor()}, {options.threads} threads, {platform.python_version()}, torch {version('torch')}\n")
     for name in options.sections or SECTIONS:
-        {"ceilings": of_ceilings, "layer": of_layers, "step": of_steps, "parts": of_parts}[name](common)
-        sys.stdout.flush()
+        tables = {"ceilings": of_ceilings, "layer": of_layers, "step": of_steps, "parts": of_parts}
+        tables[name](common, options.precision, options.experts)
 
 
 def run(job: Job) -> Result:
@@ -54,9 +56,9 @@ def run(job: Job) -> Result:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def of_ceilings(common: Job) -> None:
+def of_ceilings(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     rows = []
-    for precision in PRECISIONS:
+    for precision in precisions:
         found = run({"section": "ceilings", **common, "precision": precision})
         speeds = [f"{speed / 1e9:.0f}" for speed in found["flops_per_second"].values()]
         rows.append([precision, *speeds, f"{found['bytes_per_second'] / 1e9:.1f}"])
@@ -64,10 +66,10 @@ def of_ceilings(common: Job) -> None:
     table(heads, rows)
 
 
-def of_layers(common: Job) -> None:
-    for precision in PRECISIONS:
+def of_layers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    for precision in precisions:
         rows = []
-        for experts in EXPERTS:
+        for experts in (size for size in EXPERTS if size in sizes):
             found = run({"section": "layer", **common, "precision": precision, "experts": experts})
             seconds = found["seconds"]
             ours = statistics.median(seconds["this layer"])
@@ -85,12 +87,12 @@ def of_layers(common: Job) -> None:
         table(["experts", *ways, "floor", "this layer over the floor", "kept"], rows)
 
 
-def of_steps(common: Job) -> None:
+def of_steps(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     rows = []
     rounds = {**common, "rounds": 2}
     cases = [(1, 4, "adafactor"), (8, 4, "adafactor"), (8, 4, "adamw"), (128, 2, "adafactor")]
-    for precision in PRECISIONS:
-        for experts, layers, optimizer in cases:
+    for precision in precisions:
+        for experts, layers, optimizer in (case for case in cases if case[0] in sizes):
             job = {"section": "step", **rounds, "precision": precision, "experts": experts, "layers": layers}
             found: dict[str, list[Result]] = {"transformers": [], "switchcli": []}
             for _ in range(max(2, common["rounds"] // 2)):
@@ -114,9 +116,9 @@ def of_steps(common: Job) -> None:
     table([*heads, *(f"{name}, s" for name in who), *(f"{name}, peak GiB" for name in who)], rows)
 
 
-def of_parts(common: Job) -> None:
-    for precision in PRECISIONS:
-        for experts, layers in ((8, 4), (128, 2)):
+def of_parts(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    for precision in precisions:
+        for experts, layers in (case for case in ((8, 4), (128, 2)) if case[0] in sizes):
             job = {"section": "parts", **common, "precision": precision, "experts": experts, "layers": layers}
             found = run(job)
             each = {name: statistics.median(times) for name, times in found["seconds"].items()}
