@@ -89,13 +89,13 @@ def of_layers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> N
 
 def of_steps(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     rows = []
-    rounds = {**common, "rounds": 2}
+    rounds = {**common, "rounds": 3}
     cases = [(1, 4, "adafactor"), (8, 4, "adafactor"), (8, 4, "adamw"), (128, 2, "adafactor")]
     for precision in precisions:
         for experts, layers, optimizer in (case for case in cases if case[0] in sizes):
             job = {"section": "step", **rounds, "precision": precision, "experts": experts, "layers": layers}
             found: dict[str, list[Result]] = {"transformers": [], "switchcli": []}
-            for _ in range(max(2, common["rounds"] // 2)):
+            for _ in range(max(1, common["rounds"] // 2)):
                 for who, results in found.items():
                     results.append(run({**job, "optimizer": optimizer, "who": who}))
             seconds = {who: [second for one in results for second in one["seconds"]] for who, results in found.items()}

@@ -55,9 +55,16 @@ class Clock:
         return found
 
 
-def begin(job: Job) -> tuple[Runtime, Clock]:
+def plain(job: Job) -> torch.device:
+    """The job's device, threads and seed, and nothing of this project's."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
+    cuda = job["device"] == "cuda" or (job["device"] == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def begin(job: Job) -> tuple[Runtime, Clock]:
+    plain(job)
     runtime = Runtime(job["device"], "float32" if job["precision"] == "float32" else "selective")
     return runtime, Clock(runtime.device)
 

@@ -9,7 +9,22 @@ import time
 from itertools import pairwise
 
 import torch
-from machine import BATCH, D_FF, D_MODEL, HEADS, SOURCE, TOKENS, VOCABULARY, Clock, Job, Result, batch, begin, shape
+from machine import (
+    BATCH,
+    D_FF,
+    D_MODEL,
+    HEADS,
+    SOURCE,
+    TOKENS,
+    VOCABULARY,
+    Clock,
+    Job,
+    Result,
+    batch,
+    begin,
+    plain,
+    shape,
+)
 
 from switchcli.model.initialise import initialise
 from switchcli.model.routing import Switch
@@ -26,10 +41,17 @@ from switchcli.train.state import TrainState
 
 
 def step(job: Job) -> Result:
-    """Seconds of each of `rounds` steps after one uncounted, and the most memory that the process has had."""
-    runtime, clock = begin(job)
-    seconds = (our_steps if job["who"] == "switchcli" else their_steps)(job, runtime, clock)
-    if runtime.device.type == "cuda":
+    """Seconds of each of `rounds` steps after one uncounted, and the most memory that the process has had.
+
+    Ours keeps freed memory on a CPU, as any run of it does; theirs has torch as it comes.
+    """
+    if job["who"] == "switchcli":
+        runtime, clock = begin(job)
+        seconds, device = our_steps(job, runtime, clock), runtime.device
+    else:
+        device = plain(job)
+        seconds = their_steps(job, device, Clock(device))
+    if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -69,7 +91,7 @@ def our_model(job: Job, device: torch.device) -> SwitchTransformer:
     return model
 
 
-def their_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
+def their_steps(job: Job, device: torch.device, clock: Clock) -> list[float]:
     """transformers' model and Adafactor (or torch's fused AdamW) in the plainest loop, the gradient's norm included."""
     import transformers
 
@@ -90,7 +112,7 @@ def their_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
     else:
         config = transformers.SwitchTransformersConfig(**keys, **sparse)
         model = transformers.SwitchTransformersForConditionalGeneration(config)
-    model = model.to(runtime.device).train()
+    model = model.to(device).train()
     parameters = list(model.parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -100,11 +122,11 @@ def their_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
         optimizer = transformers.Adafactor(parameters, lr=1e-3, scale_parameter=True, relative_step=False)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-    inputs_BS, targets_BT = batch(runtime.device)
+    inputs_BS, targets_BT = batch(device)
     routed = {"output_router_logits": True} if job["experts"] > 1 else {}
 
     def one() -> None:
-        with runtime.autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=job["precision"] == "bfloat16"):
             loss = model(input_ids=inputs_BS, labels=targets_BT, **routed).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1e9)
