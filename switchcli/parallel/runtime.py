@@ -100,10 +100,11 @@ class Runtime:
         try:
             torch.compile(torch.sin)(torch.ones(1, device=self.device))
         except (TorchDynamoException, OSError) as error:
-            reason = str(error).splitlines()[0]
+            lines = str(error).splitlines()
+            reason = next((line.strip() for line in lines if "Error" in line), lines[0])
             raise RecipeError(
-                f"train.compile: torch.compile does not work here ({reason}): install a C++ compiler such as g++, or "
-                "take train.compile=false"
+                f"train.compile: torch.compile does not work here ({reason}): it wants a C++ compiler such as g++, and no "
+                "space in the path of torch; or take train.compile=false"
             ) from error
         torch._inductor.config.fallback_random = True  # else a compiled run has dropout masks of its own
         compile_dense_parts(model)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("g++") or " " in sys.prefix, reason="torch cannot compile here")
 def test_compiled_it_ends_about_where_it_does_uncompiled(recipe: str, switchcli: SwitchCLI) -> None:
     """In a process of its own: what torch compiles it keeps. Nothing is said but by us, samples are decoded as ever."""
     figures = []
@@ -93,7 +95,7 @@ def test_without_a_compiler_compiling_is_refused_with_the_way_out(
     assert done.code == 2
     assert "train.compile" in done.err
     assert "no g++ here" in done.err
-    assert "take train.compile=false" in done.err
+    assert "or take train.compile=false" in done.err
 
 
 def test_without_json_stdout_is_empty_and_quiet_says_nothing(recipe: str, switchcli: SwitchCLI) -> None:
