@@ -80,7 +80,9 @@ def pretrain(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's folder, one checkpoint's, or a Hugging Face folder.", show_default=False)
+    ],
     texts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),

@@ -8,7 +8,7 @@ import torch
 
 from switchcli.commands.load import load
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import RecipeError
+from switchcli.errors import DataError, RecipeError
 from switchcli.model.generate import greedy
 from switchcli.model.moe import evaluating
 from switchcli.model.routing import Policy
@@ -38,6 +38,7 @@ def generate(
     Raises:
         CheckpointError: as `load`.
         RecipeError: no CUDA device, and one was asked for.
+        DataError: a text that is not UTF-8.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
@@ -48,6 +49,10 @@ def generate(
         if not text.strip():
             yield Answer(text, "")
             continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text is not UTF-8 (at its character {error.start}): convert it first") from error
         ids = [*loaded.tokenizer.encode(text), EOS]
         if len(ids) > longest:
             warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")

@@ -26,7 +26,7 @@ from switchcli.train import checkpoint
 from switchcli.train.lock import lock
 from switchcli.train.run_folder import RunFolder
 
-CHANGEABLE = ("description", "train.steps", "train.device", "log.", "eval.", "checkpoint.")
+CHANGEABLE = ("description", "train.steps", "train.device", "log.", "eval.every_steps", "eval.sequences", "checkpoint.")
 """Keys that may change between two starts of one run: they do not touch what was trained so far."""
 
 

@@ -212,10 +212,10 @@ def bound(found: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError where the sizes in `found`, of the file `path`, are far beyond any model."""
     sizes = {key: value for key in _MOST if type(value := found.get(key)) is int}
     for key, size in sizes.items():
-        if size > _MOST[key]:
+        if not 1 <= size <= _MOST[key]:
             raise CheckpointError(
-                f"{path}: {key}: at most {_MOST[key]:,} (got {reprlib.repr(size)}): take the file that save_pretrained "
-                "wrote"
+                f"{path}: {key}: from 1 to {_MOST[key]:,} (got {reprlib.repr(size)}): take the file that "
+                "save_pretrained wrote"
             )
     blocks = sizes.get("num_layers", 0)
     blocks += sizes.get("num_decoder_layers", blocks)

@@ -121,14 +121,14 @@ def _other_drops(
     """How tokens are dropped here and not there."""
     experts = spec.num_experts
     for stack, router in routers.items():
+        if router.overflow != "position":
+            yield f"overflow ({router.overflow}) of the {stack}'s router: transformers' is position"
         if router.group_sequences > 1:
             yield (
                 f"the {stack}'s router.group_sequences ({router.group_sequences}) share a capacity here; transformers "
                 "counts it in each sequence"
             )
             continue
-        if router.overflow != "position":
-            yield f"overflow ({router.overflow}) of the {stack}'s router: transformers' is position"
         training, evaluation = (router.capacity(length[stack], experts, mode) for mode in _MODES)
         if any(
             router.capacity(tokens, experts, mode) != min(tokens, capacity)

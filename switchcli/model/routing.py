@@ -25,7 +25,7 @@ Policy = Literal["paper", "dropless"]
 on which others are beside it, so that decoding step by step equals teacher forcing. Expert choice keeps its own."""
 Mode = Literal["training", "paper", "dropless"]
 """Training, or an evaluation under one of the policies."""
-Factor = Annotated[float, Field(gt=0.0)]
+Factor = Annotated[float, Field(gt=0.0, le=1e12)]
 
 
 class Routing(NamedTuple):

@@ -103,7 +103,7 @@ class Runtime:
             lines = str(error).splitlines()
             reason = next((line.strip() for line in lines if "Error" in line), lines[0])
             raise RecipeError(
-                f"train.compile: torch.compile does not work here ({reason}): it wants a C++ compiler such as g++, and no "
+                f"train.compile: torch.compile does not work here ({reason}): it wants a C++ compiler, g++ say, and no "
                 "space in the path of torch; or take train.compile=false"
             ) from error
         torch._inductor.config.fallback_random = True  # else a compiled run has dropout masks of its own

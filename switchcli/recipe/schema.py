@@ -3,6 +3,7 @@
 A rule within one spec lives in that spec. Here are those that need two, such as a batch in whole sequences.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -83,9 +84,10 @@ class PretrainRecipe(Spec):
             factors = {"capacity_factor": router.capacity_factor, "eval_capacity_factor": router.eval_capacity_factor}
             for name, factor in factors.items():
                 if not isinstance(factor, str) and group * factor < experts:
+                    least = math.ceil(1000 * experts / group) / 1000
                     yield (
                         f"{key}.{name} ({factor}) gives each of {experts} experts {group * factor / experts:.2g} slots "
-                        f"in a group of {group} tokens of the {stack}: take {experts / group:.2g} or more, for at "
+                        f"in a group of {group} tokens of the {stack}: take {least:g} or more, for at "
                         "least one."
                     )
 

@@ -135,3 +135,9 @@ def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
     command = shlex.join([sys.executable, "-m", "switchcli", "generate", str(run), GAP, GAP]) + " | head -n 0"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_a_text_that_is_not_utf8_is_refused(run: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("generate", run, "x\udcff")
+    assert done.code == 3
+    assert "not UTF-8 (at its character 1)" in done.err

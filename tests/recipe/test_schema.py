@@ -77,7 +77,7 @@ def test_a_dumped_recipe_resolves_to_an_equal_one(recipe, tmp_path):
         (
             ["model.decoder_router={capacity_factor: 0.05}"],
             "model.decoder_router.capacity_factor (0.05) gives each of 8 experts 0.71 slots in a group of 114 tokens "
-            "of the decoder: take 0.07 or more, for at least one.",
+            "of the decoder: take 0.071 or more, for at least one.",
         ),
         (
             ["model.router.eval_capacity_factor=0.01", "model.sparse_decoder_layers=[]"],
