@@ -129,7 +129,7 @@ def test_folders_that_cannot_be_probed(folder: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: weights are probed in float32"),
         ({"num_experts": 10**7}, "config.json: num_experts: from 1 to 16,384 (got 10000000)"),
         ({"hidden_size": 10**400}, "config.json: d_model: from 1 to 131,072 (got 1000"),
-        ({"num_layers": 10**6}, "config.json: num_layers: at most 1,024"),
+        ({"num_layers": 10**6}, "config.json: num_layers: from 1 to 1,024"),
         ({"num_layers": 1024, "num_experts": 16384}, "num_experts (16384) in 1028 blocks: at most 131,072 in all"),
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **changed}))
