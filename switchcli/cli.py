@@ -76,6 +76,7 @@ def pretrain(
         result = pretrain.pretrain(resolved, options)
         if as_json and result:
             print_json(result)
+        ending.leave_rank()
 
 
 @app.command()

@@ -78,7 +78,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
 
 def report(error: str, exit_code: int) -> bool:
     """Leave why this rank ends for the `launch` that started it; False when none did."""
-    if REPORTS not in os.environ:
+    if REPORTS not in os.environ or not is_rank():  # the launcher itself has it too
         return False
     path = Path(os.environ[REPORTS]) / os.environ["RANK"]
     path.write_text(json.dumps([exit_code, error]), encoding="utf-8")

@@ -83,7 +83,11 @@ def test_a_rank_reports_only_to_a_launcher_of_ours(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("SWITCHCLI_REPORTS", raising=False)
     assert not report("why", 3)
     monkeypatch.setenv("SWITCHCLI_REPORTS", str(tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    assert not report("the launcher's own end", 6)
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert report("why", 3)
     assert (tmp_path / "1").read_text() == '[3, "why"]'
 
