@@ -1,7 +1,7 @@
 """Where a training step goes: each kind of part by itself, times how often it occurs, beside the whole."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from machine import BATCH, D_MODEL, SOURCE, TARGET, Job, Result, batch, begin
@@ -9,53 +9,23 @@ from step import our_model
 from torch import nn
 
 from switchcli.model.moe import SwitchLayer
-from switchcli.model.transformer import CrossAttention, FeedForwardPart, ModelOutput, SelfAttention, SwitchTransformer
+from switchcli.model.transformer import Encoded, ModelOutput, SwitchTransformer
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor
+
+
+class Part(NamedTuple):
+    """A kind of part: how often a step has it, and its forward pass on an input of its own."""
+
+    name: str
+    times: int
+    forward: Callable[[], torch.Tensor]
 
 
 def parts(job: Job) -> Result:
     """Forward and backward of each kind of part by itself, times its number; the optimizer, and a whole step beside."""
     runtime, clock = begin(job)
-    model = our_model(job, runtime.device)
-    spec, device = model.spec, runtime.device
-    x_BSD, y_BTD = (torch.randn(BATCH, length, D_MODEL, device=device).requires_grad_() for length in (SOURCE, TARGET))
-    real_BS, real_BT = (torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in (x_BSD, y_BTD))
-    encoded = model.encode(batch(device).inputs_BS)
-    sparse = {stack: len(spec.sparse_layers(stack)) for stack in ("encoder", "decoder")}
-    encoder, decoder = model.encoder, model.decoder
-
-    def first(module: nn.Module, kind: type, sparse: bool) -> Any:
-        found = (part for part in module.modules() if isinstance(part, kind))
-        return next(part for part in found if not isinstance(part, FeedForwardPart) or sparse == is_sparse(part))
-
-    def is_sparse(part: FeedForwardPart) -> bool:
-        return isinstance(part.layer, SwitchLayer)
-
-    def bias(stack: nn.Module, length: int) -> torch.Tensor:
-        return stack.get_submodule("position_bias")(length, length)
-
-    calls = {
-        "encoder self-attention": lambda: first(encoder, SelfAttention, False)(x_BSD, real_BS, bias(encoder, SOURCE))[
-            0
-        ],
-        "decoder self-attention": lambda: first(decoder, SelfAttention, False)(y_BTD, real_BT, bias(decoder, TARGET))[
-            0
-        ],
-        "cross-attention": lambda: cross(first(decoder, CrossAttention, False)),
-        "encoder dense feed-forward": lambda: first(encoder, FeedForwardPart, False)(x_BSD, real_BS)[0],
-        "encoder sparse feed-forward": lambda: first(encoder, FeedForwardPart, True)(x_BSD, real_BS)[0],
-        "decoder dense feed-forward": lambda: first(decoder, FeedForwardPart, False)(y_BTD, real_BT)[0],
-        "decoder sparse feed-forward": lambda: first(decoder, FeedForwardPart, True)(y_BTD, real_BT)[0],
-    }
-    times = dict.fromkeys(calls, spec.num_layers)
-    for stack in ("encoder", "decoder"):
-        times[f"{stack} sparse feed-forward"] = sparse[stack]
-        times[f"{stack} dense feed-forward"] = spec.num_layers - sparse[stack]
-    memory_BSD = encoded.hidden_BSD.detach().requires_grad_()
-
-    def cross(part: CrossAttention) -> torch.Tensor:
-        return part(y_BTD, part.attention.key_value(memory_BSD), encoded.bias_B11S)
+    model, placed = our_model(job, runtime.device), batch(runtime.device)
 
     def both_ways(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def call() -> None:
@@ -66,23 +36,55 @@ def parts(job: Job) -> Result:
 
         return call
 
-    placed = batch(device)
-    optimizer = Adafactor().build(dict(model.named_parameters()))
-    only_loss = lambda: cross_entropy(_Fixed(y_BTD, model), placed).target_sum  # noqa: E731
+    found = [part for part in parts_of(model) if part.times]
     whole = both_ways(lambda: cross_entropy(model, placed).target_sum)
-    todo = {name: both_ways(call) for name, call in calls.items() if times[name]}
-    seconds = clock.in_turn({**todo, "loss over the vocabulary": both_ways(only_loss), "whole": whole}, job["rounds"])
-    whole()
+    calls = {part.name: both_ways(part.forward) for part in found}
+    seconds = clock.in_turn({**calls, "whole": whole}, job["rounds"])
+    whole()  # leaves the gradients of all weights
+    optimizer = Adafactor().build(dict(model.named_parameters()))
     seconds |= clock.in_turn({"Adafactor": lambda: optimizer.step(1e-3)}, job["rounds"])
+    times = {part.name: part.times for part in found}
     return {"seconds": seconds, "times": times, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-class _Fixed(nn.Module):
+def parts_of(model: SwitchTransformer) -> Iterator[Part]:
+    """What a step of `model` is made of; of each kind the first is taken."""
+    device = model.embedding.device
+    x_BSD, y_BTD = (torch.randn(BATCH, length, D_MODEL, device=device).requires_grad_() for length in (SOURCE, TARGET))
+    sides: tuple[tuple[str, nn.Module, torch.Tensor], ...] = (
+        ("encoder", model.encoder, x_BSD),
+        ("decoder", model.decoder, y_BTD),
+    )
+    for name, stack, x in sides:
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
+        blocks: list[Any] = list(stack.get_submodule("blocks").children())
+        attention, bias, length = blocks[0].self_attention, stack.get_submodule("position_bias"), x.shape[1]
+        yield Part(
+            f"{name} self-attention",
+            len(blocks),
+            lambda attention=attention, x=x, real=real, bias=bias, n=length: attention(x, real, bias(n, n))[0],
+        )
+        for kind, sparse in (("dense", False), ("sparse", True)):
+            fed = [b.feed_forward for b in blocks if isinstance(b.feed_forward.layer, SwitchLayer) == sparse]
+            yield Part(f"{name} {kind} feed-forward", len(fed), lambda fed=fed, x=x, real=real: fed[0](x, real)[0])
+    encoded: Encoded = model.encode(batch(device).inputs_BS)
+    memory_BSD = encoded.hidden_BSD.detach().requires_grad_()
+    cross: Any = model.decoder.blocks[0].get_submodule("cross_attention")
+    yield Part(
+        "cross-attention",
+        len(model.decoder.blocks),
+        lambda: cross(y_BTD, cross.attention.key_value(memory_BSD), encoded.bias_B11S),
+    )
+    answered, placed = _Answered(y_BTD, model), batch(device)
+    yield Part("loss over the vocabulary", 1, lambda: cross_entropy(answered, placed).target_sum)
+
+
+class _Answered(nn.Module):
     """A model whose decoder has answered: what is left is the loss."""
 
     def __init__(self, hidden_BTD: torch.Tensor, model: SwitchTransformer) -> None:
         super().__init__()
         self.hidden_BTD, self.model = hidden_BTD, model
 
-    def forward(self, *ids: torch.Tensor) -> Any:
+    def forward(self, *ids: torch.Tensor) -> ModelOutput:
         return ModelOutput(*self.model.vocabulary(self.hidden_BTD), None, (), ())

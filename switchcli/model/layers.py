@@ -1,6 +1,6 @@
 """The plain layers of T5: RMS norm and the dense feed-forward; T5 has no biases.
 
-Legend: B batch, S positions, D model, F hidden, E experts.
+Legend: B batch, S positions, D model, F hidden.
 """
 
 import torch

@@ -48,8 +48,8 @@ class Saver:
         checkpoint.save(
             self._folder,
             state.step,
-            model=self._logical(dict(self._model.named_parameters())),
-            optimizer=self._logical(self._optimizer.state()),
+            model=logical_tensors(self._model),
+            optimizer=logical.split(self._optimizer.state(), self._model.spec.num_experts),
             documents={**self._documents, "state.json": state.to_json(window)},
         )
         checkpoint.prune(self._folder, self._settings.keep_last, keep_best=self._settings.keep_best)
@@ -76,9 +76,6 @@ class Saver:
         self._optimizer.load(logical.join(found.read("optimizer", logical.split(slots, experts)), experts))
         state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.is_main)
         return True
-
-    def _logical(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return logical.split({name: tensor.detach() for name, tensor in named.items()}, self._model.spec.num_experts)
 
 
 def preflight(

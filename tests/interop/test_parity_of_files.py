@@ -42,15 +42,7 @@ THEIRS: dict[str, Callable[[], torch.nn.Module]] = {
     "Switch, encoder alone": lambda: theirs.switch(num_sparse_decoder_layers=3),
     "Switch, by a step": lambda: theirs.switch(num_layers=5, encoder_sparse_step=2, num_sparse_encoder_layers=3),
 }
-OURS = {
-    "vocab_size": theirs.VOCABULARY,
-    "d_model": 24,
-    "d_kv": 5,
-    "d_ff": 40,
-    "num_layers": 4,
-    "num_decoder_layers": 2,
-    "num_heads": 4,
-}
+OURS = {key: size for key, size in theirs.SHAPE.items() if key in ModelSpec.model_fields}
 
 
 def opened(folder: Path) -> Loaded:

@@ -1,5 +1,7 @@
 """Adafactor against its formula, one tensor and one expert at a time, and against transformers; AdamW against torch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -93,11 +95,9 @@ def test_in_slices_of_any_size_each_expert_moves_by_the_formula(
     torch.testing.assert_close(parameter.detach(), torch.stack(expected), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("least", [1, 999], ids=["factored", "whole"])
-def test_an_expert_in_a_slice_of_its_own_moves_bit_by_bit_as_alone(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.train.optimizer.CPU_SLICE", 140 * 129)
-    spec, shape = Adafactor(min_dim_to_factor=least), (3, 140, 129)
-    stacked = parameters({"layer.experts.wi": shape})
+def together_and_alone(spec: OptimizerSpec) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each of three experts after updates in one stacked weight, and after the same ones as a weight of its own."""
+    stacked = parameters({"layer.experts.wi": (3, 140, 129)})
     alone = [torch.nn.Parameter(weight.clone()) for weight in stacked["layer.experts.wi"].detach()]
     drawn = gradients(stacked["layer.experts.wi"])
     run(spec.build(stacked), rates())
@@ -106,7 +106,14 @@ def test_an_expert_in_a_slice_of_its_own_moves_bit_by_bit_as_alone(least: int, m
         for gradient, rate in zip(drawn, rates(), strict=True):
             parameter.grad = gradient[expert].clone()
             optimizer.step(rate)
-        assert torch.equal(stacked["layer.experts.wi"][expert], parameter)
+        yield stacked["layer.experts.wi"][expert], parameter
+
+
+@pytest.mark.parametrize("least", [1, 999], ids=["factored", "whole"])
+def test_an_expert_in_a_slice_of_its_own_moves_bit_by_bit_as_alone(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.train.optimizer.CPU_SLICE", 140 * 129)
+    for together, alone in together_and_alone(Adafactor(min_dim_to_factor=least)):
+        assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("shape", [(130, 200), (7, 5), (40,)])
@@ -125,17 +132,8 @@ def test_adafactor_equals_transformers(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("spec", [Adafactor(), Adafactor(min_dim_to_factor=1), AdamW(weight_decay=0.1)])
 def test_experts_that_share_a_tensor_do_not_know_of_one_another(spec: OptimizerSpec) -> None:
-    shape = (3, 140, 129)
-    stacked = parameters({"layer.experts.wi": shape})
-    alone = [torch.nn.Parameter(weight.clone()) for weight in stacked["layer.experts.wi"].detach()]
-    drawn = gradients(stacked["layer.experts.wi"])
-    run(spec.build(stacked), rates())
-    for expert, parameter in enumerate(alone):
-        optimizer = spec.build({"layer.wi": parameter})
-        for gradient, rate in zip(drawn, rates(), strict=True):
-            parameter.grad = gradient[expert].clone()
-            optimizer.step(rate)
-        torch.testing.assert_close(stacked["layer.experts.wi"][expert], parameter, rtol=1e-6, atol=1e-7)
+    for together, alone in together_and_alone(spec):
+        torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-7)
 
 
 @given(
