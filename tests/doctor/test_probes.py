@@ -213,6 +213,15 @@ def test_a_trained_router_may_be_confident_but_not_certain() -> None:
     assert findings(subject)["router confidence"].verdict == "warn"
 
 
+def test_drawn_tokens_that_a_trained_model_drops_are_a_warning() -> None:
+    """It was trained on text: what it does with drawn ones, its routers having specialised, is no verdict."""
+    subject = ours(router={**SWITCH, "capacity_factor": 0.3, "eval_capacity_factor": 0.3})
+    assert findings(subject)["dropped tokens"].verdict == "fail"
+    subject.initialised = False
+    found = findings(subject)["dropped tokens"]
+    assert (found.verdict, "on real text" in found.advice) == ("warn", True)
+
+
 def test_the_figures_are_those_of_a_direct_measurement() -> None:
     """The first sparse layer's mean top probability and balance, from the layer's input and eq. 4 to 6 by hand."""
     subject = ours(sparse_encoder_layers=[0], sparse_decoder_layers=[])
