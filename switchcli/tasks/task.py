@@ -3,7 +3,7 @@
 A task is a value and holds no data. A family of tasks is one file beside this one; `library` names them all.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,11 +63,30 @@ class Source(NamedTuple):
     """Where `validation` is None: how many rows are left to train on, of a whole set; nine tenths of a smaller one."""
 
 
+class Files(NamedTuple):
+    """A task of a user's own: JSON Lines, by paths or globs."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def paths(self, split: str) -> tuple[str, ...]:
+        return self._asdict()[split]
+
+
+class Embedded(NamedTuple):
+    """Rows that are here already, by split: no download."""
+
+    rows: Callable[[str], Iterator[Row]]
+    fingerprint: Callable[[], str]
+    """Changes when the rows may have."""
+
+
 class Task(NamedTuple):
     """One task of the suite."""
 
     name: str
-    source: Source
+    source: Source | Files | Embedded
     columns: tuple[str, ...]
     """Those that `examples` reads."""
     examples: Callable[[Row, Purpose], Iterable[Example]]
