@@ -75,11 +75,11 @@ class Files(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Rows that are here already, by split: no download."""
+    """Rows that the program makes by itself, with nothing to download: a split to train on, and one to validate on."""
 
-    rows: Callable[[str], Iterator[Row]]
+    rows: Callable[[Literal["train", "validation"]], Iterator[Row]]
     fingerprint: Callable[[], str]
-    """Changes when the rows may have."""
+    """What the rows depend on: as long as it stays the same, so do they."""
 
 
 class Task(NamedTuple):
@@ -98,3 +98,5 @@ class Task(NamedTuple):
     """That score for answers drawn at random: uniform over the labels, 0 where answers are free text."""
     labels: tuple[str, ...] = ()
     """All that a right answer can be; empty for free text."""
+    beside: tuple[Metric, ...] = ()
+    """Reported too, and of no weight in the task's score: F1 beside SQuAD's exact match."""
