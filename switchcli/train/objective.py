@@ -10,6 +10,7 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.model.layers import compute_dtype
+from switchcli.model.packing import segments_of
 from switchcli.model.transformer import ModelOutput
 from switchcli.spec import PAD
 from switchcli.train.health import routing_metrics
@@ -37,9 +38,17 @@ class Objective(Protocol):
 
 def cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
     """Cross-entropy of each real target given the inputs and the targets before it, in float32."""
-    output: ModelOutput = model(batch.inputs_BS, batch.targets_BT)
-    target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, batch.targets_BT.flatten())
-    num_targets = (batch.targets_BT != PAD).sum()
+    return _loss_of(model(batch.inputs_BS, batch.targets_BT), batch.targets_BT)
+
+
+def packed_cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
+    """The same where rows are packed (model/packing.py): of each example as if it were alone in its row."""
+    return _loss_of(model(*batch, segments_of(*batch)), batch.targets_BT)
+
+
+def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
+    target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, targets_BT.flatten())
+    num_targets = (targets_BT != PAD).sum()
     auxiliary = target_sum.new_zeros(()) if output.auxiliary is None else output.auxiliary
     metrics = {"neg_log_perplexity": Mean(-target_sum.detach(), num_targets), **routing_metrics(output)}
     return StepLoss(target_sum, auxiliary, metrics)
