@@ -72,15 +72,14 @@ class TaskStream:
         turn_R, place_R = np.divmod(step * self._batch_rows + np.arange(first, first + count), self._end[-1])
         place_R = self._shuffled(int(self._end[-1]), turn_R, place_R, TURNS)
         task_R = np.searchsorted(self._end, place_R, side="right")
-        inputs, targets = (np.empty((count, length), dtype=np.int64) for length in self._tasks[0].lengths)
+        row_R = np.empty_like(place_R)
         for task in np.unique(task_R):
             mine = task_R == task
-            packed, each_turn = self._tasks[task], self._turn[task]
+            each_turn, num_rows = self._turn[task], self._tasks[task].num_rows
             nth_R = turn_R[mine] * each_turn + place_R[mine] - (self._end[task] - each_turn)
-            epoch_R, row_R = np.divmod(nth_R, packed.num_rows)
-            rows_R = self._shuffled(packed.num_rows, epoch_R, row_R, TASKS + int(task))
-            inputs[mine], targets[mine] = packed.rows(rows_R)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+            epoch_R, nth_R = np.divmod(nth_R, num_rows)
+            row_R[mine] = self._shuffled(num_rows, epoch_R, nth_R, TASKS + int(task))
+        return _gathered(self._tasks, task_R, row_R)
 
     def _shuffled(
         self, size: int, round_R: NDArray[np.int64], place_R: NDArray[np.int64], purpose: int
@@ -98,6 +97,32 @@ class TaskStream:
             if len(self._orders) > _KEPT_ORDERS:
                 self._orders.popitem(last=False)
         return self._orders[number, purpose]
+
+
+class InTurn:
+    """Every row of several packed tasks once, in an order that is the same each time: for evaluation."""
+
+    def __init__(self, tasks: Sequence[Packed]) -> None:
+        self._tasks = tuple(tasks)
+        self._end = np.cumsum([packed.num_rows for packed in tasks])
+        self.num_rows = int(self._end[-1])
+        self._order = permutation(self.num_rows, 0, 0, TURNS)
+
+    def rows(self, first: int, count: int) -> Batch:
+        place_R = self._order[first : first + count]
+        task_R = np.searchsorted(self._end, place_R, side="right")
+        return _gathered(
+            self._tasks, task_R, place_R - (self._end - [packed.num_rows for packed in self._tasks])[task_R]
+        )
+
+
+def _gathered(tasks: Sequence[Packed], task_R: NDArray[np.int64], row_R: NDArray[np.int64]) -> Batch:
+    """A batch of the rows of several tasks."""
+    inputs, targets = (np.empty((len(row_R), length), dtype=np.int64) for length in tasks[0].lengths)
+    for task in np.unique(task_R):
+        mine = task_R == task
+        inputs[mine], targets[mine] = tasks[task].rows(row_R[mine])
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
 def _shared_out(shares: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.int64]:

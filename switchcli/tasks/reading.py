@@ -1,6 +1,5 @@
 """Reading a task: the rows of a split, from the hub or from a folder of JSON Lines with the hub's columns."""
 
-import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -42,10 +41,12 @@ def fingerprint(task: Task, split: Split, folder: str | None) -> str:
     return files_fingerprint([_file(source, part, folder) for part in (source.train, _split(source, split)) if part])
 
 
-def trains(task: Task) -> bool:
-    """Whether there is a split to train on; the others are for evaluation alone."""
+def has(task: Task, split: Split) -> bool:
+    """Whether the task has such a split: some are for evaluation alone, or for training."""
     source = task.source
-    return bool(source.train) if isinstance(source, Source | Files) else True
+    if isinstance(source, Embedded):
+        return split != "test"
+    return bool(source.paths(split) if isinstance(source, Files) else _split(source, split))
 
 
 def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> Iterator[Example]:
@@ -68,6 +69,8 @@ def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) ->
 def _rows(task: Task, split: Split, folder: str | None) -> Iterator[tuple[str, Row]]:
     source = task.source
     if isinstance(source, Embedded):
+        if split == "test":
+            raise DataError(f"tasks: {task.name} has no test split: score it on validation")
         yield from ((f"{task.name} row {number}", row) for number, row in enumerate(source.rows(split)))
     elif isinstance(source, Files):
         paths = source.paths(split)
@@ -111,11 +114,3 @@ def _file(source: Source, split: str, folder: str) -> Path:
     if not path.is_file():
         raise DataError(f"{path}: no such file: data.folder holds a set as FOLDER/{source.folder}/{split}.jsonl")
     return path
-
-
-def digest(found: list[Example]) -> str:
-    """A digest of examples: the same texts have the same on any machine."""
-    state = hashlib.sha256()
-    for example in found:
-        state.update(repr(tuple(example)).encode("utf-8", "surrogatepass"))
-    return state.hexdigest()

@@ -85,6 +85,14 @@ def score(task: Task, answered: Sequence[Answered], draws: int = 1000, seed: int
     )
 
 
+def is_right(task: Task, answer: Answered) -> bool:
+    """Whether an answer by itself is right: by the task's accuracy or exact match, else if it equals a target."""
+    exact = next((metric for metric in (*task.metrics, *task.beside) if metric.name in ("accuracy", "em")), None)
+    if exact is None:
+        return answer.prediction.strip() in answer.example.targets
+    return exact.combine(exact.measure([answer])) == 100.0
+
+
 def _combined(
     metrics: Sequence[Metric], numbers: Sequence[NDArray[np.float64]], units: NDArray[np.int64] | slice = slice(None)
 ) -> list[float]:

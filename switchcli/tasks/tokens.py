@@ -71,6 +71,8 @@ class Scored(NamedTuple):
     inputs: TokenStore
     packed: Packed
     """Inputs and first targets of those that have a target, for the cross-entropy."""
+    answers: TokenStore
+    """The first target of each, empty where it is secret."""
 
     @property
     def num_cut(self) -> int:
@@ -84,10 +86,11 @@ class Scored(NamedTuple):
 
     def padded(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [B, S]: these examples' inputs, cut to the model's length, S a multiple of BUCKET."""
-        longest = int(np.diff(self.inputs.offsets)[numbers].max())
-        length = min(self.packed.lengths.inputs, -(-longest // BUCKET) * BUCKET)
-        rows = packed_as(self.inputs, self.inputs, Lengths(length, length), [[int(number)] for number in numbers])
-        return rows.rows(np.arange(len(numbers)))[0]
+        return _padded(self.inputs, numbers, self.packed.lengths.inputs)
+
+    def targets(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [B, T]: their first targets in the same way."""
+        return _padded(self.answers, numbers, self.packed.lengths.targets)
 
 
 def scored(
@@ -97,10 +100,20 @@ def scored(
     found = examples(task, split, "scoring", folder)
     if limit is not None and limit < len(found):
         found = [found[number] for number in np.sort(permutation(len(found), 0, 0, 0)[:limit])]
-    labelled = [one for one in found if one.targets]
-    texts = [one.input for one in found], [one.input for one in labelled], [one.targets[0] for one in labelled]
-    inputs, asked, targets = (store_of(tokenizer.encode_batch(each)) for each in texts)
-    return Scored(task, tuple(found), inputs, pack(asked, targets, lengths, 0))
+    asked = tokenizer.encode_batch([one.input for one in found])
+    answers = tokenizer.encode_batch([one.targets[0] if one.targets else "" for one in found])
+    labelled = [number for number, one in enumerate(found) if one.targets]
+    known = [store_of(ids[number] for number in labelled) for ids in (asked, answers)]
+    packed = pack(known[0], known[1], lengths, 0)
+    return Scored(task, tuple(found), store_of(asked), packed, store_of(answers))
+
+
+def _padded(store: TokenStore, numbers: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    longest = int(np.diff(store.offsets)[numbers].max())
+    length = min(most, -(-longest // BUCKET) * BUCKET)
+    return packed_as(store, store, Lengths(length, length), [[int(one)] for one in numbers]).rows(
+        np.arange(len(numbers))
+    )[0]
 
 
 def _first_target(task: Task, example: Example) -> str:
