@@ -24,11 +24,11 @@ ROWS: list[tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = [
         {
             "id": "1",
             "title": "Warsaw",
-            "context": "\tNearby, in Ogród Saski (the Saxon\u00a0Garden), from 1870\u20131939.\n",
+            "context": "\tNearby, in Ogród Saski (the Saxon\u00a0Garden), 1870\u20131939.\n",
             "question": "Where's  it?",
             "answers": {"text": ["Ogród Saski", " Ogród  Saski", "the Saxon Garden), "], "answer_start": [11, 11, 24]},
         },
-        "question: Where ' s it ? context: Nearby , in Ogr ó d Saski ( the Saxon \u00a0 Garden ) , from 1870 \u2013 1939 .",
+        "question: Where ' s it ? context: Nearby , in Ogr ó d Saski ( the Saxon \u00a0 Garden ) , 1870 \u2013 1939 .",
         ("Ogr ó d Saski", "the Saxon Garden ) ,"),
     ),
     (
