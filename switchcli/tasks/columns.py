@@ -47,5 +47,5 @@ def asked(question: str, targets: tuple[str, ...], purpose: Purpose) -> Iterator
 
 def _kind(found: object) -> str:
     if isinstance(found, list | tuple):
-        return f"a list of {', '.join(sorted({_kind(each) for each in found})) or 'nothing'}"
-    return "empty (null)" if found is None else f"of the kind {type(found).__name__}"
+        return f"a list of {', '.join(sorted({type(each).__name__ for each in found})) or 'nothing'}"
+    return "empty (null)" if found is None else f"of type {type(found).__name__}"

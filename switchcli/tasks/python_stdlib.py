@@ -9,7 +9,7 @@ import ast
 import hashlib
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,8 @@ from switchcli.tasks.task import Embedded, Example, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, rouge1, rouge2, rouge_lsum
 
 Split = Literal["train", "validation"]
+Named = tuple[str, Row]
+"""A row and the qualified name of what it is made of."""
 HELD_OUT = 0.1
 ALIKE_WORDS = 8
 """Texts with the same first words are alike."""
@@ -43,15 +45,18 @@ _NAMES = re.compile("|".join(sorted(MODULES, key=len, reverse=True)), re.IGNOREC
 
 def module_rows(split: Split) -> Iterator[Row]:
     """Columns `module` and `docstring`, in order of file and place."""
+    return _of(split, _modules())
+
+
+def _modules() -> Iterator[Named]:
     root, seen = library_root(), set[str]()
     for path in module_paths(root):
         module = _top_level(path.relative_to(root))
         if module not in MODULES:
             continue
         for name, _, docstring in documented(parse(path.read_bytes())):
-            new = len(docstring.split()) >= MIN_WORDS and _is_new(seen, _start(without_names(docstring)))
-            if new and _is_of(split, path.relative_to(root), name):
-                yield {"module": module, "docstring": docstring}
+            if len(docstring.split()) >= MIN_WORDS and _is_new(seen, _start(without_names(docstring))):
+                yield _name(root, path, name), {"module": module, "docstring": docstring}
 
 
 def without_names(docstring: str) -> str:
@@ -82,17 +87,21 @@ def docstring_rows(split: Split) -> Iterator[Row]:
 
     Only where the docstring's first line is a whole paragraph, and where no other docstring stands in the source.
     """
+    return _of(split, _functions())
+
+
+def _functions() -> Iterator[Named]:
     root, seen = library_root(), set[str]()
     for path in module_paths(root):
-        lines = source_text(path).split("\n")
+        lines = source_text(path).replace("\r", "\n").split("\n")
         for name, node, docstring in documented(parse(path.read_bytes())):
             summary, _, rest = docstring.partition("\n")
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or rest.split("\n")[0].strip():
                 continue
             source, body = _without_docstring(node, lines)
             fits = body and len(source) <= MAX_SOURCE and len(summary.split()) >= MIN_WORDS and summary not in source
-            if fits and _is_new(seen, _start(summary), body) and _is_of(split, path.relative_to(root), name):
-                yield {"source": source, "summary": summary.strip()}
+            if fits and _is_new(seen, _start(summary), body):
+                yield _name(root, path, name), {"source": source, "summary": summary.strip()}
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str]:
@@ -127,8 +136,12 @@ def _is_new(seen: set[str], *keys: str) -> bool:
     return new
 
 
-def _is_of(split: Split, path: Path, name: str) -> bool:
-    return is_held_out(f"{path.as_posix()} {name}", HELD_OUT) == (split == "validation")
+def _name(root: Path, path: Path, name: str) -> str:
+    return f"{path.relative_to(root).as_posix()} {name}"
+
+
+def _of(split: Split, found: Iterable[Named]) -> Iterator[Row]:
+    return (row for name, row in found if is_held_out(name, HELD_OUT) == (split == "validation"))
 
 
 def _fingerprint() -> str:

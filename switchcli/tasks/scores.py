@@ -1,7 +1,7 @@
 """Scores: what a task's answers are worth, how sure that is, and what answering without a model would be worth.
 
-All figures are per cent, but for those metrics that go below 0. The intervals tell the spread from the choice of
-examples, and not that from the seed of a training.
+All figures go to 100: shares from 0, correlations from -100. The intervals tell the spread from the choice of examples,
+and not that from the seed of a training.
 """
 
 from collections import Counter
