@@ -13,6 +13,7 @@ from switchcli.commands.run import machine, program
 from switchcli.data.batch import Batch
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import Interrupted
+from switchcli.model.groups import trainable
 from switchcli.model.initialise import initialise
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
@@ -78,7 +79,7 @@ class Training:
         with torch.device("meta"):
             model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
         self.model = model.to_empty(device=runtime.device)
-        self.optimizer = recipe.optimizer.build(dict(self.model.named_parameters()))
+        self.optimizer = recipe.optimizer.build(trainable(self.model))
         preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint)
         self.text = text()
         documents = {
