@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from switchcli.data.spec import DataSpec, TextSpec
-from switchcli.model.groups import Group
+from switchcli.model.groups import Group, check
 from switchcli.model.routing import Policy
 from switchcli.model.spec import ModelSpec
 from switchcli.recipe.sizes import CUSTOM, SIZES
@@ -94,8 +94,10 @@ class FinetuneRecipe(TrainingRecipe):
                 f"eval.every_steps ({evaluate}) must be a multiple of checkpoint.save_every_steps ({save}), so that "
                 f"the best checkpoint of each task is there to be kept: try checkpoint.save_every_steps={evaluate}."
             )
-        if self.update == "expert" and self.model.num_experts == 1:
-            yield "update (expert): the model is dense and has no experts: take update=all."
+        try:
+            check(self.model, self.update)
+        except ValueError as error:
+            yield f"update ({self.update}): {error}"
 
 
 class EvalRecipe(Spec):

@@ -7,10 +7,11 @@ import torch
 from tiny import DENSE, NOISY, SPARSE, a_model, rows
 
 from switchcli.errors import CheckpointError
+from switchcli.model.groups import Group, freeze, members, trainable
 from switchcli.model.spec import ModelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
-from switchcli.train import checkpoint
+from switchcli.train import checkpoint, logical
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
@@ -25,9 +26,18 @@ DOCUMENTS = {DATA: b"{}", "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": 
 
 
 class Parts:
-    def __init__(self, folder: Path, spec: ModelSpec, optimizer: OptimizerSpec, seed: int, data: bytes = b"{}") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        optimizer: OptimizerSpec,
+        seed: int,
+        data: bytes = b"{}",
+        group: Group = "all",
+    ) -> None:
         self.model = a_model(spec, seed)
-        self.optimizer = optimizer.build(dict(self.model.named_parameters()))
+        freeze(self.model, group)
+        self.optimizer = optimizer.build(trainable(self.model))
         self.runtime = Runtime("cpu", "float32")
         self.state = TrainState()
         settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False)
@@ -68,21 +78,52 @@ def assert_equal(one: Parts, other: Parts) -> None:
 @pytest.mark.parametrize(
     "optimizer", [Adafactor(min_dim_to_factor=8), Adafactor(), AdamW()], ids=["factored", "adafactor", "adamw"]
 )
-@pytest.mark.parametrize("spec", [NOISY, DENSE, GEGLU], ids=["sparse", "dense", "geglu"])
+@pytest.mark.parametrize(
+    ("spec", "group"),
+    [
+        (NOISY, "all"),
+        (DENSE, "all"),
+        (GEGLU, "all"),
+        (NOISY, "non_expert"),
+        (NOISY, "expert"),
+        (GEGLU, "dense_feed_forward"),
+    ],
+)
 def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
-    spec: ModelSpec, optimizer: OptimizerSpec, tmp_path: Path
+    spec: ModelSpec, group: Group, optimizer: OptimizerSpec, tmp_path: Path
 ) -> None:
-    before = Parts(tmp_path, spec, optimizer, seed=0)
+    before = Parts(tmp_path, spec, optimizer, seed=0, group=group)
     before.train(2)
     before.state.held_out_neg_log_perplexity = -1.25
     before.saver.save(before.state)
-    after = Parts(tmp_path, spec, optimizer, seed=1)
+    after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
     assert after.saver.restore(after.state, unexpected)
     assert_equal(before, after)
     assert after.state.seconds == before.state.seconds
     before.train(4)
     after.train(4)
     assert_equal(before, after)
+
+
+@pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
+def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(group: Group, tmp_path: Path) -> None:
+    parts = Parts(tmp_path, NOISY, AdamW(), seed=0, group=group)
+    parts.train(2)
+    parts.saver.save(parts.state)
+    learning, start = members(parts.model, group), a_model(NOISY, seed=0)
+    for name, parameter in start.named_parameters():
+        assert torch.equal(parameter, parts.model.get_parameter(name)) != (name in learning), name
+    found = checkpoint.find(tmp_path, unexpected)
+    assert found is not None
+    fill(start, found.read("model", logical_tensors(start)))
+    for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    slots = logical.split(parts.optimizer.state(), NOISY.num_experts)
+    assert found.read("optimizer", slots).keys() == slots.keys()
+    assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
+    other = Parts(tmp_path, NOISY, AdamW(), seed=0)
+    with pytest.raises(CheckpointError, match=r"optimizer: .*the checkpoint has nothing of that name"):
+        other.saver.restore(other.state, unexpected)
 
 
 def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
