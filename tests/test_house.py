@@ -44,6 +44,7 @@ ROOMS = {
 }
 PACKAGES_OF_ONE_FILE = {
     "switchcli/data/batch.py": "torch",
+    "switchcli/data/mixture.py": "torch",
     "switchcli/data/stream.py": "torch",
     "switchcli/data/corpus.py": "datasets",
     "switchcli/data/tokenizer.py": "huggingface_hub",

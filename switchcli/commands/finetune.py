@@ -16,7 +16,7 @@ from switchcli.data.mixture import InTurn, TaskStream
 from switchcli.data.packing import Lengths
 from switchcli.data.prepare import default_cache
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import DataError, RecipeError
+from switchcli.errors import CheckpointError, DataError, RecipeError
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
@@ -31,7 +31,7 @@ from switchcli.train import checkpoint, memory
 from switchcli.train.objective import packed_cross_entropy
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
-from switchcli.train.saver import carry, fill
+from switchcli.train.saver import carry_over, fill
 
 START = "start.checkpoint"
 NEW = ("size", "dropout", "expert_dropout", "router", "decoder_router", "balance_reduction", "init_scale")
@@ -122,8 +122,13 @@ def _check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
 def _begin(recipe: FinetuneRecipe, start: Opened | None, model: SwitchTransformer, optimizer: Optimizer) -> None:
     assert start is not None, "a run that has begun restores its own"
     fill(model, start.weights())
-    if recipe.start.optimizer == "carry":
-        carry(optimizer, start.own, model, start.path)
+    if recipe.start.optimizer == "reset":
+        return
+    if start.own is None:
+        raise CheckpointError(
+            f"{start.path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
+        )
+    carry_over(optimizer, start.own, model.spec.num_experts)
 
 
 def _text(recipe: FinetuneRecipe, start: Opened | None, folder: RunFolder, runtime: Runtime, console: Console) -> Text:

@@ -100,7 +100,3 @@ def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
     return logical.split(
         {name: parameter.detach() for name, parameter in model.named_parameters()}, model.spec.num_experts
     )
-
-
-def carry(optimizer, own, model, path):
-    pass

@@ -1,12 +1,13 @@
 """Scoring a model on tasks: it answers every example, the ranks share the batches, and each of them has all answers.
 
 A batch is the same whatever the number of ranks, so the answers are too.
+
+Legend: B batch, S source, T target, X examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -64,7 +65,7 @@ class Answering:
         """Every example with the model's answer, in order; the same on every rank."""
         runtime, decoding = self._runtime, self._settings.decoding
         batches = list(exam.batches(self._settings.batch_examples))
-        tokens = np.zeros((len(exam.examples), decoding.max_tokens), dtype=np.int32)
+        tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=runtime.device)
         rounds = -(-len(batches) // runtime.world)
         with evaluating(self._model, self._capacity), runtime.uncompiled(), runtime.autocast():
             for turn in range(rounds):
@@ -72,10 +73,10 @@ class Answering:
                 # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.
                 numbers = batches[min(mine, len(batches) - 1)]
                 inputs_BS = runtime.place(torch.from_numpy(exam.padded(numbers)))
-                answers = generate(self._model, inputs_BS, decoding, all_done=self._all_done).cpu().numpy()
+                answers_BT = generate(self._model, inputs_BS, decoding, all_done=self._all_done)
                 if mine < len(batches):
-                    tokens[numbers, : answers.shape[1]] = answers
-        everything = runtime.all_reduce(torch.from_numpy(tokens).to(runtime.device)).tolist()
+                    tokens_XT[torch.from_numpy(numbers), : answers_BT.shape[1]] = answers_BT.int()
+        everything = runtime.all_reduce(tokens_XT).tolist()
         decode = self._tokenizer.decode
         return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
 
@@ -121,7 +122,7 @@ class Exams(Hook):
 def figures_of(scores: Mapping[str, Scores]) -> dict[str, float]:
     """Each task's score, and their average, by name; nothing of tasks whose answers are secret."""
     each = {f"tasks/{name}": one.score.value for name, one in scores.items() if one.score is not None}
-    return {**each, AVERAGE: float(np.mean(list(each.values())))} if each else {}
+    return {**each, AVERAGE: sum(each.values()) / len(each)} if each else {}
 
 
 def suites_of(scores: Mapping[str, Scores]) -> dict[str, float]:
