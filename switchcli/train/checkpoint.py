@@ -45,6 +45,7 @@ Group = Literal["model", "optimizer"]
 STEP: Final = re.compile(r"step-\d{8,}")
 """Names that a checkpoint of that very step alone may bear."""
 _MAX_FILE_BYTES: Final = 1 << 31
+_WAY_OUT: Final = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
 _ELSEWHERE: Final = "give another folder by --out; checkpoints already saved are untouched."
 
 
@@ -71,33 +72,42 @@ class Checkpoint:
         """A document that was given to `save`."""
         return self.manifest.read(self.path, name)
 
-    def read(self, group: Group, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def kinds(self, group: Group) -> dict[str, tensor_file.Kind]:
+        """Dtype and shape of every tensor of a group, by its logical name; nothing but headers is read."""
+        return {name: kind for kinds in self._files(group).values() for name, kind in kinds.items()}
+
+    def read(
+        self, group: Group, wanted: Mapping[str, Tensor], *, some: bool = False, way_out: str = _WAY_OUT
+    ) -> dict[str, Tensor]:
         """The tensors of a group, on the CPU, under the logical names of `wanted`.
 
         `wanted` gives names, dtypes and shapes (tensors on `meta` will do). Nothing is read unless they are exactly the
-        checkpoint's: CheckpointError names the first that differs.
+        checkpoint's: CheckpointError names the first that differs, and `way_out`. With `some` it may hold others too.
         """
-        held: dict[str, tensor_file.Kind] = {}
-        place: dict[str, list[str]] = {}
+        files = self._files(group)
+        held = {name: kind for kinds in files.values() for name, kind in kinds.items() if name in wanted or not some}
+        difference = _difference(group, held, wanted)
+        if difference is not None:
+            raise CheckpointError(f"{self.path}: {group}: {difference}: {way_out}")
+        tensors: dict[str, Tensor] = {}
+        for name, kinds in files.items():
+            tensors.update(tensor_file.read(self.path / name, [key for key in kinds if key in held]))
+        return {key: tensors[key] for key in wanted}
+
+    def _files(self, group: Group) -> dict[str, dict[str, tensor_file.Kind]]:
+        """What each file of a group holds; no tensor twice."""
+        files: dict[str, dict[str, tensor_file.Kind]] = {}
+        seen: set[str] = set()
         for name in self.manifest.names():
             if name.startswith(f"{group}-") and name.endswith(".safetensors"):
                 try:
-                    kinds = tensor_file.read_kinds(self.path / name)
+                    files[name] = tensor_file.read_kinds(self.path / name)
                 except ValueError as error:
                     raise DamagedError(self.path / name, "header", str(error)) from error
-                if kinds.keys() & held.keys():
-                    raise DamagedError(
-                        self.path / name, "header", f"holds {min(kinds.keys() & held.keys())}, as another file does"
-                    )
-                held.update(kinds)
-                place[name] = list(kinds)
-        difference = _difference(group, held, wanted)
-        if difference is not None:
-            raise CheckpointError(f"{self.path}: {group}: {difference}")
-        tensors: dict[str, Tensor] = {}
-        for name, keys in place.items():
-            tensors.update(tensor_file.read(self.path / name, keys))
-        return {key: tensors[key] for key in wanted}
+                if twice := files[name].keys() & seen:
+                    raise DamagedError(self.path / name, "header", f"holds {min(twice)}, as another file does")
+                seen |= files[name].keys()
+        return files
 
 
 def path(folder: Path, step: int) -> Path:
@@ -282,19 +292,18 @@ def _free_name(path: Path) -> Path:
 
 
 def _difference(group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapping[str, Tensor]) -> str | None:
-    """The first way in which a checkpoint is not of the model's architecture, and the way out."""
-    way_out = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
+    """The first way in which a checkpoint is not of the model's architecture."""
     have, want = expert_numbers(held), expert_numbers(wanted)
     if group == "model" and have != want:
-        return f"num_experts: the checkpoint has {_experts(have)}, the recipe {_experts(want)}: {way_out}"
+        return f"num_experts: the checkpoint has {_experts(have)}, the recipe {_experts(want)}"
     for name, tensor in wanted.items():
         kind = tensor_file.kind_of(tensor)
         if held.get(name) != kind:
             have_kind = held.get(name, "nothing of that name")
-            return f"{name}: the checkpoint has {have_kind}, the recipe wants {kind}: {way_out}"
+            return f"{name}: the checkpoint has {have_kind}, the recipe wants {kind}"
     for name in held:
         if name not in wanted:
-            return f"{name}: the checkpoint has {held[name]}, the recipe wants nothing of that name: {way_out}"
+            return f"{name}: the checkpoint has {held[name]}, the recipe wants nothing of that name"
     return None
 
 

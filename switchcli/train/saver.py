@@ -88,6 +88,26 @@ def preflight(
     runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
 
 
+def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, num_experts: int) -> None:
+    """Fill the optimizer of a run that begins with the weights of `found` from the optimizer's state there.
+
+    The checkpoint may hold the state of more parameters than learn now.
+
+    Raises:
+        CheckpointError: it has no such state, or that of another optimizer.
+    """
+    held, slots = found.kinds("optimizer"), logical.split(optimizer.state(), num_experts)
+    way_out = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
+    if not held:
+        raise CheckpointError(
+            f"{found.path}: holds no optimizer state, as it was converted from elsewhere: start.optimizer=reset begins "
+            "with a new one."
+        )
+    if not held.keys() & slots.keys():
+        raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
+    optimizer.load(logical.join(found.read("optimizer", slots, some=True, way_out=way_out), num_experts))
+
+
 @torch.no_grad()
 def fill(model: SwitchTransformer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill the model's weights, in place, from tensors under their logical names, one after another."""

@@ -162,6 +162,19 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         checkpoint.read("optimizer", {"embed.weight/momentum": torch.empty(4, 3)})
 
 
+def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
+    some = {name: tensor for name, tensor in wanted(OPTIMIZER).items() if "norm" not in name}
+    found = checkpoint.read("optimizer", some, some=True)
+    assert equal(found, {name: tensor for name, tensor in numbered(OPTIMIZER, 4).items() if name in some})
+    assert checkpoint.kinds("optimizer") == {name: tensor_file.kind_of(t) for name, t in OPTIMIZER.items()}
+    with pytest.raises(CheckpointError, match=r"norm\.weight/empty: .* the recipe wants nothing of that name"):
+        checkpoint.read("optimizer", some)
+    for other in ({"embed.weight/row": torch.empty(5)}, {"embed.weight/momentum": torch.empty(4)}):
+        with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/.*: another way\.$"):
+            checkpoint.read("optimizer", some | other, some=True, way_out="another way.")
+
+
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path / "absent", fail) is None
     assert find(tmp_path / "absent", fail) is None

@@ -16,7 +16,7 @@ from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
-from switchcli.train.saver import DATA, Saver, fill, logical_tensors, preflight
+from switchcli.train.saver import DATA, Saver, carry_over, fill, logical_tensors, preflight
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import CheckpointSpec, TrainSpec
 from switchcli.train.state import TrainState
@@ -137,6 +137,59 @@ def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
     fill(model, found.read("model", logical_tensors(model)))
     for ours, theirs in zip(model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def saved(folder: Path, optimizer: OptimizerSpec, group: Group = "all") -> tuple[Parts, checkpoint.Checkpoint]:
+    parts = Parts(folder, NOISY, optimizer, seed=0, group=group)
+    parts.train(2)
+    parts.saver.save(parts.state)
+    found = checkpoint.find(folder, unexpected)
+    assert found is not None
+    return parts, found
+
+
+@pytest.mark.parametrize("group", ["all", "non_expert", "expert", "dense_feed_forward"])
+@pytest.mark.parametrize("optimizer", [Adafactor(min_dim_to_factor=8), AdamW()], ids=["adafactor", "adamw"])
+def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
+    optimizer: OptimizerSpec, group: Group, tmp_path: Path
+) -> None:
+    before, found = saved(tmp_path, optimizer)
+    after = Parts(tmp_path / "other", NOISY, optimizer, seed=1, group=group)
+    carry_over(after.optimizer, found, NOISY.num_experts)
+    ours, theirs = after.optimizer.state(), before.optimizer.state()
+    learning = members(after.model, group).keys() | {"optimizer"}
+    assert ours.keys() == {name for name in theirs if name.rpartition("/")[0] in learning}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("there", "there_learned", "here", "message"),
+    [
+        (AdamW(), "all", Adafactor(), "its optimizer is of another kind"),
+        (Adafactor(), "all", AdamW(), "its optimizer is of another kind"),
+        (Adafactor(), "all", Adafactor(min_dim_to_factor=8), r"/row: the checkpoint has nothing of that name"),
+        (AdamW(), "non_expert", AdamW(), r"router\.weight/step: the checkpoint has nothing of that name"),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
+    there: OptimizerSpec, there_learned: Group, here: OptimizerSpec, message: str, tmp_path: Path
+) -> None:
+    _, found = saved(tmp_path, there, there_learned)
+    after = Parts(tmp_path / "other", NOISY, here, seed=1)
+    before = {name: tensor.clone() for name, tensor in after.optimizer.state().items()}
+    with pytest.raises(CheckpointError, match=message + r".*: start\.optimizer=reset begins with a new one") as raised:
+        carry_over(after.optimizer, found, NOISY.num_experts)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.optimizer.state().items())
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, NOISY, Adafactor(), seed=0)
+    weights = logical_tensors(parts.model)
+    path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": b"{}"})
+    with pytest.raises(CheckpointError, match=r"holds no optimizer state.*: start\.optimizer=reset begins with a new"):
+        carry_over(parts.optimizer, checkpoint.Checkpoint.open(path), NOISY.num_experts)
 
 
 def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
