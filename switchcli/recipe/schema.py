@@ -10,6 +10,7 @@ from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.model.groups import Group, check
 from switchcli.model.routing import Policy
 from switchcli.model.spec import ModelSpec
+from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.spec import Spec
@@ -126,6 +127,20 @@ RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
 """The recipe of each verb that has one."""
 
 
+def standing_alone(name: str) -> Spec:
+    """The recipe `name` by the verb that it states, without the checkpoint that it may need: any sparse one will do.
+
+    Raises:
+        RecipeError: one line for each thing that is wrong.
+    """
+    tree = resolve.load(name)
+    schema = RECIPES.get(str(resolve.stated(tree, "verb")), PretrainRecipe)
+    if schema is FinetuneRecipe:
+        start = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
+        tree = resolve.load(name, below=resolve.layer(start, name))
+    return resolve.validate(tree, schema)
+
+
 def editor_schema(recipe: type[Spec]) -> dict[str, Any]:
     """The JSON Schema by which an editor completes a recipe file: with `extends`, the names of the sizes, and no key
     required, since the file that is extended may hold it."""
@@ -133,5 +148,6 @@ def editor_schema(recipe: type[Spec]) -> dict[str, Any]:
     schema["properties"]["extends"] = {"type": "string", "description": "The recipe that this one changes."}
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
-    schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"] = [CUSTOM, *SIZES]
+    if "ModelSpec" in schema["$defs"]:
+        schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"] = [CUSTOM, *SIZES]
     return schema

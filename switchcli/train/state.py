@@ -10,23 +10,8 @@ from switchcli.train.metrics import Mean, Metrics
 _HELD_OUT = ("held_out_neg_log_perplexity", "held_out_step", "first_held_out_neg_log_perplexity")
 
 
-from typing import NamedTuple
-
-
-class Best(NamedTuple):
-    figure: float
-    step: int
-
-
 @dataclass
 class TrainState:
-    best = {}
-
-    def note(self, figures):
-        for n, f in figures.items():
-            if n not in self.best or f > self.best[n].figure:
-                self.best[n] = Best(f, self.step)
-
     """Where a run stands: the only thing in training that changes beside weights and optimizer."""
 
     step: int = 0
