@@ -34,11 +34,10 @@ from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import DATA, Saver, preflight
 from switchcli.train.scoring import Answering, Exams, ScoringSpec
-from switchcli.train.state import TrainState
+from switchcli.train.state import HELD_OUT, TrainState
 
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
 NUM_SAMPLES = 2
-HELD_OUT = "held_out/neg_log_perplexity"
 
 Write = Callable[[Record], None]
 
@@ -230,8 +229,8 @@ class Training:
             "verb": self.recipe.verb,
             "run": str(self.folder.path),
             "step": state.step,
-            HELD_OUT: state.held_out_neg_log_perplexity,
-            "held_out/first_neg_log_perplexity": state.first_held_out_neg_log_perplexity,
+            HELD_OUT: state.figures.get(HELD_OUT),
+            "held_out/first_neg_log_perplexity": state.first_figures.get(HELD_OUT),
             **{key: facts[key] for key in facts if "parameters" in key},
             "flops_per_sequence": facts["flops_per_sequence"],
             "input_tokens": tokens,

@@ -19,7 +19,6 @@ Values are saved as they are, NaN too: the training loop stops at such numbers b
 
 import errno
 import json
-import math
 import re
 import secrets
 import shutil
@@ -39,6 +38,7 @@ from switchcli.train import tensor_file
 from switchcli.train.fsops import DISK, Files
 from switchcli.train.logical import expert_numbers
 from switchcli.train.manifest import DamagedError, Entry, Manifest
+from switchcli.train.state import own_figures
 
 Group = Literal["model", "optimizer"]
 
@@ -185,20 +185,23 @@ def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK) -> None:
-    """Remove all but the last `keep_last` (>= 1) checkpoints and, if asked, the one with the highest held-out figure.
+    """Remove all but the last `keep_last` (>= 1) checkpoints and, if asked, the best by each figure of its own step.
 
     Two is the recipe's default: with one, damage to the newest leaves nothing to go back to. Checkpoints whose manifest
     or state.json is damaged are not counted and stay, as do `.bad-` ones; tensors are not read here, for time.
     """
     assert keep_last >= 1
     with disk_errors(folder, _ELSEWHERE):
-        figures: dict[Path, float] = {}
+        figures: dict[Path, Mapping[str, float]] = {}
         for path in _steps(folder):
             with suppress(CheckpointError):
-                figures[path] = _held_out(_state(path, manifests.load(path)))
-        keep = set(list(figures)[:keep_last])
-        if keep_best and figures:
-            keep.add(max(figures, key=lambda path: figures[path]))  # the newest of equals
+                figures[path] = own_figures(_state(path, manifests.load(path)))
+        best: dict[str, Path] = {}
+        for path, own in figures.items():
+            for name, figure in own.items():
+                if name not in best or figure > figures[best[name]][name]:  # the newest of equals
+                    best[name] = path
+        keep = {*list(figures)[:keep_last], *(best.values() if keep_best else ())}
         for path in figures:
             if path not in keep:
                 files.rename(path, path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))
@@ -254,12 +257,6 @@ def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     if not isinstance(state, dict):
         raise DamagedError(path / "state.json", "state", "is not a JSON object")
     return state
-
-
-def _held_out(state: Mapping[str, Any]) -> float:
-    """The figure of this very checkpoint; a state carries that of the last evaluation on, which may be older."""
-    figure = state.get("held_out_neg_log_perplexity") if state.get("held_out_step") == state.get("step") else None
-    return float(figure) if isinstance(figure, int | float) and math.isfinite(figure) else -math.inf
 
 
 def _write_group(folder: Path, group: Group, named: Mapping[str, Tensor], files: Files) -> Iterator[Entry]:

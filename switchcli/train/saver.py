@@ -79,12 +79,20 @@ class Saver:
 
 
 def preflight(
-    folder: Path, model: SwitchTransformer, optimizer: Optimizer, runtime: Runtime, settings: CheckpointSpec
+    folder: Path,
+    model: SwitchTransformer,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    settings: CheckpointSpec,
+    num_figures: int = 1,
 ) -> None:
-    """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written."""
+    """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written.
+
+    `num_figures` is how many an evaluation notes: as many checkpoints may be best.
+    """
     one = tensor_file.num_bytes([*model.parameters(), *optimizer.state().values()])
     here = sum(path.is_dir() for path in folder.glob("step-*"))
-    kept = settings.keep_last + settings.keep_best
+    kept = settings.keep_last + settings.keep_best * num_figures
     runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
 
 

@@ -76,4 +76,5 @@ class CheckpointSpec(Spec):
     keep_last: int = Field(default=2, ge=1)
     """2 by default: if the newest is damaged, the one before it still serves."""
     keep_best: bool = True
-    """Keep the one with the highest held-out neg. log perplexity besides, of those saved at an evaluated step."""
+    """Keep those with the highest figures besides, one for each (of pre-training the held-out neg. log perplexity), of
+    those saved at an evaluated step."""

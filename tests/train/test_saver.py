@@ -71,7 +71,7 @@ def assert_equal(one: Parts, other: Parts) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
-    for name in ("step", "targets_seen", "held_out_neg_log_perplexity"):
+    for name in ("step", "targets_seen", "figures", "evaluated_step", "first_figures", "best"):
         assert getattr(one.state, name) == getattr(other.state, name)
 
 
@@ -94,7 +94,7 @@ def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
 ) -> None:
     before = Parts(tmp_path, spec, optimizer, seed=0, group=group)
     before.train(2)
-    before.state.held_out_neg_log_perplexity = -1.25
+    before.state.note({"cola": -1.25, "rte": 81.0})
     before.saver.save(before.state)
     after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
     assert after.saver.restore(after.state, unexpected)
@@ -231,3 +231,5 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch:
     preflight(tmp_path, parts.model, parts.optimizer, parts.runtime, CheckpointSpec(keep_last=2, keep_best=False))
     one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
     assert asked == [3 * one]  # the two that are kept, and one being written
+    preflight(tmp_path, parts.model, parts.optimizer, parts.runtime, CheckpointSpec(keep_last=2), num_figures=9)
+    assert asked[1] == 12 * one  # and the best by each of nine figures
