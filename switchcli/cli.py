@@ -98,8 +98,7 @@ def finetune(
         from switchcli.commands import finetune, run
 
         folder = out or run.default_out(recipe)
-        warn = Console(quiet=True).warning
-        finetuning = finetune.resolved(recipe, overrides or [], model, folder, resume, warn)
+        finetuning = finetune.resolved(recipe, overrides or [], model, folder, resume, ending.warn)
         if dry_run:
             _describe(finetuning.recipe, as_json)
             return

@@ -86,7 +86,7 @@ def finetune(finetuning: Finetuning, options: Options) -> dict[str, Any]:
     console = Console(quiet=options.quiet or not runtime.is_main)
     with (
         claim(options, recipe, runtime, console) as folder,
-        memory.explained(recipe.model, recipe.optimizer, runtime.device),
+        memory.explained(recipe.model, recipe.optimizer, runtime.device, recipe.update),
     ):
         verb = Verb(
             packed_cross_entropy,
@@ -94,6 +94,7 @@ def finetune(finetuning: Finetuning, options: Options) -> dict[str, Any]:
             begin=lambda model, optimizer: _begin(recipe, start, model, optimizer),
             update=recipe.update,
             scoring=recipe.scoring,
+            num_figures=len(tasks_of(recipe.tasks)) + 2,  # their average, and the held-out neg. log perplexity
         )
         result = Training(recipe, folder, runtime, console, verb).run()
         runtime.close()

@@ -70,6 +70,8 @@ class Verb(NamedTuple):
     update: Group = "all"
     """The weights that learn."""
     scoring: ScoringSpec = ScoringSpec()
+    num_figures: int = 1
+    """How many figures an evaluation has: the best checkpoint by each is kept."""
 
 
 class Training:
@@ -97,7 +99,7 @@ class Training:
         self.model = model.to_empty(device=runtime.device)
         freeze(self.model, verb.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model))
-        preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint)
+        preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint, verb.num_figures)
         self.text = verb.text()
         documents = {
             "recipe.yaml": dump(recipe).encode(),

@@ -1,19 +1,23 @@
 """`switchcli finetune`: a run on two small tasks, what it leaves behind, exact resume, freezing, and bad input."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SwitchCLI, lay_out_tuning
-from drill import fingerprint
+from drill import CLOCKS, fingerprint
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands import finetune as verb
+from switchcli.train import checkpoint
 
 STEPS = 9
 INTERRUPTED = 75
@@ -159,8 +163,6 @@ def test_a_hugging_face_folder_is_a_start_too(trained: Path, tuning: str, switch
 
 def test_a_started_run_keeps_its_start(trained: Path, tuning: str, switchcli: SwitchCLI, tmp_path: Path) -> None:
     """The folder of the pre-training may have newer checkpoints by then, or be gone."""
-    import shutil
-
     shutil.copytree(trained, "pre")
     assert switchcli("finetune", tuning, "--model", "pre", "--out", "a", "--quiet").code == 0
     shutil.rmtree("pre")
@@ -225,3 +227,29 @@ def test_an_empty_split_and_long_inputs(trained: Path, tuning: str, switchcli: S
     done = switchcli("finetune", tuning, "--model", trained, "--out", "b")
     assert done.code == 0, done.err
     assert "colour: 5 examples in 5 rows, 50.0% of what is shown, 5 of them longer than a row and cut" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_two_ranks_learn_what_one_does(trained: Path, tuning: str) -> None:
+    """The ranks' gradients are added in another order, hence not the same bits."""
+    records = []
+    for name, options in (("one", []), ("two", ["--processes", "2"])):
+        command = [sys.executable, "-m", "switchcli", "finetune", tuning, "--model", str(trained), "--out", name]
+        subprocess.run([*command, "train.steps=8", "--quiet", *options], check=True, capture_output=True)
+        records.append(metrics(name))
+    for one, two in zip(*records, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - CLOCKS - {"layers"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
+
+
+def test_a_checkpoint_of_another_vocabulary(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    """One whose tokenizer has more pieces than the model has rows, with a manifest that vouches for it."""
+    found = checkpoint.Checkpoint.open(trained / "checkpoints/step-00000002")
+    recipe = found.document("recipe.yaml").replace(b"vocab_size: 512", b"vocab_size: 300")
+    documents = {name: found.document(name) for name in ("state.json", "tokenizer.json")}
+    saved = checkpoint.save(Path("odd"), 2, model={}, optimizer={}, documents={**documents, "recipe.yaml": recipe})
+    done = switchcli("finetune", tuning, "--model", saved, "--out", "a")
+    assert done.code == 4
+    assert "its tokenizer has 512 pieces, its embedding 300 rows" in done.err
