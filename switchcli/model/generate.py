@@ -38,7 +38,3 @@ def greedy(model: SwitchTransformer, inputs_BS: torch.Tensor, max_tokens: int) -
         if not going_B1.any():
             break
     return torch.cat(steps, dim=1)[:B]
-
-
-def generate(model, inputs_BS, decoding, all_done=None):
-    return greedy(model, inputs_BS, decoding.max_tokens)
