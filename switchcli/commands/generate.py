@@ -9,7 +9,8 @@ import torch
 from switchcli.commands.load import load
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
-from switchcli.model.generate import greedy
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate as decode
 from switchcli.model.moe import evaluating
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -70,5 +71,5 @@ def answers(
 ) -> list[str]:
     """The model's greedy answer to each row of ids, as text with the sentinels readable."""
     with evaluating(model, policy):
-        rows_BT = greedy(model, inputs_BS, max_tokens)
+        rows_BT = decode(model, inputs_BS, Decoding(max_tokens=max_tokens))
     return [tokenizer.decode(row) for row in rows_BT.tolist()]

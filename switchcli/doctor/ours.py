@@ -16,7 +16,7 @@ from switchcli.model.initialise import initialise
 from switchcli.model.moe import Router, evaluating
 from switchcli.model.routing import Mode
 from switchcli.model.spec import STACKS, ModelSpec
-from switchcli.model.transformer import Cache, SwitchTransformer
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 
 
@@ -46,14 +46,14 @@ class Ours(Subject):
 
     def decode(self, text: Text, mode: Mode) -> torch.Tensor:
         shifted_BT = F.pad(text.targets_BT, (1, -1), value=PAD)
-        cache: tuple[Cache, ...] | None = None
         steps = []
         with self._in(mode), torch.no_grad():
             encoded = self.model.encode(text.inputs_BS)
+            cache = self.model.decoder.cache(encoded)
             for step in range(text.targets_BT.shape[1]):
                 here = slice(step, step + 1)
                 x_B1D = self.model.embed(shifted_BT[:, here])
-                hidden_B1D, cache, _ = self.model.decoder(x_B1D, text.targets_BT[:, here] != PAD, encoded, cache)
+                hidden_B1D, _ = self.model.decoder(x_B1D, text.targets_BT[:, here] != PAD, encoded, cache)
                 steps.append(F.linear(*self.model.vocabulary(hidden_B1D)))
         return torch.cat(steps, dim=1)
 

@@ -23,10 +23,6 @@ class KeyValue(NamedTuple):
     key_BHSK: torch.Tensor
     value_BHSK: torch.Tensor
 
-    def append(self, new: "KeyValue") -> "KeyValue":
-        """These positions followed by the new ones."""
-        return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(self, new, strict=True)))
-
 
 class Attention(nn.Module):
     """Multi-head attention; keys and values are projected apart, so that they can be kept between decoding steps."""

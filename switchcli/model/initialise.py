@@ -47,12 +47,12 @@ def initialise(model: SwitchTransformer, seed: int) -> None:
             parameter.fill_(1.0)
         elif ".experts." in name:
             for expert, weight in enumerate(parameter):
-                _truncated_normal(weight, spec.init_scale, _generator(seed, f"{name}.{expert}"))
+                _truncated_normal(weight, spec.init_scale, keyed_generator(seed, f"{name}.{expert}"))
         elif suffix in normal:
-            drawn = torch.empty(parameter.shape).normal_(0.0, normal[suffix], generator=_generator(seed, name))
+            drawn = torch.empty(parameter.shape).normal_(0.0, normal[suffix], generator=keyed_generator(seed, name))
             parameter.copy_(drawn)
         else:
-            _truncated_normal(parameter, spec.init_scale, _generator(seed, name))
+            _truncated_normal(parameter, spec.init_scale, keyed_generator(seed, name))
 
 
 def _truncated_normal(weight: torch.Tensor, scale: float, generator: torch.Generator) -> None:
@@ -63,6 +63,6 @@ def _truncated_normal(weight: torch.Tensor, scale: float, generator: torch.Gener
     weight.copy_(drawn)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def keyed_generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)

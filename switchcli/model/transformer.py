@@ -6,13 +6,15 @@ Pre-norm blocks: x + dropout(layer(norm(x))). The forward pass returns the routi
 sparse layers; nothing is kept on the side.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias, shared_bias
+from switchcli.model.cache import Cache, Past
 from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
 from switchcli.model.losses import auxiliary_loss
 from switchcli.model.moe import Router, SwitchLayer
@@ -54,13 +56,6 @@ class Encoded(NamedTuple):
     reports: Reports
 
 
-class Cache(NamedTuple):
-    """Keys and values of one decoder block."""
-
-    self_attention: KeyValue
-    cross_attention: KeyValue
-
-
 class SelfAttention(nn.Module):
     """x + dropout(attention(norm(x))) over the positions of x itself, after those of `past`; dense or sparse."""
 
@@ -72,9 +67,9 @@ class SelfAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(
-        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, past: KeyValue | None = None
-    ) -> tuple[torch.Tensor, KeyValue, Reports]:
-        """The new x, the keys and values up to its last position, and the report if it is sparse."""
+        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, past: Past | None = None
+    ) -> tuple[torch.Tensor, Reports]:
+        """The new x, and the report if it is sparse; `past` grows by the positions of x."""
         normed_BTD = self.norm(x_BTD)
         reports: Reports = ()
         if isinstance(self.attention, SwitchAttention):
@@ -84,11 +79,14 @@ class SelfAttention(nn.Module):
             query_BHTK, memory = self.attention.query(normed_BTD), self.attention.key_value(normed_BTD)
         memory = memory if past is None else past.append(memory)
         y_BTD = self.attention(query_BHTK, memory, bias_BHTS)
-        return x_BTD + dropout(y_BTD, self.dropout, self.training), memory, reports
+        return x_BTD + dropout(y_BTD, self.dropout, self.training), reports
 
 
 class CrossAttention(nn.Module):
-    """x + dropout(attention(norm(x), memory)); no position bias, as in T5."""
+    """x + dropout(attention(norm(x), memory)); no position bias, as in T5.
+
+    Rows of x side by side may share a row of the memory, as beams do: they are then queries of one sequence.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -97,7 +95,8 @@ class CrossAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B1TS: torch.Tensor) -> torch.Tensor:
-        y_BTD = self.attention(self.attention.query(self.norm(x_BTD)), memory, bias_B1TS)
+        shared_BTD = self.norm(x_BTD).view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
+        y_BTD = self.attention(self.attention.query(shared_BTD), memory, bias_B1TS).view_as(x_BTD)
         return x_BTD + dropout(y_BTD, self.dropout, self.training)
 
 
@@ -133,7 +132,7 @@ class EncoderBlock(nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, real_BS: torch.Tensor, bias_BHSS: torch.Tensor
     ) -> tuple[torch.Tensor, Reports]:
-        x_BSD, _, attended = self.self_attention(x_BSD, real_BS, bias_BHSS)
+        x_BSD, attended = self.self_attention(x_BSD, real_BS, bias_BHSS)
         x_BSD, fed = self.feed_forward(x_BSD, real_BS)
         return x_BSD, attended + fed
 
@@ -153,16 +152,13 @@ class DecoderBlock(nn.Module):
         real_BT: torch.Tensor,
         bias_BHTS: torch.Tensor,
         encoded: Encoded,
-        past: Cache | None,
-    ) -> tuple[torch.Tensor, Cache, Reports]:
-        if past is None:
-            source, before = self.cross_attention.attention.key_value(encoded.hidden_BSD), None
-        else:
-            source, before = past.cross_attention, past.self_attention
-        x_BTD, kept, attended = self.self_attention(x_BTD, real_BT, bias_BHTS, before)
+        past: Past | None,
+    ) -> tuple[torch.Tensor, Reports]:
+        source = self.cross_attention.attention.key_value(encoded.hidden_BSD) if past is None else past.source
+        x_BTD, attended = self.self_attention(x_BTD, real_BT, bias_BHTS, past)
         x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B1TS)
         x_BTD, fed = self.feed_forward(x_BTD, real_BT)
-        return x_BTD, Cache(kept, source), attended + fed
+        return x_BTD, attended + fed
 
 
 class Encoder(nn.Module):
@@ -207,29 +203,36 @@ class Decoder(nn.Module):
         x_BTD: torch.Tensor,
         real_BT: torch.Tensor,
         encoded: Encoded,
-        cache: tuple[Cache, ...] | None = None,
+        cache: Cache | None = None,
         segments: Segments | None = None,
-    ) -> tuple[torch.Tensor, tuple[Cache, ...], Reports]:
-        """Hidden states of the T positions that follow those in `cache`, the cache with them, and the reports.
+    ) -> tuple[torch.Tensor, Reports]:
+        """Hidden states of T positions and the reports.
 
-        Packed rows have no cache.
+        With a cache T is 1: the position after those in it, which it then holds too. Its rows may be several for each
+        of the encoder's, as beams are. Packed rows have no cache.
         """
         T = x_BTD.shape[1]
-        past = 0 if cache is None else cache[0].self_attention.key_BHSK.shape[2]
-        bias_BHTS = self.position_bias(T, past + T)
-        if segments is not None:
-            bias_BHTS = bias_BHTS + between_segments(segments.target_BT, segments.target_BT)
-            bias_B1TS = encoded.bias_B1TS + between_segments(segments.target_BT, segments.source_BS)
-            encoded = encoded._replace(bias_B1TS=shared_bias(bias_B1TS, x_BTD))
-        bias_BHTS = shared_bias(bias_BHTS, x_BTD)
+        if cache is not None:
+            bias_BHTS = cache.bias_1H1S
+        else:
+            bias_BHTS = self.position_bias(T, T)
+            if segments is not None:
+                bias_BHTS = bias_BHTS + between_segments(segments.target_BT, segments.target_BT)
+                bias_B1TS = encoded.bias_B1TS + between_segments(segments.target_BT, segments.source_BS)
+                encoded = encoded._replace(bias_B1TS=shared_bias(bias_B1TS, x_BTD))
+            bias_BHTS = shared_bias(bias_BHTS, x_BTD)
         x_BTD = dropout(x_BTD, self.dropout, self.training)
-        caches: tuple[Cache, ...] = ()
         reports: Reports = ()
         for layer, block in enumerate(self.blocks):
-            x_BTD, kept, new = block(x_BTD, real_BT, bias_BHTS, encoded, cache and cache[layer])
-            caches += (kept,)
+            x_BTD, new = block(x_BTD, real_BT, bias_BHTS, encoded, cache and cache.blocks[layer])
             reports += new
-        return dropout(self.final_norm(x_BTD), self.dropout, self.training), caches, reports
+        return dropout(self.final_norm(x_BTD), self.dropout, self.training), reports
+
+    def cache(self, encoded: Encoded) -> Cache:
+        """An empty one for decoding step by step: keys and values of the source, and the position bias."""
+        blocks = cast(Iterable[DecoderBlock], self.blocks)
+        sources = (block.cross_attention.attention.key_value(encoded.hidden_BSD) for block in blocks)
+        return Cache(sources, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
 
 
 class SwitchTransformer(nn.Module):
@@ -255,7 +258,7 @@ class SwitchTransformer(nn.Module):
         """
         encoded = self.encode(inputs_BS, segments)
         x_BTD = self.embed(decoder_inputs(targets_BT, segments))
-        hidden_BTD, _, reports = self.decoder(x_BTD, targets_BT != PAD, encoded, segments=segments)
+        hidden_BTD, reports = self.decoder(x_BTD, targets_BT != PAD, encoded, segments=segments)
         encoder, decoder = (self.spec.router_of(stack) for stack in STACKS)
         auxiliary = auxiliary_loss([(encoder, encoded.reports), (decoder, reports)], self.spec.balance_reduction)
         return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.reports, reports)

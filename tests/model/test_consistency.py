@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.generate import greedy
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate
 from switchcli.model.initialise import initialise
 from switchcli.model.moe import SwitchLayer, evaluating
 from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Policy, Switch, TopK
@@ -73,10 +74,10 @@ def at_once(model: SwitchTransformer, inputs_BS: torch.Tensor, targets_BT: torch
 def step_by_step(model: SwitchTransformer, inputs_BS: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """The same from one target at a time and what is kept of those before."""
     encoded = model.encode(inputs_BS)
-    before_BT, cache, steps = F.pad(targets_BT, (1, -1), value=PAD), None, []
+    before_BT, cache, steps = F.pad(targets_BT, (1, -1), value=PAD), model.decoder.cache(encoded), []
     for step in range(targets_BT.shape[1]):
         now = slice(step, step + 1)
-        hidden_B1D, cache, _ = model.decoder(model.embed(before_BT[:, now]), targets_BT[:, now] != PAD, encoded, cache)
+        hidden_B1D, _ = model.decoder(model.embed(before_BT[:, now]), targets_BT[:, now] != PAD, encoded, cache)
         steps.append(F.linear(*model.vocabulary(hidden_B1D)))
     return torch.cat(steps, dim=1)[targets_BT != PAD]
 
@@ -111,7 +112,7 @@ def test_greedy_answers_are_what_teacher_forcing_finds_most_probable(name: str, 
     for seed in range(5):
         model = a_model(name, seed, router=router)
         with evaluating(model, "dropless"):
-            answers_BT = greedy(model, INPUTS, 7)
+            answers_BT = generate(model, INPUTS, Decoding(max_tokens=7))
             most_A = at_once(model, INPUTS, answers_BT).argmax(-1)
         assert most_A.tolist() == answers_BT[answers_BT != PAD].tolist()
         found |= {tuple(row) for row in answers_BT.tolist()}

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weights import OURS, copy_weights, switch, t5
 
-from switchcli.model.generate import greedy
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate
 from switchcli.model.initialise import initialise
 from switchcli.model.moe import SwitchLayer, evaluating
 from switchcli.model.routing import Switch
@@ -58,7 +59,7 @@ def uncached(model: SwitchTransformer, inputs_S: torch.Tensor, max_tokens: int) 
     prefix, answer = [PAD], []
     while len(answer) < max_tokens and EOS not in answer:
         real_1T = torch.ones(1, len(prefix), dtype=torch.bool)
-        hidden_1TD, _, _ = model.decoder(model.embed(torch.tensor([prefix])), real_1T, encoded)
+        hidden_1TD, _ = model.decoder(model.embed(torch.tensor([prefix])), real_1T, encoded)
         answer.append(int(F.linear(*model.vocabulary(hidden_1TD))[0, -1].argmax()))
         prefix = [PAD, *answer]
     return answer + [PAD] * (max_tokens - len(answer))
@@ -82,7 +83,7 @@ def test_the_cache_changes_no_token(
     }
     model = a_model(SPEC.model_copy(update=changes), seed)
     inputs_BS = some_inputs(rows, seed, SPEC.vocab_size)
-    found_BT = greedy(model, inputs_BS, max_tokens)
+    found_BT = generate(model, inputs_BS, Decoding(max_tokens=max_tokens))
     assert found_BT.dtype == torch.int64
     alone = a_model(SPEC.model_copy(update={**changes, "router": ROOMY}), seed)
     expected = [uncached(alone, inputs_S, max_tokens) for inputs_S in inputs_BS]
@@ -96,7 +97,7 @@ def test_answers_end_early_and_are_padded_after_their_end() -> None:
         model = a_model(SPEC, seed)
         steps: list[int] = []
         model.decoder.register_forward_hook(lambda *_, steps=steps: steps.append(1))
-        answers = greedy(model, some_inputs(4, seed, SPEC.vocab_size), 30).tolist()
+        answers = generate(model, some_inputs(4, seed, SPEC.vocab_size), Decoding(max_tokens=30)).tolist()
         ends = [row.index(EOS) + 1 if EOS in row else 30 for row in answers]
         assert len(steps) == len(answers[0]) == max(ends)
         for row, end in zip(answers, ends, strict=True):
@@ -108,7 +109,7 @@ def test_answers_end_early_and_are_padded_after_their_end() -> None:
 def test_an_input_of_padding_has_no_answer() -> None:
     inputs_BS = some_inputs(3, 0, SPEC.vocab_size)
     inputs_BS[1] = PAD
-    answers_BT = greedy(a_model(SPEC, 3), inputs_BS, 6)
+    answers_BT = generate(a_model(SPEC, 3), inputs_BS, Decoding(max_tokens=6))
     assert (answers_BT[1] == PAD).all()
     assert (answers_BT[0] != PAD).any()
 
@@ -122,7 +123,7 @@ def test_a_decoding_step_routes_no_row_that_has_ended_or_fills_a_group() -> None
             module.register_forward_hook(lambda _, __, output: routed.append(int(output.report.tokens)))
     inputs_BS = some_inputs(5, 7, SPEC.vocab_size)  # of 6 rows in 2 groups
     inputs_BS[0] = PAD
-    answers = greedy(model, inputs_BS, 30).tolist()[1:]
+    answers = generate(model, inputs_BS, Decoding(max_tokens=30)).tolist()[1:]
     ends = [row.index(EOS) + 1 if EOS in row else 30 for row in answers]
     assert len(set(ends)) > 1
     assert routed == [sum(step < end for end in ends) for step in range(max(ends))]
@@ -150,7 +151,7 @@ def test_the_answers_are_those_of_transformers(name: str) -> None:
         pad_token_id=PAD,
         decoder_start_token_id=PAD,
     )
-    ours_BT = greedy(ours, inputs_BS, 15)
+    ours_BT = generate(ours, inputs_BS, Decoding(max_tokens=15))
     assert len({tuple(row) for row in ours_BT.tolist()}) > 1
     assert ours_BT.tolist() == theirs_BT[:, 1:].tolist()
 
@@ -162,8 +163,8 @@ def test_without_a_capacity_one_sequence_is_decoded_alone_whatever_the_groups() 
     model.encoder.register_forward_hook(lambda _, arguments, __: rows.append(len(arguments[0])))
     inputs_BS = some_inputs(1, 7, SPEC.vocab_size)
     with evaluating(model, "dropless"):
-        alone = greedy(model, inputs_BS, 5)
+        alone = generate(model, inputs_BS, Decoding(max_tokens=5))
     with evaluating(model, "paper"):
-        filled_up = greedy(model, inputs_BS, 5)
+        filled_up = generate(model, inputs_BS, Decoding(max_tokens=5))
     assert rows == [1, 3]
     assert torch.equal(alone, filled_up)
