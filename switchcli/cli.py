@@ -1,8 +1,9 @@
 """The command line: verbs, options, help, exit codes. Nothing that computes is imported until a verb runs."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +12,9 @@ from switchcli.commands import ending, recipes
 from switchcli.errors import DataError, SwitchError
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
+
+if TYPE_CHECKING:
+    from switchcli.recipe.training import TrainingRecipe
 
 app = typer.Typer(
     help="Train Switch Transformers (Fedus, Zoph, Shazeer 2021) in PyTorch.",
@@ -57,26 +61,107 @@ def pretrain(
 ) -> None:
     """Train from scratch by span corruption; the same command goes on after a stop."""
     with ending.stoppable():
-        from switchcli.commands import describe, pretrain, run
+        from switchcli.commands import pretrain, run
         from switchcli.recipe.resolve import resolve
         from switchcli.recipe.schema import PretrainRecipe
 
         resolved = resolve(recipe, overrides or [], PretrainRecipe)
         if dry_run:
-            if as_json:
-                print_json(describe.dry_run(resolved))
-            else:
-                typer.echo(describe.text(resolved), nl=False)
+            _describe(resolved, as_json)
             return
-        if (ended := run.ranks_elsewhere(processes, resolved.train.device)) is not None:
-            if as_json and ended.error is not None:
-                print_json({"error": ended.error, "exit_code": ended.exit_code})
-            raise typer.Exit(ended.exit_code)
-        options = run.Options(out or run.default_out(recipe), resume, quiet)
-        result = pretrain.pretrain(resolved, options)
-        if as_json and result:
-            print_json(result)
-        ending.leave_rank()
+        _start_ranks(processes, resolved.train.device, as_json)
+        result = pretrain.pretrain(resolved, run.Options(out or run.default_out(recipe), resume, quiet))
+        _end(result, as_json)
+
+
+@app.command()
+def finetune(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="What to start from: a run's folder, one checkpoint's, or a Hugging Face folder.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Out = None,
+    resume: Resume = True,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
+    with ending.stoppable():
+        from switchcli.commands import finetune, run
+
+        folder = out or run.default_out(recipe)
+        finetuning = finetune.resolved(recipe, overrides or [], model, folder, resume, ending.warn)
+        if dry_run:
+            _describe(finetuning.recipe, as_json)
+            return
+        _start_ranks(processes, finetuning.recipe.train.device, as_json)
+        _end(finetune.finetune(finetuning, run.Options(folder, resume, quiet)), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's folder, one checkpoint's, or a Hugging Face folder.", show_default=False)
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE ...]",
+            help="What to measure, such as tasks=[rte]; absent: what the checkpoint was trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of result.json and predictions; runs/eval/NAME when absent.")
+    ] = None,
+    processes: Processes = 1,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Scores of tasks with intervals, held-out neg. log perplexity, routing health, capacity sweeps."""
+    with ending.stoppable():
+        from switchcli.commands import evaluate
+
+        recipe = evaluate.recipe_of(arguments or [])
+        _start_ranks(processes, recipe.device, as_json)
+        options = evaluate.Options(out or evaluate.default_out(checkpoint), quiet)
+        evaluation = evaluate.measure(checkpoint, recipe, options)
+        if evaluation is not None and not as_json:
+            evaluate.show(evaluation)
+        _end(evaluation.result if evaluation else {}, as_json)
+
+
+def _describe(recipe: "TrainingRecipe", as_json: bool) -> None:
+    from switchcli.commands import describe
+
+    if as_json:
+        print_json(describe.dry_run(recipe))
+    else:
+        typer.echo(describe.text(recipe), nl=False)
+
+
+def _start_ranks(processes: int, device: str, as_json: bool) -> None:
+    """Let as many ranks do the work as are asked for, and leave with their exit code; or go on in this process."""
+    from switchcli.commands import run
+
+    if (ended := run.ranks_elsewhere(processes, device)) is not None:
+        if as_json and ended.error is not None:
+            print_json({"error": ended.error, "exit_code": ended.exit_code})
+        raise typer.Exit(ended.exit_code)
+
+
+def _end(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json and result:
+        print_json(result)
+    ending.leave_rank()
 
 
 @app.command()

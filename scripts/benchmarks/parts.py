@@ -73,7 +73,7 @@ def parts_of(model: SwitchTransformer) -> Iterator[Part]:
     yield Part(
         "cross-attention",
         len(model.decoder.blocks),
-        lambda: cross(y_BTD, cross.attention.key_value(memory_BSD), encoded.bias_B11S),
+        lambda: cross(y_BTD, cross.attention.key_value(memory_BSD), encoded.bias_B1TS),
     )
     answered, placed = _Answered(y_BTD, model), batch(device)
     yield Part("loss over the vocabulary", 1, lambda: cross_entropy(answered, placed).target_sum)

@@ -90,8 +90,7 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
     found = open_checkpoint(source, warn)
     destination = _free(source, destination)
     recipe, tokenizer = documents(found)
-    spans = recipe.data.span_corruption
-    lengths = Lengths(spans.inputs_length, spans.targets_length)
+    lengths = Lengths(recipe.inputs_length, recipe.targets_length)
     config, losses = express(recipe.model, lengths, found.path, recipe.train.router_dtype)
     for loss in losses:
         warn(loss)
@@ -100,7 +99,7 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
         configs.NAME: configs.encode(config),
         "generation_config.json": configs.generation(),
         **tokenizers.documents(
-            tokenizer.to_json(), [sentinel(number) for number in range(len(tokenizer.sentinels))], spans.inputs_length
+            tokenizer.to_json(), [sentinel(number) for number in range(len(tokenizer.sentinels))], recipe.inputs_length
         ),
     }
 

@@ -4,13 +4,12 @@ from typing import Any
 
 from switchcli.model.count import count
 from switchcli.recipe.resolve import dump
-from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe.training import TrainingRecipe
 
 
-def describe(recipe: PretrainRecipe) -> dict[str, Any]:
+def describe(recipe: TrainingRecipe) -> dict[str, Any]:
     """Parameters, FLOPs and tokens of a run; FLOPs are forward, by the formula of paper section 5.6."""
-    spans = recipe.data.span_corruption
-    counted = count(recipe.model, spans.inputs_length, spans.targets_length)
+    counted = count(recipe.model, recipe.inputs_length, recipe.targets_length)
     tokens = recipe.train.steps * recipe.train.batch_tokens
     return {
         "parameters": counted.parameters,
@@ -18,21 +17,21 @@ def describe(recipe: PretrainRecipe) -> dict[str, Any]:
         "expert_parameters": counted.expert,
         "active_parameters": counted.active,
         "flops_per_sequence": counted.flops,
-        "inputs_length": spans.inputs_length,
-        "targets_length": spans.targets_length,
-        "sequences_per_step": recipe.train.batch_tokens // spans.inputs_length,
+        "inputs_length": recipe.inputs_length,
+        "targets_length": recipe.targets_length,
+        "sequences_per_step": recipe.rows_per_step,
         "steps": recipe.train.steps,
         "input_tokens": tokens,
-        "target_tokens": tokens // spans.inputs_length * spans.targets_length,
+        "target_tokens": tokens // recipe.inputs_length * recipe.targets_length,
     }
 
 
-def dry_run(recipe: PretrainRecipe) -> dict[str, Any]:
+def dry_run(recipe: TrainingRecipe) -> dict[str, Any]:
     """The description with the resolved recipe; what `--json` prints."""
     return {**describe(recipe), "recipe": recipe.model_dump(mode="json")}
 
 
-def text(recipe: PretrainRecipe) -> str:
+def text(recipe: TrainingRecipe) -> str:
     """The same for people: the figures as comments above the resolved recipe, so that the whole is a recipe still."""
     figures = [f"# {name.replace('_', ' ')}: {value:,}\n" for name, value in describe(recipe).items()]
     return "".join([*figures, dump(recipe)])

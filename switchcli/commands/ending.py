@@ -39,6 +39,12 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def warn(text: str) -> None:
+    """An alarm in words, once: on the main rank."""
+    if os.environ.get("RANK", "0") == "0":
+        Console().warning(text)
+
+
 def leave_rank() -> None:
     """End a rank that went well at once: where the interpreter takes the process groups down, a thread may abort."""
     if is_rank():

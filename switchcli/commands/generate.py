@@ -45,7 +45,7 @@ def generate(
         raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
     name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     loaded = load(path, torch.device(name), warn)
-    longest = loaded.recipe.data.span_corruption.inputs_length
+    longest = loaded.recipe.inputs_length
     for text in texts:
         if not text.strip():
             yield Answer(text, "")

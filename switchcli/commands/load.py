@@ -15,10 +15,24 @@ from switchcli.errors import CheckpointError
 from switchcli.interop import hub
 from switchcli.interop.files import is_layout
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.recipe.resolve import resolve
-from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import RECIPES
+from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint, manifest
 from switchcli.train.saver import fill, logical_tensors
+
+
+class Opened(NamedTuple):
+    """A checkpoint whose small files were read; its weights are read when they are asked for."""
+
+    path: Path
+    step: int
+    recipe: TrainingRecipe
+    tokenizer: Tokenizer
+    weights: Callable[[], Mapping[str, torch.Tensor]]
+    """Under their logical names."""
+    own: checkpoint.Checkpoint | None
+    """Where it is in our layout: it may have optimizer state too."""
 
 
 class Loaded(NamedTuple):
@@ -26,9 +40,28 @@ class Loaded(NamedTuple):
 
     path: Path
     step: int
-    recipe: PretrainRecipe
+    recipe: TrainingRecipe
     tokenizer: Tokenizer
     model: SwitchTransformer
+
+
+def open_model(path: Path, warn: Callable[[str], None]) -> Opened:
+    """Open and verify the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: there is none, or none that is whole.
+        DataError: no tokenizer.
+    """
+    if is_layout(path):
+        foreign, tokenizer, weights = huggingface.read(path)
+        return Opened(path, 0, foreign, tokenizer, lambda: weights, None)
+    found = open_checkpoint(path, warn)
+    recipe, tokenizer = documents(found)
+
+    def read() -> Mapping[str, torch.Tensor]:
+        return found.read("model", logical_tensors(huggingface.empty(recipe.model)))
+
+    return Opened(found.path, found.step, recipe, tokenizer, read, found)
 
 
 def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loaded:
@@ -37,13 +70,12 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
-    if is_layout(path):
-        recipe, tokenizer, weights = huggingface.read(path)
-        return Loaded(path, 0, recipe, tokenizer, _filled(recipe, weights, device))
-    found = open_checkpoint(path, warn)
-    recipe, tokenizer = documents(found)
-    wanted = logical_tensors(huggingface.empty(recipe.model))
-    return Loaded(found.path, found.step, recipe, tokenizer, _filled(recipe, found.read("model", wanted), device))
+    found = open_model(path, warn)
+    with torch.device("meta"):
+        model = SwitchTransformer(found.recipe.model, found.recipe.train.router_dtype)
+    model = model.to_empty(device=device).eval()
+    fill(model, found.weights())
+    return Loaded(found.path, found.step, found.recipe, found.tokenizer, model)
 
 
 def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
@@ -69,16 +101,25 @@ def on_the_hub(name: str) -> str:
     return f"if it is a name on the hub, `switchcli convert {name} FOLDER --to switchcli` makes a checkpoint of it"
 
 
-def documents(found: checkpoint.Checkpoint) -> tuple[PretrainRecipe, Tokenizer]:
+def documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
     """The recipe and the tokenizer of a checkpoint."""
-    recipe = resolve(str(found.path / "recipe.yaml"), [], PretrainRecipe)
+    recipe = saved_recipe(found)
     text = found.document("tokenizer.json").decode()
-    return recipe, Tokenizer.from_json(text, str(found.path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_json(text, str(found.path / "tokenizer.json"))
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise CheckpointError(
+            f"{found.path}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {recipe.model.vocab_size} "
+            "rows: the one is not the other's; use a checkpoint that a run of switchcli wrote"
+        )
+    return recipe, tokenizer
 
 
-def _filled(recipe: PretrainRecipe, tensors: Mapping[str, torch.Tensor], device: torch.device) -> SwitchTransformer:
-    with torch.device("meta"):
-        model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
-    model = model.to_empty(device=device).eval()
-    fill(model, tensors)
-    return model
+def saved_recipe(found: checkpoint.Checkpoint) -> TrainingRecipe:
+    """The recipe of a checkpoint, by the verb that wrote it."""
+    tree = resolve.load(str(found.path / "recipe.yaml"))
+    schema = RECIPES.get(str(resolve.stated(tree, "verb")))
+    if schema is None or not issubclass(schema, TrainingRecipe):
+        raise CheckpointError(
+            f"{found.path}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"
+        )
+    return resolve.validate(tree, schema)

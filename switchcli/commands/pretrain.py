@@ -3,11 +3,12 @@
 from typing import Any
 
 from switchcli.commands.run import Options, claim
-from switchcli.commands.training import Text, Training
+from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.stream import SpanStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
+from switchcli.model.initialise import initialise
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
@@ -31,10 +32,12 @@ def pretrain(recipe: PretrainRecipe, options: Options) -> dict[str, Any]:
         claim(options, recipe, runtime, console) as folder,
         memory.explained(recipe.model, recipe.optimizer, runtime.device),
     ):
-        training = Training(
-            recipe, folder, runtime, console, cross_entropy, lambda: _text(recipe, folder, runtime, console)
+        verb = Verb(
+            cross_entropy,
+            text=lambda: _text(recipe, folder, runtime, console),
+            begin=lambda model, optimizer: initialise(model, recipe.train.seed),
         )
-        result = training.run()
+        result = Training(recipe, folder, runtime, console, verb).run()
         runtime.close()
     return result
 
@@ -57,8 +60,7 @@ def _text(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: 
             f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
         )
     spans = recipe.data.span_corruption
-    sequences = recipe.train.batch_tokens // spans.inputs_length
-    stream = SpanStream(found.train, found.tokenizer, spans, recipe.train.seed, sequences)
+    stream = SpanStream(found.train, found.tokenizer, spans, recipe.train.seed, recipe.rows_per_step)
     held_out = SpanStream(found.held_out, found.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
     return Text(
         found.tokenizer,
@@ -66,4 +68,5 @@ def _text(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: 
         stream.batch,
         lambda first, count: held_out.batch(0, first, count),
         held_out.rows_per_epoch,
+        held_out.batch(0, 0, NUM_SAMPLES),
     )

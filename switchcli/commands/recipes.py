@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from switchcli.errors import RecipeError
-from switchcli.recipe import library, resolve, text
+from switchcli.recipe import library, text
 from switchcli.report.output import print_json
 
 app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
@@ -99,13 +99,10 @@ def _free_standing(source: Path, content: str) -> str:
 
 def _errors(file: str) -> list[str]:
     """Everything wrong with `file`, one line each, by the schema of the verb that it names."""
-    from switchcli.recipe.schema import RECIPES, PretrainRecipe
+    from switchcli.recipe.schema import standing_alone
 
     try:
-        tree = resolve.load(file)
-        verb = tree.value.get("verb") if isinstance(tree.value, dict) else None
-        recipe = RECIPES.get(str(verb.value)) if verb else None
-        resolve.validate(tree, recipe or PretrainRecipe)
+        standing_alone(file)
     except RecipeError as error:
         return str(error).splitlines()
     return []

@@ -14,19 +14,29 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli import __version__
+from switchcli.commands.load import saved_recipe
 from switchcli.errors import RecipeError
 from switchcli.parallel.launch import Ended, is_rank, join_srun, launch
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
 from switchcli.recipe.compare import differences
-from switchcli.recipe.resolve import dump, resolve
-from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe.resolve import dump
+from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.train import checkpoint
 from switchcli.train.lock import lock
 from switchcli.train.run_folder import RunFolder
 
-CHANGEABLE = ("description", "train.steps", "train.device", "log.", "eval.every_steps", "eval.sequences", "checkpoint.")
+CHANGEABLE = (
+    "description",
+    "train.steps",
+    "train.device",
+    "log.",
+    "eval.every_steps",
+    "eval.sequences",
+    "scoring.draws",
+    "checkpoint.",
+)
 """Keys that may change between two starts of one run: they do not touch what was trained so far."""
 
 
@@ -79,7 +89,7 @@ def program() -> str:
 
 
 @contextmanager
-def claim(options: Options, recipe: PretrainRecipe, runtime: Runtime, console: Console) -> Iterator[RunFolder]:
+def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: Console) -> Iterator[RunFolder]:
     """The run's folder, locked, with its recipe written into it; all ranks go on together.
 
     Raises:
@@ -97,7 +107,7 @@ def claim(options: Options, recipe: PretrainRecipe, runtime: Runtime, console: C
         held.enter_context(lock(options.out))
         begun = checkpoint.find(folder.checkpoints, warn=lambda damage: None)
         if begun is not None:  # its own recipe: the folder's may have been edited
-            _check_same(resolve(str(begun.path / "recipe.yaml"), [], PretrainRecipe), recipe, options.out)
+            _check_same(saved_recipe(begun), recipe, options.out)
         folder.write_recipe(dump(recipe))
         if begun is None:  # a start that failed, say on its data, binds nobody to its recipe and its vocabulary
             folder.tokenizer.unlink(missing_ok=True)
@@ -107,7 +117,7 @@ def claim(options: Options, recipe: PretrainRecipe, runtime: Runtime, console: C
         yield folder
 
 
-def _check_same(before: PretrainRecipe, after: PretrainRecipe, out: Path) -> None:
+def _check_same(before: TrainingRecipe, after: TrainingRecipe, out: Path) -> None:
     changed = [one for one in differences(before, after) if not one.key.startswith(CHANGEABLE)]
     if changed:
         key, old, new = changed[0]

@@ -1,4 +1,4 @@
-"""One run of a training verb, which differs from another verb's by its objective and its text alone."""
+"""One run of a training verb, which differs from another verb's by what `Verb` and `Text` hold alone."""
 
 import json
 import shlex
@@ -10,30 +10,34 @@ import torch
 from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
 from switchcli.commands.run import machine, program
+from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import Batch
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import Interrupted
-from switchcli.model.initialise import initialise
+from switchcli.model.groups import Group, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.parallel.trackers import Trackers
 from switchcli.recipe.resolve import dump
-from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import JsonLines
+from switchcli.report.text import shortened
+from switchcli.tasks.tokens import Scored
 from switchcli.train.evaluate import shared
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective
+from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import DATA, Saver, preflight
-from switchcli.train.state import TrainState
+from switchcli.train.scoring import Answering, Exams, ScoringSpec
+from switchcli.train.state import HELD_OUT, TrainState
 
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
 NUM_SAMPLES = 2
-HELD_OUT = "held_out/neg_log_perplexity"
 
 Write = Callable[[Record], None]
 
@@ -49,6 +53,25 @@ class Text(NamedTuple):
     held_out: Callable[[int, int], Batch]
     """`held_out(first, count)`: held-out sequences, the same ones each time."""
     num_held_out: int
+    samples: Batch
+    """A few held-out inputs, a row each, with their targets: what is shown of the model's answers."""
+    exams: tuple[Scored, ...] = ()
+    """The tasks that the run is scored on."""
+
+
+class Verb(NamedTuple):
+    """What a verb does in its own way."""
+
+    objective: Objective
+    text: Callable[[], Text]
+    """Called last: it may take hours, and the rest may be refused."""
+    begin: Callable[[SwitchTransformer, Optimizer], None]
+    """Fills the weights, and perhaps the optimizer, of a run that begins."""
+    update: Group = "all"
+    """The weights that learn."""
+    scoring: ScoringSpec = ScoringSpec()
+    num_figures: int = 1
+    """How many figures an evaluation has: the best checkpoint by each is kept."""
 
 
 class Training:
@@ -56,31 +79,28 @@ class Training:
 
     def __init__(
         self,
-        recipe: PretrainRecipe,
+        recipe: TrainingRecipe,
         folder: RunFolder,
         runtime: Runtime,
         console: Console,
-        objective: Objective,
-        text: Callable[[], Text],
+        verb: Verb,
     ) -> None:
-        """Make the parts, or read them from the newest checkpoint.
-
-        `text` is called last: it may take hours, and the rest may be refused.
-        """
+        """Make the parts, or read them from the newest checkpoint."""
         self.recipe = recipe
         self.folder = folder
         self.runtime = runtime
         self.console = console
-        self.objective = objective
+        self.verb = verb
         # What one rank refuses for all is made on the main one first.
         self.batches = runtime.on_main(self._shares) or self._shares()
         self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
         with torch.device("meta"):
             model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
         self.model = model.to_empty(device=runtime.device)
-        self.optimizer = recipe.optimizer.build(dict(self.model.named_parameters()))
-        preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint)
-        self.text = text()
+        freeze(self.model, verb.update)
+        self.optimizer = recipe.optimizer.build(trainable(self.model))
+        preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint, verb.num_figures)
+        self.text = verb.text()
         documents = {
             "recipe.yaml": dump(recipe).encode(),
             "tokenizer.json": self.text.tokenizer.to_json().encode(),
@@ -91,12 +111,12 @@ class Training:
         if self.saver.restore(self.state, console.warning):
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
         else:
-            initialise(self.model, recipe.train.seed)
+            verb.begin(self.model, self.optimizer)
         if recipe.train.compile:
             runtime.compile(self.model)
 
     def _shares(self) -> Microbatches:
-        train, length = self.recipe.train, self.recipe.data.span_corruption.inputs_length
+        train, length = self.recipe.train, self.recipe.inputs_length
         return Microbatches(
             self._rows,
             train.batch_tokens // length,
@@ -128,13 +148,13 @@ class Training:
                 self.trackers.log(record)
                 shown.log(record)
 
-            held_out = self._held_out(write)
+            held_out, exams = self._held_out(write), self._exams(write)
             if state.step == 0:
                 held_out(state)
             complete = fit(
                 state,
                 self.runtime.wrap(self.model),
-                self.objective,
+                self.verb.objective,
                 self.batches,
                 self.optimizer,
                 recipe.schedule,
@@ -142,6 +162,7 @@ class Training:
                 [
                     self._log(write),
                     held_out,
+                    *([exams] if exams else []),
                     Save(recipe.checkpoint.save_every_steps, self.saver.save),
                     Sample(recipe.log.sample_every_steps or steps, self._samples),
                 ],
@@ -151,10 +172,12 @@ class Training:
             )
             if not complete:
                 self.saver.save(state)
+            elif exams and not exams.answered:  # the run was complete when it was started again
+                exams.ask()
         self.trackers.close()
         if not complete:
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
-        return self.runtime.on_main(self._finish) or {}
+        return self.runtime.on_main(lambda: self._finish(exams)) or {}
 
     def _log(self, write: Write) -> Log:
         recipe, facts = self.recipe, describe(self.recipe)
@@ -181,14 +204,26 @@ class Training:
         return HeldOut(
             self.recipe.eval.every_steps,
             self.model,
-            self.objective,
+            self.verb.objective,
             batches,
             self.runtime,
             write,
             self.recipe.eval.capacity,
         )
 
-    def _finish(self) -> dict[str, Any]:
+    def _exams(self, write: Write) -> Exams | None:
+        if not self.text.exams:
+            return None
+        scoring = self.verb.scoring
+        return Exams(
+            self.recipe.eval.every_steps,
+            Answering(self.model, self.text.tokenizer, self.runtime, scoring, scoring.capacity),
+            self.text.exams,
+            self.runtime,
+            write,
+        )
+
+    def _finish(self, exams: Exams | None) -> dict[str, Any]:
         """The result, on the console and in result.json."""
         facts, state = describe(self.recipe), self.state
         tokens = state.step * self.recipe.train.batch_tokens
@@ -196,18 +231,19 @@ class Training:
             "verb": self.recipe.verb,
             "run": str(self.folder.path),
             "step": state.step,
-            HELD_OUT: state.held_out_neg_log_perplexity,
-            "held_out/first_neg_log_perplexity": state.first_held_out_neg_log_perplexity,
+            HELD_OUT: state.figures.get(HELD_OUT),
+            "held_out/first_neg_log_perplexity": state.first_figures.get(HELD_OUT),
             **{key: facts[key] for key in facts if "parameters" in key},
             "flops_per_sequence": facts["flops_per_sequence"],
             "input_tokens": tokens,
             "target_tokens": state.targets_seen,
             "seconds": state.seconds,
             "tokens_per_second": tokens / state.seconds,
+            **(task_results(exams.scores(self.verb.scoring.draws), state.best) if exams else {}),
             **machine(self.runtime),
         }
         self.folder.write_result(result)
-        self._show(result)
+        self._show(result, exams)
         return result
 
     def _samples(self) -> None:
@@ -215,15 +251,17 @@ class Training:
         if not self.runtime.is_main:
             return
         decode = self.text.tokenizer.decode
-        batch = self.runtime.place(self.text.held_out(0, NUM_SAMPLES))
+        batch = self.runtime.place(self.text.samples)
         with self.runtime.uncompiled():
             filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
         for inputs, targets, output in zip(*(tensor.tolist() for tensor in batch), filled, strict=True):
             self.console.sample(decode(inputs), decode(targets), output)
 
-    def _show(self, result: dict[str, Any]) -> None:
-        console = self.console
+    def _show(self, result: dict[str, Any], exams: Exams | None) -> None:
+        console, state, best = self.console, self.state, self.state.best
         self._samples()
+        if exams:
+            show_scores(console, exams.scores(self.verb.scoring.draws), best)
         console.table(
             "done",
             {
@@ -237,10 +275,10 @@ class Training:
         )
         out, switchcli = self.folder.path, program()
         console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
-        again = shlex.join(
-            ["pretrain", str(out / "recipe.yaml"), f"train.steps={2 * result['step']}", "--out", str(out)]
-        )
-        console.message(
-            f'  {switchcli} generate {shlex.quote(str(out))} "The <extra_id_0> of a list is its <extra_id_1>."'
-        )
+        verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"
+        again = shlex.join([verb, str(out / "recipe.yaml"), steps, "--out", str(out)])
+        asked = self.text.exams[0].examples[0].input if exams else "The <extra_id_0> of a list is its <extra_id_1>."
+        console.message(f"  {switchcli} {shlex.join(['generate', str(out), shortened(asked, 60)])}")
+        if exams:
+            console.message(f"  {switchcli} {shlex.join(['eval', str(out)])}")
         console.message(f"  {switchcli} {again}")

@@ -42,21 +42,14 @@ class Hub(Spec):
 
         Raises DataError for no network, an unknown name or column, no text.
         """
-        from datasets.exceptions import DatasetsError
-
         empty = True
-        try:
-            for row, example in enumerate(islice(self._open(), self.max_documents)):
-                text = self._text(example)
-                if text.strip():
-                    empty = False
-                    yield Document(f"{self.path}/{self.name or ''}/{self.split}:{row}", text)
-        except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"data.corpora: {self.path}: the dataset cannot be opened ({reason}): check path, name, split, "
-                "revision and the network; or use `kind: files` with text that is here"
-            ) from error
+        way_out = "check path, name, split, revision and the network; or use `kind: files` with text that is here"
+        rows = hub_rows(self.path, self.name, self.split, self.revision, self.streaming, "data.corpora", way_out)
+        for row, example in enumerate(islice(rows, self.max_documents)):
+            text = self._text(example)
+            if text.strip():
+                empty = False
+                yield Document(f"{self.path}/{self.name or ''}/{self.split}:{row}", text)
         if empty:
             raise DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
 
@@ -67,13 +60,6 @@ class Hub(Spec):
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         return f"hub {options} {files_fingerprint(files)}"
 
-    def _open(self) -> Iterator[Mapping[str, Any]]:
-        from datasets import load_dataset
-
-        yield from load_dataset(
-            self.path, self.name, split=self.split, revision=self.revision, streaming=self.streaming
-        )
-
     def _text(self, example: Mapping[str, Any]) -> str:
         text = example.get(self.field)
         if not isinstance(text, str):
@@ -82,6 +68,23 @@ class Hub(Spec):
                 "set `field` to the one that does"
             )
         return text
+
+
+def hub_rows(
+    path: str, name: str | None, split: str, revision: str | None, streaming: bool, key: str, way_out: str
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a split of a dataset on the hub, or of a folder of data files, in order.
+
+    DataError, naming the recipe's `key` and `way_out`, for no network and unknown names.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from load_dataset(path, name, split=split, revision=revision, streaming=streaming)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{key}: {path}: the dataset cannot be opened ({reason}): {way_out}") from error
 
 
 Corpus = Annotated[PythonStdlib | Files | Hub, Field(discriminator="kind")]

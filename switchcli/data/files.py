@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NamedTuple, cast
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, cast
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class Files(Spec):
         Raises DataError for no match, a folder, bytes that are not UTF-8, NULs, broken JSON, no such field, no text.
         """
         empty = True
-        for path in _matches(self.paths):
+        for path in matches(self.paths, "data.corpora"):
             is_json = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
             for document in self._json(path) if is_json else self._text(path):
                 if document.text.strip():
@@ -44,7 +44,7 @@ class Files(Spec):
 
     def fingerprint(self) -> str:
         """The options, and each file's resolved path, size and time of change."""
-        return f"files {self.sample_by} {self.field} {files_fingerprint(_matches(self.paths))}"
+        return f"files {self.sample_by} {self.field} {files_fingerprint(matches(self.paths, 'data.corpora'))}"
 
     def _text(self, path: Path) -> Iterator[Document]:
         lines = _lines(path)
@@ -61,10 +61,8 @@ class Files(Spec):
                     yield Document(f"{path.as_posix()}:{first.number}", text)
 
     def _json(self, path: Path) -> Iterator[Document]:
-        for line in _lines(path):
-            if line.text.strip():
-                where = f"{path}:{line.number}"
-                yield Document(f"{path.as_posix()}:{line.number}", _json_text(line.text, self.field, where))
+        for where, value in json_rows(path):
+            yield Document(where, _json_text(value, self.field, where))
 
 
 class _Line(NamedTuple):
@@ -79,21 +77,30 @@ def files_fingerprint(paths: Iterable[Path]) -> str:
     return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _matches(patterns: Iterable[str]) -> list[Path]:
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a JSON Lines file with its `path:line`; blank lines are passed over. DataError for other JSON."""
+    for line in _lines(path):
+        if line.text.strip():
+            where = f"{path.as_posix()}:{line.number}"
+            yield where, _json_object(line.text, where)
+
+
+def matches(patterns: Iterable[str], key: str) -> list[Path]:
+    """The files that `patterns` (paths or globs) name, each once. DataError, naming the recipe's `key`, for none."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            raise DataError(f"data.corpora: {pattern} is a folder: name the files in it, such as {path / '*.txt'}")
+            raise DataError(f"{key}: {pattern} is a folder: name the files in it, such as {path / '*.txt'}")
         if path.exists():
             found[path] = None
             continue
         if not set(pattern) & set("*?["):
-            raise DataError(f"data.corpora: {pattern}: no such file (from {Path.cwd()}): mend the path")
-        matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        files = sorted(match for match in matches if match.is_file())
+            raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): mend the path")
+        anchor = Path(path.anchor)
+        files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
         if not files:
-            raise DataError(f"data.corpora: {pattern}: no file matches (from {Path.cwd()}): mend the pattern")
+            raise DataError(f"{key}: {pattern}: no file matches (from {Path.cwd()}): mend the pattern")
         found.update(dict.fromkeys(files))
     return list(found)
 
@@ -129,13 +136,17 @@ def _decode(raw: bytes, where: str, offset: int) -> str:
         ) from error
 
 
-def _json_text(line: str, field: str, where: str) -> str:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}): one whole JSON object a line is needed") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: a JSON object is needed in each line, this is a {type(value).__name__}")
+    return value
+
+
+def _json_text(value: dict[str, Any], field: str, where: str) -> str:
     if field not in value:
         keys = ", ".join(map(str, value)) or "none"
         raise DataError(

@@ -8,7 +8,8 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -56,14 +57,7 @@ def prepare(spec: DataSpec, cache: Path, track: Track, tokenizer: Tokenizer | No
     """
     folder = cache / "tokens" / _key(spec, tokenizer)
     # Corpora and tokenizers have told of their own files before.
-    with disk_errors(cache, "name another folder for the cache in $SWITCHCLI_CACHE"):
-        if not is_whole(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True
-            ) as scratch:
-                _build(spec, Path(scratch) / "built", track, tokenizer)
-                _publish(Path(scratch), folder)
+    with cached(folder, lambda built: _build(spec, built, track, tokenizer)):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         return Prepared(
             Tokenizer.from_json(text, str(folder / "tokenizer.json")),
@@ -71,6 +65,24 @@ def prepare(spec: DataSpec, cache: Path, track: Track, tokenizer: Tokenizer | No
             TokenStore.open(folder / HELD_OUT),
             identity(folder, (TRAIN, HELD_OUT)),
         )
+
+
+@contextmanager
+def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
+    """Within, `folder` is there and whole: what `build` makes, and seals, at the path that it is given, once.
+
+    Raises:
+        CheckpointError: what the disk refuses, from within too.
+    """
+    with disk_errors(folder.parents[1], "name another folder for the cache in $SWITCHCLI_CACHE"):
+        if not is_whole(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(
+                dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True
+            ) as scratch:
+                build(Path(scratch) / "built")
+                _publish(Path(scratch), folder)
+        yield
 
 
 def _key(spec: DataSpec, tokenizer: Tokenizer | None) -> str:

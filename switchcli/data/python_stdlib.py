@@ -18,6 +18,7 @@ from switchcli.spec import Spec
 
 LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 TOPICS = Path("pydoc_data/topics.py")
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonStdlib(Spec):
@@ -29,22 +30,23 @@ class PythonStdlib(Spec):
 
     def documents(self) -> Iterator[Document]:
         """Some 2.2 MB on Python 3.11, 12 MB with sources. Python builds without the topics have the modules alone."""
-        root = _root()
+        root = library_root()
         yield from _topics(root / TOPICS)
-        for path in _modules(root):
-            text = _source(path) if self.sources else _docstrings(path)
+        for path in module_paths(root):
+            text = source_text(path) if self.sources else _docstrings(path)
             if text.strip():
                 yield Document(f"module {path.relative_to(root).as_posix()}", text)
 
     def fingerprint(self) -> str:
         """Python's full version, the options, and the names and sizes of the files."""
-        root = _root()
-        files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in _modules(root)]
+        root = library_root()
+        files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in module_paths(root)]
         identity = repr((sys.version, self.sources, (root / TOPICS).exists(), files))
         return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
 
 
-def _root() -> Path:
+def library_root() -> Path:
+    """The folder of the standard library; DataError where this Python has none."""
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "ast.py").is_file():
         raise DataError(
@@ -54,7 +56,8 @@ def _root() -> Path:
     return root
 
 
-def _modules(root: Path) -> list[Path]:
+def module_paths(root: Path) -> list[Path]:
+    """The library's modules in order of name, without its tests and what was installed beside it."""
     found: list[Path] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]  # site-packages may take seconds to walk
@@ -62,7 +65,7 @@ def _modules(root: Path) -> list[Path]:
     return sorted((path for path in found if path != root / TOPICS), key=lambda path: path.relative_to(root).parts)
 
 
-def _parse(source: bytes) -> ast.Module:
+def parse(source: bytes) -> ast.Module:
     """A syntax tree, empty where this Python cannot read the file (an encoding or a syntax kept as an example)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,13 +78,14 @@ def _parse(source: bytes) -> ast.Module:
 def _topics(path: Path) -> Iterator[Document]:
     if not path.is_file():
         return
-    for node in _parse(path.read_bytes()).body:
+    for node in parse(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for name, text in sorted(ast.literal_eval(node.value).items()):
                 yield Document(f"topic {name}", text)
 
 
-def _source(path: Path) -> str:
+def source_text(path: Path) -> str:
+    """A file's text with Unix line ends; empty where it is in no encoding that Python knows."""
     raw = path.read_bytes()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
@@ -90,18 +94,23 @@ def _source(path: Path) -> str:
         return ""
 
 
-def _docstrings(path: Path) -> str:
-    found: list[str] = []
+def documented(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
+    """What has a docstring: its qualified name (the module's is empty), its node, and the docstring without indent."""
 
-    def visit(node: ast.AST) -> None:
+    def visit(node: ast.AST, names: tuple[str, ...]) -> Iterator[tuple[str, Definition, str]]:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names = (*names, node.name)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
-                found.append(text)
+                # A docstring may spell half a surrogate pair, which is no text.
+                yield ".".join(names), node, text.encode("utf-8", "replace").decode("utf-8")
         if not isinstance(node, ast.expr):
             for child in ast.iter_child_nodes(node):
-                visit(child)
+                yield from visit(child, names)
 
-    visit(_parse(path.read_bytes()))
-    # A docstring may spell half a surrogate pair, which is no text.
-    return "\n\n".join(found).encode("utf-8", "replace").decode("utf-8")
+    return visit(tree, ())
+
+
+def _docstrings(path: Path) -> str:
+    return "\n\n".join(text for _, _, text in documented(parse(path.read_bytes())))

@@ -20,3 +20,12 @@ class DataSpec(Spec):
     span_corruption: SpanCorruption = SpanCorruption()
     held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Share of the documents kept for evaluation, chosen by a hash of each document's name alone."""
+
+
+class TextSpec(Spec):
+    """Text to measure a model on: the held-out part of it, as `DataSpec` has it, cut by the model's own vocabulary."""
+
+    corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)] = (PythonStdlib(),)
+    held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
+    sequences: int = Field(default=512, ge=1)
+    """Rows of it that are looked at, at most as many as there are."""

@@ -12,14 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from switchcli.data.batch import Batch
+from switchcli.data.draws import CHUNKS, DOCUMENTS, SPANS, WORDS, permutation, philox
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.store import TokenStore
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError
-
-# The last word of Philox's counter: streams of numbers with the same key that never meet.
-SPANS, DOCUMENTS, CHUNKS = range(3)
-WORDS = 4  # 64-bit words that Philox gives for one count
 
 
 class SpanStream:
@@ -62,7 +59,7 @@ class SpanStream:
     def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:
         """[count, num_draws]: each row has counts of its own, so that any split of the batch draws the same."""
         counts = -(-self._corruption.num_draws // WORDS)
-        bits = _philox(self._seed, step, SPANS).advance(first * counts)
+        bits = philox(self._seed, step, SPANS).advance(first * counts)
         return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._corruption.num_draws]
 
 
@@ -72,23 +69,14 @@ class _Epoch:
     def __init__(self, store: TokenStore, num_chunks: int, raw_length: int, seed: int, number: int) -> None:
         self.number = number
         self._tokens, self._raw_length = store.tokens, raw_length
-        documents = _permutation(store.num_documents, seed, number, DOCUMENTS)
+        documents = permutation(store.num_documents, seed, number, DOCUMENTS)
         ends = np.cumsum(np.diff(store.offsets)[documents])
         # Where a shuffled position lies in the store: the position plus the shift of its document.
         self._ends, self._shift = ends, store.offsets[1:][documents] - ends
-        self._chunks = _permutation(num_chunks, seed, number, CHUNKS)
+        self._chunks = permutation(num_chunks, seed, number, CHUNKS)
 
     def raw(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Raw ids int64 [R, L] of the epoch's rows [R]."""
         position_RL = self._chunks[rows][:, None] * self._raw_length + np.arange(self._raw_length)
         document_RL = np.searchsorted(self._ends, position_RL, side="right")
         return self._tokens[position_RL + self._shift[document_RL]].astype(np.int64)
-
-
-def _philox(seed: int, index: int, purpose: int) -> np.random.Philox:
-    """Counter-based random bits of (seed, index, purpose): the same in every version, as numpy promises."""
-    return np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose])
-
-
-def _permutation(size: int, seed: int, index: int, purpose: int) -> NDArray[np.int64]:
-    return np.argsort(_philox(seed, index, purpose).random_raw(size), kind="stable")

@@ -61,11 +61,14 @@ def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.T
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Keeps the weights as they are for the way back, not their copy in the shorter type of x: that is made twice."""
+    """Keeps the weights as they are for the way back, not their copy in the shorter type of x: that is made twice.
+
+    x is kept only where the weights learn.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_AD, weight_EFD, end_E)
+        ctx.save_for_backward(x_AD if ctx.needs_input_grad[1] else None, weight_EFD, end_E)
         return F.grouped_mm(x_AD, weight_EFD.to(x_AD.dtype).mT, offs=end_E)
 
     @staticmethod
@@ -74,7 +77,7 @@ class _GroupedProduct(torch.autograd.Function):
         gradient_AF = gradient_AF.contiguous()
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_x = F.grouped_mm(gradient_AF, weight_EFD.to(x_AD.dtype), offs=end_E)
+            for_x = F.grouped_mm(gradient_AF, weight_EFD.to(gradient_AF.dtype), offs=end_E)
         if ctx.needs_input_grad[1]:
             for_weight = F.grouped_mm(gradient_AF.mT, x_AD, offs=end_E).to(weight_EFD.dtype)
         return for_x, for_weight, None

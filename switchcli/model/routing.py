@@ -20,12 +20,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from switchcli.model.reports import RoutingReport, count_each, report_of, share
 from switchcli.spec import Spec
 
-Policy = Literal["paper", "dropless"]
-"""How an evaluation counts capacity: by `eval_capacity_factor`, or not at all. Without one, no token's output depends
-on which others are beside it, so that decoding step by step equals teacher forcing. Expert choice keeps its own."""
-Mode = Literal["training", "paper", "dropless"]
-"""Training, or an evaluation under one of the policies."""
 Factor = Annotated[float, Field(gt=0.0, le=1e12)]
+Policy = Literal["paper", "dropless"] | Factor
+"""How an evaluation counts capacity: by `eval_capacity_factor`, not at all, or by a factor given here. Without one, no
+token's output depends on which others are beside it, so that decoding step by step equals teacher forcing. Expert
+choice, which cannot do without, keeps its own for `dropless`."""
+Mode = Literal["training"] | Policy
+"""Training, or an evaluation under one of the policies."""
 
 
 class Routing(NamedTuple):
@@ -121,8 +122,12 @@ class TokenChoice(RoutingRule, ABC):
 
     def capacity(self, num_tokens: int, num_experts: int, mode: Mode) -> int:
         """Slots C of each expert in a group of N tokens (eq. 3), rounded down, at least `min_capacity`, at most N."""
-        factors = {"training": self.capacity_factor, "paper": self.eval_capacity_factor, "dropless": "dropless"}
-        return self._capacity(factors[mode], num_tokens, num_experts)
+        factor: float | str = mode
+        if mode == "training":
+            factor = self.capacity_factor
+        elif mode == "paper":
+            factor = self.eval_capacity_factor
+        return self._capacity(factor, num_tokens, num_experts)
 
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
         """Queue the tokens at their choices: all first ones, then all second ones behind them, and so on."""
@@ -303,6 +308,7 @@ class ExpertChoice(RoutingRule):
         """Give each expert its most probable tokens, the most probable first."""
         _, N, E = logits_GNE.shape
         factor = self.capacity_factor if mode == "training" else self.eval_capacity_factor
+        factor = mode if isinstance(mode, float) else factor
         probability_GNE = logits_GNE.softmax(-1)
         score_GEN = probability_GNE.mT.masked_fill(~real_GN.unsqueeze(1), -1.0)
         # Stable, as topk is not: before the first attention a token that is repeated ties with itself.

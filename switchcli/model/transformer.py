@@ -18,6 +18,7 @@ from switchcli.model.cache import Cache, Past
 from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
 from switchcli.model.losses import auxiliary_loss
 from switchcli.model.moe import Router, SwitchLayer
+from switchcli.model.packing import Segments, between_segments, decoder_inputs
 from switchcli.model.reports import Reports
 from switchcli.model.spec import STACKS, ModelSpec, Stack
 from switchcli.model.switch_attention import SwitchAttention
@@ -50,8 +51,8 @@ class Encoded(NamedTuple):
     """The encoder's answer."""
 
     hidden_BSD: torch.Tensor
-    bias_B11S: torch.Tensor
-    """Hides the padding from cross-attention."""
+    bias_B1TS: torch.Tensor
+    """Hides the padding from cross-attention, the same for all T: [B, 1, 1, S]."""
     reports: Reports
 
 
@@ -93,9 +94,9 @@ class CrossAttention(nn.Module):
         self.attention = Attention(spec)
         self.dropout = spec.dropout
 
-    def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B11S: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B1TS: torch.Tensor) -> torch.Tensor:
         shared_BTD = self.norm(x_BTD).view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
-        y_BTD = self.attention(self.attention.query(shared_BTD), memory, bias_B11S).view_as(x_BTD)
+        y_BTD = self.attention(self.attention.query(shared_BTD), memory, bias_B1TS).view_as(x_BTD)
         return x_BTD + dropout(y_BTD, self.dropout, self.training)
 
 
@@ -149,13 +150,13 @@ class DecoderBlock(nn.Module):
         self,
         x_BTD: torch.Tensor,
         real_BT: torch.Tensor,
-        bias_1HTS: torch.Tensor,
+        bias_BHTS: torch.Tensor,
         encoded: Encoded,
         past: Past | None,
     ) -> tuple[torch.Tensor, Reports]:
         source = self.cross_attention.attention.key_value(encoded.hidden_BSD) if past is None else past.source
-        x_BTD, attended = self.self_attention(x_BTD, real_BT, bias_1HTS, past)
-        x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B11S)
+        x_BTD, attended = self.self_attention(x_BTD, real_BT, bias_BHTS, past)
+        x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B1TS)
         x_BTD, fed = self.feed_forward(x_BTD, real_BT)
         return x_BTD, attended + fed
 
@@ -170,11 +171,14 @@ class Encoder(nn.Module):
         self.final_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
         self.dropout = spec.dropout
 
-    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> Encoded:
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor, segments: Segments | None = None) -> Encoded:
         """x_BSD: the embedded tokens; `real_BS` is False for padding, which nothing attends to and no router sees."""
         S = x_BSD.shape[1]
         padding_B11S = padding_bias(real_BS)
-        bias_BHSS = shared_bias(self.position_bias(S, S) + padding_B11S, x_BSD)
+        bias_BHSS = self.position_bias(S, S) + padding_B11S
+        if segments is not None:
+            bias_BHSS = bias_BHSS + between_segments(segments.source_BS, segments.source_BS)
+        bias_BHSS = shared_bias(bias_BHSS, x_BSD)
         x_BSD = dropout(x_BSD, self.dropout, self.training)
         reports: Reports = ()
         for block in self.blocks:
@@ -195,19 +199,32 @@ class Decoder(nn.Module):
         self.dropout = spec.dropout
 
     def forward(
-        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, encoded: Encoded, cache: Cache | None = None
+        self,
+        x_BTD: torch.Tensor,
+        real_BT: torch.Tensor,
+        encoded: Encoded,
+        cache: Cache | None = None,
+        segments: Segments | None = None,
     ) -> tuple[torch.Tensor, Reports]:
         """Hidden states of T positions and the reports.
 
         With a cache T is 1: the position after those in it, which it then holds too. Its rows may be several for each
-        of the encoder's, as beams are.
+        of the encoder's, as beams are. Packed rows have no cache.
         """
         T = x_BTD.shape[1]
-        bias_1HTS = shared_bias(self.position_bias(T, T), x_BTD) if cache is None else cache.bias_1H1S
+        if cache is not None:
+            bias_BHTS = cache.bias_1H1S
+        else:
+            bias_BHTS = self.position_bias(T, T)
+            if segments is not None:
+                bias_BHTS = bias_BHTS + between_segments(segments.target_BT, segments.target_BT)
+                bias_B1TS = encoded.bias_B1TS + between_segments(segments.target_BT, segments.source_BS)
+                encoded = encoded._replace(bias_B1TS=shared_bias(bias_B1TS, x_BTD))
+            bias_BHTS = shared_bias(bias_BHTS, x_BTD)
         x_BTD = dropout(x_BTD, self.dropout, self.training)
         reports: Reports = ()
         for layer, block in enumerate(self.blocks):
-            x_BTD, new = block(x_BTD, real_BT, bias_1HTS, encoded, cache and cache.blocks[layer])
+            x_BTD, new = block(x_BTD, real_BT, bias_BHTS, encoded, cache and cache.blocks[layer])
             reports += new
         return dropout(self.final_norm(x_BTD), self.dropout, self.training), reports
 
@@ -232,17 +249,22 @@ class SwitchTransformer(nn.Module):
             if isinstance(module, Router):
                 module.dtype = router_dtype
 
-    def forward(self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor) -> ModelOutput:
-        """The answer for every target given the inputs and the targets before it (int64 ids; 0 is padding)."""
-        encoded = self.encode(inputs_BS)
-        shifted_BT = F.pad(targets_BT, (1, -1), value=PAD)
-        hidden_BTD, reports = self.decoder(self.embed(shifted_BT), targets_BT != PAD, encoded)
+    def forward(
+        self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor, segments: Segments | None = None
+    ) -> ModelOutput:
+        """The answer for every target given the inputs and the targets before it (int64 ids; 0 is padding).
+
+        With `segments` (packing.segments_of) rows are packed: given those of its own example alone.
+        """
+        encoded = self.encode(inputs_BS, segments)
+        x_BTD = self.embed(decoder_inputs(targets_BT, segments))
+        hidden_BTD, reports = self.decoder(x_BTD, targets_BT != PAD, encoded, segments=segments)
         encoder, decoder = (self.spec.router_of(stack) for stack in STACKS)
         auxiliary = auxiliary_loss([(encoder, encoded.reports), (decoder, reports)], self.spec.balance_reduction)
         return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.reports, reports)
 
-    def encode(self, inputs_BS: torch.Tensor) -> Encoded:
-        return self.encoder(self.embed(inputs_BS), inputs_BS != PAD)
+    def encode(self, inputs_BS: torch.Tensor, segments: Segments | None = None) -> Encoded:
+        return self.encoder(self.embed(inputs_BS), inputs_BS != PAD, segments)
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids_BS, self.embedding)

@@ -15,9 +15,9 @@ from the folder of the file that says it, or names a recipe that ships.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -38,16 +38,18 @@ def resolve(name_or_path: str, overrides: Sequence[str], schema: type[S]) -> S:
     return validate(load(name_or_path, overrides), schema)
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> Node:
-    """The merged recipe, not yet validated; each node knows where it was said.
+def load(name_or_path: str | None, overrides: Sequence[str] = (), below: Node | None = None) -> Node:
+    """The merged recipe, not yet validated; each node knows where it was said. Without a name: the overrides alone.
+
+    `below` is a layer beneath all others: what a checkpoint says of the keys that the recipe leaves out.
 
     Raises:
         RecipeError: a file is missing or is not YAML, an `extends` or an override cannot be followed.
     """
-    layers = _files(library.locate(name_or_path))
-    tree = layers[0]._replace(value={})
-    for layer in layers:
-        tree = _merge(_with_size(tree, _size(layer)), layer)
+    layers = [layer({}, "the command line")] if name_or_path is None else _files(library.locate(name_or_path))
+    tree = _merge(layers[0]._replace(value={}), below or layers[0]._replace(value={}))
+    for above in layers:
+        tree = _merge(_with_size(tree, _size(above)), above)
     return _overridden(tree, overrides)
 
 
@@ -73,6 +75,27 @@ def validate(tree: Node, schema: type[S]) -> S:
 def dump(spec: Spec) -> str:
     """YAML text of a resolved recipe: every key, in the schema's order. Resolving it again gives an equal value."""
     return text.write(spec.model_dump(mode="json"))
+
+
+def stated(tree: Node, dotted: str) -> Any:
+    """The value that `tree` states for a key, None where it states none."""
+    for key in dotted.split("."):
+        value = tree.value.get(key) if isinstance(tree.value, dict) else None
+        if value is None:
+            return None
+        tree = value
+    return text.plain(tree)
+
+
+def layer(values: Mapping[str, Any], where: str) -> Node:
+    """A layer of plain values, said at `where`."""
+    return Node({key: _node(value, where) for key, value in values.items()}, where)
+
+
+def _node(value: Any, where: str) -> Node:
+    if isinstance(value, Mapping):
+        return layer(value, where)
+    return Node([_node(item, where) for item in value] if isinstance(value, list) else value, where)
 
 
 def _files(path: Path) -> list[Node]:

@@ -1,25 +1,27 @@
-"""The recipe of each verb: the rooms' specs put together, and the rules between them.
+"""The recipe of each verb: the rooms' specs put together."""
 
-A rule within one spec lives in that spec. Here are those that need two, such as a batch in whole sequences.
-"""
-
-import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field
 
-from switchcli.data.spec import DataSpec
-from switchcli.model.spec import STACKS, ModelSpec
+from switchcli.data.spec import DataSpec, TextSpec
+from switchcli.model.groups import Group, check
+from switchcli.model.routing import Policy
+from switchcli.model.spec import ModelSpec
+from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
+from switchcli.recipe.training import TrainingRecipe
 from switchcli.spec import Spec
+from switchcli.tasks.spec import EvalDataSpec, TaskDataSpec, TaskSpec
 from switchcli.train.optimizer import Adafactor, OptimizerSpec
-from switchcli.train.schedule import InverseSquareRoot, ScheduleSpec
-from switchcli.train.spec import CheckpointSpec, EvalSpec, LogSpec, TrainSpec
+from switchcli.train.schedule import Constant, InverseSquareRoot, ScheduleSpec
+from switchcli.train.scoring import ScoringSpec
+from switchcli.train.spec import CheckpointSpec, EvalSpec, LogSpec, Precision, StartSpec, TrainSpec
 
 
-class PretrainRecipe(Spec):
+class PretrainRecipe(TrainingRecipe):
     """One run of `switchcli pretrain`."""
 
     verb: Literal["pretrain"] = "pretrain"
@@ -32,66 +34,20 @@ class PretrainRecipe(Spec):
     optimizer: OptimizerSpec = Adafactor()
     """By its `kind`: adafactor, adamw."""
     schedule: ScheduleSpec = InverseSquareRoot()
-    """By its `kind`: inverse_square_root, cosine, linear."""
+    """By its `kind`: inverse_square_root, constant, cosine, linear."""
     log: LogSpec = LogSpec()
     eval: EvalSpec = EvalSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
 
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        if broken := [
-            *self._batch_rules(),
-            *self._capacity_rules(),
-            *self._vocabulary_rules(),
-            *self._schedule_rules(),
-        ]:
-            raise ValueError("\n".join(broken))
-        return self
+    @property
+    def inputs_length(self) -> int:
+        return self.data.span_corruption.inputs_length
 
-    def _batch_rules(self) -> Iterator[str]:
-        length = self.data.span_corruption.inputs_length
-        batch, microbatch = self.train.batch_tokens, self.train.microbatch_tokens or self.train.batch_tokens
-        key = "train.microbatch_tokens" if self.train.microbatch_tokens else "train.batch_tokens"
-        for name, tokens in {"train.batch_tokens": batch, key: microbatch}.items():
-            if tokens % length:
-                rule = f"must be a multiple of the {length} tokens of one input sequence"
-                yield f"{name} ({tokens}) {rule}: try {_round_up(tokens, length)}."
-        if batch % length or microbatch % length:
-            return
-        if batch % microbatch:
-            sequences = next(n for n in range(microbatch // length, 0, -1) if batch // length % n == 0)
-            yield f"{key} ({microbatch}) must divide train.batch_tokens ({batch}): try {sequences * length}."
-        group = self.model.group_sequences * length
-        if microbatch % group:
-            rule = f"must be a multiple of the {group} tokens that model.router.group_sequences puts into one group"
-            yield f"{key} ({microbatch}) {rule}: try {_round_up(microbatch, group)}."
+    @property
+    def targets_length(self) -> int:
+        return self.data.span_corruption.targets_length
 
-    def _capacity_rules(self) -> Iterator[str]:
-        """A group must hold a token for each expert, and an even share of it at least one slot."""
-        spans, experts = self.data.span_corruption, self.model.num_experts
-        lengths = {"encoder": spans.inputs_length, "decoder": spans.targets_length}
-        for stack in STACKS:
-            router, own = self.model.router_of(stack), stack == "decoder" and self.model.decoder_router is not None
-            key, group = "model.decoder_router" if own else "model.router", router.group_sequences * lengths[stack]
-            if not self.model.sparse_layers(stack):
-                continue
-            if group < experts:
-                yield (
-                    f"{key}.group_sequences ({router.group_sequences}): a group of the {stack} has {group} tokens for "
-                    f"{experts} experts: try {key}.group_sequences={-(-experts // lengths[stack])} or more."
-                )
-                continue
-            factors = {"capacity_factor": router.capacity_factor, "eval_capacity_factor": router.eval_capacity_factor}
-            for name, factor in factors.items():
-                if not isinstance(factor, str) and group * factor < experts:
-                    least = math.ceil(1000 * experts / group) / 1000
-                    yield (
-                        f"{key}.{name} ({factor}) gives each of {experts} experts {group * factor / experts:.2g} slots "
-                        f"in a group of {group} tokens of the {stack}: take {least:g} or more, for at "
-                        "least one."
-                    )
-
-    def _vocabulary_rules(self) -> Iterator[str]:
+    def _own_rules(self) -> Iterator[str]:
         tokenizer, rows = self.data.tokenizer, self.model.vocab_size
         if tokenizer.kind == "train" and tokenizer.vocab_size > rows:
             yield (
@@ -99,18 +55,90 @@ class PretrainRecipe(Spec):
                 f"model.vocab_size: try model.vocab_size={tokenizer.vocab_size}."
             )
 
-    def _schedule_rules(self) -> Iterator[str]:
-        schedule, steps = self.schedule, self.train.steps
-        # T5's inverse square root may stay in its constant part: its warm-up is no ramp.
-        if schedule.kind != "inverse_square_root" and schedule.warmup_steps > steps:
+
+class FinetuneRecipe(TrainingRecipe):
+    """One run of `switchcli finetune`. Keys of `model` that it leaves out are the checkpoint's."""
+
+    verb: Literal["finetune"] = "finetune"
+    """The command that runs this recipe."""
+    description: str = ""
+    """One line for `switchcli recipes list`."""
+    start: StartSpec
+    model: ModelSpec = ModelSpec()
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    """Names of tasks and suites, or tasks of your own (`kind: files`)."""
+    data: TaskDataSpec = TaskDataSpec()
+    update: Group = "all"
+    """Which weights learn: all, non_expert, expert (with the routers), dense_feed_forward."""
+    train: TrainSpec
+    optimizer: OptimizerSpec = Adafactor()
+    """By its `kind`: adafactor, adamw."""
+    schedule: ScheduleSpec = Constant()
+    """By its `kind`: constant, inverse_square_root, cosine, linear."""
+    log: LogSpec = LogSpec()
+    eval: EvalSpec = EvalSpec()
+    scoring: ScoringSpec = ScoringSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @property
+    def inputs_length(self) -> int:
+        return self.data.inputs_length
+
+    @property
+    def targets_length(self) -> int:
+        return self.data.targets_length
+
+    def _own_rules(self) -> Iterator[str]:
+        evaluate, save = self.eval.every_steps, self.checkpoint.save_every_steps
+        if evaluate % save:
             yield (
-                f"schedule.warmup_steps ({schedule.warmup_steps}) must be at most train.steps ({steps}): "
-                f"try {steps // 10}."
+                f"eval.every_steps ({evaluate}) must be a multiple of checkpoint.save_every_steps ({save}), so that "
+                f"the best checkpoint of each task is there to be kept: try checkpoint.save_every_steps={evaluate}."
             )
+        try:
+            check(self.model, self.update)
+        except ValueError as error:
+            yield f"update ({self.update}): {error}"
 
 
-RECIPES: Mapping[str, type[Spec]] = MappingProxyType({"pretrain": PretrainRecipe})
+class EvalRecipe(Spec):
+    """One run of `switchcli eval`: which tasks and texts a checkpoint is measured on, and how it answers."""
+
+    verb: Literal["eval"] = "eval"
+    """The command that runs this recipe."""
+    description: str = ""
+    """One line for `switchcli recipes list`."""
+    tasks: tuple[TaskSpec, ...] | None = None
+    """Names of tasks and suites, or tasks of your own; absent: those that the checkpoint was fine-tuned on."""
+    data: EvalDataSpec = EvalDataSpec()
+    text: TextSpec | None = None
+    """Text for the held-out neg. log perplexity; absent: that of a pre-trained checkpoint, unless `tasks` are named."""
+    scoring: ScoringSpec = ScoringSpec()
+    capacities: Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None
+    """How the routers count capacity: `paper` by their eval_capacity_factor, `dropless`, or a factor of its own; all is
+    measured under each. Absent: as the run measured itself."""
+    precision: Precision = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
+    {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "eval": EvalRecipe}
+)
 """The recipe of each verb that has one."""
+
+
+def standing_alone(name: str) -> Spec:
+    """The recipe `name` by the verb that it states, without the checkpoint that it may need: any sparse one will do.
+
+    Raises:
+        RecipeError: one line for each thing that is wrong.
+    """
+    tree = resolve.load(name)
+    schema = RECIPES.get(str(resolve.stated(tree, "verb")), PretrainRecipe)
+    if schema is FinetuneRecipe:
+        start = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
+        tree = resolve.load(name, below=resolve.layer(start, name))
+    return resolve.validate(tree, schema)
 
 
 def editor_schema(recipe: type[Spec]) -> dict[str, Any]:
@@ -120,9 +148,6 @@ def editor_schema(recipe: type[Spec]) -> dict[str, Any]:
     schema["properties"]["extends"] = {"type": "string", "description": "The recipe that this one changes."}
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
-    schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"] = [CUSTOM, *SIZES]
+    if "ModelSpec" in schema["$defs"]:
+        schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"] = [CUSTOM, *SIZES]
     return schema
-
-
-def _round_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit

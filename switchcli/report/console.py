@@ -7,7 +7,7 @@ and keeps nothing: the metrics file does (`switchcli.report.sinks`). Text goes t
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TextIO, TypeVar
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from switchcli.report.text import safe_text
+from switchcli.report.text import safe_text, shortened
 from switchcli.report.units import clock, number, si
 
 T = TypeVar("T")
@@ -141,6 +141,19 @@ class Console:
         self._print(f"\n{title}", "bold")
         self._rich.print(grid)
 
+    def rows(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table of several columns: the first to the left, figures to the right."""
+        if self._quiet:
+            return
+        grid = Table.grid(padding=(0, 3))
+        for place in range(len(headings)):
+            grid.add_column(justify="right" if place else "left", overflow="fold")
+        grid.add_row(*(_text(heading, "dim") for heading in headings))
+        for row in rows:
+            grid.add_row(*map(_text, row))
+        self._print(f"\n{title}", "bold")
+        self._rich.print(grid)
+
     def sample(self, input: str, target: str, prediction: str) -> None:
         """A text with its gaps, what was taken out of them, and what the model puts there."""
         if self._quiet:
@@ -149,7 +162,7 @@ class Console:
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
         for name, text in (("input", input), ("target", target), ("model", prediction)):
-            grid.add_row(name, _text(_shortened(text)))
+            grid.add_row(name, _text(shortened(text, _SAMPLE_CHARACTERS)))
         self._rich.print()
         self._rich.print(grid)
 
@@ -189,6 +202,11 @@ class Training:
                 self._console.message(_heading(columns, self._steps), "bold")
             self._rows += 1
             self._console.message(_row(columns, self._steps, metrics))
+        if tasks := {
+            name.removeprefix("tasks/"): score for name, score in metrics.items() if name.startswith("tasks/")
+        }:
+            said = "  ".join(f"{name} {score:.1f}" for name, score in tasks.items())
+            self._console.message(f"{_step(self._steps, metrics)}  {said}", "bold")
         if "held_out/neg_log_perplexity" in metrics:
             held_out = metrics["held_out/neg_log_perplexity"]
             self._console.message(f"{_step(self._steps, metrics)}  held-out neg. log perplexity {held_out:.4f}", "bold")
@@ -217,9 +235,3 @@ def _step(steps: int, metrics: Mapping[str, float]) -> str:
 
 def _text(text: str, style: str = "") -> Text:
     return Text(safe_text(text), style)
-
-
-def _shortened(text: str) -> str:
-    """On one line, with its beginning only when it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= _SAMPLE_CHARACTERS else line[:_SAMPLE_CHARACTERS].rstrip() + " ..."

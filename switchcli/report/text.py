@@ -18,3 +18,9 @@ _UNSAFE = re.compile(
 def safe_text(text: str) -> str:
     """`text` with control characters (but newline and tab), bidirectional controls and lone surrogates as escapes."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(text: str, characters: int) -> str:
+    """On one line, with its beginning only when it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= characters else line[:characters].rstrip() + " ..."

@@ -3,7 +3,7 @@
 A task is a value and holds no data. A family of tasks is one file beside this one; `library` names them all.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,11 +63,30 @@ class Source(NamedTuple):
     """Where `validation` is None: how many rows are left to train on, of a whole set; nine tenths of a smaller one."""
 
 
+class Files(NamedTuple):
+    """A task of a user's own: JSON Lines, by paths or globs."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def paths(self, split: str) -> tuple[str, ...]:
+        return self._asdict()[split]
+
+
+class Embedded(NamedTuple):
+    """Rows that the program makes by itself, with nothing to download: a split to train on, and one to validate on."""
+
+    rows: Callable[[Literal["train", "validation"]], Iterator[Row]]
+    fingerprint: Callable[[], str]
+    """What the rows depend on: as long as it stays the same, so do they."""
+
+
 class Task(NamedTuple):
     """One task of the suite."""
 
     name: str
-    source: Source
+    source: Source | Files | Embedded
     columns: tuple[str, ...]
     """Those that `examples` reads."""
     examples: Callable[[Row, Purpose], Iterable[Example]]
@@ -79,3 +98,5 @@ class Task(NamedTuple):
     """That score for answers drawn at random: uniform over the labels, 0 where answers are free text."""
     labels: tuple[str, ...] = ()
     """All that a right answer can be; empty for free text."""
+    beside: tuple[Metric, ...] = ()
+    """Reported too, and of no weight in the task's score: F1 beside SQuAD's exact match."""

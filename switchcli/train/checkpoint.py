@@ -19,7 +19,6 @@ Values are saved as they are, NaN too: the training loop stops at such numbers b
 
 import errno
 import json
-import math
 import re
 import secrets
 import shutil
@@ -39,12 +38,14 @@ from switchcli.train import tensor_file
 from switchcli.train.fsops import DISK, Files
 from switchcli.train.logical import expert_numbers
 from switchcli.train.manifest import DamagedError, Entry, Manifest
+from switchcli.train.state import own_figures
 
 Group = Literal["model", "optimizer"]
 
 STEP: Final = re.compile(r"step-\d{8,}")
 """Names that a checkpoint of that very step alone may bear."""
 _MAX_FILE_BYTES: Final = 1 << 31
+_WAY_OUT: Final = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
 _ELSEWHERE: Final = "give another folder by --out; checkpoints already saved are untouched."
 
 
@@ -71,33 +72,42 @@ class Checkpoint:
         """A document that was given to `save`."""
         return self.manifest.read(self.path, name)
 
-    def read(self, group: Group, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def kinds(self, group: Group) -> dict[str, tensor_file.Kind]:
+        """Dtype and shape of every tensor of a group, by its logical name; nothing but headers is read."""
+        return {name: kind for kinds in self._files(group).values() for name, kind in kinds.items()}
+
+    def read(
+        self, group: Group, wanted: Mapping[str, Tensor], *, some: bool = False, way_out: str = _WAY_OUT
+    ) -> dict[str, Tensor]:
         """The tensors of a group, on the CPU, under the logical names of `wanted`.
 
         `wanted` gives names, dtypes and shapes (tensors on `meta` will do). Nothing is read unless they are exactly the
-        checkpoint's: CheckpointError names the first that differs.
+        checkpoint's: CheckpointError names the first that differs, and `way_out`. With `some` it may hold others too.
         """
-        held: dict[str, tensor_file.Kind] = {}
-        place: dict[str, list[str]] = {}
+        files = self._files(group)
+        held = {name: kind for kinds in files.values() for name, kind in kinds.items() if name in wanted or not some}
+        difference = _difference(group, held, wanted)
+        if difference is not None:
+            raise CheckpointError(f"{self.path}: {group}: {difference}: {way_out}")
+        tensors: dict[str, Tensor] = {}
+        for name, kinds in files.items():
+            tensors.update(tensor_file.read(self.path / name, [key for key in kinds if key in held]))
+        return {key: tensors[key] for key in wanted}
+
+    def _files(self, group: Group) -> dict[str, dict[str, tensor_file.Kind]]:
+        """What each file of a group holds; no tensor twice."""
+        files: dict[str, dict[str, tensor_file.Kind]] = {}
+        seen: set[str] = set()
         for name in self.manifest.names():
             if name.startswith(f"{group}-") and name.endswith(".safetensors"):
                 try:
-                    kinds = tensor_file.read_kinds(self.path / name)
+                    files[name] = tensor_file.read_kinds(self.path / name)
                 except ValueError as error:
                     raise DamagedError(self.path / name, "header", str(error)) from error
-                if kinds.keys() & held.keys():
-                    raise DamagedError(
-                        self.path / name, "header", f"holds {min(kinds.keys() & held.keys())}, as another file does"
-                    )
-                held.update(kinds)
-                place[name] = list(kinds)
-        difference = _difference(group, held, wanted)
-        if difference is not None:
-            raise CheckpointError(f"{self.path}: {group}: {difference}")
-        tensors: dict[str, Tensor] = {}
-        for name, keys in place.items():
-            tensors.update(tensor_file.read(self.path / name, keys))
-        return {key: tensors[key] for key in wanted}
+                if twice := files[name].keys() & seen:
+                    raise DamagedError(self.path / name, "header", f"holds {min(twice)}, as another file does")
+                seen |= files[name].keys()
+        return files
 
 
 def path(folder: Path, step: int) -> Path:
@@ -175,20 +185,23 @@ def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK) -> None:
-    """Remove all but the last `keep_last` (>= 1) checkpoints and, if asked, the one with the highest held-out figure.
+    """Remove all but the last `keep_last` (>= 1) checkpoints and, if asked, the best by each figure of its own step.
 
     Two is the recipe's default: with one, damage to the newest leaves nothing to go back to. Checkpoints whose manifest
     or state.json is damaged are not counted and stay, as do `.bad-` ones; tensors are not read here, for time.
     """
     assert keep_last >= 1
     with disk_errors(folder, _ELSEWHERE):
-        figures: dict[Path, float] = {}
+        figures: dict[Path, Mapping[str, float]] = {}
         for path in _steps(folder):
             with suppress(CheckpointError):
-                figures[path] = _held_out(_state(path, manifests.load(path)))
-        keep = set(list(figures)[:keep_last])
-        if keep_best and figures:
-            keep.add(max(figures, key=lambda path: figures[path]))  # the newest of equals
+                figures[path] = own_figures(_state(path, manifests.load(path)))
+        best: dict[str, Path] = {}
+        for path, own in figures.items():
+            for name, figure in own.items():
+                if name not in best or figure > figures[best[name]][name]:  # the newest of equals
+                    best[name] = path
+        keep = {*list(figures)[:keep_last], *(best.values() if keep_best else ())}
         for path in figures:
             if path not in keep:
                 files.rename(path, path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))
@@ -246,12 +259,6 @@ def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     return state
 
 
-def _held_out(state: Mapping[str, Any]) -> float:
-    """The figure of this very checkpoint; a state carries that of the last evaluation on, which may be older."""
-    figure = state.get("held_out_neg_log_perplexity") if state.get("held_out_step") == state.get("step") else None
-    return float(figure) if isinstance(figure, int | float) and math.isfinite(figure) else -math.inf
-
-
 def _write_group(folder: Path, group: Group, named: Mapping[str, Tensor], files: Files) -> Iterator[Entry]:
     for number, shard in enumerate(tensor_file.shards(named, _MAX_FILE_BYTES)):
         yield _write(folder / f"{group}-{number:05d}.safetensors", tensor_file.encode(shard), files)
@@ -282,19 +289,18 @@ def _free_name(path: Path) -> Path:
 
 
 def _difference(group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapping[str, Tensor]) -> str | None:
-    """The first way in which a checkpoint is not of the model's architecture, and the way out."""
-    way_out = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
+    """The first way in which a checkpoint is not of the model's architecture."""
     have, want = expert_numbers(held), expert_numbers(wanted)
     if group == "model" and have != want:
-        return f"num_experts: the checkpoint has {_experts(have)}, the recipe {_experts(want)}: {way_out}"
+        return f"num_experts: the checkpoint has {_experts(have)}, the recipe {_experts(want)}"
     for name, tensor in wanted.items():
         kind = tensor_file.kind_of(tensor)
         if held.get(name) != kind:
             have_kind = held.get(name, "nothing of that name")
-            return f"{name}: the checkpoint has {have_kind}, the recipe wants {kind}: {way_out}"
+            return f"{name}: the checkpoint has {have_kind}, the recipe wants {kind}"
     for name in held:
         if name not in wanted:
-            return f"{name}: the checkpoint has {held[name]}, the recipe wants nothing of that name: {way_out}"
+            return f"{name}: the checkpoint has {held[name]}, the recipe wants nothing of that name"
     return None
 
 

@@ -15,7 +15,7 @@ from switchcli.train import health
 from switchcli.train.evaluate import evaluate, reduce
 from switchcli.train.objective import Objective
 from switchcli.train.schedule import ScheduleSpec
-from switchcli.train.state import TrainState
+from switchcli.train.state import HELD_OUT, TrainState
 
 Record = Mapping[str, Any]
 """Figures by name, and under `layers` those of each sparse layer."""
@@ -91,7 +91,7 @@ class Log(Hook):
 
 
 class HeldOut(Hook):
-    """Evaluates on the same held-out batches each time, and notes the figure in the state."""
+    """Evaluates on the same held-out batches each time, and notes the neg. log perplexity in the state."""
 
     def __init__(
         self,
@@ -115,10 +115,10 @@ class HeldOut(Hook):
     def __call__(self, state: TrainState) -> None:
         metrics = evaluate(self._model, self._objective, self._batches(), self._runtime, self._policy)
         figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
-        figure = figures["held_out/neg_log_perplexity"]
+        figure = figures[HELD_OUT]
         if not math.isfinite(figure):
             raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}")
-        state.note_held_out(figure)
+        state.note({HELD_OUT: figure})
         if self._runtime.is_main:
             self._write({"step": state.step, **figures})
 

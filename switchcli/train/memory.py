@@ -6,23 +6,24 @@ from contextlib import contextmanager
 import torch
 
 from switchcli.errors import OutOfMemory, machine_bytes
+from switchcli.model.groups import Group, members
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.optimizer import OptimizerSpec
 from switchcli.train.tensor_file import num_bytes
 
 
-def needed(model: ModelSpec, optimizer: OptimizerSpec) -> int:
-    """Bytes of weights, gradients and optimizer; activations come on top. Nothing is allocated."""
+def needed(model: ModelSpec, optimizer: OptimizerSpec, group: Group = "all") -> int:
+    """Bytes of weights, and of gradients and optimizer of those that learn; activations come on top. None is taken."""
     with torch.device("meta"):
-        parameters = dict(SwitchTransformer(model).named_parameters())
-        state = optimizer.build(parameters).state()
-    tensors = [*parameters.values(), *parameters.values(), *state.values()]
-    return num_bytes(tensors)
+        whole = SwitchTransformer(model)
+        learning = members(whole, group)
+        state = optimizer.build(learning).state()
+    return num_bytes([*whole.parameters(), *learning.values(), *state.values()])
 
 
 @contextmanager
-def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device) -> Iterator[None]:
+def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device, group: Group = "all") -> Iterator[None]:
     """Within, a device or a machine that has no more memory raises OutOfMemory."""
     try:
         yield
@@ -33,7 +34,7 @@ def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device) 
             raise
         there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
         raise OutOfMemory(
-            f"out of memory: weights, gradients and optimizer take {needed(model, optimizer):,} bytes, a microbatch "
-            f"comes on top, and {device} has {there:,} in all: lower train.microbatch_tokens, or take a smaller model "
-            "(--dry-run tells the parameters of one)"
+            f"out of memory: weights, gradients and optimizer take {needed(model, optimizer, group):,} bytes, a "
+            f"microbatch comes on top, and {device} has {there:,} in all: lower train.microbatch_tokens, or take a "
+            "smaller model (--dry-run tells the parameters of one)"
         ) from error

@@ -10,6 +10,7 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.model.layers import compute_dtype
+from switchcli.model.packing import segments_of
 from switchcli.model.transformer import ModelOutput
 from switchcli.spec import PAD
 from switchcli.train.health import routing_metrics
@@ -37,9 +38,17 @@ class Objective(Protocol):
 
 def cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
     """Cross-entropy of each real target given the inputs and the targets before it, in float32."""
-    output: ModelOutput = model(batch.inputs_BS, batch.targets_BT)
-    target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, batch.targets_BT.flatten())
-    num_targets = (batch.targets_BT != PAD).sum()
+    return _loss_of(model(batch.inputs_BS, batch.targets_BT), batch.targets_BT)
+
+
+def packed_cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
+    """The same where rows are packed (model/packing.py): of each example as if it were alone in its row."""
+    return _loss_of(model(*batch, segments_of(*batch)), batch.targets_BT)
+
+
+def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
+    target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, targets_BT.flatten())
+    num_targets = (targets_BT != PAD).sum()
     auxiliary = target_sum.new_zeros(()) if output.auxiliary is None else output.auxiliary
     metrics = {"neg_log_perplexity": Mean(-target_sum.detach(), num_targets), **routing_metrics(output)}
     return StepLoss(target_sum, auxiliary, metrics)
@@ -55,7 +64,10 @@ def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, t
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Makes the gradients on the way forward, chunk by chunk: [N, V] is never held, and no product is done twice."""
+    """Makes the gradients on the way forward, chunk by chunk: [N, V] is never held, and no product is done twice.
+
+    Only those that are wanted: `learns` says whether any is, as within here torch always says that it makes none.
+    """
 
     @staticmethod
     def forward(
@@ -66,10 +78,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         weight_VD = vocabulary_VD.to(dtype)
         total = hidden_ND.new_zeros((), dtype=exact)
-        if learns:
-            hidden_gradient_ND = torch.empty_like(hidden_ND)
-            weight_gradient_VD = torch.zeros_like(vocabulary_VD, dtype=exact)
-            ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)
+        for_hidden, for_weight = (learns and wanted for wanted in ctx.needs_input_grad[:2])
+        hidden_gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
+        weight_gradient_VD = torch.zeros_like(vocabulary_VD, dtype=exact) if for_weight else None
+        ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden_ND), CHUNK):
                 hidden_CD = hidden_ND[start : start + CHUNK].to(dtype)
@@ -78,13 +90,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 log_C1 = log_CV.gather(1, target_C1)
                 real_C1 = target_C1 != PAD
                 total -= (log_C1 * real_C1).sum()
-                if learns:  # softmax minus one at the target; nothing at padding
+                if for_hidden or for_weight:  # softmax minus one at the target; nothing at padding
                     gradient_CV = log_CV.exp_().scatter_(1, target_C1, log_C1.expm1()).mul_(real_C1).to(dtype)
+                if hidden_gradient_ND is not None:
                     hidden_gradient_ND[start : start + CHUNK] = gradient_CV @ weight_VD
+                if weight_gradient_VD is not None:
                     weight_gradient_VD += gradient_CV.mT @ hidden_CD
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_gradient_ND, weight_gradient_VD = ctx.saved_tensors
-        return hidden_gradient_ND * scale, weight_gradient_VD * scale, None, None
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None

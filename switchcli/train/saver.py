@@ -79,13 +79,41 @@ class Saver:
 
 
 def preflight(
-    folder: Path, model: SwitchTransformer, optimizer: Optimizer, runtime: Runtime, settings: CheckpointSpec
+    folder: Path,
+    model: SwitchTransformer,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    settings: CheckpointSpec,
+    num_figures: int = 1,
 ) -> None:
-    """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written."""
+    """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written.
+
+    `num_figures` is how many an evaluation notes: as many checkpoints may be best.
+    """
     one = tensor_file.num_bytes([*model.parameters(), *optimizer.state().values()])
     here = sum(path.is_dir() for path in folder.glob("step-*"))
-    kept = settings.keep_last + settings.keep_best
+    kept = settings.keep_last + settings.keep_best * num_figures
     runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
+
+
+def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, num_experts: int) -> None:
+    """Fill the optimizer of a run that begins with the weights of `found` from the optimizer's state there.
+
+    The checkpoint may hold the state of more parameters than learn now.
+
+    Raises:
+        CheckpointError: it has no such state, or that of another optimizer.
+    """
+    held, slots = found.kinds("optimizer"), logical.split(optimizer.state(), num_experts)
+    way_out = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
+    if not held:
+        raise CheckpointError(
+            f"{found.path}: holds no optimizer state, as it was converted from elsewhere: start.optimizer=reset begins "
+            "with a new one."
+        )
+    if not held.keys() & slots.keys():
+        raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
+    optimizer.load(logical.join(found.read("optimizer", slots, some=True, way_out=way_out), num_experts))
 
 
 @torch.no_grad()

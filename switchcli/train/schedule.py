@@ -32,6 +32,17 @@ class InverseSquareRoot(Spec):
         return rate * min(1.0, (total_steps - step) / ramp_steps) if ramp_steps else rate
 
 
+class Constant(Spec):
+    """One rate, as T5 is fine-tuned, after a linear warm-up from 0 if one is asked for (T5X has 1,000 steps)."""
+
+    kind: Literal["constant"] = "constant"
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    warmup_steps: int = Field(default=0, ge=0)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
 class Cosine(Spec):
     """Linear warm-up from 0, then half a cosine down to `final_fraction` of the peak at the last step."""
 
@@ -69,4 +80,4 @@ def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
     return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
-ScheduleSpec = Annotated[InverseSquareRoot | Cosine | Linear, Field(discriminator="kind")]
+ScheduleSpec = Annotated[InverseSquareRoot | Constant | Cosine | Linear, Field(discriminator="kind")]

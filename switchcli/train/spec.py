@@ -40,6 +40,15 @@ class TrainSpec(Spec):
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 
+class StartSpec(Spec):
+    """What a run begins with that does not begin from scratch."""
+
+    checkpoint: str
+    """A run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout; `--model`."""
+    optimizer: Literal["carry", "reset"] = "carry"
+    """Go on with the checkpoint's optimizer state, as T5 does, or with a new one. A converted checkpoint has none."""
+
+
 class LogSpec(Spec):
     """Metrics go to metrics.jsonl always; trackers are other places that get them too."""
 
@@ -67,4 +76,5 @@ class CheckpointSpec(Spec):
     keep_last: int = Field(default=2, ge=1)
     """2 by default: if the newest is damaged, the one before it still serves."""
     keep_best: bool = True
-    """Keep the one with the highest held-out neg. log perplexity besides, of those saved at an evaluated step."""
+    """Keep those with the highest figures besides, one for each (of pre-training the held-out neg. log perplexity), of
+    those saved at an evaluated step."""

@@ -1,13 +1,23 @@
 """TrainState: all that resuming needs beside the tensors: no settings, and nothing that follows from the step."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from switchcli.train.metrics import Mean, Metrics
 
-_HELD_OUT = ("held_out_neg_log_perplexity", "held_out_step", "first_held_out_neg_log_perplexity")
+HELD_OUT = "held_out/neg_log_perplexity"
+"""The one figure of pre-training."""
+
+
+class Best(NamedTuple):
+    """The highest value of a figure, and the last step that had it."""
+
+    figure: float
+    step: int
 
 
 @dataclass
@@ -20,21 +30,27 @@ class TrainState:
     """Real target tokens learned from, over all ranks."""
     seconds: float = 0.0
     """Time spent in training steps, over all starts."""
-    held_out_neg_log_perplexity: float | None = None
-    """The last evaluation's."""
     window: Metrics = field(default_factory=dict)
     """This rank's metrics since the last logged step, in float64: JSON keeps those exactly."""
-    held_out_step: int | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    """The last evaluation's, by name; each is better when it is higher."""
+    evaluated_step: int | None = None
     """The step of the last evaluation: a checkpoint of another step was not evaluated."""
-    first_held_out_neg_log_perplexity: float | None = None
-    """The evaluation's before the first step."""
+    first_figures: dict[str, float] = field(default_factory=dict)
+    """The first evaluation's, before the first step."""
+    best: dict[str, Best] = field(default_factory=dict)
+    """Of all evaluations."""
 
-    def note_held_out(self, figure: float) -> None:
-        """Take the held-out neg. log perplexity of the weights as they are."""
-        if self.first_held_out_neg_log_perplexity is None:
-            self.first_held_out_neg_log_perplexity = figure
-        self.held_out_neg_log_perplexity = figure
-        self.held_out_step = self.step
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Take figures of the weights as they are; what is noted at one step is one evaluation."""
+        if self.evaluated_step != self.step:
+            self.figures = {}
+        self.evaluated_step = self.step
+        for name, figure in figures.items():
+            self.figures[name] = figure
+            self.first_figures.setdefault(name, figure)
+            if name not in self.best or figure >= self.best[name].figure:
+                self.best[name] = Best(figure, self.step)
 
     def to_json(self, window: Metrics) -> bytes:
         """The state with the window of all ranks, `window`, in place of this rank's."""
@@ -42,20 +58,40 @@ class TrainState:
             "step": self.step,
             "targets_seen": self.targets_seen,
             "seconds": self.seconds,
-            **{name: getattr(self, name) for name in _HELD_OUT},
+            "figures": self.figures,
+            "evaluated_step": self.evaluated_step,
+            "first_figures": self.first_figures,
+            "best": self.best,
             "window": {name: [part.tolist() for part in mean] for name, mean in window.items()},
         }
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
 
     def restore(self, text: bytes, device: torch.device, with_window: bool) -> None:
         """Become the state of a checkpoint. One rank alone takes the window, the others zeros: it counts once."""
-        state = json.loads(text)
+        state = _of_today(json.loads(text))
         self.step = state["step"]
         self.targets_seen = state["targets_seen"]
         self.seconds = state["seconds"]
-        for name in _HELD_OUT:
-            setattr(self, name, state[name])
+        self.figures, self.first_figures = state["figures"], state["first_figures"]
+        self.evaluated_step = state["evaluated_step"]
+        self.best = {name: Best(*best) for name, best in state["best"].items()}
         self.window = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
             for name, parts in state["window"].items()
         }
+
+
+def own_figures(state: Mapping[str, Any]) -> Mapping[str, float]:
+    """The figures of the very weights that a state.json lies beside: none when it was not their step's evaluation."""
+    today = _of_today(state)
+    return today.get("figures", {}) if today.get("evaluated_step") == today.get("step") else {}
+
+
+def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state as it is written now: that of version 0.1 has one figure, and does not know which was the best."""
+    if "held_out_step" not in state:
+        return state
+    step, keys = state["held_out_step"], ("held_out_neg_log_perplexity", "first_held_out_neg_log_perplexity")
+    last, first = ({} if state.get(key) is None else {HELD_OUT: state[key]} for key in keys)
+    best = {name: (figure, step) for name, figure in last.items()}
+    return {**state, "figures": last, "evaluated_step": step, "first_figures": first, "best": best}

@@ -1,6 +1,7 @@
 """A tiny recipe on a text of its own, and the command line as its user meets it: what goes in, code, stdout, stderr."""
 
 import io
+import json
 import os
 import random
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
+from typer.testing import CliRunner
 
-from switchcli.cli import main
+from switchcli.cli import app, main
 
 WORDS = ["the", "a", "of", "red", "green", "blue", "walk", "run", "is", "not", "alpha", "beta", "gamma", "delta"]
 RECIPE = """\
@@ -24,6 +26,23 @@ train: {steps: 2, batch_tokens: 256, microbatch_tokens: 128, device: cpu}
 log: {every_steps: 3}
 eval: {every_steps: 5, sequences: 8}
 checkpoint: {save_every_steps: 4}
+"""
+
+
+TUNING = """\
+model: {dropout: 0.1, expert_dropout: 0.3}
+tasks:
+  - {kind: files, name: colour, train: [colour.train.jsonl], validation: [colour.validation.jsonl],
+     input: "which colour: {text}", target: label, labels: [red, green, blue], metrics: [accuracy, macro_f1]}
+  - {kind: files, name: last, train: [last.train.jsonl], validation: [last.validation.jsonl],
+     input: "last word: {text}", target: word, metrics: [exact_match]}
+data: {inputs_length: 64, targets_length: 32, mixture: {kind: equal}}
+train: {steps: 4, batch_tokens: 256, microbatch_tokens: 128, device: cpu}
+schedule: {kind: constant, learning_rate: 0.01}
+log: {every_steps: 3}
+eval: {every_steps: 4, sequences: 8}
+scoring: {batch_examples: 4, draws: 20, decoding: {max_tokens: 6}}
+checkpoint: {save_every_steps: 2}
 """
 
 
@@ -52,6 +71,40 @@ def recipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """tiny.yaml beside its text, in the current folder."""
     monkeypatch.chdir(tmp_path)
     return lay_out(tmp_path, text)
+
+
+@pytest.fixture(scope="session")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained run of two steps. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(RECIPE.replace("text.txt", str(text)))
+    out = folder / "run"
+    done = CliRunner().invoke(app, ["pretrain", str(folder / "tiny.yaml"), "--out", str(out), "--quiet"])
+    assert done.exit_code == 0
+    return out
+
+
+@pytest.fixture
+def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """tune.yaml beside the rows of its two tasks, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return lay_out_tuning(tmp_path)
+
+
+def lay_out_tuning(folder: Path) -> str:
+    """Rows that a model can learn to answer, and a recipe that reads them from the current folder."""
+    draw = random.Random(1)
+    for split, count in (("train", 60), ("validation", 14)):
+        rows = [draw.choices(WORDS, k=draw.randint(2, 12)) for _ in range(count)]
+        colours = [draw.randrange(3) for _ in rows]
+        lines = [
+            {"text": " ".join([*row, ["red", "green", "blue"][colour]]), "label": colour, "word": row[-1]}
+            for row, colour in zip(rows, colours, strict=True)
+        ]
+        for task in ("colour", "last"):
+            (folder / f"{task}.{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "tune.yaml").write_text(TUNING)
+    return "tune.yaml"
 
 
 def lay_out(folder: Path, text: Path) -> str:

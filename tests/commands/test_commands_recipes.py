@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from switchcli.commands.recipes import app
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, resolve
-from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe.schema import standing_alone
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_show_prints_the_file():
 @pytest.mark.parametrize("name", library.names())
 def test_a_copy_resolves_as_the_recipe_does(name):
     assert run("copy", name, "mine.yaml") == "mine.yaml\n"
-    assert resolve.resolve("mine.yaml", [], PretrainRecipe) == resolve.resolve(name, [], PretrainRecipe)
+    assert standing_alone("mine.yaml") == standing_alone(name)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,18 @@ def test_validate_names_an_unknown_verb(tmp_path):
     (tmp_path / "bad.yaml").write_text("extends: quickstart/switch\nverb: pretrian")
     with pytest.raises(RecipeError, match=r"^bad.yaml:2: verb: must be 'pretrain' .* Did you mean pretrain\?"):
         run("validate", "bad.yaml")
+
+
+def test_validate_knows_each_verb(tmp_path):
+    (tmp_path / "tune.yaml").write_text(
+        "verb: finetune\nupdate: expert\ntasks: [rte, glu]\ntrain: {steps: 1, batch_tokens: 512}"
+    )
+    with pytest.raises(
+        RecipeError, match=r"^tune.yaml:3: tasks.1.name \(glu\): no such task or suite. Did you mean glue"
+    ):
+        run("validate", "tune.yaml")
+    (tmp_path / "tune.yaml").write_text("extends: finetune/glue\nupdate: expert")
+    assert run("validate", "tune.yaml") == "tune.yaml: ok\n"
 
 
 def test_schema_is_json_schema():

@@ -30,7 +30,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode("latin-1"))
-    monkeypatch.setattr(python_stdlib, "_root", lambda: tmp_path)
+    monkeypatch.setattr(python_stdlib, "library_root", lambda: tmp_path)
     return tmp_path
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
+from switchcli.model.groups import Group, freeze, members, trainable
 from switchcli.model.spec import ModelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
@@ -60,12 +61,13 @@ class Keep(Hook):
         self.metrics = reduce(state.window, self.runtime)
 
 
-def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, first_step: int = 0) -> Arrays:
+def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, group: Group = "all") -> Arrays:
     """Of one step of `fit` on these ranks: every gradient and metric, by name."""
     torch.set_num_threads(1)
     runtime = Runtime("cpu", "float32")
     model = a_model(spec)
-    optimizer, keep, state = Recorder(dict(model.named_parameters())), Keep(runtime), TrainState(step=first_step)
+    freeze(model, group)
+    optimizer, keep, state = Recorder(trainable(model)), Keep(runtime), TrainState()
     fit(
         state,
         runtime.wrap(model),
@@ -75,7 +77,7 @@ def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, 
         InverseSquareRoot(),
         runtime,
         [keep],
-        TrainSpec(steps=first_step + 1, batch_tokens=1, clip_norm=clip_norm),
+        TrainSpec(steps=1, batch_tokens=1, clip_norm=clip_norm),
         StopRequest(),
     )
     load = keep.metrics.pop("layer_load", None)  # tokens: their mean over forward passes depends on their number
@@ -128,6 +130,16 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_its_targets(
             sum(np.square(array).sum() for name, array in found.items() if "." in name or name == "embedding")
         )
         assert norm == pytest.approx(clip_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
+def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(group: Group) -> None:
+    found, whole = gradients(SPARSE, 2, None, group), gradients(SPARSE, 2, None)
+    learning = members(a_model(), group).keys()
+    assert {name for name in found if name in dict(a_model().named_parameters())} == learning
+    assert_same(found, {name: whole[name] for name in learning})
+    norm = np.sqrt(sum(np.square(whole[name]).sum() for name in learning))
+    assert found["metric gradient_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def trained(steps: int = 5) -> Arrays:
@@ -215,6 +227,9 @@ CASES: dict[str, Callable[[], Arrays]] = {
     "groups of two sequences": partial(gradients, GROUPED, None, CLIP),
     "dense": partial(gradients, DENSE, None, CLIP),
     "dropout and jitter": partial(gradients, NOISY, 2, CLIP),
+    "all but the experts": partial(gradients, SPARSE, None, CLIP, "non_expert"),
+    "the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert"),
+    "the dense feed-forwards alone": partial(gradients, GROUPED, None, None, "dense_feed_forward"),
     "evaluation": evaluated,
 }
 

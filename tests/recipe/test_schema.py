@@ -144,7 +144,11 @@ def test_t5s_constant_part_may_outlast_the_run(recipe):
 def test_the_schema_is_for_completion(verb):
     schema = editor_schema(RECIPES[verb])
     json.dumps(schema)
-    assert {"extends", "model", "train"} <= schema["properties"].keys()
-    assert "switch-c" in schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"]
+    assert {"extends", "verb"} <= schema["properties"].keys()
+    if verb == "eval":
+        assert {"tasks", "capacities"} <= schema["properties"].keys()
+    else:
+        assert {"model", "train"} <= schema["properties"].keys()
+        assert "switch-c" in schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"]
     assert schema["additionalProperties"] is False
     assert not any("required" in part for part in (schema, *schema["$defs"].values()))

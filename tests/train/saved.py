@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,19 @@ def wanted(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_step(
-    folder: Path, step: int, held_out: float | None = None, *, held_out_step: int | None = None, files: Files = DISK
+    folder: Path,
+    step: int,
+    figures: Mapping[str, float] | None = None,
+    *,
+    evaluated_step: int | None = None,
+    files: Files = DISK,
 ) -> Path:
-    evaluated = step if held_out_step is None else held_out_step
-    state = {"step": step, "held_out_neg_log_perplexity": held_out, "held_out_step": evaluated}
+    evaluated = step if evaluated_step is None else evaluated_step
+    return save_with(folder, {"step": step, "figures": figures or {}, "evaluated_step": evaluated}, files)
+
+
+def save_with(folder: Path, state: Mapping[str, Any], files: Files = DISK) -> Path:
+    step = state["step"]
     documents = {"state.json": json.dumps(state).encode(), "recipe.yaml": f"step: {step}\n".encode()}
     return save(
         folder,

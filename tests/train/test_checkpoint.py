@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
-from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, wanted
+from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, wanted
 from torch import Tensor
 
 from switchcli.errors import CheckpointError
@@ -162,6 +162,19 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         checkpoint.read("optimizer", {"embed.weight/momentum": torch.empty(4, 3)})
 
 
+def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
+    some = {name: tensor for name, tensor in wanted(OPTIMIZER).items() if "norm" not in name}
+    found = checkpoint.read("optimizer", some, some=True)
+    assert equal(found, {name: tensor for name, tensor in numbered(OPTIMIZER, 4).items() if name in some})
+    assert checkpoint.kinds("optimizer") == {name: tensor_file.kind_of(t) for name, t in OPTIMIZER.items()}
+    with pytest.raises(CheckpointError, match=r"norm\.weight/empty: .* the recipe wants nothing of that name"):
+        checkpoint.read("optimizer", some)
+    for other in ({"embed.weight/row": torch.empty(5)}, {"embed.weight/momentum": torch.empty(4)}):
+        with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/.*: another way\.$"):
+            checkpoint.read("optimizer", some | other, some=True, way_out="another way.")
+
+
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path / "absent", fail) is None
     assert find(tmp_path / "absent", fail) is None
@@ -211,7 +224,7 @@ def steps(folder: Path) -> list[int]:
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, held_out in {1: None, 2: -3.0, 3: -1.0, 4: -1.5, 5: None, 6: -2.0}.items():
-        save_step(tmp_path, step, held_out)
+        save_step(tmp_path, step, None if held_out is None else {"score": held_out})
     prune(tmp_path, 2, keep_best=True)
     assert steps(tmp_path) == [3, 5, 6]
     prune(tmp_path, 1, keep_best=False)
@@ -222,10 +235,30 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_best_is_one_that_was_evaluated(tmp_path: Path) -> None:
-    for step, held_out_step in {100: 100, 150: 100, 200: 100, 250: 100, 300: 100}.items():
-        save_step(tmp_path, step, -1.0, held_out_step=held_out_step)
+    for step in (100, 150, 200, 250, 300):
+        save_step(tmp_path, step, {"score": -1.0}, evaluated_step=100)
         prune(tmp_path, 2, keep_best=True)
     assert steps(tmp_path) == [100, 250, 300]
+
+
+def test_the_best_by_each_figure_is_kept(tmp_path: Path) -> None:
+    scores = {1: (9.0, 1.0), 2: (3.0, 7.0), 3: (9.0, 2.0), 4: (1.0, 6.5), 5: (0.0, 0.0), 6: (0.0, 0.0)}
+    for step, (cola, rte) in scores.items():
+        save_step(tmp_path, step, {"cola": cola, "rte": rte, **({"once": 1.0} if step == 4 else {})})
+    prune(tmp_path, 1, keep_best=True)
+    assert steps(tmp_path) == [2, 3, 4, 6]  # of equals the newest
+    prune(tmp_path, 1, keep_best=False)
+    assert steps(tmp_path) == [6]
+
+
+def test_the_best_of_checkpoints_of_version_0_1_is_kept_among_those_of_today(tmp_path: Path) -> None:
+    old = {1: (None, None), 2: (-1.0, 2), 3: (-1.0, 2), 4: (-2.0, 4)}
+    for step, (figure, evaluated) in old.items():
+        save_with(tmp_path, {"step": step, "held_out_neg_log_perplexity": figure, "held_out_step": evaluated})
+    for step in (5, 6):
+        save_step(tmp_path, step, {"held_out/neg_log_perplexity": -1.5})
+    prune(tmp_path, 1, keep_best=True)
+    assert steps(tmp_path) == [2, 6]
 
 
 def test_a_link_to_nothing_is_no_checkpoint(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def save_a_new_step(folder: Path, files: Files) -> None:
 
 
 def save_a_step_again(folder: Path, files: Files) -> None:
-    save_step(folder, 8, -1.0, files=files)
+    save_step(folder, 8, {"score": -1.0}, files=files)
 
 
 def save_and_prune(folder: Path, files: Files) -> None:
@@ -247,7 +247,7 @@ for at in range(1000):
     child = os.fork()
     if child == 0:
         files = FaultyFiles(at, kill)
-        save_step(folder, step, -1.0, files=files)
+        save_step(folder, step, {"score": -1.0}, files=files)
         prune(folder, 1, keep_best=False, files=files)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:

@@ -14,7 +14,7 @@ from switchcli.train.hooks import HeldOut, Log, Record, Save
 from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.objective import StepLoss, cross_entropy
 from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.train.state import HELD_OUT, TrainState
 
 EVEN = [10.0, 10.0, 10.0]
 
@@ -129,24 +129,24 @@ def a_held_out(model: nn.Module, records: list[Record]) -> HeldOut:
 def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
     state, records = TrainState(step=5), []
     a_held_out(a_model(), records)(state)
-    assert -4.5 < state.held_out_neg_log_perplexity < -3.0  # about ln 37 at the start
+    assert -4.5 < state.figures[HELD_OUT] < -3.0  # about ln 37 at the start
     assert records == [
         {
             "step": 5,
-            "held_out/neg_log_perplexity": state.held_out_neg_log_perplexity,
+            "held_out/neg_log_perplexity": state.figures[HELD_OUT],
             "held_out/dropped_fraction": pytest.approx(0.0, abs=0.5),
         }
     ]
 
 
 def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -> None:
-    model, state, records = a_model(), TrainState(step=5, held_out_neg_log_perplexity=-2.0), []
+    model, state, records = a_model(), TrainState(step=5, figures={HELD_OUT: -2.0}), []
     with torch.no_grad():
         model.embedding.fill_(math.nan)
     with pytest.raises(NumericsError, match="step 5: the held-out") as raised:
         a_held_out(model, records)(state)
     assert raised.value.exit_code == 5
-    assert state.held_out_neg_log_perplexity == -2.0
+    assert state.figures[HELD_OUT] == -2.0
     assert records == []
 
 
@@ -156,7 +156,7 @@ def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
 
     state = TrainState(step=5)
     HeldOut(5, a_model(), nothing, lambda: [rows(0, 0, 1)], Runtime("cpu", "float32"), lambda record: None)(state)
-    assert state.held_out_neg_log_perplexity == 0.0
+    assert state.figures[HELD_OUT] == 0.0
 
 
 def test_save_is_handed_the_state() -> None:

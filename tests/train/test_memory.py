@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from switchcli.errors import OutOfMemory
+from switchcli.model.count import count
 from switchcli.model.spec import ModelSpec
 from switchcli.train.memory import explained, needed
 from switchcli.train.optimizer import Adafactor, AdamW
@@ -18,6 +19,15 @@ def test_weights_gradients_and_two_moments() -> None:
     adam, small = needed(model, AdamW()), needed(model, Adafactor(min_dim_to_factor=1))
     assert adam % 16 in (0, 8)  # with or without a count of the steps
     assert adam / 2 < small < adam * 0.6
+
+
+def test_what_does_not_learn_has_neither_gradient_nor_moments() -> None:
+    model = ModelSpec(vocab_size=128, d_model=16, d_ff=32, num_heads=2, num_layers=2, num_experts=4)
+    groups = ("all", "non_expert", "expert", "dense_feed_forward")
+    all_of_it, non_expert, expert, dense = (needed(model, AdamW(), group) for group in groups)
+    whole, feed_forwards = 4 * count(model).parameters, 4 * 2 * 2 * 16 * 32
+    assert non_expert + expert == all_of_it + whole
+    assert 3 * feed_forwards <= dense - whole <= 3 * feed_forwards + 32  # with counts of the steps
 
 
 def test_a_machine_without_room_says_what_is_needed() -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import DENSE, SPARSE, TARGET, a_model, rows
+from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.data.batch import Batch
 from switchcli.model.spec import ModelSpec
@@ -90,6 +91,19 @@ def test_its_gradients_are_its_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.objective.CHUNK", 3)
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float64)
     torch.autograd.gradcheck(lambda h, v: summed_cross_entropy(h, v, targets_N), (hidden_ND, vocabulary_VD))
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_the_gradient_of_one_factor_alone_is_as_with_both_and_the_other_is_not_made(wanted: int) -> None:
+    both = factors(8, torch.float32)
+    expected = torch.autograd.grad(summed_cross_entropy(*both), both[:2])[wanted]
+    alone = [tensor.detach().requires_grad_(place == wanted) for place, tensor in enumerate(both[:2])]
+    with FlopCounterMode(display=False) as counter:
+        loss = summed_cross_entropy(*alone, both[2])
+        loss.backward()
+    assert torch.equal(alone[wanted].grad, expected)
+    assert alone[1 - wanted].grad is None
+    assert counter.get_total_flops() == 2 * 2 * 8 * 6 * 11  # the logits, and the gradient of one factor
 
 
 def test_in_float32_and_under_autocast_it_is_exact_within_the_rounding_of_the_products() -> None:

@@ -7,15 +7,16 @@ import torch
 from tiny import DENSE, NOISY, SPARSE, a_model, rows
 
 from switchcli.errors import CheckpointError
+from switchcli.model.groups import Group, freeze, members, trainable
 from switchcli.model.spec import ModelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
-from switchcli.train import checkpoint
+from switchcli.train import checkpoint, logical
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
-from switchcli.train.saver import DATA, Saver, fill, logical_tensors, preflight
+from switchcli.train.saver import DATA, Saver, carry_over, fill, logical_tensors, preflight
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import CheckpointSpec, TrainSpec
 from switchcli.train.state import TrainState
@@ -25,9 +26,18 @@ DOCUMENTS = {DATA: b"{}", "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": 
 
 
 class Parts:
-    def __init__(self, folder: Path, spec: ModelSpec, optimizer: OptimizerSpec, seed: int, data: bytes = b"{}") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        optimizer: OptimizerSpec,
+        seed: int,
+        data: bytes = b"{}",
+        group: Group = "all",
+    ) -> None:
         self.model = a_model(spec, seed)
-        self.optimizer = optimizer.build(dict(self.model.named_parameters()))
+        freeze(self.model, group)
+        self.optimizer = optimizer.build(trainable(self.model))
         self.runtime = Runtime("cpu", "float32")
         self.state = TrainState()
         settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False)
@@ -61,28 +71,59 @@ def assert_equal(one: Parts, other: Parts) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
-    for name in ("step", "targets_seen", "held_out_neg_log_perplexity"):
+    for name in ("step", "targets_seen", "figures", "evaluated_step", "first_figures", "best"):
         assert getattr(one.state, name) == getattr(other.state, name)
 
 
 @pytest.mark.parametrize(
     "optimizer", [Adafactor(min_dim_to_factor=8), Adafactor(), AdamW()], ids=["factored", "adafactor", "adamw"]
 )
-@pytest.mark.parametrize("spec", [NOISY, DENSE, GEGLU], ids=["sparse", "dense", "geglu"])
+@pytest.mark.parametrize(
+    ("spec", "group"),
+    [
+        (NOISY, "all"),
+        (DENSE, "all"),
+        (GEGLU, "all"),
+        (NOISY, "non_expert"),
+        (NOISY, "expert"),
+        (GEGLU, "dense_feed_forward"),
+    ],
+)
 def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
-    spec: ModelSpec, optimizer: OptimizerSpec, tmp_path: Path
+    spec: ModelSpec, group: Group, optimizer: OptimizerSpec, tmp_path: Path
 ) -> None:
-    before = Parts(tmp_path, spec, optimizer, seed=0)
+    before = Parts(tmp_path, spec, optimizer, seed=0, group=group)
     before.train(2)
-    before.state.held_out_neg_log_perplexity = -1.25
+    before.state.note({"cola": -1.25, "rte": 81.0})
     before.saver.save(before.state)
-    after = Parts(tmp_path, spec, optimizer, seed=1)
+    after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
     assert after.saver.restore(after.state, unexpected)
     assert_equal(before, after)
     assert after.state.seconds == before.state.seconds
     before.train(4)
     after.train(4)
     assert_equal(before, after)
+
+
+@pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
+def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(group: Group, tmp_path: Path) -> None:
+    parts = Parts(tmp_path, NOISY, AdamW(), seed=0, group=group)
+    parts.train(2)
+    parts.saver.save(parts.state)
+    learning, start = members(parts.model, group), a_model(NOISY, seed=0)
+    for name, parameter in start.named_parameters():
+        assert torch.equal(parameter, parts.model.get_parameter(name)) != (name in learning), name
+    found = checkpoint.find(tmp_path, unexpected)
+    assert found is not None
+    fill(start, found.read("model", logical_tensors(start)))
+    for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    slots = logical.split(parts.optimizer.state(), NOISY.num_experts)
+    assert found.read("optimizer", slots).keys() == slots.keys()
+    assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
+    other = Parts(tmp_path, NOISY, AdamW(), seed=0)
+    with pytest.raises(CheckpointError, match=r"optimizer: .*the checkpoint has nothing of that name"):
+        other.saver.restore(other.state, unexpected)
 
 
 def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
@@ -96,6 +137,59 @@ def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
     fill(model, found.read("model", logical_tensors(model)))
     for ours, theirs in zip(model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def saved(folder: Path, optimizer: OptimizerSpec, group: Group = "all") -> tuple[Parts, checkpoint.Checkpoint]:
+    parts = Parts(folder, NOISY, optimizer, seed=0, group=group)
+    parts.train(2)
+    parts.saver.save(parts.state)
+    found = checkpoint.find(folder, unexpected)
+    assert found is not None
+    return parts, found
+
+
+@pytest.mark.parametrize("group", ["all", "non_expert", "expert", "dense_feed_forward"])
+@pytest.mark.parametrize("optimizer", [Adafactor(min_dim_to_factor=8), AdamW()], ids=["adafactor", "adamw"])
+def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
+    optimizer: OptimizerSpec, group: Group, tmp_path: Path
+) -> None:
+    before, found = saved(tmp_path, optimizer)
+    after = Parts(tmp_path / "other", NOISY, optimizer, seed=1, group=group)
+    carry_over(after.optimizer, found, NOISY.num_experts)
+    ours, theirs = after.optimizer.state(), before.optimizer.state()
+    learning = members(after.model, group).keys() | {"optimizer"}
+    assert ours.keys() == {name for name in theirs if name.rpartition("/")[0] in learning}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("there", "there_learned", "here", "message"),
+    [
+        (AdamW(), "all", Adafactor(), "its optimizer is of another kind"),
+        (Adafactor(), "all", AdamW(), "its optimizer is of another kind"),
+        (Adafactor(), "all", Adafactor(min_dim_to_factor=8), r"/row: the checkpoint has nothing of that name"),
+        (AdamW(), "non_expert", AdamW(), r"router\.weight/step: the checkpoint has nothing of that name"),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
+    there: OptimizerSpec, there_learned: Group, here: OptimizerSpec, message: str, tmp_path: Path
+) -> None:
+    _, found = saved(tmp_path, there, there_learned)
+    after = Parts(tmp_path / "other", NOISY, here, seed=1)
+    before = {name: tensor.clone() for name, tensor in after.optimizer.state().items()}
+    with pytest.raises(CheckpointError, match=message + r".*: start\.optimizer=reset begins with a new one") as raised:
+        carry_over(after.optimizer, found, NOISY.num_experts)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.optimizer.state().items())
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, NOISY, Adafactor(), seed=0)
+    weights = logical_tensors(parts.model)
+    path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": b"{}"})
+    with pytest.raises(CheckpointError, match=r"holds no optimizer state.*: start\.optimizer=reset begins with a new"):
+        carry_over(parts.optimizer, checkpoint.Checkpoint.open(path), NOISY.num_experts)
 
 
 def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
@@ -137,3 +231,5 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch:
     preflight(tmp_path, parts.model, parts.optimizer, parts.runtime, CheckpointSpec(keep_last=2, keep_best=False))
     one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
     assert asked == [3 * one]  # the two that are kept, and one being written
+    preflight(tmp_path, parts.model, parts.optimizer, parts.runtime, CheckpointSpec(keep_last=2), num_figures=9)
+    assert asked[1] == 12 * one  # and the best by each of nine figures

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.train.schedule import Cosine, InverseSquareRoot, Linear, ScheduleSpec
+from switchcli.train.schedule import Constant, Cosine, InverseSquareRoot, Linear, ScheduleSpec
 
 TOTAL = 100_000
 
@@ -31,6 +31,12 @@ def test_the_last_tenth_falls_to_zero_where_it_is_asked_for() -> None:
     assert decayed(95_000, TOTAL) == pytest.approx(plain(95_000, TOTAL) / 2)
     assert decayed(TOTAL - 1, TOTAL) == pytest.approx(plain(TOTAL, TOTAL) / 10_000, rel=1e-4)
     assert decayed(TOTAL, TOTAL) == 0.0
+
+
+def test_constant_after_a_warm_up() -> None:
+    assert {Constant()(step, TOTAL) for step in (0, 1, 50_000, TOTAL)} == {0.001}
+    warm = Constant(learning_rate=0.4, warmup_steps=100)
+    assert [warm(step, TOTAL) for step in (0, 49, 99, 100, 5000)] == pytest.approx([0.004, 0.2, 0.4, 0.4, 0.4])
 
 
 @pytest.mark.parametrize("spec", [Cosine, Linear])

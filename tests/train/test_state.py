@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.train.metrics import Mean, Metrics
-from switchcli.train.state import TrainState
+from switchcli.train.state import HELD_OUT, Best, TrainState, own_figures
 
 CPU = torch.device("cpu")
 doubles = st.floats(allow_nan=False, allow_infinity=False)
@@ -29,18 +29,21 @@ def restored(text: bytes, with_window: bool = True) -> TrainState:
     step=st.integers(0, 2**40),
     targets=st.integers(0, 2**60),
     seconds=st.floats(0, 1e9),
-    held_out=st.none() | doubles,
+    figures=st.dictionaries(st.text(max_size=5), doubles, max_size=3),
     total=doubles,
     load=st.lists(st.lists(doubles, min_size=2, max_size=2), min_size=1, max_size=3),
 )
 def test_a_state_comes_back_bit_by_bit(
-    step: int, targets: int, seconds: float, held_out: float | None, total: float, load: list[list[float]]
+    step: int, targets: int, seconds: float, figures: dict[str, float], total: float, load: list[list[float]]
 ) -> None:
     window: Metrics = {"loss": Mean(double(total), double(3.0)), "load": Mean(double(load), double(1.0))}
-    before = TrainState(step, targets, seconds, held_out, window)
+    before = TrainState(step, targets, seconds, window)
+    before.note(figures)
     after = restored(before.to_json(window))
     assert (after.step, after.targets_seen, after.seconds) == (step, targets, seconds)
-    assert after.held_out_neg_log_perplexity == held_out
+    assert after.figures == after.first_figures == figures
+    assert after.best == {name: Best(figure, step) for name, figure in figures.items()}
+    assert after.evaluated_step == step
     assert after.window.keys() == window.keys()
     for name, mean in window.items():
         for ours, theirs in zip(after.window[name], mean, strict=True):
@@ -58,30 +61,60 @@ def test_one_rank_takes_the_window_and_the_others_start_from_zero() -> None:
     assert other.weight == 0
 
 
-def test_the_first_held_out_figure_is_kept_and_the_last_has_its_step() -> None:
+def test_the_first_figures_the_last_and_the_best_are_kept_with_their_steps() -> None:
     state = TrainState()
-    for step, figure in ((0, -5.0), (100, -2.0), (200, -3.0)):
+    for step, cola, rte in ((0, -5.0, 50.0), (100, -2.0, 60.0), (200, -3.0, 60.0)):
         state.step = step
-        state.note_held_out(figure)
+        state.note({"cola": cola})
+        state.note({"rte": rte})  # an evaluation may have several parts
     state.step = 250
     after = restored(state.to_json({}))
-    assert (after.first_held_out_neg_log_perplexity, after.held_out_neg_log_perplexity) == (-5.0, -3.0)
-    assert (after.step, after.held_out_step) == (250, 200)
+    assert after == state
+    assert after.first_figures == {"cola": -5.0, "rte": 50.0}
+    assert after.figures == {"cola": -3.0, "rte": 60.0}
+    assert (after.step, after.evaluated_step) == (250, 200)
+    assert after.best == {"cola": Best(-2.0, 100), "rte": Best(60.0, 200)}  # of equals the last
+    after.note({"rte": 59.0})
+    assert after.figures == {"rte": 59.0}  # the figures of one evaluation, not of several
+
+
+@pytest.mark.parametrize("evaluated", [None, 3, 5])
+def test_a_state_of_version_0_1_is_read(evaluated: int | None) -> None:
+    figure, first = (None, None) if evaluated is None else (-1.5, -7.25)
+    old = {
+        "step": 5,
+        "targets_seen": 70,
+        "seconds": 2.5,
+        "held_out_neg_log_perplexity": figure,
+        "held_out_step": evaluated,
+        "first_held_out_neg_log_perplexity": first,
+        "window": {},
+    }
+    after = restored(json.dumps(old).encode())
+    assert (after.step, after.targets_seen, after.seconds, after.evaluated_step) == (5, 70, 2.5, evaluated)
+    assert after.figures == ({} if evaluated is None else {HELD_OUT: -1.5})
+    assert after.first_figures == ({} if evaluated is None else {HELD_OUT: -7.25})
+    assert after.best == ({} if evaluated is None else {HELD_OUT: Best(-1.5, evaluated)})
+    assert own_figures(old) == ({HELD_OUT: -1.5} if evaluated == 5 else {})
+    assert restored(after.to_json({})) == after
 
 
 def test_the_text_is_json_that_any_program_reads() -> None:
-    text = TrainState(step=3, held_out_neg_log_perplexity=-1.5).to_json({})
+    state = TrainState(step=3)
+    state.note({HELD_OUT: -1.5})
+    text = state.to_json({})
     assert json.loads(text) == {
         "step": 3,
         "targets_seen": 0,
         "seconds": 0.0,
-        "held_out_neg_log_perplexity": -1.5,
-        "held_out_step": None,
-        "first_held_out_neg_log_perplexity": None,
+        "figures": {HELD_OUT: -1.5},
+        "evaluated_step": 3,
+        "first_figures": {HELD_OUT: -1.5},
+        "best": {HELD_OUT: [-1.5, 3]},
         "window": {},
     }
 
 
 def test_a_number_that_json_does_not_know_is_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        TrainState(held_out_neg_log_perplexity=math.nan).to_json({})
+        TrainState(figures={HELD_OUT: math.nan}).to_json({})

@@ -1,0 +1,52 @@
+"""Scores of tasks as people and scripts read them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from switchcli.report.console import Console
+from switchcli.tasks.scores import Score, Scores
+from switchcli.train.scoring import AVERAGE, figures_of, suites_of
+from switchcli.train.state import Best
+
+HEADINGS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
+
+
+def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> dict[str, Any]:
+    """What result.json says of tasks: each one's scores, and the best of a run with its step; averages."""
+    best = best or {}
+    each = {name: {**one.to_json(), **_best(best, f"tasks/{name}")} for name, one in scores.items()}
+    average = {"score": figures_of(scores).get(AVERAGE), **_best(best, AVERAGE)}
+    return {"tasks": each, "average": average, "suites": suites_of(scores)}
+
+
+def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> None:
+    """A table with a row a metric, and below it the averages."""
+    headings = HEADINGS + (("best", "at step") if best else ())
+    console.rows("scores", headings, _rows(scores, best or {}))
+    for name, mean in suites_of(scores).items():
+        console.message(f"{name}: {mean:.2f}", "bold")
+
+
+def _rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[str]]:
+    for name, one in scores.items():
+        found = best.get(f"tasks/{name}")
+        peak = [] if not best else ["-", "-"] if found is None else [f"{found.figure:.2f}", f"{found.step:,}"]
+        if one.score is None:
+            yield [name, "secret", "", "", "", f"{one.num_unlabelled:,}", "", *peak]
+            continue
+        majority = "-" if one.majority is None else f"{one.majority:.2f}"
+        malformed = "" if one.malformed is None else f"{one.malformed:.1f}%"
+        yield [name, *_figures(one.score), f"{one.chance:.2f}", majority, f"{one.num_examples:,}", malformed, *peak]
+        parts = {**one.metrics, **one.beside}
+        if len(parts) > 1:
+            for metric, score in parts.items():
+                yield [f"  {metric}", *_figures(score)]
+
+
+def _figures(score: Score) -> list[str]:
+    return [f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}"]
+
+
+def _best(best: Mapping[str, Best], name: str) -> dict[str, float | int]:
+    found = best.get(name)
+    return {} if found is None else {"best": found.figure, "best_step": found.step}

@@ -1,0 +1,116 @@
+"""Reading a task: the rows of a split, from the hub or from a folder of JSON Lines with the hub's columns."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from switchcli.data.corpus import hub_rows
+from switchcli.data.files import files_fingerprint, json_rows, matches
+from switchcli.errors import DataError
+from switchcli.tasks.task import Embedded, Example, Files, Purpose, Row, Source, Task
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def examples(task: Task, split: Split, purpose: Purpose, folder: str | None, limit: int | None = None) -> list[Example]:
+    """The task's examples of a split, at most `limit` of them.
+
+    Args:
+        folder: where sets lie as `FOLDER/SPLIT.jsonl`; None for the hub.
+
+    Raises:
+        DataError: no such split, a missing column, a row that breaks the task's rules, no example at all.
+    """
+    found = list(islice(_examples(task, split, purpose, folder), limit))
+    if not found:
+        raise DataError(f"tasks: {task.name}: no examples in {split}: name a split that holds some")
+    return found
+
+
+def fingerprint(task: Task, split: Split, folder: str | None) -> str:
+    """What the rows of a split follow from: names, and of files their sizes and times of change."""
+    source = task.source
+    if isinstance(source, Embedded):
+        return source.fingerprint()
+    if isinstance(source, Files):
+        return files_fingerprint(matches(source.paths(split), f"tasks: {task.name}"))
+    if folder is None:
+        return repr(source)
+    return files_fingerprint([_file(source, part, folder) for part in (source.train, _split(source, split)) if part])
+
+
+def has(task: Task, split: Split) -> bool:
+    """Whether the task has such a split: some are for evaluation alone, or for training."""
+    source = task.source
+    if isinstance(source, Embedded):
+        return split != "test"
+    return bool(source.paths(split) if isinstance(source, Files) else _split(source, split))
+
+
+def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> Iterator[Example]:
+    for where, row in _rows(task, split, folder):
+        if missing := [column for column in task.columns if column not in row]:
+            raise DataError(
+                f"{where}: tasks: {task.name} reads the column {missing[0]!r}, and this row has "
+                f"{', '.join(map(repr, row)) or 'none'}: give rows with the columns that the set has on the hub"
+            )
+        try:
+            yield from task.examples(row, purpose)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # A column of another type than the hub's shows as one of the last three.
+            said = (
+                str(error) if isinstance(error, ValueError) else f"a column is of another type than the hub's ({error})"
+            )
+            raise DataError(f"{where}: tasks: {task.name}: {said}") from error
+
+
+def _rows(task: Task, split: Split, folder: str | None) -> Iterator[tuple[str, Row]]:
+    source = task.source
+    if isinstance(source, Embedded):
+        if split == "test":
+            raise DataError(f"tasks: {task.name} has no test split: score it on validation")
+        yield from ((f"{task.name} row {number}", row) for number, row in enumerate(source.rows(split)))
+    elif isinstance(source, Files):
+        paths = source.paths(split)
+        if not paths:
+            raise DataError(f"tasks: {task.name}: no files for {split}: give the key {split}")
+        for path in matches(paths, f"tasks: {task.name}"):
+            yield from json_rows(path)
+    else:
+        yield from _shared_out(task, source, split, folder)
+
+
+def _shared_out(task: Task, source: Source, split: Split, folder: str | None) -> Iterator[tuple[str, Row]]:
+    """The rows of a split of the benchmark, which may have none for validation: then training gives up its last."""
+    name = _split(source, split)
+    if name is None:
+        raise DataError(f"tasks: {task.name} has no {split} split: it is for evaluation alone")
+    rows = _hub(task, source, name) if folder is None else json_rows(_file(source, name, folder))
+    if source.validation is not None or split == "test":
+        yield from rows
+        return
+    everything = list(rows)
+    num_train = min(source.num_train or len(everything), len(everything) * 9 // 10)
+    yield from everything[:num_train] if split == "train" else everything[num_train:]
+
+
+def _split(source: Source, split: Split) -> str | None:
+    if split == "validation" and source.validation is None:
+        return source.train
+    return {"train": source.train, "validation": source.validation, "test": source.test}[split]
+
+
+def _hub(task: Task, source: Source, split: str) -> Iterator[tuple[str, Row]]:
+    way_out = "check the network; or lay its rows down as JSON Lines and name their folder by data.folder"
+    rows = hub_rows(source.path, source.config, split, None, False, f"tasks: {task.name}", way_out)
+    for number, row in enumerate(rows):
+        yield f"{source.path} {source.config or ''} {split} row {number}", row
+
+
+def _file(source: Source, split: str, folder: str) -> Path:
+    path = Path(folder).expanduser() / source.folder / f"{split}.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file: data.folder holds a set as FOLDER/{source.folder}/{split}.jsonl")
+    return path

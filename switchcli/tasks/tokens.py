@@ -1,0 +1,122 @@
+"""A task as ids: its training examples in the cache, and those that it is scored on, in batches of a like length."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchcli.data.draws import permutation
+from switchcli.data.packing import Lengths, Packed, pack, packed_as, store_of
+from switchcli.data.prepare import Track, cached
+from switchcli.data.store import StoreWriter, TokenStore, identity, seal
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError
+from switchcli.spec import EOS
+from switchcli.tasks.reading import Split, examples, fingerprint
+from switchcli.tasks.task import Example, Task
+
+FORMAT = 1  # raise when the same key would come to mean other ids
+INPUTS, TARGETS = "inputs", "targets"
+CHUNK_EXAMPLES = 1024
+BUCKET = 16
+"""Inputs are padded to a multiple of it."""
+
+
+class Training(NamedTuple):
+    """A task's training examples as packed rows."""
+
+    packed: Packed
+    identity: str
+    """A digest of the ids themselves."""
+
+
+def training(
+    task: Task, folder: str | None, tokenizer: Tokenizer, lengths: Lengths, seed: int, cache: Path, track: Track
+) -> Training:
+    """The task's training split, from the cache where it is there already. Raises DataError as `examples` does."""
+    parts = [str(FORMAT), task.name, repr(folder is None), fingerprint(task, "train", folder), tokenizer.sha256]
+    place = cache / "tasks" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def build(built: Path) -> None:
+        built.mkdir()
+        found = examples(task, "train", "training", folder)
+        with (
+            StoreWriter(built / INPUTS, tokenizer.vocab_size) as inputs,
+            StoreWriter(built / TARGETS, tokenizer.vocab_size) as targets,
+        ):
+            starts = range(0, len(found), CHUNK_EXAMPLES)
+            for start in track(starts, f"tokenising {task.name}, in thousands", len(starts)):
+                chunk = found[start : start + CHUNK_EXAMPLES]
+                for writer, texts in (
+                    (inputs, [one.input for one in chunk]),
+                    (targets, [_first_target(task, one) for one in chunk]),
+                ):
+                    for ids in tokenizer.encode_batch(texts):
+                        writer.add(np.append(ids, EOS), starts_document=True)
+        seal(built, {"format": FORMAT, "task": task.name, "examples": len(found)})
+
+    with cached(place, build):
+        packed = pack(TokenStore.open(place / INPUTS), TokenStore.open(place / TARGETS), lengths, seed)
+        return Training(packed, identity(place, (INPUTS, TARGETS)))
+
+
+class Scored(NamedTuple):
+    """The examples that a task is scored on."""
+
+    task: Task
+    examples: tuple[Example, ...]
+    inputs: TokenStore
+    packed: Packed
+    """Inputs and first targets of those that have a target, for the cross-entropy."""
+    answers: TokenStore
+    """The first target of each, empty where it is secret."""
+
+    @property
+    def num_cut(self) -> int:
+        """Inputs that are longer than the model's."""
+        return int((np.diff(self.inputs.offsets) > self.packed.lengths.inputs).sum())
+
+    def batches(self, size: int) -> Iterator[NDArray[np.int64]]:
+        """The numbers of the examples, `size` at a time, the longest first: the same whatever reads them."""
+        order = np.argsort(-np.diff(self.inputs.offsets), kind="stable")
+        yield from (order[first : first + size] for first in range(0, len(order), size))
+
+    def padded(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [B, S]: these examples' inputs, cut to the model's length, S a multiple of BUCKET."""
+        return _padded(self.inputs, numbers, self.packed.lengths.inputs)
+
+    def targets(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [B, T]: their first targets in the same way."""
+        return _padded(self.answers, numbers, self.packed.lengths.targets)
+
+
+def scored(
+    task: Task, split: Split, folder: str | None, tokenizer: Tokenizer, lengths: Lengths, limit: int | None
+) -> Scored:
+    """The task's examples of a split, or `limit` of them drawn by lot, the same ones each time. DataError as above."""
+    found = examples(task, split, "scoring", folder)
+    if limit is not None and limit < len(found):
+        found = [found[number] for number in np.sort(permutation(len(found), 0, 0, 0)[:limit])]
+    asked = tokenizer.encode_batch([one.input for one in found])
+    answers = tokenizer.encode_batch([one.targets[0] if one.targets else "" for one in found])
+    labelled = [number for number, one in enumerate(found) if one.targets]
+    known = [store_of(ids[number] for number in labelled) for ids in (asked, answers)]
+    packed = pack(known[0], known[1], lengths, 0)
+    return Scored(task, tuple(found), store_of(asked), packed, store_of(answers))
+
+
+def _padded(store: TokenStore, numbers: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    longest = int(np.diff(store.offsets)[numbers].max())
+    length = min(most, -(-longest // BUCKET) * BUCKET)
+    return packed_as(store, store, Lengths(length, length), [[int(one)] for one in numbers]).rows(
+        np.arange(len(numbers))
+    )[0]
+
+
+def _first_target(task: Task, example: Example) -> str:
+    if not example.targets:
+        raise DataError(f"tasks: {task.name}: an example to train on has no answer: give labelled rows")
+    return example.targets[0]

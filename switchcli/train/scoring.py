@@ -1,0 +1,132 @@
+"""Scoring a model on tasks: it answers every example, the ranks share the batches, and each of them has all answers.
+
+A batch is the same whatever the number of ranks, so the answers are too.
+
+Legend: B batch, S source, T target, X examples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate
+from switchcli.model.moe import evaluating
+from switchcli.model.routing import Policy
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.runtime import Runtime
+from switchcli.spec import Spec
+from switchcli.tasks.scores import Scores, score
+from switchcli.tasks.suites import SUITES
+from switchcli.tasks.task import Answered
+from switchcli.tasks.tokens import Scored
+from switchcli.train.hooks import Hook, Record
+from switchcli.train.state import TrainState
+
+AVERAGE = "tasks/average"
+
+
+class ScoringSpec(Spec):
+    """How answers to tasks are had and scored."""
+
+    split: Literal["validation", "test"] = "validation"
+    examples: int | None = Field(default=None, ge=1)
+    """At most so many of each task, drawn by lot, the same ones each time; absent: all."""
+    batch_examples: int = Field(default=32, ge=1)
+    """Examples that are answered together, on one rank."""
+    decoding: Decoding = Decoding()
+    capacity: Policy = "dropless"
+    """How the routers count capacity while they answer, in training: `dropless`, `paper`, or a factor."""
+    draws: int = Field(default=1000, ge=1)
+    """Bootstrap draws for the intervals."""
+
+
+class Answering:
+    """A model that answers the examples of tasks, with the other ranks."""
+
+    def __init__(
+        self,
+        model: SwitchTransformer,
+        tokenizer: Tokenizer,
+        runtime: Runtime,
+        settings: ScoringSpec,
+        capacity: Policy,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._runtime = runtime
+        self._settings = settings
+        self._capacity = capacity
+
+    def __call__(self, exam: Scored) -> tuple[Answered, ...]:
+        """Every example with the model's answer, in order; the same on every rank."""
+        runtime, decoding = self._runtime, self._settings.decoding
+        batches = list(exam.batches(self._settings.batch_examples))
+        tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=runtime.device)
+        rounds = -(-len(batches) // runtime.world)
+        with evaluating(self._model, self._capacity), runtime.uncompiled(), runtime.autocast():
+            for turn in range(rounds):
+                mine = turn * runtime.world + runtime.rank
+                # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.
+                numbers = batches[min(mine, len(batches) - 1)]
+                inputs_BS = runtime.place(torch.from_numpy(exam.padded(numbers)))
+                answers_BT = generate(self._model, inputs_BS, decoding, all_done=self._all_done)
+                if mine < len(batches):
+                    tokens_XT[torch.from_numpy(numbers), : answers_BT.shape[1]] = answers_BT.int()
+        everything = runtime.all_reduce(tokens_XT).tolist()
+        decode = self._tokenizer.decode
+        return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
+
+    def _all_done(self, going: torch.Tensor) -> bool:
+        return self._runtime.sum_over_ranks([int(going.any())]) == [0]
+
+
+class Exams(Hook):
+    """Scores the model on every task, notes the figures in the state, and writes them."""
+
+    def __init__(
+        self,
+        every_steps: int,
+        answering: Answering,
+        exams: Sequence[Scored],
+        runtime: Runtime,
+        write: Callable[[Record], None],
+    ) -> None:
+        super().__init__(every_steps)
+        self._answering = answering
+        self._exams = exams
+        self._runtime = runtime
+        self._write = write
+        self.answered: dict[str, tuple[Answered, ...]] = {}
+        """The last answers, by the name of the task."""
+
+    def ask(self) -> None:
+        """Have every example answered."""
+        self.answered = {exam.task.name: self._answering(exam) for exam in self._exams}
+
+    def scores(self, draws: int) -> dict[str, Scores]:
+        """Of the last answers, with intervals from so many draws."""
+        return {exam.task.name: score(exam.task, self.answered[exam.task.name], draws) for exam in self._exams}
+
+    def __call__(self, state: TrainState) -> None:
+        self.ask()
+        figures = figures_of(self.scores(draws=0))
+        state.note(figures)
+        if self._runtime.is_main:
+            self._write({"step": state.step, **figures})
+
+
+def figures_of(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Each task's score, and their average, by name; nothing of tasks whose answers are secret."""
+    each = {f"tasks/{name}": one.score.value for name, one in scores.items() if one.score is not None}
+    return {**each, AVERAGE: sum(each.values()) / len(each)} if each else {}
+
+
+def suites_of(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """The averages of the benchmarks all of whose tasks were scored."""
+    values = {name: one.score.value for name, one in scores.items() if one.score is not None}
+    means = {suite.name: suite.mean(values) for suite in SUITES}
+    return {name: mean for name, mean in means.items() if mean is not None}

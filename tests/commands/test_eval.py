@@ -1,0 +1,163 @@
+"""`switchcli eval`: scores, predictions, held-out figures, sweeps; the same on one rank and on two."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SwitchCLI, lay_out_tuning
+from typer.testing import CliRunner
+
+from switchcli.cli import app
+
+
+@pytest.fixture(scope="module")
+def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a fine-tuned run `tuned`, and the rows of its tasks."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        arguments = ["finetune", lay_out_tuning(folder), "--model", str(trained), "--out", "tuned", "--quiet"]
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def lines(path: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_fine_tuned_run_is_scored_on_its_tasks_as_in_training(
+    here: Path, switchcli: SwitchCLI, tmp_path: Path
+) -> None:
+    done = switchcli("eval", "tuned", "scoring.decoding.max_tokens=6", "--out", tmp_path / "a", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result == json.loads((tmp_path / "a/result.json").read_text())
+    (one,) = result["passes"]
+    assert one["capacity"] == {"text": "paper", "tasks": "dropless"}
+    trained = json.loads(Path("tuned/result.json").read_text())
+    for task in ("colour", "last"):
+        assert one["tasks"][task]["score"]["value"] == trained["tasks"][task]["score"]["value"]
+        assert one["held_out"][task]["neg_log_perplexity"] < 0
+        assert len(one["held_out"][task]["layers"]) == 2
+        predicted = lines(tmp_path / f"a/predictions/{task}.jsonl")
+        assert len(predicted) == 14
+        assert predicted[0].keys() == {"input", "target", "prediction", "correct"}
+    right = sum(line["correct"] for line in predicted)
+    assert one["tasks"]["last"]["score"]["value"] == pytest.approx(100 * right / 14)
+    shown = switchcli("eval", "tuned", "--out", tmp_path / "b")
+    for seen in ("colour", "macro_f1", "chance", "held-out last"):
+        assert seen in shown.out
+
+
+def test_a_sweep_over_capacities(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    done = switchcli("eval", "tuned", "capacities=[0.5, paper, dropless]", "--out", tmp_path / "a", "--json")
+    assert done.code == 0, done.err
+    passes = json.loads(done.out)["passes"]
+    assert [one["capacity"]["tasks"] for one in passes] == [0.5, "paper", "dropless"]
+    dropped = [one["held_out"]["last"]["dropped_fraction"] for one in passes]
+    assert dropped[0] > dropped[1] >= dropped[2] == 0
+    assert (tmp_path / "a/capacity-0.5/predictions/last.jsonl").exists()
+
+
+def test_a_pre_trained_run_is_measured_on_its_text(
+    trained: Path, here: Path, switchcli: SwitchCLI, tmp_path: Path
+) -> None:
+    done = switchcli("eval", trained, "--out", tmp_path / "a", "--json")
+    assert done.code == 0, done.err
+    (one,) = json.loads(done.out)["passes"]
+    last = json.loads((trained / "result.json").read_text())["held_out/neg_log_perplexity"]
+    assert one["text"]["neg_log_perplexity"] == pytest.approx(last, rel=1e-6)
+    assert one["tasks"] == {}
+
+
+def test_a_raw_model_is_told_to_be_one(trained: Path, here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    done = switchcli(
+        "eval",
+        trained,
+        "tune.eval.yaml" if False else "tasks=[python_modules]",
+        "scoring.examples=3",
+        "--out",
+        tmp_path,
+    )
+    assert done.code == 0, done.err
+    assert "was pre-trained alone" in done.err
+    assert "switchcli finetune" in done.err
+
+
+def test_text_that_is_named(here: Path, text: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    corpus = f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
+    done = switchcli("eval", "tuned", corpus, "text.held_out_fraction=0.2", "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    (one,) = json.loads(done.out)["passes"]
+    assert one["text"]["neg_log_perplexity"] < 0
+    assert one["tasks"].keys() == {"colour", "last"}
+
+
+def test_a_hugging_face_folder(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    assert switchcli("convert", "tuned", tmp_path / "theirs", "--to", "huggingface").code == 0
+    overrides = ["tasks=[python_docstrings]", "scoring.examples=2", "scoring.decoding.max_tokens=3"]
+    done = switchcli("eval", tmp_path / "theirs", *overrides, "--out", tmp_path / "a")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_path: Path) -> None:
+    written = []
+    for name, options in (("one", []), ("again", []), ("two", ["--processes", "2"])):
+        command = [
+            sys.executable,
+            "-m",
+            "switchcli",
+            "eval",
+            "tuned",
+            "scoring.batch_examples=3",
+            "--out",
+            tmp_path / name,
+        ]
+        subprocess.run([*command, *options, "--quiet"], check=True, capture_output=True)
+        folder = tmp_path / name
+        result = json.loads((folder / "result.json").read_text())
+        scores = [one["tasks"] for one in result["passes"]]
+        written.append((scores, {path.name: path.read_bytes() for path in (folder / "predictions").iterdir()}))
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["tuned", "tasks=[rtee]"], 2, "Did you mean rte"),
+        (["tuned", "quickstart/switch"], 2, "verb"),
+        (["tuned", "tasks=[]"], 2, "nothing to measure"),
+        (["nothing"], 4, "nothing: no checkpoint there"),
+        (["tuned", "capacities=[none]"], 2, "capacities"),
+        (["tuned", "tasks=[sst2]", "data.folder=sets"], 3, "sets/glue/sst2/validation.jsonl: no such file"),
+    ],
+)
+def test_bad_input(arguments: list[str], code: int, message: str, here: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("eval", *arguments)
+    assert done.code == code, done.err
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_control_characters_of_a_prediction_stay_harmless(
+    here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from switchcli.data.tokenizer import Tokenizer
+
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[2J red \u202e\x9b")
+    done = switchcli("eval", "tuned", "--out", tmp_path)
+    assert done.code == 0
+    written = (tmp_path / "predictions/last.jsonl").read_text()
+    for text in (written, done.out, done.err):
+        assert not set(text) & {"\x1b", "\u202e", "\x9b"}
+    assert lines(tmp_path / "predictions/last.jsonl")[0]["prediction"] == "\x1b[2J red \u202e\x9b"

@@ -1,0 +1,255 @@
+"""`switchcli finetune`: a run on two small tasks, what it leaves behind, exact resume, freezing, and bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SwitchCLI, lay_out_tuning
+from drill import CLOCKS, fingerprint
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from switchcli.cli import app
+from switchcli.commands import finetune as verb
+from switchcli.train import checkpoint
+
+STEPS = 9
+INTERRUPTED = 75
+
+
+def metrics(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / f"checkpoints/step-{step:08d}/model-00000.safetensors")
+
+
+def test_a_run_end_to_end(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("finetune", tuning, "--model", trained, "train.steps=8", "--out", "a", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result == json.loads(Path("a/result.json").read_text())
+    assert result["verb"] == "finetune"
+    assert result["tasks"].keys() == {"colour", "last"}
+    colour = result["tasks"]["colour"]
+    assert colour["metrics"].keys() == {"accuracy", "macro_f1"}
+    assert (colour["num_examples"], round(colour["chance"], 2)) == (14, 33.33)
+    assert colour["score"]["low"] <= colour["score"]["value"] <= colour["score"]["high"]
+    assert colour["best_step"] in (4, 8)
+
+    scored = [record for record in metrics("a") if "tasks/colour" in record]
+    assert [record["step"] for record in scored] == [4, 8]
+    assert scored[-1]["tasks/colour"] == colour["score"]["value"]
+    assert scored[-1]["tasks/average"] == pytest.approx((scored[-1]["tasks/colour"] + scored[-1]["tasks/last"]) / 2)
+    assert max(record["tasks/colour"] for record in scored) == colour["best"]
+
+    resolved = Path("a/recipe.yaml").read_text()
+    assert f"checkpoint: {trained}/checkpoints/step-00000002" in resolved
+    assert "d_model: 32" in resolved  # what the recipe leaves out is the checkpoint's
+    assert "expert_dropout: 0.3" in resolved
+    for seen in ("colour", "macro_f1", "chance", "which colour:", "generate a", "eval a"):
+        assert seen in done.err
+
+
+def test_the_same_command_and_the_folders_own_recipe_go_on(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    first = switchcli("finetune", tuning, "--model", trained, "--out", "a", "--quiet")
+    assert first.code == 0, first.err
+    more = switchcli("finetune", "a/recipe.yaml", "train.steps=8", "--out", "a")
+    assert more.code == 0, more.err
+    assert "going on from step 4 of 8" in more.err
+    straight = switchcli("finetune", tuning, "--model", trained, "train.steps=8", "--out", "b", "--quiet")
+    assert straight.code == 0
+    assert weights("a", 8).keys() == weights("b", 8).keys()
+    for name, tensor in weights("b", 8).items():
+        assert torch.equal(weights("a", 8)[name], tensor)
+
+
+class Signals:
+    """The objective, which at one call of a training step first sends this process a signal."""
+
+    def __init__(self, call: int) -> None:
+        self.calls, self.at, self.objective = 0, call, verb.packed_cross_entropy
+
+    def __call__(self, model: torch.nn.Module, batch: Any) -> Any:
+        if model.training:
+            if self.calls == self.at:
+                signal.raise_signal(signal.SIGTERM)
+            self.calls += 1
+        return self.objective(model, batch)
+
+
+@pytest.fixture(scope="module")
+def straight(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """How a run ends that is never interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        arguments = [
+            "finetune",
+            lay_out_tuning(folder),
+            "--model",
+            str(trained),
+            f"train.steps={STEPS}",
+            "--out",
+            "run",
+        ]
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    return fingerprint(folder / "run")
+
+
+@pytest.mark.parametrize("stops", [[0], [1, 4], [3, 4, 7]])
+def test_stopped_it_ends_with_the_same_bits(
+    stops: list[int],
+    straight: dict[str, str],
+    trained: Path,
+    tuning: str,
+    switchcli: SwitchCLI,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["finetune", tuning, "--model", trained, f"train.steps={STEPS}", "--out", "run"]
+    done_steps = 0
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            patch.setattr(verb, "packed_cross_entropy", Signals((stop - done_steps) * 2))
+            assert switchcli(*command).code == INTERRUPTED
+        done_steps = stop + 1
+    assert switchcli(*command).code == 0
+    assert fingerprint(Path("run")) == straight
+
+
+@pytest.mark.parametrize(
+    ("group", "learns"),
+    [
+        ("expert", lambda name: ".experts." in name or ".router." in name),
+        ("non_expert", lambda name: not (".experts." in name or ".router." in name)),
+        ("dense_feed_forward", lambda name: ".feed_forward.layer.w" in name),
+    ],
+)
+def test_only_the_named_weights_learn(
+    group: str, learns: Any, trained: Path, tuning: str, switchcli: SwitchCLI
+) -> None:
+    done = switchcli("finetune", tuning, "--model", trained, f"update={group}", "--out", "a", "--quiet")
+    assert done.code == 0, done.err
+    before, after = weights(trained, 2), weights("a", 4)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if learns(name)}
+
+
+def test_the_optimizer_goes_on_or_begins_anew(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    for name, steps in (("carry", 6), ("reset", 4)):
+        assert switchcli("finetune", tuning, "--model", trained, f"start.optimizer={name}", "--out", name).code == 0
+        saved = load_file(Path(name) / "checkpoints/step-00000004/optimizer-00000.safetensors")
+        assert int(saved["optimizer/steps"]) == steps
+    adamw = switchcli("finetune", tuning, "--model", trained, "optimizer.kind=adamw", "--out", "c")
+    assert adamw.code == 4
+    assert "start.optimizer=reset" in adamw.err
+
+
+def test_a_hugging_face_folder_is_a_start_too(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("convert", trained, "theirs", "--to", "huggingface").code == 0
+    refused = switchcli("finetune", tuning, "--model", "theirs", "--out", "a")
+    assert (refused.code, "start.optimizer=reset" in refused.err) == (4, True)
+    done = switchcli("finetune", tuning, "--model", "theirs", "start.optimizer=reset", "--out", "b", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["step"] == 4
+
+
+def test_a_started_run_keeps_its_start(trained: Path, tuning: str, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    """The folder of the pre-training may have newer checkpoints by then, or be gone."""
+    shutil.copytree(trained, "pre")
+    assert switchcli("finetune", tuning, "--model", "pre", "--out", "a", "--quiet").code == 0
+    shutil.rmtree("pre")
+    more = switchcli("finetune", tuning, "--model", "pre", "train.steps=6", "--out", "a")
+    assert more.code == 0, more.err
+    other = switchcli("finetune", tuning, "--model", trained, "train.steps=8", "--out", "a")
+    assert other.code == 2
+    assert "start.checkpoint" in other.err
+    assert "--no-resume" in other.err
+
+
+def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("finetune", tuning, "--model", trained, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    described = json.loads(done.out)
+    assert described["sequences_per_step"] == 4
+    assert described["recipe"]["model"]["num_experts"] == 4
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["tasks=[rtee]"], 2, "tasks.0.name (rtee): no such task or suite. Did you mean rte"),
+        (["model.d_model=64"], 2, "model.d_model: the recipe says 64, the weights of"),
+        (["model.num_experts=8"], 2, "model.num_experts: the recipe says 8"),
+        (["eval.every_steps=3"], 2, "must be a multiple of checkpoint.save_every_steps (2)"),
+        (["update=experts"], 2, "update: "),
+        (["tasks.0.target=labels"], 3, "colour.train.jsonl:1: tasks: colour reads the column 'labels'"),
+        (["tasks.0.labels=[red, green]"], 3, "label: 2 is none of the labels red, green"),
+        (["tasks.0.train=[nothing.jsonl]"], 3, "tasks: colour: nothing.jsonl: no such file"),
+        (["tasks.0.metrics=[accuracies]"], 2, "Did you mean accuracy?"),
+        (["tasks.0.metrics=[f1]"], 2, "metrics (f1): needs 2 labels, and there are 3"),
+        (["tasks.0.input=which"], 2, "must hold a field of the rows"),
+        (["tasks=[sst2]", "data.folder=sets"], 3, "sets/glue/sst2/train.jsonl: no such file"),
+        (["scoring.decoding.beams=0"], 2, "scoring.decoding.beams"),
+    ],
+)
+def test_bad_input_is_told_with_its_place_and_way_out(
+    overrides: list[str], code: int, message: str, trained: Path, tuning: str, switchcli: SwitchCLI
+) -> None:
+    done = switchcli("finetune", tuning, "--model", trained, *overrides, "--out", "a")
+    assert done.code == code, done.err
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_no_model_named(tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("finetune", tuning, "--out", "a")
+    assert (done.code, "--model CHECKPOINT" in done.err) == (2, True)
+    done = switchcli("finetune", tuning, "--model", "nothing/there", "--out", "a")
+    assert (done.code, "nothing/there: no checkpoint there" in done.err) == (4, True)
+
+
+def test_an_empty_split_and_long_inputs(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    Path("colour.validation.jsonl").write_text("\n")
+    done = switchcli("finetune", tuning, "--model", trained, "--out", "a")
+    assert (done.code, "colour: no examples in validation" in done.err) == (3, True)
+    row = {"text": "red " * 100, "label": 0, "word": "red"}
+    Path("colour.validation.jsonl").write_text(json.dumps(row) + "\n")
+    Path("colour.train.jsonl").write_text((json.dumps(row) + "\n") * 5)
+    done = switchcli("finetune", tuning, "--model", trained, "--out", "b")
+    assert done.code == 0, done.err
+    assert "colour: 5 examples in 5 rows, 50.0% of what is shown, 5 of them longer than a row and cut" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_two_ranks_learn_what_one_does(trained: Path, tuning: str) -> None:
+    """The ranks' gradients are added in another order, hence not the same bits."""
+    records = []
+    for name, options in (("one", []), ("two", ["--processes", "2"])):
+        command = [sys.executable, "-m", "switchcli", "finetune", tuning, "--model", str(trained), "--out", name]
+        subprocess.run([*command, "train.steps=8", "--quiet", *options], check=True, capture_output=True)
+        records.append(metrics(name))
+    for one, two in zip(*records, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - CLOCKS - {"layers"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
+
+
+def test_a_checkpoint_of_another_vocabulary(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    """One whose tokenizer has more pieces than the model has rows, with a manifest that vouches for it."""
+    found = checkpoint.Checkpoint.open(trained / "checkpoints/step-00000002")
+    recipe = found.document("recipe.yaml").replace(b"vocab_size: 512", b"vocab_size: 300")
+    documents = {name: found.document(name) for name in ("state.json", "tokenizer.json")}
+    saved = checkpoint.save(Path("odd"), 2, model={}, optimizer={}, documents={**documents, "recipe.yaml": recipe})
+    done = switchcli("finetune", tuning, "--model", saved, "--out", "a")
+    assert done.code == 4
+    assert "its tokenizer has 512 pieces, its embedding 300 rows" in done.err

@@ -1,0 +1,72 @@
+"""TaskStream: rates by hand, a pure function of (seed, step), every example as often as its rate says."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from switchcli.data.mixture import Equal, MixtureSpec, Proportional, TaskStream
+from switchcli.data.packing import Lengths, Packed, pack, store_of
+from switchcli.spec import EOS, PAD
+
+
+def task(number: int, examples: int, length: int) -> Packed:
+    """Example n of the task is `length` ids of 10000 * number + n + 2."""
+    inputs = store_of(np.full(length, 10_000 * number + n + 2) for n in range(examples))
+    targets = store_of(np.array([number + 2]) for _ in range(examples))
+    return pack(inputs, targets, Lengths(16, 16), seed=0)
+
+
+TASKS = {"short": task(1, 600, 2), "long": task(2, 100, 12), "small": task(3, 7, 5)}
+
+
+def shown(stream: TaskStream, steps: int, rows: int) -> Counter[int]:
+    """How often each example came, by the id that it is made of."""
+    found: Counter[int] = Counter()
+    for step in range(steps):
+        for row in stream.batch(step, 0, rows).inputs_BS.numpy():
+            ends = np.flatnonzero(row == EOS)
+            found.update(int(row[end - 1]) for end in ends)
+            assert (row[ends[-1] + 1 :] == PAD).all()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mixture", "rates"),
+    [
+        (Proportional(), [600 / 707, 100 / 707, 7 / 707]),
+        (Proportional(cap=50), [50 / 107, 50 / 107, 7 / 107]),
+        (Proportional(temperature=2.0), [24.4949 / 37.1407, 10 / 37.1407, 2.6458 / 37.1407]),
+        (Proportional(cap=100, temperature=2.0), [10 / 22.6458, 10 / 22.6458, 2.6458 / 22.6458]),
+        (Equal(), [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_rates_are_those_of_the_examples_shown(mixture: MixtureSpec, rates: list[float]) -> None:
+    np.testing.assert_allclose(mixture.rates([600, 100, 7]), rates, rtol=1e-4)
+    found = shown(TaskStream(TASKS, mixture, 0, 64), 300, 64)
+    by_task = np.array([sum(n for key, n in found.items() if key // 10_000 == number) for number in (1, 2, 3)])
+    np.testing.assert_allclose(by_task / by_task.sum(), rates, rtol=0.08)
+
+
+def test_in_proportion_one_turn_shows_every_example_once() -> None:
+    rows = sum(packed.num_rows for packed in TASKS.values())
+    found = shown(TaskStream(TASKS, Proportional(), 3, rows), 2, rows)
+    assert set(found.values()) == {2}
+    assert len(found) == 707
+
+
+def test_a_batch_follows_from_seed_and_step() -> None:
+    stream = TaskStream(TASKS, Equal(), 5, 32)
+    whole = [stream.batch(step, 0, 32) for step in range(40)]
+    again = TaskStream(TASKS, Equal(), 5, 32)
+    for step in (39, 3, 17):  # in any order, and in portions
+        parts = [again.batch(step, first, 8) for first in range(0, 32, 8)]
+        for field in range(2):
+            assert torch.equal(torch.cat([part[field] for part in parts]), whole[step][field])
+    other = TaskStream(TASKS, Equal(), 6, 32).batch(0, 0, 32)
+    assert not torch.equal(other.inputs_BS, whole[0].inputs_BS)
+
+
+def test_a_cap_beneath_every_task_makes_them_equal() -> None:
+    np.testing.assert_allclose(Proportional(cap=5).rates([600, 100, 7]), [1 / 3] * 3)

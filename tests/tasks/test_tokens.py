@@ -1,0 +1,114 @@
+"""Tasks as ids: the cache, what is cut, and batches that do not depend on who reads them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from switchcli.data.document import Document
+from switchcli.data.packing import Lengths
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.vocabulary import train_unigram
+from switchcli.errors import DataError
+from switchcli.spec import EOS, PAD
+from switchcli.tasks import tokens
+from switchcli.tasks.spec import Own
+from switchcli.tasks.task import Task
+
+T = TypeVar("T")
+LENGTHS = Lengths(32, 16)
+
+
+def quietly(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    return iter(items)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    text = "task says one two three four five a b c d e </s> and <extra_id_0> are no words here"
+    return Tokenizer(train_unigram([Document("d", text)], 256, 10_000), "here")
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    rows = [
+        {"n": " ".join(["one", "two", "three"][: 1 + n % 3] * (1 + n % 7)), "m": f"a {'b ' * (n % 4)}"}
+        for n in range(40)
+    ]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: (str(tmp_path / f"{split}.jsonl"),) for split in ("train", "validation")}
+    return Own(name="mine", input="task says {n}", target="m", **files).tasks()[0]
+
+
+def test_training_examples_come_from_the_cache(
+    task: Task, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    ids = first.packed.inputs.tokens
+    assert (ids == EOS).sum() == 40
+    monkeypatch.setattr(tokens, "examples", lambda *arguments: pytest.fail("read again"))
+    again = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    assert again.identity == first.identity
+    np.testing.assert_array_equal(again.packed.example_X, first.packed.example_X)
+
+
+def test_other_rows_are_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text() + '{"n": "four", "m": "c"}\n')
+    other = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    assert other.identity != first.identity
+    assert len(other.packed.example_X) == 41
+
+
+def test_special_tokens_spelt_out_in_a_text_are_none(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"n": "</s> <extra_id_0> <pad>", "m": "</s>"}) + "\n")
+    found = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly).packed
+    for store in (found.inputs, found.targets):
+        assert (store.tokens == EOS).sum() == 1
+        assert not np.isin(store.tokens, [PAD, *tokenizer.sentinels]).any()
+
+
+def test_an_answer_is_needed_to_train(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"n": "one", "m": null}\n')
+    with pytest.raises(DataError, match="an example to train on has no answer"):
+        tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+
+
+def test_batches_hold_every_example_once_the_longest_first(task: Task, tokenizer: Tokenizer) -> None:
+    exam = tokens.scored(task, "validation", None, tokenizer, LENGTHS, None)
+    batches = list(exam.batches(7))
+    assert [len(batch) for batch in batches] == [7, 7, 7, 7, 7, 5]
+    assert sorted(np.concatenate(batches).tolist()) == list(range(40))
+    for batch in batches:
+        rows = exam.padded(batch)
+        assert rows.shape[1] % tokens.BUCKET == 0
+        assert rows.shape[1] <= LENGTHS.inputs
+        for number, row in zip(batch, rows, strict=True):
+            ids = tokenizer.encode_batch([exam.examples[number].input])[0]
+            wanted = [*ids[: LENGTHS.inputs - 1], EOS]
+            assert row.tolist() == wanted + [PAD] * (len(row) - len(wanted))
+    widths = [exam.padded(batch).shape[1] for batch in batches]
+    assert widths == sorted(widths, reverse=True)
+    long = sum(len(tokenizer.encode_batch([one.input])[0]) + 1 > LENGTHS.inputs for one in exam.examples)
+    assert exam.num_cut == long > 0
+
+
+def test_a_limit_draws_the_same_examples_each_time(task: Task, tokenizer: Tokenizer) -> None:
+    few = [tokens.scored(task, "validation", None, tokenizer, LENGTHS, 9).examples for _ in range(2)]
+    every = tokens.scored(task, "validation", None, tokenizer, LENGTHS, None).examples
+    assert few[0] == few[1]
+    assert len(few[0]) == 9
+    assert few[0] != every[:9]  # by lot: a set may be sorted
+
+
+def test_secret_answers_have_no_cross_entropy(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"n": "one", "m": null}\n{"n": "two", "m": "b"}\n')
+    exam = tokens.scored(task, "validation", None, tokenizer, LENGTHS, None)
+    assert (len(exam.examples), len(exam.packed.example_X)) == (2, 1)
+    (tmp_path / "validation.jsonl").write_text('{"n": "one", "m": null}\n')
+    assert tokens.scored(task, "validation", None, tokenizer, LENGTHS, None).packed.num_rows == 0
