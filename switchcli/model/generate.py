@@ -102,7 +102,19 @@ def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, going
     """Logits_RV of the token after the last one; a row that goes on no longer is not routed."""
     x_R1D = model.embed(last_R.unsqueeze(1))
     hidden_R1D, _ = model.decoder(x_R1D, going_R.unsqueeze(1), source.encoded, source.cache)
-    return F.linear(*model.vocabulary(hidden_R1D)).squeeze(1)
+    hidden_R1D, vocabulary_VD = model.vocabulary(hidden_R1D)
+    return _few_rows(hidden_R1D.squeeze(1), vocabulary_VD)
+
+
+def _few_rows(hidden_RD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
+    """hidden @ vocabulary.T: a step's largest product.
+
+    On a CPU a few rows are better on the right: then the matrix, which is what is read, goes through in order (at 8
+    rows of 768 in 0.6 of the time in float32, 0.4 in bfloat16; from 32 rows on it is slower).
+    """
+    if hidden_RD.is_cpu and 4 <= len(hidden_RD) <= 16:
+        return (vocabulary_VD @ hidden_RD.T).T.contiguous()
+    return F.linear(hidden_RD, vocabulary_VD)
 
 
 @torch.no_grad()
