@@ -64,7 +64,7 @@ def steps(
         ValueError: of beam search, which knows its answer only at the end.
     """
     if decoding.beams > 1:
-        raise ValueError(f"beams ({decoding.beams}) have no answer before the last step: take beams: 1 to read along")
+        raise ValueError(f"beams ({decoding.beams}) have no answer before the last step: set beams to 1 to read along")
     B = len(inputs_BS)
     source = _begin(model, inputs_BS)
     draws = decoding.draws(first, len(source.real_B))

@@ -17,7 +17,7 @@ from switchcli.spec import PAD
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beams": 4, "temperature": 0.7}, "take beams: 1 or temperature: 0"),
+        ({"beams": 4, "temperature": 0.7}, "set beams to 1 or temperature to 0"),
         ({"top_p": 0.9}, "set a temperature, such as 1.0, or leave top_p out"),
         ({"max_tokens": 0}, "greater than or equal to 1"),
         ({"beams": 0}, "greater than or equal to 1"),
