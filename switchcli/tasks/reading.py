@@ -30,12 +30,12 @@ def examples(task: Task, split: Split, purpose: Purpose, folder: str | None, lim
 
 
 def fingerprint(task: Task, split: Split, folder: str | None) -> str:
-    """What the rows of a split follow from: names, and of files their sizes and times of change."""
+    """What the examples of a split follow from: names, a recipe's rules, and of files their sizes and times of change."""
     source = task.source
     if isinstance(source, Embedded):
         return source.fingerprint()
     if isinstance(source, Files):
-        return files_fingerprint(matches(source.paths(split), f"tasks: {task.name}"))
+        return f"{source.rules} {files_fingerprint(matches(source.paths(split), f'tasks: {task.name}'))}"
     if folder is None:
         return repr(source)
     return files_fingerprint([_file(source, part, folder) for part in (source.train, _split(source, split)) if part])

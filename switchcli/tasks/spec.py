@@ -87,7 +87,7 @@ class Own(Spec):
         return (
             Task(
                 self.name,
-                Files(self.train, self.validation, self.test),
+                Files(self.train, self.validation, self.test, self.model_dump_json()),
                 tuple(fields),
                 self._examples,
                 tuple(METRICS[name](self.labels) for name in self.metrics),

@@ -65,6 +65,13 @@ def test_other_rows_are_another_cache(task: Task, tokenizer: Tokenizer, tmp_path
     assert len(other.packed.example_X) == 41
 
 
+def test_another_template_is_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    (other,) = Own(name="mine", input="says {n}", target="m", train=(str(tmp_path / "train.jsonl"),)).tasks()
+    again = tokens.training(other, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    assert again.identity != first.identity
+
+
 def test_special_tokens_spelt_out_in_a_text_are_none(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"n": "</s> <extra_id_0> <pad>", "m": "</s>"}) + "\n")
     found = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly).packed
