@@ -30,7 +30,7 @@ def examples(task: Task, split: Split, purpose: Purpose, folder: str | None, lim
 
 
 def fingerprint(task: Task, split: Split, folder: str | None) -> str:
-    """What the examples of a split follow from: names, a recipe's rules, and of files their sizes and times of change."""
+    """What a split's examples follow from: names, a recipe's rules, and of files their sizes and times of change."""
     source = task.source
     if isinstance(source, Embedded):
         return source.fingerprint()
