@@ -80,8 +80,8 @@ class Answering:
         decode = self._tokenizer.decode
         return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
 
-    def _all_done(self, going: torch.Tensor) -> bool:
-        return self._runtime.sum_over_ranks([int(going.any())]) == [0]
+    def _all_done(self, done_B: torch.Tensor) -> bool:
+        return self._runtime.sum_over_ranks([int(not done_B.all())]) == [0]
 
 
 class Exams(Hook):
