@@ -131,10 +131,10 @@ def evaluate(
     with ending.stoppable():
         from switchcli.commands import evaluate
 
-        recipe = evaluate.recipe_of(arguments or [])
-        _start_ranks(processes, recipe.device, as_json)
+        evaluating = evaluate.resolved(checkpoint, arguments or [], ending.warn)
+        _start_ranks(processes, evaluating.recipe.device, as_json)
         options = evaluate.Options(out or evaluate.default_out(checkpoint), quiet)
-        evaluation = evaluate.measure(checkpoint, recipe, options)
+        evaluation = evaluate.measure(evaluating, options)
         if evaluation is not None and not as_json:
             evaluate.show(evaluation)
         _end(evaluation.result if evaluation else {}, as_json)

@@ -1,12 +1,13 @@
 """`switchcli eval`: what a checkpoint is worth: scores of tasks, held-out neg. log perplexity, routing health."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands.load import Loaded, load
+from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import HELD_OUT_SEED
 from switchcli.commands.run import machine
 from switchcli.commands.scores import show_scores, task_results
@@ -15,7 +16,7 @@ from switchcli.data.mixture import InTurn
 from switchcli.data.packing import Lengths
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.spec import DataSpec
+from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.data.stream import SpanStream
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.model.routing import Policy
@@ -27,9 +28,10 @@ from switchcli.tasks import reading, tokens
 from switchcli.tasks.scores import Scores, is_right, score
 from switchcli.tasks.spec import tasks_of
 from switchcli.tasks.task import Answered, Task
-from switchcli.train import health
+from switchcli.train import health, memory
 from switchcli.train.evaluate import evaluate, shared
 from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
+from switchcli.train.saver import DATA
 from switchcli.train.scoring import Answering
 
 ROWS_EACH = 16
@@ -44,15 +46,64 @@ class Options(NamedTuple):
     quiet: bool
 
 
-def recipe_of(arguments: Sequence[str]) -> EvalRecipe:
-    """The recipe of `[RECIPE] [KEY=VALUE ...]`; without RECIPE what is not set has its default."""
+class Evaluating(NamedTuple):
+    """What a command line comes to."""
+
+    recipe: EvalRecipe
+    opened: Opened
+
+
+def resolved(checkpoint: Path, arguments: Sequence[str], warn: Callable[[str], None]) -> Evaluating:
+    """The checkpoint, and the recipe of `[RECIPE] [KEY=VALUE ...]` with what the checkpoint's run says of the rest.
+
+    Raises:
+        CheckpointError: there is none.
+        RecipeError: of the recipe, or there is nothing to measure.
+    """
+    opened = open_model(checkpoint, warn)
+    own = opened.recipe
     name = next((argument for argument in arguments[:1] if "=" not in argument), None)
-    return resolve.validate(resolve.load(name, arguments[name is not None :]), EvalRecipe)
+    overrides = arguments[name is not None :]
+    tree = resolve.load(name, overrides)
+    said = resolve.stated(tree, "tasks")
+    learned = own.model_dump(mode="json")["tasks"] if isinstance(own, FinetuneRecipe) else []
+    if isinstance(said, list):  # a task of the run's own may be named
+        named = {task["name"]: task for task in learned if isinstance(task, dict)}
+        tasks = [named.get(task, task) if isinstance(task, str) else task for task in said]
+        overrides = [*overrides, f"tasks={json.dumps(tasks)}"]
+    below = {**_defaults(opened), **({"tasks": learned} if learned else {})}
+    if said is not None:
+        below.pop("text", None)
+    recipe = resolve.validate(resolve.load(name, overrides, resolve.layer(below, f"{opened.path}")), EvalRecipe)
+    if not recipe.tasks and recipe.text is None:
+        raise RecipeError(
+            f"{opened.path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
+            "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
+        )
+    return Evaluating(recipe, opened)
+
+
+def _defaults(opened: Opened) -> dict[str, Any]:
+    """What the checkpoint's run says of the keys of an evaluation."""
+    own = opened.recipe
+    lengths = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
+    if isinstance(own, FinetuneRecipe):
+        dumped = own.model_dump(mode="json")
+        return {"data": dumped["data"], "scoring": dumped["scoring"]}
+    trained = opened.own is not None and DATA in opened.own.manifest.names()  # a converted one has no text of its own
+    if not trained or not isinstance(own, PretrainRecipe):
+        return {"data": lengths}
+    text = TextSpec(
+        corpora=own.data.corpora, held_out_fraction=own.data.held_out_fraction, sequences=own.eval.sequences
+    )
+    return {"data": lengths, "text": text.model_dump(mode="json")}
 
 
 def default_out(checkpoint: Path) -> Path:
-    """runs/eval/NAME, by the name of the run's, or the checkpoint's, folder."""
-    return Path("runs") / "eval" / (checkpoint.resolve().name or "model")
+    """runs/eval/RUN, or runs/eval/RUN-step-N for one checkpoint of it."""
+    path = checkpoint.resolve()
+    run = f"{path.parent.parent.name}-{path.name}" if path.parent.name == "checkpoints" else path.name
+    return Path("runs") / "eval" / (run or "model")
 
 
 class Pass(NamedTuple):
@@ -80,28 +131,34 @@ class Evaluation(NamedTuple):
     passes: tuple[Pass, ...]
 
 
-def measure(checkpoint: Path, recipe: EvalRecipe, options: Options) -> Evaluation | None:
+def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
     """Measure the checkpoint on what the recipe names, and write it down; None off the main rank.
 
     Raises:
-        CheckpointError: as `load`, or the disk refuses.
+        CheckpointError: its weights cannot be read, or the disk refuses.
         RecipeError: there is nothing to measure it on.
         DataError: of the tasks or the text.
+        OutOfMemory: the device has no room.
     """
+    recipe, opened = evaluating
     runtime = Runtime(recipe.device, recipe.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
-    loaded = load(checkpoint, runtime.device, console.warning if runtime.is_main else lambda text: None)
-    measuring = _Measuring(loaded, recipe, runtime, console)
-    passes = tuple(measuring.under(*each) for each in measuring.capacities())
+    with memory.explained_of_evaluation(runtime.device):
+        measuring = _Measuring(filled(opened, runtime.device), recipe, runtime, console)
+        passes = tuple(measuring.under(*each) for each in measuring.capacities())
     result = {
         "verb": recipe.verb,
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
+        "checkpoint": str(opened.path),
+        "step": opened.step,
+        "recipe": recipe.model_dump(mode="json"),
         "passes": [one.to_json() for one in passes],
         **machine(runtime),
     }
 
     def write() -> Evaluation:
+        with disk_errors(options.out):
+            for old in (options.out / "predictions", *options.out.glob("capacity-*")):  # of an evaluation before
+                shutil.rmtree(old, ignore_errors=True)
         for one in passes:
             folder = options.out / (f"capacity-{one.capacity['tasks']}" if len(passes) > 1 else "")
             for name, answered in one.answered.items():
@@ -134,36 +191,36 @@ class _Measuring:
     def __init__(self, loaded: Loaded, recipe: EvalRecipe, runtime: Runtime, console: Console) -> None:
         self._loaded, self._recipe, self._runtime, self._console = loaded, recipe, runtime, console
         own = loaded.recipe
-        trained = own if isinstance(own, FinetuneRecipe) else None
-        learned = tasks_of(trained.tasks) if trained else {}
-        self.tasks = learned if recipe.tasks is None else tasks_of(recipe.tasks)
+        self.tasks = tasks_of(recipe.tasks)
+        learned = tasks_of(own.tasks) if isinstance(own, FinetuneRecipe) else {}
         self._never_seen([name for name in self.tasks if name not in learned])
-        folder = recipe.data.folder or (trained.data.folder if trained else None)
-        lengths = Lengths(
-            recipe.data.inputs_length or own.inputs_length, recipe.data.targets_length or own.targets_length
-        )
+        lengths = Lengths(recipe.data.inputs_length, recipe.data.targets_length)
         scoring = recipe.scoring
-        self._exams = [
-            tokens.scored(task, scoring.split, folder, loaded.tokenizer, lengths, scoring.examples)
-            for task in self.tasks.values()
-            if reading.has(task, scoring.split)
-        ]
-        self._spans = self._text()
-        if not self._exams and self._spans is None:
-            raise RecipeError(
-                "nothing to measure: name tasks (tasks=[rte]), or text (text.corpora=[...]); a checkpoint of "
-                "`switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
+        there = [task for task in self.tasks.values() if reading.has(task, scoring.split)]
+
+        def exams() -> tuple[tokens.Scored, ...]:
+            return tuple(
+                tokens.scored(task, scoring.split, recipe.data.folder, loaded.tokenizer, lengths, scoring.examples)
+                for task in there
             )
+
+        self._exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
+        self._sequences = 0
+        self._spans = self._text()
+        for task in self.tasks.values():
+            if task not in there:
+                self._warn(f"{task.name}: has no {scoring.split} split: it is not scored")
+        if not self._exams and self._spans is None:
+            raise RecipeError(f"scoring.split ({scoring.split}): none of {', '.join(self.tasks)} has such a split")
         for exam in self._exams:
             cut = f", {exam.num_cut:,} inputs longer than {lengths.inputs} tokens and cut" if exam.num_cut else ""
             console.message(f"{exam.task.name}: {len(exam.examples):,} examples{cut}")
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
-        """For text and for tasks: as the run measured them itself, or each that the recipe names."""
+        """For text and for tasks."""
         if self._recipe.capacities is not None:
             return [(capacity, capacity) for capacity in self._recipe.capacities]
-        own = self._loaded.recipe
-        return [(own.eval.capacity, own.scoring.capacity if isinstance(own, FinetuneRecipe) else "dropless")]
+        return [(self._loaded.recipe.eval.capacity, self._recipe.scoring.capacity)]
 
     def under(self, text: Policy, tasks: Policy) -> Pass:
         """Everything with the routers counting capacity so."""
@@ -194,37 +251,38 @@ class _Measuring:
         group = model.spec.group_sequences
         batches = shared(rows, num_rows, -(-ROWS_EACH // group) * group, runtime.rank, runtime.world)
         metrics = evaluate(model, objective, batches, runtime, capacity)
-        return {"sequences": num_rows, **health.record(metrics, model.spec.routed_parts())}
+        figures = health.record(metrics, model.spec.routed_parts())
+        figures.pop("auxiliary_loss", None)  # a training's: rows that fill up a batch thin it
+        return {"sequences": num_rows, **figures}
 
     def _text(self) -> SpanStream | None:
         """Rows of corrupted spans, where there is text to look at."""
         own, text = self._loaded.recipe, self._recipe.text
+        if text is None:
+            return None
+        spans = SpanCorruption(inputs_length=own.inputs_length)
         if isinstance(own, PretrainRecipe):
-            data, sequences = own.data, own.eval.sequences
-        elif text is None:
-            return None
-        else:
-            data, sequences = DataSpec(span_corruption=SpanCorruption(inputs_length=own.inputs_length)), text.sequences
-        if text is not None:
-            new = {"corpora": text.corpora, "held_out_fraction": text.held_out_fraction}
-            data, sequences = data.model_copy(update=new), text.sequences
-        elif self._recipe.tasks is not None:
-            return None
+            spans = own.data.span_corruption
+        data = DataSpec(corpora=text.corpora, held_out_fraction=text.held_out_fraction, span_corruption=spans)
 
         def prepared() -> Prepared:
             return prepare(data, default_cache(), self._console.track, self._loaded.tokenizer)
 
         found = self._runtime.on_main(prepared) or prepared()
-        stream = SpanStream(found.held_out, self._loaded.tokenizer, data.span_corruption, HELD_OUT_SEED, sequences)
-        self._sequences = min(sequences, stream.rows_per_epoch)
+        stream = SpanStream(found.held_out, self._loaded.tokenizer, spans, HELD_OUT_SEED, text.sequences)
+        self._sequences = min(text.sequences, stream.rows_per_epoch)
         return stream
+
+    def _warn(self, text: str) -> None:
+        if self._runtime.is_main:
+            self._console.warning(text)
 
     def _never_seen(self, names: Sequence[str]) -> None:
         if not names:
             return
         verb = self._loaded.recipe.verb
         raw = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"
-        self._console.warning(
+        self._warn(
             f"{self._loaded.path} {raw}: it does not know the form of the answers, and its scores will be near 0; "
             "`switchcli finetune` teaches it"
         )

@@ -25,7 +25,7 @@ from switchcli.recipe.compare import differences
 from switchcli.recipe.schema import FinetuneRecipe
 from switchcli.report.console import Console
 from switchcli.tasks import reading, tokens
-from switchcli.tasks.spec import tasks_of
+from switchcli.tasks.spec import suites_of, tasks_of
 from switchcli.tasks.task import Task
 from switchcli.train import checkpoint, memory
 from switchcli.train.objective import packed_cross_entropy
@@ -67,6 +67,8 @@ def resolved(
     else:
         start = open_model(Path(said), warn)
         spec, path = start.recipe.model, str(start.path)
+        if start.path.resolve().is_relative_to(out.resolve()):
+            raise RecipeError(f"{START} ({path}): lies within the run's own folder {out}: give another folder by --out")
     below = resolve.layer({"model": spec.model_dump(mode="json")}, f"the checkpoint {path}")
     tree = resolve.load(name, [*overrides, f"{START}={json.dumps(path)}"], below)
     recipe = resolve.validate(tree, FinetuneRecipe)
@@ -94,7 +96,8 @@ def finetune(finetuning: Finetuning, options: Options) -> dict[str, Any]:
             begin=lambda model, optimizer: _begin(recipe, start, model, optimizer),
             update=recipe.update,
             scoring=recipe.scoring,
-            num_figures=len(tasks_of(recipe.tasks)) + 2,  # their average, and the held-out neg. log perplexity
+            # Of tasks, of suites; their average, and the held-out neg. log perplexity.
+            num_figures=len(tasks_of(recipe.tasks)) + len(suites_of(recipe.tasks)) + 2,
         )
         result = Training(recipe, folder, runtime, console, verb).run()
         runtime.close()
@@ -159,6 +162,10 @@ def _text(recipe: FinetuneRecipe, start: Opened | None, folder: RunFolder, runti
         count = len(packed.example_X)
         cut = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
         console.message(f"{name}: {count:,} examples in {packed.num_rows:,} rows, {rate:.1%} of what is shown{cut}")
+    for task in tasks.values():
+        if task not in learned:
+            console.message(f"{task.name}: has no split to train on: it is scored alone")
+    _tell(console, recipe, tasks, exams)
     held_out = InTurn([exam.packed for exam in exams if exam.packed.num_rows])
     return Text(
         tokenizer,
@@ -195,6 +202,20 @@ def _exams(
             f"tasks: no labelled example of {', '.join(tasks)} in {scoring.split}: name a task that has some"
         )
     return exams
+
+
+def _tell(console: Console, recipe: FinetuneRecipe, tasks: dict[str, Task], exams: Sequence[tokens.Scored]) -> None:
+    """What is scored, and what of it is not as it seems."""
+    asked = {exam.task.name: exam for exam in exams}
+    for name in tasks:
+        if name not in asked:
+            console.message(f"{name}: has no {recipe.scoring.split} split: it is not scored")
+        elif asked[name].num_cut:
+            count = len(asked[name].examples)
+            console.message(
+                f"{name}: {asked[name].num_cut:,} of {count:,} inputs to score are longer than {recipe.inputs_length} "
+                "tokens and cut"
+            )
 
 
 def _samples(exam: tokens.Scored) -> Batch:

@@ -70,12 +70,16 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
-    found = open_model(path, warn)
+    return filled(open_model(path, warn), device)
+
+
+def filled(opened: Opened, device: torch.device) -> Loaded:
+    """The model of an open checkpoint."""
     with torch.device("meta"):
-        model = SwitchTransformer(found.recipe.model, found.recipe.train.router_dtype)
+        model = SwitchTransformer(opened.recipe.model, opened.recipe.train.router_dtype)
     model = model.to_empty(device=device).eval()
-    fill(model, found.weights())
-    return Loaded(found.path, found.step, found.recipe, found.tokenizer, model)
+    fill(model, opened.weights())
+    return Loaded(opened.path, opened.step, opened.recipe, opened.tokenizer, model)
 
 
 def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:

@@ -16,7 +16,8 @@ def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None =
     best = best or {}
     each = {name: {**one.to_json(), **_best(best, f"tasks/{name}")} for name, one in scores.items()}
     average = {"score": figures_of(scores).get(AVERAGE), **_best(best, AVERAGE)}
-    return {"tasks": each, "average": average, "suites": suites_of(scores)}
+    suites = {name: {"score": mean, **_best(best, f"suites/{name}")} for name, mean in suites_of(scores).items()}
+    return {"tasks": each, "average": average, "suites": suites}
 
 
 def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import JsonLines
 from switchcli.report.text import shortened
+from switchcli.tasks.scores import Scores
 from switchcli.tasks.tokens import Scored
 from switchcli.train.evaluate import shared
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
@@ -226,6 +227,7 @@ class Training:
     def _finish(self, exams: Exams | None) -> dict[str, Any]:
         """The result, on the console and in result.json."""
         facts, state = describe(self.recipe), self.state
+        scores = exams.scores(self.verb.scoring.draws) if exams else {}
         tokens = state.step * self.recipe.train.batch_tokens
         result = {
             "verb": self.recipe.verb,
@@ -239,11 +241,11 @@ class Training:
             "target_tokens": state.targets_seen,
             "seconds": state.seconds,
             "tokens_per_second": tokens / state.seconds,
-            **(task_results(exams.scores(self.verb.scoring.draws), state.best) if exams else {}),
+            **(task_results(scores, state.best) if exams else {}),
             **machine(self.runtime),
         }
         self.folder.write_result(result)
-        self._show(result, exams)
+        self._show(result, scores)
         return result
 
     def _samples(self) -> None:
@@ -257,11 +259,11 @@ class Training:
         for inputs, targets, output in zip(*(tensor.tolist() for tensor in batch), filled, strict=True):
             self.console.sample(decode(inputs), decode(targets), output)
 
-    def _show(self, result: dict[str, Any], exams: Exams | None) -> None:
-        console, state, best = self.console, self.state, self.state.best
+    def _show(self, result: dict[str, Any], scores: Mapping[str, Scores]) -> None:
+        console, state = self.console, self.state
         self._samples()
-        if exams:
-            show_scores(console, exams.scores(self.verb.scoring.draws), best)
+        if scores:
+            show_scores(console, scores, state.best)
         console.table(
             "done",
             {
@@ -277,8 +279,8 @@ class Training:
         console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
         verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"
         again = shlex.join([verb, str(out / "recipe.yaml"), steps, "--out", str(out)])
-        asked = self.text.exams[0].examples[0].input if exams else "The <extra_id_0> of a list is its <extra_id_1>."
+        asked = self.text.exams[0].examples[0].input if scores else "The <extra_id_0> of a list is its <extra_id_1>."
         console.message(f"  {switchcli} {shlex.join(['generate', str(out), shortened(asked, 60)])}")
-        if exams:
+        if scores:
             console.message(f"  {switchcli} {shlex.join(['eval', str(out)])}")
         console.message(f"  {switchcli} {again}")

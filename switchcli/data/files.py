@@ -43,7 +43,7 @@ class Files(Spec):
             raise DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")
 
     def fingerprint(self) -> str:
-        """The options, and each file's resolved path, size and time of change."""
+        """The options, and each file's path as given and resolved, size and time of change."""
         return f"files {self.sample_by} {self.field} {files_fingerprint(matches(self.paths, 'data.corpora'))}"
 
     def _text(self, path: Path) -> Iterator[Document]:
@@ -71,9 +71,10 @@ class _Line(NamedTuple):
 
 
 def files_fingerprint(paths: Iterable[Path]) -> str:
-    """A digest of the files' resolved paths, sizes and times of change."""
-    stats = [(str(path.resolve()), path.stat()) for path in paths]
-    identity = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    """A digest of the files' paths, as given (which name documents, and so say what is held out) and resolved, and of
+    their sizes and times of change."""
+    stats = [(path.as_posix(), str(path.resolve()), path.stat()) for path in paths]
+    identity = repr([(given, full, stat.st_size, stat.st_mtime_ns) for given, full, stat in stats])
     return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
 
 

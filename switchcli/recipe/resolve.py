@@ -28,6 +28,9 @@ from switchcli.spec import Spec
 
 S = TypeVar("S", bound=Spec)
 
+VERBS = ("pretrain", "finetune", "distill", "eval")
+"""Those that take a recipe."""
+
 
 def resolve(name_or_path: str, overrides: Sequence[str], schema: type[S]) -> S:
     """The value that the recipe `name_or_path` and the KEY=VALUE `overrides` make of `schema`.
@@ -59,6 +62,9 @@ def validate(tree: Node, schema: type[S]) -> S:
     Raises:
         RecipeError: one line for each thing that is wrong.
     """
+    own, verb = schema.model_fields["verb"].default if "verb" in schema.model_fields else None, stated(tree, "verb")
+    if own and verb in VERBS and verb != own:
+        raise RecipeError(f"{_said_verb(tree)}: verb: a recipe of `switchcli {verb}`, where one of {own} is needed")
     size = _size(tree)
     problem = sizes.problem(size.value) if size and isinstance(size.value, str) else None
     problems = [f"{size.where}: model.size: {problem}"] if size and problem else []
@@ -75,6 +81,10 @@ def validate(tree: Node, schema: type[S]) -> S:
 def dump(spec: Spec) -> str:
     """YAML text of a resolved recipe: every key, in the schema's order. Resolving it again gives an equal value."""
     return text.write(spec.model_dump(mode="json"))
+
+
+def _said_verb(tree: Node) -> str:
+    return tree.value["verb"].where if isinstance(tree.value, dict) else tree.where
 
 
 def stated(tree: Node, dotted: str) -> Any:

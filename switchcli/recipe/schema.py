@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.model.groups import Group, check
@@ -14,7 +14,7 @@ from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.spec import Spec
-from switchcli.tasks.spec import EvalDataSpec, TaskDataSpec, TaskSpec
+from switchcli.tasks.spec import TaskDataSpec, TaskSpec, names_twice
 from switchcli.train.optimizer import Adafactor, OptimizerSpec
 from switchcli.train.schedule import Constant, InverseSquareRoot, ScheduleSpec
 from switchcli.train.scoring import ScoringSpec
@@ -90,7 +90,7 @@ class FinetuneRecipe(TrainingRecipe):
 
     def _own_rules(self) -> Iterator[str]:
         evaluate, save = self.eval.every_steps, self.checkpoint.save_every_steps
-        if evaluate % save:
+        if evaluate % save and self.checkpoint.keep_best:
             yield (
                 f"eval.every_steps ({evaluate}) must be a multiple of checkpoint.save_every_steps ({save}), so that "
                 f"the best checkpoint of each task is there to be kept: try checkpoint.save_every_steps={evaluate}."
@@ -99,26 +99,36 @@ class FinetuneRecipe(TrainingRecipe):
             check(self.model, self.update)
         except ValueError as error:
             yield f"update ({self.update}): {error}"
+        yield from names_twice(self.tasks)
 
 
 class EvalRecipe(Spec):
-    """One run of `switchcli eval`: which tasks and texts a checkpoint is measured on, and how it answers."""
+    """One run of `switchcli eval`: what a checkpoint is measured on, and how it answers.
+
+    Keys that it leaves out are the run's that trained the checkpoint: its tasks or its text, its lengths, its decoding.
+    """
 
     verb: Literal["eval"] = "eval"
     """The command that runs this recipe."""
     description: str = ""
     """One line for `switchcli recipes list`."""
-    tasks: tuple[TaskSpec, ...] | None = None
-    """Names of tasks and suites, or tasks of your own; absent: those that the checkpoint was fine-tuned on."""
-    data: EvalDataSpec = EvalDataSpec()
+    tasks: tuple[TaskSpec, ...] = ()
+    """Names of tasks and suites, or tasks of your own (`kind: files`), which the checkpoint's may be named as well."""
+    data: TaskDataSpec = TaskDataSpec()
     text: TextSpec | None = None
-    """Text for the held-out neg. log perplexity; absent: that of a pre-trained checkpoint, unless `tasks` are named."""
+    """Text for the held-out neg. log perplexity."""
     scoring: ScoringSpec = ScoringSpec()
     capacities: Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None
     """How the routers count capacity: `paper` by their eval_capacity_factor, `dropless`, or a factor of its own; all is
-    measured under each. Absent: as the run measured itself."""
+    measured under each. Absent: tasks by `scoring.capacity`, text as the run measured it."""
     precision: Precision = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if broken := [*names_twice(self.tasks)]:
+            raise ValueError("\n".join(broken))
+        return self
 
 
 RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
@@ -135,6 +145,8 @@ def standing_alone(name: str) -> Spec:
     """
     tree = resolve.load(name)
     schema = RECIPES.get(str(resolve.stated(tree, "verb")), PretrainRecipe)
+    if resolve.stated(tree, "verb") is None and resolve.stated(tree, "tasks") is not None:
+        schema = EvalRecipe if resolve.stated(tree, "train") is None else FinetuneRecipe
     if schema is FinetuneRecipe:
         start = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
         tree = resolve.load(name, below=resolve.layer(start, name))

@@ -48,5 +48,7 @@ METRICS: Final[Mapping[str, Callable[[tuple[str, ...]], Metric]]] = MappingProxy
     }
 )
 """What a task of one's own may name, given its labels."""
+COUNT_RIGHT_ANSWERS: Final = {"accuracy", "exact_match", "squad_em", "trivia_em", "f1", "macro_f1"}
+"""Metrics that labels drawn at random score 100 / k by, where they are equally frequent."""
 NEEDS_LABELS: Final[Mapping[str, int | None]] = MappingProxyType({"f1": 2, "macro_f1": None, "matthews": None})
 """Metrics over labels, and how many of them: f1 takes the second for positive."""

@@ -1,7 +1,6 @@
 """Reading a task: the rows of a split, from the hub or from a folder of JSON Lines with the hub's columns."""
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +13,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def examples(task: Task, split: Split, purpose: Purpose, folder: str | None, limit: int | None = None) -> list[Example]:
-    """The task's examples of a split, at most `limit` of them.
+def examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> list[Example]:
+    """The task's examples of a split.
 
     Args:
         folder: where sets lie as `FOLDER/SPLIT.jsonl`; None for the hub.
@@ -23,19 +22,19 @@ def examples(task: Task, split: Split, purpose: Purpose, folder: str | None, lim
     Raises:
         DataError: no such split, a missing column, a row that breaks the task's rules, no example at all.
     """
-    found = list(islice(_examples(task, split, purpose, folder), limit))
+    found = list(_examples(task, split, purpose, folder))
     if not found:
         raise DataError(f"tasks: {task.name}: no examples in {split}: name a split that holds some")
     return found
 
 
 def fingerprint(task: Task, split: Split, folder: str | None) -> str:
-    """What the rows of a split follow from: names, and of files their sizes and times of change."""
+    """What a split's examples follow from: names, a recipe's rules, and of files their sizes and times of change."""
     source = task.source
     if isinstance(source, Embedded):
         return source.fingerprint()
     if isinstance(source, Files):
-        return files_fingerprint(matches(source.paths(split), f"tasks: {task.name}"))
+        return f"{source.rules} {files_fingerprint(matches(source.paths(split), f'tasks: {task.name}'))}"
     if folder is None:
         return repr(source)
     return files_fingerprint([_file(source, part, folder) for part in (source.train, _split(source, split)) if part])
@@ -57,7 +56,12 @@ def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) ->
                 f"{', '.join(map(repr, row)) or 'none'}: give rows with the columns that the set has on the hub"
             )
         try:
-            yield from task.examples(row, purpose)
+            for example in task.examples(row, purpose):
+                for text in (example.input, *example.targets):
+                    text.encode()
+                yield example
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: tasks: {task.name}: half a surrogate pair is no text: clean the row") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             # A column of another type than the hub's shows as one of the last three.
             said = (

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from switchcli.tasks.task import Answered, Metric, Task
 
 PERCENTILES = (2.5, 97.5)
+EXACT = ("accuracy", "em", "exact_match", "squad_em", "trivia_em")
+"""Metrics by which one answer is right or wrong."""
 
 
 class Score(NamedTuple):
@@ -87,7 +89,7 @@ def score(task: Task, answered: Sequence[Answered], draws: int = 1000, seed: int
 
 def is_right(task: Task, answer: Answered) -> bool:
     """Whether an answer by itself is right: by the task's accuracy or exact match, else if it equals a target."""
-    exact = next((metric for metric in (*task.metrics, *task.beside) if metric.name in ("accuracy", "em")), None)
+    exact = next((metric for metric in (*task.metrics, *task.beside) if metric.name in EXACT), None)
     if exact is None:
         return answer.prediction.strip() in answer.example.targets
     return exact.combine(exact.measure([answer])) == 100.0

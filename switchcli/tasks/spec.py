@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from switchcli.data.mixture import MixtureSpec, Proportional
 from switchcli.spec import Spec
-from switchcli.tasks.library import METRICS, NEEDS_LABELS, SUITES, TASKS
+from switchcli.tasks.library import COUNT_RIGHT_ANSWERS, METRICS, NEEDS_LABELS, SUITES, TASKS
+from switchcli.tasks.suites import Suite
 from switchcli.tasks.task import Example, Files, Purpose, Row, Task
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -68,6 +69,10 @@ class Own(Spec):
     def _makes_sense(self) -> Self:
         if self.name in TASKS or self.name in SUITES:
             raise ValueError(f"name ({self.name}): a task or suite of that name ships: give yours another")
+        if len(set(self.labels)) < len(self.labels) or any(
+            label != label.strip() or not label for label in self.labels
+        ):
+            raise ValueError(f"labels ({', '.join(map(repr, self.labels))}) must differ, without spaces around them")
         if not _FIELD.search(self.input):
             raise ValueError(f"input ({self.input!r}) must hold a field of the rows, such as {{text}}")
         for metric in self.metrics:
@@ -87,18 +92,26 @@ class Own(Spec):
         return (
             Task(
                 self.name,
-                Files(self.train, self.validation, self.test),
+                Files(self.train, self.validation, self.test, self.model_dump_json()),
                 tuple(fields),
                 self._examples,
-                tuple(METRICS[name](self.labels) for name in self.metrics),
-                100 / len(self.labels) if self.labels else 0.0,
+                tuple(METRICS[name](self.labels)._replace(name=name) for name in self.metrics),
+                self._chance(),
                 self.labels,
             ),
         )
 
+    def _chance(self) -> float:
+        """Of labels drawn at random, taken as equally frequent; 0 for metrics that do not count right answers."""
+        each = [100 / len(self.labels) if self.labels and name in COUNT_RIGHT_ANSWERS else 0.0 for name in self.metrics]
+        return sum(each) / len(each)
+
     def _examples(self, row: Row, purpose: Purpose) -> Iterator[Example]:
         filled = _FIELD.sub(lambda field: _text(row[field[1]]), self.input)
-        yield Example(filled, tuple(_answers(row[self.target], self.target, self.labels)))
+        targets = tuple(_answers(row[self.target], self.target, self.labels))
+        if purpose == "training" and not targets:
+            raise ValueError(f"{self.target}: holds no answer, and a row to train on needs one")
+        yield Example(filled, targets)
 
 
 class TaskDataSpec(Spec):
@@ -114,14 +127,6 @@ class TaskDataSpec(Spec):
     """By its `kind`: proportional (to the number of examples, with cap and temperature), equal."""
 
 
-class EvalDataSpec(Spec):
-    """As `TaskDataSpec`, for a checkpoint that is there: what is absent is as it was trained."""
-
-    folder: str | None = None
-    inputs_length: int | None = Field(default=None, ge=2)
-    targets_length: int | None = Field(default=None, ge=2)
-
-
 def _named_unless_said(value: object) -> object:
     return {"kind": "named", "name": value} if isinstance(value, str) else value
 
@@ -130,6 +135,18 @@ TaskSpec = Annotated[
     Named | Own, Field(discriminator="kind"), BeforeValidator(_named_unless_said, json_schema_input_type=str | Own)
 ]
 """A name, or a mapping with `kind: files`."""
+
+
+def names_twice(specs: Sequence[Named | Own]) -> Iterator[str]:
+    """What is wrong with the names of tasks: of two of one's own only one would be there."""
+    own = [spec.name for spec in specs if isinstance(spec, Own)]
+    for name in {name for name in own if own.count(name) > 1}:
+        yield f"tasks ({name}): two tasks of your own have this name: give one another"
+
+
+def suites_of(specs: Sequence[Named | Own]) -> tuple[Suite, ...]:
+    """The suites that are named."""
+    return tuple(SUITES[spec.name] for spec in specs if isinstance(spec, Named) and spec.name in SUITES)
 
 
 def tasks_of(specs: Sequence[Named | Own]) -> dict[str, Task]:

@@ -69,6 +69,8 @@ class Files(NamedTuple):
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+    rules: str
+    """How its rows become texts, as its recipe says."""
 
     def paths(self, split: str) -> tuple[str, ...]:
         return self._asdict()[split]

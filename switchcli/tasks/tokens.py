@@ -13,7 +13,6 @@ from switchcli.data.packing import Lengths, Packed, pack, packed_as, store_of
 from switchcli.data.prepare import Track, cached
 from switchcli.data.store import StoreWriter, TokenStore, identity, seal
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import DataError
 from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, examples, fingerprint
 from switchcli.tasks.task import Example, Task
@@ -52,7 +51,7 @@ def training(
                 chunk = found[start : start + CHUNK_EXAMPLES]
                 for writer, texts in (
                     (inputs, [one.input for one in chunk]),
-                    (targets, [_first_target(task, one) for one in chunk]),
+                    (targets, [one.targets[0] for one in chunk]),
                 ):
                     for ids in tokenizer.encode_batch(texts):
                         writer.add(np.append(ids, EOS), starts_document=True)
@@ -96,10 +95,13 @@ class Scored(NamedTuple):
 def scored(
     task: Task, split: Split, folder: str | None, tokenizer: Tokenizer, lengths: Lengths, limit: int | None
 ) -> Scored:
-    """The task's examples of a split, or `limit` of them drawn by lot, the same ones each time. DataError as above."""
+    """The task's examples of a split, or `limit` of them drawn by lot, whole units, the same ones each time.
+
+    DataError as above.
+    """
     found = examples(task, split, "scoring", folder)
     if limit is not None and limit < len(found):
-        found = [found[number] for number in np.sort(permutation(len(found), 0, 0, 0)[:limit])]
+        found = _drawn(found, limit)
     asked = tokenizer.encode_batch([one.input for one in found])
     answers = tokenizer.encode_batch([one.targets[0] if one.targets else "" for one in found])
     labelled = [number for number, one in enumerate(found) if one.targets]
@@ -108,15 +110,21 @@ def scored(
     return Scored(task, tuple(found), store_of(asked), packed, store_of(answers))
 
 
+def _drawn(found: list[Example], limit: int) -> list[Example]:
+    """At most `limit` examples, in order: units drawn by lot, but for those that would be too many."""
+    units: dict[str | int, list[int]] = {}
+    for number, example in enumerate(found):
+        units.setdefault(example.unit or number, []).append(number)
+    members = list(units.values())
+    kept: list[int] = []
+    for unit in permutation(len(members), 0, 0, 0):
+        if not kept or len(kept) + len(members[unit]) <= limit:
+            kept += members[unit]
+    return [found[number] for number in sorted(kept)]
+
+
 def _padded(store: TokenStore, numbers: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     longest = int(np.diff(store.offsets)[numbers].max())
     length = min(most, -(-longest // BUCKET) * BUCKET)
-    return packed_as(store, store, Lengths(length, length), [[int(one)] for one in numbers]).rows(
-        np.arange(len(numbers))
-    )[0]
-
-
-def _first_target(task: Task, example: Example) -> str:
-    if not example.targets:
-        raise DataError(f"tasks: {task.name}: an example to train on has no answer: give labelled rows")
-    return example.targets[0]
+    rows = packed_as(store, store, Lengths(length, length), [[int(number)] for number in numbers])
+    return rows.rows(np.arange(len(numbers)))[0]

@@ -31,18 +31,21 @@ def routing_metrics(output: ModelOutput) -> Metrics:
         torch.stack([getattr(report, field) for report in reports]) for field in fields
     )
     one = torch.ones_like(balance_L[0])
+    # Groups of padding alone, which fill up an evaluation, have no balance: a mean over the others.
+    groups = reports[0].fraction_GE.shape[0]
+    routed_L = torch.stack([(report.fraction_GE.sum(1) > 0).sum() for report in reports]).float()
     split = len(output.encoder_reports)
     stacks = {"": slice(None), "encoder_": slice(split), "decoder_": slice(split, None)}
     return {
         "auxiliary_loss": Mean(output.auxiliary.detach(), one),
-        "balance": Mean(balance_L.mean(), one),
+        "balance": Mean((balance_L * groups).sum(), routed_L.sum()),
         **{
             f"{stack}dropped_fraction": Mean(dropped_L[part].sum(), tokens_L[part].sum())
             for stack, part in stacks.items()
             if len(reports[part])
         },
-        f"{LAYER}balance": Mean(balance_L, one),
-        f"{LAYER}z": Mean(z_L, one),
+        f"{LAYER}balance": Mean(balance_L * groups, routed_L),
+        f"{LAYER}z": Mean(z_L * groups, routed_L),
         f"{LAYER}dropped_fraction": Mean(dropped_L, tokens_L),
         f"{LAYER}entropy": Mean(entropy_L, tokens_L),
         f"{LAYER}confidence": Mean(confidence_L, tokens_L),

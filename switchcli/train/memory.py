@@ -1,6 +1,6 @@
 """What training takes of a device's memory whatever the batch, and running out of it as an error with a way out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,27 @@ def needed(model: ModelSpec, optimizer: OptimizerSpec, group: Group = "all") -> 
 @contextmanager
 def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device, group: Group = "all") -> Iterator[None]:
     """Within, a device or a machine that has no more memory raises OutOfMemory."""
+
+    def words() -> str:
+        return (
+            f"weights, gradients and optimizer take {needed(model, optimizer, group):,} bytes, a microbatch comes on "
+            "top: lower train.microbatch_tokens, or take a smaller model (--dry-run tells the parameters of one)"
+        )
+
+    with _explained(device, words):
+        yield
+
+
+@contextmanager
+def explained_of_evaluation(device: torch.device) -> Iterator[None]:
+    """The same while a model only answers."""
+    words = "lower scoring.batch_examples, scoring.decoding.max_tokens or beams, or data.inputs_length"
+    with _explained(device, lambda: words):
+        yield
+
+
+@contextmanager
+def _explained(device: torch.device, say: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -33,8 +54,4 @@ def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device, 
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in words:
             raise
         there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
-        raise OutOfMemory(
-            f"out of memory: weights, gradients and optimizer take {needed(model, optimizer, group):,} bytes, a "
-            f"microbatch comes on top, and {device} has {there:,} in all: lower train.microbatch_tokens, or take a "
-            "smaller model (--dry-run tells the parameters of one)"
-        ) from error
+        raise OutOfMemory(f"out of memory: {device} has {there:,} bytes in all; {say()}") from error

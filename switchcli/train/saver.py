@@ -67,7 +67,7 @@ class Saver:
         found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step))
         if found.document(DATA) != self._documents[DATA]:
             raise CheckpointError(
-                f"{found.path} was trained on other text than data.corpora gives now: bring that text back, give "
+                f"{found.path} was trained on other text than the recipe gives now: bring that text back, give "
                 "another folder by --out, or --no-resume to set this run aside and begin anew"
             )
         fill(self._model, found.read("model", logical_tensors(self._model)))

@@ -6,10 +6,10 @@ Legend: B batch, S source, T target, X examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.model.decoding import Decoding
@@ -20,7 +20,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.spec import Spec
 from switchcli.tasks.scores import Scores, score
-from switchcli.tasks.suites import SUITES
+from switchcli.tasks.suites import PAPER, SUITES, average
 from switchcli.tasks.task import Answered
 from switchcli.tasks.tokens import Scored
 from switchcli.train.hooks import Hook, Record
@@ -34,7 +34,8 @@ class ScoringSpec(Spec):
 
     split: Literal["validation", "test"] = "validation"
     examples: int | None = Field(default=None, ge=1)
-    """At most so many of each task, drawn by lot, the same ones each time; absent: all."""
+    """At most so many of each task, drawn by lot, the same ones each time, all answers to a question together; absent:
+    all."""
     batch_examples: int = Field(default=32, ge=1)
     """Examples that are answered together, on one rank."""
     decoding: Decoding = Decoding()
@@ -42,6 +43,15 @@ class ScoringSpec(Spec):
     """How the routers count capacity while they answer, in training: `dropless`, `paper`, or a factor."""
     draws: int = Field(default=1000, ge=1)
     """Bootstrap draws for the intervals."""
+
+    @model_validator(mode="after")
+    def _repeats(self) -> Self:
+        if self.decoding.temperature:
+            raise ValueError(
+                f"decoding.temperature ({self.decoding.temperature}) draws answers, and a score is of those that the "
+                "model finds most probable: leave it out"
+            )
+        return self
 
 
 class Answering:
@@ -80,8 +90,8 @@ class Answering:
         decode = self._tokenizer.decode
         return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
 
-    def _all_done(self, going: torch.Tensor) -> bool:
-        return self._runtime.sum_over_ranks([int(going.any())]) == [0]
+    def _all_done(self, done_B: torch.Tensor) -> bool:
+        return self._runtime.sum_over_ranks([int(not done_B.all())]) == [0]
 
 
 class Exams(Hook):
@@ -120,13 +130,17 @@ class Exams(Hook):
 
 
 def figures_of(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """Each task's score, and their average, by name; nothing of tasks whose answers are secret."""
-    each = {f"tasks/{name}": one.score.value for name, one in scores.items() if one.score is not None}
-    return {**each, AVERAGE: sum(each.values()) / len(each)} if each else {}
+    """Each task's score, the benchmarks' averages, and that of all tasks, by name; nothing of secret answers."""
+    values = {name: one.score.value for name, one in scores.items() if one.score is not None}
+    if not values:
+        return {}
+    each = {f"tasks/{name}": value for name, value in values.items()}
+    suites = {f"suites/{name}": mean for name, mean in suites_of(scores).items()}
+    return {**each, **suites, AVERAGE: average(values)}
 
 
 def suites_of(scores: Mapping[str, Scores]) -> dict[str, float]:
     """The averages of the benchmarks all of whose tasks were scored."""
     values = {name: one.score.value for name, one in scores.items() if one.score is not None}
-    means = {suite.name: suite.mean(values) for suite in SUITES}
+    means = {suite.name: suite.mean(values) for suite in SUITES if suite is not PAPER}  # Table 5 has none
     return {name: mean for name, mean in means.items() if mean is not None}

@@ -37,7 +37,7 @@ class TrainState:
     evaluated_step: int | None = None
     """The step of the last evaluation: a checkpoint of another step was not evaluated."""
     first_figures: dict[str, float] = field(default_factory=dict)
-    """The first evaluation's, before the first step."""
+    """The first of each: of the held-out text before the first step, of tasks after some."""
     best: dict[str, Best] = field(default_factory=dict)
     """Of all evaluations."""
 

@@ -37,7 +37,7 @@ def lines(path: Path | str) -> list[dict[str, Any]]:
 def test_a_fine_tuned_run_is_scored_on_its_tasks_as_in_training(
     here: Path, switchcli: SwitchCLI, tmp_path: Path
 ) -> None:
-    done = switchcli("eval", "tuned", "scoring.decoding.max_tokens=6", "--out", tmp_path / "a", "--json")
+    done = switchcli("eval", "tuned", "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert result == json.loads((tmp_path / "a/result.json").read_text())
@@ -83,7 +83,7 @@ def test_a_raw_model_is_told_to_be_one(trained: Path, here: Path, switchcli: Swi
     done = switchcli(
         "eval",
         trained,
-        "tune.eval.yaml" if False else "tasks=[python_modules]",
+        "tasks=[python_modules]",
         "scoring.examples=3",
         "--out",
         tmp_path,
@@ -104,9 +104,20 @@ def test_text_that_is_named(here: Path, text: Path, switchcli: SwitchCLI, tmp_pa
 
 def test_a_hugging_face_folder(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     assert switchcli("convert", "tuned", tmp_path / "theirs", "--to", "huggingface").code == 0
+    assert switchcli("convert", tmp_path / "theirs", tmp_path / "ours", "--to", "switchcli").code == 0
+    for folder in ("theirs", "ours"):  # the text that it was trained on is not known
+        alone = switchcli("eval", tmp_path / folder)
+        assert (alone.code, "nothing to measure it on" in alone.err) == (2, True)
     overrides = ["tasks=[python_docstrings]", "scoring.examples=2", "scoring.decoding.max_tokens=3"]
     done = switchcli("eval", tmp_path / "theirs", *overrides, "--out", tmp_path / "a")
     assert done.code == 0, done.err
+
+
+def rounded(value: Any) -> Any:
+    """Sums over ranks are added up in another order."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return round(value, 5) if isinstance(value, float) else value
 
 
 @pytest.mark.timeout(120)
@@ -126,7 +137,7 @@ def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_
         subprocess.run([*command, *options, "--quiet"], check=True, capture_output=True)
         folder = tmp_path / name
         result = json.loads((folder / "result.json").read_text())
-        scores = [one["tasks"] for one in result["passes"]]
+        scores = [(one["tasks"], rounded(one["held_out"])) for one in result["passes"]]
         written.append((scores, {path.name: path.read_bytes() for path in (folder / "predictions").iterdir()}))
     assert written[0] == written[1] == written[2]
 
@@ -136,7 +147,9 @@ def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_
     [
         (["tuned", "tasks=[rtee]"], 2, "Did you mean rte"),
         (["tuned", "quickstart/switch"], 2, "verb"),
-        (["tuned", "tasks=[]"], 2, "nothing to measure"),
+        (["tuned", "tasks=[]"], 2, "nothing to measure it on"),
+        (["tuned", "scoring.split=test"], 2, "none of colour, last has such a split"),
+        (["tuned", "scoring.decoding.temperature=0.5"], 2, "a score is of those that the model finds most probable"),
         (["nothing"], 4, "nothing: no checkpoint there"),
         (["tuned", "capacities=[none]"], 2, "capacities"),
         (["tuned", "tasks=[sst2]", "data.folder=sets"], 3, "sets/glue/sst2/validation.jsonl: no such file"),
@@ -161,3 +174,54 @@ def test_control_characters_of_a_prediction_stay_harmless(
     for text in (written, done.out, done.err):
         assert not set(text) & {"\x1b", "\u202e", "\x9b"}
     assert lines(tmp_path / "predictions/last.jsonl")[0]["prediction"] == "\x1b[2J red \u202e\x9b"
+
+
+def test_the_runs_settings_hold_unless_others_are_given(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    for overrides, most, capacity in (
+        ((), 6, "dropless"),
+        (("scoring.decoding.max_tokens=3", "scoring.capacity=paper"), 3, "paper"),
+    ):
+        done = switchcli("eval", "tuned", *overrides, "--out", tmp_path / "a", "--json")
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        assert result["recipe"]["scoring"]["decoding"]["max_tokens"] == most
+        assert result["recipe"]["scoring"]["batch_examples"] == 4
+        assert result["passes"][0]["capacity"]["tasks"] == capacity
+
+
+def test_a_task_of_the_runs_own_by_its_name(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    overrides = ["tasks=[last, python_modules]", "scoring.examples=3"]
+    done = switchcli("eval", "tuned", *overrides, "--out", tmp_path / "a", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["passes"][0]["tasks"].keys() == {"last", "python_modules"}
+    assert "was not trained on python_modules" in done.err
+    again = switchcli("eval", "tuned", *overrides, "capacities=[paper, 1.0]", "--out", tmp_path / "a")
+    assert again.code == 0
+    assert not (tmp_path / "a/predictions").exists()  # of another result
+
+
+def test_a_task_without_the_split_is_told(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    tasks = 'tasks=[last, {kind: files, name: other, test: [last.train.jsonl], input: "{text}", target: word}]'
+    done = switchcli("eval", "tuned", tasks, "--out", tmp_path / "a")
+    assert done.code == 0
+    assert "other: has no validation split: it is not scored" in done.err
+
+
+def test_out_of_memory_is_told_with_a_way_out(
+    here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("switchcli.train.scoring.generate", full)
+    done = switchcli("eval", "tuned")
+    assert done.code == 1
+    assert "scoring.batch_examples" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_where_it_is_written(trained: Path) -> None:
+    from switchcli.commands.evaluate import default_out
+
+    assert default_out(trained) == Path("runs/eval/run")
+    assert default_out(trained / "checkpoints/step-00000002") == Path("runs/eval/run-step-00000002")

@@ -1,6 +1,7 @@
 """`switchcli finetune`: a run on two small tasks, what it leaves behind, exact resume, freezing, and bad input."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,8 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
         (["tasks.0.labels=[red, green]"], 3, "label: 2 is none of the labels red, green"),
         (["tasks.0.train=[nothing.jsonl]"], 3, "tasks: colour: nothing.jsonl: no such file"),
         (["tasks.0.metrics=[accuracies]"], 2, "Did you mean accuracy?"),
+        (["tasks.0.metrics=[exact_match]", "tasks.1.name=colour"], 2, "tasks (colour): two tasks of your own"),
+        (["tasks.0.labels=[red, green, red]"], 2, "labels ('red', 'green', 'red') must differ"),
         (["tasks.0.metrics=[f1]"], 2, "metrics (f1): needs 2 labels, and there are 3"),
         (["tasks.0.input=which"], 2, "must hold a field of the rows"),
         (["tasks=[sst2]", "data.folder=sets"], 3, "sets/glue/sst2/train.jsonl: no such file"),
@@ -253,3 +256,44 @@ def test_a_checkpoint_of_another_vocabulary(trained: Path, tuning: str, switchcl
     done = switchcli("finetune", tuning, "--model", saved, "--out", "a")
     assert done.code == 4
     assert "its tokenizer has 512 pieces, its embedding 300 rows" in done.err
+
+
+def test_what_is_not_trained_on_or_not_scored_is_told(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    overrides = ["tasks.0.train=[]", "tasks.1.validation=[]"]
+    done = switchcli("finetune", tuning, "--model", trained, *overrides, "--out", "a")
+    assert done.code == 0, done.err
+    assert "colour: has no split to train on: it is scored alone" in done.err
+    assert "last: has no validation split: it is not scored" in done.err
+    assert re.search(r"colour: \d of 14 inputs to score are longer than 64 tokens and cut", done.err)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "a \\ud800 b", "label": 0, "word": "b"}', "half a surrogate pair"),
+        ('{"text": "a", "label": null, "word": "b"}', "label: holds no answer"),
+        ('{"text": "a", "label": [], "word": "b"}', "label: holds no answer"),
+    ],
+)
+def test_a_bad_row_has_its_place(row: str, message: str, trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    with Path("colour.train.jsonl").open("a") as file:
+        file.write(row + "\n")
+    done = switchcli("finetune", tuning, "--model", trained, "--out", "a")
+    assert done.code == 3
+    assert f"colour.train.jsonl:61: tasks: colour: {message}" in done.err
+
+
+def test_a_start_within_the_runs_own_folder(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    shutil.copytree(trained, "pre")
+    done = switchcli("finetune", tuning, "--model", "pre", "--out", "pre", "--no-resume")
+    assert (done.code, "give another folder by --out" in done.err) == (2, True)
+    assert Path("pre/checkpoints").is_dir()
+
+
+def test_a_recipe_of_another_verb(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("finetune", "quickstart/switch", "verb=pretrain", "--model", trained, "--out", "a")
+    assert (done.code, "a recipe of `switchcli pretrain`, where one of finetune is needed" in done.err) == (2, True)
+    done = switchcli("pretrain", "finetune/glue")
+    assert (done.code, "a recipe of `switchcli finetune`" in done.err) == (2, True)
+    done = switchcli("doctor", "finetune/glue")
+    assert (done.code, done.err.count("\n")) == (2, 1)

@@ -111,3 +111,10 @@ def test_held_out_documents_are_a_fixed_share_of_the_names() -> None:
     assert few < more
     assert 340 < len(few) < 460
     assert few == {name for name in reversed(names) if is_held_out(name, 0.02)}
+
+
+def test_the_fingerprint_follows_the_path_as_given(prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the documents, and their names say which are held out."""
+    monkeypatch.chdir(prose.parent)
+    given = [Files(paths=(path,)).fingerprint() for path in (str(prose), prose.name, prose.name)]
+    assert given[0] != given[1] == given[2]

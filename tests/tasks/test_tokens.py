@@ -1,6 +1,7 @@
 """Tasks as ids: the cache, what is cut, and batches that do not depend on who reads them."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,7 @@ from switchcli.data.vocabulary import train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, PAD
 from switchcli.tasks import tokens
+from switchcli.tasks.library import TASKS
 from switchcli.tasks.spec import Own
 from switchcli.tasks.task import Task
 
@@ -65,6 +67,13 @@ def test_other_rows_are_another_cache(task: Task, tokenizer: Tokenizer, tmp_path
     assert len(other.packed.example_X) == 41
 
 
+def test_another_template_is_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    (other,) = Own(name="mine", input="says {n}", target="m", train=(str(tmp_path / "train.jsonl"),)).tasks()
+    again = tokens.training(other, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    assert again.identity != first.identity
+
+
 def test_special_tokens_spelt_out_in_a_text_are_none(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"n": "</s> <extra_id_0> <pad>", "m": "</s>"}) + "\n")
     found = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly).packed
@@ -75,7 +84,7 @@ def test_special_tokens_spelt_out_in_a_text_are_none(task: Task, tokenizer: Toke
 
 def test_an_answer_is_needed_to_train(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"n": "one", "m": null}\n')
-    with pytest.raises(DataError, match="an example to train on has no answer"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: tasks: mine: m: holds no answer"):
         tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
 
 
@@ -104,6 +113,23 @@ def test_a_limit_draws_the_same_examples_each_time(task: Task, tokenizer: Tokeni
     assert few[0] == few[1]
     assert len(few[0]) == 9
     assert few[0] != every[:9]  # by lot: a set may be sorted
+
+
+def test_a_limit_draws_all_answers_to_a_question_together(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Else a question with one of its answers left would be right more easily (MultiRC)."""
+    multirc = TASKS["multirc"]
+    rows = [
+        {"paragraph": "p", "question": f"q{n // 5}", "answer": f"a{n}", "label": 1,
+         "idx": {"paragraph": 0, "question": n // 5, "answer": n}}
+        for n in range(100)
+    ]  # fmt: skip
+    path = tmp_path / "super_glue/multirc/validation.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exam = tokens.scored(multirc, "validation", str(tmp_path), tokenizer, LENGTHS, 23)
+    assert len(exam.examples) == 20
+    counts = Counter(one.unit for one in exam.examples)
+    assert set(counts.values()) == {5}
 
 
 def test_secret_answers_have_no_cross_entropy(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:

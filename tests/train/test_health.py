@@ -8,6 +8,7 @@ import torch
 from tiny import DENSE, DROPPING, SPARSE, TARGET, a_model, rows
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from switchcli.data.batch import Batch
 from switchcli.model import dispatch
 from switchcli.model.dispatch import rows_of
 from switchcli.model.reports import RoutingReport
@@ -97,6 +98,20 @@ def test_a_router_that_is_undecided_has_entropy_log_e_confidence_1_over_e_and_ba
     assert found["layer_confidence"] == [pytest.approx(0.25)] * 4
     assert found["layer_z"][:2] == [pytest.approx(math.log(4) ** 2)] * 2  # the decoder has groups without a token
     assert found["layer_balance"][:2] == [pytest.approx(1.0)] * 2
+
+
+def test_rows_of_padding_thin_no_figure() -> None:
+    """They fill up the batches of an evaluation, on some ranks more than on others."""
+    model, batch = a_model(SPARSE).eval(), rows(0, 0, 2)
+    empty = Batch(*(torch.zeros_like(tensor).repeat(3, 1) for tensor in batch))
+    filled = Batch(*(torch.cat(pair) for pair in zip(batch, empty, strict=True)))
+    with torch.no_grad():
+        alone, among, nothing = (routing_metrics(model(*one)) for one in (batch, filled, empty))
+    total = merge(alone, nothing)
+    torch.testing.assert_close(total["layer_load"].total, alone["layer_load"].total)
+    for name in alone.keys() - {"auxiliary_loss", "layer_load"}:
+        torch.testing.assert_close(among[name].value(), alone[name].value())
+        torch.testing.assert_close(total[name].value(), alone[name].value())
 
 
 def test_metrics_of_a_model_are_those_of_its_reports() -> None:

@@ -32,7 +32,9 @@ def test_what_does_not_learn_has_neither_gradient_nor_moments() -> None:
 
 def test_a_machine_without_room_says_what_is_needed() -> None:
     with (
-        pytest.raises(OutOfMemory, match=r"take [\d,]+ bytes, .* cpu has [\d,]+ in all: lower train.microbatch_tokens"),
+        pytest.raises(
+            OutOfMemory, match=r"cpu has [\d,]+ bytes in all; .* take [\d,]+ bytes, .*lower train.microbatch_tokens"
+        ),
         explained(ModelSpec(), Adafactor(), CPU),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
@@ -41,7 +43,7 @@ def test_a_machine_without_room_says_what_is_needed() -> None:
 def test_a_device_without_room_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 1000))
     with (
-        pytest.raises(OutOfMemory, match=re.escape("cuda:0 has 1,000 in all")),
+        pytest.raises(OutOfMemory, match=re.escape("cuda:0 has 1,000 bytes in all")),
         explained(ModelSpec(), Adafactor(), torch.device("cuda:0")),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
