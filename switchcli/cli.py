@@ -1,7 +1,7 @@
 """The command line: verbs, options, help, exit codes. Nothing that computes is imported until a verb runs."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from switchcli.commands import ending, recipes
 from switchcli.errors import DataError, SwitchError
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
+from switchcli.report.text import safe_text
 
 if TYPE_CHECKING:
     from switchcli.recipe.training import TrainingRecipe
@@ -174,6 +175,16 @@ def generate(
         typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search with so many; 1 is greedy.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(min=0.0, help="Of beam search: more favours longer answers (T5's alpha).")
+    ] = 0.6,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Draw tokens at random, the more evenly the higher; 0 takes the likeliest.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest tokens that have this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Lines answered together: faster, once so many are there.")] = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     capacity: Annotated[
         Literal["paper", "dropless"],
@@ -181,19 +192,48 @@ def generate(
     ] = "dropless",
     as_json: Json = False,
 ) -> None:
-    """Fill in the gaps of texts: "The capital of <extra_id_0> is Paris." """
-    from switchcli.commands.generate import generate as run
-    from switchcli.report.text import safe_text
-
+    """Fill in the gaps of texts, a line each: "The capital of <extra_id_0> is Paris." """
     if texts and not all(map(str.strip, texts)):
         raise DataError("a TEXT is empty: write some, with <extra_id_0> where the model is to fill in")
-    lines = texts if texts else (line.rstrip("\n") for line in sys.stdin)
-    answered = run(checkpoint, lines, max_tokens, device, capacity, Console().warning)
+    from switchcli.commands.generate import Options, decoding_of, stream
+    from switchcli.commands.generate import generate as run
+
+    decoding = decoding_of(
+        {
+            "max_tokens": max_tokens,
+            "beams": beams,
+            "length_penalty": length_penalty,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+    )
+    options = Options(decoding, batch, capacity, device)
+    warn = Console().warning
+    if texts and len(texts) == 1 and beams == 1 and not as_json and sys.stdout.isatty():
+        for piece in stream(checkpoint, texts[0], options, warn):
+            typer.echo(_on_one_line(piece), nl=False)
+        typer.echo()
+        return
+    answered = run(checkpoint, texts or _lines(), options, warn)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "answers": [answer._asdict() for answer in answered]})
         return
     for answer in answered:
-        typer.echo(safe_text(answer.output).replace("\n", " "))
+        typer.echo(_on_one_line(answer.output))
+
+
+def _on_one_line(text: str) -> str:
+    return safe_text(text).replace("\n", " ")
+
+
+def _lines() -> Iterator[str]:
+    """Those of stdin, each as soon as it is there."""
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not {error.encoding} ({error.reason}): convert it first") from error
 
 
 @app.command()

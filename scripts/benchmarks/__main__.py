@@ -14,13 +14,21 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+from generate import generate
 from layer import layer
 from machine import PRECISIONS, Job, Result, ceilings
 from optimizer import optimizer
 from parts import parts
 from step import step
 
-SECTIONS = {"ceilings": ceilings, "layer": layer, "step": step, "parts": parts, "optimizer": optimizer}
+SECTIONS = {
+    "ceilings": ceilings,
+    "layer": layer,
+    "step": step,
+    "parts": parts,
+    "optimizer": optimizer,
+    "generate": generate,
+}
 EXPERTS = (8, 32, 64, 128)
 
 
@@ -147,12 +155,43 @@ def of_optimizer(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -
     table(["an update of [64, 2048, 768], float32", "ns a parameter", "over Adafactor's"], rows)
 
 
+def of_answers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows, parts = [], []
+    for precision in precisions:
+        for width, batch, beams in ((768, 8, 1), (768, 8, 4), (256, 32, 1), (256, 32, 4)):
+            job = {"section": "generate", **common, "precision": precision}
+            found = run({**job, "d_model": width, "batch": batch, "beams": beams})
+            ours, theirs, our_encoder, their_encoder = found["seconds"].values()
+            steps = [
+                [whole - encoder for whole, encoder in zip(*pair, strict=True)]
+                for pair in ((theirs, their_encoder), (ours, our_encoder))
+            ]
+            case = [precision, str(width), str(batch), str(beams)]
+            rows.append(
+                [
+                    *case,
+                    ratio(theirs, ours),
+                    ratio(their_encoder, our_encoder),
+                    ratio(*steps),
+                    *(f"{1e3 * statistics.median(each) / found['tokens']:.0f}" for each in steps),
+                    f"{found['same']:.0%}",
+                ]
+            )
+            total = sum(found["parts"].values())
+            parts.append([*case, f"{1e3 * total:.1f}", *(f"{part / total:.0%}" for part in found["parts"].values())])
+    heads = ["precision", "d_model", "batch", "beams"]
+    ratios = ["transformers' time over ours", "of the encoder", "of the steps"]
+    table([*heads, *ratios, "transformers, ms a step", "switchcli, ms a step", "same tokens"], rows)
+    table([*heads, "one of our steps, ms", *found["parts"]], parts)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
     "step": of_steps,
     "parts": of_parts,
     "optimizer": of_optimizer,
+    "generate": of_answers,
 }
 
 

@@ -102,6 +102,7 @@ def their_steps(job: Job, device: torch.device, clock: Clock) -> list[float]:
         "d_kv": D_MODEL // HEADS,
         "num_heads": HEADS,
         "num_layers": job["layers"],
+        "num_decoder_layers": job["layers"],  # or SwitchTransformers take 12
         "dropout_rate": 0.1,
         "decoder_start_token_id": 0,
     }

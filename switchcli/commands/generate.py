@@ -1,20 +1,26 @@
-"""`switchcli generate`: a checkpoint's answers to texts with gaps."""
+"""`switchcli generate`: a checkpoint's answers to texts with gaps, or to a task's inputs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
-from switchcli.commands.load import load
+from switchcli.commands.load import Loaded, load
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.model.decoding import Decoding
 from switchcli.model.generate import generate as decode
+from switchcli.model.generate import steps
 from switchcli.model.moe import evaluating
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.spec import EOS
+from switchcli.spec import EOS, PAD
+
+HALF_A_CHARACTER = "\ufffd"
+"""What a text ends in while bytes of its last character are still to come."""
 
 
 class Answer(NamedTuple):
@@ -24,42 +30,69 @@ class Answer(NamedTuple):
     output: str
 
 
-def generate(
-    path: Path,
-    texts: Iterable[str],
-    max_tokens: int,
-    device: Literal["auto", "cpu", "cuda"],
-    policy: Policy,
-    warn: Callable[[str], None],
-) -> Iterator[Answer]:
-    """Answer each text by greedy decoding, one after another; a blank one by nothing.
+class Options(NamedTuple):
+    """How texts are answered."""
 
-    `policy` is how the routers count capacity: `dropless` makes a step's answer that of the whole sequence.
+    decoding: Decoding
+    batch: int
+    """Texts that are answered together."""
+    policy: Policy
+    """How the routers count capacity: `dropless` makes an answer independent of the texts beside it."""
+    device: Literal["auto", "cpu", "cuda"]
+
+
+def decoding_of(settings: Mapping[str, float]) -> Decoding:
+    """Raises RecipeError when the options contradict one another."""
+    try:
+        return Decoding.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "".join(f"--{name}: ".replace("_", "-") for name in map(str, first["loc"]))
+        raise RecipeError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def generate(path: Path, texts: Iterable[str], options: Options, warn: Callable[[str], None]) -> Iterator[Answer]:
+    """Answer the texts in their order, as soon as a batch of them is there; a blank one by nothing.
+
+    What is drawn at random depends on the seed and on the number of a text, not on its batch.
 
     Raises:
         CheckpointError: as `load`.
         RecipeError: no CUDA device, and one was asked for.
         DataError: a text that is not UTF-8.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
-    name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    loaded = load(path, torch.device(name), warn)
-    longest = loaded.recipe.inputs_length
-    for text in texts:
-        if not text.strip():
-            yield Answer(text, "")
-            continue
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"the text is not UTF-8 (at its character {error.start}): convert it first") from error
-        ids = [*loaded.tokenizer.encode(text), EOS]
-        if len(ids) > longest:
-            warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
-            ids = [*ids[: longest - 1], EOS]
-        inputs_BS = torch.tensor([ids], device=name)
-        yield Answer(text, answers(loaded.model, loaded.tokenizer, inputs_BS, max_tokens, policy)[0])
+    loaded = _load(path, options, warn)
+    first = 0
+    for batch in _batches(texts, options.batch):
+        outputs = [""] * len(batch)
+        if any(map(str.strip, batch)):
+            inputs_BS = _inputs(loaded, batch, warn)
+            with evaluating(loaded.model, options.policy):
+                rows_BT = decode(loaded.model, inputs_BS, options.decoding, first=first)
+            outputs = [
+                loaded.tokenizer.decode(row) if text.strip() else ""
+                for text, row in zip(batch, rows_BT.tolist(), strict=True)
+            ]
+        yield from map(Answer, batch, outputs)
+        first += len(batch)
+
+
+def stream(path: Path, text: str, options: Options, warn: Callable[[str], None]) -> Iterator[str]:
+    """The answer to one text in pieces, as the tokens come. Raises as `generate`."""
+    loaded = _load(path, options, warn)
+    inputs_BS = _inputs(loaded, [text], warn)
+    ids: list[int] = []
+    shown = said = ""
+    with evaluating(loaded.model, options.policy):
+        for token_B in steps(loaded.model, inputs_BS, options.decoding):
+            ids += token_B.tolist()
+            said = loaded.tokenizer.decode(ids)
+            whole = said.rstrip(HALF_A_CHARACTER)
+            if whole.startswith(shown) and whole != shown:
+                yield whole.removeprefix(shown)
+                shown = whole
+    if said != shown:
+        yield said.removeprefix(shown) if said.startswith(shown) else f"\n{said}"
 
 
 def answers(
@@ -73,3 +106,35 @@ def answers(
     with evaluating(model, policy):
         rows_BT = decode(model, inputs_BS, Decoding(max_tokens=max_tokens))
     return [tokenizer.decode(row) for row in rows_BT.tolist()]
+
+
+def _load(path: Path, options: Options, warn: Callable[[str], None]) -> Loaded:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
+    name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return load(path, torch.device(name), warn)
+
+
+def _inputs(loaded: Loaded, texts: Sequence[str], warn: Callable[[str], None]) -> torch.Tensor:
+    """int64 [texts, length of the longest]; a blank text is a row of padding, which has no answer."""
+    longest = loaded.recipe.inputs_length
+    rows = []
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text is not UTF-8 (at its character {error.start}): convert it first") from error
+        ids = [*loaded.tokenizer.encode(text), EOS] if text.strip() else []
+        if len(ids) > longest:
+            warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
+            ids = [*ids[: longest - 1], EOS]
+        rows.append(torch.tensor(ids, dtype=torch.int64))
+    inputs_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    return inputs_BS.to(loaded.model.embedding.device)
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+    """`size` texts at a time, and the rest; none waits for more than its own batch."""
+    texts = iter(texts)
+    while batch := tuple(islice(texts, size)):
+        yield batch

@@ -35,7 +35,7 @@ class Decoding(Spec):
         if self.beams > 1 and self.temperature > 0.0:
             raise ValueError(
                 f"beams ({self.beams}) search for the most probable answer, temperature ({self.temperature}) draws "
-                "one: take beams: 1 or temperature: 0"
+                "one: set beams to 1 or temperature to 0"
             )
         if self.top_p < 1.0 and self.temperature == 0.0:
             raise ValueError(

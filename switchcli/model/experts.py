@@ -50,6 +50,8 @@ def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.T
 
     On CUDA one kernel in bfloat16; float32 there falls back to a product an expert, which waits for `end_E`.
     """
+    if x_AD.is_cpu and len(x_AD) < len(weight_EFD) and not torch.is_grad_enabled():
+        return _few_rows(x_AD, weight_EFD, end_E)
     num_outputs, D = weight_EFD.shape[1:]
     unit = ALIGNMENT // x_AD.element_size()
     more_inputs, more_outputs = -D % unit, -num_outputs % unit
@@ -58,6 +60,17 @@ def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.T
         weight_EFD = F.pad(weight_EFD, (0, more_inputs, 0, more_outputs))
     y_AF: torch.Tensor = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
     return y_AF[:, :num_outputs] if more_outputs else y_AF
+
+
+def _few_rows(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
+    """The same for a decoding step on a CPU: experts without rows cost nothing, nor does the cast of their weights."""
+    y_AF = x_AD.new_empty(len(x_AD), weight_EFD.shape[1])
+    begin = 0
+    for expert in end_E.diff(prepend=end_E.new_zeros(1)).nonzero().squeeze(1):
+        end = int(end_E[expert])
+        torch.mm(x_AD[begin:end], weight_EFD[expert].to(x_AD.dtype).mT, out=y_AF[begin:end])
+        begin = end
+    return y_AF
 
 
 class _GroupedProduct(torch.autograd.Function):

@@ -64,7 +64,7 @@ def steps(
         ValueError: of beam search, which knows its answer only at the end.
     """
     if decoding.beams > 1:
-        raise ValueError(f"beams ({decoding.beams}) have no answer before the last step: take beams: 1 to read along")
+        raise ValueError(f"beams ({decoding.beams}) have no answer before the last step: set beams to 1 to read along")
     B = len(inputs_BS)
     source = _begin(model, inputs_BS)
     draws = decoding.draws(first, len(source.real_B))
@@ -102,7 +102,19 @@ def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, going
     """Logits_RV of the token after the last one; a row that goes on no longer is not routed."""
     x_R1D = model.embed(last_R.unsqueeze(1))
     hidden_R1D, _ = model.decoder(x_R1D, going_R.unsqueeze(1), source.encoded, source.cache)
-    return F.linear(*model.vocabulary(hidden_R1D)).squeeze(1)
+    hidden_R1D, vocabulary_VD = model.vocabulary(hidden_R1D)
+    return _few_rows(hidden_R1D.squeeze(1), vocabulary_VD)
+
+
+def _few_rows(hidden_RD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
+    """hidden @ vocabulary.T: a step's largest product.
+
+    On a CPU a few rows go faster on the right: in 0.6 of the time in float32 and 0.4 in bfloat16, measured at 8 rows of
+    768; at 4 and at 32 rows no more.
+    """
+    if hidden_RD.is_cpu and 8 <= len(hidden_RD) <= 16:
+        return (vocabulary_VD @ hidden_RD.T).T.contiguous()
+    return F.linear(hidden_RD, vocabulary_VD)
 
 
 @torch.no_grad()

@@ -232,7 +232,8 @@ class Decoder(nn.Module):
         """An empty one for decoding step by step: keys and values of the source, and the position bias."""
         blocks = cast(Iterable[DecoderBlock], self.blocks)
         sources = (block.cross_attention.attention.key_value(encoded.hidden_BSD) for block in blocks)
-        return Cache(sources, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
+        by_head = (KeyValue(*(x_BHSK.contiguous() for x_BHSK in source)) for source in sources)  # read at every step
+        return Cache(by_head, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
 
 
 class SwitchTransformer(nn.Module):

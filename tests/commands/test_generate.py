@@ -141,3 +141,112 @@ def test_a_text_that_is_not_utf8_is_refused(run: Path, switchcli: SwitchCLI) -> 
     done = switchcli("generate", run, "x\udcff")
     assert done.code == 3
     assert "not UTF-8 (at its character 1)" in done.err
+
+
+TEXTS = f"{GAP}\n\na green <extra_id_0>\nthe <extra_id_0> of alpha is <extra_id_1> not\n \n{GAP}\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--beams", 3), ("--temperature", 1.5, "--top-p", 0.95, "--seed", 7)])
+def test_lines_answered_together_have_the_answers_that_they_have_alone(
+    options: tuple[object, ...], run: Path, switchcli: SwitchCLI
+) -> None:
+    alone = switchcli("generate", run, "--max-tokens", 6, *options, stdin=TEXTS)
+    assert (alone.code, alone.err) == (0, "")
+    assert len(alone.out.splitlines()) == 6
+    for lines in (2, 4, 50):
+        assert switchcli("generate", run, "--max-tokens", 6, "--batch", lines, *options, stdin=TEXTS) == alone
+
+
+def test_what_is_drawn_depends_on_the_seed_and_on_the_lines_number(run: Path, switchcli: SwitchCLI) -> None:
+    def drawn(seed: int) -> list[str]:
+        stdin = f"{GAP}\n" * 8
+        options = ("--temperature", 2, "--max-tokens", 9, "--batch", 3)
+        return switchcli("generate", run, *options, "--seed", seed, stdin=stdin).out.splitlines()
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert len(set(drawn(1))) > 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--beams", 2, "--temperature", 0.5),
+            "beams (2) search for the most probable answer, temperature (0.5) draws one: set beams to 1 or "
+            "temperature to 0",
+        ),
+        (
+            ("--top-p", 0.5),
+            "top_p (0.5) narrows what is drawn, and at temperature 0 nothing is: set a temperature, such as 1.0, or "
+            "leave top_p out",
+        ),
+        (("--top-p", 0, "--temperature", 1), "--top-p: Input should be greater than 0"),
+        (("--temperature", "inf"), "--temperature: Input should be a finite number"),
+    ],
+)
+def test_options_that_contradict_one_another(
+    options: tuple[object, ...], message: str, run: Path, switchcli: SwitchCLI
+) -> None:
+    done = switchcli("generate", run, GAP, *options)
+    assert (done.code, done.out, done.err) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize("option", ["--beams", "--max-tokens", "--batch"])
+def test_a_count_is_at_least_one(option: str, run: Path, switchcli: SwitchCLI) -> None:
+    assert switchcli("generate", run, GAP, option, 0).code == 2
+
+
+def in_a_terminal(patch: pytest.MonkeyPatch) -> list[str]:
+    """Standard output as a terminal; what is written to it, call by call."""
+    written: list[str] = []
+    write = sys.stdout.write
+    patch.setattr(sys.stdout, "isatty", lambda: True)
+    patch.setattr(sys.stdout, "write", lambda text: (written.append(text), write(text))[1])
+    return written
+
+
+def test_a_terminal_sees_the_tokens_as_they_come(
+    run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-tokens", 9, "--temperature", 2)
+    plain = switchcli("generate", run, GAP, *options).out
+    with monkeypatch.context() as patch:
+        written = in_a_terminal(patch)
+        assert switchcli("generate", run, GAP, *options).out == plain
+    assert len([piece for piece in written if piece.strip()]) > 1
+    for more in (("--beams", 2), ("--json",)):
+        with monkeypatch.context() as patch:
+            written = in_a_terminal(patch)
+            assert switchcli("generate", run, GAP, "--max-tokens", 9, *more).code == 0
+            assert len(written) == 1
+
+
+def test_pieces_are_whole_characters_that_cannot_act_on_the_terminal(
+    run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter(["a", "a\ufffd", "a\u00e9\x1b", "a\u00e9\x1b[2J\n", "other"])
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: next(said))
+    in_a_terminal(monkeypatch)
+    options = ("--max-tokens", 5, "--temperature", 50)  # no answer of five tokens or fewer ends
+    assert switchcli("generate", run, GAP, *options).out == "a\u00e9\\x1b[2J  other\n"
+
+
+def test_a_pipe_has_each_answer_before_the_next_line(run: Path) -> None:
+    command = [sys.executable, "-m", "switchcli", "generate", str(run), "--max-tokens", "3"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdin
+        assert process.stdout
+        for _ in range(2):
+            process.stdin.write(f"{GAP}\n")
+            assert process.stdout.readline().endswith("\n")
+        process.stdin.close()
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+
+
+def test_lines_that_are_not_utf8_are_refused(run: Path) -> None:
+    command = [sys.executable, "-X", "utf8", "-m", "switchcli", "generate", str(run)]
+    done = subprocess.run(command, input=b"caf\xe9 \n", capture_output=True, check=False)
+    assert done.returncode == 3
+    assert b"convert it first" in done.stderr
+    assert done.stderr.count(b"\n") == 1

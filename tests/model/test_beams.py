@@ -1,0 +1,151 @@
+"""Beam search against a naive one, against all answers there are, and against transformers'."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from answers import NAMES, ROOMY, SPEC, a_model, log_p, some_inputs, their_answers, twins, up_to_the_end
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate, steps
+from switchcli.model.moe import SwitchLayer, evaluating
+from switchcli.model.routing import Switch
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.spec import EOS, PAD
+
+Scored = tuple[float, list[int]]
+
+
+def t5_score(log_probability: float, length: int, alpha: float) -> float:
+    return log_probability / ((5 + length) / 6) ** alpha
+
+
+def naive(model: SwitchTransformer, inputs_S: torch.Tensor, decoding: Decoding) -> Scored:
+    """The best answer and its score, by lists and without a cache; it never stops early."""
+    beams: list[Scored] = [(0.0, [])]
+    found: list[Scored] = []
+    for length in range(1, decoding.max_tokens + 1):
+        if not beams:
+            break
+        log_p_KV = log_p(model, inputs_S, [answer for _, answer in beams]).tolist()
+        longer = [
+            (score + more, [*answer, token])
+            for (score, answer), row in zip(beams, log_p_KV, strict=True)
+            for token, more in enumerate(row)
+        ]
+        longer.sort(reverse=True)
+        for score, answer in longer[: decoding.beams]:
+            if answer[-1] == EOS or length == decoding.max_tokens:
+                found.append((t5_score(score, length, decoding.length_penalty), answer))
+        beams = [one for one in longer if one[1][-1] != EOS][: decoding.beams]
+    return max(found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("beams", [2, 3, 4, 8])
+def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
+    """Without a length penalty, of which theirs is another, and with theirs going on while a beam can still win."""
+    ours, theirs = twins(name, seed=5)
+    inputs_BS = some_inputs(100, 1, 61)
+    decoding = Decoding(max_tokens=15, beams=beams, length_penalty=0.0)
+    found = [up_to_the_end(row) for row in generate(ours, inputs_BS, decoding).tolist()]
+    assert len({len(row) for row in found}) > 5
+    assert found != [up_to_the_end(row) for row in generate(ours, inputs_BS, Decoding(max_tokens=15)).tolist()]
+    assert found == their_answers(theirs, inputs_BS, 15, beams)
+
+
+@settings(max_examples=30)
+@given(
+    beams=st.integers(2, 5),
+    max_tokens=st.integers(1, 7),
+    length_penalty=st.sampled_from([0.0, 0.6, 1.0, 3.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_the_best_answer_by_t5s_penalty_is_a_naive_searchs(
+    beams: int, max_tokens: int, length_penalty: float, seed: int
+) -> None:
+    model, inputs_BS = a_model(SPEC, seed), some_inputs(2, seed)
+    decoding = Decoding(max_tokens=max_tokens, beams=beams, length_penalty=length_penalty)
+    for inputs_S, row in zip(inputs_BS, generate(model, inputs_BS, decoding).tolist(), strict=True):
+        score, answer = naive(model, inputs_S, decoding)
+        found = row[: len(answer)]
+        if found != answer:  # a near tie
+            assert math.isclose(score, scored(model, inputs_S, up_to_the_end(row), length_penalty), rel_tol=1e-5)
+
+
+def scored(model: SwitchTransformer, inputs_S: torch.Tensor, answer: list[int], alpha: float) -> float:
+    log_p_TV = log_p(model, inputs_S, [answer[:length] for length in range(len(answer))])
+    return t5_score(float(log_p_TV.gather(1, torch.tensor(answer).unsqueeze(1)).sum()), len(answer), alpha)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+def test_as_many_beams_as_there_are_answers_find_the_best_of_all(length_penalty: float) -> None:
+    spec = SPEC.model_copy(update={"vocab_size": 5})
+    tails = [*([token for token in range(5) if token != EOS],) * 2, range(5)]
+    answers = {tuple(up_to_the_end(list(answer))) for answer in itertools.product(*[range(5)] * 3)}
+    assert len(answers) == 1 + 4 + 4 * 4 * 5 == 1 + math.prod(map(len, tails)) + 4
+    lengths = set()
+    for seed in range(6):
+        model, inputs_BS = a_model(spec, seed), some_inputs(1, seed, 5)
+        best = max(answers, key=lambda answer: scored(model, inputs_BS[0], list(answer), length_penalty))
+        decoding = Decoding(max_tokens=3, beams=25, length_penalty=length_penalty)
+        found = tuple(up_to_the_end(generate(model, inputs_BS, decoding)[0].tolist()))
+        assert found == best
+        lengths.add(len(best))
+    assert len(lengths) > 1
+
+
+def test_a_greater_penalty_favours_longer_answers() -> None:
+    model, inputs_BS = twins("t5-1.0", seed=5)[0], some_inputs(100, 1, 61)
+    lengths = []
+    for length_penalty in (0.0, 1.0, 4.0):
+        decoding = Decoding(max_tokens=20, beams=4, length_penalty=length_penalty)
+        lengths.append(sum(len(up_to_the_end(row)) for row in generate(model, inputs_BS, decoding).tolist()))
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+@pytest.mark.parametrize("group_sequences", [1, 3])
+def test_inputs_have_the_same_answers_alone_without_a_capacity(group_sequences: int) -> None:
+    short = Switch(eval_capacity_factor=0.5, min_capacity=1, group_sequences=group_sequences)
+    model, inputs_BS = a_model(SPEC.model_copy(update={"router": short}), 7), some_inputs(7, 3)
+    inputs_BS[2] = PAD
+    decoding = Decoding(max_tokens=12, beams=3)
+    with evaluating(model, "dropless"):
+        together = generate(model, inputs_BS, decoding).tolist()
+        alone = [generate(model, inputs_BS[row, None], decoding)[0].tolist() for row in range(7)]
+    assert [up_to_the_end(row) for row in together if any(row)] == [up_to_the_end(row) for row in alone if any(row)]
+    assert not any(together[2] + alone[2])
+
+
+def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> None:
+    grouped = ROOMY.model_copy(update={"group_sequences": 3})
+    model = a_model(SPEC.model_copy(update={"router": grouped}), 2)
+    routed: list[tuple[int, int]] = []
+    for module in model.decoder.modules():
+        if isinstance(module, SwitchLayer):
+            module.register_forward_hook(
+                lambda _, inputs, output: routed.append((len(inputs[0]), int(output.report.tokens)))
+            )
+    inputs_BS = some_inputs(5, 7)  # of 6 rows in 2 groups
+    inputs_BS[0] = PAD
+    answers = generate(model, inputs_BS, Decoding(max_tokens=30, beams=4, length_penalty=0.0))
+    rows, tokens = zip(*routed, strict=True)
+    assert set(rows) == {6 * 4}
+    assert len(routed) == answers.shape[1] < 30  # all are done: it stops
+    assert tokens[0] == 4  # at first a beam stands for all of an input
+    assert tokens[1] == 4 * 4
+    assert sorted(tokens[1:], reverse=True) == list(tokens[1:])
+
+
+def test_there_may_be_more_beams_than_pieces() -> None:
+    model, inputs_BS = a_model(SPEC.model_copy(update={"vocab_size": 3}), 3), some_inputs(2, 1, 3)
+    found = generate(model, inputs_BS, Decoding(max_tokens=4, beams=50))
+    assert found.shape[1] <= 4
+
+
+def test_beams_have_no_steps_to_read_along() -> None:
+    with pytest.raises(ValueError, match=r"beams \(2\) have no answer before the last step: set beams to 1"):
+        next(steps(a_model(), some_inputs(1, 1), Decoding(beams=2)))
