@@ -6,6 +6,7 @@ Each run is a process of its own: accelerate keeps the first device that a proce
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,13 @@ def test_a_run_trains_saves_and_goes_on(optimizer: str, precision: str, recipe: 
 def test_one_device_goes_on_from_anothers_checkpoint(recipe: str) -> None:
     for steps, device in [(2, "cpu"), (4, "cuda"), (6, "cpu")]:
         switchcli("pretrain", recipe, f"train.steps={steps}", f"train.device={device}", "--out", "a")
+
+
+@pytest.mark.parametrize("precision", ["float32", "selective"])
+def test_a_model_is_fine_tuned_and_scored(precision: str, trained: Path, tuning: str) -> None:
+    keys = ["train.device=cuda", f"train.precision={precision}", "--model", str(trained), "--out", "a"]
+    switchcli("finetune", tuning, *keys)
+    result = json.loads(switchcli("finetune", tuning, *keys, "train.steps=8", "--json"))
+    assert result["step"] == 8
+    scored = json.loads(switchcli("eval", "a", "device=cuda", "scoring.decoding.beams=2", "--json"))
+    assert scored["passes"][0]["tasks"].keys() == result["tasks"].keys()
