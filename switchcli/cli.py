@@ -1,5 +1,7 @@
 """The command line: verbs, options, help, exit codes. Nothing that computes is imported until a verb runs."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +11,7 @@ import typer
 
 from switchcli import __version__
 from switchcli.commands import ending, recipes
-from switchcli.errors import DataError, SwitchError
+from switchcli.errors import CheckpointError, DataError, SwitchError
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 from switchcli.report.text import safe_text
@@ -116,7 +118,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE ...]",
-            help="What to measure, such as tasks=[rte]; absent: what the checkpoint was trained on.",
+            help=r"What to measure, such as tasks=\[rte]; absent: what the checkpoint was trained on.",
             show_default=False,
         ),
     ] = None,
@@ -128,7 +130,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Scores of tasks with intervals, held-out neg. log perplexity, routing health, capacity sweeps."""
-    with ending.stoppable():
+    with ending.stoppable(saves_nothing=True):
         from switchcli.commands import evaluate
 
         evaluating = evaluate.resolved(checkpoint, arguments or [], ending.warn)
@@ -300,7 +302,17 @@ def doctor(
 
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of the process
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except SwitchError as error:
         ending.leave(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -16,15 +16,19 @@ from switchcli.report.output import print_json
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(saves_nothing: bool = False) -> Iterator[None]:
     """Within, a stopping signal ends the command at once, but in the training loop, which has its own handlers.
+
+    A command that `saves_nothing` on the way does not go on, but begins anew.
 
     Raises:
         Interrupted: from within, when the signal comes. All that was done is on the disk, or is done again the same.
-        InterruptedByForce: in the loop Ctrl-C was pressed twice.
+        InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if saves_nothing:
+            raise InterruptedByForce(f"stopped by {signal.Signals(number).name}: nothing was written; run it again")
         raise Interrupted(f"stopped by {signal.Signals(number).name}, nothing is lost: the same command goes on")
 
     previous = {number: signal.signal(number, stop) for number in STOPPING}
@@ -64,6 +68,7 @@ def leave(error: SwitchError) -> NoReturn:
     launched = report(str(error), error.exit_code)  # then it is for the launcher to print the object
     if "--json" in sys.argv and rank == "0" and not launched:
         print_json({"error": str(error), "exit_code": error.exit_code})
-    sys.stdout.flush()
+    with suppress(OSError):  # a full disk is why it leaves, perhaps
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(error.exit_code)

@@ -1,12 +1,14 @@
 """`switchcli eval`: what a checkpoint is worth: scores of tasks, held-out neg. log perplexity, routing health."""
 
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchcli.commands.finetune import MANY_CUT
 from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import HELD_OUT_SEED
 from switchcli.commands.run import machine
@@ -18,7 +20,7 @@ from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.data.stream import SpanStream
-from switchcli.errors import RecipeError, disk_errors
+from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.model.routing import Policy
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
@@ -27,7 +29,7 @@ from switchcli.report.console import Console
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.scores import Scores, is_right, score
 from switchcli.tasks.spec import tasks_of
-from switchcli.tasks.task import Answered, Task
+from switchcli.tasks.task import Answered
 from switchcli.train import health, memory
 from switchcli.train.evaluate import evaluate, shared
 from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
@@ -100,10 +102,11 @@ def _defaults(opened: Opened) -> dict[str, Any]:
 
 
 def default_out(checkpoint: Path) -> Path:
-    """runs/eval/RUN, or runs/eval/RUN-step-N for one checkpoint of it."""
-    path = checkpoint.resolve()
-    run = f"{path.parent.parent.name}-{path.name}" if path.parent.name == "checkpoints" else path.name
-    return Path("runs") / "eval" / (run or "model")
+    """runs/eval/RUN, by the run's place below runs/; runs/eval/RUN-step-N for one checkpoint of it."""
+    path, runs = checkpoint.resolve(), Path("runs").resolve()
+    run, name = (path.parents[1], f"-{path.name}") if path.parent.name == "checkpoints" else (path, "")
+    place = run.relative_to(runs) if run.is_relative_to(runs) else Path(run.name or "model")
+    return Path("runs") / "eval" / place.with_name(f"{place.name}{name}")
 
 
 class Pass(NamedTuple):
@@ -141,8 +144,11 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
         OutOfMemory: the device has no room.
     """
     recipe, opened = evaluating
+    out = options.out.absolute()
     runtime = Runtime(recipe.device, recipe.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
+    console.message(f"measuring {opened.path}")
+    runtime.on_main(lambda: _probe(out))
     with memory.explained_of_evaluation(runtime.device):
         measuring = _Measuring(filled(opened, runtime.device), recipe, runtime, console)
         passes = tuple(measuring.under(*each) for each in measuring.capacities())
@@ -156,15 +162,15 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
     }
 
     def write() -> Evaluation:
-        with disk_errors(options.out):
-            for old in (options.out / "predictions", *options.out.glob("capacity-*")):  # of an evaluation before
-                shutil.rmtree(old, ignore_errors=True)
+        files = {"result.json": json.dumps(result, indent=1) + "\n"}
         for one in passes:
-            folder = options.out / (f"capacity-{one.capacity['tasks']}" if len(passes) > 1 else "")
-            for name, answered in one.answered.items():
-                lines = (json.dumps(line) + "\n" for line in _lines(measuring.tasks[name], answered))
-                _write(folder / "predictions" / f"{name}.jsonl", "".join(lines))
-        _write(options.out / "result.json", json.dumps(result, indent=1) + "\n")
+            folder = f"capacity-{one.capacity['tasks']}/" if len(passes) > 1 else ""
+            for exam in measuring.exams:
+                lines = (json.dumps(line) + "\n" for line in _lines(exam, one.answered[exam.task.name]))
+                files[f"{folder}predictions/{exam.task.name}.jsonl"] = "".join(lines)
+        aside = _place(out, files, result)
+        if aside is not None:
+            console.message(f"the evaluation that was in {options.out} is now in {aside}")
         console.message(f"{options.out} holds result.json" + (" and predictions" if measuring.tasks else ""))
         return Evaluation(result, passes)
 
@@ -196,6 +202,7 @@ class _Measuring:
         self._never_seen([name for name in self.tasks if name not in learned])
         lengths = Lengths(recipe.data.inputs_length, recipe.data.targets_length)
         scoring = recipe.scoring
+        reading.check_there(self.tasks.values(), (scoring.split,), recipe.data.folder)
         there = [task for task in self.tasks.values() if reading.has(task, scoring.split)]
 
         def exams() -> tuple[tokens.Scored, ...]:
@@ -204,17 +211,18 @@ class _Measuring:
                 for task in there
             )
 
-        self._exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
+        self.exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
         self._sequences = 0
         self._spans = self._text()
         for task in self.tasks.values():
             if task not in there:
                 self._warn(f"{task.name}: has no {scoring.split} split: it is not scored")
-        if not self._exams and self._spans is None:
+        if not self.exams and self._spans is None:
             raise RecipeError(f"scoring.split ({scoring.split}): none of {', '.join(self.tasks)} has such a split")
-        for exam in self._exams:
+        for exam in self.exams:
             cut = f", {exam.num_cut:,} inputs longer than {lengths.inputs} tokens and cut" if exam.num_cut else ""
-            console.message(f"{exam.task.name}: {len(exam.examples):,} examples{cut}")
+            say = self._warn if exam.num_cut > MANY_CUT * len(exam.examples) else console.message
+            say(f"{exam.task.name}: {len(exam.examples):,} examples{cut}")
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
         """For text and for tasks."""
@@ -226,14 +234,14 @@ class _Measuring:
         """Everything with the routers counting capacity so."""
         loaded, recipe = self._loaded, self._recipe
         answering = Answering(loaded.model, loaded.tokenizer, self._runtime, recipe.scoring, tasks)
-        tracked = self._console.track(self._exams, "answering", len(self._exams))
-        answered = {exam.task.name: answering(exam) for exam in tracked}
+        tracked = self._console.track(self.exams, "answering", len(self.exams))
+        answered = {exam.task.name: answering(exam) or () for exam in tracked}
         scores = {name: score(self.tasks[name], found, recipe.scoring.draws) for name, found in answered.items()}
         held_out = {
             exam.task.name: self._cross_entropy(
                 InTurn([exam.packed]).rows, exam.packed.num_rows, packed_cross_entropy, text
             )
-            for exam in self._exams
+            for exam in self.exams
             if exam.packed.num_rows
         }
         figures = None
@@ -288,16 +296,46 @@ class _Measuring:
         )
 
 
-def _lines(task: Task, answered: Sequence[Answered]) -> Iterator[dict[str, Any]]:
-    for example, prediction in answered:
-        correct = is_right(task, Answered(example, prediction)) if example.targets else None
-        yield {"input": example.input, "target": list(example.targets), "prediction": prediction, "correct": correct}
+def _lines(exam: tokens.Scored, answered: Sequence[Answered]) -> Iterator[dict[str, Any]]:
+    for number, (example, prediction) in zip(exam.numbers, answered, strict=True):
+        correct = is_right(exam.task, Answered(example, prediction)) if example.targets else None
+        line = {"input": example.input, "target": list(example.targets), "prediction": prediction, "correct": correct}
+        yield {"number": number, **line}
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+def _probe(out: Path) -> None:
+    """Raise a CheckpointError now where the outcome could not be written later."""
+    if out.exists() and not (out / "result.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: is there already and holds no evaluation: give another folder by --out")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".tmp-{out.name}-"):
+            pass
+
+
+def _place(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> Path | None:
+    """Write the files into `out`, all or none. Another evaluation's are set aside, and where to is returned; those of
+    the same one are replaced."""
+    with disk_errors(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".tmp-{out.name}-") as scratch:
+        for name, text in files.items():
+            path = Path(scratch) / "new" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        aside = None
+        if out.exists():
+            if not _is_the_same(out / "result.json", result):
+                aside = next(p for n in count(1) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
+            out.rename(aside or Path(scratch) / "old")
+        (Path(scratch) / "new").rename(out)
+    return aside
+
+
+def _is_the_same(path: Path, result: Mapping[str, Any]) -> bool:
+    """Whether a result is of the same checkpoint, measured the same way."""
+    if not path.exists():
+        return True  # an empty folder
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(before, dict) and all(before.get(key) == result[key] for key in ("checkpoint", "step", "recipe"))

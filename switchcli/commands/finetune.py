@@ -23,6 +23,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.compare import differences
 from switchcli.recipe.schema import FinetuneRecipe
+from switchcli.recipe.text import Node
 from switchcli.report.console import Console
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.spec import suites_of, tasks_of
@@ -34,6 +35,8 @@ from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import carry_over, fill
 
 START = "start.checkpoint"
+MANY_CUT = 0.25
+"""Where more of the examples than this are cut, the rows are too short for the task."""
 NEW = ("size", "dropout", "expert_dropout", "router", "decoder_router", "balance_reduction", "init_scale")
 """Keys of `model` that a fine-tuning may set anew: the weights are the same whatever they say."""
 
@@ -65,7 +68,7 @@ def resolved(
     if begun is not None:
         spec, path, start = begun.model, begun.start.checkpoint, None
     else:
-        start = open_model(Path(said), warn)
+        start = _start(said, None if model else tree, warn)
         spec, path = start.recipe.model, str(start.path)
         if start.path.resolve().is_relative_to(out.resolve()):
             raise RecipeError(f"{START} ({path}): lies within the run's own folder {out}: give another folder by --out")
@@ -73,6 +76,10 @@ def resolved(
     tree = resolve.load(name, [*overrides, f"{START}={json.dumps(path)}"], below)
     recipe = resolve.validate(tree, FinetuneRecipe)
     _check_shape(spec, recipe.model, path)
+    if start is not None and start.own is None and recipe.start.optimizer == "carry":
+        raise CheckpointError(
+            f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
+        )
     return Finetuning(recipe, start)
 
 
@@ -104,6 +111,16 @@ def finetune(finetuning: Finetuning, options: Options) -> dict[str, Any]:
     return result
 
 
+def _start(said: str, tree: Node | None, warn: Callable[[str], None]) -> Opened:
+    """The checkpoint to start from; `tree` is the recipe that names it, if the command line does not."""
+    try:
+        return open_model(Path(said), warn)
+    except CheckpointError as error:
+        if tree is None:
+            raise
+        raise CheckpointError(f"{START} of the recipe: {error}; or name another by --model CHECKPOINT") from error
+
+
 def _begun(out: Path, said: str) -> FinetuneRecipe | None:
     """The recipe of the run in `out`, if it has saved something and `said` names what it started from."""
     found = checkpoint.find(out / "checkpoints", warn=lambda damage: None)
@@ -128,10 +145,7 @@ def _begin(recipe: FinetuneRecipe, start: Opened | None, model: SwitchTransforme
     fill(model, start.weights())
     if recipe.start.optimizer == "reset":
         return
-    if start.own is None:
-        raise CheckpointError(
-            f"{start.path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
-        )
+    assert start.own is not None, "refused when the recipe was resolved"
     carry_over(optimizer, start.own, model.spec.num_experts)
 
 
@@ -139,6 +153,7 @@ def _text(recipe: FinetuneRecipe, start: Opened | None, folder: RunFolder, runti
     tokenizer = _tokenizer(start, folder, runtime)
     tasks = tasks_of(recipe.tasks)
     lengths = Lengths(recipe.inputs_length, recipe.targets_length)
+    reading.check_there(tasks.values(), ("train", recipe.scoring.split), recipe.data.folder)
     learned = [task for task in tasks.values() if reading.has(task, "train")]
     if not learned:
         raise RecipeError(f"tasks: none of {', '.join(tasks)} has a split to train on: name one that has")
@@ -161,7 +176,8 @@ def _text(recipe: FinetuneRecipe, start: Opened | None, folder: RunFolder, runti
         packed = found[name].packed
         count = len(packed.example_X)
         cut = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
-        console.message(f"{name}: {count:,} examples in {packed.num_rows:,} rows, {rate:.1%} of what is shown{cut}")
+        say = console.warning if packed.num_cut > MANY_CUT * count else console.message
+        say(f"{name}: {count:,} examples in {packed.num_rows:,} rows, {rate:.1%} of what is shown{cut}")
     for task in tasks.values():
         if task not in learned:
             console.message(f"{task.name}: has no split to train on: it is scored alone")
@@ -199,7 +215,8 @@ def _exams(
     )
     if not any(exam.packed.num_rows for exam in exams):
         raise DataError(
-            f"tasks: no labelled example of {', '.join(tasks)} in {scoring.split}: name a task that has some"
+            f"tasks: no labelled example of {', '.join(tasks)} in {scoring.split}: name a task that has some, or give "
+            f"{scoring.split}: to a task of your own"
         )
     return exams
 
@@ -212,7 +229,8 @@ def _tell(console: Console, recipe: FinetuneRecipe, tasks: dict[str, Task], exam
             console.message(f"{name}: has no {recipe.scoring.split} split: it is not scored")
         elif asked[name].num_cut:
             count = len(asked[name].examples)
-            console.message(
+            say = console.warning if asked[name].num_cut > MANY_CUT * count else console.message
+            say(
                 f"{name}: {asked[name].num_cut:,} of {count:,} inputs to score are longer than {recipe.inputs_length} "
                 "tokens and cut"
             )

@@ -24,7 +24,10 @@ def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[st
     """A table with a row a metric, and below it the averages."""
     headings = HEADINGS + (("best", "at step") if best else ())
     console.rows("scores", headings, _rows(scores, best or {}))
-    for name, mean in suites_of(scores).items():
+    means = suites_of(scores)
+    if len(scores) > 1 and AVERAGE in (figures := figures_of(scores)):
+        means = {**means, "average": figures[AVERAGE]}
+    for name, mean in means.items():
         console.message(f"{name}: {mean:.2f}", "bold")
 
 
@@ -45,7 +48,8 @@ def _rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[li
 
 
 def _figures(score: Score) -> list[str]:
-    return [f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}"]
+    known = score.low is not None and score.high is not None
+    return [f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}" if known else "-"]
 
 
 def _best(best: Mapping[str, Best], name: str) -> dict[str, float | int]:

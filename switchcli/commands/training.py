@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from switchcli.report.sinks import JsonLines
 from switchcli.report.text import shortened
 from switchcli.tasks.scores import Scores
 from switchcli.tasks.tokens import Scored
+from switchcli.train import checkpoint
 from switchcli.train.evaluate import shared
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
 from switchcli.train.loop import fit
@@ -34,7 +36,7 @@ from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import DATA, Saver, preflight
-from switchcli.train.scoring import Answering, Exams, ScoringSpec
+from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec
 from switchcli.train.state import HELD_OUT, TrainState
 
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
@@ -149,9 +151,12 @@ class Training:
                 self.trackers.log(record)
                 shown.log(record)
 
-            held_out, exams = self._held_out(write), self._exams(write)
+            held_out, exams = self._held_out(write), self._exams(write, stop)
             if state.step == 0:
                 held_out(state)
+            if exams and exams.owed(state, steps):  # it was stopped in the middle
+                exams(state)
+                self.saver.save(state)
             complete = fit(
                 state,
                 self.runtime.wrap(self.model),
@@ -171,10 +176,10 @@ class Training:
                 stop,
                 shown.advance,
             )
+            if complete and exams and not exams.answered:  # it was stopped there, or was complete when it began again
+                complete = exams.ask()
             if not complete:
                 self.saver.save(state)
-            elif exams and not exams.answered:  # the run was complete when it was started again
-                exams.ask()
         self.trackers.close()
         if not complete:
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
@@ -212,7 +217,7 @@ class Training:
             self.recipe.eval.capacity,
         )
 
-    def _exams(self, write: Write) -> Exams | None:
+    def _exams(self, write: Write, stop: StopRequest) -> Exams | None:
         if not self.text.exams:
             return None
         scoring = self.verb.scoring
@@ -222,6 +227,7 @@ class Training:
             self.text.exams,
             self.runtime,
             write,
+            lambda: stop.requested,
         )
 
     def _finish(self, exams: Exams | None) -> dict[str, Any]:
@@ -282,5 +288,12 @@ class Training:
         asked = self.text.exams[0].examples[0].input if scores else "The <extra_id_0> of a list is its <extra_id_1>."
         console.message(f"  {switchcli} {shlex.join(['generate', str(out), shortened(asked, 60)])}")
         if scores:
-            console.message(f"  {switchcli} {shlex.join(['eval', str(out)])}")
+            console.message(f"  {switchcli} {shlex.join(['eval', str(self._best() or out)])}")
         console.message(f"  {switchcli} {again}")
+
+    def _best(self) -> Path | None:
+        """The checkpoint with the best average of the tasks, where it is kept and not the last."""
+        best = self.state.best.get(AVERAGE)
+        if best is None or best.step == self.state.step or not self.recipe.checkpoint.keep_best:
+            return None
+        return checkpoint.path(self.folder.checkpoints, best.step)

@@ -15,7 +15,7 @@ class Difference(NamedTuple):
 
 
 def differences(before: Spec, after: Spec) -> list[Difference]:
-    """The keys whose values differ, in the order of `before`; a list counts as one value."""
+    """The keys whose values differ, in the order of `before`; lists of other lengths are one value."""
     return list(_differences("", before.model_dump(mode="json"), after.model_dump(mode="json")))
 
 
@@ -23,5 +23,8 @@ def _differences(path: str, before: Any, after: Any) -> Iterator[Difference]:
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in {**before, **after}:
             yield from _differences(f"{path}.{key}" if path else key, before.get(key), after.get(key))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for place, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from _differences(f"{path}.{place}", one, other)
     elif before != after:
         yield Difference(path, before, after)

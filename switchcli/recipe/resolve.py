@@ -63,8 +63,11 @@ def validate(tree: Node, schema: type[S]) -> S:
         RecipeError: one line for each thing that is wrong.
     """
     own, verb = schema.model_fields["verb"].default if "verb" in schema.model_fields else None, stated(tree, "verb")
+    if verb is None and stated(tree, "train") and (own == "eval" or (own == "finetune" and not stated(tree, "tasks"))):
+        verb = "pretrain"  # whose recipes need not say so
     if own and verb in VERBS and verb != own:
         raise RecipeError(f"{_said_verb(tree)}: verb: a recipe of `switchcli {verb}`, where one of {own} is needed")
+    tree = _with_kinds(tree, schema)
     size = _size(tree)
     problem = sizes.problem(size.value) if size and isinstance(size.value, str) else None
     problems = [f"{size.where}: model.size: {problem}"] if size and problem else []
@@ -84,7 +87,17 @@ def dump(spec: Spec) -> str:
 
 
 def _said_verb(tree: Node) -> str:
-    return tree.value["verb"].where if isinstance(tree.value, dict) else tree.where
+    return tree.value["verb"].where if isinstance(tree.value, dict) and "verb" in tree.value else tree.where
+
+
+def _with_kinds(tree: Node, schema: type[Spec]) -> Node:
+    """`tree` with the default's `kind` wherever a choice is set without one: `schedule.learning_rate=0.01`."""
+    kinds = {name: getattr(field.default, "kind", None) for name, field in schema.model_fields.items()}
+    for name, kind in kinds.items():
+        said = tree.value.get(name) if isinstance(tree.value, dict) else None
+        if kind and said and isinstance(said.value, dict) and "kind" not in said.value:
+            tree = _merge(tree, Node({name: Node({"kind": Node(kind, said.where)}, said.where)}, tree.where))
+    return tree
 
 
 def stated(tree: Node, dotted: str) -> Any:

@@ -1,6 +1,6 @@
 """Reading a task: the rows of a split, from the hub or from a folder of JSON Lines with the hub's columns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,8 @@ def examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> 
     """
     found = list(_examples(task, split, purpose, folder))
     if not found:
-        raise DataError(f"tasks: {task.name}: no examples in {split}: name a split that holds some")
+        where = f" ({', '.join(task.source.paths(split))})" if isinstance(task.source, Files) else ""
+        raise DataError(f"tasks: {task.name}: no examples in {split}{where}: name a split that holds some")
     return found
 
 
@@ -40,6 +41,30 @@ def fingerprint(task: Task, split: Split, folder: str | None) -> str:
     return files_fingerprint([_file(source, part, folder) for part in (source.train, _split(source, split)) if part])
 
 
+def check_there(tasks: Iterable[Task], splits: Sequence[Split], folder: str | None) -> None:
+    """Raise DataError, naming all of them at once, when `folder` lacks files of tasks."""
+    if folder is None:
+        return
+    lacking: dict[str, Path] = {}
+    there = []
+    for task in tasks:
+        source = task.source
+        names = [_split(source, split) for split in splits] if isinstance(source, Source) else []
+        paths = [_path(source, name, folder) for name in names if name] if isinstance(source, Source) else []
+        absent = [path for path in paths if not path.is_file()]
+        if absent:
+            lacking[task.name] = absent[0]
+        else:
+            there.append(task.name)
+    if lacking:
+        name, path = next(iter(lacking.items()))
+        left = f"leave them out, tasks=[{','.join(there)}], or" if there else "or"
+        raise DataError(
+            f"data.folder ({folder}): no files of {', '.join(lacking)}: {name} is looked for at {path}; {left} take "
+            "another folder, or null for the hub"
+        )
+
+
 def has(task: Task, split: Split) -> bool:
     """Whether the task has such a split: some are for evaluation alone, or for training."""
     source = task.source
@@ -51,9 +76,13 @@ def has(task: Task, split: Split) -> bool:
 def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> Iterator[Example]:
     for where, row in _rows(task, split, folder):
         if missing := [column for column in task.columns if column not in row]:
+            own = isinstance(task.source, Files)
+            way_out = (
+                "mend the row, or the task's input and target" if own else "give the columns that it has on the hub"
+            )
             raise DataError(
                 f"{where}: tasks: {task.name} reads the column {missing[0]!r}, and this row has "
-                f"{', '.join(map(repr, row)) or 'none'}: give rows with the columns that the set has on the hub"
+                f"{', '.join(map(repr, row)) or 'none'}: {way_out}"
             )
         try:
             for example in task.examples(row, purpose):
@@ -113,8 +142,12 @@ def _hub(task: Task, source: Source, split: str) -> Iterator[tuple[str, Row]]:
         yield f"{source.path} {source.config or ''} {split} row {number}", row
 
 
+def _path(source: Source, split: str, folder: str) -> Path:
+    return Path(folder).expanduser() / source.folder / f"{split}.jsonl"
+
+
 def _file(source: Source, split: str, folder: str) -> Path:
-    path = Path(folder).expanduser() / source.folder / f"{split}.jsonl"
+    path = _path(source, split, folder)
     if not path.is_file():
         raise DataError(f"{path}: no such file: data.folder holds a set as FOLDER/{source.folder}/{split}.jsonl")
     return path

@@ -22,8 +22,9 @@ class Score(NamedTuple):
     """A score and its 95 % interval: percentiles of a bootstrap that draws units again."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    """None where drawing again changes nothing: all units alike, or one alone, tell no spread."""
 
 
 class Scores(NamedTuple):
@@ -87,11 +88,11 @@ def score(task: Task, answered: Sequence[Answered], draws: int = 1000, seed: int
     )
 
 
-def is_right(task: Task, answer: Answered) -> bool:
-    """Whether an answer by itself is right: by the task's accuracy or exact match, else if it equals a target."""
+def is_right(task: Task, answer: Answered) -> bool | None:
+    """Whether an answer is right by itself, by the task's accuracy or exact match; None where neither is a metric."""
     exact = next((metric for metric in (*task.metrics, *task.beside) if metric.name in EXACT), None)
     if exact is None:
-        return answer.prediction.strip() in answer.example.targets
+        return None
     return exact.combine(exact.measure([answer])) == 100.0
 
 
@@ -104,8 +105,8 @@ def _combined(
 def _interval(column: NDArray[np.float64]) -> Score:
     """The first of a column is the score, the others are drawn. Of few units all draws may lie on one side of it."""
     value = float(column[0])
-    if len(column) == 1:
-        return Score(value, value, value)
+    if np.ptp(column) == 0.0:
+        return Score(value, None, None)
     low, high = np.percentile(column[1:], PERCENTILES)
     return Score(value, min(value, float(low)), max(value, float(high)))
 

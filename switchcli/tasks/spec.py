@@ -73,6 +73,8 @@ class Own(Spec):
             label != label.strip() or not label for label in self.labels
         ):
             raise ValueError(f"labels ({', '.join(map(repr, self.labels))}) must differ, without spaces around them")
+        if set("{}") & set(_FIELD.sub("", self.input)):
+            raise ValueError(f"input ({self.input!r}) has a brace that is no {{field}}: braces are for fields alone")
         if not _FIELD.search(self.input):
             raise ValueError(f"input ({self.input!r}) must hold a field of the rows, such as {{text}}")
         for metric in self.metrics:
@@ -107,7 +109,7 @@ class Own(Spec):
         return sum(each) / len(each)
 
     def _examples(self, row: Row, purpose: Purpose) -> Iterator[Example]:
-        filled = _FIELD.sub(lambda field: _text(row[field[1]]), self.input)
+        filled = _FIELD.sub(lambda field: _text(row[field[1]], field[1]), self.input)
         targets = tuple(_answers(row[self.target], self.target, self.labels))
         if purpose == "training" and not targets:
             raise ValueError(f"{self.target}: holds no answer, and a row to train on needs one")
@@ -158,13 +160,13 @@ def _answers(value: Any, field: str, labels: Sequence[str]) -> Iterator[str]:
     for answer in value if isinstance(value, list) else [] if value is None else [value]:
         if labels and isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
             yield labels[answer]
-        elif labels and _text(answer) not in labels:
+        elif labels and _text(answer, field) not in labels:
             raise ValueError(f"{field}: {answer!r} is none of the labels {', '.join(labels)}")
         else:
-            yield _text(answer)
+            yield _text(answer, field)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, field: str) -> str:
     if isinstance(value, Mapping | list) or value is None:
-        raise ValueError(f"a field holds {value!r}, where text or a number is needed")
+        raise ValueError(f"{field}: holds {value!r}, where text or a number is needed")
     return value if isinstance(value, str) else str(value)

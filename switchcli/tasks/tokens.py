@@ -67,6 +67,8 @@ class Scored(NamedTuple):
 
     task: Task
     examples: tuple[Example, ...]
+    numbers: tuple[int, ...]
+    """The place of each among all examples of the split, from 0."""
     inputs: TokenStore
     packed: Packed
     """Inputs and first targets of those that have a target, for the cross-entropy."""
@@ -100,18 +102,18 @@ def scored(
     DataError as above.
     """
     found = examples(task, split, "scoring", folder)
-    if limit is not None and limit < len(found):
-        found = _drawn(found, limit)
+    numbers = range(len(found)) if limit is None else _drawn(found, limit)
+    found = [found[number] for number in numbers]
     asked = tokenizer.encode_batch([one.input for one in found])
     answers = tokenizer.encode_batch([one.targets[0] if one.targets else "" for one in found])
     labelled = [number for number, one in enumerate(found) if one.targets]
     known = [store_of(ids[number] for number in labelled) for ids in (asked, answers)]
     packed = pack(known[0], known[1], lengths, 0)
-    return Scored(task, tuple(found), store_of(asked), packed, store_of(answers))
+    return Scored(task, tuple(found), tuple(numbers), store_of(asked), packed, store_of(answers))
 
 
-def _drawn(found: list[Example], limit: int) -> list[Example]:
-    """At most `limit` examples, in order: units drawn by lot, but for those that would be too many."""
+def _drawn(found: list[Example], limit: int) -> list[int]:
+    """The numbers of at most `limit` examples, in order: units drawn by lot, but for those that would be too many."""
     units: dict[str | int, list[int]] = {}
     for number, example in enumerate(found):
         units.setdefault(example.unit or number, []).append(number)
@@ -120,7 +122,7 @@ def _drawn(found: list[Example], limit: int) -> list[Example]:
     for unit in permutation(len(members), 0, 0, 0):
         if not kept or len(kept) + len(members[unit]) <= limit:
             kept += members[unit]
-    return [found[number] for number in sorted(kept)]
+    return sorted(kept)
 
 
 def _padded(store: TokenStore, numbers: NDArray[np.int64], most: int) -> NDArray[np.int64]:

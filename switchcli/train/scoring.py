@@ -71,8 +71,8 @@ class Answering:
         self._settings = settings
         self._capacity = capacity
 
-    def __call__(self, exam: Scored) -> tuple[Answered, ...]:
-        """Every example with the model's answer, in order; the same on every rank."""
+    def __call__(self, exam: Scored, stop: Callable[[], bool] = lambda: False) -> tuple[Answered, ...] | None:
+        """Every example with the model's answer, in order; the same on every rank. None when one of them is to stop."""
         runtime, decoding = self._runtime, self._settings.decoding
         batches = list(exam.batches(self._settings.batch_examples))
         tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=runtime.device)
@@ -80,6 +80,8 @@ class Answering:
         with evaluating(self._model, self._capacity), runtime.uncompiled(), runtime.autocast():
             for turn in range(rounds):
                 mine = turn * runtime.world + runtime.rank
+                if any(runtime.sum_over_ranks([int(stop())])):
+                    return None
                 # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.
                 numbers = batches[min(mine, len(batches) - 1)]
                 inputs_BS = runtime.place(torch.from_numpy(exam.padded(numbers)))
@@ -104,8 +106,11 @@ class Exams(Hook):
         exams: Sequence[Scored],
         runtime: Runtime,
         write: Callable[[Record], None],
+        stop: Callable[[], bool],
     ) -> None:
+        """`stop` ends it between two batches, with no figure: `owed` then says that it is to be done again."""
         super().__init__(every_steps)
+        self._stop = stop
         self._answering = answering
         self._exams = exams
         self._runtime = runtime
@@ -113,16 +118,29 @@ class Exams(Hook):
         self.answered: dict[str, tuple[Answered, ...]] = {}
         """The last answers, by the name of the task."""
 
-    def ask(self) -> None:
-        """Have every example answered."""
-        self.answered = {exam.task.name: self._answering(exam) for exam in self._exams}
+    def ask(self) -> bool:
+        """Have every example answered; False when it was stopped."""
+        self.answered = {}
+        for exam in self._exams:
+            answered = self._answering(exam, self._stop)
+            if answered is None:
+                self.answered = {}
+                return False
+            self.answered[exam.task.name] = answered
+        return True
+
+    def owed(self, state: TrainState, last_step: int) -> bool:
+        """Whether the weights as they are should have been scored, and were not."""
+        noted = state.evaluated_step == state.step and AVERAGE in state.figures
+        return state.step > 0 and self.due(state.step, last_step) and not noted
 
     def scores(self, draws: int) -> dict[str, Scores]:
         """Of the last answers, with intervals from so many draws."""
         return {exam.task.name: score(exam.task, self.answered[exam.task.name], draws) for exam in self._exams}
 
     def __call__(self, state: TrainState) -> None:
-        self.ask()
+        if not self.ask():
+            return
         figures = figures_of(self.scores(draws=0))
         state.note(figures)
         if self._runtime.is_main:

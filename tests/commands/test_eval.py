@@ -1,6 +1,7 @@
 """`switchcli eval`: scores, predictions, held-out figures, sweeps; the same on one rank and on two."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_a_fine_tuned_run_is_scored_on_its_tasks_as_in_training(
         assert len(one["held_out"][task]["layers"]) == 2
         predicted = lines(tmp_path / f"a/predictions/{task}.jsonl")
         assert len(predicted) == 14
-        assert predicted[0].keys() == {"input", "target", "prediction", "correct"}
+        assert predicted[0].keys() == {"number", "input", "target", "prediction", "correct"}
+        assert [line["number"] for line in predicted] == list(range(14))
     right = sum(line["correct"] for line in predicted)
     assert one["tasks"]["last"]["score"]["value"] == pytest.approx(100 * right / 14)
     shown = switchcli("eval", "tuned", "--out", tmp_path / "b")
@@ -146,13 +148,17 @@ def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_
     ("arguments", "code", "message"),
     [
         (["tuned", "tasks=[rtee]"], 2, "Did you mean rte"),
-        (["tuned", "quickstart/switch"], 2, "verb"),
+        (["tuned", "quickstart/switch"], 2, "a recipe of `switchcli pretrain`, where one of eval is needed"),
         (["tuned", "tasks=[]"], 2, "nothing to measure it on"),
         (["tuned", "scoring.split=test"], 2, "none of colour, last has such a split"),
         (["tuned", "scoring.decoding.temperature=0.5"], 2, "a score is of those that the model finds most probable"),
         (["nothing"], 4, "nothing: no checkpoint there"),
         (["tuned", "capacities=[none]"], 2, "capacities"),
-        (["tuned", "tasks=[sst2]", "data.folder=sets"], 3, "sets/glue/sst2/validation.jsonl: no such file"),
+        (
+            ["tuned", "tasks=[sst2]", "data.folder=sets"],
+            3,
+            "no files of sst2: sst2 is looked for at sets/glue/sst2/valid",
+        ),
     ],
 )
 def test_bad_input(arguments: list[str], code: int, message: str, here: Path, switchcli: SwitchCLI) -> None:
@@ -197,7 +203,11 @@ def test_a_task_of_the_runs_own_by_its_name(here: Path, switchcli: SwitchCLI, tm
     assert "was not trained on python_modules" in done.err
     again = switchcli("eval", "tuned", *overrides, "capacities=[paper, 1.0]", "--out", tmp_path / "a")
     assert again.code == 0
-    assert not (tmp_path / "a/predictions").exists()  # of another result
+    assert not (tmp_path / "a/predictions").exists()
+    assert (tmp_path / "a.before-1/predictions/last.jsonl").exists()  # another evaluation is set aside
+    assert "is now in" in again.err
+    assert switchcli("eval", "tuned", *overrides, "capacities=[paper, 1.0]", "--out", tmp_path / "a").code == 0
+    assert not (tmp_path / "a.before-2").exists()  # the same one is replaced
 
 
 def test_a_task_without_the_split_is_told(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
@@ -225,3 +235,26 @@ def test_where_it_is_written(trained: Path) -> None:
 
     assert default_out(trained) == Path("runs/eval/run")
     assert default_out(trained / "checkpoints/step-00000002") == Path("runs/eval/run-step-00000002")
+    assert default_out(Path("runs/s0/glue")) == Path("runs/eval/s0/glue")
+
+
+def test_where_it_cannot_be_written_is_known_before_the_work(
+    here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    monkeypatch.setattr("switchcli.train.scoring.generate", None)
+    done = switchcli("eval", "tuned", "--out", tmp_path / "mine")
+    assert (done.code, "holds no evaluation: give another folder by --out" in done.err) == (4, True)
+    done = switchcli("eval", "tuned", "--out", tmp_path / "mine/thesis.tex/below")
+    assert (done.code, "--out" in done.err) == (4, True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+
+
+def test_stopped_it_says_that_nothing_was_written(
+    here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.train.scoring.generate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    done = switchcli("eval", "tuned", "--out", tmp_path / "a")
+    assert (done.code, "nothing was written; run it again" in done.err) == (130, True)
+    assert not list(tmp_path.iterdir())

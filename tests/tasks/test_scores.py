@@ -69,7 +69,14 @@ def test_the_same_seed_draws_the_same_units() -> None:
     said = answered("yynny" * 8, "ynnyy" * 8)
     assert score(TASK, said) == score(TASK, said, seed=0)
     assert score(TASK, said) != score(TASK, said, seed=1)
-    assert score(TASK, said, draws=0).score == Score(*[score(TASK, said).metrics["em"].value] * 3)
+    assert score(TASK, said, draws=0).score == Score(score(TASK, said).metrics["em"].value, None, None)
+
+
+def test_where_all_are_alike_there_is_no_interval() -> None:
+    """0 of 20 right does not say that the score is 0 for certain."""
+    assert score(TASK, answered("y" * 20, "n" * 20)).score == Score(0.0, None, None)
+    one = [Answered(Example("", ("yes",), "q"), said) for said in ("yes", "no")]
+    assert score(TASK, one).score == Score(50.0, None, None)
 
 
 def test_the_interval_of_a_share_is_about_the_normal_one() -> None:
@@ -97,7 +104,9 @@ def test_an_interval_holds_its_score(pairs: list[tuple[str, str]]) -> None:
     found = score(TASK._replace(metrics=(exact_match, bleu, rouge2)), said, draws=20)
     assert found.score is not None
     for one in (found.score, *found.metrics.values(), *found.beside.values()):
-        assert 0 <= one.low <= one.value <= one.high <= 100 + 1e-9
+        assert 0 <= one.value <= 100 + 1e-9
+        if one.low is not None and one.high is not None:
+            assert 0 <= one.low <= one.value <= one.high <= 100 + 1e-9
 
 
 def test_matched_and_mismatched_are_one_task() -> None:
