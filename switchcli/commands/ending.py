@@ -26,15 +26,25 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
         InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
     """
 
+    came: list[SwitchError] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if saves_nothing:
-            raise InterruptedByForce(f"stopped by {signal.Signals(number).name}: nothing was written; run it again")
-        raise Interrupted(f"stopped by {signal.Signals(number).name}, nothing is lost: the same command goes on")
+            came.append(InterruptedByForce(f"stopped by {name}: nothing was written; run it again"))
+        else:
+            came.append(Interrupted(f"stopped by {name}, nothing is lost: the same command goes on"))
+        raise came[-1]
 
     previous = {number: signal.signal(number, stop) for number in STOPPING}
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as error:
+        # Raised between two steps of a clean-up, or within a library, it may come out as another error.
+        if came and error is not came[-1]:
+            raise came[-1] from error
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         raise InterruptedByForce(
             "stopped at once, without saving: the same command goes on from the last save"
         ) from None

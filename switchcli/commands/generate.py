@@ -66,7 +66,7 @@ def generate(path: Path, texts: Iterable[str], options: Options, warn: Callable[
     for batch in _batches(texts, options.batch):
         outputs = [""] * len(batch)
         if any(map(str.strip, batch)):
-            inputs_BS = _inputs(loaded, batch, warn)
+            inputs_BS = _inputs(loaded, batch, warn, first)
             with evaluating(loaded.model, options.policy):
                 rows_BT = decode(loaded.model, inputs_BS, options.decoding, first=first)
             outputs = [
@@ -115,15 +115,15 @@ def _load(path: Path, options: Options, warn: Callable[[str], None]) -> Loaded:
     return load(path, torch.device(name), warn)
 
 
-def _inputs(loaded: Loaded, texts: Sequence[str], warn: Callable[[str], None]) -> torch.Tensor:
-    """int64 [texts, length of the longest]; a blank text is a row of padding, which has no answer."""
+def _inputs(loaded: Loaded, texts: Sequence[str], warn: Callable[[str], None], first: int = 0) -> torch.Tensor:
+    """int64 [texts, length of the longest], after `first` others; a blank text is a row of padding."""
     longest = loaded.recipe.inputs_length
     rows = []
-    for text in texts:
+    for number, text in enumerate(texts, first + 1):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"the text is not UTF-8 (at its character {error.start}): convert it first") from error
+            raise DataError(f"text {number} is not UTF-8 (at its character {error.start}): convert it first") from error
         ids = [*loaded.tokenizer.encode(text), EOS] if text.strip() else []
         if len(ids) > longest:
             warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")

@@ -220,7 +220,7 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
     parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
     parts.saver.save(parts.state)
     other = Parts(tmp_path, SPARSE, Adafactor(), seed=1, data=b"other")
-    with pytest.raises(CheckpointError, match=r"step-00000000 was trained on other text than data\.corpora gives now"):
+    with pytest.raises(CheckpointError, match=r"step-00000000 was trained on other text than the recipe gives now"):
         other.saver.restore(other.state, unexpected)
 
 
