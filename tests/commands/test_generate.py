@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE, SwitchCLI
-from typer.testing import CliRunner
+from conftest import SwitchCLI
 
-from switchcli.cli import app
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.model.routing import Switch
 from switchcli.train.manifest import NAME
@@ -20,14 +18,9 @@ GAP = "the red <extra_id_0> is blue"
 
 
 @pytest.fixture(scope="module")
-def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(trained: Path) -> Path:
     """A run of two steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(RECIPE.replace("text.txt", str(text)))
-    out = folder / "run"
-    done = CliRunner().invoke(app, ["pretrain", str(folder / "tiny.yaml"), "--out", str(out), "--quiet"])
-    assert done.exit_code == 0
-    return out
+    return trained
 
 
 def test_texts_given_and_texts_read_have_the_same_answers(run: Path, switchcli: SwitchCLI) -> None:
