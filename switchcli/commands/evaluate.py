@@ -8,14 +8,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands.finetune import MANY_CUT
+from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import HELD_OUT_SEED
 from switchcli.commands.run import machine
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import Batch
 from switchcli.data.mixture import InTurn
-from switchcli.data.packing import Lengths
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.spec import DataSpec, TextSpec
@@ -61,19 +60,19 @@ def resolved(checkpoint: Path, arguments: Sequence[str], warn: Callable[[str], N
     Raises:
         CheckpointError: there is none.
         RecipeError: of the recipe, or there is nothing to measure.
+        DataError: `data.folder` lacks files of tasks.
     """
     opened = open_model(checkpoint, warn)
-    own = opened.recipe
+    below = _defaults(opened)
     name = next((argument for argument in arguments[:1] if "=" not in argument), None)
     overrides = arguments[name is not None :]
     tree = resolve.load(name, overrides)
+    resolve.check_verb(tree, EvalRecipe)  # before the checkpoint's tasks lie beneath it
     said = resolve.stated(tree, "tasks")
-    learned = own.model_dump(mode="json")["tasks"] if isinstance(own, FinetuneRecipe) else []
     if isinstance(said, list):  # a task of the run's own may be named
-        named = {task["name"]: task for task in learned if isinstance(task, dict)}
+        named = {task["name"]: task for task in below.get("tasks", ()) if isinstance(task, dict)}
         tasks = [named.get(task, task) if isinstance(task, str) else task for task in said]
         overrides = [*overrides, f"tasks={json.dumps(tasks)}"]
-    below = {**_defaults(opened), **({"tasks": learned} if learned else {})}
     if said is not None:
         below.pop("text", None)
     recipe = resolve.validate(resolve.load(name, overrides, resolve.layer(below, f"{opened.path}")), EvalRecipe)
@@ -82,6 +81,10 @@ def resolved(checkpoint: Path, arguments: Sequence[str], warn: Callable[[str], N
             f"{opened.path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
             "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
         )
+    asked, split = tasks_of(recipe.tasks), recipe.scoring.split
+    reading.check_there(asked.values(), (split,), recipe.data.folder)
+    if recipe.text is None and not any(reading.has(task, split) for task in asked.values()):
+        raise RecipeError(f"scoring.split ({split}): none of {', '.join(asked)} has such a split")
     return Evaluating(recipe, opened)
 
 
@@ -90,8 +93,7 @@ def _defaults(opened: Opened) -> dict[str, Any]:
     own = opened.recipe
     lengths = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
     if isinstance(own, FinetuneRecipe):
-        dumped = own.model_dump(mode="json")
-        return {"data": dumped["data"], "scoring": dumped["scoring"]}
+        return own.model_dump(mode="json", include={"tasks", "data", "scoring"})
     trained = opened.own is not None and DATA in opened.own.manifest.names()  # a converted one has no text of its own
     if not trained or not isinstance(own, PretrainRecipe):
         return {"data": lengths}
@@ -139,7 +141,6 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
 
     Raises:
         CheckpointError: its weights cannot be read, or the disk refuses.
-        RecipeError: there is nothing to measure it on.
         DataError: of the tasks or the text.
         OutOfMemory: the device has no room.
     """
@@ -200,29 +201,15 @@ class _Measuring:
         self.tasks = tasks_of(recipe.tasks)
         learned = tasks_of(own.tasks) if isinstance(own, FinetuneRecipe) else {}
         self._never_seen([name for name in self.tasks if name not in learned])
-        lengths = Lengths(recipe.data.inputs_length, recipe.data.targets_length)
-        scoring = recipe.scoring
-        reading.check_there(self.tasks.values(), (scoring.split,), recipe.data.folder)
-        there = [task for task in self.tasks.values() if reading.has(task, scoring.split)]
 
         def exams() -> tuple[tokens.Scored, ...]:
-            return tuple(
-                tokens.scored(task, scoring.split, recipe.data.folder, loaded.tokenizer, lengths, scoring.examples)
-                for task in there
-            )
+            return exams_of(self.tasks.values(), recipe.data, recipe.scoring, loaded.tokenizer)
 
         self.exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
         self._sequences = 0
         self._spans = self._text()
-        for task in self.tasks.values():
-            if task not in there:
-                self._warn(f"{task.name}: has no {scoring.split} split: it is not scored")
-        if not self.exams and self._spans is None:
-            raise RecipeError(f"scoring.split ({scoring.split}): none of {', '.join(self.tasks)} has such a split")
-        for exam in self.exams:
-            cut = f", {exam.num_cut:,} inputs longer than {lengths.inputs} tokens and cut" if exam.num_cut else ""
-            say = self._warn if exam.num_cut > MANY_CUT * len(exam.examples) else console.message
-            say(f"{exam.task.name}: {len(exam.examples):,} examples{cut}")
+        if runtime.is_main:
+            tell(self.tasks.values(), self.exams, recipe.scoring.split, console.message, console.warning)
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
         """For text and for tasks."""
@@ -281,16 +268,12 @@ class _Measuring:
         self._sequences = min(text.sequences, stream.rows_per_epoch)
         return stream
 
-    def _warn(self, text: str) -> None:
-        if self._runtime.is_main:
-            self._console.warning(text)
-
     def _never_seen(self, names: Sequence[str]) -> None:
-        if not names:
+        if not names or not self._runtime.is_main:
             return
         verb = self._loaded.recipe.verb
         raw = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"
-        self._warn(
+        self._console.warning(
             f"{self._loaded.path} {raw}: it does not know the form of the answers, and its scores will be near 0; "
             "`switchcli finetune` teaches it"
         )

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from switchcli.commands.exams import MANY_CUT, exams_of, tell
 from switchcli.commands.load import Opened, documents, open_model, saved_recipe
 from switchcli.commands.run import Options, claim
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
@@ -35,8 +36,6 @@ from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import carry_over, fill
 
 START = "start.checkpoint"
-MANY_CUT = 0.25
-"""Where more of the examples than this are cut, the rows are too short for the task."""
 NEW = ("size", "dropout", "expert_dropout", "router", "decoder_router", "balance_reduction", "init_scale")
 """Keys of `model` that a fine-tuning may set anew: the weights are the same whatever they say."""
 
@@ -57,8 +56,10 @@ def resolved(
     A run that has begun keeps its start, even if the folder that `model` names has newer checkpoints by now.
 
     Raises:
-        RecipeError: no checkpoint to start from is named, or the recipe would change the shape of its weights.
-        CheckpointError: there is none.
+        RecipeError: no checkpoint to start from is named, the recipe would change the shape of its weights, or there is
+            nothing to train on.
+        CheckpointError: there is no such checkpoint, or no optimizer state in it to carry over.
+        DataError: `data.folder` lacks files of tasks.
     """
     tree = resolve.load(name, overrides)
     said = model or resolve.stated(tree, START)
@@ -76,6 +77,11 @@ def resolved(
     tree = resolve.load(name, [*overrides, f"{START}={json.dumps(path)}"], below)
     recipe = resolve.validate(tree, FinetuneRecipe)
     _check_shape(spec, recipe.model, path)
+    tasks = tasks_of(recipe.tasks).values()
+    reading.check_there(tasks, ("train", recipe.scoring.split), recipe.data.folder)
+    if not any(reading.has(task, "train") for task in tasks):
+        names = ", ".join(task.name for task in tasks)
+        raise RecipeError(f"tasks: none of {names} has a split to train on: name one that has")
     if start is not None and start.own is None and recipe.start.optimizer == "carry":
         raise CheckpointError(
             f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
@@ -151,37 +157,26 @@ def _begin(recipe: FinetuneRecipe, start: Opened | None, model: SwitchTransforme
 
 def _text(recipe: FinetuneRecipe, start: Opened | None, folder: RunFolder, runtime: Runtime, console: Console) -> Text:
     tokenizer = _tokenizer(start, folder, runtime)
-    tasks = tasks_of(recipe.tasks)
+    tasks = tasks_of(recipe.tasks).values()
     lengths = Lengths(recipe.inputs_length, recipe.targets_length)
-    reading.check_there(tasks.values(), ("train", recipe.scoring.split), recipe.data.folder)
-    learned = [task for task in tasks.values() if reading.has(task, "train")]
-    if not learned:
-        raise RecipeError(f"tasks: none of {', '.join(tasks)} has a split to train on: name one that has")
 
     def training() -> dict[str, tokens.Training]:
         return {
             task.name: tokens.training(
                 task, recipe.data.folder, tokenizer, lengths, recipe.train.seed, default_cache(), console.track
             )
-            for task in learned
+            for task in tasks
+            if reading.has(task, "train")
         }
 
     found = runtime.on_main(training) or training()  # the main rank fills the cache that the others read
     stream = TaskStream(
         {name: one.packed for name, one in found.items()}, recipe.data.mixture, recipe.train.seed, recipe.rows_per_step
     )
-    exams = runtime.on_main(lambda: _exams(recipe, tasks, tokenizer, lengths))
-    exams = exams or _exams(recipe, tasks, tokenizer, lengths)
-    for name, rate in stream.rates.items():
-        packed = found[name].packed
-        count = len(packed.example_X)
-        cut = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
-        say = console.warning if packed.num_cut > MANY_CUT * count else console.message
-        say(f"{name}: {count:,} examples in {packed.num_rows:,} rows, {rate:.1%} of what is shown{cut}")
-    for task in tasks.values():
-        if task not in learned:
-            console.message(f"{task.name}: has no split to train on: it is scored alone")
-    _tell(console, recipe, tasks, exams)
+    exams = runtime.on_main(lambda: _exams(recipe, tasks, tokenizer)) or _exams(recipe, tasks, tokenizer)
+    if runtime.is_main:
+        _tell(stream.rates, found, tasks, console)
+        tell(tasks, exams, recipe.scoring.split, console.message, console.warning)
     held_out = InTurn([exam.packed for exam in exams if exam.packed.num_rows])
     return Text(
         tokenizer,
@@ -204,36 +199,32 @@ def _tokenizer(start: Opened | None, folder: RunFolder, runtime: Runtime) -> Tok
     return start.tokenizer
 
 
-def _exams(
-    recipe: FinetuneRecipe, tasks: dict[str, Task], tokenizer: Tokenizer, lengths: Lengths
-) -> tuple[tokens.Scored, ...]:
-    scoring = recipe.scoring
-    exams = tuple(
-        tokens.scored(task, scoring.split, recipe.data.folder, tokenizer, lengths, scoring.examples)
-        for task in tasks.values()
-        if reading.has(task, scoring.split)
-    )
+def _exams(recipe: FinetuneRecipe, tasks: Collection[Task], tokenizer: Tokenizer) -> tuple[tokens.Scored, ...]:
+    exams = exams_of(tasks, recipe.data, recipe.scoring, tokenizer)
     if not any(exam.packed.num_rows for exam in exams):
+        split = recipe.scoring.split
         raise DataError(
-            f"tasks: no labelled example of {', '.join(tasks)} in {scoring.split}: name a task that has some, or give "
-            f"{scoring.split}: to a task of your own"
+            f"tasks: no labelled example of {', '.join(task.name for task in tasks)} in {split}: name a task that has "
+            f"some, or give {split}: to a task of your own"
         )
     return exams
 
 
-def _tell(console: Console, recipe: FinetuneRecipe, tasks: dict[str, Task], exams: Sequence[tokens.Scored]) -> None:
-    """What is scored, and what of it is not as it seems."""
-    asked = {exam.task.name: exam for exam in exams}
-    for name in tasks:
-        if name not in asked:
-            console.message(f"{name}: has no {recipe.scoring.split} split: it is not scored")
-        elif asked[name].num_cut:
-            count = len(asked[name].examples)
-            say = console.warning if asked[name].num_cut > MANY_CUT * count else console.message
-            say(
-                f"{name}: {asked[name].num_cut:,} of {count:,} inputs to score are longer than {recipe.inputs_length} "
-                "tokens and cut"
-            )
+def _tell(
+    rates: Mapping[str, float], found: Mapping[str, tokens.Training], tasks: Collection[Task], console: Console
+) -> None:
+    """What is trained on."""
+    for task in tasks:
+        if task.name not in found:
+            console.message(f"{task.name}: has no split to train on: it is scored alone")
+            continue
+        packed = found[task.name].packed
+        count = len(packed.example_X)
+        cut = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
+        say = console.warning if packed.num_cut > MANY_CUT * count else console.message
+        say(
+            f"{task.name}: {count:,} examples in {packed.num_rows:,} rows, {rates[task.name]:.1%} of what is shown{cut}"
+        )
 
 
 def _samples(exam: tokens.Scored) -> Batch:

@@ -42,14 +42,6 @@ def members(model: SwitchTransformer, group: Group) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in named.items() if (id(weight) in inside) != (group == "non_expert")}
 
 
-def num_parameters(model: SwitchTransformer) -> dict[Group, int]:
-    """How many numbers each group holds; a model on `meta` will do."""
-    groups: tuple[Group, ...] = ("all", "non_expert", "expert", "dense_feed_forward")
-    counts = {group: sum(weight.numel() for weight in members(model, group).values()) for group in groups}
-    assert counts["non_expert"] + counts["expert"] == counts["all"]
-    return counts
-
-
 def freeze(model: SwitchTransformer, group: Group) -> None:
     """Let the parameters of `group` learn, and no others. Before an optimizer is built and the model is wrapped.
 

@@ -28,7 +28,7 @@ from switchcli.spec import Spec
 
 S = TypeVar("S", bound=Spec)
 
-VERBS = ("pretrain", "finetune", "distill", "eval")
+VERBS = ("pretrain", "finetune", "eval")
 """Those that take a recipe."""
 
 
@@ -62,11 +62,7 @@ def validate(tree: Node, schema: type[S]) -> S:
     Raises:
         RecipeError: one line for each thing that is wrong.
     """
-    own, verb = schema.model_fields["verb"].default if "verb" in schema.model_fields else None, stated(tree, "verb")
-    if verb is None and stated(tree, "train") and (own == "eval" or (own == "finetune" and not stated(tree, "tasks"))):
-        verb = "pretrain"  # whose recipes need not say so
-    if own and verb in VERBS and verb != own:
-        raise RecipeError(f"{_said_verb(tree)}: verb: a recipe of `switchcli {verb}`, where one of {own} is needed")
+    check_verb(tree, schema)
     tree = _with_kinds(tree, schema)
     size = _size(tree)
     problem = sizes.problem(size.value) if size and isinstance(size.value, str) else None
@@ -86,8 +82,21 @@ def dump(spec: Spec) -> str:
     return text.write(spec.model_dump(mode="json"))
 
 
-def _said_verb(tree: Node) -> str:
-    return tree.value["verb"].where if isinstance(tree.value, dict) and "verb" in tree.value else tree.where
+def verb_of(tree: Node) -> str | None:
+    """The verb that a recipe is of: the one that it states, else the one whose keys it has; None if it may be any."""
+    if (said := stated(tree, "verb")) is not None:
+        return str(said)
+    if stated(tree, "train") is None:
+        return None
+    return "pretrain" if stated(tree, "tasks") is None else "finetune"
+
+
+def check_verb(tree: Node, schema: type[Spec]) -> None:
+    """Raise RecipeError for a recipe of another verb, rather than a list of keys that this one does not have."""
+    verb, own = verb_of(tree), schema.model_fields["verb"].default if "verb" in schema.model_fields else None
+    if own and verb in VERBS and verb != own:
+        place = tree.value["verb"] if isinstance(tree.value, dict) and "verb" in tree.value else tree
+        raise RecipeError(f"{place.where}: verb: a recipe of `switchcli {verb}`, where one of {own} is needed")
 
 
 def _with_kinds(tree: Node, schema: type[Spec]) -> Node:

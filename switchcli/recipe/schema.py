@@ -9,16 +9,14 @@ from pydantic import Field, model_validator
 from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.model.groups import Group, check
 from switchcli.model.routing import Policy
-from switchcli.model.spec import ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.spec import Spec
 from switchcli.tasks.spec import TaskDataSpec, TaskSpec, names_twice
-from switchcli.train.optimizer import Adafactor, OptimizerSpec
 from switchcli.train.schedule import Constant, InverseSquareRoot, ScheduleSpec
 from switchcli.train.scoring import ScoringSpec
-from switchcli.train.spec import CheckpointSpec, EvalSpec, LogSpec, Precision, StartSpec, TrainSpec
+from switchcli.train.spec import Precision, StartSpec
 
 
 class PretrainRecipe(TrainingRecipe):
@@ -26,18 +24,9 @@ class PretrainRecipe(TrainingRecipe):
 
     verb: Literal["pretrain"] = "pretrain"
     """The command that runs this recipe."""
-    description: str = ""
-    """One line for `switchcli recipes list`."""
-    model: ModelSpec = ModelSpec()
-    data: DataSpec = DataSpec()
-    train: TrainSpec
-    optimizer: OptimizerSpec = Adafactor()
-    """By its `kind`: adafactor, adamw."""
     schedule: ScheduleSpec = InverseSquareRoot()
     """By its `kind`: inverse_square_root, constant, cosine, linear."""
-    log: LogSpec = LogSpec()
-    eval: EvalSpec = EvalSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
+    data: DataSpec = DataSpec()
 
     @property
     def inputs_length(self) -> int:
@@ -61,24 +50,15 @@ class FinetuneRecipe(TrainingRecipe):
 
     verb: Literal["finetune"] = "finetune"
     """The command that runs this recipe."""
-    description: str = ""
-    """One line for `switchcli recipes list`."""
+    schedule: ScheduleSpec = Constant()
+    """By its `kind`: constant, inverse_square_root, cosine, linear."""
     start: StartSpec
-    model: ModelSpec = ModelSpec()
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     """Names of tasks and suites, or tasks of your own (`kind: files`)."""
     data: TaskDataSpec = TaskDataSpec()
     update: Group = "all"
     """Which weights learn: all, non_expert, expert (with the routers), dense_feed_forward."""
-    train: TrainSpec
-    optimizer: OptimizerSpec = Adafactor()
-    """By its `kind`: adafactor, adamw."""
-    schedule: ScheduleSpec = Constant()
-    """By its `kind`: constant, inverse_square_root, cosine, linear."""
-    log: LogSpec = LogSpec()
-    eval: EvalSpec = EvalSpec()
     scoring: ScoringSpec = ScoringSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
 
     @property
     def inputs_length(self) -> int:
@@ -144,9 +124,8 @@ def standing_alone(name: str) -> Spec:
         RecipeError: one line for each thing that is wrong.
     """
     tree = resolve.load(name)
-    schema = RECIPES.get(str(resolve.stated(tree, "verb")), PretrainRecipe)
-    if resolve.stated(tree, "verb") is None and resolve.stated(tree, "tasks") is not None:
-        schema = EvalRecipe if resolve.stated(tree, "train") is None else FinetuneRecipe
+    verb = resolve.verb_of(tree) or ("eval" if resolve.stated(tree, "tasks") is not None else "pretrain")
+    schema = RECIPES.get(verb, PretrainRecipe)
     if schema is FinetuneRecipe:
         start = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
         tree = resolve.load(name, below=resolve.layer(start, name))

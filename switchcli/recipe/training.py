@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from switchcli.model.spec import STACKS, ModelSpec
 from switchcli.spec import Spec
-from switchcli.train.optimizer import OptimizerSpec
+from switchcli.train.optimizer import Adafactor, OptimizerSpec
 from switchcli.train.schedule import ScheduleSpec
 from switchcli.train.spec import CheckpointSpec, EvalSpec, LogSpec, TrainSpec
 
@@ -21,14 +21,18 @@ class TrainingRecipe(Spec, ABC):
     """A run that trains a model on rows of `inputs_length` and `targets_length` tokens. Each verb's own is final."""
 
     verb: str
-    description: str
-    model: ModelSpec
+    """The command that runs this recipe."""
+    description: str = ""
+    """One line for `switchcli recipes list`."""
+    model: ModelSpec = ModelSpec()
     train: TrainSpec
-    optimizer: OptimizerSpec
+    optimizer: OptimizerSpec = Adafactor()
+    """By its `kind`: adafactor, adamw."""
     schedule: ScheduleSpec
-    log: LogSpec
-    eval: EvalSpec
-    checkpoint: CheckpointSpec
+    """By its `kind`: inverse_square_root, constant, cosine, linear."""
+    log: LogSpec = LogSpec()
+    eval: EvalSpec = EvalSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
 
     @property
     @abstractmethod

@@ -10,7 +10,6 @@ from switchcli.errors import DataError
 from switchcli.tasks.task import Embedded, Example, Files, Purpose, Row, Source, Task
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> list[Example]:
@@ -30,7 +29,10 @@ def examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> 
 
 
 def fingerprint(task: Task, split: Split, folder: str | None) -> str:
-    """What a split's examples follow from: names, a recipe's rules, and of files their sizes and times of change."""
+    """What a split's examples follow from: names, a recipe's rules, and of files their sizes and times of change.
+
+    Raises DataError when a file is not there.
+    """
     source = task.source
     if isinstance(source, Embedded):
         return source.fingerprint()
@@ -38,7 +40,7 @@ def fingerprint(task: Task, split: Split, folder: str | None) -> str:
         return f"{source.rules} {files_fingerprint(matches(source.paths(split), f'tasks: {task.name}'))}"
     if folder is None:
         return repr(source)
-    return files_fingerprint([_file(source, part, folder) for part in (source.train, _split(source, split)) if part])
+    return files_fingerprint([_file(source, _named(task, source, split), folder)])
 
 
 def check_there(tasks: Iterable[Task], splits: Sequence[Split], folder: str | None) -> None:
@@ -48,11 +50,10 @@ def check_there(tasks: Iterable[Task], splits: Sequence[Split], folder: str | No
     lacking: dict[str, Path] = {}
     there = []
     for task in tasks:
-        source = task.source
-        names = [_split(source, split) for split in splits] if isinstance(source, Source) else []
-        paths = [_path(source, name, folder) for name in names if name] if isinstance(source, Source) else []
-        absent = [path for path in paths if not path.is_file()]
-        if absent:
+        paths: list[Path] = []
+        if isinstance(source := task.source, Source):
+            paths = [_path(source, name, folder) for split in splits if (name := _split(source, split))]
+        if absent := [path for path in paths if not path.is_file()]:
             lacking[task.name] = absent[0]
         else:
             there.append(task.name)
@@ -117,9 +118,7 @@ def _rows(task: Task, split: Split, folder: str | None) -> Iterator[tuple[str, R
 
 def _shared_out(task: Task, source: Source, split: Split, folder: str | None) -> Iterator[tuple[str, Row]]:
     """The rows of a split of the benchmark, which may have none for validation: then training gives up its last."""
-    name = _split(source, split)
-    if name is None:
-        raise DataError(f"tasks: {task.name} has no {split} split: it is for evaluation alone")
+    name = _named(task, source, split)
     rows = _hub(task, source, name) if folder is None else json_rows(_file(source, name, folder))
     if source.validation is not None or split == "test":
         yield from rows
@@ -133,6 +132,12 @@ def _split(source: Source, split: Split) -> str | None:
     if split == "validation" and source.validation is None:
         return source.train
     return {"train": source.train, "validation": source.validation, "test": source.test}[split]
+
+
+def _named(task: Task, source: Source, split: Split) -> str:
+    if (name := _split(source, split)) is None:
+        raise DataError(f"tasks: {task.name} has no {split} split: it is for evaluation alone")
+    return name
 
 
 def _hub(task: Task, source: Source, split: str) -> Iterator[tuple[str, Row]]:

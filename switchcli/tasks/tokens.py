@@ -36,7 +36,7 @@ def training(
     task: Task, folder: str | None, tokenizer: Tokenizer, lengths: Lengths, seed: int, cache: Path, track: Track
 ) -> Training:
     """The task's training split, from the cache where it is there already. Raises DataError as `examples` does."""
-    parts = [str(FORMAT), task.name, repr(folder is None), fingerprint(task, "train", folder), tokenizer.sha256]
+    parts = [str(FORMAT), task.name, fingerprint(task, "train", folder), tokenizer.sha256]
     place = cache / "tasks" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def build(built: Path) -> None:

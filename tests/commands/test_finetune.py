@@ -265,7 +265,7 @@ def test_what_is_not_trained_on_or_not_scored_is_told(trained: Path, tuning: str
     assert done.code == 0, done.err
     assert "colour: has no split to train on: it is scored alone" in done.err
     assert "last: has no validation split: it is not scored" in done.err
-    assert re.search(r"colour: \d of 14 inputs to score are longer than 64 tokens and cut", done.err)
+    assert re.search(r"colour: 14 examples to score, \d inputs longer than 64 tokens and cut", done.err)
 
 
 @pytest.mark.parametrize(

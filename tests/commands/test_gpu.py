@@ -35,7 +35,8 @@ def test_a_run_trains_saves_and_goes_on(optimizer: str, precision: str, recipe: 
 
 def test_one_device_goes_on_from_anothers_checkpoint(recipe: str) -> None:
     for steps, device in [(2, "cpu"), (4, "cuda"), (6, "cpu")]:
-        switchcli("pretrain", recipe, f"train.steps={steps}", f"train.device={device}", "--out", "a")
+        done = switchcli("pretrain", recipe, f"train.steps={steps}", f"train.device={device}", "--out", "a", "--json")
+        assert json.loads(done)["step"] == steps
 
 
 @pytest.mark.parametrize("precision", ["float32", "selective"])

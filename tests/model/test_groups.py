@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.model.count import count
 from switchcli.model.experts import grouped_product
-from switchcli.model.groups import Group, check, freeze, members, num_parameters, trainable
+from switchcli.model.groups import Group, check, freeze, members, trainable
 from switchcli.model.spec import ModelSpec
 from switchcli.train.objective import cross_entropy
 
@@ -39,7 +39,8 @@ def test_every_parameter_is_of_the_experts_or_not_and_of_a_dense_feed_forward_or
         else:
             with pytest.raises(ValueError, match="take all"):
                 check(spec, group)
-    counts = num_parameters(model)
+    counts = {group: sum(weight.numel() for weight in members(model, group).values()) for group in GROUPS}
+    assert counts["non_expert"] + counts["expert"] == counts["all"]
     routers = sum(weight.numel() for name, weight in model.named_parameters() if name.endswith("router.weight"))
     assert counts["all"] == count(spec).parameters
     assert counts["expert"] == count(spec).expert + routers

@@ -118,7 +118,7 @@ def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypat
 
 
 def test_a_dense_model_has_no_groups(recipe):
-    recipe("model.num_experts=1", "model.router.group_sequences=3")
+    assert recipe("model.num_experts=1", "model.router.group_sequences=3").model.group_sequences == 1
 
 
 def test_a_router_without_a_kind_is_switch(recipe):
@@ -137,7 +137,8 @@ def test_the_routers_precision_is_that_of_the_papers_arms(recipe):
 
 
 def test_t5s_constant_part_may_outlast_the_run(recipe):
-    recipe("schedule={kind: inverse_square_root, warmup_steps: 10000}")
+    found = recipe("schedule={kind: inverse_square_root, warmup_steps: 10000}")
+    assert found.schedule.warmup_steps > found.train.steps
 
 
 @pytest.mark.parametrize("verb", RECIPES)
