@@ -37,4 +37,12 @@ def tell(tasks: Collection[Task], exams: Sequence[tokens.Scored], split: str, sa
         exam = asked[task.name]
         count, length = len(exam.examples), exam.packed.lengths.inputs
         cut = f", {exam.num_cut:,} inputs longer than {length} tokens and cut" if exam.num_cut else ""
-        (warn if exam.num_cut > MANY_CUT * count else say)(f"{task.name}: {count:,} examples to score{cut}")
+        tell_of_cut(f"{task.name}: {count:,} examples to score{cut}", exam.num_cut / count, say, warn)
+
+
+def tell_of_cut(text: str, share: float, say: Say, warn: Say) -> None:
+    """A message, or a warning with the way out where more than `MANY_CUT` of the examples are cut."""
+    if share > MANY_CUT:
+        warn(f"{text}: raise data.inputs_length or data.targets_length, if the model is to see the rest")
+    else:
+        say(text)

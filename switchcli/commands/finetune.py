@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli.commands.exams import MANY_CUT, exams_of, tell
+from switchcli.commands.exams import exams_of, tell, tell_of_cut
 from switchcli.commands.load import Opened, documents, open_model, saved_recipe
 from switchcli.commands.run import Options, claim
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
@@ -221,10 +221,9 @@ def _tell(
         packed = found[task.name].packed
         count = len(packed.example_X)
         cut = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
-        say = console.warning if packed.num_cut > MANY_CUT * count else console.message
-        say(
-            f"{task.name}: {count:,} examples in {packed.num_rows:,} rows, {rates[task.name]:.1%} of what is shown{cut}"
-        )
+        shown = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of what is shown"
+        text = f"{task.name}: {count:,} examples in {shown}{cut}"
+        tell_of_cut(text, packed.num_cut / count, console.message, console.warning)
 
 
 def _samples(exam: tokens.Scored) -> Batch:

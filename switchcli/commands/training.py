@@ -285,7 +285,9 @@ class Training:
         console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
         verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"
         again = shlex.join([verb, str(out / "recipe.yaml"), steps, "--out", str(out)])
-        asked = self.text.exams[0].examples[0].input if scores else "The <extra_id_0> of a list is its <extra_id_1>."
+        asked = "The <extra_id_0> of a list is its <extra_id_1>."
+        if scores:
+            asked = min((example.input for example in self.text.exams[0].examples), key=len)
         console.message(f"  {switchcli} {shlex.join(['generate', str(out), shortened(asked, 60)])}")
         if scores:
             console.message(f"  {switchcli} {shlex.join(['eval', str(self._best() or out)])}")
