@@ -103,5 +103,5 @@ def _check_tokenizer(recipe: OnText, tokenizer: Tokenizer) -> None:
     said = recipe.data.tokenizer
     if said.kind != "train" and said.load(lambda: iter(())).sha256 != tokenizer.sha256:
         raise RecipeError(
-            f"data.tokenizer: {said.path} is not the tokenizer of the checkpoint that the run starts from: leave it out"
+            f"data.tokenizer: {said.path} is not the tokenizer that the weights were trained with: leave it out"
         )

@@ -15,6 +15,7 @@ from switchcli.recipe import resolve
 from switchcli.recipe.compare import differences
 from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe
 from switchcli.recipe.text import Node
+from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
@@ -125,11 +126,20 @@ def _open(said: str, tree: Node | None, warn: Callable[[str], None]) -> Opened:
         raise CheckpointError(f"{KEY} of the recipe: {error}; or name another by --model CHECKPOINT") from error
 
 
+def recipe_of_run(out: Path) -> TrainingRecipe | None:
+    """The recipe of the run in `out`, if it has saved something."""
+    found = checkpoint.find(out / "checkpoints", warn=lambda damage: None)
+    return None if found is None else saved_recipe(found)
+
+
+def is_within(checkpoint: str, said: str) -> bool:
+    """Whether `said` names that very checkpoint, or a folder that it is in."""
+    return Path(checkpoint).resolve().is_relative_to(Path(said).resolve())
+
+
 def _begun(out: Path, said: str, schema: type[R]) -> R | None:
     """The recipe of the run in `out`, if it has saved something and `said` names what it started from."""
-    found = checkpoint.find(out / "checkpoints", warn=lambda damage: None)
-    recipe = None if found is None else saved_recipe(found)
+    recipe = recipe_of_run(out)
     if not isinstance(recipe, schema) or recipe.start is None:
         return None
-    began = Path(recipe.start.checkpoint).resolve()
-    return recipe if began.is_relative_to(Path(said).resolve()) else None
+    return recipe if is_within(recipe.start.checkpoint, said) else None
