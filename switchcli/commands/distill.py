@@ -65,7 +65,8 @@ def resolved(
         DataError: of the tasks.
     """
     tree = resolve.load(name, overrides)
-    resolve.check_verb(tree, DistillTextRecipe)
+    if resolve.stated(tree, "verb") is not None:  # one that does not say may be that of a pre-training too
+        resolve.check_verb(tree, DistillTextRecipe)
     begun = recipe_of_run(out) if resume else None
     said = _said(options.teacher, tree, TEACHER, "name the model to learn from by --teacher CHECKPOINT")
     if isinstance(begun, Distils) and is_within(begun.distill.teacher, said):
@@ -84,6 +85,8 @@ def resolved(
         student = _open("--student" if options.student else STUDENT, path, out, warn)
         spec = student.recipe.model
         overrides += ["student.kind=checkpoint", f"{STUDENT}={json.dumps(str(student.path))}"]
+    if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student reads by the vocabulary of its teacher
+        overrides.append(f"data.tokenizer={json.dumps({'kind': 'file', 'path': _tokenizer(teacher)})}")
     below = resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
     tree = resolve.load(name, overrides, below)
     recipe: Recipe
@@ -149,11 +152,12 @@ def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]
         below["data"] = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
     below.get("train", {}).pop("device", None)  # of the machine that the teacher was trained on
     if "tasks" not in below and not on_tasks:
-        path = str((teacher.path / "tokenizer.json").absolute())
-        below.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": path}
-        if resolve.stated(tree, "data.tokenizer.kind") == "train":
-            raise RecipeError("data.tokenizer: a student reads by the vocabulary of its teacher: leave it out")
+        below.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer(teacher)}
     return below
+
+
+def _tokenizer(teacher: Opened) -> str:
+    return str((teacher.path / "tokenizer.json").absolute())
 
 
 def _check(distilling: Distilling) -> None:
