@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from switchcli.commands import finetune, huggingface, run
 from switchcli.commands.load import Opened, open_model
-from switchcli.commands.start import check_outside, check_shape, is_within, recipe_of_run
+from switchcli.commands.start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.count import count
 from switchcli.model.inherit import FromCheckpoint, FromTeacher, Inheritance, other_dimensions, plan
@@ -163,6 +163,7 @@ def _tokenizer(teacher: Opened) -> str:
 def _check(distilling: Distilling) -> None:
     """Raise a RecipeError where the student cannot learn from such a teacher."""
     recipe, teacher, student, baseline = distilling
+    check_tokenizer(recipe, teacher.tokenizer)
     ours, theirs = recipe.model, teacher.recipe.model
     if student is not None:
         check_shape(student.recipe.model, ours, str(student.path))

@@ -13,7 +13,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.compare import differences
-from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe
+from switchcli.recipe.schema import FinetuneRecipe, OnText, PretrainRecipe
 from switchcli.recipe.text import Node
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint
@@ -73,6 +73,8 @@ def resolved(
     tree = resolve.load(name, [*overrides, f"{KEY}={json.dumps(path)}"], below)
     recipe = resolve.validate(tree, schema)
     check_shape(spec, recipe.model, path)
+    if start is not None:
+        check_tokenizer(recipe, start.tokenizer)
     if start is not None and start.own is None and recipe.start is not None and recipe.start.optimizer == "carry":
         raise CheckpointError(
             f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
@@ -108,6 +110,20 @@ def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
                 f"model.{key}: the recipe says {new}, the weights of {path} are of {old}: leave it out; of the model a "
                 f"run that starts from them may change {', '.join(NEW[1:])}"
             )
+
+
+def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:
+    """Refuse a recipe that names another vocabulary than that of the weights; one to be trained is not trained then.
+
+    Raises:
+        RecipeError: it does.
+        DataError: the tokenizer that it names is not there.
+    """
+    said = recipe.data.tokenizer if isinstance(recipe, OnText) else None
+    if said is not None and said.kind != "train" and said.load(lambda: iter(())).sha256 != tokenizer.sha256:
+        raise RecipeError(
+            f"data.tokenizer: {said.path} is not the tokenizer that the weights were trained with: leave it out"
+        )
 
 
 def check_outside(key: str, path: Path, out: Path) -> None:
