@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+from distill import distill
 from generate import generate
 from layer import layer
 from machine import PRECISIONS, Job, Result, ceilings
@@ -28,6 +29,7 @@ SECTIONS = {
     "parts": parts,
     "optimizer": optimizer,
     "generate": generate,
+    "distill": distill,
 }
 EXPERTS = (8, 32, 64, 128)
 
@@ -185,6 +187,32 @@ def of_answers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> 
     table([*heads, "one of our steps, ms", *found["parts"]], parts)
 
 
+def of_distilling(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows = []
+    for precision in precisions:
+        for experts, layers in (case for case in ((8, 4), (64, 2)) if case[0] in sizes):
+            job = {"section": "distill", **common, "precision": precision, "experts": experts, "layers": layers}
+            seconds = run({**job, "who": "all"})["seconds"]
+            alone, both, forward = (seconds[who] for who in ("pretraining", "distilling", "the teacher's loss alone"))
+            parts = [one + other for one, other in zip(alone, forward, strict=True)]
+            peaks = {who: run({**job, "who": who, "rounds": 2}) for who in ("pretraining", "distilling")}
+            before, after = (found["peak"] / 2**30 for found in peaks.values())
+            weights = peaks["distilling"]["weights"] / 2**30
+            rows.append(
+                [
+                    precision,
+                    str(experts),
+                    f"{layers} + {layers}",
+                    ratio(both, alone),
+                    ratio(forward, alone),
+                    ratio(both, parts),
+                    *(f"{size:.2f}" for size in (before, after, weights, after - before - weights)),
+                ]
+            )
+    heads = ["precision", "experts", "layers", "distilling over pre-training", "teacher's loss over it", "over the sum"]
+    table([*heads, "pre-training, peak GiB", "distilling", "teacher's weights", "the rest"], rows)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
@@ -192,6 +220,7 @@ TABLES = {
     "parts": of_parts,
     "optimizer": of_optimizer,
     "generate": of_answers,
+    "distill": of_distilling,
 }
 
 

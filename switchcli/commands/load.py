@@ -71,7 +71,11 @@ def open_model(path: Path, warn: Callable[[str], None]) -> Opened:
     """
     if is_layout(path):
         foreign, tokenizer, weights = huggingface.read(path)
-        return Opened(path, 0, foreign, tokenizer, lambda names=None: weights, None)
+
+        def lazily(names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
+            return weights if names is None else {name: weights[name] for name in names}
+
+        return Opened(path, 0, foreign, tokenizer, lazily, None)
     found = open_checkpoint(path, warn)
     recipe, tokenizer = documents(found)
 

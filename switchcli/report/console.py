@@ -51,6 +51,7 @@ COLUMNS = (
     Column("gradient_norm", "grad norm", 9, "{:.3g}".format),
     Column("seconds_left", "time left", 9, clock),
 )
+TEACHER_COLUMNS = (Column("teacher_divergence", "to teacher", 10, "{:.4f}".format),)
 SPARSE_COLUMNS = (
     Column("encoder_dropped_fraction", "enc drop", 8, _percent),
     Column("decoder_dropped_fraction", "dec drop", 8, _percent),
@@ -214,7 +215,8 @@ class Training:
 
 def _columns(metrics: Mapping[str, float]) -> tuple[Column, ...]:
     sparse = any(column.key in metrics for column in SPARSE_COLUMNS)
-    return COLUMNS + SPARSE_COLUMNS if sparse else COLUMNS
+    taught = any(column.key in metrics for column in TEACHER_COLUMNS)
+    return COLUMNS + TEACHER_COLUMNS * taught + SPARSE_COLUMNS * sparse
 
 
 def _heading(columns: Iterable[Column], steps: int) -> str:

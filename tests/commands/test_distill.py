@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import SwitchCLI, lay_out_tuning
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands import teaching
+from switchcli.commands.load import load
 from switchcli.train.distillation import Teacher
 
 INTERRUPTED = 75
@@ -225,6 +227,24 @@ def test_a_student_of_a_size_and_a_smaller_sparse_one(trained: Path, here: Path,
     large = switchcli("distill", "--teacher", trained, "--student", "tiny", "student.kind=fresh")
     assert large.code == 2
     assert "is larger than its teacher" in large.err
+
+
+def test_a_dense_student_is_served_by_transformers(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    """The end of the road: the exported student loads there and gives the logits that it gives here."""
+    assert switchcli("distill", "--teacher", trained, "--out", "a", "-q").code == 0
+    done = switchcli("convert", "a", "served", "--to", "huggingface")
+    assert done.code == 0, done.err
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained("served").eval()
+    assert isinstance(theirs, transformers.T5ForConditionalGeneration)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("served")
+    inputs = tokenizer(["the red <extra_id_0> is not alpha", "blue walk"], return_tensors="pt", padding=True)
+    targets = tokenizer(["<extra_id_0> gamma", "run"], return_tensors="pt", padding=True).input_ids
+    ours = load(Path("a"), torch.device("cpu"), print).model
+    with torch.no_grad():
+        expected = theirs(**inputs, labels=targets).logits
+        found = ours(inputs.input_ids, targets).logits_BTV
+    real = targets != 0
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
 class Stopped:

@@ -1,0 +1,71 @@
+"""Distilling against pre-training the same dense student, and the teacher alone; peak memory of each.
+
+The student is a T5 of the step's shape, the teacher its Switch model of equal FLOPs, routed droplessly.
+"""
+
+import resource
+from collections.abc import Callable
+
+import torch
+from machine import Job, Result, batch, begin, shape
+
+from switchcli.data.batch import Batch
+from switchcli.model.initialise import initialise
+from switchcli.model.moe import evaluate_by
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.runtime import Runtime
+from switchcli.train.distillation import Distillation, DistillSpec, Teacher
+from switchcli.train.loop import accumulate_gradients
+from switchcli.train.microbatches import Microbatch
+from switchcli.train.objective import Objective, cross_entropy, summed_cross_entropy
+from switchcli.train.optimizer import Adafactor
+
+
+def distill(job: Job) -> Result:
+    """Seconds of each call in turn where `who` is "all", else of one kind of step alone, and the process's peak."""
+    runtime, clock = begin(job)
+    student, here = _model(1, job, runtime), runtime.place(batch())
+    optimizer = Adafactor().build(dict(student.named_parameters()))
+
+    def step(objective: Objective) -> Callable[[], None]:
+        def call() -> None:
+            accumulate_gradients(student, objective, [Microbatch(0, here)], here.targets_BT.numel(), runtime, "0")
+            optimizer.step(1e-3)
+            student.zero_grad()
+
+        return call
+
+    calls: dict[str, Callable[[], object]] = {"pretraining": step(cross_entropy)}
+    weights = 0
+    if job["who"] != "pretraining":
+        model = _model(job["experts"], job, runtime)
+        evaluate_by(model, "dropless")
+        weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        precision = "float32" if job["precision"] == "float32" else "selective"
+        teacher = Teacher(model, precision, 1.0)
+        calls["distilling"] = step(Distillation(DistillSpec(teacher=""), teacher, packed=False))
+        calls["the teacher's loss alone"] = lambda: _forward(model, here, runtime)
+    if job["who"] != "all":
+        calls = {job["who"]: calls[job["who"]]}
+    seconds = clock.in_turn(calls, job["rounds"])
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "peak": peak, "weights": weights}
+
+
+@torch.no_grad()
+def _forward(model: SwitchTransformer, here: Batch, runtime: Runtime) -> None:
+    """A forward pass with the loss over the vocabulary: what evaluating the teacher costs."""
+    with runtime.autocast():
+        output = model(here.inputs_BS, here.targets_BT)
+        summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, here.targets_BT.flatten())
+
+
+def _model(experts: int, job: Job, runtime: Runtime) -> SwitchTransformer:
+    with torch.device("meta"):
+        model = SwitchTransformer(shape(experts, num_layers=job["layers"]))
+    model = model.to_empty(device=runtime.device).train()
+    initialise(model, 0)
+    return model
