@@ -27,9 +27,20 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 
+A_CHECKPOINT = "A run's folder, one checkpoint's, or a Hugging Face folder."
+Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
+Destination = Annotated[Path, typer.Argument(help="The new folder.", show_default=False)]
 Recipe = Annotated[str, typer.Argument(help="A file, or the name of a recipe that ships.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to set, by dotted path.", show_default=False)
+]
+Measured = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [KEY=VALUE ...]",
+        help=r"What to measure, such as tasks=\[rte]; absent: what the checkpoint was trained on.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/RECIPE when absent.", show_default=False)]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in the folder, or set it aside and begin anew.")]
@@ -111,17 +122,8 @@ def finetune(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, one checkpoint's, or a Hugging Face folder.", show_default=False)
-    ],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE ...]",
-            help=r"What to measure, such as tasks=\[rte]; absent: what the checkpoint was trained on.",
-            show_default=False,
-        ),
-    ] = None,
+    checkpoint: Checkpoint,
+    arguments: Measured = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of result.json and predictions; runs/eval/NAME when absent.")
     ] = None,
@@ -169,9 +171,7 @@ def _end(result: Mapping[str, Any], as_json: bool) -> None:
 
 @app.command()
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, one checkpoint's, or a Hugging Face folder.", show_default=False)
-    ],
+    checkpoint: Checkpoint,
     texts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),
@@ -244,7 +244,7 @@ def convert(
         str,
         typer.Argument(help="A run's or checkpoint's folder, a Hugging Face folder or hub name.", show_default=False),
     ],
-    destination: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
+    destination: Destination,
     to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.", show_default=False)],
     tokenizer: Annotated[
         Path | None, typer.Option(help="The model's tokenizer.json, if SOURCE has none.", show_default=False)
@@ -273,6 +273,60 @@ def convert(
         console.message(f"{result['parameters']:,} parameters in {destination}")
         if as_json:
             print_json(result)
+
+
+@app.command()
+def upcycle(
+    dense: Annotated[Path, typer.Argument(help=f"A dense model. {A_CHECKPOINT}", show_default=False)],
+    destination: Destination,
+    experts: Annotated[int, typer.Option(help="Experts in each sparse layer.", show_default=False)],
+    overrides: Overrides = None,
+    gate: Annotated[
+        Literal["scaled", "raw"],
+        typer.Option(help="Make up for gates below 1, so that nothing is lost at first; or copy as it is."),
+    ] = "scaled",
+    noise: Annotated[
+        float, typer.Option(help="Normal noise on each expert's weights, as a multiple of their root mean square.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of routers and noise.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A Switch model that begins where a dense one ended: experts are copies of its feed-forwards."""
+    with ending.stoppable(saves_nothing=True):
+        from switchcli.commands import upcycle
+
+        options = upcycle.Options(experts, gate, noise, seed)
+        result = upcycle.upcycle(dense, destination, overrides or [], options, ending.warn)
+        Console(quiet=quiet).message(upcycle.said(result))
+        _end(result, as_json)
+
+
+@app.command()
+def prune(
+    checkpoint: Checkpoint,
+    destination: Destination,
+    experts: Annotated[int, typer.Option(help="Experts that each sparse layer keeps.", show_default=False)],
+    arguments: Measured = None,
+    by: Annotated[
+        Literal["drop", "merge"],
+        typer.Option(help="Leave the others out, or average them into those whose router rows are most alike."),
+    ] = "drop",
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Held-out rows of text, and examples of each task, to measure it on.")
+    ] = 512,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fewer experts, for serving: those that held-out text asks for least are taken out of each sparse layer."""
+    with ending.stoppable(saves_nothing=True):
+        from switchcli.commands import prune
+
+        options = prune.Options(experts, by, sequences)
+        result = prune.prune(checkpoint, destination, arguments or [], options, Console(quiet=quiet), ending.warn)
+        if not as_json:
+            prune.show(result)
+        _end(result, as_json)
 
 
 @app.command()
