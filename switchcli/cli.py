@@ -62,10 +62,21 @@ def _root(
 ) -> None: ...
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="What to start from: a run's folder, one checkpoint's, or a Hugging Face folder.",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def pretrain(
     recipe: Recipe,
     overrides: Overrides = None,
+    model: Model = None,
     out: Out = None,
     resume: Resume = True,
     processes: Processes = 1,
@@ -73,33 +84,24 @@ def pretrain(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train from scratch by span corruption; the same command goes on after a stop."""
+    """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
     with ending.stoppable():
         from switchcli.commands import pretrain, run
-        from switchcli.recipe.resolve import resolve
-        from switchcli.recipe.schema import PretrainRecipe
 
-        resolved = resolve(recipe, overrides or [], PretrainRecipe)
+        folder = out or run.default_out(recipe)
+        pretraining = pretrain.resolved(recipe, overrides or [], model, folder, resume, ending.warn)
         if dry_run:
-            _describe(resolved, as_json)
+            _describe(pretraining.recipe, as_json)
             return
-        _start_ranks(processes, resolved.train.device, as_json)
-        result = pretrain.pretrain(resolved, run.Options(out or run.default_out(recipe), resume, quiet))
-        _end(result, as_json)
+        _start_ranks(processes, pretraining.recipe.train.device, as_json)
+        _end(pretrain.pretrain(pretraining, run.Options(folder, resume, quiet)), as_json)
 
 
 @app.command()
 def finetune(
     recipe: Recipe,
     overrides: Overrides = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CHECKPOINT",
-            help="What to start from: a run's folder, one checkpoint's, or a Hugging Face folder.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
     out: Out = None,
     resume: Resume = True,
     processes: Processes = 1,

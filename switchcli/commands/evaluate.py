@@ -24,7 +24,7 @@ from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import EvalRecipe, FinetuneRecipe, PretrainRecipe
+from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
 from switchcli.report.console import Console
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.scores import Scores, is_right, score
@@ -93,10 +93,10 @@ def _defaults(opened: Opened) -> dict[str, Any]:
     """What the checkpoint's run says of the keys of an evaluation."""
     own = opened.recipe
     lengths = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
-    if isinstance(own, FinetuneRecipe):
+    if isinstance(own, OnTasks):
         return own.model_dump(mode="json", include={"tasks", "data", "scoring"})
     trained = opened.own is not None and DATA in opened.own.manifest.names()  # a converted one has no text of its own
-    if not trained or not isinstance(own, PretrainRecipe):
+    if not trained or not isinstance(own, OnText):
         return {"data": lengths}
     text = TextSpec(
         corpora=own.data.corpora, held_out_fraction=own.data.held_out_fraction, sequences=own.eval.sequences
@@ -208,7 +208,7 @@ class Measuring:
         self._loaded, self._recipe, self._runtime, self._console = loaded, recipe, runtime, console
         own = loaded.recipe
         self.tasks = tasks_of(recipe.tasks)
-        learned = tasks_of(own.tasks) if isinstance(own, FinetuneRecipe) else {}
+        learned = tasks_of(own.tasks) if isinstance(own, OnTasks) else {}
         self._never_seen([name for name in self.tasks if name not in learned])
 
         def exams() -> tuple[tokens.Scored, ...]:
@@ -275,7 +275,7 @@ class Measuring:
         if text is None:
             return None
         spans = SpanCorruption(inputs_length=own.inputs_length)
-        if isinstance(own, PretrainRecipe):
+        if isinstance(own, OnText):
             spans = own.data.span_corruption
         data = DataSpec(corpora=text.corpora, held_out_fraction=text.held_out_fraction, span_corruption=spans)
 

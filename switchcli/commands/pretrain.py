@@ -1,50 +1,76 @@
 """`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, by span corruption of plain text."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from switchcli.commands import start
 from switchcli.commands.run import Options, claim
+from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
 from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.stream import SpanStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.initialise import initialise
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
-from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe.schema import OnText, PretrainRecipe
 from switchcli.report.console import Console
 from switchcli.train import memory
 from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 
 HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds are then on the same batches
 
 
-def pretrain(recipe: PretrainRecipe, options: Options) -> dict[str, Any]:
+def resolved(
+    name: str, overrides: Sequence[str], model: str | None, out: Path, resume: bool, warn: Callable[[str], None]
+) -> Starting[PretrainRecipe]:
+    """As start.resolved."""
+    return start.resolved(name, overrides, model, out, resume, warn, PretrainRecipe)
+
+
+def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[str, Any]:
     """Train what is left of the run in `options.out`; its result, also in result.json, or {} off the main rank.
 
     Raises:
         Interrupted: stopped by a signal, after saving.
         SwitchError: as each part says.
     """
+    recipe, opened = pretraining
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with (
         claim(options, recipe, runtime, console) as folder,
         memory.explained(recipe.model, recipe.optimizer, runtime.device),
     ):
-        verb = Verb(
-            cross_entropy,
-            text=lambda: _text(recipe, folder, runtime, console),
-            begin=lambda model, optimizer: initialise(model, recipe.train.seed),
-        )
+
+        def text() -> Text:
+            own = None if recipe.start is None else start.tokenizer_of(opened, folder, runtime)
+            return text_of(recipe, own, folder, runtime, console)
+
+        def begin(model: SwitchTransformer, optimizer: Optimizer) -> None:
+            if recipe.start is None:
+                initialise(model, recipe.train.seed)
+            else:
+                start.begin(recipe.start, opened, model, optimizer)
+
+        verb = Verb(cross_entropy, text, begin)
         result = Training(recipe, folder, runtime, console, verb).run()
         runtime.close()
     return result
 
 
-def _text(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: Console) -> Text:
+def text_of(recipe: OnText, tokenizer: Tokenizer | None, folder: RunFolder, runtime: Runtime, console: Console) -> Text:
+    """Spans of the recipe's text, cut by `tokenizer` or the recipe's own. Raises DataError as each part says."""
+
     def prepared() -> Prepared:
         """The text as ids, by the vocabulary that the run began with: one trained again need not be the same."""
+        if tokenizer is not None:
+            _check_tokenizer(recipe, tokenizer)
+            return prepare(recipe.data, default_cache(), console.track, tokenizer)
         found = prepare(recipe.data, default_cache(), console.track)
         if not folder.tokenizer.exists():
             folder.write_tokenizer(found.tokenizer.to_json())
@@ -70,3 +96,12 @@ def _text(recipe: PretrainRecipe, folder: RunFolder, runtime: Runtime, console: 
         held_out.rows_per_epoch,
         held_out.batch(0, 0, NUM_SAMPLES),
     )
+
+
+def _check_tokenizer(recipe: OnText, tokenizer: Tokenizer) -> None:
+    """Refuse a recipe that names another vocabulary than the weights were trained with; one to be trained is not."""
+    said = recipe.data.tokenizer
+    if said.kind != "train" and said.load(lambda: iter(())).sha256 != tokenizer.sha256:
+        raise RecipeError(
+            f"data.tokenizer: {said.path} is not the tokenizer of the checkpoint that the run starts from: leave it out"
+        )

@@ -1,5 +1,6 @@
 """The recipe of each verb: the rooms' specs put together."""
 
+from abc import ABC
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -19,11 +20,9 @@ from switchcli.train.scoring import ScoringSpec
 from switchcli.train.spec import Precision, StartSpec
 
 
-class PretrainRecipe(TrainingRecipe):
-    """One run of `switchcli pretrain`."""
+class OnText(TrainingRecipe, ABC):
+    """A run on corrupted spans of plain text."""
 
-    verb: Literal["pretrain"] = "pretrain"
-    """The command that runs this recipe."""
     schedule: ScheduleSpec = InverseSquareRoot()
     """By its `kind`: inverse_square_root, constant, cosine, linear."""
     data: DataSpec = DataSpec()
@@ -36,7 +35,7 @@ class PretrainRecipe(TrainingRecipe):
     def targets_length(self) -> int:
         return self.data.span_corruption.targets_length
 
-    def _own_rules(self) -> Iterator[str]:
+    def _text_rules(self) -> Iterator[str]:
         tokenizer, rows = self.data.tokenizer, self.model.vocab_size
         if tokenizer.kind == "train" and tokenizer.vocab_size > rows:
             yield (
@@ -45,19 +44,14 @@ class PretrainRecipe(TrainingRecipe):
             )
 
 
-class FinetuneRecipe(TrainingRecipe):
-    """One run of `switchcli finetune`. Keys of `model` that it leaves out are the checkpoint's."""
+class OnTasks(TrainingRecipe, ABC):
+    """A run on text-to-text tasks, scored on them."""
 
-    verb: Literal["finetune"] = "finetune"
-    """The command that runs this recipe."""
     schedule: ScheduleSpec = Constant()
     """By its `kind`: constant, inverse_square_root, cosine, linear."""
-    start: StartSpec
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     """Names of tasks and suites, or tasks of your own (`kind: files`)."""
     data: TaskDataSpec = TaskDataSpec()
-    update: Group = "all"
-    """Which weights learn: all, non_expert, expert (with the routers), dense_feed_forward."""
     scoring: ScoringSpec = ScoringSpec()
 
     @property
@@ -68,18 +62,39 @@ class FinetuneRecipe(TrainingRecipe):
     def targets_length(self) -> int:
         return self.data.targets_length
 
-    def _own_rules(self) -> Iterator[str]:
+    def _text_rules(self) -> Iterator[str]:
         evaluate, save = self.eval.every_steps, self.checkpoint.save_every_steps
         if evaluate % save and self.checkpoint.keep_best:
             yield (
                 f"eval.every_steps ({evaluate}) must be a multiple of checkpoint.save_every_steps ({save}), so that "
                 f"the best checkpoint of each task is there to be kept: try checkpoint.save_every_steps={evaluate}."
             )
+        yield from names_twice(self.tasks)
+
+
+class PretrainRecipe(OnText):
+    """One run of `switchcli pretrain`. With a `start`, keys of `model` that it leaves out are the checkpoint's."""
+
+    verb: Literal["pretrain"] = "pretrain"
+    """The command that runs this recipe."""
+    start: StartSpec | None = None
+    """Absent: from scratch."""
+
+
+class FinetuneRecipe(OnTasks):
+    """One run of `switchcli finetune`. Keys of `model` that it leaves out are the checkpoint's."""
+
+    verb: Literal["finetune"] = "finetune"
+    """The command that runs this recipe."""
+    start: StartSpec
+    update: Group = "all"
+    """Which weights learn: all, non_expert, expert (with the routers), dense_feed_forward."""
+
+    def _own_rules(self) -> Iterator[str]:
         try:
             check(self.model, self.update)
         except ValueError as error:
             yield f"update ({self.update}): {error}"
-        yield from names_twice(self.tasks)
 
 
 class EvalRecipe(Spec):

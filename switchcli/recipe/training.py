@@ -50,9 +50,14 @@ class TrainingRecipe(Spec, ABC):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if broken := [*self._batch_rules(), *self._capacity_rules(), *self._schedule_rules(), *self._own_rules()]:
+        rules = (self._batch_rules, self._capacity_rules, self._schedule_rules, self._text_rules, self._own_rules)
+        if broken := [line for rule in rules for line in rule()]:
             raise ValueError("\n".join(broken))
         return self
+
+    @abstractmethod
+    def _text_rules(self) -> Iterator[str]:
+        """The rules of what is trained on."""
 
     def _own_rules(self) -> Iterator[str]:
         """The rules that only this verb has."""
