@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands.finetune import NEW
 from switchcli.commands.huggingface import empty
 from switchcli.commands.load import Opened, open_model
 from switchcli.commands.place import data_of, free_for_checkpoint, place_checkpoint
+from switchcli.commands.start import NEW
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.spec import STACKS
 from switchcli.model.upcycling import Gate, Upcycled, correction
