@@ -314,6 +314,9 @@ def prune(
         Literal["drop", "merge"],
         typer.Option(help="Leave the others out, or average them into those whose router rows are most alike."),
     ] = "drop",
+    gate: Annotated[
+        Literal["scaled", "raw"], typer.Option(help="Make up for gates that rise among fewer experts, or do not.")
+    ] = "scaled",
     sequences: Annotated[
         int, typer.Option(min=1, help="Held-out rows of text, and examples of each task, to measure it on.")
     ] = 512,
@@ -324,7 +327,7 @@ def prune(
     with ending.stoppable(saves_nothing=True):
         from switchcli.commands import prune
 
-        options = prune.Options(experts, by, sequences)
+        options = prune.Options(experts, by, gate, sequences)
         result = prune.prune(checkpoint, destination, arguments or [], options, Console(quiet=quiet), ending.warn)
         if not as_json:
             prune.show(result)

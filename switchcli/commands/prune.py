@@ -12,7 +12,7 @@ from switchcli.commands.upcycle import with_experts
 from switchcli.errors import CheckpointError, DataError, RecipeError
 from switchcli.model import pruning
 from switchcli.model.count import count
-from switchcli.model.pruning import By
+from switchcli.model.pruning import By, Gate
 from switchcli.model.routing import Policy
 from switchcli.model.spec import STACKS, ModelSpec
 from switchcli.parallel.runtime import Runtime
@@ -27,6 +27,7 @@ class Options(NamedTuple):
 
     experts: int
     by: By
+    gate: Gate
     sequences: int
     """Rows of text, and examples of each task, that are looked at."""
 
@@ -57,12 +58,13 @@ def prune(
     with memory.explained_of_evaluation(runtime.device):
         loaded = filled(opened, runtime.device)
         measuring = evaluate.Measuring(loaded, recipe, runtime, console)
-        before = measuring.held_out(loaded.model, policy).named()
+        with pruning.probability_mass(loaded.model) as mass:
+            before = measuring.held_out(loaded.model, policy).named()
         if not before:
             raise DataError(f"{opened.path}: no labelled example in what it is measured on: name text or other tasks")
-        loads = _loads(before)
+        cuts = pruning.cuts(loaded.model, _loads(before), mass, options.experts, options.gate)
         pruned = unfilled(smaller, runtime.device)
-        pruning.prune(loaded.model, loads, pruned, options.by)
+        pruning.prune(loaded.model, cuts, pruned, options.by)
         after = measuring.held_out(pruned, policy).named()
     place_checkpoint(destination, smaller, opened.tokenizer, logical_tensors(pruned), data_of(opened))
     runtime.close()
@@ -71,6 +73,7 @@ def prune(
         "source": str(opened.path),
         "destination": str(destination),
         "by": options.by,
+        "gate": options.gate,
         "capacity": policy,
         "experts": {"before": opened.recipe.model.num_experts, "after": options.experts},
         "parameters": {"before": count(opened.recipe.model).parameters, "after": count(smaller.model).parameters},
@@ -78,14 +81,7 @@ def prune(
             name: {"sequences": one["sequences"], "before": one[figure], "after": after[name][figure]}
             for name, one in before.items()
         },
-        "layers": {
-            layer: {
-                "kept": pruning.kept(load_E, options.experts),
-                "load": load_E,
-                "lost_fraction": pruning.lost(load_E, options.experts),
-            }
-            for layer, load_E in loads.items()
-        },
+        "layers": {layer: {**one._asdict(), "wo": float(one.wo)} for layer, one in cuts.items()},
     }
 
 
@@ -100,8 +96,11 @@ def show(result: Mapping[str, Any]) -> None:
     layers = result["layers"].items()
     console.rows(
         "tokens whose expert is gone",
-        ("layer", "share", "kept"),
-        ([layer, f"{one['lost_fraction']:.1%}", " ".join(map(str, one["kept"]))] for layer, one in layers),
+        ("layer", "share", "wo times", "kept"),
+        (
+            [name, f"{one['lost_fraction']:.1%}", f"{one['wo']:.3f}", " ".join(map(str, one["kept"]))]
+            for name, one in layers
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from switchcli.model.routing import RouterSpec
 from switchcli.model.spec import STACKS, ModelSpec
 
 Gate = Literal["scaled", "raw"]
+"""`raw` begins worse, with routers that learn sooner: Adafactor's steps are relative to the size of a weight."""
 UNIFORM = 1e-8
 """Router weights so small that every probability is 1/E in float32, while the largest logit still differs by token."""
 RANKED = 1e-2

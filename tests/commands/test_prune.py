@@ -28,7 +28,7 @@ def result_of(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
 @pytest.mark.parametrize("by", ["drop", "merge"])
 def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: SwitchCLI) -> None:
     result = result_of(switchcli, trained, "small", "--experts", 2, "--by", by, "--sequences", 8)
-    assert (result["by"], result["capacity"]) == (by, "dropless")
+    assert (result["by"], result["gate"], result["capacity"]) == (by, "scaled", "dropless")
     assert result["experts"] == {"before": 4, "after": 2}
     assert result["held_out"]["text"].keys() == {"sequences", "before", "after"}
     whole, small = (load(path, torch.device("cpu"), pytest.fail) for path in (trained, Path("small")))
@@ -36,6 +36,7 @@ def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: Swit
         assert result["parameters"][when] == sum(weight.numel() for weight in one.model.parameters())
     assert list(result["layers"]) == LAYERS
     for name, layer in result["layers"].items():
+        assert 0.25 < layer["wo"] < 1
         gone = [load for expert, load in enumerate(layer["load"]) if expert not in layer["kept"]]
         assert layer["lost_fraction"] == pytest.approx(sum(gone) / sum(layer["load"]))
         rows_ED = whole.model.get_parameter(f"{name}.router.weight")

@@ -1,6 +1,6 @@
 """Pruning against a reference: the whole model, to whose routers the experts taken out are impossible."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from tiny import SHAPE, rows
 
 from switchcli.model.initialise import initialise
 from switchcli.model.moe import Router, SwitchLayer, evaluating
-from switchcli.model.pruning import Loads, kept, lost, prune, shares
+from switchcli.model.pruning import By, Cut, Gate, cuts, probability_mass, prune, shares
 from switchcli.model.routing import NoTokenLeftBehind, TopK
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -34,15 +34,26 @@ def model_of(spec: ModelSpec, seed: int = 0) -> SwitchTransformer:
     return model
 
 
+Loads = Mapping[str, list[int]]
+
+
 def loads_of(spec: ModelSpec) -> Loads:
     """Other experts in each layer."""
     parts = spec.routed_parts()
     return {part: LOAD[place % 5 :] + LOAD[: place % 5] for place, part in enumerate(parts)}
 
 
-def pruned(model: SwitchTransformer, loads: Loads, experts: int, by: Any = "drop") -> SwitchTransformer:
+def cuts_of(model: SwitchTransformer, loads: Loads, experts: int, gate: Gate = "raw") -> dict[str, Cut]:
+    with probability_mass(model) as mass:
+        logits(model)
+    return cuts(model, loads, mass, experts, gate)
+
+
+def pruned(
+    model: SwitchTransformer, loads: Loads, experts: int, by: By = "drop", gate: Gate = "raw"
+) -> SwitchTransformer:
     into = model_of(model.spec.model_copy(update={"num_experts": experts}), seed=1)
-    prune(model, loads, into, by)
+    prune(model, cuts_of(model, loads, experts, gate), into, by)
     return into
 
 
@@ -67,12 +78,13 @@ def logits(model: SwitchTransformer) -> torch.Tensor:
 def test_dropping_is_hiding_from_the_router(case: str) -> None:
     model = model_of(ModelSpec(**{**LARGE, **SPECS[case]}))
     before, loads = logits(model), loads_of(model.spec)
+    stay = cuts_of(model, loads, 3)
     smaller = logits(pruned(model, loads, 3))
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
     assert len(routers) == len(loads)
     for name, router in routers.items():
         layer = name.removesuffix(".router").removesuffix(".switch")
-        router.register_forward_hook(only(kept(loads[layer], 3)))
+        router.register_forward_hook(only(stay[layer].kept))
     assert torch.allclose(smaller, logits(model), rtol=1e-5, atol=1e-5)
     assert (before - smaller).abs().max() > 1e-2
 
@@ -125,7 +137,7 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
             assert torch.equal(weight, whole[name])
             continue
         load = loads[layer.removesuffix(".switch")]
-        first, second = kept(load, 2)
+        first, second = sorted(sorted(range(5), key=lambda expert: -load[expert])[:2])
         rows_ED = whole[f"{layer}.router.weight"]
         if name.endswith("router.weight"):
             assert torch.equal(weight, rows_ED[[first, second]])
@@ -141,21 +153,42 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
 
 
 def test_without_any_load_an_expert_stays_as_it_is() -> None:
-    share_NE = shares(torch.eye(3, 4), torch.tensor([0, 2]), [0, 0, 0])
+    share_NE = shares(torch.eye(3, 4), Cut([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 
-@given(load=st.lists(st.integers(0, 9), min_size=2, max_size=9), data=st.data())
-def test_the_most_loaded_are_kept_in_order(load: list[int], data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, len(load) - 1))
-    stay = kept(load, count)
-    gone = set(range(len(load))) - set(stay)
-    assert stay == sorted(set(stay))
-    assert len(stay) == count
-    assert min(load[expert] for expert in stay) >= max(load[expert] for expert in gone)
-    assert lost(load, count) == pytest.approx(sum(load[expert] for expert in gone) / max(1, sum(load)))
+@given(load=st.lists(st.integers(0, 9), min_size=3, max_size=3), count=st.integers(1, 2))
+def test_the_most_loaded_are_kept_in_order_and_of_equals_the_first(load: list[int], count: int) -> None:
+    model = model_of(ModelSpec(**{**LARGE, "num_experts": 3, "sparse_decoder_layers": ()}))
+    (part,) = model.spec.routed_parts()
+    (found,) = cuts(model, {part: load}, {part: torch.ones(3, 3)}, count, "scaled").values()
+    gone = [expert for expert in range(3) if expert not in found.kept]
+    assert found.kept == sorted(set(found.kept))
+    assert all((load[stays], -stays) >= (load[goes], -goes) for stays in found.kept for goes in gone)
+    assert found.lost_fraction == pytest.approx(sum(load[expert] for expert in gone) / max(1, sum(load)))
+    assert float(found.wo) == pytest.approx(count / 3)
 
 
-def test_of_equals_the_first_are_kept() -> None:
-    assert kept([4, 4, 4, 4], 2) == [0, 1]
-    assert kept(LOAD, 3) == [2, 3, 4]
+@pytest.mark.parametrize("case", SPECS)
+def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: str) -> None:
+    model = model_of(ModelSpec(**{**LARGE, **SPECS[case]}))
+    loads = loads_of(model.spec)
+    seen: dict[str, torch.Tensor] = {}  # of each layer, p(x) of its real tokens
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda layer, inputs, output: seen.update({name: layer.router(inputs[0])[inputs[1]].softmax(-1)})
+
+    for name, module in model.named_modules():
+        if isinstance(module, SwitchLayer):
+            module.register_forward_hook(see(name.removesuffix(".switch")))
+    for name, found in cuts_of(model, loads, 3, "scaled").items():
+        if isinstance(model.spec.router, TopK) and model.spec.router.renormalise:
+            assert found.wo == 1
+            continue
+        keep_A = torch.isin(seen[name].argmax(-1), torch.tensor(found.kept))
+        assert float(found.wo) == pytest.approx(float(seen[name][keep_A][:, found.kept].sum(-1).mean()), rel=1e-5)
+    raw, scaled = (dict(pruned(model, loads, 3, gate=gate).named_parameters()) for gate in ("raw", "scaled"))
+    for name, weight in raw.items():
+        layer = name.partition(".experts.")[0].removesuffix(".switch")
+        factor = cuts_of(model, loads, 3, "scaled")[layer].wo if name.endswith("experts.wo") else torch.tensor(1.0)
+        assert torch.allclose(scaled[name], weight * factor.float())
