@@ -67,7 +67,9 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
     alone = switchcli("prune", "theirs", "small", "--experts", 2)
     assert (alone.code, "nothing to measure it on" in alone.err) == (2, True)
     corpus = f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
-    result = result_of(switchcli, "theirs", "small", "--experts", 2, corpus, "--sequences", 1)
+    result = result_of(
+        switchcli, "theirs", "small", "--experts", 2, corpus, "text.held_out_fraction=0.5", "--sequences", 1
+    )
     assert result["experts"]["after"] == load(Path("small"), torch.device("cpu"), pytest.fail).recipe.model.num_experts
 
 
