@@ -122,6 +122,63 @@ def finetune(
         _end(finetune.finetune(finetuning, run.Options(folder, resume, quiet)), as_json)
 
 
+@app.command()
+def distill(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE ...]",
+            help="What to train on and for how long; absent: as the teacher was.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="What to learn from.", show_default=False)
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|CHECKPOINT",
+            help="What learns; absent: the dense model with the teacher's FLOPs a token.",
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT|FIGURE",
+            help="The dense model over which the teacher has its gain, for the share of it that is kept.",
+            show_default=False,
+        ),
+    ] = None,
+    answers_only: Annotated[
+        bool, typer.Option("--answers-only", help="Ask the teacher, keep its answers, and stop (distill.answers).")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; runs/RECIPE or runs/distill/TEACHER when absent.")
+    ] = None,
+    resume: Resume = True,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
+    with ending.stoppable():
+        from switchcli.commands import distill, run, teaching
+
+        name, overrides = run.split(arguments or [])
+        folder = out or distill.default_out(name, teacher)
+        named = distill.Options(teacher, student, baseline)
+        distilling = distill.resolved(name, overrides, named, folder, resume, ending.warn)
+        if dry_run:
+            _describe(distilling.recipe, as_json)
+            return
+        _start_ranks(processes, distilling.recipe.train.device, as_json)
+        act = teaching.ask if answers_only else teaching.distill
+        _end(act(distilling, run.Options(folder, resume, quiet)), as_json)
+
+
 @app.command("eval")
 def evaluate(
     checkpoint: Checkpoint,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import HELD_OUT_SEED
-from switchcli.commands.run import machine
+from switchcli.commands.run import machine, place, split
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import Batch
 from switchcli.data.mixture import InTurn
@@ -33,7 +33,6 @@ from switchcli.tasks.task import Answered
 from switchcli.train import health, memory
 from switchcli.train.evaluate import evaluate, shared
 from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
-from switchcli.train.saver import DATA
 from switchcli.train.scoring import Answering
 
 ROWS_EACH = 16
@@ -65,8 +64,7 @@ def resolved(checkpoint: Path, arguments: Sequence[str], warn: Callable[[str], N
     """
     opened = open_model(checkpoint, warn)
     below = _defaults(opened)
-    name = next((argument for argument in arguments[:1] if "=" not in argument), None)
-    overrides = arguments[name is not None :]
+    name, overrides = split(arguments)
     tree = resolve.load(name, overrides)
     resolve.check_verb(tree, EvalRecipe)  # before the checkpoint's tasks lie beneath it
     said = resolve.stated(tree, "tasks")
@@ -82,10 +80,10 @@ def resolved(checkpoint: Path, arguments: Sequence[str], warn: Callable[[str], N
             f"{opened.path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
             "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
         )
-    asked, split = tasks_of(recipe.tasks), recipe.scoring.split
-    reading.check_there(asked.values(), (split,), recipe.data.folder)
-    if recipe.text is None and not any(reading.has(task, split) for task in asked.values()):
-        raise RecipeError(f"scoring.split ({split}): none of {', '.join(asked)} has such a split")
+    asked, part = tasks_of(recipe.tasks), recipe.scoring.split
+    reading.check_there(asked.values(), (part,), recipe.data.folder)
+    if recipe.text is None and not any(reading.has(task, part) for task in asked.values()):
+        raise RecipeError(f"scoring.split ({part}): none of {', '.join(asked)} has such a split")
     return Evaluating(recipe, opened)
 
 
@@ -95,8 +93,7 @@ def _defaults(opened: Opened) -> dict[str, Any]:
     lengths = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
     if isinstance(own, OnTasks):
         return own.model_dump(mode="json", include={"tasks", "data", "scoring"})
-    trained = opened.own is not None and DATA in opened.own.manifest.names()  # a converted one has no text of its own
-    if not trained or not isinstance(own, OnText):
+    if not opened.is_of_a_run or not isinstance(own, OnText):
         return {"data": lengths}
     text = TextSpec(
         corpora=own.data.corpora, held_out_fraction=own.data.held_out_fraction, sequences=own.eval.sequences
@@ -105,11 +102,8 @@ def _defaults(opened: Opened) -> dict[str, Any]:
 
 
 def default_out(checkpoint: Path) -> Path:
-    """runs/eval/RUN, by the run's place below runs/; runs/eval/RUN-step-N for one checkpoint of it."""
-    path, runs = checkpoint.resolve(), Path("runs").resolve()
-    run, name = (path.parents[1], f"-{path.name}") if path.parent.name == "checkpoints" else (path, "")
-    place = run.relative_to(runs) if run.is_relative_to(runs) else Path(run.name or "model")
-    return Path("runs") / "eval" / place.with_name(f"{place.name}{name}")
+    """runs/eval/RUN, or runs/eval/RUN-step-N for one checkpoint of it."""
+    return Path("runs") / "eval" / place(checkpoint)
 
 
 class HeldOut(NamedTuple):

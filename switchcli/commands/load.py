@@ -3,7 +3,8 @@
 It is a run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ from switchcli.interop import hub
 from switchcli.interop.files import is_layout
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import RECIPES
+from switchcli.recipe.schema import schema_of
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint, manifest
-from switchcli.train.saver import fill, logical_tensors
+from switchcli.train.saver import DATA, fill, logical_tensors
 
 
 class Opened(NamedTuple):
@@ -29,10 +30,26 @@ class Opened(NamedTuple):
     step: int
     recipe: TrainingRecipe
     tokenizer: Tokenizer
-    weights: Callable[[], Mapping[str, torch.Tensor]]
-    """Under their logical names."""
+    weights: Callable[..., Mapping[str, torch.Tensor]]
+    """Under their logical names; of those given, where only some are wanted."""
     own: checkpoint.Checkpoint | None
     """Where it is in our layout: it may have optimizer state too."""
+
+    @property
+    def is_of_a_run(self) -> bool:
+        """Whether its recipe says how it was trained; that of a converted one does not."""
+        return self.own is not None and DATA in self.own.manifest.names()
+
+    def identity(self) -> str:
+        """A digest of the weights."""
+        digest = hashlib.sha256()
+        if self.own is not None:
+            digest.update(repr([one.sha256 for one in self.own.manifest.entries if "model-" in one.name]).encode())
+        else:
+            for name, weight in self.weights().items():
+                digest.update(name.encode())
+                digest.update(weight.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 class Loaded(NamedTuple):
@@ -54,12 +71,14 @@ def open_model(path: Path, warn: Callable[[str], None]) -> Opened:
     """
     if is_layout(path):
         foreign, tokenizer, weights = huggingface.read(path)
-        return Opened(path, 0, foreign, tokenizer, lambda: weights, None)
+        return Opened(path, 0, foreign, tokenizer, lambda names=None: weights, None)
     found = open_checkpoint(path, warn)
     recipe, tokenizer = documents(found)
 
-    def read() -> Mapping[str, torch.Tensor]:
-        return found.read("model", logical_tensors(huggingface.empty(recipe.model)))
+    def read(names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
+        whole = logical_tensors(huggingface.empty(recipe.model))
+        wanted = whole if names is None else {name: whole[name] for name in names}
+        return found.read("model", wanted, some=names is not None)
 
     return Opened(found.path, found.step, recipe, tokenizer, read, found)
 
@@ -126,7 +145,7 @@ def documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
 def saved_recipe(found: checkpoint.Checkpoint) -> TrainingRecipe:
     """The recipe of a checkpoint, by the verb that wrote it."""
     tree = resolve.load(str(found.path / "recipe.yaml"))
-    schema = RECIPES.get(str(resolve.stated(tree, "verb")))
+    schema = schema_of(tree)
     if schema is None or not issubclass(schema, TrainingRecipe):
         raise CheckpointError(
             f"{found.path}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"

@@ -69,7 +69,6 @@ def text_of(recipe: OnText, tokenizer: Tokenizer | None, folder: RunFolder, runt
     def prepared() -> Prepared:
         """The text as ids, by the vocabulary that the run began with: one trained again need not be the same."""
         if tokenizer is not None:
-            _check_tokenizer(recipe, tokenizer)
             return prepare(recipe.data, default_cache(), console.track, tokenizer)
         found = prepare(recipe.data, default_cache(), console.track)
         if not folder.tokenizer.exists():
@@ -96,12 +95,3 @@ def text_of(recipe: OnText, tokenizer: Tokenizer | None, folder: RunFolder, runt
         held_out.rows_per_epoch,
         held_out.batch(0, 0, NUM_SAMPLES),
     )
-
-
-def _check_tokenizer(recipe: OnText, tokenizer: Tokenizer) -> None:
-    """Refuse a recipe that names another vocabulary than the weights were trained with; one to be trained is not."""
-    said = recipe.data.tokenizer
-    if said.kind != "train" and said.load(lambda: iter(())).sha256 != tokenizer.sha256:
-        raise RecipeError(
-            f"data.tokenizer: {said.path} is not the tokenizer of the checkpoint that the run starts from: leave it out"
-        )

@@ -5,7 +5,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +75,20 @@ def default_out(recipe: str) -> Path:
     if path.name == "recipe.yaml":
         path = path.resolve().parent
     return Path("runs") / (path.stem if path.suffix in library.SUFFIXES else path.name)
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """`[RECIPE] [KEY=VALUE ...]`: the recipe, if there is one, and the rest."""
+    named = bool(arguments) and "=" not in arguments[0]
+    return (arguments[0] if named else None), list(arguments[named:])
+
+
+def place(checkpoint: Path) -> Path:
+    """RUN, by the run's place below runs/; RUN-step-N for one checkpoint of it."""
+    path, runs = checkpoint.resolve(), Path("runs").resolve()
+    run, name = (path.parents[1], f"-{path.name}") if path.parent.name == "checkpoints" else (path, "")
+    place = run.relative_to(runs) if run.is_relative_to(runs) else Path(run.name or "model")
+    return place.with_name(f"{place.name}{name}")
 
 
 def program() -> str:

@@ -13,8 +13,9 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.compare import differences
-from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe
+from switchcli.recipe.schema import FinetuneRecipe, OnText, PretrainRecipe
 from switchcli.recipe.text import Node
+from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
@@ -72,6 +73,8 @@ def resolved(
     tree = resolve.load(name, [*overrides, f"{KEY}={json.dumps(path)}"], below)
     recipe = resolve.validate(tree, schema)
     check_shape(spec, recipe.model, path)
+    if start is not None:
+        check_tokenizer(recipe, start.tokenizer)
     if start is not None and start.own is None and recipe.start is not None and recipe.start.optimizer == "carry":
         raise CheckpointError(
             f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
@@ -109,6 +112,20 @@ def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
             )
 
 
+def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:
+    """Refuse a recipe that names another vocabulary than that of the weights; one to be trained is not trained then.
+
+    Raises:
+        RecipeError: it does.
+        DataError: the tokenizer that it names is not there.
+    """
+    said = recipe.data.tokenizer if isinstance(recipe, OnText) else None
+    if said is not None and said.kind != "train" and said.load(lambda: iter(())).sha256 != tokenizer.sha256:
+        raise RecipeError(
+            f"data.tokenizer: {said.path} is not the tokenizer that the weights were trained with: leave it out"
+        )
+
+
 def check_outside(key: str, path: Path, out: Path) -> None:
     """Raise a RecipeError for a checkpoint that the run itself may remove."""
     if path.resolve().is_relative_to(out.resolve()):
@@ -125,11 +142,20 @@ def _open(said: str, tree: Node | None, warn: Callable[[str], None]) -> Opened:
         raise CheckpointError(f"{KEY} of the recipe: {error}; or name another by --model CHECKPOINT") from error
 
 
+def recipe_of_run(out: Path) -> TrainingRecipe | None:
+    """The recipe of the run in `out`, if it has saved something."""
+    found = checkpoint.find(out / "checkpoints", warn=lambda damage: None)
+    return None if found is None else saved_recipe(found)
+
+
+def is_within(checkpoint: str, said: str) -> bool:
+    """Whether `said` names that very checkpoint, or a folder that it is in."""
+    return Path(checkpoint).resolve().is_relative_to(Path(said).resolve())
+
+
 def _begun(out: Path, said: str, schema: type[R]) -> R | None:
     """The recipe of the run in `out`, if it has saved something and `said` names what it started from."""
-    found = checkpoint.find(out / "checkpoints", warn=lambda damage: None)
-    recipe = None if found is None else saved_recipe(found)
+    recipe = recipe_of_run(out)
     if not isinstance(recipe, schema) or recipe.start is None:
         return None
-    began = Path(recipe.start.checkpoint).resolve()
-    return recipe if began.is_relative_to(Path(said).resolve()) else None
+    return recipe if is_within(recipe.start.checkpoint, said) else None

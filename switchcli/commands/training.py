@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, task_results
-from switchcli.data.batch import Batch
+from switchcli.data.batch import AnyBatch, Batch
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import Interrupted
 from switchcli.model.groups import Group, freeze, trainable
@@ -25,18 +26,18 @@ from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import JsonLines
 from switchcli.report.text import shortened
-from switchcli.tasks.scores import Scores
+from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.tokens import Scored
-from switchcli.train import checkpoint
-from switchcli.train.evaluate import shared
+from switchcli.train import checkpoint, health
+from switchcli.train.evaluate import evaluate, shared
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
-from switchcli.train.saver import DATA, Saver, preflight
-from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec
+from switchcli.train.saver import DATA, TEXT, Saver, preflight
+from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec, figures_of
 from switchcli.train.state import HELD_OUT, TrainState
 
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
@@ -51,7 +52,7 @@ class Text(NamedTuple):
     tokenizer: Tokenizer
     identity: str
     """A digest of the text: a run goes on with the one that it began with."""
-    rows: Callable[[int, int, int], Batch]
+    rows: Callable[[int, int, int], AnyBatch]
     """`rows(step, first, count)`: sequences of a step's batch."""
     held_out: Callable[[int, int], Batch]
     """`held_out(first, count)`: held-out sequences, the same ones each time."""
@@ -66,6 +67,7 @@ class Verb(NamedTuple):
     """What a verb does in its own way."""
 
     objective: Objective
+    """What is minimised, and what held-out text is measured by."""
     text: Callable[[], Text]
     """Called last: it may take hours, and the rest may be refused."""
     begin: Callable[[SwitchTransformer, Optimizer], None]
@@ -75,6 +77,58 @@ class Verb(NamedTuple):
     scoring: ScoringSpec = ScoringSpec()
     num_figures: int = 1
     """How many figures an evaluation has: the best checkpoint by each is kept."""
+    minimised: Callable[[int], Objective] | None = None
+    """What is minimised at a step, where that is not `objective`."""
+    flops_beside: int = 0
+    """Of a sequence of a step, by other models than the one that learns."""
+    identity: Mapping[str, str] = {}
+    """Digests of what the run hangs on besides its text."""
+    conclude: Callable[["Training"], dict[str, Any]] = lambda training: {}
+    """More of the result, on every rank, when the model is trained."""
+    show: Callable[[Mapping[str, Any]], None] = lambda result: None
+    """That on the console."""
+
+
+class Measured(NamedTuple):
+    """A model on what a run is evaluated on."""
+
+    figures: dict[str, float]
+    """By name, as in the state: better when higher."""
+    tokens_per_second: float
+    """Input tokens of the held-out rows, forward."""
+    load: dict[str, list[float]]
+    """Held-out tokens that each expert got, by the name of its sparse layer."""
+
+
+class Measure(NamedTuple):
+    """How the figures of a run's model are had, or of any other that reads by its vocabulary."""
+
+    recipe: TrainingRecipe
+    text: Text
+    objective: Objective
+    scoring: ScoringSpec
+    microbatch: int
+    """Rows of a batch."""
+    runtime: Runtime
+
+    def batches(self) -> list[Batch]:
+        """This rank's held-out batches."""
+        sequences, runtime = min(self.recipe.eval.sequences, self.text.num_held_out), self.runtime
+        return shared(self.text.held_out, sequences, self.microbatch, runtime.rank, runtime.world)
+
+    def __call__(self, model: SwitchTransformer) -> Measured:
+        """On every rank."""
+        batches, scoring = self.batches(), self.scoring
+        started = time.perf_counter()
+        metrics = evaluate(model, self.objective, batches, self.runtime, self.recipe.eval.capacity)
+        figure = float(metrics["neg_log_perplexity"].value())
+        rows = len(batches) * self.microbatch * self.runtime.world
+        rate = rows * self.recipe.inputs_length / (time.perf_counter() - started)
+        layers = health.record(metrics, model.spec.routed_parts()).get("layers", {})
+        answering = Answering(model, self.text.tokenizer, self.runtime, scoring, scoring.capacity)
+        scores = {exam.task.name: score(exam.task, answering(exam) or (), 0) for exam in self.text.exams}
+        loads = {name: figures["load"] for name, figures in layers.items()}
+        return Measured({HELD_OUT: figure, **figures_of(scores)}, rate, loads)
 
 
 class Training:
@@ -104,10 +158,11 @@ class Training:
         self.optimizer = recipe.optimizer.build(trainable(self.model))
         preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint, verb.num_figures)
         self.text = verb.text()
+        self.measure = Measure(recipe, self.text, verb.objective, verb.scoring, self.batches.microbatch, runtime)
         documents = {
             "recipe.yaml": dump(recipe).encode(),
             "tokenizer.json": self.text.tokenizer.to_json().encode(),
-            DATA: json.dumps({"tokens_sha256": self.text.identity}).encode(),
+            DATA: json.dumps({TEXT: self.text.identity, **verb.identity}).encode(),
         }
         self.saver = Saver(folder.checkpoints, self.model, self.optimizer, runtime, documents, recipe.checkpoint)
         self.state = TrainState()
@@ -130,7 +185,7 @@ class Training:
             length,
         )
 
-    def _rows(self, step: int, first: int, count: int) -> Batch:
+    def _rows(self, step: int, first: int, count: int) -> AnyBatch:
         return self.text.rows(step, first, count)
 
     def run(self) -> dict[str, Any]:
@@ -160,7 +215,7 @@ class Training:
             complete = fit(
                 state,
                 self.runtime.wrap(self.model),
-                self.verb.objective,
+                self.verb.minimised or (lambda step: self.verb.objective),
                 self.batches,
                 self.optimizer,
                 recipe.schedule,
@@ -183,7 +238,8 @@ class Training:
         self.trackers.close()
         if not complete:
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
-        return self.runtime.on_main(lambda: self._finish(exams)) or {}
+        concluded = self.verb.conclude(self)
+        return self.runtime.on_main(lambda: self._finish(exams, concluded)) or {}
 
     def _log(self, write: Write) -> Log:
         recipe, facts = self.recipe, describe(self.recipe)
@@ -192,7 +248,7 @@ class Training:
             recipe.train.steps,
             recipe.schedule,
             recipe.train.batch_tokens,
-            FORWARD_AND_BACKWARD * facts["flops_per_sequence"] * facts["sequences_per_step"],
+            (FORWARD_AND_BACKWARD * facts["flops_per_sequence"] + self.verb.flops_beside) * facts["sequences_per_step"],
             self.runtime,
             write,
             self.console.warning,
@@ -201,17 +257,11 @@ class Training:
         )
 
     def _held_out(self, write: Write) -> HeldOut:
-        sequences = min(self.recipe.eval.sequences, self.text.num_held_out)
-
-        def batches() -> list[Batch]:
-            runtime = self.runtime
-            return shared(self.text.held_out, sequences, self.batches.microbatch, runtime.rank, runtime.world)
-
         return HeldOut(
             self.recipe.eval.every_steps,
             self.model,
             self.verb.objective,
-            batches,
+            self.measure.batches,
             self.runtime,
             write,
             self.recipe.eval.capacity,
@@ -230,7 +280,7 @@ class Training:
             lambda: stop.requested,
         )
 
-    def _finish(self, exams: Exams | None) -> dict[str, Any]:
+    def _finish(self, exams: Exams | None, concluded: Mapping[str, Any]) -> dict[str, Any]:
         """The result, on the console and in result.json."""
         facts, state = describe(self.recipe), self.state
         scores = exams.scores(self.verb.scoring.draws) if exams else {}
@@ -248,6 +298,7 @@ class Training:
             "seconds": state.seconds,
             "tokens_per_second": tokens / state.seconds,
             **(task_results(scores, state.best) if exams else {}),
+            **concluded,
             **machine(self.runtime),
         }
         self.folder.write_result(result)
@@ -262,7 +313,7 @@ class Training:
         batch = self.runtime.place(self.text.samples)
         with self.runtime.uncompiled():
             filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
-        for inputs, targets, output in zip(*(tensor.tolist() for tensor in batch), filled, strict=True):
+        for inputs, targets, output in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), filled, strict=True):
             self.console.sample(decode(inputs), decode(targets), output)
 
     def _show(self, result: dict[str, Any], scores: Mapping[str, Scores]) -> None:
@@ -281,6 +332,7 @@ class Training:
                 "tokens/s": result["tokens_per_second"],
             },
         )
+        self.verb.show(result)
         out, switchcli = self.folder.path, program()
         console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
         verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"

@@ -1,4 +1,4 @@
-"""Batch: what travels from the data to the model."""
+"""Batch: what travels from the data to the model; and Lesson, which brings a teacher's answers too."""
 
 from typing import NamedTuple
 
@@ -13,3 +13,25 @@ class Batch(NamedTuple):
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor
+
+
+class Answers(NamedTuple):
+    """What a teacher found of each target: its K largest probabilities, whose they are, and the rest."""
+
+    ids_BTK: torch.Tensor
+    """Integers, the most probable first."""
+    probability_BTK: torch.Tensor
+    """float16 or float32, as they were kept."""
+    rest_BT: torch.Tensor
+    """The probability of all others together."""
+
+
+class Lesson(NamedTuple):
+    """A batch with its answers, of a teacher that is not asked again (train/answers.py)."""
+
+    inputs_BS: torch.Tensor
+    targets_BT: torch.Tensor
+    answers: Answers
+
+
+AnyBatch = Batch | Lesson

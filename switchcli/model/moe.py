@@ -83,15 +83,21 @@ class SwitchLayer(nn.Module):
 @contextmanager
 def evaluating(model: nn.Module, policy: Policy) -> Iterator[None]:
     """Within, `model` is in evaluation mode and its sparse layers count capacity by `policy`; then as it was before."""
-    layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
-    modes, policies = [(module, module.training) for module in model.modules()], [layer.policy for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.policy = policy
+    modes = [(module, module.training) for module in model.modules()]
+    policies = [(module, module.policy) for module in model.modules() if isinstance(module, SwitchLayer)]
+    evaluate_by(model, policy)
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for layer, before in zip(layers, policies, strict=True):
+        for layer, before in policies:
             layer.policy = before
+
+
+def evaluate_by(model: nn.Module, policy: Policy) -> None:
+    """Put `model` into evaluation mode, its sparse layers counting capacity by `policy`."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, SwitchLayer):
+            module.policy = policy

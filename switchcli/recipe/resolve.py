@@ -28,7 +28,7 @@ from switchcli.spec import Spec
 
 S = TypeVar("S", bound=Spec)
 
-VERBS = ("pretrain", "finetune", "eval")
+VERBS = ("pretrain", "finetune", "distill", "eval")
 """Those that take a recipe."""
 
 
@@ -86,6 +86,8 @@ def verb_of(tree: Node) -> str | None:
     """The verb that a recipe is of: the one that it states, else the one whose keys it has; None if it may be any."""
     if (said := stated(tree, "verb")) is not None:
         return str(said)
+    if stated(tree, "distill") is not None or stated(tree, "student") is not None:
+        return "distill"
     if stated(tree, "train") is None:
         return None
     return "pretrain" if stated(tree, "tasks") is None else "finetune"

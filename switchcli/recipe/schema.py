@@ -9,12 +9,15 @@ from pydantic import Field, model_validator
 
 from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.model.groups import Group, check
+from switchcli.model.inherit import FromTeacher, StudentSpec
 from switchcli.model.routing import Policy
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
+from switchcli.recipe.text import Node
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.spec import Spec
 from switchcli.tasks.spec import TaskDataSpec, TaskSpec, names_twice
+from switchcli.train.distillation import DistillSpec
 from switchcli.train.schedule import Constant, InverseSquareRoot, ScheduleSpec
 from switchcli.train.scoring import ScoringSpec
 from switchcli.train.spec import Precision, StartSpec
@@ -97,6 +100,30 @@ class FinetuneRecipe(OnTasks):
             yield f"update ({self.update}): {error}"
 
 
+class Distils(TrainingRecipe, ABC):
+    """A run of `switchcli distill`. What it leaves out is the teacher's: the text or the tasks, the length of the run,
+    batch, optimizer and schedule; of `model` the dense model with the teacher's FLOPs a token."""
+
+    verb: Literal["distill"] = "distill"
+    """The command that runs this recipe."""
+    distill: DistillSpec
+    student: StudentSpec = FromTeacher()
+    """What the student starts from, by its `kind`: teacher, fresh, checkpoint."""
+
+    def _own_rules(self) -> Iterator[str]:
+        start, steps = self.distill.start_step, self.train.steps
+        if start >= steps:
+            yield f"distill.start_step ({start}) must be less than train.steps ({steps}): the teacher is never asked."
+
+
+class DistillTextRecipe(Distils, OnText):
+    """Distillation on plain text, as in pre-training (Tables 6 and 7)."""
+
+
+class DistillTasksRecipe(Distils, OnTasks):
+    """Distillation on tasks (Table 8)."""
+
+
 class EvalRecipe(Spec):
     """One run of `switchcli eval`: what a checkpoint is measured on, and how it answers.
 
@@ -127,9 +154,17 @@ class EvalRecipe(Spec):
 
 
 RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
-    {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "eval": EvalRecipe}
+    {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillTextRecipe, "eval": EvalRecipe}
 )
-"""The recipe of each verb that has one."""
+"""The recipe of each verb that has one; of distill on text."""
+
+
+def schema_of(tree: Node) -> type[Spec] | None:
+    """The recipe of the verb that `tree` is of; None if it may be any, or the verb has none."""
+    verb = resolve.verb_of(tree)
+    if verb == "distill" and resolve.stated(tree, "tasks") is not None:
+        return DistillTasksRecipe
+    return RECIPES.get(verb or "")
 
 
 def standing_alone(name: str) -> Spec:
@@ -139,11 +174,14 @@ def standing_alone(name: str) -> Spec:
         RecipeError: one line for each thing that is wrong.
     """
     tree = resolve.load(name)
-    verb = resolve.verb_of(tree) or ("eval" if resolve.stated(tree, "tasks") is not None else "pretrain")
-    schema = RECIPES.get(verb, PretrainRecipe)
+    schema = schema_of(tree) or (EvalRecipe if resolve.stated(tree, "tasks") is not None else PretrainRecipe)
+    below: Mapping[str, Any] = {}
     if schema is FinetuneRecipe:
-        start = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
-        tree = resolve.load(name, below=resolve.layer(start, name))
+        below = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
+    elif issubclass(schema, Distils):
+        below = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 512}}
+    if below:
+        tree = resolve.load(name, below=resolve.layer(below, name))
     return resolve.validate(tree, schema)
 
 

@@ -54,6 +54,7 @@ def shared(rows: Callable[[int, int], Batch], sequences: int, rows_each: int, ra
     batches = []
     for first in range(rank * each * rows_each, (rank + 1) * each * rows_each, rows_each):
         count = max(0, min(rows_each, sequences - first))
-        batch = rows(first, count) if count else Batch(*(tensor[:0] for tensor in rows(0, 1)))
-        batches.append(Batch(*(F.pad(tensor, (0, 0, 0, rows_each - count), value=PAD) for tensor in batch)))
+        batch = rows(first, count) if count else rows(0, 1)
+        inputs_BS, targets_BT = (F.pad(ids[:count], (0, 0, 0, rows_each - count), value=PAD) for ids in batch[:2])
+        batches.append(Batch(inputs_BS, targets_BT))
     return batches

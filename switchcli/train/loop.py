@@ -25,7 +25,7 @@ from switchcli.train.state import TrainState
 def fit(
     state: TrainState,
     model: nn.Module,
-    objective: Objective,
+    objective: Callable[[int], Objective],
     batches: Microbatches,
     optimizer: Optimizer,
     schedule: ScheduleSpec,
@@ -38,8 +38,8 @@ def fit(
     """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
 
     Returns whether the run is complete: False when `stop` was requested on any rank, after a whole step on all of them.
-    `on_step` is called with the number of steps taken after each one, the hooks after those that they are due at;
-    neither is called for the stop itself.
+    `objective` gives what is minimised at a step. `on_step` is called with the number of steps taken after each one,
+    the hooks after those that they are due at; neither is called for the stop itself.
 
     Raises:
         NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step.
@@ -57,7 +57,7 @@ def fit(
             return False
         learning_rate = schedule(state.step, settings.steps)
         metrics = accumulate_gradients(
-            model, objective, microbatches, num_targets, runtime, f"{settings.seed}/{state.step}"
+            model, objective(state.step), microbatches, num_targets, runtime, f"{settings.seed}/{state.step}"
         )
         norm = _clip(model, settings.clip_norm)
         optimizer.step(learning_rate)

@@ -23,17 +23,31 @@ def needed(model: ModelSpec, optimizer: OptimizerSpec, group: Group = "all") -> 
 
 
 @contextmanager
-def explained(model: ModelSpec, optimizer: OptimizerSpec, device: torch.device, group: Group = "all") -> Iterator[None]:
+def explained(
+    model: ModelSpec,
+    optimizer: OptimizerSpec,
+    device: torch.device,
+    group: Group = "all",
+    teacher: ModelSpec | None = None,
+) -> Iterator[None]:
     """Within, a device or a machine that has no more memory raises OutOfMemory."""
 
     def words() -> str:
-        return (
-            f"weights, gradients and optimizer take {needed(model, optimizer, group):,} bytes, a microbatch comes on "
-            "top: lower train.microbatch_tokens, or take a smaller model (--dry-run tells the parameters of one)"
-        )
+        way_out = "lower train.microbatch_tokens, or take a smaller model (--dry-run tells the parameters of one)"
+        beside = ""
+        if teacher is not None:
+            beside = f"those of the teacher {_weights(teacher):,}, "
+            way_out = "lower train.microbatch_tokens, or have the teacher asked elsewhere (distill.answers)"
+        own = f"weights, gradients and optimizer take {needed(model, optimizer, group):,} bytes"
+        return f"{own}, {beside}a microbatch comes on top: {way_out}"
 
     with _explained(device, words):
         yield
+
+
+def _weights(model: ModelSpec) -> int:
+    with torch.device("meta"):
+        return num_bytes(SwitchTransformer(model).parameters())
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import AnyBatch
 from switchcli.errors import RecipeError
 
 
@@ -11,7 +11,7 @@ class Microbatch(NamedTuple):
     """A portion of a step's batch and its number in the whole step, which seeds its dropout and jitter."""
 
     number: int
-    batch: Batch
+    batch: AnyBatch
 
 
 class Microbatches:
@@ -22,7 +22,7 @@ class Microbatches:
 
     def __init__(
         self,
-        rows: Callable[[int, int, int], Batch],
+        rows: Callable[[int, int, int], AnyBatch],
         batch: int,
         microbatch: int | None,
         group: int,

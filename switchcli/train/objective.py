@@ -1,14 +1,15 @@
 """What is minimised: the cross-entropy of the targets, and the losses that the sparse layers return.
 
-Legend: B batch, T target, V vocabulary, D model, N targets of all sequences, C those of a chunk.
+Legend: B batch, T target, V vocabulary, D model, N targets of all sequences, C those of a chunk, M sums.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import AnyBatch
 from switchcli.model.layers import compute_dtype
 from switchcli.model.packing import segments_of
 from switchcli.model.transformer import ModelOutput
@@ -33,25 +34,33 @@ class StepLoss(NamedTuple):
 class Objective(Protocol):
     """A loss of a model on a batch."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> StepLoss: ...
+    def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss: ...
 
 
-def cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
+def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
     """Cross-entropy of each real target given the inputs and the targets before it, in float32."""
     return _loss_of(model(batch.inputs_BS, batch.targets_BT), batch.targets_BT)
 
 
-def packed_cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
+def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
     """The same where rows are packed (model/packing.py): of each example as if it were alone in its row."""
-    return _loss_of(model(*batch, segments_of(*batch)), batch.targets_BT)
+    inputs_BS, targets_BT = batch.inputs_BS, batch.targets_BT
+    return _loss_of(model(inputs_BS, targets_BT, segments_of(inputs_BS, targets_BT)), targets_BT)
 
 
 def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
     target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, targets_BT.flatten())
+    return step_loss(output, targets_BT, target_sum, {"neg_log_perplexity": -target_sum.detach()})
+
+
+def step_loss(
+    output: ModelOutput, targets_BT: torch.Tensor, target_sum: torch.Tensor, sums: Mapping[str, torch.Tensor]
+) -> StepLoss:
+    """The loss with the model's own, and the metrics: `sums` over real targets, and the routing's."""
     num_targets = (targets_BT != PAD).sum()
     auxiliary = target_sum.new_zeros(()) if output.auxiliary is None else output.auxiliary
-    metrics = {"neg_log_perplexity": Mean(-target_sum.detach(), num_targets), **routing_metrics(output)}
-    return StepLoss(target_sum, auxiliary, metrics)
+    metrics = {name: Mean(total, num_targets) for name, total in sums.items()}
+    return StepLoss(target_sum, auxiliary, {**metrics, **routing_metrics(output)})
 
 
 def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -59,11 +68,49 @@ def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, t
 
     Softmax and sum are float32 at least, as is the gradient of the vocabulary until all chunks are in it.
     """
+
+    def of_chunk(logits_CV: torch.Tensor, chunk: slice, learns: bool) -> ChunkLoss:
+        target_C1 = targets_N[chunk, None]
+        log_CV = torch.log_softmax(logits_CV, -1, dtype=at_least_float32(logits_CV))
+        log_C1 = log_CV.gather(1, target_C1)
+        real_C1 = target_C1 != PAD
+        total_1 = -(log_C1 * real_C1).sum().unsqueeze(0)
+        if not learns:
+            return ChunkLoss(total_1, None)
+        # Softmax minus one at the target; nothing at padding.
+        return ChunkLoss(total_1, log_CV.exp_().scatter_(1, target_C1, log_C1.expm1()).mul_(real_C1))
+
+    return summed_over_vocabulary(hidden_ND, vocabulary_VD, of_chunk, num_sums=1)[0]
+
+
+class ChunkLoss(NamedTuple):
+    """Of the logits of a chunk of targets."""
+
+    sums_M: torch.Tensor
+    """Sums over the chunk's targets, float32 at least; the first is what is minimised."""
+    gradient_CV: torch.Tensor | None
+    """Of the first with respect to the logits, where it is wanted."""
+
+
+OfChunk = Callable[[torch.Tensor, slice, bool], ChunkLoss]
+"""`(logits_CV, chunk, learns)`: logits in the precision of the products, the targets that they are of, and whether the
+gradient is wanted."""
+
+
+def summed_over_vocabulary(
+    hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, of_chunk: OfChunk, num_sums: int
+) -> torch.Tensor:
+    """The `num_sums` sums of a loss of the logits hidden vocabulary^T over all chunks; the first has a gradient."""
     learns = torch.is_grad_enabled()
-    return _SummedCrossEntropy.apply(hidden_ND, vocabulary_VD, targets_N, learns)  # type: ignore[no-untyped-call]
+    return _SummedOverVocabulary.apply(hidden_ND, vocabulary_VD, of_chunk, num_sums, learns)  # type: ignore[no-untyped-call]
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    """What softmaxes and sums are taken in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _SummedOverVocabulary(torch.autograd.Function):
     """Makes the gradients on the way forward, chunk by chunk: [N, V] is never held, and no product is done twice.
 
     Only those that are wanted: `learns` says whether any is, as within here torch always says that it makes none.
@@ -71,33 +118,32 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, targets_N: torch.Tensor, learns: bool
+        ctx: Any, hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, of_chunk: OfChunk, num_sums: int, learns: bool
     ) -> torch.Tensor:
-        device = hidden_ND.device.type
         dtype = compute_dtype(hidden_ND)
-        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+        exact = at_least_float32(hidden_ND)
         weight_VD = vocabulary_VD.to(dtype)
-        total = hidden_ND.new_zeros((), dtype=exact)
+        sums_M = hidden_ND.new_zeros(num_sums, dtype=exact)
         for_hidden, for_weight = (learns and wanted for wanted in ctx.needs_input_grad[:2])
         hidden_gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
         weight_gradient_VD = torch.zeros_like(vocabulary_VD, dtype=exact) if for_weight else None
         ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), CHUNK):
-                hidden_CD = hidden_ND[start : start + CHUNK].to(dtype)
-                target_C1 = targets_N[start : start + CHUNK, None]
-                log_CV = torch.log_softmax(hidden_CD @ weight_VD.mT, -1, dtype=exact)
-                log_C1 = log_CV.gather(1, target_C1)
-                real_C1 = target_C1 != PAD
-                total -= (log_C1 * real_C1).sum()
-                if for_hidden or for_weight:  # softmax minus one at the target; nothing at padding
-                    gradient_CV = log_CV.exp_().scatter_(1, target_C1, log_C1.expm1()).mul_(real_C1).to(dtype)
+                chunk = slice(start, start + CHUNK)
+                hidden_CD = hidden_ND[chunk].to(dtype)
+                loss = of_chunk(hidden_CD @ weight_VD.mT, chunk, for_hidden or for_weight)
+                sums_M += loss.sums_M
+                if loss.gradient_CV is None:
+                    continue
+                gradient_CV = loss.gradient_CV.to(dtype)
                 if hidden_gradient_ND is not None:
-                    hidden_gradient_ND[start : start + CHUNK] = gradient_CV @ weight_VD
+                    hidden_gradient_ND[chunk] = gradient_CV @ weight_VD
                 if weight_gradient_VD is not None:
                     weight_gradient_VD += gradient_CV.mT @ hidden_CD
-        return total
+        return sums_M
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None
+    def backward(ctx: Any, scale_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = (None if gradient is None else gradient * scale_M[0] for gradient in ctx.saved_tensors)
+        return *scaled, None, None, None

@@ -20,13 +20,13 @@ class RunFolder:
         self.result = path / "result.json"
 
     def write_recipe(self, text: str) -> None:
-        self._write(self.recipe, text)
+        write_whole(self.recipe, text)
 
     def write_tokenizer(self, text: str) -> None:
-        self._write(self.tokenizer, text)
+        write_whole(self.tokenizer, text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        self._write(self.result, json.dumps(result, indent=1) + "\n")
+        write_whole(self.result, json.dumps(result, indent=1) + "\n")
 
     def set_aside(self) -> Path | None:
         """Rename what an earlier run left here, so that one can begin anew; the new name, if there was a run."""
@@ -39,9 +39,10 @@ class RunFolder:
             self.path.rename(aside)
         return aside
 
-    def _write(self, path: Path, text: str) -> None:
-        """Whole or not at all."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        with disk_errors(path):
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with disk_errors(path):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)

@@ -1,5 +1,6 @@
 """Saver: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from switchcli.train.spec import CheckpointSpec
 from switchcli.train.state import TrainState
 
 DATA = "data.json"
-"""The document that identifies the text: a run goes on with the text that it began with, or not at all."""
+"""The document that identifies the text, and a teacher: a run goes on with those that it began with, or not at all."""
+TEXT = "tokens_sha256"
 
 
 class Saver:
@@ -65,10 +67,12 @@ class Saver:
         if step < 0:
             return False
         found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step))
-        if found.document(DATA) != self._documents[DATA]:
+        before, now = (json.loads(document) for document in (found.document(DATA), self._documents[DATA]))
+        if before != now:
+            what = "on other text" if before.get(TEXT) != now[TEXT] else "by another teacher"
             raise CheckpointError(
-                f"{found.path} was trained on other text than the recipe gives now: bring that text back, give "
-                "another folder by --out, or --no-resume to set this run aside and begin anew"
+                f"{found.path} was trained {what} than the recipe gives now: bring that back, give another folder by "
+                "--out, or --no-resume to set this run aside and begin anew"
             )
         fill(self._model, found.read("model", logical_tensors(self._model)))
         slots = self._optimizer.state()

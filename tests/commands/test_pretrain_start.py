@@ -53,7 +53,7 @@ def test_it_resumes_without_the_checkpoint_that_it_started_from(switchcli, recip
     [
         ("model.d_model=64", "model.d_model: the recipe says 64, the weights of"),
         ("model.num_experts=8", "model.num_experts: the recipe says 8"),
-        ("data.tokenizer={kind: file, path: other.json}", "is not the tokenizer of the checkpoint"),
+        ("data.tokenizer={kind: file, path: other.json}", "is not the tokenizer that the weights"),
     ],
 )
 def test_what_is_not_the_checkpoints_is_refused(switchcli, recipe, trained, change, said):

@@ -120,7 +120,7 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
     fit(
         state,
         model,
-        cross_entropy,
+        lambda step: cross_entropy,
         Microbatches(lambda step, first, count: rows(step % 2, first, count), 8, None, 1, 0, 1),
         Adafactor().build(dict(model.named_parameters())),
         InverseSquareRoot(learning_rate=0.005),

@@ -71,7 +71,7 @@ def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, 
     fit(
         state,
         runtime.wrap(model),
-        cross_entropy,
+        lambda step: cross_entropy,
         Microbatches(rows, BATCH, microbatch, 1, runtime.rank, runtime.world),
         optimizer,
         InverseSquareRoot(),
@@ -161,7 +161,7 @@ def trained(steps: int = 5) -> Arrays:
     fit(
         state,
         runtime.wrap(model),
-        cross_entropy,
+        lambda step: cross_entropy,
         batches,
         optimizer,
         schedule,

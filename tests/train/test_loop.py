@@ -50,7 +50,7 @@ class Run:
         return fit(
             self.state,
             self.model,
-            self.objective,
+            lambda step: self.objective,
             Microbatches(noted, 4, 2, 1, 0, 1),
             self.optimizer,
             SCHEDULE,

@@ -1,0 +1,34 @@
+"""Ranks that ask a teacher together: the answers are those of one rank, to the byte."""
+
+from pathlib import Path
+
+from ranks import on_ranks
+from tiny import SPARSE, a_model, rows
+
+from switchcli.model.moe import evaluate_by
+from switchcli.parallel.runtime import Runtime
+from switchcli.train.answers import AnswersSpec, AnswerStore
+from switchcli.train.asking import Asking
+from switchcli.train.distillation import Teacher
+
+ROWS, STEPS, BYTES = 4, 6, 1 << 24
+
+
+def ask(folder: Path) -> list[str]:
+    """The names of the files, which hold their digests."""
+    store = AnswerStore(folder, {"teacher": "one"}, ROWS)
+    runtime = Runtime("cpu", "float32")
+    model = a_model(SPARSE, seed=2)
+    evaluate_by(model, "dropless")
+    settings = AnswersSpec(folder=str(folder), top_k=5)
+    asking = Asking(Teacher(model, "float32", 1.0), settings, rows, ROWS, 2, packed=False)
+    assert asking.fill(store, store.missing(0, STEPS, BYTES), runtime, iter, lambda: False)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_ranks_share_the_asking_and_the_answers_are_those_of_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        AnswerStore(tmp_path / name, {"teacher": "one"}, ROWS)
+    (alone,) = on_ranks(1, ask, tmp_path / "one")
+    assert len(alone) == 1 + STEPS // 2
+    assert on_ranks(2, ask, tmp_path / "two") == [alone, alone]
