@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from switchcli import __version__
-from switchcli.commands import ending, recipes
+from switchcli.commands import checkpoints, ending, recipes
+from switchcli.commands.arguments import (
+    Checkpoint,
+    DryRun,
+    Json,
+    Measured,
+    Model,
+    Out,
+    Overrides,
+    Processes,
+    Quiet,
+    Recipe,
+    Resume,
+)
 from switchcli.errors import CheckpointError, DataError, SwitchError
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
@@ -26,17 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
-
-Recipe = Annotated[str, typer.Argument(help="A file, or the name of a recipe that ships.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to set, by dotted path.", show_default=False)
-]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/RECIPE when absent.", show_default=False)]
-Resume = Annotated[bool, typer.Option(help="Go on with the run in the folder, or set it aside and begin anew.")]
-Processes = Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the recipe comes to, and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+app.add_typer(checkpoints.app)
 
 
 def _version(wanted: bool) -> None:
@@ -49,16 +52,6 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None: ...
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CHECKPOINT",
-        help="What to start from: a run's folder, one checkpoint's, or a Hugging Face folder.",
-        show_default=False,
-    ),
-]
 
 
 @app.command()
@@ -170,17 +163,8 @@ def distill(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, one checkpoint's, or a Hugging Face folder.", show_default=False)
-    ],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE ...]",
-            help=r"What to measure, such as tasks=\[rte]; absent: what the checkpoint was trained on.",
-            show_default=False,
-        ),
-    ] = None,
+    checkpoint: Checkpoint,
+    arguments: Measured = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of result.json and predictions; runs/eval/NAME when absent.")
     ] = None,
@@ -228,9 +212,7 @@ def _end(result: Mapping[str, Any], as_json: bool) -> None:
 
 @app.command()
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, one checkpoint's, or a Hugging Face folder.", show_default=False)
-    ],
+    checkpoint: Checkpoint,
     texts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),
@@ -295,43 +277,6 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"stdin is not {error.encoding} ({error.reason}): convert it first") from error
-
-
-@app.command()
-def convert(
-    source: Annotated[
-        str,
-        typer.Argument(help="A run's or checkpoint's folder, a Hugging Face folder or hub name.", show_default=False),
-    ],
-    destination: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
-    to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.", show_default=False)],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="The model's tokenizer.json, if SOURCE has none.", show_default=False)
-    ] = None,
-    revision: Annotated[str, typer.Option(help="Commit, tag or branch of a hub name.")] = "main",
-    unpickle: Annotated[
-        bool,
-        typer.Option(
-            "--unpickle",
-            help="Read pytorch_model.bin too: a pickle, which can run code (read with weights_only=True).",
-        ),
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Into transformers' T5 or SwitchTransformers layout, or from it; whole or not at all."""
-    with ending.stoppable():
-        from switchcli.commands import convert
-
-        console = Console(quiet=quiet)
-        options = convert.Options(tokenizer, revision, unpickle)
-        if to == "switchcli":
-            result = convert.to_switchcli(source, destination, options)
-        else:
-            result = convert.to_huggingface(Path(source), destination, options, console.warning)
-        console.message(f"{result['parameters']:,} parameters in {destination}")
-        if as_json:
-            print_json(result)
 
 
 @app.command()

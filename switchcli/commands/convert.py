@@ -1,11 +1,7 @@
 """`switchcli convert`: a checkpoint into the Hugging Face layout, or from there, whole or not at all."""
 
-import errno
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +10,18 @@ from torch import Tensor
 
 from switchcli.commands import huggingface
 from switchcli.commands.load import documents, open_checkpoint
+from switchcli.commands.place import free, free_for_checkpoint, place, place_checkpoint
 from switchcli.data.vocabulary import sentinel
-from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.errors import CheckpointError, RecipeError
 from switchcli.interop import config as configs
 from switchcli.interop import hub
 from switchcli.interop import tokenizer as tokenizers
 from switchcli.interop.config import Lengths
 from switchcli.interop.express import express, translate
 from switchcli.interop.files import INDEX, SAFE, is_layout
-from switchcli.recipe.resolve import dump
-from switchcli.train import checkpoint, tensor_file
+from switchcli.train import tensor_file
 from switchcli.train.fsops import DISK
 from switchcli.train.saver import logical_tensors
-from switchcli.train.state import TrainState
 
 _MAX_FILE_BYTES = 1 << 31
 
@@ -51,28 +46,9 @@ def to_switchcli(source: str, destination: Path, options: Options) -> dict[str, 
         folder = hub.download(source, options.revision, unpickle=options.unpickle)
     if not is_layout(folder):
         raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
-    if checkpoint.STEP.fullmatch(destination.resolve().name):
-        raise CheckpointError(
-            f"{destination}: a checkpoint of that name is that of its step, and a converted one is of step 0: give a "
-            "DESTINATION of another name"
-        )
-    destination = _free(folder, destination)
+    destination = free_for_checkpoint(folder, destination)
     recipe, tokenizer, weights = huggingface.read(folder, options.tokenizer, unpickle=options.unpickle)
-    wanted = logical_tensors(huggingface.empty(recipe.model))
-
-    def write(temporary: Path) -> Path:
-        texts = {"recipe.yaml": dump(recipe), "tokenizer.json": tokenizer.to_json()}
-        state = {"state.json": TrainState().to_json({})}
-        return checkpoint.save(
-            temporary,
-            0,
-            model=weights,
-            optimizer={},
-            documents=state | {name: text.encode() for name, text in texts.items()},
-        )
-
-    _place(destination, tensor_file.num_bytes(wanted.values()), write)
-    return _result(source, destination, "switchcli", wanted, [])
+    return _result(source, destination, "switchcli", place_checkpoint(destination, recipe, tokenizer, weights), [])
 
 
 def to_huggingface(source: Path, destination: Path, options: Options, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -88,7 +64,7 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
     if is_layout(source):
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
     found = open_checkpoint(source, warn)
-    destination = _free(source, destination)
+    destination = free(source, destination)
     recipe, tokenizer = documents(found)
     lengths = Lengths(recipe.inputs_length, recipe.targets_length)
     config, losses = express(recipe.model, lengths, found.path, recipe.train.router_dtype)
@@ -114,8 +90,9 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
         DISK.sync(new)
         return new
 
-    _place(destination, tensor_file.num_bytes(wanted.values()), write)
-    return _result(str(source), destination, "huggingface", wanted, losses)
+    place(destination, tensor_file.num_bytes(wanted.values()), write)
+    parameters = sum(tensor.numel() for tensor in wanted.values())
+    return _result(str(source), destination, "huggingface", parameters, losses)
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes]]:
@@ -137,36 +114,11 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes]]:
         yield name, tensor_file.encode(shards.pop(0), {"format": "pt"})  # version 4 reads no file that does not say so
 
 
-def _free(source: Path, destination: Path) -> Path:
-    """`destination` in full, if something can be written there. Raises CheckpointError."""
-    full = destination.resolve()
-    if full.is_relative_to(source.resolve()):
-        raise CheckpointError(f"{destination}: within the source {source}: give a DESTINATION outside of it")
-    if full.exists() and (not full.is_dir() or any(full.iterdir())):
-        raise CheckpointError(f"{destination}: is there already: give a DESTINATION that is not, or an empty folder")
-    return full
-
-
-def _place(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -> None:
-    """Let `write` make a folder within a temporary one beside `destination`, and give it that name when it is whole."""
-    temporary = destination.with_name(f".tmp-{destination.name}-{secrets.token_hex(4)}")
-    with disk_errors(destination, "give another DESTINATION", bytes_needed):
-        try:
-            DISK.make_dir(temporary)
-            if shutil.disk_usage(temporary).free < bytes_needed:
-                raise OSError(errno.ENOSPC, "not enough space")
-            DISK.rename(write(temporary), destination)
-            DISK.sync(destination.parent)
-        finally:
-            with suppress(OSError):
-                DISK.remove_tree(temporary)
-
-
-def _result(source: str, destination: Path, to: str, wanted: Mapping[str, Tensor], losses: list[str]) -> dict[str, Any]:
+def _result(source: str, destination: Path, to: str, parameters: int, losses: list[str]) -> dict[str, Any]:
     return {
         "source": source,
         "destination": str(destination),
         "to": to,
-        "parameters": sum(tensor.numel() for tensor in wanted.values()),
+        "parameters": parameters,
         "warnings": losses,
     }

@@ -21,6 +21,7 @@ from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.data.stream import SpanStream
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.model.routing import Policy
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
@@ -105,21 +106,29 @@ def default_out(checkpoint: Path) -> Path:
     return Path("runs") / "eval" / place(checkpoint)
 
 
+class HeldOut(NamedTuple):
+    """Neg. log perplexity and routing health."""
+
+    tasks: dict[str, dict[str, Any]]
+    """Of each task's targets."""
+    text: dict[str, Any] | None
+
+    def named(self) -> dict[str, dict[str, Any]]:
+        return {**({"text": self.text} if self.text else {}), **self.tasks}
+
+
 class Pass(NamedTuple):
     """All figures under one way to count capacity."""
 
     capacity: dict[str, Policy]
     """For `text` and `tasks`."""
     scores: dict[str, Scores]
-    held_out: dict[str, dict[str, Any]]
-    """Neg. log perplexity of each task's targets, and routing health."""
-    text: dict[str, Any] | None
-    """The same of text."""
+    held_out: HeldOut
     answered: dict[str, tuple[Answered, ...]]
 
     def to_json(self) -> dict[str, Any]:
         """All but the answers."""
-        figures = {"held_out": self.held_out, "text": self.text}
+        figures = {"held_out": self.held_out.tasks, "text": self.held_out.text}
         return {"capacity": self.capacity, **task_results(self.scores), **figures}
 
 
@@ -145,7 +154,7 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
     console.message(f"measuring {opened.path}")
     runtime.on_main(lambda: _probe(out))
     with memory.explained_of_evaluation(runtime.device):
-        measuring = _Measuring(filled(opened, runtime.device), recipe, runtime, console)
+        measuring = Measuring(filled(opened, runtime.device), recipe, runtime, console)
         passes = tuple(measuring.under(*each) for each in measuring.capacities())
     result = {
         "verb": recipe.verb,
@@ -182,11 +191,11 @@ def show(evaluation: Evaluation) -> None:
         console.message(f"\ncapacity: {counted}", "bold")
         if one.scores:
             show_scores(console, one.scores)
-        for name, figures in {**({"text": one.text} if one.text else {}), **one.held_out}.items():
+        for name, figures in one.held_out.named().items():
             console.table(f"held-out {name}", {key: figures[key] for key in SHOWN if key in figures})
 
 
-class _Measuring:
+class Measuring:
     """A loaded model with what it is measured on."""
 
     def __init__(self, loaded: Loaded, recipe: EvalRecipe, runtime: Runtime, console: Console) -> None:
@@ -218,25 +227,35 @@ class _Measuring:
         tracked = self._console.track(self.exams, "answering", len(self.exams))
         answered = {exam.task.name: answering(exam) or () for exam in tracked}
         scores = {name: score(self.tasks[name], found, recipe.scoring.draws) for name, found in answered.items()}
-        held_out = {
+        held_out = self.held_out(loaded.model, text)
+        return Pass({"text": text, "tasks": tasks}, scores, held_out, answered)
+
+    def held_out(self, model: SwitchTransformer, capacity: Policy) -> HeldOut:
+        """Neg. log perplexity and routing health of `model`, which may be another than the one loaded."""
+        tasks = {
             exam.task.name: self._cross_entropy(
-                InTurn([exam.packed]).rows, exam.packed.num_rows, packed_cross_entropy, text
+                model, InTurn([exam.packed]).rows, exam.packed.num_rows, packed_cross_entropy, capacity
             )
             for exam in self.exams
             if exam.packed.num_rows
         }
-        figures = None
+        text = None
         if (spans := self._spans) is not None:
-            figures = self._cross_entropy(
-                lambda first, count: spans.batch(0, first, count), self._sequences, cross_entropy, text
+            text = self._cross_entropy(
+                model, lambda first, count: spans.batch(0, first, count), self._sequences, cross_entropy, capacity
             )
-        return Pass({"text": text, "tasks": tasks}, scores, held_out, figures, answered)
+        return HeldOut(tasks, text)
 
     def _cross_entropy(
-        self, rows: Callable[[int, int], Batch], num_rows: int, objective: Objective, capacity: Policy
+        self,
+        model: SwitchTransformer,
+        rows: Callable[[int, int], Batch],
+        num_rows: int,
+        objective: Objective,
+        capacity: Policy,
     ) -> dict[str, Any]:
         """Neg. log perplexity and routing health over `num_rows` rows."""
-        model, runtime = self._loaded.model, self._runtime
+        runtime = self._runtime
         group = model.spec.group_sequences
         batches = shared(rows, num_rows, -(-ROWS_EACH // group) * group, runtime.rank, runtime.world)
         metrics = evaluate(model, objective, batches, runtime, capacity)

@@ -98,11 +98,16 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
 
 def filled(opened: Opened, device: torch.device) -> Loaded:
     """The model of an open checkpoint."""
-    with torch.device("meta"):
-        model = SwitchTransformer(opened.recipe.model, opened.recipe.train.router_dtype)
-    model = model.to_empty(device=device).eval()
+    model = unfilled(opened.recipe, device)
     fill(model, opened.weights())
     return Loaded(opened.path, opened.step, opened.recipe, opened.tokenizer, model)
+
+
+def unfilled(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
+    """The model of a recipe in evaluation mode, its weights whatever the memory holds."""
+    with torch.device("meta"):
+        model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
+    return model.to_empty(device=device).eval()
 
 
 def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:

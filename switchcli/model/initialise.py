@@ -47,15 +47,15 @@ def initialise(model: SwitchTransformer, seed: int) -> None:
             parameter.fill_(1.0)
         elif ".experts." in name:
             for expert, weight in enumerate(parameter):
-                _truncated_normal(weight, spec.init_scale, keyed_generator(seed, f"{name}.{expert}"))
+                truncated_normal(weight, spec.init_scale, keyed_generator(seed, f"{name}.{expert}"))
         elif suffix in normal:
             drawn = torch.empty(parameter.shape).normal_(0.0, normal[suffix], generator=keyed_generator(seed, name))
             parameter.copy_(drawn)
         else:
-            _truncated_normal(parameter, spec.init_scale, keyed_generator(seed, name))
+            truncated_normal(parameter, spec.init_scale, keyed_generator(seed, name))
 
 
-def _truncated_normal(weight: torch.Tensor, scale: float, generator: torch.Generator) -> None:
+def truncated_normal(weight: torch.Tensor, scale: float, generator: torch.Generator) -> None:
     """Weight [outputs, inputs]; sigma = sqrt(scale / inputs), redrawn beyond 2 sigma."""
     sigma = (scale / weight.shape[1]) ** 0.5
     drawn = torch.empty(weight.shape)

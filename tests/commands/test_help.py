@@ -10,7 +10,9 @@ from conftest import SwitchCLI
 from switchcli import __version__
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "finetune", "eval", "generate", "convert", "doctor", "recipes"])
+@pytest.mark.parametrize(
+    "verb", ["pretrain", "finetune", "eval", "generate", "convert", "upcycle", "prune", "doctor", "recipes"]
+)
 def test_every_verb_has_help_and_is_listed(verb: str, switchcli: SwitchCLI) -> None:
     for option in ("--help", "-h"):
         done = switchcli(verb, option)

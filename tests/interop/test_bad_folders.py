@@ -283,7 +283,7 @@ def test_destinations(folder: Path, tmp_path: Path) -> None:
 
 def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
     said = refused(folder, tmp_path / "step-00000007", "--to", "switchcli")
-    assert "a converted one is of step 0: give a DESTINATION of another name" in said
+    assert "a new one is of step 0: give a DESTINATION of another name" in said
     for source, name, to in [(folder, "step-7", "switchcli"), (tmp_path / "step-7", "step-00000007", "huggingface")]:
         done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / name), "--to", to])
         assert done.exit_code == 0

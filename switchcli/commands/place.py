@@ -1,0 +1,88 @@
+"""A new folder where the user says, whole or not at all: what the verbs share that make a checkpoint of another."""
+
+import errno
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from switchcli.commands.huggingface import empty
+from switchcli.commands.load import Opened
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import CheckpointError, disk_errors
+from switchcli.recipe.resolve import dump
+from switchcli.recipe.training import TrainingRecipe
+from switchcli.train import checkpoint, tensor_file
+from switchcli.train.fsops import DISK
+from switchcli.train.saver import DATA, logical_tensors
+from switchcli.train.state import TrainState
+
+
+def free(source: Path, destination: Path) -> Path:
+    """`destination` in full, if something can be written there. Raises CheckpointError."""
+    full = destination.resolve()
+    if full.is_relative_to(source.resolve()):
+        raise CheckpointError(f"{destination}: within the source {source}: give a DESTINATION outside of it")
+    if full.exists() and (not full.is_dir() or any(full.iterdir())):
+        raise CheckpointError(f"{destination}: is there already: give a DESTINATION that is not, or an empty folder")
+    return full
+
+
+def free_for_checkpoint(source: Path, destination: Path) -> Path:
+    """The same for one of our checkpoints, which is of step 0."""
+    if checkpoint.STEP.fullmatch(destination.resolve().name):
+        raise CheckpointError(
+            f"{destination}: a checkpoint of that name is that of its step, and a new one is of step 0: give a "
+            "DESTINATION of another name"
+        )
+    return free(source, destination)
+
+
+def place(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -> None:
+    """Let `write` make a folder within a temporary one beside `destination`, and give it that name when it is whole."""
+    temporary = destination.with_name(f".tmp-{destination.name}-{secrets.token_hex(4)}")
+    with disk_errors(destination, "give another DESTINATION", bytes_needed):
+        try:
+            DISK.make_dir(temporary)
+            if shutil.disk_usage(temporary).free < bytes_needed:
+                raise OSError(errno.ENOSPC, "not enough space")
+            DISK.rename(write(temporary), destination)
+            DISK.sync(destination.parent)
+        finally:
+            with suppress(OSError):
+                DISK.remove_tree(temporary)
+
+
+def place_checkpoint(
+    destination: Path,
+    recipe: TrainingRecipe,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, Tensor],
+    others: Mapping[str, bytes] | None = None,
+) -> int:
+    """Write one of our checkpoints, without optimizer, and return its number of parameters.
+
+    `weights` come under their logical names, `others` are more documents.
+    """
+    wanted = logical_tensors(empty(recipe.model)).values()
+    texts = {"recipe.yaml": dump(recipe), "tokenizer.json": tokenizer.to_json()}
+    documents = {
+        "state.json": TrainState().to_json({}),
+        **{name: text.encode() for name, text in texts.items()},
+        **(others or {}),
+    }
+    place(
+        destination,
+        tensor_file.num_bytes(wanted),
+        lambda temporary: checkpoint.save(temporary, 0, model=weights, optimizer={}, documents=documents),
+    )
+    return sum(tensor.numel() for tensor in wanted)
+
+
+def data_of(opened: Opened) -> dict[str, bytes]:
+    """The document that names the text which a checkpoint was trained on, so that one made of it is measured on it."""
+    own = opened.own
+    return {} if own is None or DATA not in own.manifest.names() else {DATA: own.document(DATA)}

@@ -1,0 +1,96 @@
+"""`switchcli upcycle`: a Switch model that begins where a dense one ended (Komatsuzaki et al. 2022)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from switchcli.commands.huggingface import empty
+from switchcli.commands.load import Opened, open_model
+from switchcli.commands.place import data_of, free_for_checkpoint, place_checkpoint
+from switchcli.commands.start import NEW
+from switchcli.errors import CheckpointError, RecipeError
+from switchcli.model.spec import STACKS
+from switchcli.model.upcycling import Gate, Upcycled, correction
+from switchcli.recipe import resolve
+from switchcli.recipe.compare import differences
+from switchcli.recipe.sizes import CUSTOM
+from switchcli.recipe.training import TrainingRecipe
+from switchcli.train.saver import logical_tensors
+
+MAY_CHANGE = ("model.sparse", *(f"model.{key}" for key in NEW[1:]), "train.")
+"""How keys begin that leave the weights what they are."""
+
+
+class Options(NamedTuple):
+    """The options of `switchcli upcycle`."""
+
+    experts: int
+    gate: Gate
+    noise: float
+    seed: int
+
+
+def upcycle(
+    dense: Path, destination: Path, overrides: Sequence[str], options: Options, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the sparse model at `destination`, and say what it is.
+
+    Raises:
+        CheckpointError: `dense` is no dense model, or the disk refuses.
+        RecipeError: the experts have no place in it, or a key would change what the weights are of.
+    """
+    experts, gate, noise, seed = options
+    opened = open_model(dense, warn)
+    if (there := opened.recipe.model.num_experts) > 1:
+        raise CheckpointError(f"{opened.path}: has {there} experts already: name a dense model")
+    if experts < 2:
+        raise RecipeError(f"--experts ({experts}) must be at least 2: a model of one expert is the dense one")
+    if not 0 <= noise <= 1:
+        raise RecipeError(f"--noise ({noise}) must be from 0 to 1: 0.01 is a hundredth of the weights' size")
+    recipe = with_experts(opened, experts, overrides)
+    spec = recipe.model
+    if spec.sparse != "feed_forward":
+        raise RecipeError(
+            f"model.sparse ({spec.sparse}): a dense model has nothing that experts of an attention could be copies of: "
+            "model.sparse=feed_forward"
+        )
+    destination = free_for_checkpoint(dense, destination)
+    weights = Upcycled(opened.weights(), logical_tensors(empty(spec)), spec, gate, noise, seed)
+    parameters = place_checkpoint(destination, recipe, opened.tokenizer, weights, data_of(opened))
+    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
+    found = {stack: correction(spec.router_of(stack), experts, gate) for stack in stacks}
+    exactly = not noise and recipe.train.precision != "bfloat16"  # whose routers' gates are rounded
+    return {
+        "source": str(opened.path),
+        "destination": str(destination),
+        "parameters": parameters,
+        **options._asdict(),
+        "layers": spec.routed_parts(),
+        "corrections": {stack: {**one._asdict(), "exact": one.exact and exactly} for stack, one in found.items()},
+    }
+
+
+def said(result: dict[str, Any]) -> str:
+    """What was done, for people: a line, and one for each stack."""
+    lines = [f"{result['parameters']:,} parameters in {result['destination']}"]
+    for stack, one in result["corrections"].items():
+        layers = sum(layer.startswith(stack) for layer in result["layers"])
+        begins = "as the dense model, where no token is dropped" if one["exact"] else "otherwise than the dense model"
+        factors = f"wo times {one['wo']:g}, fresh routers times {one['router']:g}"
+        lines.append(f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {begins}")
+    return "\n".join(lines)
+
+
+def with_experts(opened: Opened, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
+    """The recipe of a checkpoint with so many experts. Raises RecipeError by its rules, and for what has to stay."""
+    where = f"{opened.path} with {experts} experts"
+    model = opened.recipe.model.model_copy(update={"num_experts": experts, "size": CUSTOM})
+    same = opened.recipe.model_copy(update={"model": model, "description": where})
+    tree = resolve.load(None, overrides, resolve.layer(same.model_dump(mode="json"), where))
+    recipe = resolve.validate(tree, type(opened.recipe))
+    for key, old, new in differences(same, recipe):
+        if not key.startswith(MAY_CHANGE):
+            raise RecipeError(
+                f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(MAY_CHANGE)}"
+            )
+    return recipe

@@ -1,0 +1,123 @@
+"""`switchcli prune`: fewer experts, measured before and after on the same text or tasks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SwitchCLI
+
+from switchcli.commands.load import load
+
+LAYERS = ["encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def result_of(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
+    done = switchcli("prune", *arguments, "--json")
+    assert done.code == 0, done.err
+    result: dict[str, Any] = json.loads(done.out)
+    return result
+
+
+@pytest.mark.parametrize("by", ["drop", "merge"])
+def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: SwitchCLI) -> None:
+    result = result_of(switchcli, trained, "small", "--experts", 2, "--by", by, "--sequences", 8)
+    assert (result["by"], result["gate"], result["capacity"]) == (by, "scaled", "dropless")
+    assert result["experts"] == {"before": 4, "after": 2}
+    assert result["held_out"]["text"].keys() == {"sequences", "before", "after"}
+    whole, small = (load(path, torch.device("cpu"), pytest.fail) for path in (trained, Path("small")))
+    for when, one in (("before", whole), ("after", small)):
+        assert result["parameters"][when] == sum(weight.numel() for weight in one.model.parameters())
+    assert list(result["layers"]) == LAYERS
+    for name, layer in result["layers"].items():
+        assert 0.25 < layer["wo"] < 1
+        gone = [load for expert, load in enumerate(layer["load"]) if expert not in layer["kept"]]
+        assert layer["lost_fraction"] == pytest.approx(sum(gone) / sum(layer["load"]))
+        rows_ED = whole.model.get_parameter(f"{name}.router.weight")
+        assert torch.equal(small.model.get_parameter(f"{name}.router.weight"), rows_ED[layer["kept"]])
+    done = switchcli("eval", "small", "capacities=[dropless]", "text.sequences=8", "--json")
+    assert done.code == 0, done.err
+    (one,) = json.loads(done.out)["passes"]
+    assert one["text"]["neg_log_perplexity"] == pytest.approx(result["held_out"]["text"]["after"], rel=1e-6)
+
+
+def test_the_table(trained: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("prune", trained, "small", "--experts", 3, "--sequences", 4)
+    assert done.code == 0, done.err
+    for seen in ("parameters", "neg. log perplexity of text", "capacity dropless", *LAYERS):
+        assert seen in done.out
+
+
+def test_a_fine_tuned_run_on_its_tasks(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("finetune", tuning, "--model", trained, "--out", "tuned", "--quiet").code == 0
+    result = result_of(switchcli, "tuned", "small", "--experts", 2, "capacities=[paper]")
+    assert result["held_out"].keys() == {"colour", "last"}
+    assert result["capacity"] == "paper"
+    assert switchcli("generate", "small", "which colour: red").code == 0
+
+
+def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, switchcli: SwitchCLI) -> None:
+    assert switchcli("convert", trained, "theirs", "--to", "huggingface", "--quiet").code == 0
+    alone = switchcli("prune", "theirs", "small", "--experts", 2)
+    assert (alone.code, "nothing to measure it on" in alone.err) == (2, True)
+    corpus = f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
+    result = result_of(
+        switchcli, "theirs", "small", "--experts", 2, corpus, "text.held_out_fraction=0.5", "--sequences", 1
+    )
+    assert result["experts"]["after"] == load(Path("small"), torch.device("cpu"), pytest.fail).recipe.model.num_experts
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["model.sparse=both", "model.router.kind=top_k"],
+        ["model.sparse=attention", "model.router.kind=no_token_left_behind"],
+        ["model.router.kind=expert_choice", "model.decoder_router.kind=switch"],
+    ],
+)
+def test_every_kind_of_layer_and_router(keys: list[str], recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "train.steps=1", *keys, "--out", "run", "--quiet").code == 0
+    done = switchcli("prune", "run", "small", "--experts", 2, "--by", "merge", "--sequences", 4, "--json")
+    assert done.code == 0, done.err
+    assert ("expert_choice gives all experts of a layer the same load" in done.err) == ("expert_choice" in keys[0])
+    assert len(json.loads(done.out)["layers"]) == (4 if "both" in keys[0] else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--experts", "4"], 2, "must be less than the 4 of"),
+        (["--experts", "5"], 2, "must be less than the 4 of"),
+        (["--experts", "1"], 2, "`switchcli distill` makes one"),
+        (["--experts", "2", "capacities=[paper, dropless]"], 2, "one alone decides which experts stay"),
+        (["--experts", "2", "text.sequnces=3"], 2, "Did you mean sequences?"),
+    ],
+)
+def test_refused(arguments: list[str], code: int, says: str, trained: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("prune", trained, "small", *arguments)
+    assert (done.code, says in done.err) == (code, True), done.err
+    assert not Path("small").exists()
+
+
+def test_a_dense_model_and_too_few_experts_for_the_router(recipe: str, switchcli: SwitchCLI) -> None:
+    for keys, code, says in [
+        (["model.num_experts=1"], 4, "a dense model has no experts"),
+        (["model.router={kind: top_k, k: 3}"], 2, "router.k (3) must be at most num_experts (2)"),
+    ]:
+        out = f"run{code}"
+        assert switchcli("pretrain", recipe, "train.steps=1", *keys, "--out", out, "--quiet").code == 0
+        done = switchcli("prune", out, "small", "--experts", 2)
+        assert (done.code, says in done.err) == (code, True), done.err
+
+
+def test_a_destination_that_is_not_free(trained: Path, switchcli: SwitchCLI) -> None:
+    Path("small").mkdir()
+    Path("small/mine").touch()
+    done = switchcli("prune", trained, "small", "--experts", 2)
+    assert (done.code, "is there already" in done.err) == (4, True)
