@@ -104,8 +104,6 @@ class Distils(TrainingRecipe, ABC):
     """A run of `switchcli distill`. What it leaves out is the teacher's: the text or the tasks, the length of the run,
     batch, optimizer and schedule; of `model` the dense model with the teacher's FLOPs a token."""
 
-    verb: Literal["distill"] = "distill"
-    """The command that runs this recipe."""
     distill: DistillSpec
     student: StudentSpec = FromTeacher()
     """What the student starts from, by its `kind`: teacher, fresh, checkpoint."""
@@ -116,12 +114,18 @@ class Distils(TrainingRecipe, ABC):
             yield f"distill.start_step ({start}) must be less than train.steps ({steps}): the teacher is never asked."
 
 
-class DistillTextRecipe(Distils, OnText):
+class DistillTextRecipe(OnText, Distils):
     """Distillation on plain text, as in pre-training (Tables 6 and 7)."""
 
+    verb: Literal["distill"] = "distill"
+    """The command that runs this recipe."""
 
-class DistillTasksRecipe(Distils, OnTasks):
+
+class DistillTasksRecipe(OnTasks, Distils):
     """Distillation on tasks (Table 8)."""
+
+    verb: Literal["distill"] = "distill"
+    """The command that runs this recipe."""
 
 
 class EvalRecipe(Spec):
