@@ -17,7 +17,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.train.distillation import Distillation, DistillSpec, Teacher
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.microbatches import Microbatch
-from switchcli.train.objective import Objective, cross_entropy, summed_cross_entropy
+from switchcli.train.objective import Objective, cross_entropy, summed_cross_entropy, whole_rows
 from switchcli.train.optimizer import Adafactor
 
 
@@ -43,7 +43,7 @@ def distill(job: Job) -> Result:
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         precision = "float32" if job["precision"] == "float32" else "selective"
         teacher = Teacher(model, precision, 1.0)
-        calls["distilling"] = step(Distillation(DistillSpec(teacher=""), teacher, packed=False))
+        calls["distilling"] = step(Distillation(DistillSpec(teacher=""), teacher, whole_rows))
         calls["the teacher's loss alone"] = lambda: _forward(model, here, runtime)
     if job["who"] != "all":
         calls = {job["who"]: calls[job["who"]]}

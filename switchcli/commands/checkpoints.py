@@ -92,8 +92,13 @@ def prune(
         Literal["scaled", "raw"], typer.Option(help="Make up for gates that rise among fewer experts, or do not.")
     ] = "scaled",
     sequences: Annotated[
-        int, typer.Option(min=1, help="Held-out rows of text, and examples of each task, to measure it on.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Held-out rows of text, and examples of each task, to measure it on; absent: as the recipe says.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -103,7 +108,7 @@ def prune(
 
         options = prune.Options(experts, by, gate, sequences)
         result = prune.prune(checkpoint, destination, arguments or [], options, Console(quiet=quiet), ending.warn)
-        if not as_json:
-            prune.show(result)
         if as_json:
             print_json(result)
+        else:
+            prune.show(result)

@@ -1,7 +1,7 @@
 """`switchcli distill`: a student from a teacher, on text or on tasks (section 4.2): what a command line comes to."""
 
+import difflib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from switchcli.commands.load import Opened, open_model
 from switchcli.commands.start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.count import count
-from switchcli.model.inherit import FromCheckpoint, FromTeacher, Inheritance, other_dimensions, plan
-from switchcli.model.spec import STACKS, ModelSpec
+from switchcli.model.inherit import FromTeacher, Inheritance, other_dimensions, plan
+from switchcli.model.spec import ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, Distils, OnTasks, OnText
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.text import Node
-from switchcli.train.saver import logical_tensors
+from switchcli.train.spec import FromCheckpoint
 
 TEACHER, STUDENT = "distill.teacher", "student.path"
 HOW_LONG = {"train", "optimizer", "schedule", "eval", "checkpoint"}
@@ -43,7 +43,7 @@ class Distilling(NamedTuple):
     recipe: Recipe
     teacher: Opened
     student: Opened | None
-    """The checkpoint that the student starts from, if it does and has not begun."""
+    """The checkpoint that the student starts from; None also where the run has begun."""
     baseline: Opened | None
 
 
@@ -69,22 +69,27 @@ def resolved(
         resolve.check_verb(tree, DistillTextRecipe)
     begun = recipe_of_run(out) if resume else None
     said = _said(options.teacher, tree, TEACHER, "name the model to learn from by --teacher CHECKPOINT")
-    if isinstance(begun, Distils) and is_within(begun.distill.teacher, said):
-        said = begun.distill.teacher
-    teacher = _open(TEACHER, said, out, warn)
+    begun = begun if isinstance(begun, Distils) and is_within(begun.distill.teacher, said) else None
+    teacher = _open(TEACHER, said if begun is None else begun.distill.teacher, out, warn)
     overrides = [*overrides, f"{TEACHER}={json.dumps(str(teacher.path))}"]
     if options.baseline is not None:
         overrides.append(f"distill.baseline={json.dumps(_figure(options.baseline))}")
 
     spec, student = dense(teacher.recipe.model), None
+    path = resolve.stated(tree, STUDENT)
     if options.student in SIZES:
+        if path is not None:
+            raise RecipeError(
+                f"--student {options.student}: a size, and the recipe's {STUDENT} is a checkpoint: leave one out"
+            )
         overrides.append(f"model.size={options.student}")
-    elif (path := options.student or resolve.stated(tree, STUDENT)) is not None:
-        if isinstance(begun, Distils) and isinstance(begun.student, FromCheckpoint):
-            path = begun.student.path if is_within(begun.student.path, path) else path
-        student = _open("--student" if options.student else STUDENT, path, out, warn)
-        spec = student.recipe.model
-        overrides += ["student.kind=checkpoint", f"{STUDENT}={json.dumps(str(student.path))}"]
+    elif (path := options.student or path) is not None:
+        if begun is not None and isinstance(begun.student, FromCheckpoint) and is_within(begun.student.path, path):
+            spec, path = begun.model, begun.student.path
+        else:
+            student = _open_student(options.student, path, out, warn)
+            spec, path = student.recipe.model, str(student.path)
+        overrides += ["student.kind=checkpoint", f"{STUDENT}={json.dumps(path)}"]
     if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student reads by the vocabulary of its teacher
         overrides.append(f"data.tokenizer={json.dumps({'kind': 'file', 'path': _tokenizer(teacher)})}")
     below = resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
@@ -138,6 +143,12 @@ def _open(key: str, path: str, out: Path, warn: Warn) -> Opened:
     return opened
 
 
+def _open_student(option: str | None, path: str, out: Path, warn: Warn) -> Opened:
+    if option is not None and not Path(path).exists() and (near := difflib.get_close_matches(path, SIZES, n=1)):
+        raise RecipeError(f"--student {path}: no checkpoint there, and no size of that name. Did you mean {near[0]}?")
+    return _open(STUDENT if option is None else "--student", path, out, warn)
+
+
 def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]:
     """What the teacher says of the keys that the recipe `tree` leaves out."""
     own = teacher.recipe
@@ -176,17 +187,12 @@ def _check(distilling: Distilling) -> None:
     if ours.vocab_size != theirs.vocab_size:
         raise RecipeError(
             f"model.vocab_size: the student has {ours.vocab_size}, its teacher {theirs.vocab_size}: probabilities of "
-            "one vocabulary say nothing of another: leave it out"
+            "one vocabulary say nothing of another: leave it out, or take a --student of that many rows"
         )
-    if theirs.num_experts == 1 and ours == dense(theirs):
+    if theirs.num_experts == ours.num_experts == 1 and not other_dimensions(ours, theirs):
         raise RecipeError(
             f"--teacher {teacher.path}: a dense model (num_experts: 1), of which the dense student is a copy: name a "
             "sparse teacher, or a smaller student by --student"
-        )
-    if theirs.num_experts == 1 and isinstance(recipe.student, FromTeacher) and recipe.student.experts != "fresh":
-        raise RecipeError(
-            f"student.experts ({recipe.student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has "
-            "none: leave it out, or name a sparse teacher"
         )
     larger, smaller = count(ours).parameters, count(theirs).parameters
     if larger > smaller:
@@ -195,55 +201,42 @@ def _check(distilling: Distilling) -> None:
             "take a smaller --student"
         )
     _check_inheritance(recipe, teacher)
-    _check_groups(recipe, teacher)
     if isinstance(recipe, DistillTasksRecipe):
         finetune.check_tasks(recipe)
 
 
 def _check_inheritance(recipe: Recipe, teacher: Opened) -> None:
-    if not isinstance(recipe.student, FromTeacher) or recipe.student.unfit == "fresh":
+    """Raise a RecipeError where the teacher has not what the student is to take."""
+    student, ours, theirs = recipe.student, recipe.model, teacher.recipe.model
+    if not isinstance(student, FromTeacher):
         return
-    unlike = other_dimensions(recipe.model, teacher.recipe.model)
-    if unlike:
-        said = ", ".join(f"{name} {ours} (the teacher's is {theirs})" for name, ours, theirs in unlike)
+    if theirs.num_experts == 1 and student.experts != "fresh":
+        raise RecipeError(
+            f"student.experts ({student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has none: "
+            "leave it out, or name a sparse teacher"
+        )
+    if student.experts == "most_used" and ours.num_experts > theirs.num_experts:
+        raise RecipeError(
+            f"model.num_experts: a student of {ours.num_experts} cannot take the most used of {theirs.num_experts}: "
+            "take fewer, or student.experts=mean"
+        )
+    unlike = other_dimensions(ours, theirs)
+    if unlike and student.unfit == "refuse":
+        said = ", ".join(f"{name} {own} (the teacher's is {his})" for name, own, his in unlike)
         raise RecipeError(
             f"model: the teacher's weights do not fit a student of {said}: student.unfit=fresh copies those that do, "
             "student.kind=fresh starts from initial weights"
         )
 
 
-def _check_groups(recipe: Recipe, teacher: Opened) -> None:
-    """The teacher's groups must be whole in what it is asked about at a time."""
-    spec, settings = teacher.recipe.model, recipe.distill
-    mode = "training" if settings.mode == "training" else settings.capacity
-    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
-    group = math.lcm(*(spec.router_of(stack).together(mode) for stack in stacks))
-    rows = (recipe.train.microbatch_tokens or recipe.train.batch_tokens) // recipe.inputs_length
-    if rows % group:
-        raise RecipeError(
-            f"distill.capacity ({settings.capacity}): the teacher counts it over {group} sequences, and a microbatch "
-            f"of {rows} does not hold whole groups: take distill.capacity=dropless, or a multiple of "
-            f"{group * recipe.inputs_length} tokens"
-        )
-
-
-def names_of(plan: Inheritance, teacher: ModelSpec) -> list[str]:
-    """The logical names of the teacher's tensors that a student takes."""
-    wanted = {*plan.copied, *plan.from_experts.values()}
-    logical = logical_tensors(huggingface.empty(teacher))
-    stacked = {name: name.replace(".experts.", ".experts.{}.") for name in wanted if ".experts." in name}
-    each = {one.format(expert) for one in stacked.values() for expert in range(teacher.num_experts)}
-    return [name for name in logical if name in wanted or name in each]
-
-
-def facts(distilling: Distilling, text: str, batches: str) -> Mapping[str, str | int | float]:
-    """What a teacher's kept answers depend on."""
+def facts(distilling: Distilling, teacher: str, text: str, batches: str) -> Mapping[str, str | int | float]:
+    """What kept answers depend on; with digests of the teacher, the text, and the batches."""
     recipe = distilling.recipe
     settings = recipe.distill
     assert settings.answers is not None
     return {
         "format": 1,
-        "teacher": distilling.teacher.identity(),
+        "teacher": teacher,
         "text": text,
         "batches": batches,
         "rows_per_step": recipe.rows_per_step,

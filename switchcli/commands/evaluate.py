@@ -31,7 +31,7 @@ from switchcli.tasks.scores import Scores, is_right, score
 from switchcli.tasks.spec import tasks_of
 from switchcli.tasks.task import Answered
 from switchcli.train import health, memory
-from switchcli.train.evaluate import evaluate, shared
+from switchcli.train.evaluate import evaluate_rows
 from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
 from switchcli.train.scoring import Answering
 
@@ -255,10 +255,7 @@ class Measuring:
         capacity: Policy,
     ) -> dict[str, Any]:
         """Neg. log perplexity and routing health over `num_rows` rows."""
-        runtime = self._runtime
-        group = model.spec.group_sequences
-        batches = shared(rows, num_rows, -(-ROWS_EACH // group) * group, runtime.rank, runtime.world)
-        metrics = evaluate(model, objective, batches, runtime, capacity)
+        metrics = evaluate_rows(model, objective, rows, num_rows, ROWS_EACH, self._runtime, capacity)
         figures = health.record(metrics, model.spec.routed_parts())
         figures.pop("auxiliary_loss", None)  # a training's: rows that fill up a batch thin it
         return {"sequences": num_rows, **figures}

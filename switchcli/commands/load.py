@@ -4,7 +4,7 @@ It is a run's folder (its newest is taken), one checkpoint's, or a folder in the
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,8 @@ class Opened(NamedTuple):
     step: int
     recipe: TrainingRecipe
     tokenizer: Tokenizer
-    weights: Callable[..., Mapping[str, torch.Tensor]]
-    """Under their logical names; of those given, where only some are wanted."""
+    weights: Callable[[], Mapping[str, torch.Tensor]]
+    """Under their logical names; each is read when it is asked for."""
     own: checkpoint.Checkpoint | None
     """Where it is in our layout: it may have optimizer state too."""
 
@@ -41,8 +41,9 @@ class Opened(NamedTuple):
         return self.own is not None and DATA in self.own.manifest.names()
 
     def identity(self) -> str:
-        """A digest of the weights."""
-        digest = hashlib.sha256()
+        """A digest of what the model computes: its shape, its routing, its precision, its weights."""
+        own = self.recipe
+        digest = hashlib.sha256(f"{own.model.model_dump_json()} {own.train.precision}".encode())
         if self.own is not None:
             digest.update(repr([one.sha256 for one in self.own.manifest.entries if "model-" in one.name]).encode())
         else:
@@ -71,18 +72,12 @@ def open_model(path: Path, warn: Callable[[str], None]) -> Opened:
     """
     if is_layout(path):
         foreign, tokenizer, weights = huggingface.read(path)
-
-        def lazily(names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
-            return weights if names is None else {name: weights[name] for name in names}
-
-        return Opened(path, 0, foreign, tokenizer, lazily, None)
+        return Opened(path, 0, foreign, tokenizer, lambda: weights, None)
     found = open_checkpoint(path, warn)
     recipe, tokenizer = documents(found)
 
-    def read(names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
-        whole = logical_tensors(huggingface.empty(recipe.model))
-        wanted = whole if names is None else {name: whole[name] for name in names}
-        return found.read("model", wanted, some=names is not None)
+    def read() -> Mapping[str, torch.Tensor]:
+        return found.read("model", logical_tensors(huggingface.empty(recipe.model)))
 
     return Opened(found.path, found.step, recipe, tokenizer, read, found)
 

@@ -48,8 +48,10 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
     ):
 
         def text() -> Text:
-            own = None if recipe.start is None else start.tokenizer_of(opened, folder, runtime)
-            return text_of(recipe, own, folder, runtime, console)
+            if recipe.start is None:
+                return text_of(recipe, lambda: _by_its_own(recipe, folder, console), runtime)
+            tokenizer = start.tokenizer_of(opened, folder, runtime)
+            return text_of(recipe, lambda: cut_by(tokenizer, recipe, console), runtime)
 
         def begin(model: SwitchTransformer, optimizer: Optimizer) -> None:
             if recipe.start is None:
@@ -63,21 +65,8 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
     return result
 
 
-def text_of(recipe: OnText, tokenizer: Tokenizer | None, folder: RunFolder, runtime: Runtime, console: Console) -> Text:
-    """Spans of the recipe's text, cut by `tokenizer` or the recipe's own. Raises DataError as each part says."""
-
-    def prepared() -> Prepared:
-        """The text as ids, by the vocabulary that the run began with: one trained again need not be the same."""
-        if tokenizer is not None:
-            return prepare(recipe.data, default_cache(), console.track, tokenizer)
-        found = prepare(recipe.data, default_cache(), console.track)
-        if not folder.tokenizer.exists():
-            folder.write_tokenizer(found.tokenizer.to_json())
-        first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
-        if first.sha256 == found.tokenizer.sha256:
-            return found
-        return prepare(recipe.data, default_cache(), console.track, first)
-
+def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime) -> Text:
+    """Spans of the recipe's text. Raises DataError as each part says."""
     found = runtime.on_main(prepared) or prepared()  # the main rank fills the cache that the others read
     pieces, rows = found.tokenizer.vocab_size, recipe.model.vocab_size
     if pieces > rows:
@@ -95,3 +84,17 @@ def text_of(recipe: OnText, tokenizer: Tokenizer | None, folder: RunFolder, runt
         held_out.rows_per_epoch,
         held_out.batch(0, 0, NUM_SAMPLES),
     )
+
+
+def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
+    """The recipe's text as ids of a vocabulary that is there."""
+    return prepare(recipe.data, default_cache(), console.track, tokenizer)
+
+
+def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared:
+    """The same by the vocabulary that the run began with: one trained again need not be the same."""
+    found = prepare(recipe.data, default_cache(), console.track)
+    if not folder.tokenizer.exists():
+        folder.write_tokenizer(found.tokenizer.to_json())
+    first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
+    return found if first.sha256 == found.tokenizer.sha256 else cut_by(first, recipe, console)

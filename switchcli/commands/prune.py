@@ -28,8 +28,8 @@ class Options(NamedTuple):
     experts: int
     by: By
     gate: Gate
-    sequences: int
-    """Rows of text, and examples of each task, that are looked at."""
+    sequences: int | None
+    """Rows of text, and examples of each task, that are looked at; None: as the recipe says."""
 
 
 def prune(
@@ -54,6 +54,8 @@ def prune(
     smaller = with_experts(opened, options.experts)
     destination = free_for_checkpoint(checkpoint, destination)
     runtime = Runtime(recipe.device, recipe.precision)
+    if runtime.world > 1:
+        raise RecipeError(f"prune works in one process, and there are {runtime.world} ranks: start it by itself")
     console.message(f"measuring {opened.path}")
     with memory.explained_of_evaluation(runtime.device):
         loaded = filled(opened, runtime.device)
@@ -122,13 +124,15 @@ def _check(spec: ModelSpec, path: Path, experts: int, warn: Callable[[str], None
         warn("expert_choice gives all experts of a layer the same load: the first ones are kept")
 
 
-def _measured_by(recipe: EvalRecipe, sequences: int) -> tuple[Policy, EvalRecipe]:
+def _measured_by(recipe: EvalRecipe, sequences: int | None) -> tuple[Policy, EvalRecipe]:
     """How capacity is counted, dropless unless said, as the model is to be served; and the recipe for so many rows."""
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({len(recipe.capacities)}): one alone decides which experts stay")
+    policy: Policy = "dropless" if recipe.capacities is None else recipe.capacities[0]
+    if sequences is None:
+        return policy, recipe
     scoring = recipe.scoring.model_copy(update={"examples": sequences})
     text = recipe.text and recipe.text.model_copy(update={"sequences": sequences})
-    policy: Policy = "dropless" if recipe.capacities is None else recipe.capacities[0]
     return policy, recipe.model_copy(update={"scoring": scoring, "text": text})
 
 

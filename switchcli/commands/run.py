@@ -36,6 +36,8 @@ CHANGEABLE = (
     "eval.sequences",
     "scoring.draws",
     "checkpoint.",
+    "distill.baseline",
+    "distill.answers.folder",
 )
 """Keys that may change between two starts of one run: they do not touch what was trained so far."""
 

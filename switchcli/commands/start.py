@@ -75,7 +75,8 @@ def resolved(
     check_shape(spec, recipe.model, path)
     if start is not None:
         check_tokenizer(recipe, start.tokenizer)
-    if start is not None and start.own is None and recipe.start is not None and recipe.start.optimizer == "carry":
+    bare = start is not None and (start.own is None or not start.own.kinds("optimizer"))
+    if bare and recipe.start is not None and recipe.start.optimizer == "carry":
         raise CheckpointError(
             f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
         )

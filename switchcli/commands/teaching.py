@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 import torch
 
 from switchcli.commands import finetune, pretrain
-from switchcli.commands.distill import Distilling, facts, inheritance, names_of
+from switchcli.commands.distill import Distilling, facts, inheritance
 from switchcli.commands.load import filled
-from switchcli.commands.run import Options, claim
-from switchcli.commands.training import Measure, Measured, Text, Training, Verb
+from switchcli.commands.run import Options, claim, machine
+from switchcli.commands.training import Measure, Measured, Text, Training, Verb, shares
 from switchcli.data.batch import AnyBatch, Lesson
-from switchcli.errors import Interrupted, RecipeError
+from switchcli.errors import DistributedError, Interrupted, RecipeError
 from switchcli.model.count import count
-from switchcli.model.inherit import inherit
+from switchcli.model.inherit import FromTeacher, inherit
 from switchcli.model.initialise import initialise
 from switchcli.model.moe import evaluate_by
+from switchcli.model.spec import STACKS
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
@@ -27,16 +29,17 @@ from switchcli.recipe.schema import DistillTasksRecipe
 from switchcli.report.console import Console
 from switchcli.report.units import si
 from switchcli.train import logical, memory
-from switchcli.train.answers import AnswersSpec, AnswerStore, bytes_a_step
+from switchcli.train.answers import ELSEWHERE, AnswersSpec, AnswerStore, bytes_a_step
 from switchcli.train.asking import Asking
 from switchcli.train.checkpoint import preflight
 from switchcli.train.distillation import Distillation, Teacher, compression, gain_kept
 from switchcli.train.lock import lock
-from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
+from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy, packed_rows, whole_rows
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder, write_whole
 from switchcli.train.saver import fill
 from switchcli.train.scoring import AVERAGE, ScoringSpec
+from switchcli.train.spec import FromCheckpoint
 from switchcli.train.state import HELD_OUT
 
 NOTES = "teacher.json"
@@ -53,21 +56,21 @@ def distill(distilling: Distilling, options: Options) -> dict[str, Any]:
     recipe, spec = distilling.recipe, distilling.teacher.recipe.model
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
+    online = bool(recipe.distill.soft_fraction) and recipe.distill.answers is None
     with (
         claim(options, recipe, runtime, console) as folder,
-        memory.explained(recipe.model, recipe.optimizer, runtime.device, teacher=spec),
+        memory.explained(recipe.model, recipe.optimizer, runtime.device, teacher=spec if online else None),
     ):
-        teaching = _Teaching(distilling, folder, runtime, console)
-        online = recipe.distill.soft_fraction and recipe.distill.answers is None
+        teaching = _Teaching(distilling, runtime, console)
         verb = Verb(
             teaching.hard,
-            teaching.text,
+            lambda: teaching.text(folder),
             teaching.begin,
             scoring=teaching.scoring,
             num_figures=finetune.num_figures(recipe) if isinstance(recipe, DistillTasksRecipe) else 1,
             minimised=teaching.minimised,
             flops_beside=count(spec, recipe.inputs_length, recipe.targets_length).flops if online else 0,
-            identity={"teacher_sha256": distilling.teacher.identity()},
+            identity={"teacher_sha256": teaching.identity},
             conclude=teaching.conclude,
             show=teaching.show,
         )
@@ -77,7 +80,7 @@ def distill(distilling: Distilling, options: Options) -> dict[str, Any]:
 
 
 def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
-    """Have the teacher asked what the run will need, and keep its answers; no student is made.
+    """Have the teacher asked what the run will need, and keep its answers; no student is made, no run's folder touched.
 
     Raises:
         RecipeError: there is nowhere to keep them.
@@ -89,8 +92,7 @@ def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with memory.explained_of_evaluation(runtime.device):
-        teaching = _Teaching(distilling, RunFolder(options.out), runtime, console)
-        teaching.text()
+        _Teaching(distilling, runtime, console).text(None)
         runtime.close()
     size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
     steps = recipe.train.steps - recipe.distill.start_step
@@ -100,34 +102,65 @@ def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
 class _Teaching:
     """A teacher with a run of its student."""
 
-    def __init__(self, distilling: Distilling, folder: RunFolder, runtime: Runtime, console: Console) -> None:
-        self._distilling, self._folder, self._runtime, self._console = distilling, folder, runtime, console
+    def __init__(self, distilling: Distilling, runtime: Runtime, console: Console) -> None:
+        self._distilling, self._runtime, self._console = distilling, runtime, console
         self._recipe = recipe = distilling.recipe
         self._settings = recipe.distill
+        self.identity = distilling.teacher.identity()
+        if not runtime.is_alike(self.identity):
+            raise DistributedError(
+                f"the ranks found other checkpoints of the teacher at {self._settings.teacher}: name one by its step"
+            )
         on_tasks = isinstance(recipe, DistillTasksRecipe)
-        self._packed = on_tasks
+        self._segments = packed_rows if on_tasks else whole_rows
         self.hard: Objective = packed_cross_entropy if on_tasks else cross_entropy
         self.scoring = recipe.scoring if isinstance(recipe, DistillTasksRecipe) else ScoringSpec()
-        rows = recipe.rows_per_step // runtime.world
-        tokens = recipe.train.microbatch_tokens
-        self._microbatch = tokens // recipe.inputs_length if tokens else rows
+        self._microbatch: int = runtime.on_main(self._rows_at_a_time) or self._rows_at_a_time()
         self._model: SwitchTransformer | None = None
         self._measure: Measure | None = None
         self._distillation: Distillation | None = None
 
-    def text(self) -> Text:
+    def _rows_at_a_time(self) -> int:
+        """Rows that the teacher is asked about at a time: its groups must be whole in them."""
+
+        def none(step: int, first: int, count: int) -> AnyBatch:
+            raise AssertionError("only counted")
+
+        rows = shares(self._recipe, none, self._runtime).microbatch
+        spec, settings = self._distilling.teacher.recipe.model, self._settings
+        training = settings.mode == "training"
+        mode = "training" if training else settings.capacity
+        stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
+        group = math.lcm(*(spec.router_of(stack).together(mode) for stack in stacks))
+        if settings.soft_fraction and rows % group:
+            key = "mode (training)" if training else f"capacity ({settings.capacity})"
+            way_out = "mode=evaluation" if training else "capacity=dropless"
+            raise RecipeError(
+                f"distill.{key}: the teacher's routers count capacity over {group} sequences, and a microbatch on "
+                f"{self._runtime.world} ranks has {rows}: take distill.{way_out}, or microbatches of a multiple of "
+                f"{group * self._recipe.inputs_length} tokens"
+            )
+        return rows
+
+    def text(self, folder: RunFolder | None) -> Text:
         """What the student trains on, with the teacher's answers where they are kept."""
-        recipe, tokenizer = self._recipe, self._distilling.teacher.tokenizer
-        if self._folder.path.exists():
-            self._runtime.on_main(lambda: self._folder.write_tokenizer(tokenizer.to_json()))
+        recipe, runtime, console = self._recipe, self._runtime, self._console
+        tokenizer = self._distilling.teacher.tokenizer
+        if folder is not None:
+            runtime.on_main(lambda: folder.write_tokenizer(tokenizer.to_json()))
         if isinstance(recipe, DistillTasksRecipe):
-            text = finetune.text_of(recipe, tokenizer, self._runtime, self._console)
+            text = finetune.text_of(recipe, tokenizer, runtime, console)
         else:
-            text = pretrain.text_of(recipe, tokenizer, self._folder, self._runtime, self._console)
-        self._measure = Measure(recipe, text, self.hard, self.scoring, self._microbatch, self._runtime)
-        if self._settings.answers is None or not self._settings.soft_fraction:
+            text = pretrain.text_of(recipe, lambda: pretrain.cut_by(tokenizer, recipe, console), runtime)
+        self._measure = Measure(recipe, text, self.hard, self.scoring, self._microbatch, runtime)
+        start = self._settings.start_step
+        if not self._settings.soft_fraction:
             return text
-        store, start = self._answered(text, self._settings.answers), self._settings.start_step
+        if self._settings.answers is None:
+            if not start:  # else it need not be there yet
+                self._loaded()
+            return text
+        store = self._answered(text, self._settings.answers)
 
         def rows(step: int, first: int, count: int) -> AnyBatch:
             batch = text.rows(step, first, count)
@@ -143,39 +176,41 @@ class _Teaching:
             return self.hard
         if self._distillation is None:
             teacher = self._teacher() if self._settings.answers is None else None
-            self._distillation = Distillation(self._settings, teacher, packed=self._packed)
+            self._distillation = Distillation(self._settings, teacher, self._segments)
         return self._distillation
 
     def begin(self, student: SwitchTransformer, optimizer: Optimizer) -> None:
         """Fill the weights of a student that begins."""
         recipe, teacher = self._recipe, self._distilling.teacher
-        if self._distilling.student is not None:
+        if isinstance(recipe.student, FromCheckpoint):
+            assert self._distilling.student is not None, "a run that has begun restores its own"
             fill(student, self._distilling.student.weights())
             return
         initialise(student, recipe.train.seed)
         plan = inheritance(recipe, teacher.recipe.model)
-        if plan is None or recipe.student.kind != "teacher":
+        if plan is None or not isinstance(recipe.student, FromTeacher):
             return
-        if self._model is not None:
-            weights: Mapping[str, torch.Tensor] = dict(self._model.named_parameters())
-        else:
-            spec = teacher.recipe.model
-            weights = logical.join(teacher.weights(names_of(plan, spec)), spec.num_experts)
-        used = self._measured().load if plan.from_experts and recipe.student.experts == "most_used" else {}
+        weights, experts = teacher.weights(), teacher.recipe.model.num_experts
+        used: Mapping[str, list[float]] = {}
+        if plan.from_experts and recipe.student.experts == "most_used":
+            used = self._measured(Measure.held_out).load
         load = {name: torch.tensor(tokens) for name, tokens in used.items()}
-        inherit(student, plan, weights.__getitem__, recipe.student, load)
+        inherit(student, plan, lambda name: logical.whole(weights, name, experts), recipe.student, load)
         self._console.message(
             f"of the student's {len(list(student.parameters()))} tensors {len(plan.copied)} are the teacher's, "
             f"{len(plan.from_experts)} made of its experts ({recipe.student.experts}), {len(plan.fresh)} fresh"
         )
+        if recipe.student.unfit == "fresh":
+            self._console.message(f"fresh: {', '.join(plan.fresh)}")
 
     def conclude(self, training: Training) -> dict[str, Any]:
         """What the paper's tables say: the figures of teacher, student and dense baseline, and the gain kept."""
         recipe, teacher, _, baseline = self._distilling
         name = AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
-        taught = self._measured()
+        taught = self._measured(Measure.everything)
+        self._model = self._distillation = None  # room for the baseline
         ours, theirs = (count(spec).parameters for spec in (recipe.model, teacher.recipe.model))
-        measured = training.measure(training.model)
+        measured = training.measure.held_out(training.model)._replace(figures=training.state.figures)
         result: dict[str, Any] = {
             "figure": name,
             "teacher": {"checkpoint": str(teacher.path), "parameters": theirs, **_shown(taught)},
@@ -187,8 +222,7 @@ class _Teaching:
             result["inherited"] = {**plan._asdict(), "from_experts": list(plan.from_experts)}
         figure = self._settings.baseline
         if baseline is not None:
-            model = filled(baseline, self._runtime.device).model
-            of_baseline = training.measure(model)
+            of_baseline = training.measure.everything(filled(baseline, self._runtime.device).model)
             figure = of_baseline.figures[name]
             parameters = count(baseline.recipe.model).parameters
             result["baseline"] = {"checkpoint": str(baseline.path), "parameters": parameters, **_shown(of_baseline)}
@@ -204,15 +238,15 @@ class _Teaching:
         name, rows = said["figure"], {}
         for who in ("teacher", "student", "baseline"):
             if who in said:
-                speed = said[who].get("tokens_per_second")
-                parameters = said[who].get("parameters")
-                about = f" ({parameters:,} parameters, {si(speed)} tokens/s forward)" if speed and parameters else ""
-                rows[f"{who}{about}"] = said[who]["figures"][name]
+                speed, parameters = said[who].get("tokens_per_second"), said[who].get("parameters")
+                about = [f"{parameters:,} parameters"] if parameters else []
+                about += [f"{si(speed)} tokens/s forward"] if speed else []
+                rows[f"{who} ({', '.join(about)})" if about else who] = said[who]["figures"][name]
         rows["compression"] = f"{said['compression']:.1%}"
-        if (kept := said.get("gain_kept")) is not None:
-            rows["of the teacher's gain over the baseline kept"] = f"{kept:.1%}"
-        elif "baseline" in said:
-            rows["of the teacher's gain over the baseline kept"] = "the teacher has none"
+        if "gain_kept" in said:
+            kept = said["gain_kept"]
+            shown = "the teacher has none" if kept is None else f"{kept:.1%}"
+            rows["of the teacher's gain over the baseline kept"] = shown
         self._console.table(f"distilled: {name}", rows)
 
     def _loaded(self) -> SwitchTransformer:
@@ -230,41 +264,68 @@ class _Teaching:
             evaluate_by(model, self._settings.capacity)
         return Teacher(model, self._distilling.teacher.recipe.train.precision, self._settings.temperature)
 
-    def _measured(self) -> Measured:
+    def _measured(self, how: Callable[[Measure, SwitchTransformer], Measured]) -> Measured:
         """The teacher's own figures, as they were noted beside its answers, or had now."""
         assert self._measure is not None, "text comes first"
-        answers = self._settings.answers
-        notes = Path(answers.folder) / NOTES if answers is not None else None
-        if notes is not None and notes.exists():
-            noted = json.loads(notes.read_text(encoding="utf-8"))
-            if noted["on"] == self._measured_on():
-                return Measured(**noted["measured"])
-        return self._measure(self._loaded())
+        settings = self._settings.answers
+        noted = self._noted(settings) if settings is not None and self._settings.soft_fraction else None
+        return noted or how(self._measure, self._loaded())
+
+    def _noted(self, settings: AnswersSpec) -> Measured | None:
+        """The note beside the answers, where it is whole and of figures as this run has them."""
+        try:
+            note = json.loads((Path(settings.folder) / NOTES).read_text(encoding="utf-8"))
+            measured = Measured(**note["measured"])
+            if note["on"] != self._measured_on():
+                return None
+            here = note["hardware"] == machine(self._runtime)["hardware"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return measured if here else measured._replace(tokens_per_second=None)
 
     def _measured_on(self) -> dict[str, Any]:
-        """What the figures depend on besides teacher and text."""
-        return {"eval": self._recipe.eval.model_dump(mode="json"), "scoring": self.scoring.model_dump(mode="json")}
+        """What the teacher's figures depend on besides itself."""
+        assert self._measure is not None, "text comes first"
+        text, rows = self._measure.text, self._measure.num_rows
+        digest = _digest(text.held_out(0, rows))
+        for exam in text.exams:
+            digest.update(repr([(example.input, example.targets) for example in exam.examples]).encode())
+        scoring = self.scoring.model_dump(mode="json", include={"split", "examples", "decoding", "capacity"})
+        return {"held_out": digest.hexdigest(), "capacity": self._recipe.eval.capacity, "scoring": scoring}
 
     def _answered(self, text: Text, settings: AnswersSpec) -> AnswerStore:
-        """The teacher's answers to every step, those that lack asked for now."""
+        """The teacher's answers to every step; those that lack are asked for now, and its figures noted.
+
+        Where all is there nothing is written and no teacher needed.
+        """
         recipe, runtime, folder = self._recipe, self._runtime, Path(settings.folder)
-        rows, start = recipe.rows_per_step, self._settings.start_step
-        first = text.rows(0, 0, rows)
-        digest = hashlib.sha256(first.inputs_BS.numpy().data)
-        digest.update(first.targets_BT.numpy().data)
-        known = facts(self._distilling, text.identity, digest.hexdigest())
+        rows, first, last = recipe.rows_per_step, self._settings.start_step, recipe.train.steps
+        known = facts(self._distilling, self.identity, text.identity, _digest(text.rows(0, 0, rows)).hexdigest())
+        store, each = (
+            AnswerStore(folder, rows),
+            bytes_a_step(settings, rows, recipe.targets_length, recipe.model.vocab_size),
+        )
 
-        def open_store() -> AnswerStore:
-            return AnswerStore(folder, known, rows)
+        def lacks() -> bool:
+            return not store.is_begun(known) or bool(store.missing(first, last, each)) or self._noted(settings) is None
 
-        store = runtime.on_main(open_store) or open_store()
+        if not runtime.from_main(int(runtime.on_main(lacks) or 0)):
+            return store
         with ExitStack() as held:
-            runtime.on_main(lambda: held.enter_context(lock(folder)))
-            runtime.on_main(store.sweep)
-            each = bytes_a_step(settings, rows, recipe.targets_length, recipe.model.vocab_size)
-            parts = store.missing(start, recipe.train.steps, each)
+            runtime.on_main(lambda: held.enter_context(lock(folder, ELSEWHERE)))
+            runtime.on_main(lambda: store.begin(known))
+            parts = store.missing(first, last, each)
+            if not runtime.is_alike(repr(parts)):
+                raise DistributedError(
+                    f"the ranks see other files in {folder}: keep it on a disk that all of them share"
+                )
             if parts:
                 self._ask(store, parts, each, text, settings)
+            assert self._measure is not None
+            measured = self._measure.everything(self._loaded())
+            note = {"on": self._measured_on(), "hardware": machine(runtime)["hardware"], "measured": measured._asdict()}
+            runtime.on_main(lambda: write_whole(folder / NOTES, json.dumps(note, indent=1) + "\n"))
+        self._model = None  # it has said all
         return store
 
     def _ask(self, store: AnswerStore, parts: list[range], step_bytes: int, text: Text, settings: AnswersSpec) -> None:
@@ -275,8 +336,8 @@ class _Teaching:
             f"asking the teacher once: {steps:,} steps of {rows} rows, {kept} probabilities of each target: "
             f"{si(steps * step_bytes)}B in {settings.folder}"
         )
-        runtime.on_main(lambda: preflight(Path(settings.folder), steps * step_bytes))
-        asking = Asking(self._teacher(), settings, text.rows, rows, self._microbatch, packed=self._packed)
+        runtime.on_main(lambda: preflight(Path(settings.folder), steps * step_bytes, ELSEWHERE))
+        asking = Asking(self._teacher(), settings, text.rows, rows, self._microbatch, self._segments)
         with StopRequest() as stop:
             done = asking.fill(
                 store, parts, runtime, lambda turns: console.track(turns, "asking", len(turns)), lambda: stop.requested
@@ -286,11 +347,12 @@ class _Teaching:
                 f"stopped while the teacher was asked; what it said is in {settings.folder}: the same command goes on "
                 "from there"
             )
-        assert self._measure is not None, "it is made before answers are needed"
-        measured = self._measure(self._loaded())
-        note = {"on": self._measured_on(), "measured": measured._asdict()}
-        runtime.on_main(lambda: write_whole(Path(settings.folder) / NOTES, json.dumps(note, indent=1) + "\n"))
-        self._model = None  # it has said all
+
+
+def _digest(batch: AnyBatch) -> "hashlib._Hash":
+    digest = hashlib.sha256(batch.inputs_BS.numpy().data)
+    digest.update(batch.targets_BT.numpy().data)
+    return digest
 
 
 def _shown(measured: Measured) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from switchcli.report.text import shortened
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.tokens import Scored
 from switchcli.train import checkpoint, health
-from switchcli.train.evaluate import evaluate, shared
+from switchcli.train.evaluate import evaluate_rows, shared
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
@@ -94,8 +94,8 @@ class Measured(NamedTuple):
 
     figures: dict[str, float]
     """By name, as in the state: better when higher."""
-    tokens_per_second: float
-    """Input tokens of the held-out rows, forward."""
+    tokens_per_second: float | None
+    """Input tokens of the held-out rows, forward; None where another machine measured it."""
     load: dict[str, list[float]]
     """Held-out tokens that each expert got, by the name of its sparse layer."""
 
@@ -111,24 +111,47 @@ class Measure(NamedTuple):
     """Rows of a batch."""
     runtime: Runtime
 
-    def batches(self) -> list[Batch]:
-        """This rank's held-out batches."""
-        sequences, runtime = min(self.recipe.eval.sequences, self.text.num_held_out), self.runtime
-        return shared(self.text.held_out, sequences, self.microbatch, runtime.rank, runtime.world)
+    @property
+    def num_rows(self) -> int:
+        return min(self.recipe.eval.sequences, self.text.num_held_out)
 
-    def __call__(self, model: SwitchTransformer) -> Measured:
-        """On every rank."""
-        batches, scoring = self.batches(), self.scoring
+    def batches(self) -> list[Batch]:
+        """This rank's held-out batches, for the run's own model."""
+        runtime = self.runtime
+        return shared(self.text.held_out, self.num_rows, self.microbatch, runtime.rank, runtime.world)
+
+    def held_out(self, model: SwitchTransformer) -> Measured:
+        """Neg. log perplexity, rate and load; on every rank. What was compiled runs as it was written."""
         started = time.perf_counter()
-        metrics = evaluate(model, self.objective, batches, self.runtime, self.recipe.eval.capacity)
+        with self.runtime.uncompiled():
+            metrics = evaluate_rows(
+                model,
+                self.objective,
+                self.text.held_out,
+                self.num_rows,
+                self.microbatch,
+                self.runtime,
+                self.recipe.eval.capacity,
+            )
         figure = float(metrics["neg_log_perplexity"].value())
-        rows = len(batches) * self.microbatch * self.runtime.world
-        rate = rows * self.recipe.inputs_length / (time.perf_counter() - started)
+        rate = self.num_rows * self.recipe.inputs_length / (time.perf_counter() - started)
         layers = health.record(metrics, model.spec.routed_parts()).get("layers", {})
-        answering = Answering(model, self.text.tokenizer, self.runtime, scoring, scoring.capacity)
+        return Measured({HELD_OUT: figure}, rate, {name: figures["load"] for name, figures in layers.items()})
+
+    def everything(self, model: SwitchTransformer) -> Measured:
+        """The same with the scores of all tasks."""
+        measured = self.held_out(model)
+        answering = Answering(model, self.text.tokenizer, self.runtime, self.scoring, self.scoring.capacity)
         scores = {exam.task.name: score(exam.task, answering(exam) or (), 0) for exam in self.text.exams}
-        loads = {name: figures["load"] for name, figures in layers.items()}
-        return Measured({HELD_OUT: figure, **figures_of(scores)}, rate, loads)
+        return measured._replace(figures={**measured.figures, **figures_of(scores)})
+
+
+def shares(recipe: TrainingRecipe, rows: Callable[[int, int, int], AnyBatch], runtime: Runtime) -> Microbatches:
+    """This rank's microbatches. Raises RecipeError where the ranks cannot share the batch."""
+    length, tokens = recipe.inputs_length, recipe.train.microbatch_tokens
+    group = recipe.model.group_sequences
+    microbatch = tokens and tokens // length
+    return Microbatches(rows, recipe.rows_per_step, microbatch, group, runtime.rank, runtime.world, length)
 
 
 class Training:
@@ -174,16 +197,7 @@ class Training:
             runtime.compile(self.model)
 
     def _shares(self) -> Microbatches:
-        train, length = self.recipe.train, self.recipe.inputs_length
-        return Microbatches(
-            self._rows,
-            train.batch_tokens // length,
-            train.microbatch_tokens and train.microbatch_tokens // length,
-            self.recipe.model.group_sequences,
-            self.runtime.rank,
-            self.runtime.world,
-            length,
-        )
+        return shares(self.recipe, self._rows, self.runtime)
 
     def _rows(self, step: int, first: int, count: int) -> AnyBatch:
         return self.text.rows(step, first, count)

@@ -13,10 +13,9 @@ Legend: E experts, D model, F hidden.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
 
 from switchcli.model.moe import SwitchLayer
 from switchcli.model.spec import ModelSpec
@@ -42,23 +41,6 @@ class FromTeacher(Spec):
     afresh."""
 
 
-class Fresh(Spec):
-    """Start from initial weights."""
-
-    kind: Literal["fresh"] = "fresh"
-
-
-class FromCheckpoint(Spec):
-    """Start from a student that is there."""
-
-    kind: Literal["checkpoint"] = "checkpoint"
-    path: str
-    """A run's folder, one checkpoint's, or a folder in the Hugging Face layout; `--student`."""
-
-
-StudentSpec = Annotated[FromTeacher | Fresh | FromCheckpoint, Field(discriminator="kind")]
-
-
 class Inheritance(NamedTuple):
     """What each parameter of a student starts from, by name."""
 
@@ -78,19 +60,22 @@ def other_dimensions(student: ModelSpec, teacher: ModelSpec) -> list[tuple[str, 
 def plan(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromTeacher) -> Inheritance:
     """What the student can take, by names and shapes alone: models on `meta` will do."""
     there = {name: weight.shape for name, weight in teacher.named_parameters()}
-    routed = _routed(student)
+    layers = [part for part in student.modules() if isinstance(part, SwitchLayer)]
+    routed = {id(weight) for part in layers for weight in part.parameters()}
     copied, from_experts, fresh = [], {}, []
     for name, weight in student.named_parameters():
         source = re.sub(r"(\.layer)\.(wi|wi_gate|wo)\.weight$", r"\1.experts.\2", name) if name not in there else name
-        one_expert = weight.shape[1:] if name in routed else weight.shape
-        if name not in routed and there.get(name) == weight.shape:
+        one_expert = weight.shape[1:] if id(weight) in routed else weight.shape
+        if id(weight) not in routed and there.get(name) == weight.shape:
             copied.append(name)
         elif settings.experts != "fresh" and ".experts." in source and there.get(source, ())[1:] == one_expert:
             from_experts[name] = source
         else:
             fresh.append(name)
     if settings.experts == "most_used":  # a router goes with the experts that it knows
-        with_router = {f"{name.rpartition('.experts.')[0]}.router.weight" for name in from_experts if name in routed}
+        with_router = {
+            f"{name.rpartition('.experts.')[0]}.router.weight" for name in from_experts if ".experts." in name
+        }
         fresh = [name for name in fresh if name not in with_router]
         from_experts |= {name: name for name in sorted(with_router)}
     return Inheritance(tuple(copied), from_experts, tuple(fresh))
@@ -119,13 +104,7 @@ def inherit(
         if settings.experts == "mean":
             named[name].copy_(stacked.mean(0))
             continue
-        layer = re.split(r"\.experts\.|\.router\.", source)[0]
+        layer = re.split(r"(?:\.switch)?\.(?:experts|router)\.", source)[0]
         most = load[layer].argsort(descending=True, stable=True)[: stacks or 1].sort().values
         kept = stacked[most.to(stacked.device)]
         named[name].copy_(kept if stacks else kept[0])
-
-
-def _routed(model: SwitchTransformer) -> set[str]:
-    """The names of experts and routers."""
-    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, SwitchLayer)]
-    return {f"{name}.{inner}" for name, part in parts for inner, _ in part.named_parameters()}

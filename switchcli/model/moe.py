@@ -80,6 +80,12 @@ class SwitchLayer(nn.Module):
         return SwitchOutput(y_GNO.reshape(B, S, -1), routing.report)
 
 
+def sparse_layers(model: nn.Module) -> dict[str, SwitchLayer]:
+    """The sparse layers by their names in `ModelSpec.routed_parts`, in the order of the reports."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, SwitchLayer))
+    return {name.removesuffix(".switch"): layer for name, layer in found}
+
+
 @contextmanager
 def evaluating(model: nn.Module, policy: Policy) -> Iterator[None]:
     """Within, `model` is in evaluation mode and its sparse layers count capacity by `policy`; then as it was before."""

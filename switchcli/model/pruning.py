@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.moe import SwitchLayer, SwitchOutput
+from switchcli.model.moe import SwitchLayer, SwitchOutput, sparse_layers
 from switchcli.model.routing import RoutingRule, TopK
 from switchcli.model.transformer import SwitchTransformer
 
@@ -45,7 +45,9 @@ def cuts(
     gate: Gate,
 ) -> dict[str, Cut]:
     """How each layer is cut, from its load and its `probability_mass`; with `raw` gates weights stay as they are."""
-    return {name: _cut(layer.rule, loads[name], mass[name], num_kept, gate) for name, layer in _layers(model).items()}
+    return {
+        name: _cut(layer.rule, loads[name], mass[name], num_kept, gate) for name, layer in sparse_layers(model).items()
+    }
 
 
 def _cut(rule: RoutingRule, load_E: Sequence[int], mass_EE: torch.Tensor, num_kept: int, gate: Gate) -> Cut:
@@ -56,12 +58,6 @@ def _cut(rule: RoutingRule, load_E: Sequence[int], mass_EE: torch.Tensor, num_ke
     if gate == "raw" or (isinstance(rule, TopK) and rule.renormalise) or not mass_NE.any():
         wo = torch.ones_like(wo)
     return Cut(load_E, kept, lost / max(1, sum(load_E)), wo)
-
-
-def _layers(model: SwitchTransformer) -> dict[str, SwitchLayer]:
-    """The sparse layers by their names in `ModelSpec.routed_parts`."""
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, SwitchLayer))
-    return {name.removesuffix(".switch"): layer for name, layer in found}
 
 
 @contextmanager
@@ -78,7 +74,7 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
         first_AE = F.one_hot(probability_AE.argmax(-1), probability_AE.shape[-1]).double()
         mass[name] = first_AE.mT @ probability_AE + mass.get(name, 0.0)
 
-    hooks = [layer.register_forward_hook(partial(add, name)) for name, layer in _layers(model).items()]
+    hooks = [layer.register_forward_hook(partial(add, name)) for name, layer in sparse_layers(model).items()]
     try:
         yield mass
     finally:

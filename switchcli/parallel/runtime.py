@@ -6,6 +6,7 @@ and never wait for a device.
 """
 
 import ctypes
+import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -130,6 +131,15 @@ class Runtime:
     def sum_over_ranks(self, values: Sequence[int]) -> list[int]:
         """Host integers, summed position by position over all ranks."""
         return list(values) if self._control is None else _summed(values, self._control)
+
+    def sum_when_all_are_there(self, values: Sequence[int]) -> list[int]:
+        """The same where ranks do work of their own between, which takes what it takes."""
+        return list(values) if self._main_wait is None else _summed(values, self._main_wait)
+
+    def is_alike(self, value: str) -> bool:
+        """Whether all ranks have the same text; the same answer on each of them."""
+        digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
+        return self.sum_over_ranks([int(digest != self.from_main(digest))]) == [0]
 
     def from_main(self, value: int) -> int:
         """The main rank's value, on every rank; the others wait for it as long as it takes."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.model.groups import Group, check
-from switchcli.model.inherit import FromTeacher, StudentSpec
+from switchcli.model.inherit import FromTeacher
 from switchcli.model.routing import Policy
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
@@ -20,7 +20,7 @@ from switchcli.tasks.spec import TaskDataSpec, TaskSpec, names_twice
 from switchcli.train.distillation import DistillSpec
 from switchcli.train.schedule import Constant, InverseSquareRoot, ScheduleSpec
 from switchcli.train.scoring import ScoringSpec
-from switchcli.train.spec import Precision, StartSpec
+from switchcli.train.spec import Precision, StartSpec, StudentSpec
 
 
 class OnText(TrainingRecipe, ABC):

@@ -32,12 +32,15 @@ from switchcli.train.fsops import DISK
 FACTS = "answers.json"
 PART_BYTES = 1 << 25
 _PART = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
-_ELSEWHERE = "name another folder by distill.answers.folder"
+ELSEWHERE = "name another folder by distill.answers.folder"
 _DIFFERS: Mapping[str, str] = {
     "teacher": "are those of another teacher",
     "text": "are to other text",
     "batches": "are to other batches of that text (train.seed, lengths or spans)",
 }
+
+
+Facts = Mapping[str, str | int | float]
 
 
 class AnswersSpec(Spec):
@@ -66,32 +69,42 @@ class _Part(NamedTuple):
 class AnswerStore:
     """The answers to the batches of a run, R rows a step."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, str | int | float], rows: int) -> None:
-        """Open `folder`, or begin one there; `facts` are what the answers depend on.
-
-        Raises:
-            CheckpointError: it holds answers with other facts, or something else, or the disk refuses.
-        """
+    def __init__(self, folder: Path, rows: int) -> None:
         self._folder, self._rows = folder, rows
         self._open: tuple[_Part, safe_open] | None = None
-        with disk_errors(folder, _ELSEWHERE):
-            if not (folder / FACTS).exists():
-                if folder.exists() and any(path.name != "run.lock" for path in folder.iterdir()):
-                    raise CheckpointError(f"{folder}: is there already and holds no answers: {_ELSEWHERE}")
-                DISK.make_dir(folder)
-                self._place(FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
-            self._check(facts)
 
-    def sweep(self) -> None:
-        """Remove the leftovers of a kill; only while nobody else writes."""
-        with disk_errors(self._folder, _ELSEWHERE):
+    def is_begun(self, facts: Facts) -> bool:
+        """Whether answers with these facts, on which they depend, are kept in the folder, some of them at least.
+
+        Raises:
+            CheckpointError: it holds answers with other facts, or something else.
+        """
+        with disk_errors(self._folder, ELSEWHERE):
+            if (self._folder / FACTS).exists():
+                self._check(facts)
+                return True
+            others = self._folder.iterdir() if self._folder.exists() else ()
+            if any(path.name != "run.lock" and not path.name.startswith(".tmp-") for path in others):
+                raise CheckpointError(f"{self._folder}: is there already and holds no answers: {ELSEWHERE}")
+            return False
+
+    def begin(self, facts: Facts) -> None:
+        """Make the folder ready for answers, and remove the leftovers of a kill; only who holds its lock may.
+
+        Raises:
+            CheckpointError: as `is_begun`, or the disk refuses.
+        """
+        with disk_errors(self._folder, ELSEWHERE):
             for leftover in self._folder.glob(".tmp-*"):
                 DISK.remove_tree(leftover)
+            if not self.is_begun(facts):
+                DISK.make_dir(self._folder)
+                self._place(FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
 
     def missing(self, first: int, last: int, step_bytes: int) -> list[range]:
         """The steps from `first` to before `last` that no part holds, in runs that make a part each; a step takes
         `step_bytes`."""
-        with disk_errors(self._folder, _ELSEWHERE):
+        with disk_errors(self._folder, ELSEWHERE):
             held = {step for part in self._parts() for step in range(part.first, part.last)}
         each = max(1, PART_BYTES // step_bytes)
         runs: list[range] = []
@@ -107,7 +120,7 @@ class AnswerStore:
         fields = zip(Answers._fields, answers, strict=True)
         content = safetensors.torch.save({name: kept.cpu().contiguous() for name, kept in fields})
         digest = hashlib.sha256(content).hexdigest()[:32]
-        with disk_errors(self._folder, _ELSEWHERE, len(content)):
+        with disk_errors(self._folder, ELSEWHERE, len(content)):
             self._place(f"steps-{steps.start:08d}-{steps.stop:08d}-{digest}.safetensors", content)
 
     def read(self, step: int, first: int, count: int) -> Answers:
@@ -116,10 +129,11 @@ class AnswerStore:
         Raises:
             CheckpointError: they are not there, or not what was kept.
         """
-        part, stream = self._enter(step)
-        begin = (step - part.first) * self._rows + first
-        slices = (stream.get_slice(name) for name in Answers._fields)  # type: ignore[no-untyped-call]
-        return Answers(*(kept[begin : begin + count] for kept in slices))
+        with disk_errors(self._folder, ELSEWHERE):
+            part, stream = self._enter(step)
+            begin = (step - part.first) * self._rows + first
+            slices = (stream.get_slice(name) for name in Answers._fields)  # type: ignore[no-untyped-call]
+            return Answers(*(kept[begin : begin + count] for kept in slices))
 
     def _enter(self, step: int) -> tuple[_Part, safe_open]:
         if self._open is not None and self._open[0].first <= step < self._open[0].last:
@@ -127,7 +141,7 @@ class AnswerStore:
         part = next((part for part in self._parts() if part.first <= step < part.last), None)
         if part is None:
             raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to have them")
-        with disk_errors(part.path, _ELSEWHERE), part.path.open("rb") as file:
+        with part.path.open("rb") as file:
             sound = hashlib.file_digest(file, "sha256").hexdigest().startswith(part.digest)
         try:
             if not sound:
@@ -143,17 +157,17 @@ class AnswerStore:
         found = ((_PART.fullmatch(path.name), path) for path in sorted(self._folder.iterdir()))
         return [_Part(int(name[1]), int(name[2]), path, name[3]) for name, path in found if name]
 
-    def _check(self, facts: Mapping[str, str | int | float]) -> None:
+    def _check(self, facts: Facts) -> None:
         try:
             held = json.loads((self._folder / FACTS).read_text(encoding="utf-8"))
         except ValueError:
             held = None
         if not isinstance(held, dict):
-            raise CheckpointError(f"{self._folder / FACTS}: is not what was written: {_ELSEWHERE}")
+            raise CheckpointError(f"{self._folder / FACTS}: is not what was written: {ELSEWHERE}")
         for name, fact in facts.items():
             if held.get(name) != fact:
                 said = _DIFFERS.get(name, f"were asked for with {name} {held.get(name)}, and the recipe says {fact}")
-                raise CheckpointError(f"{self._folder}: its answers {said}: {_ELSEWHERE}")
+                raise CheckpointError(f"{self._folder}: its answers {said}: {ELSEWHERE}")
 
     def _place(self, name: str, content: bytes) -> None:
         temporary = self._folder / f".tmp-{secrets.token_hex(4)}"
@@ -166,7 +180,7 @@ class AnswerStore:
 def bytes_a_step(settings: AnswersSpec, rows: int, targets: int, vocabulary: int) -> int:
     """What the answers to a step's R rows of T targets take on disk."""
     each = settings.dtype.itemsize
-    return rows * targets * (settings.top_k * (id_dtype(vocabulary).itemsize + each) + each)
+    return rows * targets * (min(settings.top_k, vocabulary) * (id_dtype(vocabulary).itemsize + each) + each)
 
 
 def id_dtype(vocabulary: int) -> torch.dtype:

@@ -11,7 +11,7 @@ from switchcli.data.batch import Answers, AnyBatch
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.answers import AnswersSpec, AnswerStore, id_dtype
 from switchcli.train.distillation import AllProbabilities, Teacher
-from switchcli.train.objective import CHUNK
+from switchcli.train.objective import CHUNK, SegmentsOf
 
 Rows = Callable[[int, int, int], AnyBatch]
 Track = Callable[[list[range]], Iterator[range]]
@@ -21,39 +21,54 @@ class Asking:
     """What it takes to have a teacher's answers to the batches of a run."""
 
     def __init__(
-        self, teacher: Teacher, settings: AnswersSpec, rows: Rows, rows_per_step: int, microbatch: int, *, packed: bool
+        self,
+        teacher: Teacher,
+        settings: AnswersSpec,
+        rows: Rows,
+        rows_per_step: int,
+        microbatch: int,
+        segments: SegmentsOf,
     ) -> None:
         """`rows(step, first, count)` gives sequences; `microbatch` of them are asked about at a time."""
-        self._teacher, self._settings, self._packed = teacher, settings, packed
+        self._teacher, self._settings, self._segments = teacher, settings, segments
         self._rows, self._rows_per_step, self._microbatch = rows, rows_per_step, microbatch
 
     def fill(
         self, store: AnswerStore, parts: list[range], runtime: Runtime, track: Track, stop: Callable[[], bool]
     ) -> bool:
-        """Add the answers to all `parts`, the ranks in turn; False when one of them is to stop."""
+        """Add the answers to all `parts`, the ranks in turn; False when one of them is to stop.
+
+        A rank may take long over a part: the others wait.
+        """
         turns = [range(start, min(start + runtime.world, len(parts))) for start in range(0, len(parts), runtime.world)]
         for turn in track(turns):
-            if any(runtime.sum_over_ranks([int(stop())])):
-                return False
-            if turn.start + runtime.rank in turn:
+            if turn.start + runtime.rank in turn and not stop():
                 steps = parts[turn.start + runtime.rank]
-                store.add(steps, self._answers(steps, runtime))
-        runtime.sum_over_ranks([0])  # all of them are there
+                answers = self._answers(steps, runtime, stop)
+                if answers is not None:
+                    store.add(steps, answers)
+            if any(runtime.sum_when_all_are_there([int(stop())])):
+                return False
         return True
 
-    def _answers(self, steps: range, runtime: Runtime) -> Answers:
+    def _answers(self, steps: range, runtime: Runtime, stop: Callable[[], bool]) -> Answers | None:
+        """To all rows of these steps; None when it is to stop before they are through."""
         firsts = range(0, self._rows_per_step, self._microbatch)
         batches = (
             self._rows(step, first, min(self._microbatch, self._rows_per_step - first))
             for step in steps
             for first in firsts
         )
-        answers = [self._answer(runtime.place(batch)) for batch in batches]
+        answers = []
+        for batch in batches:
+            if stop():
+                return None
+            answers.append(self._answer(runtime.place(batch)))
         return Answers(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
 
     def _answer(self, batch: AnyBatch) -> Answers:
         shape = batch.targets_BT.shape
-        probabilities = self._teacher.ask(batch, packed=self._packed)
+        probabilities = self._teacher.ask(batch, self._segments)
         kept = largest(probabilities, shape.numel(), self._settings)
         return Answers(*(part.view(*shape, *part.shape[1:]).cpu() for part in kept))
 

@@ -78,8 +78,8 @@ class Checkpoint:
 
     def read(
         self, group: Group, wanted: Mapping[str, Tensor], *, some: bool = False, way_out: str = _WAY_OUT
-    ) -> dict[str, Tensor]:
-        """The tensors of a group, on the CPU, under the logical names of `wanted`.
+    ) -> Mapping[str, Tensor]:
+        """The tensors of a group, on the CPU, under the logical names of `wanted`; each is read when it is asked for.
 
         `wanted` gives names, dtypes and shapes (tensors on `meta` will do). Nothing is read unless they are exactly the
         checkpoint's: CheckpointError names the first that differs, and `way_out`. With `some` it may hold others too.
@@ -89,10 +89,8 @@ class Checkpoint:
         difference = _difference(group, held, wanted)
         if difference is not None:
             raise CheckpointError(f"{self.path}: {group}: {difference}: {way_out}")
-        tensors: dict[str, Tensor] = {}
-        for name, kinds in files.items():
-            tensors.update(tensor_file.read(self.path / name, [key for key in kinds if key in held]))
-        return {key: tensors[key] for key in wanted}
+        places = {key: self.path / name for name, kinds in files.items() for key in kinds}
+        return tensor_file.Tensors({key: places[key] for key in wanted})
 
     def _files(self, group: Group) -> dict[str, dict[str, tensor_file.Kind]]:
         """What each file of a group holds; no tensor twice."""
@@ -208,10 +206,10 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
         _sweep(folder, files)
 
 
-def preflight(folder: Path, bytes_needed: int, *, files: Files = DISK) -> None:
+def preflight(folder: Path, bytes_needed: int, elsewhere: str = _ELSEWHERE, *, files: Files = DISK) -> None:
     """Check before training that `folder` can be written to and its disk has this much room. Raises CheckpointError."""
     probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
-    with disk_errors(folder, _ELSEWHERE, bytes_needed):
+    with disk_errors(folder, elsewhere, bytes_needed):
         files.make_dir(probe)
         try:
             if shutil.disk_usage(folder).free < bytes_needed:

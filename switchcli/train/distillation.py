@@ -19,12 +19,18 @@ from torch import nn
 
 from switchcli.data.batch import AnyBatch, Lesson
 from switchcli.model.layers import compute_dtype
-from switchcli.model.packing import Segments, segments_of
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD, Spec
 from switchcli.train.answers import AnswersSpec
-from switchcli.train.objective import ChunkLoss, StepLoss, at_least_float32, step_loss, summed_over_vocabulary
+from switchcli.train.objective import (
+    ChunkLoss,
+    SegmentsOf,
+    StepLoss,
+    at_least_float32,
+    step_loss,
+    summed_over_vocabulary,
+)
 from switchcli.train.spec import Precision
 
 NUM_SUMS = 4  # of a chunk: what is minimised, hard, soft, and how far the student is from its teacher
@@ -129,22 +135,22 @@ class Teacher:
         self._precision, self._temperature = precision, temperature
 
     @torch.no_grad()
-    def ask(self, batch: AnyBatch, *, packed: bool) -> AllProbabilities:
+    def ask(self, batch: AnyBatch, segments: SegmentsOf) -> AllProbabilities:
         """Its probabilities of every target. The student's noise is drawn before the teacher's, if that has any."""
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
-            output = self.model(batch.inputs_BS, batch.targets_BT, _segments(batch, packed))
+            output = self.model(batch.inputs_BS, batch.targets_BT, segments(batch))
             return AllProbabilities(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, self._temperature)
 
 
 class Distillation:
     """The objective of a student: of `teacher`'s answers to the batch, or of those that the batch brings."""
 
-    def __init__(self, settings: DistillSpec, teacher: Teacher | None, *, packed: bool) -> None:
-        """`packed` says whether rows hold several examples (model/packing.py)."""
-        self._settings, self._teacher, self._packed = settings, teacher, packed
+    def __init__(self, settings: DistillSpec, teacher: Teacher | None, segments: SegmentsOf) -> None:
+        """`segments` says which examples share a row."""
+        self._settings, self._teacher, self._segments = settings, teacher, segments
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
-        output = model(batch.inputs_BS, batch.targets_BT, _segments(batch, self._packed))
+        output = model(batch.inputs_BS, batch.targets_BT, self._segments(batch))
         targets_N = batch.targets_BT.flatten()
         sums_M = distilled_cross_entropy(
             output.hidden_BTD.flatten(0, 1),
@@ -161,7 +167,7 @@ class Distillation:
 
     def _soft_targets(self, batch: AnyBatch) -> SoftTargets:
         if self._teacher is not None:
-            return self._teacher.ask(batch, packed=self._packed)
+            return self._teacher.ask(batch, self._segments)
         assert isinstance(batch, Lesson), "without a teacher the batch brings its answers"
         return TopProbabilities(*(kept.flatten(0, 1) for kept in batch.answers))
 
@@ -221,7 +227,3 @@ def log_softmax(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
 def _dot(x_CV: torch.Tensor, y_CV: torch.Tensor) -> torch.Tensor:
     """The products of rows, [C]; their elements are not held."""
     return torch.bmm(x_CV.unsqueeze(1), y_CV.unsqueeze(2)).flatten()
-
-
-def _segments(batch: AnyBatch, packed: bool) -> Segments | None:
-    return segments_of(batch.inputs_BS, batch.targets_BT) if packed else None

@@ -9,6 +9,7 @@ from torch import nn
 from switchcli.data.batch import Batch
 from switchcli.model.moe import evaluating
 from switchcli.model.routing import Policy
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.spec import PAD
 from switchcli.train.metrics import Mean, Metrics, flatten, merge, unflatten
@@ -30,6 +31,21 @@ def evaluate(
                 loss = objective(model, runtime.place(batch))
             metrics = merge(metrics, exact(loss.metrics))
     return reduce(metrics, runtime)
+
+
+def evaluate_rows(
+    model: SwitchTransformer,
+    objective: Objective,
+    rows: Callable[[int, int], Batch],
+    num_rows: int,
+    rows_each: int,
+    runtime: Runtime,
+    policy: Policy = "paper",
+) -> Metrics:
+    """The same on rows that the ranks share, at least `rows_each` a batch: in whole groups of this very model."""
+    group = model.spec.group_sequences
+    batches = shared(rows, num_rows, -(-rows_each // group) * group, runtime.rank, runtime.world)
+    return evaluate(model, objective, batches, runtime, policy)
 
 
 def reduce(metrics: Metrics, runtime: Runtime) -> Metrics:

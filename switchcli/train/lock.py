@@ -21,18 +21,18 @@ _PATIENCE_SECONDS = 0.2  # how long a second run waits for the first to have wri
 
 
 @contextmanager
-def lock(run_folder: Path) -> Iterator[None]:
-    """Hold the run folder, made if it is not there, for the length of a `with`.
+def lock(run_folder: Path, elsewhere: str = "give another folder by --out") -> Iterator[None]:
+    """Hold the run folder, made if it is not there, for the length of a `with`; `elsewhere` is a way out for messages.
 
     Raises CheckpointError, at once, when another run holds it, or the folder cannot be written or locked.
     """
     path = run_folder / "run.lock"
-    with disk_errors(path):
+    with disk_errors(path, elsewhere):
         run_folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        with disk_errors(path):
-            _take(descriptor, path)
+        with disk_errors(path, elsewhere):
+            _take(descriptor, path, elsewhere)
         try:
             yield
         finally:
@@ -42,13 +42,12 @@ def lock(run_folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(descriptor: int, path: Path) -> None:
+def _take(descriptor: int, path: Path, elsewhere: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise CheckpointError(
-            f"{path.parent}: in use by another run ({_holder(descriptor)}): "
-            "wait for it, stop it, or give another folder by --out."
+            f"{path.parent}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or {elsewhere}."
         ) from None
     holder = {"host": platform.node(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     os.ftruncate(descriptor, 0)

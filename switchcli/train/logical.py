@@ -59,6 +59,14 @@ def join(logical: Mapping[str, Tensor], num_experts: int, first_expert: int = 0)
     return named
 
 
+def whole(logical: Mapping[str, Tensor], name: str, num_experts: int) -> Tensor:
+    """The tensor of a name in the model: stacked, where it is an expert's."""
+    match = _STACKED.fullmatch(name)
+    if match is None:
+        return logical[name]
+    return torch.stack([logical[f"{match['head']}.{expert}.{match['tail']}"] for expert in range(num_experts)])
+
+
 def expert_numbers(names: Iterable[str]) -> list[int]:
     """The global numbers of the experts that logical names speak of, ascending."""
     return sorted({int(match["expert"]) for name in names if (match := _NUMBERED.fullmatch(name))})

@@ -11,7 +11,7 @@ from torch import nn
 
 from switchcli.data.batch import AnyBatch
 from switchcli.model.layers import compute_dtype
-from switchcli.model.packing import segments_of
+from switchcli.model.packing import Segments, segments_of
 from switchcli.model.transformer import ModelOutput
 from switchcli.spec import PAD
 from switchcli.train.health import routing_metrics
@@ -37,15 +37,27 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss: ...
 
 
+SegmentsOf = Callable[[AnyBatch], Segments | None]
+"""Which examples share a row of a batch (model/packing.py); None where each has its own."""
+
+
+def whole_rows(batch: AnyBatch) -> None:
+    """Rows of one example each."""
+
+
+def packed_rows(batch: AnyBatch) -> Segments:
+    """Rows of several examples, which do not see one another."""
+    return segments_of(batch.inputs_BS, batch.targets_BT)
+
+
 def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
     """Cross-entropy of each real target given the inputs and the targets before it, in float32."""
     return _loss_of(model(batch.inputs_BS, batch.targets_BT), batch.targets_BT)
 
 
 def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
-    """The same where rows are packed (model/packing.py): of each example as if it were alone in its row."""
-    inputs_BS, targets_BT = batch.inputs_BS, batch.targets_BT
-    return _loss_of(model(inputs_BS, targets_BT, segments_of(inputs_BS, targets_BT)), targets_BT)
+    """The same where rows are packed: of each example as if it were alone in its row."""
+    return _loss_of(model(batch.inputs_BS, batch.targets_BT, packed_rows(batch)), batch.targets_BT)
 
 
 def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:

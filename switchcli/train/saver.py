@@ -111,10 +111,7 @@ def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, num_experts: 
     held, slots = found.kinds("optimizer"), logical.split(optimizer.state(), num_experts)
     way_out = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
     if not held:
-        raise CheckpointError(
-            f"{found.path}: holds no optimizer state, as it was converted from elsewhere: start.optimizer=reset begins "
-            "with a new one."
-        )
+        raise CheckpointError(f"{found.path}: holds no optimizer state: start.optimizer=reset begins with a new one.")
     if not held.keys() & slots.keys():
         raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
     optimizer.load(logical.join(found.read("optimizer", slots, some=True, way_out=way_out), num_experts))

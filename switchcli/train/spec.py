@@ -1,10 +1,11 @@
 """The settings of a training run that belong to no single object: lengths, batches, and what happens how often."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
+from switchcli.model.inherit import FromTeacher
 from switchcli.model.routing import Policy
 from switchcli.spec import Spec
 
@@ -47,6 +48,23 @@ class StartSpec(Spec):
     """A run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout; `--model`."""
     optimizer: Literal["carry", "reset"] = "carry"
     """Go on with the checkpoint's optimizer state, as T5 does, or with a new one. A converted checkpoint has none."""
+
+
+class Fresh(Spec):
+    """A student starts from initial weights."""
+
+    kind: Literal["fresh"] = "fresh"
+
+
+class FromCheckpoint(Spec):
+    """A student starts from one that is there."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: str
+    """A run's folder, one checkpoint's, or a folder in the Hugging Face layout; `--student`."""
+
+
+StudentSpec = Annotated[FromTeacher | Fresh | FromCheckpoint, Field(discriminator="kind")]
 
 
 class LogSpec(Spec):

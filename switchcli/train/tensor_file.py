@@ -5,7 +5,7 @@ The library does the work, and refuses overlapping, missing and trailing bytes.
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, final
 
 import safetensors.torch
 import torch
@@ -66,10 +66,27 @@ def read_kinds(path: Path) -> dict[str, Kind]:
     return kinds
 
 
-def read(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of these names, in memory of their own on the CPU."""
-    with safe_open(path, framework="pt") as stream:
-        return {name: stream.get_tensor(name).clone() for name in names}
+@final
+class Tensors(Mapping[str, Tensor]):
+    """Tensors in files: each is read whenever it is asked for, into memory of its own on the CPU, and none is kept."""
+
+    def __init__(self, places: Mapping[str, Path]) -> None:
+        """`places` gives the file of each name."""
+        self._places = places
+        self._open: tuple[Path, safe_open] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._places[name]
+        if self._open is None or self._open[0] != path:
+            self._open = path, safe_open(path, framework="pt")
+        tensor: Tensor = self._open[1].get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def shards(named: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from switchcli.cli import app
 from switchcli.commands import teaching
 from switchcli.commands.load import load
 from switchcli.train.distillation import Teacher
+from switchcli.train.lock import lock
 
 INTERRUPTED = 75
 
@@ -153,7 +154,7 @@ def test_kept_answers_of_all_tokens_teach_what_the_teacher_does(
     assert json.loads(asked.out)["bytes"] == sum(path.stat().st_size for path in Path("answers").iterdir())
     assert not Path("none").exists()
     assert "asking the teacher once: 3 steps of 8 rows, 512 probabilities of each target: 591kB" in asked.err
-    monkeypatch.setattr(Teacher, "__init__", None)  # it is not asked again
+    monkeypatch.setattr(teaching, "filled", None)  # it is not made again
     offline = switchcli(*command, *kept, "--out", "offline")
     assert offline.code == 0, offline.err
     one, other = (json.loads(done.out)["distillation"] for done in (online, offline))
@@ -297,7 +298,7 @@ def test_stopped_while_the_teacher_is_asked_it_goes_on(
         stopped = switchcli(*command)
     assert stopped.code == INTERRUPTED, stopped.err
     assert "what it said is in answers: the same command goes on from there" in stopped.err
-    assert len(list(Path("answers").glob("steps-*"))) == 3
+    assert len(list(Path("answers").glob("steps-*"))) == 2  # the part that it was at is asked for again
     assert switchcli(*command).code == 0
     assert len(list(Path("answers").glob("steps-*"))) == 6
 
@@ -316,6 +317,92 @@ def test_a_run_that_has_begun_keeps_its_teacher(trained: Path, here: Path, switc
     gone = switchcli(*command, "train.steps=6")
     assert gone.code == 4
     assert "step-00000002: no checkpoint there" in gone.err
+
+
+def test_a_teacher_with_groups_is_measured_in_whole_ones(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    """Groups of 4 sequences, microbatches of 2: it may be asked droplessly alone, and is measured by its capacity."""
+    train = ("train.microbatch_tokens=256", "model.router.group_sequences=4", "train.steps=1", "-q")
+    assert switchcli("pretrain", trained / "recipe.yaml", *train, "--out", "teacher").code == 0
+    small = ("distill", "--teacher", "teacher", "train.microbatch_tokens=64", "--out", "a")
+    done = switchcli(*small, "--json")
+    assert done.code == 0, done.err
+    figure = "held_out/neg_log_perplexity"
+    expected = json.loads(Path("teacher/result.json").read_text())[figure]
+    assert json.loads(done.out)["distillation"]["teacher"]["figures"][figure] == pytest.approx(expected, abs=1e-5)
+    refused = switchcli(*small, "distill.capacity=paper", "--no-resume")
+    assert refused.code == 2
+    assert "distill.capacity (paper): the teacher's routers count capacity over 4 sequences" in refused.err
+    assert "take distill.capacity=dropless" in refused.err
+    trains = switchcli(*small, "distill.mode=training", "--no-resume")
+    assert (trains.code, "take distill.mode=evaluation" in trains.err) == (2, True)
+
+
+def test_the_most_used_experts_of_attentions_too(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    both = ("model.sparse=both", "train.steps=1", "-q")
+    assert switchcli("pretrain", trained / "recipe.yaml", *both, "--out", "teacher").code == 0
+    command = ("distill", "--teacher", "teacher", "student.experts=most_used", "--out", "a", "-q")
+    done = switchcli(*command, "model.num_experts=2")
+    assert done.code == 0, done.err
+    more = switchcli(*command, "model.num_experts=5", "model.sparse_decoder_layers=[]", "--no-resume")
+    assert (more.code, "cannot take the most used of 4" in more.err) == (2, True)
+
+
+def test_a_baseline_may_be_named_when_the_run_is_done(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    command = ("distill", "--teacher", trained, "--out", "a", "--json")
+    first = switchcli(*command)
+    assert first.code == 0, first.err
+    assert "gain_kept" not in json.loads(first.out)["distillation"]
+    done = switchcli(*command, "--baseline", "-9.5")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)["distillation"]
+    assert said["baseline"] == {"figures": {"held_out/neg_log_perplexity": -9.5}}
+    assert said["gain_kept"] > 0
+
+
+def test_a_teacher_in_the_hugging_face_layout(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    pooled = ("model.balance_reduction=pooled", "train.steps=1", "-q")
+    assert switchcli("pretrain", trained / "recipe.yaml", *pooled, "--out", "ours").code == 0
+    assert switchcli("convert", "ours", "theirs", "--to", "huggingface").code == 0
+    text = f"data.corpora=[{{kind: files, paths: [{trained.parents[0]}/text.txt], sample_by: line}}]"
+    source = next(line for line in (trained / "recipe.yaml").read_text().splitlines() if "text.txt" in line)
+    text = f"data.corpora=[{{kind: files, paths: [{source.strip(' -')}], sample_by: line}}]"
+    train = ("train.steps=2", "train.batch_tokens=1024", "data.span_corruption.inputs_length=512", "eval.sequences=2")
+    done = switchcli("distill", "--teacher", "theirs", text, *train, "--out", "a", "--json", "train.device=cpu")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["distillation"]["teacher"]["checkpoint"] == "theirs"
+    again = switchcli("distill", "--teacher", "theirs", text, *train, "train.steps=3", "--out", "a", "train.device=cpu")
+    assert (again.code, "going on from step 2" in again.err) == (0, True), again.err
+
+
+def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
+    trained: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    kept = ("distill", "--teacher", trained, "distill.answers.folder=answers", "-q")
+    assert switchcli(*kept, "--answers-only").code == 0
+    note = Path("answers/teacher.json")
+    before = json.loads(note.read_text())["measured"]["figures"]
+    for broken in ("", "{}", '{"measured": {"figures": 1}}'):
+        note.write_text(broken)
+        assert switchcli(*kept, "--answers-only").code == 0
+        assert json.loads(note.read_text())["measured"]["figures"] == before
+    with lock(Path("answers")):
+        done = switchcli(*kept, "--out", "a", "--json")
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["distillation"]["teacher"]["figures"] == before
+        more = switchcli(*kept, "train.steps=4", "--out", "a")
+        assert more.code == 4
+        assert "in use by another run" in more.err
+        assert "name another folder by distill.answers.folder" in more.err
+
+
+def test_asking_touches_no_runs_folder(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    shutil.copytree(trained, "run")
+    (Path("run") / "tokenizer.json").write_text("mine")
+    done = switchcli(
+        "distill", "--teacher", trained, "distill.answers.folder=answers", "--answers-only", "--out", "run", "-q"
+    )
+    assert done.code == 0, done.err
+    assert (Path("run") / "tokenizer.json").read_text() == "mine"
 
 
 @pytest.mark.slow
@@ -357,6 +444,12 @@ def test_two_ranks_distil_what_one_does_and_resume_exactly(trained: Path, here: 
         (["--teacher", "SPARSE", "data.tokenizer={kind: file, path: other.json}"], 2, "is not the tokenizer that the"),
         (["--teacher", "SPARSE", "--student", "OTHER"], 2, "reads by another tokenizer than the teacher"),
         (["--teacher", "SPARSE", "--baseline", "OTHER"], 2, "--baseline OTHER"),
+        (["--teacher", "SPARSE", "--student", "t5-bse"], 2, "no size of that name. Did you mean t5-base?"),
+        (
+            ["--teacher", "SPARSE", "--student", "tiny", "student.path=DENSE"],
+            2,
+            "a size, and the recipe's student.path is a",
+        ),
         (["--teacher", "SPARSE", "--student", "nowhere"], 4, "--student: nowhere: no checkpoint there"),
         (["--teacher", "nowhere"], 4, "distill.teacher: nowhere: no checkpoint there"),
         (["--teacher", "SPARSE", "--answers-only"], 2, "--answers-only: needs distill.answers.folder"),

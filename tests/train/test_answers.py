@@ -15,6 +15,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.train.answers import AnswersSpec, AnswerStore, bytes_a_step, id_dtype
 from switchcli.train.asking import Asking, largest
 from switchcli.train.distillation import Teacher
+from switchcli.train.objective import whole_rows
 
 ROWS, STEPS = 4, 6
 FACTS = {"teacher": "one", "text": "a", "batches": "b", "top_k": 5, "temperature": 1.0}
@@ -28,19 +29,25 @@ def teacher() -> Teacher:
 
 
 def fill(store: AnswerStore, parts: list[range], runtime: Runtime, stop=lambda: False) -> bool:
-    asking = Asking(teacher(), SPEC, rows, ROWS, 2, packed=False)
+    asking = Asking(teacher(), SPEC, rows, ROWS, 2, whole_rows)
     return asking.fill(store, parts, runtime, iter, stop)
 
 
+def opened(folder: Path, facts: dict = FACTS) -> AnswerStore:
+    store = AnswerStore(folder, ROWS)
+    store.begin(facts)
+    return store
+
+
 def filled(folder: Path, steps: int = STEPS) -> AnswerStore:
-    store = AnswerStore(folder, FACTS, ROWS)
+    store = opened(folder)
     assert fill(store, store.missing(0, steps, 1), Runtime("cpu", "float32"))
     return store
 
 
 def expected(step: int, first: int, count: int) -> Answers:
     batch = rows(step, first, count)
-    kept = largest(teacher().ask(batch, packed=False), batch.targets_BT.numel(), SPEC)
+    kept = largest(teacher().ask(batch, whole_rows), batch.targets_BT.numel(), SPEC)
     return Answers(*(part.view(count, TARGET, *part.shape[1:]) for part in kept))
 
 
@@ -55,7 +62,7 @@ def test_what_is_kept_is_what_the_teacher_says(tmp_path: Path) -> None:
     for step in range(STEPS):
         assert same(store.read(step, 0, ROWS), expected(step, 0, ROWS))
         assert same(store.read(step, 1, 2), expected(step, 1, 2))
-    again = AnswerStore(tmp_path / "a", FACTS, ROWS)
+    again = opened(tmp_path / "a")
     assert all(map(torch.equal, again.read(3, 0, ROWS), store.read(3, 0, ROWS)))
     assert again.missing(0, STEPS, 1) == []
 
@@ -88,16 +95,15 @@ def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None
 
 def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.answers.PART_BYTES", 100)
-    store = AnswerStore(tmp_path / "a", FACTS, ROWS)
+    store = opened(tmp_path / "a")
     assert store.missing(0, 5, 40) == [range(2), range(2, 4), range(4, 5)]
     assert store.missing(3, 5, 1000) == [range(3, 4), range(4, 5)]
 
 
 def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.answers.PART_BYTES", 1)
-    store, turns = AnswerStore(tmp_path / "a", FACTS, ROWS), iter([False, False, True])
-    runtime = Runtime("cpu", "float32")
-    assert not fill(store, store.missing(0, STEPS, 1), runtime, lambda: next(turns))
+    store, runtime = opened(tmp_path / "a"), Runtime("cpu", "float32")
+    assert not fill(store, store.missing(0, STEPS, 1), runtime, lambda: len(list((tmp_path / "a").glob("steps*"))) == 2)
     left = store.missing(0, STEPS, 1)
     assert left == [range(step, step + 1) for step in range(2, STEPS)]
     assert fill(store, left, runtime)
@@ -112,12 +118,9 @@ def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, mon
         folder, disk = tmp_path / str(number), FaultyFiles(number, crash)
         with monkeypatch.context() as patch, suppress(Crash):
             patch.setattr("switchcli.train.answers.DISK", disk)
-            AnswerStore(folder, FACTS, ROWS).add(range(1), answers)
+            opened(folder).add(range(1), answers)
         struck = disk.struck
-        if not (folder / "answers.json").exists():  # nothing but a leftover: the folder is the user's to remove
-            continue
-        store = AnswerStore(folder, FACTS, ROWS)
-        store.sweep()
+        store = opened(folder)
         if store.missing(0, 1, 1):
             assert struck
             store.add(range(1), answers)
@@ -137,25 +140,25 @@ def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, mon
     ],
 )
 def test_answers_of_something_else_are_refused(tmp_path: Path, fact: dict, said: str) -> None:
-    AnswerStore(tmp_path / "a", FACTS, ROWS)
+    opened(tmp_path / "a")
     with pytest.raises(CheckpointError) as refused:
-        AnswerStore(tmp_path / "a", {**FACTS, **fact}, ROWS)
+        opened(tmp_path / "a", {**FACTS, **fact})
     assert said in str(refused.value)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="is there already and holds no answers"):
-        AnswerStore(tmp_path, FACTS, ROWS)
+        opened(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])
 def test_facts_that_are_broken_are_refused(tmp_path: Path, text: str) -> None:
-    AnswerStore(tmp_path, FACTS, ROWS)
+    opened(tmp_path)
     (tmp_path / "answers.json").write_text(text)
     with pytest.raises(CheckpointError, match="is not what was written"):
-        AnswerStore(tmp_path, FACTS, ROWS)
+        opened(tmp_path)
 
 
 def test_a_damaged_part_is_told_when_it_is_read_and_asked_for_again(tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_damaged_part_is_told_when_it_is_read_and_asked_for_again(tmp_path: Pa
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    store = AnswerStore(tmp_path, FACTS, ROWS)
+    store = opened(tmp_path)
     with pytest.raises(CheckpointError, match=r"is damaged .*: remove it, and the same command asks the teacher again"):
         store.read(0, 0, ROWS)
     part.unlink()
