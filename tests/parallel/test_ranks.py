@@ -207,7 +207,7 @@ def ended(stop_on: int | None, poison_on: int | None) -> tuple[int, int]:
         fit(
             state,
             runtime.wrap(model),
-            objective,
+            lambda step: objective,
             Microbatches(rows, BATCH, None, 1, runtime.rank, runtime.world),
             Adafactor().build(dict(model.named_parameters())),
             InverseSquareRoot(),
