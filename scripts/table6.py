@@ -14,6 +14,7 @@ ROWS = {
     "distilled": "distillation",
     "distilled_initialised": "with the teacher's non-expert weights",
     "mixture-8": "with 0.75 of the hard loss, 0.25 of the soft",
+    "mixture_fresh": "the mixture, from initial weights",
     "dense-twice": "the dense baseline, trained for twice as many steps",
     "teacher-4": "the teacher, 4 experts",
     "mixture-4": "its student",

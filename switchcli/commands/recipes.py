@@ -84,7 +84,7 @@ def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes a
 
     if verb not in RECIPES:
         raise RecipeError(f"{text.name_of(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}")
-    print_json(editor_schema(RECIPES[verb]))
+    print_json(editor_schema(verb))
 
 
 def _free_standing(source: Path, content: str) -> str:

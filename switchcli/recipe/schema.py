@@ -183,15 +183,23 @@ def standing_alone(name: str) -> Spec:
     if schema is FinetuneRecipe:
         below = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
     elif issubclass(schema, Distils):
-        below = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 512}}
+        below = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
     if below:
         tree = resolve.load(name, below=resolve.layer(below, name))
     return resolve.validate(tree, schema)
 
 
-def editor_schema(recipe: type[Spec]) -> dict[str, Any]:
-    """The JSON Schema by which an editor completes a recipe file: with `extends`, the names of the sizes, and no key
-    required, since the file that is extended may hold it."""
+def editor_schema(verb: str) -> dict[str, Any]:
+    """The JSON Schema by which an editor completes a verb's recipe file: with `extends`, the names of the sizes, and no
+    key required, since the file that is extended may hold it."""
+    if verb != "distill":
+        return _editor_schema(RECIPES[verb])
+    on_text, on_tasks = (_editor_schema(recipe) for recipe in (DistillTextRecipe, DistillTasksRecipe))
+    definitions = on_text.pop("$defs") | on_tasks.pop("$defs")
+    return {"$defs": definitions, "anyOf": [on_text, on_tasks]}
+
+
+def _editor_schema(recipe: type[Spec]) -> dict[str, Any]:
     schema = recipe.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "The recipe that this one changes."}
     for part in (schema, *schema["$defs"].values()):

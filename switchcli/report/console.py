@@ -194,13 +194,15 @@ class Training:
         self._console = console
         self._steps = steps
         self._rows = 0
+        self._shown: tuple[Column, ...] = ()
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """The line of one logged step. An absent figure is `-`; unknown ones are left to the metrics file."""
         if "neg_log_perplexity" in metrics:
             columns = _columns(metrics)
-            if self._rows % _ROWS_BETWEEN_HEADERS == 0:
+            if self._rows % _ROWS_BETWEEN_HEADERS == 0 or columns != self._shown:
                 self._console.message(_heading(columns, self._steps), "bold")
+                self._shown = columns
             self._rows += 1
             self._console.message(_row(columns, self._steps, metrics))
         if tasks := {
