@@ -14,7 +14,7 @@ from switchcli.recipe.training import TrainingRecipe
 def test_a_shipped_recipe_resolves_and_builds(name, tmp_path):
     recipe = standing_alone(name)
     assert library.description(name)
-    assert recipe.verb == next((verb for verb in ("finetune", "distill", "eval") if verb in name), "pretrain")
+    assert recipe.verb == (resolve.stated(resolve.load(name), "verb") or "pretrain")
     (tmp_path / "recipe.yaml").write_text(resolve.dump(recipe), encoding="utf-8")
     assert resolve.resolve(str(tmp_path / "recipe.yaml"), [], type(recipe)) == recipe
     if not isinstance(recipe, TrainingRecipe):

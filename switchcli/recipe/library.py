@@ -68,4 +68,4 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
 def _hint(name: str) -> str:
     name = name.removeprefix("recipes/")
     near = [ours for ours in names() if ours.endswith(f"/{name}")] or difflib.get_close_matches(name, names(), n=1)
-    return f" Did you mean {near[0]}?" if near else " `switchcli recipes list` shows those that ship."
+    return f" Did you mean {min(near, key=len)}?" if near else " `switchcli recipes list` shows those that ship."
