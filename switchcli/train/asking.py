@@ -84,5 +84,6 @@ def largest(probabilities: AllProbabilities, num_targets: int, settings: Answers
         whole = settings.top_k >= vocabulary
         rest_C = q_CK.new_zeros(len(q_CK)) if whole else (1.0 - q_CK.sum(1)).clamp_(min=0.0)
         dtype = settings.dtype
-        chunks.append(Answers(ids_CK.to(id_dtype(vocabulary)), q_CK.to(dtype), rest_C.to(dtype)))
-    return Answers(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        chunks.append(Answers(ids_CK, q_CK.to(dtype), rest_C.to(dtype)))
+    ids_NK, q_NK, rest_N = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return Answers(ids_NK.to(id_dtype(vocabulary)), q_NK, rest_N)
