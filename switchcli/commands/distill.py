@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,12 +65,18 @@ def resolved(
         CheckpointError: a checkpoint is not there.
         DataError: of the tasks.
     """
-    tree = resolve.load(name, overrides)
+    tree, typed = resolve.load(name, overrides), resolve.load(None, overrides)
+    _check_said_once(options, typed)
     if resolve.stated(tree, "verb") is not None:  # one that does not say may be that of a pre-training too
         resolve.check_verb(tree, DistillTextRecipe)
     begun = recipe_of_run(out) if resume else None
     said = _said(options.teacher, tree, TEACHER, "name the model to learn from by --teacher CHECKPOINT")
     begun = begun if isinstance(begun, Distils) and is_within(begun.distill.teacher, said) else None
+    if begun is not None and not Path(begun.distill.teacher).exists():
+        raise CheckpointError(
+            f"{out}: this run began with the teacher {begun.distill.teacher}, which is gone (a run keeps its last "
+            "checkpoint.keep_last): bring it back, or --no-resume to begin anew"
+        )
     teacher = _open(TEACHER, said if begun is None else begun.distill.teacher, out, warn)
     overrides = [*overrides, f"{TEACHER}={json.dumps(str(teacher.path))}"]
     if options.baseline is not None:
@@ -120,6 +127,17 @@ def inheritance(recipe: Recipe, teacher: ModelSpec) -> Inheritance | None:
     return plan(huggingface.empty(recipe.model), huggingface.empty(teacher), recipe.student)
 
 
+def _check_said_once(options: Options, typed: Node) -> None:
+    """Raise a RecipeError where the command line says two things of teacher or student."""
+    if options.teacher is not None and resolve.stated(typed, TEACHER) is not None:
+        raise RecipeError(f"{TEACHER}: there is --teacher too: leave one out")
+    kind = resolve.stated(typed, "student.kind")
+    if options.student is not None and options.student not in SIZES and kind not in (None, "checkpoint"):
+        raise RecipeError(
+            f"student.kind ({kind}): --student {options.student} is a checkpoint to start from: leave one out"
+        )
+
+
 def _said(option: str | None, tree: Node, key: str, way_out: str) -> str:
     said = option or resolve.stated(tree, key)
     if not isinstance(said, str):
@@ -129,9 +147,12 @@ def _said(option: str | None, tree: Node, key: str, way_out: str) -> str:
 
 def _figure(said: str) -> float | str:
     try:
-        return float(said)
+        figure = float(said)
     except ValueError:
         return said
+    if not math.isfinite(figure):
+        raise RecipeError(f"--baseline ({said}): must be a checkpoint, or a finite figure")
+    return figure
 
 
 def _open(key: str, path: str, out: Path, warn: Warn) -> Opened:
@@ -154,6 +175,11 @@ def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]
     own = teacher.recipe
     on_tasks = resolve.stated(tree, "tasks") is not None
     on_text = resolve.stated(tree, "data.corpora") is not None
+    if not (teacher.is_of_a_run or on_tasks or on_text):
+        raise RecipeError(
+            f"{TEACHER} ({teacher.path}): says nothing of how it was trained: name a RECIPE, or what to train on "
+            "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
+        )
     below: dict[str, Any] = {"model": student.model_dump(mode="json")}
     if teacher.is_of_a_run and isinstance(own, OnTasks) and not on_text:
         below |= own.model_dump(mode="json", include={*HOW_LONG, "tasks", "data", "scoring"})
@@ -198,7 +224,7 @@ def _check(distilling: Distilling) -> None:
     if larger > smaller:
         raise RecipeError(
             f"model: a student of {larger:,} parameters is larger than its teacher {teacher.path}, of {smaller:,}: "
-            "take a smaller --student"
+            "take a smaller --student, or a smaller model.num_experts"
         )
     _check_inheritance(recipe, teacher)
     if isinstance(recipe, DistillTasksRecipe):

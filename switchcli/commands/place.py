@@ -2,6 +2,7 @@
 
 import errno
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,10 +15,12 @@ from switchcli.commands.load import Opened
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.recipe.resolve import dump
+from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint, tensor_file
 from switchcli.train.fsops import DISK
 from switchcli.train.saver import DATA, logical_tensors
+from switchcli.train.spec import StartSpec
 from switchcli.train.state import TrainState
 
 
@@ -80,6 +83,21 @@ def place_checkpoint(
         lambda temporary: checkpoint.save(temporary, 0, model=weights, optimizer={}, documents=documents),
     )
     return sum(tensor.numel() for tensor in wanted)
+
+
+def going_on(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
+    """The recipe of a run that starts from the checkpoint, where it is of a verb that has a start."""
+    if not isinstance(recipe, PretrainRecipe | FinetuneRecipe):
+        return recipe
+    return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), optimizer="reset")})
+
+
+def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:
+    """What a user would run next: to train it further, or to ask it where its verb has no start."""
+    file = shlex.quote(str(checkpoint / "recipe.yaml"))
+    if isinstance(recipe, PretrainRecipe | FinetuneRecipe):
+        return f"{recipe.verb} {file} --out FOLDER"
+    return f"eval {shlex.quote(str(checkpoint))}"
 
 
 def data_of(opened: Opened) -> dict[str, bytes]:

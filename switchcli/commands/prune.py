@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from switchcli.commands import evaluate
 from switchcli.commands.load import filled, unfilled
-from switchcli.commands.place import data_of, free_for_checkpoint, place_checkpoint
+from switchcli.commands.place import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
+from switchcli.commands.run import program
 from switchcli.commands.upcycle import with_experts
 from switchcli.errors import CheckpointError, DataError, RecipeError
 from switchcli.model import pruning
@@ -68,7 +69,8 @@ def prune(
         pruned = unfilled(smaller, runtime.device)
         pruning.prune(loaded.model, cuts, pruned, options.by)
         after = measuring.held_out(pruned, policy).named()
-    place_checkpoint(destination, smaller, opened.tokenizer, logical_tensors(pruned), data_of(opened))
+    recipe_of_it = going_on(smaller, destination)
+    place_checkpoint(destination, recipe_of_it, opened.tokenizer, logical_tensors(pruned), data_of(opened))
     runtime.close()
     figure = "neg_log_perplexity"
     return {
@@ -83,6 +85,7 @@ def prune(
             name: {"sequences": one["sequences"], "before": one[figure], "after": after[name][figure]}
             for name, one in before.items()
         },
+        "next": next_command(smaller, destination),
         "layers": {layer: {**one._asdict(), "wo": float(one.wo)} for layer, one in cuts.items()},
     }
 
@@ -104,6 +107,7 @@ def show(result: Mapping[str, Any]) -> None:
             for name, one in layers
         ),
     )
+    console.message(f"\nNext: {program()} {result['next']}")
 
 
 def _check(spec: ModelSpec, path: Path, experts: int, warn: Callable[[str], None]) -> None:

@@ -96,6 +96,7 @@ def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
         runtime.close()
     size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
     steps = recipe.train.steps - recipe.distill.start_step
+    console.message(f"answers to {steps:,} steps, {si(size)}B, in {settings.folder}")
     return {"verb": recipe.verb, "answers": settings.folder, "steps": steps, "bytes": size} if runtime.is_main else {}
 
 
@@ -298,7 +299,7 @@ class _Teaching:
 
         Where all is there nothing is written and no teacher needed.
         """
-        recipe, runtime, folder = self._recipe, self._runtime, Path(settings.folder)
+        recipe, runtime, console, folder = self._recipe, self._runtime, self._console, Path(settings.folder)
         rows, first, last = recipe.rows_per_step, self._settings.start_step, recipe.train.steps
         known = facts(self._distilling, self.identity, text.identity, _digest(text.rows(0, 0, rows)).hexdigest())
         store, each = (
@@ -307,7 +308,11 @@ class _Teaching:
         )
 
         def lacks() -> bool:
-            return not store.is_begun(known) or bool(store.missing(first, last, each)) or self._noted(settings) is None
+            if not store.is_begun(known) or store.missing(first, last, each) or self._noted(settings) is None:
+                return True
+            if damaged := store.damaged():
+                console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher is asked again")
+            return bool(damaged)
 
         if not runtime.from_main(int(runtime.on_main(lacks) or 0)):
             return store

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from switchcli.commands.huggingface import empty
 from switchcli.commands.load import Opened, open_model
-from switchcli.commands.place import data_of, free_for_checkpoint, place_checkpoint
+from switchcli.commands.place import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
+from switchcli.commands.run import program
 from switchcli.commands.start import NEW
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.spec import STACKS
@@ -54,9 +55,18 @@ def upcycle(
             f"model.sparse ({spec.sparse}): a dense model has nothing that experts of an attention could be copies of: "
             "model.sparse=feed_forward"
         )
+    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
+    factors = {stack: spec.router_of(stack).eval_capacity_factor for stack in stacks}
+    if gate == "scaled" and any(factor != "dropless" for factor in factors.values()):
+        warn(
+            f"model.router.eval_capacity_factor ({factors[stacks[0]]}): new routers share tokens out unevenly, and one "
+            "that is dropped is not as in the dense model: dropless keeps all"
+        )
     destination = free_for_checkpoint(dense, destination)
     weights = Upcycled(opened.weights(), logical_tensors(empty(spec)), spec, gate, noise, seed)
-    parameters = place_checkpoint(destination, recipe, opened.tokenizer, weights, data_of(opened))
+    parameters = place_checkpoint(
+        destination, going_on(recipe, destination), opened.tokenizer, weights, data_of(opened)
+    )
     stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     found = {stack: correction(spec.router_of(stack), experts, gate) for stack in stacks}
     exactly = not noise and recipe.train.precision != "bfloat16"  # whose routers' gates are rounded
@@ -66,6 +76,7 @@ def upcycle(
         "parameters": parameters,
         **options._asdict(),
         "layers": spec.routed_parts(),
+        "next": next_command(recipe, destination),
         "corrections": {stack: {**one._asdict(), "exact": one.exact and exactly} for stack, one in found.items()},
     }
 
@@ -78,7 +89,7 @@ def said(result: dict[str, Any]) -> str:
         begins = "as the dense model, where no token is dropped" if one["exact"] else "otherwise than the dense model"
         factors = f"wo times {one['wo']:g}, fresh routers times {one['router']:g}"
         lines.append(f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {begins}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"Next: {program()} {result['next']}"])
 
 
 def with_experts(opened: Opened, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:

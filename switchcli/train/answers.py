@@ -30,13 +30,13 @@ from switchcli.spec import Spec
 from switchcli.train.fsops import DISK
 
 FACTS = "answers.json"
-PART_BYTES = 1 << 25
+PART_BYTES = 1 << 23
 _PART = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
 ELSEWHERE = "name another folder by distill.answers.folder"
 _DIFFERS: Mapping[str, str] = {
     "teacher": "are those of another teacher",
     "text": "are to other text",
-    "batches": "are to other batches of that text (train.seed, lengths or spans)",
+    "batches": "are to other batches of that text (train.seed, train.batch_tokens, lengths or spans)",
 }
 
 
@@ -95,11 +95,17 @@ class AnswerStore:
             CheckpointError: as `is_begun`, or the disk refuses.
         """
         with disk_errors(self._folder, ELSEWHERE):
-            for leftover in self._folder.glob(".tmp-*"):
+            for leftover in [*self._folder.glob(".tmp-*"), *self.damaged()]:
                 DISK.remove_tree(leftover)
             if not self.is_begun(facts):
                 DISK.make_dir(self._folder)
                 self._place(FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
+
+    def damaged(self) -> list[Path]:
+        """The parts whose bytes are not those that were kept; all of them are read."""
+        if not self._folder.exists():
+            return []
+        return [part.path for part in self._parts() if not _is_sound(part)]
 
     def missing(self, first: int, last: int, step_bytes: int) -> list[range]:
         """The steps from `first` to before `last` that no part holds, in runs that make a part each; a step takes
@@ -141,15 +147,13 @@ class AnswerStore:
         part = next((part for part in self._parts() if part.first <= step < part.last), None)
         if part is None:
             raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to have them")
-        with part.path.open("rb") as file:
-            sound = hashlib.file_digest(file, "sha256").hexdigest().startswith(part.digest)
         try:
-            if not sound:
+            if not _is_sound(part):
                 raise SafetensorError("its SHA-256 is not that of its name")
             self._open = part, safe_open(part.path, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(
-                f"{part.path}: is damaged ({error}): remove it, and the same command asks the teacher again"
+                f"{part.path}: is damaged ({error}): the same command asks the teacher again"
             ) from error
         return self._open
 
@@ -175,6 +179,11 @@ class AnswerStore:
         DISK.sync(temporary)
         DISK.rename(temporary, self._folder / name)
         DISK.sync(self._folder)
+
+
+def _is_sound(part: _Part) -> bool:
+    with part.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(part.digest)
 
 
 def bytes_a_step(settings: AnswersSpec, rows: int, targets: int, vocabulary: int) -> int:

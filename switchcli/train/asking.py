@@ -44,27 +44,24 @@ class Asking:
         for turn in track(turns):
             if turn.start + runtime.rank in turn and not stop():
                 steps = parts[turn.start + runtime.rank]
-                answers = self._answers(steps, runtime, stop)
-                if answers is not None:
-                    store.add(steps, answers)
+                answers = [*self._answers(steps, runtime, stop)]
+                if answers:
+                    done = range(steps.start, steps.start + len(answers))
+                    store.add(done, Answers(*(torch.cat(parts) for parts in zip(*answers, strict=True))))
             if any(runtime.sum_when_all_are_there([int(stop())])):
                 return False
         return True
 
-    def _answers(self, steps: range, runtime: Runtime, stop: Callable[[], bool]) -> Answers | None:
-        """To all rows of these steps; None when it is to stop before they are through."""
-        firsts = range(0, self._rows_per_step, self._microbatch)
-        batches = (
-            self._rows(step, first, min(self._microbatch, self._rows_per_step - first))
-            for step in steps
-            for first in firsts
-        )
-        answers = []
-        for batch in batches:
-            if stop():
-                return None
-            answers.append(self._answer(runtime.place(batch)))
-        return Answers(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
+    def _answers(self, steps: range, runtime: Runtime, stop: Callable[[], bool]) -> Iterator[Answers]:
+        """To all rows of each of these steps, until it is to stop."""
+        for step in steps:
+            parts = []
+            for first in range(0, self._rows_per_step, self._microbatch):
+                if stop():
+                    return
+                batch = self._rows(step, first, min(self._microbatch, self._rows_per_step - first))
+                parts.append(self._answer(runtime.place(batch)))
+            yield Answers(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def _answer(self, batch: AnyBatch) -> Answers:
         shape = batch.targets_BT.shape

@@ -316,7 +316,7 @@ def test_a_run_that_has_begun_keeps_its_teacher(trained: Path, here: Path, switc
     shutil.rmtree(weights_of_it.parent)
     gone = switchcli(*command, "train.steps=6")
     assert gone.code == 4
-    assert "step-00000002: no checkpoint there" in gone.err
+    assert "which is gone (a run keeps its last checkpoint.keep_last)" in gone.err
 
 
 def test_a_teacher_with_groups_is_measured_in_whole_ones(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
@@ -367,6 +367,8 @@ def test_a_teacher_in_the_hugging_face_layout(trained: Path, here: Path, switchc
     source = next(line for line in (trained / "recipe.yaml").read_text().splitlines() if "text.txt" in line)
     text = f"data.corpora=[{{kind: files, paths: [{source.strip(' -')}], sample_by: line}}]"
     train = ("train.steps=2", "train.batch_tokens=1024", "data.span_corruption.inputs_length=512", "eval.sequences=2")
+    untold = switchcli("distill", "--teacher", "theirs", "--out", "a")
+    assert (untold.code, "says nothing of how it was trained: name a RECIPE" in untold.err) == (2, True)
     done = switchcli("distill", "--teacher", "theirs", text, *train, "--out", "a", "--json", "train.device=cpu")
     assert done.code == 0, done.err
     assert json.loads(done.out)["distillation"]["teacher"]["checkpoint"] == "theirs"
@@ -393,6 +395,17 @@ def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
         assert more.code == 4
         assert "in use by another run" in more.err
         assert "name another folder by distill.answers.folder" in more.err
+
+
+def test_a_part_that_is_damaged_is_asked_for_again(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    kept = ("distill", "--teacher", trained, "distill.answers.folder=answers", "-q")
+    assert switchcli(*kept, "--answers-only").code == 0
+    (part,) = Path("answers").glob("steps-*")
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-9] + b"\0" * 9)
+    done = switchcli(*kept, "--out", "a")
+    assert (done.code, "damaged: the teacher is asked again" in done.err) == (0, True), done.err
+    assert part.read_bytes() == whole
 
 
 def test_asking_touches_no_runs_folder(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
@@ -452,6 +465,13 @@ def test_two_ranks_distil_what_one_does_and_resume_exactly(trained: Path, here: 
         ),
         (["--teacher", "SPARSE", "--student", "nowhere"], 4, "--student: nowhere: no checkpoint there"),
         (["--teacher", "nowhere"], 4, "distill.teacher: nowhere: no checkpoint there"),
+        (["--teacher", "SPARSE", "distill.teacher=DENSE"], 2, "distill.teacher: there is --teacher too: leave one out"),
+        (
+            ["--teacher", "SPARSE", "--student", "DENSE", "student.kind=fresh"],
+            2,
+            "student.kind (fresh): --student DENSE",
+        ),
+        (["--teacher", "SPARSE", "--baseline", "nan"], 2, "--baseline (nan): must be a checkpoint, or a finite figure"),
         (["--teacher", "SPARSE", "--answers-only"], 2, "--answers-only: needs distill.answers.folder"),
         ([], 2, "distill.teacher: missing: name the model to learn from by --teacher CHECKPOINT"),
         (["finetune/glue", "--teacher", "SPARSE"], 2, "a recipe of `switchcli finetune`"),
@@ -488,7 +508,10 @@ def test_answers_of_another_teacher_or_of_other_batches_are_refused(
     assert switchcli(*again).code == 0
     for arguments, said in (
         (["--teacher", "other"], "its answers are those of another teacher"),
-        (["--teacher", trained, "train.seed=9"], "are to other batches of that text (train.seed, lengths or spans)"),
+        (
+            ["--teacher", trained, "train.seed=9"],
+            "are to other batches of that text (train.seed, train.batch_tokens,",
+        ),
         (
             ["--teacher", trained, "distill.temperature=2"],
             "were asked for with temperature 1.0, and the recipe says 2.0",

@@ -63,7 +63,7 @@ def test_the_recipe_is_the_dense_runs_with_the_new_model(here: Path, switchcli: 
     assert {key for key in before["model"] if before["model"][key] != after["model"][key]} == {
         *("size", "num_experts", "sparse_every")
     }
-    assert {key for key in before if before[key] != after[key]} == {"description", "model", "train"}
+    assert {key for key in before if before[key] != after[key]} == {"description", "model", "start", "train"}
 
 
 def test_a_t5_in_the_hugging_face_layout(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:

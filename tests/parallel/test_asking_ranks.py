@@ -12,7 +12,7 @@ from switchcli.train.asking import Asking
 from switchcli.train.distillation import Teacher
 from switchcli.train.objective import whole_rows
 
-ROWS, STEPS, BYTES = 4, 6, 1 << 24
+ROWS, STEPS, BYTES = 4, 6, 1 << 22
 
 
 def ask(folder: Path) -> list[str]:

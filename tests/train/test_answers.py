@@ -134,7 +134,7 @@ def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, mon
     [
         ({"teacher": "two"}, "its answers are those of another teacher: name another folder by distill.answers.folder"),
         ({"text": "other"}, "are to other text"),
-        ({"batches": "other"}, "are to other batches of that text (train.seed, lengths or spans)"),
+        ({"batches": "other"}, "are to other batches of that text (train.seed, train.batch_tokens, lengths or spans)"),
         ({"top_k": 6}, "were asked for with top_k 5, and the recipe says 6"),
         ({"temperature": 2.0}, "were asked for with temperature 1.0, and the recipe says 2.0"),
     ],
@@ -167,10 +167,10 @@ def test_a_damaged_part_is_told_when_it_is_read_and_asked_for_again(tmp_path: Pa
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    store = opened(tmp_path)
-    with pytest.raises(CheckpointError, match=r"is damaged .*: remove it, and the same command asks the teacher again"):
+    store = AnswerStore(tmp_path, ROWS)
+    assert store.damaged() == [part]
+    with pytest.raises(CheckpointError, match=r"is damaged .*: the same command asks the teacher again"):
         store.read(0, 0, ROWS)
-    part.unlink()
     assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
 
 
