@@ -68,10 +68,11 @@ def pretrain(
 ) -> None:
     """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
     with ending.stoppable():
-        from switchcli.commands import pretrain, run
+        from switchcli.commands import pretrain, run, start
+        from switchcli.recipe.schema import PretrainRecipe
 
         folder = out or run.default_out(recipe)
-        pretraining = pretrain.resolved(recipe, overrides or [], model, folder, resume, ending.warn)
+        pretraining = start.resolved(recipe, overrides or [], model, folder, resume, ending.warn, PretrainRecipe)
         if dry_run:
             _describe(pretraining.recipe, as_json)
             return

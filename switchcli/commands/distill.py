@@ -114,7 +114,7 @@ def resolved(
 
 
 def dense(teacher: ModelSpec) -> ModelSpec:
-    """The dense model with the FLOPs a token of a sparse one."""
+    """The dense model of a sparse one's shape: of top-1 feed-forwards it has the FLOPs a token."""
     return teacher.model_copy(
         update={"size": "custom", "num_experts": 1, "sparse_encoder_layers": None, "sparse_decoder_layers": None}
     )

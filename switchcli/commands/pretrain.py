@@ -1,7 +1,6 @@
 """`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, by span corruption of plain text."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from switchcli.commands import start
@@ -23,13 +22,6 @@ from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 
 HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds are then on the same batches
-
-
-def resolved(
-    name: str, overrides: Sequence[str], model: str | None, out: Path, resume: bool, warn: Callable[[str], None]
-) -> Starting[PretrainRecipe]:
-    """As start.resolved."""
-    return start.resolved(name, overrides, model, out, resume, warn, PretrainRecipe)
 
 
 def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ class Verb(NamedTuple):
     """What is minimised at a step, where that is not `objective`."""
     flops_beside: int = 0
     """Of a sequence of a step, by other models than the one that learns."""
-    identity: Mapping[str, str] = {}
+    identity: Mapping[str, str] = MappingProxyType({})
     """Digests of what the run hangs on besides its text."""
     conclude: Callable[["Training"], dict[str, Any]] = lambda training: {}
     """More of the result, on every rank, when the model is trained."""

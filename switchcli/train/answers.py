@@ -103,9 +103,9 @@ class AnswerStore:
 
     def damaged(self) -> list[Path]:
         """The parts whose bytes are not those that were kept; all of them are read."""
-        if not self._folder.exists():
-            return []
-        return [part.path for part in self._parts() if not _is_sound(part)]
+        with disk_errors(self._folder, ELSEWHERE):
+            parts = self._parts() if self._folder.exists() else []
+            return [part.path for part in parts if not _is_sound(part)]
 
     def missing(self, first: int, last: int, step_bytes: int) -> list[range]:
         """The steps from `first` to before `last` that no part holds, in runs that make a part each; a step takes

@@ -47,7 +47,7 @@ class Asking:
                 answers = [*self._answers(steps, runtime, stop)]
                 if answers:
                     done = range(steps.start, steps.start + len(answers))
-                    store.add(done, Answers(*(torch.cat(parts) for parts in zip(*answers, strict=True))))
+                    store.add(done, Answers(*(torch.cat(each) for each in zip(*answers, strict=True))))
             if any(runtime.sum_when_all_are_there([int(stop())])):
                 return False
         return True

@@ -84,6 +84,15 @@ def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def dense(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model of `trained`, from the same text. Nobody writes into it."""
+    out = tmp_path_factory.mktemp("dense") / "run"
+    arguments = ["pretrain", str(trained / "recipe.yaml"), "model.num_experts=1", "--out", str(out), "--quiet"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    return out
+
+
 @pytest.fixture
 def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """tune.yaml beside the rows of its two tasks, in the current folder."""

@@ -44,15 +44,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dense(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense model of `trained`, from the same text. Nobody writes into it."""
-    out = tmp_path_factory.mktemp("dense") / "run"
-    arguments = ["pretrain", str(trained / "recipe.yaml"), "model.num_experts=1", "--out", str(out), "--quiet"]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    return out
-
-
-@pytest.fixture(scope="session")
 def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`trained`, fine-tuned for two steps on tasks whose files lie beside it. Nobody writes into it."""
     folder = tmp_path_factory.mktemp("tuned")

@@ -47,3 +47,13 @@ def test_a_model_is_fine_tuned_and_scored(precision: str, trained: Path, tuning:
     assert result["step"] == 8
     scored = json.loads(switchcli("eval", "a", "device=cuda", "scoring.decoding.beams=2", "--json"))
     assert scored["passes"][0]["tasks"].keys() == result["tasks"].keys()
+
+
+@pytest.mark.parametrize("answers", [[], ["distill.answers.folder=answers"]], ids=["online", "kept answers"])
+@pytest.mark.parametrize("precision", ["float32", "selective"])
+def test_a_student_learns_from_its_teacher(precision: str, answers: list[str], trained: Path, tmp_path: Path) -> None:
+    keys = ["train.device=cuda", f"train.precision={precision}", "train.steps=4", *answers]
+    command = ["distill", "--teacher", str(trained), *keys, "--out", str(tmp_path / "a"), "--json"]
+    said = json.loads(switchcli(*[key.replace("=answers", f"={tmp_path}/answers") for key in command]))
+    assert said["step"] == 4
+    assert said["distillation"]["student"]["figures"].keys() == said["distillation"]["teacher"]["figures"].keys()

@@ -7,26 +7,16 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SwitchCLI, lay_out
-from typer.testing import CliRunner
+from conftest import SwitchCLI
 
-from switchcli.cli import app
 from switchcli.model.upcycling import Upcycled
 
 
-@pytest.fixture(scope="module")
-def folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dense run `dense`."""
-    folder = tmp_path_factory.mktemp("dense")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        arguments = ["pretrain", lay_out(folder, text), "model.num_experts=1", "--out", "dense", "--quiet"]
-        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
-    return folder
-
-
 @pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(dense: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a dense run `dense`, in which nothing is written."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "dense").symlink_to(dense)
     monkeypatch.chdir(folder)
     return folder
 
