@@ -247,6 +247,8 @@ class _Teaching:
         if "gain_kept" in said:
             kept = said["gain_kept"]
             shown = "the teacher has none" if kept is None else f"{kept:.1%}"
+            if kept is not None and kept > 1:
+                shown += ", as it is better than its teacher"
             rows["of the teacher's gain over the baseline kept"] = shown
         self._console.table(f"distilled: {name}", rows)
 
