@@ -22,6 +22,7 @@ data:
   corpora: [{kind: files, paths: [text.txt], sample_by: line}]
   tokenizer: {kind: train, vocab_size: 512}
   span_corruption: {inputs_length: 32}
+  held_out_fraction: 0.1
 train: {steps: 2, batch_tokens: 256, microbatch_tokens: 128, device: cpu}
 log: {every_steps: 3}
 eval: {every_steps: 5, sequences: 8}
@@ -59,7 +60,11 @@ SwitchCLI = Callable[..., Done]
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file for all tests of the session: what it is prepared into is cached by its path and time."""
+    """One file for all tests of the session: what it is prepared into is cached by its path and time.
+
+    Which of its lines `trained` holds out differs from session to session, as the file's path does: a tenth of them, so
+    that no draw leaves too few.
+    """
     path = tmp_path_factory.mktemp("text") / "text.txt"
     draw = random.Random(0)
     path.write_text("".join(" ".join(draw.choices(WORDS, k=40)) + "\n" for _ in range(300)))

@@ -350,20 +350,19 @@ def test_a_baseline_may_be_named_when_the_run_is_done(trained: Path, here: Path,
     assert said["gain_kept"] > 0
 
 
-def test_a_teacher_in_the_hugging_face_layout(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+def test_a_teacher_in_the_hugging_face_layout(trained: Path, text: Path, here: Path, switchcli: SwitchCLI) -> None:
     pooled = ("model.balance_reduction=pooled", "train.steps=1", "-q")
     assert switchcli("pretrain", trained / "recipe.yaml", *pooled, "--out", "ours").code == 0
     assert switchcli("convert", "ours", "theirs", "--to", "huggingface").code == 0
-    text = f"data.corpora=[{{kind: files, paths: [{trained.parents[0]}/text.txt], sample_by: line}}]"
-    source = next(line for line in (trained / "recipe.yaml").read_text().splitlines() if "text.txt" in line)
-    text = f"data.corpora=[{{kind: files, paths: [{source.strip(' -')}], sample_by: line}}]"
-    train = ("train.steps=2", "train.batch_tokens=1024", "data.span_corruption.inputs_length=512", "eval.sequences=2")
+    corpus = f"data.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
+    data = (corpus, "data.held_out_fraction=0.1", "data.span_corruption.inputs_length=512")
+    train = (*data, "train.steps=2", "train.batch_tokens=1024", "eval.sequences=2")
     untold = switchcli("distill", "--teacher", "theirs", "--out", "a")
     assert (untold.code, "says nothing of how it was trained: name a RECIPE" in untold.err) == (2, True)
-    done = switchcli("distill", "--teacher", "theirs", text, *train, "--out", "a", "--json", "train.device=cpu")
+    done = switchcli("distill", "--teacher", "theirs", *train, "--out", "a", "--json", "train.device=cpu")
     assert done.code == 0, done.err
     assert json.loads(done.out)["distillation"]["teacher"]["checkpoint"] == "theirs"
-    again = switchcli("distill", "--teacher", "theirs", text, *train, "train.steps=3", "--out", "a", "train.device=cpu")
+    again = switchcli("distill", "--teacher", "theirs", *train, "train.steps=3", "--out", "a", "train.device=cpu")
     assert (again.code, "going on from step 2" in again.err) == (0, True), again.err
 
 

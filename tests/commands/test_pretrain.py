@@ -149,7 +149,7 @@ def test_no_resume_sets_the_old_run_aside(recipe: str, switchcli: SwitchCLI) -> 
 
 
 @pytest.mark.parametrize(
-    "key", ["train.seed=1", "model.d_model=16", "optimizer={kind: adamw}", "data.held_out_fraction=0.1"]
+    "key", ["train.seed=1", "model.d_model=16", "optimizer={kind: adamw}", "data.held_out_fraction=0.2"]
 )
 def test_a_changed_recipe_is_refused_and_nothing_is_touched(key: str, recipe: str, switchcli: SwitchCLI) -> None:
     switchcli("pretrain", recipe, "--out", "a")

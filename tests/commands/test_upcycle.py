@@ -73,7 +73,7 @@ REFUSED = {
     "attention": (["dense", "--experts", "4", "model.sparse=both"], 2, "model.sparse=feed_forward"),
     "capacity": (["dense", "--experts", "50"], 2, "group_sequences=2 or more"),
     "unknown": (["dense", "--experts", "4", "model.router.capasity_factor=1"], 2, "Did you mean capacity_factor?"),
-    "data": (["dense", "--experts", "4", "data.held_out_fraction=0.5"], 2, "data.held_out_fraction: is 0.02 in"),
+    "data": (["dense", "--experts", "4", "data.held_out_fraction=0.5"], 2, "data.held_out_fraction: is 0.1 in"),
     "precision": (["dense", "--experts", "4", "train.precision=half"], 2, "train.precision"),
     "noise": (["dense", "--experts", "4", "--noise", "nan"], 2, "--noise (nan) must be from 0 to 1"),
     "nothing": (["none", "--experts", "4"], 4, "none: no checkpoint there"),
