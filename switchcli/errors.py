@@ -70,13 +70,13 @@ class InterruptedByForce(SwitchError):
     on_every_rank = True
 
 
-class MainRankError(SwitchError):
-    """The main rank failed and says why: the others leave with its exit code and no words."""
+class OtherRankError(SwitchError):
+    """Another rank failed, mostly the main one, and says why: the others leave with its exit code and no words."""
 
     on_every_rank = True
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("the main rank failed")
+        super().__init__("another rank failed")
         self.exit_code = exit_code
 
 

@@ -59,7 +59,7 @@ def finetune(finetuning: Starting[FinetuneRecipe], options: Options) -> dict[str
         SwitchError: as each part says.
     """
     recipe, opened = finetuning
-    runtime = Runtime(recipe.train.device, recipe.train.precision)
+    runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with (
         claim(options, recipe, runtime, console) as folder,

@@ -12,8 +12,8 @@ from switchcli.commands.load import Loaded, load
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.model.decoding import Decoding
+from switchcli.model.generate import AllDone, locally, steps
 from switchcli.model.generate import generate as decode
-from switchcli.model.generate import steps
 from switchcli.model.moe import evaluating
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -101,10 +101,11 @@ def answers(
     inputs_BS: torch.Tensor,
     max_tokens: int,
     policy: Policy = "dropless",
+    all_done: AllDone = locally,
 ) -> list[str]:
     """The model's greedy answer to each row of ids, as text with the sentinels readable."""
     with evaluating(model, policy):
-        rows_BT = decode(model, inputs_BS, Decoding(max_tokens=max_tokens))
+        rows_BT = decode(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
     return [tokenizer.decode(row) for row in rows_BT.tolist()]
 
 

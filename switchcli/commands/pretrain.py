@@ -32,7 +32,7 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
         SwitchError: as each part says.
     """
     recipe, opened = pretraining
-    runtime = Runtime(recipe.train.device, recipe.train.precision)
+    runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with (
         claim(options, recipe, runtime, console) as folder,

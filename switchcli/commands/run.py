@@ -38,6 +38,7 @@ CHANGEABLE = (
     "checkpoint.",
     "distill.baseline",
     "distill.answers.folder",
+    "parallel.",
 )
 """Keys that may change between two starts of one run: they do not touch what was trained so far."""
 
@@ -110,9 +111,11 @@ def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: C
 
     Raises:
         CheckpointError: another run holds the folder, or it cannot be written.
-        RecipeError: the folder holds a run of another recipe.
+        RecipeError: the folder holds a run of another recipe, or the ranks have different ones.
     """
     folder = RunFolder(options.out)
+    if not runtime.is_alike(f"switchcli {__version__}, torch {torch.__version__}\n{dump(recipe)}"):
+        runtime.on_main(_refuse_other_ranks)
 
     def enter() -> None:
         if not options.resume:
@@ -131,6 +134,13 @@ def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: C
     with ExitStack() as held:
         runtime.on_main(enter)
         yield folder
+
+
+def _refuse_other_ranks() -> None:
+    raise RecipeError(
+        "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with one version of "
+        f"switchcli ({__version__} here) and of torch ({torch.__version__})"
+    )
 
 
 def _check_same(before: TrainingRecipe, after: TrainingRecipe, out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 from switchcli.commands.load import Opened, documents, open_model, saved_recipe
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.model.moe import experts_here
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
@@ -90,7 +91,7 @@ def begin(settings: StartSpec, start: Opened | None, model: SwitchTransformer, o
     if settings.optimizer == "reset":
         return
     assert start.own is not None, "refused when the recipe was resolved"
-    carry_over(optimizer, start.own, model.spec.num_experts)
+    carry_over(optimizer, start.own, experts_here(model))
 
 
 def tokenizer_of(start: Opened | None, folder: RunFolder, runtime: Runtime) -> Tokenizer:

@@ -54,7 +54,7 @@ def distill(distilling: Distilling, options: Options) -> dict[str, Any]:
         SwitchError: as each part says.
     """
     recipe, spec = distilling.recipe, distilling.teacher.recipe.model
-    runtime = Runtime(recipe.train.device, recipe.train.precision)
+    runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel)
     console = Console(quiet=options.quiet or not runtime.is_main)
     online = bool(recipe.distill.soft_fraction) and recipe.distill.answers is None
     with (

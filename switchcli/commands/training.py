@@ -17,6 +17,7 @@ from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import AnyBatch, Batch
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import Interrupted
+from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
@@ -177,6 +178,7 @@ class Training:
         self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
         with torch.device("meta"):
             model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
+            runtime.spread(model)
         self.model = model.to_empty(device=runtime.device)
         freeze(self.model, verb.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model))
@@ -254,7 +256,11 @@ class Training:
         if not complete:
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
         concluded = self.verb.conclude(self)
-        return self.runtime.on_main(lambda: self._finish(exams, concluded)) or {}
+        scores = self.runtime.on_main(lambda: exams.scores(self.verb.scoring.draws) if exams else {}) or {}
+        result = self.runtime.on_main(lambda: self._finish(scores, concluded)) or {}
+        self._samples()
+        self.runtime.on_main(lambda: self._show(result, scores))
+        return result
 
     def _log(self, write: Write) -> Log:
         recipe, facts = self.recipe, describe(self.recipe)
@@ -295,10 +301,9 @@ class Training:
             lambda: stop.requested,
         )
 
-    def _finish(self, exams: Exams | None, concluded: Mapping[str, Any]) -> dict[str, Any]:
-        """The result, on the console and in result.json."""
+    def _finish(self, scores: Mapping[str, Scores], concluded: Mapping[str, Any]) -> dict[str, Any]:
+        """The result, also in result.json."""
         facts, state = describe(self.recipe), self.state
-        scores = exams.scores(self.verb.scoring.draws) if exams else {}
         tokens = state.step * self.recipe.train.batch_tokens
         result = {
             "verb": self.recipe.verb,
@@ -312,28 +317,30 @@ class Training:
             "target_tokens": state.targets_seen,
             "seconds": state.seconds,
             "tokens_per_second": tokens / state.seconds,
-            **(task_results(scores, state.best) if exams else {}),
+            **(task_results(scores, state.best) if scores else {}),
             **concluded,
             **machine(self.runtime),
         }
         self.folder.write_result(result)
-        self._show(result, scores)
         return result
 
     def _samples(self) -> None:
         """Held-out texts with their gaps filled in by the model, on the console of the main rank."""
-        if not self.runtime.is_main:
+        if not self.runtime.is_main and not self.runtime.needs_all:
             return
         decode = self.text.tokenizer.decode
         batch = self.runtime.place(self.text.samples)
         with self.runtime.uncompiled():
-            filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, batch.targets_BT.shape[1])
+            length = batch.targets_BT.shape[1]
+            filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, length, all_done=self._all_done)
         for inputs, targets, output in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), filled, strict=True):
             self.console.sample(decode(inputs), decode(targets), output)
 
+    def _all_done(self, done_B: torch.Tensor) -> bool:
+        return self.runtime.all_done(done_B) if self.runtime.needs_all else locally(done_B)
+
     def _show(self, result: dict[str, Any], scores: Mapping[str, Scores]) -> None:
         console, state = self.console, self.state
-        self._samples()
         if scores:
             show_scores(console, scores, state.best)
         console.table(

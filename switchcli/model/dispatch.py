@@ -1,14 +1,14 @@
 """Dispatch and combine: tokens to the experts' slots and back, by index (Appendix F does it with one-hot products).
 
-Legend: G groups, N tokens a group, E experts, C slots an expert, D model, O outputs, A rows: the filled slots of all
-experts, end to end.
+Legend: G groups, N tokens a group, E experts, C slots an expert, D model, O outputs, B sequences, F hidden, A rows: the
+filled slots of all experts, end to end.
 
 `Local` keeps all experts in this process. Another dispatcher may put a collective in between: the layer does not know.
 
 # Deviates: the paper computes empty slots, as zeros; here an expert gets the rows that were sent to it.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -27,13 +27,44 @@ class Rows(NamedTuple):
     """int32: the end of each expert's rows."""
 
 
+class Sent(Protocol):
+    """What a dispatcher needs to have back what it sent."""
+
+    @property
+    def end_E(self) -> torch.Tensor:
+        """int32: the end of the rows of each expert that is here."""
+
+
+S = TypeVar("S", bound=Sent)
+
+
+class Dispatcher(Protocol[S]):
+    """The way of the tokens to the experts, and back."""
+
+    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, S]:
+        """The rows of the experts that are here, the first one's first, in the type of products: [A, D].
+
+        `learns`: this is training, where every process has a batch of the same size.
+        """
+
+    def spread(self, mask_BF: torch.Tensor, sent: S, length: int) -> torch.Tensor:
+        """To each row that was sent, what belongs to its sequence of `length` positions: [A, F]."""
+
+    def receive(self, y_AO: torch.Tensor, sent: S, x_GND: torch.Tensor) -> torch.Tensor:
+        """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
+
+
 class Local:
     """The way there and back when every expert is here."""
 
-    def send(self, x_GND: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Rows]:
+    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Rows]:
         """Gather the token of each filled slot, in the type that products are computed in: [A, D]."""
         rows = rows_of(routing, x_GND.shape[1], exact=x_GND.is_cpu)
         return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, rows.source_A), rows
+
+    def spread(self, mask_BF: torch.Tensor, rows: Rows, length: int) -> torch.Tensor:
+        """[A, F]."""
+        return mask_BF.index_select(0, rows.source_A // length)
 
     def receive(self, y_AO: torch.Tensor, rows: Rows, x_GND: torch.Tensor) -> torch.Tensor:
         """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""

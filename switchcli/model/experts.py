@@ -26,22 +26,38 @@ class Experts(nn.Module):
         self.wi_gate = nn.Parameter(torch.empty(E, hidden, D)) if spec.activation == "geglu" else None
         self.wo = nn.Parameter(torch.empty(E, num_outputs, hidden))
         self.dropout = spec.experts_dropout
+        self.num_experts = E
+        """Of the whole layer."""
+        self.here = range(E)
+        """The numbers of those that are here: of all of them, unless `keep` was called."""
 
-    def forward(
-        self, x_AD: torch.Tensor, end_E: torch.Tensor, sequence_A: torch.Tensor, num_sequences: int
-    ) -> torch.Tensor:
+    def keep(self, part: int, parts: int) -> None:
+        """Hold part number `part` alone, of `parts` equal ones; a divisor of the experts."""
+        here = self.num_experts // parts
+        self.here = range(part * here, (part + 1) * here)
+        for name, weight in list(self.named_parameters()):
+            kept = weight.detach()[self.here.start : self.here.stop].clone()
+            self.register_parameter(name, nn.Parameter(kept, weight.requires_grad))
+
+    def mask(self, x_AD: torch.Tensor, num_sequences: int) -> torch.Tensor | None:
+        """The dropout of each sequence's hidden vectors, drawn: [B, F] in the type of x; None where there is none.
+
+        # Deviates: the positions of a sequence share a mask, as in T5's other layers; Mesh-TensorFlow's experts draw
+        # for each entry, which is what costs on a CPU.
+        """
+        if not self.training or not self.dropout:
+            return None
+        return F.dropout(x_AD.new_ones(num_sequences, self.wi.shape[1]), self.dropout)
+
+    def forward(self, x_AD: torch.Tensor, end_E: torch.Tensor, mask_AF: torch.Tensor | None) -> torch.Tensor:
         """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0.
 
-        `sequence_A` says which sequence a row is of.
-
-        # Deviates: the positions of a sequence share a dropout mask, as in T5's other layers; Mesh-TensorFlow's experts
-        # draw for each entry, which is what costs on a CPU.
+        `mask_AF` is what each row's hidden vector is multiplied with.
         """
         gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E)
         hidden_AF = activate(grouped_product(x_AD, self.wi, end_E), gate)
-        if self.training and self.dropout:
-            mask_BF = F.dropout(hidden_AF.new_ones(num_sequences, hidden_AF.shape[1]), self.dropout)
-            hidden_AF = hidden_AF * mask_BF.index_select(0, sequence_A)
+        if mask_AF is not None:
+            hidden_AF = hidden_AF * mask_AF
         return grouped_product(hidden_AF, self.wo, end_E)
 
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from switchcli.model.moe import SwitchLayer
+from switchcli.model.moe import SwitchLayer, experts_here
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import Spec
@@ -95,7 +95,7 @@ def inherit(
         weight_of: the teacher's parameters by name; experts stacked.
         load: tokens that went to each expert, [E], by the name of the sparse layer; needed for `most_used` alone.
     """
-    named = dict(student.named_parameters())
+    named, here = dict(student.named_parameters()), experts_here(student)
     for name in plan.copied:
         named[name].copy_(weight_of(name))
     for name, source in plan.from_experts.items():
@@ -107,4 +107,6 @@ def inherit(
         layer = re.split(r"(?:\.switch)?\.(?:experts|router)\.", source)[0]
         most = load[layer].argsort(descending=True, stable=True)[: stacks or 1].sort().values
         kept = stacked[most.to(stacked.device)]
+        if stacks and ".experts." in name:
+            kept = kept[here.start : here.stop]
         named[name].copy_(kept if stacks else kept[0])

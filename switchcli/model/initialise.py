@@ -8,6 +8,7 @@ import hashlib
 import torch
 from torch import nn
 
+from switchcli.model.moe import experts_here
 from switchcli.model.transformer import SwitchTransformer
 
 
@@ -32,7 +33,7 @@ def initialise(model: SwitchTransformer, seed: int) -> None:
     slice, is drawn from a generator of its own, keyed by the seed, the name and the expert's number: the same seed
     gives the same model however its experts are spread.
     """
-    spec = model.spec
+    spec, here = model.spec, experts_here(model)
     normal = {
         "embedding": 1.0,
         "q.weight": (spec.d_model * spec.head_width) ** -0.5,
@@ -46,7 +47,7 @@ def initialise(model: SwitchTransformer, seed: int) -> None:
         if suffix.endswith("norm.weight"):
             parameter.fill_(1.0)
         elif ".experts." in name:
-            for expert, weight in enumerate(parameter):
+            for expert, weight in zip(here, parameter, strict=True):
                 truncated_normal(weight, spec.init_scale, keyed_generator(seed, f"{name}.{expert}"))
         elif suffix in normal:
             drawn = torch.empty(parameter.shape).normal_(0.0, normal[suffix], generator=keyed_generator(seed, name))

@@ -5,13 +5,13 @@ Legend: B batch, S positions, G groups, N tokens a group, E experts, D model, O 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.dispatch import Local
+from switchcli.model.dispatch import Dispatcher, Local
 from switchcli.model.experts import Experts
 from switchcli.model.reports import RoutingReport
 from switchcli.model.routing import Mode, Policy
@@ -61,7 +61,7 @@ class SwitchLayer(nn.Module):
         self.rule = spec.router_of(stack)
         self.router = Router(spec, stack)
         self.experts = Experts(spec, num_outputs)
-        self.dispatcher = Local()
+        self.dispatcher: Dispatcher[Any] = Local()
         self.policy: Policy = "paper"
 
     @property
@@ -74,9 +74,11 @@ class SwitchLayer(nn.Module):
         x_GND = x_BSD.reshape(B // self.rule.together(self.mode), -1, D)
         with torch.autocast(x_BSD.device.type, enabled=False):  # which would choose a precision for the softmax
             routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
-        x_AD, rows = self.dispatcher.send(x_GND, routing)
-        y_AO = self.experts(x_AD, rows.end_E, rows.source_A // S, B)
-        y_GNO = self.dispatcher.receive(y_AO, rows, x_GND)
+        x_AD, sent = self.dispatcher.send(x_GND, routing, self.training)
+        mask_BF = self.experts.mask(x_AD, B)
+        mask_AF = None if mask_BF is None else self.dispatcher.spread(mask_BF, sent, S)
+        y_AO = self.experts(x_AD, sent.end_E, mask_AF)
+        y_GNO = self.dispatcher.receive(y_AO, sent, x_GND)
         return SwitchOutput(y_GNO.reshape(B, S, -1), routing.report)
 
 
@@ -84,6 +86,11 @@ def sparse_layers(model: nn.Module) -> dict[str, SwitchLayer]:
     """The sparse layers by their names in `ModelSpec.routed_parts`, in the order of the reports."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, SwitchLayer))
     return {name.removesuffix(".switch"): layer for name, layer in found}
+
+
+def experts_here(model: nn.Module) -> range:
+    """The numbers of the experts whose weights `model` holds: the same ones in every sparse layer."""
+    return next((module.here for module in model.modules() if isinstance(module, Experts)), range(1))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -19,9 +19,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from switchcli.errors import DistributedError, MainRankError, RecipeError, SwitchError
+from switchcli.errors import DistributedError, OtherRankError, RecipeError, SwitchError
 from switchcli.model.compiled import compile_dense_parts
+from switchcli.parallel import expert
+from switchcli.parallel.lost import lost_ranks_explained
+from switchcli.parallel.mesh import ALONE, Mesh, ParallelSpec, check_world, mesh_of
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
@@ -37,12 +41,15 @@ class Runtime:
     """`rank` of `world` processes, each on its `device`; rank 0 is the main one, which writes and prints."""
 
     def __init__(
-        self, device: Literal["auto", "cpu", "cuda"], precision: Literal["float32", "bfloat16", "selective"]
+        self,
+        device: Literal["auto", "cpu", "cuda"],
+        precision: Literal["float32", "bfloat16", "selective"],
+        parallel: ParallelSpec = ALONE,
     ) -> None:
         """Join the ranks that a launcher started (RANK, WORLD_SIZE), or be the only one.
 
         Raises:
-            RecipeError: no CUDA device, and one was asked for.
+            RecipeError: no CUDA device, and one was asked for; or not the ranks that `parallel` is for.
             DistributedError: the ranks do not find one another.
         """
         if device == "cuda" and not torch.cuda.is_available():
@@ -50,7 +57,7 @@ class Runtime:
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         if on_cpu:
             _keep_freed_memory()
-        with _lost_ranks_explained():
+        with lost_ranks_explained():
             self._accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision="no",  # `autocast` below: accelerate's own would copy the logits to float32
@@ -74,6 +81,10 @@ class Runtime:
         if self.world > 1:
             self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
             self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+        self.mesh = Mesh()
+        if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
+            self.on_main(lambda: check_world(parallel, self.world))
+            self.mesh = mesh_of(parallel, self.rank, self.world, STEP_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
@@ -84,8 +95,20 @@ class Runtime:
         placed: T = send_to_device(batch, self.device, non_blocking=True)
         return placed
 
+    @property
+    def needs_all(self) -> bool:
+        """Whether a forward pass takes all ranks: each of them then does as many."""
+        return self.mesh.experts is not None
+
+    def spread(self, model: nn.Module) -> None:
+        """Keep of `model` what this rank holds, in place, before its weights are filled."""
+        if self.mesh.experts is not None:
+            expert.spread_experts(model, self.mesh.experts)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model on this device, its gradients averaged over the ranks by its last backward pass (`synchronise`)."""
+        if self.mesh.experts is not None:
+            _leave_to_us(model, expert.expert_parameters(model))
         wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
 
@@ -122,7 +145,26 @@ class Runtime:
             DistributedError: from within, when another rank is gone; as do the sums below.
         """
         apart: AbstractContextManager[None] = self._accelerator.no_sync(model)
-        return _lost_ranks_explained() if last else apart
+        return self._synchronised(model) if last else apart
+
+    @contextmanager
+    def _synchronised(self, model: nn.Module) -> Iterator[None]:
+        with lost_ranks_explained():
+            yield
+            if self.mesh.experts is not None:
+                experts = expert.expert_parameters(model).values()
+                expert.sum_over_replicas(experts, self.mesh.replicas, self.world)
+
+    def gradient_norm(self, model: nn.Module) -> torch.Tensor:
+        """The norm of all gradients of the model, those of experts on other ranks too; float32, on every rank."""
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        if self.mesh.experts is None:
+            return _norm(parameters)
+        experts = set(expert.expert_parameters(model).values())
+        squares = _norm([one for one in parameters if one in experts]).square()
+        with lost_ranks_explained():
+            dist.all_reduce(squares, group=self.mesh.experts.group)
+        return (_norm([one for one in parameters if one not in experts]).square() + squares).sqrt()
 
     def autocast(self) -> AbstractContextManager[object]:
         """Products in the recipe's precision."""
@@ -141,6 +183,10 @@ class Runtime:
         digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
         return self.sum_over_ranks([int(digest != self.from_main(digest))]) == [0]
 
+    def all_done(self, done_B: torch.Tensor) -> bool:
+        """Whether all of them are true on all ranks."""
+        return self.sum_over_ranks([int(not done_B.all())]) == [0]
+
     def from_main(self, value: int) -> int:
         """The main rank's value, on every rank; the others wait for it as long as it takes."""
         if self._main_wait is None:
@@ -150,7 +196,7 @@ class Runtime:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, on its device, in place."""
         if self.world > 1:
-            with _lost_ranks_explained():
+            with lost_ranks_explained():
                 dist.all_reduce(tensor)
         return tensor
 
@@ -159,7 +205,7 @@ class Runtime:
 
         Raises:
             SwitchError: the action's own, on the main rank.
-            MainRankError: on the others, when the action raised one.
+            OtherRankError: on the others, when the action raised one.
         """
         result = None
         try:
@@ -169,12 +215,71 @@ class Runtime:
             self.from_main(error.exit_code)
             raise
         if code := self.from_main(0):
-            raise MainRankError(code)
+            raise OtherRankError(code)
         return result
+
+    def on_every(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank; each waits for the others.
+
+        Raises:
+            SwitchError: the action's own.
+            OtherRankError: when that of another rank raised one.
+        """
+        failure = None
+        try:
+            result = action()
+        except SwitchError as error:
+            failure = error
+        codes = self.sum_when_all_are_there(
+            [failure.exit_code if failure and rank == self.rank else 0 for rank in range(self.world)]
+        )
+        if failure is not None:
+            raise failure
+        if code := next(filter(None, codes), 0):
+            raise OtherRankError(code)
+        return result
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in order, on each of them."""
+        if self._main_wait is None:
+            return [text]
+        raw = text.encode()
+        sizes = self.sum_when_all_are_there([len(raw) if rank == self.rank else 0 for rank in range(self.world)])
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else padded[:0]
+        texts = torch.empty(self.world * max(sizes), dtype=torch.uint8)
+        with lost_ranks_explained():
+            dist.all_gather_single(texts, padded, group=self._main_wait)
+        rows = texts.view(self.world, -1)
+        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def is_turn(self, number: int, expert: bool) -> bool:
+        """Whether something that several ranks hold alike, number `number` of many, is this one's to write.
+
+        A weight of an expert is held by the replicas alone.
+        """
+        if not expert or self.mesh.experts is None:
+            return number % self.world == self.rank
+        replicas = self.mesh.replicas
+        return replicas is None or number % replicas.size == replicas.place
 
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
         self._accelerator.end_training()
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def _leave_to_us(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Tell DistributedDataParallel not to average these gradients, nor to copy the weights from rank to rank.
+
+    It goes by names, and passes over those of parameters that the model itself owns.
+    """
+    assert all("." in name for name in parameters)
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, list(parameters))  # type: ignore[no-untyped-call]
 
 
 def _keep_freed_memory() -> None:
@@ -192,22 +297,6 @@ def _keep_freed_memory() -> None:
 
 def _summed(values: Sequence[int], group: dist.ProcessGroup) -> list[int]:
     summed = torch.tensor(values, dtype=torch.int64)
-    with _lost_ranks_explained():
+    with lost_ranks_explained():
         dist.all_reduce(summed, group=group)
     return [int(value) for value in summed]
-
-
-@contextmanager
-def _lost_ranks_explained() -> Iterator[None]:
-    """What torch raises when ranks do not find one another, or one is gone, as DistributedError."""
-    try:
-        yield
-    except RuntimeError as error:
-        # Gloo's failures have no type of their own; DistError is that of the rendezvous and of NCCL.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "Timed out" not in str(error):
-            raise
-        cause = str(error).splitlines()[0].split(". ")[0]
-        raise DistributedError(
-            f"the other ranks cannot be reached ({cause}): one has ended, or the network is down; see what each "
-            "printed last, and run the same command again to go on from the last save"
-        ) from error

@@ -11,6 +11,7 @@ from typing import Self
 from pydantic import model_validator
 
 from switchcli.model.spec import STACKS, ModelSpec
+from switchcli.parallel.mesh import ParallelSpec
 from switchcli.spec import Spec
 from switchcli.train.optimizer import Adafactor, OptimizerSpec
 from switchcli.train.schedule import ScheduleSpec
@@ -33,6 +34,7 @@ class TrainingRecipe(Spec, ABC):
     log: LogSpec = LogSpec()
     eval: EvalSpec = EvalSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
+    parallel: ParallelSpec = ParallelSpec()
 
     @property
     @abstractmethod
@@ -50,7 +52,14 @@ class TrainingRecipe(Spec, ABC):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        rules = (self._batch_rules, self._capacity_rules, self._schedule_rules, self._text_rules, self._own_rules)
+        rules = (
+            self._batch_rules,
+            self._capacity_rules,
+            self._parallel_rules,
+            self._schedule_rules,
+            self._text_rules,
+            self._own_rules,
+        )
         if broken := [line for rule in rules for line in rule()]:
             raise ValueError("\n".join(broken))
         return self
@@ -105,6 +114,18 @@ class TrainingRecipe(Spec, ABC):
                         f"in a group of {group} tokens of the {stack}: take {least:g} or more, for at "
                         "least one."
                     )
+
+    def _parallel_rules(self) -> Iterator[str]:
+        experts, ranks, data = self.model.num_experts, self.parallel.expert, self.parallel.data
+        if experts % ranks:
+            told = "the model is dense (model.num_experts: 1): leave it out."
+            if experts > 1:
+                told = (
+                    f"must divide the {experts} experts of a layer (model.num_experts): try {math.gcd(experts, ranks)}."
+                )
+            yield f"parallel.expert ({ranks}) {told}"
+        if data is not None and data % ranks:
+            yield f"parallel.expert ({ranks}) must divide parallel.data ({data}): try {math.gcd(data, ranks)}."
 
     def _schedule_rules(self) -> Iterator[str]:
         schedule, steps = self.schedule, self.train.steps

@@ -6,9 +6,9 @@
       recipe.yaml tokenizer.json state.json ...     the documents given
       MANIFEST
 
-Any file of a group may hold any of its tensors: readers go by the headers, so a writer with its own experts alone is
-as good as one with all. A save goes to `.tmp-<step>-<unique>`; every file is synced, then the manifest, then the
-folder; all of it is read back and verified; then it is renamed. What bears the name `step-<step>` has thus been
+Any file of a group may hold any of its tensors: readers go by the headers, so several writers, each with tensors of its
+own, are as good as one with all. A save goes to `.tmp-<step>-<unique>`; every file is synced, read back and verified;
+then the manifest is, then the folder; then it is renamed. What bears the name `step-<step>` has thus been
 verified: that is why it comes before the rename, and nothing good is ever displaced by something bad. Hidden names are
 leftovers of a kill when found: `.tmp-`, `.old-` (a checkpoint that a second save of its step was to replace), `.del-`
 (about to be removed).
@@ -22,8 +22,8 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -45,6 +45,7 @@ Group = Literal["model", "optimizer"]
 STEP: Final = re.compile(r"step-\d{8,}")
 """Names that a checkpoint of that very step alone may bear."""
 _MAX_FILE_BYTES: Final = 1 << 31
+UNIQUE_BITS: Final = 32
 _WAY_OUT: Final = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
 _ELSEWHERE: Final = "give another folder by --out; checkpoints already saved are untouched."
 
@@ -59,12 +60,16 @@ class Checkpoint:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
-        """Read the folder through. Raises DamagedError (a CheckpointError) when a byte differs from what was saved."""
+    def open(cls, path: Path, *, verified: bool = False) -> "Checkpoint":
+        """Read the folder through. Raises DamagedError (a CheckpointError) when a byte differs from what was saved.
+
+        With `verified` tensors are not read: another process has just done so.
+        """
         manifest = manifests.load(path)
         if STEP.fullmatch(path.name) and path.name != _name(manifest.step):
             raise DamagedError(path / manifests.NAME, "step", f"is that of step {manifest.step}")
-        manifest.verify(path)
+        if not verified:
+            manifest.verify(path)
         _state(path, manifest)
         return cls(path, manifest.step, manifest)
 
@@ -77,16 +82,23 @@ class Checkpoint:
         return {name: kind for kinds in self._files(group).values() for name, kind in kinds.items()}
 
     def read(
-        self, group: Group, wanted: Mapping[str, Tensor], *, some: bool = False, way_out: str = _WAY_OUT
+        self,
+        group: Group,
+        wanted: Mapping[str, Tensor],
+        *,
+        num_experts: int | None = None,
+        some: bool = False,
+        way_out: str = _WAY_OUT,
     ) -> Mapping[str, Tensor]:
         """The tensors of a group, on the CPU, under the logical names of `wanted`; each is read when it is asked for.
 
         `wanted` gives names, dtypes and shapes (tensors on `meta` will do). Nothing is read unless they are exactly the
-        checkpoint's: CheckpointError names the first that differs, and `way_out`. With `some` it may hold others too.
+        checkpoint's: CheckpointError names the first that differs, and `way_out`. With `some` it may hold others too;
+        with `num_experts` it must hold so many, whether or not all of them are wanted.
         """
         files = self._files(group)
         held = {name: kind for kinds in files.values() for name, kind in kinds.items() if name in wanted or not some}
-        difference = _difference(group, held, wanted)
+        difference = _difference(group, held, wanted, num_experts)
         if difference is not None:
             raise CheckpointError(f"{self.path}: {group}: {difference}: {way_out}")
         places = {key: self.path / name for name, kinds in files.items() for key in kinds}
@@ -128,34 +140,79 @@ def save(
     when asked will do: it is asked twice, and one file's worth is held at a time. `documents` holds at least
     state.json. Raises CheckpointError when the disk refuses; every checkpoint there was is then still there.
     """
-    assert "state.json" in documents
-    final_path = path(folder, step)
-    unique = secrets.token_hex(4)
-    temporary = folder / f".tmp-{step:08d}-{unique}"
     needed = tensor_file.num_bytes(chain(model.values(), optimizer.values())) + sum(map(len, documents.values()))
-    with disk_errors(folder, _ELSEWHERE, needed):
-        try:
-            files.make_dir(folder)
-            files.sync(folder.parent)
-            files.make_dir(temporary)
+    saving = Saving(folder, step, secrets.randbits(UNIQUE_BITS), needed, files)
+    try:
+        saving.begin()
+        return saving.finish(saving.write(model, optimizer), documents)
+    finally:
+        saving.clear()
+
+
+@final
+class Saving:
+    """A save of a step by one process, or by several, each with tensors of its own: `save` is all its parts in order.
+
+    Its methods raise a CheckpointError when the disk refuses.
+    """
+
+    def __init__(self, folder: Path, step: int, unique: int, num_bytes: int, files: Files = DISK) -> None:
+        """`unique` is a number of `UNIQUE_BITS`, the same in all processes, that no other save of the folder has.
+
+        `num_bytes` are those of the whole checkpoint.
+        """
+        self._folder, self._step, self._num_bytes, self._files = folder, step, num_bytes, files
+        self._unique = f"{unique:08x}"
+        self._temporary = folder / f".tmp-{step:08d}-{self._unique}"
+
+    def begin(self) -> None:
+        """Make the folder that is written to: one process, before any other goes on."""
+        with self._refusals():
+            self._files.make_dir(self._folder)
+            self._files.sync(self._folder.parent)
+            self._files.make_dir(self._temporary)
+
+    def write(
+        self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], part: int = 0, parts: int = 1
+    ) -> list[Entry]:
+        """Write and verify these tensors, which no other process has: part number `part` of `parts`."""
+        groups: dict[Group, Mapping[str, Tensor]] = {"model": model, "optimizer": optimizer}
+        with self._refusals():
             entries = [
-                *_write_group(temporary, "model", model, files),
-                *_write_group(temporary, "optimizer", optimizer, files),
-                *(_write(temporary / name, content, files) for name, content in documents.items()),
+                _write(self._temporary / f"{group}-{part + parts * number:05d}.safetensors", content, self._files)
+                for group, named in groups.items()
+                for number, content in enumerate(map(tensor_file.encode, tensor_file.shards(named, _MAX_FILE_BYTES)))
             ]
-            manifest = Manifest(step, tuple(sorted(entries, key=lambda entry: entry.name)))
-            _write(temporary / manifests.NAME, manifest.encode(), files)
-            files.sync(temporary)
-            Checkpoint.open(temporary)
+            Manifest(self._step, tuple(entries)).verify(self._temporary)
+        return entries
+
+    def finish(self, entries: Sequence[Entry], documents: Mapping[str, bytes]) -> Path:
+        """Make a checkpoint of the files that all processes wrote and these documents: one process, the last step."""
+        assert "state.json" in documents
+        files, final_path = self._files, path(self._folder, self._step)
+        with self._refusals():
+            written = [_write(self._temporary / name, content, files) for name, content in documents.items()]
+            Manifest(self._step, tuple(written)).verify(self._temporary)
+            manifest = Manifest(self._step, tuple(sorted([*entries, *written], key=lambda entry: entry.name)))
+            _write(self._temporary / manifests.NAME, manifest.encode(), files)
+            files.sync(self._temporary)
+            Checkpoint.open(self._temporary, verified=True)
             if final_path.exists():
-                files.rename(final_path, folder / f".old-{step:08d}-{unique}")
-            files.rename(temporary, final_path)
-            files.sync(folder)
-        finally:
-            # After a failure: the old one back, the new one away. A disk that refuses this too leaves it to `latest`.
-            with suppress(OSError):
-                _sweep(folder, files)
-    return final_path
+                files.rename(final_path, self._folder / f".old-{self._step:08d}-{self._unique}")
+            files.rename(self._temporary, final_path)
+            files.sync(self._folder)
+        return final_path
+
+    def _refusals(self) -> AbstractContextManager[None]:
+        return disk_errors(self._folder, _ELSEWHERE, self._num_bytes)
+
+    def clear(self) -> None:
+        """After `finish`, or a failure: what was replaced comes back if need be, what is left over goes.
+
+        A disk that refuses this too leaves it to `latest`. One process, when no other writes any more.
+        """
+        with suppress(OSError):
+            _sweep(self._folder, self._files)
 
 
 def latest(folder: Path, warn: Callable[[str], None], *, files: Files = DISK) -> Checkpoint | None:
@@ -257,11 +314,6 @@ def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     return state
 
 
-def _write_group(folder: Path, group: Group, named: Mapping[str, Tensor], files: Files) -> Iterator[Entry]:
-    for number, shard in enumerate(tensor_file.shards(named, _MAX_FILE_BYTES)):
-        yield _write(folder / f"{group}-{number:05d}.safetensors", tensor_file.encode(shard), files)
-
-
 def _write(path: Path, content: bytes, files: Files) -> Entry:
     """Write and sync a file. The digest is of the bytes in memory, so that it vouches for the way to the disk too."""
     files.write(path, content)
@@ -286,9 +338,15 @@ def _free_name(path: Path) -> Path:
     return next(p for n in range(10_000) if not (p := path.with_name(f"{path.name}{f'-{n}' if n else ''}")).exists())
 
 
-def _difference(group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapping[str, Tensor]) -> str | None:
+def _difference(
+    group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapping[str, Tensor], num_experts: int | None
+) -> str | None:
     """The first way in which a checkpoint is not of the model's architecture."""
     have, want = expert_numbers(held), expert_numbers(wanted)
+    if want and num_experts is not None:
+        elsewhere = {*range(num_experts)}.difference(want)
+        held = {name: kind for name, kind in held.items() if elsewhere.isdisjoint(expert_numbers([name]))}
+        want = list(range(num_experts))
     if group == "model" and have != want:
         return f"num_experts: the checkpoint has {_experts(have)}, the recipe {_experts(want)}"
     for name, tensor in wanted.items():

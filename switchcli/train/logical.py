@@ -18,31 +18,30 @@ _STACKED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<tail>[^/]+(?P<slot>/
 _NUMBERED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<expert>0|[1-9][0-9]*)\.(?P<tail>.+)")
 
 
-def split(named: Mapping[str, Tensor], num_experts: int, first_expert: int = 0) -> dict[str, Tensor]:
+def split(named: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
     """Whole logical tensors of what one process holds, as views of the tensors given.
 
-    `num_experts` is the number of experts in each stack here (its first dimension), `first_expert` the global number of
-    the first of them. A parameter with `experts` in its name must be stacked; a slot is split when its first dimension
-    is num_experts.
+    `experts` are the global numbers of those in each stack here, as many as its first dimension. A parameter with
+    `experts` in its name must be stacked; a slot is split when its first dimension is as long.
     """
     logical: dict[str, Tensor] = {}
     for name, tensor in named.items():
         match = _STACKED.fullmatch(name)
         assert not _NUMBERED.fullmatch(name), f"{name} has an expert's number already"
-        stacked = match is not None and tensor.shape[:1] == (num_experts,)
+        stacked = match is not None and tensor.shape[:1] == (len(experts),)
         assert stacked or match is None or match["slot"], (
-            f"{name} {list(tensor.shape)} is not stacked over {num_experts} experts"
+            f"{name} {list(tensor.shape)} is not stacked over {len(experts)} experts"
         )
         if match is not None and stacked:
-            for expert, part in enumerate(tensor.unbind(0), first_expert):
+            for expert, part in zip(experts, tensor.unbind(0), strict=True):
                 logical[f"{match['head']}.{expert}.{match['tail']}"] = part
         else:
             logical[name] = tensor
     return logical
 
 
-def join(logical: Mapping[str, Tensor], num_experts: int, first_expert: int = 0) -> dict[str, Tensor]:
-    """The inverse of `split`: the experts from first_expert on stacked again (a copy), the rest as it is."""
+def join(logical: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
+    """The inverse of `split`: these experts stacked again (a copy), the rest as it is."""
     named: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in logical.items():
@@ -52,7 +51,6 @@ def join(logical: Mapping[str, Tensor], num_experts: int, first_expert: int = 0)
         else:
             stack = stacks.setdefault(f"{match['head']}.{match['tail']}", {})
             stack[int(match["expert"])] = tensor
-    experts = range(first_expert, first_expert + num_experts)
     for name, stack in stacks.items():
         assert sorted(stack) == list(experts), f"{name} has experts {sorted(stack)}, not {experts}"
         named[name] = torch.stack([stack[expert] for expert in experts])

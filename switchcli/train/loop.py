@@ -59,7 +59,7 @@ def fit(
         metrics = accumulate_gradients(
             model, objective(state.step), microbatches, num_targets, runtime, f"{settings.seed}/{state.step}"
         )
-        norm = _clip(model, settings.clip_norm)
+        norm = _clip(model, settings.clip_norm, runtime)
         optimizer.step(learning_rate)
         model.zero_grad()
 
@@ -111,12 +111,11 @@ def _seed_noise(name: str) -> None:
     torch.manual_seed(int.from_bytes(digest) >> 1)
 
 
-def _clip(model: nn.Module, clip_norm: float | None) -> torch.Tensor:
+def _clip(model: nn.Module, clip_norm: float | None, runtime: Runtime) -> torch.Tensor:
     """The global gradient norm, before clipping to `clip_norm`."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = runtime.gradient_norm(model)
     if clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     return norm
 
 

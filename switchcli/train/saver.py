@@ -1,17 +1,19 @@
 """Saver: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike."""
 
 import json
+import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
 from switchcli.errors import CheckpointError
+from switchcli.model.moe import experts_here
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
-from switchcli.train import checkpoint, logical, tensor_file
+from switchcli.train import checkpoint, logical, manifest, tensor_file
 from switchcli.train.evaluate import reduce
-from switchcli.train.metrics import Metrics
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.spec import CheckpointSpec
 from switchcli.train.state import TrainState
@@ -22,7 +24,7 @@ TEXT = "tokens_sha256"
 
 
 class Saver:
-    """One folder of checkpoints. Its methods are called on every rank; the main one writes."""
+    """One folder of checkpoints, the same for all ranks. Its methods are called on every rank."""
 
     def __init__(
         self,
@@ -42,19 +44,38 @@ class Saver:
         self._settings = settings
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of `state.step` and remove those that need not be kept."""
-        window = reduce(state.window, self._runtime)
-        self._runtime.on_main(lambda: self._write(state, window))
+        """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept."""
+        runtime, settings = self._runtime, self._settings
+        window = reduce(state.window, runtime)
+        unique = runtime.from_main(secrets.randbits(checkpoint.UNIQUE_BITS))
+        model, optimizer = self._share(logical_tensors(self._model)), self._share(self._slots())
+        size = sum(runtime.sum_over_ranks([tensor_file.num_bytes([*model.values(), *optimizer.values()])]))
+        saving = checkpoint.Saving(self._folder, state.step, unique, size)
+        try:
+            runtime.on_main(saving.begin)
+            entries = runtime.on_every(lambda: saving.write(model, optimizer, runtime.rank, runtime.world))
+            everything = [
+                manifest.Entry(*entry)
+                for one in runtime.gather(json.dumps([astuple(entry) for entry in entries]))
+                for entry in json.loads(one)
+            ]
+            documents = {**self._documents, "state.json": state.to_json(window)}
+            runtime.on_main(lambda: saving.finish(everything, documents))
+        finally:
+            if runtime.is_main:
+                saving.clear()
+        runtime.on_main(lambda: checkpoint.prune(self._folder, settings.keep_last, keep_best=settings.keep_best))
 
-    def _write(self, state: TrainState, window: Metrics) -> None:
-        checkpoint.save(
-            self._folder,
-            state.step,
-            model=logical_tensors(self._model),
-            optimizer=logical.split(self._optimizer.state(), self._model.spec.num_experts),
-            documents={**self._documents, "state.json": state.to_json(window)},
-        )
-        checkpoint.prune(self._folder, self._settings.keep_last, keep_best=self._settings.keep_best)
+    def _slots(self) -> dict[str, torch.Tensor]:
+        return logical.split(self._optimizer.state(), experts_here(self._model))
+
+    def _share(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What this rank writes of what it holds: with those that hold the same tensors it takes turns."""
+        return {
+            name: tensor
+            for number, (name, tensor) in enumerate(tensors.items())
+            if self._runtime.is_turn(number, expert=bool(logical.expert_numbers([name])))
+        }
 
     def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
         """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none.
@@ -66,7 +87,7 @@ class Saver:
         step = self._runtime.from_main(-1 if newest is None else newest.step)
         if step < 0:
             return False
-        found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step))
+        found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step), verified=True)
         before, now = (json.loads(document) for document in (found.document(DATA), self._documents[DATA]))
         if before != now:
             what = "on other text" if before.get(TEXT) != now[TEXT] else "by another teacher"
@@ -74,10 +95,10 @@ class Saver:
                 f"{found.path} was trained {what} than the recipe gives now: bring that back, give another folder by "
                 "--out, or --no-resume to set this run aside and begin anew"
             )
-        fill(self._model, found.read("model", logical_tensors(self._model)))
-        slots = self._optimizer.state()
         experts = self._model.spec.num_experts
-        self._optimizer.load(logical.join(found.read("optimizer", logical.split(slots, experts)), experts))
+        fill(self._model, found.read("model", logical_tensors(self._model), num_experts=experts))
+        slots = found.read("optimizer", self._slots(), num_experts=experts)
+        self._optimizer.load(logical.join(slots, experts_here(self._model)))
         state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.is_main)
         return True
 
@@ -94,27 +115,35 @@ def preflight(
 
     `num_figures` is how many an evaluation notes: as many checkpoints may be best.
     """
-    one = tensor_file.num_bytes([*model.parameters(), *optimizer.state().values()])
+    experts = experts_here(model)
+    elsewhere = model.spec.num_experts // len(experts)  # times as many expert weights as are here
+    tensors = {**logical_tensors(model), **logical.split(optimizer.state(), experts)}
+    one = sum(
+        tensor_file.num_bytes([tensor]) * (elsewhere if logical.expert_numbers([name]) else 1)
+        for name, tensor in tensors.items()
+    )
     here = sum(path.is_dir() for path in folder.glob("step-*"))
     kept = settings.keep_last + settings.keep_best * num_figures
     runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
 
 
-def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, num_experts: int) -> None:
+def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: range) -> None:
     """Fill the optimizer of a run that begins with the weights of `found` from the optimizer's state there.
+
+    `experts` are those that are here.
 
     The checkpoint may hold the state of more parameters than learn now.
 
     Raises:
         CheckpointError: it has no such state, or that of another optimizer.
     """
-    held, slots = found.kinds("optimizer"), logical.split(optimizer.state(), num_experts)
+    held, slots = found.kinds("optimizer"), logical.split(optimizer.state(), experts)
     way_out = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
     if not held:
         raise CheckpointError(f"{found.path}: holds no optimizer state: start.optimizer=reset begins with a new one.")
     if not held.keys() & slots.keys():
         raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
-    optimizer.load(logical.join(found.read("optimizer", slots, some=True, way_out=way_out), num_experts))
+    optimizer.load(logical.join(found.read("optimizer", slots, some=True, way_out=way_out), experts))
 
 
 @torch.no_grad()
@@ -125,7 +154,6 @@ def fill(model: SwitchTransformer, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
-    """The model's weights under their logical names, as views."""
-    return logical.split(
-        {name: parameter.detach() for name, parameter in model.named_parameters()}, model.spec.num_experts
-    )
+    """The weights of the model that are here, under their logical names, as views."""
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return logical.split(named, experts_here(model))

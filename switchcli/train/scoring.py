@@ -85,15 +85,12 @@ class Answering:
                 # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.
                 numbers = batches[min(mine, len(batches) - 1)]
                 inputs_BS = runtime.place(torch.from_numpy(exam.padded(numbers)))
-                answers_BT = generate(self._model, inputs_BS, decoding, all_done=self._all_done)
+                answers_BT = generate(self._model, inputs_BS, decoding, all_done=runtime.all_done)
                 if mine < len(batches):
                     tokens_XT[torch.from_numpy(numbers), : answers_BT.shape[1]] = answers_BT.int()
         everything = runtime.all_reduce(tokens_XT).tolist()
         decode = self._tokenizer.decode
         return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
-
-    def _all_done(self, done_B: torch.Tensor) -> bool:
-        return self._runtime.sum_over_ranks([int(not done_B.all())]) == [0]
 
 
 class Exams(Hook):

@@ -11,7 +11,7 @@ import pytest
 from conftest import SwitchCLI
 
 from switchcli.cli import main
-from switchcli.errors import DataError, MainRankError, RecipeError
+from switchcli.errors import DataError, OtherRankError, RecipeError
 from switchcli.parallel.launch import Ended
 
 
@@ -84,13 +84,13 @@ def test_tasks_of_srun_do_not_train_alone(recipe: str, switchcli: SwitchCLI, mon
     ("rank", "error", "said"),
     [
         ("0", DataError("none.txt: no such file"), "error: none.txt: no such file\n"),
-        ("1", MainRankError(3), ""),
+        ("1", OtherRankError(3), ""),
         ("1", RecipeError("no CUDA here"), "error: rank 1: no CUDA here\n"),
     ],
 )
 def test_which_rank_speaks(
     rank: str,
-    error: DataError | RecipeError | MainRankError,
+    error: DataError | RecipeError | OtherRankError,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

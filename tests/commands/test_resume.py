@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from switchcli.cli import app
 from switchcli.commands import pretrain as verb
 from switchcli.commands import training
-from switchcli.train import checkpoint, saver
+from switchcli.train import checkpoint
 from switchcli.train.lock import lock
 
 INTERRUPTED, FORCED, CHECKPOINT = 75, 130, 4
@@ -117,19 +117,19 @@ def test_killed_about_a_save_it_ends_the_same(
     """Killed just before or after the checkpoint of step 4, 8 or 12: what was logged since the last one goes."""
     command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
     moments: Iterator[int] = iter(range(STEPS))
-    save = checkpoint.save
+    finish = checkpoint.Saving.finish
 
-    def save_and_die(*arguments: Any, **named: Any) -> Path:
+    def finish_and_die(*arguments: Any) -> Path:
         last = next(moments) == moment
         if last and before:
             raise Killed
-        path = save(*arguments, **named)
+        path = finish(*arguments)
         if last:
             raise Killed
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(saver.checkpoint, "save", save_and_die)
+        patch.setattr(checkpoint.Saving, "finish", finish_and_die)
         with pytest.raises(Killed):
             switchcli(*command)
     assert switchcli(*command).code == 0

@@ -1,4 +1,4 @@
-"""One recipe, one gradient: however a step's batch is cut into microbatches and spread over ranks.
+"""One recipe, one gradient: however a step's batch is cut into microbatches and spread over ranks, and experts with it.
 
 The tolerance is 1e-6 of the largest entry of each tensor: float32 keeps 6e-8 of a number, and sums of a few hundred
 terms in another order differ by a few times that; an entry that is itself near zero is what is left of larger terms.
@@ -14,21 +14,27 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from ranks import on_ranks
-from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
+from tiny import DENSE, DROPPING, GROUPED, NOISY, SPARSE, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
 from switchcli.model.groups import Group, freeze, members, trainable
+from switchcli.model.initialise import initialise
+from switchcli.model.moe import experts_here
+from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.mesh import ALONE, ParallelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.spec import PAD
+from switchcli.train.distillation import Distillation, DistillSpec, Teacher
 from switchcli.train.evaluate import evaluate, reduce, shared
 from switchcli.train.hooks import HeldOut, Hook, Log
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import StepLoss, cross_entropy
+from switchcli.train.objective import Objective, StepLoss, cross_entropy
 from switchcli.train.optimizer import Adafactor, Optimizer
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import TrainSpec
@@ -37,7 +43,8 @@ from switchcli.train.state import TrainState
 RELATIVE = 1e-6
 BATCH = 8
 CLIP = 0.05
-Arrays = dict[str, NDArray[np.float32]]
+HERE = "experts that this rank holds"
+Arrays = dict[str, NDArray[Any]]
 
 
 class Recorder(Optimizer):
@@ -61,17 +68,32 @@ class Keep(Hook):
         self.metrics = reduce(state.window, self.runtime)
 
 
-def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, group: Group = "all") -> Arrays:
+def model_of(spec: ModelSpec, runtime: Runtime) -> SwitchTransformer:
+    """What `a_model(spec)` is, as far as this rank holds it."""
+    model = SwitchTransformer(spec)
+    runtime.spread(model)
+    initialise(model, 0)
+    return model
+
+
+def gradients(
+    spec: ModelSpec,
+    microbatch: int | None,
+    clip_norm: float | None,
+    group: Group = "all",
+    objective: Objective = cross_entropy,
+    parallel: ParallelSpec = ALONE,
+) -> Arrays:
     """Of one step of `fit` on these ranks: every gradient and metric, by name."""
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32")
-    model = a_model(spec)
+    runtime = Runtime("cpu", "float32", parallel)
+    model = model_of(spec, runtime)
     freeze(model, group)
     optimizer, keep, state = Recorder(trainable(model)), Keep(runtime), TrainState()
     fit(
         state,
         runtime.wrap(model),
-        lambda step: cross_entropy,
+        lambda step: objective,
         Microbatches(rows, BATCH, microbatch, 1, runtime.rank, runtime.world),
         optimizer,
         InverseSquareRoot(),
@@ -84,8 +106,15 @@ def gradients(spec: ModelSpec, microbatch: int | None, clip_norm: float | None, 
     metrics = {f"metric {name}": mean.value().float() for name, mean in keep.metrics.items()}
     if load is not None:
         metrics["layer_load"] = load.total
-    seen = {"targets": torch.tensor(float(state.targets_seen)), **optimizer.seen, **metrics}
+    here = torch.tensor([*experts_here(model)])
+    seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: here, **optimizer.seen, **metrics}
     return {name: tensor.numpy() for name, tensor in seen.items()}
+
+
+def distilled(model: nn.Module, batch: Batch) -> StepLoss:
+    """The loss of a student whose teacher every rank holds whole."""
+    teacher = Teacher(a_model(seed=1).eval(), "float32", 1.0)
+    return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, lambda batch: None)(model, batch)
 
 
 def naive(clip_norm: float | None = None) -> Arrays:
@@ -111,8 +140,17 @@ def naive(clip_norm: float | None = None) -> Arrays:
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
+def as_held(whole: Arrays, part: Arrays) -> Arrays:
+    """Of `whole` what the rank that has `part` holds."""
+    return {
+        name: array[part[HERE]] if ".experts." in name and HERE in part else array
+        for name, array in whole.items()
+        if name != HERE
+    }
+
+
 def assert_same(found: Arrays, expected: Arrays) -> None:
-    for name, array in expected.items():
+    for name, array in as_held(expected, found).items():
         largest = max(float(np.abs(array).max()), 1e-30)
         assert float(np.abs(found[name] - array).max()) <= RELATIVE * largest, name
 
@@ -142,10 +180,10 @@ def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(gro
     assert found["metric gradient_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def trained(steps: int = 5) -> Arrays:
+def trained(steps: int = 5, parallel: ParallelSpec = ALONE) -> Arrays:
     """Weights and all records of a short run with dropout, jitter, logging and evaluation."""
-    runtime = Runtime("cpu", "float32")
-    model, state, records = a_model(NOISY), TrainState(), []
+    runtime = Runtime("cpu", "float32", parallel)
+    model, state, records = model_of(NOISY, runtime), TrainState(), []
     optimizer = Adafactor(min_dim_to_factor=8).build(dict(model.named_parameters()))
     batches = Microbatches(rows, BATCH, 2, 1, runtime.rank, runtime.world)
     schedule = InverseSquareRoot()
@@ -178,22 +216,23 @@ def trained(steps: int = 5) -> Arrays:
         f"record {name}": np.array([record[name] for record in records if name in record])
         for name in {key for record in records for key in record} - clock
     }
-    return {**figures, **{name: parameter.detach().numpy() for name, parameter in model.named_parameters()}}
+    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    return {HERE: np.array(experts_here(model)), **figures, **weights}
 
 
-def evaluated() -> Arrays:
+def evaluated(parallel: ParallelSpec = ALONE) -> Arrays:
     """Metrics of a held-out set that the ranks cannot share evenly."""
-    runtime = Runtime("cpu", "float32")
+    runtime = Runtime("cpu", "float32", parallel)
     batches = shared(lambda first, count: rows(5, first, count), 11, 2, runtime.rank, runtime.world)
-    metrics = evaluate(a_model(), cross_entropy, batches, runtime)
+    metrics = evaluate(model_of(SPARSE, runtime), cross_entropy, batches, runtime)
     return {name: metrics[name].value().numpy() for name in ("neg_log_perplexity", "dropped_fraction")}
 
 
-def ended(stop_on: int | None, poison_on: int | None) -> tuple[int, int]:
+def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = ALONE) -> tuple[int, int]:
     """The step at which a run ends when one rank alone is asked to stop, or has a loss that is not a number; and how:
     0 for a stop, else the exit code."""
-    runtime = Runtime("cpu", "float32")
-    model, stop, state = a_model(), StopRequest(), TrainState()
+    runtime = Runtime("cpu", "float32", parallel)
+    model, stop, state = model_of(SPARSE, runtime), StopRequest(), TrainState()
 
     def objective(module: nn.Module, batch: Batch) -> StepLoss:
         loss = cross_entropy(module, batch)
@@ -221,7 +260,13 @@ def ended(stop_on: int | None, poison_on: int | None) -> tuple[int, int]:
     return state.step, 0
 
 
-CASES: dict[str, Callable[[], Arrays]] = {
+TOP_2 = SPARSE.model_copy(update={"activation": "geglu", "router": TopK(capacity_factor=0.6, min_capacity=1)})
+TRYING_AGAIN = SPARSE.model_copy(update={"router": NoTokenLeftBehind(capacity_factor=0.6, min_capacity=1)})
+CHOOSING = SPARSE.model_copy(update={"router": ExpertChoice(min_capacity=1), "decoder_router": DROPPING})
+ATTENTION = SPARSE.model_copy(update={"sparse": "both", "sparse_every": 1})
+DROPLESS = NOISY.model_copy(update={"router": Switch(capacity_factor="dropless")})
+
+CASES: dict[str, Callable[..., Arrays]] = {
     "at once": partial(gradients, SPARSE, None, None),
     "accumulated and clipped": partial(gradients, SPARSE, 1, CLIP),
     "groups of two sequences": partial(gradients, GROUPED, None, CLIP),
@@ -230,23 +275,33 @@ CASES: dict[str, Callable[[], Arrays]] = {
     "all but the experts": partial(gradients, SPARSE, None, CLIP, "non_expert"),
     "the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert"),
     "the dense feed-forwards alone": partial(gradients, GROUPED, None, None, "dense_feed_forward"),
+    "top-2 of experts with GEGLU": partial(gradients, TOP_2, 2, None),
+    "no token left behind": partial(gradients, TRYING_AGAIN, 2, None),
+    "experts that choose": partial(gradients, CHOOSING, 2, None),
+    "a Switch attention": partial(gradients, ATTENTION, None, CLIP),
+    "a slot for every token": partial(gradients, DROPLESS, 2, None),
+    "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
     "evaluation": evaluated,
 }
 
 
-def every_case() -> dict[str, Any]:
+def every_case(parallel: ParallelSpec) -> dict[str, Any]:
     return {
-        **{name: case() for name, case in CASES.items()},
-        "trained": trained(),
-        "stopped": ended(stop_on=1, poison_on=None),
-        "poisoned": ended(stop_on=None, poison_on=1),
+        **{name: case(parallel=parallel) for name, case in CASES.items()},
+        "trained": trained(parallel=parallel),
+        "stopped": ended(stop_on=1, poison_on=None, parallel=parallel),
+        "poisoned": ended(stop_on=None, poison_on=1, parallel=parallel),
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+MESHES = {"2": (2, 1), "4": (4, 1), "2, experts on 2": (2, 2), "4, experts on 2": (4, 2), "4, experts on 4": (4, 4)}
+
+
+@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Each rank's answer to all cases, from one start of the ranks."""
-    return on_ranks(request.param, every_case)
+    world, expert = request.param
+    return on_ranks(world, every_case, ParallelSpec(expert=expert))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -281,10 +336,12 @@ def test_a_run_of_several_steps_has_the_same_records_and_weights_on_any_number_o
     ours = answers[0]["trained"]
     assert ours.keys() == alone.keys()
     assert len(alone["record held_out/neg_log_perplexity"]) == 3
-    for name, array in alone.items():
+    for name, array in as_held(alone, ours).items():
         # Each step starts from the rounding of the one before, and Adafactor divides by the size of a gradient.
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-4 * np.abs(array).max(), err_msg=name)
     for answer in answers[1:]:
         assert not any(name.startswith("record") for name in answer["trained"])  # the main rank alone writes
+        replica = np.array_equal(answer["trained"].pop(HERE), ours[HERE])
         for name in answer["trained"]:
-            assert np.array_equal(answer["trained"][name], ours[name]), name  # replicas stay bit-equal
+            if replica or ".experts." not in name:
+                assert np.array_equal(answer["trained"][name], ours[name]), name  # replicas stay bit-equal

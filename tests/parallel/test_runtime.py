@@ -11,7 +11,7 @@ from ranks import on_ranks
 from tiny import a_model
 
 from switchcli.data.batch import Batch
-from switchcli.errors import CheckpointError, DistributedError, MainRankError, RecipeError
+from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError
 from switchcli.parallel.runtime import Runtime
 
 
@@ -24,7 +24,7 @@ def two_ranks() -> dict[str, object]:
     try:
         runtime.on_main(full)
         failure: tuple[str, int] | None = None
-    except (CheckpointError, MainRankError) as error:
+    except (CheckpointError, OtherRankError) as error:
         failure = (type(error).__name__, error.exit_code)
     model = a_model(seed=runtime.rank)
     runtime.wrap(model)
@@ -42,7 +42,7 @@ def two_ranks() -> dict[str, object]:
 def test_two_ranks_act_as_one() -> None:
     main, other = on_ranks(2, two_ranks)
     assert main["failure"] == ("CheckpointError", 4)
-    assert other["failure"] == ("MainRankError", 4)  # the main rank's exit code, and no words
+    assert other["failure"] == ("OtherRankError", 4)  # the main rank's exit code, and no words
     assert (main["after"], other["after"]) == (41, None)
     assert main["sum"] == other["sum"] == [2, 1, 2**41]
     assert main["from main"] == other["from main"] == 7

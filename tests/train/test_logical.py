@@ -17,7 +17,7 @@ def test_an_expert_weight_is_named_by_its_global_number() -> None:
         "encoder.embed.weight": torch.ones(4),
         f"{WI}/row": torch.ones(2, 3),
     }
-    logical = split(named, 2, first_expert=6)
+    logical = split(named, range(6, 8))
     assert set(logical) == {
         "encoder.blocks.1.feed_forward.experts.6.wi",
         "encoder.blocks.1.feed_forward.experts.7.wi",
@@ -31,29 +31,29 @@ def test_an_expert_weight_is_named_by_its_global_number() -> None:
 
 def test_splitting_copies_nothing() -> None:
     stacked = torch.randn(4, 3, 2)
-    parts = split({"experts.wi": stacked}, 4)
+    parts = split({"experts.wi": stacked}, range(4))
     assert all(part.is_contiguous() for part in parts.values())
     assert {part.untyped_storage().data_ptr() for part in parts.values()} == {stacked.untyped_storage().data_ptr()}
 
 
 def test_a_slot_that_is_not_stacked_keeps_the_stacked_name() -> None:
     state = {"a.experts.wi/step": torch.tensor(3), "a.experts.wi/other": torch.ones(5)}
-    assert split(state, 4) == state
-    assert join(state, 4) == state
+    assert split(state, range(4)) == state
+    assert join(state, range(4)) == state
 
 
 @pytest.mark.parametrize("name", ["a.experts", "a.my_experts.wi", "a.experts_norm.weight", "router.weight/experts.x"])
 def test_other_names_are_left_alone(name: str) -> None:
-    assert list(split({name: torch.ones(4, 2)}, 4)) == [name]
+    assert list(split({name: torch.ones(4, 2)}, range(4))) == [name]
 
 
 def test_our_own_mistakes_are_asserted() -> None:
     with pytest.raises(AssertionError, match="not stacked over 4"):
-        split({"a.experts.wi": torch.ones(3, 2)}, 4)
+        split({"a.experts.wi": torch.ones(3, 2)}, range(4))
     with pytest.raises(AssertionError, match="number already"):
-        split({"a.experts.0.wi": torch.ones(4, 2)}, 4)
+        split({"a.experts.0.wi": torch.ones(4, 2)}, range(4))
     with pytest.raises(AssertionError, match=r"has experts \[0, 2\]"):
-        join({"a.experts.0.wi": torch.ones(2), "a.experts.2.wi": torch.ones(2)}, 2)
+        join({"a.experts.0.wi": torch.ones(2), "a.experts.2.wi": torch.ones(2)}, range(2))
 
 
 PARTS = st.sampled_from(["encoder", "blocks", "0", "11", "feed_forward", "attention"])
@@ -78,11 +78,11 @@ def named_tensors(draw: st.DrawFn) -> tuple[dict[str, Tensor], int, int]:
 @given(named_tensors())
 def test_split_and_join_are_inverse(case: tuple[dict[str, Tensor], int, int]) -> None:
     named, num_experts, first = case
-    logical = split(named, num_experts, first)
-    again = join(logical, num_experts, first)
+    logical = split(named, range(first, first + num_experts))
+    again = join(logical, range(first, first + num_experts))
     assert again.keys() == named.keys()
     assert all(torch.equal(again[name], named[name]) for name in named)
-    twice = split(again, num_experts, first)
+    twice = split(again, range(first, first + num_experts))
     assert twice.keys() == logical.keys()
     assert all(torch.equal(twice[name], logical[name]) for name in logical)
     assert sum(t.numel() for t in logical.values()) == sum(t.numel() for t in named.values())
@@ -90,10 +90,10 @@ def test_split_and_join_are_inverse(case: tuple[dict[str, Tensor], int, int]) ->
 
 def test_any_number_of_ranks_gives_the_same_tensors() -> None:
     whole = {"experts.wi": torch.randn(8, 2)}
-    expected = split(whole, 8)
+    expected = split(whole, range(8))
     for held in (1, 2, 4):
         found: dict[str, Tensor] = {}
         for first in range(0, 8, held):
-            found |= split({"experts.wi": whole["experts.wi"][first : first + held]}, held, first)
+            found |= split({"experts.wi": whole["experts.wi"][first : first + held]}, range(first, first + held))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -118,7 +118,7 @@ def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(gro
     fill(start, found.read("model", logical_tensors(start)))
     for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    slots = logical.split(parts.optimizer.state(), NOISY.num_experts)
+    slots = logical.split(parts.optimizer.state(), range(NOISY.num_experts))
     assert found.read("optimizer", slots).keys() == slots.keys()
     assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
     other = Parts(tmp_path, NOISY, AdamW(), seed=0)
@@ -155,7 +155,7 @@ def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
 ) -> None:
     before, found = saved(tmp_path, optimizer)
     after = Parts(tmp_path / "other", NOISY, optimizer, seed=1, group=group)
-    carry_over(after.optimizer, found, NOISY.num_experts)
+    carry_over(after.optimizer, found, range(NOISY.num_experts))
     ours, theirs = after.optimizer.state(), before.optimizer.state()
     learning = members(after.model, group).keys() | {"optimizer"}
     assert ours.keys() == {name for name in theirs if name.rpartition("/")[0] in learning}
@@ -179,7 +179,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
     after = Parts(tmp_path / "other", NOISY, here, seed=1)
     before = {name: tensor.clone() for name, tensor in after.optimizer.state().items()}
     with pytest.raises(CheckpointError, match=message + r".*: start\.optimizer=reset begins with a new one") as raised:
-        carry_over(after.optimizer, found, NOISY.num_experts)
+        carry_over(after.optimizer, found, range(NOISY.num_experts))
     assert "\n" not in str(raised.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.optimizer.state().items())
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path:
     weights = logical_tensors(parts.model)
     path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": b"{}"})
     with pytest.raises(CheckpointError, match=r"holds no optimizer state.*: start\.optimizer=reset begins with a new"):
-        carry_over(parts.optimizer, checkpoint.Checkpoint.open(path), NOISY.num_experts)
+        carry_over(parts.optimizer, checkpoint.Checkpoint.open(path), range(NOISY.num_experts))
 
 
 def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:

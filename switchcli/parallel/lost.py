@@ -1,0 +1,24 @@
+"""A rank that is gone, told in words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from switchcli.errors import DistributedError
+
+
+@contextmanager
+def lost_ranks_explained() -> Iterator[None]:
+    """What torch raises when ranks do not find one another, or one is gone, as DistributedError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's failures have no type of their own; DistError is that of the rendezvous and of NCCL.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "Timed out" not in str(error):
+            raise
+        cause = str(error).splitlines()[0].split(". ")[0]
+        raise DistributedError(
+            f"the other ranks cannot be reached ({cause}): one has ended, or the network is down; see what each "
+            "printed last, and run the same command again to go on from the last save"
+        ) from error
