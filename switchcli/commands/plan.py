@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli.commands.describe import describe
-from switchcli.data.span_corruption import SpanCorruption
+from switchcli.commands.huggingface import empty
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.parallel.plan import Fit, Machine, Plan, model_axes, plan
-from switchcli.parallel.plan_model import Step, held, shapes_of
+from switchcli.parallel.plan_model import Step, held
 from switchcli.parallel.plan_traffic import Collective
 from switchcli.recipe import library, resolve, text
 from switchcli.recipe.schema import PretrainRecipe, standing_alone
@@ -19,8 +19,6 @@ from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.html import HtmlTable, page
 from switchcli.report.units import binary, gib, number, parse_bytes, si
-from switchcli.train.optimizer import Named
-from switchcli.train.tensor_file import num_bytes
 
 BATCH_TOKENS = 2**20
 """Of a size, which has no batch: the paper's."""
@@ -99,11 +97,9 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
 
-    def state_bytes(parameters: Named) -> int:
-        return num_bytes(recipe.optimizer.build(parameters).state().values())
-
-    shapes = shapes_of(spec)
-    own = {model: held(shapes, model, state_bytes) for model in model_axes(spec, machine.devices)}
+    weights = dict(empty(spec).named_parameters())
+    state = recipe.optimizer.build(weights).state()
+    own = {model: held(weights, state, model) for model in model_axes(spec, machine.devices)}
     return Planned(name, recipe, machine, plan(spec, step, machine, microbatch, own))
 
 
@@ -139,14 +135,16 @@ def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
 
 def _of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
     """A size in the paper's batch and in bfloat16, in the smallest groups that hold a token for each expert."""
-    said = resolve.load(None, [f"model.size={name}", *overrides])
     below: dict[str, Any] = {"train": {"steps": 1, "batch_tokens": BATCH_TOKENS, "precision": "selective"}}
-    spans = SpanCorruption(inputs_length=resolve.stated(said, "data.span_corruption.inputs_length") or 512)
+    where, keys = f"the size {name}", [f"model.size={name}", *overrides]
+    rows = resolve.load(None, [key for key in overrides if key.startswith("data.")], resolve.layer(below, where))
+    length = resolve.validate(rows, PretrainRecipe).targets_length
+    experts = resolve.stated(resolve.load(None, keys), "model.num_experts")
     sequences = 1
-    while sequences * spans.targets_length < (resolve.stated(said, "model.num_experts") or 1):
+    while isinstance(experts, int) and sequences * length < experts:
         sequences *= 2
     below["model"] = {"router": {"group_sequences": sequences}}
-    tree = resolve.load(None, [f"model.size={name}", *overrides], resolve.layer(below, f"the size {name}"))
+    tree = resolve.load(None, keys, resolve.layer(below, where))
     return resolve.validate(tree, PretrainRecipe)
 
 

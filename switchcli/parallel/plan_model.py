@@ -7,7 +7,7 @@ d_ff (of experts too) and the vocabulary. Names and shapes are those of the mode
 takes memory, of a trillion parameters neither.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -15,15 +15,13 @@ import torch
 
 from switchcli.model.routing import RouterSpec
 from switchcli.model.spec import ModelSpec, Stack
-from switchcli.model.transformer import SwitchTransformer
 
 FLOAT = 4
 """Bytes of a weight, of its gradient, and of an element of the residual stream."""
 
 Shard = Literal["none", "zero2", "zero3"]
-Shapes = Mapping[str, torch.Size]
-StateBytes = Callable[[Mapping[str, torch.nn.Parameter]], int]
-"""Bytes of the optimizer's state for named parameters, which are on `meta`."""
+Tensors = Mapping[str, torch.Tensor]
+"""By name; on `meta`."""
 
 _DIVIDED = {"embedding": 0, "head": 0, "q": 0, "k": 0, "v": 0, "wi": 0, "wi_gate": 0, "o": 1, "wo": 1}
 _DIVIDED |= {"position_bias": 1}
@@ -81,52 +79,43 @@ class Held(NamedTuple):
     expert_state: int
 
 
-def shapes_of(spec: ModelSpec) -> Shapes:
-    """Every parameter's; none takes memory."""
-    with torch.device("meta"):
-        model = SwitchTransformer(spec)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+def held(weights: Tensors, state: Tensors, model: int) -> Held:
+    """What each of `model` ranks of the model axis has of the named `weights`, and of the optimizer's `state` for them.
 
-
-def held(shapes: Shapes, model: int, state_bytes: StateBytes) -> Held:
-    """What each of `model` ranks of the model axis has."""
-    with torch.device("meta"):
-        own = {
-            name: torch.nn.Parameter(torch.empty(_divided(name, shape, model)), requires_grad=False)
-            for name, shape in shapes.items()
-        }
-    experts = {name: parameter for name, parameter in own.items() if ".experts." in name}
-    dense = {name: parameter for name, parameter in own.items() if name not in experts}
+    Which moments are factored is decided by the whole weight, so that the update is the same at any sharding.
+    """
     units: dict[str, int] = {"": 0}
-    for name, parameter in dense.items():
-        place = name.split(".blocks.")
-        unit = f"{place[0]}.{place[1].split('.')[0]}" if len(place) == 2 else ""
-        units[unit] = units.get(unit, 0) + parameter.numel()
-    products = [each for name, each in dense.items() if _key(name) in _DIVIDED and ".blocks." in name]
-    return Held(
-        dense=_numel(dense.values()),
-        expert=_numel(experts.values()),
-        products=_numel(products),
-        units=tuple(units.values()),
-        dense_state=state_bytes(dense),
-        expert_state=state_bytes(experts),
-    )
+    sums = dict.fromkeys(("dense", "expert", "products", "dense_state", "expert_state"), 0)
+    for name, weight in weights.items():
+        dim = _divided_dim(name)
+        numel = weight.numel() // (1 if dim is None else model)
+        sums["expert" if ".experts." in name else "dense"] += numel
+        if ".experts." in name:
+            continue
+        stack, _, rest = name.partition(".blocks.")
+        unit = f"{stack}.{rest.split('.')[0]}" if rest else ""
+        units[unit] = units.get(unit, 0) + numel
+        sums["products"] += numel if rest and dim is not None else 0
+    for name, tensor in state.items():
+        owner, _, slot = name.rpartition("/")
+        num_bytes = tensor.numel() * tensor.element_size()
+        if owner in weights and _is_divided(tensor, weights[owner], _divided_dim(owner), slot):
+            num_bytes //= model
+        sums["expert_state" if ".experts." in name else "dense_state"] += num_bytes
+    return Held(units=tuple(units.values()), **sums)
 
 
-def _key(name: str) -> str:
+def _divided_dim(name: str) -> int | None:
+    """The dim of a weight that the model axis divides; None where each of its ranks has all of it."""
     parts = name.split(".")
-    return parts[-2] if parts[-1] == "weight" else parts[-1]
+    dim = _DIVIDED.get(parts[-2] if parts[-1] == "weight" else parts[-1])
+    return None if dim is None else dim + (".experts." in name)
 
 
-def _divided(name: str, shape: torch.Size, model: int) -> list[int]:
-    sizes = list(shape)
-    if (dim := _DIVIDED.get(_key(name))) is not None:
-        sizes[dim + (".experts." in name)] //= model
-    return sizes
-
-
-def _numel(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+def _is_divided(state: torch.Tensor, weight: torch.Tensor, dim: int | None, slot: str) -> bool:
+    """Whether the optimizer's tensor has the divided dim: row means lack a weight's last, column means the other."""
+    lost = weight.ndim - (2 if slot == "column" else 1) if state.ndim < weight.ndim else None
+    return state.ndim > 0 and dim is not None and dim != lost
 
 
 class Slots(NamedTuple):
