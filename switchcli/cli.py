@@ -305,6 +305,36 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|SIZE", help="A recipe, or a size such as switch-c.", show_default=False)
+    ],
+    devices: Annotated[int, typer.Option(help="How many there are.", show_default=False)],
+    overrides: Overrides = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one device.")] = "80GiB",
+    flops: Annotated[float, typer.Option(help="FLOP/s that a device reaches.")] = 312e12,
+    memory_bandwidth: Annotated[float, typer.Option(help="Bytes a second of its own memory.")] = 2e12,
+    bandwidth: Annotated[float, typer.Option(help="Bytes a second that a device sends within a node.")] = 300e9,
+    network: Annotated[float, typer.Option(help="Bytes a second that a device sends to other nodes.")] = 25e9,
+    node_devices: Annotated[int, typer.Option(help="Devices of a node.")] = 8,
+    html: Annotated[Path | None, typer.Option(help="Write a page with every mesh.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, bytes a device, bytes a collective, seconds a step: which mesh fits. No GPU is needed."""
+    with ending.stoppable(saves_nothing=True):
+        from switchcli.commands import plan
+
+        options = plan.Options(devices, memory, flops, memory_bandwidth, bandwidth, network, node_devices)
+        planned = plan.planned(recipe, overrides or [], options)
+        if html is not None:
+            plan.write_html(planned, html)
+        if as_json:
+            print_json(planned.to_json())
+        else:
+            plan.show(planned)
+
+
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
     for name in ("stdout", "stderr"):

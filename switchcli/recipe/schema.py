@@ -1,7 +1,7 @@
 """The recipe of each verb: the rooms' specs put together."""
 
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
@@ -171,13 +171,13 @@ def schema_of(tree: Node) -> type[Spec] | None:
     return RECIPES.get(verb or "")
 
 
-def standing_alone(name: str) -> Spec:
+def standing_alone(name: str, overrides: Sequence[str] = ()) -> Spec:
     """The recipe `name` by the verb that it states, without the checkpoint that it may need: any sparse one will do.
 
     Raises:
         RecipeError: one line for each thing that is wrong.
     """
-    tree = resolve.load(name)
+    tree = resolve.load(name, overrides)
     schema = schema_of(tree) or (EvalRecipe if resolve.stated(tree, "tasks") is not None else PretrainRecipe)
     below: Mapping[str, Any] = {}
     if schema is FinetuneRecipe:
@@ -185,7 +185,7 @@ def standing_alone(name: str) -> Spec:
     elif issubclass(schema, Distils):
         below = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
     if below:
-        tree = resolve.load(name, below=resolve.layer(below, name))
+        tree = resolve.load(name, overrides, resolve.layer(below, name))
     return resolve.validate(tree, schema)
 
 

@@ -11,7 +11,8 @@ from switchcli import __version__
 
 
 @pytest.mark.parametrize(
-    "verb", ["pretrain", "finetune", "eval", "generate", "convert", "distill", "upcycle", "prune", "doctor", "recipes"]
+    "verb",
+    ["pretrain", "finetune", "eval", "generate", "convert", "distill", "upcycle", "prune", "doctor", "plan", "recipes"],
 )
 def test_every_verb_has_help_and_is_listed(verb: str, switchcli: SwitchCLI) -> None:
     for option in ("--help", "-h"):

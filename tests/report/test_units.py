@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.report.units import clock, number, si
+from switchcli.report.units import binary, clock, gib, number, parse_bytes, si
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,36 @@ def test_number() -> None:
     assert number(12345678) == "12,345,678"
     assert number(-4.321987) == "-4.322"
     assert number(math.nan) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        *(("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5gib", 3 * 2**29), ("512MiB", 2**29), ("1e9", 10**9)),
+        *(
+            ("2TiB", 2**41),
+            ("7", 7),
+            ("7B", 7),
+            ("0", None),
+            ("GiB", None),
+            ("-1GiB", None),
+            ("80GX", None),
+            ("", None),
+        ),
+        *(("nan", None), ("1e999GiB", None), ("80 Gi B", None)),
+    ],
+)
+def test_a_size_of_memory_is_read(text: str, num_bytes: int | None) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+def test_bytes_are_written_in_three_digits() -> None:
+    assert [gib(value) for value in (2**30, 3.456 * 2**30, 123456 * 2**30, 2**20)] == [
+        "1",
+        "3.46",
+        "123,456",
+        "0.000977",
+    ]
+    assert [binary(value) for value in (0, 7, 1023, 1024, 3.456 * 2**20, 2**40, 2**52)] == [
+        *("0 B", "7 B", "1023 B", "1 KiB", "3.46 MiB", "1 TiB", "4096 TiB"),
+    ]

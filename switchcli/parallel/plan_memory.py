@@ -1,0 +1,180 @@
+"""What one device of a mesh holds in a training step, in bytes: weights, gradients, optimizer state, activations.
+
+Legend: B sequences, S keys, N queries of all sequences, D model, F hidden, W heads * K, E experts, A rows, O outputs.
+
+Parameters, gradients and optimizer state are float32; products are taken in float32 or bfloat16 (`Step.product_bytes`).
+Activations are what autograd keeps between forward and backward, added up part by part from the code of `model`;
+tests/parallel/test_plan_memory.py holds them against what it does keep. The sum of all is an upper bound of the peak:
+gradients grow while activations go.
+
+Not modelled: what a kernel takes for itself, fragments of memory, the buffers of collectives other than those of the
+tokens, input dropout, packed rows, torch.compile, a teacher.
+"""
+
+from typing import NamedTuple
+
+from switchcli.model.spec import STACKS, ModelSpec, Stack
+from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Slots, Step, output_widths, slots
+
+CHUNK = 1024
+"""Targets whose logits are held at a time (train/objective.py)."""
+
+
+class Bytes(NamedTuple):
+    """Of one device at the end of a forward pass."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+    """Weights in bfloat16: the dense ones until the way back, the experts of one layer at a time."""
+    activations: int
+    dispatch: int
+    """Tokens on their way to the experts of other ranks and back: what is sent and what has come."""
+    vocabulary: int
+    """Logits of a chunk and their gradient; that of the softmax matrix, which the loss makes on the way forward."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Kept(NamedTuple):
+    """Bytes that autograd keeps of one microbatch, by part."""
+
+    norms: int
+    """With the residual stream."""
+    attention: int
+    feed_forward: int
+    routers: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int) -> Bytes:
+    """What a device of `mesh` holds with microbatches of so many sequences; `own` is `held` for its model axis."""
+    experts = own.expert // mesh.expert
+    weights, gradients, state = _dense_bytes(mesh, own, several=step.sequences // mesh.data > microbatch)
+    layers = max(1, len(spec.routed_parts()))
+    rows = spec.vocab_size // mesh.model
+    return Bytes(
+        weights=weights + FLOAT * experts,
+        gradients=gradients + FLOAT * experts,
+        optimizer=state + own.expert_state // mesh.expert,
+        copies=step.product_bytes * (own.products + experts // layers) if step.product_bytes < FLOAT else 0,
+        activations=kept(spec, step, mesh, microbatch).total,
+        dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
+        # Two of float32 each: logits and softmax, or half as long logits, softmax and its copy; so with the matrix's.
+        vocabulary=2 * FLOAT * rows * (min(CHUNK, microbatch * step.target) + spec.d_model),
+    )
+
+
+def _dense_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
+    """Weights, gradients and optimizer state outside the experts.
+
+    As torch's fully_shard has it: zero2 keeps a shard beside the whole weights; zero3 gathers a block at a time, and
+    the next one ahead, and what is in no block for the whole pass. Gradients are whole until they are scattered: those
+    of a block, but under zero2, which scatters once a step, all of them where there are `several` microbatches.
+    """
+    whole = FLOAT * own.dense
+    if mesh.shard == "none":
+        return whole, whole, own.dense_state
+    shard, state = -(-whole // mesh.data), -(-own.dense_state // mesh.data)
+    scattered = shard + FLOAT * max(own.units)
+    if mesh.shard == "zero2":
+        return shard + whole, whole if several else scattered, state
+    return shard + FLOAT * (own.units[0] + 2 * max(own.units[1:])), scattered, state
+
+
+def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
+    if mesh.expert == 1:
+        return 0
+    sent = [slots(spec, stack, step, microbatch, mesh.expert).sent for stack in STACKS if spec.sparse_layers(stack)]
+    return 2 * step.product_bytes * max(sent) * max(spec.d_model, *output_widths(spec).values())
+
+
+def kept(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> Kept:
+    """What autograd keeps of a microbatch of so many sequences on one rank."""
+    norms = attention = feed_forward = routers = experts = 0
+    source, target = microbatch * step.source, microbatch * step.target
+    for stack in STACKS:
+        tokens, length = microbatch * step.length(stack), step.length(stack)
+        places = slots(spec, stack, step, microbatch, mesh.expert) if spec.sparse_layers(stack) else None
+        attention += _learned_bias(spec, step, stack, microbatch, mesh.model)
+        for layer in range(spec.num_blocks(stack)):
+            for part, readers in (("attention", 3), ("feed_forward", _inputs(spec))):
+                sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
+                norms += _norm(spec, step, tokens, 0 if sparse else readers)
+                if sparse:
+                    assert places is not None
+                    routers += _router(spec, step, stack, tokens)
+                    experts += _experts(spec, step, places, output_widths(spec)[part], mesh.model)
+                elif part == "feed_forward":
+                    feed_forward += step.product_bytes * tokens * _hidden(spec, spec.dropout) * spec.d_ff // mesh.model
+            attention += _self_attention(spec, step, microbatch, length, mesh.model)
+            if stack == "decoder":
+                norms += _norm(spec, step, target, 1)
+                attention += _cross_attention(spec, step, source, target, mesh.model)
+    norms += _norm(spec, step, source, 2 * spec.decoder_layers) + _norm(spec, step, target, 0)
+    norms += FLOAT * target * spec.d_model  # the loss's gradient of the hidden states
+    return Kept(norms, attention, feed_forward, routers, experts)
+
+
+def _norm(spec: ModelSpec, step: Step, tokens: int, readers: int) -> int:
+    """Its input, which is the residual stream, 1 / RMS, and its output.
+
+    Off CUDA the normed input too. The output is kept once in float32; in bfloat16 each of the `readers`, the products
+    that take it, has a copy.
+    """
+    inputs = FLOAT * (1 if step.fused else 2) * spec.d_model + FLOAT
+    copies = min(readers, 1) if step.product_bytes == FLOAT else readers
+    return tokens * (inputs + copies * step.product_bytes * spec.d_model)
+
+
+def _inputs(spec: ModelSpec) -> int:
+    """Products that a feed-forward begins with."""
+    return 2 if spec.activation == "geglu" else 1
+
+
+def _hidden(spec: ModelSpec, dropout: float) -> int:
+    """Tensors of F hidden units: ReLU's result and, after dropout, its product; both inputs of GEGLU, GELU, product."""
+    return 4 if spec.activation == "geglu" else 1 + (dropout > 0.0)
+
+
+def _self_attention(spec: ModelSpec, step: Step, sequences: int, length: int, model: int) -> int:
+    """Queries, keys, values and their mix; sums of the softmax, or off CUDA the weights [B, H, N, S] in float32 with
+    their copy in bfloat16, and queries and keys in float32: a bias that learns has no fused kernel there."""
+    c, heads = step.product_bytes, spec.num_heads // model
+    tokens, width = sequences * length, heads * spec.head_width
+    if step.fused:
+        return tokens * (4 * c * width + FLOAT * heads)
+    weights = FLOAT + (c if c < FLOAT else 0)
+    return tokens * (width * (2 * FLOAT + 2 * c) + heads * length * weights)
+
+
+def _cross_attention(spec: ModelSpec, step: Step, source: int, target: int, model: int) -> int:
+    heads = spec.num_heads // model
+    return 2 * step.product_bytes * heads * spec.head_width * (source + target) + FLOAT * heads * target
+
+
+def _learned_bias(spec: ModelSpec, step: Step, stack: Stack, sequences: int, model: int) -> int:
+    """Buckets of distance; on CUDA the bias of a stack, its gradient in one block, and the sum of those so far."""
+    length = step.length(stack)
+    bias = 3 * sequences * (spec.num_heads // model) * step.product_bytes if step.fused else 0
+    return length**2 * (8 + bias)
+
+
+def _router(spec: ModelSpec, step: Step, stack: Stack, tokens: int) -> int:
+    """Jitter and the input times it, or the input; the softmax, once more and its logarithm in float32; indices."""
+    width = step.router_bytes * spec.d_model * (2 if spec.router_of(stack).jitter else 1)
+    return tokens * (width + spec.num_experts * (step.router_bytes + 2 * FLOAT) + 64)
+
+
+def _experts(spec: ModelSpec, step: Step, places: Slots, width: int, model: int) -> int:
+    """Rows, hidden units, outputs, outputs times their gates; a mask where there is dropout; indices."""
+    dropout = spec.experts_dropout
+    hidden = (_hidden(spec, dropout) + (dropout > 0.0)) * spec.d_ff // model
+    return places.rows * (step.product_bytes * (spec.d_model + hidden + 2 * width + 1) + 25)

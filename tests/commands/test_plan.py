@@ -1,0 +1,121 @@
+"""`switchcli plan`: for people, for scripts, as a page; and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SwitchCLI
+
+
+def planned(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
+    done = switchcli("plan", *arguments, "--json")
+    assert (done.code, done.err) == (0, "")
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+def test_a_size_in_the_papers_batch(switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, "switch-base-128", "--devices", 32, "--memory", "40GiB")
+    assert (found["parameters"], found["sequences_per_step"]) == (7_415_217_408, 2048)
+    assert (found["inputs_length"], found["targets_length"]) == (512, 114)
+    assert found["flops_per_step"] == 3 * 2048 * found["flops_per_sequence"]
+    assert found["machine"]["memory_bytes"] == 40 * 2**30
+    best = found["fits"][0]
+    assert best["data"] * best["model"] == 32
+    assert best["bytes"]["total"] == sum(size for name, size in best["bytes"].items() if name != "total")
+    assert best["bytes"]["total"] <= 40 * 2**30
+    assert best["seconds"]["step"] == min(fit["seconds"]["step"] for fit in found["fits"])
+    assert best["bound_by"] in best["seconds"]
+    calls = {call["what"]: call for call in best["collectives"]}
+    assert calls["encoder tokens, there"]["kind"] == "all_to_all"
+    assert {one["kind"] for one in found["refused"]} <= {"rule", "batch", "memory"}
+
+
+def test_a_trillion_parameters_take_no_memory(switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, "switch-c", "--devices", 2048)
+    assert found["parameters"] == 1_571_308_972_448
+    assert found["fits"]
+    assert all(fit["bytes"]["total"] <= 80 * 2**30 for fit in found["fits"])
+
+
+def test_a_recipe_with_keys(recipe: str, switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, recipe, "train.batch_tokens=512", "--devices", 2)
+    assert (found["sequences_per_step"], found["inputs_length"]) == (16, 32)
+    assert {fit["microbatch_tokens"] for fit in found["fits"]} == {128}  # the recipe's
+    reasons = {one["reason"] for one in found["refused"]}
+    assert not reasons
+
+
+def test_what_people_see(recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", recipe, "--devices", 4)
+    assert (done.code, done.err) == (0, "")
+    for words in ("Meshes that fit, the fastest first", "bound by", "Collectives of data", "parameters"):
+        assert words in done.out
+    full = switchcli("plan", recipe, "--devices", 4, "--memory", "1MB")
+    assert full.code == 0
+    assert "meshes that fit" in full.out
+    assert "Refused" in full.out
+    assert "a device, which has" in full.out
+
+
+def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("plan", recipe, "--devices", 2, "--html", "plan.html").code == 0
+    page = Path("plan.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert page.count("<table>") == page.count("</table>") == 3
+    assert "script" not in page
+    assert "http" not in page
+    refused = switchcli("plan", recipe, "--devices", 2, "--html", "nowhere/plan.html")
+    assert refused.code == 4
+    assert "nowhere/plan.html" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("switch-cc", "--devices", 2), "switch-cc: no such size or recipe. Did you mean switch-c?"),
+        (("quickstart/swich", "--devices", 2), "no such size or recipe. Did you mean quickstart/switch?"),
+        (("xyzzyx", "--devices", 2), "xyzzyx: no such size or recipe. `switchcli recipes list` shows"),
+        (("none.yaml", "--devices", 2), "none.yaml: no such file."),
+        (("tiny", "--devices", 0), "--devices (0) must be at least 1"),
+        (("tiny", "--devices", -3), "--devices (-3) must be at least 1"),
+        (("tiny", "--devices", 2, "--node-devices", 0), "--node-devices (0) must be at least 1"),
+        (("tiny", "--devices", 2, "--memory", "much"), "--memory ('much') is no size: write it as 80GiB"),
+        (("tiny", "--devices", 2, "--memory", "0GiB"), "--memory ('0GiB') is no size"),
+        (("tiny", "--devices", 2, "--memory=-1GiB"), "--memory ('-1GiB') is no size"),
+        (("tiny", "--devices", 2, "--flops", 0), "--flops (0) must be more than 0"),
+        (("tiny", "--devices", 2, "--network", "nan"), "--network (nan) must be more than 0"),
+        (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth (inf) must be more than 0"),
+        (("tiny", "model.num_expert=3", "--devices", 2), "model.num_expert: no such key. Did you mean num_experts?"),
+        (("tiny", "train.batch_tokens=100", "--devices", 2), "must be a multiple of the 512 tokens"),
+        (("tiny", "data.span_corruption.inputs_length=x", "--devices", 2), "data.span_corruption.inputs_length"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], said: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_the_devices_must_be_said(switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", "tiny")
+    assert done.code == 2
+    assert "--devices" in done.err
+
+
+def test_a_recipe_whose_model_is_a_checkpoints(tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", tuning, "--devices", 2)
+    assert done.code == 2
+    assert "its model is a checkpoint's: say which, by model.size=NAME" in done.err
+    found = planned(switchcli, tuning, "model.size=switch-tiny-8", "--devices", 2)
+    assert found["inputs_length"] == 64
+
+
+def test_a_recipe_that_trains_nothing(switchcli: SwitchCLI, tmp_path: Path) -> None:
+    file = tmp_path / "measure.yaml"
+    file.write_text("verb: eval\ntasks: [rte]\n")
+    done = switchcli("plan", file, "--devices", 2)
+    assert done.code == 2
+    assert "a recipe of `switchcli eval` trains nothing" in done.err

@@ -1,0 +1,185 @@
+"""The planner's bytes: against what autograd keeps, what the optimizer builds, and the paper's table of parameters."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from switchcli.data.batch import Batch
+from switchcli.model.count import count
+from switchcli.model.initialise import initialise
+from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.plan import divisors
+from switchcli.parallel.plan_memory import Bytes, bytes_of, kept
+from switchcli.parallel.plan_model import Held, Mesh, Step, held, slots
+from switchcli.recipe.sizes import SIZES
+from switchcli.train.memory import needed
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
+
+SMALL: dict[str, Any] = {
+    **{"vocab_size": 500, "d_model": 48, "d_ff": 176, "d_kv": 8, "num_heads": 4, "num_layers": 2},
+    "router": Switch(capacity_factor=8.0),
+}
+SPARSE: dict[str, Any] = {"num_experts": 8, "sparse_every": 1}
+TOLERANCE = 0.06
+"""Where tokens are dropped the prediction is that none is: a mesh must not fail where the router is balanced."""
+
+# fmt: off
+MODELS: Mapping[str, dict[str, Any]] = {
+    "dense": {},
+    "geglu": {"activation": "geglu"},
+    "dropout": {"dropout": 0.1},
+    "geglu, dropout": {"activation": "geglu", "dropout": 0.1, "expert_dropout": 0.3, **SPARSE},
+    "untied, stacks of two lengths": {"tie_embeddings": False, "num_decoder_layers": 3},
+    "switch": SPARSE,
+    "switch that drops": {**SPARSE, "router": Switch()},
+    "switch, no jitter": {**SPARSE, "router": Switch(jitter=0.0)},
+    "every second layer, groups": {"num_experts": 16, "router": Switch(group_sequences=2)},
+    "dropless": {**SPARSE, "router": Switch(capacity_factor="dropless")},
+    "top_k": {**SPARSE, "router": TopK(capacity_factor=8.0, keep_threshold=0.0)},
+    "top_k, dropout": {**SPARSE, "dropout": 0.1, "router": TopK()},
+    "no token left behind": {**SPARSE, "router": NoTokenLeftBehind()},
+    "expert choice": {**SPARSE, "router": ExpertChoice(), "decoder_router": Switch()},
+    "experts in attention": {**SPARSE, "sparse": "attention"},
+    "experts in both": {**SPARSE, "sparse": "both"},
+    "wide heads": {"d_model": 64, "num_heads": 8, "d_kv": 16, **SPARSE},
+}
+# fmt: on
+
+
+def kept_by_autograd(spec: ModelSpec, batch: Batch, bfloat16: bool) -> int:
+    """Bytes of the storages that a forward pass saves, each once, but for the parameters."""
+    model = SwitchTransformer(spec)
+    initialise(model, seed=0)
+    model.train()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = cross_entropy(model, batch)
+        assert (loss.target_sum + loss.auxiliary).requires_grad
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in parameters)
+
+
+def predicted(spec: ModelSpec, step: Step) -> int:
+    """The same: activations, and what the loss and autocast keep beside them."""
+    own = held_of(spec)
+    copies = 2 * own.products if step.product_bytes == 2 else 0
+    return kept(spec, step, Mesh(1), step.sequences).total + copies + 4 * spec.vocab_size * spec.d_model
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(4, 64, 30), (8, 24, 12)], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_activations_are_what_autograd_keeps(model: str, shape: tuple[int, int, int], bfloat16: bool) -> None:
+    spec = ModelSpec(**(SMALL | MODELS[model]))
+    torch.manual_seed(0)
+    sequences, source, target = shape
+    batch = Batch(*(torch.randint(2, spec.vocab_size, (sequences, length)) for length in (source, target)))
+    step = Step(*shape, product_bytes=2 if bfloat16 else 4, fused=False)
+    assert predicted(spec, step) == pytest.approx(kept_by_autograd(spec, batch, bfloat16), rel=TOLERANCE)
+
+
+def held_of(spec: ModelSpec, model: int = 1, optimizer: OptimizerSpec | None = None) -> Held:
+    with torch.device("meta"):
+        weights = dict(SwitchTransformer(spec).named_parameters())
+    return held(weights, (optimizer or Adafactor()).build(weights).state(), model)
+
+
+@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["adafactor", "adamw"])
+@pytest.mark.parametrize("size", ["tiny", "switch-mini-8", "switch-base-128", "switch-c-2048"])
+def test_on_one_device_it_is_what_training_says_that_it_needs(size: str, optimizer: OptimizerSpec) -> None:
+    spec = ModelSpec(**SIZES[size]._asdict())
+    own = held_of(spec, optimizer=optimizer)
+    there = bytes_of(spec, Step(32, 512, 114), Mesh(1), own, 32)
+    assert there.weights + there.gradients + there.optimizer == needed(spec, optimizer)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_are_those_of_the_formula(size: str) -> None:
+    spec = ModelSpec(**SIZES[size]._asdict())
+    own = held_of(spec)
+    counted = count(spec)
+    assert (own.dense, own.expert) == (counted.dense, counted.expert)
+    assert sum(own.units) == own.dense
+    assert len(own.units) == 1 + spec.num_layers + spec.decoder_layers
+
+
+def test_the_totals_of_the_papers_largest() -> None:
+    totals = {"switch-c": 1_571_308_972_448, "switch-xxl-128": 394_675_073_024, "switch-base-128": 7_415_217_408}
+    for size, total in totals.items():
+        own = held_of(ModelSpec(**SIZES[size]._asdict()))
+        assert own.dense + own.expert == total
+
+
+XXL = ModelSpec(**SIZES["switch-xxl-128"]._asdict())
+STEP = Step(2048, 512, 114)
+
+
+def held_by(model: int) -> Held:
+    return held_of(XXL, model)
+
+
+def test_the_model_axis_divides_all_but_norms_and_routers() -> None:
+    one, eight = held_by(1), held_by(8)
+    norms = XXL.d_model * (5 * 24 + 2)
+    routers = 24 * XXL.num_experts * XXL.d_model
+    assert eight.expert == one.expert // 8
+    assert eight.dense == (one.dense - norms - routers) // 8 + norms + routers
+
+
+def test_the_expert_axis_divides_the_experts_alone() -> None:
+    own = held_by(1)
+    one, eight = (bytes_of(XXL, STEP, Mesh(64, expert), own, 4) for expert in (1, 8))
+    assert one.weights - eight.weights == 4 * (own.expert - own.expert // 8)
+    assert one.optimizer - eight.optimizer == own.expert_state - own.expert_state // 8
+    assert (one.dispatch, one.vocabulary) == (0, eight.vocabulary)
+    assert eight.dispatch == 2 * 2 * slots(XXL, "encoder", STEP, 4, 8).sent * XXL.d_model
+
+
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_more_data_ranks_never_take_more(shard: Any) -> None:
+    own = held_by(1)
+    sizes = [bytes_of(XXL, STEP, Mesh(data, 1, 1, shard), own, 2) for data in (2, 4, 8, 64, 512)]
+    for fewer, more in itertools.pairwise(sizes):
+        assert all(b <= a for a, b in zip(fewer, more, strict=True))
+
+
+def test_more_experts_apart_and_more_model_ranks_never_take_more() -> None:
+    own = {model: held_by(model) for model in divisors(64)}
+    for field in ("weights", "gradients", "optimizer"):
+        by_expert = [getattr(bytes_of(XXL, STEP, Mesh(128, e), own[1], 2), field) for e in divisors(128)]
+        assert by_expert == sorted(by_expert, reverse=True)
+    for field in Bytes._fields:
+        by_model = [getattr(bytes_of(XXL, STEP, Mesh(128, 8, m), own[m], 2), field) for m in divisors(64)]
+        assert by_model == sorted(by_model, reverse=True)
+
+
+def test_a_larger_microbatch_takes_more_of_what_it_is_asked_for_alone() -> None:
+    own = held_by(8)
+    small, large = (bytes_of(XXL, STEP, Mesh(64, 64, 8), own, size) for size in (2, 4))
+    assert large.activations == pytest.approx(2 * small.activations, rel=1e-3)
+    assert large.dispatch == 2 * small.dispatch
+    assert (small.weights, small.gradients, small.optimizer) == (large.weights, large.gradients, large.optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["adafactor", "adamw"])
+def test_the_model_axis_divides_the_optimizers_state_as_its_weights(optimizer: OptimizerSpec) -> None:
+    one, eight = held_of(XXL, 1, optimizer), held_of(XXL, 8, optimizer)
+    if optimizer.kind == "adamw":
+        counts = 4 * 24 * 3  # of steps, one for each of three stacked weights of 24 layers
+        assert eight.expert_state - counts == 2 * 4 * eight.expert
+        return
+    hidden, width = XXL.d_ff, XXL.d_model  # of [F, D] the rows are divided, of [D, F] the columns
+    assert eight.expert_state == 4 * 24 * XXL.num_experts * 3 * (hidden // 8 + width)
+    assert one.expert_state == 4 * 24 * XXL.num_experts * 3 * (hidden + width)
