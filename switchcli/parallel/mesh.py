@@ -35,8 +35,8 @@ class Shared(NamedTuple):
     place: int
 
 
-class Mesh(NamedTuple):
-    """This rank's neighbours where experts are spread; one of a kind by itself is None."""
+class Groups(NamedTuple):
+    """The ranks that this one does something with, where experts are spread; None where it would be alone."""
 
     experts: Shared | None = None
     """The ranks that hold all experts between them."""
@@ -58,14 +58,14 @@ def check_world(spec: ParallelSpec, world: int) -> None:
         )
 
 
-def mesh_of(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> Mesh:
+def groups_of(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> Groups:
     """The groups of this rank; called by all ranks in the same order, once they have met."""
     size = spec.expert
     if size == 1:
-        return Mesh()
+        return Groups()
     experts = [list(range(first, first + size)) for first in range(0, world, size)]
     replicas = [list(range(place, world, size)) for place in range(size)]
-    return Mesh(_mine(experts, rank, timeout), _mine(replicas, rank, timeout) if world > size else None)
+    return Groups(_mine(experts, rank, timeout), _mine(replicas, rank, timeout) if world > size else None)
 
 
 def _mine(partition: list[list[int]], rank: int, timeout: timedelta) -> Shared:

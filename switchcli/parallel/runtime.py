@@ -25,7 +25,7 @@ from switchcli.errors import DistributedError, OtherRankError, RecipeError, Swit
 from switchcli.model.compiled import compile_dense_parts
 from switchcli.parallel import expert
 from switchcli.parallel.lost import lost_ranks_explained
-from switchcli.parallel.mesh import ALONE, Mesh, ParallelSpec, check_world, mesh_of
+from switchcli.parallel.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
@@ -81,10 +81,10 @@ class Runtime:
         if self.world > 1:
             self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
             self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
-        self.mesh = Mesh()
+        self.groups = Groups()
         if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
             self.on_main(lambda: check_world(parallel, self.world))
-            self.mesh = mesh_of(parallel, self.rank, self.world, STEP_TIMEOUT)
+            self.groups = groups_of(parallel, self.rank, self.world, STEP_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
@@ -98,16 +98,16 @@ class Runtime:
     @property
     def needs_all(self) -> bool:
         """Whether a forward pass takes all ranks: each of them then does as many."""
-        return self.mesh.experts is not None
+        return self.groups.experts is not None
 
     def spread(self, model: nn.Module) -> None:
         """Keep of `model` what this rank holds, in place, before its weights are filled."""
-        if self.mesh.experts is not None:
-            expert.spread_experts(model, self.mesh.experts)
+        if self.groups.experts is not None:
+            expert.spread_experts(model, self.groups.experts)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model on this device, its gradients averaged over the ranks by its last backward pass (`synchronise`)."""
-        if self.mesh.experts is not None:
+        if self.groups.experts is not None:
             _leave_to_us(model, expert.expert_parameters(model))
         wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
@@ -151,19 +151,19 @@ class Runtime:
     def _synchronised(self, model: nn.Module) -> Iterator[None]:
         with lost_ranks_explained():
             yield
-            if self.mesh.experts is not None:
+            if self.groups.experts is not None:
                 experts = expert.expert_parameters(model).values()
-                expert.sum_over_replicas(experts, self.mesh.replicas, self.world)
+                expert.sum_over_replicas(experts, self.groups.replicas, self.world)
 
     def gradient_norm(self, model: nn.Module) -> torch.Tensor:
         """The norm of all gradients of the model, those of experts on other ranks too; float32, on every rank."""
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        if self.mesh.experts is None:
+        if self.groups.experts is None:
             return _norm(parameters)
         experts = set(expert.expert_parameters(model).values())
         squares = _norm([one for one in parameters if one in experts]).square()
         with lost_ranks_explained():
-            dist.all_reduce(squares, group=self.mesh.experts.group)
+            dist.all_reduce(squares, group=self.groups.experts.group)
         return (_norm([one for one in parameters if one not in experts]).square() + squares).sqrt()
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -258,9 +258,9 @@ class Runtime:
 
         A weight of an expert is held by the replicas alone.
         """
-        if not expert or self.mesh.experts is None:
+        if not expert or self.groups.experts is None:
             return number % self.world == self.rank
-        replicas = self.mesh.replicas
+        replicas = self.groups.replicas
         return replicas is None or number % replicas.size == replicas.place
 
     def close(self) -> None:
