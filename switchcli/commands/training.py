@@ -3,7 +3,8 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import AnyBatch, Batch
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import Interrupted
+from switchcli.errors import DistributedError, Interrupted
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
@@ -216,7 +217,7 @@ class Training:
         metrics = JsonLines(self.folder.metrics)
         # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
         self.runtime.on_main(lambda: metrics.rewind(state.step or -1))
-        with StopRequest() as stop, self.console.training(steps, state.step) as shown:
+        with StopRequest() as stop, self._lost_at_a_step(), self.console.training(steps, state.step) as shown:
 
             def write(record: Record) -> None:
                 metrics.write(record)
@@ -261,6 +262,14 @@ class Training:
         self._samples()
         self.runtime.on_main(lambda: self._show(result, scores))
         return result
+
+    @contextmanager
+    def _lost_at_a_step(self) -> Iterator[None]:
+        """Within, a rank that is gone is told of with the step."""
+        try:
+            yield
+        except DistributedError as error:
+            raise DistributedError(f"after step {self.state.step}: {error}") from error
 
     def _log(self, write: Write) -> Log:
         recipe, facts = self.recipe, describe(self.recipe)

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.errors import DistributedError, OtherRankError, RecipeError, SwitchError
@@ -58,6 +60,7 @@ class Runtime:
         if on_cpu:
             _keep_freed_memory()
         with lost_ranks_explained():
+            _meet_again("gloo" if on_cpu else "nccl")
             self._accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision="no",  # `autocast` below: accelerate's own would copy the logits to float32
@@ -109,7 +112,8 @@ class Runtime:
         """The model on this device, its gradients averaged over the ranks by its last backward pass (`synchronise`)."""
         if self.groups.experts is not None:
             _leave_to_us(model, expert.expert_parameters(model))
-        wrapped: nn.Module = self._accelerator.prepare_model(model)
+        with lost_ranks_explained():
+            wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
 
     def compile(self, model: nn.Module) -> None:
@@ -266,6 +270,17 @@ class Runtime:
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
         self._accelerator.end_training()
+
+
+def _meet_again(backend: str) -> None:
+    """Have ranks that torchrun started once more meet apart from those that ended.
+
+    Its store outlives them, and torch 2.13 looks for the others where they were before.
+    """
+    if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
+        apart = PrefixStore(f"restart {restarts}", store)
+        dist.init_process_group(backend, store=apart, rank=rank, world_size=world, timeout=STEP_TIMEOUT)
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

@@ -43,6 +43,7 @@ def fit(
 
     Raises:
         NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step.
+        DistributedError: another rank is gone.
     """
     model.train()
     unchecked: list[tuple[int, torch.Tensor]] = []
@@ -56,9 +57,8 @@ def fit(
                 _check_finite(*one)
             return False
         learning_rate = schedule(state.step, settings.steps)
-        metrics = accumulate_gradients(
-            model, objective(state.step), microbatches, num_targets, runtime, f"{settings.seed}/{state.step}"
-        )
+        seed = f"{settings.seed}/{state.step}"
+        metrics = accumulate_gradients(model, objective(state.step), microbatches, num_targets, runtime, seed)
         norm = _clip(model, settings.clip_norm, runtime)
         optimizer.step(learning_rate)
         model.zero_grad()

@@ -1,0 +1,72 @@
+"""A rank that dies: the others end soon and say so, and under torchrun's restart the run goes on to the same result."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANKS, STEPS = 4, 24
+FIGURE = "held_out/neg_log_perplexity"
+SECONDS = 30
+"""Within which the others must have ended."""
+KEYS = (f"train.steps={STEPS}", "train.batch_tokens=512", "checkpoint.save_every_steps=4", "parallel.expert=2", "-q")
+
+
+def ranks_of(run: str) -> list[int]:
+    """The processes of a run's ranks, by their command lines."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            is_rank = b"\0RANK=" in b"\0" + (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if is_rank and run in words:
+            found.append(int(process.name))
+    return found
+
+
+def kill_one(run: str, process: "subprocess.Popen[str]") -> None:
+    """Kill a rank once the run has saved, which is in the middle of its steps."""
+    while not list(Path(run).glob("checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(max(ranks_of(run)), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_others_end_and_name_the_rank_and_the_step(recipe: str) -> None:
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS, "--out", "run", "--processes", str(RANKS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kill_one("run", process)
+    before = time.monotonic()
+    _, said = process.communicate(timeout=SECONDS)
+    assert time.monotonic() - before < SECONDS
+    assert process.returncode == 6
+    assert re.search(r"after step \d+: the other ranks cannot be reached", said)
+    assert re.search(r"error: rank \d was killed by signal 9; the others were ended", said)
+    assert not ranks_of("run")
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_go_on_from_the_last_save(recipe: str) -> None:
+    arguments = ["-m", "switchcli", "pretrain", recipe, *KEYS, "--json", "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    straight = [*torchrun, *arguments, "straight"]
+    subprocess.run(straight, check=True, capture_output=True, timeout=120)
+    again = [*torchrun, "--max-restarts=1", *arguments, "run"]
+    process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kill_one("run", process)
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    result, whole = (json.loads(Path(run, "result.json").read_text()) for run in ("run", "straight"))
+    assert json.loads(out.splitlines()[-1])["step"] == result["step"] == STEPS
+    # Not bit by bit: DistributedDataParallel lays its buckets out anew after its first step, and where a number lies
+    # says in which order four ranks add it up. With two ranks there is one order.
+    assert result[FIGURE] == pytest.approx(whole[FIGURE], abs=1e-5)
