@@ -30,6 +30,7 @@ from switchcli.report.output import print_json
 from switchcli.report.text import safe_text
 
 if TYPE_CHECKING:
+    from switchcli.recipe.schema import EvalRecipe
     from switchcli.recipe.training import TrainingRecipe
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def pretrain(
         if dry_run:
             _describe(pretraining.recipe, as_json)
             return
-        _start_ranks(processes, pretraining.recipe.train.device, as_json)
+        _start_ranks(processes, pretraining.recipe, as_json)
         _end(pretrain.pretrain(pretraining, run.Options(folder, resume, quiet)), as_json)
 
 
@@ -101,7 +102,7 @@ def finetune(
         if dry_run:
             _describe(finetuning.recipe, as_json)
             return
-        _start_ranks(processes, finetuning.recipe.train.device, as_json)
+        _start_ranks(processes, finetuning.recipe, as_json)
         _end(finetune.finetune(finetuning, run.Options(folder, resume, quiet)), as_json)
 
 
@@ -157,7 +158,7 @@ def distill(
         if dry_run:
             _describe(distilling.recipe, as_json)
             return
-        _start_ranks(processes, distilling.recipe.train.device, as_json)
+        _start_ranks(processes, distilling.recipe, as_json)
         act = teaching.ask if answers_only else teaching.distill
         _end(act(distilling, run.Options(folder, resume, quiet)), as_json)
 
@@ -178,7 +179,7 @@ def evaluate(
         from switchcli.commands import evaluate
 
         evaluating = evaluate.resolved(checkpoint, arguments or [], ending.warn)
-        _start_ranks(processes, evaluating.recipe.device, as_json)
+        _start_ranks(processes, evaluating.recipe, as_json)
         options = evaluate.Options(out or evaluate.default_out(checkpoint), quiet)
         evaluation = evaluate.measure(evaluating, options)
         if evaluation is not None and not as_json:
@@ -195,11 +196,11 @@ def _describe(recipe: "TrainingRecipe", as_json: bool) -> None:
         typer.echo(describe.text(recipe), nl=False)
 
 
-def _start_ranks(processes: int, device: str, as_json: bool) -> None:
+def _start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: bool) -> None:
     """Let as many ranks do the work as are asked for, and leave with their exit code; or go on in this process."""
     from switchcli.commands import run
 
-    if (ended := run.ranks_elsewhere(processes, device)) is not None:
+    if (ended := run.ranks_elsewhere(processes, recipe)) is not None:
         if as_json and ended.error is not None:
             print_json({"error": ended.error, "exit_code": ended.exit_code})
         raise typer.Exit(ended.exit_code)

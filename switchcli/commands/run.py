@@ -17,10 +17,12 @@ from switchcli import __version__
 from switchcli.commands.load import saved_recipe
 from switchcli.errors import RecipeError
 from switchcli.parallel.launch import Ended, is_rank, join_srun, launch
+from switchcli.parallel.mesh import ALONE, check_world
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
 from switchcli.recipe.compare import differences
 from switchcli.recipe.resolve import dump
+from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.train import checkpoint
@@ -51,16 +53,20 @@ class Options(NamedTuple):
     quiet: bool
 
 
-def ranks_elsewhere(processes: int, device: str) -> Ended | None:
+def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ended | None:
     """Start this very command as `processes` ranks and say how they ended; None when this process does the work.
 
     Raises:
-        RecipeError: more ranks than CUDA devices.
+        RecipeError: more ranks than CUDA devices, or not the ranks that the recipe is for.
         DistributedError: as `launch` and `join_srun` say.
     """
     join_srun(os.environ)
     if processes == 1 or is_rank():
         return None
+    parallel, device = (
+        (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
+    )
+    check_world(parallel, processes)
     if device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
         devices = torch.cuda.device_count()
         raise RecipeError(

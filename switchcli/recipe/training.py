@@ -117,13 +117,11 @@ class TrainingRecipe(Spec, ABC):
 
     def _parallel_rules(self) -> Iterator[str]:
         experts, ranks, data = self.model.num_experts, self.parallel.expert, self.parallel.data
-        if experts % ranks:
-            told = "the model is dense (model.num_experts: 1): leave it out."
-            if experts > 1:
-                told = (
-                    f"must divide the {experts} experts of a layer (model.num_experts): try {math.gcd(experts, ranks)}."
-                )
-            yield f"parallel.expert ({ranks}) {told}"
+        if experts == 1 < ranks:
+            yield f"parallel.expert ({ranks}): the model is dense (model.num_experts: 1): leave it out."
+        elif experts % ranks:
+            rule = f"must divide the {experts} experts of a layer (model.num_experts)"
+            yield f"parallel.expert ({ranks}) {rule}: try {math.gcd(experts, ranks)}."
         if data is not None and data % ranks:
             yield f"parallel.expert ({ranks}) must divide parallel.data ({data}): try {math.gcd(data, ranks)}."
 

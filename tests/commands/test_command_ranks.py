@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,67 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, pattern: str
     assert re.fullmatch(rf"error: .*{pattern}.*\n", done.stderr)
     assert json.loads(done.stdout)["exit_code"] == code
     assert not list(Path("run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "pattern"),
+    [
+        (["parallel.data=4"], r"parallel\.data \(4\) is not the number of ranks \(2\): start 4, by --processes 4"),
+        (["parallel.expert=4"], r"parallel\.expert \(4\) must divide the number of ranks \(2\)"),
+    ],
+)
+def test_a_mesh_that_is_not_of_these_ranks_starts_none(
+    keys: list[str], pattern: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.commands.run.launch", None)
+    done = switchcli("pretrain", recipe, *keys, "--processes", 2)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(rf"error: {pattern}.*\n", done.err)
+    alone = switchcli("pretrain", recipe, "parallel.expert=2")
+    assert (alone.code, "must divide the number of ranks (1)" in alone.err) == (2, True)
+
+
+def test_experts_that_cannot_be_shared_start_no_rank(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.commands.run.launch", None)
+    for keys, said in {
+        "parallel.expert=3": "parallel.expert (3) must divide the 4 experts of a layer (model.num_experts): try 1.",
+        "parallel={data: 6, expert: 4}": "parallel.expert (4) must divide parallel.data (6): try 2.",
+        "parallel.expert=0": "parallel.expert: must be at least 1 (got 0)",
+    }.items():
+        done = switchcli("pretrain", recipe, keys, "--processes", 6)
+        assert (done.code, done.out) == (2, "")
+        assert said in done.err
+    done = switchcli("pretrain", recipe, "model.num_experts=1", "parallel.expert=2", "--processes", 2)
+    assert (done.code, "parallel.expert (2): the model is dense" in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize("other", ["train.seed=1", "parallel.expert=2"])
+@pytest.mark.slow
+def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
+    """Each started by hand, as on two machines."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "switchcli", "pretrain", recipe, "--out", "run", "-q", *keys],
+            env={
+                **os.environ,
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, keys in enumerate([[], [other]])
+    ]
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "error: the ranks do not run the same: each must be given the same recipe" in said[0]
+    assert said[1] == ""
+    assert not Path("run/checkpoints").exists()
 
 
 def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
