@@ -20,6 +20,7 @@ from layer import layer
 from machine import PRECISIONS, Job, Result, ceilings
 from optimizer import optimizer
 from parts import parts
+from scaling import EXPERTS_A_RANK, estimate, scaling
 from step import step
 
 SECTIONS = {
@@ -30,6 +31,7 @@ SECTIONS = {
     "optimizer": optimizer,
     "generate": generate,
     "distill": distill,
+    "scaling": scaling,
 }
 EXPERTS = (8, 32, 64, 128)
 
@@ -46,7 +48,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.job:
         job = json.loads(options.job)
-        print(json.dumps(SECTIONS[job["section"]](job)))
+        result = json.dumps(SECTIONS[job["section"]](job))
+        if os.environ.get("RANK", "0") == "0":
+            print(result)
         return
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
@@ -59,7 +63,10 @@ def main() -> None:
 def run(job: Job) -> Result:
     """The answer of `job`, from a process of its own."""
     print(" ".join(str(value) for value in job.values()), file=sys.stderr, flush=True)
-    command = [sys.executable, str(Path(__file__).parent), "--job", json.dumps(job)]
+    launcher = []
+    if (ranks := job.get("ranks", 1)) > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *launcher, str(Path(__file__).parent), "--job", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-4000:])
@@ -213,6 +220,37 @@ def of_distilling(common: Job, precisions: Sequence[str], sizes: Sequence[int]) 
     table([*heads, "pre-training, peak GiB", "distilling", "teacher's weights", "the rest"], rows)
 
 
+def of_scaling(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    """One rank and two in turn, a thread each; float32."""
+    job = {"section": "scaling", **common, "threads": 1, "rounds": 2, "precision": "float32"}
+    found: dict[int, list[Result]] = {1: [], 2: []}
+    for _ in range(common["rounds"]):
+        for ranks, results in found.items():
+            results.append(run({**job, "ranks": ranks}))
+    means = {
+        ranks: [{name: statistics.mean(each) for name, each in one["seconds"].items()} for one in results]
+        for ranks, results in found.items()
+    }
+    one, two = means[1], means[2]
+    planned = [
+        estimate({**job, "ranks": 2}, alone["step"], both["bytes_per_second"])
+        for alone, both in zip(one, found[2], strict=True)
+    ]
+    steps = [both["step"] for both in two]
+    rows = [
+        [
+            f"{EXPERTS_A_RANK} and {2 * EXPERTS_A_RANK}",
+            ratio([2 * alone["step"] for alone in one], steps),
+            ratio([both["all-to-all"] for both in two], steps),
+            ratio([both["step"] - both["without the sum of gradients"] for both in two], steps),
+            ratio(planned, [alone["step"] for alone in one]),
+            ratio(steps, [alone["step"] for alone in one]),
+        ]
+    ]
+    heads = ["experts on 1 rank and on 2", "tokens/s of 2 ranks over those of 1", "share of a step in all-to-alls"]
+    table([*heads, "in the sum of gradients", "a step of 2 over one of 1, planned", "measured"], rows)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
@@ -221,6 +259,7 @@ TABLES = {
     "optimizer": of_optimizer,
     "generate": of_answers,
     "distill": of_distilling,
+    "scaling": of_scaling,
 }
 
 
