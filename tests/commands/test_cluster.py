@@ -1,0 +1,106 @@
+"""Several machines: torchrun's agents, each with ranks of its own, and SLURM's tasks, played by processes here."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+CLUSTER = Path(__file__).parents[2] / "scripts" / "cluster"
+KEYS = ("train.steps=4", "train.batch_tokens=512", "parallel.expert=4", "-q", "--out", "run")
+SRUN = """\
+#!{python}
+import os, subprocess, sys
+assert sys.argv[1] == "--kill-on-bad-exit=1"
+tasks = [
+    subprocess.Popen(sys.argv[2:], env={{**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2),
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "localhost,elsewhere"}})
+    for rank in range(4)
+]
+open("tasks", "w").write(" ".join(str(task.pid) for task in tasks))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+@pytest.fixture
+def job(recipe: str, tmp_path: Path) -> dict[str, str]:
+    """The environment of a job: `srun` starts four tasks of this machine, `scontrol` writes down what it is told."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(SRUN.format(python=sys.executable))
+    (tools / "scontrol").write_text('#!/bin/sh\necho "$@" >>scontrol.log\n')
+    (tools / "switchcli").write_text(f'#!/bin/sh\nexec {sys.executable} -m switchcli "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_PORT": port}
+
+
+def figure() -> float:
+    return json.loads(Path("run/result.json").read_text())["held_out/neg_log_perplexity"]
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "HEAD": "localhost",
+        "PORT": port,
+        "NODES": "2",
+        "RANKS": "2",
+    }
+    command = [CLUSTER / "torchrun", "pretrain", recipe, *KEYS]
+    machines = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    result = json.loads(Path("run/result.json").read_text())
+    assert (result["hardware"]["ranks"], result["step"]) == (4, 4)
+    alone = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS[:2], "-q", "--out", "alone", "--json"]
+    done = json.loads(subprocess.run(alone, check=True, capture_output=True, timeout=120).stdout)
+    assert figure() == pytest.approx(done["held_out/neg_log_perplexity"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, job: dict[str, str]) -> None:
+    command = [CLUSTER / "slurm", "pretrain", recipe, *KEYS]
+    done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("run/result.json").read_text())["hardware"]["ranks"] == 4
+    assert not Path("scontrol.log").exists()
+    refused = subprocess.run(
+        [*command, "train.seed=9"], env=job, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert refused.returncode == 2
+    assert "error: run holds a run whose train.seed is 0" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str, job: dict[str, str]) -> None:
+    command = [CLUSTER / "slurm", "pretrain", recipe, *KEYS, "train.steps=100000", "checkpoint.save_every_steps=5"]
+    process = subprocess.Popen(command, env=job, stderr=subprocess.PIPE, text=True)
+    while not list(Path("run").glob("checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    for task in Path("tasks").read_text().split():
+        os.kill(int(task), signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert Path("scontrol.log").read_text() == "requeue 7\n"
+
+
+def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    assert "scripts/cluster/torchrun $ARGUMENTS" in task["run"]
+    assert task["envs"]["ARGUMENTS"].split()[0] == "pretrain"
