@@ -311,7 +311,7 @@ def plan(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE|SIZE", help="A recipe, or a size such as switch-c.", show_default=False)
     ],
-    devices: Annotated[int, typer.Option(help="How many there are.", show_default=False)],
+    devices: Annotated[int, typer.Option(help="How many there are.")] = 8,
     overrides: Overrides = None,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one device.")] = "80GiB",
     flops: Annotated[float, typer.Option(help="FLOP/s that a device reaches.")] = 312e12,

@@ -80,6 +80,16 @@ class OtherRankError(SwitchError):
         self.exit_code = exit_code
 
 
+class RankError(SwitchError):
+    """What a rank other than the main one failed with: the main one says it for all."""
+
+    on_every_rank = True
+
+    def __init__(self, rank: int, exit_code: int, words: str) -> None:
+        super().__init__(f"rank {rank}: {words}")
+        self.exit_code = exit_code
+
+
 _MEND: Final = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import HELD_OUT_SEED
-from switchcli.commands.run import machine, place, split
+from switchcli.commands.run import check_alike, machine, place, split
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import Batch
 from switchcli.data.mixture import InTurn
@@ -150,6 +150,7 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
     recipe, opened = evaluating
     out = options.out.absolute()
     runtime = Runtime(recipe.device, recipe.precision)
+    check_alike(recipe, runtime)
     console = Console(quiet=options.quiet or not runtime.is_main)
     console.message(f"measuring {opened.path}")
     runtime.on_main(lambda: _probe(out))

@@ -15,7 +15,7 @@ import torch
 
 from switchcli import __version__
 from switchcli.commands.load import saved_recipe
-from switchcli.errors import RecipeError
+from switchcli.errors import CheckpointError, RecipeError
 from switchcli.parallel.launch import Ended, is_rank, join_srun, launch
 from switchcli.parallel.mesh import ALONE, check_world
 from switchcli.parallel.runtime import Runtime
@@ -25,6 +25,7 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
+from switchcli.spec import Spec
 from switchcli.train import checkpoint
 from switchcli.train.lock import lock
 from switchcli.train.run_folder import RunFolder
@@ -116,12 +117,11 @@ def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: C
     """The run's folder, locked, with its recipe written into it; all ranks go on together.
 
     Raises:
-        CheckpointError: another run holds the folder, or it cannot be written.
+        CheckpointError: another run holds the folder, it cannot be written, or not all ranks see it.
         RecipeError: the folder holds a run of another recipe, or the ranks have different ones.
     """
     folder = RunFolder(options.out)
-    if not runtime.is_alike(f"switchcli {__version__}, torch {torch.__version__}\n{dump(recipe)}"):
-        runtime.on_main(_refuse_other_ranks)
+    check_alike(recipe, runtime)
 
     def enter() -> None:
         if not options.resume:
@@ -139,7 +139,22 @@ def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: C
 
     with ExitStack() as held:
         runtime.on_main(enter)
+        runtime.on_every(lambda: _check_shared(options.out))
         yield folder
+
+
+def check_alike(recipe: Spec, runtime: Runtime) -> None:
+    """Raise a RecipeError where ranks have other recipes or versions, before one waits for what another does not do."""
+    if not runtime.is_alike(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
+        runtime.on_main(_refuse_other_ranks)
+
+
+def _check_shared(out: Path) -> None:
+    if not out.is_dir():
+        raise CheckpointError(
+            f"{out}: not there, though the main rank has made it: every rank writes its share of a checkpoint, so give "
+            "a folder by --out that all machines share"
+        )
 
 
 def _refuse_other_ranks() -> None:

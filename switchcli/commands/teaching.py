@@ -13,7 +13,7 @@ import torch
 from switchcli.commands import finetune, pretrain
 from switchcli.commands.distill import Distilling, facts, inheritance
 from switchcli.commands.load import filled
-from switchcli.commands.run import Options, claim, machine
+from switchcli.commands.run import Options, check_alike, claim, machine
 from switchcli.commands.training import Measure, Measured, Text, Training, Verb, shares
 from switchcli.data.batch import AnyBatch, Lesson
 from switchcli.errors import DistributedError, Interrupted, RecipeError
@@ -89,7 +89,8 @@ def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
     recipe, settings = distilling.recipe, distilling.recipe.distill.answers
     if settings is None or not recipe.distill.soft_fraction:
         raise RecipeError("--answers-only: needs distill.answers.folder, and a distill.soft_fraction above 0")
-    runtime = Runtime(recipe.train.device, recipe.train.precision)
+    runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel)
+    check_alike(recipe, runtime)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with memory.explained_of_evaluation(runtime.device):
         _Teaching(distilling, runtime, console).text(None)

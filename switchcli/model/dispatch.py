@@ -8,7 +8,7 @@ filled slots of all experts, end to end.
 # Deviates: the paper computes empty slots, as zeros; here an expert gets the rows that were sent to it.
 """
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -69,9 +69,32 @@ class Local:
     def receive(self, y_AO: torch.Tensor, rows: Rows, x_GND: torch.Tensor) -> torch.Tensor:
         """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
         G, N, _D = x_GND.shape
-        weighted_AO = y_AO * rows.weight_A.unsqueeze(1).to(y_AO.dtype)
-        y_GNO = weighted_AO.new_zeros(G * N, y_AO.shape[1]).index_add(0, rows.source_A, weighted_AO)
-        return y_GNO.view(G, N, -1)
+        return combine(y_AO, rows.weight_A, rows.source_A, G * N).view(G, N, -1)
+
+
+def combine(y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Each row times its weight, added to the token `source_A` that it came from: [tokens, O] in the type of y."""
+    combined: torch.Tensor = _Combine.apply(y_AO, weight_A, source_A, num_tokens)  # type: ignore[no-untyped-call]
+    return combined
+
+
+class _Combine(torch.autograd.Function):
+    """Keeps what an expert said, and not its product with the weight: `index_add` would keep that for its shape alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(y_AO, weight_A, source_A)
+        weighted_AO = y_AO * weight_A.unsqueeze(1).to(y_AO.dtype)
+        return weighted_AO.new_zeros(num_tokens, y_AO.shape[1]).index_add_(0, source_A, weighted_AO)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        y_AO, weight_A, source_A = ctx.saved_tensors
+        gradient_AO = gradient_NO.index_select(0, source_A)
+        for_weight_A = torch.linalg.vecdot(gradient_AO, y_AO).to(weight_A.dtype)
+        return gradient_AO.mul_(weight_A.unsqueeze(1)), for_weight_A, None, None
 
 
 def rows_of(routing: Routing, group_size: int, exact: bool) -> Rows:

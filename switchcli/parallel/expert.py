@@ -5,8 +5,9 @@ D model, O outputs, F hidden, B sequences, Z sequences of all those ranks, A row
 that it sends.
 
 With a capacity the buffer [E, G, C, D] has the same size on every rank: one all-to-all of equal parts each way, nothing
-to agree on first and no wait for the device. It does not grow with the number of experts, as C falls with it. Where
-every token has a slot (dropless) the buffer would, so the ranks tell each other how many rows there are and send those.
+to agree on first and no wait for the device. It does not grow with the number of experts, as C falls with it (down to
+the router's `min_capacity`). Where every token has a slot (dropless) it would, so the ranks tell each other how many
+rows there are and send those.
 
 What an empty slot carries is some token's row: it weighs 0 on the way back, and so in the gradient.
 """
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from switchcli.model.dispatch import rows_of
+from switchcli.model.dispatch import combine, rows_of
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe import SwitchLayer
 from switchcli.model.routing import Routing
@@ -26,13 +27,13 @@ from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import Shared
 
 
-class Sent(NamedTuple):
+class Way(NamedTuple):
     """What this rank sent, and what it needs to have it back."""
 
     source_S: torch.Tensor
     """int64: which of the G * N tokens each row is, all groups end to end."""
     weight_S: torch.Tensor
-    """What its output is multiplied by, float32."""
+    """What its output is multiplied by, in the router's precision."""
     end_E: torch.Tensor
     """int32 [L]: the end of each of this rank's experts' rows."""
     parts: "Parts"
@@ -57,7 +58,7 @@ class AllToAll:
         self._ranks = ranks
         self._num_local = num_experts // ranks.size
 
-    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Sent]:
+    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Way]:
         """The rows of this rank's experts, those of the first before those of the second, from all ranks: [A, D]."""
         N, C = x_GND.shape[1], routing.token_GEC.shape[2]
         # Outside training the ranks' batches may differ in size: then the parts do.
@@ -65,7 +66,7 @@ class AllToAll:
         x_SD = x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, sent.source_S)
         return self._arrange(exchange(x_SD, sent.parts, self._ranks), sent), sent
 
-    def spread(self, mask_BF: torch.Tensor, sent: Sent, length: int) -> torch.Tensor:
+    def spread(self, mask_BF: torch.Tensor, sent: Way, length: int) -> torch.Tensor:
         """The mask of each row's sequence: [A, F]. `mask_BF` is that of this rank's sequences, of `length` each."""
         R, B = self._ranks.size, len(mask_BF)
         masks_ZF = mask_BF.new_empty(R * B, mask_BF.shape[1])  # gloo wants no dim for the ranks
@@ -75,7 +76,7 @@ class AllToAll:
         sequence_A = self._arrange(exchange(sequence_S, sent.parts, self._ranks), sent)
         return masks_ZF.index_select(0, sequence_A)
 
-    def receive(self, y_AO: torch.Tensor, sent: Sent, x_GND: torch.Tensor) -> torch.Tensor:
+    def receive(self, y_AO: torch.Tensor, sent: Way, x_GND: torch.Tensor) -> torch.Tensor:
         """Each row's output times its weight, added to its token: [G, N, O]; a token in no slot stays exactly zero."""
         G, N, _D = x_GND.shape
         R, L, O = self._ranks.size, self._num_local, y_AO.shape[1]  # noqa: E741 (the legend's letter)
@@ -84,20 +85,20 @@ class AllToAll:
         else:
             y_AO = torch.empty_like(y_AO).index_copy(0, sent.order_A, y_AO)
         y_SO = exchange(y_AO, sent.parts.back(), self._ranks)
-        weighted_SO = y_SO * sent.weight_S.unsqueeze(1).to(y_SO.dtype)
-        return weighted_SO.new_zeros(G * N, O).index_add(0, sent.source_S, weighted_SO).view(G, N, O)
+        return combine(y_SO, sent.weight_S, sent.source_S, G * N).view(G, N, O)
 
-    def _by_slots(self, routing: Routing, group_size: int) -> Sent:
+    def _by_slots(self, routing: Routing, group_size: int) -> Way:
         """Every slot, filled or not."""
         token_EGC = routing.token_GEC.transpose(0, 1)
         _, G, C = token_EGC.shape
         first_G1 = torch.arange(G, device=token_EGC.device).unsqueeze(1) * group_size
-        source_S = (token_EGC.clamp(max=group_size - 1) + first_G1).flatten()
+        others_C = torch.arange(C, device=token_EGC.device) % group_size  # what empty slots carry: not all the same
+        source_S = (token_EGC.where(token_EGC < group_size, others_C) + first_G1).flatten()
         rows = self._ranks.size * G * C
         end_E = torch.arange(rows, rows * self._num_local + 1, rows, device=source_S.device, dtype=torch.int32)
-        return Sent(source_S, routing.weight_GEC.transpose(0, 1).flatten(), end_E, Parts(None, None), None)
+        return Way(source_S, routing.weight_GEC.transpose(0, 1).flatten(), end_E, Parts(None, None), None)
 
-    def _by_rows(self, routing: Routing, group_size: int) -> Sent:
+    def _by_rows(self, routing: Routing, group_size: int) -> Way:
         """The filled slots alone; waits for the device."""
         rows = rows_of(routing, group_size, exact=True)
         count_RL = rows.end_E.diff(prepend=rows.end_E.new_zeros(1)).long().view(self._ranks.size, self._num_local)
@@ -107,9 +108,9 @@ class AllToAll:
         expert_A = torch.arange(self._num_local, device=theirs_RL.device).repeat(self._ranks.size)
         order_A = expert_A.repeat_interleave(theirs_RL.flatten()).argsort(stable=True)
         parts = Parts(count_RL.sum(1).tolist(), theirs_RL.sum(1).tolist())
-        return Sent(rows.source_A, rows.weight_A, theirs_RL.sum(0).cumsum(0).int(), parts, order_A)
+        return Way(rows.source_A, rows.weight_A, theirs_RL.sum(0).cumsum(0).int(), parts, order_A)
 
-    def _arrange(self, x_AD: torch.Tensor, sent: Sent) -> torch.Tensor:
+    def _arrange(self, x_AD: torch.Tensor, sent: Way) -> torch.Tensor:
         """What arrived, by rank, put by expert."""
         if sent.order_A is not None:
             return x_AD.index_select(0, sent.order_A)

@@ -52,9 +52,10 @@ def check_world(spec: ParallelSpec, world: int) -> None:
             f"{spec.data} say, or leave it out"
         )
     if world % spec.expert:
+        another = "leave it out" if world == 1 else f"take a divisor of {world}"
         raise RecipeError(
             f"parallel.expert ({spec.expert}) must divide the number of ranks ({world}): start a multiple of "
-            f"{spec.expert}, or take another divisor of {world}"
+            f"{spec.expert}, by --processes {spec.expert} say, or {another}"
         )
 
 

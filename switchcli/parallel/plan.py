@@ -152,8 +152,8 @@ def batch_broken(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int | None
 
 
 def _too_much(mesh: Mesh, needed: Bytes, machine: Machine, size: int) -> Refusal:
-    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in needed._asdict().items() if value)
-    total, there = f"{needed.total / GIB:.1f} GiB", f"{machine.memory_bytes / GIB:.1f} GiB"
+    parts = ", ".join(f"{name} {value / GIB:.3g}" for name, value in needed._asdict().items() if value)
+    total, there = f"{needed.total / GIB:.3g} GiB", f"{machine.memory_bytes / GIB:.3g} GiB"
     reason = f"needs {total} a device, which has {there}, with {size} sequences a microbatch: {parts}"
     return Refusal(mesh, "memory", reason, needed.total)
 

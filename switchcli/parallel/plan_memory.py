@@ -4,11 +4,12 @@ Legend: B sequences, S keys, N queries of all sequences, D model, F hidden, W he
 
 Parameters, gradients and optimizer state are float32; products are taken in float32 or bfloat16 (`Step.product_bytes`).
 Activations are what autograd keeps between forward and backward, added up part by part from the code of `model`;
-tests/parallel/test_plan_memory.py holds them against what it does keep. The sum of all is an upper bound of the peak:
-gradients grow while activations go.
+tests/parallel/test_plan_memory.py holds them against what it does keep. The sum is meant
+for the peak, from above: gradients grow while activations go.
 
 Not modelled: what a kernel takes for itself, fragments of memory, the buffers of collectives other than those of the
-tokens, input dropout, packed rows, torch.compile, a teacher.
+tokens, input dropout, packed rows, torch.compile, a teacher, and weights that do not learn (`update`): they count as if
+they did.
 """
 
 from typing import NamedTuple
@@ -27,7 +28,8 @@ class Bytes(NamedTuple):
     gradients: int
     optimizer: int
     copies: int
-    """Weights in bfloat16: the dense ones until the way back, the experts of one layer at a time."""
+    """Weights in bfloat16: the dense ones until the way back, the experts of one layer at a time. Where a step has
+    several microbatches, the largest gradient of one before it is added to the others'."""
     activations: int
     dispatch: int
     """Tokens on their way to the experts of other ranks and back: what is sent and what has come."""
@@ -57,14 +59,20 @@ class Kept(NamedTuple):
 def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int) -> Bytes:
     """What a device of `mesh` holds with microbatches of so many sequences; `own` is `held` for its model axis."""
     experts = own.expert // mesh.expert
-    weights, gradients, state = _dense_bytes(mesh, own, several=step.sequences // mesh.data > microbatch)
+    several = step.sequences // mesh.data > microbatch
+    weights, gradients, state = _dense_bytes(mesh, own, several)
     layers = max(1, len(spec.routed_parts()))
+    products = 3 if spec.activation == "geglu" else 2
+    largest = max(experts // layers // products, spec.vocab_size * spec.d_model // mesh.model)
+    copies = step.product_bytes * (own.products + experts // layers) if step.product_bytes < FLOAT else 0
+    if several:
+        copies += largest * (FLOAT + (step.product_bytes if step.product_bytes < FLOAT else 0))
     rows = spec.vocab_size // mesh.model
     return Bytes(
         weights=weights + FLOAT * experts,
         gradients=gradients + FLOAT * experts,
         optimizer=state + own.expert_state // mesh.expert,
-        copies=step.product_bytes * (own.products + experts // layers) if step.product_bytes < FLOAT else 0,
+        copies=copies,
         activations=kept(spec, step, mesh, microbatch).total,
         dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
         # Two of float32 each: logits and softmax, or half as long logits, softmax and its copy; so with the matrix's.
@@ -174,7 +182,7 @@ def _router(spec: ModelSpec, step: Step, stack: Stack, tokens: int) -> int:
 
 
 def _experts(spec: ModelSpec, step: Step, places: Slots, width: int, model: int) -> int:
-    """Rows, hidden units, outputs, outputs times their gates; a mask where there is dropout; indices."""
+    """Rows, hidden units, outputs; a mask where there is dropout; indices."""
     dropout = spec.experts_dropout
     hidden = (_hidden(spec, dropout) + (dropout > 0.0)) * spec.d_ff // model
-    return places.rows * (step.product_bytes * (spec.d_model + hidden + 2 * width + 1) + 25)
+    return places.rows * (step.product_bytes * (spec.d_model + hidden + width + 1) + 25)

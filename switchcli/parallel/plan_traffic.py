@@ -3,8 +3,8 @@
 Legend: G groups of a rank's microbatch, E experts, C slots, D model, O outputs.
 
 Rules: to sum over a divided dim costs an all-reduce forward and one backward; tokens reach the experts by an all-to-all
-each way, mirrored backward, of E * G * C rows whatever the number of experts at a fixed capacity factor. Counts of
-targets, norms and metrics, a few numbers a step, are left out.
+each way, mirrored backward, of E * G * C rows, as many for any number of experts at a fixed capacity factor but for the
+rounding of C and its least number. Counts of targets, norms and metrics, a few numbers a step, are left out.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ class Collective(NamedTuple):
     """Ranks that take part."""
     what: str
     calls: int
-    """In a step."""
+    """In a step; the parts in which a gradient is summed count as one."""
     payload_bytes: int
     """What one rank hands to one call: of an all-gather its own shard."""
 
@@ -83,6 +83,12 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatch
             of = name if spec.sparse == "feed_forward" else f"{name} of {part}"
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, there", calls, rows * spec.d_model)
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, back", calls, rows * width)
+        if spec.experts_dropout:
+            sent = 8 * slots(spec, stack, step, microbatch, mesh.expert).sent
+            masks = step.product_bytes * microbatch * spec.d_ff
+            calls, of = len(output_widths(spec)) * layers * microbatches, f"{stack} dropout"
+            yield Collective("all_to_all", "expert", mesh.expert, f"{of}, whose rows", calls, sent)
+            yield Collective("all_gather", "expert", mesh.expert, f"{of}, masks", calls, masks)
         if spec.router_of(stack).capacity_factor == "dropless":
             calls = len(output_widths(spec)) * layers * microbatches
             yield Collective("all_to_all", "expert", mesh.expert, f"{stack} counts", calls, 8 * spec.num_experts)

@@ -7,6 +7,7 @@ and never wait for a device.
 
 import ctypes
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from switchcli.errors import DistributedError, OtherRankError, RecipeError, SwitchError
+from switchcli.errors import DistributedError, OtherRankError, RankError, RecipeError, SwitchError
 from switchcli.model.compiled import compile_dense_parts
 from switchcli.parallel import expert
 from switchcli.parallel.lost import lost_ranks_explained
@@ -35,6 +36,9 @@ MAIN_TIMEOUT = timedelta(days=7)
 """How long the others wait while the main rank does something alone: preparing data takes what it takes."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
+
+WRITE_TIMEOUT = timedelta(hours=1)
+"""How long a rank waits while the others write their share of a checkpoint."""
 
 T = TypeVar("T")
 
@@ -80,14 +84,16 @@ class Runtime:
             )
         self._autocast = precision != "float32"
         self._compiled = False
-        self._control = self._main_wait = None
+        self._control = self._main_wait = self._writing = None
         if self.world > 1:
             self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
             self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+            self._writing = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self.groups = Groups()
         if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
             self.on_main(lambda: check_world(parallel, self.world))
-            self.groups = groups_of(parallel, self.rank, self.world, STEP_TIMEOUT)
+            with lost_ranks_explained():
+                self.groups = groups_of(parallel, self.rank, self.world, STEP_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
@@ -165,7 +171,7 @@ class Runtime:
         if self.groups.experts is None:
             return _norm(parameters)
         experts = set(expert.expert_parameters(model).values())
-        squares = _norm([one for one in parameters if one in experts]).square()
+        squares = _norm([one for one in parameters if one in experts]).square().to(self.device)  # of none: on the CPU
         with lost_ranks_explained():
             dist.all_reduce(squares, group=self.groups.experts.group)
         return (_norm([one for one in parameters if one not in experts]).square() + squares).sqrt()
@@ -223,46 +229,48 @@ class Runtime:
         return result
 
     def on_every(self, action: Callable[[], T]) -> T:
-        """What `action` returns on this rank; each waits for the others.
+        """What `action`, which writes, returns on this rank; each waits for the others.
 
         Raises:
-            SwitchError: the action's own.
-            OtherRankError: when that of another rank raised one.
+            SwitchError: on the main rank, when that of any rank raised one, its own first.
+            OtherRankError: on the others.
         """
         failure = None
         try:
             result = action()
         except SwitchError as error:
             failure = error
-        codes = self.sum_when_all_are_there(
-            [failure.exit_code if failure and rank == self.rank else 0 for rank in range(self.world)]
-        )
+        told = [json.loads(one) for one in self.gather(json.dumps(failure and [failure.exit_code, str(failure)]))]
+        failed = [(rank, *one) for rank, one in enumerate(told) if one is not None]
+        if not failed:
+            return result
+        rank, code, words = failed[0]
+        if not self.is_main:
+            raise OtherRankError(code) from failure
         if failure is not None:
             raise failure
-        if code := next(filter(None, codes), 0):
-            raise OtherRankError(code)
-        return result
+        raise RankError(rank, code, words)
 
     def gather(self, text: str) -> list[str]:
         """The texts of all ranks, in order, on each of them."""
-        if self._main_wait is None:
+        if self._writing is None:
             return [text]
         raw = text.encode()
-        sizes = self.sum_when_all_are_there([len(raw) if rank == self.rank else 0 for rank in range(self.world)])
+        sizes = _summed([len(raw) if rank == self.rank else 0 for rank in range(self.world)], self._writing)
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else padded[:0]
         texts = torch.empty(self.world * max(sizes), dtype=torch.uint8)
         with lost_ranks_explained():
-            dist.all_gather_single(texts, padded, group=self._main_wait)
+            dist.all_gather_single(texts, padded, group=self._writing)
         rows = texts.view(self.world, -1)
         return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
 
-    def is_turn(self, number: int, expert: bool) -> bool:
+    def is_turn(self, number: int, of_expert: bool) -> bool:
         """Whether something that several ranks hold alike, number `number` of many, is this one's to write.
 
         A weight of an expert is held by the replicas alone.
         """
-        if not expert or self.groups.experts is None:
+        if not of_expert or self.groups.experts is None:
             return number % self.world == self.rank
         replicas = self.groups.replicas
         return replicas is None or number % replicas.size == replicas.place
@@ -275,9 +283,16 @@ class Runtime:
 def _meet_again(backend: str) -> None:
     """Have ranks that torchrun started once more meet apart from those that ended.
 
-    Its store outlives them, and torch 2.13 looks for the others where they were before.
+    The store of its agent outlives them, and torch 2.13 looks in it for the others where they were before. Agents of
+    several machines need not count alike: they must leave the store to the ranks.
     """
-    if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get("GROUP_WORLD_SIZE") != "1":
+            raise DistributedError(
+                "started again by torchrun on several machines, the ranks would look for those that ended: set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts, as scripts/cluster/torchrun does"
+            )
         store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
         apart = PrefixStore(f"restart {restarts}", store)
         dist.init_process_group(backend, store=apart, rank=rank, world_size=world, timeout=STEP_TIMEOUT)

@@ -196,6 +196,7 @@ class Saving:
             manifest = Manifest(self._step, tuple(sorted([*entries, *written], key=lambda entry: entry.name)))
             _write(self._temporary / manifests.NAME, manifest.encode(), files)
             files.sync(self._temporary)
+            manifest.check_sizes(self._temporary)
             Checkpoint.open(self._temporary, verified=True)
             if final_path.exists():
                 files.rename(final_path, self._folder / f".old-{self._step:08d}-{self._unique}")

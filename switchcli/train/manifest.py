@@ -86,6 +86,12 @@ class Manifest:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == entry.num_bytes else ""
             _compare(folder / entry.name, entry, size, digest)
 
+    def check_sizes(self, folder: Path) -> None:
+        """Raise DamagedError at the first file that is not there or not as long as it was; none is read."""
+        for entry in self.entries:
+            with _opened(folder / entry.name) as (_, size):
+                _compare(folder / entry.name, entry, size, entry.sha256)
+
     def read(self, folder: Path, name: str) -> bytes:
         """The bytes of one small file, verified. Raises CheckpointError when the manifest does not name it."""
         entry = next((entry for entry in self.entries if entry.name == name), None)

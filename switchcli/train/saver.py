@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, DistributedError
 from switchcli.model.moe import experts_here
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
@@ -47,10 +47,11 @@ class Saver:
         """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept."""
         runtime, settings = self._runtime, self._settings
         window = reduce(state.window, runtime)
-        unique = runtime.from_main(secrets.randbits(checkpoint.UNIQUE_BITS))
+        (unique,) = runtime.sum_over_ranks([secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0])
+        documents = {**self._documents, "state.json": state.to_json(window)}
         model, optimizer = self._share(logical_tensors(self._model)), self._share(self._slots())
-        size = sum(runtime.sum_over_ranks([tensor_file.num_bytes([*model.values(), *optimizer.values()])]))
-        saving = checkpoint.Saving(self._folder, state.step, unique, size)
+        (size,) = runtime.sum_over_ranks([tensor_file.num_bytes([*model.values(), *optimizer.values()])])
+        saving = checkpoint.Saving(self._folder, state.step, unique, size + sum(map(len, documents.values())))
         try:
             runtime.on_main(saving.begin)
             entries = runtime.on_every(lambda: saving.write(model, optimizer, runtime.rank, runtime.world))
@@ -59,11 +60,15 @@ class Saver:
                 for one in runtime.gather(json.dumps([astuple(entry) for entry in entries]))
                 for entry in json.loads(one)
             ]
-            documents = {**self._documents, "state.json": state.to_json(window)}
             runtime.on_main(lambda: saving.finish(everything, documents))
-        finally:
+        except DistributedError:
+            raise  # some may still write: what is left over is for `latest` to remove
+        except BaseException:
             if runtime.is_main:
                 saving.clear()
+            raise
+        if runtime.is_main:
+            saving.clear()
         runtime.on_main(lambda: checkpoint.prune(self._folder, settings.keep_last, keep_best=settings.keep_best))
 
     def _slots(self) -> dict[str, torch.Tensor]:
@@ -74,7 +79,7 @@ class Saver:
         return {
             name: tensor
             for number, (name, tensor) in enumerate(tensors.items())
-            if self._runtime.is_turn(number, expert=bool(logical.expert_numbers([name])))
+            if self._runtime.is_turn(number, of_expert=bool(logical.expert_numbers([name])))
         }
 
     def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -48,6 +49,28 @@ def _tensors(checkpoint: Path, pattern: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         digest.update(tensor.tobytes())
     return digest.hexdigest()
+
+
+def ranks_of(run: str) -> list[int]:
+    """The processes of a run's ranks, by their command lines."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            is_rank = b"\0RANK=" in b"\0" + (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if is_rank and run in words:
+            found.append(int(process.name))
+    return found
+
+
+def kill_one(run: str, process: subprocess.Popen[str]) -> None:
+    """Kill a rank once the run has saved, which is in the middle of its steps."""
+    while not list(Path(run).glob("checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(max(ranks_of(run)), signal.SIGKILL)
 
 
 def start(recipe: Path, run: Path, log: Path) -> int:

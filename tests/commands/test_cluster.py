@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from drill import kill_one
 
 CLUSTER = Path(__file__).parents[2] / "scripts" / "cluster"
 KEYS = ("train.steps=4", "train.batch_tokens=512", "parallel.expert=4", "-q", "--out", "run")
@@ -70,6 +71,28 @@ def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
     alone = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS[:2], "-q", "--out", "alone", "--json"]
     done = json.loads(subprocess.run(alone, check=True, capture_output=True, timeout=120).stdout)
     assert figure() == pytest.approx(done["held_out/neg_log_perplexity"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "HEAD": "localhost",
+        "PORT": port,
+        "NODES": "2",
+        "RANKS": "2",
+    }
+    steps = ("train.steps=24", "checkpoint.save_every_steps=4")
+    command = [CLUSTER / "torchrun", "pretrain", recipe, *KEYS, *steps]
+    machines = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    kill_one("run", machines[0])
+    said = [machine.communicate(timeout=150)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert json.loads(Path("run/result.json").read_text())["step"] == 24
 
 
 @pytest.mark.slow

@@ -1,43 +1,20 @@
 """A rank that dies: the others end soon and say so, and under torchrun's restart the run goes on to the same result."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from drill import kill_one, ranks_of
 
 RANKS, STEPS = 4, 24
 FIGURE = "held_out/neg_log_perplexity"
 SECONDS = 30
 """Within which the others must have ended."""
 KEYS = (f"train.steps={STEPS}", "train.batch_tokens=512", "checkpoint.save_every_steps=4", "parallel.expert=2", "-q")
-
-
-def ranks_of(run: str) -> list[int]:
-    """The processes of a run's ranks, by their command lines."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().decode().split("\0")
-            is_rank = b"\0RANK=" in b"\0" + (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if is_rank and run in words:
-            found.append(int(process.name))
-    return found
-
-
-def kill_one(run: str, process: "subprocess.Popen[str]") -> None:
-    """Kill a rank once the run has saved, which is in the middle of its steps."""
-    while not list(Path(run).glob("checkpoints/step-*")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.kill(max(ranks_of(run)), signal.SIGKILL)
 
 
 @pytest.mark.slow

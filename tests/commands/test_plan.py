@@ -99,10 +99,8 @@ def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], said: str,
     assert done.err.count("\n") == 1
 
 
-def test_the_devices_must_be_said(switchcli: SwitchCLI) -> None:
-    done = switchcli("plan", "tiny")
-    assert done.code == 2
-    assert "--devices" in done.err
+def test_by_default_there_is_a_node_of_eight(switchcli: SwitchCLI) -> None:
+    assert planned(switchcli, "tiny")["machine"]["devices"] == 8
 
 
 def test_a_recipe_whose_model_is_a_checkpoints(tuning: str, switchcli: SwitchCLI) -> None:

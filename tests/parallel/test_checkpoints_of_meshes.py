@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import NOISY, rows
+from tiny import NOISY, SOURCE, TARGET, rows
 
 from switchcli.errors import CheckpointError
+from switchcli.interop.config import Lengths
+from switchcli.interop.express import express, translate
 from switchcli.model.count import count
 from switchcli.model.initialise import initialise
 from switchcli.model.spec import ModelSpec
@@ -16,7 +18,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.mesh import ALONE, ParallelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
-from switchcli.train import checkpoint
+from switchcli.train import checkpoint, tensor_file
 from switchcli.train.evaluate import evaluate, shared
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
@@ -91,6 +93,15 @@ def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     }
 
 
+def exported(folder: Path, step: int) -> bytes:
+    """The weights of a checkpoint as `switchcli convert --to huggingface` writes them."""
+    found = checkpoint.Checkpoint.open(checkpoint.path(folder, step))
+    config, _ = express(NOISY, Lengths(SOURCE, TARGET), found.path, torch.float32)
+    with torch.device("meta"):
+        wanted = logical_tensors(SwitchTransformer(NOISY))
+    return tensor_file.encode(translate(config, found.read("model", wanted)))
+
+
 def on_meta(kind: Kind) -> torch.Tensor:
     return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
 
@@ -112,7 +123,7 @@ def test_a_run_goes_from_mesh_to_mesh(optimizer: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Path) -> None:
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
-    before = tensors(tmp_path, 2)
+    before, export = tensors(tmp_path, 2), exported(tmp_path, 2)
     sizes = count(NOISY)
     for mesh, (world, expert) in MESHES.items():
         for one in at(mesh, tmp_path, 2, OPTIMIZERS["adafactor"]):
@@ -120,6 +131,7 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Pa
         again = tensors(tmp_path, 2)
         assert before.keys() == again.keys()
         assert all(torch.equal(before[name], again[name]) for name in before)
+        assert exported(tmp_path, 2) == export
         assert len([*tmp_path.glob("step-00000002/model-*")]) == world  # each wrote its share
     opened = logical_tensors(SwitchTransformer(NOISY))
     assert opened.keys() == {name for name in before if "/" not in name}

@@ -37,7 +37,7 @@ from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective, StepLoss, cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, Optimizer, OptimizerSpec
 from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import TrainSpec
+from switchcli.train.spec import Precision, TrainSpec
 from switchcli.train.state import TrainState
 
 RELATIVE = 1e-6
@@ -83,12 +83,20 @@ def gradients(
     clip_norm: float | None,
     group: Group = "all",
     objective: Objective = cross_entropy,
+    precision: Precision = "float32",
+    collapsed: bool = False,
     parallel: ParallelSpec = ALONE,
 ) -> Arrays:
-    """Of one step of `fit` on these ranks: every gradient and metric, by name."""
+    """Of one step of `fit` on these ranks: every gradient and metric, by name.
+
+    `collapsed`: every token goes to the first expert.
+    """
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32", parallel)
+    runtime = Runtime("cpu", precision, parallel)
     model = model_of(spec, runtime)
+    for name, weight in model.named_parameters():
+        if collapsed and "router" in name:
+            nn.init.zeros_(weight)
     freeze(model, group)
     optimizer, keep, state = Recorder(trainable(model)), Keep(runtime), TrainState()
     fit(
@@ -282,15 +290,20 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "experts that choose": partial(gradients, CHOOSING, 2, None),
     "a Switch attention": partial(gradients, ATTENTION, None, CLIP),
     "a slot for every token": partial(gradients, DROPLESS, 2, None),
+    "all tokens to one rank": partial(gradients, DROPLESS, 2, None, collapsed=True),
     "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
     "evaluation": evaluated,
 }
+
+
+ROUNDED = partial(gradients, SPARSE, None, None, precision="selective")
 
 
 def every_case(parallel: ParallelSpec) -> dict[str, Any]:
     return {
         **{name: case(parallel=parallel) for name, case in CASES.items()},
         **{name: trained(optimizer, parallel) for name, optimizer in OPTIMIZERS.items()},
+        "rounded": ROUNDED(parallel=parallel),
         "stopped": ended(stop_on=1, poison_on=None, parallel=parallel),
         "poisoned": ended(stop_on=None, poison_on=1, parallel=parallel),
     }
@@ -311,6 +324,15 @@ def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, 
     alone = CASES[case]()
     for answer in answers:
         assert_same(answer[case], alone)
+
+
+def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[str, Any]]) -> None:
+    """2**-8 of a number is lost in each product, and which numbers are summed first differs."""
+    alone = ROUNDED()
+    for answer in answers:
+        for name, array in as_held(alone, answer["rounded"]).items():
+            difference = np.abs(answer["rounded"][name] - array).max()
+            assert difference <= 2**-6 * max(float(np.abs(array).max()), 1e-30), name
 
 
 def test_a_rank_may_have_no_target_at_all() -> None:

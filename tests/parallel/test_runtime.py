@@ -11,7 +11,7 @@ from ranks import on_ranks
 from tiny import a_model
 
 from switchcli.data.batch import Batch
-from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError
+from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError, SwitchError
 from switchcli.parallel.runtime import Runtime
 
 
@@ -100,3 +100,28 @@ def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.Monke
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(DistributedError, match="started 2 ranks and this one sees 1"):
         Runtime("cpu", "float32")
+
+
+def every_rank_writes(failing: int | None) -> tuple[str, str, int]:
+    """How a rank leaves `on_every`: by what it returned or raised, with which words and code."""
+    runtime = Runtime("cpu", "float32")
+
+    def write() -> str:
+        if runtime.rank == failing:
+            raise CheckpointError("no space left: free some")
+        return f"written by {runtime.rank}"
+
+    try:
+        return "", runtime.on_every(write), 0
+    except SwitchError as error:
+        return type(error).__name__, str(error), error.exit_code
+
+
+def test_what_a_rank_fails_with_is_said_by_the_main_one() -> None:
+    assert on_ranks(2, every_rank_writes, None) == [("", "written by 0", 0), ("", "written by 1", 0)]
+    main, other = on_ranks(2, every_rank_writes, 1)
+    assert main == ("RankError", "rank 1: no space left: free some", 4)
+    assert other == ("OtherRankError", "another rank failed", 4)
+    main, other = on_ranks(2, every_rank_writes, 0)
+    assert main == ("CheckpointError", "no space left: free some", 4)
+    assert other == ("OtherRankError", "another rank failed", 4)

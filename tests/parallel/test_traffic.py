@@ -39,6 +39,7 @@ SPECS = {
     "12 experts": wider(12),
     "Switch attention": wider(4, sparse="both"),
     "top-2": wider(4).model_copy(update={"router": TopK(min_capacity=1), "decoder_router": None}),
+    "dropout": wider(4, dropout=0.1),
     "dropless": wider(4, "dropless"),
 }
 
@@ -50,11 +51,15 @@ def counted(parallel: ParallelSpec, spec: ModelSpec) -> Traffic:
     model.register_comm_hook(None, allreduce_hook)  # what DistributedDataParallel does, by way of Python
     calls: Traffic = Counter()
     sums = {DENSE: 0, EXPERTS: 0}
-    all_to_all, all_reduce = dist.all_to_all_single, dist.all_reduce
+    all_to_all, all_reduce, all_gather = dist.all_to_all_single, dist.all_reduce, dist.all_gather_single
 
     def counting_all_to_all(output: torch.Tensor, input: torch.Tensor, *more: Any, **named: Any) -> Any:
         calls["all_to_all", input.nbytes] += 1
         return all_to_all(output, input, *more, **named)
+
+    def counting_all_gather(output: torch.Tensor, input: torch.Tensor, **named: Any) -> Any:
+        calls["all_gather", input.nbytes] += 1
+        return all_gather(output, input, **named)
 
     def counting_all_reduce(tensor: torch.Tensor, **named: Any) -> Any:
         sums[DENSE if named.get("async_op") else EXPERTS] += tensor.nbytes
@@ -62,10 +67,11 @@ def counted(parallel: ParallelSpec, spec: ModelSpec) -> Traffic:
 
     batches = Microbatches(rows, BATCH, MICROBATCH, 1, runtime.rank, runtime.world)
     dist.all_to_all_single, dist.all_reduce = counting_all_to_all, counting_all_reduce
+    dist.all_gather_single = counting_all_gather
     try:
         accumulate_gradients(model, cross_entropy, list(batches(0)), 27, runtime, "")
     finally:
-        dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+        dist.all_to_all_single, dist.all_reduce, dist.all_gather_single = all_to_all, all_reduce, all_gather
     calls.update({(name, size): 1 for name, size in sums.items() if size})
     return calls
 
