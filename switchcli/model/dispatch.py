@@ -79,7 +79,7 @@ def combine(y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, 
 
 
 class _Combine(torch.autograd.Function):
-    """Keeps what an expert said, and not its product with the weight: `index_add` would keep that for its shape alone."""
+    """Keeps what an expert said, not its product with the weight: `index_add` would keep that for its shape alone."""
 
     @staticmethod
     def forward(
