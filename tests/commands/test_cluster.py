@@ -39,31 +39,30 @@ def job(recipe: str, tmp_path: Path) -> dict[str, str]:
     (tools / "switchcli").write_text(f'#!/bin/sh\nexec {sys.executable} -m switchcli "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = str(listener.getsockname()[1])
-    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_PORT": port}
+    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_PORT": a_port()}
 
 
 def figure() -> float:
     return json.loads(Path("run/result.json").read_text())["held_out/neg_log_perplexity"]
 
 
-@pytest.mark.slow
-def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
+def a_port() -> str:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
-        port = str(listener.getsockname()[1])
-    environment = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "HEAD": "localhost",
-        "PORT": port,
-        "NODES": "2",
-        "RANKS": "2",
-    }
-    command = [CLUSTER / "torchrun", "pretrain", recipe, *KEYS]
-    machines = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        return str(listener.getsockname()[1])
+
+
+def two_machines(*arguments: str) -> list["subprocess.Popen[str]"]:
+    """Two agents of two ranks each."""
+    machine = {"PYTHON": sys.executable, "HEAD": "localhost", "PORT": a_port(), "NODES": "2", "RANKS": "2"}
+    command = [CLUSTER / "torchrun", *arguments]
+    environment = {**os.environ, **machine}
+    return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
+    machines = two_machines("pretrain", recipe, *KEYS)
     said = [machine.communicate(timeout=120)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     result = json.loads(Path("run/result.json").read_text())
@@ -75,20 +74,7 @@ def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str) -> None:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = str(listener.getsockname()[1])
-    environment = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "HEAD": "localhost",
-        "PORT": port,
-        "NODES": "2",
-        "RANKS": "2",
-    }
-    steps = ("train.steps=24", "checkpoint.save_every_steps=4")
-    command = [CLUSTER / "torchrun", "pretrain", recipe, *KEYS, *steps]
-    machines = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    machines = two_machines("pretrain", recipe, *KEYS, "train.steps=24", "checkpoint.save_every_steps=4")
     kill_one("run", machines[0])
     said = [machine.communicate(timeout=150)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said

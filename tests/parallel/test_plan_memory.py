@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from switchcli.data.batch import Batch
 from switchcli.model.count import count
@@ -15,10 +17,13 @@ from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.plan import divisors
 from switchcli.parallel.plan_memory import Bytes, bytes_of, kept
-from switchcli.parallel.plan_model import Held, Mesh, Step, held, slots
+from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Step, held, slots
+from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.sizes import SIZES
+from switchcli.train.loop import accumulate_gradients
 from switchcli.train.memory import needed
-from switchcli.train.objective import cross_entropy
+from switchcli.train.microbatches import Microbatch
+from switchcli.train.objective import StepLoss, cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
 
 SMALL: dict[str, Any] = {
@@ -69,6 +74,43 @@ def kept_by_autograd(spec: ModelSpec, batch: Batch, bfloat16: bool) -> int:
             loss = cross_entropy(model, batch)
         assert (loss.target_sum + loss.auxiliary).requires_grad
     return sum(storage.nbytes() for place, storage in storages.items() if place not in parameters)
+
+
+def peak(spec: ModelSpec, step: Step, microbatch: int) -> int:
+    """Bytes of all tensors at once, at most, in one step: torch's count, of a step that it knows nothing of."""
+    runtime = Runtime("cpu", "float32" if step.product_bytes == FLOAT else "selective")
+    model = SwitchTransformer(spec)
+    initialise(model, seed=0)
+    model.train()
+    optimizer = Adafactor().build(dict(model.named_parameters()))
+    tracker = MemTracker()
+    tracker.track_external(model, *optimizer.state().values())
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(number: int) -> Microbatch:
+        lengths = (step.source, step.target)
+        ids = (torch.randint(2, spec.vocab_size, (microbatch, length), generator=generator) for length in lengths)
+        return Microbatch(number, Batch(*ids))
+
+    def objective(module: nn.Module, batch: Batch) -> StepLoss:
+        tracker.reset_mod_stats()  # else it refuses a second forward pass
+        return cross_entropy(module, batch)
+
+    with tracker:
+        microbatches = [rows(number) for number in range(step.sequences // microbatch)]
+        accumulate_gradients(model, objective, microbatches, step.sequences * step.target, runtime, "")
+        optimizer.step(1e-3)
+    return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+
+
+@pytest.mark.parametrize("microbatch", [2, 8])
+@pytest.mark.parametrize("product_bytes", [4, 2])
+@pytest.mark.parametrize("name", ["dense", "geglu", "switch", "top_k", "experts in both"])
+def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, microbatch: int) -> None:
+    """The plan holds all gradients and all activations at once: of a single microbatch some are gone by then."""
+    spec, step = ModelSpec(**{**SMALL, **MODELS[name]}), Step(8, 64, 24, product_bytes=product_bytes, fused=False)
+    planned = bytes_of(spec, step, Mesh(1), held_of(spec), microbatch).total
+    assert (0.9 if microbatch < step.sequences else 0.75) <= peak(spec, step, microbatch) / planned <= 1.0
 
 
 def predicted(spec: ModelSpec, step: Step) -> int:
