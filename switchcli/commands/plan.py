@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from switchcli.commands.describe import describe
 from switchcli.commands.huggingface import empty
 from switchcli.errors import RecipeError, disk_errors
+from switchcli.parallel.mesh import ALONE, ParallelSpec
 from switchcli.parallel.plan import Fit, Machine, Plan, model_axes, plan
-from switchcli.parallel.plan_model import Step, held
+from switchcli.parallel.plan_model import Mesh, Step, held
 from switchcli.parallel.plan_traffic import Collective
 from switchcli.recipe import library, resolve, text
 from switchcli.recipe.schema import PretrainRecipe, standing_alone
@@ -100,7 +101,17 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
     weights = dict(empty(spec).named_parameters())
     state = recipe.optimizer.build(weights).state()
     own = {model: held(weights, state, model) for model in model_axes(spec, machine.devices)}
-    return Planned(name, recipe, machine, plan(spec, step, machine, microbatch, own))
+    found = plan(spec, step, machine, microbatch, own)
+    said = recipe.parallel
+    if said != ALONE:
+        fits = (one for one in found.fits if _is_said(one.mesh, said))
+        found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))
+    return Planned(name, recipe, machine, found)
+
+
+def _is_said(mesh: Mesh, said: ParallelSpec) -> bool:
+    """Whether the recipe leaves that mesh open."""
+    return said.expert == mesh.expert and said.data in (None, mesh.data)
 
 
 def _machine(options: Options) -> Machine:
@@ -197,8 +208,8 @@ def _tables(planned: Planned, most: int | None) -> Iterator[HtmlTable]:
     if fits:
         title = f"Meshes that fit, the fastest first: GiB a device, seconds a step{_more(fits, most)}"
         yield HtmlTable(title, _FIT_HEADINGS, map(_fit_row, fits[:most]))
-        calls = map(_call_row, fits[0].collectives)
-        yield HtmlTable(f"Collectives of {fits[0].mesh}, on each device", _CALL_HEADINGS, calls)
+        if calls := [*map(_call_row, fits[0].collectives)]:
+            yield HtmlTable(f"Collectives of {fits[0].mesh}, on each device", _CALL_HEADINGS, calls)
     if refused:
         # The ways to shard one mesh are one line, of the way that needs least.
         lines: dict[object, tuple[str, int]] = {}

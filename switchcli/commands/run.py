@@ -16,7 +16,7 @@ import torch
 from switchcli import __version__
 from switchcli.commands.load import saved_recipe
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.parallel.launch import Ended, is_rank, join_srun, launch
+from switchcli.parallel.launch import Ended, end_with_launcher, is_rank, join_srun, launch
 from switchcli.parallel.mesh import ALONE, check_world
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
@@ -62,7 +62,10 @@ def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ende
         DistributedError: as `launch` and `join_srun` say.
     """
     join_srun(os.environ)
-    if processes == 1 or is_rank():
+    if is_rank():
+        end_with_launcher()
+        return None
+    if processes == 1:
         return None
     parallel, device = (
         (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)

@@ -367,7 +367,8 @@ class Training:
         out, switchcli = self.folder.path, program()
         console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
         verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"
-        again = shlex.join([verb, str(out / "recipe.yaml"), steps, "--out", str(out)])
+        ranks = ["--processes", str(self.runtime.world)] if self.runtime.world > 1 else []
+        again = shlex.join([verb, str(out / "recipe.yaml"), steps, "--out", str(out), *ranks])
         asked = "The <extra_id_0> of a list is its <extra_id_1>."
         if scores:
             asked = min((example.input for example in self.text.exams[0].examples), key=len)

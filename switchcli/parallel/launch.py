@@ -4,11 +4,15 @@ accelerate's own launcher starts a single process on a machine without a GPU wha
 which it builds on, does not. `Runtime` finds its ranks as it finds those of any launcher.
 """
 
+import ctypes
 import json
 import logging
 import os
 import re
+import signal
+import sys
 import tempfile
+import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +21,9 @@ from switchcli.errors import DistributedError
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
+REPORT_SECONDS = 30
+"""How long `launch` waits for the main rank's report after it was stopped several times over."""
+PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
 REPORTS = "SWITCHCLI_REPORTS"
 """The environment variable by which `launch` names its ranks the folder for their reports."""
 
@@ -53,10 +60,15 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory() as reports:
         os.environ[REPORTS] = reports
+        logs = f"--log-dir={reports}"  # else a folder of its own stays
         try:
-            run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
+            run(get_args_parser().parse_args([logs, *options]))  # type: ignore[no-untyped-call]
         except ChildFailedError as failure:
-            rank, first = min(failure.failures.items(), key=lambda item: item[1].timestamp)
+            # A rank that was killed comes before those that lost it; torch ends the rest by SIGTERM.
+            rank, first = min(
+                failure.failures.items(),
+                key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM, item[1].timestamp),
+            )
             if first.exitcode < 0:
                 raise DistributedError(
                     f"rank {rank} was killed by signal {-first.exitcode}; the others were ended"
@@ -66,12 +78,12 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
             silent = Ended(first.exitcode, f"rank {rank} ended with exit code {first.exitcode}; see what it printed")
             return next((one for one in told if one and one.exit_code == first.exitcode), silent)
         except SignalException as stopped:
-            # torch forwarded the signal and forgets how the ranks took it; the main one has told.
-            if ended := _reported(reports, 0):
+            # torch forwarded the signal and forgets how the ranks took it; the main one tells.
+            if ended := _awaited(reports):
                 return ended
             raise DistributedError(
-                f"stopped by {stopped.sigval.name}, and the ranks left without saving: the same command goes on from "
-                "the last save"
+                f"stopped by {stopped.sigval.name}, and the ranks have not told how they ended: the same command goes "
+                "on from the last save"
             ) from None
     return Ended(0, None)
 
@@ -81,13 +93,34 @@ def report(error: str, exit_code: int) -> bool:
     if REPORTS not in os.environ or not is_rank():  # the launcher itself has it too
         return False
     path = Path(os.environ[REPORTS]) / os.environ["RANK"]
-    path.write_text(json.dumps([exit_code, error]), encoding="utf-8")
+    try:
+        path.write_text(json.dumps([exit_code, error]), encoding="utf-8")
+    except OSError:  # the launcher is gone
+        return False
     return True
+
+
+def end_with_launcher() -> None:
+    """Have this rank of `launch` stop, and save, when the launcher dies without a word; on Linux, elsewhere it goes on."""
+    if REPORTS in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _awaited(reports: str) -> Ended | None:
+    """What the main rank reports, if it does soon; more signals, which have been forwarded, do not end the waiting."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    until = time.monotonic() + REPORT_SECONDS
+    while (ended := _reported(reports, 0)) is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return ended
 
 
 def _reported(reports: str, rank: int) -> Ended | None:
     path = Path(reports) / str(rank)
-    return Ended(*json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if not path.is_file() or not (told := path.read_text(encoding="utf-8")):
+        return None
+    return Ended(*json.loads(told))
 
 
 def is_rank() -> bool:

@@ -4,6 +4,7 @@ Every rank takes a share of the batch (data parallel). Experts lie over the same
 beside the other, holds all of them once, and the groups are replicas of each other.
 """
 
+import math
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -52,10 +53,9 @@ def check_world(spec: ParallelSpec, world: int) -> None:
             f"{spec.data} say, or leave it out"
         )
     if world % spec.expert:
-        another = "leave it out" if world == 1 else f"take a divisor of {world}"
         raise RecipeError(
             f"parallel.expert ({spec.expert}) must divide the number of ranks ({world}): start a multiple of "
-            f"{spec.expert}, by --processes {spec.expert} say, or {another}"
+            f"{spec.expert}, by --processes {spec.expert} say, or take parallel.expert={math.gcd(spec.expert, world)}"
         )
 
 

@@ -121,7 +121,8 @@ class TrainingRecipe(Spec, ABC):
             yield f"parallel.expert ({ranks}): the model is dense (model.num_experts: 1): leave it out."
         elif experts % ranks:
             rule = f"must divide the {experts} experts of a layer (model.num_experts)"
-            yield f"parallel.expert ({ranks}) {rule}: try {math.gcd(experts, ranks)}."
+            fitting = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
+            yield f"parallel.expert ({ranks}) {rule}: take one of {fitting}."
         if data is not None and data % ranks:
             yield f"parallel.expert ({ranks}) must divide parallel.data ({data}): try {math.gcd(data, ranks)}."
 

@@ -72,7 +72,7 @@ def test_experts_that_cannot_be_shared_start_no_rank(
 ) -> None:
     monkeypatch.setattr("switchcli.commands.run.launch", None)
     for keys, said in {
-        "parallel.expert=3": "parallel.expert (3) must divide the 4 experts of a layer (model.num_experts): try 1.",
+        "parallel.expert=3": "(3) must divide the 4 experts of a layer (model.num_experts): take one of 1, 2, 4.",
         "parallel={data: 6, expert: 4}": "parallel.expert (4) must divide parallel.data (6): try 2.",
         "parallel.expert=0": "parallel.expert: must be at least 1 (got 0)",
     }.items():

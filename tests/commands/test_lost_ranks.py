@@ -47,3 +47,20 @@ def test_ranks_that_torchrun_starts_again_go_on_from_the_last_save(recipe: str) 
     # Not bit by bit: DistributedDataParallel lays its buckets out anew after its first step, and where a number lies
     # says in which order four ranks add it up. With two ranks there is one order.
     assert result[FIGURE] == pytest.approx(whole[FIGURE], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
+def test_ranks_whose_launcher_was_killed_save_and_end(recipe: str) -> None:
+    many = ("train.steps=100000", "checkpoint.save_every_steps=5")
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS, *many, "--out", "run", "--processes", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(Path("run").glob("checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + SECONDS
+    while ranks_of("run"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -99,6 +99,12 @@ def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], said: str,
     assert done.err.count("\n") == 1
 
 
+def test_what_the_recipe_says_of_the_mesh_is_kept_to(switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, "switch-base-8", "parallel.expert=4", "--devices", 8)
+    assert {fit["expert"] for fit in found["fits"]} == {4}
+    assert {refusal["expert"] for refusal in found["refused"]} <= {4}
+
+
 def test_by_default_there_is_a_node_of_eight(switchcli: SwitchCLI) -> None:
     assert planned(switchcli, "tiny")["machine"]["devices"] == 8
 
