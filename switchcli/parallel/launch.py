@@ -101,7 +101,7 @@ def report(error: str, exit_code: int) -> bool:
 
 
 def end_with_launcher() -> None:
-    """Have this rank of `launch` stop, and save, when the launcher dies without a word; on Linux, elsewhere it goes on."""
+    """Have this rank of `launch` stop, and save, when the launcher dies without a word: on Linux alone."""
     if REPORTS in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
