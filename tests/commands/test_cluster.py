@@ -73,9 +73,11 @@ def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str) -> None:
-    machines = two_machines("pretrain", recipe, *KEYS, "train.steps=24", "checkpoint.save_every_steps=4")
-    kill_one("run", machines[0])
+def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    keys = (*KEYS[:-1], run, "train.steps=24", "checkpoint.save_every_steps=4")
+    machines = two_machines("pretrain", recipe, *keys)
+    kill_one(run, machines[0])
     said = [machine.communicate(timeout=150)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert json.loads(Path("run/result.json").read_text())["step"] == 24

@@ -26,7 +26,8 @@ INTERRUPTED = 75
 
 
 def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / f"checkpoints/step-{step:08d}/model-00000.safetensors")
+    files = Path(run, f"checkpoints/step-{step:08d}").glob("model-*.safetensors")  # a rank's share in each
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

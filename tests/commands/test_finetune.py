@@ -29,7 +29,8 @@ def metrics(run: str) -> list[dict[str, Any]]:
 
 
 def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / f"checkpoints/step-{step:08d}/model-00000.safetensors")
+    files = Path(run, f"checkpoints/step-{step:08d}").glob("model-*.safetensors")  # a rank's share in each
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def test_a_run_end_to_end(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:

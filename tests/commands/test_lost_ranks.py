@@ -18,31 +18,33 @@ KEYS = (f"train.steps={STEPS}", "train.batch_tokens=512", "checkpoint.save_every
 
 
 @pytest.mark.slow
-def test_the_others_end_and_name_the_rank_and_the_step(recipe: str) -> None:
-    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS, "--out", "run", "--processes", str(RANKS)]
+def test_the_others_end_and_name_the_rank_and_the_step(recipe: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS, "--out", run, "--processes", str(RANKS)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    kill_one("run", process)
+    kill_one(run, process)
     before = time.monotonic()
     _, said = process.communicate(timeout=SECONDS)
     assert time.monotonic() - before < SECONDS
     assert process.returncode == 6
     assert re.search(r"after step \d+: the other ranks cannot be reached", said)
     assert re.search(r"error: rank \d was killed by signal 9; the others were ended", said)
-    assert not ranks_of("run")
+    assert not ranks_of(run)
 
 
 @pytest.mark.slow
-def test_ranks_that_torchrun_starts_again_go_on_from_the_last_save(recipe: str) -> None:
+def test_ranks_that_torchrun_starts_again_go_on_from_the_last_save(recipe: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
     arguments = ["-m", "switchcli", "pretrain", recipe, *KEYS, "--json", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     straight = [*torchrun, *arguments, "straight"]
     subprocess.run(straight, check=True, capture_output=True, timeout=120)
-    again = [*torchrun, "--max-restarts=1", *arguments, "run"]
+    again = [*torchrun, "--max-restarts=1", *arguments, run]
     process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    kill_one("run", process)
+    kill_one(run, process)
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    result, whole = (json.loads(Path(run, "result.json").read_text()) for run in ("run", "straight"))
+    result, whole = (json.loads(Path(one, "result.json").read_text()) for one in (run, "straight"))
     assert json.loads(out.splitlines()[-1])["step"] == result["step"] == STEPS
     # Not bit by bit: DistributedDataParallel lays its buckets out anew after its first step, and where a number lies
     # says in which order four ranks add it up. With two ranks there is one order.
@@ -51,16 +53,17 @@ def test_ranks_that_torchrun_starts_again_go_on_from_the_last_save(recipe: str) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
-def test_ranks_whose_launcher_was_killed_save_and_end(recipe: str) -> None:
+def test_ranks_whose_launcher_was_killed_save_and_end(recipe: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
     many = ("train.steps=100000", "checkpoint.save_every_steps=5")
-    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS, *many, "--out", "run", "--processes", "2"]
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS, *many, "--out", run, "--processes", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(Path("run").glob("checkpoints/step-*")):
+    while not list(Path(run).glob("checkpoints/step-*")):
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
     deadline = time.monotonic() + SECONDS
-    while ranks_of("run"):
+    while ranks_of(run):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -23,12 +23,12 @@ from switchcli.train.optimizer import Adafactor
 MIB = 2**20
 LARGE = ModelSpec(
     **{**SHAPE, "d_model": 256, "d_ff": 1024},
-    num_experts=64,
+    num_experts=128,
     sparse_every=1,
     router=Switch(capacity_factor=8.0, min_capacity=1),
 )
-ROOM = 640 * MIB
-"""Of address space beyond what a rank takes before it has a model."""
+ROOM = 1216 * MIB
+"""Of address space beyond what a rank takes before it has a model; half of it is for what threads of gloo reserve."""
 
 
 def trained(parallel: ParallelSpec) -> str:
@@ -56,6 +56,6 @@ def trained(parallel: ParallelSpec) -> str:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own size from Linux")
 def test_experts_that_one_rank_has_no_room_for_train_on_four() -> None:
     expert_bytes = 4 * count(LARGE).expert
-    assert ROOM - 140 * MIB <= expert_bytes <= ROOM  # the weights alone would fit; their gradients do not
+    assert ROOM - 256 * MIB <= expert_bytes <= ROOM  # the weights alone would fit; their gradients do not
     assert "can't allocate memory" in on_ranks(1, trained, ParallelSpec())[0]
     assert on_ranks(4, trained, ParallelSpec(expert=4)) == ["trained"] * 4
