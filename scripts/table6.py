@@ -38,9 +38,11 @@ def main(folder: Path) -> None:
         gains, kept, over = ([], [], [])
         for one, base, best, longer in zip(found, dense, teacher, twice, strict=True):
             gains.append(one - base)
-            kept.append(gains[-1] / (best - base))
+            kept.append(
+                f"{gains[-1] / (best - base):.0%}" if best > base else "-"
+            )  # a teacher without a gain has no share
             over.append(one - longer)
-        share = "" if name.startswith(("dense", "teacher")) else ", ".join(f"{part:.0%}" for part in kept)
+        share = "" if name.startswith(("dense", "teacher")) else ", ".join(kept)
         row = [", ".join(f"{one:.4f}" for one in found), spread(gains), share, spread(over)]
         print(f"| {said} | {' | '.join(row)} |")
 
