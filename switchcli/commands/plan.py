@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from switchcli.commands.describe import describe
 from switchcli.commands.huggingface import empty
 from switchcli.errors import RecipeError, disk_errors
+from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.parallel.mesh import ALONE, ParallelSpec
 from switchcli.parallel.plan import Fit, Machine, Plan, model_axes, plan
 from switchcli.parallel.plan_model import Mesh, Step, held
@@ -160,8 +161,7 @@ def _of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
 
 
 def _flops_per_step(recipe: TrainingRecipe) -> int:
-    """Forward, and twice as many backward."""
-    return 3 * recipe.rows_per_step * int(describe(recipe)["flops_per_sequence"])
+    return FORWARD_AND_BACKWARD * recipe.rows_per_step * int(describe(recipe)["flops_per_sequence"])
 
 
 def show(planned: Planned) -> None:

@@ -18,6 +18,7 @@ from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import AnyBatch, Batch
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DistributedError, Interrupted
+from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
@@ -43,7 +44,6 @@ from switchcli.train.saver import DATA, TEXT, Saver, preflight
 from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec, figures_of
 from switchcli.train.state import HELD_OUT, TrainState
 
-FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass
 NUM_SAMPLES = 2
 
 Write = Callable[[Record], None]
@@ -341,12 +341,10 @@ class Training:
         batch = self.runtime.place(self.text.samples)
         with self.runtime.uncompiled():
             length = batch.targets_BT.shape[1]
-            filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, length, all_done=self._all_done)
+            all_done = self.runtime.all_done if self.runtime.needs_all else locally
+            filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, length, all_done=all_done)
         for inputs, targets, output in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), filled, strict=True):
             self.console.sample(decode(inputs), decode(targets), output)
-
-    def _all_done(self, done_B: torch.Tensor) -> bool:
-        return self.runtime.all_done(done_B) if self.runtime.needs_all else locally(done_B)
 
     def _show(self, result: dict[str, Any], scores: Mapping[str, Scores]) -> None:
         console, state = self.console, self.state

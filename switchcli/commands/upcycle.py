@@ -67,7 +67,6 @@ def upcycle(
     parameters = place_checkpoint(
         destination, going_on(recipe, destination), opened.tokenizer, weights, data_of(opened)
     )
-    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     found = {stack: correction(spec.router_of(stack), experts, gate) for stack in stacks}
     exactly = not noise and recipe.train.precision != "bfloat16"  # whose routers' gates are rounded
     return {

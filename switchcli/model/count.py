@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from switchcli.model.spec import STACKS, ModelSpec
 
+FORWARD_AND_BACKWARD = 3
+"""FLOPs of a training step over those of its forward pass."""
+
 
 class Count(NamedTuple):
     """Parameters, and FLOPs of one sequence's forward pass."""

@@ -85,16 +85,16 @@ class _Combine(torch.autograd.Function):
     def forward(
         ctx: Any, y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
-        ctx.save_for_backward(y_AO, weight_A, source_A)
+        ctx.save_for_backward(y_AO if ctx.needs_input_grad[1] else None, weight_A, source_A)
         weighted_AO = y_AO * weight_A.unsqueeze(1).to(y_AO.dtype)
         return weighted_AO.new_zeros(num_tokens, y_AO.shape[1]).index_add_(0, source_A, weighted_AO)
 
     @staticmethod
-    def backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         y_AO, weight_A, source_A = ctx.saved_tensors
         gradient_AO = gradient_NO.index_select(0, source_A)
-        for_weight_A = torch.linalg.vecdot(gradient_AO, y_AO).to(weight_A.dtype)
-        return gradient_AO.mul_(weight_A.unsqueeze(1)), for_weight_A, None, None
+        for_weight_A = None if y_AO is None else torch.linalg.vecdot(gradient_AO, y_AO).to(weight_A.dtype)
+        return gradient_AO.mul_(weight_A.unsqueeze(1).to(gradient_AO.dtype)), for_weight_A, None, None
 
 
 def rows_of(routing: Routing, group_size: int, exact: bool) -> Rows:

@@ -47,22 +47,22 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    options = [
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        f"--shutdown-timeout={SAVING_SECONDS}",
-        "-m",
-        "switchcli",
-        *arguments,
-    ]
     logging.disable(logging.CRITICAL)  # the ranks say themselves why they end
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory() as reports:
         os.environ[REPORTS] = reports
-        logs = f"--log-dir={reports}"  # else a folder of its own stays
+        options = [
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            f"--shutdown-timeout={SAVING_SECONDS}",
+            f"--log-dir={reports}",  # else a folder of its own stays
+            "-m",
+            "switchcli",
+            *arguments,
+        ]
         try:
-            run(get_args_parser().parse_args([logs, *options]))  # type: ignore[no-untyped-call]
+            run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
         except ChildFailedError as failure:
             # A rank that was killed comes before those that lost it; torch ends the rest by SIGTERM.
             rank, first = min(

@@ -9,7 +9,7 @@ has a latency. It is to compare meshes, not to promise a time.
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from switchcli.model.count import count
+from switchcli.model.count import FORWARD_AND_BACKWARD, count
 from switchcli.model.spec import STACKS, ModelSpec
 from switchcli.parallel.plan_memory import Bytes, bytes_of
 from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Shard, Step, output_widths, slots
@@ -159,7 +159,7 @@ def _too_much(mesh: Mesh, needed: Bytes, machine: Machine, size: int) -> Refusal
 
 
 def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
-    """Products of a device in a step, forward and twice backward.
+    """Products of a device in a step, forward and backward.
 
     Those of `count`, with the rows that the experts do compute instead of one expert a token, and the routers' own,
     which every rank of the model axis takes.
@@ -177,7 +177,7 @@ def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
             rows = slots(spec, stack, step, microbatch, mesh.expert).rows * sequences / microbatch
             forward += 2 * layers * (rows - chosen) * counted.expert / experts
             routing += 2 * layers * len(output_widths(spec)) * tokens * spec.num_experts * spec.d_model
-    return 3 * (forward / mesh.model + routing)
+    return FORWARD_AND_BACKWARD * (forward / mesh.model + routing)
 
 
 def _seconds(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -34,17 +34,17 @@ STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
 MAIN_TIMEOUT = timedelta(days=7)
 """How long the others wait while the main rank does something alone: preparing data takes what it takes."""
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
-
 WRITE_TIMEOUT = timedelta(hours=1)
 """How long a rank waits while the others write their share of a checkpoint."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 T = TypeVar("T")
 
 
 class Runtime:
-    """`rank` of `world` processes, each on its `device`; rank 0 is the main one, which writes and prints."""
+    """`rank` of `world` processes, each on its `device`; rank 0 is the main one, which prints, and writes what
+    has no shares."""
 
     def __init__(
         self,
@@ -86,9 +86,10 @@ class Runtime:
         self._compiled = False
         self._control = self._main_wait = self._writing = None
         if self.world > 1:
-            self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
-            self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
-            self._writing = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+            with lost_ranks_explained():
+                self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+                self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+                self._writing = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self.groups = Groups()
         if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
             self.on_main(lambda: check_world(parallel, self.world))
@@ -167,14 +168,14 @@ class Runtime:
 
     def gradient_norm(self, model: nn.Module) -> torch.Tensor:
         """The norm of all gradients of the model, those of experts on other ranks too; float32, on every rank."""
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         if self.groups.experts is None:
-            return _norm(parameters)
-        experts = set(expert.expert_parameters(model).values())
-        squares = _norm([one for one in parameters if one in experts]).square().to(self.device)  # of none: on the CPU
+            return _norm(model.parameters())
+        experts = expert.expert_parameters(model).values()
+        squares = _norm(experts).square().to(self.device)  # of none: on the CPU
         with lost_ranks_explained():
             dist.all_reduce(squares, group=self.groups.experts.group)
-        return (_norm([one for one in parameters if one not in experts]).square() + squares).sqrt()
+        others = set(model.parameters()).difference(experts)
+        return (_norm(one for one in model.parameters() if one in others).square() + squares).sqrt()
 
     def autocast(self) -> AbstractContextManager[object]:
         """Products in the recipe's precision."""
@@ -258,7 +259,7 @@ class Runtime:
         raw = text.encode()
         sizes = _summed([len(raw) if rank == self.rank else 0 for rank in range(self.world)], self._writing)
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else padded[:0]
+        padded[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
         texts = torch.empty(self.world * max(sizes), dtype=torch.uint8)
         with lost_ranks_explained():
             dist.all_gather_single(texts, padded, group=self._writing)
@@ -298,7 +299,7 @@ def _meet_again(backend: str) -> None:
         dist.init_process_group(backend, store=apart, rank=rank, world_size=world, timeout=STEP_TIMEOUT)
 
 
-def _norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def _norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 

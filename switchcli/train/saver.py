@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from switchcli.errors import CheckpointError, DistributedError
+from switchcli.errors import CheckpointError, RankError
 from switchcli.model.moe import experts_here
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
@@ -44,7 +44,13 @@ class Saver:
         self._settings = settings
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept."""
+        """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept.
+
+        What any other end leaves behind is removed by the next save, or the next start.
+
+        Raises:
+            CheckpointError: the disk refuses this rank; RankError: another one. Off the main rank: OtherRankError.
+        """
         runtime, settings = self._runtime, self._settings
         window = reduce(state.window, runtime)
         (unique,) = runtime.sum_over_ranks([secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0])
@@ -61,14 +67,9 @@ class Saver:
                 for entry in json.loads(one)
             ]
             runtime.on_main(lambda: saving.finish(everything, documents))
-        except DistributedError:
-            raise  # some may still write: what is left over is for `latest` to remove
-        except BaseException:
-            if runtime.is_main:
-                saving.clear()
-            raise
-        if runtime.is_main:
+        except (CheckpointError, RankError):  # on the main rank, when no other writes any more
             saving.clear()
+            raise
         runtime.on_main(lambda: checkpoint.prune(self._folder, settings.keep_last, keep_best=settings.keep_best))
 
     def _slots(self) -> dict[str, torch.Tensor]:
@@ -135,9 +136,7 @@ def preflight(
 def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: range) -> None:
     """Fill the optimizer of a run that begins with the weights of `found` from the optimizer's state there.
 
-    `experts` are those that are here.
-
-    The checkpoint may hold the state of more parameters than learn now.
+    The checkpoint may hold the state of more parameters than learn now, and of more `experts` than are here.
 
     Raises:
         CheckpointError: it has no such state, or that of another optimizer.
