@@ -60,7 +60,7 @@ def _forward(model: SwitchTransformer, here: Batch, runtime: Runtime) -> None:
     """A forward pass with the loss over the vocabulary: what evaluating the teacher costs."""
     with runtime.autocast():
         output = model(here.inputs_BS, here.targets_BT)
-        summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, here.targets_BT.flatten())
+        summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary, here.targets_BT.flatten())
 
 
 def _model(experts: int, job: Job, runtime: Runtime) -> SwitchTransformer:

@@ -54,7 +54,8 @@ class Ours(Subject):
                 here = slice(step, step + 1)
                 x_B1D = self.model.embed(shifted_BT[:, here])
                 hidden_B1D, _ = self.model.decoder(x_B1D, text.targets_BT[:, here] != PAD, encoded, cache)
-                steps.append(F.linear(*self.model.vocabulary(hidden_B1D)))
+                hidden_B1D, vocabulary = self.model.vocabulary(hidden_B1D)
+                steps.append(F.linear(hidden_B1D, vocabulary.weight_VD))
         return torch.cat(steps, dim=1)
 
     def loss(self, text: Text) -> Loss:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from switchcli.model.axis import UNDIVIDED, Axis
 from switchcli.model.layers import compute_dtype, dropout, linear
 from switchcli.model.spec import ModelSpec
 
@@ -34,8 +35,10 @@ class Attention(nn.Module):
         self.k = linear(spec.d_model, width)
         self.v = linear(spec.d_model, width)
         self.o = linear(width, spec.d_model)
-        self.num_heads = spec.num_heads
+        self.head_width = spec.head_width
         self.dropout = spec.dropout
+        self.axis = UNDIVIDED
+        """Of the heads. Who calls lets x enter it, once for queries, keys and values."""
 
     def query(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """By head: [B, H, T, K]."""
@@ -46,15 +49,17 @@ class Attention(nn.Module):
 
     def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
         """Softmax(q k + bias) v. The bias broadcasts: positions [1, H, T, S], a mask [B, 1, 1, S], or their sum."""
-        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, self.dropout if self.training else 0.0)
-        return self.o(mixed_BHTK.transpose(1, 2).flatten(2))
+        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, self.dropout if self.training else 0.0, self.axis)
+        return self.axis.leave(self.o(mixed_BHTK.transpose(1, 2).flatten(2)))
 
     def _heads(self, x_BSA: torch.Tensor) -> torch.Tensor:
         B, S, _ = x_BSA.shape
-        return x_BSA.view(B, S, self.num_heads, -1).transpose(1, 2)
+        return x_BSA.view(B, S, -1, self.head_width).transpose(1, 2)
 
 
-def attend(query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, rate: float) -> torch.Tensor:
+def attend(
+    query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, rate: float, axis: Axis = UNDIVIDED
+) -> torch.Tensor:
     """Attention without scaling, logits and softmax in float32, through torch's fused kernels where they serve.
 
     On a CPU a bias that learns sends torch to a fallback: a little slower than the plain products in float32, three
@@ -64,7 +69,7 @@ def attend(query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, rate:
     to drop its value.
     """
     key_BHSK, value_BHSK = memory
-    value_BHSK = dropout(value_BHSK, rate, training=True, shared=-1)
+    value_BHSK = dropout(value_BHSK, rate, training=True, shared=-1, axis=axis, divided=1)
     if query_BHTK.is_cpu and bias.requires_grad:
         with torch.autocast(query_BHTK.device.type, enabled=False):
             logits_BHTS = (query_BHTK.float() @ key_BHSK.float().mT).add_(bias)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from switchcli.model.axis import UNDIVIDED, part_of
 from switchcli.model.layers import activate
 from switchcli.model.spec import ModelSpec
 
@@ -30,6 +31,8 @@ class Experts(nn.Module):
         """Of the whole layer."""
         self.here = range(E)
         """The numbers of those that are here: of all of them, unless `keep` was called."""
+        self.axis = UNDIVIDED
+        """Of the hidden units."""
 
     def keep(self, part: int, parts: int) -> None:
         """Hold part number `part` alone, of `parts` equal ones; a divisor of the experts."""
@@ -47,7 +50,8 @@ class Experts(nn.Module):
         """
         if not self.training or not self.dropout:
             return None
-        return F.dropout(x_AD.new_ones(num_sequences, self.wi.shape[1]), self.dropout)
+        mask_BF = F.dropout(x_AD.new_ones(num_sequences, self.wi.shape[1] * self.axis.size), self.dropout)
+        return part_of(mask_BF, self.axis, 1)
 
     def forward(self, x_AD: torch.Tensor, end_E: torch.Tensor, mask_AF: torch.Tensor | None) -> torch.Tensor:
         """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0.

@@ -102,8 +102,8 @@ def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, going
     """Logits_RV of the token after the last one; a row that goes on no longer is not routed."""
     x_R1D = model.embed(last_R.unsqueeze(1))
     hidden_R1D, _ = model.decoder(x_R1D, going_R.unsqueeze(1), source.encoded, source.cache)
-    hidden_R1D, vocabulary_VD = model.vocabulary(hidden_R1D)
-    return _few_rows(hidden_R1D.squeeze(1), vocabulary_VD)
+    hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
+    return vocabulary.axis.side_by_side(_few_rows(hidden_R1D.squeeze(1), vocabulary.weight_VD))
 
 
 def _few_rows(hidden_RD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from switchcli.model.axis import UNDIVIDED, Axis, part_of
 from switchcli.model.spec import ModelSpec
 
 
@@ -33,16 +34,20 @@ def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
     return nn.Linear(num_inputs, num_outputs, bias=False)
 
 
-def dropout(x: torch.Tensor, rate: float, training: bool, shared: int = -2) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, rate: float, training: bool, shared: int = -2, axis: Axis = UNDIVIDED, divided: int = -1
+) -> torch.Tensor:
     """T5's dropout: one mask for all positions, which lie along dim `shared`, drawn from torch's generator.
 
-    So only a thin mask is drawn and kept: on a CPU to draw is what costs.
+    So only a thin mask is drawn and kept: on a CPU to draw is what costs. Each process of `axis`, which holds its part
+    of dim `divided`, draws the mask of all parts: it does not depend on their number.
     """
     if not training or rate == 0.0:
         return x
     mask_shape = list(x.shape)
     mask_shape[shared] = 1
-    return x * F.dropout(x.new_ones(mask_shape), rate)
+    mask_shape[divided] *= axis.size
+    return x * part_of(F.dropout(x.new_ones(mask_shape), rate), axis, divided)
 
 
 class FeedForward(nn.Module):
@@ -54,11 +59,13 @@ class FeedForward(nn.Module):
         self.wi_gate = linear(spec.d_model, spec.d_ff) if spec.activation == "geglu" else None
         self.wo = linear(spec.d_ff, spec.d_model)
         self.dropout = spec.dropout
+        self.axis = UNDIVIDED
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        x_BSD = self.axis.enter(x_BSD)
         gate = None if self.wi_gate is None else self.wi_gate(x_BSD)
-        hidden_BSF = dropout(activate(self.wi(x_BSD), gate), self.dropout, self.training)
-        return self.wo(hidden_BSF)
+        hidden_BSF = dropout(activate(self.wi(x_BSD), gate), self.dropout, self.training, axis=self.axis)
+        return self.axis.leave(self.wo(hidden_BSF))
 
 
 def activate(hidden: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

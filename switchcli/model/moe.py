@@ -70,15 +70,17 @@ class SwitchLayer(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> SwitchOutput:
         """`real_BS` is False for padding. B must be a multiple of the sequences that the router takes `together`."""
+        axis = self.experts.axis
         B, S, D = x_BSD.shape
         x_GND = x_BSD.reshape(B // self.rule.together(self.mode), -1, D)
         with torch.autocast(x_BSD.device.type, enabled=False):  # which would choose a precision for the softmax
             routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
-        x_AD, sent = self.dispatcher.send(x_GND, routing, self.training)
+            routing = routing._replace(weight_GEC=axis.enter(routing.weight_GEC))
+        x_AD, sent = self.dispatcher.send(axis.enter(x_GND), routing, self.training)
         mask_BF = self.experts.mask(x_AD, B)
         mask_AF = None if mask_BF is None else self.dispatcher.spread(mask_BF, sent, S)
         y_AO = self.experts(x_AD, sent.end_E, mask_AF)
-        y_GNO = self.dispatcher.receive(y_AO, sent, x_GND)
+        y_GNO = axis.leave(self.dispatcher.receive(y_AO, sent, x_GND))
         return SwitchOutput(y_GNO.reshape(B, S, -1), routing.report)
 
 

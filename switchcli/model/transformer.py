@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias, shared_bias
+from switchcli.model.axis import UNDIVIDED
 from switchcli.model.cache import Cache, Past
 from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
 from switchcli.model.losses import auxiliary_loss
@@ -22,6 +23,7 @@ from switchcli.model.packing import Segments, between_segments, decoder_inputs
 from switchcli.model.reports import Reports
 from switchcli.model.spec import STACKS, ModelSpec, Stack
 from switchcli.model.switch_attention import SwitchAttention
+from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import PAD
 
 
@@ -30,7 +32,7 @@ class ModelOutput(NamedTuple):
 
     hidden_BTD: torch.Tensor
     """What the softmax matrix is multiplied with: a loss may then do without all logits at once."""
-    vocabulary_VD: torch.Tensor
+    vocabulary: Vocabulary
     """The softmax matrix."""
     auxiliary: torch.Tensor | None
     """Balance and z-losses with their coefficients; None of a dense model."""
@@ -39,7 +41,7 @@ class ModelOutput(NamedTuple):
 
     @property
     def logits_BTV(self) -> torch.Tensor:
-        return F.linear(self.hidden_BTD, self.vocabulary_VD)
+        return F.linear(self.hidden_BTD, self.vocabulary.weight_VD)
 
     @property
     def reports(self) -> Reports:
@@ -76,6 +78,7 @@ class SelfAttention(nn.Module):
             query_BHTK, memory, report = self.attention.project(normed_BTD, real_BT)
             reports = (report,)
         else:
+            normed_BTD = self.attention.axis.enter(normed_BTD)
             query_BHTK, memory = self.attention.query(normed_BTD), self.attention.key_value(normed_BTD)
         memory = memory if past is None else past.append(memory)
         y_BTD = self.attention(query_BHTK, memory, bias_BHTS)
@@ -95,7 +98,8 @@ class CrossAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B1TS: torch.Tensor) -> torch.Tensor:
-        shared_BTD = self.norm(x_BTD).view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
+        normed_BTD = self.attention.axis.enter(self.norm(x_BTD))
+        shared_BTD = normed_BTD.view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
         y_BTD = self.attention(self.attention.query(shared_BTD), memory, bias_B1TS).view_as(x_BTD)
         return x_BTD + dropout(y_BTD, self.dropout, self.training)
 
@@ -246,6 +250,8 @@ class SwitchTransformer(nn.Module):
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
         self.head = None if spec.tie_embeddings else linear(spec.d_model, spec.vocab_size)
+        self.axis = UNDIVIDED
+        """Of the vocabulary."""
         for module in self.modules():
             if isinstance(module, Router):
                 module.dtype = router_dtype
@@ -257,21 +263,26 @@ class SwitchTransformer(nn.Module):
 
         With `segments` (packing.segments_of) rows are packed: given those of its own example alone.
         """
-        encoded = self.encode(inputs_BS, segments)
+        encoded = self._encode(inputs_BS, segments)
         x_BTD = self.embed(decoder_inputs(targets_BT, segments))
         hidden_BTD, reports = self.decoder(x_BTD, targets_BT != PAD, encoded, segments=segments)
         encoder, decoder = (self.spec.router_of(stack) for stack in STACKS)
         auxiliary = auxiliary_loss([(encoder, encoded.reports), (decoder, reports)], self.spec.balance_reduction)
         return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.reports, reports)
 
-    def encode(self, inputs_BS: torch.Tensor, segments: Segments | None = None) -> Encoded:
-        return self.encoder(self.embed(inputs_BS), inputs_BS != PAD, segments)
+    def encode(self, inputs_BS: torch.Tensor) -> Encoded:
+        """The first step of decoding step by step; not a part of `forward`."""
+        return self._encode(inputs_BS)
+
+    def _encode(self, inputs_BS: torch.Tensor, segments: Segments | None = None) -> Encoded:
+        encoded: Encoded = self.encoder(self.embed(inputs_BS), inputs_BS != PAD, segments)
+        return encoded._replace(hidden_BSD=self.axis.enter(encoded.hidden_BSD))  # once for all cross-attentions
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids_BS, self.embedding)
+        return Vocabulary(self.embedding, self.axis).embed(ids_BS)
 
-    def vocabulary(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def vocabulary(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, Vocabulary]:
         """The factors of the logits: hidden states, scaled as T5 1.0 does with tied embeddings, and matrix [V, D]."""
         if self.head is not None:
-            return hidden_BTD, self.head.weight
-        return hidden_BTD * self.spec.d_model**-0.5, self.embedding
+            return self.axis.enter(hidden_BTD), Vocabulary(self.head.weight, self.axis)
+        return self.axis.enter(hidden_BTD * self.spec.d_model**-0.5), Vocabulary(self.embedding, self.axis)

@@ -7,7 +7,7 @@ soft fraction. Padding counts in neither. The balance and z-losses of a sparse s
 
 # Deviates: Mesh-TensorFlow (StudentTeacher) adds an output z-loss to both parts, which is in no loss here.
 
-Legend: B batch, T target, V vocabulary, D model, N targets of all sequences, C those of a chunk, K kept probabilities.
+Legend: B batch, T target, V vocabulary (of a student the part of it that is here), D model, N targets of all sequences, C those of a chunk, K kept probabilities.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,17 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from switchcli.data.batch import AnyBatch, Lesson
+from switchcli.model.axis import part_of
 from switchcli.model.layers import compute_dtype
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import PAD, Spec
 from switchcli.train.answers import AnswersSpec
 from switchcli.train.objective import (
     ChunkLoss,
     SegmentsOf,
     StepLoss,
-    at_least_float32,
     step_loss,
     summed_over_vocabulary,
 )
@@ -64,7 +65,7 @@ class DistillSpec(Spec):
 
 
 class SoftLoss(NamedTuple):
-    """Of a chunk, summed over real targets."""
+    """Of a chunk, summed over real targets and the student's part of the vocabulary."""
 
     cross_entropy: torch.Tensor
     entropy: torch.Tensor
@@ -73,25 +74,29 @@ class SoftLoss(NamedTuple):
     """Of the cross-entropy with respect to the logits over T."""
 
 
-SoftTargets = Callable[[torch.Tensor, torch.Tensor, slice, bool], SoftLoss]
-"""`(log_CV, real_C, chunk, learns)`: the student's log p, which targets are real, which of all they are, and whether
-the gradient is wanted."""
+SoftTargets = Callable[[Vocabulary, torch.Tensor, torch.Tensor, slice, bool], SoftLoss]
+"""`(vocabulary, log_CV, real_C, chunk, learns)`: the student's vocabulary and its log p, which targets are real, which of
+all they are, and whether the gradient is wanted."""
 
 
 class AllProbabilities:
     """q from a teacher's hidden states, chunk by chunk: [N, V] is never held."""
 
-    def __init__(self, hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, temperature: float) -> None:
+    def __init__(self, hidden_ND: torch.Tensor, vocabulary: Vocabulary, temperature: float) -> None:
+        """`vocabulary` is whole: a teacher is not divided."""
         dtype = compute_dtype(hidden_ND)
-        self._hidden_ND, self._weight_VD, self._temperature = hidden_ND.to(dtype), vocabulary_VD.to(dtype), temperature
+        self._hidden_ND, self._temperature = hidden_ND.to(dtype), temperature
+        self._vocabulary = vocabulary._replace(weight_VD=vocabulary.weight_VD.to(dtype))
 
     def log(self, chunk: slice) -> torch.Tensor:
-        """log q_CV, float32 at least."""
-        logits_CV = self._hidden_ND[chunk] @ self._weight_VD.mT
-        return log_softmax(logits_CV, self._temperature)
+        """log q_CV of the whole vocabulary, float32 at least."""
+        logits_CV = self._hidden_ND[chunk] @ self._vocabulary.weight_VD.mT
+        return self._vocabulary.log_softmax(logits_CV, self._temperature)
 
-    def __call__(self, log_CV: torch.Tensor, real_C: torch.Tensor, chunk: slice, learns: bool) -> SoftLoss:
-        log_q_CV = self.log(chunk)
+    def __call__(
+        self, vocabulary: Vocabulary, log_CV: torch.Tensor, real_C: torch.Tensor, chunk: slice, learns: bool
+    ) -> SoftLoss:
+        log_q_CV = part_of(self.log(chunk), vocabulary.axis, 1)
         q_CV = log_q_CV.exp()
         entropy = -(_dot(q_CV, log_q_CV) * real_C).sum()
         del log_q_CV
@@ -108,19 +113,24 @@ class TopProbabilities:
     def __init__(self, ids_NK: torch.Tensor, probability_NK: torch.Tensor, rest_N: torch.Tensor) -> None:
         self._ids_NK, self._probability_NK, self._rest_N = ids_NK, probability_NK, rest_N
 
-    def __call__(self, log_CV: torch.Tensor, real_C: torch.Tensor, chunk: slice, learns: bool) -> SoftLoss:
-        ids_CK = self._ids_NK[chunk].long()
+    def __call__(
+        self, vocabulary: Vocabulary, log_CV: torch.Tensor, real_C: torch.Tensor, chunk: slice, learns: bool
+    ) -> SoftLoss:
+        place = vocabulary.place(self._ids_NK[chunk].long())
         q_CK, rest_C = (kept[chunk].to(log_CV.dtype) for kept in (self._probability_NK, self._rest_N))
-        cross_entropy_C = -(q_CK * log_CV.gather(1, ids_CK)).sum(1)
-        entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + torch.xlogy(rest_C, rest_C))
-        gradient_CV = None
-        if learns:  # probabilities that were rounded need not add up to 1
-            total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)
-            gradient_CV = log_CV.exp().mul_(total_C1).scatter_add_(1, ids_CK, -q_CK)
-        if ids_CK.shape[1] < log_CV.shape[1]:
-            others_CV = log_CV.scatter(1, ids_CK, -torch.inf)
-            log_rest_C = others_CV.logsumexp(1)
-            cross_entropy_C = cross_entropy_C - rest_C * log_rest_C
+        total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # probabilities that were rounded need not add up to 1
+        q_CK = place.only_here(q_CK)
+        counts = float(vocabulary.axis.place == 0)  # the rest is counted once
+        cross_entropy_C = -(q_CK * log_CV.gather(1, place.index)).sum(1)
+        entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + counts * torch.xlogy(rest_C, rest_C))
+        gradient_CV = log_CV.exp().mul_(total_C1).scatter_add_(1, place.index, -q_CK) if learns else None
+        if place.index.shape[1] < log_CV.shape[1] * vocabulary.axis.size:
+            gone_CK = torch.full_like(q_CK, -torch.inf)
+            if place.is_here is not None:
+                gone_CK = gone_CK.where(place.is_here, 0.0)
+            others_CV = log_CV.scatter_add(1, place.index, gone_CK)
+            log_rest_C = vocabulary.logsumexp(others_CV)
+            cross_entropy_C = cross_entropy_C - counts * rest_C * log_rest_C
             if gradient_CV is not None:  # of log sum over others p: their shares among themselves
                 gradient_CV -= others_CV.sub_(log_rest_C.unsqueeze(1)).exp_().mul_(rest_C.unsqueeze(1))
         return SoftLoss((cross_entropy_C * real_C).sum(), (entropy_C * real_C).sum(), gradient_CV)
@@ -139,7 +149,7 @@ class Teacher:
         """Its probabilities of every target. The student's noise is drawn before the teacher's, if that has any."""
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
             output = self.model(batch.inputs_BS, batch.targets_BT, segments(batch))
-            return AllProbabilities(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, self._temperature)
+            return AllProbabilities(output.hidden_BTD.flatten(0, 1), output.vocabulary, self._temperature)
 
 
 class Distillation:
@@ -154,7 +164,7 @@ class Distillation:
         targets_N = batch.targets_BT.flatten()
         sums_M = distilled_cross_entropy(
             output.hidden_BTD.flatten(0, 1),
-            output.vocabulary_VD,
+            output.vocabulary,
             targets_N,
             self._soft_targets(batch),
             self._settings.soft_fraction,
@@ -174,7 +184,7 @@ class Distillation:
 
 def distilled_cross_entropy(
     hidden_ND: torch.Tensor,
-    vocabulary_VD: torch.Tensor,
+    vocabulary: Vocabulary,
     targets_N: torch.Tensor,
     soft_targets: SoftTargets,
     soft_fraction: float,
@@ -189,20 +199,22 @@ def distilled_cross_entropy(
     def of_chunk(logits_CV: torch.Tensor, chunk: slice, learns: bool) -> ChunkLoss:
         target_C1 = targets_N[chunk, None]
         real_C1 = target_C1 != PAD
-        log_CV = log_softmax(logits_CV, 1.0)
-        hard = -(log_CV.gather(1, target_C1) * real_C1).sum()
-        tempered_CV = log_CV if temperature == 1.0 else log_softmax(logits_CV, temperature)
-        soft = soft_targets(tempered_CV, real_C1.squeeze(1), chunk, learns)
+        place = vocabulary.place(target_C1)
+        log_CV = vocabulary.log_softmax(logits_CV)
+        hard = -(place.only_here(log_CV.gather(1, place.index)) * real_C1).sum()
+        tempered_CV = log_CV if temperature == 1.0 else vocabulary.log_softmax(logits_CV, temperature)
+        soft = soft_targets(vocabulary, tempered_CV, real_C1.squeeze(1), chunk, learns)
         loss = (1.0 - soft_fraction) * hard + soft_fraction * temperature**2 * soft.cross_entropy
         sums_M = torch.stack([loss, hard, soft.cross_entropy, soft.cross_entropy - soft.entropy])
         if soft.gradient_CV is None:
             return ChunkLoss(sums_M, None)
         hard_share = 1.0 - soft_fraction
         gradient_CV = soft.gradient_CV.mul_(soft_fraction * temperature).add_(log_CV.exp_(), alpha=hard_share)
-        gradient_CV.scatter_add_(1, target_C1, gradient_CV.new_full(target_C1.shape, -hard_share))
+        at_target_C1 = place.only_here(gradient_CV.new_full(target_C1.shape, -hard_share))
+        gradient_CV.scatter_add_(1, place.index, at_target_C1)
         return ChunkLoss(sums_M, gradient_CV.mul_(real_C1))
 
-    return summed_over_vocabulary(hidden_ND, vocabulary_VD, of_chunk, NUM_SUMS)
+    return summed_over_vocabulary(hidden_ND, vocabulary, of_chunk, NUM_SUMS)
 
 
 def gain_kept(student: float, teacher: float, baseline: float) -> float | None:
@@ -214,14 +226,6 @@ def gain_kept(student: float, teacher: float, baseline: float) -> float | None:
 def compression(student: int, teacher: int) -> float:
     """The share of the teacher's parameters that the student does without (Table 7)."""
     return 1 - student / teacher
-
-
-def log_softmax(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature), float32 at least."""
-    exact = at_least_float32(logits_CV)
-    if temperature != 1.0:
-        logits_CV = logits_CV.to(exact) / temperature
-    return torch.log_softmax(logits_CV, -1, dtype=exact)
 
 
 def _dot(x_CV: torch.Tensor, y_CV: torch.Tensor) -> torch.Tensor:

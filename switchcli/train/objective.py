@@ -1,6 +1,6 @@
 """What is minimised: the cross-entropy of the targets, and the losses that the sparse layers return.
 
-Legend: B batch, T target, V vocabulary, D model, N targets of all sequences, C those of a chunk, M sums.
+Legend: B batch, T target, V vocabulary (the part of it that is here), D model, N targets of all sequences, C those of a chunk, M sums.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from switchcli.data.batch import AnyBatch
 from switchcli.model.layers import compute_dtype
 from switchcli.model.packing import Segments, segments_of
 from switchcli.model.transformer import ModelOutput
+from switchcli.model.vocabulary import Vocabulary, at_least_float32
 from switchcli.spec import PAD
 from switchcli.train.health import routing_metrics
 from switchcli.train.metrics import Mean, Metrics
@@ -61,7 +62,7 @@ def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
 
 
 def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
-    target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary_VD, targets_BT.flatten())
+    target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary, targets_BT.flatten())
     return step_loss(output, targets_BT, target_sum, {"neg_log_perplexity": -target_sum.detach()})
 
 
@@ -75,7 +76,7 @@ def step_loss(
     return StepLoss(target_sum, auxiliary, {**metrics, **routing_metrics(output)})
 
 
-def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: Vocabulary, targets_N: torch.Tensor) -> torch.Tensor:
     """Sum over real targets of -log softmax(hidden vocabulary^T)[target]; products in the precision of autocast.
 
     Softmax and sum are float32 at least, as is the gradient of the vocabulary until all chunks are in it.
@@ -83,23 +84,27 @@ def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, t
 
     def of_chunk(logits_CV: torch.Tensor, chunk: slice, learns: bool) -> ChunkLoss:
         target_C1 = targets_N[chunk, None]
-        log_CV = torch.log_softmax(logits_CV, -1, dtype=at_least_float32(logits_CV))
-        log_C1 = log_CV.gather(1, target_C1)
         real_C1 = target_C1 != PAD
-        total_1 = -(log_C1 * real_C1).sum().unsqueeze(0)
+        place = vocabulary.place(target_C1)
+        log_CV = vocabulary.log_softmax(logits_CV)
+        log_C1 = log_CV.gather(1, place.index)
+        total_1 = -(place.only_here(log_C1) * real_C1).sum().unsqueeze(0)
         if not learns:
             return ChunkLoss(total_1, None)
         # Softmax minus one at the target; nothing at padding.
-        return ChunkLoss(total_1, log_CV.exp_().scatter_(1, target_C1, log_C1.expm1()).mul_(real_C1))
+        at_target_C1 = log_C1.expm1()
+        if place.is_here is not None:
+            at_target_C1 = at_target_C1.where(place.is_here, log_C1.exp())
+        return ChunkLoss(total_1, log_CV.exp_().scatter_(1, place.index, at_target_C1).mul_(real_C1))
 
-    return summed_over_vocabulary(hidden_ND, vocabulary_VD, of_chunk, num_sums=1)[0]
+    return summed_over_vocabulary(hidden_ND, vocabulary, of_chunk, num_sums=1)[0]
 
 
 class ChunkLoss(NamedTuple):
     """Of the logits of a chunk of targets."""
 
     sums_M: torch.Tensor
-    """Sums over the chunk's targets, float32 at least; the first is what is minimised."""
+    """Sums over the chunk's targets and the vocabulary that is here, float32 at least; the first is minimised."""
     gradient_CV: torch.Tensor | None
     """Of the first with respect to the logits, where it is wanted."""
 
@@ -110,16 +115,13 @@ gradient is wanted."""
 
 
 def summed_over_vocabulary(
-    hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, of_chunk: OfChunk, num_sums: int
+    hidden_ND: torch.Tensor, vocabulary: Vocabulary, of_chunk: OfChunk, num_sums: int
 ) -> torch.Tensor:
     """The `num_sums` sums of a loss of the logits hidden vocabulary^T over all chunks; the first has a gradient."""
     learns = torch.is_grad_enabled()
-    return _SummedOverVocabulary.apply(hidden_ND, vocabulary_VD, of_chunk, num_sums, learns)  # type: ignore[no-untyped-call]
-
-
-def at_least_float32(x: torch.Tensor) -> torch.dtype:
-    """What softmaxes and sums are taken in."""
-    return torch.promote_types(x.dtype, torch.float32)
+    weight_VD, axis = vocabulary
+    sums_M: torch.Tensor = _SummedOverVocabulary.apply(hidden_ND, weight_VD, of_chunk, num_sums, learns)  # type: ignore[no-untyped-call]
+    return axis.leave(sums_M)
 
 
 class _SummedOverVocabulary(torch.autograd.Function):

@@ -91,5 +91,6 @@ def log_p(model: SwitchTransformer, inputs_S: torch.Tensor, prefixes: list[list[
     for prefix in prefixes:
         ids_1T = torch.tensor([[PAD, *prefix]])
         hidden_1TD, _ = model.decoder(model.embed(ids_1T), torch.ones_like(ids_1T, dtype=torch.bool), encoded)
-        rows.append(F.linear(*model.vocabulary(hidden_1TD))[0, -1].log_softmax(-1))
+        hidden_1TD, vocabulary = model.vocabulary(hidden_1TD)
+        rows.append(F.linear(hidden_1TD, vocabulary.weight_VD)[0, -1].log_softmax(-1))
     return torch.stack(rows)

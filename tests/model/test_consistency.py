@@ -78,7 +78,8 @@ def step_by_step(model: SwitchTransformer, inputs_BS: torch.Tensor, targets_BT: 
     for step in range(targets_BT.shape[1]):
         now = slice(step, step + 1)
         hidden_B1D, _ = model.decoder(model.embed(before_BT[:, now]), targets_BT[:, now] != PAD, encoded, cache)
-        steps.append(F.linear(*model.vocabulary(hidden_B1D)))
+        hidden_B1D, vocabulary = model.vocabulary(hidden_B1D)
+        steps.append(F.linear(hidden_B1D, vocabulary.weight_VD))
     return torch.cat(steps, dim=1)[targets_BT != PAD]
 
 

@@ -71,10 +71,12 @@ def gradients(spec: ModelSpec, group: Group) -> dict[str, torch.Tensor | None]:
 @pytest.mark.parametrize("spec", [SPARSE, BOTH], ids=["feed_forward", "both"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_learns_has_the_gradient_that_it_has_when_all_learns(spec: ModelSpec, group: Group) -> None:
+    """Within 4e-6 of the largest entry: where fewer gradients are wanted torch takes other kernels, whose sums of some
+    hundred float32 terms, each rounded by 6e-8, have another order; which ones depends on the processor."""
     whole = gradients(spec, "all")
     for name, gradient in gradients(spec, group).items():
         if re.fullmatch(NAMES[group], name):
-            torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6 * float(whole[name].abs().max()))
+            torch.testing.assert_close(gradient, whole[name], rtol=0, atol=4e-6 * float(whole[name].abs().max()))
         else:
             assert gradient is None, name
 

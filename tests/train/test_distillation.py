@@ -13,6 +13,7 @@ from switchcli.model.moe import evaluate_by
 from switchcli.spec import PAD
 from switchcli.train.answers import AnswersSpec
 from switchcli.train.asking import largest
+from switchcli.model.vocabulary import Vocabulary
 from switchcli.train.distillation import (
     AllProbabilities,
     Distillation,
@@ -43,6 +44,10 @@ def a_case(rows: int, dtype: torch.dtype = torch.float64, scale: float = 1.0):
     return student, (draw(rows, TEACHER_D), draw(V, TEACHER_D)), torch.randint(0, V, (rows,), generator=generator)
 
 
+def factors(pair) -> tuple[torch.Tensor, Vocabulary]:
+    return pair[0], Vocabulary(pair[1])
+
+
 def naive(student, q_NV: torch.Tensor, targets_N: torch.Tensor, f: float, T: float) -> torch.Tensor:
     """Section 4.2 as one reads it: all logits at once, autograd for the rest."""
     hidden_ND, vocabulary_VD = student
@@ -66,7 +71,7 @@ def test_loss_and_gradients_are_those_of_the_formula(rows: int, chunk: int, f: f
     expected = naive(student, q_NV, targets_N, f, T)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.train.objective.CHUNK", chunk)
-        found = distilled_cross_entropy(*student, targets_N, AllProbabilities(*teacher, T), f, T)
+        found = distilled_cross_entropy(*factors(student), targets_N, AllProbabilities(*factors(teacher), T), f, T)
     torch.testing.assert_close(found[0], expected)
     gradients = (torch.autograd.grad(0.3 * loss, student) for loss in (found[0], expected))
     torch.testing.assert_close(*gradients)
@@ -100,20 +105,20 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
     rows: int, kept: int, f: float, T: float
 ) -> None:
     student, teacher, targets_N = a_case(rows)
-    all_of_them = AllProbabilities(*teacher, T)
+    all_of_them = AllProbabilities(*factors(teacher), T)
     answers = largest(all_of_them, rows, AnswersSpec(folder="f", top_k=kept, precision="float32"))
     # Kept in float32, the probabilities are 2**-24 off: so are the loss and its gradient.
     close = {"rtol": 1e-6, "atol": 1e-6}
-    found = distilled_cross_entropy(*student, targets_N, TopProbabilities(*answers), f, T)
+    found = distilled_cross_entropy(*factors(student), targets_N, TopProbabilities(*answers), f, T)
     expected = lumped(student, teacher, targets_N, kept, f, T)
     torch.testing.assert_close(found[0], expected, **close)
     gradients = (torch.autograd.grad(loss, student) for loss in (found[0], expected))
     torch.testing.assert_close(*gradients, **close)
     if kept == V:
-        online = distilled_cross_entropy(*student, targets_N, all_of_them, f, T)
+        online = distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)
         torch.testing.assert_close(found, online, **close)
     else:
-        assert found[3] <= distilled_cross_entropy(*student, targets_N, all_of_them, f, T)[3] + 1e-6
+        assert found[3] <= distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)[3] + 1e-6
 
 
 def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() -> None:
@@ -122,10 +127,10 @@ def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() 
     exact = [tensor.detach().double().requires_grad_() for tensor in student]
     q_NV = (teacher[0].double() @ teacher[1].double().mT).softmax(-1)
     expected = naive(exact, q_NV, targets_N, 0.25, 1.0)
-    soft_targets = AllProbabilities(*teacher, 1.0)
+    soft_targets = AllProbabilities(*factors(teacher), 1.0)
     for enabled, tolerance in ((False, 1e-5), (True, 2**-6)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found = distilled_cross_entropy(*student, targets_N, soft_targets, 0.25, 1.0)
+            found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, 0.25, 1.0)
         assert found.dtype == torch.float32
         assert found[0].item() == pytest.approx(expected.item(), rel=tolerance)
         rights = torch.autograd.grad(expected, exact, retain_graph=True)
@@ -195,7 +200,7 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
 def test_without_gradients_it_only_sums() -> None:
     student, teacher, targets_N = a_case(8)
     with torch.no_grad():
-        found = distilled_cross_entropy(*student, targets_N, AllProbabilities(*teacher, 1.0), 0.25, 1.0)
+        found = distilled_cross_entropy(*factors(student), targets_N, AllProbabilities(*factors(teacher), 1.0), 0.25, 1.0)
     assert not found.requires_grad
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.data.batch import Batch
 from switchcli.model.spec import ModelSpec
+from switchcli.model.vocabulary import Vocabulary
 from switchcli.train.objective import cross_entropy, summed_cross_entropy
 
 
@@ -83,7 +84,7 @@ def test_in_chunks_of_any_size_loss_and_gradients_are_those_of_the_plain_formula
     hidden_ND, vocabulary_VD, targets_N = factors(rows, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.train.objective.CHUNK", chunk)
-        found = summed_cross_entropy(hidden_ND, vocabulary_VD, targets_N)
+        found = summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N)
     expected = plain(hidden_ND, vocabulary_VD, targets_N)
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(0.3 * loss, (hidden_ND, vocabulary_VD)) for loss in (found, expected))
@@ -93,16 +94,17 @@ def test_in_chunks_of_any_size_loss_and_gradients_are_those_of_the_plain_formula
 def test_its_gradients_are_its_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.objective.CHUNK", 3)
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float64)
-    assert torch.autograd.gradcheck(lambda h, v: summed_cross_entropy(h, v, targets_N), (hidden_ND, vocabulary_VD))
+    assert torch.autograd.gradcheck(lambda h, v: summed_cross_entropy(h, Vocabulary(v), targets_N), (hidden_ND, vocabulary_VD))
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_the_gradient_of_one_factor_alone_is_as_with_both_and_the_other_is_not_made(wanted: int) -> None:
-    both = factors(8, torch.float32)
-    expected = torch.autograd.grad(summed_cross_entropy(*both), both[:2])[wanted]
-    alone = [tensor.detach().requires_grad_(place == wanted) for place, tensor in enumerate(both[:2])]
+    *both, targets_N = factors(8, torch.float32)
+    loss = summed_cross_entropy(both[0], Vocabulary(both[1]), targets_N)
+    expected = torch.autograd.grad(loss, both)[wanted]
+    alone = [tensor.detach().requires_grad_(place == wanted) for place, tensor in enumerate(both)]
     with FlopCounterMode(display=False) as counter:
-        loss = summed_cross_entropy(*alone, both[2])
+        loss = summed_cross_entropy(alone[0], Vocabulary(alone[1]), targets_N)
         loss.backward()
     assert torch.equal(alone[wanted].grad, expected)
     assert alone[1 - wanted].grad is None
@@ -118,7 +120,7 @@ def test_in_float32_and_under_autocast_it_is_exact_within_the_rounding_of_the_pr
     expected_gradients = torch.autograd.grad(expected, exact)
     for enabled, tolerance in ((False, 1e-6), (True, 2**-6)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found = summed_cross_entropy(hidden_ND, vocabulary_VD, targets_N)
+            found = summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N)
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected.item(), rel=tolerance)
         for gradient, right in zip(torch.autograd.grad(found, wrt), expected_gradients, strict=True):
@@ -129,6 +131,6 @@ def test_in_float32_and_under_autocast_it_is_exact_within_the_rounding_of_the_pr
 def test_without_gradients_it_only_sums() -> None:
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float32)
     with torch.no_grad():
-        found = summed_cross_entropy(hidden_ND, vocabulary_VD, targets_N)
+        found = summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N)
     assert not found.requires_grad
     torch.testing.assert_close(found, plain(hidden_ND, vocabulary_VD, targets_N).detach())

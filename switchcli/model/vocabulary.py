@@ -1,0 +1,71 @@
+"""The vocabulary: the matrix of embeddings or of the softmax, or the rows of it that are here.
+
+Legend: V the rows that are here, D model, C targets of a chunk, K tokens of each, R rows of hidden states.
+
+Where the rows are divided among processes, what is summed over the vocabulary is summed here over the rows that are:
+`Axis.leave` makes it whole.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from switchcli.model.axis import UNDIVIDED, Axis
+
+
+class Place(NamedTuple):
+    """Where tokens are among the rows that are here."""
+
+    index: torch.Tensor
+    """int64: some row for those that are elsewhere."""
+    is_here: torch.Tensor | None
+    """bool; None: all are."""
+
+    def only_here(self, x: torch.Tensor) -> torch.Tensor:
+        """x for the tokens that are here, 0 for the others."""
+        return x if self.is_here is None else x * self.is_here
+
+
+class Vocabulary(NamedTuple):
+    """Rows of the vocabulary."""
+
+    weight_VD: torch.Tensor
+    axis: Axis = UNDIVIDED
+
+    def place(self, ids: torch.Tensor) -> Place:
+        """Where the tokens `ids` are."""
+        if self.axis.size == 1:
+            return Place(ids, None)
+        rows = len(self.weight_VD)
+        index = ids - self.axis.place * rows
+        return Place(index.clamp(0, rows - 1), (index >= 0) & (index < rows))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The row of each token: [..., D]."""
+        index, is_here = self.place(ids)
+        x_D = F.embedding(index, self.weight_VD)
+        return x_D if is_here is None else self.axis.leave(x_D * is_here.unsqueeze(-1))
+
+    def log_softmax(self, logits_CV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """log softmax(logits / temperature) over the whole vocabulary, of the rows here; float32 at least. No gradient
+        where the rows are divided."""
+        exact = at_least_float32(logits_CV)
+        if temperature != 1.0:
+            logits_CV = logits_CV.to(exact) / temperature
+        if self.axis.size == 1:
+            return torch.log_softmax(logits_CV, -1, dtype=exact)
+        logits_CV = logits_CV.to(exact)
+        return logits_CV - self.logsumexp(logits_CV).unsqueeze(1)
+
+    def logsumexp(self, x_CV: torch.Tensor) -> torch.Tensor:
+        """log sum exp over the whole vocabulary: [C]. No gradient where the rows are divided."""
+        if self.axis.size == 1:
+            return x_CV.logsumexp(1)
+        largest_C1 = self.axis.largest(x_CV.amax(1, keepdim=True))
+        return self.axis.leave((x_CV - largest_C1).exp_().sum(1)).log_() + largest_C1.squeeze(1)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    """What softmaxes and sums are taken in."""
+    return torch.promote_types(x.dtype, torch.float32)
