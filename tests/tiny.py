@@ -16,6 +16,8 @@ SPARSE = ModelSpec(**SHAPE, num_experts=4, router=DROPPING)
 GROUPED = SPARSE.model_copy(update={"router": DROPPING.model_copy(update={"group_sequences": 2})})
 NOISY = SPARSE.model_copy(update={"dropout": 0.2, "router": DROPPING.model_copy(update={"jitter": 0.1})})
 DENSE = ModelSpec(**SHAPE)
+TO_DIVIDE = {"vocab_size": 38}
+"""What a model axis of two wants besides."""
 
 
 def a_model(spec: ModelSpec = SPARSE, seed: int = 0) -> SwitchTransformer:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from machine import BATCH, SOURCE, TARGET, Clock, Job, Result, batch, plain, shape
 
-from switchcli.model.initialise import initialise
+from switchcli.model.initialise import initial_weights
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.mesh import ParallelSpec
@@ -36,10 +36,9 @@ def scaling(job: Job) -> Result:
     spec, clock = _spec(job), Clock(runtime.device)
     with torch.device("meta"):
         model = SwitchTransformer(spec)
-        runtime.spread(model)
-    model = model.to_empty(device=runtime.device)
-    initialise(model, 0)
-    wrapped, optimizer = runtime.wrap(model.train()), Adafactor().build(dict(model.named_parameters()))
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(spec, 0, weights.experts))
+    wrapped, optimizer = runtime.wrap(model.train()), Adafactor().build(weights.parameters, weights.cuts)
     here = runtime.place(batch())
     taken = {"all-to-all": 0.0}
 
@@ -56,13 +55,13 @@ def scaling(job: Job) -> Result:
         targets = here.targets_BT.numel() * runtime.world
         accumulate_gradients(wrapped, cross_entropy, [Microbatch(0, here)], targets, runtime, "0")
         optimizer.step(1e-3)
-        model.zero_grad()
+        optimizer.zero_grad()
 
     def apart() -> None:
         with runtime.synchronise(wrapped, last=False):
             cross_entropy(wrapped, here).target_sum.backward()
         optimizer.step(1e-3)
-        model.zero_grad()
+        optimizer.zero_grad()
 
     clock(step)
     dist.all_to_all_single = timed(dist.all_to_all_single)

@@ -68,7 +68,7 @@ def finetune(finetuning: Starting[FinetuneRecipe], options: Options) -> dict[str
         verb = Verb(
             packed_cross_entropy,
             text=lambda: text_of(recipe, start.tokenizer_of(opened, folder, runtime), runtime, console),
-            begin=lambda model, optimizer: start.begin(recipe.start, opened, model, optimizer),
+            begin=lambda weights, optimizer: start.begin(recipe.start, opened, weights, optimizer),
             update=recipe.update,
             scoring=recipe.scoring,
             num_figures=num_figures(recipe),

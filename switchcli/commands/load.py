@@ -16,6 +16,7 @@ from switchcli.errors import CheckpointError
 from switchcli.interop import hub
 from switchcli.interop.files import is_layout
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import whole_weights
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import schema_of
 from switchcli.recipe.training import TrainingRecipe
@@ -94,7 +95,7 @@ def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loade
 def filled(opened: Opened, device: torch.device) -> Loaded:
     """The model of an open checkpoint."""
     model = unfilled(opened.recipe, device)
-    fill(model, opened.weights())
+    fill(whole_weights(model), opened.weights())
     return Loaded(opened.path, opened.step, opened.recipe, opened.tokenizer, model)
 
 

@@ -11,8 +11,8 @@ from switchcli.data.prepare import Prepared, default_cache, prepare
 from switchcli.data.stream import SpanStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
-from switchcli.model.initialise import initialise
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.initialise import initial_weights
+from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.schema import OnText, PretrainRecipe
 from switchcli.report.console import Console
@@ -45,11 +45,11 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
             tokenizer = start.tokenizer_of(opened, folder, runtime)
             return text_of(recipe, lambda: cut_by(tokenizer, recipe, console), runtime)
 
-        def begin(model: SwitchTransformer, optimizer: Optimizer) -> None:
+        def begin(weights: Weights, optimizer: Optimizer) -> None:
             if recipe.start is None:
-                initialise(model, recipe.train.seed)
+                weights.fill(initial_weights(recipe.model, recipe.train.seed, weights.experts))
             else:
-                start.begin(recipe.start, opened, model, optimizer)
+                start.begin(recipe.start, opened, weights, optimizer)
 
         verb = Verb(cross_entropy, text, begin)
         result = Training(recipe, folder, runtime, console, verb).run()

@@ -8,9 +8,8 @@ from typing import Generic, NamedTuple, TypeVar
 from switchcli.commands.load import Opened, documents, open_model, saved_recipe
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.model.moe import experts_here
 from switchcli.model.spec import ModelSpec
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.compare import differences
@@ -84,14 +83,14 @@ def resolved(
     return Starting(recipe, start)
 
 
-def begin(settings: StartSpec, start: Opened | None, model: SwitchTransformer, optimizer: Optimizer) -> None:
+def begin(settings: StartSpec, start: Opened | None, weights: Weights, optimizer: Optimizer) -> None:
     """Fill the weights, and perhaps the optimizer, of a run that begins. Raises CheckpointError as `carry_over`."""
     assert start is not None, "a run that has begun restores its own"
-    fill(model, start.weights())
+    fill(weights, start.weights())
     if settings.optimizer == "reset":
         return
     assert start.own is not None, "refused when the recipe was resolved"
-    carry_over(optimizer, start.own, experts_here(model))
+    carry_over(optimizer, start.own, weights.experts)
 
 
 def tokenizer_of(start: Opened | None, folder: RunFolder, runtime: Runtime) -> Tokenizer:

@@ -18,11 +18,12 @@ from switchcli.commands.training import Measure, Measured, Text, Training, Verb,
 from switchcli.data.batch import AnyBatch, Lesson
 from switchcli.errors import DistributedError, Interrupted, RecipeError
 from switchcli.model.count import count
-from switchcli.model.inherit import FromTeacher, inherit
-from switchcli.model.initialise import initialise
+from switchcli.model.inherit import FromTeacher, inherited
+from switchcli.model.initialise import initial_weights
 from switchcli.model.moe import evaluate_by
 from switchcli.model.spec import STACKS
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.recipe.schema import DistillTasksRecipe
@@ -181,14 +182,14 @@ class _Teaching:
             self._distillation = Distillation(self._settings, teacher, self._segments)
         return self._distillation
 
-    def begin(self, student: SwitchTransformer, optimizer: Optimizer) -> None:
+    def begin(self, student: Weights, optimizer: Optimizer) -> None:
         """Fill the weights of a student that begins."""
         recipe, teacher = self._recipe, self._distilling.teacher
         if isinstance(recipe.student, FromCheckpoint):
             assert self._distilling.student is not None, "a run that has begun restores its own"
             fill(student, self._distilling.student.weights())
             return
-        initialise(student, recipe.train.seed)
+        student.fill(initial_weights(recipe.model, recipe.train.seed, student.experts))
         plan = inheritance(recipe, teacher.recipe.model)
         if plan is None or not isinstance(recipe.student, FromTeacher):
             return
@@ -197,9 +198,13 @@ class _Teaching:
         if plan.from_experts and recipe.student.experts == "most_used":
             used = self._measured(Measure.held_out).load
         load = {name: torch.tensor(tokens) for name, tokens in used.items()}
-        inherit(student, plan, lambda name: logical.whole(weights, name, experts), recipe.student, load)
+
+        def weight_of(name: str) -> torch.Tensor:
+            return logical.whole(weights, name, experts)
+
+        student.fill(inherited(recipe.model, student.experts, plan, weight_of, recipe.student, load))
         self._console.message(
-            f"of the student's {len(list(student.parameters()))} tensors {len(plan.copied)} are the teacher's, "
+            f"of the student's {len(student.parameters)} tensors {len(plan.copied)} are the teacher's, "
             f"{len(plan.from_experts)} made of its experts ({recipe.student.experts}), {len(plan.fresh)} fresh"
         )
         if recipe.student.unfit == "fresh":

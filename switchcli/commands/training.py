@@ -22,6 +22,7 @@ from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.parallel.trackers import Trackers
@@ -73,7 +74,7 @@ class Verb(NamedTuple):
     """What is minimised, and what held-out text is measured by."""
     text: Callable[[], Text]
     """Called last: it may take hours, and the rest may be refused."""
-    begin: Callable[[SwitchTransformer, Optimizer], None]
+    begin: Callable[[Weights, Optimizer], None]
     """Fills the weights, and perhaps the optimizer, of a run that begins."""
     update: Group = "all"
     """The weights that learn."""
@@ -121,7 +122,7 @@ class Measure(NamedTuple):
     def batches(self) -> list[Batch]:
         """This rank's held-out batches, for the run's own model."""
         runtime = self.runtime
-        return shared(self.text.held_out, self.num_rows, self.microbatch, runtime.rank, runtime.world)
+        return shared(self.text.held_out, self.num_rows, self.microbatch, runtime.data_rank, runtime.data_ranks)
 
     def held_out(self, model: SwitchTransformer) -> Measured:
         """Neg. log perplexity, rate and load; on every rank. What was compiled runs as it was written."""
@@ -154,7 +155,8 @@ def shares(recipe: TrainingRecipe, rows: Callable[[int, int, int], AnyBatch], ru
     length, tokens = recipe.inputs_length, recipe.train.microbatch_tokens
     group = recipe.model.group_sequences
     microbatch = tokens and tokens // length
-    return Microbatches(rows, recipe.rows_per_step, microbatch, group, runtime.rank, runtime.world, length)
+    place, size = runtime.data_rank, runtime.data_ranks
+    return Microbatches(rows, recipe.rows_per_step, microbatch, group, place, size, length)
 
 
 class Training:
@@ -178,12 +180,12 @@ class Training:
         self.batches = runtime.on_main(self._shares) or self._shares()
         self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
         with torch.device("meta"):
-            model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
-            runtime.spread(model)
-        self.model = model.to_empty(device=runtime.device)
+            self.model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
+        weights, experts = runtime.spread(self.model), recipe.model.num_experts
         freeze(self.model, verb.update)
-        self.optimizer = recipe.optimizer.build(trainable(self.model))
-        preflight(folder.checkpoints, self.model, self.optimizer, runtime, recipe.checkpoint, verb.num_figures)
+        self.optimizer = recipe.optimizer.build(trainable(self.model), weights.cuts)
+        kept = recipe.checkpoint
+        preflight(folder.checkpoints, weights, experts, self.optimizer, runtime, kept, verb.num_figures)
         self.text = verb.text()
         self.measure = Measure(recipe, self.text, verb.objective, verb.scoring, self.batches.microbatch, runtime)
         documents = {
@@ -191,12 +193,12 @@ class Training:
             "tokenizer.json": self.text.tokenizer.to_json().encode(),
             DATA: json.dumps({TEXT: self.text.identity, **verb.identity}).encode(),
         }
-        self.saver = Saver(folder.checkpoints, self.model, self.optimizer, runtime, documents, recipe.checkpoint)
+        self.saver = Saver(folder.checkpoints, weights, experts, self.optimizer, runtime, documents, kept)
         self.state = TrainState()
         if self.saver.restore(self.state, console.warning):
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
         else:
-            verb.begin(self.model, self.optimizer)
+            verb.begin(weights, self.optimizer)
         if recipe.train.compile:
             runtime.compile(self.model)
 

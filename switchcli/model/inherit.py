@@ -12,12 +12,12 @@ Legend: E experts, D model, F hidden.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
 
-from switchcli.model.moe import SwitchLayer, experts_here
+from switchcli.model.moe import SwitchLayer
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import Spec
@@ -81,32 +81,32 @@ def plan(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromT
     return Inheritance(tuple(copied), from_experts, tuple(fresh))
 
 
-@torch.no_grad()
-def inherit(
-    student: SwitchTransformer,
+def inherited(
+    spec: ModelSpec,
+    experts: range,
     plan: Inheritance,
     weight_of: Callable[[str], torch.Tensor],
     settings: FromTeacher,
     load: Mapping[str, torch.Tensor],
-) -> None:
-    """Fill what is not fresh, in place, after `initialise`.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of a student `spec` that is not fresh, by its name; of each stack these experts.
 
     Args:
         weight_of: the teacher's parameters by name; experts stacked.
         load: tokens that went to each expert, [E], by the name of the sparse layer; needed for `most_used` alone.
     """
-    named, here = dict(student.named_parameters()), experts_here(student)
     for name in plan.copied:
-        named[name].copy_(weight_of(name))
+        yield name, weight_of(name)
     for name, source in plan.from_experts.items():
         stacked = weight_of(source)
-        stacks = student.spec.num_experts if name == source else None  # None: one dense feed-forward
+        stacks = spec.num_experts if name == source else None  # None: one dense feed-forward
         if settings.experts == "mean":
-            named[name].copy_(stacked.mean(0))
+            mean = stacked.mean(0)
+            yield name, mean.expand(len(experts), *mean.shape) if stacks else mean
             continue
         layer = re.split(r"(?:\.switch)?\.(?:experts|router)\.", source)[0]
         most = load[layer].argsort(descending=True, stable=True)[: stacks or 1].sort().values
         kept = stacked[most.to(stacked.device)]
         if stacks and ".experts." in name:
-            kept = kept[here.start : here.stop]
-        named[name].copy_(kept if stacks else kept[0])
+            kept = kept[experts.start : experts.stop]
+        yield name, kept if stacks else kept[0]

@@ -4,17 +4,25 @@ Paper section 2.4 and Table 3 for feed-forwards, experts and router; T5 for atte
 """
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from switchcli.model.moe import experts_here
+from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 
 
 @torch.no_grad()
 def initialise(model: SwitchTransformer, seed: int) -> None:
-    """Fill every weight in place.
+    """Fill every weight of a whole model, in place, with `initial_weights`."""
+    named = dict(model.named_parameters())
+    for name, drawn in initial_weights(model.spec, seed, range(model.spec.num_experts)):
+        named[name].copy_(drawn)
+
+
+def initial_weights(spec: ModelSpec, seed: int, experts: range) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of a model by its name, one after another, float32; of each stack these experts.
 
     | weight                          | distribution                | standard deviation     |
     |---------------------------------|-----------------------------|------------------------|
@@ -33,7 +41,8 @@ def initialise(model: SwitchTransformer, seed: int) -> None:
     slice, is drawn from a generator of its own, keyed by the seed, the name and the expert's number: the same seed
     gives the same model however its experts are spread.
     """
-    spec, here = model.spec, experts_here(model)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in SwitchTransformer(spec).named_parameters()}
     normal = {
         "embedding": 1.0,
         "q.weight": (spec.d_model * spec.head_width) ** -0.5,
@@ -42,26 +51,25 @@ def initialise(model: SwitchTransformer, seed: int) -> None:
         "o.weight": (spec.num_heads * spec.head_width) ** -0.5,
         "position_bias.weight": spec.d_model**-0.5,
     }
-    for name, parameter in model.named_parameters():
+    for name, shape in shapes.items():
         suffix = ".".join(name.split(".")[-2:])
         if suffix.endswith("norm.weight"):
-            parameter.fill_(1.0)
+            yield name, torch.ones(shape)
         elif ".experts." in name:
-            for expert, weight in zip(here, parameter, strict=True):
+            drawn = torch.empty(len(experts), *shape[1:])
+            for expert, weight in zip(experts, drawn, strict=True):
                 truncated_normal(weight, spec.init_scale, keyed_generator(seed, f"{name}.{expert}"))
+            yield name, drawn
         elif suffix in normal:
-            drawn = torch.empty(parameter.shape).normal_(0.0, normal[suffix], generator=keyed_generator(seed, name))
-            parameter.copy_(drawn)
+            yield name, torch.empty(shape).normal_(0.0, normal[suffix], generator=keyed_generator(seed, name))
         else:
-            truncated_normal(parameter, spec.init_scale, keyed_generator(seed, name))
+            yield name, truncated_normal(torch.empty(shape), spec.init_scale, keyed_generator(seed, name))
 
 
-def truncated_normal(weight: torch.Tensor, scale: float, generator: torch.Generator) -> None:
-    """Weight [outputs, inputs]; sigma = sqrt(scale / inputs), redrawn beyond 2 sigma."""
+def truncated_normal(weight: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Fill a weight [outputs, inputs] on the CPU; sigma = sqrt(scale / inputs), redrawn beyond 2 sigma."""
     sigma = (scale / weight.shape[1]) ** 0.5
-    drawn = torch.empty(weight.shape)
-    nn.init.trunc_normal_(drawn, std=sigma, a=-2 * sigma, b=2 * sigma, generator=generator)
-    weight.copy_(drawn)
+    return nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma, generator=generator)
 
 
 def keyed_generator(seed: int, name: str) -> torch.Generator:

@@ -284,5 +284,5 @@ class SwitchTransformer(nn.Module):
     def vocabulary(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, Vocabulary]:
         """The factors of the logits: hidden states, scaled as T5 1.0 does with tied embeddings, and matrix [V, D]."""
         if self.head is not None:
-            return self.axis.enter(hidden_BTD), Vocabulary(self.head.weight, self.axis)
-        return self.axis.enter(hidden_BTD * self.spec.d_model**-0.5), Vocabulary(self.embedding, self.axis)
+            return hidden_BTD, Vocabulary(self.head.weight, self.axis)
+        return hidden_BTD * self.spec.d_model**-0.5, Vocabulary(self.embedding, self.axis)

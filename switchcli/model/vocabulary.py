@@ -17,7 +17,7 @@ from switchcli.model.axis import UNDIVIDED, Axis
 class Place(NamedTuple):
     """Where tokens are among the rows that are here."""
 
-    index: torch.Tensor
+    row: torch.Tensor
     """int64: some row for those that are elsewhere."""
     is_here: torch.Tensor | None
     """bool; None: all are."""
@@ -38,13 +38,13 @@ class Vocabulary(NamedTuple):
         if self.axis.size == 1:
             return Place(ids, None)
         rows = len(self.weight_VD)
-        index = ids - self.axis.place * rows
-        return Place(index.clamp(0, rows - 1), (index >= 0) & (index < rows))
+        row = ids - self.axis.place * rows
+        return Place(row.clamp(0, rows - 1), (row >= 0) & (row < rows))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The row of each token: [..., D]."""
-        index, is_here = self.place(ids)
-        x_D = F.embedding(index, self.weight_VD)
+        row, is_here = self.place(ids)
+        x_D = F.embedding(row, self.weight_VD)
         return x_D if is_here is None else self.axis.leave(x_D * is_here.unsqueeze(-1))
 
     def log_softmax(self, logits_CV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

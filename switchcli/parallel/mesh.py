@@ -1,12 +1,13 @@
 """The mesh: which ranks share what (paper section 5).
 
-Every rank takes a share of the batch (data parallel). Experts lie over the same ranks: a group of `expert` ranks, one
-beside the other, holds all of them once, and the groups are replicas of each other.
+`data` x `model` ranks. Those of a model axis lie side by side: they have the same batch, and each a part of the heads,
+of d_ff and of the vocabulary. Along the data axis each has a share of the batch. Experts lie over the data axis too: a
+group of `expert` ranks, neighbours on it, holds all of them once, and the groups are replicas of each other.
 """
 
 import math
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.distributed as dist
 from pydantic import Field
@@ -14,14 +15,21 @@ from pydantic import Field
 from switchcli.errors import RecipeError
 from switchcli.spec import Spec
 
+Shard = Literal["none", "zero2", "zero3"]
+
 
 class ParallelSpec(Spec):
     """How a run is spread over its ranks. What it learns does not depend on it."""
 
     data: int | None = Field(default=None, ge=1)
-    """Ranks among which the batch is shared; absent: as many as are started."""
+    """Ranks among which the batch is shared; absent: as many as are started, over `model`."""
+    model: int = Field(default=1, ge=1)
+    """Ranks among which the heads, d_ff (of experts too) and the vocabulary are divided; a divisor of each."""
     expert: int = Field(default=1, ge=1)
-    """Ranks among which the experts of each sparse layer are shared; a divisor of the ranks and of the experts."""
+    """Ranks of the data axis among which the experts of each sparse layer are shared; a divisor of both."""
+    shard: Shard = "none"
+    """Of the weights outside the experts, over the data axis. `zero2`: gradients and optimizer state; `zero3`: the
+    weights too, of which a block at a time is gathered."""
 
 
 ALONE = ParallelSpec()
@@ -37,39 +45,63 @@ class Shared(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The ranks that this one does something with, where experts are spread; None where it would be alone."""
+    """The ranks that this one does something with; None where it would be alone."""
 
+    data: Shared | None = None
+    """Those that have other shares of the batch, and the same part of the model."""
+    model: Shared | None = None
+    """Those that have the same share of the batch, and other parts of the model."""
     experts: Shared | None = None
-    """The ranks that hold all experts between them."""
+    """Of `data` those that hold all experts between them."""
     replicas: Shared | None = None
-    """The ranks that hold the same experts."""
+    """Of `data` those that hold the same experts."""
 
 
 def check_world(spec: ParallelSpec, world: int) -> None:
     """Raise a RecipeError where `world` ranks cannot be laid out so."""
-    if spec.data not in (None, world):
+    data, rest = divmod(world, spec.model)
+    if spec.data is not None and spec.data * spec.model != world:
+        wanted = spec.data * spec.model
+        mesh = f"parallel.data ({spec.data})" + (f" x parallel.model ({spec.model})" if spec.model > 1 else "")
         raise RecipeError(
-            f"parallel.data ({spec.data}) is not the number of ranks ({world}): start {spec.data}, by --processes "
-            f"{spec.data} say, or leave it out"
+            f"{mesh} is not the number of ranks ({world}): start {wanted}, by --processes {wanted} say, or leave "
+            "parallel.data out"
         )
-    if world % spec.expert:
+    if rest:
         raise RecipeError(
-            f"parallel.expert ({spec.expert}) must divide the number of ranks ({world}): start a multiple of "
-            f"{spec.expert}, by --processes {spec.expert} say, or take parallel.expert={math.gcd(spec.expert, world)}"
+            f"parallel.model ({spec.model}) must divide the number of ranks ({world}): start a multiple of "
+            f"{spec.model}, by --processes {spec.model} say, or take parallel.model={math.gcd(spec.model, world)}"
+        )
+    if data % spec.expert:
+        ranks = f"the number of ranks ({world})" if spec.model == 1 else f"the ranks of the data axis ({data})"
+        wanted = spec.expert * spec.model
+        raise RecipeError(
+            f"parallel.expert ({spec.expert}) must divide {ranks}: start a multiple of {wanted}, by --processes "
+            f"{wanted} say, or take parallel.expert={math.gcd(spec.expert, data)}"
         )
 
 
 def groups_of(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> Groups:
     """The groups of this rank; called by all ranks in the same order, once they have met."""
-    size = spec.expert
-    if size == 1:
-        return Groups()
-    experts = [list(range(first, first + size)) for first in range(0, world, size)]
-    replicas = [list(range(place, world, size)) for place in range(size)]
-    return Groups(_mine(experts, rank, timeout), _mine(replicas, rank, timeout) if world > size else None)
+    model, expert = spec.model, spec.expert
+    group = model * expert
 
+    def mine(partition: list[list[int]]) -> Shared | None:
+        if len(partition[0]) == 1:
+            return None
+        made, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)  # type: ignore[no-untyped-call]
+        ranks = next(ranks for ranks in partition if rank in ranks)
+        return Shared(made, len(ranks), ranks.index(rank))
 
-def _mine(partition: list[list[int]], rank: int, timeout: timedelta) -> Shared:
-    group, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)  # type: ignore[no-untyped-call]
-    ranks = next(ranks for ranks in partition if rank in ranks)
-    return Shared(group, len(ranks), ranks.index(rank))
+    return Groups(
+        data=mine([list(range(place, world, model)) for place in range(model)]),
+        model=mine([list(range(first, first + model)) for first in range(0, world, model)]),
+        experts=mine(
+            [
+                [first + place + model * number for number in range(expert)]
+                for first in range(0, world, group)
+                for place in range(model)
+            ]
+        ),
+        replicas=mine([list(range(place, world, group)) for place in range(group)]) if expert > 1 else None,
+    )

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 
 from switchcli.model.count import FORWARD_AND_BACKWARD, count
 from switchcli.model.spec import STACKS, ModelSpec
+from switchcli.parallel.mesh import Shard
 from switchcli.parallel.plan_memory import Bytes, bytes_of
-from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Shard, Step, output_widths, slots
+from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Step, output_widths, slots
 from switchcli.parallel.plan_traffic import Collective, collectives
 
 GIB = 2**30

@@ -9,23 +9,21 @@ takes memory, of a trillion parameters neither.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from switchcli.model.routing import RouterSpec
 from switchcli.model.spec import ModelSpec, Stack
+from switchcli.parallel.layout import lost_dim
+from switchcli.parallel.mesh import Shard
+from switchcli.parallel.tensor import divided_dim
 
 FLOAT = 4
 """Bytes of a weight, of its gradient, and of an element of the residual stream."""
 
-Shard = Literal["none", "zero2", "zero3"]
 Tensors = Mapping[str, torch.Tensor]
 """By name; on `meta`."""
-
-_DIVIDED = {"embedding": 0, "head": 0, "q": 0, "k": 0, "v": 0, "wi": 0, "wi_gate": 0, "o": 1, "wo": 1}
-_DIVIDED |= {"position_bias": 1}
-"""The dim of a weight that the model axis divides, by its name: the vocabulary, the heads, d_ff."""
 
 
 class Mesh(NamedTuple):
@@ -87,7 +85,7 @@ def held(weights: Tensors, state: Tensors, model: int) -> Held:
     units: dict[str, int] = {"": 0}
     sums = dict.fromkeys(("dense", "expert", "products", "dense_state", "expert_state"), 0)
     for name, weight in weights.items():
-        dim = _divided_dim(name)
+        dim = divided_dim(name)
         numel = weight.numel() // (1 if dim is None else model)
         sums["expert" if ".experts." in name else "dense"] += numel
         if ".experts." in name:
@@ -99,23 +97,11 @@ def held(weights: Tensors, state: Tensors, model: int) -> Held:
     for name, tensor in state.items():
         owner, _, slot = name.rpartition("/")
         num_bytes = tensor.numel() * tensor.element_size()
-        if owner in weights and _is_divided(tensor, weights[owner], _divided_dim(owner), slot):
+        dim = divided_dim(owner)
+        if owner in weights and tensor.ndim and dim not in (None, lost_dim(slot, weights[owner].ndim)):
             num_bytes //= model
         sums["expert_state" if ".experts." in name else "dense_state"] += num_bytes
     return Held(units=tuple(units.values()), **sums)
-
-
-def _divided_dim(name: str) -> int | None:
-    """The dim of a weight that the model axis divides; None where each of its ranks has all of it."""
-    parts = name.split(".")
-    dim = _DIVIDED.get(parts[-2] if parts[-1] == "weight" else parts[-1])
-    return None if dim is None else dim + (".experts." in name)
-
-
-def _is_divided(state: torch.Tensor, weight: torch.Tensor, dim: int | None, slot: str) -> bool:
-    """Whether the optimizer's tensor has the divided dim: row means lack a weight's last, column means the other."""
-    lost = weight.ndim - (2 if slot == "column" else 1) if state.ndim < weight.ndim else None
-    return state.ndim > 0 and dim is not None and dim != lost
 
 
 class Slots(NamedTuple):

@@ -4,7 +4,8 @@ Legend: G groups of a rank's microbatch, E experts, C slots, D model, O outputs.
 
 Rules: to sum over a divided dim costs an all-reduce forward and one backward; tokens reach the experts by an all-to-all
 each way, mirrored backward, of E * G * C rows, as many for any number of experts at a fixed capacity factor but for the
-rounding of C and its least number. Counts of targets, norms and metrics, a few numbers a step, are left out.
+rounding of C and its least number. Counts of targets, norms and metrics, a few numbers a step, are left out, as are
+Adafactor's sums over divided rows and columns.
 """
 
 from collections import Counter
@@ -85,7 +86,7 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatch
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, back", calls, rows * width)
         if spec.experts_dropout:
             sent = 8 * slots(spec, stack, step, microbatch, mesh.expert).sent
-            masks = step.product_bytes * microbatch * spec.d_ff
+            masks = step.product_bytes * microbatch * spec.d_ff // mesh.model
             calls, of = len(output_widths(spec)) * layers * microbatches, f"{stack} dropout"
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, whose rows", calls, sent)
             yield Collective("all_gather", "expert", mesh.expert, f"{of}, masks", calls, masks)
@@ -97,8 +98,8 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatch
 def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
     """Of [tokens, D] for each attention and feed-forward, forward and backward; of the vocabulary.
 
-    The gradient of the encoder's output is summed once for all cross-attentions. Embeddings and the gradient of the
-    hidden states are float32, as are three numbers a target: the largest logit, the sum, the target's own.
+    The gradient of the encoder's output is summed once for all cross-attentions. Embeddings are float32, as are two
+    numbers a target, the largest logit and the sum, and the gradients of what experts' outputs are weighed with.
     """
     model = mesh.model
     for stack in STACKS:
@@ -109,8 +110,14 @@ def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microb
         yield Collective("all_reduce", "model", model, f"{stack} layers", calls, payload)
         embedded = FLOAT * tokens * spec.d_model
         yield Collective("all_reduce", "model", model, f"{stack} embedding", microbatches, embedded)
+        if layers := len(spec.sparse_layers(stack)):
+            rule = spec.router_of(stack)
+            capacity = slots(spec, stack, step, microbatch, mesh.expert).capacity
+            weights = step.router_bytes * spec.num_experts * capacity * microbatch // rule.group_sequences
+            yield Collective("all_reduce", "model", model, f"{stack} gates", layers * microbatches, weights)
     memory = step.product_bytes * microbatch * step.source * spec.d_model
     yield Collective("all_reduce", "model", model, "gradient of the encoder's output", microbatches, memory)
-    targets = FLOAT * microbatch * step.target
-    yield Collective("all_reduce", "model", model, "loss", 3 * microbatches, targets)
-    yield Collective("all_reduce", "model", model, "gradient of hidden states", microbatches, targets * spec.d_model)
+    targets = microbatch * step.target
+    yield Collective("all_reduce", "model", model, "loss", 2 * microbatches, FLOAT * targets)
+    hidden = step.product_bytes * targets * spec.d_model
+    yield Collective("all_reduce", "model", model, "gradient of hidden states", microbatches, hidden)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -18,15 +18,18 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, send_to_device
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.errors import DistributedError, OtherRankError, RankError, RecipeError, SwitchError
 from switchcli.model.compiled import compile_dense_parts
-from switchcli.parallel import expert
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel import expert, spread
+from switchcli.parallel.layout import Cuts, Weights
 from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
 
@@ -68,10 +71,7 @@ class Runtime:
             self._accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision="no",  # `autocast` below: accelerate's own would copy the logits to float32
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=STEP_TIMEOUT),
-                ],
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)],
             )
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
@@ -90,7 +90,7 @@ class Runtime:
                 self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
                 self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
                 self._writing = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
-        self.groups = Groups()
+        self.groups, self._shard = Groups(), parallel.shard
         if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
             self.on_main(lambda: check_world(parallel, self.world))
             with lost_ranks_explained():
@@ -100,6 +100,20 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's share of a batch."""
+        return 0 if self.groups.data is None else self.groups.data.place
+
+    @property
+    def data_ranks(self) -> int:
+        """Shares of a batch. Each is on `model_ranks` ranks."""
+        return 1 if self.groups.data is None else self.groups.data.size
+
+    @property
+    def model_ranks(self) -> int:
+        return 1 if self.groups.model is None else self.groups.model.size
+
     def place(self, batch: T) -> T:
         """The batch's tensors on this rank's device; nothing is copied when they are there."""
         placed: T = send_to_device(batch, self.device, non_blocking=True)
@@ -108,20 +122,26 @@ class Runtime:
     @property
     def needs_all(self) -> bool:
         """Whether a forward pass takes all ranks: each of them then does as many."""
-        return self.groups.experts is not None
+        sharded = self.groups.data is not None and self._shard != "none"
+        return sharded or self.groups.model is not None or self.groups.experts is not None
 
-    def spread(self, model: nn.Module) -> None:
-        """Keep of `model` what this rank holds, in place, before its weights are filled."""
-        if self.groups.experts is not None:
-            expert.spread_experts(model, self.groups.experts)
+    def spread(self, model: SwitchTransformer) -> Weights:
+        """Keep of `model`, which is on `meta`, what this rank holds, with memory on its device: not filled yet."""
+        with lost_ranks_explained():
+            return spread.spread(model, self.groups, self._shard, self.device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model on this device, its gradients averaged over the ranks by its last backward pass (`synchronise`)."""
+        """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`)."""
+        data = self.groups.data
+        if data is None or isinstance(model, FSDPModule):
+            return model
         if self.groups.experts is not None:
             _leave_to_us(model, expert.expert_parameters(model))
+        devices = [self.device] if self.device.type == "cuda" else None
         with lost_ranks_explained():
-            wrapped: nn.Module = self._accelerator.prepare_model(model)
-        return wrapped
+            return DistributedDataParallel(
+                model, device_ids=devices, process_group=data.group, gradient_as_bucket_view=True
+            )
 
     def compile(self, model: nn.Module) -> None:
         """Compile the dense parts of `model`, in place, before it is wrapped.
@@ -155,27 +175,25 @@ class Runtime:
         Raises:
             DistributedError: from within, when another rank is gone; as do the sums below.
         """
-        apart: AbstractContextManager[None] = self._accelerator.no_sync(model)
-        return self._synchronised(model) if last else apart
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last or self._shard == "zero3")
+            model.set_reshard_after_backward(last or self._shard == "zero3")
+        elif isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return self._synchronised(model, last)
 
     @contextmanager
-    def _synchronised(self, model: nn.Module) -> Iterator[None]:
+    def _synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
         with lost_ranks_explained():
             yield
-            if self.groups.experts is not None:
+            if last and (self.groups.experts is not None or isinstance(model, FSDPModule)):
                 experts = expert.expert_parameters(model).values()
-                expert.sum_over_replicas(experts, self.groups.replicas, self.world)
+                replicas = self.groups.data if self.groups.experts is None else self.groups.replicas
+                expert.sum_over_replicas(experts, replicas, self.data_ranks)
 
-    def gradient_norm(self, model: nn.Module) -> torch.Tensor:
-        """The norm of all gradients of the model, those of experts on other ranks too; float32, on every rank."""
-        if self.groups.experts is None:
-            return _norm(model.parameters())
-        experts = expert.expert_parameters(model).values()
-        squares = _norm(experts).square().to(self.device)  # of none: on the CPU
-        with lost_ranks_explained():
-            dist.all_reduce(squares, group=self.groups.experts.group)
-        others = set(model.parameters()).difference(experts)
-        return (_norm(one for one in model.parameters() if one in others).square() + squares).sqrt()
+    def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts]) -> torch.Tensor:
+        """The norm of the gradients of all ranks' parameters, each part counted once; float32, on every rank."""
+        return spread.gradient_norm(parameters, cuts, self.groups, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Products in the recipe's precision."""
@@ -205,10 +223,10 @@ class Runtime:
         return _summed([value if self.is_main else 0], self._main_wait)[0]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor summed over all ranks, on its device, in place."""
-        if self.world > 1:
+        """The tensor summed over the shares of a batch, on its device, in place."""
+        if self.groups.data is not None:
             with lost_ranks_explained():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.groups.data.group)
         return tensor
 
     def on_main(self, action: Callable[[], T]) -> T | None:
@@ -267,14 +285,16 @@ class Runtime:
         return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
 
     def is_turn(self, number: int, of_expert: bool) -> bool:
-        """Whether something that several ranks hold alike, number `number` of many, is this one's to write.
+        """Whether something that several ranks have, number `number` of many, is this one's to write.
 
-        A weight of an expert is held by the replicas alone.
+        What is an expert's the ranks that hold other experts do not have.
         """
         if not of_expert or self.groups.experts is None:
             return number % self.world == self.rank
-        replicas = self.groups.replicas
-        return replicas is None or number % replicas.size == replicas.place
+        place = self.rank % self.model_ranks
+        if self.groups.replicas is not None:
+            place += self.model_ranks * self.groups.replicas.place
+        return number % (self.world // self.groups.experts.size) == place
 
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
@@ -297,10 +317,6 @@ def _meet_again(backend: str) -> None:
         store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
         apart = PrefixStore(f"restart {restarts}", store)
         dist.init_process_group(backend, store=apart, rank=rank, world_size=world, timeout=STEP_TIMEOUT)
-
-
-def _norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def _leave_to_us(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

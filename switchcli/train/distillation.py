@@ -7,7 +7,8 @@ soft fraction. Padding counts in neither. The balance and z-losses of a sparse s
 
 # Deviates: Mesh-TensorFlow (StudentTeacher) adds an output z-loss to both parts, which is in no loss here.
 
-Legend: B batch, T target, V vocabulary (of a student the part of it that is here), D model, N targets of all sequences, C those of a chunk, K kept probabilities.
+Legend: B batch, T target, V vocabulary (of a student the part of it that is here), D model, N targets of all sequences,
+C those of a chunk, K kept probabilities.
 """
 
 from collections.abc import Callable
@@ -75,8 +76,8 @@ class SoftLoss(NamedTuple):
 
 
 SoftTargets = Callable[[Vocabulary, torch.Tensor, torch.Tensor, slice, bool], SoftLoss]
-"""`(vocabulary, log_CV, real_C, chunk, learns)`: the student's vocabulary and its log p, which targets are real, which of
-all they are, and whether the gradient is wanted."""
+"""`(vocabulary, log_CV, real_C, chunk, learns)`: the student's vocabulary and its log p, which targets are real, which
+of all they are, and whether the gradient is wanted."""
 
 
 class AllProbabilities:
@@ -121,14 +122,14 @@ class TopProbabilities:
         total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # probabilities that were rounded need not add up to 1
         q_CK = place.only_here(q_CK)
         counts = float(vocabulary.axis.place == 0)  # the rest is counted once
-        cross_entropy_C = -(q_CK * log_CV.gather(1, place.index)).sum(1)
+        cross_entropy_C = -(q_CK * log_CV.gather(1, place.row)).sum(1)
         entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + counts * torch.xlogy(rest_C, rest_C))
-        gradient_CV = log_CV.exp().mul_(total_C1).scatter_add_(1, place.index, -q_CK) if learns else None
-        if place.index.shape[1] < log_CV.shape[1] * vocabulary.axis.size:
+        gradient_CV = log_CV.exp().mul_(total_C1).scatter_add_(1, place.row, -q_CK) if learns else None
+        if place.row.shape[1] < log_CV.shape[1] * vocabulary.axis.size:
             gone_CK = torch.full_like(q_CK, -torch.inf)
             if place.is_here is not None:
                 gone_CK = gone_CK.where(place.is_here, 0.0)
-            others_CV = log_CV.scatter_add(1, place.index, gone_CK)
+            others_CV = log_CV.scatter_add(1, place.row, gone_CK)
             log_rest_C = vocabulary.logsumexp(others_CV)
             cross_entropy_C = cross_entropy_C - counts * rest_C * log_rest_C
             if gradient_CV is not None:  # of log sum over others p: their shares among themselves
@@ -201,7 +202,7 @@ def distilled_cross_entropy(
         real_C1 = target_C1 != PAD
         place = vocabulary.place(target_C1)
         log_CV = vocabulary.log_softmax(logits_CV)
-        hard = -(place.only_here(log_CV.gather(1, place.index)) * real_C1).sum()
+        hard = -(place.only_here(log_CV.gather(1, place.row)) * real_C1).sum()
         tempered_CV = log_CV if temperature == 1.0 else vocabulary.log_softmax(logits_CV, temperature)
         soft = soft_targets(vocabulary, tempered_CV, real_C1.squeeze(1), chunk, learns)
         loss = (1.0 - soft_fraction) * hard + soft_fraction * temperature**2 * soft.cross_entropy
@@ -211,7 +212,7 @@ def distilled_cross_entropy(
         hard_share = 1.0 - soft_fraction
         gradient_CV = soft.gradient_CV.mul_(soft_fraction * temperature).add_(log_CV.exp_(), alpha=hard_share)
         at_target_C1 = place.only_here(gradient_CV.new_full(target_C1.shape, -hard_share))
-        gradient_CV.scatter_add_(1, place.index, at_target_C1)
+        gradient_CV.scatter_add_(1, place.row, at_target_C1)
         return ChunkLoss(sums_M, gradient_CV.mul_(real_C1))
 
     return summed_over_vocabulary(hidden_ND, vocabulary, of_chunk, NUM_SUMS)

@@ -44,7 +44,7 @@ def evaluate_rows(
 ) -> Metrics:
     """The same on rows that the ranks share, at least `rows_each` a batch: in whole groups of this very model."""
     group = model.spec.group_sequences
-    batches = shared(rows, num_rows, -(-rows_each // group) * group, runtime.rank, runtime.world)
+    batches = shared(rows, num_rows, -(-rows_each // group) * group, runtime.data_rank, runtime.data_ranks)
     return evaluate(model, objective, batches, runtime, policy)
 
 

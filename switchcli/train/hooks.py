@@ -73,7 +73,7 @@ class Log(Hook):
         state.window = {}
         if not self._runtime.is_main:
             return
-        self._alarms(metrics, steps=int(metrics["gradient_norm"].weight) // self._runtime.world)
+        self._alarms(metrics, steps=int(metrics["gradient_norm"].weight) // self._runtime.data_ranks)
         seconds_per_step = (state.seconds - self._since[1]) / (state.step - self._since[0])
         self._since = (state.step, state.seconds)
         self._write(

@@ -4,6 +4,7 @@
     encoder.blocks.1.feed_forward.layer.experts.{e}.wi  [F, D]      on disk, for each expert e
     ...experts.wi/row  <->  ...experts.{e}.wi/row       optimizer state, `<parameter>/<slot>`, in the same way
 
+Of a tensor that is cut, each rank that has a part has it under the name of the whole.
 So a checkpoint does not know how many ranks wrote it. A slot that is not stacked (a step count, say) keeps the name of
 the stacked parameter. This file knows names and views; it reads and writes nothing.
 """
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from switchcli.parallel.layout import Cuts, Part
 
 _STACKED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<tail>[^/]+(?P<slot>/.*)?)")
 _NUMBERED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<expert>0|[1-9][0-9]*)\.(?P<tail>.+)")
@@ -40,21 +43,15 @@ def split(named: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
     return logical
 
 
-def join(logical: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
-    """The inverse of `split`: these experts stacked again (a copy), the rest as it is."""
-    named: dict[str, Tensor] = {}
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in logical.items():
-        match = _NUMBERED.fullmatch(name)
-        if match is None:
-            named[name] = tensor
-        else:
-            stack = stacks.setdefault(f"{match['head']}.{match['tail']}", {})
-            stack[int(match["expert"])] = tensor
-    for name, stack in stacks.items():
-        assert sorted(stack) == list(experts), f"{name} has experts {sorted(stack)}, not {experts}"
-        named[name] = torch.stack([stack[expert] for expert in experts])
-    return named
+def parts(named: Mapping[str, Tensor], cuts: Mapping[str, Cuts], experts: range) -> dict[str, Part]:
+    """The same, each with the cuts by which it is a part of the logical tensor; `cuts` by the names of `named`."""
+    found: dict[str, Part] = {}
+    for name, tensor in named.items():
+        own = cuts.get(name, ())
+        for logical, piece in split({name: tensor}, experts).items():
+            shift = tensor.ndim - piece.ndim  # a stack's first dim is gone
+            found[logical] = Part(piece, tuple(cut._replace(dim=cut.dim - shift) for cut in own))
+    return found
 
 
 def whole(logical: Mapping[str, Tensor], name: str, num_experts: int) -> Tensor:

@@ -51,7 +51,8 @@ def fit(
         started = time.perf_counter()
         microbatches = list(batches(state.step))
         counts = [int((micro.batch.targets_BT != PAD).sum()) for micro in microbatches]
-        stopping, num_targets = runtime.sum_over_ranks([int(stop.requested), sum(counts)])
+        stopping, counted = runtime.sum_over_ranks([int(stop.requested), sum(counts)])
+        num_targets = counted // runtime.model_ranks
         if stopping:
             for one in unchecked:  # what is saved after a stop has been looked at
                 _check_finite(*one)
@@ -59,9 +60,9 @@ def fit(
         learning_rate = schedule(state.step, settings.steps)
         seed = f"{settings.seed}/{state.step}"
         metrics = accumulate_gradients(model, objective(state.step), microbatches, num_targets, runtime, seed)
-        norm = _clip(model, settings.clip_norm, runtime)
+        norm = _clip(optimizer, settings.clip_norm, runtime)
         optimizer.step(learning_rate)
-        model.zero_grad()
+        optimizer.zero_grad()
 
         state.step += 1
         state.targets_seen += num_targets
@@ -98,8 +99,8 @@ def accumulate_gradients(
         with runtime.synchronise(model, last=position == len(microbatches)):
             with runtime.autocast():
                 loss = objective(model, placed)
-            # Ranks are averaged afterwards, and a sum over ranks is meant: hence the world size.
-            per_target = loss.target_sum * (runtime.world / max(1, num_targets))
+            # Shares are averaged afterwards, and their sum is meant: hence their number.
+            per_target = loss.target_sum * (runtime.data_ranks / max(1, num_targets))
             (per_target + loss.auxiliary / len(microbatches)).backward()  # type: ignore[no-untyped-call]
         metrics = merge(metrics, loss.metrics)
     return metrics
@@ -111,11 +112,11 @@ def _seed_noise(name: str) -> None:
     torch.manual_seed(int.from_bytes(digest) >> 1)
 
 
-def _clip(model: nn.Module, clip_norm: float | None, runtime: Runtime) -> torch.Tensor:
+def _clip(optimizer: Optimizer, clip_norm: float | None, runtime: Runtime) -> torch.Tensor:
     """The global gradient norm, before clipping to `clip_norm`."""
-    norm = runtime.gradient_norm(model)
+    norm = runtime.gradient_norm(optimizer.parameters, optimizer.cuts)
     if clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+        optimizer.scale_gradients((clip_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch has it
     return norm
 
 

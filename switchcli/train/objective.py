@@ -1,6 +1,7 @@
 """What is minimised: the cross-entropy of the targets, and the losses that the sparse layers return.
 
-Legend: B batch, T target, V vocabulary (the part of it that is here), D model, N targets of all sequences, C those of a chunk, M sums.
+Legend: B batch, T target, V vocabulary (the part of it that is here), D model, N targets of all sequences, C those of a
+chunk, M sums.
 """
 
 from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: Vocabulary, target
         real_C1 = target_C1 != PAD
         place = vocabulary.place(target_C1)
         log_CV = vocabulary.log_softmax(logits_CV)
-        log_C1 = log_CV.gather(1, place.index)
+        log_C1 = log_CV.gather(1, place.row)
         total_1 = -(place.only_here(log_C1) * real_C1).sum().unsqueeze(0)
         if not learns:
             return ChunkLoss(total_1, None)
@@ -95,7 +96,7 @@ def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: Vocabulary, target
         at_target_C1 = log_C1.expm1()
         if place.is_here is not None:
             at_target_C1 = at_target_C1.where(place.is_here, log_C1.exp())
-        return ChunkLoss(total_1, log_CV.exp_().scatter_(1, place.index, at_target_C1).mul_(real_C1))
+        return ChunkLoss(total_1, log_CV.exp_().scatter_(1, place.row, at_target_C1).mul_(real_C1))
 
     return summed_over_vocabulary(hidden_ND, vocabulary, of_chunk, num_sums=1)[0]
 
@@ -120,7 +121,8 @@ def summed_over_vocabulary(
     """The `num_sums` sums of a loss of the logits hidden vocabulary^T over all chunks; the first has a gradient."""
     learns = torch.is_grad_enabled()
     weight_VD, axis = vocabulary
-    sums_M: torch.Tensor = _SummedOverVocabulary.apply(hidden_ND, weight_VD, of_chunk, num_sums, learns)  # type: ignore[no-untyped-call]
+    entered_ND = axis.enter(hidden_ND)
+    sums_M: torch.Tensor = _SummedOverVocabulary.apply(entered_ND, weight_VD, of_chunk, num_sums, learns)  # type: ignore[no-untyped-call]
     return axis.leave(sums_M)
 
 

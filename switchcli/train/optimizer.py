@@ -4,19 +4,28 @@ An optimizer spec builds an object with one interface: `step(learning_rate)` upd
 gradients, `state()` names every tensor that resuming needs as `<parameter>/<slot>`.
 
 A parameter is stacked when its name says that it holds experts (`.experts.`, dim 0 counts them): every statistic of it
-is one expert's own, so that what happens to an expert does not depend on which others share its tensor.
+is one expert's own, so that what happens to an expert does not depend on which others share its tensor. Of a weight of
+which other ranks have parts every statistic is that of the whole.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
+from switchcli.parallel.layout import Cuts, Part, here, lost_dim, sum_parts
 from switchcli.spec import Spec
 
 Named = Mapping[str, torch.nn.Parameter]
+Cut = Mapping[str, Cuts]
+"""How the parameters of which other ranks have parts are cut, by name."""
+Sums = list[tuple[torch.Tensor, Cuts]]
+"""Sums over what is here, each to be summed over the ranks of its cuts."""
+WHOLE: Cut = MappingProxyType({})
 
 CPU_SLICE = 2**21
 """Elements that Adafactor works on at a time: with a scratch as large they stay in a CPU's cache."""
@@ -27,8 +36,9 @@ GPU_SLICE = 2**27
 class Optimizer(ABC):
     """Updates `parameters` in place; holds float32 state of its own for each."""
 
-    def __init__(self, parameters: Named) -> None:
+    def __init__(self, parameters: Named, cuts: Cut = WHOLE) -> None:
         self.parameters = dict(parameters)
+        self.cuts = {name: cuts[name] for name in self.parameters if name in cuts}
 
     @abstractmethod
     def step(self, learning_rate: float) -> None:
@@ -38,10 +48,26 @@ class Optimizer(ABC):
     def state(self) -> dict[str, torch.Tensor]:
         """Every state tensor by `<parameter>/<slot>`, not copied: writing into them restores a state."""
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore a state that `state` named."""
+    def state_cuts(self) -> dict[str, Cuts]:
+        """How each of them is cut; absent of those that are whole here."""
+        found = {}
         for name, tensor in self.state().items():
-            tensor.copy_(tensors[name])
+            owner, _, slot = name.rpartition("/")
+            if owner in self.cuts and tensor.ndim:
+                lost = lost_dim(slot, self.parameters[owner].ndim)
+                cuts = [cut for cut in self.cuts[owner] if cut.dim != lost]
+                found[name] = tuple(cut._replace(dim=cut.dim - (lost is not None and cut.dim > lost)) for cut in cuts)
+        return found
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        """Multiply every gradient, in place."""
+        gradients = [here(one.grad) for one in self.parameters.values() if one.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
+    def zero_grad(self) -> None:
+        """Drop every gradient."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
 
 class Adafactor(Spec):
@@ -65,8 +91,8 @@ class Adafactor(Spec):
     scale_by_parameter: bool = True
     """False: the learning rate is absolute."""
 
-    def build(self, parameters: Named) -> Optimizer:
-        return _Adafactor(self, parameters)
+    def build(self, parameters: Named, cuts: Cut = WHOLE) -> Optimizer:
+        return _Adafactor(self, parameters, cuts)
 
 
 class AdamW(Spec):
@@ -78,8 +104,8 @@ class AdamW(Spec):
     epsilon: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
 
-    def build(self, parameters: Named) -> Optimizer:
-        return _AdamW(self, parameters)
+    def build(self, parameters: Named, cuts: Cut = WHOLE) -> Optimizer:
+        return _AdamW(self, parameters, cuts)
 
 
 OptimizerSpec = Annotated[Adafactor | AdamW, Field(discriminator="kind")]
@@ -91,15 +117,15 @@ def is_stacked(name: str) -> bool:
 
 
 class _Adafactor(Optimizer):
-    def __init__(self, spec: Adafactor, parameters: Named) -> None:
-        super().__init__(parameters)
+    def __init__(self, spec: Adafactor, parameters: Named, cuts: Cut) -> None:
+        super().__init__(parameters, cuts)
         self.spec = spec
         self._steps = torch.zeros((), dtype=torch.int64)
-        self._moments = {name: self._new_moments(parameter) for name, parameter in self.parameters.items()}
+        self._moments = {name: self._new_moments(name, here(weight)) for name, weight in self.parameters.items()}
 
-    def _new_moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        shape = parameter.shape
-        if parameter.ndim >= 2 and min(shape[-2:]) >= self.spec.min_dim_to_factor:
+    def _new_moments(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        shape, whole = parameter.shape, Part(parameter, self.cuts.get(name, ())).whole_shape
+        if parameter.ndim >= 2 and min(whole[-2:]) >= self.spec.min_dim_to_factor:
             shapes = {"row": shape[:-1], "column": shape[:-2] + shape[-1:]}
         else:
             shapes = {"moment": shape}
@@ -113,13 +139,25 @@ class _Adafactor(Optimizer):
     def step(self, learning_rate: float) -> None:
         self._steps += 1
         decay = 1.0 - float(self._steps) ** -self.spec.decay_exponent
+        of_parts = []
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                tensors = [parameter, parameter.grad, *self._moments[name].values()]
+                tensors = [here(parameter), here(parameter.grad), *self._moments[name].values()]
                 if not is_stacked(name):
                     tensors = [tensor.unsqueeze(0) for tensor in tensors]
-                update = self._update_factored if "row" in self._moments[name] else self._update_whole
-                update(tensors, 1.0 - decay, learning_rate)
+                factored = "row" in self._moments[name]
+                if name in self.cuts:
+                    shape = Part(here(parameter), self.cuts[name]).whole_shape
+                    whole = _Whole(self.cuts[name], shape, is_stacked(name))
+                    update_part = self._update_factored_part if factored else self._update_whole_part
+                    of_parts.append(update_part(whole, tensors, 1.0 - decay, learning_rate))
+                else:
+                    update = self._update_factored if factored else self._update_whole
+                    update(tensors, 1.0 - decay, learning_rate)
+        for _ in range(2):  # all of them together: few collectives
+            sum_parts([each for one in of_parts for each in next(one)])
+        for one in of_parts:
+            next(one, None)
 
     def _update_whole(self, tensors: list[torch.Tensor], new: float, learning_rate: float) -> None:
         """With a moment for each entry. `tensors`: parameter, gradient, moments, dim 0 of each counts experts.
@@ -129,7 +167,7 @@ class _Adafactor(Optimizer):
         parameters, gradients, moments = tensors
         square = gradients.square().add_(self.spec.epsilon)
         update = torch.mul(gradients, moments.lerp_(square, new).rsqrt(), out=square)
-        parameters.addcmul_(update, self._scale(parameters, _rms(update), learning_rate), value=-1.0)
+        parameters.addcmul_(update, self._scale(_rms(parameters), _rms(update), learning_rate), value=-1.0)
 
     def _update_factored(self, tensors: list[torch.Tensor], new: float, learning_rate: float) -> None:
         """With row and column means, as many experts at a time as one slice holds.
@@ -147,13 +185,63 @@ class _Adafactor(Optimizer):
             left = (row.mean(-1, keepdim=True) / row).unsqueeze(-1)
             right = column.reciprocal().unsqueeze(-1)
             mean_square = (left * (square @ right)).mean(_inner(left), keepdim=True) / gradient.shape[-1]
-            factor = left.sqrt_().mul_(self._scale(parameter, mean_square.sqrt_(), learning_rate))
+            factor = left.sqrt_().mul_(self._scale(_rms(parameter), mean_square.sqrt_(), learning_rate))
             parameter.addcmul_(gradient, torch.mul(factor, right.sqrt_().mT, out=square), value=-1.0)
 
-    def _scale(self, parameter: torch.Tensor, rms: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        """What an update whose root mean square is `rms` is multiplied with."""
-        scale = learning_rate / (rms / self.spec.clip_threshold).clamp_(min=1.0)
-        return scale * _rms(parameter).clamp_(min=self.spec.scale_epsilon) if self.spec.scale_by_parameter else scale
+    def _update_whole_part(
+        self, whole: "_Whole", tensors: list[torch.Tensor], new: float, learning_rate: float
+    ) -> Iterator[Sums]:
+        """`_update_whole` where other ranks have other parts: what is yielded comes back summed over them."""
+        parameters, gradients, moments = tensors
+        moments.lerp_(gradients.square().add_(self.spec.epsilon), new)
+        of_update, of_weight = _square_sum(gradients * moments.rsqrt()), _square_sum(parameters)
+        yield [(of_update, whole.cuts), (of_weight, whole.cuts)]
+        yield []
+        scale = self._scale(whole.rms(of_weight), whole.rms(of_update), learning_rate)
+        parameters.addcmul_(gradients * moments.rsqrt(), scale.view(-1, *[1] * (parameters.ndim - 1)), value=-1.0)
+
+    def _update_factored_part(
+        self, whole: "_Whole", tensors: list[torch.Tensor], new: float, learning_rate: float
+    ) -> Iterator[Sums]:
+        """`_update_factored`, in the same way. Squares are made twice: to keep those of all parameters would take
+        as much memory as their gradients."""
+        parameter, gradient, row, column = tensors
+        square, of_weight = gradient.square(), _square_sum(parameter)
+        over_columns, over_rows = square.sum(-1), square.sum(-2)
+        del square
+        yield [(over_columns, whole.along(-1)), (over_rows, whole.along(-2)), (of_weight, whole.cuts)]
+        row.lerp_(over_columns.div_(whole.shape[-1]).add_(self.spec.epsilon), new)
+        column.lerp_(over_rows.div_(whole.shape[-2]).add_(self.spec.epsilon), new)
+        of_rows = row.sum(-1, keepdim=True)
+        of_update = ((gradient.square() @ column.reciprocal().unsqueeze(-1)).squeeze(-1) / row).sum(-1)
+        yield [(of_rows, whole.along(-2)), (of_update, whole.cuts)]
+        left = of_rows.div_(whole.shape[-2]) / row
+        of_update *= of_rows.squeeze(-1)
+        scale = self._scale(whole.rms(of_weight), whole.rms(of_update), learning_rate)
+        factor = left.sqrt_().mul_(scale.unsqueeze(-1)).unsqueeze(-1)
+        parameter.addcmul_(gradient, factor * column.rsqrt().unsqueeze(-2), value=-1.0)
+
+    def _scale(self, of_weight: torch.Tensor, of_update: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """What an update is multiplied with, by the root mean squares of the weight and of the update."""
+        scale = learning_rate / (of_update / self.spec.clip_threshold).clamp_(min=1.0)
+        return scale * of_weight.clamp_(min=self.spec.scale_epsilon) if self.spec.scale_by_parameter else scale
+
+
+class _Whole(NamedTuple):
+    """The whole weight of a part, as far as the statistics of the part need it."""
+
+    cuts: Cuts
+    shape: torch.Size
+    experts: bool
+    """Dim 0 counts experts, each with statistics of its own."""
+
+    def along(self, dim: int) -> Cuts:
+        """Those of a dim, counted from the last."""
+        return tuple(cut for cut in self.cuts if cut.dim - len(self.shape) == dim)
+
+    def rms(self, square_sum: torch.Tensor) -> torch.Tensor:
+        """Of each expert, or of the one weight."""
+        return (square_sum / math.prod(self.shape[self.experts :])).sqrt_()
 
 
 def _rms(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,22 +250,29 @@ def _rms(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(norm, dim=_inner(tensor), keepdim=True) / tensor[0].numel() ** 0.5
 
 
+def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Of each slice of dim 0; rows first, as in `_rms`."""
+    return torch.linalg.vector_norm(tensor, dim=-1).square_().view(len(tensor), -1).sum(1)
+
+
 def _inner(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(range(1, tensor.ndim))
 
 
 class _AdamW(Optimizer):
-    def __init__(self, spec: AdamW, parameters: Named) -> None:
-        super().__init__(parameters)
+    def __init__(self, spec: AdamW, parameters: Named, cuts: Cut) -> None:
+        super().__init__(parameters, cuts)
+        # What is here of each: torch's fused kernel does not take shards and plain tensors together.
+        self._here = {name: torch.nn.Parameter(here(weight)) for name, weight in self.parameters.items()}
         self._adamw = torch.optim.AdamW(
-            self.parameters.values(),
+            self._here.values(),
             lr=0.0,
             betas=(spec.beta1, spec.beta2),
             eps=spec.epsilon,
             weight_decay=spec.weight_decay,
             fused=True,
         )
-        for parameter in self.parameters.values():
+        for parameter in self._here.values():
             self._adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -187,10 +282,13 @@ class _AdamW(Optimizer):
     def state(self) -> dict[str, torch.Tensor]:
         return {
             f"{name}/{slot}": tensor
-            for name, parameter in self.parameters.items()
+            for name, parameter in self._here.items()
             for slot, tensor in self._adamw.state[parameter].items()
         }
 
     def step(self, learning_rate: float) -> None:
         self._adamw.param_groups[0]["lr"] = learning_rate
+        for name, parameter in self.parameters.items():
+            self._here[name].grad = None if parameter.grad is None else here(parameter.grad)
         self._adamw.step()
+        self._adamw.zero_grad()

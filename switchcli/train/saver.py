@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from switchcli.errors import CheckpointError, RankError
-from switchcli.model.moe import experts_here
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import Part, Weights, here, whole_weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.train import checkpoint, logical, manifest, tensor_file
 from switchcli.train.evaluate import reduce
@@ -29,15 +29,18 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        model: SwitchTransformer,
+        weights: Weights,
+        num_experts: int,
         optimizer: Optimizer,
         runtime: Runtime,
         documents: Mapping[str, bytes],
         settings: CheckpointSpec,
     ) -> None:
-        """`model` is the plain one; `documents` (recipe, tokenizer, `DATA`) make a checkpoint whole by itself."""
+        """`num_experts` are those of a layer on all ranks; `documents` (recipe, tokenizer, `DATA`) make a checkpoint
+        whole by itself."""
         self._folder = folder
-        self._model = model
+        self._weights = weights
+        self._num_experts = num_experts
         self._optimizer = optimizer
         self._runtime = runtime
         self._documents = documents
@@ -55,7 +58,7 @@ class Saver:
         window = reduce(state.window, runtime)
         (unique,) = runtime.sum_over_ranks([secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0])
         documents = {**self._documents, "state.json": state.to_json(window)}
-        model, optimizer = self._share(logical_tensors(self._model)), self._share(self._slots())
+        model, optimizer = self._share(parts_of(self._weights)), self._share(self._slots())
         (size,) = runtime.sum_over_ranks([tensor_file.num_bytes([*model.values(), *optimizer.values()])])
         saving = checkpoint.Saving(self._folder, state.step, unique, size + sum(map(len, documents.values())))
         try:
@@ -72,16 +75,20 @@ class Saver:
             raise
         runtime.on_main(lambda: checkpoint.prune(self._folder, settings.keep_last, keep_best=settings.keep_best))
 
-    def _slots(self) -> dict[str, torch.Tensor]:
-        return logical.split(self._optimizer.state(), experts_here(self._model))
+    def _slots(self) -> dict[str, Part]:
+        return slots_of(self._optimizer, self._weights.experts)
 
-    def _share(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What this rank writes of what it holds: with those that hold the same tensors it takes turns."""
-        return {
-            name: tensor
-            for number, (name, tensor) in enumerate(tensors.items())
-            if self._runtime.is_turn(number, of_expert=bool(logical.expert_numbers([name])))
-        }
+    def _share(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+        """What this rank writes: with those that have the same tensors, or parts of them, it takes turns.
+
+        A tensor in parts comes together on all of its ranks, one after another, and stays in the memory of one host.
+        """
+        share = {}
+        for number, (name, part) in enumerate(parts.items()):
+            whole = part.whole()
+            if self._runtime.is_turn(number, of_expert=bool(logical.expert_numbers([name]))):
+                share[name] = whole.cpu() if part.cuts else whole
+        return share
 
     def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
         """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none.
@@ -101,17 +108,17 @@ class Saver:
                 f"{found.path} was trained {what} than the recipe gives now: bring that back, give another folder by "
                 "--out, or --no-resume to set this run aside and begin anew"
             )
-        experts = self._model.spec.num_experts
-        fill(self._model, found.read("model", logical_tensors(self._model), num_experts=experts))
-        slots = found.read("optimizer", self._slots(), num_experts=experts)
-        self._optimizer.load(logical.join(slots, experts_here(self._model)))
-        state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.is_main)
+        weights, slots, experts = parts_of(self._weights), self._slots(), self._num_experts
+        take(weights, found.read("model", wholes(weights), num_experts=experts))
+        take(slots, found.read("optimizer", wholes(slots), num_experts=experts))
+        state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.data_rank == 0)
         return True
 
 
 def preflight(
     folder: Path,
-    model: SwitchTransformer,
+    weights: Weights,
+    num_experts: int,
     optimizer: Optimizer,
     runtime: Runtime,
     settings: CheckpointSpec,
@@ -121,9 +128,8 @@ def preflight(
 
     `num_figures` is how many an evaluation notes: as many checkpoints may be best.
     """
-    experts = experts_here(model)
-    elsewhere = model.spec.num_experts // len(experts)  # times as many expert weights as are here
-    tensors = {**logical_tensors(model), **logical.split(optimizer.state(), experts)}
+    elsewhere = num_experts // len(weights.experts)  # times as many expert weights as are here
+    tensors = {**wholes(parts_of(weights)), **wholes(slots_of(optimizer, weights.experts))}
     one = sum(
         tensor_file.num_bytes([tensor]) * (elsewhere if logical.expert_numbers([name]) else 1)
         for name, tensor in tensors.items()
@@ -141,23 +147,46 @@ def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: rang
     Raises:
         CheckpointError: it has no such state, or that of another optimizer.
     """
-    held, slots = found.kinds("optimizer"), logical.split(optimizer.state(), experts)
+    held, slots = found.kinds("optimizer"), slots_of(optimizer, experts)
     way_out = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
     if not held:
         raise CheckpointError(f"{found.path}: holds no optimizer state: start.optimizer=reset begins with a new one.")
     if not held.keys() & slots.keys():
         raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
-    optimizer.load(logical.join(found.read("optimizer", slots, some=True, way_out=way_out), experts))
+    take(slots, found.read("optimizer", wholes(slots), some=True, way_out=way_out))
+
+
+def fill(weights: Weights, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the weights, in place, from whole tensors under their logical names, one after another."""
+    take(parts_of(weights), tensors)
 
 
 @torch.no_grad()
-def fill(model: SwitchTransformer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the model's weights, in place, from tensors under their logical names, one after another."""
-    for name, tensor in logical_tensors(model).items():
-        tensor.copy_(tensors[name])
+def take(parts: Mapping[str, Part], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill each part, in place, from the whole tensor of its name."""
+    for name, part in parts.items():
+        if isinstance(tensors, tensor_file.Tensors):
+            part.tensor.copy_(tensors.part(name, part.where))
+        else:
+            part.tensor.copy_(tensors[name][part.where])
+
+
+def parts_of(weights: Weights) -> dict[str, Part]:
+    """What is here of the weights, under their logical names, as views."""
+    named = {name: here(parameter) for name, parameter in weights.parameters.items()}
+    return logical.parts(named, weights.cuts, weights.experts)
+
+
+def slots_of(optimizer: Optimizer, experts: range) -> dict[str, Part]:
+    """The same of the optimizer's state."""
+    return logical.parts(optimizer.state(), optimizer.state_cuts(), experts)
+
+
+def wholes(parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+    """Tensors on `meta` of the shapes of the wholes."""
+    return {name: torch.empty(part.whole_shape, dtype=part.tensor.dtype, device="meta") for name, part in parts.items()}
 
 
 def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
-    """The weights of the model that are here, under their logical names, as views."""
-    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return logical.split(named, experts_here(model))
+    """The weights of a model that is all here, under their logical names, as views."""
+    return {name: part.tensor for name, part in parts_of(whole_weights(model)).items()}

@@ -76,10 +76,10 @@ class Answering:
         runtime, decoding = self._runtime, self._settings.decoding
         batches = list(exam.batches(self._settings.batch_examples))
         tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=runtime.device)
-        rounds = -(-len(batches) // runtime.world)
+        rounds = -(-len(batches) // runtime.data_ranks)
         with evaluating(self._model, self._capacity), runtime.uncompiled(), runtime.autocast():
             for turn in range(rounds):
-                mine = turn * runtime.world + runtime.rank
+                mine = turn * runtime.data_ranks + runtime.data_rank
                 if any(runtime.sum_over_ranks([int(stop())])):
                     return None
                 # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.

@@ -76,11 +76,21 @@ class Tensors(Mapping[str, Tensor]):
         self._open: tuple[Path, safe_open] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file(name).get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor.clone()
+
+    def part(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """What lies there of a tensor; no more of it is read."""
+        if not index:
+            return self[name]
+        part: Tensor = self._file(name).get_slice(name)[index]  # type: ignore[no-untyped-call]
+        return part.clone()
+
+    def _file(self, name: str) -> safe_open:
         path = self._places[name]
         if self._open is None or self._open[0] != path:
             self._open = path, safe_open(path, framework="pt")
-        tensor: Tensor = self._open[1].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor.clone()
+        return self._open[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

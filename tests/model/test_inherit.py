@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import DENSE, SPARSE, a_model
 
-from switchcli.model.inherit import FromTeacher, inherit, other_dimensions, plan
+from switchcli.model.inherit import FromTeacher, inherited, other_dimensions, plan
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import whole_weights
 
 PARTS = ("encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer")
 LOAD = {name: torch.tensor([3.0, 1.0, 7.0, 5.0]) for name in PARTS}
@@ -16,7 +17,10 @@ def taught(spec: ModelSpec, settings: FromTeacher, teacher: ModelSpec = SPARSE) 
     """A student and the weights of its teacher."""
     model, student = a_model(teacher, seed=1), a_model(spec, seed=2)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    inherit(student, plan(student, model, settings), weights.__getitem__, settings, LOAD)
+    whole = plan(student, model, settings)
+    experts = range(student.spec.num_experts)
+    found = inherited(student.spec, experts, whole, weights.__getitem__, settings, LOAD)
+    whole_weights(student).fill(found)
     return student, weights
 
 

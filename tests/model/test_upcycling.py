@@ -11,6 +11,7 @@ from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, RouterSpec,
 from switchcli.model.spec import STACKS, ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.upcycling import Gate, Upcycled, correction
+from switchcli.parallel.layout import whole_weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.evaluate import evaluate
 from switchcli.train.metrics import Metrics
@@ -46,7 +47,7 @@ def dense(spec: ModelSpec) -> SwitchTransformer:
 
 def upcycled(spec: ModelSpec, gate: Gate = "scaled", noise: float = 0.0, seed: int = 0) -> SwitchTransformer:
     model = SwitchTransformer(spec)
-    fill(model, Upcycled(logical_tensors(dense(spec)), logical_tensors(model), spec, gate, noise, seed))
+    fill(whole_weights(model), Upcycled(logical_tensors(dense(spec)), logical_tensors(model), spec, gate, noise, seed))
     return model
 
 

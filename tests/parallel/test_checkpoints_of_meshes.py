@@ -4,18 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from ranks import on_ranks
-from tiny import NOISY, SOURCE, TARGET, rows
+from tiny import SOURCE, TARGET, rows
 
+from switchcli.commands import huggingface
 from switchcli.errors import CheckpointError
 from switchcli.interop.config import Lengths
 from switchcli.interop.express import express, translate
-from switchcli.model.count import count
-from switchcli.model.initialise import initialise
+from switchcli.model.initialise import initial_weights
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import here
 from switchcli.parallel.mesh import ALONE, ParallelSpec
+from switchcli.parallel.plan_model import held
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.train import checkpoint, tensor_file
@@ -32,7 +35,19 @@ from switchcli.train.tensor_file import Kind
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
 OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
-MESHES = {"1": (1, 1), "2": (2, 1), "2, experts on 2": (2, 2), "4, experts on 2": (4, 2), "4, experts on 4": (4, 4)}
+MESHES = {
+    "1": (1, ALONE),
+    "data 2": (2, ALONE),
+    "expert 2": (2, ParallelSpec(expert=2)),
+    "expert 2, twice": (4, ParallelSpec(expert=2)),
+    "expert 4": (4, ParallelSpec(expert=4)),
+    "model 2": (2, ParallelSpec(model=2)),
+    "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
+    "zero2 2": (2, ParallelSpec(shard="zero2")),
+    "zero3 4, expert 2": (4, ParallelSpec(expert=2, shard="zero3")),
+    "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
+}
+NOISY = tiny.NOISY.model_copy(update=tiny.TO_DIVIDE)
 Figures = dict[str, Any]
 
 
@@ -46,14 +61,15 @@ def going_on(
     """Restore what is in `folder`, if anything, train up to `steps`, save. The figure found there, and that left."""
     torch.set_num_threads(1)
     runtime = Runtime("cpu", "float32", parallel)
-    model = SwitchTransformer(spec)
-    runtime.spread(model)
-    initialise(model, 0)
-    state, built = TrainState(), optimizer.build(dict(model.named_parameters()))
-    settings = CheckpointSpec(save_every_steps=1, keep_last=9, keep_best=False)
-    saver = Saver(folder, model, built, runtime, DOCUMENTS, settings)
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(spec, 0, weights.experts))
+    state, built = TrainState(), optimizer.build(weights.parameters, weights.cuts)
+    settings = CheckpointSpec(save_every_steps=1, keep_last=99, keep_best=False)
+    saver = Saver(folder, weights, spec.num_experts, built, runtime, DOCUMENTS, settings)
     saver.restore(state, warn)
-    held_out = shared(lambda first, count: rows(99, first, count), 8, 2, runtime.rank, runtime.world)
+    held_out = shared(lambda first, count: rows(99, first, count), 8, 2, runtime.data_rank, runtime.data_ranks)
 
     def figure() -> float:
         return float(evaluate(model, cross_entropy, held_out, runtime)["neg_log_perplexity"].value())
@@ -64,7 +80,7 @@ def going_on(
             state,
             runtime.wrap(model),
             lambda step: cross_entropy,
-            Microbatches(rows, 8, 2, 1, runtime.rank, runtime.world),
+            Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks),
             built,
             InverseSquareRoot(),
             runtime,
@@ -73,12 +89,16 @@ def going_on(
             StopRequest(),
         )
     saver.save(state)
-    return {"found": found, "left": figure(), "held": sum(weight.numel() for weight in model.parameters())}
+    return {
+        "found": found,
+        "left": figure(),
+        "held": sum(here(weight).numel() for weight in weights.parameters.values()),
+    }
 
 
 def at(mesh: str, *arguments: object) -> list[Figures]:
-    world, expert = MESHES[mesh]
-    return on_ranks(world, going_on, *arguments[:2], ParallelSpec(expert=expert), *arguments[2:])
+    world, parallel = MESHES[mesh]
+    return on_ranks(world, going_on, *arguments[:2], parallel, *arguments[2:])
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -109,7 +129,7 @@ def on_meta(kind: Kind) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_goes_from_mesh_to_mesh(optimizer: str, tmp_path: Path) -> None:
-    """Five meshes in turn, two steps each, against one process all along."""
+    """All meshes in turn, two steps each, against one process all along."""
     left = None
     for turn, mesh in enumerate(MESHES, 1):
         alone = going_on(tmp_path / "alone", 2 * turn, ALONE, OPTIMIZERS[optimizer])
@@ -117,17 +137,23 @@ def test_a_run_goes_from_mesh_to_mesh(optimizer: str, tmp_path: Path) -> None:
             assert one["found"] == pytest.approx(one["found"] if left is None else left, abs=1e-6)
             assert one["left"] == pytest.approx(alone["left"], abs=1e-5)
         left = one["left"]
-    assert tensors(tmp_path / "moved", 10).keys() == tensors(tmp_path / "alone", 10).keys()
+    last = 2 * len(MESHES)
+    assert tensors(tmp_path / "moved", last).keys() == tensors(tmp_path / "alone", last).keys()
 
 
 @pytest.mark.slow
 def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Path) -> None:
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
     before, export = tensors(tmp_path, 2), exported(tmp_path, 2)
-    sizes = count(NOISY)
-    for mesh, (world, expert) in MESHES.items():
-        for one in at(mesh, tmp_path, 2, OPTIMIZERS["adafactor"]):
-            assert one["held"] == sizes.dense + sizes.expert // expert
+    for mesh, (world, parallel) in MESHES.items():
+        own = held(dict(huggingface.empty(NOISY).named_parameters()), {}, parallel.model)
+        experts, data = own.expert // parallel.expert, world // parallel.model
+        numbers = [one["held"] - experts for one in at(mesh, tmp_path, 2, OPTIMIZERS["adafactor"])]
+        if parallel.shard == "none":
+            assert set(numbers) == {own.dense}
+        else:
+            assert sum(numbers) == own.dense * parallel.model  # all shards of all parts
+            assert max(numbers) < 1.2 * own.dense / data
         again = tensors(tmp_path, 2)
         assert before.keys() == again.keys()
         assert all(torch.equal(before[name], again[name]) for name in before)

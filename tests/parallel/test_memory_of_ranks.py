@@ -9,7 +9,7 @@ from ranks import on_ranks
 from tiny import SHAPE, rows
 
 from switchcli.model.count import count
-from switchcli.model.initialise import initialise
+from switchcli.model.initialise import initial_weights
 from switchcli.model.routing import Switch
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -40,10 +40,9 @@ def trained(parallel: ParallelSpec) -> str:
     try:
         with torch.device("meta"):
             model = SwitchTransformer(LARGE)
-            runtime.spread(model)
-        model = model.to_empty(device="cpu")
-        initialise(model, 0)
-        optimizer = Adafactor().build(dict(model.named_parameters()))
+        weights = runtime.spread(model)
+        weights.fill(initial_weights(LARGE, 0, weights.experts))
+        optimizer = Adafactor().build(weights.parameters, weights.cuts)
         batches = Microbatches(rows, 4, 1, 1, runtime.rank, runtime.world)
         accumulate_gradients(runtime.wrap(model), cross_entropy, list(batches(0)), 9, runtime, "")
         optimizer.step(1e-3)

@@ -1,7 +1,8 @@
 """One recipe, one gradient: however a step's batch is cut into microbatches and spread over ranks, and experts with it.
 
-The tolerance is 1e-6 of the largest entry of each tensor: float32 keeps 6e-8 of a number, and sums of a few hundred
+The tolerance is 2e-6 of the largest entry of each tensor: float32 keeps 6e-8 of a number, and sums of a few hundred
 terms in another order differ by a few times that; an entry that is itself near zero is what is left of larger terms.
+Where a model axis divides the sums of the forward pass too, each layer's input differs by its rounding.
 """
 
 import math
@@ -11,20 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from numpy.typing import NDArray
 from ranks import on_ranks
-from tiny import DENSE, DROPPING, GROUPED, NOISY, SPARSE, a_model, rows
+from tiny import DROPPING, TO_DIVIDE, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
 from switchcli.model.groups import Group, freeze, members, trainable
-from switchcli.model.initialise import initialise
-from switchcli.model.moe import experts_here
+from switchcli.model.initialise import initial_weights
 from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import Part, Weights, here
 from switchcli.parallel.mesh import ALONE, ParallelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
@@ -40,7 +42,10 @@ from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import Precision, TrainSpec
 from switchcli.train.state import TrainState
 
-RELATIVE = 1e-6
+DENSE, GROUPED, NOISY, SPARSE = (
+    spec.model_copy(update=TO_DIVIDE) for spec in (tiny.DENSE, tiny.GROUPED, tiny.NOISY, tiny.SPARSE)
+)
+RELATIVE = 2e-6
 BATCH = 8
 OPTIMIZERS: dict[str, OptimizerSpec] = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
 CLIP = 0.05
@@ -52,7 +57,10 @@ class Recorder(Optimizer):
     """Keeps the gradients that it is given, and moves nothing."""
 
     def step(self, learning_rate: float) -> None:
-        self.seen = {name: parameter.grad.clone() for name, parameter in self.parameters.items()}
+        self.seen = {
+            name: Part(here(parameter.grad), self.cuts.get(name, ())).whole().clone()
+            for name, parameter in self.parameters.items()
+        }
 
     def state(self) -> dict[str, torch.Tensor]:
         return {}
@@ -69,12 +77,13 @@ class Keep(Hook):
         self.metrics = reduce(state.window, self.runtime)
 
 
-def model_of(spec: ModelSpec, runtime: Runtime) -> SwitchTransformer:
+def model_of(spec: ModelSpec, runtime: Runtime) -> tuple[SwitchTransformer, Weights]:
     """What `a_model(spec)` is, as far as this rank holds it."""
-    model = SwitchTransformer(spec)
-    runtime.spread(model)
-    initialise(model, 0)
-    return model
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(spec, 0, weights.experts))
+    return model, weights
 
 
 def gradients(
@@ -93,17 +102,17 @@ def gradients(
     """
     torch.set_num_threads(1)
     runtime = Runtime("cpu", precision, parallel)
-    model = model_of(spec, runtime)
-    for name, weight in model.named_parameters():
+    model, weights = model_of(spec, runtime)
+    for name, weight in weights.parameters.items():
         if collapsed and "router" in name:
-            nn.init.zeros_(weight)
+            here(weight).zero_()
     freeze(model, group)
-    optimizer, keep, state = Recorder(trainable(model)), Keep(runtime), TrainState()
+    optimizer, keep, state = Recorder(trainable(model), weights.cuts), Keep(runtime), TrainState()
     fit(
         state,
         runtime.wrap(model),
         lambda step: objective,
-        Microbatches(rows, BATCH, microbatch, 1, runtime.rank, runtime.world),
+        Microbatches(rows, BATCH, microbatch, 1, runtime.data_rank, runtime.data_ranks),
         optimizer,
         InverseSquareRoot(),
         runtime,
@@ -115,20 +124,20 @@ def gradients(
     metrics = {f"metric {name}": mean.value().float() for name, mean in keep.metrics.items()}
     if load is not None:
         metrics["layer_load"] = load.total
-    here = torch.tensor([*experts_here(model)])
-    seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: here, **optimizer.seen, **metrics}
+    experts = torch.tensor([*weights.experts])
+    seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: experts, **optimizer.seen, **metrics}
     return {name: tensor.numpy() for name, tensor in seen.items()}
 
 
 def distilled(model: nn.Module, batch: Batch) -> StepLoss:
     """The loss of a student whose teacher every rank holds whole."""
-    teacher = Teacher(a_model(seed=1).eval(), "float32", 1.0)
+    teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32", 1.0)
     return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, lambda batch: None)(model, batch)
 
 
 def naive(clip_norm: float | None = None) -> Arrays:
     """Autograd on the loss as it is meant, one sequence at a time: no microbatches, no ranks, no shared code."""
-    model = a_model().train()
+    model = a_model(SPARSE).train()
     inputs_BS, targets_BT = rows(0, 0, BATCH)
     total, balances, count = torch.zeros(()), [], 0
     for row in range(BATCH):
@@ -182,8 +191,8 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_its_targets(
 @pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
 def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(group: Group) -> None:
     found, whole = gradients(SPARSE, 2, None, group), gradients(SPARSE, 2, None)
-    learning = members(a_model(), group).keys()
-    assert {name for name in found if name in dict(a_model().named_parameters())} == learning
+    learning = members(a_model(SPARSE), group).keys()
+    assert {name for name in found if name in dict(a_model(SPARSE).named_parameters())} == learning
     assert_same(found, {name: whole[name] for name in learning})
     norm = np.sqrt(sum(np.square(whole[name]).sum() for name in learning))
     assert found["metric gradient_norm"] == pytest.approx(norm, rel=1e-5)
@@ -193,13 +202,13 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
     """Weights and all records of a run of 20 steps with dropout, jitter, clipping, logging and evaluation."""
     steps = 20
     runtime = Runtime("cpu", "float32", parallel)
-    model, state, records = model_of(NOISY, runtime), TrainState(), []
-    optimizer = spec.build(dict(model.named_parameters()))
-    batches = Microbatches(rows, BATCH, 2, 1, runtime.rank, runtime.world)
+    (model, weights), state, records = model_of(NOISY, runtime), TrainState(), []
+    optimizer = spec.build(weights.parameters, weights.cuts)
+    batches = Microbatches(rows, BATCH, 2, 1, runtime.data_rank, runtime.data_ranks)
     schedule = InverseSquareRoot()
 
     def held_out() -> list[Batch]:
-        return shared(lambda first, count: rows(99, first, count), 7, 2, runtime.rank, runtime.world)
+        return shared(lambda first, count: rows(99, first, count), 7, 2, runtime.data_rank, runtime.data_ranks)
 
     hooks = [
         Log(2, steps, schedule, 1, 1, runtime, records.append, lambda _: None, state, SPARSE.routed_parts()),
@@ -226,15 +235,18 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
         f"record {name}": np.array([record[name] for record in records if name in record])
         for name in {key for record in records for key in record} - clock
     }
-    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    return {HERE: np.array(experts_here(model)), **figures, **weights}
+    whole = {
+        name: Part(here(parameter), weights.cuts.get(name, ())).whole().numpy()
+        for name, parameter in weights.parameters.items()
+    }
+    return {HERE: np.array(weights.experts), **figures, **whole}
 
 
 def evaluated(parallel: ParallelSpec = ALONE) -> Arrays:
     """Metrics of a held-out set that the ranks cannot share evenly."""
     runtime = Runtime("cpu", "float32", parallel)
-    batches = shared(lambda first, count: rows(5, first, count), 11, 2, runtime.rank, runtime.world)
-    metrics = evaluate(model_of(SPARSE, runtime), cross_entropy, batches, runtime)
+    batches = shared(lambda first, count: rows(5, first, count), 11, 2, runtime.data_rank, runtime.data_ranks)
+    metrics = evaluate(model_of(SPARSE, runtime)[0], cross_entropy, batches, runtime)
     return {name: metrics[name].value().numpy() for name in ("neg_log_perplexity", "dropped_fraction")}
 
 
@@ -242,7 +254,7 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
     """The step at which a run ends when one rank alone is asked to stop, or has a loss that is not a number; and how:
     0 for a stop, else the exit code."""
     runtime = Runtime("cpu", "float32", parallel)
-    model, stop, state = model_of(SPARSE, runtime), StopRequest(), TrainState()
+    (model, weights), stop, state = model_of(SPARSE, runtime), StopRequest(), TrainState()
 
     def objective(module: nn.Module, batch: Batch) -> StepLoss:
         loss = cross_entropy(module, batch)
@@ -257,8 +269,8 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
             state,
             runtime.wrap(model),
             lambda step: objective,
-            Microbatches(rows, BATCH, None, 1, runtime.rank, runtime.world),
-            Adafactor().build(dict(model.named_parameters())),
+            Microbatches(rows, BATCH, None, 1, runtime.data_rank, runtime.data_ranks),
+            Adafactor().build(weights.parameters, weights.cuts),
             InverseSquareRoot(),
             runtime,
             [Keep(runtime)],
@@ -299,9 +311,14 @@ CASES: dict[str, Callable[..., Arrays]] = {
 ROUNDED = partial(gradients, SPARSE, None, None, precision="selective")
 
 
+def fits(case: str, parallel: ParallelSpec) -> bool:
+    """A model axis does not divide the experts of an attention: the recipe refuses it."""
+    return parallel.model == 1 or case != "a Switch attention"
+
+
 def every_case(parallel: ParallelSpec) -> dict[str, Any]:
     return {
-        **{name: case(parallel=parallel) for name, case in CASES.items()},
+        **{name: case(parallel=parallel) for name, case in CASES.items() if fits(name, parallel)},
         **{name: trained(optimizer, parallel) for name, optimizer in OPTIMIZERS.items()},
         "rounded": ROUNDED(parallel=parallel),
         "stopped": ended(stop_on=1, poison_on=None, parallel=parallel),
@@ -309,30 +326,45 @@ def every_case(parallel: ParallelSpec) -> dict[str, Any]:
     }
 
 
-MESHES = {"2": (2, 1), "4": (4, 1), "2, experts on 2": (2, 2), "4, experts on 2": (4, 2), "4, experts on 4": (4, 4)}
+MESHES = {
+    "data 2": (2, ParallelSpec()),
+    "data 4": (4, ParallelSpec()),
+    "expert 2": (2, ParallelSpec(expert=2)),
+    "expert 2, twice": (4, ParallelSpec(expert=2)),
+    "expert 4": (4, ParallelSpec(expert=4)),
+    "model 2": (2, ParallelSpec(model=2)),
+    "model 2, twice": (4, ParallelSpec(model=2)),
+    "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
+    "zero2 2": (2, ParallelSpec(shard="zero2")),
+    "zero3 2": (2, ParallelSpec(shard="zero3")),
+    "zero3 4, expert 2": (4, ParallelSpec(expert=2, shard="zero3")),
+    "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
+}
 
 
 @pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Each rank's answer to all cases, from one start of the ranks."""
-    world, expert = request.param
-    return on_ranks(world, every_case, ParallelSpec(expert=expert))
+    return on_ranks(request.param[0], every_case, request.param[1])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, Any]]) -> None:
+    if case not in answers[0]:
+        pytest.skip("a model axis does not divide the experts of an attention")
     alone = CASES[case]()
     for answer in answers:
         assert_same(answer[case], alone)
 
 
 def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[str, Any]]) -> None:
-    """2**-8 of a number is lost in each product, and which numbers are summed first differs."""
+    """2**-8 of a number is lost in each product, and which numbers are summed first differs; of a model axis the sums
+    of its parts are rounded once more."""
     alone = ROUNDED()
     for answer in answers:
         for name, array in as_held(alone, answer["rounded"]).items():
             difference = np.abs(answer["rounded"][name] - array).max()
-            assert difference <= 2**-6 * max(float(np.abs(array).max()), 1e-30), name
+            assert difference <= 2**-5 * max(float(np.abs(array).max()), 1e-30), name
 
 
 def test_a_rank_may_have_no_target_at_all() -> None:

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.data.batch import Batch, Lesson
 from switchcli.model.moe import evaluate_by
+from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import PAD
 from switchcli.train.answers import AnswersSpec
 from switchcli.train.asking import largest
-from switchcli.model.vocabulary import Vocabulary
 from switchcli.train.distillation import (
     AllProbabilities,
     Distillation,
@@ -200,7 +200,9 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
 def test_without_gradients_it_only_sums() -> None:
     student, teacher, targets_N = a_case(8)
     with torch.no_grad():
-        found = distilled_cross_entropy(*factors(student), targets_N, AllProbabilities(*factors(teacher), 1.0), 0.25, 1.0)
+        found = distilled_cross_entropy(
+            *factors(student), targets_N, AllProbabilities(*factors(teacher), 1.0), 0.25, 1.0
+        )
     assert not found.requires_grad
 
 

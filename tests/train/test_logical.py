@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from switchcli.train.logical import expert_numbers, join, split
+from switchcli.parallel.layout import Cut
+from switchcli.parallel.mesh import Shared
+from switchcli.train.logical import expert_numbers, parts, split
 
 WI = "encoder.blocks.1.feed_forward.experts.wi"
 
@@ -39,7 +41,6 @@ def test_splitting_copies_nothing() -> None:
 def test_a_slot_that_is_not_stacked_keeps_the_stacked_name() -> None:
     state = {"a.experts.wi/step": torch.tensor(3), "a.experts.wi/other": torch.ones(5)}
     assert split(state, range(4)) == state
-    assert join(state, range(4)) == state
 
 
 @pytest.mark.parametrize("name", ["a.experts", "a.my_experts.wi", "a.experts_norm.weight", "router.weight/experts.x"])
@@ -52,8 +53,6 @@ def test_our_own_mistakes_are_asserted() -> None:
         split({"a.experts.wi": torch.ones(3, 2)}, range(4))
     with pytest.raises(AssertionError, match="number already"):
         split({"a.experts.0.wi": torch.ones(4, 2)}, range(4))
-    with pytest.raises(AssertionError, match=r"has experts \[0, 2\]"):
-        join({"a.experts.0.wi": torch.ones(2), "a.experts.2.wi": torch.ones(2)}, range(2))
 
 
 PARTS = st.sampled_from(["encoder", "blocks", "0", "11", "feed_forward", "attention"])
@@ -76,16 +75,28 @@ def named_tensors(draw: st.DrawFn) -> tuple[dict[str, Tensor], int, int]:
 
 @settings(deadline=None)
 @given(named_tensors())
-def test_split_and_join_are_inverse(case: tuple[dict[str, Tensor], int, int]) -> None:
+def test_what_is_written_into_logical_tensors_is_in_those_that_they_are_views_of(
+    case: tuple[dict[str, Tensor], int, int],
+) -> None:
     named, num_experts, first = case
-    logical = split(named, range(first, first + num_experts))
-    again = join(logical, range(first, first + num_experts))
-    assert again.keys() == named.keys()
-    assert all(torch.equal(again[name], named[name]) for name in named)
-    twice = split(again, range(first, first + num_experts))
-    assert twice.keys() == logical.keys()
-    assert all(torch.equal(twice[name], logical[name]) for name in logical)
+    numbers = range(first, first + num_experts)
+    logical = split(named, numbers)
     assert sum(t.numel() for t in logical.values()) == sum(t.numel() for t in named.values())
+    others = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
+    for name, part in parts(others, {}, numbers).items():
+        part.tensor.copy_(logical[name])
+    assert all(torch.equal(others[name], named[name]) for name in named)
+
+
+def test_the_cuts_of_a_stack_are_those_of_each_expert() -> None:
+    ranks = Shared(None, 2, 1)
+    cuts = {"a.experts.wi": (Cut(1, ranks, (3, 3)),), "b": (Cut(1, ranks, (2, 2)), Cut(0, ranks, (3, 2)))}
+    found = parts({"a.experts.wi": torch.ones(2, 3, 5), "b": torch.ones(2, 2)}, cuts, range(4, 6))
+    expert, dense = found["a.experts.5.wi"], found["b"]
+    assert expert.whole_shape == (6, 5)
+    assert expert.where == (slice(3, 6), slice(0, 5))
+    assert dense.whole_shape == (5, 4)
+    assert dense.where == (slice(3, 5), slice(2, 4))
 
 
 def test_any_number_of_ranks_gives_the_same_tensors() -> None:

@@ -94,7 +94,9 @@ def test_in_chunks_of_any_size_loss_and_gradients_are_those_of_the_plain_formula
 def test_its_gradients_are_its_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.objective.CHUNK", 3)
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float64)
-    assert torch.autograd.gradcheck(lambda h, v: summed_cross_entropy(h, Vocabulary(v), targets_N), (hidden_ND, vocabulary_VD))
+    assert torch.autograd.gradcheck(
+        lambda h, v: summed_cross_entropy(h, Vocabulary(v), targets_N), (hidden_ND, vocabulary_VD)
+    )
 
 
 @pytest.mark.parametrize("wanted", [0, 1])

@@ -9,6 +9,7 @@ from tiny import DENSE, NOISY, SPARSE, a_model, rows
 from switchcli.errors import CheckpointError
 from switchcli.model.groups import Group, freeze, members, trainable
 from switchcli.model.spec import ModelSpec
+from switchcli.parallel.layout import whole_weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.train import checkpoint, logical
@@ -41,7 +42,15 @@ class Parts:
         self.runtime = Runtime("cpu", "float32")
         self.state = TrainState()
         settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False)
-        self.saver = Saver(folder, self.model, self.optimizer, self.runtime, DOCUMENTS | {DATA: data}, settings)
+        self.saver = Saver(
+            folder,
+            whole_weights(self.model),
+            spec.num_experts,
+            self.optimizer,
+            self.runtime,
+            DOCUMENTS | {DATA: data},
+            settings,
+        )
 
     def train(self, steps: int) -> None:
         fit(
@@ -115,7 +124,7 @@ def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(gro
         assert torch.equal(parameter, parts.model.get_parameter(name)) != (name in learning), name
     found = checkpoint.find(tmp_path, unexpected)
     assert found is not None
-    fill(start, found.read("model", logical_tensors(start)))
+    fill(whole_weights(start), found.read("model", logical_tensors(start)))
     for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     slots = logical.split(parts.optimizer.state(), range(NOISY.num_experts))
@@ -134,7 +143,7 @@ def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
     for name, content in DOCUMENTS.items():
         assert found.document(name) == content
     model = a_model(SPARSE, seed=1)
-    fill(model, found.read("model", logical_tensors(model)))
+    fill(whole_weights(model), found.read("model", logical_tensors(model)))
     for ours, theirs in zip(model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -228,8 +237,23 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch:
     asked: list[int] = []
     monkeypatch.setattr(checkpoint, "preflight", lambda folder, size: asked.append(size))
     parts = Parts(tmp_path, SPARSE, AdamW(), seed=0)
-    preflight(tmp_path, parts.model, parts.optimizer, parts.runtime, CheckpointSpec(keep_last=2, keep_best=False))
+    preflight(
+        tmp_path,
+        whole_weights(parts.model),
+        SPARSE.num_experts,
+        parts.optimizer,
+        parts.runtime,
+        CheckpointSpec(keep_last=2, keep_best=False),
+    )
     one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
     assert asked == [3 * one]  # the two that are kept, and one being written
-    preflight(tmp_path, parts.model, parts.optimizer, parts.runtime, CheckpointSpec(keep_last=2), num_figures=9)
+    preflight(
+        tmp_path,
+        whole_weights(parts.model),
+        SPARSE.num_experts,
+        parts.optimizer,
+        parts.runtime,
+        CheckpointSpec(keep_last=2),
+        num_figures=9,
+    )
     assert asked[1] == 12 * one  # and the best by each of nine figures

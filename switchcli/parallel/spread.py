@@ -1,0 +1,69 @@
+"""A model over the ranks of a mesh: what each of them holds of it, and the norm of a gradient that lies on all.
+
+Everything here comes from outside: the model is the same plain one, with other weights, dispatcher and axis.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from switchcli.model.moe import experts_here
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel import expert, shard, tensor
+from switchcli.parallel.layout import Cut, Cuts, Weights, here
+from switchcli.parallel.lost import lost_ranks_explained
+from switchcli.parallel.mesh import Groups, Shard, Shared
+
+
+def spread(model: SwitchTransformer, groups: Groups, how: Shard, device: torch.device) -> Weights:
+    """Keep of `model`, which is on `meta`, what this rank holds, and give it memory on `device`: not filled yet."""
+    if groups.experts is not None:
+        expert.spread_experts(model, groups.experts)
+    if groups.model is not None:
+        tensor.divide(model, groups.model)
+    if groups.data is not None and how != "none":
+        shard.shard_dense(model, groups.data, how, device.type)
+    model.to_empty(device=device)
+    shard.settle(model)
+    parameters = dict(model.named_parameters())
+    cuts = {name: _cuts_of(name, parameter, groups) for name, parameter in parameters.items()}
+    return Weights(parameters, {name: each for name, each in cuts.items() if each}, experts_here(model))
+
+
+def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:
+    cuts = []
+    dim = tensor.divided_dim(name)
+    if groups.model is not None and dim is not None:
+        cuts.append(Cut(dim, groups.model, (parameter.shape[dim],) * groups.model.size))
+    if isinstance(parameter, DTensor):
+        assert groups.data is not None
+        length, size = parameter.shape[0], groups.data.size
+        each = -(-length // size)  # the last ones may have less, or nothing
+        lengths = tuple(max(0, min(each, length - place * each)) for place in range(size))
+        assert here(parameter).shape[0] == lengths[groups.data.place]
+        cuts.append(Cut(0, groups.data, lengths))
+    return tuple(cuts)
+
+
+def gradient_norm(
+    parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts], groups: Groups, device: torch.device
+) -> torch.Tensor:
+    """The norm of the gradients of all ranks' parameters, each part counted once; float32, on every rank."""
+    parts: dict[tuple[Shared, ...], list[torch.Tensor]] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            among = [cut.ranks for cut in cuts.get(name, ())]
+            if groups.experts is not None and ".experts." in name:
+                among.append(groups.experts)
+            parts.setdefault(tuple(among), []).append(here(parameter.grad))
+    total = torch.zeros((), device=device)
+    for those, gradients in parts.items():
+        square = nn.utils.get_total_norm(gradients).square()
+        for ranks in those:
+            with lost_ranks_explained():
+                dist.all_reduce(square, group=ranks.group)
+        total += square
+    return total.sqrt()
