@@ -88,6 +88,16 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
     """
     machine = _machine(options)
     recipe = _recipe(name, overrides)
+    found = plan_of(recipe, machine)
+    said = recipe.parallel
+    if said != ALONE and not said.auto:
+        fits = (one for one in found.fits if _is_said(one.mesh, said))
+        found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))
+    return Planned(name, recipe, machine, found)
+
+
+def plan_of(recipe: TrainingRecipe, machine: Machine) -> Plan:
+    """The plan of a recipe's step, whatever mesh it says."""
     spec, train = recipe.model, recipe.train
     step = Step(
         recipe.rows_per_step,
@@ -98,21 +108,16 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
         fused=train.device != "cpu",
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
-
     weights = dict(empty(spec).named_parameters())
     state = recipe.optimizer.build(weights).state()
     own = {model: held(weights, state, model) for model in model_axes(spec, machine.devices)}
-    found = plan(spec, step, machine, microbatch, own)
-    said = recipe.parallel
-    if said != ALONE:
-        fits = (one for one in found.fits if _is_said(one.mesh, said))
-        found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))
-    return Planned(name, recipe, machine, found)
+    return plan(spec, step, machine, microbatch, own)
 
 
 def _is_said(mesh: Mesh, said: ParallelSpec) -> bool:
     """Whether the recipe leaves that mesh open."""
-    return said.expert == mesh.expert and said.data in (None, mesh.data)
+    given = (said.expert, said.model, said.shard)
+    return given == (mesh.expert, mesh.model, mesh.shard) and said.data in (None, mesh.data)
 
 
 def _machine(options: Options) -> Machine:

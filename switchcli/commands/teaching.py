@@ -13,6 +13,7 @@ import torch
 from switchcli.commands import finetune, pretrain
 from switchcli.commands.distill import Distilling, facts, inheritance
 from switchcli.commands.load import filled
+from switchcli.commands.mesh import mesh_of
 from switchcli.commands.run import Options, check_alike, claim, machine
 from switchcli.commands.training import Measure, Measured, Text, Training, Verb, shares
 from switchcli.data.batch import AnyBatch, Lesson
@@ -55,7 +56,7 @@ def distill(distilling: Distilling, options: Options) -> dict[str, Any]:
         SwitchError: as each part says.
     """
     recipe, spec = distilling.recipe, distilling.teacher.recipe.model
-    runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel)
+    runtime = Runtime(recipe.train.device, recipe.train.precision, mesh_of(recipe))
     console = Console(quiet=options.quiet or not runtime.is_main)
     online = bool(recipe.distill.soft_fraction) and recipe.distill.answers is None
     with (
@@ -90,7 +91,7 @@ def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
     recipe, settings = distilling.recipe, distilling.recipe.distill.answers
     if settings is None or not recipe.distill.soft_fraction:
         raise RecipeError("--answers-only: needs distill.answers.folder, and a distill.soft_fraction above 0")
-    runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel)
+    runtime = Runtime(recipe.train.device, recipe.train.precision, mesh_of(recipe))
     check_alike(recipe, runtime)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with memory.explained_of_evaluation(runtime.device):

@@ -195,6 +195,8 @@ class Training:
         }
         self.saver = Saver(folder.checkpoints, weights, experts, self.optimizer, runtime, documents, kept)
         self.state = TrainState()
+        if recipe.parallel.auto:
+            console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in runtime.mesh.items())}")
         if self.saver.restore(self.state, console.warning):
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
         else:
@@ -328,6 +330,7 @@ class Training:
             "target_tokens": state.targets_seen,
             "seconds": state.seconds,
             "tokens_per_second": tokens / state.seconds,
+            "mesh": self.runtime.mesh,
             **(task_results(scores, state.best) if scores else {}),
             **concluded,
             **machine(self.runtime),

@@ -158,11 +158,18 @@ class DecoderBlock(nn.Module):
         encoded: Encoded,
         past: Past | None,
     ) -> tuple[torch.Tensor, Reports]:
-        source = self.cross_attention.attention.key_value(encoded.hidden_BSD) if past is None else past.source
+        source = self._source(encoded) if past is None else past.source
         x_BTD, attended = self.self_attention(x_BTD, real_BT, bias_BHTS, past)
         x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B1TS)
         x_BTD, fed = self.feed_forward(x_BTD, real_BT)
         return x_BTD, attended + fed
+
+    def source(self, encoded: Encoded) -> KeyValue:
+        """What cross-attention attends to, for decoding step by step; not a part of `forward`."""
+        return self._source(encoded)
+
+    def _source(self, encoded: Encoded) -> KeyValue:
+        return self.cross_attention.attention.key_value(encoded.hidden_BSD)
 
 
 class Encoder(nn.Module):
@@ -235,7 +242,7 @@ class Decoder(nn.Module):
     def cache(self, encoded: Encoded) -> Cache:
         """An empty one for decoding step by step: keys and values of the source, and the position bias."""
         blocks = cast(Iterable[DecoderBlock], self.blocks)
-        sources = (block.cross_attention.attention.key_value(encoded.hidden_BSD) for block in blocks)
+        sources = (block.source(encoded) for block in blocks)
         by_head = (KeyValue(*(x_BHSK.contiguous() for x_BHSK in source)) for source in sources)  # read at every step
         return Cache(by_head, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
 

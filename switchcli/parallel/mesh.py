@@ -6,21 +6,25 @@ group of `expert` ranks, neighbours on it, holds all of them once, and the group
 """
 
 import math
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchcli.errors import RecipeError
+from switchcli.model.spec import ModelSpec
 from switchcli.spec import Spec
 
 Shard = Literal["none", "zero2", "zero3"]
 
 
 class ParallelSpec(Spec):
-    """How a run is spread over its ranks. What it learns does not depend on it."""
+    """How a run is spread over its ranks. What it learns does not depend on it. `parallel: auto` leaves it to the plan."""
 
+    auto: bool = False
+    """Take the fastest mesh that `switchcli plan` finds for the ranks and their memory, instead of the keys below."""
     data: int | None = Field(default=None, ge=1)
     """Ranks among which the batch is shared; absent: as many as are started, over `model`."""
     model: int = Field(default=1, ge=1)
@@ -31,9 +35,31 @@ class ParallelSpec(Spec):
     """Of the weights outside the experts, over the data axis. `zero2`: gradients and optimizer state; `zero3`: the
     weights too, of which a block at a time is gathered."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_a_word(cls, said: Any) -> Any:
+        return {"auto": True} if said == "auto" else said
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        if self.auto and (self.data, self.model, self.expert, self.shard) != (None, 1, 1, "none"):
+            raise ValueError("auto chooses data, model, expert and shard: leave them out, or auto")
+        return self
+
 
 ALONE = ParallelSpec()
 """Each rank holds the whole model."""
+
+
+def indivisible(spec: ModelSpec, model: int) -> Iterator[tuple[str, int]]:
+    """The sizes of a model that a model axis must divide and does not: key and size."""
+    sizes = {"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff, "model.vocab_size": spec.vocab_size}
+    yield from ((key, size) for key, size in sizes.items() if size % model)
+
+
+def divides_experts(spec: ModelSpec, model: int) -> bool:
+    """Whether a model axis can divide the experts: those of an attention it cannot."""
+    return model == 1 or spec.num_experts == 1 or spec.sparse == "feed_forward"
 
 
 class Shared(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from switchcli.model.count import FORWARD_AND_BACKWARD, count
 from switchcli.model.spec import STACKS, ModelSpec
-from switchcli.parallel.mesh import Shard
+from switchcli.parallel.mesh import Shard, divides_experts, indivisible
 from switchcli.parallel.plan_memory import Bytes, bytes_of
 from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Step, output_widths, slots
 from switchcli.parallel.plan_traffic import Collective, collectives
@@ -126,11 +126,9 @@ def portions(share: int, group: int) -> list[int]:
 
 def rule_broken(spec: ModelSpec, mesh: Mesh) -> Refusal | None:
     """The model's sizes against the axes."""
-    sizes = {"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff, "model.vocab_size": spec.vocab_size}
-    for key, size in sizes.items():
-        if size % mesh.model:
-            return Refusal(mesh, "rule", f"{key} ({size}) must be a multiple of the model axis ({mesh.model})")
-    if mesh.model > 1 and spec.num_experts > 1 and spec.sparse != "feed_forward":
+    for key, size in indivisible(spec, mesh.model):
+        return Refusal(mesh, "rule", f"{key} ({size}) must be a multiple of the model axis ({mesh.model})")
+    if not divides_experts(spec, mesh.model):
         return Refusal(mesh, "rule", f"a model axis ({mesh.model}) does not divide experts of an attention")
     if spec.num_experts % mesh.expert:
         reason = f"model.num_experts ({spec.num_experts}) must be a multiple of the expert axis ({mesh.expert})"

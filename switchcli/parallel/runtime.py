@@ -90,7 +90,7 @@ class Runtime:
                 self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
                 self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
                 self._writing = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
-        self.groups, self._shard = Groups(), parallel.shard
+        self.groups, self.parallel = Groups(), parallel
         if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
             self.on_main(lambda: check_world(parallel, self.world))
             with lost_ranks_explained():
@@ -114,6 +114,13 @@ class Runtime:
     def model_ranks(self) -> int:
         return 1 if self.groups.model is None else self.groups.model.size
 
+    @property
+    def mesh(self) -> dict[str, int | str]:
+        """The lengths of the axes, and how weights lie over the first."""
+        experts, shard = self.groups.experts, self.parallel.shard if self.data_ranks > 1 else "none"
+        expert_ranks = 1 if experts is None else experts.size
+        return {"data": self.data_ranks, "model": self.model_ranks, "expert": expert_ranks, "shard": shard}
+
     def place(self, batch: T) -> T:
         """The batch's tensors on this rank's device; nothing is copied when they are there."""
         placed: T = send_to_device(batch, self.device, non_blocking=True)
@@ -122,13 +129,13 @@ class Runtime:
     @property
     def needs_all(self) -> bool:
         """Whether a forward pass takes all ranks: each of them then does as many."""
-        sharded = self.groups.data is not None and self._shard != "none"
+        sharded = self.groups.data is not None and self.parallel.shard != "none"
         return sharded or self.groups.model is not None or self.groups.experts is not None
 
     def spread(self, model: SwitchTransformer) -> Weights:
         """Keep of `model`, which is on `meta`, what this rank holds, with memory on its device: not filled yet."""
         with lost_ranks_explained():
-            return spread.spread(model, self.groups, self._shard, self.device)
+            return spread.spread(model, self.groups, self.parallel.shard, self.device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`)."""
@@ -176,8 +183,8 @@ class Runtime:
             DistributedError: from within, when another rank is gone; as do the sums below.
         """
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last or self._shard == "zero3")
-            model.set_reshard_after_backward(last or self._shard == "zero3")
+            model.set_requires_gradient_sync(last or self.parallel.shard == "zero3")
+            model.set_reshard_after_backward(last or self.parallel.shard == "zero3")
         elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return self._synchronised(model, last)

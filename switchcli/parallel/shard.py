@@ -24,7 +24,10 @@ def shard_dense(model: SwitchTransformer, ranks: Shared, shard: Shard, device: s
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=experts)
     for unit in units(model):
         unit.set_force_sum_reduction_for_comms(device == "cpu")  # gloo cannot sum what it scales
-    register_fsdp_forward_method(model, "encode")
+    register_fsdp_forward_method(model, "encode")  # what decoding step by step calls besides `forward`
+    for block in blocks:
+        if isinstance(block, DecoderBlock):
+            register_fsdp_forward_method(block, "source")
 
 
 def settle(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Self
 from pydantic import model_validator
 
 from switchcli.model.spec import STACKS, ModelSpec
-from switchcli.parallel.mesh import ParallelSpec
+from switchcli.parallel.mesh import ParallelSpec, divides_experts, indivisible
 from switchcli.spec import Spec
 from switchcli.train.optimizer import Adafactor, OptimizerSpec
 from switchcli.train.schedule import ScheduleSpec
@@ -123,6 +123,11 @@ class TrainingRecipe(Spec, ABC):
             rule = f"must divide the {experts} experts of a layer (model.num_experts)"
             fitting = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
             yield f"parallel.expert ({ranks}) {rule}: take one of {fitting}."
+        model = self.parallel.model
+        for key, size in indivisible(self.model, model):
+            yield f"{key} ({size}) must be a multiple of parallel.model ({model}): try {math.gcd(size, model)}."
+        if not divides_experts(self.model, model):
+            yield f"parallel.model ({model}) does not divide the experts of an attention (model.sparse): leave it out."
         if data is not None and data % ranks:
             yield f"parallel.expert ({ranks}) must divide parallel.data ({data}): try {math.gcd(data, ranks)}."
 

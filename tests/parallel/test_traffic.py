@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from test_ranks import model_of
-from tiny import SOURCE, TARGET, TO_DIVIDE, rows
+from tiny import SOURCE, TARGET, rows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +25,7 @@ from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
 
 BATCH, MICROBATCH = 8, 1
-SPARSE = tiny.SPARSE.model_copy(update={**TO_DIVIDE, "d_kv": 4})
+SPARSE = tiny.SPARSE.model_copy(update={"vocab_size": 40, "d_kv": 4})
 """Sizes that need no padding: torch shards with some, which the plan leaves out."""
 CAPACITY = 2.0
 Traffic = Counter[tuple[str, int]]
