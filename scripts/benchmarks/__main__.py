@@ -20,6 +20,7 @@ from layer import layer
 from machine import PRECISIONS, Job, Result, ceilings
 from optimizer import optimizer
 from parts import parts
+from saving import saving
 from scaling import EXPERTS_A_RANK, estimate, scaling
 from step import step
 
@@ -32,6 +33,7 @@ SECTIONS = {
     "generate": generate,
     "distill": distill,
     "scaling": scaling,
+    "saving": saving,
 }
 EXPERTS = (8, 32, 64, 128)
 
@@ -251,6 +253,19 @@ def of_scaling(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> 
     table([*heads, "in the sum of gradients", "a step of 2 over one of 1, planned", "measured"], rows)
 
 
+def of_saving(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows = []
+    for rule in ("adafactor", "adamw"):
+        found = run({"section": "saving", **common, "precision": "float32", "optimizer": rule})
+        (before, now), (none, *whole) = found["still"].values(), found["whole"].values()
+        medians = [f"{statistics.median(each):.3f}" for each in (before, now)]
+        rows.append(
+            [rule, f"{found['bytes'] / 1e9:.2f}", *medians, ratio(now, before), *(ratio(x, none) for x in whole)]
+        )
+    heads = ["optimizer", "GB", "training stands still for, s", "in the background, s", "over the foreground"]
+    table([*heads, "save and 2 steps over 2 steps", "in the background"], rows)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
@@ -260,6 +275,7 @@ TABLES = {
     "generate": of_answers,
     "distill": of_distilling,
     "scaling": of_scaling,
+    "saving": of_saving,
 }
 
 

@@ -95,7 +95,7 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
     return _result(str(source), destination, "huggingface", parameters, losses)
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes]]:
+def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memoryview]]:
     """Name and content of each file of weights, and of their index when there are several.
 
     One is encoded at a time, and its tensors let go: `tensors` should be held by nobody else.

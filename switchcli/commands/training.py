@@ -216,12 +216,16 @@ class Training:
         Raises:
             Interrupted: stopped by a signal, after saving.
         """
-        recipe, state = self.recipe, self.state
-        steps = recipe.train.steps
+        recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
         metrics = JsonLines(self.folder.metrics)
         # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
         self.runtime.on_main(lambda: metrics.rewind(state.step or -1))
-        with StopRequest() as stop, self._lost_at_a_step(), self.console.training(steps, state.step) as shown:
+        with (
+            StopRequest() as stop,
+            self._lost_at_a_step(),
+            self.saver.beside_training(stop.request, self.console.warning),
+            self.console.training(steps, state.step) as shown,
+        ):
 
             def write(record: Record) -> None:
                 metrics.write(record)
@@ -255,7 +259,7 @@ class Training:
             )
             if complete and exams and not exams.answered:  # it was stopped there, or was complete when it began again
                 complete = exams.ask()
-            if not complete:
+            if not complete:  # or a save failed, which says so when the next begins
                 self.saver.save(state)
         self.trackers.close()
         if not complete:

@@ -21,7 +21,7 @@ Shard = Literal["none", "zero2", "zero3"]
 
 
 class ParallelSpec(Spec):
-    """How a run is spread over its ranks. What it learns does not depend on it. `parallel: auto` leaves it to the plan."""
+    """How a run is spread over its ranks; what it learns does not depend on it. `parallel: auto` asks the plan."""
 
     auto: bool = False
     """Take the fastest mesh that `switchcli plan` finds for the ranks and their memory, instead of the keys below."""

@@ -7,7 +7,6 @@ and never wait for a device.
 
 import ctypes
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from switchcli.errors import DistributedError, OtherRankError, RankError, RecipeError, SwitchError
+from switchcli.errors import DistributedError, RecipeError
 from switchcli.model.compiled import compile_dense_parts
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel import expert, spread
+from switchcli.parallel.host_group import HostGroup
 from switchcli.parallel.layout import Cuts, Weights
 from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
@@ -84,12 +84,10 @@ class Runtime:
             )
         self._autocast = precision != "float32"
         self._compiled = False
-        self._control = self._main_wait = self._writing = None
-        if self.world > 1:
-            with lost_ranks_explained():
-                self._control = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
-                self._main_wait = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
-                self._writing = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        # `saving` is for saves alone, which may run in a thread of their own.
+        self._control, self._patient, self.saving = (
+            HostGroup(self.rank, self.world, timeout) for timeout in (STEP_TIMEOUT, MAIN_TIMEOUT, WRITE_TIMEOUT)
+        )
         self.groups, self.parallel = Groups(), parallel
         if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
             self.on_main(lambda: check_world(parallel, self.world))
@@ -208,11 +206,11 @@ class Runtime:
 
     def sum_over_ranks(self, values: Sequence[int]) -> list[int]:
         """Host integers, summed position by position over all ranks."""
-        return list(values) if self._control is None else _summed(values, self._control)
+        return self._control.sum(values)
 
     def sum_when_all_are_there(self, values: Sequence[int]) -> list[int]:
         """The same where ranks do work of their own between, which takes what it takes."""
-        return list(values) if self._main_wait is None else _summed(values, self._main_wait)
+        return self._patient.sum(values)
 
     def is_alike(self, value: str) -> bool:
         """Whether all ranks have the same text; the same answer on each of them."""
@@ -225,9 +223,7 @@ class Runtime:
 
     def from_main(self, value: int) -> int:
         """The main rank's value, on every rank; the others wait for it as long as it takes."""
-        if self._main_wait is None:
-            return value
-        return _summed([value if self.is_main else 0], self._main_wait)[0]
+        return self._patient.from_main(value)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over the shares of a batch, on its device, in place."""
@@ -237,59 +233,12 @@ class Runtime:
         return tensor
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """What `action` returns on the main rank, None on the others, which wait for it.
-
-        Raises:
-            SwitchError: the action's own, on the main rank.
-            OtherRankError: on the others, when the action raised one.
-        """
-        result = None
-        try:
-            if self.is_main:
-                result = action()
-        except SwitchError as error:
-            self.from_main(error.exit_code)
-            raise
-        if code := self.from_main(0):
-            raise OtherRankError(code)
-        return result
+        """What `action` returns on the main rank, None on the others, which wait for it as long as it takes."""
+        return self._patient.on_main(action)
 
     def on_every(self, action: Callable[[], T]) -> T:
-        """What `action`, which writes, returns on this rank; each waits for the others.
-
-        Raises:
-            SwitchError: on the main rank, when that of any rank raised one, its own first.
-            OtherRankError: on the others.
-        """
-        failure = None
-        try:
-            result = action()
-        except SwitchError as error:
-            failure = error
-        told = [json.loads(one) for one in self.gather(json.dumps(failure and [failure.exit_code, str(failure)]))]
-        failed = [(rank, *one) for rank, one in enumerate(told) if one is not None]
-        if not failed:
-            return result
-        rank, code, words = failed[0]
-        if not self.is_main:
-            raise OtherRankError(code) from failure
-        if failure is not None:
-            raise failure
-        raise RankError(rank, code, words)
-
-    def gather(self, text: str) -> list[str]:
-        """The texts of all ranks, in order, on each of them."""
-        if self._writing is None:
-            return [text]
-        raw = text.encode()
-        sizes = _summed([len(raw) if rank == self.rank else 0 for rank in range(self.world)], self._writing)
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
-        texts = torch.empty(self.world * max(sizes), dtype=torch.uint8)
-        with lost_ranks_explained():
-            dist.all_gather_single(texts, padded, group=self._writing)
-        rows = texts.view(self.world, -1)
-        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+        """What `action` returns on this rank, when it has on all."""
+        return self._patient.on_every(action)
 
     def is_turn(self, number: int, of_expert: bool) -> bool:
         """Whether something that several ranks have, number `number` of many, is this one's to write.
@@ -347,10 +296,3 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: 2**31 - 1, the largest, is less than what a step frees
-
-
-def _summed(values: Sequence[int], group: dist.ProcessGroup) -> list[int]:
-    summed = torch.tensor(values, dtype=torch.int64)
-    with lost_ranks_explained():
-        dist.all_reduce(summed, group=group)
-    return [int(value) for value in summed]

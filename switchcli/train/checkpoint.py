@@ -22,7 +22,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -144,9 +144,19 @@ def save(
     saving = Saving(folder, step, secrets.randbits(UNIQUE_BITS), needed, files)
     try:
         saving.begin()
-        return saving.finish(saving.write(model, optimizer), documents)
+        return saving.finish(saving.write(encoded(model, optimizer)), documents)
     finally:
         saving.clear()
+
+
+def encoded(
+    model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], part: int = 0, parts: int = 1
+) -> Iterator[tuple[str, memoryview]]:
+    """Name and content of each file of tensors, a copy made when it is asked for: part `part` of a save in `parts`."""
+    groups: dict[Group, Mapping[str, Tensor]] = {"model": model, "optimizer": optimizer}
+    for group, named in groups.items():
+        for number, shard in enumerate(tensor_file.shards(named, _MAX_FILE_BYTES)):
+            yield f"{group}-{part + parts * number:05d}.safetensors", tensor_file.encode(shard)
 
 
 @final
@@ -172,17 +182,10 @@ class Saving:
             self._files.sync(self._folder.parent)
             self._files.make_dir(self._temporary)
 
-    def write(
-        self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], part: int = 0, parts: int = 1
-    ) -> list[Entry]:
-        """Write and verify these tensors, which no other process has: part number `part` of `parts`."""
-        groups: dict[Group, Mapping[str, Tensor]] = {"model": model, "optimizer": optimizer}
+    def write(self, contents: Iterable[tuple[str, memoryview]]) -> list[Entry]:
+        """Write and verify these files (`encoded`), which no other process has."""
         with self._refusals():
-            entries = [
-                _write(self._temporary / f"{group}-{part + parts * number:05d}.safetensors", content, self._files)
-                for group, named in groups.items()
-                for number, content in enumerate(map(tensor_file.encode, tensor_file.shards(named, _MAX_FILE_BYTES)))
-            ]
+            entries = [_write(self._temporary / name, content, self._files) for name, content in contents]
             Manifest(self._step, tuple(entries)).verify(self._temporary)
         return entries
 
@@ -315,7 +318,7 @@ def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     return state
 
 
-def _write(path: Path, content: bytes, files: Files) -> Entry:
+def _write(path: Path, content: bytes | memoryview, files: Files) -> Entry:
     """Write and sync a file. The digest is of the bytes in memory, so that it vouches for the way to the disk too."""
     files.write(path, content)
     files.sync(path)

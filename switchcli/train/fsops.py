@@ -16,7 +16,7 @@ class Files(Protocol):
     def make_dir(self, path: Path) -> None:
         """Make a folder, with its parents; one that exists is left as it is."""
 
-    def write(self, path: Path, content: bytes) -> None:
+    def write(self, path: Path, content: bytes | memoryview) -> None:
         """Write a file that must not exist yet."""
 
     def sync(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class Disk:
     def make_dir(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, content: bytes) -> None:
+    def write(self, path: Path, content: bytes | memoryview) -> None:
         with path.open("xb") as stream:
             stream.write(content)
 

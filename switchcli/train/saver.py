@@ -1,19 +1,26 @@
-"""Saver: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike."""
+"""Saver: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike.
+
+A save is two parts: what it takes from the run, on the main thread, and what it writes, there or in a thread beside it.
+"""
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
+from typing import Final
 
 import torch
 
-from switchcli.errors import CheckpointError, RankError
+from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RankError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.layout import Part, Weights, here, whole_weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.train import checkpoint, logical, manifest, tensor_file
 from switchcli.train.evaluate import reduce
+from switchcli.train.fsops import DISK, Files
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.spec import CheckpointSpec
 from switchcli.train.state import TrainState
@@ -21,6 +28,11 @@ from switchcli.train.state import TrainState
 DATA = "data.json"
 """The document that identifies the text, and a teacher: a run goes on with those that it began with, or not at all."""
 TEXT = "tokens_sha256"
+_LOST_SECONDS: Final = 10
+"""How long a save under way is waited for when a rank is lost: what it still has to hear of that one never comes."""
+
+Contents = Iterable[tuple[str, memoryview]]
+"""Files by name."""
 
 
 class Saver:
@@ -35,6 +47,7 @@ class Saver:
         runtime: Runtime,
         documents: Mapping[str, bytes],
         settings: CheckpointSpec,
+        files: Files = DISK,
     ) -> None:
         """`num_experts` are those of a layer on all ranks; `documents` (recipe, tokenizer, `DATA`) make a checkpoint
         whole by itself."""
@@ -45,35 +58,86 @@ class Saver:
         self._runtime = runtime
         self._documents = documents
         self._settings = settings
+        self._files = files
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._under_way: Future[None] | None = None
+        self._failed: Callable[[], None] = lambda: None
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept.
 
-        What any other end leaves behind is removed by the next save, or the next start.
+        With `checkpoint.background` it is copied here and written while training goes on, once the one before it is
+        done: see `wait`. What any other end leaves behind is removed by the next save, or the next start.
 
         Raises:
             CheckpointError: the disk refuses this rank; RankError: another one. Off the main rank: OtherRankError.
         """
-        runtime, settings = self._runtime, self._settings
-        window = reduce(state.window, runtime)
-        (unique,) = runtime.sum_over_ranks([secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0])
-        documents = {**self._documents, "state.json": state.to_json(window)}
+        self.wait()
+        runtime = self._runtime
+        documents = {**self._documents, "state.json": state.to_json(reduce(state.window, runtime))}
         model, optimizer = self._share(parts_of(self._weights)), self._share(self._slots())
-        (size,) = runtime.sum_over_ranks([tensor_file.num_bytes([*model.values(), *optimizer.values()])])
-        saving = checkpoint.Saving(self._folder, state.step, unique, size + sum(map(len, documents.values())))
+        own = [
+            secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0,
+            tensor_file.num_bytes([*model.values(), *optimizer.values()]),
+        ]
+        unique, size = runtime.sum_over_ranks(own)
+        size += sum(map(len, documents.values()))
+        saving = checkpoint.Saving(self._folder, state.step, unique, size, self._files)
+        contents = checkpoint.encoded(model, optimizer, runtime.rank, runtime.world)
+        if self._settings.background:
+            self._under_way = self._thread.submit(self._write_beside, saving, list(contents), documents)
+        else:
+            self._write(saving, contents, documents)
+
+    def wait(self) -> None:
+        """Return when no save is under way. Raises what `save` would have raised for the last one, had it waited."""
+        last, self._under_way = self._under_way, None
+        if last is not None:
+            last.result()
+
+    @contextmanager
+    def beside_training(self, failed: Callable[[], None], warn: Callable[[str], None]) -> Iterator[None]:
+        """Around training: left when no save is under way. `failed` is called, in any thread, as soon as one fails.
+
+        If training fails, the save under way, of a step that was sound, is done all the same, unless a rank is lost.
+        """
+        self._failed = failed
         try:
-            runtime.on_main(saving.begin)
-            entries = runtime.on_every(lambda: saving.write(model, optimizer, runtime.rank, runtime.world))
+            yield
+        except Exception as error:
+            last, self._under_way = self._under_way, None
+            if last is not None:
+                wait([last], _LOST_SECONDS if isinstance(error, DistributedError) else None)
+                failure = last.exception(0) if last.done() else None
+                if failure is not None and not isinstance(failure, (OtherRankError, DistributedError)):
+                    warn(f"the save under way failed as well: {failure}")
+            raise
+        self.wait()
+
+    def _write_beside(self, saving: checkpoint.Saving, contents: Contents, documents: Mapping[str, bytes]) -> None:
+        try:
+            self._write(saving, contents, documents)
+        except BaseException:
+            self._failed()
+            raise
+
+    def _write(self, saving: checkpoint.Saving, contents: Contents, documents: Mapping[str, bytes]) -> None:
+        """All that a save does to the disk, and says to other ranks over a group of its own: in any one thread."""
+        ranks, settings = self._runtime.saving, self._settings
+        try:
+            ranks.on_main(saving.begin)
+            entries = ranks.on_every(lambda: saving.write(contents))
             everything = [
                 manifest.Entry(*entry)
-                for one in runtime.gather(json.dumps([astuple(entry) for entry in entries]))
+                for one in ranks.gather(json.dumps([astuple(entry) for entry in entries]))
                 for entry in json.loads(one)
             ]
-            runtime.on_main(lambda: saving.finish(everything, documents))
+            ranks.on_main(lambda: saving.finish(everything, documents))
         except (CheckpointError, RankError):  # on the main rank, when no other writes any more
             saving.clear()
             raise
-        runtime.on_main(lambda: checkpoint.prune(self._folder, settings.keep_last, keep_best=settings.keep_best))
+        keep_last, keep_best = settings.keep_last, settings.keep_best
+        ranks.on_main(lambda: checkpoint.prune(self._folder, keep_last, keep_best=keep_best, files=self._files))
 
     def _slots(self) -> dict[str, Part]:
         return slots_of(self._optimizer, self._weights.experts)

@@ -129,10 +129,11 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_loses_nothing(recipe: str, switchcli: SwitchCLI) -> None:
+@pytest.mark.parametrize("saves", ["checkpoint.background=false", "checkpoint.background=true"])
+def test_a_full_disk_loses_nothing(saves: str, recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "--out", "a").code == 0
     with largest_file(100_000):  # less than the weights
-        done = switchcli("pretrain", recipe, "train.steps=5", "--out", "a", "--quiet")
+        done = switchcli("pretrain", recipe, "train.steps=5", saves, "--out", "a", "--quiet")
     assert (done.code, done.out) == (CHECKPOINT, "")
     assert re.search(
         r"^error: a/checkpoints: .*bytes needed.* free\): .*already saved are untouched\.\n\Z", done.err, re.M

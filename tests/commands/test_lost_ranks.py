@@ -18,9 +18,11 @@ KEYS = (f"train.steps={STEPS}", "train.batch_tokens=512", "checkpoint.save_every
 
 
 @pytest.mark.slow
-def test_the_others_end_and_name_the_rank_and_the_step(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saves", ["checkpoint.background=false", "checkpoint.background=true"])
+def test_the_others_end_and_name_the_rank_and_the_step(saves: str, recipe: str, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS, "--out", run, "--processes", str(RANKS)]
+    keys = (*KEYS, saves, "--processes", str(RANKS))
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *keys, "--out", run]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kill_one(run, process)
     before = time.monotonic()

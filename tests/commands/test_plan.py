@@ -103,6 +103,10 @@ def test_what_the_recipe_says_of_the_mesh_is_kept_to(switchcli: SwitchCLI) -> No
     found = planned(switchcli, "switch-base-8", "parallel.expert=4", "--devices", 8)
     assert {fit["expert"] for fit in found["fits"]} == {4}
     assert {refusal["expert"] for refusal in found["refused"]} <= {4}
+    found = planned(switchcli, "switch-base-8", "parallel.model=2", "parallel.shard=zero3", "--devices", 8)
+    assert {(fit["data"], fit["model"], fit["shard"]) for fit in found["fits"]} == {(4, 2, "zero3")}
+    every = planned(switchcli, "switch-base-8", "parallel=auto", "--devices", 8)
+    assert every["fits"] == planned(switchcli, "switch-base-8", "--devices", 8)["fits"]
 
 
 def test_by_default_there_is_a_node_of_eight(switchcli: SwitchCLI) -> None:

@@ -24,6 +24,7 @@ from switchcli.train.lock import lock
 
 INTERRUPTED, FORCED, CHECKPOINT = 75, 130, 4
 STEPS = 13
+BACKGROUND = ("checkpoint.background=true",)
 MICROBATCHES = 2  # a step, in RECIPE; the log, eval and save intervals there are 3, 5 and 4
 
 
@@ -57,17 +58,21 @@ def signals_at(monkeypatch: pytest.MonkeyPatch, at: dict[int, list[signal.Signal
     monkeypatch.setattr(verb, "cross_entropy", Signals(at))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "background"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGUSR1, False), (signal.SIGTERM, True)],
+)
 @pytest.mark.parametrize("stops", [[1, 2, 3, 4], [5, 6, 11], [0, 7]])
 def test_stopped_by_signals_it_ends_the_same(
     number: signal.Signals,
+    background: bool,
     stops: list[int],
     straight: dict[str, str],
     recipe: str,
     switchcli: SwitchCLI,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run", "--json"]
+    command = ["pretrain", recipe, f"train.steps={STEPS}", *BACKGROUND[:background], "--out", "run", "--json"]
     done_steps = 0
     for stop in stops:  # in the first microbatch of a step or its second: the step is finished, and no other
         with monkeypatch.context() as patch:
@@ -106,16 +111,18 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", [0, 1, 2])
 @pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("background", [False, True])
 def test_killed_about_a_save_it_ends_the_same(
     moment: int,
     before: bool,
+    background: bool,
     straight: dict[str, str],
     recipe: str,
     switchcli: SwitchCLI,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed just before or after the checkpoint of step 4, 8 or 12: what was logged since the last one goes."""
-    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
+    command = ["pretrain", recipe, f"train.steps={STEPS}", *BACKGROUND[:background], "--out", "run"]
     moments: Iterator[int] = iter(range(STEPS))
     finish = checkpoint.Saving.finish
 
@@ -208,13 +215,14 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_twenty_strikes_at_random_moments(how: str, text: Path, tmp_path: Path) -> None:
+def test_twenty_strikes_at_random_moments(how: str, background: bool, text: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         RECIPE.replace("text.txt", str(text))
         .replace("steps: 2,", "steps: 30,")
-        .replace("save_every_steps: 4", "save_every_steps: 1")
+        .replace("save_every_steps: 4", f"save_every_steps: 1, background: {str(background).lower()}")
     )
     drill = [sys.executable, str(Path(__file__).parent / "drill.py"), how, str(recipe), str(tmp_path), "20", "0"]
     report = json.loads(subprocess.run(drill, stdout=subprocess.PIPE, check=True).stdout)

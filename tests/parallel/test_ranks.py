@@ -308,7 +308,7 @@ CASES: dict[str, Callable[..., Arrays]] = {
 }
 
 
-ROUNDED = partial(gradients, SPARSE, None, None, precision="selective")
+ROUNDED = partial(gradients, DENSE, None, None, precision="selective")
 
 
 def fits(case: str, parallel: ParallelSpec) -> bool:
@@ -358,13 +358,19 @@ def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, 
 
 
 def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[str, Any]]) -> None:
-    """2**-8 of a number is lost in each product, and which numbers are summed first differs; of a model axis the sums
-    of its parts are rounded once more."""
-    alone = ROUNDED()
+    """As far from those of float32 as one process's: a model axis rounds other sums, and a ReLU near zero, or a router
+    between two experts, then turns the other way, so that entries differ more than by a rounding."""
+    exact, alone = gradients(DENSE, None, None), ROUNDED()
+
+    def distance(found: Arrays) -> float:
+        difference = sum(float(np.square(found[name] - array).sum()) for name, array in exact.items() if "." in name)
+        return math.sqrt(
+            difference / sum(float(np.square(array).sum()) for name, array in exact.items() if "." in name)
+        )
+
+    assert 2**-9 < distance(alone) < 2**-5
     for answer in answers:
-        for name, array in as_held(alone, answer["rounded"]).items():
-            difference = np.abs(answer["rounded"][name] - array).max()
-            assert difference <= 2**-5 * max(float(np.abs(array).max()), 1e-30), name
+        assert distance(answer["rounded"]) < 1.5 * distance(alone)
 
 
 def test_a_rank_may_have_no_target_at_all() -> None:

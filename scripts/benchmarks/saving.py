@@ -1,0 +1,83 @@
+"""Saves of a run: how long training stands still for one, in the foreground and in the background."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import HEADS, Job, Result, begin, shape
+
+from switchcli.data.batch import Batch
+from switchcli.model.initialise import initialise
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import whole_weights
+from switchcli.parallel.signals import StopRequest
+from switchcli.train.loop import fit
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor, AdamW
+from switchcli.train.saver import DATA, Saver
+from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.spec import CheckpointSpec, TrainSpec
+from switchcli.train.state import TrainState
+
+WIDTH, VOCABULARY, ROWS, SOURCE, TARGET = 512, 8192, 8, 128, 32
+STEPS = 2
+"""Beside each save."""
+WAYS = {"in the foreground": False, "in the background": True}
+
+
+def saving(job: Job) -> Result:
+    """Seconds that training stands still for a save, and of that with the steps after it; 54 M parameters."""
+    runtime, _ = begin(job)
+    spec = shape(8, d_model=WIDTH, d_ff=2 * WIDTH, d_kv=WIDTH // HEADS, vocab_size=VOCABULARY)
+    model = SwitchTransformer(spec).to(runtime.device)
+    initialise(model, 0)
+    built = {"adafactor": Adafactor(), "adamw": AdamW()}[job["optimizer"]].build(dict(model.named_parameters()))
+    state, batches = TrainState(), Microbatches(rows, ROWS, None, 1, 0, 1)
+
+    def train(steps: int) -> None:
+        settings = TrainSpec(steps=state.step + steps, batch_tokens=1)
+        schedule, stop = InverseSquareRoot(), StopRequest()
+        fit(state, model, lambda step: cross_entropy, batches, built, schedule, runtime, [], settings, stop)
+
+    still: dict[str, list[float]] = {name: [] for name in WAYS}
+    whole: dict[str, list[float]] = {name: [] for name in ("none", *WAYS)}
+    with tempfile.TemporaryDirectory() as folder:
+        savers = {
+            name: Saver(
+                Path(folder, name),
+                whole_weights(model),
+                spec.num_experts,
+                built,
+                runtime,
+                {DATA: b"{}"},
+                CheckpointSpec(background=background),
+            )
+            for name, background in WAYS.items()
+        }
+        for _ in range(job["rounds"] + 1):
+            began = time.perf_counter()
+            train(STEPS)
+            whole["none"].append(time.perf_counter() - began)
+            for name, saver in savers.items():
+                began = time.perf_counter()
+                saver.save(state)
+                still[name].append(time.perf_counter() - began)
+                train(STEPS)
+                saver.wait()
+                whole[name].append(time.perf_counter() - began)
+        size = sum(file.stat().st_size for file in next(Path(folder).glob("*/step-*")).iterdir())
+    return {
+        "still": {name: each[1:] for name, each in still.items()},  # the first warms up
+        "whole": {name: each[1:] for name, each in whole.items()},
+        "bytes": size,
+    }
+
+
+def rows(step: int, first: int, count: int) -> Batch:
+    draw = torch.Generator().manual_seed(step)
+    return Batch(
+        torch.randint(2, VOCABULARY, (count, SOURCE), generator=draw),
+        torch.randint(2, VOCABULARY, (count, TARGET), generator=draw),
+    )

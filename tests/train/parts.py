@@ -1,0 +1,89 @@
+"""The parts of a tiny run whose checkpoints are looked at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import a_model, rows
+
+from switchcli.model.groups import Group, freeze, trainable
+from switchcli.model.spec import ModelSpec
+from switchcli.parallel.layout import whole_weights
+from switchcli.parallel.runtime import Runtime
+from switchcli.parallel.signals import StopRequest
+from switchcli.train.fsops import DISK, Files
+from switchcli.train.hooks import Hook
+from switchcli.train.loop import fit
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import OptimizerSpec
+from switchcli.train.saver import DATA, Saver
+from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.spec import CheckpointSpec, TrainSpec
+from switchcli.train.state import TrainState
+
+DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}', "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}
+
+
+class Parts:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        optimizer: OptimizerSpec,
+        seed: int,
+        data: bytes = b'{"tokens_sha256": "one"}',
+        group: Group = "all",
+        background: bool = False,
+        files: Files = DISK,
+    ) -> None:
+        self.model = a_model(spec, seed)
+        freeze(self.model, group)
+        self.optimizer = optimizer.build(trainable(self.model))
+        self.runtime = Runtime("cpu", "float32")
+        self.state = TrainState()
+        self.stop = StopRequest()
+        settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False, background=background)
+        documents = DOCUMENTS | {DATA: data}
+        self.saver = Saver(
+            folder,
+            whole_weights(self.model),
+            spec.num_experts,
+            self.optimizer,
+            self.runtime,
+            documents,
+            settings,
+            files,
+        )
+
+    def train(self, steps: int, hooks: Sequence[Hook] = ()) -> bool:
+        return fit(
+            self.state,
+            self.model,
+            lambda step: cross_entropy,
+            Microbatches(rows, 4, 2, 1, 0, 1),
+            self.optimizer,
+            InverseSquareRoot(),
+            self.runtime,
+            hooks,
+            TrainSpec(steps=steps, batch_tokens=1),
+            self.stop,
+        )
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        window = {f"window {name} {i}": part for name, mean in self.state.window.items() for i, part in enumerate(mean)}
+        return {**dict(self.model.named_parameters()), **self.optimizer.state(), **window}
+
+
+def unexpected(warning: str) -> None:
+    pytest.fail(warning)
+
+
+def assert_equal(one: Parts, other: Parts) -> None:
+    ours, theirs = one.everything(), other.everything()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    for name in ("step", "targets_seen", "figures", "evaluated_step", "first_figures", "best"):
+        assert getattr(one.state, name) == getattr(other.state, name)
