@@ -16,7 +16,8 @@ from switchcli.model.transformer import DecoderBlock, EncoderBlock
 def recompute_blocks(model: nn.Module) -> None:
     """Have the blocks of `model` do so in training, in place: names and weights stay. Evaluation is as it was.
 
-    Parts that are compiled stay so. Of a block in which nothing is kept after it, the last product is not repeated.
+    Parts that are compiled stay so. What is not kept of a block's end, as its last product without dropout, is not
+    computed again.
     """
     for block in model.modules():
         if isinstance(block, EncoderBlock | DecoderBlock):

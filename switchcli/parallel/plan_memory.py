@@ -5,7 +5,8 @@ Legend: B sequences, S keys, N queries of all sequences, D model, F hidden, W he
 Parameters, gradients and optimizer state are float32; products are taken in float32 or bfloat16 (`Step.product_bytes`).
 Activations are what autograd keeps between forward and backward, added up part by part from the code of `model`;
 tests/parallel/test_plan_memory.py holds them against what it does keep. The sum is a bound of the peak: gradients grow
-while activations go. Of a step on a CPU torch's own count finds 0.78 to 0.99 of it.
+while activations go. Of a step on a CPU torch's own count finds 0.78 to 0.99 of it; where blocks are computed again,
+0.73 to 1.0: autocast's copies of weights are gone by then, and count.
 
 Not modelled: what a kernel takes for itself, fragments of memory, the buffers of collectives other than those of the
 tokens, input dropout, packed rows, torch.compile, a teacher, and weights that do not learn (`update`): they count as if
