@@ -1,9 +1,10 @@
 """What `train.activation_checkpointing: blocks` costs: steps with and without it in turn, and the peak of both."""
 
 import resource
+import time
 from collections.abc import Callable
 
-from machine import BATCH, TARGET, Job, Result, batch, begin
+from machine import BATCH, TARGET, Clock, Job, Result, batch, begin
 from step import our_model
 
 from switchcli.model.recompute import recompute_blocks
@@ -15,8 +16,13 @@ from switchcli.train.optimizer import Adafactor
 
 
 def recompute(job: Job) -> Result:
-    """Seconds of steps of each of `what` in turn, and the most memory that the process has had beyond its imports."""
+    """Seconds of steps of each of `what` in turn, and the most memory that the process has had beyond its imports.
+
+    On a CPU those of its own threads: steps are long, and what else a machine does falls on one or the other.
+    """
     runtime, clock = begin(job)
+    if runtime.device.type == "cpu":
+        clock = Clock(runtime.device, time.process_time)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calls = {what: a_step(job, runtime, what) for what in job["what"]}
     seconds = clock.in_turn(calls, job["rounds"])

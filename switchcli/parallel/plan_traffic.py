@@ -54,7 +54,8 @@ def collectives(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: 
 def _gradients(mesh: Mesh, own: Held, microbatches: int) -> Iterator[Collective]:
     """Once a step, after its last microbatch; zero3 gathers and scatters in each of them.
 
-    fully_shard keeps what is in no block, the first unit, from the forward pass on: it is gathered once.
+    fully_shard keeps what is in no block, the first unit, from the forward pass on: it is gathered once. To compute a
+    block again gathers nothing more: it is there for its way back.
     """
     data = mesh.data
     if mesh.shard == "none":
