@@ -20,6 +20,7 @@ from layer import layer
 from machine import PRECISIONS, Job, Result, ceilings
 from optimizer import optimizer
 from parts import parts
+from recompute import recompute
 from saving import saving
 from scaling import EXPERTS_A_RANK, estimate, scaling
 from step import step
@@ -29,6 +30,7 @@ SECTIONS = {
     "layer": layer,
     "step": step,
     "parts": parts,
+    "recompute": recompute,
     "optimizer": optimizer,
     "generate": generate,
     "distill": distill,
@@ -156,6 +158,19 @@ def of_parts(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> No
             table(["part, forward and backward", "times", "ms each", "share of the step"], rows)
 
 
+def of_recomputing(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows = []
+    for precision in precisions:
+        for experts, layers in (case for case in ((1, 4), (8, 4)) if case[0] in sizes):
+            job = {"section": "recompute", **common, "precision": precision, "experts": experts, "layers": layers}
+            seconds = run({**job, "what": ["none", "blocks"]})["seconds"]
+            peaks = [run({**job, "what": [what], "rounds": 2})["peak"] / 2**30 for what in seconds]
+            case = [precision, "dense" if experts == 1 else str(experts), f"{layers} + {layers}"]
+            rows.append([*case, ratio(seconds["blocks"], seconds["none"]), *(f"{peak:.2f}" for peak in peaks)])
+    heads = ["precision", "experts", "layers", "time with blocks computed again over without"]
+    table([*heads, "peak GiB without", "with"], rows)
+
+
 def of_optimizer(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     found = run({"section": "optimizer", **common, "precision": "float32"})
     seconds = found["seconds"]
@@ -271,6 +286,7 @@ TABLES = {
     "layer": of_layers,
     "step": of_steps,
     "parts": of_parts,
+    "recompute": of_recomputing,
     "optimizer": of_optimizer,
     "generate": of_answers,
     "distill": of_distilling,

@@ -34,15 +34,16 @@ def shape(num_experts: int, **changes: Any) -> ModelSpec:
 class Clock:
     """Seconds of a call, the device's work included."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timer: Callable[[], float] = time.perf_counter) -> None:
+        self._timer = timer
         self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def __call__(self, call: Callable[[], object]) -> float:
         self._wait()
-        started = time.perf_counter()
+        started = self._timer()
         call()
         self._wait()
-        return time.perf_counter() - started
+        return self._timer() - started
 
     def in_turn(self, calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
         """Each call once uncounted, then all of them `rounds` times one after the other."""

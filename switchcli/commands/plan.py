@@ -60,6 +60,7 @@ class Planned(NamedTuple):
             "name": self.name,
             **describe(self.recipe),
             "flops_per_step": _flops_per_step(self.recipe),
+            "activation_checkpointing": self.recipe.train.activation_checkpointing,
             "machine": self.machine._asdict(),
             "fits": [_fit_to_json(fit, self.recipe) for fit in self.plan.fits],
             "refused": [
@@ -106,6 +107,7 @@ def plan_of(recipe: TrainingRecipe, machine: Machine) -> Plan:
         product_bytes=4 if train.precision == "float32" else 2,
         router_bytes=train.router_dtype.itemsize,
         fused=train.device != "cpu",
+        recomputed=train.activation_checkpointing == "blocks",
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
     weights = dict(empty(spec).named_parameters())
@@ -166,6 +168,7 @@ def _of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
 
 
 def _flops_per_step(recipe: TrainingRecipe) -> int:
+    """The model's: what activation checkpointing computes again is in the seconds alone."""
     return FORWARD_AND_BACKWARD * recipe.rows_per_step * int(describe(recipe)["flops_per_sequence"])
 
 
@@ -199,6 +202,7 @@ def _figures(planned: Planned) -> dict[str, str | float]:
         "that a token meets": found["active_parameters"],
         "FLOPs a sequence, forward": si(found["flops_per_sequence"]),
         "FLOPs a step, forward and backward": si(_flops_per_step(planned.recipe)),
+        "activation checkpointing": planned.recipe.train.activation_checkpointing,
         "sequences a step": found["sequences_per_step"],
         "tokens of a sequence": f"{found['inputs_length']:,} + {found['targets_length']:,}",
         "sequences of a routing group": planned.recipe.model.group_sequences,

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "description",
     "train.steps",
     "train.device",
+    "train.activation_checkpointing",
     "log.",
     "eval.every_steps",
     "eval.sequences",

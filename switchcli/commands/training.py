@@ -21,6 +21,7 @@ from switchcli.errors import DistributedError, Interrupted
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
+from switchcli.model.recompute import recompute_blocks
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
@@ -203,6 +204,8 @@ class Training:
             verb.begin(weights, self.optimizer)
         if recipe.train.compile:
             runtime.compile(self.model)
+        if recipe.train.activation_checkpointing == "blocks":
+            recompute_blocks(self.model)
 
     def _shares(self) -> Microbatches:
         return shares(self.recipe, self._rows, self.runtime)

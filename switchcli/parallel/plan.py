@@ -158,7 +158,7 @@ def _too_much(mesh: Mesh, needed: Bytes, machine: Machine, size: int) -> Refusal
 
 
 def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
-    """Products of a device in a step, forward and backward.
+    """Products of a device in a step, forward and backward, and again where blocks are computed again: not the logits.
 
     Those of `count`, with the rows that the experts do compute instead of one expert a token, and the routers' own,
     which every rank of the model axis takes.
@@ -176,7 +176,9 @@ def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
             rows = slots(spec, stack, step, microbatch, mesh.expert).rows * sequences / microbatch
             forward += 2 * layers * (rows - chosen) * counted.expert / experts
             routing += 2 * layers * len(output_widths(spec)) * tokens * spec.num_experts * spec.d_model
-    return FORWARD_AND_BACKWARD * (forward / mesh.model + routing)
+    again = forward - 2 * spec.vocab_size * spec.d_model * step.target * sequences if step.recomputed else 0.0
+    routing *= FORWARD_AND_BACKWARD + step.recomputed
+    return (FORWARD_AND_BACKWARD * forward + again) / mesh.model + routing
 
 
 def _seconds(
@@ -188,11 +190,11 @@ def _seconds(
     microbatch: int,
     calls: tuple[Collective, ...],
 ) -> dict[str, float]:
-    """A weight is read forward and backward and its gradient written in each microbatch; the optimizer reads both twice
-    and writes the weight."""
+    """A weight is read forward (perhaps twice) and backward and its gradient written in each microbatch; the optimizer
+    reads both twice and writes the weight."""
     experts, microbatches = own.expert / mesh.expert, step.sequences // mesh.data // microbatch
     updated = experts + own.dense / (1 if mesh.shard == "none" else mesh.data)
-    moved = FLOAT * (3 * microbatches * (own.dense + experts) + 5 * updated)
+    moved = FLOAT * ((3 + step.recomputed) * microbatches * (own.dense + experts) + 5 * updated)
     seconds = {
         "compute": flops_of(spec, step, mesh, microbatch) / machine.flops,
         "memory": moved / machine.memory_bandwidth,

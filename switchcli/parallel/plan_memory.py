@@ -5,7 +5,8 @@ Legend: B sequences, S keys, N queries of all sequences, D model, F hidden, W he
 Parameters, gradients and optimizer state are float32; products are taken in float32 or bfloat16 (`Step.product_bytes`).
 Activations are what autograd keeps between forward and backward, added up part by part from the code of `model`;
 tests/parallel/test_plan_memory.py holds them against what it does keep. The sum is a bound of the peak: gradients grow
-while activations go. Of a step on a CPU torch's own count finds 0.78 to 0.99 of it.
+while activations go. Of a step on a CPU torch's own count finds 0.78 to 0.99 of it; where blocks are computed again,
+0.73 to 1.0: autocast's copies of weights are gone by then, and count.
 
 Not modelled: what a kernel takes for itself, fragments of memory, the buffers of collectives other than those of the
 tokens, input dropout, packed rows, torch.compile, a teacher, and weights that do not learn (`update`): they count as if
@@ -73,7 +74,7 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
         gradients=gradients + FLOAT * experts,
         optimizer=state + own.expert_state // mesh.expert,
         copies=copies,
-        activations=kept(spec, step, mesh, microbatch).total,
+        activations=kept(spec, step, mesh, microbatch).total + _passing(spec, step, mesh, microbatch),
         dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
         # Two of float32 each: logits and softmax, or half as long logits, softmax and its copy; so with the matrix's.
         vocabulary=2 * FLOAT * rows * (min(CHUNK, microbatch * step.target) + spec.d_model),
@@ -104,30 +105,67 @@ def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) ->
     return 2 * step.product_bytes * max(sent) * max(spec.d_model, *output_widths(spec).values())
 
 
+def _passing(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
+    """Gradients within a block that is computed again: of the widest tensor, behind and before what made it.
+
+    Where nothing is, they take the room of what other blocks have kept.
+    """
+    widest = 0
+    for stack in STACKS if step.recomputed else ():
+        length = step.length(stack)
+        rows = microbatch * length
+        if spec.sparse_layers(stack):
+            rows = max(rows, slots(spec, stack, step, microbatch, mesh.expert).rows)
+        attended = 0 if step.fused else FLOAT * microbatch * spec.num_heads * length**2
+        widest = max(widest, step.product_bytes * rows * spec.d_ff, attended)
+    return 2 * widest // mesh.model
+
+
 def kept(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> Kept:
-    """What autograd keeps of a microbatch of so many sequences on one rank."""
+    """What autograd keeps of a microbatch of so many sequences on one rank.
+
+    Where blocks are computed again: the inputs of all, which are the residual stream, and all that the largest keeps.
+    """
+    width = FLOAT * microbatch * spec.d_model
+    blocks = {
+        (stack, layer): _block(spec, step, mesh, microbatch, stack, layer)
+        for stack in STACKS
+        for layer in range(spec.num_blocks(stack))
+    }
+    inputs = 0
+    if step.recomputed:
+        inputs = sum(width * step.length(stack) for stack, _ in blocks)
+        largest = max(blocks, key=lambda place: blocks[place].total - width * step.length(place[0]))
+        inputs -= width * step.length(largest[0])  # it is among what it keeps
+        blocks = {largest: blocks[largest]}
+    # The encoder's output is kept in float32, or a copy for each product that takes it (`_block`).
+    memory = 1 if step.product_bytes == FLOAT else 0
+    norms = _norm(spec, step, microbatch * step.source, memory) + _norm(spec, step, microbatch * step.target, 0)
+    norms += width * step.target  # the loss's gradient of the hidden states
+    norms += inputs + (width * step.source if step.recomputed and not memory else 0)
+    biases = sum(_learned_bias(spec, step, stack, microbatch, mesh.model) for stack in STACKS)
+    return Kept(*map(sum, zip(Kept(norms, biases, 0, 0, 0), *blocks.values(), strict=True)))
+
+
+def _block(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> Kept:
+    """Of one block."""
     norms = attention = feed_forward = routers = experts = 0
-    source, target = microbatch * step.source, microbatch * step.target
-    for stack in STACKS:
-        tokens, length = microbatch * step.length(stack), step.length(stack)
-        places = slots(spec, stack, step, microbatch, mesh.expert) if spec.sparse_layers(stack) else None
-        attention += _learned_bias(spec, step, stack, microbatch, mesh.model)
-        for layer in range(spec.num_blocks(stack)):
-            for part, readers in (("attention", 3), ("feed_forward", _inputs(spec))):
-                sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
-                norms += _norm(spec, step, tokens, 0 if sparse else readers)
-                if sparse:
-                    assert places is not None
-                    routers += _router(spec, step, stack, tokens)
-                    experts += _experts(spec, step, places, output_widths(spec)[part], mesh.model)
-                elif part == "feed_forward":
-                    feed_forward += step.product_bytes * tokens * _hidden(spec, spec.dropout) * spec.d_ff // mesh.model
-            attention += _self_attention(spec, step, microbatch, length, mesh.model)
-            if stack == "decoder":
-                norms += _norm(spec, step, target, 1)
-                attention += _cross_attention(spec, step, source, target, mesh.model)
-    norms += _norm(spec, step, source, 2 * spec.decoder_layers) + _norm(spec, step, target, 0)
-    norms += FLOAT * target * spec.d_model  # the loss's gradient of the hidden states
+    source, target, tokens = (microbatch * length for length in (step.source, step.target, step.length(stack)))
+    for part, readers in (("attention", 3), ("feed_forward", _inputs(spec))):
+        sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
+        norms += _norm(spec, step, tokens, 0 if sparse else readers)
+        if sparse:
+            places = slots(spec, stack, step, microbatch, mesh.expert)
+            routers += _router(spec, step, stack, tokens)
+            experts += _experts(spec, step, places, output_widths(spec)[part], mesh.model)
+        elif part == "feed_forward":
+            feed_forward += step.product_bytes * tokens * _hidden(spec, spec.dropout) * spec.d_ff // mesh.model
+    attention += _self_attention(spec, step, microbatch, step.length(stack), mesh.model)
+    if stack == "decoder":
+        norms += _norm(spec, step, target, 1)
+        attention += _cross_attention(spec, step, source, target, mesh.model)
+        if step.product_bytes < FLOAT:
+            norms += 2 * step.product_bytes * source * spec.d_model
     return Kept(norms, attention, feed_forward, routers, experts)
 
 
@@ -169,9 +207,14 @@ def _cross_attention(spec: ModelSpec, step: Step, source: int, target: int, mode
 
 
 def _learned_bias(spec: ModelSpec, step: Step, stack: Stack, sequences: int, model: int) -> int:
-    """Buckets of distance; on CUDA the bias of a stack, its gradient in one block, and the sum of those so far."""
-    length = step.length(stack)
-    bias = 3 * sequences * (spec.num_heads // model) * step.product_bytes if step.fused else 0
+    """Buckets of distance; on CUDA the bias of a stack, its gradient in one block, and the sum of those so far.
+
+    On a CPU it is kept as an input of blocks alone: the encoder's hides padding and is each sequence's own.
+    """
+    length, heads = step.length(stack), spec.num_heads // model
+    bias = 3 * sequences * heads * step.product_bytes if step.fused else 0
+    if step.recomputed and not step.fused:
+        bias = FLOAT * heads * (sequences if stack == "encoder" else 1)
     return length**2 * (8 + bias)
 
 

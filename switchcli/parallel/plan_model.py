@@ -56,6 +56,8 @@ class Step(NamedTuple):
     """The same of the routers' products: 2 in the paper's bfloat16 arm alone."""
     fused: bool = True
     """As on CUDA: attention keeps no [B, H, N, S], a norm keeps its input alone. False: as on a CPU."""
+    recomputed: bool = False
+    """Blocks keep their inputs alone and are computed again on the way back (`train.activation_checkpointing`)."""
 
     def length(self, stack: Stack) -> int:
         return self.source if stack == "encoder" else self.target

@@ -4,8 +4,8 @@ Legend: G groups of a rank's microbatch, E experts, C slots, D model, O outputs.
 
 Rules: to sum over a divided dim costs an all-reduce forward and one backward; tokens reach the experts by an all-to-all
 each way, mirrored backward, of E * G * C rows, as many for any number of experts at a fixed capacity factor but for the
-rounding of C and its least number. Counts of targets, norms and metrics, a few numbers a step, are left out, as are
-Adafactor's sums over divided rows and columns.
+rounding of C and its least number. Where blocks are computed again, what they send forward is sent twice. Counts of
+targets, norms and metrics, a few numbers a step, are left out, as are Adafactor's sums over divided rows and columns.
 """
 
 from collections import Counter
@@ -54,7 +54,8 @@ def collectives(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: 
 def _gradients(mesh: Mesh, own: Held, microbatches: int) -> Iterator[Collective]:
     """Once a step, after its last microbatch; zero3 gathers and scatters in each of them.
 
-    fully_shard keeps what is in no block, the first unit, from the forward pass on: it is gathered once.
+    fully_shard keeps what is in no block, the first unit, from the forward pass on: it is gathered once. To compute a
+    block again gathers nothing more: it is there for its way back.
     """
     data = mesh.data
     if mesh.shard == "none":
@@ -75,11 +76,12 @@ def _gradients(mesh: Mesh, own: Held, microbatches: int) -> Iterator[Collective]
 
 def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
     """The way there and back, forward and backward. Without a capacity the numbers of rows go first, in int64."""
+    forward = _forward(step) * microbatches
     for stack in STACKS:
         if mesh.expert == 1 or not (layers := len(spec.sparse_layers(stack))):
             continue
         rows = step.product_bytes * slots(spec, stack, step, microbatch, mesh.expert).sent
-        calls, name = 2 * layers * microbatches, f"{stack} tokens"
+        calls, name = layers * (forward + microbatches), f"{stack} tokens"
         for part, width in output_widths(spec).items():
             of = name if spec.sparse == "feed_forward" else f"{name} of {part}"
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, there", calls, rows * spec.d_model)
@@ -87,12 +89,17 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatch
         if spec.experts_dropout:
             sent = 8 * slots(spec, stack, step, microbatch, mesh.expert).sent
             masks = step.product_bytes * microbatch * spec.d_ff // mesh.model
-            calls, of = len(output_widths(spec)) * layers * microbatches, f"{stack} dropout"
+            calls, of = len(output_widths(spec)) * layers * forward, f"{stack} dropout"
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, whose rows", calls, sent)
             yield Collective("all_gather", "expert", mesh.expert, f"{of}, masks", calls, masks)
         if spec.router_of(stack).capacity_factor == "dropless":
-            calls = len(output_widths(spec)) * layers * microbatches
+            calls = len(output_widths(spec)) * layers * forward
             yield Collective("all_to_all", "expert", mesh.expert, f"{stack} counts", calls, 8 * spec.num_experts)
+
+
+def _forward(step: Step) -> int:
+    """How often a block's forward pass is done."""
+    return 2 if step.recomputed else 1
 
 
 def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
@@ -100,13 +107,14 @@ def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microb
 
     The gradient of the encoder's output is summed once for all cross-attentions. Embeddings are float32, as are two
     numbers a target, the largest logit and the sum, and the gradients of what experts' outputs are weighed with.
+    Without dropout a dense block that is computed again leaves out its last sum; it counts all the same.
     """
     model = mesh.model
     for stack in STACKS:
         blocks, tokens = spec.num_blocks(stack), microbatch * step.length(stack)
         parts = 3 if stack == "decoder" else 2
         payload = step.product_bytes * tokens * spec.d_model
-        calls = 2 * parts * blocks * microbatches
+        calls = (_forward(step) + 1) * parts * blocks * microbatches
         yield Collective("all_reduce", "model", model, f"{stack} layers", calls, payload)
         embedded = FLOAT * tokens * spec.d_model
         yield Collective("all_reduce", "model", model, f"{stack} embedding", microbatches, embedded)

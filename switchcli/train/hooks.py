@@ -55,6 +55,8 @@ class Log(Hook):
     ) -> None:
         """`tokens_per_step` counts encoder inputs, `flops_per_step` forward and backward; both over all ranks.
 
+        The FLOPs are the model's: what activation checkpointing computes again is none of them.
+
         `layers` names the sparse layers in the order of the model's reports.
         """
         super().__init__(every_steps)

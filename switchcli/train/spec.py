@@ -31,6 +31,9 @@ class TrainSpec(Spec):
     `bfloat16`: the router in bfloat16 too, the paper's other arm, which diverges (Table 2)."""
     compile: bool = False
     """torch.compile for attention and dense feed-forwards: the first steps take longer, by minutes on a CPU."""
+    activation_checkpointing: Literal["none", "blocks"] = "none"
+    """`blocks`: each block keeps its inputs alone and is computed again on the way back, with the same noise: far fewer
+    activations, a quarter to a third more time, the same gradients."""
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; absent: no clipping, as in T5."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

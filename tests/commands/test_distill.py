@@ -100,6 +100,16 @@ def test_with_a_soft_fraction_of_0_a_fresh_student_is_pretrained_bit_for_bit(
     assert equal(weights("a", 2), weights(dense, 2))
 
 
+def test_a_student_whose_blocks_are_computed_again_learns_the_same_bit_for_bit(
+    trained: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    for what in ("none", "blocks"):
+        keys = (f"train.activation_checkpointing={what}", "distill.mode=training", "student.kind=fresh")
+        done = switchcli("distill", "--teacher", trained, *keys, "--out", what, "-q")
+        assert done.code == 0, done.err
+    assert equal(weights("blocks", 2), weights("none", 2))
+
+
 def test_until_its_start_step_it_is_pretraining_and_then_it_is_not(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:

@@ -47,6 +47,22 @@ def test_a_recipe_with_keys(recipe: str, switchcli: SwitchCLI) -> None:
     assert not reasons
 
 
+def test_blocks_that_are_computed_again(recipe: str, switchcli: SwitchCLI) -> None:
+    plain, again = (
+        planned(switchcli, recipe, f"train.activation_checkpointing={what}", "--devices", 2)
+        for what in ("none", "blocks")
+    )
+    assert (plain["activation_checkpointing"], again["activation_checkpointing"]) == ("none", "blocks")
+    assert again["flops_per_step"] == plain["flops_per_step"]  # the model's
+    for one in plain["fits"]:
+        other = next(
+            fit for fit in again["fits"] if all(fit[key] == one[key] for key in ("data", "expert", "model", "shard"))
+        )
+        assert other["bytes"]["activations"] < one["bytes"]["activations"]
+        assert other["seconds"]["compute"] > one["seconds"]["compute"]
+    assert "activation checkpointing" in switchcli("plan", recipe, "--devices", 2).out
+
+
 def test_what_people_see(recipe: str, switchcli: SwitchCLI) -> None:
     done = switchcli("plan", recipe, "--devices", 4)
     assert (done.code, done.err) == (0, "")

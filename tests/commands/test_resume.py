@@ -88,6 +88,18 @@ def test_stopped_by_signals_it_ends_the_same(
     assert fingerprint(Path("run")) == straight
 
 
+def test_blocks_may_be_computed_again_from_one_start_to_the_next(
+    straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
+    for what, more in (("none", 3), ("blocks", 4), ("none", 2), ("blocks", None)):
+        with monkeypatch.context() as patch:
+            signals_at(patch, {} if more is None else {more * MICROBATCHES: [signal.SIGTERM]})
+            done = switchcli(*command, f"train.activation_checkpointing={what}")
+        assert done.code == (0 if more is None else INTERRUPTED), done.err
+    assert fingerprint(Path("run")) == straight
+
+
 def test_stopped_before_the_first_step(
     straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from switchcli.data.batch import Batch
 from switchcli.model.count import count
 from switchcli.model.initialise import initialise
+from switchcli.model.recompute import recompute_blocks
 from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.spec import ModelSpec
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.transformer import Encoded, SwitchTransformer
 from switchcli.parallel.plan import divisors
 from switchcli.parallel.plan_memory import Bytes, bytes_of, kept
 from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Step, held, slots
@@ -57,11 +58,14 @@ MODELS: Mapping[str, dict[str, Any]] = {
 # fmt: on
 
 
-def kept_by_autograd(spec: ModelSpec, batch: Batch, bfloat16: bool) -> int:
-    """Bytes of the storages that a forward pass saves, each once, but for the parameters."""
+def a_model(spec: ModelSpec) -> SwitchTransformer:
     model = SwitchTransformer(spec)
     initialise(model, seed=0)
-    model.train()
+    return model.train()
+
+
+def kept_by_autograd(model: SwitchTransformer, batch: Batch, bfloat16: bool, recomputed: bool = False) -> int:
+    """Bytes of the storages that a forward pass saves, each once, but for the parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
@@ -69,7 +73,15 @@ def kept_by_autograd(spec: ModelSpec, batch: Batch, bfloat16: bool) -> int:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    def hold(_encoder: nn.Module, _inputs: Any, encoded: Encoded) -> None:
+        """Blocks that are computed again hold it in a tuple, and torch's hooks see tensors alone."""
+        if recomputed:
+            save(encoded.hidden_BSD)
+
+    with (
+        model.encoder.register_forward_hook(hold),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+    ):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = cross_entropy(model, batch)
         assert (loss.target_sum + loss.auxiliary).requires_grad
@@ -79,9 +91,9 @@ def kept_by_autograd(spec: ModelSpec, batch: Batch, bfloat16: bool) -> int:
 def peak(spec: ModelSpec, step: Step, microbatch: int) -> int:
     """Bytes of all tensors at once, at most, in one step: torch's count, of a step that it knows nothing of."""
     runtime = Runtime("cpu", "float32" if step.product_bytes == FLOAT else "selective")
-    model = SwitchTransformer(spec)
-    initialise(model, seed=0)
-    model.train()
+    model = a_model(spec)
+    if step.recomputed:
+        recompute_blocks(model)
     optimizer = Adafactor().build(dict(model.named_parameters()))
     tracker = MemTracker()
     tracker.track_external(model, *optimizer.state().values())
@@ -113,6 +125,18 @@ def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, mi
     assert (0.9 if microbatch < step.sequences else 0.75) <= peak(spec, step, microbatch) / planned <= 1.0
 
 
+@pytest.mark.parametrize("product_bytes", [4, 2])
+@pytest.mark.parametrize(("name", "most"), [("dense", 0.6), ("top_k", 0.85)])
+def test_the_peak_falls_where_blocks_are_computed_again_and_is_within_the_plan(
+    name: str, most: float, product_bytes: int
+) -> None:
+    spec, step = ModelSpec(**{**SMALL, **MODELS[name], "num_layers": 4}), Step(8, 64, 24, product_bytes, fused=False)
+    again = step._replace(recomputed=True)
+    seen = {one: peak(spec, one, step.sequences) for one in (step, again)}
+    assert seen[again] < most * seen[step]
+    assert 0.75 <= seen[again] / bytes_of(spec, again, Mesh(1), held_of(spec), step.sequences).total <= 1.0
+
+
 def predicted(spec: ModelSpec, step: Step) -> int:
     """The same: activations, and what the loss and autocast keep beside them."""
     own = held_of(spec)
@@ -129,7 +153,36 @@ def test_activations_are_what_autograd_keeps(model: str, shape: tuple[int, int, 
     sequences, source, target = shape
     batch = Batch(*(torch.randint(2, spec.vocab_size, (sequences, length)) for length in (source, target)))
     step = Step(*shape, product_bytes=2 if bfloat16 else 4, fused=False)
-    assert predicted(spec, step) == pytest.approx(kept_by_autograd(spec, batch, bfloat16), rel=TOLERANCE)
+    seen = kept_by_autograd(a_model(spec), batch, bfloat16)
+    assert predicted(spec, step) == pytest.approx(seen, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(4, 64, 30), (8, 24, 12)], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_of_blocks_that_are_computed_again_it_keeps_the_inputs_and_one_whole(
+    model: str, shape: tuple[int, int, int], bfloat16: bool
+) -> None:
+    """One that is not computed again stands for the one that just is: the largest of them."""
+    spec = ModelSpec(**(SMALL | MODELS[model] | {"num_layers": 3}))
+    torch.manual_seed(0)
+    sequences, source, target = shape
+    batch = Batch(*(torch.randint(2, spec.vocab_size, (sequences, length)) for length in (source, target)))
+    seen = []
+    for stack, layers in (("encoder", spec.num_layers), ("decoder", spec.decoder_layers)):
+        for layer in range(layers):
+            whole = a_model(spec)
+            recompute_blocks(whole)
+            block = whole.get_submodule(f"{stack}.blocks.{layer}")
+            del block.forward  # the class has its own
+            weights = {f"{stack}.blocks.0.{name}": weight for name, weight in block.named_parameters()}
+            copies = 2 * held(weights, {}, 1).products if bfloat16 else 0
+            seen.append(kept_by_autograd(whole, batch, bfloat16, recomputed=True) - copies)
+    step = Step(*shape, product_bytes=2 if bfloat16 else 4, fused=False, recomputed=True)
+    plain = kept(spec, step._replace(recomputed=False), Mesh(1), sequences).total
+    foreseen = kept(spec, step, Mesh(1), sequences).total
+    assert foreseen < plain
+    assert foreseen + 4 * spec.vocab_size * spec.d_model == pytest.approx(max(seen), rel=TOLERANCE)
 
 
 def held_of(spec: ModelSpec, model: int = 1, optimizer: OptimizerSpec | None = None) -> Held:

@@ -177,6 +177,23 @@ def test_products_are_those_of_the_formula_and_of_empty_slots() -> None:
     assert flops_of(SPARSE, STEP, Mesh(8, expert=8), 4) > flops_of(SPARSE, STEP, Mesh(8), 4)
 
 
+def test_what_is_computed_again_is_all_but_the_logits() -> None:
+    again, mesh = STEP._replace(recomputed=True), Mesh(4)
+    logits = 2 * 16 * DENSE.vocab_size * DENSE.d_model * 114
+    assert flops_of(DENSE, again, mesh, 4) == 4 * 16 * count(DENSE, 512, 114).flops - logits
+    for spec in (DENSE, SPARSE):
+        for mesh in (Mesh(8), Mesh(4, model=2), Mesh(8, expert=8)):
+            assert 1.25 < flops_of(spec, again, mesh, 4) / flops_of(spec, STEP, mesh, 4) < 4 / 3
+    tokens, layers = (
+        [calls(spec, mesh, 2, step)[name].calls for step in (STEP, again)]
+        for spec, mesh, name in (
+            (SPARSE, Mesh(8, expert=8), "all_to_all encoder tokens, there"),
+            (DENSE, Mesh(8, model=2), "all_reduce decoder layers"),
+        )
+    )
+    assert [2 * number for number in (tokens[1], layers[1])] == [3 * number for number in (tokens[0], layers[0])]
+
+
 def test_what_bounds_a_step_follows_the_rates() -> None:
     own = {1: held_of(SPARSE)}
     fast = {"flops": 1e30, "memory_bandwidth": 1e30, "bandwidth": 1e30, "network": 1e30}

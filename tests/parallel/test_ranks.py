@@ -23,6 +23,7 @@ from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
 from switchcli.model.groups import Group, freeze, members, trainable
 from switchcli.model.initialise import initial_weights
+from switchcli.model.recompute import recompute_blocks
 from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -94,11 +95,12 @@ def gradients(
     objective: Objective = cross_entropy,
     precision: Precision = "float32",
     collapsed: bool = False,
+    recomputed: bool = False,
     parallel: ParallelSpec = ALONE,
 ) -> Arrays:
     """Of one step of `fit` on these ranks: every gradient and metric, by name.
 
-    `collapsed`: every token goes to the first expert.
+    `collapsed`: every token goes to the first expert. `recomputed`: blocks are computed again on the way back.
     """
     torch.set_num_threads(1)
     runtime = Runtime("cpu", precision, parallel)
@@ -107,6 +109,8 @@ def gradients(
         if collapsed and "router" in name:
             here(weight).zero_()
     freeze(model, group)
+    if recomputed:
+        recompute_blocks(model)
     optimizer, keep, state = Recorder(trainable(model), weights.cuts), Keep(runtime), TrainState()
     fit(
         state,
@@ -303,6 +307,11 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "a Switch attention": partial(gradients, ATTENTION, None, CLIP),
     "a slot for every token": partial(gradients, DROPLESS, 2, None),
     "all tokens to one rank": partial(gradients, DROPLESS, 2, None, collapsed=True),
+    "computed again, noisy": partial(gradients, NOISY, 2, CLIP, recomputed=True),
+    "computed again, a slot for every token": partial(gradients, DROPLESS, 2, None, recomputed=True),
+    "computed again, a Switch attention": partial(gradients, ATTENTION, None, CLIP, recomputed=True),
+    "computed again, the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert", recomputed=True),
+    "computed again, distillation": partial(gradients, SPARSE, None, None, objective=distilled, recomputed=True),
     "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
     "evaluation": evaluated,
 }
@@ -355,6 +364,13 @@ def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, 
     alone = CASES[case]()
     for answer in answers:
         assert_same(answer[case], alone)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("computed again")])
+def test_what_is_computed_again_is_the_same_bit_for_bit(case: str) -> None:
+    found, plain = (CASES[case](recomputed=recomputed) for recomputed in (True, False))
+    assert found.keys() == plain.keys()
+    assert all(np.array_equal(found[name], plain[name]) for name in plain)
 
 
 def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[str, Any]]) -> None:

@@ -1,0 +1,44 @@
+"""What `train.activation_checkpointing: blocks` costs: steps with and without it in turn, and the peak of both."""
+
+import resource
+import time
+from collections.abc import Callable
+
+from machine import BATCH, TARGET, Clock, Job, Result, batch, begin
+from step import our_model
+
+from switchcli.model.recompute import recompute_blocks
+from switchcli.parallel.runtime import Runtime
+from switchcli.train.loop import accumulate_gradients
+from switchcli.train.microbatches import Microbatch
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor
+
+
+def recompute(job: Job) -> Result:
+    """Seconds of steps of each of `what` in turn, and the most memory that the process has had beyond its imports.
+
+    On a CPU those of its own threads: steps are long, and what else a machine does falls on one or the other.
+    """
+    runtime, clock = begin(job)
+    if runtime.device.type == "cpu":
+        clock = Clock(runtime.device, time.process_time)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls = {what: a_step(job, runtime, what) for what in job["what"]}
+    seconds = clock.in_turn(calls, job["rounds"])
+    return {"seconds": seconds, "peak": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+
+
+def a_step(job: Job, runtime: Runtime, what: str) -> Callable[[], None]:
+    """Forward, backward and Adafactor."""
+    model = our_model(job, runtime.device)
+    if what == "blocks":
+        recompute_blocks(model)
+    optimizer = Adafactor().build(dict(model.named_parameters()))
+
+    def call() -> None:
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, batch())], BATCH * TARGET, runtime, "")
+        optimizer.step(1e-3)
+        model.zero_grad()
+
+    return call

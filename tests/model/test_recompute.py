@@ -1,0 +1,116 @@
+"""Blocks that are computed again on the way back give what they give without it."""
+
+import shutil
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
+
+from switchcli.model.compiled import compile_dense_parts
+from switchcli.model.groups import freeze
+from switchcli.model.packing import Segments
+from switchcli.model.recompute import recompute_blocks
+from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import ModelOutput, SwitchTransformer
+
+NOISE = {"dropout": 0.2, "expert_dropout": 0.4, "sparse_every": 1}
+SPECS: dict[str, ModelSpec] = {
+    "dense": DENSE,
+    "switch": SPARSE,
+    "groups": GROUPED,
+    "noisy": NOISY,
+    "expert dropout": NOISY.model_copy(update=NOISE),
+    "tokens at random": NOISY.model_copy(update={"router": Switch(overflow="random", sample_temperature=1.0)}),
+    "dropless": NOISY.model_copy(update={"router": Switch(capacity_factor="dropless")}),
+    "top_k, GEGLU": SPARSE.model_copy(update={**NOISE, "activation": "geglu", "router": TopK(min_capacity=1)}),
+    "no token left behind": SPARSE.model_copy(update={**NOISE, "router": NoTokenLeftBehind(min_capacity=1)}),
+    "expert choice": SPARSE.model_copy(
+        update={**NOISE, "router": ExpertChoice(min_capacity=1), "decoder_router": Switch()}
+    ),
+    "Switch attention": NOISY.model_copy(update={**NOISE, "sparse": "both"}),
+}
+
+
+class Step(NamedTuple):
+    output: ModelOutput
+    gradients: dict[str, torch.Tensor | None]
+    draw: float
+    """The next number of torch's generator."""
+
+
+def a_step(model: SwitchTransformer, again: bool, bfloat16: bool = False, segments: Segments | None = None) -> Step:
+    if again:
+        recompute_blocks(model)
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        output = model.train()(*rows(0, 0, 4), segments)
+        loss = output.logits_BTV.float().square().mean() + (0 if output.auxiliary is None else output.auxiliary)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Step(output, gradients, float(torch.rand(())))
+
+
+def assert_equal(one: Step, other: Step) -> None:
+    assert one.draw == other.draw
+    assert torch.equal(one.output.logits_BTV, other.output.logits_BTV)
+    for ours, theirs in zip(one.output.reports, other.output.reports, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert one.gradients.keys() == other.gradients.keys()
+    for name, gradient in one.gradients.items():
+        theirs = other.gradients[name]
+        assert (gradient is None) == (theirs is None), name
+        assert gradient is None or torch.equal(gradient, theirs), name
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_outputs_reports_and_gradients_are_the_same_bit_for_bit(spec: ModelSpec, bfloat16: bool) -> None:
+    assert_equal(a_step(a_model(spec), True, bfloat16), a_step(a_model(spec), False, bfloat16))
+
+
+@pytest.mark.parametrize("spec", [NOISY, SPECS["Switch attention"]], ids=["noisy", "Switch attention"])
+def test_of_packed_rows_too(spec: ModelSpec) -> None:
+    segments = Segments(torch.arange(12).expand(4, 12) // 5, torch.arange(9).expand(4, 9) // 3)
+    assert_equal(*(a_step(a_model(spec), again, segments=segments) for again in (True, False)))
+
+
+@pytest.mark.parametrize("group", ["expert", "non_expert", "dense_feed_forward"])
+def test_of_weights_that_learn_apart(group: str) -> None:
+    models = a_model(NOISY), a_model(NOISY)
+    for model in models:
+        freeze(model, group)  # type: ignore[arg-type]
+    assert_equal(a_step(models[0], True), a_step(models[1], False))
+
+
+def test_names_stay_and_each_block_runs_twice_in_training_alone() -> None:
+    model = a_model(NOISY)
+    names = list(model.state_dict())
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith((".self_attention", ".cross_attention")):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    once = {name for name, _ in model.named_modules() if name.endswith((".self_attention", ".cross_attention"))}
+    a_step(model, True)
+    assert list(model.state_dict()) == names
+    assert sorted(calls) == sorted([*once, *once])
+    calls.clear()
+    model.eval()(*rows(0, 0, 4)).logits_BTV.sum().backward()
+    assert sorted(calls) == sorted(once)
+    with torch.no_grad():
+        plain = a_model(NOISY).eval()(*rows(0, 0, 4)).logits_BTV
+        assert torch.equal(model(*rows(0, 0, 4)).logits_BTV, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.skipif(not shutil.which("g++") or " " in sys.prefix, reason="torch cannot compile here")
+def test_compiled_parts_give_the_same() -> None:
+    model = a_model(SPARSE)
+    compile_dense_parts(model)
+    ours, theirs = a_step(model, True), a_step(a_model(SPARSE), False)
+    for name, gradient in theirs.gradients.items():
+        torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
