@@ -27,6 +27,8 @@ class Bytes(NamedTuple):
 
     weights: int
     gradients: int
+    """Twice those that DistributedDataParallel sums, where there are several microbatches: in the first step it lays
+    them out anew while they hold something."""
     optimizer: int
     copies: int
     """Weights in bfloat16: the dense ones until the way back, the experts of one layer at a time. Where a step has
@@ -62,6 +64,10 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
     experts = own.expert // mesh.expert
     several = step.sequences // mesh.data > microbatch
     weights, gradients, state = _dense_bytes(mesh, own, several)
+    of_experts = FLOAT * experts
+    if several and mesh.data > 1 and mesh.shard == "none":  # DistributedDataParallel lays its buckets out anew
+        gradients *= 2
+        of_experts *= 2 if mesh.expert == 1 else 1
     layers = max(1, len(spec.routed_parts()))
     products = 3 if spec.activation == "geglu" else 2
     largest = max(experts // layers // products, spec.vocab_size * spec.d_model // mesh.model)
@@ -71,7 +77,7 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
     rows = spec.vocab_size // mesh.model
     return Bytes(
         weights=weights + FLOAT * experts,
-        gradients=gradients + FLOAT * experts,
+        gradients=gradients + of_experts,
         optimizer=state + own.expert_state // mesh.expert,
         copies=copies,
         activations=kept(spec, step, mesh, microbatch).total + _passing(spec, step, mesh, microbatch),

@@ -112,7 +112,9 @@ class Slots(NamedTuple):
     capacity: int
     """C: slots of each expert in a group."""
     sent: int
-    """Rows that a rank hands to the others, E * G * C: empty slots travel too. Dropless: a row for each choice."""
+    """Rows that a rank hands to the others, E * G * C: empty slots travel too. `counted`: a row for each choice."""
+    counted: bool
+    """Whether ranks tell each other how many rows come: where an expert has a slot for every token."""
     rows: int
     """A: rows that the experts of a rank compute."""
 
@@ -122,10 +124,11 @@ def slots(spec: ModelSpec, stack: Stack, step: Step, microbatch: int, expert: in
     rule = spec.router_of(stack)
     length = step.length(stack)
     groups = microbatch // rule.group_sequences
-    capacity, most = _assigned(rule, rule.group_sequences * length, spec.num_experts)
-    dropless = rule.capacity_factor == "dropless"
-    sent = groups * most if dropless else spec.num_experts * groups * capacity
-    return Slots(capacity, sent, groups * most if expert == 1 else sent)
+    tokens = rule.group_sequences * length
+    capacity, most = _assigned(rule, tokens, spec.num_experts)
+    counted = capacity >= tokens
+    sent = groups * most if counted else spec.num_experts * groups * capacity
+    return Slots(capacity, sent, counted, groups * most if expert == 1 else sent)
 
 
 @cache

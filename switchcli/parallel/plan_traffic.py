@@ -75,24 +75,25 @@ def _gradients(mesh: Mesh, own: Held, microbatches: int) -> Iterator[Collective]
 
 
 def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
-    """The way there and back, forward and backward. Without a capacity the numbers of rows go first, in int64."""
+    """The way there and back, forward and backward. With a slot for every token the numbers of rows go first (int64)."""
     forward = _forward(step) * microbatches
     for stack in STACKS:
         if mesh.expert == 1 or not (layers := len(spec.sparse_layers(stack))):
             continue
-        rows = step.product_bytes * slots(spec, stack, step, microbatch, mesh.expert).sent
+        places = slots(spec, stack, step, microbatch, mesh.expert)
+        rows = step.product_bytes * places.sent
         calls, name = layers * (forward + microbatches), f"{stack} tokens"
         for part, width in output_widths(spec).items():
             of = name if spec.sparse == "feed_forward" else f"{name} of {part}"
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, there", calls, rows * spec.d_model)
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, back", calls, rows * width)
         if spec.experts_dropout:
-            sent = 8 * slots(spec, stack, step, microbatch, mesh.expert).sent
+            sent = 8 * places.sent
             masks = step.product_bytes * microbatch * spec.d_ff // mesh.model
             calls, of = len(output_widths(spec)) * layers * forward, f"{stack} dropout"
             yield Collective("all_to_all", "expert", mesh.expert, f"{of}, whose rows", calls, sent)
             yield Collective("all_gather", "expert", mesh.expert, f"{of}, masks", calls, masks)
-        if spec.router_of(stack).capacity_factor == "dropless":
+        if places.counted:
             calls = len(output_widths(spec)) * layers * forward
             yield Collective("all_to_all", "expert", mesh.expert, f"{stack} counts", calls, 8 * spec.num_experts)
 

@@ -54,6 +54,15 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, pattern: str
     [
         (["parallel.data=4"], r"parallel\.data \(4\) is not the number of ranks \(2\): start 4, by --processes 4"),
         (["parallel.expert=4"], r"parallel\.expert \(4\) must divide the number of ranks \(2\)"),
+        (
+            ["parallel.model=4"],
+            r"parallel\.model \(4\) must divide the number of ranks \(2\): start .* parallel\.model=2",
+        ),
+        (["parallel={data: 2, model: 2}"], r"parallel\.data \(2\) x parallel\.model \(2\) is not the number of ranks"),
+        (
+            ["parallel={expert: 2, model: 2}"],
+            r"parallel\.expert \(2\) must divide the ranks of the data axis \(1\): start a",
+        ),
     ],
 )
 def test_a_mesh_that_is_not_of_these_ranks_starts_none(
@@ -75,6 +84,9 @@ def test_experts_that_cannot_be_shared_start_no_rank(
         "parallel.expert=3": "(3) must divide the 4 experts of a layer (model.num_experts): take one of 1, 2, 4.",
         "parallel={data: 6, expert: 4}": "parallel.expert (4) must divide parallel.data (6): try 2.",
         "parallel.expert=0": "parallel.expert: must be at least 1 (got 0)",
+        "parallel.model=3": "must be a multiple of parallel.model (3): try 1.",
+        "parallel.shard=zero1": "parallel.shard: must be 'none', 'zero2' or 'zero3'",
+        "parallel={auto: true, model: 2}": "auto chooses data, model, expert and shard: leave them out, or auto",
     }.items():
         done = switchcli("pretrain", recipe, keys, "--processes", 6)
         assert (done.code, done.out) == (2, "")
@@ -83,7 +95,35 @@ def test_experts_that_cannot_be_shared_start_no_rank(
     assert (done.code, "parallel.expert (2): the model is dense" in done.err) == (2, True), done.err
 
 
-@pytest.mark.parametrize("other", ["train.seed=1", "parallel.expert=2"])
+def test_a_model_axis_does_not_divide_experts_of_an_attention(recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", recipe, "model.sparse=both", "parallel.model=2", "--processes", 2)
+    assert done.code == 2
+    assert "parallel.model (2) does not divide the experts of an attention (model.sparse): leave it out" in done.err
+
+
+@pytest.mark.slow
+def test_a_run_whose_mesh_is_chosen_by_the_plan(recipe: str) -> None:
+    """On two ranks, with a text filled in at the end by all of them; on one it goes on."""
+    keys = ["parallel=auto", "--out", "run", "--json"]
+    done = two_ranks(recipe, "train.steps=2", *keys)
+    assert done.returncode == 0, done.stderr
+    mesh = json.loads(done.stdout)["mesh"]
+    assert mesh["data"] * mesh["model"] == 2
+    assert f"parallel: auto is data {mesh['data']}, model {mesh['model']}, expert {mesh['expert']}" in done.stderr
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, "train.steps=4", *keys]
+    alone = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert json.loads(alone.stdout)["mesh"] == {"data": 1, "model": 1, "expert": 1, "shard": "none"}, alone.stderr
+    assert json.loads(alone.stdout)["step"] == 4
+
+
+def test_no_mesh_fits(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.commands.mesh.machine_bytes", lambda: 2**20)
+    done = switchcli("pretrain", recipe, "parallel=auto", "train.device=cpu")
+    assert done.code == 2
+    assert re.search(r"parallel\.auto: no mesh of 1 ranks fits with .*needs .* GiB a device", done.err)
+
+
+@pytest.mark.parametrize("other", ["train.seed=1", "parallel.expert=2", "parallel.model=2"])
 @pytest.mark.slow
 def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
     """Each started by hand, as on two machines."""

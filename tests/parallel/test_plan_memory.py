@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from switchcli.data.batch import Batch
 from switchcli.model.count import count
-from switchcli.model.initialise import initialise
+from switchcli.model.initialise import initial_weights, initialise
 from switchcli.model.recompute import recompute_blocks
 from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import Encoded, SwitchTransformer
+from switchcli.parallel.mesh import ALONE, ParallelSpec
 from switchcli.parallel.plan import divisors
 from switchcli.parallel.plan_memory import Bytes, bytes_of, kept
 from switchcli.parallel.plan_model import FLOAT, Held, Mesh, Step, held, slots
@@ -88,13 +90,18 @@ def kept_by_autograd(model: SwitchTransformer, batch: Batch, bfloat16: bool, rec
     return sum(storage.nbytes() for place, storage in storages.items() if place not in parameters)
 
 
-def peak(spec: ModelSpec, step: Step, microbatch: int) -> int:
-    """Bytes of all tensors at once, at most, in one step: torch's count, of a step that it knows nothing of."""
-    runtime = Runtime("cpu", "float32" if step.product_bytes == FLOAT else "selective")
-    model = a_model(spec)
+def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = ALONE) -> int:
+    """Bytes of all tensors of this rank at once, at most, in one step: torch's count, of a step that it knows nothing
+    of."""
+    runtime = Runtime("cpu", "float32" if step.product_bytes == FLOAT else "selective", parallel)
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(spec, 0, weights.experts))
     if step.recomputed:
         recompute_blocks(model)
-    optimizer = Adafactor().build(dict(model.named_parameters()))
+    optimizer = Adafactor().build(weights.parameters, weights.cuts)
+    wrapped = runtime.wrap(model.train())
     tracker = MemTracker()
     tracker.track_external(model, *optimizer.state().values())
     generator = torch.Generator().manual_seed(0)
@@ -109,8 +116,8 @@ def peak(spec: ModelSpec, step: Step, microbatch: int) -> int:
         return cross_entropy(module, batch)
 
     with tracker:
-        microbatches = [rows(number) for number in range(step.sequences // microbatch)]
-        accumulate_gradients(model, objective, microbatches, step.sequences * step.target, runtime, "")
+        microbatches = [rows(number) for number in range(step.sequences // microbatch // runtime.data_ranks)]
+        accumulate_gradients(wrapped, objective, microbatches, step.sequences * step.target, runtime, "")
         optimizer.step(1e-3)
     return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
 
@@ -135,6 +142,39 @@ def test_the_peak_falls_where_blocks_are_computed_again_and_is_within_the_plan(
     seen = {one: peak(spec, one, step.sequences) for one in (step, again)}
     assert seen[again] < most * seen[step]
     assert 0.75 <= seen[again] / bytes_of(spec, again, Mesh(1), held_of(spec), step.sequences).total <= 1.0
+
+
+MESHES = {
+    "data 2": (Mesh(2), ALONE),
+    "expert 2": (Mesh(2, 2), ParallelSpec(expert=2)),
+    "model 2": (Mesh(1, 1, 2), ParallelSpec(model=2)),
+    "zero2 2": (Mesh(2, 1, 1, "zero2"), ParallelSpec(shard="zero2")),
+    "zero3 2": (Mesh(2, 1, 1, "zero3"), ParallelSpec(shard="zero3")),
+    "zero3 2, expert 2": (Mesh(2, 2, 1, "zero3"), ParallelSpec(expert=2, shard="zero3")),
+    "expert 2 x model 2": (Mesh(2, 2, 2), ParallelSpec(expert=2, model=2)),
+}
+
+
+SHARED = Step(8, 64, 24, product_bytes=4, fused=False)
+
+
+def peaks(parallel: ParallelSpec) -> dict[tuple[str, int], int]:
+    torch.set_num_threads(1)
+    return {
+        (name, microbatch): peak(ModelSpec(**{**SMALL, **MODELS[name]}), SHARED, microbatch, parallel)
+        for name in ("dense", "switch", "switch that drops")[parallel.expert > 1 :]
+        for microbatch in (2, 4)
+    }
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_peak_of_a_rank_is_within_the_plan(mesh: str) -> None:
+    where, parallel = MESHES[mesh]
+    for seen in on_ranks(where.data * where.model, peaks, parallel):
+        for (name, microbatch), most in seen.items():
+            spec = ModelSpec(**{**SMALL, **MODELS[name]})
+            planned = bytes_of(spec, SHARED, where, held_of(spec, where.model), microbatch).total
+            assert 0.75 <= most / planned <= 1.0, (name, microbatch)
 
 
 def predicted(spec: ModelSpec, step: Step) -> int:

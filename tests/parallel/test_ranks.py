@@ -216,7 +216,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
 
     hooks = [
         Log(2, steps, schedule, 1, 1, runtime, records.append, lambda _: None, state, SPARSE.routed_parts()),
-        HeldOut(2, model, cross_entropy, held_out, runtime, records.append),
+        HeldOut(10, model, cross_entropy, held_out, runtime, records.append),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
     fit(
@@ -322,7 +322,7 @@ ROUNDED = partial(gradients, DENSE, None, None, precision="selective")
 
 def fits(case: str, parallel: ParallelSpec) -> bool:
     """A model axis does not divide the experts of an attention: the recipe refuses it."""
-    return parallel.model == 1 or case != "a Switch attention"
+    return parallel.model == 1 or "Switch attention" not in case
 
 
 def every_case(parallel: ParallelSpec) -> dict[str, Any]:
@@ -342,7 +342,6 @@ MESHES = {
     "expert 2, twice": (4, ParallelSpec(expert=2)),
     "expert 4": (4, ParallelSpec(expert=4)),
     "model 2": (2, ParallelSpec(model=2)),
-    "model 2, twice": (4, ParallelSpec(model=2)),
     "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
     "zero2 2": (2, ParallelSpec(shard="zero2")),
     "zero3 2": (2, ParallelSpec(shard="zero3")),
@@ -414,7 +413,7 @@ def test_a_run_of_several_steps_has_the_same_records_and_weights_on_any_number_o
     alone = trained(OPTIMIZERS[optimizer])
     ours = answers[0][optimizer]
     assert ours.keys() == alone.keys()
-    assert len(alone["record held_out/neg_log_perplexity"]) == 10
+    assert len(alone["record held_out/neg_log_perplexity"]) == 2
     for name, array in as_held(alone, ours).items():
         # Each step starts from the rounding of the one before, and both divide by the size of a gradient.
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-5 * max(1, np.abs(array).max()), err_msg=name)
