@@ -31,7 +31,8 @@ def mesh_of(recipe: TrainingRecipe) -> ParallelSpec:
     at_once = not recipe.train.microbatch_tokens  # a run then takes its share at once, where a plan would cut it
     for fit in plan.fits:
         if not at_once or fit.microbatch * fit.mesh.data == recipe.rows_per_step:
-            return ParallelSpec(data=fit.mesh.data, model=fit.mesh.model, expert=fit.mesh.expert, shard=fit.mesh.shard)
+            data, expert, model, shard = fit.mesh
+            return ParallelSpec(data=data, model=model, expert=expert, shard=shard, wire=recipe.parallel.wire)
     why = f": {plan.refused[0].reason}" if plan.refused and not plan.fits else ""
     raise RecipeError(
         f"parallel.auto: no mesh of {ranks} ranks fits with {'the whole share' if at_once else 'microbatches'} of a "

@@ -10,7 +10,7 @@ from switchcli.commands.describe import describe
 from switchcli.commands.huggingface import empty
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.model.count import FORWARD_AND_BACKWARD
-from switchcli.parallel.mesh import ALONE, ParallelSpec
+from switchcli.parallel.mesh import ParallelSpec
 from switchcli.parallel.plan import Fit, Machine, Plan, model_axes, plan
 from switchcli.parallel.plan_model import Mesh, Step, held
 from switchcli.parallel.plan_traffic import Collective
@@ -91,7 +91,7 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
     recipe = _recipe(name, overrides)
     found = plan_of(recipe, machine)
     said = recipe.parallel
-    if said != ALONE and not said.auto:
+    if not said.is_open:
         fits = (one for one in found.fits if _is_said(one.mesh, said))
         found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))
     return Planned(name, recipe, machine, found)
@@ -107,6 +107,7 @@ def plan_of(recipe: TrainingRecipe, machine: Machine) -> Plan:
         product_bytes=4 if train.precision == "float32" else 2,
         router_bytes=train.router_dtype.itemsize,
         fused=train.device != "cpu",
+        wire_bytes=4 if recipe.parallel.wire == "float32" else None,
         recomputed=train.activation_checkpointing == "blocks",
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length

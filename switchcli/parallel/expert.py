@@ -24,7 +24,7 @@ from switchcli.model.layers import compute_dtype
 from switchcli.model.moe import SwitchLayer
 from switchcli.model.routing import Routing
 from switchcli.parallel.lost import lost_ranks_explained
-from switchcli.parallel.mesh import Shared
+from switchcli.parallel.mesh import Shared, Wire, on_the_wire
 
 
 class Way(NamedTuple):
@@ -54,8 +54,8 @@ class Parts(NamedTuple):
 class AllToAll:
     """The way there and back when the experts lie on the ranks of a group."""
 
-    def __init__(self, ranks: Shared, num_experts: int) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Shared, num_experts: int, wire: Wire) -> None:
+        self._ranks, self._wire = ranks, wire
         self._num_local = num_experts // ranks.size
 
     def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Way]:
@@ -64,7 +64,7 @@ class AllToAll:
         # Outside training the ranks' batches may differ in size: then the parts do.
         sent = self._by_slots(routing, N) if learns and C < N else self._by_rows(routing, N)
         x_SD = x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, sent.source_S)
-        return self._arrange(exchange(x_SD, sent.parts, self._ranks), sent), sent
+        return self._arrange(exchange(x_SD, sent.parts, self._ranks, self._wire), sent), sent
 
     def spread(self, mask_BF: torch.Tensor, sent: Way, length: int) -> torch.Tensor:
         """The mask of each row's sequence: [A, F]. `mask_BF` is that of this rank's sequences, of `length` each."""
@@ -73,7 +73,7 @@ class AllToAll:
         with lost_ranks_explained():
             dist.all_gather_single(masks_ZF, mask_BF.contiguous(), group=self._ranks.group)
         sequence_S = sent.source_S // length + B * self._ranks.place
-        sequence_A = self._arrange(exchange(sequence_S, sent.parts, self._ranks), sent)
+        sequence_A = self._arrange(exchange(sequence_S, sent.parts, self._ranks, self._wire), sent)
         return masks_ZF.index_select(0, sequence_A)
 
     def receive(self, y_AO: torch.Tensor, sent: Way, x_GND: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ class AllToAll:
             y_AO = y_AO.view(L, R, -1, O).transpose(0, 1).reshape(-1, O)
         else:
             y_AO = torch.empty_like(y_AO).index_copy(0, sent.order_A, y_AO)
-        y_SO = exchange(y_AO, sent.parts.back(), self._ranks)
+        y_SO = exchange(y_AO, sent.parts.back(), self._ranks, self._wire)
         return combine(y_SO, sent.weight_S, sent.source_S, G * N).view(G, N, O)
 
     def _by_slots(self, routing: Routing, group_size: int) -> Way:
@@ -118,35 +118,36 @@ class AllToAll:
         return x_AD.view(self._ranks.size, self._num_local, -1, *rest).transpose(0, 1).reshape(-1, *rest)
 
 
-def exchange(x_SD: torch.Tensor, parts: Parts, ranks: Shared) -> torch.Tensor:
+def exchange(x_SD: torch.Tensor, parts: Parts, ranks: Shared, wire: Wire) -> torch.Tensor:
     """All-to-all: the first rows to the first rank of the group, and so on; the gradient goes the same way back."""
-    received: torch.Tensor = _Exchange.apply(x_SD, parts, ranks)  # type: ignore[no-untyped-call]
+    received: torch.Tensor = _Exchange.apply(x_SD, parts, ranks, wire)  # type: ignore[no-untyped-call]
     return received
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_SD: torch.Tensor, parts: Parts, ranks: Shared) -> torch.Tensor:
-        ctx.parts, ctx.ranks = parts, ranks
-        return _all_to_all(x_SD, parts, ranks)
+    def forward(ctx: Any, x_SD: torch.Tensor, parts: Parts, ranks: Shared, wire: Wire) -> torch.Tensor:
+        ctx.parts, ctx.ranks, ctx.wire = parts, ranks, wire
+        return _all_to_all(x_SD, parts, ranks, wire)
 
     @staticmethod
-    def backward(ctx: Any, gradient_AD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _all_to_all(gradient_AD, ctx.parts.back(), ctx.ranks), None, None
+    def backward(ctx: Any, gradient_AD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _all_to_all(gradient_AD, ctx.parts.back(), ctx.ranks, ctx.wire), None, None, None
 
 
-def _all_to_all(x_SD: torch.Tensor, parts: Parts, ranks: Shared) -> torch.Tensor:
-    received_AD = x_SD.new_empty(len(x_SD) if parts.received is None else sum(parts.received), *x_SD.shape[1:])
+def _all_to_all(x_SD: torch.Tensor, parts: Parts, ranks: Shared, wire: Wire) -> torch.Tensor:
+    sent_SD = x_SD.to(on_the_wire(x_SD, wire)).contiguous()
+    received_AD = sent_SD.new_empty(len(x_SD) if parts.received is None else sum(parts.received), *x_SD.shape[1:])
     with lost_ranks_explained():
-        dist.all_to_all_single(received_AD, x_SD.contiguous(), parts.received, parts.sent, group=ranks.group)
-    return received_AD
+        dist.all_to_all_single(received_AD, sent_SD, parts.received, parts.sent, group=ranks.group)
+    return received_AD.to(x_SD.dtype)
 
 
-def spread_experts(model: nn.Module, ranks: Shared) -> None:
+def spread_experts(model: nn.Module, ranks: Shared, wire: Wire) -> None:
     """Keep this rank's slice of every stacked expert weight of `model`, in place, and send tokens to the others'."""
     for layer in model.modules():
         if isinstance(layer, SwitchLayer):
-            layer.dispatcher = AllToAll(ranks, layer.experts.num_experts)
+            layer.dispatcher = AllToAll(ranks, layer.experts.num_experts, wire)
             layer.experts.keep(ranks.place, ranks.size)
 
 

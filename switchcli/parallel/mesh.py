@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 
@@ -18,6 +19,7 @@ from switchcli.model.spec import ModelSpec
 from switchcli.spec import Spec
 
 Shard = Literal["none", "zero2", "zero3"]
+Wire = Literal["compute", "float32"]
 
 
 class ParallelSpec(Spec):
@@ -34,6 +36,14 @@ class ParallelSpec(Spec):
     shard: Shard = "none"
     """Of the weights outside the experts, over the data axis. `zero2`: gradients and optimizer state; `zero3`: the
     weights too, of which a block at a time is gathered."""
+    wire: Wire = "compute"
+    """What tokens on their way to experts, and the sums of a model axis, travel in: as products are computed, or, where
+    that is bfloat16, twice as many bytes, and sums that are not rounded to it in between."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it says nothing of the mesh."""
+        return (self.data, self.model, self.expert, self.shard) == (None, 1, 1, "none")
 
     @model_validator(mode="before")
     @classmethod
@@ -42,9 +52,14 @@ class ParallelSpec(Spec):
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> Self:
-        if self.auto and (self.data, self.model, self.expert, self.shard) != (None, 1, 1, "none"):
+        if self.auto and not self.is_open:
             raise ValueError("auto chooses data, model, expert and shard: leave them out, or auto")
         return self
+
+
+def on_the_wire(x: torch.Tensor, wire: Wire) -> torch.dtype:
+    """What x, if it is no index, travels in."""
+    return torch.promote_types(x.dtype, torch.float32) if wire == "float32" and x.is_floating_point() else x.dtype
 
 
 ALONE = ParallelSpec()

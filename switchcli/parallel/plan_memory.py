@@ -108,7 +108,7 @@ def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) ->
     if mesh.expert == 1:
         return 0
     sent = [slots(spec, stack, step, microbatch, mesh.expert).sent for stack in STACKS if spec.sparse_layers(stack)]
-    return 2 * step.product_bytes * max(sent) * max(spec.d_model, *output_widths(spec).values())
+    return 2 * step.sent_bytes * max(sent) * max(spec.d_model, *output_widths(spec).values())
 
 
 def _passing(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:

@@ -59,6 +59,14 @@ class Step(NamedTuple):
     recomputed: bool = False
     """Blocks keep their inputs alone and are computed again on the way back (`train.activation_checkpointing`)."""
 
+    wire_bytes: int | None = None
+    """Of an element of tokens on their way, and of sums over the model axis: as in products where it is None."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of an element that travels."""
+        return self.wire_bytes or self.product_bytes
+
     def length(self, stack: Stack) -> int:
         return self.source if stack == "encoder" else self.target
 

@@ -75,13 +75,13 @@ def _gradients(mesh: Mesh, own: Held, microbatches: int) -> Iterator[Collective]
 
 
 def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
-    """The way there and back, forward and backward. With a slot for every token the numbers of rows go first (int64)."""
+    """The way there and back, forward and backward. With a slot for every token the numbers of rows go first, int64."""
     forward = _forward(step) * microbatches
     for stack in STACKS:
         if mesh.expert == 1 or not (layers := len(spec.sparse_layers(stack))):
             continue
         places = slots(spec, stack, step, microbatch, mesh.expert)
-        rows = step.product_bytes * places.sent
+        rows = step.sent_bytes * places.sent
         calls, name = layers * (forward + microbatches), f"{stack} tokens"
         for part, width in output_widths(spec).items():
             of = name if spec.sparse == "feed_forward" else f"{name} of {part}"
@@ -114,19 +114,19 @@ def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microb
     for stack in STACKS:
         blocks, tokens = spec.num_blocks(stack), microbatch * step.length(stack)
         parts = 3 if stack == "decoder" else 2
-        payload = step.product_bytes * tokens * spec.d_model
+        payload = step.sent_bytes * tokens * spec.d_model
         calls = (_forward(step) + 1) * parts * blocks * microbatches
         yield Collective("all_reduce", "model", model, f"{stack} layers", calls, payload)
         embedded = FLOAT * tokens * spec.d_model
         yield Collective("all_reduce", "model", model, f"{stack} embedding", microbatches, embedded)
         if layers := len(spec.sparse_layers(stack)):
             rule = spec.router_of(stack)
-            capacity = slots(spec, stack, step, microbatch, mesh.expert).capacity
-            weights = step.router_bytes * spec.num_experts * capacity * microbatch // rule.group_sequences
-            yield Collective("all_reduce", "model", model, f"{stack} gates", layers * microbatches, weights)
-    memory = step.product_bytes * microbatch * step.source * spec.d_model
+            slots_of_group = spec.num_experts * slots(spec, stack, step, microbatch, mesh.expert).capacity
+            gates = max(step.router_bytes, step.wire_bytes or 0) * slots_of_group * microbatch // rule.group_sequences
+            yield Collective("all_reduce", "model", model, f"{stack} gates", layers * microbatches, gates)
+    memory = step.sent_bytes * microbatch * step.source * spec.d_model
     yield Collective("all_reduce", "model", model, "gradient of the encoder's output", microbatches, memory)
     targets = microbatch * step.target
     yield Collective("all_reduce", "model", model, "loss", 2 * microbatches, FLOAT * targets)
-    hidden = step.product_bytes * targets * spec.d_model
+    hidden = step.sent_bytes * targets * spec.d_model
     yield Collective("all_reduce", "model", model, "gradient of hidden states", microbatches, hidden)

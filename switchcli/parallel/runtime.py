@@ -133,7 +133,7 @@ class Runtime:
     def spread(self, model: SwitchTransformer) -> Weights:
         """Keep of `model`, which is on `meta`, what this rank holds, with memory on its device: not filled yet."""
         with lost_ranks_explained():
-            return spread.spread(model, self.groups, self.parallel.shard, self.device)
+            return spread.spread(model, self.groups, self.parallel, self.device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`)."""

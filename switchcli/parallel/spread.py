@@ -15,17 +15,17 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel import expert, shard, tensor
 from switchcli.parallel.layout import Cut, Cuts, Weights, here
 from switchcli.parallel.lost import lost_ranks_explained
-from switchcli.parallel.mesh import Groups, Shard, Shared
+from switchcli.parallel.mesh import Groups, ParallelSpec, Shared
 
 
-def spread(model: SwitchTransformer, groups: Groups, how: Shard, device: torch.device) -> Weights:
+def spread(model: SwitchTransformer, groups: Groups, spec: ParallelSpec, device: torch.device) -> Weights:
     """Keep of `model`, which is on `meta`, what this rank holds, and give it memory on `device`: not filled yet."""
     if groups.experts is not None:
-        expert.spread_experts(model, groups.experts)
+        expert.spread_experts(model, groups.experts, spec.wire)
     if groups.model is not None:
-        tensor.divide(model, groups.model)
-    if groups.data is not None and how != "none":
-        shard.shard_dense(model, groups.data, how, device.type)
+        tensor.divide(model, groups.model, spec.wire)
+    if groups.data is not None and spec.shard != "none":
+        shard.shard_dense(model, groups.data, spec.shard, device.type)
     model.to_empty(device=device)
     shard.settle(model)
     parameters = dict(model.named_parameters())

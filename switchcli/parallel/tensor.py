@@ -17,7 +17,7 @@ from switchcli.model.experts import Experts
 from switchcli.model.layers import FeedForward, compute_dtype
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.lost import lost_ranks_explained
-from switchcli.parallel.mesh import Shared
+from switchcli.parallel.mesh import Shared, Wire, on_the_wire
 
 _DIVIDED = {"embedding": 0, "head": 0, "q": 0, "k": 0, "v": 0, "wi": 0, "wi_gate": 0, "o": 1, "wo": 1}
 _DIVIDED |= {"position_bias": 1}
@@ -34,22 +34,23 @@ def divided_dim(name: str) -> int | None:
 class ModelAxis:
     """The parts of a model on the ranks of a group."""
 
-    def __init__(self, ranks: Shared) -> None:
-        self.place, self.size, self._ranks = ranks.place, ranks.size, ranks
+    def __init__(self, ranks: Shared, wire: Wire) -> None:
+        """`wire`: what sums are taken in."""
+        self.place, self.size, self._ranks, self._wire = ranks.place, ranks.size, ranks, wire
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the type of products, in which its gradient is summed."""
-        entered: torch.Tensor = _Enter.apply(x.to(compute_dtype(x)), self._ranks)  # type: ignore[no-untyped-call]
+        """x in the type of products."""
+        entered: torch.Tensor = _Enter.apply(x.to(compute_dtype(x)), self._ranks, self._wire)  # type: ignore[no-untyped-call]
         return entered
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
-        """Summed in the type of x."""
-        left: torch.Tensor = _Leave.apply(x, self._ranks)  # type: ignore[no-untyped-call]
+        """In the type of x."""
+        left: torch.Tensor = _Leave.apply(x, self._ranks, self._wire)  # type: ignore[no-untyped-call]
         return left
 
     @torch.no_grad()
     def largest(self, x: torch.Tensor) -> torch.Tensor:
-        return _reduced(x, self._ranks, dist.ReduceOp.MAX)
+        return _reduced(x, self._ranks, self._wire, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,36 +62,38 @@ class ModelAxis:
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: Shared) -> torch.Tensor:
-        ctx.ranks = ranks
+    def forward(ctx: Any, x: torch.Tensor, ranks: Shared, wire: Wire) -> torch.Tensor:
+        ctx.ranks, ctx.wire = ranks, wire
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _reduced(gradient, ctx.ranks, dist.ReduceOp.SUM), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _reduced(gradient, ctx.ranks, ctx.wire), None, None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: Shared) -> torch.Tensor:
-        return _reduced(x, ranks, dist.ReduceOp.SUM)
+    def forward(ctx: Any, x: torch.Tensor, ranks: Shared, wire: Wire) -> torch.Tensor:
+        return _reduced(x, ranks, wire)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient, None, None
 
 
-def _reduced(x: torch.Tensor, ranks: Shared, how: dist.ReduceOp.RedOpType) -> torch.Tensor:
-    """A copy: what is given may be somebody else's too."""
-    reduced = x.clone(memory_format=torch.contiguous_format)
+def _reduced(
+    x: torch.Tensor, ranks: Shared, wire: Wire, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """In the type of x. A copy: what is given may be somebody else's too."""
+    reduced = x.to(on_the_wire(x, wire), copy=True, memory_format=torch.contiguous_format)
     with lost_ranks_explained():
         dist.all_reduce(reduced, how, group=ranks.group)
-    return reduced
+    return reduced.to(x.dtype)
 
 
-def divide(model: SwitchTransformer, ranks: Shared) -> None:
+def divide(model: SwitchTransformer, ranks: Shared, wire: Wire) -> None:
     """Keep this rank's part of every weight that is divided, in place, and let the layers meet the other parts."""
-    axis = ModelAxis(ranks)
+    axis = ModelAxis(ranks, wire)
     for module in model.modules():
         if isinstance(module, SwitchTransformer | Attention | FeedForward | Experts):
             module.axis = axis

@@ -38,7 +38,8 @@ def explained(
         if teacher is not None:
             beside = f"those of the teacher {_weights(teacher):,}, "
             way_out = "lower train.microbatch_tokens, or have the teacher asked elsewhere (distill.answers)"
-        own = f"weights, gradients and optimizer take {needed(model, optimizer, group):,} bytes"
+        way_out += "; or share it among ranks (parallel: `switchcli plan` shows how)"
+        own = f"weights, gradients and optimizer take {needed(model, optimizer, group):,} bytes in all"
         return f"{own}, {beside}a microbatch comes on top: {way_out}"
 
     with _explained(device, words):

@@ -17,13 +17,14 @@ from switchcli.commands import huggingface
 from switchcli.model.recompute import recompute_blocks
 from switchcli.model.routing import Switch, TopK
 from switchcli.model.spec import ModelSpec
-from switchcli.parallel.mesh import ParallelSpec
+from switchcli.parallel.mesh import ParallelSpec, Wire
 from switchcli.parallel.plan_model import Mesh, Step, held
 from switchcli.parallel.plan_traffic import collectives
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
+from switchcli.train.spec import Precision
 
 BATCH, MICROBATCH = 8, 1
 SPARSE = tiny.SPARSE.model_copy(update={"vocab_size": 40, "d_kv": 4})
@@ -51,9 +52,9 @@ AGAIN = " computed again"
 NAMES = [*SPECS, *(name + AGAIN for name in ("12 experts", "Switch attention", "dropout", "dropless"))]
 
 
-def counted(parallel: ParallelSpec, name: str) -> Traffic:
+def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32") -> Traffic:
     """Of one step on this rank. The parts in which a gradient is summed are not the plan's: they count as one call."""
-    runtime = Runtime("cpu", "float32", parallel)
+    runtime = Runtime("cpu", precision, parallel)
     plain = model_of(SPECS[name.removesuffix(AGAIN)], runtime)[0]
     if name.endswith(AGAIN):
         recompute_blocks(plain)
@@ -105,10 +106,11 @@ def every_spec(parallel: ParallelSpec) -> dict[str, Traffic]:
     return {name: counted(parallel, name) for name in NAMES if parallel.model == 1 or "att" not in name}
 
 
-def planned(mesh: Mesh, name: str) -> Traffic:
+def planned(mesh: Mesh, name: str, product_bytes: int = 4, wire_bytes: int | None = None) -> Traffic:
     spec = SPECS[name.removesuffix(AGAIN)]
     own = held(dict(huggingface.empty(spec).named_parameters()), {}, mesh.model)
-    step, traffic = Step(BATCH, SOURCE, TARGET, 4, fused=False, recomputed=name.endswith(AGAIN)), Counter()
+    step = Step(BATCH, SOURCE, TARGET, product_bytes, fused=False, recomputed=name.endswith(AGAIN))
+    step, traffic = step._replace(wire_bytes=wire_bytes), Counter()
     for call in collectives(spec, step, mesh, own, MICROBATCH):
         kind = call.kind
         if call.what == "expert gradients":
@@ -169,3 +171,16 @@ def test_without_a_capacity_the_plan_is_for_tokens_that_are_all_real(name: str, 
         sent = sum(size * calls for (kind, size), calls in rank[name].items() if kind == "all_to_all")
         assert rank[name]["all_to_all", 8 * 4] >= foreseen["all_to_all", 8 * 4]  # the counts of 4 experts
         assert sent <= sum(size * calls for (kind, size), calls in foreseen.items() if kind == "all_to_all")
+
+
+def in_bfloat16(parallel: ParallelSpec) -> Traffic:
+    torch.set_num_threads(1)
+    return counted(parallel, "dropout", "selective")
+
+
+@pytest.mark.parametrize("wire", ["compute", "float32"])
+@pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(2, 2, 2)], ids=str)
+def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(mesh: Mesh, wire: Wire) -> None:
+    parallel = ParallelSpec(expert=mesh.expert, model=mesh.model, wire=wire)
+    expected = planned(mesh, "dropout", 2, 4 if wire == "float32" else None)
+    assert on_ranks(mesh.data * mesh.model, in_bfloat16, parallel) == [expected] * mesh.data * mesh.model
