@@ -9,7 +9,7 @@ import torch
 
 from switchcli.commands import start
 from switchcli.commands.exams import exams_of, tell, tell_of_cut
-from switchcli.commands.mesh import mesh_of
+from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
@@ -60,7 +60,7 @@ def finetune(finetuning: Starting[FinetuneRecipe], options: Options) -> dict[str
         SwitchError: as each part says.
     """
     recipe, opened = finetuning
-    runtime = Runtime(recipe.train.device, recipe.train.precision, mesh_of(recipe))
+    runtime = runtime_of(recipe)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with (
         claim(options, recipe, runtime, console) as folder,

@@ -89,7 +89,7 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
     """
     machine = _machine(options)
     recipe = _recipe(name, overrides)
-    found = plan_of(recipe, machine)
+    found = plan_of(recipe, machine, fused=recipe.train.device != "cpu")
     said = recipe.parallel
     if not said.is_open:
         fits = (one for one in found.fits if _is_said(one.mesh, said))
@@ -97,8 +97,8 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
     return Planned(name, recipe, machine, found)
 
 
-def plan_of(recipe: TrainingRecipe, machine: Machine) -> Plan:
-    """The plan of a recipe's step, whatever mesh it says."""
+def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
+    """The plan of a recipe's step, whatever mesh it says; `fused`: by the kernels of a GPU."""
     spec, train = recipe.model, recipe.train
     step = Step(
         recipe.rows_per_step,
@@ -106,7 +106,7 @@ def plan_of(recipe: TrainingRecipe, machine: Machine) -> Plan:
         recipe.targets_length,
         product_bytes=4 if train.precision == "float32" else 2,
         router_bytes=train.router_dtype.itemsize,
-        fused=train.device != "cpu",
+        fused=fused,
         wire_bytes=4 if recipe.parallel.wire == "float32" else None,
         recomputed=train.activation_checkpointing == "blocks",
     )
@@ -119,8 +119,8 @@ def plan_of(recipe: TrainingRecipe, machine: Machine) -> Plan:
 
 def _is_said(mesh: Mesh, said: ParallelSpec) -> bool:
     """Whether the recipe leaves that mesh open."""
-    given = (said.expert, said.model, said.shard)
-    return given == (mesh.expert, mesh.model, mesh.shard) and said.data in (None, mesh.data)
+    shard = said.shard if mesh.data > 1 else "none"
+    return (said.expert, said.model, shard) == mesh[1:] and said.data in (None, mesh.data)
 
 
 def _machine(options: Options) -> Machine:

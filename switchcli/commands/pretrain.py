@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from switchcli.commands import start
-from switchcli.commands.mesh import mesh_of
+from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
@@ -33,7 +33,7 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
         SwitchError: as each part says.
     """
     recipe, opened = pretraining
-    runtime = Runtime(recipe.train.device, recipe.train.precision, mesh_of(recipe))
+    runtime = runtime_of(recipe)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with (
         claim(options, recipe, runtime, console) as folder,

@@ -149,8 +149,7 @@ def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: C
 
 def check_alike(recipe: Spec, runtime: Runtime) -> None:
     """Raise a RecipeError where ranks have other recipes or versions, before one waits for what another does not do."""
-    mesh = runtime.parallel.model_dump_json()  # by parallel.auto of this machine
-    if not runtime.is_alike(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}\n{mesh}"):
+    if not runtime.is_alike(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
         runtime.on_main(_refuse_other_ranks)
 
 
@@ -165,7 +164,7 @@ def _check_shared(out: Path) -> None:
 def _refuse_other_ranks() -> None:
     raise RecipeError(
         "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with one version of "
-        f"switchcli ({__version__} here) and of torch ({torch.__version__}); with parallel.auto on devices of one size"
+        f"switchcli ({__version__} here) and of torch ({torch.__version__})"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from switchcli.commands import finetune, pretrain
 from switchcli.commands.distill import Distilling, facts, inheritance
 from switchcli.commands.load import filled
-from switchcli.commands.mesh import mesh_of
+from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, check_alike, claim, machine
 from switchcli.commands.training import Measure, Measured, Text, Training, Verb, shares
 from switchcli.data.batch import AnyBatch, Lesson
@@ -56,7 +56,7 @@ def distill(distilling: Distilling, options: Options) -> dict[str, Any]:
         SwitchError: as each part says.
     """
     recipe, spec = distilling.recipe, distilling.teacher.recipe.model
-    runtime = Runtime(recipe.train.device, recipe.train.precision, mesh_of(recipe))
+    runtime = runtime_of(recipe)
     console = Console(quiet=options.quiet or not runtime.is_main)
     online = bool(recipe.distill.soft_fraction) and recipe.distill.answers is None
     with (
@@ -91,7 +91,7 @@ def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
     recipe, settings = distilling.recipe, distilling.recipe.distill.answers
     if settings is None or not recipe.distill.soft_fraction:
         raise RecipeError("--answers-only: needs distill.answers.folder, and a distill.soft_fraction above 0")
-    runtime = Runtime(recipe.train.device, recipe.train.precision, mesh_of(recipe))
+    runtime = runtime_of(recipe)
     check_alike(recipe, runtime)
     console = Console(quiet=options.quiet or not runtime.is_main)
     with memory.explained_of_evaluation(runtime.device):
@@ -140,8 +140,8 @@ class _Teaching:
             key = "mode (training)" if training else f"capacity ({settings.capacity})"
             way_out = "mode=evaluation" if training else "capacity=dropless"
             raise RecipeError(
-                f"distill.{key}: the teacher's routers count capacity over {group} sequences, and a microbatch on "
-                f"{self._runtime.world} ranks has {rows}: take distill.{way_out}, or microbatches of a multiple of "
+                f"distill.{key}: the teacher's routers count capacity over {group} sequences, and a microbatch "
+                f"on {self._runtime.data_ranks} ranks has {rows}: take distill.{way_out}, or microbatches of a multiple of "
                 f"{group * self._recipe.inputs_length} tokens"
             )
         return rows

@@ -41,7 +41,7 @@ class ModelOutput(NamedTuple):
 
     @property
     def logits_BTV(self) -> torch.Tensor:
-        return F.linear(self.hidden_BTD, self.vocabulary.weight_VD)
+        return self.vocabulary.axis.side_by_side(F.linear(self.hidden_BTD, self.vocabulary.weight_VD))
 
     @property
     def reports(self) -> Reports:
@@ -165,7 +165,8 @@ class DecoderBlock(nn.Module):
         return x_BTD, attended + fed
 
     def source(self, encoded: Encoded) -> KeyValue:
-        """What cross-attention attends to, for decoding step by step; not a part of `forward`."""
+        """What cross-attention attends to, for decoding step by step. Apart from `forward`'s own: what gathers weights
+        around either must not do so twice."""
         return self._source(encoded)
 
     def _source(self, encoded: Encoded) -> KeyValue:
@@ -278,7 +279,7 @@ class SwitchTransformer(nn.Module):
         return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.reports, reports)
 
     def encode(self, inputs_BS: torch.Tensor) -> Encoded:
-        """The first step of decoding step by step; not a part of `forward`."""
+        """The first step of decoding step by step; apart from `forward`'s own, as `DecoderBlock.source` is."""
         return self._encode(inputs_BS)
 
     def _encode(self, inputs_BS: torch.Tensor, segments: Segments | None = None) -> Encoded:

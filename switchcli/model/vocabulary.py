@@ -6,7 +6,7 @@ Where the rows are divided among processes, what is summed over the vocabulary i
 `Axis.leave` makes it whole.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,15 @@ class Place(NamedTuple):
         return x if self.is_here is None else x * self.is_here
 
 
-class Vocabulary(NamedTuple):
-    """Rows of the vocabulary."""
+@final
+class Vocabulary:
+    """Rows of the vocabulary. No tuple, no dataclass: who looks through those for the tensors of a model's output, as
+    torch's hooks do, would find the weight, and leave something on it at every step."""
 
-    weight_VD: torch.Tensor
-    axis: Axis = UNDIVIDED
+    __slots__ = ("axis", "weight_VD")
+
+    def __init__(self, weight_VD: torch.Tensor, axis: Axis = UNDIVIDED) -> None:
+        self.weight_VD, self.axis = weight_VD, axis
 
     def place(self, ids: torch.Tensor) -> Place:
         """Where the tokens `ids` are."""
@@ -55,8 +59,9 @@ class Vocabulary(NamedTuple):
             logits_CV = logits_CV.to(exact) / temperature
         if self.axis.size == 1:
             return torch.log_softmax(logits_CV, -1, dtype=exact)
-        logits_CV = logits_CV.to(exact)
-        return logits_CV - self.logsumexp(logits_CV).unsqueeze(1)
+        exact_CV = logits_CV.to(exact)
+        log_sum_C1 = self.logsumexp(exact_CV).unsqueeze(1)
+        return exact_CV - log_sum_C1 if exact_CV is logits_CV else exact_CV.sub_(log_sum_C1)
 
     def logsumexp(self, x_CV: torch.Tensor) -> torch.Tensor:
         """log sum exp over the whole vocabulary: [C]. No gradient where the rows are divided."""

@@ -129,7 +129,8 @@ def is_rank() -> bool:
 
 
 def join_srun(environment: MutableMapping[str, str]) -> None:
-    """Name this task of srun's as torchrun names a rank: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+    """Name this task of srun's as torchrun names a rank: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT.
 
     A batch script is no task, though SLURM tells it how many there will be: the step's own number decides.
 
@@ -150,3 +151,6 @@ def join_srun(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000))
     environment.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
+    each = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of `2(x3)` or `4,2`
+    if each is not None:
+        environment.setdefault("LOCAL_WORLD_SIZE", each[0])

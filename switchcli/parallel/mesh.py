@@ -26,7 +26,8 @@ class ParallelSpec(Spec):
     """How a run is spread over its ranks; what it learns does not depend on it. `parallel: auto` asks the plan."""
 
     auto: bool = False
-    """Take the fastest mesh that `switchcli plan` finds for the ranks and their memory, instead of the keys below."""
+    """Take the fastest mesh that `switchcli plan` finds for the ranks and the main one's memory, at the rates that are
+    its defaults, instead of the keys below."""
     data: int | None = Field(default=None, ge=1)
     """Ranks among which the batch is shared; absent: as many as are started, over `model`."""
     model: int = Field(default=1, ge=1)
@@ -34,8 +35,8 @@ class ParallelSpec(Spec):
     expert: int = Field(default=1, ge=1)
     """Ranks of the data axis among which the experts of each sparse layer are shared; a divisor of both."""
     shard: Shard = "none"
-    """Of the weights outside the experts, over the data axis. `zero2`: gradients and optimizer state; `zero3`: the
-    weights too, of which a block at a time is gathered."""
+    """Of the weights outside the experts, over the data axis. `zero2`: optimizer state, and gradients after the last
+    microbatch; `zero3`: the weights too, of which a block at a time is gathered, and what is in no block for a step."""
     wire: Wire = "compute"
     """What tokens on their way to experts, and the sums of a model axis, travel in: as products are computed, or, where
     that is bfloat16, twice as many bytes, and sums that are not rounded to it in between."""

@@ -1,6 +1,6 @@
 """Runtime: this process among its ranks, its device and its precision. The only file that imports accelerate.
 
-accelerate holds device, ranks and gradient synchronisation; what a step needs of it is this small interface, so that
+accelerate holds device and ranks; what a step needs of it is this small interface, so that
 the loop reads the same on one process and on many. Control values (stop, counts) go over a group of host processes
 and never wait for a device.
 """
@@ -54,8 +54,11 @@ class Runtime:
         device: Literal["auto", "cpu", "cuda"],
         precision: Literal["float32", "bfloat16", "selective"],
         parallel: ParallelSpec = ALONE,
+        choose: Callable[[], ParallelSpec] | None = None,
     ) -> None:
         """Join the ranks that a launcher started (RANK, WORLD_SIZE), or be the only one.
+
+        With `choose` the mesh is what that says on the main rank.
 
         Raises:
             RecipeError: no CUDA device, and one was asked for; or not the ranks that `parallel` is for.
@@ -88,6 +91,11 @@ class Runtime:
         self._control, self._patient, self.saving = (
             HostGroup(self.rank, self.world, timeout) for timeout in (STEP_TIMEOUT, MAIN_TIMEOUT, WRITE_TIMEOUT)
         )
+        if choose is not None:
+            chosen = self.on_main(choose)
+            parallel = ParallelSpec.model_validate_json(
+                self._patient.gather(chosen.model_dump_json() if chosen else "")[0]
+            )
         self.groups, self.parallel = Groups(), parallel
         if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
             self.on_main(lambda: check_world(parallel, self.world))
@@ -238,7 +246,7 @@ class Runtime:
 
     def on_every(self, action: Callable[[], T]) -> T:
         """What `action` returns on this rank, when it has on all."""
-        return self._patient.on_every(action)
+        return self.saving.on_every(action)
 
     def is_turn(self, number: int, of_expert: bool) -> bool:
         """Whether something that several ranks have, number `number` of many, is this one's to write.

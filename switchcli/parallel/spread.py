@@ -51,7 +51,11 @@ def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:
 def gradient_norm(
     parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts], groups: Groups, device: torch.device
 ) -> torch.Tensor:
-    """The norm of the gradients of all ranks' parameters, each part counted once; float32, on every rank."""
+    """The norm of the gradients of all ranks' parameters, each part counted once; float32, the same on every rank.
+
+    Squares are float64, which a float32 norm of any size has. Ranks that sum over other groups may round otherwise: the
+    main one's is taken.
+    """
     parts: dict[tuple[Shared, ...], list[torch.Tensor]] = {}
     for name, parameter in parameters.items():
         if parameter.grad is not None:
@@ -59,11 +63,14 @@ def gradient_norm(
             if groups.experts is not None and ".experts." in name:
                 among.append(groups.experts)
             parts.setdefault(tuple(among), []).append(here(parameter.grad))
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for those, gradients in parts.items():
-        square = nn.utils.get_total_norm(gradients).square()
+        square = nn.utils.get_total_norm(gradients).to(device).double().square()
         for ranks in those:
             with lost_ranks_explained():
                 dist.all_reduce(square, group=ranks.group)
         total += square
-    return total.sqrt()
+    if any(parts):
+        with lost_ranks_explained():
+            dist.broadcast(total, src=0)
+    return total.sqrt().float()

@@ -87,7 +87,7 @@ class AllProbabilities:
         """`vocabulary` is whole: a teacher is not divided."""
         dtype = compute_dtype(hidden_ND)
         self._hidden_ND, self._temperature = hidden_ND.to(dtype), temperature
-        self._vocabulary = vocabulary._replace(weight_VD=vocabulary.weight_VD.to(dtype))
+        self._vocabulary = Vocabulary(vocabulary.weight_VD.to(dtype))
 
     def log(self, chunk: slice) -> torch.Tensor:
         """log q_CV of the whole vocabulary, float32 at least."""

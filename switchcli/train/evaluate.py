@@ -49,7 +49,7 @@ def evaluate_rows(
 
 
 def reduce(metrics: Metrics, runtime: Runtime) -> Metrics:
-    """The metrics summed over all ranks, each of which has the same ones, perhaps none."""
+    """The metrics summed over the shares of a batch; each rank has the same ones, perhaps none."""
     if not metrics:
         return {}
     return unflatten(runtime.all_reduce(flatten(metrics)), metrics)

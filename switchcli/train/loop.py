@@ -87,7 +87,8 @@ def accumulate_gradients(
     runtime: Runtime,
     seed: str,
 ) -> Metrics:
-    """Add to every `.grad` the gradient of this step's loss, averaged over ranks by the last backward pass.
+    """Add to every `.grad` the gradient of this step's loss, averaged over the shares of a batch by the last
+    backward pass.
 
     The loss is the sum over the step's targets, on all ranks, over their number `num_targets`, plus the balance loss
     averaged over microbatches: it does not depend on how the batch is cut. `seed` names the noise.

@@ -120,7 +120,7 @@ def summed_over_vocabulary(
 ) -> torch.Tensor:
     """The `num_sums` sums of a loss of the logits hidden vocabulary^T over all chunks; the first has a gradient."""
     learns = torch.is_grad_enabled()
-    weight_VD, axis = vocabulary
+    weight_VD, axis = vocabulary.weight_VD, vocabulary.axis
     entered_ND = axis.enter(hidden_ND)
     sums_M: torch.Tensor = _SummedOverVocabulary.apply(entered_ND, weight_VD, of_chunk, num_sums, learns)  # type: ignore[no-untyped-call]
     return axis.leave(sums_M)

@@ -21,11 +21,11 @@ from switchcli.parallel.layout import Cuts, Part, here, lost_dim, sum_parts
 from switchcli.spec import Spec
 
 Named = Mapping[str, torch.nn.Parameter]
-Cut = Mapping[str, Cuts]
+CutsOf = Mapping[str, Cuts]
 """How the parameters of which other ranks have parts are cut, by name."""
 Sums = list[tuple[torch.Tensor, Cuts]]
 """Sums over what is here, each to be summed over the ranks of its cuts."""
-WHOLE: Cut = MappingProxyType({})
+WHOLE: CutsOf = MappingProxyType({})
 
 CPU_SLICE = 2**21
 """Elements that Adafactor works on at a time: with a scratch as large they stay in a CPU's cache."""
@@ -36,7 +36,7 @@ GPU_SLICE = 2**27
 class Optimizer(ABC):
     """Updates `parameters` in place; holds float32 state of its own for each."""
 
-    def __init__(self, parameters: Named, cuts: Cut = WHOLE) -> None:
+    def __init__(self, parameters: Named, cuts: CutsOf = WHOLE) -> None:
         self.parameters = dict(parameters)
         self.cuts = {name: cuts[name] for name in self.parameters if name in cuts}
 
@@ -91,7 +91,7 @@ class Adafactor(Spec):
     scale_by_parameter: bool = True
     """False: the learning rate is absolute."""
 
-    def build(self, parameters: Named, cuts: Cut = WHOLE) -> Optimizer:
+    def build(self, parameters: Named, cuts: CutsOf = WHOLE) -> Optimizer:
         return _Adafactor(self, parameters, cuts)
 
 
@@ -104,7 +104,7 @@ class AdamW(Spec):
     epsilon: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
 
-    def build(self, parameters: Named, cuts: Cut = WHOLE) -> Optimizer:
+    def build(self, parameters: Named, cuts: CutsOf = WHOLE) -> Optimizer:
         return _AdamW(self, parameters, cuts)
 
 
@@ -117,7 +117,7 @@ def is_stacked(name: str) -> bool:
 
 
 class _Adafactor(Optimizer):
-    def __init__(self, spec: Adafactor, parameters: Named, cuts: Cut) -> None:
+    def __init__(self, spec: Adafactor, parameters: Named, cuts: CutsOf) -> None:
         super().__init__(parameters, cuts)
         self.spec = spec
         self._steps = torch.zeros((), dtype=torch.int64)
@@ -260,7 +260,7 @@ def _inner(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 class _AdamW(Optimizer):
-    def __init__(self, spec: AdamW, parameters: Named, cuts: Cut) -> None:
+    def __init__(self, spec: AdamW, parameters: Named, cuts: CutsOf) -> None:
         super().__init__(parameters, cuts)
         # What is here of each: torch's fused kernel does not take shards and plain tensors together.
         self._here = {name: torch.nn.Parameter(here(weight)) for name, weight in self.parameters.items()}

@@ -198,9 +198,9 @@ def preflight(
         tensor_file.num_bytes([tensor]) * (elsewhere if logical.expert_numbers([name]) else 1)
         for name, tensor in tensors.items()
     )
-    here = sum(path.is_dir() for path in folder.glob("step-*"))
+    present = sum(path.is_dir() for path in folder.glob("step-*"))
     kept = settings.keep_last + settings.keep_best * num_figures
-    runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - here)))
+    runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - present)))
 
 
 def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: range) -> None:

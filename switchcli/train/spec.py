@@ -102,6 +102,6 @@ class CheckpointSpec(Spec):
     background: bool = False
     """Write a checkpoint in a thread while training goes on, which waits for a copy of weights and optimizer alone.
 
-    It costs that copy in the host's memory, on each rank that of its share, and on a CPU the time that writing takes
-    from the steps beside it. One save at a time: the next waits for the last, a stop and the end for what is under
-    way. One that fails ends the run, with the step then taken."""
+    It costs that copy in the host's memory, on each rank that of its share (twice, of weights that are cut), and on a
+    CPU the time that writing takes from the steps beside it. One save at a time: the next waits for the last, a stop
+    and the end for what is under way. One that fails ends the run, with the step then taken."""

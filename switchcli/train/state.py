@@ -67,7 +67,8 @@ class TrainState:
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
 
     def restore(self, text: bytes, device: torch.device, with_window: bool) -> None:
-        """Become the state of a checkpoint. One rank alone takes the window, the others zeros: it counts once."""
+        """Become the state of a checkpoint. The ranks of one share of the batch take the window, the others zeros: it
+        counts once."""
         state = _of_today(json.loads(text))
         self.step = state["step"]
         self.targets_seen = state["targets_seen"]

@@ -18,7 +18,7 @@ from switchcli.commands.run import program
 
 RESULT_KEYS = {
     "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",
-    "held_out/neg_log_perplexity", "held_out/first_neg_log_perplexity", "hardware", "versions",
+    "held_out/neg_log_perplexity", "held_out/first_neg_log_perplexity", "hardware", "versions", "mesh",
     "parameters", "dense_parameters", "expert_parameters", "active_parameters",
 }  # fmt: skip
 

@@ -162,8 +162,7 @@ def peaks(parallel: ParallelSpec) -> dict[tuple[str, int], int]:
     torch.set_num_threads(1)
     return {
         (name, microbatch): peak(ModelSpec(**{**SMALL, **MODELS[name]}), SHARED, microbatch, parallel)
-        for name in ("dense", "switch", "switch that drops")[parallel.expert > 1 :]
-        for microbatch in (2, 4)
+        for name, microbatch in (("dense", 2), ("switch", 4), ("switch that drops", 2))[parallel.expert > 1 :]
     }
 
 

@@ -6,7 +6,7 @@ Where a model axis divides the sums of the forward pass too, each layer's input 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,13 @@ from ranks import on_ranks
 from tiny import DROPPING, TO_DIVIDE, a_model, rows
 from torch import nn
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Answers, Batch, Lesson
 from switchcli.errors import NumericsError
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate
 from switchcli.model.groups import Group, freeze, members, trainable
 from switchcli.model.initialise import initial_weights
+from switchcli.model.moe import evaluating
 from switchcli.model.recompute import recompute_blocks
 from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.spec import ModelSpec
@@ -131,6 +134,15 @@ def gradients(
     experts = torch.tensor([*weights.experts])
     seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: experts, **optimizer.seen, **metrics}
     return {name: tensor.numpy() for name, tensor in seen.items()}
+
+
+def of_kept_answers(model: nn.Module, batch: Batch) -> StepLoss:
+    """The loss of a student whose teacher's answers are kept: some of them on either half of the vocabulary."""
+    ids_BTK = (batch.targets_BT.unsqueeze(2) + torch.arange(5) * 7) % SPARSE.vocab_size
+    rest_BT = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
+    answers = Answers(ids_BTK, torch.full_like(ids_BTK, 0.15, dtype=torch.float32), rest_BT)
+    lesson = Lesson(batch.inputs_BS, batch.targets_BT, answers)
+    return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), None, lambda batch: None)(model, lesson)
 
 
 def distilled(model: nn.Module, batch: Batch) -> StepLoss:
@@ -246,6 +258,18 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
     return {HERE: np.array(weights.experts), **figures, **whole}
 
 
+def answered(parallel: ParallelSpec = ALONE) -> Arrays:
+    """Tokens that the model says step by step: the most probable, and those of a search."""
+    runtime = Runtime("cpu", "float32", parallel)
+    model, _ = model_of(SPARSE, runtime)
+    inputs_BS, found = rows(7, 0, 4).inputs_BS, {}
+    with evaluating(model, "dropless"):
+        for beams in (1, 3):
+            decoding = Decoding(max_tokens=6, beams=beams)
+            found[f"beams {beams}"] = generate(model, inputs_BS, decoding, all_done=runtime.all_done).numpy()
+    return found
+
+
 def evaluated(parallel: ParallelSpec = ALONE) -> Arrays:
     """Metrics of a held-out set that the ranks cannot share evenly."""
     runtime = Runtime("cpu", "float32", parallel)
@@ -313,11 +337,27 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "computed again, the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert", recomputed=True),
     "computed again, distillation": partial(gradients, SPARSE, None, None, objective=distilled, recomputed=True),
     "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
+    "kept answers": partial(gradients, SPARSE, None, None, objective=of_kept_answers),
     "evaluation": evaluated,
+    "answers": answered,
 }
 
 
 ROUNDED = partial(gradients, DENSE, None, None, precision="selective")
+
+
+TOGETHER = (
+    "accumulated and clipped",
+    "dropout and jitter",
+    "top-2 of experts with GEGLU",
+    "a slot for every token",
+    "a Switch attention",
+    "computed again, noisy",
+    "distillation",
+    "evaluation",
+    "answers",
+)
+"""Where two kinds of axes meet on four ranks; each of them alone has all cases on two."""
 
 
 def fits(case: str, parallel: ParallelSpec) -> bool:
@@ -325,9 +365,9 @@ def fits(case: str, parallel: ParallelSpec) -> bool:
     return parallel.model == 1 or "Switch attention" not in case
 
 
-def every_case(parallel: ParallelSpec) -> dict[str, Any]:
+def every_case(parallel: ParallelSpec, cases: Collection[str] = CASES) -> dict[str, Any]:
     return {
-        **{name: case(parallel=parallel) for name, case in CASES.items() if fits(name, parallel)},
+        **{name: CASES[name](parallel=parallel) for name in cases if fits(name, parallel)},
         **{name: trained(optimizer, parallel) for name, optimizer in OPTIMIZERS.items()},
         "rounded": ROUNDED(parallel=parallel),
         "stopped": ended(stop_on=1, poison_on=None, parallel=parallel),
@@ -353,13 +393,15 @@ MESHES = {
 @pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Each rank's answer to all cases, from one start of the ranks."""
-    return on_ranks(request.param[0], every_case, request.param[1])
+    world, parallel = request.param
+    kinds = (parallel.expert > 1) + (parallel.model > 1) + (parallel.shard != "none")
+    return on_ranks(world, every_case, parallel, TOGETHER if kinds > 1 else tuple(CASES))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, Any]]) -> None:
     if case not in answers[0]:
-        pytest.skip("a model axis does not divide the experts of an attention")
+        pytest.skip("on ranks where each axis alone has it, or a model axis and experts of an attention")
     alone = CASES[case]()
     for answer in answers:
         assert_same(answer[case], alone)

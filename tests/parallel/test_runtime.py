@@ -8,11 +8,17 @@ import sys
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import a_model
+from tiny import SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError, SwitchError
+from switchcli.model.initialise import initial_weights
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.mesh import ParallelSpec
 from switchcli.parallel.runtime import Runtime
+from switchcli.train.loop import accumulate_gradients
+from switchcli.train.microbatches import Microbatch
+from switchcli.train.objective import cross_entropy
 
 
 def full() -> str:
@@ -125,3 +131,23 @@ def test_what_a_rank_fails_with_is_said_by_the_main_one() -> None:
     main, other = on_ranks(2, every_rank_writes, 0)
     assert main == ("CheckpointError", "no space left: free some", 4)
     assert other == ("OtherRankError", "another rank failed", 4)
+
+
+def steps_of_shards() -> list[int]:
+    """Hooks on the weight that a sharded model returns with its output, after each of three steps."""
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", "float32", ParallelSpec(shard="zero3"))
+    with torch.device("meta"):
+        model = SwitchTransformer(SPARSE)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(SPARSE, 0, weights.experts))
+    found = []
+    for step in range(3):
+        accumulate_gradients(model.train(), cross_entropy, [Microbatch(0, rows(step, 0, 2))], 9, runtime, "")
+        with torch.no_grad():
+            found.append(len(model(*rows(step, 0, 2)[:2]).vocabulary.weight_VD._backward_hooks or ()))
+    return found
+
+
+def test_no_hooks_pile_up_on_the_weight_of_the_softmax() -> None:
+    assert on_ranks(2, steps_of_shards) == [[0, 0, 0]] * 2
