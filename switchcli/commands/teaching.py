@@ -141,8 +141,8 @@ class _Teaching:
             way_out = "mode=evaluation" if training else "capacity=dropless"
             raise RecipeError(
                 f"distill.{key}: the teacher's routers count capacity over {group} sequences, and a microbatch "
-                f"on {self._runtime.data_ranks} ranks has {rows}: take distill.{way_out}, or microbatches of a multiple "
-                f"of {group * self._recipe.inputs_length} tokens"
+                f"on {self._runtime.data_ranks} ranks has {rows}: take distill.{way_out}, or microbatches of a multiple"
+                f" of {group * self._recipe.inputs_length} tokens"
             )
         return rows
 

@@ -33,7 +33,8 @@ def test_what_does_not_learn_has_neither_gradient_nor_moments() -> None:
 def test_a_machine_without_room_says_what_is_needed() -> None:
     with (
         pytest.raises(
-            OutOfMemory, match=r"cpu has [\d,]+ bytes in all; .* take [\d,]+ bytes in all, .*lower train.microbatch_tokens"
+            OutOfMemory,
+            match=r"cpu has [\d,]+ bytes in all; .* take [\d,]+ bytes in all, .*lower train.microbatch_tokens",
         ),
         explained(ModelSpec(), Adafactor(), CPU),
     ):
