@@ -16,12 +16,11 @@ from drill import kill_one
 CLUSTER = Path(__file__).parents[2] / "scripts" / "cluster"
 KEYS = ("train.steps=4", "train.batch_tokens=512", "parallel.expert=4", "-q", "--out", "run")
 SRUN = """\
-#!{python}
 import os, subprocess, sys
 assert sys.argv[1] == "--kill-on-bad-exit=1"
 tasks = [
-    subprocess.Popen(sys.argv[2:], env={{**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2),
-        "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "localhost,elsewhere"}})
+    subprocess.Popen(sys.argv[2:], env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2),
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "localhost,elsewhere"})
     for rank in range(4)
 ]
 open("tasks", "w").write(" ".join(str(task.pid) for task in tasks))
@@ -34,9 +33,10 @@ def job(recipe: str, tmp_path: Path) -> dict[str, str]:
     """The environment of a job: `srun` starts four tasks of this machine, `scontrol` writes down what it is told."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "srun").write_text(SRUN.format(python=sys.executable))
+    (tools / "srun.py").write_text(SRUN)
+    (tools / "srun").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tools}/srun.py" "$@"\n')
     (tools / "scontrol").write_text('#!/bin/sh\necho "$@" >>scontrol.log\n')
-    (tools / "switchcli").write_text(f'#!/bin/sh\nexec {sys.executable} -m switchcli "$@"\n')
+    (tools / "switchcli").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m switchcli "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_PORT": a_port()}
