@@ -48,7 +48,6 @@ def saving(job: Job) -> Result:
             name: Saver(
                 Path(folder, name),
                 whole_weights(model),
-                spec.num_experts,
                 built,
                 runtime,
                 {DATA: b"{}"},

@@ -10,7 +10,7 @@ from switchcli.commands.describe import describe
 from switchcli.commands.huggingface import empty
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.model.count import FORWARD_AND_BACKWARD
-from switchcli.parallel.mesh import ParallelSpec
+from switchcli.parallel.mesh import ParallelSpec, check_world
 from switchcli.parallel.plan import Fit, Machine, Plan, model_axes, plan
 from switchcli.parallel.plan_model import Mesh, Step, held
 from switchcli.parallel.plan_traffic import Collective
@@ -85,12 +85,13 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
     """Resolve the recipe or the size, and plan its step.
 
     Raises:
-        RecipeError: no such recipe or size, a key or an option that breaks a rule.
+        RecipeError: no such recipe or size, a key or an option that breaks a rule, a mesh that is not of the devices.
     """
     machine = _machine(options)
     recipe = _recipe(name, overrides)
-    found = plan_of(recipe, machine, fused=recipe.train.device != "cpu")
     said = recipe.parallel
+    check_world(said, machine.devices)
+    found = plan_of(recipe, machine, fused=recipe.train.device != "cpu")
     if not said.is_open:
         fits = (one for one in found.fits if _is_said(one.mesh, said))
         found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))

@@ -182,11 +182,10 @@ class Training:
         self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
         with torch.device("meta"):
             self.model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
-        weights, experts = runtime.spread(self.model), recipe.model.num_experts
+        weights, kept = runtime.spread(self.model), recipe.checkpoint
         freeze(self.model, verb.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.cuts)
-        kept = recipe.checkpoint
-        preflight(folder.checkpoints, weights, experts, self.optimizer, runtime, kept, verb.num_figures)
+        preflight(folder.checkpoints, weights, self.optimizer, runtime, kept, verb.num_figures)
         self.text = verb.text()
         self.measure = Measure(recipe, self.text, verb.objective, verb.scoring, self.batches.microbatch, runtime)
         documents = {
@@ -194,7 +193,7 @@ class Training:
             "tokenizer.json": self.text.tokenizer.to_json().encode(),
             DATA: json.dumps({TEXT: self.text.identity, **verb.identity}).encode(),
         }
-        self.saver = Saver(folder.checkpoints, weights, experts, self.optimizer, runtime, documents, kept)
+        self.saver = Saver(folder.checkpoints, weights, self.optimizer, runtime, documents, kept)
         self.state = TrainState()
         if recipe.parallel.auto:
             console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in runtime.mesh.items())}")

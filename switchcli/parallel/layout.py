@@ -26,11 +26,6 @@ class Cut(NamedTuple):
     lengths: tuple[int, ...]
     """Of each rank's part; they may differ, and be 0."""
 
-    @property
-    def length(self) -> int:
-        """Of this rank's part."""
-        return self.lengths[self.ranks.place]
-
 
 Cuts = tuple[Cut, ...]
 """In the order in which the whole is cut."""
@@ -56,6 +51,11 @@ class Part(NamedTuple):
         for cut in self.cuts:
             start[cut.dim] += sum(cut.lengths[: cut.ranks.place])
         return tuple(slice(first, first + length) for first, length in zip(start, self.tensor.shape, strict=True))
+
+    @torch.no_grad()
+    def take(self, whole: torch.Tensor) -> None:
+        """Take the values, in place, from where it lies in another whole."""
+        self.tensor.copy_(whole[self.where])
 
     def whole(self) -> torch.Tensor:
         """All ranks' parts together, on each of them; the tensor itself where it is whole."""
@@ -108,15 +108,15 @@ class Weights(NamedTuple):
     """By the parameter's name; absent of those that are whole."""
     experts: range
     """The numbers of the experts in each stack."""
+    num_experts: int
+    """Of a layer on all ranks."""
 
-    @torch.no_grad()
     def fill(self, whole: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take from each whole weight what is here of it; of a stack the whole of these experts."""
         for name, tensor in whole:
-            part = Part(here(self.parameters[name]), self.cuts.get(name, ()))
-            part.tensor.copy_(tensor[part.where])
+            Part(here(self.parameters[name]), self.cuts.get(name, ())).take(tensor)
 
 
 def whole_weights(model: SwitchTransformer) -> Weights:
     """Those of a model that is all here."""
-    return Weights(dict(model.named_parameters()), {}, experts_here(model))
+    return Weights(dict(model.named_parameters()), {}, experts_here(model), model.spec.num_experts)

@@ -29,8 +29,8 @@ def spread(model: SwitchTransformer, groups: Groups, spec: ParallelSpec, device:
     model.to_empty(device=device)
     shard.settle(model)
     parameters = dict(model.named_parameters())
-    cuts = {name: _cuts_of(name, parameter, groups) for name, parameter in parameters.items()}
-    return Weights(parameters, {name: each for name, each in cuts.items() if each}, experts_here(model))
+    cuts = {name: each for name, parameter in parameters.items() if (each := _cuts_of(name, parameter, groups))}
+    return Weights(parameters, cuts, experts_here(model), model.spec.num_experts)
 
 
 def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:

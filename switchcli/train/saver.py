@@ -42,18 +42,15 @@ class Saver:
         self,
         folder: Path,
         weights: Weights,
-        num_experts: int,
         optimizer: Optimizer,
         runtime: Runtime,
         documents: Mapping[str, bytes],
         settings: CheckpointSpec,
         files: Files = DISK,
     ) -> None:
-        """`num_experts` are those of a layer on all ranks; `documents` (recipe, tokenizer, `DATA`) make a checkpoint
-        whole by itself."""
+        """`documents` (recipe, tokenizer, `DATA`) make a checkpoint whole by itself."""
         self._folder = folder
         self._weights = weights
-        self._num_experts = num_experts
         self._optimizer = optimizer
         self._runtime = runtime
         self._documents = documents
@@ -85,7 +82,8 @@ class Saver:
         saving = checkpoint.Saving(self._folder, state.step, unique, size, self._files)
         contents = checkpoint.encoded(model, optimizer, runtime.rank, runtime.world)
         if self._settings.background:
-            self._under_way = self._thread.submit(self._write_beside, saving, list(contents), documents)
+            self._under_way = self._thread.submit(self._write, saving, list(contents), documents)
+            self._under_way.add_done_callback(lambda done: self._failed() if done.exception() else None)
         else:
             self._write(saving, contents, documents)
 
@@ -113,13 +111,6 @@ class Saver:
                     warn(f"the save under way failed as well: {failure}")
             raise
         self.wait()
-
-    def _write_beside(self, saving: checkpoint.Saving, contents: Contents, documents: Mapping[str, bytes]) -> None:
-        try:
-            self._write(saving, contents, documents)
-        except BaseException:
-            self._failed()
-            raise
 
     def _write(self, saving: checkpoint.Saving, contents: Contents, documents: Mapping[str, bytes]) -> None:
         """All that a save does to the disk, and says to other ranks over a group of its own: in any one thread."""
@@ -172,7 +163,7 @@ class Saver:
                 f"{found.path} was trained {what} than the recipe gives now: bring that back, give another folder by "
                 "--out, or --no-resume to set this run aside and begin anew"
             )
-        weights, slots, experts = parts_of(self._weights), self._slots(), self._num_experts
+        weights, slots, experts = parts_of(self._weights), self._slots(), self._weights.num_experts
         take(weights, found.read("model", wholes(weights), num_experts=experts))
         take(slots, found.read("optimizer", wholes(slots), num_experts=experts))
         state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.data_rank == 0)
@@ -182,7 +173,6 @@ class Saver:
 def preflight(
     folder: Path,
     weights: Weights,
-    num_experts: int,
     optimizer: Optimizer,
     runtime: Runtime,
     settings: CheckpointSpec,
@@ -192,7 +182,7 @@ def preflight(
 
     `num_figures` is how many an evaluation notes: as many checkpoints may be best.
     """
-    elsewhere = num_experts // len(weights.experts)  # times as many expert weights as are here
+    elsewhere = weights.num_experts // len(weights.experts)  # times as many expert weights as are here
     tensors = {**wholes(parts_of(weights)), **wholes(slots_of(optimizer, weights.experts))}
     one = sum(
         tensor_file.num_bytes([tensor]) * (elsewhere if logical.expert_numbers([name]) else 1)
@@ -225,14 +215,13 @@ def fill(weights: Weights, tensors: Mapping[str, torch.Tensor]) -> None:
     take(parts_of(weights), tensors)
 
 
-@torch.no_grad()
 def take(parts: Mapping[str, Part], tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill each part, in place, from the whole tensor of its name."""
     for name, part in parts.items():
-        if isinstance(tensors, tensor_file.Tensors):
-            part.tensor.copy_(tensors.part(name, part.where))
+        if isinstance(tensors, tensor_file.Tensors):  # of a file no more is read
+            Part(part.tensor).take(tensors.part(name, part.where))
         else:
-            part.tensor.copy_(tensors[name][part.where])
+            part.take(tensors[name])
 
 
 def parts_of(weights: Weights) -> dict[str, Part]:

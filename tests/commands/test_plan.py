@@ -94,6 +94,11 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
         (("quickstart/swich", "--devices", 2), "no such size or recipe. Did you mean quickstart/switch?"),
         (("xyzzyx", "--devices", 2), "xyzzyx: no such size or recipe. `switchcli recipes list` shows"),
         (("none.yaml", "--devices", 2), "none.yaml: no such file."),
+        (
+            ("quickstart/switch", "parallel.expert=8", "--devices", 4),
+            "parallel.expert (8) must divide the number of ranks",
+        ),
+        (("quickstart/switch", "parallel.data=2", "--devices", 4), "parallel.data (2) is not the number of ranks (4)"),
         (("tiny", "--devices", 0), "--devices (0) must be at least 1"),
         (("tiny", "--devices", -3), "--devices (-3) must be at least 1"),
         (("tiny", "--devices", 2, "--node-devices", 0), "--node-devices (0) must be at least 1"),

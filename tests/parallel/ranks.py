@@ -8,7 +8,23 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from switchcli.parallel.mesh import ParallelSpec
+
 SECONDS = 120
+MESHES = {
+    "data 2": (2, ParallelSpec()),
+    "data 4": (4, ParallelSpec()),
+    "expert 2": (2, ParallelSpec(expert=2)),
+    "expert 2, twice": (4, ParallelSpec(expert=2)),
+    "expert 4": (4, ParallelSpec(expert=4)),
+    "model 2": (2, ParallelSpec(model=2)),
+    "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
+    "zero2 2": (2, ParallelSpec(shard="zero2")),
+    "zero3 2": (2, ParallelSpec(shard="zero3")),
+    "zero3 4, expert 2": (4, ParallelSpec(expert=2, shard="zero3")),
+    "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
+}
+"""Ranks, and how a model lies over them."""
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> list[Any]:

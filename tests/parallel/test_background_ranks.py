@@ -65,7 +65,7 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     state, optimizer = TrainState(), Adafactor(min_dim_to_factor=8).build(weights.parameters, weights.cuts)
     settings = CheckpointSpec(keep_last=9, background=background)
     disk = SlowDisk(0.02 * (1 + runtime.rank), runtime.rank == full_on)
-    saver = Saver(folder, weights, NOISY.num_experts, optimizer, runtime, {DATA: b"{}"}, settings, disk)
+    saver = Saver(folder, weights, optimizer, runtime, {DATA: b"{}"}, settings, disk)
     batches, stop = Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks), StopRequest()
     hooks = [Save(EVERY, saver.save)]
     spec = TrainSpec(steps=STEPS, batch_tokens=1)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
 from ranks import on_ranks
@@ -35,18 +36,8 @@ from switchcli.train.tensor_file import Kind
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
 OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
-MESHES = {
-    "1": (1, ALONE),
-    "data 2": (2, ALONE),
-    "expert 2": (2, ParallelSpec(expert=2)),
-    "expert 2, twice": (4, ParallelSpec(expert=2)),
-    "expert 4": (4, ParallelSpec(expert=4)),
-    "model 2": (2, ParallelSpec(model=2)),
-    "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
-    "zero2 2": (2, ParallelSpec(shard="zero2")),
-    "zero3 4, expert 2": (4, ParallelSpec(expert=2, shard="zero3")),
-    "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
-}
+LEFT_OUT = ("data 4", "zero3 2")
+MESHES = {"1": (1, ALONE), **{name: mesh for name, mesh in ranks.MESHES.items() if name not in LEFT_OUT}}
 NOISY = tiny.NOISY.model_copy(update=tiny.TO_DIVIDE)
 Figures = dict[str, Any]
 
@@ -67,7 +58,7 @@ def going_on(
     weights.fill(initial_weights(spec, 0, weights.experts))
     state, built = TrainState(), optimizer.build(weights.parameters, weights.cuts)
     settings = CheckpointSpec(save_every_steps=1, keep_last=99, keep_best=False)
-    saver = Saver(folder, weights, spec.num_experts, built, runtime, DOCUMENTS, settings)
+    saver = Saver(folder, weights, built, runtime, DOCUMENTS, settings)
     saver.restore(state, warn)
     held_out = shared(lambda first, count: rows(99, first, count), 8, 2, runtime.data_rank, runtime.data_ranks)
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from numpy.typing import NDArray
-from ranks import on_ranks
+from ranks import MESHES, on_ranks
 from tiny import DROPPING, TO_DIVIDE, a_model, rows
 from torch import nn
 
@@ -373,21 +373,6 @@ def every_case(parallel: ParallelSpec, cases: Collection[str] = CASES) -> dict[s
         "stopped": ended(stop_on=1, poison_on=None, parallel=parallel),
         "poisoned": ended(stop_on=None, poison_on=1, parallel=parallel),
     }
-
-
-MESHES = {
-    "data 2": (2, ParallelSpec()),
-    "data 4": (4, ParallelSpec()),
-    "expert 2": (2, ParallelSpec(expert=2)),
-    "expert 2, twice": (4, ParallelSpec(expert=2)),
-    "expert 4": (4, ParallelSpec(expert=4)),
-    "model 2": (2, ParallelSpec(model=2)),
-    "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
-    "zero2 2": (2, ParallelSpec(shard="zero2")),
-    "zero3 2": (2, ParallelSpec(shard="zero3")),
-    "zero3 4, expert 2": (4, ParallelSpec(expert=2, shard="zero3")),
-    "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
-}
 
 
 @pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)

@@ -49,7 +49,6 @@ class Parts:
         self.saver = Saver(
             folder,
             whole_weights(self.model),
-            spec.num_experts,
             self.optimizer,
             self.runtime,
             documents,

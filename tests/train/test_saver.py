@@ -173,23 +173,9 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch:
     asked: list[int] = []
     monkeypatch.setattr(checkpoint, "preflight", lambda folder, size: asked.append(size))
     parts = Parts(tmp_path, SPARSE, AdamW(), seed=0)
-    preflight(
-        tmp_path,
-        whole_weights(parts.model),
-        SPARSE.num_experts,
-        parts.optimizer,
-        parts.runtime,
-        CheckpointSpec(keep_last=2, keep_best=False),
-    )
+    of_run = tmp_path, whole_weights(parts.model), parts.optimizer, parts.runtime
+    preflight(*of_run, CheckpointSpec(keep_last=2, keep_best=False))
     one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
     assert asked == [3 * one]  # the two that are kept, and one being written
-    preflight(
-        tmp_path,
-        whole_weights(parts.model),
-        SPARSE.num_experts,
-        parts.optimizer,
-        parts.runtime,
-        CheckpointSpec(keep_last=2),
-        num_figures=9,
-    )
+    preflight(*of_run, CheckpointSpec(keep_last=2), num_figures=9)
     assert asked[1] == 12 * one  # and the best by each of nine figures
