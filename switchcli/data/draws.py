@@ -12,16 +12,17 @@ CHUNKS: Final = 2
 TURNS: Final = 3
 TASKS: Final = 4
 """The first of a purpose for each task."""
+SHARDS: Final = 2**20
 
 WORDS: Final = 4
 """64-bit words that Philox gives for one count."""
 
 
-def philox(seed: int, index: int, purpose: int) -> np.random.Philox:
+def philox(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Philox:
     """Random bits that are the same in every version, as numpy promises."""
-    return np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose])
+    return np.random.Philox(key=[seed, index], counter=[0, 0, part, purpose])
 
 
-def permutation(size: int, seed: int, index: int, purpose: int) -> NDArray[np.int64]:
+def permutation(size: int, seed: int, index: int, purpose: int, part: int = 0) -> NDArray[np.int64]:
     """A random order of `size` things."""
-    return np.argsort(philox(seed, index, purpose).random_raw(size), kind="stable")
+    return np.argsort(philox(seed, index, purpose, part).random_raw(size), kind="stable")

@@ -7,7 +7,7 @@ A folder is written elsewhere, sealed with a manifest of sizes and digests, and 
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-MANIFEST = "manifest.json"
+MANIFEST, TOKENS, OFFSETS = "manifest.json", "tokens.npy", "offsets.npy"
 CHECKED_MEBIBYTES = 1024  # of each file: beyond it the size alone, for a start must not read hundreds of GB
 
 
@@ -32,8 +32,8 @@ class TokenStore(NamedTuple):
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-        return cls(tokens, np.load(folder / "offsets.npy", allow_pickle=False))
+        tokens = np.load(folder / TOKENS, mmap_mode="r", allow_pickle=False)
+        return cls(tokens, np.load(folder / OFFSETS, allow_pickle=False))
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +44,19 @@ class TokenStore(NamedTuple):
         return len(self.offsets) - 1
 
 
+class Shard(NamedTuple):
+    """How much is in a part of a text, and what opens it when it is first read."""
+
+    num_documents: int
+    num_tokens: int
+    open: Callable[[], TokenStore]
+
+    @classmethod
+    def of(cls, store: TokenStore) -> Self:
+        """Of a store that is open."""
+        return cls(store.num_documents, store.num_tokens, lambda: store)
+
+
 class StoreWriter:
     """Writes a TokenStore piece by piece, of a length not known beforehand; used in a `with`."""
 
@@ -52,7 +65,7 @@ class StoreWriter:
         self._folder = folder
         self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._lengths = array("q")
-        self._file = (folder / "tokens.npy").open("wb")
+        self._file = (folder / TOKENS).open("wb")
         self._write_header(0)
         self._start = self._file.tell()
 
@@ -73,7 +86,7 @@ class StoreWriter:
             if kind is None:
                 lengths = np.array(self._lengths, dtype=np.int64)
                 offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
-                np.save(self._folder / "offsets.npy", offsets, allow_pickle=False)
+                np.save(self._folder / OFFSETS, offsets, allow_pickle=False)
                 self._file.seek(0)
                 self._write_header(int(offsets[-1]))
                 assert self._file.tell() == self._start, "numpy leaves room for the length in the header"

@@ -1,82 +1,72 @@
-"""SpanStream: the store's tokens as batches of corrupted spans, a pure function of (seed, step).
+"""TextStream: the rows of one text, or of a mixture of several, as batches of an objective: a pure function of
+(seed, step), however a batch is split among ranks, microbatches and workers.
 
-Each epoch shuffles the documents, puts them end to end without EOS between (T5), cuts that into chunks, and shuffles
-the chunks, so that one long document does not fill a batch; the tail shorter than a chunk is left out. Resuming
-replays nothing.
-
-Legend  R rows  L raw tokens of a chunk
+Legend  R rows  L raw tokens of a chunk  K texts
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from switchcli.data.batch import Batch
-from switchcli.data.draws import CHUNKS, DOCUMENTS, SPANS, WORDS, permutation, philox
+from switchcli.data.chunks import Chunks
+from switchcli.data.draws import SPANS, WORDS, philox
+from switchcli.data.mixture import Turns
 from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.store import TokenStore
+from switchcli.data.store import Shard
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError
 
 
-class SpanStream:
-    """Rows of an endless sequence of epochs, `batch_sequences` a step. Holds the order of one epoch at a time."""
+class TextStream:
+    """`batch_rows` rows a step, without end."""
 
     def __init__(
-        self, store: TokenStore, tokenizer: Tokenizer, corruption: SpanCorruption, seed: int, batch_sequences: int
+        self,
+        texts: Sequence[Sequence[Shard]],
+        tokenizer: Tokenizer,
+        corruption: SpanCorruption,
+        seed: int,
+        batch_rows: int,
+        turns: Turns | None = None,
     ) -> None:
-        """Raises DataError when the store is smaller than a chunk, or the sentinels are fewer than a row needs."""
+        """`turns` says which of several texts a row is of.
+
+        Raises DataError when a text is smaller than a row, or the sentinels are fewer than a row needs.
+        """
         if len(tokenizer.sentinels) < corruption.num_spans:
             raise DataError(
                 f"data.span_corruption hides {corruption.num_spans} spans a row and needs as many sentinels, the "
                 f"tokenizer has {len(tokenizer.sentinels)}: take a smaller inputs_length or noise_density, or a larger "
                 "mean_span_length"
             )
-        self.rows_per_epoch = store.num_tokens // corruption.raw_length
-        """Rows that show each token once at most."""
-        if not self.rows_per_epoch:
-            raise DataError(
-                f"data: {store.num_tokens} tokens in {store.num_documents} documents, but one row takes "
-                f"{corruption.raw_length}: add text, or take a smaller inputs_length (for the held-out part, a larger "
-                "held_out_fraction)"
-            )
-        self._store, self._sentinels, self._corruption = store, tokenizer.sentinels, corruption
-        self._seed, self._batch_sequences = seed, batch_sequences
-        self._epoch: _Epoch | None = None
+        assert len(texts) == 1 or turns is not None
+        self._chunks = [Chunks(shards, corruption.raw_length, seed) for shards in texts]
+        self.rows_per_epoch = [chunks.rows_per_epoch for chunks in self._chunks]
+        """Rows of each text that show each of its tokens once at most."""
+        self._sentinels, self._corruption = tokenizer.sentinels, corruption
+        self._seed, self._batch_rows, self._turns = seed, batch_rows, turns
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
-        epochs, rows = np.divmod(step * self._batch_sequences + np.arange(first, first + count), self.rows_per_epoch)
-        raw_RL = np.concatenate([self._enter(int(epoch)).raw(rows[epochs == epoch]) for epoch in np.unique(epochs)])
+        raw_RL = self._raw(step * self._batch_rows + np.arange(first, first + count))
         inputs_RS, targets_RT = self._corruption.corrupt(raw_RL, self._draws(step, first, count), self._sentinels)
         return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
 
-    def _enter(self, number: int) -> "_Epoch":
-        if self._epoch is None or self._epoch.number != number:
-            self._epoch = _Epoch(self._store, self.rows_per_epoch, self._corruption.raw_length, self._seed, number)
-        return self._epoch
+    def _raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self._turns is None:
+            return self._chunks[0].raw(row_R)
+        text_R, nth_R = self._turns(row_R)
+        raw_RL = np.empty((len(row_R), self._corruption.raw_length), dtype=np.int64)
+        for text in np.unique(text_R):
+            mine_R = text_R == text
+            raw_RL[mine_R] = self._chunks[text].raw(nth_R[mine_R])
+        return raw_RL
 
     def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:
         """[count, num_draws]: each row has counts of its own, so that any split of the batch draws the same."""
         counts = -(-self._corruption.num_draws // WORDS)
         bits = philox(self._seed, step, SPANS).advance(first * counts)
         return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._corruption.num_draws]
-
-
-class _Epoch:
-    """One order of the documents and of the chunks cut from them."""
-
-    def __init__(self, store: TokenStore, num_chunks: int, raw_length: int, seed: int, number: int) -> None:
-        self.number = number
-        self._tokens, self._raw_length = store.tokens, raw_length
-        documents = permutation(store.num_documents, seed, number, DOCUMENTS)
-        ends = np.cumsum(np.diff(store.offsets)[documents])
-        # Where a shuffled position lies in the store: the position plus the shift of its document.
-        self._ends, self._shift = ends, store.offsets[1:][documents] - ends
-        self._chunks = permutation(num_chunks, seed, number, CHUNKS)
-
-    def raw(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Raw ids int64 [R, L] of the epoch's rows [R]."""
-        position_RL = self._chunks[rows][:, None] * self._raw_length + np.arange(self._raw_length)
-        document_RL = np.searchsorted(self._ends, position_RL, side="right")
-        return self._tokens[position_RL + self._shift[document_RL]].astype(np.int64)
