@@ -28,7 +28,7 @@ class SpanStream:
         """Raises DataError when the store is smaller than a chunk, or the sentinels are fewer than a row needs."""
         if len(tokenizer.sentinels) < corruption.num_spans:
             raise DataError(
-                f"data.span_corruption hides {corruption.num_spans} spans a row and needs as many sentinels, the "
+                f"data.objective hides {corruption.num_spans} spans a row and needs as many sentinels, the "
                 f"tokenizer has {len(tokenizer.sentinels)}: take a smaller inputs_length or noise_density, or a larger "
                 "mean_span_length"
             )
