@@ -266,16 +266,16 @@ class Measuring:
         own, text = self._loaded.recipe, self._recipe.text
         if text is None:
             return None
-        spans = SpanCorruption(inputs_length=own.inputs_length)
+        objective = SpanCorruption(inputs_length=own.inputs_length)
         if isinstance(own, OnText):
-            spans = own.data.span_corruption
-        data = DataSpec(corpora=text.corpora, held_out_fraction=text.held_out_fraction, span_corruption=spans)
+            objective = own.data.objective
+        data = DataSpec(corpora=text.corpora, held_out_fraction=text.held_out_fraction, objective=objective)
 
         def prepared() -> Prepared:
             return prepare(data, default_cache(), self._console.track, self._loaded.tokenizer)
 
         found = self._runtime.on_main(prepared) or prepared()
-        stream = SpanStream(found.held_out, self._loaded.tokenizer, spans, HELD_OUT_SEED, text.sequences)
+        stream = SpanStream(found.held_out, self._loaded.tokenizer, objective, HELD_OUT_SEED, text.sequences)
         self._sequences = min(text.sequences, stream.rows_per_epoch)
         return stream
 

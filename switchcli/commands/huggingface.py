@@ -56,7 +56,7 @@ def recipe_of(config: Config, path: Path, tokenizer: Path) -> PretrainRecipe:
     return PretrainRecipe(
         description=f"Converted from {path.parent.name}: train and data say nothing of how it was trained",
         model=configs.spec_of(config, Lengths(spans.inputs_length, spans.targets_length), path),
-        data=DataSpec(tokenizer=TokenizerFile(path=str(tokenizer.absolute())), span_corruption=spans),
+        data=DataSpec(tokenizer=TokenizerFile(path=str(tokenizer.absolute())), objective=spans),
         train=TrainSpec(steps=1, batch_tokens=spans.inputs_length),
     )
 

@@ -66,9 +66,9 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime) 
         raise RecipeError(
             f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
         )
-    spans = recipe.data.span_corruption
-    stream = SpanStream(found.train, found.tokenizer, spans, recipe.train.seed, recipe.rows_per_step)
-    held_out = SpanStream(found.held_out, found.tokenizer, spans, HELD_OUT_SEED, recipe.eval.sequences)
+    objective = recipe.data.objective
+    stream = SpanStream(found.train, found.tokenizer, objective, recipe.train.seed, recipe.rows_per_step)
+    held_out = SpanStream(found.held_out, found.tokenizer, objective, HELD_OUT_SEED, recipe.eval.sequences)
     return Text(
         found.tokenizer,
         found.identity,

@@ -10,7 +10,7 @@ Legend  R rows  L raw tokens  S source  T target positions
 """
 
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ class Lengths(NamedTuple):
 class SpanCorruption(Spec):
     """Hides `noise_density` of the tokens in spans of `mean_span_length` on average; lengths are counts of tokens."""
 
+    kind: Literal["span_corruption"] = "span_corruption"
     inputs_length: int = Field(default=512, ge=3)
     """Tokens of the encoder's input, its sentinels and EOS included."""
     noise_density: float = Field(default=0.15, gt=0.0, lt=1.0)

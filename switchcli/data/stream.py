@@ -38,7 +38,7 @@ class TextStream:
         """
         if len(tokenizer.sentinels) < corruption.num_spans:
             raise DataError(
-                f"data.span_corruption hides {corruption.num_spans} spans a row and needs as many sentinels, the "
+                f"data.objective hides {corruption.num_spans} spans a row and needs as many sentinels, the "
                 f"tokenizer has {len(tokenizer.sentinels)}: take a smaller inputs_length or noise_density, or a larger "
                 "mean_span_length"
             )

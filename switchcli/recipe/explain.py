@@ -39,6 +39,8 @@ _RULES: Mapping[str, str] = MappingProxyType(
         "too_short": "must have at least {min_length} items",
     }
 )
+RENAMED: Mapping[str, str] = MappingProxyType({"data.span_corruption": "data.objective"})
+"""What keys of earlier versions are called today."""
 _WORDS: Mapping[str, str] = MappingProxyType(
     {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 )
@@ -152,6 +154,8 @@ def _leave_out(schema: type[BaseModel], location: Keys) -> str:
 
 
 def _unknown_key(place: _Place, key: str, schema: type[BaseModel]) -> str:
+    if name := RENAMED.get(dotted((*place.path, key))):
+        return f"no such key: it is {name} now"
     here = [name for model in place.models for name in model.model_fields]
     if near := _did_you_mean(key, here, cutoff=0.8):
         return f"no such key{near}"

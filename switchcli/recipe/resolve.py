@@ -30,6 +30,8 @@ S = TypeVar("S", bound=Spec)
 
 VERBS = ("pretrain", "finetune", "distill", "eval")
 """Those that take a recipe."""
+SAVED = "recipe.yaml"
+"""The name of those that runs save: one of an earlier version goes on being read."""
 
 
 def resolve(name_or_path: str, overrides: Sequence[str], schema: type[S]) -> S:
@@ -140,7 +142,7 @@ def _files(path: Path) -> list[Node]:
         root = text.read_file(path)
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
-        layers.insert(0, root)
+        layers.insert(0, _of_today(root) if path.name == SAVED else root)
         extends = root.value.pop("extends", None)
         if extends is None:
             return layers
@@ -153,6 +155,16 @@ def _files(path: Path) -> list[Node]:
         if path.resolve() in seen:
             raise RecipeError(f"{extends.where}: extends: a circle: {text.shown(path)} extends this file")
         seen.add(path.resolve())
+
+
+def _of_today(saved: Node) -> Node:
+    """A recipe that a run saved, perhaps one of an earlier version: with the keys that are written now."""
+    for old, new in explain.RENAMED.items():
+        part, key = old.split(".")
+        keys = saved.value.get(part) if isinstance(saved.value, dict) else None
+        if keys and isinstance(keys.value, dict) and key in keys.value:
+            keys.value[new.removeprefix(f"{part}.")] = keys.value.pop(key)
+    return saved
 
 
 def _overridden(tree: Node, overrides: Sequence[str]) -> Node:

@@ -32,11 +32,11 @@ class OnText(TrainingRecipe, ABC):
 
     @property
     def inputs_length(self) -> int:
-        return self.data.span_corruption.inputs_length
+        return self.data.objective.inputs_length
 
     @property
     def targets_length(self) -> int:
-        return self.data.span_corruption.targets_length
+        return self.data.objective.targets_length
 
     def _text_rules(self) -> Iterator[str]:
         tokenizer, rows = self.data.tokenizer, self.model.vocab_size

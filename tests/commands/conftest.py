@@ -21,7 +21,7 @@ model:
 data:
   corpora: [{kind: files, paths: [text.txt], sample_by: line}]
   tokenizer: {kind: train, vocab_size: 512}
-  span_corruption: {inputs_length: 32}
+  objective: {inputs_length: 32}
   held_out_fraction: 0.1
 train: {steps: 2, batch_tokens: 256, microbatch_tokens: 128, device: cpu}
 log: {every_steps: 3}

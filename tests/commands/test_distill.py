@@ -366,7 +366,7 @@ def test_a_teacher_in_the_hugging_face_layout(trained: Path, text: Path, here: P
     assert switchcli("pretrain", trained / "recipe.yaml", *pooled, "--out", "ours").code == 0
     assert switchcli("convert", "ours", "theirs", "--to", "huggingface").code == 0
     corpus = f"data.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
-    data = (corpus, "data.held_out_fraction=0.1", "data.span_corruption.inputs_length=512")
+    data = (corpus, "data.held_out_fraction=0.1", "data.objective.inputs_length=512")
     train = (*data, "train.steps=2", "train.batch_tokens=1024", "eval.sequences=2")
     untold = switchcli("distill", "--teacher", "theirs", "--out", "a")
     assert (untold.code, "says nothing of how it was trained: name a RECIPE" in untold.err) == (2, True)

@@ -110,7 +110,7 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
         (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth (inf) must be more than 0"),
         (("tiny", "model.num_expert=3", "--devices", 2), "model.num_expert: no such key. Did you mean num_experts?"),
         (("tiny", "train.batch_tokens=100", "--devices", 2), "must be a multiple of the 512 tokens"),
-        (("tiny", "data.span_corruption.inputs_length=x", "--devices", 2), "data.span_corruption.inputs_length"),
+        (("tiny", "data.objective.inputs_length=x", "--devices", 2), "data.objective.inputs_length"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], said: str, switchcli: SwitchCLI) -> None:

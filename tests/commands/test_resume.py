@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import RECIPE, SwitchCLI, lay_out
 from drill import fingerprint
 from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands import pretrain as verb
-from switchcli.commands import training
+from switchcli.commands import run, training
+from switchcli.recipe import resolve
+from switchcli.spec import Spec
 from switchcli.train import checkpoint
 from switchcli.train.lock import lock
 
@@ -270,3 +273,30 @@ def test_a_second_run_is_refused_while_the_first_goes_on(recipe: str, switchcli:
         assert (done.code, done.out) == (CHECKPOINT, "")
         assert f"process {process.pid}" in done.err
     assert process.returncode == 0
+
+
+def test_a_run_whose_recipes_an_earlier_version_saved(
+    straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on, by the recipe that it began with or by the one in its folder, is evaluated, and answers."""
+
+    def dumped(spec: Spec) -> str:
+        keys = yaml.safe_load(resolve.dump(spec))
+        objective = keys["data"].pop("objective")
+        assert objective.pop("kind") == "span_corruption"
+        return yaml.safe_dump({**keys, "data": {**keys["data"], "span_corruption": objective}}, sort_keys=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "dump", dumped)
+        patch.setattr(training, "dump", dumped)
+        assert switchcli("pretrain", recipe, "train.steps=4", "--out", "run").code == 0
+    saved = [Path("run/recipe.yaml"), Path("run/checkpoints/step-00000004/recipe.yaml")]
+    assert all("span_corruption" in path.read_text() and "objective" not in path.read_text() for path in saved)
+    assert switchcli("eval", "run", "--out", "scores").code == 0
+    assert switchcli("generate", "run", "a <extra_id_0>").code == 0
+    again = switchcli("pretrain", "run/recipe.yaml", "train.steps=7", "--out", "run")
+    assert "going on from step 4 of 7" in again.err
+    assert "objective:" in Path("run/recipe.yaml").read_text()
+    assert switchcli("pretrain", recipe, f"train.steps={STEPS}", "--out", "run").code == 0
+    ended = fingerprint(Path("run"))
+    assert {**ended, "metrics": straight["metrics"]} == straight, "but for the lines of the stops"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from switchcli.data.span_corruption import SpanCorruption
 from switchcli.errors import RecipeError
 from switchcli.model.routing import Switch, TopK
 from switchcli.recipe import resolve
@@ -104,7 +105,7 @@ def test_parts_that_do_not_fit(recipe, overrides, message):
 
 def test_the_line_is_that_of_the_key(recipe):
     with pytest.raises(RecipeError) as raised:
-        recipe("data.span_corruption.inputs_length=100", "model.vocab_size=200")
+        recipe("data.objective.inputs_length=100", "model.vocab_size=200")
     assert [line.split(": ")[0] for line in str(raised.value).splitlines()] == ["mine.yaml:6", "mine.yaml:3"]
 
 
@@ -119,6 +120,16 @@ def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypat
 
 def test_a_dense_model_has_no_groups(recipe):
     assert recipe("model.num_experts=1", "model.router.group_sequences=3").model.group_sequences == 1
+
+
+def test_an_objective_without_a_kind_is_span_corruption(recipe):
+    assert recipe("data.objective.inputs_length=128").data.objective == SpanCorruption(inputs_length=128)
+    assert recipe("data={objective: {noise_density: 0.5}}").data.objective == SpanCorruption(noise_density=0.5)
+
+
+def test_a_key_of_an_earlier_version_names_that_of_today(recipe):
+    with pytest.raises(RecipeError, match=r": data.span_corruption: no such key: it is data.objective now$"):
+        recipe("data.span_corruption.inputs_length=128")
 
 
 def test_a_router_without_a_kind_is_switch(recipe):
