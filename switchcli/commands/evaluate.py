@@ -1,5 +1,6 @@
 """`switchcli eval`: what a checkpoint is worth: scores of tasks, held-out neg. log perplexity, routing health."""
 
+import functools
 import json
 import sys
 import tempfile
@@ -10,15 +11,13 @@ from typing import Any, NamedTuple
 
 from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
-from switchcli.commands.pretrain import HELD_OUT_SEED
 from switchcli.commands.run import check_alike, machine, place, split
+from switchcli.commands import texts
 from switchcli.commands.scores import show_scores, task_results
-from switchcli.data.batch import Batch
 from switchcli.data.mixture import InTurn
-from switchcli.data.prepare import Prepared, default_cache, prepare
+from switchcli.data.prepare import Prepared, prepare
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.spec import DataSpec, TextSpec
-from switchcli.data.stream import SpanStream
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -26,17 +25,22 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
 from switchcli.report.console import Console
+from switchcli.report.units import number
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.scores import Scores, is_right, score
 from switchcli.tasks.spec import tasks_of
 from switchcli.tasks.task import Answered
 from switchcli.train import health, memory
-from switchcli.train.evaluate import evaluate_rows
+from switchcli.train.evaluate import HeldOutText, evaluate_rows
+from switchcli.train.hooks import text_figures
+from switchcli.train.metrics import Metrics, merge
 from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
 from switchcli.train.scoring import Answering
 
 ROWS_EACH = 16
 """Rows of a batch for the cross-entropy, at least."""
+TEXT_KEYS = ("corpora", "mixture", "filters", "held_out_fraction")
+SHOWN_OF_TEXTS = ("neg_log_perplexity", "bits_per_byte", "sequences", "dropped_fraction")
 SHOWN = ("neg_log_perplexity", "sequences", "dropped_fraction", "balance", "dead_experts")
 
 
@@ -95,9 +99,7 @@ def _defaults(opened: Opened) -> dict[str, Any]:
         return own.model_dump(mode="json", include={"tasks", "data", "scoring"})
     if not opened.is_of_a_run or not isinstance(own, OnText):
         return {"data": lengths}
-    text = TextSpec(
-        corpora=own.data.corpora, held_out_fraction=own.data.held_out_fraction, sequences=own.eval.sequences
-    )
+    text = TextSpec(**{key: getattr(own.data, key) for key in TEXT_KEYS}, sequences=own.eval.sequences)
     return {"data": lengths, "text": text.model_dump(mode="json")}
 
 
@@ -112,9 +114,12 @@ class HeldOut(NamedTuple):
     tasks: dict[str, dict[str, Any]]
     """Of each task's targets."""
     text: dict[str, Any] | None
+    texts: dict[str, dict[str, Any]]
+    """Of each language, or corpus without one, where the text is several."""
 
     def named(self) -> dict[str, dict[str, Any]]:
-        return {**({"text": self.text} if self.text else {}), **self.tasks}
+        """What was measured, once."""
+        return {**(self.texts or ({"text": self.text} if self.text else {})), **self.tasks}
 
 
 class Pass(NamedTuple):
@@ -128,7 +133,7 @@ class Pass(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """All but the answers."""
-        figures = {"held_out": self.held_out.tasks, "text": self.held_out.text}
+        figures = {"held_out": self.held_out.tasks, "text": self.held_out.text, "texts": self.held_out.texts}
         return {"capacity": self.capacity, **task_results(self.scores), **figures}
 
 
@@ -192,8 +197,27 @@ def show(evaluation: Evaluation) -> None:
         console.message(f"\ncapacity: {counted}", "bold")
         if one.scores:
             show_scores(console, one.scores)
-        for name, figures in one.held_out.named().items():
-            console.table(f"held-out {name}", {key: figures[key] for key in SHOWN if key in figures})
+        texts = one.held_out.texts
+        for name, figures in {"text": one.held_out.text, **one.held_out.tasks}.items():
+            if figures is not None:
+                console.table(f"held-out {name}", {key: figures[key] for key in SHOWN if key in figures})
+        if texts:
+            rows = ([name, *(_shown(figures, key) for key in SHOWN_OF_TEXTS)] for name, figures in texts.items())
+            console.rows("each text", ("", *(key.replace("_", " ") for key in SHOWN_OF_TEXTS)), rows)
+            layers = next(iter(texts.values())).get("layers", {})
+            used = ([name, *map(_most_used, figures.get("layers", {}).values())] for name, figures in texts.items())
+            if layers:
+                console.rows("the expert that most of its tokens go to, and their share", ("", *layers), used)
+
+
+def _shown(figures: Mapping[str, Any], key: str) -> str:
+    return number(figures[key]) if key in figures else "-"
+
+
+def _most_used(layer: Mapping[str, Any]) -> str:
+    load = layer["load"]
+    most = max(load)
+    return f"{load.index(most)} ({most / max(1, sum(load)):.0%})"
 
 
 class Measuring:
@@ -210,8 +234,7 @@ class Measuring:
             return exams_of(self.tasks.values(), recipe.data, recipe.scoring, loaded.tokenizer)
 
         self.exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
-        self._sequences = 0
-        self._spans = self._text()
+        self._texts = self._held_out_texts()
         if runtime.is_main:
             tell(self.tasks.values(), self.exams, recipe.scoring.split, console.message, console.warning)
 
@@ -234,50 +257,49 @@ class Measuring:
     def held_out(self, model: SwitchTransformer, capacity: Policy) -> HeldOut:
         """Neg. log perplexity and routing health of `model`, which may be another than the one loaded."""
         tasks = {
-            exam.task.name: self._cross_entropy(
-                model, InTurn([exam.packed]).rows, exam.packed.num_rows, packed_cross_entropy, capacity
+            exam.task.name: self._figures(
+                model, self._rows(model, HeldOutText(InTurn([exam.packed]).rows, exam.packed.num_rows), packed_cross_entropy, capacity), exam.packed.num_rows
             )
             for exam in self.exams
             if exam.packed.num_rows
         }
-        text = None
-        if (spans := self._spans) is not None:
-            text = self._cross_entropy(
-                model, lambda first, count: spans.batch(0, first, count), self._sequences, cross_entropy, capacity
-            )
-        return HeldOut(tasks, text)
+        found = {label: self._rows(model, text, cross_entropy, capacity) for label, text in self._texts.items()}
+        if not found:
+            return HeldOut(tasks, None, {})
+        sequences = sum(text.num_rows for text in self._texts.values())
+        all_of_it = self._figures(model, functools.reduce(merge, found.values()), sequences)
+        if len(found) == 1:
+            (text,), (metrics,) = self._texts.values(), found.values()
+            return HeldOut(tasks, {**all_of_it, **text_figures(metrics, text)}, {})
+        each = {
+            label: {**self._figures(model, found[label], text.num_rows), **text_figures(found[label], text)}
+            for label, text in self._texts.items()
+        }
+        return HeldOut(tasks, all_of_it, each)
 
-    def _cross_entropy(
-        self,
-        model: SwitchTransformer,
-        rows: Callable[[int, int], Batch],
-        num_rows: int,
-        objective: Objective,
-        capacity: Policy,
-    ) -> dict[str, Any]:
-        """Neg. log perplexity and routing health over `num_rows` rows."""
-        metrics = evaluate_rows(model, objective, rows, num_rows, ROWS_EACH, self._runtime, capacity)
+    def _rows(self, model: SwitchTransformer, text: HeldOutText, objective: Objective, capacity: Policy) -> Metrics:
+        return evaluate_rows(model, objective, text, ROWS_EACH, self._runtime, capacity)
+
+    def _figures(self, model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:
+        """Neg. log perplexity and routing health over so many rows."""
         figures = health.record(metrics, model.spec.routed_parts())
         figures.pop("auxiliary_loss", None)  # a training's: rows that fill up a batch thin it
         return {"sequences": num_rows, **figures}
 
-    def _text(self) -> SpanStream | None:
+    def _held_out_texts(self) -> dict[str, HeldOutText]:
         """Rows of corrupted spans, where there is text to look at."""
         own, text = self._loaded.recipe, self._recipe.text
         if text is None:
-            return None
+            return {}
         objective = SpanCorruption(inputs_length=own.inputs_length)
         if isinstance(own, OnText):
             objective = own.data.objective
-        data = DataSpec(corpora=text.corpora, held_out_fraction=text.held_out_fraction, objective=objective)
+        data = DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective)
 
         def prepared() -> Prepared:
-            return prepare(data, default_cache(), self._console.track, self._loaded.tokenizer)
+            return prepare(data, texts.means(self._console), self._loaded.tokenizer)
 
-        found = self._runtime.on_main(prepared) or prepared()
-        stream = SpanStream(found.held_out, self._loaded.tokenizer, objective, HELD_OUT_SEED, text.sequences)
-        self._sequences = min(text.sequences, stream.rows_per_epoch)
-        return stream
+        return texts.held_out(self._runtime.on_main(prepared) or prepared(), objective, text.sequences)
 
     def _never_seen(self, names: Sequence[str]) -> None:
         if not names or not self._runtime.is_main:

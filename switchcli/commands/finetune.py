@@ -14,9 +14,9 @@ from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
 from switchcli.data.batch import Batch
+from switchcli.data.cache import default_cache
 from switchcli.data.mixture import InTurn, TaskStream
 from switchcli.data.packing import Lengths
-from switchcli.data.prepare import default_cache
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.parallel.runtime import Runtime
@@ -26,6 +26,7 @@ from switchcli.tasks import reading, tokens
 from switchcli.tasks.spec import suites_of, tasks_of
 from switchcli.tasks.task import Task
 from switchcli.train import memory
+from switchcli.train.evaluate import HeldOutText
 from switchcli.train.objective import packed_cross_entropy
 
 
@@ -111,8 +112,7 @@ def text_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
         tokenizer,
         hashlib.sha256("\n".join(one.identity for one in found.values()).encode()).hexdigest(),
         stream.batch,
-        held_out.rows,
-        held_out.num_rows,
+        {"": HeldOutText(held_out.rows, min(recipe.eval.sequences, held_out.num_rows))},
         _samples(exams[0]),
         exams,
     )

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from switchcli.commands import start
+from switchcli.commands import start, texts
 from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
-from switchcli.data.prepare import Prepared, default_cache, prepare
-from switchcli.data.stream import SpanStream
+from switchcli.data.pieces import TRAIN
+from switchcli.data.prepare import Prepared, prepare
+from switchcli.data.stream import TextStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.initialise import initial_weights
@@ -21,8 +22,6 @@ from switchcli.train import memory
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
-
-HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds are then on the same batches
 
 
 def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[str, Any]:
@@ -42,9 +41,9 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
 
         def text() -> Text:
             if recipe.start is None:
-                return text_of(recipe, lambda: _by_its_own(recipe, folder, console), runtime)
+                return text_of(recipe, lambda: _by_its_own(recipe, folder, console), runtime, console)
             tokenizer = start.tokenizer_of(opened, folder, runtime)
-            return text_of(recipe, lambda: cut_by(tokenizer, recipe, console), runtime)
+            return text_of(recipe, lambda: cut_by(tokenizer, recipe, console), runtime, console)
 
         def begin(weights: Weights, optimizer: Optimizer) -> None:
             if recipe.start is None:
@@ -58,36 +57,41 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
     return result
 
 
-def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime) -> Text:
-    """Spans of the recipe's text. Raises DataError as each part says."""
+def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, console: Console) -> Text:
+    """Rows of the recipe's text. Raises DataError as each part says."""
     found = runtime.on_main(prepared) or prepared()  # the main rank fills the cache that the others read
     pieces, rows = found.tokenizer.vocab_size, recipe.model.vocab_size
     if pieces > rows:
         raise RecipeError(
             f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
         )
-    objective = recipe.data.objective
-    stream = SpanStream(found.train, found.tokenizer, objective, recipe.train.seed, recipe.rows_per_step)
-    held_out = SpanStream(found.held_out, found.tokenizer, objective, HELD_OUT_SEED, recipe.eval.sequences)
+    data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
+    chunks = texts.chunks_of(found, TRAIN, data.objective, seed)
+    mixture = texts.mixture_of(found, data, chunks, recipe.train.steps * batch_rows, seed)
+    if runtime.is_main:
+        texts.tell(found, chunks, mixture, recipe.train.steps * batch_rows, console)
+    stream = TextStream([*chunks.values()], found.tokenizer, data.objective, seed, batch_rows, mixture and mixture.turns)
+    held_out = texts.held_out(found, data.objective, recipe.eval.sequences)
     return Text(
         found.tokenizer,
-        found.identity,
+        found.identity if mixture is None else texts.identity(found, mixture),
         stream.batch,
-        lambda first, count: held_out.batch(0, first, count),
-        held_out.rows_per_epoch,
-        held_out.batch(0, 0, NUM_SAMPLES),
+        held_out,
+        next(iter(held_out.values())).rows(0, NUM_SAMPLES),
+        shown=lambda step: {} if mixture is None else {"mixture": mixture.shown(step * batch_rows)},
     )
 
 
 def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
     """The recipe's text as ids of a vocabulary that is there."""
-    return prepare(recipe.data, default_cache(), console.track, tokenizer)
+    return prepare(recipe.data, texts.means(console), tokenizer)
 
 
 def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared:
     """The same by the vocabulary that the run began with: one trained again need not be the same."""
-    found = prepare(recipe.data, default_cache(), console.track)
-    if not folder.tokenizer.exists():
-        folder.write_tokenizer(found.tokenizer.to_json())
-    first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
-    return found if first.sha256 == found.tokenizer.sha256 else cut_by(first, recipe, console)
+    if folder.tokenizer.exists():
+        first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
+        return cut_by(first, recipe, console)
+    found = prepare(recipe.data, texts.means(console))
+    folder.write_tokenizer(found.tokenizer.to_json())
+    return found

@@ -35,6 +35,8 @@ CHANGEABLE = (
     "train.steps",
     "train.device",
     "train.activation_checkpointing",
+    "train.workers",
+    "train.batches_ahead",
     "log.",
     "eval.every_steps",
     "eval.sequences",

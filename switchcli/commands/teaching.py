@@ -155,7 +155,9 @@ class _Teaching:
         if isinstance(recipe, DistillTasksRecipe):
             text = finetune.text_of(recipe, tokenizer, runtime, console)
         else:
-            text = pretrain.text_of(recipe, lambda: pretrain.cut_by(tokenizer, recipe, console), runtime)
+            text = pretrain.text_of(
+                recipe, lambda: pretrain.cut_by(tokenizer, recipe, console), runtime, console
+            )
         self._measure = Measure(recipe, text, self.hard, self.scoring, self._microbatch, runtime)
         start = self._settings.start_step
         if not self._settings.soft_fraction:
@@ -296,9 +298,12 @@ class _Teaching:
     def _measured_on(self) -> dict[str, Any]:
         """What the teacher's figures depend on besides itself."""
         assert self._measure is not None, "text comes first"
-        text, rows = self._measure.text, self._measure.num_rows
-        digest = _digest(text.held_out(0, rows))
-        for exam in text.exams:
+        texts = self._measure.text.held_out.values()
+        digest = hashlib.sha256()
+        for text in texts:
+            for part in text.rows(0, text.num_rows):
+                digest.update(part.numpy().data)
+        for exam in self._measure.text.exams:
             digest.update(repr([(example.input, example.targets) for example in exam.examples]).encode())
         scoring = self.scoring.model_dump(mode="json", include={"split", "examples", "decoding", "capacity"})
         return {"held_out": digest.hexdigest(), "capacity": self._recipe.eval.capacity, "scoring": scoring}

@@ -35,9 +35,11 @@ from switchcli.report.text import shortened
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.tokens import Scored
 from switchcli.train import checkpoint, health
-from switchcli.train.evaluate import evaluate_rows, shared
+from switchcli.train.evaluate import HeldOutText, evaluate_rows, shared
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
+from switchcli.train.loader import Loader
 from switchcli.train.loop import fit
+from switchcli.train.metrics import Metrics, merge
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
@@ -59,13 +61,14 @@ class Text(NamedTuple):
     """A digest of the text: a run goes on with the one that it began with."""
     rows: Callable[[int, int, int], AnyBatch]
     """`rows(step, first, count)`: sequences of a step's batch."""
-    held_out: Callable[[int, int], Batch]
-    """`held_out(first, count)`: held-out sequences, the same ones each time."""
-    num_held_out: int
+    held_out: Mapping[str, HeldOutText]
+    """By label; an empty one where there is one text."""
     samples: Batch
     """A few held-out inputs, a row each, with their targets: what is shown of the model's answers."""
     exams: tuple[Scored, ...] = ()
     """The tasks that the run is scored on."""
+    shown: Callable[[int], Record] = lambda step: {}
+    """More of a logged step: what its rows were of."""
 
 
 class Verb(NamedTuple):
@@ -116,30 +119,24 @@ class Measure(NamedTuple):
     """Rows of a batch."""
     runtime: Runtime
 
-    @property
-    def num_rows(self) -> int:
-        return min(self.recipe.eval.sequences, self.text.num_held_out)
-
-    def batches(self) -> list[Batch]:
+    def batches(self, text: HeldOutText) -> list[Batch]:
         """This rank's held-out batches, for the run's own model."""
         runtime = self.runtime
-        return shared(self.text.held_out, self.num_rows, self.microbatch, runtime.data_rank, runtime.data_ranks)
+        return shared(text.rows, text.num_rows, self.microbatch, runtime.data_rank, runtime.data_ranks)
 
     def held_out(self, model: SwitchTransformer) -> Measured:
         """Neg. log perplexity, rate and load; on every rank. What was compiled runs as it was written."""
         started = time.perf_counter()
+        metrics: Metrics = {}
         with self.runtime.uncompiled():
-            metrics = evaluate_rows(
-                model,
-                self.objective,
-                self.text.held_out,
-                self.num_rows,
-                self.microbatch,
-                self.runtime,
-                self.recipe.eval.capacity,
-            )
+            for text in self.text.held_out.values():
+                found = evaluate_rows(
+                    model, self.objective, text, self.microbatch, self.runtime, self.recipe.eval.capacity
+                )
+                metrics = merge(metrics, found)
         figure = float(metrics["neg_log_perplexity"].value())
-        rate = self.num_rows * self.recipe.inputs_length / (time.perf_counter() - started)
+        rows = sum(text.num_rows for text in self.text.held_out.values())
+        rate = rows * self.recipe.inputs_length / (time.perf_counter() - started)
         layers = health.record(metrics, model.spec.routed_parts()).get("layers", {})
         return Measured({HELD_OUT: figure}, rate, {name: figures["load"] for name, figures in layers.items()})
 
@@ -226,6 +223,7 @@ class Training:
             StopRequest() as stop,
             self._lost_at_a_step(),
             self.saver.beside_training(stop.request, self.console.warning),
+            self._loader() as loader,
             self.console.training(steps, state.step) as shown,
         ):
 
@@ -244,12 +242,12 @@ class Training:
                 state,
                 self.runtime.wrap(self.model),
                 self.verb.minimised or (lambda step: self.verb.objective),
-                self.batches,
+                loader,
                 self.optimizer,
                 recipe.schedule,
                 self.runtime,
                 [
-                    self._log(write),
+                    self._log(write, loader),
                     held_out,
                     *([exams] if exams else []),
                     Save(recipe.checkpoint.save_every_steps, self.saver.save),
@@ -281,7 +279,11 @@ class Training:
         except DistributedError as error:
             raise DistributedError(f"after step {self.state.step}: {error}") from error
 
-    def _log(self, write: Write) -> Log:
+    def _loader(self) -> Loader:
+        train = self.recipe.train
+        return Loader(self.batches, train.steps, train.workers, train.batches_ahead, self.runtime.pinned)
+
+    def _log(self, write: Write, loader: Loader) -> Log:
         recipe, facts = self.recipe, describe(self.recipe)
         return Log(
             recipe.log.every_steps,
@@ -294,6 +296,8 @@ class Training:
             self.console.warning,
             self.state,
             recipe.model.routed_parts(),
+            self.text.shown,
+            lambda: loader.seconds_waited,
         )
 
     def _held_out(self, write: Write) -> HeldOut:
@@ -301,6 +305,7 @@ class Training:
             self.recipe.eval.every_steps,
             self.model,
             self.verb.objective,
+            self.text.held_out,
             self.measure.batches,
             self.runtime,
             write,
@@ -330,6 +335,7 @@ class Training:
             "step": state.step,
             HELD_OUT: state.figures.get(HELD_OUT),
             "held_out/first_neg_log_perplexity": state.first_figures.get(HELD_OUT),
+            **({"texts": state.texts} if len(self.text.held_out) > 1 else {}),
             **{key: facts[key] for key in facts if "parameters" in key},
             "flops_per_sequence": facts["flops_per_sequence"],
             "input_tokens": tokens,

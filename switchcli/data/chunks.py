@@ -28,17 +28,17 @@ _KEPT_WINDOWS = 2
 class Chunks:
     """Rows of `raw_length` tokens, epoch after epoch. Workers may ask at the same time."""
 
-    def __init__(self, shards: Sequence[Shard], raw_length: int, seed: int) -> None:
-        """Raises DataError when there is less than a row."""
+    def __init__(self, shards: Sequence[Shard], raw_length: int, seed: int, label: str = "") -> None:
+        """Raises DataError, naming the text's `label`, when there is less than a row."""
         self._shards = [shard for shard in shards if shard.num_tokens >= raw_length]
         self._raw_length, self._seed = raw_length, seed
         self._rows_S = np.array([shard.num_tokens // raw_length for shard in self._shards], dtype=np.int64)
         self.rows_per_epoch = int(self._rows_S.sum())
         """Rows that show each token once at most."""
         if not self.rows_per_epoch:
-            tokens, documents = (sum(numbers) for numbers in zip((0, 0), *(shard[:2] for shard in shards), strict=True))
+            documents, tokens = (sum(one[place] for one in shards) for place in (0, 1))
             raise DataError(
-                f"data: {tokens} tokens in {documents} documents, but one row takes {raw_length}: add text, or take a "
+                f"data{f' ({label})' if label else ''}: {tokens} tokens in {documents} documents, but one row takes {raw_length}: add text, or take a "
                 "smaller inputs_length (for the held-out part, a larger held_out_fraction)"
             )
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()

@@ -1,31 +1,46 @@
-"""Preparing data, once: documents are read, a vocabulary is trained if asked for, every document is cut into ids.
+"""Preparing data, once: a vocabulary is trained if asked for, and every text is cut into ids, piece by piece.
 
-The outcome is a folder of the cache, named by everything that it depends on. It appears by a rename, whole or not at
-all; a damaged one is made anew; of two processes that make the same one, the later uses the earlier's.
+A text is a folder of the cache, named by everything that it depends on: a folder for each piece, which appears whole or
+not at all, and a manifest of all of them when the last is there. So preparing goes on after a stop, and several machines
+with one cache can each make a share of the pieces.
 """
 
-import errno
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from switchcli.data.cache import ELSEWHERE, cached
+from switchcli.data.corpus import Corpus
 from switchcli.data.document import Document, is_held_out
+from switchcli.data.pieces import FORMAT, PARTS, Job, Progress, build
 from switchcli.data.spec import DataSpec
-from switchcli.data.store import StoreWriter, TokenStore, identity, is_whole, seal
+from switchcli.data.store import (
+    OFFSETS,
+    TOKENS,
+    Shard,
+    TokenStore,
+    digest_of,
+    facts_of,
+    has_sizes,
+    identity_of,
+    is_whole,
+    seal,
+)
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
 
 T = TypeVar("T")
 
-FORMAT = 1  # raise when the same key would come to mean other ids
-PART_CHARACTERS = 2**16  # longer documents are encoded in parts: the tokenizer holds many times its text in memory
-CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
-TRAIN, HELD_OUT = "train", "held_out"
+CHECKED_AT_START = 2**30
+"""Bytes of a text up to which all of it is read and compared with its checksums before a run; of a larger one each
+shard when it is first used."""
+PROCESSES_FROM = 2**23
+"""Bytes of sources from which more than one process pays."""
 
 
 class Track(Protocol):
@@ -34,140 +49,246 @@ class Track(Protocol):
     def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
 
 
+class Shown(Protocol):
+    """Shows how far a preparation is, of so many pieces and bytes; within, the progress is told as it changes."""
+
+    def __call__(
+        self, label: str, pieces: int, size: int | None, /
+    ) -> AbstractContextManager[Callable[[Progress], None]]: ...
+
+
+class Means(NamedTuple):
+    """What preparing is done with."""
+
+    cache: Path
+    track: Track
+    show: Shown
+    processes: int | None = None
+    """At once; None: as many as there are processors, where it pays."""
+    share: tuple[int, int] = (0, 1)
+    """Number and count, of the machines that share the pieces."""
+    check: bool = False
+    """Compare all of what is there with its checksums."""
+
+
+class Counts(NamedTuple):
+    """How much is in a part of a text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    """Of the text, as UTF-8."""
+
+
+class Text(NamedTuple):
+    """One text as ids."""
+
+    shards: Mapping[str, tuple[Shard, ...]]
+    """By part."""
+    counts: Mapping[str, Counts]
+    dropped: Mapping[str, int]
+    """What was left out of it, by reason."""
+    identity: str
+    """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
+    folder: Path
+
+
 class Prepared(NamedTuple):
     """What training reads."""
 
     tokenizer: Tokenizer
-    train: TokenStore
-    held_out: TokenStore
-    identity: str
-    """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
+    texts: Mapping[str, Text]
+    """By label; see `DataSpec.texts`."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of the ids themselves."""
+        if len(self.texts) == 1:
+            return next(iter(self.texts.values())).identity
+        return digest_of({label: text.identity for label, text in self.texts.items()})
 
 
-def default_cache() -> Path:
-    """`$SWITCHCLI_CACHE`, or ~/.cache/switchcli. Where a cache lies does not change a result."""
-    return Path(os.environ.get("SWITCHCLI_CACHE") or Path.home() / ".cache" / "switchcli")
-
-
-def prepare(spec: DataSpec, cache: Path, track: Track, tokenizer: Tokenizer | None = None) -> Prepared:
-    """The spec's documents as ids, from the cache where they are there already.
+def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) -> Prepared:
+    """The spec's texts as ids, from the cache where they are there already.
 
     `tokenizer` takes the place of the spec's, for a model trained with it. Raises DataError for anything wrong with the
     text or the tokenizer, and when no document, or every one, is held out; CheckpointError for the cache folder.
     """
-    folder = cache / "tokens" / _key(spec, tokenizer)
-    # Corpora and tokenizers have told of their own files before.
-    with cached(folder, lambda built: _build(spec, built, track, tokenizer)):
+    used, texts = prepare_share(spec, means, tokenizer)
+    whole = {label: text for label, text in texts.items() if text is not None}
+    assert len(whole) == len(texts), "all shares"
+    return Prepared(used, whole)
+
+
+def prepare_share(
+    spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, dict[str, Text | None]]:
+    """The same with this machine's share of the pieces alone: a text is None while others' are not there."""
+    used = tokenizer or vocabulary(spec, means)
+    folder = means.cache / "tokenizers" / used.sha256[:32]
+    with cached(folder, lambda built: _write(built, used)):
+        file = folder / "tokenizer.json"
+    return used, {label: _text(label, corpora, spec, used, file, means) for label, corpora in spec.texts().items()}
+
+
+def vocabulary(spec: DataSpec, means: Means) -> Tokenizer:
+    """The spec's tokenizer; one that is trained, from the cache where it was trained before on the same text."""
+
+    def documents() -> Mapping[str, Iterable[Document]]:
+        return {label: training(corpora) for label, corpora in spec.texts().items()}
+
+    def training(corpora: Sequence[Corpus]) -> Iterator[Document]:
+        found = means.track(documents_of(corpora), "reading for a vocabulary", None)
+        found = spec.filters(found, Counter())
+        return (document for document in found if not is_held_out(document.identity, spec.held_out_fraction))
+
+    if spec.tokenizer.kind != "train":
+        return spec.tokenizer.load(documents)
+    parts = [spec.tokenizer.fingerprint(), *_sources(spec, chain.from_iterable(spec.texts().values()))]
+    folder = means.cache / "vocabularies" / _digest(parts)
+    with cached(folder, lambda built: _write(built, spec.tokenizer.load(documents))):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        return Prepared(
-            Tokenizer.from_json(text, str(folder / "tokenizer.json")),
-            TokenStore.open(folder / TRAIN),
-            TokenStore.open(folder / HELD_OUT),
-            identity(folder, (TRAIN, HELD_OUT)),
-        )
+        return Tokenizer.from_json(text, str(folder / "tokenizer.json"))
 
 
-@contextmanager
-def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
-    """Within, `folder` is there and whole: what `build` makes, and seals, at the path that it is given, once.
-
-    Raises:
-        CheckpointError: what the disk refuses, from within too.
-    """
-    with disk_errors(folder.parents[1], "name another folder for the cache in $SWITCHCLI_CACHE"):
-        if not is_whole(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True
-            ) as scratch:
-                build(Path(scratch) / "built")
-                _publish(Path(scratch), folder)
-        yield
+def documents_of(corpora: Sequence[Corpus]) -> Iterator[Document]:
+    """The documents of several corpora, one after the other."""
+    return chain.from_iterable(corpus.documents() for corpus in corpora)
 
 
-def _key(spec: DataSpec, tokenizer: Tokenizer | None) -> str:
-    vocabulary = spec.tokenizer.fingerprint() if tokenizer is None else tokenizer.sha256
-    parts = [str(FORMAT), *(corpus.fingerprint() for corpus in spec.corpora), vocabulary, repr(spec.held_out_fraction)]
+def _write(folder: Path, tokenizer: Tokenizer) -> None:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    seal(folder, {})
+
+
+def _sources(spec: DataSpec, corpora: Iterable[Corpus]) -> list[str]:
+    """What documents depend on."""
+    return [
+        str(FORMAT),
+        *(corpus.fingerprint() for corpus in corpora),
+        spec.filters.model_dump_json(),
+        repr(spec.held_out_fraction),
+    ]
+
+
+def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _build(spec: DataSpec, folder: Path, track: Track, tokenizer: Tokenizer | None) -> None:
-    def documents(label: str) -> Iterator[Document]:
-        return track(chain.from_iterable(corpus.documents() for corpus in spec.corpora), label, None)
-
-    def training_documents() -> Iterator[Document]:
-        found = documents("reading for a vocabulary")
-        return (document for document in found if not is_held_out(document.name, spec.held_out_fraction))
-
-    folder.mkdir()
-    used = tokenizer or spec.tokenizer.load(training_documents)
-    (folder / "tokenizer.json").write_text(used.to_json(), encoding="utf-8")
-    with (
-        StoreWriter(folder / TRAIN, used.vocab_size) as train,
-        StoreWriter(folder / HELD_OUT, used.vocab_size) as held_out,
-    ):
-        for chunk in _chunks(_parts(documents("tokenising"), spec.held_out_fraction)):
-            for part, ids in zip(chunk, used.encode_batch([part.text for part in chunk]), strict=True):
-                (held_out if part.held_out else train).add(ids, starts_document=part.starts_document)
-    counts = {name: TokenStore.open(folder / name) for name in (TRAIN, HELD_OUT)}
-    _check_split(counts[TRAIN].num_documents, counts[HELD_OUT].num_documents, spec.held_out_fraction)
-    facts = {name: {"documents": store.num_documents, "tokens": store.num_tokens} for name, store in counts.items()}
-    corpora = [corpus.fingerprint() for corpus in spec.corpora]
-    seal(folder, {"format": FORMAT, "corpora": corpora, "tokenizer": used.sha256, **facts})
+def _text(
+    label: str, corpora: Sequence[Corpus], spec: DataSpec, tokenizer: Tokenizer, file: Path, means: Means
+) -> Text | None:
+    """One text, made where it is not there or not whole. None where others' pieces are missing."""
+    folder = means.cache / "tokens" / _digest([*_sources(spec, corpora), tokenizer.sha256])
+    with disk_errors(means.cache, ELSEWHERE):
+        facts = facts_of(folder)
+        if facts is None or not _is_sound(folder, facts, means):
+            jobs = [
+                Job(corpus, piece, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
+                for number, (corpus, piece) in enumerate((one, piece) for one in corpora for piece in one.pieces())
+            ]
+            is_there = has_sizes if facts is None else is_whole
+            number, count = means.share
+            _make([job for job in jobs[number::count] if not is_there(job.folder)], label, file, means)
+            if not all(has_sizes(job.folder) for job in jobs):
+                return None
+            _seal(folder, jobs, tokenizer)
+        text = _opened(folder)
+    _check_split(label, text, spec.held_out_fraction)
+    return text
 
 
-class _Part(NamedTuple):
-    held_out: bool
-    starts_document: bool
-    text: str
+def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means) -> bool:
+    """Whether all of a text that was whole agrees with its checksums, which is looked at where it is soon done."""
+    if not means.check and _is_large(facts):
+        return True
+    pieces = sorted({name.split("/")[0] for name in facts["files"]})
+    tracked = means.track(pieces, "comparing checksums", len(pieces)) if _is_large(facts) else pieces
+    return all([is_whole(folder / name) for name in tracked]) and has_sizes(folder)
 
 
-def _parts(documents: Iterable[Document], fraction: float) -> Iterator[_Part]:
-    for document in documents:
-        held_out = is_held_out(document.name, fraction)
-        for index, text in enumerate(_cut(document.text)):
-            yield _Part(held_out, index == 0, text)
+def _is_large(facts: Mapping[str, Any]) -> bool:
+    return sum(said["bytes"] for said in facts["files"].values()) > CHECKED_AT_START
 
 
-def _cut(text: str) -> Iterator[str]:
-    """Parts of at most PART_CHARACTERS, cut at a space where possible: encoding begins each part with one again."""
-    start = 0
-    while len(text) - start > PART_CHARACTERS:
-        space = text.rfind(" ", start + 1, start + PART_CHARACTERS)
-        end = space if space > 0 else start + PART_CHARACTERS
-        yield text[start:end]
-        start = end + 1 if space > 0 else end
-    yield text[start:]
+def _make(jobs: Sequence[Job], label: str, file: Path, means: Means) -> None:
+    """Make the pieces of these jobs."""
+    if not jobs:
+        return
+    processors = len(os.sched_getaffinity(0))
+    sizes = [job.piece.size for job in jobs]
+    size = None if None in sizes else sum(one or 0 for one in sizes)
+    pays = size is None or size >= PROCESSES_FROM
+    processes = min(means.processes or (processors if pays else 1), len(jobs))
+    with means.show(f"tokenising{_named(label)}", len(jobs), size) as show:
+        build(jobs, file, processes, max(1, processors // processes), show)
 
 
-def _chunks(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    chunk: list[_Part] = []
-    size = 0
-    for part in parts:
-        chunk.append(part)
-        size += len(part.text)
-        if size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
+def _named(label: str) -> str:
+    return f" {label}" if label else ""
 
 
-def _check_split(num_train: int, num_held_out: int, fraction: float) -> None:
-    if not num_train or not num_held_out:
-        total = num_train + num_held_out
-        raise DataError(
-            f"data.held_out_fraction ({fraction}) of {total} documents leaves {num_train} for training, {num_held_out} "
-            "held out, both need one at least: change it, add text, or make the documents smaller (sample_by: line)"
+def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
+    """The manifest of a text whose pieces are all there."""
+    files: dict[str, object] = {}
+    dropped: Counter[str] = Counter()
+    shards: dict[str, list[Any]] = {part: [] for part in PARTS}
+    for job in jobs:
+        facts = facts_of(job.folder)
+        assert facts is not None, "was looked at"
+        dropped.update(facts["dropped"])
+        files |= {f"{job.folder.name}/{name}": said for name, said in facts["files"].items()}
+        for part, found in facts["shards"].items():
+            shards[part] += [{**one, "name": f"{job.folder.name}/{one['name']}"} for one in found]
+    counts = {
+        part: {fact: sum(one[fact] for one in found) for fact in Counts._fields} for part, found in shards.items()
+    }
+    facts = {"format": FORMAT, "tokenizer": tokenizer.sha256, "dropped": dropped, "counts": counts, "shards": shards}
+    seal(folder, facts, files)
+
+
+def _opened(folder: Path) -> Text:
+    facts = facts_of(folder)
+    assert facts is not None, "sealed, or found whole"
+    files = facts["files"]
+    shards, counts = {}, {}
+    named: dict[str, object] = {}
+    for part in PARTS:
+        found = facts["shards"][part]
+        shards[part] = tuple(
+            Shard(one["documents"], one["tokens"], _opener(folder, one["name"], files if _is_large(facts) else {}))
+            for one in found
         )
+        counts[part] = Counts(*(facts["counts"][part][fact] for fact in Counts._fields))
+        for number, one in enumerate(found):
+            # The first shard's as if it were alone: a text of one shard has the identity that it had before shards.
+            place = f"{part}-{number}" if number else part
+            named |= {f"{place}/{name}": files[f"{one['name']}/{name}"] for name in (OFFSETS, TOKENS)}
+    return Text(shards, counts, facts["dropped"], digest_of(named), folder)
 
 
-def _publish(scratch: Path, folder: Path) -> None:
-    """Renames scratch/built to `folder`. Another process's, if whole, stays instead; a damaged one goes to scratch."""
-    try:
-        (scratch / "built").rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not is_whole(folder):
-            folder.rename(scratch / "damaged")
-            (scratch / "built").rename(folder)
+def _opener(folder: Path, name: str, files: Mapping[str, object]) -> Callable[[], TokenStore]:
+    """What opens a shard, after a look at its checksums where `files` has them."""
+
+    def opened() -> TokenStore:
+        for file in (OFFSETS, TOKENS):
+            place = f"{name}/{file}"
+            if place in files and identity_of(folder / place) != files[place]:
+                raise DataError(
+                    f"{folder / place}: not what was prepared: the file was cut or altered since; `switchcli data "
+                    "prepare RECIPE` makes its piece anew, and training goes on from the last save"
+                )
+        return TokenStore.open(folder / name)
+
+    return opened
+
+
+def _check_split(label: str, text: Text, fraction: float) -> None:
+    num_train, num_held_out = (text.counts[part].documents for part in PARTS)
+    if not num_train or not num_held_out:
+        raise DataError(
+            f"data.held_out_fraction ({fraction}) of {num_train + num_held_out} documents{_named(label)} leaves "
+            f"{num_train} for training, {num_held_out} held out, both need one at least: change it, add text, or make "
+            "the documents smaller (sample_by: line)"
+        )

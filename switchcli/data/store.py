@@ -6,18 +6,21 @@ A folder is written elsewhere, sealed with a manifest of sizes and digests, and 
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 MANIFEST, TOKENS, OFFSETS = "manifest.json", "tokens.npy", "offsets.npy"
-CHECKED_MEBIBYTES = 1024  # of each file: beyond it the size alone, for a start must not read hundreds of GB
+CHECKED_MEBIBYTES = 1024  # of each file: beyond it the size alone
+SHARD_TOKENS = 2**24
+SHARD_DOCUMENTS = 2**20
 
 
 class TokenStore(NamedTuple):
@@ -63,7 +66,7 @@ class StoreWriter:
     def __init__(self, folder: Path, vocab_size: int) -> None:
         folder.mkdir()
         self._folder = folder
-        self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self._dtype = token_type(vocab_size)
         self._lengths = array("q")
         self._file = (folder / TOKENS).open("wb")
         self._write_header(0)
@@ -96,39 +99,120 @@ class StoreWriter:
         npy.write_array_header_1_0(self._file, header)
 
 
-def seal(folder: Path, facts: Mapping[str, object]) -> None:
-    """Writes the manifest: `facts`, and the size and digest of every file in the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    body = {**facts, "files": {path.relative_to(folder).as_posix(): _identity(path) for path in files}}
-    text = json.dumps(body, indent=1)
-    (folder / MANIFEST).write_text(json.dumps({"sha256": _digest(text.encode()), "manifest": text}), encoding="utf-8")
+class ShardWriter:
+    """Writes one part of a text as shards; used in a `with`. A document is in one shard whole."""
+
+    def __init__(self, folder: Path, part: str, vocab_size: int) -> None:
+        """`folder` is where the shards lie, `part` what their names begin with."""
+        self._folder, self._part, self._vocab_size = folder, part, vocab_size
+        self._writer: StoreWriter | None = None
+        self.shards: list[dict[str, Any]] = []
+        """Name, and number of documents, tokens and bytes of text, of each."""
+
+    def add(self, ids: NDArray[np.int64], num_bytes: int, *, starts_document: bool) -> None:
+        """Appends ids of so many bytes of text to the last document, or as a new one."""
+        if self._writer is None or (starts_document and self._is_full()):
+            self._close()
+            name = f"{self._part}-{len(self.shards):03}"
+            self._writer = StoreWriter(self._folder / name, self._vocab_size)
+            self.shards.append({"name": name, "documents": 0, "tokens": 0, "bytes": 0})
+        self._writer.add(ids, starts_document=starts_document)
+        for fact, more in (("documents", int(starts_document)), ("tokens", len(ids)), ("bytes", num_bytes)):
+            self.shards[-1][fact] += more
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(kind, error, trace)
+
+    def _is_full(self) -> bool:
+        return self.shards[-1]["tokens"] >= SHARD_TOKENS or self.shards[-1]["documents"] >= SHARD_DOCUMENTS
+
+    def _close(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
+
+
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """What ids are kept as."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def seal(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] | None = None) -> None:
+    """Writes the manifest: `facts`, and the size and digest of every file in the folder, if `files` does not say."""
+    if files is None:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): identity_of(path) for path in paths}
+    text = json.dumps({**facts, "files": files}, indent=1)
+    sealed = json.dumps({"sha256": _digest(text.encode()), "manifest": text})
+    scratch = folder / f".{MANIFEST}-{os.getpid()}"
+    scratch.write_text(sealed, encoding="utf-8")
+    scratch.replace(folder / MANIFEST)
+
+
+def facts_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder's manifest says; None where there is none that is true of itself."""
+    try:
+        sealed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if _digest(sealed["manifest"].encode()) != sealed["sha256"]:
+            return None
+        facts = json.loads(sealed["manifest"])
+        return facts if isinstance(facts["files"], dict) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def is_whole(folder: Path) -> bool:
     """Whether the manifest is there and true of the folder's files."""
+    facts = facts_of(folder)
+    return facts is not None and all(_is_true(folder / name, identity) for name, identity in facts["files"].items())
+
+
+def has_sizes(folder: Path) -> bool:
+    """The same by the files' sizes alone."""
+    facts = facts_of(folder)
     try:
-        sealed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if _digest(sealed["manifest"].encode()) != sealed["sha256"]:
-            return False
-        files = json.loads(sealed["manifest"])["files"]
-        return all(_identity(folder / name) == identity for name, identity in files.items())
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return facts is not None and all(
+            (folder / name).stat().st_size == identity["bytes"] for name, identity in facts["files"].items()
+        )
+    except (FileNotFoundError, KeyError, TypeError):
         return False
 
 
 def identity(folder: Path, parts: Iterable[str]) -> str:
     """A digest of the files of some parts of a sealed folder, by what its manifest says of them."""
-    files = json.loads(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["manifest"])["files"]
-    named = {name: facts for name, facts in sorted(files.items()) if name.split("/")[0] in parts}
-    return _digest(json.dumps(named).encode())
+    facts = facts_of(folder)
+    assert facts is not None, "sealed"
+    return digest_of({name: said for name, said in facts["files"].items() if name.split("/")[0] in parts})
 
 
-def _identity(path: Path) -> dict[str, object]:
+def digest_of(files: Mapping[str, object]) -> str:
+    """One digest for the identities of several files."""
+    return _digest(json.dumps(dict(sorted(files.items()))).encode())
+
+
+def identity_of(path: Path) -> dict[str, object]:
+    """Size and digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for _ in range(CHECKED_MEBIBYTES):
             digest.update(file.read(2**20))
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _is_true(path: Path, identity: object) -> bool:
+    try:
+        return identity_of(path) == identity
+    except FileNotFoundError:
+        return False
 
 
 def _digest(data: bytes) -> str:

@@ -15,7 +15,6 @@ from switchcli.data.chunks import Chunks
 from switchcli.data.draws import SPANS, WORDS, philox
 from switchcli.data.mixture import Turns
 from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.store import Shard
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError
 
@@ -25,7 +24,7 @@ class TextStream:
 
     def __init__(
         self,
-        texts: Sequence[Sequence[Shard]],
+        texts: Sequence[Chunks],
         tokenizer: Tokenizer,
         corruption: SpanCorruption,
         seed: int,
@@ -34,7 +33,7 @@ class TextStream:
     ) -> None:
         """`turns` says which of several texts a row is of.
 
-        Raises DataError when a text is smaller than a row, or the sentinels are fewer than a row needs.
+        Raises DataError when the sentinels are fewer than a row needs.
         """
         if len(tokenizer.sentinels) < corruption.num_spans:
             raise DataError(
@@ -43,9 +42,7 @@ class TextStream:
                 "mean_span_length"
             )
         assert len(texts) == 1 or turns is not None
-        self._chunks = [Chunks(shards, corruption.raw_length, seed) for shards in texts]
-        self.rows_per_epoch = [chunks.rows_per_epoch for chunks in self._chunks]
-        """Rows of each text that show each of its tokens once at most."""
+        self._texts = texts
         self._sentinels, self._corruption = tokenizer.sentinels, corruption
         self._seed, self._batch_rows, self._turns = seed, batch_rows, turns
 
@@ -57,12 +54,12 @@ class TextStream:
 
     def _raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._turns is None:
-            return self._chunks[0].raw(row_R)
+            return self._texts[0].raw(row_R)
         text_R, nth_R = self._turns(row_R)
         raw_RL = np.empty((len(row_R), self._corruption.raw_length), dtype=np.int64)
         for text in np.unique(text_R):
             mine_R = text_R == text
-            raw_RL[mine_R] = self._chunks[text].raw(nth_R[mine_R])
+            raw_RL[mine_R] = self._texts[text].raw(nth_R[mine_R])
         return raw_RL
 
     def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:

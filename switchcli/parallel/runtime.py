@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, recursively_apply, send_to_device
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
@@ -131,6 +131,13 @@ class Runtime:
         """The batch's tensors on this rank's device; nothing is copied when they are there."""
         placed: T = send_to_device(batch, self.device, non_blocking=True)
         return placed
+
+    def pinned(self, batch: T) -> T:
+        """The batch where the device copies it from without a wait; as it is where there is no such device."""
+        if self.device.type != "cuda":
+            return batch
+        held: T = recursively_apply(torch.Tensor.pin_memory, batch)
+        return held
 
     @property
     def needs_all(self) -> bool:

@@ -5,11 +5,12 @@ and keeps nothing: the metrics file does (`switchcli.report.sinks`). Text goes t
 `rich.text.Text`, never through markup.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TextIO, TypeVar
+from typing import NamedTuple, Protocol, TextIO, TypeVar
 
 from rich import console as rich_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,6 +59,22 @@ SPARSE_COLUMNS = (
     Column("balance", "balance", 7, "{:.3f}".format),
     Column("dead_experts", "dead", 4, "{:.0f}".format),
 )
+
+
+class Prepared(Protocol):
+    """How far a preparation is."""
+
+    @property
+    def pieces(self) -> int:
+        """Whole ones."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of their sources."""
+
+    @property
+    def tokens(self) -> int:
+        """Written so far."""
 
 
 class Console:
@@ -123,6 +140,37 @@ class Console:
         seconds = time.monotonic() - started
         if seconds >= 1:
             self.message(f"{description}: {count:,} in {clock(seconds)}")
+
+    @contextmanager
+    def preparing(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[["Prepared"], None]]:
+        """Yields what is told how many pieces, bytes of sources and tokens are done; `size` is that of all sources.
+
+        A bar, or a line every half minute; and one with the sum.
+        """
+        started = time.monotonic()
+        due = started + (_SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES)
+        last: Prepared | None = None
+        with self._bar(label, pieces) as reach:
+
+            def show(done: Prepared) -> None:
+                nonlocal due, last
+                last, now = done, time.monotonic()
+                if now < due:
+                    return
+                due = now + (_SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES)
+                reach(done.pieces)
+                if not self._live:
+                    rate = done.tokens / (now - started)
+                    left = (size - done.size) * (now - started) / done.size if size and done.size else math.nan
+                    self.message(
+                        f"{label}: {done.pieces:,} of {pieces:,} pieces, {si(done.tokens)} tokens, {si(rate)} tokens/s, "
+                        f"time left {clock(left)}"
+                    )
+
+            yield show
+        seconds = time.monotonic() - started
+        if last is not None and seconds >= 1:
+            self.message(f"{label}: {last.tokens:,} tokens in {clock(seconds)}, {si(last.tokens / seconds)} tokens/s")
 
     @contextmanager
     def training(self, steps: int, first: int = 0) -> Iterator["Training"]:

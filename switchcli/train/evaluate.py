@@ -1,6 +1,8 @@
 """Evaluation: a function of model, objective and batches; training and the verbs share it."""
 
+import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,25 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.spec import PAD
 from switchcli.train.metrics import Mean, Metrics, flatten, merge, unflatten
 from switchcli.train.objective import Objective
+
+
+class HeldOutText(NamedTuple):
+    """Rows of one text that a run is evaluated on."""
+
+    rows: Callable[[int, int], Batch]
+    """`rows(first, count)`: the same ones each time."""
+    num_rows: int
+    bytes_per_target: float | None = None
+    """Bytes of text that a target token stands for, on average; None where that is not known."""
+
+    def bits_per_byte(self, neg_log_perplexity: float) -> float | None:
+        """What the model pays for the hidden text, whatever vocabulary it is cut by: lower is better.
+
+        All targets are paid for, sentinels and EOS too.
+        """
+        if self.bytes_per_target is None:
+            return None
+        return -neg_log_perplexity / math.log(2) / self.bytes_per_target
 
 
 @torch.no_grad()
@@ -36,15 +57,14 @@ def evaluate(
 def evaluate_rows(
     model: SwitchTransformer,
     objective: Objective,
-    rows: Callable[[int, int], Batch],
-    num_rows: int,
+    text: HeldOutText,
     rows_each: int,
     runtime: Runtime,
     policy: Policy = "paper",
 ) -> Metrics:
-    """The same on rows that the ranks share, at least `rows_each` a batch: in whole groups of this very model."""
+    """The same on a text that the ranks share, at least `rows_each` a batch: in whole groups of this very model."""
     group = model.spec.group_sequences
-    batches = shared(rows, num_rows, -(-rows_each // group) * group, runtime.data_rank, runtime.data_ranks)
+    batches = shared(text.rows, text.num_rows, -(-rows_each // group) * group, runtime.data_rank, runtime.data_ranks)
     return evaluate(model, objective, batches, runtime, policy)
 
 

@@ -12,13 +12,16 @@ from switchcli.errors import NumericsError
 from switchcli.model.routing import Policy
 from switchcli.parallel.runtime import Runtime
 from switchcli.train import health
-from switchcli.train.evaluate import evaluate, reduce
+from switchcli.train.evaluate import HeldOutText, evaluate, reduce
+from switchcli.train.metrics import Metrics, merge
 from switchcli.train.objective import Objective
 from switchcli.train.schedule import ScheduleSpec
 from switchcli.train.state import HELD_OUT, TrainState
 
 Record = Mapping[str, Any]
 """Figures by name, and under `layers` those of each sparse layer."""
+STARVING = 0.1
+"""Share of a step spent waiting for its batch from which a warning says so."""
 REPORTED = ("neg_log_perplexity", "dropped_fraction")
 """What a held-out evaluation reports: the figures that rows of padding do not touch."""
 
@@ -52,12 +55,15 @@ class Log(Hook):
         warn: Callable[[str], None],
         state: TrainState,
         layers: Sequence[str],
+        shown: Callable[[int], Record],
+        seconds_waited: Callable[[], float],
     ) -> None:
         """`tokens_per_step` counts encoder inputs, `flops_per_step` forward and backward; both over all ranks.
 
         The FLOPs are the model's: what activation checkpointing computes again is none of them.
 
-        `layers` names the sparse layers in the order of the model's reports.
+        `layers` names the sparse layers in the order of the model's reports. `shown` says what the rows of the steps
+        so far were of, `seconds_waited` how long steps waited for their batches.
         """
         super().__init__(every_steps)
         self._total_steps = total_steps
@@ -68,6 +74,11 @@ class Log(Hook):
         self._write = write
         self._since = (state.step, state.seconds)
         self._layers = layers
+        self._shown = shown
+        self._seconds_waited = seconds_waited
+        self._waited = seconds_waited()
+        self._warn = warn
+        self._starving, self._told = 0, False
         self._alarms = health.Alarms(layers, warn)
 
     def __call__(self, state: TrainState) -> None:
@@ -76,8 +87,12 @@ class Log(Hook):
         if not self._runtime.is_main:
             return
         self._alarms(metrics, steps=int(metrics["gradient_norm"].weight) // self._runtime.data_ranks)
-        seconds_per_step = (state.seconds - self._since[1]) / (state.step - self._since[0])
+        steps = state.step - self._since[0]
+        seconds_per_step = (state.seconds - self._since[1]) / steps
         self._since = (state.step, state.seconds)
+        waiting = (self._seconds_waited() - self._waited) / seconds_per_step / steps
+        self._waited = self._seconds_waited()
+        self._tell_of_waiting(waiting)
         self._write(
             {
                 "step": state.step,
@@ -87,9 +102,22 @@ class Log(Hook):
                 "seconds": state.seconds,
                 "tokens_per_second": self._tokens / seconds_per_step,
                 "flops_per_second": self._flops / seconds_per_step,
+                "data_wait_fraction": waiting,
                 "seconds_left": (self._total_steps - state.step) * seconds_per_step,
+                **self._shown(state.step),
             }
         )
+
+
+    def _tell_of_waiting(self, fraction: float) -> None:
+        """A warning, once, when steps wait for data in two windows on end: the first batch is never there yet."""
+        self._starving = self._starving + 1 if fraction > STARVING else 0
+        if self._starving == 2 and not self._told:
+            self._told = True
+            self._warn(
+                f"{fraction:.0%} of a step is spent waiting for its batch: raise train.workers or train.batches_ahead, "
+                "or put the prepared text on a faster disk ($SWITCHCLI_CACHE)"
+            )
 
 
 class HeldOut(Hook):
@@ -100,7 +128,8 @@ class HeldOut(Hook):
         every_steps: int,
         model: nn.Module,
         objective: Objective,
-        batches: Callable[[], Sequence[Batch]],
+        texts: Mapping[str, HeldOutText],
+        batches: Callable[[HeldOutText], Sequence[Batch]],
         runtime: Runtime,
         write: Callable[[Record], None],
         policy: Policy = "paper",
@@ -109,20 +138,34 @@ class HeldOut(Hook):
         super().__init__(every_steps)
         self._model = model
         self._objective = objective
+        self._texts = texts
         self._batches = batches
         self._runtime = runtime
         self._write = write
         self._policy = policy
 
     def __call__(self, state: TrainState) -> None:
-        metrics = evaluate(self._model, self._objective, self._batches(), self._runtime, self._policy)
+        metrics: Metrics = {}
+        state.texts = {}
+        for label, text in self._texts.items():
+            found = evaluate(self._model, self._objective, self._batches(text), self._runtime, self._policy)
+            state.texts[label] = text_figures(found, text)
+            metrics = merge(metrics, found)
         figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures[HELD_OUT]
         if not math.isfinite(figure):
             raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}")
         state.note({HELD_OUT: figure})
         if self._runtime.is_main:
-            self._write({"step": state.step, **figures})
+            apart = {"texts": state.texts} if len(self._texts) > 1 else {}
+            self._write({"step": state.step, **figures, **apart})
+
+
+def text_figures(metrics: Metrics, text: HeldOutText) -> dict[str, float]:
+    """What is said of one text: its neg. log perplexity and, where that is known, bits a byte."""
+    figure = float(metrics["neg_log_perplexity"].value())
+    bits = text.bits_per_byte(figure)
+    return {"neg_log_perplexity": figure, **({} if bits is None else {"bits_per_byte": bits})}
 
 
 class Save(Hook):

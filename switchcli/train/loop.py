@@ -10,11 +10,10 @@ from torch import nn
 from switchcli.errors import NumericsError
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
-from switchcli.spec import PAD
 from switchcli.train.evaluate import exact
 from switchcli.train.hooks import Hook
 from switchcli.train.metrics import Mean, Metrics, merge
-from switchcli.train.microbatches import Microbatch, Microbatches
+from switchcli.train.microbatches import Microbatch
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.schedule import ScheduleSpec
@@ -26,7 +25,7 @@ def fit(
     state: TrainState,
     model: nn.Module,
     objective: Callable[[int], Objective],
-    batches: Microbatches,
+    batches: Callable[[int], Sequence[Microbatch]],
     optimizer: Optimizer,
     schedule: ScheduleSpec,
     runtime: Runtime,
@@ -38,8 +37,9 @@ def fit(
     """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
 
     Returns whether the run is complete: False when `stop` was requested on any rank, after a whole step on all of them.
-    `objective` gives what is minimised at a step. `on_step` is called with the number of steps taken after each one,
-    the hooks after those that they are due at; neither is called for the stop itself.
+    `batches` gives this rank's microbatches of a step, `objective` what is minimised at it. `on_step` is called with
+    the number of steps taken after each one, the hooks after those that they are due at; neither is called for the stop
+    itself.
 
     Raises:
         NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step.
@@ -49,9 +49,9 @@ def fit(
     unchecked: list[tuple[int, torch.Tensor]] = []
     while state.step < settings.steps:
         started = time.perf_counter()
-        microbatches = list(batches(state.step))
-        counts = [int((micro.batch.targets_BT != PAD).sum()) for micro in microbatches]
-        stopping, counted = runtime.sum_over_ranks([int(stop.requested), sum(counts)])
+        microbatches = batches(state.step)
+        num_targets = sum(micro.num_targets for micro in microbatches)
+        stopping, counted = runtime.sum_over_ranks([int(stop.requested), num_targets])
         num_targets = counted // runtime.model_ranks
         if stopping:
             for one in unchecked:  # what is saved after a stop has been looked at
@@ -94,9 +94,9 @@ def accumulate_gradients(
     averaged over microbatches: it does not depend on how the batch is cut. `seed` names the noise.
     """
     metrics: Metrics = {}
-    for position, (number, batch) in enumerate(microbatches, 1):
-        _seed_noise(f"{seed}/{number}")
-        placed = runtime.place(batch)
+    for position, micro in enumerate(microbatches, 1):
+        _seed_noise(f"{seed}/{micro.number}")
+        placed = runtime.place(micro.batch)
         with runtime.synchronise(model, last=position == len(microbatches)):
             with runtime.autocast():
                 loss = objective(model, placed)

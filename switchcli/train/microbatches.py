@@ -5,13 +5,17 @@ from typing import NamedTuple
 
 from switchcli.data.batch import AnyBatch
 from switchcli.errors import RecipeError
+from switchcli.spec import PAD
 
 
 class Microbatch(NamedTuple):
-    """A portion of a step's batch and its number in the whole step, which seeds its dropout and jitter."""
+    """A portion of a step's batch."""
 
     number: int
+    """In the whole step: it seeds dropout and jitter."""
     batch: AnyBatch
+    num_targets: int
+    """Real ones."""
 
 
 class Microbatches:
@@ -61,4 +65,5 @@ class Microbatches:
     def __call__(self, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches of a step, in order."""
         for number in range(self._first, self._first + self.count):
-            yield Microbatch(number, self._rows(step, number * self.microbatch, self.microbatch))
+            batch = self._rows(step, number * self.microbatch, self.microbatch)
+            yield Microbatch(number, batch, int((batch.targets_BT != PAD).sum()))

@@ -37,6 +37,11 @@ class TrainSpec(Spec):
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; absent: no clipping, as in T5."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = Field(default=1, ge=0)
+    """Threads of each rank that make batches while the model computes; 0: the step makes its own. What is in a batch
+    does not depend on it."""
+    batches_ahead: int = Field(default=2, ge=1)
+    """Steps whose batches are made before they are asked for, at most."""
 
     @property
     def router_dtype(self) -> torch.dtype:

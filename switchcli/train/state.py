@@ -40,6 +40,8 @@ class TrainState:
     """The first of each: of the held-out text before the first step, of tasks after some."""
     best: dict[str, Best] = field(default_factory=dict)
     """Of all evaluations."""
+    texts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Figures of each held-out text in the last evaluation, by its label."""
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Take figures of the weights as they are; what is noted at one step is one evaluation."""
@@ -62,6 +64,7 @@ class TrainState:
             "evaluated_step": self.evaluated_step,
             "first_figures": self.first_figures,
             "best": self.best,
+            "texts": self.texts,
             "window": {name: [part.tolist() for part in mean] for name, mean in window.items()},
         }
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
@@ -76,6 +79,7 @@ class TrainState:
         self.figures, self.first_figures = state["figures"], state["first_figures"]
         self.evaluated_step = state["evaluated_step"]
         self.best = {name: Best(*best) for name, best in state["best"].items()}
+        self.texts = state.get("texts", {})
         self.window = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
             for name, parts in state["window"].items()

@@ -1,0 +1,96 @@
+"""`switchcli data prepare`: a recipe's text as ids, before the run that reads them, by as many machines as there are."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from switchcli.commands import texts
+from switchcli.data.pieces import PARTS
+from switchcli.data.prepare import Text, prepare_share
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import RecipeError
+from switchcli.recipe.schema import OnText, standing_alone
+from switchcli.report.console import Console
+from switchcli.report.units import binary
+
+
+class Options(NamedTuple):
+    """The options of `switchcli data prepare`."""
+
+    model: str | None
+    """The checkpoint whose vocabulary is to be used."""
+    processes: int | None
+    share: str | None
+    check: bool
+
+
+def prepare(
+    name: str, overrides: Sequence[str], options: Options, console: Console, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Prepare what is not there yet, and say what is.
+
+    Raises:
+        RecipeError: the recipe is not one of text; the share is none.
+        DataError: of the text or the tokenizer.
+        CheckpointError: the disk refuses; what was whole by then stays.
+    """
+    recipe = standing_alone(name, overrides)
+    if not isinstance(recipe, OnText):
+        raise RecipeError(f"{name}: reads no plain text: its tasks are cut into ids when a run begins")
+    share = _share(options.share)
+    tokenizer = None if options.model is None else _of_model(options.model, warn)
+    means = texts.means(console)._replace(processes=options.processes, share=share, check=options.check)
+    started = time.monotonic()
+    used, found = prepare_share(recipe.data, means, tokenizer)
+    missing = [label for label, text in found.items() if text is None]
+    if missing:
+        console.message(
+            f"share {share[0] + 1} of {share[1]} is done; the pieces of other machines are not all there: the last to "
+            "be done, or the run itself, puts them together"
+        )
+    return {
+        "recipe": name,
+        "tokenizer": {"sha256": used.sha256, "vocab_size": used.vocab_size},
+        "whole": not missing,
+        "texts": {label: text and _facts(text) for label, text in found.items()},
+        "seconds": time.monotonic() - started,
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """How much there is of each text."""
+    for label, text in result["texts"].items():
+        if text is not None:
+            console.table(label or "text", _rows(text))
+
+
+def _rows(text: dict[str, Any]) -> dict[str, str | float]:
+    rows: dict[str, str | float] = {}
+    for part in PARTS:
+        counts = text[part]
+        said = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of {binary(counts['bytes'])}"
+        rows[part.replace("_", "-")] = said
+    rows |= {f"left out: {reason}": f"{number:,}" for reason, number in text["dropped"].items()}
+    return {**rows, "folder": text["folder"]}
+
+
+def _facts(text: Text) -> dict[str, Any]:
+    counts = {part: text.counts[part]._asdict() for part in PARTS}
+    return {**counts, "dropped": text.dropped, "identity": text.identity, "folder": str(text.folder)}
+
+
+def _share(said: str | None) -> tuple[int, int]:
+    if said is None:
+        return 0, 1
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", said)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise RecipeError(f"--share ({said}): which machine of how many, from 1: try 1/4 to 4/4 on four of them")
+    return int(found[1]) - 1, int(found[2])
+
+
+def _of_model(model: str, warn: Callable[[str], None]) -> Tokenizer:
+    from switchcli.commands.load import open_model  # reads no weights, but takes torch
+
+    return open_model(Path(model), warn).tokenizer

@@ -1,0 +1,55 @@
+"""The cache: folders named by everything that their contents depend on.
+
+A folder appears by a rename, whole or not at all; a damaged one is made anew; of two processes that make the same one,
+the later uses the earlier's.
+"""
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from switchcli.data.store import is_whole
+from switchcli.errors import disk_errors
+
+ELSEWHERE = "name another folder for the cache in $SWITCHCLI_CACHE"
+
+
+def default_cache() -> Path:
+    """`$SWITCHCLI_CACHE`, or ~/.cache/switchcli. Where a cache lies does not change a result."""
+    return Path(os.environ.get("SWITCHCLI_CACHE") or Path.home() / ".cache" / "switchcli")
+
+
+@contextmanager
+def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
+    """Within, `folder` is there and whole: what `build` makes, and seals, at the path that it is given, once.
+
+    Raises:
+        CheckpointError: what the disk refuses, from within too.
+    """
+    with disk_errors(folder.parents[1], ELSEWHERE):
+        if not is_whole(folder):
+            make(folder, build)
+        yield
+
+
+def make(folder: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` make a folder elsewhere, and give it its name. One that is there and whole stays instead."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as scratch:
+        build(Path(scratch) / "built")
+        _publish(Path(scratch), folder)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Renames scratch/built to `folder`. Another process's, if whole, stays instead; a damaged one goes to scratch."""
+    try:
+        (scratch / "built").rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not is_whole(folder):
+            folder.rename(scratch / "damaged")
+            (scratch / "built").rename(folder)

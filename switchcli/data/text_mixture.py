@@ -1,0 +1,101 @@
+"""Mixtures of texts: the share of the rows that each language or corpus has.
+
+Legend  K texts
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from switchcli.data.mixture import Turns, apportioned
+from switchcli.errors import RecipeError
+from switchcli.spec import Spec
+
+_LEAST_ROWS = 100
+"""Rows of a turn for the smallest share at least: it is kept to a hundredth."""
+_MOST_ROWS = 2**20
+"""Rows of a turn at most: its order is held in memory."""
+
+
+class Joined(Spec):
+    """No mixture: the corpora are one text, in proportion to their size."""
+
+    kind: Literal["joined"] = "joined"
+
+
+class Mixing(Spec, ABC):
+    """Each language, or corpus without one, by itself."""
+
+    max_epochs: float | None = Field(default=None, gt=0.0)
+    """How often a run shows a text at most: what a small one may not have goes to the others, in proportion."""
+
+    @abstractmethod
+    def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the shares are in proportion to, of texts of so many tokens with these weights in the recipe [K]."""
+
+    def shares(
+        self, tokens: Sequence[int], weights: Sequence[float], rows_per_epoch: Sequence[int], rows: int
+    ) -> NDArray[np.float64]:
+        """The share of each text in the `rows` of a run [K]; they add up to 1.
+
+        Raises:
+            RecipeError: the texts are too small for `max_epochs`.
+        """
+        wanted = self.weights(np.asarray(tokens), np.asarray(weights))
+        shares = wanted / wanted.sum()
+        if self.max_epochs is None:
+            return shares
+        most = self.max_epochs * np.asarray(rows_per_epoch) / rows
+        if most.sum() < 1:
+            raise RecipeError(
+                f"data.mixture.max_epochs ({self.max_epochs:g}): all texts together are {sum(rows_per_epoch):,} rows, "
+                f"and the run takes {rows:,}: raise it to {1 / most.sum() * self.max_epochs:.3g}, take fewer "
+                "train.steps, or add text"
+            )
+        while (over := shares > most * (1 + 1e-12)).any():
+            full = over | np.isclose(shares, most)
+            shares = np.where(full, most, wanted)
+            shares[~full] *= (1 - most[full].sum()) / wanted[~full].sum()
+        return shares
+
+
+class Weighted(Mixing):
+    """By the `weight` of each corpus."""
+
+    kind: Literal["weighted"] = "weighted"
+
+    def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return weights
+
+
+class Temperature(Mixing):
+    """By the size of each text, smoothed: p ~ tokens ** alpha, times the `weight` of the corpus (mT5: 0.3)."""
+
+    kind: Literal["temperature"] = "temperature"
+    alpha: float = Field(default=0.3, ge=0.0, le=1.0)
+    """1: in proportion to size; 0: all alike."""
+
+    def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (tokens / tokens.max()) ** self.alpha * weights
+
+
+TextMixtureSpec = Annotated[Joined | Weighted | Temperature, Field(discriminator="kind")]
+
+
+class Mixture:
+    """Shares that are settled: the rows of a run by text."""
+
+    def __init__(self, shares: Mapping[str, float], seed: int) -> None:
+        self.shares = dict(shares)
+        """Intended, by label."""
+        intended = np.array(list(self.shares.values()))
+        rows = int(np.clip(np.ceil(_LEAST_ROWS / intended.min()), _LEAST_ROWS * len(intended), _MOST_ROWS))
+        self.turns = Turns(apportioned(intended, rows), seed)
+
+    def shown(self, num_rows: int) -> dict[str, float]:
+        """The share of each text in the first `num_rows` rows."""
+        return dict(zip(self.shares, (self.turns.shown(num_rows) / max(1, num_rows)).tolist(), strict=True))
