@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
-from switchcli.commands.pretrain import HELD_OUT_SEED
+from switchcli.commands.pretrain import HELD_OUT_SEED, objective_of
 from switchcli.commands.run import check_alike, machine, place, split
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import Batch
@@ -211,7 +211,8 @@ class Measuring:
 
         self.exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
         self._sequences = 0
-        self._spans = self._text()
+        self._objective: Objective = cross_entropy
+        self._rows = self._text()
         if runtime.is_main:
             tell(self.tasks.values(), self.exams, recipe.scoring.split, console.message, console.warning)
 
@@ -241,9 +242,9 @@ class Measuring:
             if exam.packed.num_rows
         }
         text = None
-        if (spans := self._spans) is not None:
+        if (stream := self._rows) is not None:
             text = self._cross_entropy(
-                model, lambda first, count: spans.batch(0, first, count), self._sequences, cross_entropy, capacity
+                model, lambda first, count: stream.batch(0, first, count), self._sequences, self._objective, capacity
             )
         return HeldOut(tasks, text)
 
@@ -262,20 +263,21 @@ class Measuring:
         return {"sequences": num_rows, **figures}
 
     def _text(self) -> SpanStream | None:
-        """Rows of corrupted spans, where there is text to look at."""
+        """Rows of text as the model was trained on, where there is some to look at."""
         own, text = self._loaded.recipe, self._recipe.text
         if text is None:
             return None
         objective = SpanCorruption(inputs_length=own.inputs_length)
-        if isinstance(own, OnText):
-            objective = own.data.objective
         data = DataSpec(corpora=text.corpora, held_out_fraction=text.held_out_fraction, objective=objective)
+        if isinstance(own, OnText):
+            data = data.model_copy(update={"objective": own.data.objective, "packing": own.data.packing})
+        self._objective = objective_of(data)
 
         def prepared() -> Prepared:
             return prepare(data, default_cache(), self._console.track, self._loaded.tokenizer)
 
         found = self._runtime.on_main(prepared) or prepared()
-        stream = SpanStream(found.held_out, self._loaded.tokenizer, objective, HELD_OUT_SEED, text.sequences)
+        stream = SpanStream(found.held_out, self._loaded.tokenizer, data.rows, HELD_OUT_SEED, text.sequences)
         self._sequences = min(text.sequences, stream.rows_per_epoch)
         return stream
 

@@ -1,4 +1,4 @@
-"""`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, by span corruption of plain text."""
+"""`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, on plain text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,21 @@ from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
+from switchcli.data.batch import Batch
 from switchcli.data.prepare import Prepared, default_cache, prepare
+from switchcli.data.spec import DataSpec
 from switchcli.data.stream import SpanStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.initialise import initial_weights
+from switchcli.model.packing import segments_of
 from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.schema import OnText, PretrainRecipe
 from switchcli.report.console import Console
+from switchcli.spec import PAD
 from switchcli.train import memory
-from switchcli.train.objective import cross_entropy
+from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 
@@ -52,31 +56,40 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
             else:
                 start.begin(recipe.start, opened, weights, optimizer)
 
-        verb = Verb(cross_entropy, text, begin)
+        verb = Verb(objective_of(recipe.data), text, begin)
         result = Training(recipe, folder, runtime, console, verb).run()
         runtime.close()
     return result
 
 
+def objective_of(data: DataSpec) -> Objective:
+    return packed_cross_entropy if data.packing == "documents" else cross_entropy
+
+
 def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime) -> Text:
-    """Spans of the recipe's text. Raises DataError as each part says."""
+    """Rows of the recipe's text. Raises DataError as each part says."""
     found = runtime.on_main(prepared) or prepared()  # the main rank fills the cache that the others read
-    pieces, rows = found.tokenizer.vocab_size, recipe.model.vocab_size
-    if pieces > rows:
+    pieces, vocab_size = found.tokenizer.vocab_size, recipe.model.vocab_size
+    if pieces > vocab_size:
         raise RecipeError(
-            f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
+            f"model.vocab_size ({vocab_size}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
         )
-    objective = recipe.data.objective
-    stream = SpanStream(found.train, found.tokenizer, objective, recipe.train.seed, recipe.rows_per_step)
-    held_out = SpanStream(found.held_out, found.tokenizer, objective, HELD_OUT_SEED, recipe.eval.sequences)
+    rows = recipe.data.rows
+    stream = SpanStream(found.train, found.tokenizer, rows, recipe.train.seed, recipe.rows_per_step)
+    held_out = SpanStream(found.held_out, found.tokenizer, rows, HELD_OUT_SEED, recipe.eval.sequences)
     return Text(
         found.tokenizer,
         found.identity,
         stream.batch,
         lambda first, count: held_out.batch(0, first, count),
         held_out.rows_per_epoch,
-        held_out.batch(0, 0, NUM_SAMPLES),
+        _first_of_each(held_out.batch(0, 0, NUM_SAMPLES)),
     )
+
+
+def _first_of_each(batch: Batch) -> Batch:
+    """The first text of each row alone."""
+    return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segments_of(*batch), strict=True)))
 
 
 def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
