@@ -89,7 +89,7 @@ def test_span_corruption_of_t5(inputs: int, raw: int, targets: int) -> None:
 
 def test_a_chunk_of_568_hides_85_tokens_in_28_spans() -> None:
     corruption = SpanCorruption(inputs_length=512, noise_density=0.15, mean_span_length=3.0)
-    assert corruption.num_spans == 28
+    assert corruption.num_sentinels == 28
     assert corruption.num_noise == 85
     assert corruption.raw_length - 85 + 28 + 1 == corruption.inputs_length
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
+from switchcli.commands.pretrain import objective_of
 from switchcli.commands.run import check_alike, machine, place, split
 from switchcli.commands import texts
 from switchcli.commands.scores import show_scores, task_results
@@ -234,6 +235,7 @@ class Measuring:
             return exams_of(self.tasks.values(), recipe.data, recipe.scoring, loaded.tokenizer)
 
         self.exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
+        self._objective: Objective = cross_entropy
         self._texts = self._held_out_texts()
         if runtime.is_main:
             tell(self.tasks.values(), self.exams, recipe.scoring.split, console.message, console.warning)
@@ -263,7 +265,7 @@ class Measuring:
             for exam in self.exams
             if exam.packed.num_rows
         }
-        found = {label: self._rows(model, text, cross_entropy, capacity) for label, text in self._texts.items()}
+        found = {label: self._rows(model, text, self._objective, capacity) for label, text in self._texts.items()}
         if not found:
             return HeldOut(tasks, None, {})
         sequences = sum(text.num_rows for text in self._texts.values())
@@ -287,19 +289,20 @@ class Measuring:
         return {"sequences": num_rows, **figures}
 
     def _held_out_texts(self) -> dict[str, HeldOutText]:
-        """Rows of corrupted spans, where there is text to look at."""
+        """Rows of text as the model was trained on, where there is some to look at."""
         own, text = self._loaded.recipe, self._recipe.text
         if text is None:
             return {}
         objective = SpanCorruption(inputs_length=own.inputs_length)
-        if isinstance(own, OnText):
-            objective = own.data.objective
         data = DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective)
+        if isinstance(own, OnText):
+            data = data.model_copy(update={"objective": own.data.objective, "packing": own.data.packing})
+        self._objective = objective_of(data)
 
         def prepared() -> Prepared:
             return prepare(data, texts.means(self._console), self._loaded.tokenizer)
 
-        return texts.held_out(self._runtime.on_main(prepared) or prepared(), objective, text.sequences)
+        return texts.held_out(self._runtime.on_main(prepared) or prepared(), data.rows, text.sequences)
 
     def _never_seen(self, names: Sequence[str]) -> None:
         if not names or not self._runtime.is_main:

@@ -1,4 +1,4 @@
-"""`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, by span corruption of plain text."""
+"""`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, on plain text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,22 @@ from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
+from switchcli.data.batch import Batch
 from switchcli.data.pieces import TRAIN
 from switchcli.data.prepare import Prepared, prepare
+from switchcli.data.spec import DataSpec
 from switchcli.data.stream import TextStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.initialise import initial_weights
+from switchcli.model.packing import segments_of
 from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.schema import OnText, PretrainRecipe
 from switchcli.report.console import Console
+from switchcli.spec import PAD
 from switchcli.train import memory
-from switchcli.train.objective import cross_entropy
+from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 
@@ -51,7 +55,7 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
             else:
                 start.begin(recipe.start, opened, weights, optimizer)
 
-        verb = Verb(cross_entropy, text, begin)
+        verb = Verb(objective_of(recipe.data), text, begin)
         result = Training(recipe, folder, runtime, console, verb).run()
         runtime.close()
     return result
@@ -66,20 +70,30 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
             f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
         )
     data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
-    chunks = texts.chunks_of(found, TRAIN, data.objective, seed)
+    chunks = texts.chunks_of(found, TRAIN, data.rows, seed)
     mixture = texts.mixture_of(found, data, chunks, recipe.train.steps * batch_rows, seed)
     if runtime.is_main:
         texts.tell(found, chunks, mixture, recipe.train.steps * batch_rows, console)
-    stream = TextStream([*chunks.values()], found.tokenizer, data.objective, seed, batch_rows, mixture and mixture.turns)
-    held_out = texts.held_out(found, data.objective, recipe.eval.sequences)
+    stream = TextStream([*chunks.values()], found.tokenizer, data.rows, seed, batch_rows, mixture and mixture.turns)
+    held_out = texts.held_out(found, data.rows, recipe.eval.sequences)
     return Text(
         found.tokenizer,
         found.identity if mixture is None else texts.identity(found, mixture),
         stream.batch,
         held_out,
-        next(iter(held_out.values())).rows(0, NUM_SAMPLES),
+        _first_of_each(next(iter(held_out.values())).rows(0, NUM_SAMPLES)),
         shown=lambda step: {} if mixture is None else {"mixture": mixture.shown(step * batch_rows)},
     )
+
+
+def objective_of(data: DataSpec) -> Objective:
+    """What is minimised, by how rows are packed."""
+    return packed_cross_entropy if data.packing == "documents" else cross_entropy
+
+
+def _first_of_each(batch: Batch) -> Batch:
+    """The first text of each row alone."""
+    return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segments_of(*batch), strict=True)))
 
 
 def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:

@@ -27,7 +27,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.layout import Weights
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
-from switchcli.recipe.schema import DistillTasksRecipe
+from switchcli.recipe.schema import DistillTasksRecipe, OnText
 from switchcli.report.console import Console
 from switchcli.report.units import si
 from switchcli.train import logical, memory
@@ -36,7 +36,7 @@ from switchcli.train.asking import Asking
 from switchcli.train.checkpoint import preflight
 from switchcli.train.distillation import Distillation, Teacher, compression, gain_kept
 from switchcli.train.lock import lock
-from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy, packed_rows, whole_rows
+from switchcli.train.objective import Objective, packed_cross_entropy, packed_rows, whole_rows
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder, write_whole
 from switchcli.train.saver import fill
@@ -115,9 +115,8 @@ class _Teaching:
             raise DistributedError(
                 f"the ranks found other checkpoints of the teacher at {self._settings.teacher}: name one by its step"
             )
-        on_tasks = isinstance(recipe, DistillTasksRecipe)
-        self._segments = packed_rows if on_tasks else whole_rows
-        self.hard: Objective = packed_cross_entropy if on_tasks else cross_entropy
+        self.hard = pretrain.objective_of(recipe.data) if isinstance(recipe, OnText) else packed_cross_entropy
+        self._segments = packed_rows if self.hard is packed_cross_entropy else whole_rows
         self.scoring = recipe.scoring if isinstance(recipe, DistillTasksRecipe) else ScoringSpec()
         self._microbatch: int = runtime.on_main(self._rows_at_a_time) or self._rows_at_a_time()
         self._model: SwitchTransformer | None = None

@@ -7,10 +7,9 @@ import numpy as np
 from switchcli.data.batch import Batch
 from switchcli.data.cache import default_cache
 from switchcli.data.chunks import Chunks
-from switchcli.data.objectives import ObjectiveSpec
 from switchcli.data.pieces import HELD_OUT, TRAIN
 from switchcli.data.prepare import Means, Prepared
-from switchcli.data.spec import DataSpec
+from switchcli.data.spec import DataSpec, Rows
 from switchcli.data.store import digest_of
 from switchcli.data.stream import TextStream
 from switchcli.data.text_mixture import Mixture
@@ -26,9 +25,9 @@ def means(console: Console) -> Means:
     return Means(default_cache(), console.track, console.preparing)
 
 
-def chunks_of(found: Prepared, part: str, objective: ObjectiveSpec, seed: int) -> dict[str, Chunks]:
+def chunks_of(found: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Chunks]:
     """The rows of each text. Raises DataError for a text that is smaller than a row."""
-    return {label: Chunks(text.shards[part], objective.raw_length, seed, label) for label, text in found.texts.items()}
+    return {label: Chunks(text.shards[part], rows, seed, label) for label, text in found.texts.items()}
 
 
 def mixture_of(
@@ -49,11 +48,11 @@ def identity(found: Prepared, mixture: Mixture) -> str:
     return digest_of({"texts": found.identity, "shares": mixture.shares})
 
 
-def held_out(found: Prepared, objective: ObjectiveSpec, sequences: int) -> dict[str, HeldOutText]:
+def held_out(found: Prepared, made_by: Rows, sequences: int) -> dict[str, HeldOutText]:
     """The held-out rows of each text, `sequences` at most, and what they are worth in bytes."""
     texts = {}
-    for label, chunks in chunks_of(found, HELD_OUT, objective, HELD_OUT_SEED).items():
-        rows = TextStream([chunks], found.tokenizer, objective, HELD_OUT_SEED, sequences)
+    for label, chunks in chunks_of(found, HELD_OUT, made_by, HELD_OUT_SEED).items():
+        rows = TextStream([chunks], found.tokenizer, made_by, HELD_OUT_SEED, sequences)
         number = min(sequences, chunks.rows_per_epoch)
         counts = found.texts[label].counts[HELD_OUT]
         share = _text_fraction(rows.batch(0, 0, number), found)

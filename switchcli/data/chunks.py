@@ -2,22 +2,26 @@
 
 Each epoch goes through the shards in a random order, a window of them at a time, so that no more than a window is open,
 however large the text is. The documents of a shard are shuffled and put end to end without EOS between (T5), and cut
-into chunks; the tail shorter than a chunk is left out. The chunks of a window are shuffled, so that neither a shard nor
-a long document fills a batch.
+into chunks; the tail shorter than a chunk is left out. Whole documents are packed into rows once. The rows of a window
+are shuffled, so that neither a shard nor a long document fills a batch.
 
-Legend  R rows  L raw tokens of a chunk  S shards  W windows  D documents  X pieces of documents
+Legend  R rows  L raw tokens of a row  S shards  W windows  D documents  X pieces of documents
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.data.draws import CHUNKS, DOCUMENTS, SHARDS, permutation
 from switchcli.data.packing import ranges
+from switchcli.data.spec import Rows
 from switchcli.data.store import Shard, TokenStore
+from switchcli.data.whole_documents import WholeDocuments
 from switchcli.errors import DataError
 
 WINDOW_SHARDS = 8
@@ -25,31 +29,43 @@ _KEPT_WINDOWS = 2
 """Where a batch goes from one window to the next, and workers are ahead, both are in use."""
 
 
-class Chunks:
-    """Rows of `raw_length` tokens, epoch after epoch. Workers may ask at the same time."""
+class Counted(NamedTuple):
+    """A shard, and how many rows are in it."""
 
-    def __init__(self, shards: Sequence[Shard], raw_length: int, seed: int, label: str = "") -> None:
-        """Raises DataError, naming the text's `label`, when there is less than a row."""
-        self._shards = [shard for shard in shards if shard.num_tokens >= raw_length]
-        self._raw_length, self._seed = raw_length, seed
-        self._rows_S = np.array([shard.num_tokens // raw_length for shard in self._shards], dtype=np.int64)
+    shard: Shard
+    num_rows: int
+
+
+class Chunks:
+    """Rows of raw tokens, epoch after epoch. Workers may ask at the same time."""
+
+    def __init__(self, shards: Sequence[Shard], rows: Rows, seed: int, label: str = "") -> None:
+        """Rows of whole documents take a look at the index of every shard, some 20 ms each.
+
+        Raises DataError, naming the text's `label`, when there is less than a row.
+        """
+        counted = [Counted(shard, num_rows(shard, rows, seed, number)) for number, shard in enumerate(shards)]
+        self._numbers_S = np.array([number for number, one in enumerate(counted) if one.num_rows], dtype=np.int64)
+        self._rows_S = np.array([one.num_rows for one in counted if one.num_rows], dtype=np.int64)
+        self._shards, self._rows, self._seed = counted, rows, seed
         self.rows_per_epoch = int(self._rows_S.sum())
         """Rows that show each token once at most."""
         if not self.rows_per_epoch:
             documents, tokens = (sum(one[place] for one in shards) for place in (0, 1))
             raise DataError(
-                f"data{f' ({label})' if label else ''}: {tokens} tokens in {documents} documents, but one row takes {raw_length}: add text, or take a "
-                "smaller inputs_length (for the held-out part, a larger held_out_fraction)"
+                f"data{f' ({label})' if label else ''}: {tokens} tokens in {documents} documents, but one row takes "
+                f"{2 if isinstance(rows, WholeDocuments) else rows.raw_length}: add text, or take a smaller inputs_length (for the held-out part, a larger "
+                "held_out_fraction)"
             )
-        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
         self._lock = Lock()
 
     def raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
         """Raw ids int64 [R, L] of rows of the endless sequence."""
-        raw_RL = np.empty((len(row_R), self._raw_length), dtype=np.int64)
+        raw_RL = np.empty((len(row_R), self._rows.raw_length), dtype=np.int64)
         epoch_R, place_R = np.divmod(row_R, self.rows_per_epoch)
         for epoch in np.unique(epoch_R):
-            order_S = permutation(len(self._shards), self._seed, int(epoch), SHARDS)
+            order_S = permutation(len(self._rows_S), self._seed, int(epoch), SHARDS)
             end_W = np.cumsum(np.add.reduceat(self._rows_S[order_S], np.arange(0, len(order_S), WINDOW_SHARDS)))
             window_R = np.searchsorted(end_W, place_R, side="right")
             for number in np.unique(window_R[epoch_R == epoch]):
@@ -58,64 +74,97 @@ class Chunks:
                 raw_RL[mine_R] = self._window(int(epoch), int(number), order_S).raw(place_R[mine_R] - start)
         return raw_RL
 
-    def _window(self, epoch: int, number: int, order_S: NDArray[np.int64]) -> "_Window":
+    def _window(self, epoch: int, number: int, order_S: NDArray[np.int64]) -> "Window":
         with self._lock:
             if (epoch, number) not in self._windows:
-                numbers = order_S[number * WINDOW_SHARDS : (number + 1) * WINDOW_SHARDS].tolist()
+                numbers = self._numbers_S[order_S[number * WINDOW_SHARDS : (number + 1) * WINDOW_SHARDS]].tolist()
                 shards = {index: self._shards[index] for index in numbers}
-                self._windows[epoch, number] = _Window(shards, self._raw_length, self._seed, epoch, number)
+                self._windows[epoch, number] = Window(shards, self._rows, self._seed, epoch, number)
             self._windows.move_to_end((epoch, number))
             if len(self._windows) > _KEPT_WINDOWS:
                 self._windows.popitem(last=False)
             return self._windows[epoch, number]
 
 
-class _Window:
-    """Some shards of an epoch, the chunks of all of them in one random order."""
+class Laid(ABC):
+    """The documents of a shard as rows."""
 
-    def __init__(self, shards: dict[int, Shard], raw_length: int, seed: int, epoch: int, number: int) -> None:
-        self._shards, self._raw_length, self._seed, self._epoch = shards, raw_length, seed, epoch
-        self._numbers = list(shards)
-        self._end_S = np.cumsum([shard.num_tokens // raw_length for shard in shards.values()])
-        self._chunks = permutation(int(self._end_S[-1]), seed, epoch, CHUNKS, number)
-        self._laid: dict[int, _Laid] = {}
-        self._lock = Lock()
-
-    def raw(self, place_R: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Raw ids [R, L] of the rows at these places of the window."""
-        raw_RL = np.empty((len(place_R), self._raw_length), dtype=np.int64)
-        chunk_R = self._chunks[place_R]
-        shard_R = np.searchsorted(self._end_S, chunk_R, side="right")
-        for shard in np.unique(shard_R):
-            mine_R = shard_R == shard
-            start = self._end_S[shard - 1] if shard else 0
-            raw_RL[mine_R] = self._enter(self._numbers[shard]).raw(chunk_R[mine_R] - start, self._raw_length)
-        return raw_RL
-
-    def _enter(self, number: int) -> "_Laid":
-        with self._lock:
-            if number not in self._laid:
-                self._laid[number] = _Laid(self._shards[number].open(), self._seed, self._epoch, number)
-            return self._laid[number]
+    @abstractmethod
+    def raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Raw ids [R, L] of some rows."""
 
 
-class _Laid:
-    """The documents of a shard end to end, in the order of an epoch."""
+class _EndToEnd(Laid):
+    """One behind the other in the order of an epoch, cut into chunks."""
 
-    def __init__(self, store: TokenStore, seed: int, epoch: int, number: int) -> None:
-        self._tokens = store.tokens
+    def __init__(self, store: TokenStore, raw_length: int, seed: int, epoch: int, number: int) -> None:
+        self._tokens, self._raw_length = store.tokens, raw_length
         order_D = permutation(store.num_documents, seed, epoch, DOCUMENTS, number)
         self._end_D = np.cumsum(np.diff(store.offsets)[order_D])
         # Where a shuffled position lies in the store: the position plus the shift of its document.
         self._shift_D = store.offsets[1:][order_D] - self._end_D
 
-    def raw(self, chunk_R: NDArray[np.int64], raw_length: int) -> NDArray[np.int64]:
-        """Raw ids [R, L] of some chunks."""
-        start_R = chunk_R * raw_length
+    def raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        start_R = row_R * self._raw_length
         first_R = np.searchsorted(self._end_D, start_R, side="right")
-        count_R = np.searchsorted(self._end_D, start_R + raw_length - 1, side="right") - first_R + 1
+        count_R = np.searchsorted(self._end_D, start_R + self._raw_length - 1, side="right") - first_R + 1
         document_X, start_X = ranges(first_R, count_R), np.repeat(start_R, count_R)
         begin_X = np.maximum(start_X, np.where(document_X > 0, self._end_D[document_X - 1], 0))
-        end_X = np.minimum(start_X + raw_length, self._end_D[document_X])
+        end_X = np.minimum(start_X + self._raw_length, self._end_D[document_X])
         place = ranges(begin_X + self._shift_D[document_X], end_X - begin_X)
-        return self._tokens[place].reshape(len(chunk_R), raw_length).astype(np.int64)
+        return self._tokens[place].reshape(len(row_R), self._raw_length).astype(np.int64)
+
+
+class _Whole(Laid):
+    """Whole documents that share rows, the same ones in every epoch."""
+
+    def __init__(self, store: TokenStore, rows: WholeDocuments, seed: int, number: int) -> None:
+        self._store, self._raw_length = store, rows.raw_length
+        self._order_D = permutation(store.num_documents, seed, 0, DOCUMENTS, number)
+        self._pieces = rows.pack(np.diff(store.offsets)[self._order_D])
+        self.num_rows = len(self._pieces.end_R)
+
+    def raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._pieces.raw(self._store, self._order_D, row_R, self._raw_length)
+
+
+class Window:
+    """Some shards of an epoch, the rows of all of them in one random order."""
+
+    def __init__(self, shards: Mapping[int, Counted], rows: Rows, seed: int, epoch: int, number: int) -> None:
+        """`shards` by their numbers in the text."""
+        self._shards, self._rows, self._seed, self._epoch = shards, rows, seed, epoch
+        self._numbers = list(shards)
+        self._end_S = np.cumsum([one.num_rows for one in shards.values()])
+        self.num_rows = int(self._end_S[-1])
+        self._order = permutation(self.num_rows, seed, epoch, CHUNKS, number)
+        self._laid: dict[int, Laid] = {}
+        self._lock = Lock()
+
+    def raw(self, place_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Raw ids [R, L] of the rows at these places of the window."""
+        raw_RL = np.empty((len(place_R), self._rows.raw_length), dtype=np.int64)
+        row_R = self._order[place_R]
+        shard_R = np.searchsorted(self._end_S, row_R, side="right")
+        for shard in np.unique(shard_R):
+            mine_R = shard_R == shard
+            start = self._end_S[shard - 1] if shard else 0
+            raw_RL[mine_R] = self._enter(self._numbers[shard]).raw(row_R[mine_R] - start)
+        return raw_RL
+
+    def _enter(self, number: int) -> Laid:
+        with self._lock:
+            if number not in self._laid:
+                store, rows = self._shards[number].shard.open(), self._rows
+                if isinstance(rows, WholeDocuments):
+                    self._laid[number] = _Whole(store, rows, self._seed, number)
+                else:
+                    self._laid[number] = _EndToEnd(store, rows.raw_length, self._seed, self._epoch, number)
+            return self._laid[number]
+
+
+def num_rows(shard: Shard, rows: Rows, seed: int, number: int) -> int:
+    """How many rows there are in the shard of this number."""
+    if isinstance(rows, WholeDocuments):
+        return _Whole(shard.open(), rows, seed, number).num_rows
+    return shard.num_tokens // rows.raw_length

@@ -54,7 +54,7 @@ class Packed(NamedTuple):
         example_X = self.example_X[ranges(start_R, count_R)]
         place_X = np.repeat(np.arange(len(row_R)), count_R)
         inputs, targets = (
-            _laid_out(store, example_X, place_X, (len(row_R), length))
+            _rows_of(store, example_X, place_X, (len(row_R), length))
             for store, length in zip((self.inputs, self.targets), self.lengths, strict=True)
         )
         return inputs, targets
@@ -109,16 +109,23 @@ class _Row:
         self.target -= target
 
 
-def _laid_out(
+def _rows_of(
     store: TokenStore, example_X: NDArray[np.int64], place_X: NDArray[np.int64], shape: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """The ids of examples, each in the row that `place_X` says, one behind the other."""
-    length_X = np.minimum(store.offsets[example_X + 1] - store.offsets[example_X], shape[1])
-    behind_X = np.cumsum(length_X) - length_X
-    first = np.searchsorted(place_X, np.arange(shape[0]))
-    column_X = behind_X - np.append(behind_X, 0)[first][place_X]
+    """The examples, each in the row that `place_X` says; what is longer than a row is cut."""
+    start_X = store.offsets[example_X]
+    length_X = np.minimum(store.offsets[example_X + 1] - start_X, shape[1]) - 1
+    return laid_out(store.tokens[ranges(start_X, length_X)], length_X, place_X, shape)
+
+
+def laid_out(
+    ids: NDArray[np.integer], length_X: NDArray[np.int64], row_X: NDArray[np.int64], shape: tuple[int, int]
+) -> NDArray[np.int64]:
+    """Texts, which lie end to end in `ids`, each in its row of ascending `row_X` with EOS behind it; padded."""
+    behind_X = np.cumsum(length_X + 1) - (length_X + 1)
+    first = np.searchsorted(row_X, np.arange(shape[0]))
+    place_X = row_X * shape[1] + behind_X - np.append(behind_X, 0)[first][row_X]
     out = np.full(shape, PAD, dtype=np.int64)
-    place = ranges(place_X * shape[1] + column_X, length_X)
-    out.reshape(-1)[place] = store.tokens[ranges(store.offsets[example_X], length_X)]
-    out.reshape(-1)[place_X * shape[1] + column_X + length_X - 1] = EOS  # what was cut ends too
+    out.reshape(-1)[ranges(place_X, length_X)] = ids
+    out.reshape(-1)[place_X + length_X] = EOS
     return out

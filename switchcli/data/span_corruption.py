@@ -6,21 +6,33 @@ What it is not: it reads no text and draws no random numbers; `switchcli.data.st
     inputs   a b <0> e f <1> </s>
     targets  <0> c d <1> g h i j </s>    no closing sentinel, as in T5's code
 
-Legend  R rows  L raw tokens  S source  T target positions
+Texts of any lengths are corrupted at once, end to end: a chunk a row here, and what `objectives` and `whole_documents`
+make of it.
+
+Legend  R rows  L raw tokens  S source  T target positions  X texts  N items of a text
 """
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from switchcli.spec import EOS, Spec
+from switchcli.data.packing import laid_out, ranges
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError
+from switchcli.spec import Spec
+
+Ids = NDArray[np.int64]
+Draws = NDArray[np.uint64]
+Corrupt = Callable[[Ids, Draws], tuple[Ids, Ids]]
+"""`(raw_RL, draws)`: inputs [R, S] and targets [R, T], int64, padded with 0, of raw ids and uniform numbers."""
 
 
 class Lengths(NamedTuple):
-    """How a chunk of raw tokens is shared out: the same counts for each row."""
+    """How the tokens of a text are shared out."""
 
     num_kept: int
     num_noise: int
@@ -34,6 +46,22 @@ class Lengths(NamedTuple):
     def targets(self) -> int:
         return self.num_noise + self.num_spans + 1
 
+    @classmethod
+    def of(cls, raw_length: int, noise_density: float, mean_span_length: float | None) -> Self:
+        """T5's counts; rounding is half to even, and both parts have a token at least. One span without a mean."""
+        num_noise = min(max(round(raw_length * noise_density), 1), raw_length - 1)
+        num_spans = 1 if mean_span_length is None else max(round(num_noise / mean_span_length), 1)
+        return cls(raw_length - num_noise, num_noise, num_spans)
+
+    def check(self, noise_density: float, mean_span_length: float | None) -> None:
+        """Raise a ValueError where spans would touch."""
+        if self.num_spans > self.num_kept:
+            raise ValueError(
+                f"noise_density ({noise_density}) and mean_span_length ({mean_span_length}) make "
+                f"{self.num_spans} spans, but only {self.num_kept} tokens are left to part them: lower "
+                "noise_density or raise mean_span_length"
+            )
+
 
 class SpanCorruption(Spec):
     """Hides `noise_density` of the tokens in spans of `mean_span_length` on average; lengths are counts of tokens."""
@@ -46,20 +74,11 @@ class SpanCorruption(Spec):
 
     @model_validator(mode="after")
     def _spans_fit(self) -> Self:
-        lengths = self._lengths(self.raw_length)
-        if lengths.num_spans > lengths.num_kept:
-            raise ValueError(
-                f"noise_density ({self.noise_density}) and mean_span_length ({self.mean_span_length}) make "
-                f"{lengths.num_spans} spans, but only {lengths.num_kept} tokens are left to part them: lower "
-                "noise_density or raise mean_span_length"
-            )
+        self._lengths(self.raw_length).check(self.noise_density, self.mean_span_length)
         return self
 
     def _lengths(self, raw_length: int) -> Lengths:
-        """T5's counts; rounding is half to even, and both parts have a token at least."""
-        num_noise = min(max(round(raw_length * self.noise_density), 1), raw_length - 1)
-        num_spans = max(round(num_noise / self.mean_span_length), 1)
-        return Lengths(raw_length - num_noise, num_noise, num_spans)
+        return Lengths.of(raw_length, self.noise_density, self.mean_span_length)
 
     @cached_property
     def raw_length(self) -> int:
@@ -76,8 +95,8 @@ class SpanCorruption(Spec):
         return self._lengths(self.raw_length).num_noise
 
     @property
-    def num_spans(self) -> int:
-        """Hidden spans of a row: the number of sentinels that it needs."""
+    def num_sentinels(self) -> int:
+        """Sentinels that a row needs: one for each hidden span."""
         return self._lengths(self.raw_length).num_spans
 
     @property
@@ -90,41 +109,85 @@ class SpanCorruption(Spec):
         """Random numbers that a row takes: one for each place where a segment may be cut."""
         return self.raw_length - 2
 
-    def corrupt(
-        self, raw_RL: NDArray[np.int64], draws: NDArray[np.uint64], sentinels: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def shares(self, length_X: Ids) -> Ids:
+        """Kept tokens, hidden ones and spans [X, 3] of texts of 2 to `raw_length` tokens."""
+        return self._shares[length_X]
+
+    @cached_property
+    def _shares(self) -> Ids:
+        # A short text may leave fewer tokens to part its spans than they are.
+        found = [self._lengths(length) for length in range(2, self.raw_length + 1)]
+        return np.array([(0, 0, 0)] * 2 + [(kept, noise, min(kept, spans)) for kept, noise, spans in found])
+
+    def build(self, tokenizer: Tokenizer) -> Corrupt:
+        """Raises DataError when the tokenizer has fewer sentinels than a row needs."""
+        return partial(self.corrupt, sentinels=enough_sentinels(tokenizer, self.num_sentinels))
+
+    def corrupt(self, raw_RL: Ids, draws: Draws, sentinels: Ids) -> tuple[Ids, Ids]:
         """Inputs [R, inputs_length] and targets [R, targets_length], int64, padded with 0, of raw ids [R, raw_length].
 
-        `draws` [R, num_draws] are uniform; only their order within a row counts. `sentinels` [>= num_spans] are the ids
-        in order of use. Kept and hidden segments are cut independently, each way of cutting into non-empty ones being
-        equally likely; they alternate, a kept one first.
+        `draws` [R, num_draws] are uniform; only their order within a row counts. `sentinels` [>= num_sentinels] are the
+        ids in order of use.
         """
-        kept, noise, spans = self._lengths(self.raw_length)
-        lengths = np.stack(
-            [_segment(draws[:, : kept - 1], kept, spans), _segment(draws[:, kept - 1 :], noise, spans)], axis=-1
+        row_R = np.arange(len(raw_RL))
+        share_R3 = np.tile(self._lengths(self.raw_length), (len(raw_RL), 1))
+        hidden = hide_spans(raw_RL.ravel(), share_R3, draws.ravel(), row_R * self.num_draws, sentinels)
+        return (
+            laid_out(hidden.inputs, hidden.inputs_X, row_R, (len(raw_RL), self.inputs_length)),
+            laid_out(hidden.targets, hidden.targets_X, row_R, (len(raw_RL), self.targets_length)),
         )
-        hidden_RL = np.repeat(np.tile([False, True], lengths.size // 2), lengths.ravel()).reshape(raw_RL.shape)
-        inputs_RS = np.zeros((len(raw_RL), self.inputs_length), dtype=np.int64)
-        targets_RT = np.zeros((len(raw_RL), self.targets_length), dtype=np.int64)
-        for out, mask_RL in ((inputs_RS, hidden_RL), (targets_RT, ~hidden_RL)):
-            short = _replace_spans(raw_RL, mask_RL, sentinels[:spans])
-            out[:, : short.shape[1]] = short
-            out[:, short.shape[1]] = EOS
-        return inputs_RS, targets_RT
 
 
-def _segment(draws: NDArray[np.uint64], num_items: int, num_segments: int) -> NDArray[np.int64]:
-    """Random lengths [R, num_segments] >= 1, adding up to `num_items`: cut where draws [R, num_items - 1] are least."""
-    cuts = np.sort(np.argsort(draws, axis=1)[:, : num_segments - 1], axis=1) + 1
-    return np.diff(cuts, axis=1, prepend=0, append=num_items)
+class Hidden(NamedTuple):
+    """Corrupted texts end to end, without EOS, and how many tokens each has."""
+
+    inputs: Ids
+    inputs_X: Ids
+    targets: Ids
+    targets_X: Ids
 
 
-def _replace_spans(
-    raw_RL: NDArray[np.int64], mask_RL: NDArray[np.bool_], sentinels: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Each masked span becomes one sentinel. Every row has as many spans as `sentinels`, and as many masked tokens."""
-    starts_RL = mask_RL.copy()
-    starts_RL[:, 1:] &= ~mask_RL[:, :-1]
-    marked_RL = raw_RL.copy()
-    marked_RL[starts_RL] = np.tile(sentinels, len(raw_RL))
-    return marked_RL[starts_RL | ~mask_RL].reshape(len(raw_RL), -1)
+def hide_spans(raw: Ids, share_X3: Ids, draws: Draws, first_X: Ids, sentinels: Ids) -> Hidden:
+    """Corrupt texts that lie end to end in `raw`, each of kept and hidden tokens and spans as `share_X3` says.
+
+    Kept and hidden segments are cut independently, each way of cutting into non-empty ones being equally likely; they
+    alternate, a kept one first. A text of N tokens takes N - 2 of the `draws`, from `first_X` on.
+    """
+    kept_X, noise_X, spans_X = share_X3.T
+    kept, noise = _cut(draws, first_X, kept_X, spans_X), _cut(draws, first_X + kept_X - 1, noise_X, spans_X)
+    hidden = np.repeat(np.tile([False, True], len(kept)), np.stack([kept, noise], axis=1).ravel())
+    marks = sentinels[ranges(np.zeros_like(spans_X), spans_X)]
+    return Hidden(
+        _replace_spans(raw, hidden, marks), kept_X + spans_X, _replace_spans(raw, ~hidden, marks), noise_X + spans_X
+    )
+
+
+def enough_sentinels(tokenizer: Tokenizer, number: int) -> Ids:
+    """The tokenizer's sentinels. Raises DataError when there are fewer."""
+    if len(tokenizer.sentinels) < number:
+        raise DataError(
+            f"data.objective hides {number} spans a row and needs as many sentinels, the tokenizer has "
+            f"{len(tokenizer.sentinels)}: take a smaller inputs_length or noise_density, or a larger mean_span_length"
+        )
+    return tokenizer.sentinels
+
+
+def _cut(draws: Draws, first_X: Ids, items_X: Ids, segments_X: Ids) -> Ids:
+    """Random lengths >= 1 of each text's segments, which add up to its items: cut where its N - 1 draws are least."""
+    place = np.arange(items_X.max(initial=1) - 1)
+    among_XN = place < items_X[:, None] - 1
+    least = np.where(among_XN, draws.take(first_X[:, None] + place, mode="clip"), np.iinfo(np.uint64).max)
+    is_end_XN = np.zeros((len(items_X), len(place) + 1), dtype=bool)
+    np.put_along_axis(is_end_XN, np.argsort(least, axis=1), place < segments_X[:, None] - 1, axis=1)
+    is_end_XN[np.arange(len(items_X)), items_X - 1] = True
+    text, last = np.nonzero(is_end_XN)
+    return np.diff(last + (np.cumsum(items_X) - items_X)[text], prepend=-1)
+
+
+def _replace_spans(raw: Ids, mask: NDArray[np.bool_], sentinels: Ids) -> Ids:
+    """Each masked span becomes the next of the sentinels."""
+    starts = mask.copy()
+    starts[1:] &= ~mask[:-1]
+    marked = raw.copy()
+    marked[starts] = sentinels
+    return marked[starts | ~mask]

@@ -1,17 +1,21 @@
 """DataSpec: what a run reads, as the `data:` part of a recipe says it. It opens nothing; `prepare` does."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchcli.data.corpus import Corpus, PythonStdlib
 from switchcli.data.filters import Filters
-from switchcli.data.objectives import ObjectiveSpec
+from switchcli.data.objectives import Denoisers, ObjectiveSpec, PrefixLanguageModel
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.text_mixture import Joined, TextMixtureSpec
 from switchcli.data.tokenizer import TokenizerSpec, TrainedTokenizer
+from switchcli.data.whole_documents import WholeDocuments
 from switchcli.spec import Spec
+
+Rows = SpanCorruption | PrefixLanguageModel | Denoisers | WholeDocuments
+"""What a row of a batch is made by."""
 
 
 def texts_of(corpora: Sequence[Corpus], mixture: TextMixtureSpec) -> dict[str, tuple[Corpus, ...]]:
@@ -37,12 +41,41 @@ class DataSpec(Spec):
     tokenizer: TokenizerSpec = TrainedTokenizer()
     """By its `kind`: train, file, hub."""
     objective: ObjectiveSpec = SpanCorruption()
+    """By its `kind`: span_corruption, prefix_lm, denoisers."""
+    packing: Literal["windows", "documents"] = "windows"
+    """Documents end to end, cut into rows; or rows of whole documents, which do not see one another."""
     held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Share of the documents kept for evaluation, chosen by a hash of each document alone."""
 
     def texts(self) -> dict[str, tuple[Corpus, ...]]:
         """What is mixed and measured apart, by label: a language, or a corpus without one; all together if joined."""
         return texts_of(self.corpora, self.mixture)
+
+
+    @property
+    def rows(self) -> Rows:
+        if self.packing == "documents":
+            assert isinstance(self.objective, SpanCorruption)
+            return WholeDocuments(self.objective)
+        return self.objective
+
+    @model_validator(mode="after")
+    def _can_be_packed(self) -> Self:
+        if self.packing == "documents" and not isinstance(self.objective, SpanCorruption):
+            raise ValueError(
+                f"packing (documents) needs objective.kind=span_corruption, and it is {self.objective.kind}: take "
+                "packing=windows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_count(self) -> Self:
+        if self.mixture.kind != "weighted" and any(corpus.weight != 1.0 for corpus in self.corpora):
+            raise ValueError(
+                f"a weight of a corpus counts in a mixture of kind weighted alone, and it is {self.mixture.kind}: take "
+                "mixture.kind=weighted, or leave the weight out"
+            )
+        return self
 
 
 class TextSpec(Spec):

@@ -14,9 +14,8 @@ from switchcli.data.batch import Batch
 from switchcli.data.chunks import Chunks
 from switchcli.data.draws import SPANS, WORDS, philox
 from switchcli.data.mixture import Turns
-from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.spec import Rows
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import DataError
 
 
 class TextStream:
@@ -26,37 +25,32 @@ class TextStream:
         self,
         texts: Sequence[Chunks],
         tokenizer: Tokenizer,
-        corruption: SpanCorruption,
+        rows: Rows,
         seed: int,
         batch_rows: int,
         turns: Turns | None = None,
     ) -> None:
         """`turns` says which of several texts a row is of.
 
-        Raises DataError when the sentinels are fewer than a row needs.
+        Raises DataError as the objective says of the tokenizer.
         """
-        if len(tokenizer.sentinels) < corruption.num_spans:
-            raise DataError(
-                f"data.objective hides {corruption.num_spans} spans a row and needs as many sentinels, the "
-                f"tokenizer has {len(tokenizer.sentinels)}: take a smaller inputs_length or noise_density, or a larger "
-                "mean_span_length"
-            )
         assert len(texts) == 1 or turns is not None
         self._texts = texts
-        self._sentinels, self._corruption = tokenizer.sentinels, corruption
+        self._corrupt = rows.build(tokenizer)
+        self._raw_length, self._num_draws = rows.raw_length, rows.num_draws
         self._seed, self._batch_rows, self._turns = seed, batch_rows, turns
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
         raw_RL = self._raw(step * self._batch_rows + np.arange(first, first + count))
-        inputs_RS, targets_RT = self._corruption.corrupt(raw_RL, self._draws(step, first, count), self._sentinels)
+        inputs_RS, targets_RT = self._corrupt(raw_RL, self._draws(step, first, count))
         return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
 
     def _raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._turns is None:
             return self._texts[0].raw(row_R)
         text_R, nth_R = self._turns(row_R)
-        raw_RL = np.empty((len(row_R), self._corruption.raw_length), dtype=np.int64)
+        raw_RL = np.empty((len(row_R), self._raw_length), dtype=np.int64)
         for text in np.unique(text_R):
             mine_R = text_R == text
             raw_RL[mine_R] = self._texts[text].raw(nth_R[mine_R])
@@ -64,6 +58,6 @@ class TextStream:
 
     def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:
         """[count, num_draws]: each row has counts of its own, so that any split of the batch draws the same."""
-        counts = -(-self._corruption.num_draws // WORDS)
+        counts = -(-self._num_draws // WORDS)
         bits = philox(self._seed, step, SPANS).advance(first * counts)
-        return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._corruption.num_draws]
+        return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._num_draws]

@@ -12,13 +12,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from switchcli.data.batch import Batch
+from switchcli.data.objectives import Denoisers, PrefixLanguageModel
 from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.spec import Rows
 from switchcli.data.store import TokenStore
 from switchcli.data.stream import SpanStream
 from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.whole_documents import WholeDocuments
 from switchcli.errors import DataError
+from switchcli.spec import EOS
 
 CORRUPTION = SpanCorruption(inputs_length=16)
+ROWS: list[Rows] = [
+    *(SpanCorruption(inputs_length=length) for length in (16, 128, 256, 512)),
+    PrefixLanguageModel(inputs_length=20, targets_length=20, text_length=20),
+    Denoisers(inputs_length=64),
+    WholeDocuments(SpanCorruption(inputs_length=32)),
+]
 LENGTHS = [1, 50, 3, 17, 200, 2, 9, 31, 44]
 
 
@@ -28,14 +38,15 @@ class _Sentinels:
     def __init__(self, number: int) -> None:
         self.sentinels: NDArray[np.int64] = 60_000 - np.arange(number)
 
+    def encode(self, text: str) -> list[int]:
+        return [55_000 + ord(character) for character in text]
 
-def stream(
-    lengths: list[int] = LENGTHS, *, seed: int = 3, batch: int = 8, corruption: SpanCorruption = CORRUPTION
-) -> SpanStream:
+
+def stream(lengths: list[int] = LENGTHS, *, seed: int = 3, batch: int = 8, rows: Rows = CORRUPTION) -> SpanStream:
     """A store whose token number i is 100 + i."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     store = TokenStore((100 + np.arange(offsets[-1])).astype(np.uint16), offsets)
-    return SpanStream(store, cast("Tokenizer", _Sentinels(100)), corruption, seed, batch)
+    return SpanStream(store, cast("Tokenizer", _Sentinels(100)), rows, seed, batch)
 
 
 def raw(batch: Batch) -> list[list[int]]:
@@ -56,19 +67,17 @@ def equal(a: Batch, b: Batch) -> bool:
     return torch.equal(a.inputs_BS, b.inputs_BS) and torch.equal(a.targets_BT, b.targets_BT)
 
 
-def test_shapes_and_types() -> None:
-    batch = stream().batch(0, 0, 8)
-    assert batch.inputs_BS.shape == (8, 16)
-    assert batch.targets_BT.shape == (8, CORRUPTION.targets_length)
-    assert batch.inputs_BS.dtype == batch.targets_BT.dtype == torch.int64
-
-
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("rows", ROWS, ids=lambda rows: f"{type(rows).__name__} {rows.inputs_length}")
+@settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**63), step=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 7)))
-def test_any_split_of_the_rows_gives_the_same_batch(seed: int, step: int, cuts: set[int]) -> None:
-    whole = stream(seed=seed).batch(step, 0, 8)
+def test_any_split_of_the_rows_gives_the_same_batch(rows: Rows, seed: int, step: int, cuts: set[int]) -> None:
+    lengths = [4 * length for length in LENGTHS]
+    whole = stream(lengths, seed=seed, rows=rows).batch(step, 0, 8)
+    assert whole.inputs_BS.shape == (8, rows.inputs_length)
+    assert whole.targets_BT.shape == (8, rows.targets_length)
+    assert whole.inputs_BS.dtype == whole.targets_BT.dtype == torch.int64
     edges = [0, *sorted(cuts), 8]
-    asked = stream(seed=seed)
+    asked = stream(lengths, seed=seed, rows=rows)
     parts = [asked.batch(step, first, last - first) for first, last in pairwise(edges)]
     assert equal(whole, Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
 
@@ -118,9 +127,34 @@ def test_a_batch_may_hold_rows_of_two_epochs() -> None:
     assert raw(across.batch(0, 0, per_epoch + 2)) == first_epoch + second_epoch[:2]
 
 
+def test_whole_documents_share_rows_and_every_epoch_shows_each_token_once() -> None:
+    starts = 100 + np.concatenate([[0], np.cumsum(LENGTHS)])
+    rows = WholeDocuments(SpanCorruption(inputs_length=32))
+    per_epoch = stream(rows=rows).rows_per_epoch
+    epochs = []
+    for epoch in range(2):
+        batch = stream(rows=rows, batch=per_epoch).batch(epoch, 0, per_epoch)
+        shown = []
+        for row in zip(batch.inputs_BS, batch.targets_BT, strict=True):
+            ends = [torch.nonzero(ids == EOS).flatten().tolist() for ids in row]
+            assert len(ends[0]) == len(ends[1]) > 0
+            parts = [ids.tensor_split([end + 1 for end in end_X]) for ids, end_X in zip(row, ends, strict=True)]
+            for inputs, targets in zip(parts[0][:-1], parts[1][:-1], strict=True):
+                (text,) = raw(Batch(inputs[None], targets[None]))
+                assert text == list(range(text[0], text[0] + len(text)))
+                assert np.searchsorted(starts, text[0], "right") == np.searchsorted(starts, text[-1], "right")
+                shown.append(text)
+            assert not any(part[-1].any() for part in parts)
+        tokens = sorted(token for text in shown for token in text)
+        assert tokens == list(range(101, int(starts[-1]))), "all but the document of one token"
+        epochs.append(shown)
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]), "the same rows in another order"
+
+
 def test_sentinels_are_used_in_order() -> None:
     corruption = SpanCorruption(inputs_length=64)
-    inputs = stream(corruption=corruption).batch(0, 0, 1).inputs_BS[0].tolist()
+    inputs = stream(rows=corruption).batch(0, 0, 1).inputs_BS[0].tolist()
     assert [index for index in inputs if index > 50_000] == [60_000, 59_999, 59_998]
 
 
@@ -129,4 +163,6 @@ def test_too_little_text_or_too_few_sentinels() -> None:
         stream([5, 3])
     long = SpanCorruption(inputs_length=4096)
     with pytest.raises(DataError, match=r"hides 227 spans a row and needs as many sentinels, the tokenizer has 100"):
-        stream(corruption=long)
+        stream(rows=long)
+    with pytest.raises(DataError, match=r"3 tokens in 3 documents, but one row takes 2: add text"):
+        stream([1, 1, 1], rows=WholeDocuments(CORRUPTION))

@@ -1,0 +1,65 @@
+"""Span corruption read from the description of T5's algorithm (paper.md 9.1), one token at a time."""
+
+from typing import NamedTuple
+
+EOS = 1
+
+
+class Counts(NamedTuple):
+    kept: int
+    noise: int
+    spans: int
+
+
+def counts(length: int, density: float, mean: float | None) -> Counts:
+    """A share of the tokens is noise, in spans of a mean length; no part is empty. Without a mean there is one span."""
+    noise = max(1, min(round(length * density), length - 1))
+    return Counts(length - noise, noise, 1 if mean is None else max(1, round(noise / mean)))
+
+
+def segments(draws: list[int], num_items: int, num_segments: int) -> list[int]:
+    """A random partition into non-empty segments: cut behind those items whose draws are least."""
+    cuts = sorted(sorted(range(num_items - 1), key=lambda place: draws[place])[: num_segments - 1])
+    lengths, last = [], 0
+    for cut in cuts:
+        lengths.append(cut + 1 - last)
+        last = cut + 1
+    return [*lengths, num_items - last]
+
+
+def corrupted(raw: list[int], share: Counts, draws: list[int], sentinels: list[int]) -> tuple[list[int], list[int]]:
+    """Inputs and targets of a text, with EOS."""
+    kept = segments(draws[: share.kept - 1], share.kept, share.spans)
+    noise = segments(draws[share.kept - 1 :], share.noise, share.spans)
+    inputs: list[int] = []
+    targets: list[int] = []
+    rest = list(raw)
+    for span in range(share.spans):
+        for _ in range(kept[span]):
+            inputs.append(rest.pop(0))
+        inputs.append(sentinels[span])
+        targets.append(sentinels[span])
+        for _ in range(noise[span]):
+            targets.append(rest.pop(0))
+    assert not rest
+    return [*inputs, EOS], [*targets, EOS]
+
+
+def padded(row: list[int], length: int) -> list[int]:
+    assert len(row) <= length
+    return row + [0] * (length - len(row))
+
+
+def restored(inputs: list[int], targets: list[int], sentinels: list[int]) -> list[int]:
+    """The text of inputs and targets without EOS; the sentinels come in their order, with hidden text behind each."""
+    hidden: dict[int, list[int]] = {}
+    for index in targets:
+        if index in sentinels:
+            assert index not in hidden
+            hidden[index] = []
+        else:
+            hidden[list(hidden)[-1]].append(index)
+    assert list(hidden) == sentinels[: len(hidden)], "in order, no closing one"
+    assert [index for index in inputs if index in sentinels] == list(hidden)
+    assert all(hidden.values())
+    return [token for index in inputs for token in hidden.get(index, [index])]
