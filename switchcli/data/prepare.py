@@ -97,7 +97,7 @@ def _build(spec: DataSpec, folder: Path, track: Track, tokenizer: Tokenizer | No
 
     def training_documents() -> Iterator[Document]:
         found = documents("reading for a vocabulary")
-        return (document for document in found if not is_held_out(document.name, spec.held_out_fraction))
+        return (document for document in found if not is_held_out(document.identity, spec.held_out_fraction))
 
     folder.mkdir()
     used = tokenizer or spec.tokenizer.load(training_documents)
@@ -124,7 +124,7 @@ class _Part(NamedTuple):
 
 def _parts(documents: Iterable[Document], fraction: float) -> Iterator[_Part]:
     for document in documents:
-        held_out = is_held_out(document.name, fraction)
+        held_out = is_held_out(document.identity, fraction)
         for index, text in enumerate(_cut(document.text)):
             yield _Part(held_out, index == 0, text)
 
