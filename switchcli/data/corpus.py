@@ -1,90 +1,161 @@
 """Corpora: where documents come from, told apart by `kind`. The only file that opens a Hugging Face dataset.
 
-A corpus has `documents()`, an iterator of `Document` in a fixed order, and `fingerprint()`, which changes when its text
-may have.
+A corpus is read piece by piece (`pieces`, `read`) or whole (`documents`), in a fixed order, and has a `fingerprint()`,
+which changes when its text may have.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from switchcli.data.document import Document
-from switchcli.data.files import Files, files_fingerprint
+from switchcli.data.document import LABELS, CorpusSpec, Document, Piece
+from switchcli.data.files import Files
+from switchcli.data.paths import File, fingerprint
 from switchcli.data.python_stdlib import PythonStdlib
+from switchcli.data.refusals import refusals
+from switchcli.data.rows import Row, TextRows
 from switchcli.errors import DataError
-from switchcli.spec import Spec
 
-__all__ = ["Corpus", "Files", "Hub", "PythonStdlib"]
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+__all__ = ["Corpus", "CorpusSpec", "Document", "Files", "Hub", "Piece", "PythonStdlib"]
+
+MAX_PIECES: Final = 4096
 
 
-class Hub(Spec):
-    """A dataset of the Hugging Face hub, or a folder of data files, through `datasets`. No code from the hub is run."""
+class Hub(TextRows):
+    """A dataset of the Hugging Face hub, or a folder of data files, as it comes: no copy is kept, no code is run."""
 
     kind: Literal["hub"] = "hub"
     path: str
     """Its name, such as `allenai/c4`, or a folder here."""
     name: str | None = None
-    """The configuration, such as `en`."""
+    """The subset, such as `en`."""
     split: str = "train"
-    field: str = "text"
-    """The column of the text."""
+    data_files: str | tuple[str, ...] | None = None
+    """Files of it, or globs, in place of a subset: `en/*.json.gz`."""
     revision: str | None = None
-    """A commit or tag. Without one, what was first read stays in the cache."""
-    streaming: bool = False
-    """Read as it comes, keeping no copy of the whole."""
+    """A commit or tag. Without one, what is there on the day."""
     max_documents: int | None = Field(default=None, ge=1)
+    """Rows that are looked at, from the first; they are one piece."""
 
-    def documents(self) -> Iterator[Document]:
-        """In the dataset's own order, named by their row.
+    def pieces(self) -> tuple[Piece, ...]:
+        """The dataset's shards, which are mostly its files, or groups of them where they are over 4,096.
 
-        Raises DataError for no network, an unknown name or column, no text.
+        Raises DataError for no network, an unknown or closed dataset, a split or files that are not there.
         """
-        empty = True
-        way_out = "check path, name, split, revision and the network; or use `kind: files` with text that is here"
-        rows = hub_rows(self.path, self.name, self.split, self.revision, self.streaming, "data.corpora", way_out)
-        for row, example in enumerate(islice(rows, self.max_documents)):
-            text = self._text(example)
-            if text.strip():
-                empty = False
-                yield Document(f"{self.path}/{self.name or ''}/{self.split}:{row}", text)
-        if empty:
-            raise DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
+        if self.max_documents is not None:
+            return (Piece("first rows", None),)
+        _opened.cache_clear()  # look anew
+        return tuple(Piece(name, None) for name in _groups(self._dataset().num_shards))
+
+    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+        """In the dataset's own order. Raises DataError as `pieces`, and for a column that is not there or no text.
+
+        The rows before `start` are fetched, but not looked into: some 300,000 of C4's size a second.
+        """
+        dataset = self._dataset()
+        stop = None
+        if self.max_documents is None:
+            groups = _groups(dataset.num_shards)
+            if piece.name not in groups:
+                raise DataError(
+                    f"data.corpora: {self.path}: no {piece.name} any more: give the `revision` that was read before"
+                )
+            dataset = dataset.shard(num_shards=len(groups), index=groups.index(piece.name), contiguous=True)
+        else:
+            stop = max(self.max_documents - start, 0)
+        return self.select(enumerate(self._rows(dataset.skip(start), piece, start, stop), start), dropped)
 
     def fingerprint(self) -> str:
         """The options that choose the text; for a folder, its files' sizes and times too."""
-        options = self.model_dump_json(exclude={"streaming"})
+        options = self.model_dump_json(exclude=LABELS)
         folder = Path(self.path)
-        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        return f"hub {options} {files_fingerprint(files)}"
+        paths = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        return f"hub {options} {fingerprint(map(File.here, paths))}"
 
-    def _text(self, example: Mapping[str, Any]) -> str:
-        text = example.get(self.field)
-        if not isinstance(text, str):
-            raise DataError(
-                f"data.corpora: {self.path}: column {self.field!r} holds no text (columns: {', '.join(example)}): "
-                "set `field` to the one that does"
-            )
-        return text
+    def no_text(self) -> DataError:
+        return DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
+
+    def _rows(self, dataset: "IterableDataset", piece: Piece, start: int, stop: int | None) -> Iterator[Row]:
+        parts = "/".join(filter(None, (self.path, self.name, self.split)))
+        with self._refusals():
+            for number, fields in enumerate(islice(dataset, stop), start):
+                name = f"{parts}, {piece.name}:{number}"
+                yield Row(name, partial(str, name), partial(dict, fields))
+
+    def _dataset(self) -> "IterableDataset":
+        with self._refusals():
+            return _opened(self.path, self.name, self.split, self.data_files, self.revision)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        way_out = "check path, name, split, revision and the network; or use `kind: files` with text that is here"
+        with hub_refusals(self.path, "data.corpora", way_out):
+            yield
 
 
-def hub_rows(
-    path: str, name: str | None, split: str, revision: str | None, streaming: bool, key: str, way_out: str
-) -> Iterator[Mapping[str, Any]]:
-    """The rows of a split of a dataset on the hub, or of a folder of data files, in order.
+def hub_rows(path: str, name: str | None, split: str, key: str, way_out: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a split of a dataset on the hub, in order, through a copy that is kept in the cache of `datasets`.
 
     DataError, naming the recipe's `key` and `way_out`, for no network and unknown names.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
-    try:
-        yield from load_dataset(path, name, split=split, revision=revision, streaming=streaming)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{key}: {path}: the dataset cannot be opened ({reason}): {way_out}") from error
+    with hub_refusals(path, key, way_out):
+        yield from load_dataset(path, name, split=split)
+
+
+@contextmanager
+def hub_refusals(path: str, key: str, way_out: str) -> Iterator[None]:
+    """Within, what the hub and `datasets` refuse is raised as a DataError, with `way_out` or one that they suggest."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    with refusals(f"{key}: {path}: the dataset cannot be opened", way_out):
+        try:
+            yield
+        except (DatasetNotFoundError, GatedRepoError) as error:
+            why = error if isinstance(error, GatedRepoError) else error.__cause__
+            if isinstance(why, GatedRepoError):
+                page = f"https://huggingface.co/datasets/{path}"
+                raise DataError(
+                    f"{key}: {path}: its owners let in only those who ask: do so at {page}, then `hf auth login`"
+                ) from error
+            if isinstance(why, RepositoryNotFoundError):
+                raise DataError(
+                    f"{key}: {path}: no such dataset on the hub, or a private one: check the spelling; for a private "
+                    "one `hf auth login`"
+                ) from error
+            raise
+
+
+@lru_cache(maxsize=1024)  # opening asks the hub several questions, and each piece of a corpus opens it
+def _opened(
+    path: str, name: str | None, split: str, data_files: str | tuple[str, ...] | None, revision: str | None
+) -> "IterableDataset":
+    from datasets import load_dataset
+
+    files = list(data_files) if isinstance(data_files, tuple) else data_files
+    return load_dataset(path, name, split=split, data_files=files, revision=revision, streaming=True)
+
+
+def _groups(num_shards: int) -> list[str]:
+    """Names of groups of consecutive shards, as `shard(contiguous=True)` makes them."""
+    count = min(num_shards, MAX_PIECES)
+    sizes = [num_shards // count + (index < num_shards % count) for index in range(count)]
+    firsts = [sum(sizes[:index]) for index in range(count)]
+    return [
+        f"shard {first}" if size == 1 else f"shards {first}-{first + size - 1}"
+        for first, size in zip(firsts, sizes, strict=True)
+    ]
 
 
 Corpus = Annotated[PythonStdlib | Files | Hub, Field(discriminator="kind")]

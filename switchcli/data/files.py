@@ -1,163 +1,156 @@
-"""A corpus in files: text or JSON Lines, plain or .gz, streamed. Every fault is told with its file and line."""
+"""A corpus in files: text, JSON Lines or Parquet, here or elsewhere, streamed. Every fault is told with file and line.
 
-import gzip
-import hashlib
+Its pieces are ranges of bytes of a large file, or several small files, so that many processes share out either.
+"""
+
 import json
-import zlib
-from collections.abc import Iterable, Iterator
-from itertools import groupby
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, cast
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from itertools import chain, islice
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from switchcli.data.document import Document
+from switchcli.data import parquet
+from switchcli.data.document import LABELS, Document, Piece
+from switchcli.data.lines import Line, Span, decode, lines, paragraphs
+from switchcli.data.paths import File, fingerprint, matches
+from switchcli.data.rows import Row, TextRows, Unreadable
 from switchcli.errors import DataError
-from switchcli.spec import Spec
+
+PIECE_BYTES: Final = 2**26
+_JSON = (".json", ".jsonl")
+_PARQUET = ".parquet"
 
 
-class Files(Spec):
-    """Text files, and JSON Lines where the name ends in .json or .jsonl; either with .gz after it."""
+class Files(TextRows):
+    """Text or JSON Lines (.json, .jsonl), either compressed (.gz, .bz2, .xz, .zst) or not; or Parquet (.parquet)."""
 
     kind: Literal["files"] = "files"
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Files or globs (`**` goes down), from the current folder."""
+    """Files, URLs (s3://, gs://, hf://datasets/...) or globs of them (`**` goes down), from the current folder."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
     """What a document is in a text file; paragraphs are parted by blank lines. The unit that is held out."""
-    field: str = "text"
-    """The key of the text in JSON Lines."""
 
-    def documents(self) -> Iterator[Document]:
-        """In the order of `paths`, each glob's files by name; named by the path as given and the first line.
+    def pieces(self) -> tuple[Piece, ...]:
+        """In the order of `paths`, each glob's files by name. Raises DataError for no match and for a folder."""
+        _layout.cache_clear()  # look anew
+        return tuple(self._layout())
 
-        Raises DataError for no match, a folder, bytes that are not UTF-8, NULs, broken JSON, no such field, no text.
+    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+        """Named by the path as given, or URL, and the first line; in a piece that does not begin its file `path@byte`.
+
+        A document's row counts lines (blank ones too), paragraphs, files or rows of Parquet, as `sample_by` and the
+        file have it. Raises DataError for what cannot be read, or is unreadable and not skipped.
         """
-        empty = True
-        for path in matches(self.paths, "data.corpora"):
-            is_json = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
-            for document in self._json(path) if is_json else self._text(path):
-                if document.text.strip():
-                    empty = False
-                    yield document
-        if empty:
-            raise DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")
+        spans = self._layout().get(piece)
+        if spans is None:
+            raise DataError(
+                f"data.corpora: {piece.name}: the files are not those that were listed: begin again when no other "
+                "program changes them"
+            )
+        rows = chain.from_iterable(self._rows(span) for span in spans)
+        return self.select(islice(enumerate(rows), start, None), dropped)
 
     def fingerprint(self) -> str:
-        """The options, and each file's path as given and resolved, size and time of change."""
-        return f"files {self.sample_by} {self.field} {files_fingerprint(matches(self.paths, 'data.corpora'))}"
+        """The options that choose the text, and where the files are, their sizes and times of change."""
+        options = self.model_dump_json(exclude=LABELS | {"paths"})
+        return f"{options} {fingerprint(matches(self.paths, 'data.corpora'))}"
 
-    def _text(self, path: Path) -> Iterator[Document]:
-        lines = _lines(path)
-        if self.sample_by == "document":
-            yield Document(path.as_posix(), "\n".join(line.text for line in lines))
+    def no_text(self) -> DataError:
+        return DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")
+
+    def _layout(self) -> dict[Piece, tuple[Span, ...]]:
+        return _layout(self.paths, self.sample_by == "document")
+
+    def _rows(self, span: Span) -> Iterator[Row]:
+        file = span.file
+        if file.kind == _PARQUET:
+            yield from parquet.rows(span, (self.field, *self.where))
+        elif file.kind in _JSON:
+            yield from (Row(line.name, line.place, partial(_fields, line, self.field)) for line in lines(span))
+        elif self.where:
+            raise DataError(
+                f"data.corpora: where: {file.name} is plain text, without columns: leave out one of the two"
+            )
         elif self.sample_by == "line":
-            for line in lines:
-                yield Document(f"{path.as_posix()}:{line.number}", line.text)
+            yield from (Row(line.name, line.place, line.text) for line in lines(span))
+        elif self.sample_by == "paragraph":
+            for first, *rest in paragraphs(span):
+                yield Row(first.name, first.place, partial(_text, (first, *rest)))
         else:
-            for blank, group in groupby(lines, key=lambda line: not line.text.strip()):
-                if not blank:
-                    first, *rest = group
-                    text = "\n".join([first.text, *(line.text for line in rest)])
-                    yield Document(f"{path.as_posix()}:{first.number}", text)
-
-    def _json(self, path: Path) -> Iterator[Document]:
-        for where, value in json_rows(path):
-            yield Document(where, _json_text(value, self.field, where))
+            yield Row(file.name, partial(str, file.name), partial(_text, lines(span)))
 
 
-class _Line(NamedTuple):
-    number: int
-    text: str
-
-
-def files_fingerprint(paths: Iterable[Path]) -> str:
-    """A digest of the files' paths, as given (which name documents, and so say what is held out) and resolved, and of
-    their sizes and times of change."""
-    stats = [(path.as_posix(), str(path.resolve()), path.stat()) for path in paths]
-    identity = repr([(given, full, stat.st_size, stat.st_mtime_ns) for given, full, stat in stats])
-    return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a JSON Lines file with its `path:line`; blank lines are passed over. DataError for other JSON."""
-    for line in _lines(path):
-        if line.text.strip():
-            where = f"{path.as_posix()}:{line.number}"
-            yield where, _json_object(line.text, where)
+    for line in lines(Span(file)):
+        if not line.is_blank:
+            try:
+                yield line.name, _object(line)
+            except Unreadable as error:
+                raise DataError(f"{line.name}: {error.words}") from error
 
 
-def matches(patterns: Iterable[str], key: str) -> list[Path]:
-    """The files that `patterns` (paths or globs) name, each once. DataError, naming the recipe's `key`, for none."""
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise DataError(f"{key}: {pattern} is a folder: name the files in it, such as {path / '*.txt'}")
-        if path.exists():
-            found[path] = None
-            continue
-        if not set(pattern) & set("*?["):
-            raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): mend the path")
-        anchor = Path(path.anchor)
-        files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
-        if not files:
-            raise DataError(f"{key}: {pattern}: no file matches (from {Path.cwd()}): mend the pattern")
-        found.update(dict.fromkeys(files))
-    return list(found)
+@lru_cache(maxsize=1024)  # listing a million files takes seconds, and each piece of them asks for it
+def _layout(paths: tuple[str, ...], whole: bool) -> dict[Piece, tuple[Span, ...]]:
+    """Every piece with what it reads: a range of a file, or files of together PIECE_BYTES at most.
+
+    whole: text files are not cut.
+    """
+    layout: dict[Piece, tuple[Span, ...]] = {}
+    group: list[File] = []
+
+    def close() -> None:
+        if group:
+            more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            size = None if None in (sizes := [file.size for file in group]) else sum(filter(None, sizes))
+            layout[Piece(f"{group[0].name}{more}", size)] = tuple(Span(file) for file in group)
+            group.clear()
+
+    for file in matches(paths, "data.corpora"):
+        is_text = file.kind not in (*_JSON, _PARQUET)
+        # A size that is not known may be any.
+        if sum(PIECE_BYTES if one.size is None else one.size for one in (*group, file)) > PIECE_BYTES:
+            close()
+        if file.size and file.size > PIECE_BYTES and not file.is_compressed and not (whole and is_text):
+            cuts = range(0, file.size, PIECE_BYTES)
+            for number, begin in enumerate(cuts):
+                # The last goes on to the file's end, should the file have grown.
+                end = begin + PIECE_BYTES if number + 1 < len(cuts) else None
+                piece = Piece(f"{file.name}#{number}", min(PIECE_BYTES, file.size - begin))
+                layout[piece] = (Span(file, begin, end),)
+        else:
+            group.append(file)
+    close()
+    return layout
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast("BinaryIO", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+def _text(found: Iterable[Line]) -> str:
+    return "\n".join(line.text() for line in found)
 
 
-def _lines(path: Path) -> Iterator[_Line]:
-    """Decoded lines from 1, without their ends; a UTF-8 byte-order mark is dropped."""
-    offset = 0
+def _fields(line: Line, field: str) -> str | Mapping[str, object]:
+    """A blank line is no object, and no fault either."""
+    if line.is_blank:
+        return ""
+    fields = _object(line)
+    if isinstance(text := fields.get(field), str):
+        try:
+            decode(text.encode("utf-8"))  # JSON can spell what a file of text cannot hold
+        except UnicodeEncodeError as error:
+            words = f"field {field!r} holds half a surrogate pair: clean the text"
+            raise Unreadable("half a surrogate pair", words) from error
+    return fields
+
+
+def _object(line: Line) -> dict[str, Any]:
     try:
-        with _open(path) as file:
-            for number, raw in enumerate(file, start=1):
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                yield _Line(number, _decode(line, f"{path}:{number}", offset + len(raw) - len(line)).rstrip("\r\n"))
-                offset += len(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason}): mend or leave out the file") from error
-
-
-def _decode(raw: bytes, where: str, offset: int) -> str:
-    if b"\0" in raw:
-        place = offset + raw.index(b"\0")
-        raise DataError(f"{where}: a NUL byte at offset {place}: this is not a text file; leave it out or clean it")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8: convert the file, "
-            "for example with `iconv -f latin1 -t utf-8`"
-        ) from error
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
+        value = json.loads(line.text())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}): one whole JSON object a line is needed") from error
+        raise Unreadable("not JSON", f"not JSON ({error}): one whole JSON object a line is needed") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON object is needed in each line, this is a {type(value).__name__}")
+        kind = type(value).__name__
+        raise Unreadable("not JSON", f"a JSON object is needed in each line, this is a {kind}")
     return value
-
-
-def _json_text(value: dict[str, Any], field: str, where: str) -> str:
-    if field not in value:
-        keys = ", ".join(map(str, value)) or "none"
-        raise DataError(
-            f"{where}: no field {field!r} (fields here: {keys}): set `field` to the one that holds the text"
-        )
-    text = value[field]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: field {field!r} is a {type(text).__name__}, text is needed: set `field` to another")
-    try:
-        _decode(text.encode("utf-8"), where, 0)
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {field!r} holds half a surrogate pair: clean the text") from error
-    return text

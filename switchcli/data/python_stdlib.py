@@ -8,34 +8,42 @@ import sys
 import sysconfig
 import tokenize
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from switchcli.data.document import Document
+from switchcli.data.document import CorpusSpec, Document, Piece
 from switchcli.errors import DataError
-from switchcli.spec import Spec
 
 LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 TOPICS = Path("pydoc_data/topics.py")
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class PythonStdlib(Spec):
+class PythonStdlib(CorpusSpec):
     """Documentation topics (a document each) and modules (a document each), in order of name."""
 
     kind: Literal["python-stdlib"] = "python-stdlib"
     sources: bool = False
     """A module's document is its whole source text, docstrings and all; otherwise its docstrings alone."""
 
-    def documents(self) -> Iterator[Document]:
-        """Some 2.2 MB on Python 3.11, 12 MB with sources. Python builds without the topics have the modules alone."""
+    def pieces(self) -> tuple[Piece, ...]:
+        """One: some 2.2 MB on Python 3.11, 12 MB with sources. Builds without the topics have the modules alone."""
+        return (Piece("python-stdlib", None),)
+
+    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+        """A document's identity is its name, the same whatever the Python's version; nothing is dropped."""
+        for row, (name, text) in enumerate(self._texts()):
+            if row >= start and text.strip():
+                yield Document(name, text, name, row)
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
         root = library_root()
         yield from _topics(root / TOPICS)
         for path in module_paths(root):
             text = source_text(path) if self.sources else _docstrings(path)
-            if text.strip():
-                yield Document(f"module {path.relative_to(root).as_posix()}", text)
+            yield f"module {path.relative_to(root).as_posix()}", text
 
     def fingerprint(self) -> str:
         """Python's full version, the options, and the names and sizes of the files."""
@@ -43,6 +51,9 @@ class PythonStdlib(Spec):
         files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in module_paths(root)]
         identity = repr((sys.version, self.sources, (root / TOPICS).exists(), files))
         return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
+
+    def no_text(self) -> DataError:
+        return DataError("data.corpora: this Python's standard library holds no text: use `kind: files`")
 
 
 def library_root() -> Path:
@@ -75,13 +86,13 @@ def parse(source: bytes) -> ast.Module:
             return ast.Module(body=[], type_ignores=[])
 
 
-def _topics(path: Path) -> Iterator[Document]:
+def _topics(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         return
     for node in parse(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for name, text in sorted(ast.literal_eval(node.value).items()):
-                yield Document(f"topic {name}", text)
+                yield f"topic {name}", text
 
 
 def source_text(path: Path) -> str:

@@ -95,7 +95,7 @@ def _sample(documents: Iterable[Document], max_characters: int) -> list[str]:
     """Documents of at most `max_characters` in all, chosen by a hash of their names; holds little more."""
     heap: list[tuple[int, str, str]] = []
     size = 0
-    for name, text in documents:
+    for name, text, *_ in documents:
         digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, person=b"vocabulary").digest()
         heapq.heappush(heap, (-int.from_bytes(digest), name, text[:max_characters]))
         size += len(text[:max_characters])

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from switchcli.data import paths as files
 from switchcli.data.corpus import hub_rows
-from switchcli.data.files import files_fingerprint, json_rows, matches
+from switchcli.data.files import json_rows
 from switchcli.errors import DataError
 from switchcli.tasks.task import Embedded, Example, Files, Purpose, Row, Source, Task
 
@@ -37,10 +38,10 @@ def fingerprint(task: Task, split: Split, folder: str | None) -> str:
     if isinstance(source, Embedded):
         return source.fingerprint()
     if isinstance(source, Files):
-        return f"{source.rules} {files_fingerprint(matches(source.paths(split), f'tasks: {task.name}'))}"
+        return f"{source.rules} {files.fingerprint(files.matches(source.paths(split), f'tasks: {task.name}'))}"
     if folder is None:
         return repr(source)
-    return files_fingerprint([_file(source, _named(task, source, split), folder)])
+    return files.fingerprint([_file(source, _named(task, source, split), folder)])
 
 
 def check_there(tasks: Iterable[Task], splits: Sequence[Split], folder: str | None) -> None:
@@ -110,8 +111,8 @@ def _rows(task: Task, split: Split, folder: str | None) -> Iterator[tuple[str, R
         paths = source.paths(split)
         if not paths:
             raise DataError(f"tasks: {task.name}: no files for {split}: give the key {split}")
-        for path in matches(paths, f"tasks: {task.name}"):
-            yield from json_rows(path)
+        for file in files.matches(paths, f"tasks: {task.name}"):
+            yield from json_rows(file)
     else:
         yield from _shared_out(task, source, split, folder)
 
@@ -142,7 +143,7 @@ def _named(task: Task, source: Source, split: Split) -> str:
 
 def _hub(task: Task, source: Source, split: str) -> Iterator[tuple[str, Row]]:
     way_out = "check the network; or lay its rows down as JSON Lines and name their folder by data.folder"
-    rows = hub_rows(source.path, source.config, split, None, False, f"tasks: {task.name}", way_out)
+    rows = hub_rows(source.path, source.config, split, f"tasks: {task.name}", way_out)
     for number, row in enumerate(rows):
         yield f"{source.path} {source.config or ''} {split} row {number}", row
 
@@ -151,8 +152,8 @@ def _path(source: Source, split: str, folder: str) -> Path:
     return Path(folder).expanduser() / source.folder / f"{split}.jsonl"
 
 
-def _file(source: Source, split: str, folder: str) -> Path:
+def _file(source: Source, split: str, folder: str) -> files.File:
     path = _path(source, split, folder)
     if not path.is_file():
         raise DataError(f"{path}: no such file: data.folder holds a set as FOLDER/{source.folder}/{split}.jsonl")
-    return path
+    return files.File.here(path)

@@ -1,4 +1,4 @@
-"""The embedded corpus, and the hub's without a network."""
+"""The embedded corpus."""
 
 import ast
 import os
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from switchcli.data import python_stdlib
-from switchcli.data.corpus import Hub, PythonStdlib
-from switchcli.errors import DataError
+from switchcli.data.corpus import PythonStdlib
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_topics_and_docstrings_in_order(library: Path) -> None:
-    assert [tuple(document) for document in PythonStdlib().documents()] == [
+    assert [document[:2] for document in PythonStdlib().documents()] == [
         ("topic assert", "The assert statement"),
         ("topic with", "The with statement"),
         ("module ast.py", "Trees.\n\nA class.\n\nA method.\n\nG."),
@@ -50,6 +49,15 @@ def test_sources_take_the_place_of_docstrings_under_the_same_names(library: Path
     assert found["module latin.py"].endswith("'''caf\u00e9'''\n")
     assert {"topic with", "module ast.py", "module broken.py"} < set(found)
     assert not any("test" in name or "other" in name for name in found)
+
+
+def test_a_module_is_held_out_by_its_name(library: Path) -> None:
+    for sources in (False, True):
+        corpus = PythonStdlib(sources=sources)
+        found = list(corpus.documents())
+        assert [document.identity for document in found] == [document.name for document in found]
+        (piece,) = corpus.pieces()
+        assert all(next(corpus.read(piece, one.row)) == one for one in found)
 
 
 def test_a_python_without_topics_has_the_modules(library: Path) -> None:
@@ -93,60 +101,3 @@ def test_docstrings_are_those_of_the_module() -> None:
     path = Path(ast.__file__)
     text = python_stdlib._docstrings(path)
     assert (ast.get_docstring(ast.parse(path.read_bytes())) or "")[:40] == text[:40]
-
-
-class _Rows:
-    """A stand-in for `datasets.load_dataset`: remembers its arguments, gives rows or raises."""
-
-    def __init__(self, rows: list[dict[str, Any]], error: Exception | None = None) -> None:
-        self.rows, self.error, self.calls = rows, error, list[tuple[Any, ...]]()
-
-    def __call__(
-        self, path: str, name: str | None, *, split: str, revision: str | None, streaming: bool
-    ) -> list[dict[str, Any]]:
-        self.calls.append((path, name, split, revision, streaming))
-        if self.error:
-            raise self.error
-        return self.rows
-
-
-def test_hub_asks_datasets_and_names_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = _Rows([{"text": "a"}, {"text": " "}, {"text": "b"}, {"text": "c"}])
-    monkeypatch.setattr("datasets.load_dataset", rows)
-    corpus = Hub(path="allenai/c4", name="en", revision="abc", streaming=True, max_documents=3)
-    assert [tuple(document) for document in corpus.documents()] == [
-        ("allenai/c4/en/train:0", "a"),
-        ("allenai/c4/en/train:2", "b"),
-    ]
-    assert rows.calls == [("allenai/c4", "en", "train", "abc", True)]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            _Rows([], ConnectionError("Couldn't reach the hub\nlong story")),
-            r"cannot be opened \(Couldn't reach the hub\)",
-        ),
-        (_Rows([], ValueError("Unknown split")), r"Unknown split.*check path, name, split, revision and the network"),
-        (_Rows([]), "no text in column 'text' of split train"),
-        (_Rows([{"body": "a"}]), r"column 'text' holds no text \(columns: body\)"),
-    ],
-)
-def test_hub_faults(monkeypatch: pytest.MonkeyPatch, rows: _Rows, message: str) -> None:
-    monkeypatch.setattr("datasets.load_dataset", rows)
-    with pytest.raises(DataError, match=message) as caught:
-        list(Hub(path="some/name").documents())
-    assert "\n" not in str(caught.value)
-
-
-def test_hub_reads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    corpus = Hub(path=str(folder), streaming=True)
-    assert [document.text for document in corpus.documents()] == ["one", "two"]
-    before = corpus.fingerprint()
-    assert before == Hub(path=str(folder)).fingerprint()
-    (folder / "train.jsonl").write_text('{"text": "three"}\n')
-    assert corpus.fingerprint() != before

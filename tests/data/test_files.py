@@ -1,18 +1,31 @@
 """Text from files: how it is parted and named, and one line for every fault."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import pyarrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
 
-from switchcli.data.document import is_held_out
+from switchcli.data import files
+from switchcli.data.document import Piece, is_held_out
 from switchcli.data.files import Files
 from switchcli.errors import DataError
 
 
-def texts(path: Path | str, **options: str) -> list[str]:
+def texts(path: Path | str, **options: Any) -> list[str]:
     corpus = Files.model_validate({"paths": (str(path),), **options})
     return [document.text for document in corpus.documents()]
 
@@ -113,8 +126,287 @@ def test_held_out_documents_are_a_fixed_share_of_the_names() -> None:
     assert few == {name for name in reversed(names) if is_held_out(name, 0.02)}
 
 
-def test_the_fingerprint_follows_the_path_as_given(prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names the documents, and their names say which are held out."""
+def test_how_a_path_is_written_changes_neither_fingerprint_nor_split(
+    prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(prose.parent)
-    given = [Files(paths=(path,)).fingerprint() for path in (str(prose), prose.name, prose.name)]
-    assert given[0] != given[1] == given[2]
+    ways = [Files(paths=(path,)) for path in (str(prose), prose.name, f"../{prose.parent.name}/{prose.name}", "*.txt")]
+    assert len({corpus.fingerprint() for corpus in ways}) == 1
+    assert len({tuple(document.identity for document in corpus.documents()) for corpus in ways}) == 1
+    (document,) = Files(paths=(str(prose), prose.name), sample_by="document").documents()  # each file once
+    assert document.identity == document.text
+
+
+# Pieces
+
+LINES = st.lists(st.sampled_from(["", " ", "\u3000", "a", "bc def", "\u00e4\u00f6\u00fc", "x" * 30]), max_size=12)
+
+
+@given(
+    lines=LINES,
+    end=st.sampled_from(["\n", "\r\n"]),
+    last_end=st.booleans(),
+    bom=st.booleans(),
+    piece_bytes=st.integers(1, 40),
+    sample_by=st.sampled_from(["line", "paragraph", "document"]),
+)
+def test_pieces_of_any_size_hold_what_the_file_does(
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[str],
+    end: str,
+    last_end: bool,
+    bom: bool,
+    piece_bytes: int,
+    sample_by: str,
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "text.txt"
+    path.write_bytes(("\ufeff" * bom + end.join(lines) + end * last_end).encode())
+    corpus = Files.model_validate({"paths": (str(path),), "sample_by": sample_by})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PIECE_BYTES", piece_bytes)
+        pieces = corpus.pieces()
+        cut = [list(corpus.read(piece)) for piece in pieces]
+        for piece, documents in zip(pieces, cut, strict=True):
+            for document in documents:
+                assert next(corpus.read(piece, document.row)) == document
+    (whole,) = corpus.pieces()
+    assert [one.text for documents in cut for one in documents] == [one.text for one in corpus.read(whole)]
+    assert sum(piece.size or 0 for piece in pieces) == whole.size == path.stat().st_size
+    assert len({piece.name for piece in pieces}) == len(pieces)
+    if sample_by == "document":
+        assert len(pieces) == 1
+
+
+def test_a_later_piece_names_bytes_and_its_faults_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n\n{"text": \n')
+    corpus = Files(paths=(str(path),))
+    first, second, *later = corpus.pieces()
+    assert [piece.name for piece in corpus.pieces()][:2] == [f"{path}#0", f"{path}#1"]
+    assert [document.name for document in corpus.read(first)] == [f"{path}:1"]
+    assert [document.name for document in corpus.read(second)] == [f"{path}@14"]
+    with pytest.raises(DataError, match=r"x.jsonl:4: not JSON"):
+        [list(corpus.read(piece)) for piece in later]
+
+
+def test_small_files_are_one_piece_and_large_ones_stay_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    for name, size in (("a", 4), ("b", 6), ("c", 0), ("d", 1), ("e", 25), ("f", 3)):
+        (tmp_path / f"{name}.txt").write_text(name * size)
+    corpus = pickle.loads(pickle.dumps(Files(paths=(f"{tmp_path}/*.txt",))))
+    pieces = corpus.pieces()
+    names = [(piece.name.removeprefix(f"{tmp_path}/"), piece.size) for piece in pieces]
+    assert names == [
+        ("a.txt and 2 more", 10), ("d.txt", 1), ("e.txt#0", 10), ("e.txt#1", 10), ("e.txt#2", 5), ("f.txt", 3)
+    ]  # fmt: skip
+    assert [[one.text[:1] for one in corpus.read(piece)] for piece in pieces] == [
+        ["a", "b"],
+        ["d"],
+        ["e"],
+        [],
+        [],
+        ["f"],
+    ]
+    assert [one.row for one in corpus.read(pieces[0])] == [0, 1]
+    (tmp_path / "a.txt").write_text("longer")
+    with pytest.raises(DataError, match="begin again"):
+        list(corpus.read(Piece(f"{tmp_path}/none.txt", 3)))
+
+
+# Compression, other places
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_files_are_read_whole_and_damage_is_told(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    content = "".join(f'{{"text": "line {index * index}"}}\n' for index in range(5000)).encode()
+    path = tmp_path / f"x.jsonl{ending}"
+    packed = COMPRESS[ending](content[:40000]) + COMPRESS[ending](content[40000:])
+    path.write_bytes(packed)
+    assert len(Files(paths=(str(path),)).pieces()) == 1
+    assert texts(path) == [f"line {index * index}" for index in range(5000)]
+    for damaged in (packed[: len(packed) // 3], b"not packed at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"x.jsonl{ending}: cannot be read \(.*\): mend or leave out"):
+            texts(path)
+
+
+@pytest.fixture
+def store() -> Iterator[fsspec.AbstractFileSystem]:
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def test_files_elsewhere_are_read_as_those_here(
+    store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.pipe(
+        {"/c/a.txt": b"one\n\ntwo\n", "/c/b.jsonl.gz": gzip.compress(b'{"text": "three"}\n'), "/c/d/e.txt": b"4"}
+    )
+    assert texts("memory://c/a.txt") == ["one", "two"]
+    assert texts("memory://c/*") == ["one", "two", "three"]
+    corpus = Files(paths=("memory://c/**/*.txt",), sample_by="line")
+    assert [(one.text, one.name) for one in corpus.documents()] == [
+        ("one", "memory:///c/a.txt:1"), ("two", "memory:///c/a.txt:3"), ("4", "memory:///c/d/e.txt:1")
+    ]  # fmt: skip
+    monkeypatch.setattr(files, "PIECE_BYTES", 5)
+    assert [piece.name for piece in corpus.pieces()] == [
+        "memory:///c/a.txt#0",
+        "memory:///c/a.txt#1",
+        "memory:///c/d/e.txt",
+    ]
+    assert [one.text for piece in corpus.pieces() for one in corpus.read(piece)] == ["one", "two", "4"]
+    before = corpus.fingerprint()
+    assert before == corpus.fingerprint()
+    store.pipe("/c/a.txt", b"one\n\nTWO\n")
+    assert before != corpus.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://c", r"memory://c is a folder: name the files in it, such as memory://c/\*.txt"),
+        ("memory://c/none.txt", r"cannot be listed \(.*none.txt\): check the address"),
+        ("memory://c/*.none", "no file matches"),
+        ("s3://bucket/*.txt", r"s3:// needs a package \(.*\): pip install s3fs"),
+        ("https://example.com/a.txt", r"https:// needs a package \(.*\): pip install 'fsspec\[http\]'"),
+        ("nowhere://a.txt", r"cannot be listed \(Protocol not known: nowhere\)"),
+    ],
+)
+def test_what_is_not_to_be_had_elsewhere(
+    store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, url: str, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    store.pipe("/c/a.txt", b"one")
+    with pytest.raises(DataError, match=message) as caught:
+        Files(paths=(url,)).pieces()
+    assert "\n" not in str(caught.value)
+
+
+# Parquet
+
+
+def table(path: Path, columns: dict[str, Any], **options: Any) -> str:
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return str(path)
+
+
+@given(piece_bytes=st.integers(100, 3000), group=st.integers(1, 40))
+def test_row_groups_are_shared_out(tmp_path_factory: pytest.TempPathFactory, piece_bytes: int, group: int) -> None:
+    folder = tmp_path_factory.mktemp("parquet")
+    written = [f"text {index * index}" for index in range(50)]
+    path = table(folder / "x.parquet", {"text": written, "more": list(range(50))}, row_group_size=group)
+    corpus = Files(paths=(path,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PIECE_BYTES", piece_bytes)
+        found = [(piece, list(corpus.read(piece))) for piece in corpus.pieces()]
+        for piece, documents in found:
+            assert [one.row for one in documents] == list(range(len(documents)))
+            assert list(corpus.read(piece, 3)) == documents[3:]
+    documents = [one for _, documents in found for one in documents]
+    assert [one.text for one in documents] == written
+    assert [one.name for one in documents] == [f"{path}:{number}" for number in range(1, 51)]
+
+
+def test_parquet_columns(tmp_path: Path) -> None:
+    columns = {"body": ["a", "b", "c"], "lang": pyarrow.array(["de", "fr", "de"]).dictionary_encode(), "n": [1, 1, 2]}
+    path = table(tmp_path / "x.parquet", columns)
+    assert texts(path, field="body") == ["a", "b", "c"]
+    assert texts(path, field="body", where={"lang": ("de",), "n": (1,)}) == ["a"]
+    with pytest.raises(DataError, match=r"x.parquet:1: no field 'text' \(fields here: body, lang, n\): set `field`"):
+        texts(path)
+    with pytest.raises(DataError, match=r"x.parquet:1: field 'n' is a int, text is needed"):
+        texts(path, field="n")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 is not all there is")
+    with pytest.raises(DataError, match=r"x.parquet: cannot be read"):
+        texts(path)
+
+
+# What is unreadable, and what is not wanted
+
+BAD_JSON = (
+    b'{"text": "a"}\n{"text": \n[1]\n{"body": "b"}\n{"text": 3}\ncaf\xe9\n'
+    b'{"text": "\\u0000"}\n{"text": "\\ud800"}\n{"text": "z"}\n'
+)
+
+
+def counted(path: Path, **options: Any) -> tuple[list[str], Counter[str]]:
+    corpus, dropped = Files.model_validate({"paths": (str(path),), **options}), Counter[str]()
+    return [one.text for piece in corpus.pieces() for one in corpus.read(piece, dropped=dropped)], dropped
+
+
+def test_unreadable_documents_are_skipped_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(BAD_JSON)
+    assert counted(tmp_path / "x.jsonl", unreadable="skip") == (
+        ["a", "z"],
+        {"not JSON": 2, "no field": 1, "no text": 1, "not UTF-8": 1, "a NUL byte": 1, "half a surrogate pair": 1},
+    )
+    (tmp_path / "x.txt").write_bytes(b"fine\n\ncaf\xe9\nof here\n\nx\0y\n\nend\n")
+    assert counted(tmp_path / "x.txt", unreadable="skip") == (["fine", "end"], {"not UTF-8": 1, "a NUL byte": 1})
+    binary = pyarrow.array([b"a", b"caf\xe9", None, b"z"], pyarrow.binary())
+    path = table(tmp_path / "x.parquet", {"text": pyarrow.Array.from_buffers(pyarrow.string(), 4, binary.buffers())})
+    assert counted(Path(path), unreadable="skip") == (["a", "z"], {"not UTF-8": 1, "no text": 1})
+    with pytest.raises(DataError, match=r"x.parquet:2: byte 0xe9 at offset 3 is not UTF-8"):
+        texts(path)
+
+
+def test_rows_are_wanted_by_a_column(tmp_path: Path) -> None:
+    rows = [("a", "de", 1), ("b", "fr", 1), ("c", "de", True), ("d", ["de"], 1)]
+    lines = [json.dumps({"text": text, "lang": lang, "n": n}) for text, lang, n in rows]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines))
+    assert counted(path, where={"lang": ("de", "it"), "n": (1,)}) == (["a"], {"where lang": 2, "where n": 1})
+    with pytest.raises(DataError, match=r"x.jsonl:1: no field 'other' \(fields here: text, lang, n\): set `where`"):
+        texts(path, where={"other": ("de",)})
+    (tmp_path / "x.txt").write_text("plain")
+    with pytest.raises(DataError, match=r"where: .*x.txt is plain text, without columns"):
+        texts(tmp_path / "x.txt", where={"lang": ("de",)})
+
+
+# Languages
+
+
+def test_a_corpus_of_each_language(tmp_path: Path) -> None:
+    for language in ("de", "fr"):
+        (tmp_path / f"{language}.txt").write_text(f"in {language}")
+    corpus = Files(paths=(f"{tmp_path}/{{language}}.txt",), languages=("fr", "de"), weight=2.0)
+    assert corpus.each() == tuple(
+        Files(paths=(f"{tmp_path}/{language}.txt",), language=language, weight=2.0) for language in ("fr", "de")
+    )
+    assert [one.text for one in corpus.documents()] == ["in fr", "in de"]
+    plain = Files(paths=(f"{tmp_path}/de.txt",))
+    assert plain.each() == (plain,)
+    assert plain.fingerprint() == corpus.each()[1].fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"paths": ("a.txt",), "languages": ("de",)}, "stands nowhere here"),
+        ({"paths": ("{language}.txt",)}, "none are given: give languages"),
+        ({"paths": ("{language}.txt",), "language": "de", "languages": ("de",)}, "give one of the two"),
+        ({"paths": ("{language}.txt",), "languages": ("de", "fr", "de")}, "names one twice"),
+        ({"paths": ("a.txt",), "weight": 0.0}, "greater than 0"),
+    ],
+)
+def test_languages_and_weights_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Files.model_validate(options)

@@ -52,7 +52,7 @@ def same(a: Prepared, b: Prepared) -> bool:
 def test_stores_hold_each_document_in_its_part(spec: DataSpec, tmp_path: Path) -> None:
     prepared = prepare(spec, tmp_path / "cache")
     for store, held_out in ((prepared.train, False), (prepared.held_out, True)):
-        documents = [d for d in spec.corpora[0].documents() if is_held_out(d.name, 0.1) == held_out]
+        documents = [d for d in spec.corpora[0].documents() if is_held_out(d.identity, 0.1) == held_out]
         assert store.num_documents == len(documents)
         assert store.tokens.dtype == np.uint16
         for index, document in enumerate(documents):

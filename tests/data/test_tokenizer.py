@@ -19,7 +19,7 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n"
     "def jump(dog, over=3):\n    for fox in range(over):\n        dog.sleep(fox)\n\n    return dog\n"
 )
-DOCUMENTS = [Document(f"text {index}", TEXT * 5) for index in range(4)]
+DOCUMENTS = [Document(f"text {index}", TEXT * 5, f"text {index}", 0) for index in range(4)]
 
 
 def train(vocab_size: int = 256, documents: list[Document] = DOCUMENTS) -> Tokenizer:
@@ -79,19 +79,19 @@ def test_training_is_deterministic() -> None:
 
 
 def test_the_sample_is_bounded_and_independent_of_order() -> None:
-    documents = [Document(f"{index}", "x" * 100) for index in range(50)]
+    documents = [Document(f"{index}", "x" * 100, f"{index}", 0) for index in range(50)]
     sample = _sample(documents, 1000)
     assert len(sample) == 10
-    named = [Document(f"{index}", f"{index:03d}") for index in range(50)]
+    named = [Document(f"{index}", f"{index:03d}", f"{index}", 0) for index in range(50)]
     assert _sample(named, 30) == _sample(named[::-1], 30)
-    assert _sample([Document("long", "y" * 5000)], 1000) == ["y" * 1000]
+    assert _sample([Document("long", "y" * 5000, "long", 0)], 1000) == ["y" * 1000]
 
 
 @pytest.mark.parametrize(
     "text", ["a", "aaaa", "1 2", "\u0301", "\u65e5\u672c\u8a9e\n" * 3, "\U0001f600", "\t", "x" * 100_000]
 )
 def test_odd_texts_train_too(text: str) -> None:
-    tokenizer = train(200, [Document("odd", text)])
+    tokenizer = train(200, [Document("odd", text, "odd", 0)])
     assert tokenizer.vocab_size == 200
     tokenizer.encode_batch([text, "", "\n", TEXT])
 
@@ -101,8 +101,8 @@ def test_training_faults() -> None:
         train(256, [])
     many = "".join(chr(index) for index in range(0x4E00, 0x4E00 + 300))
     with pytest.raises(DataError, match=r"vocab_size \(256\).*301 characters: take 404 or more"):
-        train(256, [Document("many", many)])
-    assert train(404, [Document("many", many)]).vocab_size == 404
+        train(256, [Document("many", many, "many", 0)])
+    assert train(404, [Document("many", many, "many", 0)]).vocab_size == 404
 
 
 def test_a_file_is_the_tokenizer_that_was_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def quietly(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     text = "task says one two three four five a b c d e </s> and <extra_id_0> are no words here"
-    return Tokenizer(train_unigram([Document("d", text)], 256, 10_000), "here")
+    return Tokenizer(train_unigram([Document("d", text, "d", 0)], 256, 10_000), "here")
 
 
 @pytest.fixture

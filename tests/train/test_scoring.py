@@ -24,7 +24,7 @@ from switchcli.train.scoring import Answering, ScoringSpec, figures_of, suites_o
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(train_unigram([Document("d", "one two three four five six")], 128, 10_000), "here")
+    return Tokenizer(train_unigram([Document("d", "one two three four five six", "d", 0)], 128, 10_000), "here")
 
 
 @pytest.fixture(scope="module")

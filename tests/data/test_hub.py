@@ -1,0 +1,205 @@
+"""Datasets of the hub without a network: by stand-ins, and by `datasets` itself on folders."""
+
+import gzip
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+
+from switchcli.data import corpus as module
+from switchcli.data.corpus import Hub, Piece
+from switchcli.errors import DataError
+
+TOKEN = "hf_SecretOfTheUser0123456789"
+
+
+@pytest.fixture(autouse=True)
+def nothing_opened() -> None:
+    module._opened.cache_clear()
+
+
+class _Dataset:
+    """A stand-in for `datasets.load_dataset` and what it gives: remembers its arguments, gives rows or raises."""
+
+    def __init__(self, *shards: list[dict[str, Any]], error: Exception | None = None) -> None:
+        self.shards, self.error, self.calls, self.skipped = shards, error, list[dict[str, Any]](), 0
+
+    def __call__(self, path: str, name: str | None, **options: Any) -> Self:
+        self.calls.append({"path": path, "name": name, **options})
+        if self.error:
+            raise self.error
+        return self
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def shard(self, num_shards: int, index: int, contiguous: bool) -> "_Dataset":
+        assert contiguous
+        size, more = divmod(len(self.shards), num_shards)
+        first = index * size + min(index, more)
+        return _Dataset(*self.shards[first : first + size + (index < more)])
+
+    def skip(self, count: int) -> "_Dataset":
+        rows = [row for shard in self.shards for row in shard]
+        return _Dataset(rows[count:])
+
+    def __iter__(self) -> Any:
+        return iter([row for shard in self.shards for row in shard])
+
+
+def rows(*texts: object) -> list[dict[str, Any]]:
+    return [{"text": text} for text in texts]
+
+
+def test_it_asks_datasets_and_numbers_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = _Dataset(rows("a", " ", "b", "c"))
+    monkeypatch.setattr("datasets.load_dataset", dataset)
+    corpus = Hub(path="allenai/c4", name="en", revision="abc", data_files=("en/*.gz",), max_documents=3)
+    found = list(corpus.documents())
+    assert [(document.text, document.identity, document.row) for document in found] == [("a", "a", 0), ("b", "b", 2)]
+    assert found[1].name == "allenai/c4/en/train, first rows:2"
+    (call,) = dataset.calls
+    assert call == {
+        "path": "allenai/c4", "name": "en", "split": "train", "data_files": ["en/*.gz"], "revision": "abc",
+        "streaming": True,
+    }  # fmt: skip
+    (piece,) = corpus.pieces()
+    assert [document.text for document in corpus.read(piece, 1)] == ["b"]
+    assert [document.text for document in corpus.read(piece, 3)] == []
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 4096])
+def test_pieces_share_out_the_shards(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    shards = [rows(*(f"{shard} {row}" for row in range(3))) for shard in range(7)]
+    monkeypatch.setattr("datasets.load_dataset", _Dataset(*shards))
+    monkeypatch.setattr(module, "MAX_PIECES", most)
+    corpus = Hub(path="some/name")
+    pieces = corpus.pieces()
+    assert len({piece.name for piece in pieces}) == len(pieces) == min(most, 7)
+    found = [list(corpus.read(piece)) for piece in pieces]
+    assert [document.text for piece in found for document in piece] == [
+        row["text"] for shard in shards for row in shard
+    ]
+    for piece, documents in zip(pieces, found, strict=True):
+        assert [document.row for document in documents] == list(range(len(documents)))
+        assert list(corpus.read(piece, 2)) == documents[2:]
+    if most == 3:
+        assert [piece.name for piece in pieces] == ["shards 0-2", "shards 3-4", "shards 5-6"]
+    with pytest.raises(DataError, match=r"some/name: no shard 9 any more: give the `revision`"):
+        list(corpus.read(Piece("shard 9", None)))
+
+
+def answer(status: int) -> Any:
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def not_found(cause: Exception) -> Exception:
+    from datasets.exceptions import DatasetNotFoundError
+
+    return caused(DatasetNotFoundError("not found"), cause)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ConnectionError("Couldn't reach the hub\nlong story"),
+            r"cannot be opened \(Couldn't reach the hub\): .*network",
+        ),
+        (HTTPError("no route"), r"cannot be opened \(no route\): .*network"),
+        (ValueError("Unknown split"), r"Unknown split.*check path, name, split, revision and the network"),
+        (not_found(GatedRepoError("x", response=answer(401))), "ask: do so at https://.*/some/name, .*`hf auth login`"),
+        (not_found(RepositoryNotFoundError("x", response=answer(404))), "check the spelling; .*`hf auth login`"),
+        (not_found(OSError("x")), r"cannot be opened \(not found\)"),
+        (HfHubHTTPError(f"401 for Bearer {TOKEN}", response=answer(401)), r"\(401 for Bearer \[token\]\)"),
+        (ValueError("what hf_AnotherOnesToken1 says"), r"\(what \[token\] says\)"),
+    ],
+)
+def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("datasets.load_dataset", _Dataset(error=error))
+    with pytest.raises(DataError, match=message) as caught:
+        list(Hub(path="some/name").documents())
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_token_of_any_look_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-look")
+    monkeypatch.setattr("datasets.load_dataset", _Dataset(error=OSError("of-no-known-look is no good")))
+    with pytest.raises(DataError, match=r"\(\[token\] is no good\)"):
+        Hub(path="some/name").pieces()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([], "no text in column 'text' of split train"),
+        (rows(" "), "no text in column 'text' of split train"),
+        ([{"body": "a"}], r"some/name/train, shard 0:0: no field 'text' \(fields here: body\): set `field`"),
+        (rows(3), r"field 'text' is a int, text is needed"),
+    ],
+)
+def test_rows_without_text(monkeypatch: pytest.MonkeyPatch, found: list[dict[str, Any]], message: str) -> None:
+    monkeypatch.setattr("datasets.load_dataset", _Dataset(found))
+    with pytest.raises(DataError, match=message):
+        list(Hub(path="some/name").documents())
+
+
+def test_rows_of_a_language_and_rows_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = [{"text": text, "lang": lang} for text, lang in (("a", "de"), ("b", "fr"), (None, "de"), ("c", "de"))]
+    monkeypatch.setattr("datasets.load_dataset", _Dataset(shard))
+    corpus, dropped = Hub(path="x/y", where={"lang": ("de",)}, unreadable="skip"), Counter[str]()
+    (piece,) = corpus.pieces()
+    assert [(document.text, document.row) for document in corpus.read(piece, dropped=dropped)] == [("a", 0), ("c", 3)]
+    assert dropped == {"where lang": 1, "no text": 1}
+
+
+def write(folder: Path, shards: int, lines: int = 2) -> None:
+    (folder / "en").mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        texts = [json.dumps({"text": f"{shard} {line}", "url": "u"}) + "\n" for line in range(lines)]
+        (folder / "en" / f"part-{shard}.json.gz").write_bytes(gzip.compress("".join(texts).encode()))
+
+
+def test_a_folder_is_read_by_datasets_itself(tmp_path: Path) -> None:
+    write(tmp_path, shards=3, lines=4)
+    (tmp_path / "other.jsonl").write_text('{"text": "not asked for"}\n')
+    corpus = pickle.loads(pickle.dumps(Hub(path=str(tmp_path), data_files="en/*.json.gz")))
+    pieces = corpus.pieces()
+    assert [piece.name for piece in pieces] == ["shard 0", "shard 1", "shard 2"]
+    assert [document.text for document in corpus.read(pieces[2])] == ["2 0", "2 1", "2 2", "2 3"]
+    assert [(document.text, document.row) for document in corpus.read(pieces[1], 2)] == [("1 2", 2), ("1 3", 3)]
+    assert len(list(corpus.documents())) == 12
+    with pytest.raises(DataError, match="cannot be opened"):
+        Hub(path=str(tmp_path), data_files="de/*").pieces()
+
+
+def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
+    write(tmp_path, shards=1)
+    corpus = Hub(path=str(tmp_path))
+    before = corpus.fingerprint()
+    assert before == Hub(path=str(tmp_path), weight=2.0, language="en").fingerprint()
+    assert before != Hub(path=str(tmp_path), unreadable="skip").fingerprint()
+    write(tmp_path, shards=2)
+    assert corpus.fingerprint() != before
+
+
+def test_a_subset_for_each_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = _Dataset(rows("a"))
+    monkeypatch.setattr("datasets.load_dataset", dataset)
+    corpus = Hub(path="allenai/c4", name="{language}", languages=("sw", "cy"), weight=3.0, where={"l": ("{language}",)})
+    sw, cy = corpus.each()
+    assert sw == Hub(path="allenai/c4", name="sw", language="sw", weight=3.0, where={"l": ("sw",)})
+    assert (cy.name, cy.each()) == ("cy", (cy,))
