@@ -100,7 +100,7 @@ def _build(spec: DataSpec, folder: Path, track: Track, tokenizer: Tokenizer | No
         return (document for document in found if not is_held_out(document.name, spec.held_out_fraction))
 
     folder.mkdir()
-    used = tokenizer or spec.tokenizer.load(training_documents)
+    used = tokenizer or spec.tokenizer.load(lambda: {"": training_documents()})
     (folder / "tokenizer.json").write_text(used.to_json(), encoding="utf-8")
     with (
         StoreWriter(folder / TRAIN, used.vocab_size) as train,
