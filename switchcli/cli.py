@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from switchcli import __version__
-from switchcli.commands import checkpoints, ending, recipes
+from switchcli.commands import checkpoints, data, ending, recipes
 from switchcli.commands.arguments import (
     Checkpoint,
     DryRun,
@@ -40,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app)
 
 

@@ -9,11 +9,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchcli.commands import texts
 from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import objective_of
 from switchcli.commands.run import check_alike, machine, place, split
-from switchcli.commands import texts
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.mixture import InTurn
 from switchcli.data.prepare import Prepared, prepare
@@ -25,8 +25,8 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
+from switchcli.report import units
 from switchcli.report.console import Console
-from switchcli.report.units import number
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.scores import Scores, is_right, score
 from switchcli.tasks.spec import tasks_of
@@ -211,8 +211,13 @@ def show(evaluation: Evaluation) -> None:
                 console.rows("the expert that most of its tokens go to, and their share", ("", *layers), used)
 
 
+def exam_rows(exam: tokens.Scored) -> HeldOutText:
+    """The labelled examples of a task as text."""
+    return HeldOutText(InTurn([exam.packed]).rows, exam.packed.num_rows)
+
+
 def _shown(figures: Mapping[str, Any], key: str) -> str:
-    return number(figures[key]) if key in figures else "-"
+    return units.number(figures[key]) if key in figures else "-"
 
 
 def _most_used(layer: Mapping[str, Any]) -> str:
@@ -260,7 +265,7 @@ class Measuring:
         """Neg. log perplexity and routing health of `model`, which may be another than the one loaded."""
         tasks = {
             exam.task.name: self._figures(
-                model, self._rows(model, HeldOutText(InTurn([exam.packed]).rows, exam.packed.num_rows), packed_cross_entropy, capacity), exam.packed.num_rows
+                model, self._rows(model, exam_rows(exam), packed_cross_entropy, capacity), exam.packed.num_rows
             )
             for exam in self.exams
             if exam.packed.num_rows

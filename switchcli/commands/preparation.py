@@ -1,4 +1,4 @@
-"""`switchcli data prepare`: a recipe's text as ids, before the run that reads them, by as many machines as there are."""
+"""`switchcli data prepare`: a recipe's text as ids, before the run that reads them, by one machine or several."""
 
 import re
 import time

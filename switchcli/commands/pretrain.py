@@ -74,7 +74,8 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
     mixture = texts.mixture_of(found, data, chunks, recipe.train.steps * batch_rows, seed)
     if runtime.is_main:
         texts.tell(found, chunks, mixture, recipe.train.steps * batch_rows, console)
-    stream = TextStream([*chunks.values()], found.tokenizer, data.rows, seed, batch_rows, mixture and mixture.turns)
+    turns = None if mixture is None else mixture.turns
+    stream = TextStream([*chunks.values()], found.tokenizer, data.rows, seed, batch_rows, turns)
     held_out = texts.held_out(found, data.rows, recipe.eval.sequences)
     return Text(
         found.tokenizer,

@@ -154,9 +154,7 @@ class _Teaching:
         if isinstance(recipe, DistillTasksRecipe):
             text = finetune.text_of(recipe, tokenizer, runtime, console)
         else:
-            text = pretrain.text_of(
-                recipe, lambda: pretrain.cut_by(tokenizer, recipe, console), runtime, console
-            )
+            text = pretrain.text_of(recipe, lambda: pretrain.cut_by(tokenizer, recipe, console), runtime, console)
         self._measure = Measure(recipe, text, self.hard, self.scoring, self._microbatch, runtime)
         start = self._settings.start_step
         if not self._settings.soft_fraction:

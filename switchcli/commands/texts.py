@@ -30,9 +30,7 @@ def chunks_of(found: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Ch
     return {label: Chunks(text.shards[part], rows, seed, label) for label, text in found.texts.items()}
 
 
-def mixture_of(
-    found: Prepared, data: DataSpec, chunks: Mapping[str, Chunks], rows: int, seed: int
-) -> Mixture | None:
+def mixture_of(found: Prepared, data: DataSpec, chunks: Mapping[str, Chunks], rows: int, seed: int) -> Mixture | None:
     """How the texts are mixed in a run of so many rows; None for one text. Raises RecipeError as `Mixing.shares`."""
     if data.mixture.kind == "joined":
         return None
@@ -60,9 +58,7 @@ def held_out(found: Prepared, made_by: Rows, sequences: int) -> dict[str, HeldOu
     return texts
 
 
-def tell(
-    found: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None, rows: int, console: Console
-) -> None:
+def tell(found: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None, rows: int, console: Console) -> None:
     """What is trained on: how much there is of each text, its share, and how often the run shows it."""
     shares = mixture.shares if mixture else dict.fromkeys(chunks, 1.0)
     lines = []

@@ -51,10 +51,11 @@ class Chunks:
         self.rows_per_epoch = int(self._rows_S.sum())
         """Rows that show each token once at most."""
         if not self.rows_per_epoch:
-            documents, tokens = (sum(one[place] for one in shards) for place in (0, 1))
+            tokens, documents = sum(one.num_tokens for one in shards), sum(one.num_documents for one in shards)
+            least = 2 if isinstance(rows, WholeDocuments) else rows.raw_length
             raise DataError(
                 f"data{f' ({label})' if label else ''}: {tokens} tokens in {documents} documents, but one row takes "
-                f"{2 if isinstance(rows, WholeDocuments) else rows.raw_length}: add text, or take a smaller inputs_length (for the held-out part, a larger "
+                f"{least}: add text, or take a smaller inputs_length (for the held-out part, a larger "
                 "held_out_fraction)"
             )
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()

@@ -124,7 +124,8 @@ class TaskStream:
         for task in np.unique(task_R):
             mine = task_R == task
             num_rows = self._tasks[task].num_rows
-            row_R[mine] = self._orders(num_rows, *np.divmod(nth_R[mine], num_rows), TASKS + int(task))
+            epoch_R, place_R = np.divmod(nth_R[mine], num_rows)
+            row_R[mine] = self._orders(num_rows, epoch_R, place_R, TASKS + int(task))
         return _gathered(self._tasks, task_R, row_R)
 
 

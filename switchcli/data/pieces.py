@@ -1,4 +1,4 @@
-"""A piece of a corpus as ids: read, filtered, cut and written as shards, by any process on any machine, always the same.
+"""A piece of a corpus as ids: read, filtered, cut and written as shards, the same by any process on any machine.
 
 Several processes take pieces from one queue; each writes whole folders, so that what was done before a stop stays done.
 """
@@ -51,9 +51,7 @@ class Progress(NamedTuple):
     """Written, also of pieces that are not whole yet."""
 
 
-def build(
-    jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, show: Callable[[Progress], None]
-) -> None:
+def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, show: Callable[[Progress], None]) -> None:
     """Make every job's folder, `processes` at once with `threads` each; `tokenizer` is its tokenizer.json.
 
     Raises:
@@ -95,7 +93,7 @@ def build(
 class _Built(NamedTuple):
     """What a worker did: the tokens of a piece, or why it could not."""
 
-    index: int
+    job: int
     tokens: int
     error: SwitchError | None
 
@@ -125,7 +123,7 @@ def _await(
                 raise built.error
             whole.append(built)
         under_way = sum(map(_bytes_under_way, folders)) // token_bytes
-        size = sum(jobs[one.index].piece.size or 0 for one in whole)
+        size = sum(jobs[one.job].piece.size or 0 for one in whole)
         show(Progress(len(whole), size, sum(one.tokens for one in whole) + under_way))
 
 
@@ -203,11 +201,11 @@ class _Part(NamedTuple):
 def _parts(documents: Iterable[Document], fraction: float) -> Iterator[_Part]:
     for document in documents:
         held_out = is_held_out(document.identity, fraction)
-        for index, text in enumerate(_cut(document.text)):
+        for index, text in enumerate(cut_up(document.text)):
             yield _Part(held_out, index == 0, text)
 
 
-def _cut(text: str) -> Iterator[str]:
+def cut_up(text: str) -> Iterator[str]:
     """Parts of at most PART_CHARACTERS, cut at a space where possible: encoding begins each part with one again."""
     start = 0
     while len(text) - start > PART_CHARACTERS:

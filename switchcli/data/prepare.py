@@ -1,8 +1,8 @@
 """Preparing data, once: a vocabulary is trained if asked for, and every text is cut into ids, piece by piece.
 
 A text is a folder of the cache, named by everything that it depends on: a folder for each piece, which appears whole or
-not at all, and a manifest of all of them when the last is there. So preparing goes on after a stop, and several machines
-with one cache can each make a share of the pieces.
+not at all, and a manifest of all of them when the last is there. So preparing goes on after a stop, and machines that
+see one cache can each make a share of the pieces.
 """
 
 import hashlib
@@ -134,26 +134,28 @@ def prepare_share(
 def vocabulary(spec: DataSpec, means: Means) -> Tokenizer:
     """The spec's tokenizer; one that is trained, from the cache where it was trained before on the same text."""
 
-    def documents() -> Mapping[str, Iterable[Document]]:
-        return {label: training(corpora) for label, corpora in spec.texts().items()}
-
-    def training(corpora: Sequence[Corpus]) -> Iterator[Document]:
-        found = means.track(documents_of(corpora), "reading for a vocabulary", None)
-        found = spec.filters(found, Counter())
-        return (document for document in found if not is_held_out(document.identity, spec.held_out_fraction))
+    def load() -> Tokenizer:
+        return spec.tokenizer.load(lambda: documents(spec, means.track, held_out=False))
 
     if spec.tokenizer.kind != "train":
-        return spec.tokenizer.load(documents)
+        return load()
     parts = [spec.tokenizer.fingerprint(), *_sources(spec, chain.from_iterable(spec.texts().values()))]
     folder = means.cache / "vocabularies" / _digest(parts)
-    with cached(folder, lambda built: _write(built, spec.tokenizer.load(documents))):
+    with cached(folder, lambda built: _write(built, load())):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         return Tokenizer.from_json(text, str(folder / "tokenizer.json"))
 
 
-def documents_of(corpora: Sequence[Corpus]) -> Iterator[Document]:
-    """The documents of several corpora, one after the other."""
-    return chain.from_iterable(corpus.documents() for corpus in corpora)
+def documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str, Iterator[Document]]:
+    """The documents of each text that are held out, or those that are not, read as they are asked for."""
+
+    def of(label: str, corpora: Sequence[Corpus]) -> Iterator[Document]:
+        found = chain.from_iterable(corpus.documents() for corpus in corpora)
+        for document in spec.filters(track(found, f"reading{_named(label)}", None), Counter()):
+            if is_held_out(document.identity, spec.held_out_fraction) == held_out:
+                yield document
+
+    return {label: of(label, corpora) for label, corpora in spec.texts().items()}
 
 
 def _write(folder: Path, tokenizer: Tokenizer) -> None:
@@ -205,7 +207,7 @@ def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means) -> bool:
         return True
     pieces = sorted({name.split("/")[0] for name in facts["files"]})
     tracked = means.track(pieces, "comparing checksums", len(pieces)) if _is_large(facts) else pieces
-    return all([is_whole(folder / name) for name in tracked]) and has_sizes(folder)
+    return not [name for name in tracked if not is_whole(folder / name)] and has_sizes(folder)
 
 
 def _is_large(facts: Mapping[str, Any]) -> bool:

@@ -51,7 +51,6 @@ class DataSpec(Spec):
         """What is mixed and measured apart, by label: a language, or a corpus without one; all together if joined."""
         return texts_of(self.corpora, self.mixture)
 
-
     @property
     def rows(self) -> Rows:
         if self.packing == "documents":

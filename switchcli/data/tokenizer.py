@@ -1,44 +1,59 @@
 """Tokenizer: text to ids and back, in T5's layout; and the specs that load one.
 
-The layout: 0 `<pad>`, 1 `</s>`, 2 `<unk>`, and the sentinels `<extra_id_0>`, `<extra_id_1>`, ... anywhere. Training a
-vocabulary is in `switchcli.data.vocabulary`.
+The layout: 0 `<pad>`, 1 `</s>`, and anywhere `<unk>` (T5's 2, umT5's 3) and the sentinels `<extra_id_0>`,
+`<extra_id_1>`, ... Training a vocabulary is in `switchcli.data.vocabulary`, reading one of SentencePiece in
+`switchcli.data.sentencepiece`.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchcli.data.document import Document
-from switchcli.data.vocabulary import NUM_SENTINELS, SPECIAL, sentinel, train_unigram
+from switchcli.data.sample import sample
+from switchcli.data.sentencepiece import read_model
+from switchcli.data.vocabulary import BYTES, NUM_SENTINELS, Size, sentinel, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, PAD, Spec
+
+_MAX_BYTES: Final = 2**28
+"""Of a file: the largest vocabularies have some 2^25."""
+
+_PATH: Final = "data.tokenizer.path"
+
+Documents = Callable[[], Mapping[str, Iterable[Document]]]
+"""The training documents of each component, a corpus or a language; asked for only where a vocabulary is trained."""
 
 
 class Tokenizer:
     """A `tokenizer.json` whose ids are T5's.
 
-    vocab_size: one more than the highest id. sentinels: int64 ids, `<extra_id_0>` first. sha256: of `to_json()`.
+    vocab_size: one more than the highest id. sentinels: int64 ids, `<extra_id_0>` first. unknown: the id of `<unk>`.
+    is_byte_V: bool [vocab_size], the ids that stand for a byte of a character without a piece. sha256: of `to_json()`.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str) -> None:
         """Takes over `inner`. Raises DataError, naming `where`, for other special ids or no sentinels."""
         inner.no_truncation()  # a saved tokenizer may cut or pad every text
         inner.no_padding()
-        for index, piece in enumerate(SPECIAL):
+        for index, piece in ((PAD, "<pad>"), (EOS, "</s>")):
             if inner.id_to_token(index) != piece:
                 raise DataError(
                     f"{where}: id {index} is {inner.id_to_token(index)!r}, T5's layout needs {piece!r} there: "
                     "use a T5 tokenizer, or train one (kind: train)"
                 )
+        if (unknown := inner.token_to_id("<unk>")) is None:
+            raise DataError(f"{where}: no <unk> in the vocabulary: use a T5 tokenizer, or train one (kind: train)")
+        self.unknown = int(unknown)
         ids = (inner.token_to_id(sentinel(index)) for index in count())
         self.sentinels: NDArray[np.int64] = np.array(list(takewhile(lambda id_: id_ is not None, ids)), dtype=np.int64)
         if not self.sentinels.size:
@@ -49,8 +64,11 @@ class Tokenizer:
         self._inner = inner
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self._plain = np.arange(self.vocab_size)
-        self._plain[[PAD, EOS, *self.sentinels]] = SPECIAL.index("<unk>")
-        self.sha256 = hashlib.sha256(self.to_json().encode()).hexdigest()
+        self._plain[[PAD, EOS, *self.sentinels]] = self.unknown
+        text = self.to_json()
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        in_bytes = map(inner.token_to_id, BYTES if json.loads(text)["model"].get("byte_fallback") else ())
+        self.is_byte_V = np.isin(np.arange(self.vocab_size), [index for index in in_bytes if index is not None])
 
     @classmethod
     def from_json(cls, text: str, where: str = "tokenizer.json") -> Self:
@@ -61,8 +79,26 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         return cls(inner, where)
 
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """Of a `tokenizer.json` or a `spiece.model`. Raises DataError, naming `where`, for anything else."""
+        if data.lstrip()[:1] != b"{":
+            return cls(read_model(data, where), where)
+        try:
+            return cls.from_json(data.decode("utf-8"), where)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 ({error.reason}): use a tokenizer.json by `tokenizers`") from error
+
+    @classmethod
+    def read(cls, path: Path, key: str = "") -> Self:
+        """A `tokenizer.json` or a `spiece.model`. Raises DataError, naming the recipe's `key`, for anything else."""
+        return cls.from_bytes(read_file(path, key), str(path))
+
     def to_json(self) -> str:
         return str(self._inner.to_str())
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        return [str(self._inner.id_to_token(index)) for index in ids]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt: `<extra_id_0>` in it is that sentinel. No EOS is added."""
@@ -90,9 +126,27 @@ def _explained(where: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error) is Exception or isinstance(error, ValueError) or type(error).__name__ == "PanicException":
+        if (
+            type(error) is Exception
+            or isinstance(error, ValueError | RecursionError)
+            or type(error).__name__ == "PanicException"
+        ):
             raise DataError(f"{where}: not a tokenizer.json ({error}): use one written by `tokenizers`") from error
         raise
+
+
+def read_file(path: Path, key: str = "") -> bytes:
+    """What is in a tokenizer's file. Raises DataError, naming the recipe's `key`."""
+    where = f"{key}: {path}" if key else str(path)
+    way_out = "name a tokenizer.json or a spiece.model"
+    try:
+        with path.expanduser().open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}): {way_out}") from error
+    if len(data) > _MAX_BYTES:
+        raise DataError(f"{where}: more than {_MAX_BYTES:,} bytes is no tokenizer: {way_out}")
+    return data
 
 
 class TrainedTokenizer(Spec):
@@ -102,43 +156,58 @@ class TrainedTokenizer(Spec):
     """
 
     kind: Literal["train"] = "train"
-    vocab_size: int = Field(default=8192, ge=3 + NUM_SENTINELS + 1)
-    """Ids in all, 100 sentinels included; what a small corpus leaves free is filled with pieces that no text uses."""
+    vocab_size: int = Field(default=8192, ge=1)
+    """Ids in all, sentinels and bytes included; what a small corpus leaves free is filled with pieces that no text
+    uses."""
     max_characters: int = Field(default=10_000_000, ge=1)
     """Trained on a sample of the documents of at most so many characters."""
+    byte_fallback: bool = False
+    """Whether a character without a piece becomes its UTF-8 bytes, by 256 ids, and not `<unk>`."""
+    character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
+    """Share of the sample's characters that get a piece; the rare rest does not."""
+    num_sentinels: int = Field(default=NUM_SENTINELS, ge=1)
+    alpha: float | None = Field(default=None, ge=0.0, le=1.0)
+    """The share of a component (a corpus, a language) of the sample is in proportion to (its characters)^alpha: 0.3 in
+    mT5, 1 as they are, 0 the same for all. Absent: documents of all as they come."""
+
+    @model_validator(mode="after")
+    def _there_is_room(self) -> Self:
+        if self.vocab_size <= (reserved := self._size.num_reserved):
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) must be more than the {reserved} ids of special "
+                "pieces, sentinels and bytes."
+            )
+        return self
+
+    @property
+    def _size(self) -> Size:
+        return Size(self.vocab_size, self.num_sentinels, self.byte_fallback)
 
     def fingerprint(self) -> str:
         return f"train {self.model_dump_json()} tokenizers {tokenizers.__version__}"
 
-    def load(self, documents: Callable[[], Iterable[Document]]) -> Tokenizer:
-        """Trains on what `documents()` gives. Raises DataError when that is nothing."""
-        return Tokenizer(train_unigram(documents(), self.vocab_size, self.max_characters), "data.tokenizer")
+    def load(self, documents: Documents) -> Tokenizer:
+        """Trains on what `documents()` gives. Raises DataError when that is nothing, or has too many characters."""
+        texts = sample(documents(), self.max_characters, self.alpha)
+        return Tokenizer(train_unigram(texts, self._size, self.character_coverage), "data.tokenizer")
 
 
 class TokenizerFile(Spec):
-    """A `tokenizer.json` in T5's layout."""
+    """A `tokenizer.json` in T5's layout, or SentencePiece's `spiece.model` of a Unigram model, whatever its name."""
 
     kind: Literal["file"] = "file"
     path: str
 
     def fingerprint(self) -> str:
-        return f"file {hashlib.sha256(self._read().encode()).hexdigest()}"
+        return f"file {hashlib.sha256(read_file(Path(self.path), _PATH)).hexdigest()}"
 
-    def load(self, documents: Callable[[], Iterable[Document]]) -> Tokenizer:
+    def load(self, documents: Documents) -> Tokenizer:
         """Raises DataError when the file is missing or no such tokenizer. `documents` is not called."""
-        return Tokenizer.from_json(self._read(), self.path)
-
-    def _read(self) -> str:
-        path = Path(self.path).expanduser()
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error.reason
-            raise DataError(f"data.tokenizer.path: {path}: cannot be read ({reason}): name a tokenizer.json") from error
+        return Tokenizer.read(Path(self.path), _PATH)
 
 
 class HubTokenizer(Spec):
-    """The `tokenizer.json` of a repository of the Hugging Face hub, such as `google-t5/t5-base`."""
+    """The `tokenizer.json`, or else the `spiece.model`, of a repository of the hub, such as `google-t5/t5-base`."""
 
     kind: Literal["hub"] = "hub"
     path: str
@@ -148,17 +217,21 @@ class HubTokenizer(Spec):
     def fingerprint(self) -> str:
         return f"hub {self.path} {self.revision}"
 
-    def load(self, documents: Callable[[], Iterable[Document]]) -> Tokenizer:
+    def load(self, documents: Documents) -> Tokenizer:
         """Raises DataError without the network or such a repository. `documents` is not called."""
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            file = hf_hub_download(self.path, "tokenizer.json", revision=self.revision)
+            try:
+                file = hf_hub_download(self.path, "tokenizer.json", revision=self.revision)
+            except EntryNotFoundError:
+                file = hf_hub_download(self.path, "spiece.model", revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"data.tokenizer: {self.path}: tokenizer.json cannot be had from the hub ({reason}): check path, "
-                "revision and the network; or use `kind: file` with one that is here"
+                f"data.tokenizer: {self.path}: no tokenizer.json or spiece.model can be had from the hub ({reason}): "
+                "check path, revision and the network; or use `kind: file` with one that is here"
             ) from error
         return TokenizerFile(path=file).load(documents)
 

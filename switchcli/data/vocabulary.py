@@ -6,23 +6,21 @@ joins letters, digits, punctuation or line breaks: on source code, "words" that 
 long.
 """
 
-import heapq
 import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from hashlib import blake2b
 from itertools import accumulate
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from switchcli.data.document import Document
 from switchcli.errors import DataError
 
 NUM_SENTINELS = 100
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark for a space
 SPECIAL = ("<pad>", "</s>", "<unk>")
-COVERAGE = 0.9995  # share of the characters that get a piece, as in SentencePiece: the rare rest is <unk>
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # SentencePiece's names
 WORDS = "|".join(
     [
         rf"[\n{SPACE}]{{1,16}}(?={SPACE})",  # line breaks and indentation, but for the space that begins a word
@@ -38,18 +36,36 @@ def sentinel(index: int) -> str:
     return f"<extra_id_{index}>"
 
 
-def train_unigram(documents: Iterable[Document], vocab_size: int, max_characters: int) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` ids, from a sample of the documents.
+def sentinel_tokens(names: Iterable[str]) -> list[AddedToken]:
+    """Spaces around a sentinel belong to it: the text after it gets the space of a text's start again."""
+    return [AddedToken(name, lstrip=True, rstrip=True) for name in names]
+
+
+class Size(NamedTuple):
+    """How many ids there are in all, and those that are no pieces of text."""
+
+    vocab_size: int
+    num_sentinels: int = NUM_SENTINELS
+    byte_fallback: bool = False
+
+    @property
+    def num_reserved(self) -> int:
+        return len(SPECIAL) + self.num_sentinels + len(BYTES) * self.byte_fallback
+
+
+def train_unigram(texts: list[str], size: Size, character_coverage: float = 0.9995) -> Tokenizer:
+    """A tokenizer of exactly `size.vocab_size` ids. Characters beyond the coverage have bytes, or `<unk>`.
 
     Raises DataError when there is no text, or when its characters alone outnumber the pieces.
     """
-    texts = _sample(documents, max_characters)
-    rare, alphabet = _alphabet(texts)
-    num_pieces = vocab_size - NUM_SENTINELS
-    if len(alphabet) + len(SPECIAL) > num_pieces:
+    if not texts:
+        raise DataError("data.corpora: no text to train a vocabulary on: add text, or take a smaller held_out_fraction")
+    rare, alphabet = _alphabet(texts, character_coverage)
+    if (least := len(alphabet) + size.num_reserved) > size.vocab_size:
         raise DataError(
-            f"data.tokenizer.vocab_size ({vocab_size}) must hold {len(SPECIAL)} special ids, {NUM_SENTINELS} sentinels "
-            f"and the text's {len(alphabet)} characters: take {len(alphabet) + len(SPECIAL) + NUM_SENTINELS} or more"
+            f"data.tokenizer.vocab_size ({size.vocab_size}) must hold {len(SPECIAL)} special ids, {size.num_sentinels} "
+            f"sentinels{f', {len(BYTES)} bytes' * size.byte_fallback} and the text's {len(alphabet)} characters: take "
+            f"{least} or more, or a smaller character_coverage"
         )
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
@@ -62,58 +78,51 @@ def train_unigram(documents: Iterable[Document], vocab_size: int, max_characters
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    to_text = [decoders.ByteFallback()] if size.byte_fallback else []
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Fuse(), decoders.Replace(f"\n{SPACE}", "\n"), decoders.Replace(SPACE, " "), decoders.Strip(" ", 1, 0)]
+        [
+            *to_text,
+            decoders.Fuse(),
+            decoders.Replace(f"\n{SPACE}", "\n"),
+            decoders.Replace(SPACE, " "),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
+    num_pieces = size.vocab_size - size.num_reserved
     trainer = trainers.UnigramTrainer(
-        vocab_size=num_pieces, show_progress=False, special_tokens=list(SPECIAL), unk_token="<unk>"
+        vocab_size=len(SPECIAL) + num_pieces, show_progress=False, special_tokens=list(SPECIAL), unk_token="<unk>"
     )
     tokenizer.train_from_iterator((text.translate(rare) for text in texts), trainer)
-    _complete(tokenizer, num_pieces)
+    _complete(tokenizer, num_pieces, size)
     return tokenizer
 
 
-def _complete(tokenizer: Tokenizer, num_pieces: int) -> None:
-    """Orders the pieces, adds what a small text does not yield of `num_pieces`, and appends the sentinels."""
+def _complete(tokenizer: Tokenizer, num_pieces: int, size: Size) -> None:
+    """Orders the pieces, adds what a small text does not yield of `num_pieces`, the bytes and the sentinels."""
     vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
     special, trained = vocabulary[: len(SPECIAL)], vocabulary[len(SPECIAL) :]
     # Training adds up in an order that is another each time: scores differ by some 1e-11, which must not reach the ids.
     pieces = sorted(((piece, round(score, 4)) for piece, score in trained), key=lambda item: (-item[1], item[0]))
     lowest = pieces[-1][1]
     # A piece across digits and punctuation is never matched, for the words it would be sought in do not join them.
-    unused = [(f"<unused_{index}>", lowest) for index in range(num_pieces - len(vocabulary))]
+    unused = [(f"<unused_{index}>", lowest) for index in range(num_pieces - len(trained))]
+    in_bytes = [(piece, 0.0) for piece in BYTES] if size.byte_fallback else []
     tokenizer.model = models.Unigram(
-        [*map(tuple, special), *pieces, *unused], unk_id=SPECIAL.index("<unk>"), byte_fallback=False
+        [*map(tuple, special), *in_bytes, *pieces, *unused],
+        unk_id=SPECIAL.index("<unk>"),
+        byte_fallback=size.byte_fallback,
     )
-    # Spaces around a sentinel belong to it: the text after it gets the space of a text's start again.
-    tokenizer.add_special_tokens(
-        [AddedToken(sentinel(index), lstrip=True, rstrip=True) for index in reversed(range(NUM_SENTINELS))]
-    )
+    tokenizer.add_special_tokens(sentinel_tokens(map(sentinel, reversed(range(size.num_sentinels)))))
 
 
-def _sample(documents: Iterable[Document], max_characters: int) -> list[str]:
-    """Documents of at most `max_characters` in all, chosen by a hash of their names; holds little more."""
-    heap: list[tuple[int, str, str]] = []
-    size = 0
-    for name, text, *_ in documents:
-        digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, person=b"vocabulary").digest()
-        heapq.heappush(heap, (-int.from_bytes(digest), name, text[:max_characters]))
-        size += len(text[:max_characters])
-        while size > max_characters:
-            size -= len(heapq.heappop(heap)[2])
-    if not heap:
-        raise DataError("data.corpora: no text to train a vocabulary on: add text, or take a smaller held_out_fraction")
-    return [text for _, _, text in sorted(heap, reverse=True)]
-
-
-def _alphabet(texts: list[str]) -> tuple[dict[int, str], set[str]]:
+def _alphabet(texts: list[str], coverage: float) -> tuple[dict[int, str], set[str]]:
     """For `str.translate`, what blanks out the rare characters; and the normalised ones that are left for pieces."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     by_number = sorted(counts, key=lambda character: (-counts[character], character))
     covered = accumulate((counts[character] for character in by_number), initial=0)
-    enough = sum(counts.values()) * COVERAGE
+    enough = sum(counts.values()) * coverage
     num_common = sum(before < enough for before in covered)  # characters before which the coverage is not reached yet
     rare = {ord(character): " " for character in by_number[num_common:]}
     return rare, {" ", *unicodedata.normalize("NFKC", "".join(by_number[:num_common]))}

@@ -163,8 +163,8 @@ class Console:
                     rate = done.tokens / (now - started)
                     left = (size - done.size) * (now - started) / done.size if size and done.size else math.nan
                     self.message(
-                        f"{label}: {done.pieces:,} of {pieces:,} pieces, {si(done.tokens)} tokens, {si(rate)} tokens/s, "
-                        f"time left {clock(left)}"
+                        f"{label}: {done.pieces:,} of {pieces:,} pieces, {si(done.tokens)} tokens, "
+                        f"{si(rate)} tokens/s, time left {clock(left)}"
                     )
 
             yield show

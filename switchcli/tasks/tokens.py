@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from switchcli.data.cache import cached
 from switchcli.data.draws import permutation
 from switchcli.data.packing import Lengths, Packed, pack, packed_as, store_of
 from switchcli.data.prepare import Track
-from switchcli.data.cache import cached
 from switchcli.data.store import StoreWriter, TokenStore, identity, seal
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.spec import EOS

@@ -108,7 +108,6 @@ class Log(Hook):
             }
         )
 
-
     def _tell_of_waiting(self, fraction: float) -> None:
         """A warning, once, when steps wait for data in two windows on end: the first batch is never there yet."""
         self._starving = self._starving + 1 if fraction > STARVING else 0

@@ -1,4 +1,4 @@
-"""Loader: threads that make the batches of the next steps while the model computes: never another batch, only sooner."""
+"""Loader: threads that make the next batches while the model computes: the same ones, only sooner."""
 
 import time
 from collections.abc import Callable, Iterable

@@ -85,7 +85,7 @@ def test_the_identity_is_of_the_text_alone(spec: DataSpec, tmp_path: Path) -> No
 
 
 def test_a_given_tokenizer_is_used(spec: DataSpec, tmp_path: Path) -> None:
-    other = TrainedTokenizer(vocab_size=180).load(spec.corpora[0].documents)
+    other = TrainedTokenizer(vocab_size=180).load(lambda: {"": spec.corpora[0].documents()})
     prepared = prepare(spec, tmp_path / "cache", tokenizer=other)
     assert prepared.tokenizer.sha256 == other.sha256
     assert same(prepared, prepare(spec, tmp_path / "cache", no_reading, other))
@@ -178,7 +178,7 @@ def test_a_full_disk_and_a_cache_that_is_no_folder(
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_an_empty_part_is_refused(spec: DataSpec, tmp_path: Path, fraction: float) -> None:
-    tokenizer = TrainedTokenizer(vocab_size=200).load(spec.corpora[0].documents)
+    tokenizer = TrainedTokenizer(vocab_size=200).load(lambda: {"": spec.corpora[0].documents()})
     with pytest.raises(DataError, match=r"held_out_fraction .* of 400 documents leaves"):
         prepare(spec.model_copy(update={"held_out_fraction": fraction}), tmp_path / "cache", tokenizer=tokenizer)
 

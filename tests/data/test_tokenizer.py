@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from switchcli.data.document import Document
 from switchcli.data.python_stdlib import PythonStdlib
 from switchcli.data.tokenizer import HubTokenizer, Tokenizer, TokenizerFile, TrainedTokenizer
-from switchcli.data.vocabulary import _sample
 from switchcli.errors import DataError
 
 TEXT = (
@@ -23,7 +22,7 @@ DOCUMENTS = [Document(f"text {index}", TEXT * 5, f"text {index}", 0) for index i
 
 
 def train(vocab_size: int = 256, documents: list[Document] = DOCUMENTS) -> Tokenizer:
-    return TrainedTokenizer(vocab_size=vocab_size).load(lambda: documents)
+    return TrainedTokenizer(vocab_size=vocab_size).load(lambda: {"": documents})
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +77,6 @@ def test_training_is_deterministic() -> None:
     assert len({train(2000, order).sha256 for order in (topics, topics, topics[::-1])}) == 1
 
 
-def test_the_sample_is_bounded_and_independent_of_order() -> None:
-    documents = [Document(f"{index}", "x" * 100, f"{index}", 0) for index in range(50)]
-    sample = _sample(documents, 1000)
-    assert len(sample) == 10
-    named = [Document(f"{index}", f"{index:03d}", f"{index}", 0) for index in range(50)]
-    assert _sample(named, 30) == _sample(named[::-1], 30)
-    assert _sample([Document("long", "y" * 5000, "long", 0)], 1000) == ["y" * 1000]
-
-
 @pytest.mark.parametrize(
     "text", ["a", "aaaa", "1 2", "\u0301", "\u65e5\u672c\u8a9e\n" * 3, "\U0001f600", "\t", "x" * 100_000]
 )
@@ -109,7 +99,7 @@ def test_a_file_is_the_tokenizer_that_was_saved(tokenizer: Tokenizer, tmp_path: 
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json())
     spec = TokenizerFile(path=str(path))
-    loaded = spec.load(lambda: [])
+    loaded = spec.load(dict)
     assert loaded.sha256 == tokenizer.sha256
     assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
     before = spec.fingerprint()
@@ -160,9 +150,12 @@ def test_a_panic_of_the_library_is_told_and_nothing_else_is_caught(monkeypatch: 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.tokenizer.path: .*none.json: cannot be read \(No such file"):
         TokenizerFile(path=str(tmp_path / "none.json")).fingerprint()
-    (tmp_path / "latin.json").write_bytes(b"\xe9")
-    with pytest.raises(DataError, match="cannot be read"):
-        TokenizerFile(path=str(tmp_path / "latin.json")).load(lambda: [])
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
+        TokenizerFile(path=str(tmp_path)).load(dict)
+    for content, said in ((b'{"\xe9"}', "not UTF-8"), (b"\xe9", "neither a tokenizer.json nor a SentencePiece model")):
+        (tmp_path / "latin.json").write_bytes(content)
+        with pytest.raises(DataError, match=rf"latin.json: {said}"):
+            TokenizerFile(path=str(tmp_path / "latin.json")).load(dict)
 
 
 def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -177,7 +170,7 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_p
         return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert HubTokenizer(path="google-t5/t5-base").load(lambda: []).sha256 == tokenizer.sha256
+    assert HubTokenizer(path="google-t5/t5-base").load(dict).sha256 == tokenizer.sha256
     assert asked == [("google-t5/t5-base", "tokenizer.json", "main")]
-    with pytest.raises(DataError, match=r"no/where: tokenizer.json cannot be had from the hub \(no network\)"):
-        HubTokenizer(path="no/where").load(lambda: [])
+    with pytest.raises(DataError, match=r"no/where: no tokenizer.json or spiece.model .* \(no network\)"):
+        HubTokenizer(path="no/where").load(dict)

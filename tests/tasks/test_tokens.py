@@ -9,10 +9,9 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from switchcli.data.document import Document
 from switchcli.data.packing import Lengths
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.data.vocabulary import train_unigram
+from switchcli.data.vocabulary import Size, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, PAD
 from switchcli.tasks import tokens
@@ -31,7 +30,7 @@ def quietly(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     text = "task says one two three four five a b c d e </s> and <extra_id_0> are no words here"
-    return Tokenizer(train_unigram([Document("d", text, "d", 0)], 256, 10_000), "here")
+    return Tokenizer(train_unigram([text], Size(256)), "here")
 
 
 @pytest.fixture

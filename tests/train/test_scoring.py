@@ -7,10 +7,9 @@ import pytest
 import torch
 from tiny import SPARSE, a_model
 
-from switchcli.data.document import Document
 from switchcli.data.packing import Lengths
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.data.vocabulary import train_unigram
+from switchcli.data.vocabulary import Size, train_unigram
 from switchcli.model.decoding import Decoding
 from switchcli.model.generate import generate
 from switchcli.model.moe import evaluating
@@ -24,7 +23,7 @@ from switchcli.train.scoring import Answering, ScoringSpec, figures_of, suites_o
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(train_unigram([Document("d", "one two three four five six", "d", 0)], 128, 10_000), "here")
+    return Tokenizer(train_unigram(["one two three four five six"], Size(128)), "here")
 
 
 @pytest.fixture(scope="module")

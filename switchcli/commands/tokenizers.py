@@ -1,0 +1,202 @@
+"""`switchcli data tokenizer`: what a tokenizer is, how it cuts a text, and how some compare. No torch, no network."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import typer
+
+from switchcli.data.document import Document
+from switchcli.data.files import Files
+from switchcli.data.pieces import CHUNK_CHARACTERS, cut_up
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError, RecipeError
+from switchcli.report.console import Console
+from switchcli.report.text import safe_text
+
+
+def opened(name: Path) -> Tokenizer:
+    """The tokenizer of a file, or of the folder of a run, a checkpoint or a Hugging Face model. Raises DataError."""
+    if not name.is_dir():
+        return Tokenizer.read(name)
+    files = [file for file in (name / "tokenizer.json", name / "spiece.model") if file.exists()]
+    if not files:
+        raise DataError(f"{name}: no tokenizer.json or spiece.model in this folder: name a run's, or a file")
+    return Tokenizer.read(files[0])
+
+
+def facts(name: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How many ids there are of what, and the digest by which runs know the tokenizer."""
+    return {
+        "tokenizer": str(name),
+        "vocab_size": tokenizer.vocab_size,
+        "pieces": tokenizer.vocab_size - len(tokenizer.sentinels) - int(tokenizer.is_byte_V.sum()) - 3,
+        "sentinels": len(tokenizer.sentinels),
+        "byte_fallback": bool(tokenizer.is_byte_V.any()),
+        "sha256": tokenizer.sha256,
+    }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Facts on stdout, for people."""
+    rows = {
+        key.replace("_", " "): ("no", "yes")[value] if isinstance(value, bool) else value
+        for key, value in found.items()
+        if key != "tokenizer"
+    }
+    Console(stream=sys.stdout).table(found["tokenizer"], rows)
+
+
+def cut(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
+    """The ids and pieces of each text, as of a prompt."""
+    ids = {text: tokenizer.encode(text) for text in texts}
+    return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids.items()]
+
+
+def show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
+    for one in texts:
+        typer.echo(f"\n{_line(one['text'])}")
+        typer.echo(f"pieces  {' '.join(map(_line, one['pieces']))}")
+        typer.echo(f"ids     {' '.join(map(str, one['ids']))}")
+
+
+def _line(text: str) -> str:
+    return safe_text(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+class Measured(NamedTuple):
+    """What a tokenizer makes of a text."""
+
+    tokens: int
+    unknown: int
+    """Tokens that stand for characters without a piece, of which nothing is left."""
+    in_bytes: int
+    """Tokens that are a byte of such a character."""
+
+    def to_json(self, num_bytes: int) -> dict[str, float | None]:
+        return {
+            "tokens": self.tokens,
+            "tokens_per_byte": self.tokens / num_bytes if num_bytes else None,
+            "unknown": self.unknown / max(self.tokens, 1),
+            "byte_fallback": self.in_bytes / max(self.tokens, 1),
+        }
+
+
+class Row(NamedTuple):
+    """One text, and what each tokenizer makes of it."""
+
+    name: str
+    documents: int
+    bytes: int
+    measured: tuple[Measured, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        measured = [one.to_json(self.bytes) for one in self.measured]
+        return {"text": self.name, "documents": self.documents, "bytes": self.bytes, "measured": measured}
+
+
+class Compared(NamedTuple):
+    """Tokenizers side by side."""
+
+    tokenizers: tuple[Mapping[str, Any], ...]
+    """Facts of each, in the order of each row's `measured`."""
+    rows: tuple[Row, ...]
+
+    @property
+    def total(self) -> Row:
+        sums = tuple(
+            Measured(*map(sum, zip(*ones, strict=True)))
+            for ones in zip(*(row.measured for row in self.rows), strict=True)
+        )
+        return Row("total", sum(row.documents for row in self.rows), sum(row.bytes for row in self.rows), sums)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [row.to_json() for row in self.rows]
+        return {"tokenizers": list(self.tokenizers), "rows": rows, "total": self.total.to_json()}
+
+
+def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], console: Console) -> Compared:
+    """Measures the tokenizers that `arguments` name on the recipe's held-out documents, with its keys set as the other
+    arguments say, and on the files.
+
+    Raises:
+        RecipeError: there is no text to measure on, or no tokenizer.
+        DataError: a tokenizer or a text cannot be read, or no text is held out.
+    """
+    overrides = [one for one in arguments if "=" in one and not Path(one).exists()]
+    names = [Path(one) for one in arguments if one not in overrides]
+    if not names:
+        raise RecipeError("compare: no TOKENIZER is named: name a tokenizer.json, a spiece.model or a run's folder")
+    if recipe is None and (overrides or not files):
+        raise RecipeError("compare: name the recipe to measure on by --on RECIPE, or files by --text FILE")
+    tokenizers = [opened(name) for name in names]
+    texts = _files(files)
+    if recipe is not None:
+        from switchcli.commands.vocabularies import text_of
+        from switchcli.data.prepare import documents
+
+        texts = {**documents(text_of(recipe, overrides), console.track, held_out=True), **texts}
+    rows = tuple(_row(name, documents, tokenizers) for name, documents in texts.items())
+    compared = Compared(tuple(map(facts, names, tokenizers)), rows)
+    if not compared.total.bytes:
+        raise DataError(f"{recipe}: no document is held out: take a larger data.held_out_fraction")
+    return compared
+
+
+def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
+    """By the files' names, in full where two have the same."""
+    stems = [Path(path).stem for path in paths]
+    return {
+        path if stems.count(stem) > 1 else stem: Files(paths=(path,), sample_by="line").documents()
+        for path, stem in zip(paths, stems, strict=True)
+    }
+
+
+def _row(name: str, documents: Iterable[Document], tokenizers: Sequence[Tokenizer]) -> Row:
+    sums = np.zeros((len(tokenizers), 3), np.int64)
+    num_documents = num_bytes = 0
+    for texts, ended in _chunks(documents):
+        num_documents += ended
+        num_bytes += sum(len(text.encode()) for text in texts)
+        for place, tokenizer in enumerate(tokenizers):
+            ids = np.concatenate(tokenizer.encode_batch(texts))
+            sums[place] += (len(ids), (ids == tokenizer.unknown).sum(), tokenizer.is_byte_V[ids].sum())
+    return Row(name, num_documents, num_bytes, tuple(Measured(*map(int, one)) for one in sums))
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
+    """Texts that are encoded at once, and how many documents are among them."""
+    texts: list[str] = []
+    size = ended = 0
+    for document in documents:
+        texts += cut_up(document.text)
+        size, ended = size + len(document.text), ended + 1
+        if size >= CHUNK_CHARACTERS:
+            yield texts, ended
+            texts, size, ended = [], 0, 0
+    if texts:
+        yield texts, ended
+
+
+def show_compared(compared: Compared) -> None:
+    """Two tables on stdout, for people."""
+    console = Console(stream=sys.stdout)
+    rows = [
+        (f"{index}  {one['tokenizer']}", *(f"{one[key]:,}" for key in ("vocab_size", "pieces", "sentinels")))
+        for index, one in enumerate(compared.tokenizers, start=1)
+    ]
+    console.rows("Tokenizers", ("", "vocab size", "pieces", "sentinels"), rows)
+    columns = ("tokens/byte", "unknown", "bytes")
+    headings = [f"{index} {column}" for index in range(1, len(compared.tokenizers) + 1) for column in columns]
+    lines = (
+        (row.name, f"{row.bytes:,}", *(cell for one in row.measured for cell in _cells(one.to_json(row.bytes))))
+        for row in (*compared.rows, compared.total)
+    )
+    console.rows("Tokens a byte of text, and shares of the tokens", ("", "bytes", *headings), lines)
+
+
+def _cells(one: Mapping[str, float | None]) -> tuple[str, ...]:
+    rate, unknown, in_bytes = one["tokens_per_byte"], one["unknown"], one["byte_fallback"]
+    return ("-" if rate is None else f"{rate:.4f}", f"{unknown:.2%}", f"{in_bytes:.2%}")
