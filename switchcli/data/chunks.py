@@ -44,10 +44,10 @@ class Chunks:
 
         Raises DataError, naming the text's `label`, when there is less than a row.
         """
-        counted = [Counted(shard, num_rows(shard, rows, seed, number)) for number, shard in enumerate(shards)]
-        self._numbers_S = np.array([number for number, one in enumerate(counted) if one.num_rows], dtype=np.int64)
-        self._rows_S = np.array([one.num_rows for one in counted if one.num_rows], dtype=np.int64)
-        self._shards, self._rows, self._seed = counted, rows, seed
+        self._shards = [counted(shard, rows, seed, number) for number, shard in enumerate(shards)]
+        self._numbers_S = np.array([number for number, one in enumerate(self._shards) if one.num_rows], dtype=np.int64)
+        self._rows_S = np.array([one.num_rows for one in self._shards if one.num_rows], dtype=np.int64)
+        self._rows, self._seed = rows, seed
         self.rows_per_epoch = int(self._rows_S.sum())
         """Rows that show each token once at most."""
         if not self.rows_per_epoch:
@@ -164,8 +164,8 @@ class Window:
             return self._laid[number]
 
 
-def num_rows(shard: Shard, rows: Rows, seed: int, number: int) -> int:
-    """How many rows there are in the shard of this number."""
+def counted(shard: Shard, rows: Rows, seed: int, number: int) -> Counted:
+    """The shard of this number with its rows."""
     if isinstance(rows, WholeDocuments):
-        return _Whole(shard.open(), rows, seed, number).num_rows
-    return shard.num_tokens // rows.raw_length
+        return Counted(shard, _Whole(shard.open(), rows, seed, number).num_rows)
+    return Counted(shard, shard.num_tokens // rows.raw_length)

@@ -87,9 +87,14 @@ def packed_as(inputs: TokenStore, targets: TokenStore, lengths: Lengths, rows: S
 
 def store_of(texts: Iterable[NDArray[np.int64]]) -> TokenStore:
     """A store in memory of ids, EOS after each text."""
-    ended = [np.append(ids, EOS).astype(np.uint32) for ids in texts]
-    offsets = np.cumsum([0, *map(len, ended)], dtype=np.int64)
-    return TokenStore(np.concatenate([np.zeros(0, np.uint32), *ended]), offsets)
+    return store_of_ids([np.append(ids, EOS) for ids in texts])
+
+
+def store_of_ids(texts: Sequence[NDArray[np.int64]]) -> TokenStore:
+    """The same as they are; a text without ids is none."""
+    found = [ids.astype(np.uint32) for ids in texts if len(ids)]
+    offsets = np.cumsum([0, *map(len, found)], dtype=np.int64)
+    return TokenStore(np.concatenate([np.zeros(0, np.uint32), *found]), offsets)
 
 
 def ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -44,6 +44,10 @@ class DataSpec(Spec):
     """By its `kind`: span_corruption, prefix_lm, denoisers."""
     packing: Literal["windows", "documents"] = "windows"
     """Documents end to end, cut into rows; or rows of whole documents, which do not see one another."""
+    access: Literal["prepared", "stream"] = "prepared"
+    """Cut into ids once, before the first step; or read as training goes on: for text of which a run sees a part."""
+    lanes: int = Field(default=8, ge=1)
+    """Of a stream: how many parts of a batch are read apart; the most ranks that can share it."""
     held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Share of the documents kept for evaluation, chosen by a hash of each document alone."""
 

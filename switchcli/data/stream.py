@@ -18,8 +18,27 @@ from switchcli.data.spec import Rows
 from switchcli.data.tokenizer import Tokenizer
 
 
+class Corruption:
+    """Raw rows of a step as its batch."""
+
+    def __init__(self, rows: Rows, tokenizer: Tokenizer, seed: int) -> None:
+        """Raises DataError as the objective says of the tokenizer."""
+        self._corrupt, self._num_draws, self._seed = rows.build(tokenizer), rows.num_draws, seed
+
+    def batch(self, raw_RL: NDArray[np.int64], step: int, first: int) -> Batch:
+        """The batch of rows from number `first` of the step on: [R, inputs_length] and [R, targets_length]."""
+        inputs_RS, targets_RT = self._corrupt(raw_RL, self._draws(step, first, len(raw_RL)))
+        return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
+
+    def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:
+        """[count, num_draws]: each row has counts of its own, so that any split of the batch draws the same."""
+        counts = -(-self._num_draws // WORDS)
+        bits = philox(self._seed, step, SPANS).advance(first * counts)
+        return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._num_draws]
+
+
 class TextStream:
-    """`batch_rows` rows a step, without end."""
+    """`batch_rows` rows a step of prepared texts, without end."""
 
     def __init__(
         self,
@@ -30,21 +49,14 @@ class TextStream:
         batch_rows: int,
         turns: Turns | None = None,
     ) -> None:
-        """`turns` says which of several texts a row is of.
-
-        Raises DataError as the objective says of the tokenizer.
-        """
+        """`turns` says which of several texts a row is of. Raises DataError as `Corruption`."""
         assert len(texts) == 1 or turns is not None
-        self._texts = texts
-        self._corrupt = rows.build(tokenizer)
-        self._raw_length, self._num_draws = rows.raw_length, rows.num_draws
-        self._seed, self._batch_rows, self._turns = seed, batch_rows, turns
+        self._texts, self._batch_rows, self._turns = texts, batch_rows, turns
+        self._corruption, self._raw_length = Corruption(rows, tokenizer, seed), rows.raw_length
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
-        raw_RL = self._raw(step * self._batch_rows + np.arange(first, first + count))
-        inputs_RS, targets_RT = self._corrupt(raw_RL, self._draws(step, first, count))
-        return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
+        return self._corruption.batch(self._raw(step * self._batch_rows + np.arange(first, first + count)), step, first)
 
     def _raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._turns is None:
@@ -55,9 +67,3 @@ class TextStream:
             mine_R = text_R == text
             raw_RL[mine_R] = self._texts[text].raw(nth_R[mine_R])
         return raw_RL
-
-    def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:
-        """[count, num_draws]: each row has counts of its own, so that any split of the batch draws the same."""
-        counts = -(-self._num_draws // WORDS)
-        bits = philox(self._seed, step, SPANS).advance(first * counts)
-        return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._num_draws]

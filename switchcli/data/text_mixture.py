@@ -89,13 +89,17 @@ TextMixtureSpec = Annotated[Joined | Weighted | Temperature, Field(discriminator
 class Mixture:
     """Shares that are settled: the rows of a run by text."""
 
-    def __init__(self, shares: Mapping[str, float], seed: int) -> None:
+    def __init__(self, shares: Mapping[str, float], seed: int, lanes: int = 1) -> None:
+        """`lanes` share the rows of each step, and each takes turns of its own."""
         self.shares = dict(shares)
         """Intended, by label."""
         intended = np.array(list(self.shares.values()))
         rows = int(np.clip(np.ceil(_LEAST_ROWS / intended.min()), _LEAST_ROWS * len(intended), _MOST_ROWS))
-        self.turns = Turns(apportioned(intended, rows), seed)
+        each = apportioned(intended, rows)
+        self.turns = tuple(Turns(each, seed + lane * 2**32) for lane in range(lanes))
+        """Of each lane."""
 
     def shown(self, num_rows: int) -> dict[str, float]:
-        """The share of each text in the first `num_rows` rows."""
-        return dict(zip(self.shares, (self.turns.shown(num_rows) / max(1, num_rows)).tolist(), strict=True))
+        """The share of each text in the first `num_rows` rows, those of whole steps."""
+        counts = sum(turns.shown(num_rows // len(self.turns)) for turns in self.turns)
+        return dict(zip(self.shares, (counts / max(1, num_rows)).tolist(), strict=True))

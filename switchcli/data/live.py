@@ -1,0 +1,240 @@
+"""Live texts: rows cut from documents as they are read, for text that is not prepared: a hub's, or larger than a disk.
+
+The rows of a step are shared among `lanes`, a number of the recipe's. Each has pieces of every text to itself and reads
+them in order: a rank reads the lanes of its rows alone, and the rows are the same on any number of ranks. A lane reads
+a window of documents at a time, whose rows are made and shuffled as those of a prepared shard. Where it stands is a few
+numbers: to go on, one window is read again, and nothing before it.
+
+Legend  R rows  L raw tokens of a row
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchcli.data.batch import Batch
+from switchcli.data.chunks import Window, counted
+from switchcli.data.corpus import Corpus
+from switchcli.data.document import Document, Piece, is_held_out
+from switchcli.data.draws import SHARDS, permutation
+from switchcli.data.packing import store_of_ids
+from switchcli.data.pieces import cut_up
+from switchcli.data.spec import DataSpec
+from switchcli.data.store import Shard
+from switchcli.data.stream import Corruption
+from switchcli.data.text_mixture import Mixture
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError, RecipeError
+
+WINDOW_CHARACTERS = 2**20
+Pieces = Sequence[tuple[Corpus, Piece]]
+
+
+class Position(NamedTuple):
+    """Where a lane stands in a text."""
+
+    epoch: int = 0
+    """Of the pieces."""
+    place: int = 0
+    """Of the piece where the window begins, in the order of the epoch."""
+    row: int = 0
+    """Of the piece where the window begins."""
+    window: int = 0
+    """Its number."""
+    used: int = 0
+    """Rows of the window that were shown."""
+
+
+class LiveStream:
+    """Batches of rows that are read as training goes on, asked for in their order by one thread."""
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        tokenizer: Tokenizer,
+        mixture: Mixture | None,
+        seed: int,
+        batch_rows: int,
+        rank: int,
+        ranks: int,
+        kept_steps: int,
+    ) -> None:
+        """`ranks` share the rows of a step, and this is `rank`; `kept_steps`: of how many of the last ones `position`
+        can tell.
+
+        Raises DataError as the objective says of the tokenizer, and as corpora say of their pieces; RecipeError where
+        the ranks cannot share the lanes.
+        """
+        if spec.lanes % ranks:
+            raise RecipeError(
+                f"data.lanes ({spec.lanes}) must be a multiple of the {ranks} ranks that share a batch: try "
+                f"{-(-spec.lanes // ranks) * ranks}, from the run's beginning"
+            )
+        self._corruption = Corruption(spec.rows, tokenizer, seed)
+        self._rows_a_lane, self._kept_steps = batch_rows // spec.lanes, kept_steps
+        pieces = {label: _pieces(corpora) for label, corpora in spec.texts().items()}
+        mine = range(rank * spec.lanes // ranks, (rank + 1) * spec.lanes // ranks)
+        self._lanes = {lane: _Lane(lane, pieces, spec, tokenizer, mixture, seed) for lane in mine}
+        self._shape = (spec.lanes, len(pieces), len(Position._fields))
+        self._behind = {0: self._position()}
+
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
+        raw = []
+        for lane, reading in self._lanes.items():
+            begin, end = (
+                min(max(row - lane * self._rows_a_lane, 0), self._rows_a_lane) for row in (first, first + count)
+            )
+            if end > begin:
+                assert reading.next_row == step * self._rows_a_lane + begin, "rows are asked for in order"
+                raw.append(reading.raw(end - begin))
+        if all(reading.next_row == (step + 1) * self._rows_a_lane for reading in self._lanes.values()):
+            self._behind[step + 1] = self._position()
+            self._behind.pop(step - self._kept_steps, None)
+        return self._corruption.batch(np.concatenate(raw), step, first)
+
+    def position(self, step: int) -> NDArray[np.int64]:
+        """Where this rank's lanes stand after so many steps, one of the last [lanes x texts x 5]; zeros for others'."""
+        return self._behind[step].reshape(-1)
+
+    def seek(self, step: int, position: NDArray[np.int64]) -> None:
+        """Go on after so many steps, from where all lanes stood then."""
+        for lane, reading in self._lanes.items():
+            reading.seek(step * self._rows_a_lane, position.reshape(self._shape)[lane])
+        self._behind = {step: self._position()}
+
+    def _position(self) -> NDArray[np.int64]:
+        found = np.zeros(self._shape, dtype=np.int64)
+        for lane, reading in self._lanes.items():
+            found[lane] = [reader.position for reader in reading.readers]
+        return found
+
+
+class _Lane:
+    """One lane's rows of all texts, in the order of its own turns."""
+
+    def __init__(
+        self,
+        lane: int,
+        pieces: Mapping[str, Pieces],
+        spec: DataSpec,
+        tokenizer: Tokenizer,
+        mixture: Mixture | None,
+        seed: int,
+    ) -> None:
+        self.readers = [Reader(found, spec, tokenizer, lane, label, seed) for label, found in pieces.items()]
+        self.next_row = 0
+        self._raw_length = spec.rows.raw_length
+        self._turns = None if mixture is None else mixture.turns[lane]
+
+    def raw(self, count: int) -> NDArray[np.int64]:
+        """The next `count` rows [count, L]."""
+        row_R = self.next_row + np.arange(count)
+        self.next_row += count
+        if self._turns is None:
+            return self.readers[0].raw(count)
+        raw_RL = np.empty((count, self._raw_length), dtype=np.int64)
+        text_R, _ = self._turns(row_R)
+        for text in np.unique(text_R):
+            mine_R = text_R == text
+            raw_RL[mine_R] = self.readers[text].raw(int(mine_R.sum()))
+        return raw_RL
+
+    def seek(self, next_row: int, positions: NDArray[np.int64]) -> None:
+        self.next_row = next_row
+        for reader, position in zip(self.readers, positions.tolist(), strict=True):
+            reader.seek(Position(*position))
+
+
+class Reader:
+    """The rows of one text in one lane, from a position on."""
+
+    def __init__(self, pieces: Pieces, spec: DataSpec, tokenizer: Tokenizer, lane: int, label: str, seed: int) -> None:
+        # A lane without a piece of its own would have nothing: then all read all pieces, each its own documents.
+        self._alone = len(pieces) >= spec.lanes
+        self._pieces = pieces[lane :: spec.lanes] if self._alone else pieces
+        self._spec, self._rows, self._tokenizer = spec, spec.rows, tokenizer
+        self._lane, self._label = lane, label
+        name = f"{seed}/{lane}/{label}"
+        self._seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+        self.position = self._next = Position()
+        self._window: Window | None = None
+
+    def raw(self, count: int) -> NDArray[np.int64]:
+        """The next `count` rows [count, L]."""
+        found = []
+        while count:
+            window = self._entered()
+            taken = min(count, window.num_rows - self.position.used)
+            found.append(window.raw(self.position.used + np.arange(taken)))
+            count -= taken
+            self.position = self.position._replace(used=self.position.used + taken)
+        return np.concatenate(found)
+
+    def seek(self, position: Position) -> None:
+        """Go on from there."""
+        self.position, self._window = position, None
+
+    def _entered(self) -> Window:
+        if self._window is not None and self.position.used == self._window.num_rows:
+            self.position, self._window = self._next, None
+        if self._window is None:
+            self._window, self._next = self._read(self.position)
+        return self._window
+
+    def _read(self, start: Position) -> tuple[Window, Position]:
+        """The window that begins there, and where the next begins."""
+        ids: list[NDArray[np.int64]] = []
+        texts: list[str] = []
+        size = 0
+        for behind, document in self._documents(start):  # without end
+            parts = [*cut_up(document.text)]
+            texts += parts
+            size += len(document.text)
+            if size < WINDOW_CHARACTERS:
+                continue
+            ids += self._tokenizer.encode_batch(texts)
+            texts, size = [], 0
+            window = Window(
+                {0: counted(Shard.of(store_of_ids(ids)), self._rows, self._seed, 0)},
+                self._rows,
+                self._seed,
+                start.window,
+                0,
+            )
+            if window.num_rows:
+                return window, behind
+        raise AssertionError("documents come without end")
+
+    def _documents(self, start: Position) -> Iterator[tuple[Position, Document]]:
+        """Training documents from a position on, without end, each with the position behind it."""
+        epoch, place, row = start.epoch, start.place, start.row
+        dropped: Counter[str] = Counter()
+        while True:
+            is_whole, found = place == row == 0, False
+            order = permutation(len(self._pieces), self._seed, epoch, SHARDS).tolist()
+            for number in range(place, len(order)):
+                corpus, piece = self._pieces[order[number]]
+                for document in self._spec.filters(corpus.read(piece, row, dropped), dropped):
+                    if self._is_mine(document):
+                        found = True
+                        yield Position(epoch, number, document.row + 1, start.window + 1), document
+                row = 0
+            if is_whole and not found:
+                raise DataError(
+                    f"data.corpora{f' ({self._label})' if self._label else ''}: no text to train on in the share of "
+                    f"lane {self._lane + 1} of {self._spec.lanes}: take fewer data.lanes, or add text"
+                )
+            epoch, place = epoch + 1, 0
+
+    def _is_mine(self, document: Document) -> bool:
+        mine = self._alone or document.row % self._spec.lanes == self._lane
+        return mine and not is_held_out(document.identity, self._spec.held_out_fraction)
+
+
+def _pieces(corpora: Sequence[Corpus]) -> Pieces:
+    return [(corpus, piece) for corpus in corpora for piece in corpus.pieces()]
