@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli.commands import texts
-from switchcli.data.pieces import PARTS
-from switchcli.data.prepare import Text, prepare_share
+from switchcli.data.prepare import prepare_share
+from switchcli.data.text import PARTS, Text
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import OnText, standing_alone

@@ -9,10 +9,8 @@ from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
 from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
 from switchcli.data.batch import Batch
-from switchcli.data.pieces import TRAIN
-from switchcli.data.prepare import Prepared, prepare
+from switchcli.data.prepare import Prepared
 from switchcli.data.spec import DataSpec
-from switchcli.data.stream import TextStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.initialise import initial_weights
@@ -69,21 +67,17 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
         raise RecipeError(
             f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
         )
-    data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
-    chunks = texts.chunks_of(found, TRAIN, data.rows, seed)
-    mixture = texts.mixture_of(found, data, chunks, recipe.train.steps * batch_rows, seed)
-    if runtime.is_main:
-        texts.tell(found, chunks, mixture, recipe.train.steps * batch_rows, console)
-    turns = None if mixture is None else mixture.turns
-    stream = TextStream([*chunks.values()], found.tokenizer, data.rows, seed, batch_rows, turns)
+    data, rows_per_step = recipe.data, recipe.rows_per_step
+    read = (texts.live if data.access == "stream" else texts.prepared)(recipe, found, runtime, console)
     held_out = texts.held_out(found, data.rows, recipe.eval.sequences)
     return Text(
         found.tokenizer,
-        found.identity if mixture is None else texts.identity(found, mixture),
-        stream.batch,
+        read.identity,
+        read.rows,
         held_out,
         _first_of_each(next(iter(held_out.values())).rows(0, NUM_SAMPLES)),
-        shown=lambda step: {} if mixture is None else {"mixture": mixture.shown(step * batch_rows)},
+        shown=lambda step: {"mixture": read.mixture.shown(step * rows_per_step)} if read.mixture else {},
+        stream=read.stream,
     )
 
 
@@ -99,7 +93,7 @@ def _first_of_each(batch: Batch) -> Batch:
 
 def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
     """The recipe's text as ids of a vocabulary that is there."""
-    return prepare(recipe.data, texts.means(console), tokenizer)
+    return texts.found(recipe, console, tokenizer)
 
 
 def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared:
@@ -107,6 +101,6 @@ def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared
     if folder.tokenizer.exists():
         first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
         return cut_by(first, recipe, console)
-    found = prepare(recipe.data, texts.means(console))
+    found = texts.found(recipe, console)
     folder.write_tokenizer(found.tokenizer.to_json())
     return found

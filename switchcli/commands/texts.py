@@ -1,18 +1,25 @@
 """Prepared texts as what a run reads: chunks of each, how they are mixed, and the rows that it is evaluated on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from switchcli.data.batch import Batch
 from switchcli.data.cache import default_cache
 from switchcli.data.chunks import Chunks
-from switchcli.data.pieces import HELD_OUT, TRAIN
-from switchcli.data.prepare import Means, Prepared
+from switchcli.data.live import LiveStream, pieces_of
+from switchcli.data.prepare import Means, Prepared, held_out_head, prepare, vocabulary
 from switchcli.data.spec import DataSpec, Rows
 from switchcli.data.store import digest_of
 from switchcli.data.stream import TextStream
+from switchcli.data.text import HELD_OUT, TRAIN
 from switchcli.data.text_mixture import Mixture
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError
+from switchcli.parallel.runtime import Runtime
+from switchcli.recipe.schema import OnText
 from switchcli.report.console import Console
 from switchcli.spec import EOS, PAD
 from switchcli.train.evaluate import HeldOutText
@@ -25,62 +32,114 @@ def means(console: Console) -> Means:
     return Means(default_cache(), console.track, console.preparing)
 
 
-def chunks_of(found: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Chunks]:
-    """The rows of each text. Raises DataError for a text that is smaller than a row."""
-    return {label: Chunks(text.shards[part], rows, seed, label) for label, text in found.texts.items()}
+class Read(NamedTuple):
+    """What the rows of a run come from."""
+
+    rows: Callable[[int, int, int], Batch]
+    """`rows(step, first, count)`."""
+    identity: str
+    """A digest of all that they depend on."""
+    mixture: Mixture | None
+    """None: of one text."""
+    stream: LiveStream | None = None
+    """Where they are read as training goes on."""
 
 
-def mixture_of(found: Prepared, data: DataSpec, chunks: Mapping[str, Chunks], rows: int, seed: int) -> Mixture | None:
-    """How the texts are mixed in a run of so many rows; None for one text. Raises RecipeError as `Mixing.shares`."""
+def found(recipe: OnText, console: Console, tokenizer: Tokenizer | None = None) -> Prepared:
+    """The recipe's text as ids, of a stream that on which the run is evaluated. Raises DataError as each part says."""
+    data, using = recipe.data, means(console)
+    if data.access == "prepared":
+        return prepare(data, using, tokenizer)
+    used = tokenizer or vocabulary(data, using)
+    return held_out_head(data, using, used, recipe.eval.sequences * data.rows.raw_length)
+
+
+def prepared(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> Read:
+    """The rows of prepared text. Raises DataError for a text that is smaller than a row, RecipeError as `shares`."""
+    data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
+    chunks = _chunks(text, TRAIN, data.rows, seed)
+    rows = recipe.train.steps * batch_rows
+    rows_per_epoch = [one.rows_per_epoch for one in chunks.values()]
+    mixture = _mixture(data, [one.counts[TRAIN].tokens for one in text.texts.values()], rows_per_epoch, rows, seed)
+    if runtime.is_main:
+        _tell(text, chunks, mixture, rows, console)
+    turns = None if mixture is None else mixture.turns[0]
+    stream = TextStream([*chunks.values()], text.tokenizer, data.rows, seed, batch_rows, turns)
+    identity = text.identity if mixture is None else digest_of({"text": text.identity, "shares": mixture.shares})
+    return Read(stream.batch, identity, mixture)
+
+
+def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> Read:
+    """Rows that are read as training goes on; `text` is what the run is evaluated on. Raises DataError for a mixture
+    by sizes that are not known, RecipeError as `LiveStream`."""
+    data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
+    pieces = {label: pieces_of(corpora) for label, corpora in data.texts().items()}
+    sizes = [sum(piece.size or 0 for _, piece in of_text) for of_text in pieces.values()]
+    if data.mixture.kind == "temperature" and 0 in sizes:
+        raise DataError(
+            f"data.mixture: how large {[*pieces][sizes.index(0)]} is is not known before it is read, which a "
+            "temperature needs: take mixture.kind=weighted and a weight for each corpus, or access=prepared"
+        )
+    mixture = _mixture(data, sizes, sizes, recipe.train.steps * batch_rows, seed)
+    stream = LiveStream(
+        data,
+        pieces,
+        text.tokenizer,
+        mixture,
+        seed,
+        batch_rows,
+        (runtime.data_rank, runtime.data_ranks),
+        kept_steps=recipe.train.batches_ahead + 2,
+    )
+    parts = {"text": text.identity, "shares": mixture and mixture.shares, "lanes": data.lanes}
+    return Read(stream.batch, digest_of(parts), mixture, stream)
+
+
+def _chunks(text: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Chunks]:
+    return {label: Chunks(one.shards[part], rows, seed, label) for label, one in text.texts.items()}
+
+
+def _mixture(
+    data: DataSpec, sizes: Sequence[int], rows_per_epoch: Sequence[int], rows: int, seed: int
+) -> Mixture | None:
+    """How texts of these sizes are mixed in a run of so many rows; None for one text."""
     if data.mixture.kind == "joined":
         return None
     weights = [sum(corpus.weight for corpus in corpora) for corpora in data.texts().values()]
-    tokens = [text.counts[TRAIN].tokens for text in found.texts.values()]
-    rows_per_epoch = [one.rows_per_epoch for one in chunks.values()]
-    shares = data.mixture.shares(tokens, weights, rows_per_epoch, rows)
-    return Mixture(dict(zip(chunks, shares.tolist(), strict=True)), seed)
+    shares = data.mixture.shares(sizes, weights, rows_per_epoch, rows)
+    lanes = data.lanes if data.access == "stream" else 1
+    return Mixture(dict(zip(data.texts(), shares.tolist(), strict=True)), seed, lanes)
 
 
-def identity(found: Prepared, mixture: Mixture) -> str:
-    """A digest of all that the rows of a mixture depend on."""
-    return digest_of({"texts": found.identity, "shares": mixture.shares})
-
-
-def held_out(found: Prepared, made_by: Rows, sequences: int) -> dict[str, HeldOutText]:
+def held_out(text: Prepared, made_by: Rows, sequences: int) -> dict[str, HeldOutText]:
     """The held-out rows of each text, `sequences` at most, and what they are worth in bytes."""
     texts = {}
-    for label, chunks in chunks_of(found, HELD_OUT, made_by, HELD_OUT_SEED).items():
-        rows = TextStream([chunks], found.tokenizer, made_by, HELD_OUT_SEED, sequences)
+    for label, chunks in _chunks(text, HELD_OUT, made_by, HELD_OUT_SEED).items():
+        stream = TextStream([chunks], text.tokenizer, made_by, HELD_OUT_SEED, sequences)
         number = min(sequences, chunks.rows_per_epoch)
-        counts = found.texts[label].counts[HELD_OUT]
-        share = _text_fraction(rows.batch(0, 0, number), found)
-        texts[label] = HeldOutText(_reader(rows), number, counts.bytes / counts.tokens * share)
+        counts = text.texts[label].counts[HELD_OUT]
+        share = _text_fraction(stream.batch(0, 0, number), text.tokenizer)
+        texts[label] = HeldOutText(partial(stream.batch, 0), number, counts.bytes / counts.tokens * share)
     return texts
 
 
-def tell(found: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None, rows: int, console: Console) -> None:
+def _tell(text: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None, rows: int, console: Console) -> None:
     """What is trained on: how much there is of each text, its share, and how often the run shows it."""
     shares = mixture.shares if mixture else dict.fromkeys(chunks, 1.0)
     lines = []
-    for label, text in found.texts.items():
-        epochs = shares[label] * rows / chunks[label].rows_per_epoch
-        counts = text.counts[TRAIN]
-        lines.append(
-            [label or "all", f"{counts.documents:,}", f"{counts.tokens:,}", f"{shares[label]:.2%}", f"{epochs:.3g}"]
-        )
+    for label, one in text.texts.items():
+        counts, epochs = one.counts[TRAIN], shares[label] * rows / chunks[label].rows_per_epoch
+        figures = (f"{counts.documents:,}", f"{counts.tokens:,}", f"{shares[label]:.2%}", f"{epochs:.3g}")
+        lines.append([label or "all", *figures])
     console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)
-    for label, text in found.texts.items():
-        if text.dropped:
-            said = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
+    for label, one in text.texts.items():
+        if one.dropped:
+            said = ", ".join(f"{number:,} {reason}" for reason, number in one.dropped.items())
             console.message(f"left out{f' of {label}' if label else ''}: {said}")
 
 
-def _reader(stream: TextStream) -> Callable[[int, int], Batch]:
-    return lambda first, count: stream.batch(0, first, count)
-
-
-def _text_fraction(batch: Batch, found: Prepared) -> float:
+def _text_fraction(batch: Batch, tokenizer: Tokenizer) -> float:
     """The share of the targets that are text, and no sentinel or EOS."""
     targets = batch.targets_BT.numpy()
-    marks = np.isin(targets, [PAD, EOS, *found.tokenizer.sentinels])
+    marks = np.isin(targets, [PAD, EOS, *tokenizer.sentinels])
     return float((~marks).sum() / (targets != PAD).sum())

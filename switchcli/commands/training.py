@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from switchcli.commands.describe import describe
@@ -16,6 +17,7 @@ from switchcli.commands.generate import answers
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.batch import AnyBatch, Batch
+from switchcli.data.live import LiveStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DistributedError, Interrupted
 from switchcli.model.count import FORWARD_AND_BACKWARD
@@ -69,6 +71,8 @@ class Text(NamedTuple):
     """The tasks that the run is scored on."""
     shown: Callable[[int], Record] = lambda step: {}
     """More of a logged step: what its rows were of."""
+    stream: LiveStream | None = None
+    """What the rows come from, where it has a position of its own."""
 
 
 class Verb(NamedTuple):
@@ -196,6 +200,8 @@ class Training:
             console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in runtime.mesh.items())}")
         if self.saver.restore(self.state, console.warning):
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
+            if self.text.stream is not None and self.state.step:
+                self.text.stream.seek(self.state.step, np.array(self.state.position))
         else:
             verb.begin(weights, self.optimizer)
         if recipe.train.compile:
@@ -237,7 +243,7 @@ class Training:
                 held_out(state)
             if exams and exams.owed(state, steps):  # it was stopped in the middle
                 exams(state)
-                self.saver.save(state)
+                self._save(state)
             complete = fit(
                 state,
                 self.runtime.wrap(self.model),
@@ -250,7 +256,7 @@ class Training:
                     self._log(write, loader),
                     held_out,
                     *([exams] if exams else []),
-                    Save(recipe.checkpoint.save_every_steps, self.saver.save),
+                    Save(recipe.checkpoint.save_every_steps, self._save),
                     Sample(recipe.log.sample_every_steps or steps, self._samples),
                 ],
                 recipe.train,
@@ -260,7 +266,7 @@ class Training:
             if complete and exams and not exams.answered:  # it was stopped there, or was complete when it began again
                 complete = exams.ask()
             if not complete:  # or a save failed, which says so when the next begins
-                self.saver.save(state)
+                self._save(state)
         self.trackers.close()
         if not complete:
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
@@ -270,6 +276,12 @@ class Training:
         self._samples()
         self.runtime.on_main(lambda: self._show(result, scores))
         return result
+
+    def _save(self, state: TrainState) -> None:
+        if self.text.stream is not None:
+            mine = self.text.stream.position(state.step).tolist()
+            state.position = [every // self.runtime.model_ranks for every in self.runtime.sum_over_ranks(mine)]
+        self.saver.save(state)
 
     @contextmanager
     def _lost_at_a_step(self) -> Iterator[None]:
@@ -281,7 +293,9 @@ class Training:
 
     def _loader(self) -> Loader:
         train = self.recipe.train
-        return Loader(self.batches, train.steps, train.workers, train.batches_ahead, self.runtime.pinned)
+        # A stream is read in order.
+        workers = train.workers if self.text.stream is None else min(train.workers, 1)
+        return Loader(self.batches, train.steps, workers, train.batches_ahead, self.runtime.pinned)
 
     def _log(self, write: Write, loader: Loader) -> Log:
         recipe, facts = self.recipe, describe(self.recipe)

@@ -23,7 +23,7 @@ KEYS_AT_ONCE: Final = 2**26
 _TOKENS_AT_ONCE: Final = 2**16
 
 Keys = NDArray[np.uint64]
-Ids = NDArray[np.uint32]
+Ids = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 class Duplicates(Spec):

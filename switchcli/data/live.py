@@ -55,20 +55,20 @@ class LiveStream:
     def __init__(
         self,
         spec: DataSpec,
+        pieces: Mapping[str, Pieces],
         tokenizer: Tokenizer,
         mixture: Mixture | None,
         seed: int,
         batch_rows: int,
-        rank: int,
-        ranks: int,
+        place: tuple[int, int],
         kept_steps: int,
     ) -> None:
-        """`ranks` share the rows of a step, and this is `rank`; `kept_steps`: of how many of the last ones `position`
-        can tell.
+        """`place`: this rank, and how many share the rows of a step; `kept_steps`: of how many of the last ones
+        `position` can tell.
 
-        Raises DataError as the objective says of the tokenizer, and as corpora say of their pieces; RecipeError where
-        the ranks cannot share the lanes.
+        Raises DataError as the objective says of the tokenizer; RecipeError where the ranks cannot share the lanes.
         """
+        rank, ranks = place
         if spec.lanes % ranks:
             raise RecipeError(
                 f"data.lanes ({spec.lanes}) must be a multiple of the {ranks} ranks that share a batch: try "
@@ -76,7 +76,6 @@ class LiveStream:
             )
         self._corruption = Corruption(spec.rows, tokenizer, seed)
         self._rows_a_lane, self._kept_steps = batch_rows // spec.lanes, kept_steps
-        pieces = {label: _pieces(corpora) for label, corpora in spec.texts().items()}
         mine = range(rank * spec.lanes // ranks, (rank + 1) * spec.lanes // ranks)
         self._lanes = {lane: _Lane(lane, pieces, spec, tokenizer, mixture, seed) for lane in mine}
         self._shape = (spec.lanes, len(pieces), len(Position._fields))
@@ -236,5 +235,6 @@ class Reader:
         return mine and not is_held_out(document.identity, self._spec.held_out_fraction)
 
 
-def _pieces(corpora: Sequence[Corpus]) -> Pieces:
+def pieces_of(corpora: Sequence[Corpus]) -> Pieces:
+    """Those of several corpora, in order. Raises DataError as they do."""
     return [(corpus, piece) for corpus in corpora for piece in corpus.pieces()]

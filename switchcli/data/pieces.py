@@ -19,14 +19,12 @@ from switchcli.data.corpus import Corpus, Piece
 from switchcli.data.document import Document, is_held_out
 from switchcli.data.filters import Filters
 from switchcli.data.store import TOKENS, ShardWriter, seal, token_type
+from switchcli.data.text import FORMAT, HELD_OUT, TRAIN
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import OutOfMemory, SwitchError, disk_errors
 
-FORMAT = 2  # raise when the same key would come to mean other ids
 PART_CHARACTERS = 2**16  # longer documents are encoded in parts: the tokenizer holds many times its text in memory
 CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
-TRAIN, HELD_OUT = "train", "held_out"
-PARTS = (TRAIN, HELD_OUT)
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 

@@ -10,35 +10,24 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from switchcli.data.cache import ELSEWHERE, cached
 from switchcli.data.corpus import Corpus
+from switchcli.data.distinct import write_distinct
 from switchcli.data.document import Document, is_held_out
-from switchcli.data.pieces import FORMAT, PARTS, Job, Progress, build
+from switchcli.data.pieces import Job, Progress, build, cut_up
 from switchcli.data.spec import DataSpec
-from switchcli.data.store import (
-    OFFSETS,
-    TOKENS,
-    Shard,
-    TokenStore,
-    digest_of,
-    facts_of,
-    has_sizes,
-    identity_of,
-    is_whole,
-    seal,
-)
+from switchcli.data.store import ShardFacts, ShardWriter, digest_of, facts_of, has_sizes, is_whole, seal
+from switchcli.data.text import FORMAT, HELD_OUT, PARTS, TRAIN, Text, is_large, open_text, seal_text
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
 
 T = TypeVar("T")
 
-CHECKED_AT_START = 2**30
-"""Bytes of a text up to which all of it is read and compared with its checksums before a run; of a larger one each
-shard when it is first used."""
 PROCESSES_FROM = 2**23
 """Bytes of sources from which more than one process pays."""
 
@@ -69,28 +58,6 @@ class Means(NamedTuple):
     """Number and count, of the machines that share the pieces."""
     check: bool = False
     """Compare all of what is there with its checksums."""
-
-
-class Counts(NamedTuple):
-    """How much is in a part of a text."""
-
-    documents: int
-    tokens: int
-    bytes: int
-    """Of the text, as UTF-8."""
-
-
-class Text(NamedTuple):
-    """One text as ids."""
-
-    shards: Mapping[str, tuple[Shard, ...]]
-    """By part."""
-    counts: Mapping[str, Counts]
-    dropped: Mapping[str, int]
-    """What was left out of it, by reason."""
-    identity: str
-    """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
-    folder: Path
 
 
 class Prepared(NamedTuple):
@@ -196,22 +163,23 @@ def _text(
             if not all(has_sizes(job.folder) for job in jobs):
                 return None
             _seal(folder, jobs, tokenizer)
-        text = _opened(folder)
+        text = open_text(folder)
+    if (duplicates := spec.duplicates) is not None:
+        whole, parts = text, [folder.name, duplicates.model_dump_json()]
+        folder = means.cache / "tokens" / _digest(parts)
+        with cached(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built)):
+            text = open_text(folder)
     _check_split(label, text, spec.held_out_fraction)
     return text
 
 
 def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means) -> bool:
     """Whether all of a text that was whole agrees with its checksums, which is looked at where it is soon done."""
-    if not means.check and _is_large(facts):
+    if not means.check and is_large(facts):
         return True
     pieces = sorted({name.split("/")[0] for name in facts["files"]})
-    tracked = means.track(pieces, "comparing checksums", len(pieces)) if _is_large(facts) else pieces
+    tracked = means.track(pieces, "comparing checksums", len(pieces)) if is_large(facts) else pieces
     return not [name for name in tracked if not is_whole(folder / name)] and has_sizes(folder)
-
-
-def _is_large(facts: Mapping[str, Any]) -> bool:
-    return sum(said["bytes"] for said in facts["files"].values()) > CHECKED_AT_START
 
 
 def _make(jobs: Sequence[Job], label: str, file: Path, means: Means) -> None:
@@ -235,7 +203,7 @@ def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
     """The manifest of a text whose pieces are all there."""
     files: dict[str, object] = {}
     dropped: Counter[str] = Counter()
-    shards: dict[str, list[Any]] = {part: [] for part in PARTS}
+    shards: dict[str, list[ShardFacts]] = {part: [] for part in PARTS}
     for job in jobs:
         facts = facts_of(job.folder)
         assert facts is not None, "was looked at"
@@ -243,47 +211,32 @@ def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
         files |= {f"{job.folder.name}/{name}": said for name, said in facts["files"].items()}
         for part, found in facts["shards"].items():
             shards[part] += [{**one, "name": f"{job.folder.name}/{one['name']}"} for one in found]
-    counts = {
-        part: {fact: sum(one[fact] for one in found) for fact in Counts._fields} for part, found in shards.items()
-    }
-    facts = {"format": FORMAT, "tokenizer": tokenizer.sha256, "dropped": dropped, "counts": counts, "shards": shards}
-    seal(folder, facts, files)
+    seal_text(folder, shards, dropped, tokenizer.sha256, files)
 
 
-def _opened(folder: Path) -> Text:
-    facts = facts_of(folder)
-    assert facts is not None, "sealed, or found whole"
-    files = facts["files"]
-    shards, counts = {}, {}
-    named: dict[str, object] = {}
-    for part in PARTS:
-        found = facts["shards"][part]
-        shards[part] = tuple(
-            Shard(one["documents"], one["tokens"], _opener(folder, one["name"], files if _is_large(facts) else {}))
-            for one in found
-        )
-        counts[part] = Counts(*(facts["counts"][part][fact] for fact in Counts._fields))
-        for number, one in enumerate(found):
-            # The first shard's as if it were alone: a text of one shard has the identity that it had before shards.
-            place = f"{part}-{number}" if number else part
-            named |= {f"{place}/{name}": files[f"{one['name']}/{name}"] for name in (OFFSETS, TOKENS)}
-    return Text(shards, counts, facts["dropped"], digest_of(named), folder)
+def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens: int) -> Prepared:
+    """Of each text the first held-out documents, `num_tokens` of them or a few more, and nothing to train on: what a
+    run is evaluated on that prepares no more."""
+    texts = {}
+    for label, corpora in spec.texts().items():
+        parts = [*_sources(spec, corpora), tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
+        folder = means.cache / "tokens" / _digest(parts)
+        found = documents(spec, means.track, held_out=True)[label]
+        with cached(folder, partial(_write_head, found, tokenizer, num_tokens)):
+            texts[label] = open_text(folder)
+    return Prepared(tokenizer, texts)
 
 
-def _opener(folder: Path, name: str, files: Mapping[str, object]) -> Callable[[], TokenStore]:
-    """What opens a shard, after a look at its checksums where `files` has them."""
-
-    def opened() -> TokenStore:
-        for file in (OFFSETS, TOKENS):
-            place = f"{name}/{file}"
-            if place in files and identity_of(folder / place) != files[place]:
-                raise DataError(
-                    f"{folder / place}: not what was prepared: the file was cut or altered since; `switchcli data "
-                    "prepare RECIPE` makes its piece anew, and training goes on from the last save"
-                )
-        return TokenStore.open(folder / name)
-
-    return opened
+def _write_head(found: Iterable[Document], tokenizer: Tokenizer, num_tokens: int, folder: Path) -> None:
+    folder.mkdir()
+    with ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as writer:
+        for document in found:
+            parts = [*cut_up(document.text)]
+            for number, (text, ids) in enumerate(zip(parts, tokenizer.encode_batch(parts), strict=True)):
+                writer.add(ids, len(text.encode()), starts_document=number == 0)
+            if sum(one["tokens"] for one in writer.shards) >= num_tokens:
+                break
+    seal_text(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256)
 
 
 def _check_split(label: str, text: Text, fraction: float) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.data.corpus import Corpus, PythonStdlib
+from switchcli.data.duplicates import Duplicates
 from switchcli.data.filters import Filters
 from switchcli.data.objectives import Denoisers, ObjectiveSpec, PrefixLanguageModel
 from switchcli.data.span_corruption import SpanCorruption
@@ -38,6 +39,8 @@ class DataSpec(Spec):
     mixture: TextMixtureSpec = Joined()
     """By its `kind`: joined (one text), weighted, temperature."""
     filters: Filters = Filters()
+    duplicates: Duplicates | None = None
+    """Leave out documents that an earlier one is the same as, or nearly; of prepared text."""
     tokenizer: TokenizerSpec = TrainedTokenizer()
     """By its `kind`: train, file, hub."""
     objective: ObjectiveSpec = SpanCorruption()
@@ -69,6 +72,16 @@ class DataSpec(Spec):
                 f"packing (documents) needs objective.kind=span_corruption, and it is {self.objective.kind}: take "
                 "packing=windows"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_a_stream(self) -> Self:
+        if self.access == "prepared":
+            return self
+        if self.duplicates is not None:
+            raise ValueError("duplicates are found among prepared text: leave them out, or take access=prepared")
+        if len(self.texts()) > 1 and self.mixture.kind != "joined" and self.mixture.max_epochs is not None:
+            raise ValueError("mixture.max_epochs: how large a stream is nobody knows: leave it out, or access=prepared")
         return self
 
     @model_validator(mode="after")

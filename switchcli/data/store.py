@@ -79,6 +79,11 @@ class StoreWriter:
         self._lengths[-1] += len(ids)
         self._file.write(ids.astype(self._dtype).tobytes())
 
+    def add_all(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Appends documents of these lengths, end to end."""
+        self._lengths.extend(lengths.tolist())
+        self._file.write(tokens.astype(self._dtype).tobytes())
+
     def __enter__(self) -> Self:
         return self
 
@@ -99,6 +104,10 @@ class StoreWriter:
         npy.write_array_header_1_0(self._file, header)
 
 
+ShardFacts = dict[str, Any]
+"""A shard's name, and its documents, tokens and bytes of text."""
+
+
 class ShardWriter:
     """Writes one part of a text as shards; used in a `with`. A document is in one shard whole."""
 
@@ -106,8 +115,7 @@ class ShardWriter:
         """`folder` is where the shards lie, `part` what their names begin with."""
         self._folder, self._part, self._vocab_size = folder, part, vocab_size
         self._writer: StoreWriter | None = None
-        self.shards: list[dict[str, Any]] = []
-        """Name, and number of documents, tokens and bytes of text, of each."""
+        self.shards: list[ShardFacts] = []
 
     def add(self, ids: NDArray[np.int64], num_bytes: int, *, starts_document: bool) -> None:
         """Appends ids of so many bytes of text to the last document, or as a new one."""

@@ -101,5 +101,5 @@ class Mixture:
 
     def shown(self, num_rows: int) -> dict[str, float]:
         """The share of each text in the first `num_rows` rows, those of whole steps."""
-        counts = sum(turns.shown(num_rows // len(self.turns)) for turns in self.turns)
-        return dict(zip(self.shares, (counts / max(1, num_rows)).tolist(), strict=True))
+        each = [turns.shown(num_rows // len(self.turns)) for turns in self.turns]
+        return dict(zip(self.shares, (np.sum(each, axis=0) / max(1, num_rows)).tolist(), strict=True))

@@ -42,6 +42,8 @@ class TrainState:
     """Of all evaluations."""
     texts: dict[str, dict[str, float]] = field(default_factory=dict)
     """Figures of each held-out text in the last evaluation, by its label."""
+    position: list[int] = field(default_factory=list)
+    """Where a stream of text stands; empty where what a step reads follows from its number."""
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Take figures of the weights as they are; what is noted at one step is one evaluation."""
@@ -65,6 +67,7 @@ class TrainState:
             "first_figures": self.first_figures,
             "best": self.best,
             "texts": self.texts,
+            "position": self.position,
             "window": {name: [part.tolist() for part in mean] for name, mean in window.items()},
         }
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
@@ -79,7 +82,7 @@ class TrainState:
         self.figures, self.first_figures = state["figures"], state["first_figures"]
         self.evaluated_step = state["evaluated_step"]
         self.best = {name: Best(*best) for name, best in state["best"].items()}
-        self.texts = state.get("texts", {})
+        self.texts, self.position = state.get("texts", {}), state.get("position", [])
         self.window = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
             for name, parts in state["window"].items()

@@ -1,0 +1,110 @@
+"""Text: what was prepared of one text, as the manifest of its folder has it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from switchcli.data.store import (
+    OFFSETS,
+    TOKENS,
+    Shard,
+    ShardFacts,
+    TokenStore,
+    digest_of,
+    facts_of,
+    identity_of,
+    seal,
+)
+from switchcli.errors import DataError
+
+FORMAT = 2  # raise when the same key would come to mean other ids
+TRAIN, HELD_OUT = "train", "held_out"
+PARTS = (TRAIN, HELD_OUT)
+CHECKED_AT_START = 2**30
+"""Bytes of a text up to which all of it is read and compared with its checksums before a run; of a larger one each
+shard when it is first used."""
+
+
+class Counts(NamedTuple):
+    """How much is in a part of a text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    """Of the text, as UTF-8."""
+
+
+class Text(NamedTuple):
+    """One text as ids."""
+
+    shards: Mapping[str, tuple[Shard, ...]]
+    """By part."""
+    counts: Mapping[str, Counts]
+    dropped: Mapping[str, int]
+    """What was left out of it, by reason."""
+    identity: str
+    """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
+    folder: Path
+
+
+def seal_text(
+    folder: Path,
+    shards: Mapping[str, Sequence[ShardFacts]],
+    dropped: Mapping[str, int],
+    tokenizer: str,
+    files: Mapping[str, object] | None = None,
+) -> None:
+    """Writes the manifest of a text whose shards, by part, lie in the folder; `files` if they were digested before."""
+    counts = {
+        part: {fact: sum(one[fact] for one in found) for fact in Counts._fields} for part, found in shards.items()
+    }
+    facts = {"format": FORMAT, "tokenizer": tokenizer, "dropped": dropped, "counts": counts, "shards": shards}
+    seal(folder, facts, files)
+
+
+def open_text(folder: Path) -> Text:
+    """The text of a folder that was sealed. The shards are opened when they are first read."""
+    facts = facts_of(folder)
+    assert facts is not None, "sealed, or found whole"
+    files = facts["files"]
+    checked = files if is_large(facts) else {}
+    named: dict[str, object] = {}
+    for part in PARTS:
+        for number, one in enumerate(facts["shards"][part]):
+            # The first shard's as if it were alone: a text of one shard has the identity that it had before shards.
+            place = f"{part}-{number}" if number else part
+            named |= {f"{place}/{name}": files[f"{one['name']}/{name}"] for name in (OFFSETS, TOKENS)}
+    return Text(
+        {
+            part: tuple(
+                Shard(one["documents"], one["tokens"], _opener(folder, one["name"], checked))
+                for one in facts["shards"][part]
+            )
+            for part in PARTS
+        },
+        {part: Counts(*(facts["counts"][part][fact] for fact in Counts._fields)) for part in PARTS},
+        facts["dropped"],
+        digest_of(named),
+        folder,
+    )
+
+
+def is_large(facts: Mapping[str, Any]) -> bool:
+    """Whether comparing all of a text with its checksums takes long."""
+    return sum(said["bytes"] for said in facts["files"].values()) > CHECKED_AT_START
+
+
+def _opener(folder: Path, name: str, files: Mapping[str, object]) -> Callable[[], TokenStore]:
+    """What opens a shard, after a look at its checksums where `files` has them."""
+
+    def opened() -> TokenStore:
+        for file in (OFFSETS, TOKENS):
+            place = f"{name}/{file}"
+            if place in files and identity_of(folder / place) != files[place]:
+                raise DataError(
+                    f"{folder / place}: not what was prepared: the file was cut or altered since; `switchcli data "
+                    "prepare RECIPE` makes its piece anew, and training goes on from the last save"
+                )
+        return TokenStore.open(folder / name)
+
+    return opened
