@@ -22,7 +22,10 @@ def convert(
     destination: Destination,
     to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.", show_default=False)],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="The model's tokenizer.json, if SOURCE has none.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="The model's tokenizer.json or spiece.model, if SOURCE has no tokenizer.json.", show_default=False
+        ),
     ] = None,
     revision: Annotated[str, typer.Option(help="Commit, tag or branch of a hub name.")] = "main",
     unpickle: Annotated[

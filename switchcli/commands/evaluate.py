@@ -16,7 +16,7 @@ from switchcli.commands.pretrain import objective_of
 from switchcli.commands.run import check_alike, machine, place, split
 from switchcli.commands.scores import show_scores, task_results
 from switchcli.data.mixture import InTurn
-from switchcli.data.prepare import Prepared, prepare
+from switchcli.data.prepare import Prepared
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.spec import DataSpec, TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
@@ -40,7 +40,7 @@ from switchcli.train.scoring import Answering
 
 ROWS_EACH = 16
 """Rows of a batch for the cross-entropy, at least."""
-TEXT_KEYS = ("corpora", "mixture", "filters", "held_out_fraction")
+TEXT_KEYS = ("corpora", "mixture", "filters", "access", "held_out_fraction")
 SHOWN_OF_TEXTS = ("neg_log_perplexity", "bits_per_byte", "sequences", "dropped_fraction")
 SHOWN = ("neg_log_perplexity", "sequences", "dropped_fraction", "balance", "dead_experts")
 
@@ -305,7 +305,7 @@ class Measuring:
         self._objective = objective_of(data)
 
         def prepared() -> Prepared:
-            return prepare(data, texts.means(self._console), self._loaded.tokenizer)
+            return texts.found(data, text.sequences, self._console, self._loaded.tokenizer)
 
         return texts.held_out(self._runtime.on_main(prepared) or prepared(), data.rows, text.sequences)
 

@@ -9,10 +9,11 @@ import torch
 
 from switchcli.commands import start
 from switchcli.commands.exams import exams_of, tell, tell_of_cut
+from switchcli.commands.measure import Text
 from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
-from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
+from switchcli.commands.training import NUM_SAMPLES, Training, Verb
 from switchcli.data.batch import Batch
 from switchcli.data.cache import default_cache
 from switchcli.data.mixture import InTurn, TaskStream

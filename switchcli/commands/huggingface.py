@@ -76,11 +76,10 @@ def _spans(num_experts: int) -> SpanCorruption:
 
 def _tokenizer(file: Path) -> Tokenizer:
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.reason
+        data = file.read_bytes()
+    except OSError as error:
         raise DataError(
-            f"{file}: cannot be read ({reason}): give the model's tokenizer.json by --tokenizer FILE; of spiece.model "
-            "transformers' AutoTokenizer makes one (save_pretrained)"
+            f"{file}: cannot be read ({error.strerror}): give the model's tokenizer.json or spiece.model by "
+            "--tokenizer FILE"
         ) from error
-    return Tokenizer.from_json(text, str(file))
+    return Tokenizer.from_bytes(data, str(file))

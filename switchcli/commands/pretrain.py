@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from switchcli.commands import start, texts
+from switchcli.commands.measure import Text
 from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, claim
 from switchcli.commands.start import Starting
-from switchcli.commands.training import NUM_SAMPLES, Text, Training, Verb
+from switchcli.commands.training import NUM_SAMPLES, Training, Verb
 from switchcli.data.batch import Batch
 from switchcli.data.prepare import Prepared
 from switchcli.data.spec import DataSpec
@@ -93,7 +94,7 @@ def _first_of_each(batch: Batch) -> Batch:
 
 def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
     """The recipe's text as ids of a vocabulary that is there."""
-    return texts.found(recipe, console, tokenizer)
+    return texts.found(recipe.data, recipe.eval.sequences, console, tokenizer)
 
 
 def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared:
@@ -101,6 +102,6 @@ def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared
     if folder.tokenizer.exists():
         first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
         return cut_by(first, recipe, console)
-    found = texts.found(recipe, console)
+    found = texts.found(recipe.data, recipe.eval.sequences, console)
     folder.write_tokenizer(found.tokenizer.to_json())
     return found

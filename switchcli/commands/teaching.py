@@ -13,9 +13,10 @@ import torch
 from switchcli.commands import finetune, pretrain
 from switchcli.commands.distill import Distilling, facts, inheritance
 from switchcli.commands.load import filled
+from switchcli.commands.measure import Measure, Measured, Text, shares
 from switchcli.commands.mesh import runtime_of
 from switchcli.commands.run import Options, check_alike, claim, machine
-from switchcli.commands.training import Measure, Measured, Text, Training, Verb, shares
+from switchcli.commands.training import Training, Verb
 from switchcli.data.batch import AnyBatch, Lesson
 from switchcli.errors import DistributedError, Interrupted, RecipeError
 from switchcli.model.count import count

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
+import torch
 
 from switchcli.data.batch import Batch
 from switchcli.data.cache import default_cache
@@ -45,13 +45,14 @@ class Read(NamedTuple):
     """Where they are read as training goes on."""
 
 
-def found(recipe: OnText, console: Console, tokenizer: Tokenizer | None = None) -> Prepared:
-    """The recipe's text as ids, of a stream that on which the run is evaluated. Raises DataError as each part says."""
-    data, using = recipe.data, means(console)
+def found(data: DataSpec, sequences: int, console: Console, tokenizer: Tokenizer | None = None) -> Prepared:
+    """The text as ids; of a stream that alone which `sequences` of evaluation take. Raises DataError as each part
+    says."""
+    using = means(console)
     if data.access == "prepared":
         return prepare(data, using, tokenizer)
     used = tokenizer or vocabulary(data, using)
-    return held_out_head(data, using, used, recipe.eval.sequences * data.rows.raw_length)
+    return held_out_head(data, using, used, sequences * data.rows.raw_length)
 
 
 def prepared(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> Read:
@@ -140,6 +141,6 @@ def _tell(text: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None,
 
 def _text_fraction(batch: Batch, tokenizer: Tokenizer) -> float:
     """The share of the targets that are text, and no sentinel or EOS."""
-    targets = batch.targets_BT.numpy()
-    marks = np.isin(targets, [PAD, EOS, *tokenizer.sentinels])
-    return float((~marks).sum() / (targets != PAD).sum())
+    marks = torch.tensor([PAD, EOS, *tokenizer.sentinels])
+    is_text = ~torch.isin(batch.targets_BT, marks)
+    return float(is_text.sum() / (batch.targets_BT != PAD).sum())

@@ -16,6 +16,12 @@ from switchcli.errors import DataError, RecipeError
 from switchcli.report.console import Console
 from switchcli.report.text import safe_text
 
+_TABLES: Final = (
+    ("Tokens a byte of text", "tokens_per_byte", ".4f"),
+    ("Tokens that are unknown", "unknown", ".2%"),
+    ("Tokens that are a byte of a character without a piece", "byte_fallback", ".2%"),
+)
+
 
 def opened(name: Path) -> Tokenizer:
     """The tokenizer of a file, or of the folder of a run, a checkpoint or a Hugging Face model. Raises DataError."""
@@ -181,22 +187,18 @@ def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
 
 
 def show_compared(compared: Compared) -> None:
-    """Two tables on stdout, for people."""
+    """Tables on stdout, for people: the tokenizers, and for each measure a row a text."""
     console = Console(stream=sys.stdout)
+    columns = ("vocab_size", "pieces", "sentinels")
     rows = [
-        (f"{index}  {one['tokenizer']}", *(f"{one[key]:,}" for key in ("vocab_size", "pieces", "sentinels")))
-        for index, one in enumerate(compared.tokenizers, start=1)
+        (f"{place}  {one['tokenizer']}", *(f"{one[key]:,}" for key in columns))
+        for place, one in enumerate(compared.tokenizers, start=1)
     ]
-    console.rows("Tokenizers", ("", "vocab size", "pieces", "sentinels"), rows)
-    columns = ("tokens/byte", "unknown", "bytes")
-    headings = [f"{index} {column}" for index in range(1, len(compared.tokenizers) + 1) for column in columns]
-    lines = (
-        (row.name, f"{row.bytes:,}", *(cell for one in row.measured for cell in _cells(one.to_json(row.bytes))))
-        for row in (*compared.rows, compared.total)
-    )
-    console.rows("Tokens a byte of text, and shares of the tokens", ("", "bytes", *headings), lines)
-
-
-def _cells(one: Mapping[str, float | None]) -> tuple[str, ...]:
-    rate, unknown, in_bytes = one["tokens_per_byte"], one["unknown"], one["byte_fallback"]
-    return ("-" if rate is None else f"{rate:.4f}", f"{unknown:.2%}", f"{in_bytes:.2%}")
+    console.rows("Tokenizers", ("", *(column.replace("_", " ") for column in columns)), rows)
+    headings = ("", "bytes", *(str(place) for place in range(1, len(rows) + 1)))
+    for title, key, form in _TABLES:
+        found = [row.to_json() for row in (*compared.rows, compared.total)]
+        if any(one[key] for row in found for one in row["measured"]):
+            cells = (["-" if one[key] is None else format(one[key], form) for one in row["measured"]] for row in found)
+            lines = ((row["text"], f"{row['bytes']:,}", *line) for row, line in zip(found, cells, strict=True))
+            console.rows(title, headings, lines)

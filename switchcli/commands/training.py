@@ -2,23 +2,20 @@
 
 import json
 import shlex
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
+from switchcli.commands.measure import Measure, Text, shares
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, task_results
-from switchcli.data.batch import AnyBatch, Batch
-from switchcli.data.live import LiveStream
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.batch import AnyBatch
 from switchcli.errors import DistributedError, Interrupted
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
@@ -34,45 +31,22 @@ from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import JsonLines
 from switchcli.report.text import shortened
-from switchcli.tasks.scores import Scores, score
-from switchcli.tasks.tokens import Scored
-from switchcli.train import checkpoint, health
-from switchcli.train.evaluate import HeldOutText, evaluate_rows, shared
+from switchcli.tasks.scores import Scores
+from switchcli.train import checkpoint
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
 from switchcli.train.loader import Loader
 from switchcli.train.loop import fit
-from switchcli.train.metrics import Metrics, merge
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import DATA, TEXT, Saver, preflight
-from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec, figures_of
+from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec
 from switchcli.train.state import HELD_OUT, TrainState
 
 NUM_SAMPLES = 2
 
 Write = Callable[[Record], None]
-
-
-class Text(NamedTuple):
-    """What a verb trains and is evaluated on."""
-
-    tokenizer: Tokenizer
-    identity: str
-    """A digest of the text: a run goes on with the one that it began with."""
-    rows: Callable[[int, int, int], AnyBatch]
-    """`rows(step, first, count)`: sequences of a step's batch."""
-    held_out: Mapping[str, HeldOutText]
-    """By label; an empty one where there is one text."""
-    samples: Batch
-    """A few held-out inputs, a row each, with their targets: what is shown of the model's answers."""
-    exams: tuple[Scored, ...] = ()
-    """The tasks that the run is scored on."""
-    shown: Callable[[int], Record] = lambda step: {}
-    """More of a logged step: what its rows were of."""
-    stream: LiveStream | None = None
-    """What the rows come from, where it has a position of its own."""
 
 
 class Verb(NamedTuple):
@@ -99,66 +73,6 @@ class Verb(NamedTuple):
     """More of the result, on every rank, when the model is trained."""
     show: Callable[[Mapping[str, Any]], None] = lambda result: None
     """That on the console."""
-
-
-class Measured(NamedTuple):
-    """A model on what a run is evaluated on."""
-
-    figures: dict[str, float]
-    """By name, as in the state: better when higher."""
-    tokens_per_second: float | None
-    """Input tokens of the held-out rows, forward; None where another machine measured it."""
-    load: dict[str, list[float]]
-    """Held-out tokens that each expert got, by the name of its sparse layer."""
-
-
-class Measure(NamedTuple):
-    """How the figures of a run's model are had, or of any other that reads by its vocabulary."""
-
-    recipe: TrainingRecipe
-    text: Text
-    objective: Objective
-    scoring: ScoringSpec
-    microbatch: int
-    """Rows of a batch."""
-    runtime: Runtime
-
-    def batches(self, text: HeldOutText) -> list[Batch]:
-        """This rank's held-out batches, for the run's own model."""
-        runtime = self.runtime
-        return shared(text.rows, text.num_rows, self.microbatch, runtime.data_rank, runtime.data_ranks)
-
-    def held_out(self, model: SwitchTransformer) -> Measured:
-        """Neg. log perplexity, rate and load; on every rank. What was compiled runs as it was written."""
-        started = time.perf_counter()
-        metrics: Metrics = {}
-        with self.runtime.uncompiled():
-            for text in self.text.held_out.values():
-                found = evaluate_rows(
-                    model, self.objective, text, self.microbatch, self.runtime, self.recipe.eval.capacity
-                )
-                metrics = merge(metrics, found)
-        figure = float(metrics["neg_log_perplexity"].value())
-        rows = sum(text.num_rows for text in self.text.held_out.values())
-        rate = rows * self.recipe.inputs_length / (time.perf_counter() - started)
-        layers = health.record(metrics, model.spec.routed_parts()).get("layers", {})
-        return Measured({HELD_OUT: figure}, rate, {name: figures["load"] for name, figures in layers.items()})
-
-    def everything(self, model: SwitchTransformer) -> Measured:
-        """The same with the scores of all tasks."""
-        measured = self.held_out(model)
-        answering = Answering(model, self.text.tokenizer, self.runtime, self.scoring, self.scoring.capacity)
-        scores = {exam.task.name: score(exam.task, answering(exam) or (), 0) for exam in self.text.exams}
-        return measured._replace(figures={**measured.figures, **figures_of(scores)})
-
-
-def shares(recipe: TrainingRecipe, rows: Callable[[int, int, int], AnyBatch], runtime: Runtime) -> Microbatches:
-    """This rank's microbatches. Raises RecipeError where the ranks cannot share the batch."""
-    length, tokens = recipe.inputs_length, recipe.train.microbatch_tokens
-    group = recipe.model.group_sequences
-    microbatch = tokens and tokens // length
-    place, size = runtime.data_rank, runtime.data_ranks
-    return Microbatches(rows, recipe.rows_per_step, microbatch, group, place, size, length)
 
 
 class Training:
@@ -201,7 +115,7 @@ class Training:
         if self.saver.restore(self.state, console.warning):
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
             if self.text.stream is not None and self.state.step:
-                self.text.stream.seek(self.state.step, np.array(self.state.position))
+                self.text.stream.seek(self.state.step, self.state.position)
         else:
             verb.begin(weights, self.optimizer)
         if recipe.train.compile:
@@ -279,8 +193,8 @@ class Training:
 
     def _save(self, state: TrainState) -> None:
         if self.text.stream is not None:
-            mine = self.text.stream.position(state.step).tolist()
-            state.position = [every // self.runtime.model_ranks for every in self.runtime.sum_over_ranks(mine)]
+            summed = self.runtime.sum_over_ranks(self.text.stream.position(state.step))
+            state.position = [number // self.runtime.model_ranks for number in summed]
         self.saver.save(state)
 
     @contextmanager

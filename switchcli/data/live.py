@@ -96,14 +96,16 @@ class LiveStream:
             self._behind.pop(step - self._kept_steps, None)
         return self._corruption.batch(np.concatenate(raw), step, first)
 
-    def position(self, step: int) -> NDArray[np.int64]:
-        """Where this rank's lanes stand after so many steps, one of the last [lanes x texts x 5]; zeros for others'."""
-        return self._behind[step].reshape(-1)
+    def position(self, step: int) -> list[int]:
+        """Where this rank's lanes stand after so many steps, one of the last; zeros for the lanes of others, so that
+        the sum over ranks is where all stand."""
+        return [int(number) for number in self._behind[step].ravel()]
 
-    def seek(self, step: int, position: NDArray[np.int64]) -> None:
+    def seek(self, step: int, position: Sequence[int]) -> None:
         """Go on after so many steps, from where all lanes stood then."""
+        stood = np.array(position).reshape(self._shape)
         for lane, reading in self._lanes.items():
-            reading.seek(step * self._rows_a_lane, position.reshape(self._shape)[lane])
+            reading.seek(step * self._rows_a_lane, stood[lane])
         self._behind = {step: self._position()}
 
     def _position(self) -> NDArray[np.int64]:

@@ -183,7 +183,8 @@ def _parts(data: bytes) -> tuple[list[_Piece], _Message, _Message]:
 
 
 def _piece(message: _Message) -> _Piece:
-    text, (score,) = _text(_bytes(message.get(1, b""))), unpack("<f", _bytes(message.get(2, bytes(4))))
+    text, (written,) = _text(_bytes(message.get(1, b""))), unpack("<f", _bytes(message.get(2, bytes(4))))
+    score = float(f"{written:.9g}")  # all that a float32 says: more digits come out of JSON as other ones
     kind = _int(message.get(3, _NORMAL))
     if not text or not math.isfinite(score) or kind not in (_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE):
         raise _Broken(f"a piece {text!r} of score {score} and type {kind}")

@@ -101,6 +101,8 @@ class TextSpec(Spec):
     mixture: TextMixtureSpec = Joined()
     """Anything but joined: each language, or corpus without one, is measured by itself."""
     filters: Filters = Filters()
+    access: Literal["prepared", "stream"] = "prepared"
+    """Look for the held-out part in all of it, or in its beginning."""
     held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     sequences: int = Field(default=512, ge=1)
     """Rows of each text that are looked at, at most as many as there are."""

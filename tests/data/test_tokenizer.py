@@ -1,13 +1,17 @@
 """The vocabulary in T5's layout: trained, saved, loaded, refused."""
 
+import random
+import unicodedata
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from switchcli.data.document import Document
 from switchcli.data.python_stdlib import PythonStdlib
@@ -68,6 +72,88 @@ def test_special_ids_never_come_from_a_corpus_even_as_pieces() -> None:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("<extra_id_0>", -1.0), ("a", -1.0)]
     tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2)), "made")
     assert tokenizer.encode_batch(["a</s><extra_id_0>a"])[0].tolist() == [4, 2, 2, 4]
+
+
+KEPT = [3, 34, 12, 5, 3, 39, 24, 23, 36, 37, 3, 35, 6, 4, 40, 9, 17, 15, 26, 19, 3, 4, 14, 5, 6, 3, 13, 12, 5, 3]
+
+
+def test_the_vocabulary_is_that_of_earlier_versions(tokenizer: Tokenizer) -> None:
+    """Trained before there were bytes, other numbers of sentinels and shares of components."""
+    assert tokenizer.encode("The quick brown fox jumps over the ") == KEPT
+
+
+def test_with_bytes_any_text_comes_back() -> None:
+    tokenizer = TrainedTokenizer(vocab_size=500, byte_fallback=True).load(lambda: {"": DOCUMENTS})
+    assert tokenizer.vocab_size == 500
+    assert tokenizer.is_byte_V.nonzero()[0].tolist() == list(range(3, 259))
+    assert tokenizer.pieces([3, 258]) == ["<0x00>", "<0xFF>"]
+    assert not train().is_byte_V.any()
+    ids = tokenizer.encode_batch(["dog \u72ac"])[0]
+    assert tokenizer.pieces(ids[tokenizer.is_byte_V[ids]]) == ["<0xE7>", "<0x8A>", "<0xAC>"]
+
+    @settings(deadline=None, max_examples=200)
+    @given(text=st.text())
+    def holds(text: str) -> None:
+        ids = tokenizer.encode_batch([text])[0]
+        assert tokenizer.unknown not in ids
+        said = unicodedata.normalize("NFKC", text).replace("\r\n", "\n").replace("\u2581", " ")
+        assert tokenizer.decode(ids.tolist()) == said
+
+    holds()
+
+
+def test_bytes_spelt_out_are_text() -> None:
+    tokenizer = TrainedTokenizer(vocab_size=500, byte_fallback=True).load(lambda: {"": DOCUMENTS})
+    for text in ("<0x41>", "<unk>", "</s><pad>"):
+        assert tokenizer.decode(tokenizer.encode_batch([text])[0].tolist()) == text
+
+
+def test_so_many_sentinels_as_asked_for() -> None:
+    tokenizer = TrainedTokenizer(vocab_size=180, num_sentinels=7).load(lambda: {"": DOCUMENTS})
+    assert tokenizer.vocab_size == 180
+    assert tokenizer.sentinels.tolist() == list(range(179, 172, -1))
+
+
+def test_coverage_says_how_many_characters_have_a_piece() -> None:
+    documents = [Document("most", "ab " * 300), Document("rare", "z" * 9)]
+    for coverage, unknown in ((0.3, 2), (0.99, 1), (1.0, 0)):
+        tokenizer = TrainedTokenizer(vocab_size=110, character_coverage=coverage).load(lambda: {"": documents})
+        assert (tokenizer.encode_batch(["a z"])[0] == tokenizer.unknown).sum() == unknown
+
+
+def test_a_temperature_gives_a_small_language_pieces() -> None:
+    draw = random.Random(0)
+    large = [Document(f"l{index}", " ".join(draw.choices(WORDS_OF_A_LANGUAGE["large"], k=50))) for index in range(500)]
+    small = [Document(f"s{index}", " ".join(draw.choices(WORDS_OF_A_LANGUAGE["small"], k=50))) for index in range(10)]
+    lengths = []
+    for alpha in (1.0, 0.3):
+        spec = TrainedTokenizer(vocab_size=260, alpha=alpha, max_characters=20_000)
+        tokenizer = spec.load(lambda: {"large": large, "small": small})
+        lengths.append(sum(map(len, tokenizer.encode_batch([document.text for document in small]))))
+    assert lengths[1] < 0.9 * lengths[0]
+
+
+def words_of(alphabet: str, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choices(alphabet, k=draw.randint(3, 8))) for _ in range(150)]
+
+
+WORDS_OF_A_LANGUAGE = {"large": words_of("abcdefghij", 1), "small": words_of("klmnopqrst", 2)}
+
+
+def test_a_vocabulary_without_room_for_pieces_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"vocab_size \(359\) must be more than the 359 ids"):
+        TrainedTokenizer(vocab_size=359, byte_fallback=True)
+    with pytest.raises(DataError, match=r"256 bytes and the text's \d+ characters: take 3\d\d or more"):
+        TrainedTokenizer(vocab_size=360, byte_fallback=True).load(lambda: {"": DOCUMENTS})
+
+
+def test_unknown_may_have_any_id() -> None:
+    """As in umT5, which has `<s>` before it."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), ("<extra_id_0>", -1.0), ("a", -1.0)]
+    tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=3)), "made")
+    assert tokenizer.unknown == 3
+    assert tokenizer.encode_batch(["ab</s>"])[0].tolist() == [5, 3, 3]
 
 
 def test_training_is_deterministic() -> None:
@@ -167,10 +253,14 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_p
         asked.append((repo, name, revision))
         if repo == "no/where":
             raise ConnectionError("no network\nand more")
+        if repo == "google/mt5" and name == "tokenizer.json":
+            raise EntryNotFoundError("404")
         return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert HubTokenizer(path="google-t5/t5-base").load(dict).sha256 == tokenizer.sha256
     assert asked == [("google-t5/t5-base", "tokenizer.json", "main")]
+    assert HubTokenizer(path="google/mt5", revision="v1").load(dict).sha256 == tokenizer.sha256
+    assert asked[1:] == [("google/mt5", "tokenizer.json", "v1"), ("google/mt5", "spiece.model", "v1")]
     with pytest.raises(DataError, match=r"no/where: no tokenizer.json or spiece.model .* \(no network\)"):
         HubTokenizer(path="no/where").load(dict)
