@@ -48,7 +48,7 @@ class SpanStream:
 
     def _raw(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._whole:
-            return self._whole.raw(permutation(self.rows_per_epoch, self._seed, epoch, CHUNKS)[rows])
+            return self._whole.raw(epoch, rows)
         if self._epoch is None or self._epoch.number != epoch:
             self._epoch = _Epoch(self._store, self.rows_per_epoch, self._rows.raw_length, self._seed, epoch)
         return self._epoch.raw(rows)
@@ -61,16 +61,19 @@ class SpanStream:
 
 
 class _Whole:
-    """Rows of whole documents, the same in every epoch."""
+    """Rows of whole documents, the same in every epoch in another order."""
 
     def __init__(self, store: TokenStore, rows: WholeDocuments, seed: int) -> None:
-        self._store, self._raw_length = store, rows.raw_length
+        self._store, self._raw_length, self._seed = store, rows.raw_length, seed
         self._documents = permutation(store.num_documents, seed, 0, DOCUMENTS)
         self._pieces = rows.pack(np.diff(store.offsets)[self._documents])
         self.num_rows = len(self._pieces.end_R)
+        self._epoch, self._order = -1, self._documents
 
-    def raw(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._pieces.raw(self._store, self._documents, rows, self._raw_length)
+    def raw(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, permutation(self.num_rows, self._seed, epoch, CHUNKS)
+        return self._pieces.raw(self._store, self._documents, self._order[rows], self._raw_length)
 
 
 class _Epoch:
