@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from switchcli.data.packing import laid_out, ranges
 from switchcli.data.span_corruption import (
@@ -189,12 +189,4 @@ class Denoisers(Spec):
         return np.searchsorted(ends_D / ends_D[-1], (draws >> np.uint64(11)) * 2.0**-53, side="right")
 
 
-def _span_corruption_unless_said(value: object) -> object:
-    return {"kind": "span_corruption", **value} if isinstance(value, dict) else value
-
-
-ObjectiveSpec = Annotated[
-    SpanCorruption | PrefixLanguageModel | Denoisers,
-    Field(discriminator="kind"),
-    BeforeValidator(_span_corruption_unless_said),
-]
+ObjectiveSpec = Annotated[SpanCorruption | PrefixLanguageModel | Denoisers, Field(discriminator="kind")]

@@ -104,12 +104,16 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
 
 
 def _with_kinds(tree: Node, schema: type[Spec]) -> Node:
-    """`tree` with the default's `kind` wherever a choice is set without one: `schedule.learning_rate=0.01`."""
-    kinds = {name: getattr(field.default, "kind", None) for name, field in schema.model_fields.items()}
-    for name, kind in kinds.items():
+    """`tree` with the default's `kind` wherever a choice is set without one: `data.objective.inputs_length=128`."""
+    for name, field in schema.model_fields.items():
         said = tree.value.get(name) if isinstance(tree.value, dict) else None
-        if kind and said and isinstance(said.value, dict) and "kind" not in said.value:
-            tree = _merge(tree, Node({name: Node({"kind": Node(kind, said.where)}, said.where)}, tree.where))
+        if said and isinstance(said.value, dict) and isinstance(field.default, Spec):
+            kind = getattr(field.default, "kind", None)
+            if kind is None:
+                said = _with_kinds(said, type(field.default))
+            elif "kind" not in said.value:
+                said = said._replace(value={**said.value, "kind": Node(kind, said.where)})
+            tree = _merge(tree, Node({name: said}, tree.where))
     return tree
 
 

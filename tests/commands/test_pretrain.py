@@ -129,6 +129,35 @@ def test_a_finished_run_is_done_at_once_with_the_same_result(
     assert Path("a/metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.packing=documents",),
+        ("data.objective={kind: prefix_lm, inputs_length: 32, targets_length: 32, text_length: 32}",),
+        (
+            "data.objective={kind: denoisers, inputs_length: 32, denoisers: [{prompt: a, noise_density: 0.25}, "
+            "{prompt: of, noise_density: 0.5, mean_span_length: 3}]}",
+        ),
+    ],
+)
+def test_every_objective_trains_and_is_evaluated_as_in_training(
+    overrides: tuple[str, ...], recipe: str, switchcli: SwitchCLI
+) -> None:
+    done = switchcli("pretrain", recipe, *overrides, "--out", "a", "--json")
+    assert done.code == 0, done.err
+    measured = switchcli("eval", "a", "--out", "b", "--json")
+    assert measured.code == 0, measured.err
+    figure = json.loads(measured.out)["passes"][0]["text"]["neg_log_perplexity"]
+    assert figure == pytest.approx(json.loads(done.out)["held_out/neg_log_perplexity"], rel=1e-5)
+
+
+def test_rows_of_whole_documents_are_read_as_such(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "cross_entropy", None)  # it would let the documents of a row see one another
+    assert switchcli("pretrain", recipe, "data.packing=documents").code == 0
+
+
 def test_more_steps_go_on_from_there(recipe: str, switchcli: SwitchCLI) -> None:
     switchcli("pretrain", recipe, "--out", "a")
     done = switchcli("pretrain", "a/recipe.yaml", "train.steps=5", "log.every_steps=1", "--out", "a", "--json")

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from switchcli.data.objectives import Denoisers
 from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.whole_documents import WholeDocuments
 from switchcli.errors import RecipeError
 from switchcli.model.routing import Switch, TopK
 from switchcli.recipe import resolve
@@ -125,6 +127,41 @@ def test_a_dense_model_has_no_groups(recipe):
 def test_an_objective_without_a_kind_is_span_corruption(recipe):
     assert recipe("data.objective.inputs_length=128").data.objective == SpanCorruption(inputs_length=128)
     assert recipe("data={objective: {noise_density: 0.5}}").data.objective == SpanCorruption(noise_density=0.5)
+
+
+def test_another_kind_of_objective_replaces_the_first(recipe):
+    found = recipe("data.objective={kind: prefix_lm, inputs_length: 64, targets_length: 32}")
+    assert (found.inputs_length, found.targets_length) == (64, 32)
+    assert recipe("data.objective.kind=denoisers").data.objective == Denoisers()
+    assert recipe("data.packing=documents").data.rows == WholeDocuments(SpanCorruption())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data={packing: documents, objective: {kind: denoisers}}",
+            "data.packing (documents) needs objective.kind=span_corruption, and it is denoisers: take packing=windows",
+        ),
+        (
+            "data.objective={kind: prefix_lm, text_length: 1023}",
+            "data.objective.text_length (1023) must be at most 1022, what inputs_length (512) and targets_length (512) "
+            "hold beside an EOS each",
+        ),
+        (
+            "data.objective={kind: denoisers, mean_span_length: 3}",
+            "data.objective.mean_span_length: no such key for this kind; it belongs to kind: span_corruption",
+        ),
+        (
+            "data.objective.kind=ul2",
+            "data.objective.kind: must be one of span_corruption, prefix_lm, denoisers (got 'ul2')",
+        ),
+    ],
+)
+def test_objectives_that_cannot_be(recipe, override, message):
+    with pytest.raises(RecipeError) as raised:
+        recipe(override)
+    assert str(raised.value).endswith(f": {message}")
 
 
 def test_a_key_of_an_earlier_version_names_that_of_today(recipe):
