@@ -1,17 +1,16 @@
 """`switchcli data tokenizer`: what a tokenizer is, how it cuts a text, and how some compare. No torch, no network."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import typer
 
 from switchcli.data.document import Document
 from switchcli.data.files import Files
-from switchcli.data.pieces import CHUNK_CHARACTERS, cut_up
 from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.vocabulary_use import Measured, Row, measured
 from switchcli.errors import DataError, RecipeError
 from switchcli.report.console import Console
 from switchcli.report.text import safe_text
@@ -72,37 +71,6 @@ def _line(text: str) -> str:
     return safe_text(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-class Measured(NamedTuple):
-    """What a tokenizer makes of a text."""
-
-    tokens: int
-    unknown: int
-    """Tokens that stand for characters without a piece, of which nothing is left."""
-    in_bytes: int
-    """Tokens that are a byte of such a character."""
-
-    def to_json(self, num_bytes: int) -> dict[str, float | None]:
-        return {
-            "tokens": self.tokens,
-            "tokens_per_byte": self.tokens / num_bytes if num_bytes else None,
-            "unknown": self.unknown / max(self.tokens, 1),
-            "byte_fallback": self.in_bytes / max(self.tokens, 1),
-        }
-
-
-class Row(NamedTuple):
-    """One text, and what each tokenizer makes of it."""
-
-    name: str
-    documents: int
-    bytes: int
-    measured: tuple[Measured, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        measured = [one.to_json(self.bytes) for one in self.measured]
-        return {"text": self.name, "documents": self.documents, "bytes": self.bytes, "measured": measured}
-
-
 class Compared(NamedTuple):
     """Tokenizers side by side."""
 
@@ -144,7 +112,7 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
         from switchcli.data.prepare import documents
 
         texts = {**documents(text_of(recipe, overrides), console.track, held_out=True), **texts}
-    rows = tuple(_row(name, documents, tokenizers) for name, documents in texts.items())
+    rows = tuple(measured(name, documents, tokenizers) for name, documents in texts.items())
     compared = Compared(tuple(map(facts, names, tokenizers)), rows)
     if not compared.total.bytes:
         raise DataError(f"{recipe}: no document is held out: take a larger data.held_out_fraction")
@@ -158,32 +126,6 @@ def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
         path if stems.count(stem) > 1 else stem: Files(paths=(path,), sample_by="line").documents()
         for path, stem in zip(paths, stems, strict=True)
     }
-
-
-def _row(name: str, documents: Iterable[Document], tokenizers: Sequence[Tokenizer]) -> Row:
-    sums = np.zeros((len(tokenizers), 3), np.int64)
-    num_documents = num_bytes = 0
-    for texts, ended in _chunks(documents):
-        num_documents += ended
-        num_bytes += sum(len(text.encode()) for text in texts)
-        for place, tokenizer in enumerate(tokenizers):
-            ids = np.concatenate(tokenizer.encode_batch(texts))
-            sums[place] += (len(ids), (ids == tokenizer.unknown).sum(), tokenizer.is_byte_V[ids].sum())
-    return Row(name, num_documents, num_bytes, tuple(Measured(*map(int, one)) for one in sums))
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
-    """Texts that are encoded at once, and how many documents are among them."""
-    texts: list[str] = []
-    size = ended = 0
-    for document in documents:
-        texts += cut_up(document.text)
-        size, ended = size + len(document.text), ended + 1
-        if size >= CHUNK_CHARACTERS:
-            yield texts, ended
-            texts, size, ended = [], 0, 0
-    if texts:
-        yield texts, ended
 
 
 def show_compared(compared: Compared) -> None:
