@@ -14,7 +14,7 @@ from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import objective_of
 from switchcli.commands.run import check_alike, machine, place, split
-from switchcli.commands.scores import show_scores, task_results
+from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.mixture import InTurn
 from switchcli.data.prepare import Prepared
 from switchcli.data.span_corruption import SpanCorruption
@@ -25,7 +25,6 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
-from switchcli.report import units
 from switchcli.report.console import Console
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.scores import Scores, is_right, score
@@ -41,7 +40,6 @@ from switchcli.train.scoring import Answering
 ROWS_EACH = 16
 """Rows of a batch for the cross-entropy, at least."""
 TEXT_KEYS = ("corpora", "mixture", "filters", "access", "held_out_fraction")
-SHOWN_OF_TEXTS = ("neg_log_perplexity", "bits_per_byte", "sequences", "dropped_fraction")
 SHOWN = ("neg_log_perplexity", "sequences", "dropped_fraction", "balance", "dead_experts")
 
 
@@ -203,8 +201,7 @@ def show(evaluation: Evaluation) -> None:
             if figures is not None:
                 console.table(f"held-out {name}", {key: figures[key] for key in SHOWN if key in figures})
         if texts:
-            rows = ([name, *(_shown(figures, key) for key in SHOWN_OF_TEXTS)] for name, figures in texts.items())
-            console.rows("each text", ("", *(key.replace("_", " ") for key in SHOWN_OF_TEXTS)), rows)
+            show_texts(console, texts)
             layers = next(iter(texts.values())).get("layers", {})
             used = ([name, *map(_most_used, figures.get("layers", {}).values())] for name, figures in texts.items())
             if layers:
@@ -214,10 +211,6 @@ def show(evaluation: Evaluation) -> None:
 def exam_rows(exam: tokens.Scored) -> HeldOutText:
     """The labelled examples of a task as text."""
     return HeldOutText(InTurn([exam.packed]).rows, exam.packed.num_rows)
-
-
-def _shown(figures: Mapping[str, Any], key: str) -> str:
-    return units.number(figures[key]) if key in figures else "-"
 
 
 def _most_used(layer: Mapping[str, Any]) -> str:

@@ -31,6 +31,13 @@ def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[st
         console.message(f"{name}: {mean:.2f}", "bold")
 
 
+def show_texts(console: Console, texts: Mapping[str, Mapping[str, float]]) -> None:
+    """A table with a row a text that is measured by itself."""
+    figures = {"neg_log_perplexity": "neg. log perplexity", "bits_per_byte": "bits a byte"}
+    rows = ([name, *(f"{one[key]:.4f}" if key in one else "-" for key in figures)] for name, one in texts.items())
+    console.rows("held-out texts", ("", *figures.values()), rows)
+
+
 def _rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[str]]:
     for name, one in scores.items():
         found = best.get(f"tasks/{name}")

@@ -14,7 +14,7 @@ from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
 from switchcli.commands.measure import Measure, Text, shares
 from switchcli.commands.run import machine, program
-from switchcli.commands.scores import show_scores, task_results
+from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.batch import AnyBatch
 from switchcli.errors import DistributedError, Interrupted
 from switchcli.model.count import FORWARD_AND_BACKWARD
@@ -295,6 +295,8 @@ class Training:
         console, state = self.console, self.state
         if scores:
             show_scores(console, scores, state.best)
+        if len(state.texts) > 1:
+            show_texts(console, state.texts)
         console.table(
             "done",
             {
