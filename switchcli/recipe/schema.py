@@ -24,7 +24,7 @@ from switchcli.train.spec import Precision, StartSpec, StudentSpec
 
 
 class OnText(TrainingRecipe, ABC):
-    """A run on corrupted spans of plain text."""
+    """A run on plain text."""
 
     schedule: ScheduleSpec = InverseSquareRoot()
     """By its `kind`: inverse_square_root, constant, cosine, linear."""

@@ -100,6 +100,16 @@ def test_with_a_soft_fraction_of_0_a_fresh_student_is_pretrained_bit_for_bit(
     assert equal(weights("a", 2), weights(dense, 2))
 
 
+def test_whole_documents_are_read_as_in_pretraining(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
+    dense = ("model.num_experts=1", "data.packing=documents", "--out", "dense", "-q")
+    assert switchcli("pretrain", trained / "recipe.yaml", *dense).code == 0
+    hard = ("distill.soft_fraction=0", "student.kind=fresh", "data.packing=documents", "--out", "a", "-q")
+    assert switchcli("distill", "--teacher", trained, *hard).code == 0
+    assert equal(weights("a", 2), weights("dense", 2))
+    soft = ("data.packing=documents", "--out", "b", "-q")
+    assert switchcli("distill", "--teacher", trained, *soft).code == 0
+
+
 def test_a_student_whose_blocks_are_computed_again_learns_the_same_bit_for_bit(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
