@@ -6,6 +6,7 @@ the later uses the earlier's.
 
 import errno
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,9 +39,15 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
 def make(folder: Path, build: Callable[[Path], None]) -> None:
     """Let `build` make a folder elsewhere, and give it its name. One that is there and whole stays instead."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as scratch:
+    prefix = scratch_prefix(os.getpid())
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         build(Path(scratch) / "built")
         _publish(Path(scratch), folder)
+
+
+def scratch_prefix(process: int) -> str:
+    """How the names begin of what a process of this machine is making."""
+    return f".partial-{platform.node()}-{process}-"
 
 
 def _publish(scratch: Path, folder: Path) -> None:

@@ -3,9 +3,11 @@
 Several processes take pieces from one queue; each writes whole folders, so that what was done before a stop stays done.
 """
 
+import glob
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.data.cache import ELSEWHERE, make
+from switchcli.data.cache import ELSEWHERE, make, scratch_prefix
 from switchcli.data.corpus import Corpus, Piece
 from switchcli.data.document import Document, is_held_out
 from switchcli.data.filters import Filters
@@ -86,6 +88,8 @@ def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, sh
         for worker in workers:
             worker.kill()  # what it was at is not whole, and is done again
             worker.join()
+        for scratch in _under_way(jobs, workers):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _Built(NamedTuple):
@@ -105,7 +109,6 @@ def _await(
 ) -> None:
     """Return when all pieces are whole; raise what a worker met."""
     whole: list[_Built] = []
-    folders = {job.folder.parent for job in jobs}
     while len(whole) < len(jobs):
         try:
             built = done.get(timeout=_SECONDS_BETWEEN_LOOKS)
@@ -120,15 +123,22 @@ def _await(
             if built.error is not None:
                 raise built.error
             whole.append(built)
-        under_way = sum(map(_bytes_under_way, folders)) // token_bytes
+        under_way = sum(map(_num_bytes, _under_way(jobs, workers))) // token_bytes
         size = sum(jobs[one.job].piece.size or 0 for one in whole)
         show(Progress(len(whole), size, sum(one.tokens for one in whole) + under_way))
 
 
-def _bytes_under_way(folder: Path) -> int:
-    """About how much is written of pieces that are not whole."""
+def _under_way(jobs: Sequence[Job], workers: Sequence[BaseProcess]) -> list[Path]:
+    """Where workers write pieces that are not whole yet."""
+    prefixes = [scratch_prefix(worker.pid) for worker in workers if worker.pid is not None]
+    folders = {job.folder.parent for job in jobs}
+    return [path for folder in folders for prefix in prefixes for path in folder.glob(f"{glob.escape(prefix)}*")]
+
+
+def _num_bytes(scratch: Path) -> int:
+    """About how much is written of a piece."""
     total = 0
-    for path in folder.glob(f".partial-*/built/*/{TOKENS}"):
+    for path in scratch.glob(f"built/*/{TOKENS}"):
         with suppress(FileNotFoundError):  # it is whole by now
             total += path.stat().st_size
     return total
