@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.data.cache import ELSEWHERE, make
+from switchcli.data.cache import ELSEWHERE, PARTIAL, make, sweep
 from switchcli.data.corpus import Corpus, Piece
 from switchcli.data.document import Document, is_held_out
 from switchcli.data.filters import Filters
@@ -86,6 +86,8 @@ def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, sh
         for worker in workers:
             worker.kill()  # what it was at is not whole, and is done again
             worker.join()
+        for folder in {job.folder.parent for job in jobs}:
+            sweep(folder)
 
 
 class _Built(NamedTuple):
@@ -128,7 +130,7 @@ def _await(
 def _bytes_under_way(folder: Path) -> int:
     """About how much is written of pieces that are not whole."""
     total = 0
-    for path in folder.glob(f".partial-*/built/*/{TOKENS}"):
+    for path in folder.glob(f"{PARTIAL}*/built/*/{TOKENS}"):
         with suppress(FileNotFoundError):  # it is whole by now
             total += path.stat().st_size
     return total
