@@ -1,22 +1,20 @@
 """`switchcli data tokenizer`: what a tokenizer is, how it cuts a text, and how some compare. No torch, no network."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import typer
 
 from switchcli.data.document import Document
 from switchcli.data.files import Files
+from switchcli.data.measure import Count, measure
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.report.console import Console
 from switchcli.report.text import safe_text
 
-_PART_CHARACTERS: Final = 2**16  # a longer text is cut: the tokenizer holds many times its text in memory
-_CHUNK_CHARACTERS: Final = 2**20
 _TABLES: Final = (
     ("Tokens a byte of text", "tokens_per_byte", ".4f"),
     ("Tokens that are unknown", "unknown", ".2%"),
@@ -58,8 +56,8 @@ def show(found: Mapping[str, Any]) -> None:
 
 def cut(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
     """The ids and pieces of each text, as of a prompt."""
-    ids = {text: tokenizer.encode(text) for text in texts}
-    return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids.items()]
+    ids = ((text, tokenizer.encode(text)) for text in texts)
+    return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids]
 
 
 def show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
@@ -73,34 +71,24 @@ def _line(text: str) -> str:
     return safe_text(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-class Measured(NamedTuple):
-    """What a tokenizer makes of a text."""
-
-    tokens: int
-    unknown: int
-    """Tokens that stand for characters without a piece, of which nothing is left."""
-    in_bytes: int
-    """Tokens that are a byte of such a character."""
-
-    def to_json(self, num_bytes: int) -> dict[str, float | None]:
-        return {
-            "tokens": self.tokens,
-            "tokens_per_byte": self.tokens / num_bytes if num_bytes else None,
-            "unknown": self.unknown / max(self.tokens, 1),
-            "byte_fallback": self.in_bytes / max(self.tokens, 1),
-        }
-
-
 class Row(NamedTuple):
     """One text, and what each tokenizer makes of it."""
 
     name: str
     documents: int
     bytes: int
-    measured: tuple[Measured, ...]
+    measured: tuple[Count, ...]
 
     def to_json(self) -> dict[str, Any]:
-        measured = [one.to_json(self.bytes) for one in self.measured]
+        measured = [
+            {
+                "tokens": one.tokens,
+                "tokens_per_byte": one.tokens / self.bytes if self.bytes else None,
+                "unknown": one.unknown / max(one.tokens, 1),
+                "byte_fallback": one.in_bytes / max(one.tokens, 1),
+            }
+            for one in self.measured
+        ]
         return {"text": self.name, "documents": self.documents, "bytes": self.bytes, "measured": measured}
 
 
@@ -113,10 +101,8 @@ class Compared(NamedTuple):
 
     @property
     def total(self) -> Row:
-        sums = tuple(
-            Measured(*map(sum, zip(*ones, strict=True)))
-            for ones in zip(*(row.measured for row in self.rows), strict=True)
-        )
+        columns = zip(*(row.measured for row in self.rows), strict=True)
+        sums = tuple(Count(*map(sum, zip(*column, strict=True))) for column in columns)
         return Row("total", sum(row.documents for row in self.rows), sum(row.bytes for row in self.rows), sums)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,7 +130,7 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
         from switchcli.commands.vocabularies import part, text_of
 
         texts = {**part(text_of(recipe, overrides), console, held_out=True), **texts}
-    rows = tuple(_row(name, documents, tokenizers) for name, documents in texts.items())
+    rows = tuple(Row(name, *measure(documents, tokenizers)) for name, documents in texts.items())
     compared = Compared(tuple(map(facts, names, tokenizers)), rows)
     if not compared.total.bytes:
         raise DataError(f"{recipe}: no document is held out: take a larger data.held_out_fraction")
@@ -152,38 +138,14 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
 
 
 def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
-    """By the files' names, in full where two have the same."""
+    """By the files' names, in full where two have the same. Raises DataError for what is no file."""
+    if none := [path for path in paths if not Path(path).is_file()]:
+        raise DataError(f"--text {none[0]}: no such file (from {Path.cwd()}): mend the path")
     stems = [Path(path).stem for path in paths]
     return {
         path if stems.count(stem) > 1 else stem: Files(paths=(path,), sample_by="line").documents()
         for path, stem in zip(paths, stems, strict=True)
     }
-
-
-def _row(name: str, documents: Iterable[Document], tokenizers: Sequence[Tokenizer]) -> Row:
-    sums = np.zeros((len(tokenizers), 3), np.int64)
-    num_documents = num_bytes = 0
-    for texts, ended in _chunks(documents):
-        num_documents += ended
-        num_bytes += sum(len(text.encode()) for text in texts)
-        for place, tokenizer in enumerate(tokenizers):
-            ids = np.concatenate(tokenizer.encode_batch(texts))
-            sums[place] += (len(ids), (ids == tokenizer.unknown).sum(), tokenizer.is_byte_V[ids].sum())
-    return Row(name, num_documents, num_bytes, tuple(Measured(*map(int, one)) for one in sums))
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
-    """Texts that are encoded at once, and how many documents are among them."""
-    texts: list[str] = []
-    size = ended = 0
-    for _, text in documents:
-        texts += (text[start : start + _PART_CHARACTERS] for start in range(0, len(text), _PART_CHARACTERS))
-        size, ended = size + len(text), ended + 1
-        if size >= _CHUNK_CHARACTERS:
-            yield texts, ended
-            texts, size, ended = [], 0, 0
-    if texts:
-        yield texts, ended
 
 
 def show_compared(compared: Compared) -> None:
