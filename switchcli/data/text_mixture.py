@@ -103,3 +103,9 @@ class Mixture:
         """The share of each text in the first `num_rows` rows, those of whole steps."""
         each = [turns.shown(num_rows // len(self.turns)) for turns in self.turns]
         return dict(zip(self.shares, (np.sum(each, axis=0) / max(1, num_rows)).tolist(), strict=True))
+
+    def compared(self, num_rows: int) -> dict[str, dict[str, float]]:
+        """The same beside what was intended."""
+        return {
+            label: {"shown": shown, "intended": self.shares[label]} for label, shown in self.shown(num_rows).items()
+        }
