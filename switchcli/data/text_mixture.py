@@ -106,6 +106,5 @@ class Mixture:
 
     def compared(self, num_rows: int) -> dict[str, dict[str, float]]:
         """The same beside what was intended."""
-        return {
-            label: {"shown": shown, "intended": self.shares[label]} for label, shown in self.shown(num_rows).items()
-        }
+        shown = self.shown(num_rows)
+        return {label: {"shown": shown[label], "intended": share} for label, share in self.shares.items()}
