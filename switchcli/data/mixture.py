@@ -1,13 +1,8 @@
-"""Mixtures: how often each of several sources is shown, and Turns, which says whose row each row of a run is.
-
-A run goes in turns: in each, every source has a fixed number of rows, in a random order. So the rates are exact, each
-row is a pure function of the seed and its number, and resuming replays nothing. A task's own rows come in epochs, each
-in an order of its own, that go on from turn to turn.
+"""Mixtures of tasks: how often each is shown, and the rows of a run by that. A task's own rows come in epochs, each in
+an order of its own, that go on from turn to turn (turns.py).
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from threading import Lock
 from typing import Annotated, Literal
 
 import numpy as np
@@ -18,11 +13,11 @@ from pydantic import Field
 from switchcli.data.batch import Batch
 from switchcli.data.draws import TASKS, TURNS, permutation
 from switchcli.data.packing import Packed
+from switchcli.data.turns import Orders, Turns, apportioned
 from switchcli.spec import Spec
 
 _LEAST_ROWS = 1000
 """Rows of a turn at least, for each task: rates are kept to a thousandth."""
-_KEPT_ORDERS = 64
 
 
 class Proportional(Spec):
@@ -51,56 +46,6 @@ class Equal(Spec):
 
 
 MixtureSpec = Annotated[Proportional | Equal, Field(discriminator="kind")]
-
-
-class Orders:
-    """Random orders by their number and purpose, the last ones kept. Workers may ask at the same time."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._kept: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
-        self._lock = Lock()
-
-    def __call__(
-        self, size: int, number_R: NDArray[np.int64], place_R: NDArray[np.int64], purpose: int
-    ) -> NDArray[np.int64]:
-        """What stands at each place of the order of that number, of `size` things."""
-        found_R = np.empty_like(place_R)
-        for number in np.unique(number_R):
-            here = number_R == number
-            found_R[here] = self._order(size, int(number), purpose)[place_R[here]]
-        return found_R
-
-    def _order(self, size: int, number: int, purpose: int) -> NDArray[np.int64]:
-        with self._lock:
-            if (number, purpose) not in self._kept:
-                self._kept[number, purpose] = permutation(size, self._seed, number, purpose)
-                if len(self._kept) > _KEPT_ORDERS:
-                    self._kept.popitem(last=False)
-            return self._kept[number, purpose]
-
-
-class Turns:
-    """Which source each row of a run is of, and which of the source's rows it is."""
-
-    def __init__(self, rows: NDArray[np.int64], seed: int) -> None:
-        """`rows` [K]: rows of each source in a turn."""
-        self._rows_K, self._end_K = rows, np.cumsum(rows)
-        self._orders = Orders(seed)
-
-    def __call__(self, row_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each row, and its number, from 0, among the rows of that source."""
-        turn_R, place_R = np.divmod(row_R, self._end_K[-1])
-        place_R = self._orders(int(self._end_K[-1]), turn_R, place_R, TURNS)
-        source_R = np.searchsorted(self._end_K, place_R, side="right")
-        each_R = self._rows_K[source_R]
-        return source_R, turn_R * each_R + place_R - (self._end_K[source_R] - each_R)
-
-    def shown(self, num_rows: int) -> NDArray[np.int64]:
-        """How many of the first `num_rows` rows of a run are of each source [K]."""
-        turns, rest = divmod(num_rows, int(self._end_K[-1]))
-        begun_R = self(num_rows - rest + np.arange(rest))[0]
-        return turns * self._rows_K + np.bincount(begun_R, minlength=len(self._rows_K))
 
 
 class TaskStream:
@@ -160,12 +105,3 @@ def _shared_out(shares: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray
     if np.allclose(shares * rows.sum(), rows):
         return rows
     return apportioned(shares, max(int(rows.sum()), _LEAST_ROWS * len(rows)))
-
-
-def apportioned(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Of about `total` rows as many for each source as its share says, and one at least: largest remainders first."""
-    exact = shares * total
-    whole = np.maximum(1, np.floor(exact)).astype(np.int64)
-    order = np.argsort(-(exact - whole), kind="stable")
-    whole[order[: max(0, total - int(whole.sum()))]] += 1
-    return whole

@@ -15,13 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from switchcli.data.cache import ELSEWHERE, cached
+from switchcli.data.cache import ELSEWHERE, cached, make
 from switchcli.data.corpus import Corpus
 from switchcli.data.distinct import write_distinct
 from switchcli.data.document import Document, is_held_out
 from switchcli.data.pieces import Job, Progress, build, cut_up
 from switchcli.data.spec import DataSpec
-from switchcli.data.store import ShardFacts, ShardWriter, digest_of, facts_of, has_sizes, is_whole, seal
+from switchcli.data.store import ShardFacts, ShardWriter, digest_of, facts_of, has_sizes, is_true, is_whole, seal
 from switchcli.data.text import FORMAT, HELD_OUT, PARTS, TRAIN, Text, is_large, open_text, seal_text
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
@@ -157,7 +157,8 @@ def _text(
                 Job(corpus, piece, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
                 for number, (corpus, piece) in enumerate((one, piece) for one in corpora for piece in one.pieces())
             ]
-            is_there = has_sizes if facts is None else is_whole
+            begun = [piece for job in jobs if (piece := facts_of(job.folder)) is not None]
+            is_there = has_sizes if facts is None and is_large(*begun) else is_whole
             number, count = means.share
             _make([job for job in jobs[number::count] if not is_there(job.folder)], label, file, means)
             if not all(has_sizes(job.folder) for job in jobs):
@@ -167,7 +168,10 @@ def _text(
     if (duplicates := spec.duplicates) is not None:
         whole, parts = text, [folder.name, duplicates.model_dump_json()]
         folder = means.cache / "tokens" / _digest(parts)
-        with cached(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built)):
+        with disk_errors(means.cache, ELSEWHERE):
+            facts = facts_of(folder)
+            if facts is None or not _is_sound(folder, facts, means):
+                make(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built))
             text = open_text(folder)
     if not any(counts.documents for counts in text.counts.values()):
         raise corpora[0].no_text()
@@ -177,11 +181,12 @@ def _text(
 
 def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means) -> bool:
     """Whether all of a text that was whole agrees with its checksums, which is looked at where it is soon done."""
-    if not means.check and is_large(facts):
+    if not is_large(facts):
+        return is_whole(folder)
+    if not means.check:
         return True
-    pieces = sorted({name.split("/")[0] for name in facts["files"]})
-    tracked = means.track(pieces, "comparing checksums", len(pieces)) if is_large(facts) else pieces
-    return not [name for name in tracked if not is_whole(folder / name)] and has_sizes(folder)
+    files = facts["files"]
+    return all(is_true(folder / name, files[name]) for name in means.track(files, "comparing checksums", len(files)))
 
 
 def _make(jobs: Sequence[Job], label: str, file: Path, means: Means) -> None:

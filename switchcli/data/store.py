@@ -145,8 +145,9 @@ class ShardWriter:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        if self._writer is not None:
-            self._writer.__exit__(kind, error, trace)
+        writer, self._writer = self._writer, None  # where closing fails, it is not closed again
+        if writer is not None:
+            writer.__exit__(kind, error, trace)
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -181,7 +182,7 @@ def facts_of(folder: Path) -> dict[str, Any] | None:
 def is_whole(folder: Path) -> bool:
     """Whether the manifest is there and true of the folder's files."""
     facts = facts_of(folder)
-    return facts is not None and all(_is_true(folder / name, identity) for name, identity in facts["files"].items())
+    return facts is not None and all(is_true(folder / name, identity) for name, identity in facts["files"].items())
 
 
 def has_sizes(folder: Path) -> bool:
@@ -216,7 +217,8 @@ def identity_of(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _is_true(path: Path, identity: object) -> bool:
+def is_true(path: Path, identity: object) -> bool:
+    """Whether a file is there with this size and digest."""
     try:
         return identity_of(path) == identity
     except FileNotFoundError:

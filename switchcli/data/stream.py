@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from switchcli.data.batch import Batch
 from switchcli.data.chunks import Chunks
 from switchcli.data.draws import SPANS, WORDS, philox
-from switchcli.data.mixture import Turns
 from switchcli.data.spec import Rows
 from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.turns import Turns
 
 
 class Corruption:

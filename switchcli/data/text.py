@@ -12,7 +12,7 @@ from switchcli.data.store import (
     TokenStore,
     digest_of,
     facts_of,
-    identity_of,
+    is_true,
     seal,
 )
 from switchcli.errors import DataError
@@ -89,9 +89,9 @@ def open_text(folder: Path) -> Text:
     )
 
 
-def is_large(facts: Mapping[str, Any]) -> bool:
-    """Whether comparing all of a text with its checksums takes long."""
-    return sum(said["bytes"] for said in facts["files"].values()) > CHECKED_AT_START
+def is_large(*facts: Mapping[str, Any]) -> bool:
+    """Whether comparing all of a text, or of these pieces of one, with its checksums takes long."""
+    return sum(said["bytes"] for one in facts for said in one["files"].values()) > CHECKED_AT_START
 
 
 def _opener(folder: Path, name: str, files: Mapping[str, object]) -> Callable[[], TokenStore]:
@@ -100,10 +100,10 @@ def _opener(folder: Path, name: str, files: Mapping[str, object]) -> Callable[[]
     def opened() -> TokenStore:
         for file in (OFFSETS, TOKENS):
             place = f"{name}/{file}"
-            if place in files and identity_of(folder / place) != files[place]:
+            if place in files and not is_true(folder / place, files[place]):
                 raise DataError(
-                    f"{folder / place}: not what was prepared: the file was cut or altered since; `switchcli data "
-                    "prepare RECIPE` makes its piece anew, and training goes on from the last save"
+                    f"{folder / place}: not what was prepared: the file was lost, cut or altered since; `switchcli "
+                    "data prepare RECIPE --check` makes its piece anew, and training goes on from the last save"
                 )
         return TokenStore.open(folder / name)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from switchcli.data.mixture import Turns, apportioned
+from switchcli.data.turns import Turns, apportioned
 from switchcli.errors import RecipeError
 from switchcli.spec import Spec
 
@@ -96,7 +96,7 @@ class Mixture:
         intended = np.array(list(self.shares.values()))
         rows = int(np.clip(np.ceil(_LEAST_ROWS / intended.min()), _LEAST_ROWS * len(intended), _MOST_ROWS))
         each = apportioned(intended, rows)
-        self.turns = tuple(Turns(each, seed + lane * 2**32) for lane in range(lanes))
+        self.turns = tuple(Turns.evenly(each, seed + lane * 2**32) for lane in range(lanes))
         """Of each lane."""
 
     def shown(self, num_rows: int) -> dict[str, float]:

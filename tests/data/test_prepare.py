@@ -1,195 +1,739 @@
-"""Preparation: the same ids as encoding each document, cached whole or not at all."""
+"""Preparation: the same ids as encoding each document, by any processes and machines; what is whole stays whole."""
 
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import active_children
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models
 
+from switchcli.data import files, pieces, store
 from switchcli.data import prepare as module
+from switchcli.data import text as text_module
+from switchcli.data.cache import default_cache
 from switchcli.data.corpus import Files
 from switchcli.data.document import is_held_out
-from switchcli.data.prepare import Prepared, Track, default_cache
+from switchcli.data.duplicates import Duplicates
+from switchcli.data.filters import Filters
+from switchcli.data.pieces import Progress
+from switchcli.data.prepare import Means, Prepared, Track
 from switchcli.data.spec import DataSpec
-from switchcli.data.store import StoreWriter, TokenStore, is_whole
-from switchcli.data.tokenizer import Tokenizer, TrainedTokenizer
-from switchcli.errors import CheckpointError, DataError
+from switchcli.data.store import StoreWriter, TokenStore, facts_of, is_whole
+from switchcli.data.text import HELD_OUT, PARTS, TRAIN, Text
+from switchcli.data.text_mixture import Weighted
+from switchcli.data.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer
+from switchcli.errors import CheckpointError, DataError, OutOfMemory
+
+NUM_FILES = 6
+FRACTION = 0.1
+CHARACTERS = "0123456789 abcdefghijklmnopqrstuvwxyz"
 
 
-@pytest.fixture
-def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSpec:
-    monkeypatch.chdir(tmp_path)  # documents bear the path as it is given: a relative one splits them the same each time
-    path = Path("text.txt")
-    path.write_text("".join(f"line {index} tells of the number {index * index}, and no more\n" for index in range(400)))
-    files = Files(paths=(str(path),), sample_by="line")
-    return DataSpec(corpora=(files,), tokenizer=TrainedTokenizer(vocab_size=200), held_out_fraction=0.1)
+class Shows:
+    """Progress as it was told; `then` may do something about it."""
+
+    def __init__(self, then: Callable[[Progress], None] = lambda done: None) -> None:
+        self.told: list[tuple[str, int, int | None]] = []
+        """Labels, pieces and bytes of what was begun."""
+        self.done: list[Progress] = []
+        self._then = then
+
+    @contextmanager
+    def __call__(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[[Progress], None]]:
+        self.told.append((label, pieces, size))
+
+        def show(done: Progress) -> None:
+            self.done.append(done)
+            self._then(done)
+
+        yield show
+
+    @property
+    def num_pieces(self) -> int:
+        return sum(pieces for _, pieces, _ in self.told)
+
+
+class Corpus(NamedTuple):
+    """Where a spec's text lies."""
+
+    spec: DataSpec
+    cache: Path
+
+    def means(self, show: Shows | None = None, track: Track | None = None, processes: int | None = 1) -> Means:
+        return Means(self.cache, track or untracked, show or Shows(), processes)
+
+    def prepare(self, show: Shows | None = None, processes: int | None = 1) -> Text:
+        (text,) = module.prepare(self.spec, self.means(show, processes=processes)).texts.values()
+        return text
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of the pieces that are whole."""
+        return [path.parent for path in sorted(self.cache.glob("tokens/*/piece-*/manifest.json"))]
 
 
 def untracked(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
     return iter(items)
 
 
-def prepare(spec: DataSpec, cache: Path, track: Track = untracked, tokenizer: Tokenizer | None = None) -> Prepared:
-    return module.prepare(spec, cache, track, tokenizer)
+def letters() -> Tokenizer:
+    """A character is an id: nothing here hangs on how a vocabulary is trained."""
+    vocabulary = [*((piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")), *((one, -1.0) for one in CHARACTERS)]
+    inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    inner.add_special_tokens(["<extra_id_0>"])
+    return Tokenizer.from_json(inner.to_str())
 
 
-def no_reading(items: Iterable[object], label: str, total: int | None) -> NoReturn:
-    raise AssertionError(f"{label}: it is in the cache")
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("letters.json").write_text(letters().to_json())
+    return tmp_path
 
 
-def same(a: Prepared, b: Prepared) -> bool:
-    stores = ((a.train, b.train), (a.held_out, b.held_out))
-    return a.tokenizer.sha256 == b.tokenizer.sha256 and all(
-        np.array_equal(x.tokens, y.tokens) and np.array_equal(x.offsets, y.offsets) for x, y in stores
-    )
+@pytest.fixture
+def corpus(here: Path) -> Corpus:
+    """A text in as many pieces as files: small ones of one corpus would share a piece."""
+    for number in range(NUM_FILES):
+        lines = (f"line {index} of file {number} tells of {index * index}\n" for index in range(60))
+        Path(f"{number}.txt").write_text("".join(lines))
+    corpora = tuple(Files(paths=(f"{number}.txt",), sample_by="line") for number in range(NUM_FILES))
+    tokenizer = TokenizerFile(path="letters.json")
+    return Corpus(DataSpec(corpora=corpora, tokenizer=tokenizer, held_out_fraction=FRACTION), here / "cache")
 
 
-def test_stores_hold_each_document_in_its_part(spec: DataSpec, tmp_path: Path) -> None:
-    prepared = prepare(spec, tmp_path / "cache")
-    for store, held_out in ((prepared.train, False), (prepared.held_out, True)):
-        documents = [d for d in spec.corpora[0].documents() if is_held_out(d.identity, 0.1) == held_out]
-        assert store.num_documents == len(documents)
-        assert store.tokens.dtype == np.uint16
-        for index, document in enumerate(documents):
-            ids = store.tokens[store.offsets[index] : store.offsets[index + 1]]
-            assert ids.tolist() == prepared.tokenizer.encode(document.text)
-    assert 20 < prepared.held_out.num_documents < 60
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_second_time_reads_nothing(spec: DataSpec, tmp_path: Path) -> None:
-    labels = []
+def documents(shards: Iterable[store.Shard]) -> list[list[int]]:
+    found = []
+    for shard in shards:
+        opened = shard.open()
+        found += [ids.tolist() for ids in np.split(opened.tokens, opened.offsets[1:-1])]
+    return found
+
+
+def test_shards_hold_each_document_in_its_part(corpus: Corpus) -> None:
+    text, tokenizer = corpus.prepare(), letters()
+    for part, held_out in ((TRAIN, False), (HELD_OUT, True)):
+        wanted = [
+            document.text
+            for one in corpus.spec.corpora
+            for document in one.documents()
+            if is_held_out(document.identity, FRACTION) == held_out
+        ]
+        assert documents(text.shards[part]) == [tokenizer.encode(text) for text in wanted]
+        size = sum(len(text.encode()) for text in wanted)
+        assert text.counts[part] == (len(wanted), size, size)  # a token a character
+        assert len(text.shards[part]) == NUM_FILES
+        assert all(shard.open().tokens.dtype == np.uint16 for shard in text.shards[part])
+        for shard in text.shards[part]:
+            assert (shard.num_documents, shard.num_tokens) == (shard.open().num_documents, shard.open().num_tokens)
+    assert 15 < text.counts[HELD_OUT].documents < 60
+    assert text.dropped == {}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_agree_on_every_byte(corpus: Corpus, processes: int) -> None:
+    first, alone = Shows(), corpus.prepare()
+    other = corpus._replace(cache=corpus.cache.with_name("other"))
+    text = other.prepare(first, processes)
+    assert text.identity == alone.identity
+    assert contents(other.cache) == contents(corpus.cache)
+    size = sum(Path(f"{number}.txt").stat().st_size for number in range(NUM_FILES))
+    assert first.told == [("tokenising", NUM_FILES, size)]
+    assert first.done[-1] == (NUM_FILES, size, sum(counts.tokens for counts in text.counts.values()))
+
+
+def test_one_shard_has_the_identity_that_it_had_before_there_were_shards(here: Path) -> None:
+    Path("text.txt").write_text("".join(f"line {index} tells of {index**3}\n" for index in range(80)))
+    spec = DataSpec(corpora=(Files(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
+    text = module.prepare(spec, Means(here / "cache", untracked, Shows()), letters())
+    assert text.identity == "f67c3da04d964c1d5c0bd77241a066342d1ae0f5901e416d1b67dd9a13004fdc"
+
+
+def test_a_vocabulary_is_trained_on_what_is_not_held_out_and_once(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[str] = []
+    seen: list[str] = []
 
     def track(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
         labels.append(label)
         return iter(items)
 
-    first = prepare(spec, tmp_path / "cache", track)
-    assert labels == ["reading for a vocabulary", "tokenising"]
-    assert same(first, prepare(spec, tmp_path / "cache", no_reading))
+    trained = TrainedTokenizer(vocab_size=200)
+    spec = corpus.spec.model_copy(update={"tokenizer": trained})
+    load = TrainedTokenizer.load
+
+    def noted(self: TrainedTokenizer, found: Callable[[], dict[str, Iterable[store.Any]]]) -> Tokenizer:
+        texts = {label: list(of_text) for label, of_text in found().items()}
+        seen.extend(document.identity for of_text in texts.values() for document in of_text)
+        return load(self, lambda: texts)
+
+    monkeypatch.setattr(TrainedTokenizer, "load", noted)
+    first = module.prepare(spec, corpus.means(track=track))
+    assert labels == ["reading"]
+    assert len(seen) == first.texts[""].counts[TRAIN].documents
+    assert not any(is_held_out(identity, FRACTION) for identity in seen)
+    shows = Shows()
+    again = module.prepare(spec, corpus.means(shows, track))
+    assert (again.tokenizer.sha256, again.identity) == (first.tokenizer.sha256, first.identity)
+    assert (labels, shows.told) == (["reading"], [])
 
 
-def test_the_identity_is_of_the_text_alone(spec: DataSpec, tmp_path: Path) -> None:
-    first = prepare(spec, tmp_path / "cache")
-    path = Path(spec.corpora[0].paths[0])
+def test_the_second_time_makes_nothing(corpus: Corpus) -> None:
+    first, shows = corpus.prepare(), Shows()
+    assert corpus.prepare(shows).identity == first.identity
+    assert shows.told == []
+
+
+def test_the_identity_is_of_the_text_alone(corpus: Corpus) -> None:
+    first, path = corpus.prepare(), Path("0.txt")
     os.utime(path, ns=(0, 0))
-    assert module._key(spec, None) not in {folder.name for folder in (tmp_path / "cache" / "tokens").iterdir()}
-    assert prepare(spec, tmp_path / "cache").identity == prepare(spec, tmp_path / "moved").identity == first.identity
-    assert prepare(spec.model_copy(update={"held_out_fraction": 0.2}), tmp_path / "cache").identity != first.identity
+    shows = Shows()
+    assert corpus.prepare(shows).identity == first.identity
+    assert shows.num_pieces == NUM_FILES, "whether the text is the same was not known"
+    moved = corpus._replace(cache=corpus.cache.with_name("moved"))
+    assert moved.prepare().identity == first.identity
     path.write_text(path.read_text().replace("line 7 ", "line 8 "))
-    assert prepare(spec, tmp_path / "cache", tokenizer=first.tokenizer).identity != first.identity
+    assert corpus.prepare().identity != first.identity
+    other = corpus.spec.model_copy(update={"held_out_fraction": 0.2})
+    assert corpus._replace(spec=other).prepare().identity != first.identity
 
 
-def test_a_given_tokenizer_is_used(spec: DataSpec, tmp_path: Path) -> None:
+def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(corpus: Corpus) -> None:
+    spec, used = corpus.spec, letters()
     other = TrainedTokenizer(vocab_size=180).load(lambda: {"": spec.corpora[0].documents()})
-    prepared = prepare(spec, tmp_path / "cache", tokenizer=other)
-    assert prepared.tokenizer.sha256 == other.sha256
-    assert same(prepared, prepare(spec, tmp_path / "cache", no_reading, other))
-
-
-def test_whatever_matters_makes_another_folder(spec: DataSpec, tmp_path: Path) -> None:
-    changes: list[dict[str, object]] = [
-        {},
-        {"held_out_fraction": 0.2},
-        {"tokenizer": TrainedTokenizer(vocab_size=210)},
-        {"corpora": (Files(paths=spec.corpora[0].paths, sample_by="paragraph"),)},
+    one = spec.corpora[0].model_copy
+    changes: list[tuple[dict[str, object], Tokenizer]] = [
+        ({}, used),
+        ({}, other),
+        ({"held_out_fraction": 0.2}, used),
+        ({"filters": Filters(min_characters=5)}, used),
+        ({"corpora": (one(update={"sample_by": "paragraph"}), *spec.corpora[1:])}, used),
+        ({"duplicates": Duplicates(kind="exact")}, used),
+        ({"duplicates": Duplicates(kind="near")}, used),
     ]
-    keys = {module._key(spec.model_copy(update=change), None) for change in changes}
-    assert len(keys) == 4
+    same: list[dict[str, object]] = [
+        {"corpora": (one(update={"weight": 3.0, "language": "en"}), *spec.corpora[1:])},
+        {"objective": spec.objective.model_copy(update={"inputs_length": 64})},
+    ]
+
+    def folder(update: dict[str, object], tokenizer: Tokenizer) -> Path:
+        (text,) = module.prepare(spec.model_copy(update=update), corpus.means(), tokenizer).texts.values()
+        return text.folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_check_split", lambda *_: None)  # paragraphs are few
+        folders = {folder(*change) for change in changes}
+    assert len(folders) == len(changes)
+    assert {folder(update, used) for update in same} <= folders
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "lose", "manifest", "not json", "no manifest"])
-def test_a_damaged_cache_is_made_anew(spec: DataSpec, tmp_path: Path, damage: str) -> None:
-    first = prepare(spec, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
-    tokens, manifest = folder / "train" / "tokens.npy", folder / "manifest.json"
-    content = bytearray(tokens.read_bytes())
-    kept = np.array(first.train.tokens)
-    first = first._replace(train=TokenStore(kept, first.train.offsets))
-    tokens.unlink()  # so that the array above keeps its file
-    match damage:
-        case "flip":
-            content[-1] ^= 1
-            tokens.write_bytes(content)
-        case "cut":
-            tokens.write_bytes(content[:-2])
-        case "manifest":
-            tokens.write_bytes(content)
-            manifest.write_text(manifest.read_text().replace("tokens", "t0kens", 1))
-        case "not json":
-            tokens.write_bytes(content)
-            manifest.write_text("[1]")
-        case "no manifest":
-            tokens.write_bytes(content)
-            manifest.unlink()
-    assert not is_whole(folder)
-    assert same(first, prepare(spec, tmp_path / "cache"))
-    assert is_whole(folder)
-    assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == [folder.name]
+# Stops
 
 
-def test_an_interruption_leaves_nothing(spec: DataSpec, tmp_path: Path) -> None:
-    def stop(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
-        for index, item in enumerate(items):
-            if label == "tokenising" and index == 50:
-                raise KeyboardInterrupt
-            yield item
+def stop_after(number: int, stop: Callable[[], None]) -> Shows:
+    def then(done: Progress) -> None:
+        if done.pieces >= number:
+            stop()
 
+    return Shows(then)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_whole_stays_whole_after_a_stop_and_is_not_made_again(corpus: Corpus) -> None:
     with pytest.raises(KeyboardInterrupt):
-        prepare(spec, tmp_path / "cache", stop)
-    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
-    (tmp_path / "cache" / "tokens" / ".partial-killed").mkdir()  # what SIGKILL leaves harms nothing
-    prepare(spec, tmp_path / "cache")
+        corpus.prepare(stop_after(2, interrupt))
+    first = corpus.folders
+    assert [folder.name for folder in first] == ["piece-00000", "piece-00001"]
+    assert {path.name for path in first[0].parent.iterdir()} == {"piece-00000", "piece-00001"}, "nothing half done"
+    times = [(folder / "manifest.json").stat().st_mtime_ns for folder in first]
+    (first[0].parent / ".partial-killed").mkdir()  # what SIGKILL leaves harms nothing
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - 2
+    assert [(folder / "manifest.json").stat().st_mtime_ns for folder in first] == times
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
 
-def test_two_at_once_agree(spec: DataSpec, tmp_path: Path) -> None:
+def test_a_piece_that_was_damaged_before_the_text_was_whole_is_made_again(corpus: Corpus) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        corpus.prepare(stop_after(3, interrupt))
+    flip(corpus.folders[1] / "train-000" / "tokens.npy")
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - 2
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
+    def kill() -> None:
+        for process in active_children():
+            process.kill()
+
+    with pytest.raises(OutOfMemory, match=r"ended with code -9, .*run it again, with fewer --processes") as raised:
+        corpus.prepare(stop_after(1, kill), processes=2)
+    assert raised.value.exit_code == 1
+    whole = len(corpus.folders)
+    assert 1 <= whole < NUM_FILES
+    assert all(is_whole(folder) for folder in corpus.folders)
+    shows = Shows()
+    text = corpus.prepare(shows, processes=2)
+    assert shows.num_pieces == NUM_FILES - whole
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_what_one_process_meets_ends_all(corpus: Corpus) -> None:
+    Path("3.txt").write_bytes(b"fine\ncaf\xe9\n")
+    with pytest.raises(DataError, match=r"3\.txt:2: byte 0xe9 at offset 8 is not UTF-8"):
+        corpus.prepare(processes=2)
+    assert not active_children()
+    assert all(is_whole(folder) for folder in corpus.folders)
+    assert not list(corpus.cache.glob("tokens/*/.partial-*"))
+
+
+MAIN = """\
+import resource
+import sys
+from contextlib import contextmanager
+from multiprocessing import active_children
+from pathlib import Path
+from switchcli.data.prepare import Means, prepare
+from switchcli.data.spec import DataSpec
+
+@contextmanager
+def show(label, pieces, size):
+    yield lambda done: print(done.pieces, *(process.pid for process in active_children()), flush=True)
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+    spec = DataSpec.model_validate_json(Path("spec.json").read_text(), strict=False)
+    print(prepare(spec, Means(Path("cache"), lambda items, *_: iter(items), show, 2)).identity)
+"""
+
+
+def started(limit: int = -1) -> subprocess.Popen[str]:
+    """The preparation of spec.json, with a limit on the size of a file."""
+    Path("main.py").write_text(MAIN)
+    command = [sys.executable, "main.py", str(limit)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_killed_it_leaves_whole_pieces_and_no_worker_behind(corpus: Corpus) -> None:
+    lines = "".join(f"line {index} tells of {index * index}\n" for index in range(8_000))
+    for number in range(NUM_FILES):
+        Path(f"{number}.txt").write_text(f"file {number}\n{lines}")
+    Path("spec.json").write_text(corpus.spec.model_dump_json())
+    with started() as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            whole, *workers = map(int, line.split())
+            if whole:
+                break
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "the workers go on for nobody"
+        time.sleep(0.05)
+    assert len(workers) == 2
+    assert 1 <= len(corpus.folders) < NUM_FILES
+    before = len(corpus.folders)
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - before
+    assert text.counts[TRAIN].documents + text.counts[HELD_OUT].documents == NUM_FILES * 8_001
+
+
+# Machines
+
+
+def test_machines_with_one_cache_make_a_share_each_and_the_last_puts_them_together(corpus: Corpus) -> None:
+    shows = [Shows() for _ in range(3)]
+    means = [corpus.means(show)._replace(share=(number, 3)) for number, show in enumerate(shows)]
+    for number in (1, 0):
+        _, texts = module.prepare_share(corpus.spec, means[number])
+        assert texts == {"": None}
+    assert [folder.name[-1] for folder in corpus.folders] == ["0", "1", "3", "4"]
+    _, texts = module.prepare_share(corpus.spec, means[2])
+    assert [show.num_pieces for show in shows] == [2, 2, 2]
+    alone = corpus._replace(cache=corpus.cache.with_name("alone"))
+    assert texts[""] is not None
+    assert texts[""].identity == alone.prepare().identity
+    assert contents(corpus.cache) == contents(alone.cache)
+    again = Shows()
+    assert module.prepare_share(corpus.spec, corpus.means(again)._replace(share=(0, 3)))[1][""] is not None
+    assert again.told == []
+
+
+def test_two_at_once_agree(corpus: Corpus) -> None:
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: prepare(spec, tmp_path / "cache"), range(2))
-    assert same(first, second)
-    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+        first, second = pool.map(lambda _: corpus.prepare(), range(2))
+    assert first.identity == second.identity
+    (folder,) = (corpus.cache / "tokens").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json",
+        *(f"piece-{number:05}" for number in range(NUM_FILES)),
+    }
 
 
-def test_the_loser_of_a_race_takes_the_winners(spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    winner = prepare(spec, tmp_path / "cache")
-    answers = iter([False, True])
-    monkeypatch.setattr(module, "is_whole", lambda folder: next(answers))
-    assert same(winner, prepare(spec, tmp_path / "cache"))
+def test_the_loser_of_a_race_takes_the_winners(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    winner = corpus.prepare()
+    folder = corpus.folders[2]
+    before = folder.stat().st_ino
+    monkeypatch.setattr(module, "is_whole", lambda folder: folder.name != "piece-00002" and folder.name[0] == "p")
+    shows = Shows()
+    assert corpus.prepare(shows).identity == winner.identity
+    assert (shows.num_pieces, folder.stat().st_ino) == (1, before)
 
 
-def test_a_full_disk_and_a_cache_that_is_no_folder(
-    spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Damage
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-2])
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flip": lambda folder: flip(folder / "piece-00002/train-000/tokens.npy"),
+    "cut": lambda folder: cut(folder / "piece-00002/held_out-000/tokens.npy"),
+    "offsets": lambda folder: flip(folder / "piece-00002/train-000/offsets.npy"),
+    "lost": lambda folder: (folder / "piece-00002/train-000/offsets.npy").unlink(),
+    "lost piece": lambda folder: shutil.rmtree(folder / "piece-00002"),
+}
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "altered": lambda folder: _alter(folder / "manifest.json"),
+    "not json": lambda folder: _write(folder / "manifest.json", "[1]"),
+    "lost": lambda folder: (folder / "manifest.json").unlink(),
+    "foreign": lambda folder: _write(folder / "manifest.json", (folder / "piece-00001/manifest.json").read_text()),
+}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _alter(path: Path) -> None:
+    path.write_text(path.read_text().replace("tokens", "t0kens", 1))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_piece_is_made_anew_and_no_other(corpus: Corpus, damage: str) -> None:
+    text = corpus.prepare()
+    before = contents(text.folder)
+    DAMAGES[damage](text.folder)
+    shows = Shows()
+    assert corpus.prepare(shows).identity == text.identity
+    assert shows.num_pieces == 1
+    assert contents(text.folder) == before
+
+
+@pytest.mark.parametrize("damage", MANIFESTS)
+@pytest.mark.parametrize("of_piece", [False, True])
+def test_a_lost_or_foreign_manifest_is_written_anew(corpus: Corpus, damage: str, of_piece: bool) -> None:
+    text = corpus.prepare()
+    before = contents(text.folder)
+    MANIFESTS[damage](text.folder)
+    if of_piece:
+        (text.folder / "piece-00002/manifest.json").write_text((text.folder / "piece-00001/manifest.json").read_text())
+    shows = Shows()
+    assert corpus.prepare(shows).identity == text.identity
+    assert shows.num_pieces == of_piece
+    assert contents(text.folder) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_large_text_damage_is_told_at_the_first_use_and_mended_by_a_check(
+    corpus: Corpus, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    text = corpus.prepare()
+    before = contents(text.folder)
+    DAMAGES[damage](text.folder)
+    shows = Shows()
+    again = corpus.prepare(shows)
+    assert (again.identity, shows.told) == (text.identity, [])
+    part = HELD_OUT if damage == "cut" else TRAIN
+    for number in (0, 1, 3, 4, 5):
+        again.shards[part][number].open()
+    with pytest.raises(DataError, match=rf"piece-00002/{part}-000/\w+\.npy: .*prepare RECIPE --check") as raised:
+        again.shards[part][2].open()
+    assert str(text.folder) in str(raised.value)
+    module.prepare(corpus.spec, corpus.means(shows)._replace(check=True))
+    assert shows.num_pieces == 1
+    assert contents(text.folder) == before
+    again.shards[part][2].open()
+
+
+def test_a_large_text_is_not_read_before_it_is_used(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.prepare()
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    read: list[Path] = []
+    identity_of = store.identity_of
+
+    def noted(path: Path) -> dict[str, object]:
+        read.append(path)
+        return identity_of(path)
+
+    monkeypatch.setattr(store, "identity_of", noted)
+    text = corpus.prepare()
+    assert [path.name for path in read] == ["tokenizer.json"]
+    text.shards[TRAIN][1].open()
+    assert [path.parent.name for path in read[1:]] == ["train-000"] * 2
+
+
+# Disks
+
+
+def test_a_cache_that_is_no_folder(corpus: Corpus) -> None:
+    Path("file").write_text("")
     with pytest.raises(CheckpointError, match=r"file: Not a directory: .*SWITCHCLI_CACHE"):
-        prepare(spec, tmp_path / "file")
+        corpus._replace(cache=Path("file")).prepare()
 
-    def full(self: StoreWriter, ids: object, *, starts_document: bool) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(StoreWriter, "add", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        prepare(spec, tmp_path / "cache")
-    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+@pytest.mark.parametrize("where", ["in a shard", "at its end", "at the end of a full one"])
+def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    room = 3000
+
+    def fill(size: int) -> None:
+        nonlocal room
+        room -= size
+        if room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    add, save = StoreWriter.add, np.save
+
+    def add_while_there_is_room(self: StoreWriter, ids: np.ndarray, *, starts_document: bool) -> None:
+        fill(len(ids))
+        add(self, ids, starts_document=starts_document)
+
+    def save_while_there_is_room(path: Path, array: np.ndarray, allow_pickle: bool) -> None:
+        fill(500)
+        save(path, array, allow_pickle=allow_pickle)
+
+    if where == "at the end of a full one":
+        monkeypatch.setattr(store, "SHARD_TOKENS", 400)
+    with monkeypatch.context() as patch:
+        if where == "in a shard":
+            patch.setattr(StoreWriter, "add", add_while_there_is_room)
+        else:
+            patch.setattr(store.np, "save", save_while_there_is_room)
+        with pytest.raises(CheckpointError, match=r"cache: No space left on device: free some space, or name another"):
+            corpus.prepare()
+    first = corpus.folders
+    if where != "at the end of a full one":
+        assert [folder.name for folder in first] == ["piece-00000", "piece-00001", "piece-00002"][: len(first)] != []
+    assert all(is_whole(folder) for folder in first)
+    assert not list(corpus.cache.glob("tokens/*/.partial-*"))
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - len(first)
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_a_limit_that_processes_meet_is_told_with_the_way_out(corpus: Corpus) -> None:
+    path = Path("4.txt")
+    path.write_text(path.read_text() * 20)
+    Path("spec.json").write_text(corpus.spec.model_dump_json())
+    with started(limit=20_000) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "CheckpointError" in err.splitlines()[-1]
+    assert "raise the limit on a file's size (ulimit -f), or name another folder" in err.splitlines()[-1]
+    assert all(is_whole(folder) for folder in corpus.folders)
+    assert "piece-00004" not in [folder.name for folder in corpus.folders]
+    with started() as process:
+        out, _ = process.communicate(timeout=120)
+    identity = out.splitlines()[-1]
+    assert identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+# Texts
+
+
+def test_long_documents_are_encoded_in_parts_and_stay_documents(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = " ".join(f"word{index}" for index in range(300)) + "x" * 3000
+    Path("0.txt").write_text(f"{document}\nshort\n")
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 512)
+    text, parts = corpus.prepare(), [*pieces.cut_up(document)]
+    assert len(parts) > 8
+    assert "".join(parts).replace(" ", "") == document.replace(" ", "")
+    (long,) = (ids for part in PARTS for ids in documents(text.shards[part]) if len(ids) > 1000)
+    assert long == [index for part in parts for index in letters().encode(part)]
+    assert sum(text.counts[part].documents for part in PARTS) == 2 + (NUM_FILES - 1) * 60
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)
+    assert list(pieces.cut_up("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
+    assert list(pieces.cut_up("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
+
+
+def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = corpus.spec.model_copy(update={"tokenizer": TrainedTokenizer(vocab_size=200)})
+    whole = module.prepare(trained, corpus.means())
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)
+    monkeypatch.setattr(pieces, "CHUNK_CHARACTERS", 64)
+    other = corpus._replace(cache=corpus.cache.with_name("parts"))
+    assert module.prepare(trained, other.means(), whole.tokenizer).identity == whole.identity
+
+
+def test_full_shards_are_closed_and_a_document_is_in_one(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = corpus.prepare()
+    monkeypatch.setattr(store, "SHARD_TOKENS", 400)
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)  # at a space, which is left out
+    small = corpus._replace(cache=corpus.cache.with_name("small")).prepare()
+    assert len(small.shards[TRAIN]) > 3 * NUM_FILES
+    space = letters().encode(" ")[0]
+    for part in PARTS:
+        found, wanted = documents(small.shards[part]), documents(whole.shards[part])
+        assert [[ids for ids in one if ids != space] for one in found] == [
+            [ids for ids in one if ids != space] for one in wanted
+        ]
+    assert all(shard.num_tokens < 400 + 60 for shard in small.shards[TRAIN])
+
+
+def test_languages_are_texts_of_their_own(corpus: Corpus) -> None:
+    labelled = [("de", 2.0), ("fr", 1.0), ("de", 1.0), (None, 1.0), ("fr", 1.0), (None, 1.0)]
+    corpora = tuple(
+        one.model_copy(update={"language": language, "weight": weight})
+        for one, (language, weight) in zip(corpus.spec.corpora, labelled, strict=True)
+    )
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()})
+    shows = Shows()
+    prepared = module.prepare(spec, corpus.means(shows))
+    assert [*prepared.texts] == ["de", "fr", "corpus-4", "corpus-6"]
+    assert [(label, number) for label, number, _ in shows.told] == [
+        ("tokenising de", 2), ("tokenising fr", 2), ("tokenising corpus-4", 1), ("tokenising corpus-6", 1),
+    ]  # fmt: skip
+    for label, numbers in (("de", (0, 2)), ("fr", (1, 4)), ("corpus-4", (3,))):
+        alone = spec.model_copy(update={"corpora": tuple(corpora[one] for one in numbers)})
+        (text,) = module.prepare(alone, corpus.means()).texts.values()
+        assert text.identity == prepared.texts[label].identity
+    assert prepared.identity not in {text.identity for text in prepared.texts.values()}
+    swapped = spec.model_copy(update={"corpora": (*corpora[1:], corpora[0])})
+    assert module.prepare(swapped, corpus.means()).texts["fr"].identity == prepared.texts["fr"].identity
+    again = Shows()
+    assert module.prepare(spec, corpus.means(again)).identity == prepared.identity
+    assert again.told == []
+
+
+def test_what_is_dropped_is_counted(corpus: Corpus) -> None:
+    Path("0.txt").write_bytes(b"short\n" + b"caf\xe9 au lait\n" + b"long enough to stay here\n" * 3 + b"tiny\n")
+    Path("1.txt").write_bytes(b"\xff\n" + b"another of the long lines\n" + b"a\n")
+    corpora = tuple(one.model_copy(update={"unreadable": "skip"}) for one in corpus.spec.corpora)
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "filters": Filters(min_characters=10)})
+    text = corpus._replace(spec=spec).prepare(processes=2)
+    assert text.dropped == {"not UTF-8": 2, "shorter than min_characters": 3}
+    kept = sum(text.counts[part].documents for part in PARTS)
+    assert kept == 4 + (NUM_FILES - 2) * 60
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus, kind: str) -> None:
+    def text(number: int) -> str:
+        draw = np.random.default_rng(number)
+        return " ".join("".join(draw.choice([*CHARACTERS[11:]], 5)) for _ in range(30))
+
+    first, second = (f"{text(number)}\n" for number in range(200)), (f"{text(number)}\n" for number in range(150, 300))
+    Path("0.txt").write_text("".join(first))
+    Path("1.txt").write_text("".join(second))
+    corpora = corpus.spec.corpora[:2]
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "duplicates": Duplicates(kind=kind)})
+    if kind == "near":  # where one in a hundred letters is another, equal texts can be on two sides
+        changed = Path("1.txt").read_text().splitlines()
+        Path("1.txt").write_text("".join(f"{line[:75]}x{line[76:]}\n" for line in changed))
+    whole = corpus._replace(spec=spec.model_copy(update={"duplicates": None})).prepare()
+    found = corpus._replace(spec=spec).prepare()
+    assert found.dropped == {f"{kind} duplicates": 50}
+    trained, held_out = (documents(found.shards[part]) for part in (TRAIN, HELD_OUT))
+    assert len(trained) + len(held_out) == 300
+    assert {part: len(documents(found.shards[part])) for part in PARTS} == {
+        part: found.counts[part].documents for part in PARTS
+    }
+    beginnings = [tuple(ids[:75]) for ids in (*trained, *held_out)]
+    assert len({*beginnings}) == 300
+    all_held_out = {tuple(ids[:75]) for ids in documents(whole.shards[HELD_OUT])}
+    assert {tuple(ids[:75]) for ids in held_out} == all_held_out
+    in_training = {tuple(ids[:75]) for ids in documents(whole.shards[TRAIN])}
+    assert (in_training & all_held_out != set()) is (kind == "near"), "the case that matters is there"
+    assert not {tuple(ids[:75]) for ids in trained} & all_held_out
+    assert sum(counts.tokens for counts in found.counts.values()) == sum(map(len, (*trained, *held_out)))
+
+
+def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = corpus.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    distinct = corpus._replace(spec=spec)
+    text = distinct.prepare()
+    before = contents(text.folder)
+    flip(text.folder / "train-00000" / "tokens.npy")
+    assert distinct.prepare().identity == text.identity
+    assert contents(text.folder) == before
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    flip(text.folder / "train-00000" / "tokens.npy")
+    again = distinct.prepare()
+    with pytest.raises(DataError, match=r"train-00000/tokens\.npy: not what was prepared"):
+        again.shards[TRAIN][0].open()
+    module.prepare(spec, distinct.means()._replace(check=True))
+    assert contents(text.folder) == before
+
+
+def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) -> None:
+    for number in range(1, NUM_FILES):
+        Path(f"{number}.txt").write_text(Path("0.txt").read_text())
+    text = corpus._replace(spec=corpus.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})).prepare()
+    assert text.counts[TRAIN].documents + text.counts[HELD_OUT].documents == 60
+    assert [shard.num_tokens for shard in text.shards[TRAIN]][1:] == [0] * (NUM_FILES - 1)
+    assert all(len(shard.open().tokens) == shard.num_tokens for part in PARTS for shard in text.shards[part])
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_an_empty_part_is_refused(spec: DataSpec, tmp_path: Path, fraction: float) -> None:
-    tokenizer = TrainedTokenizer(vocab_size=200).load(lambda: {"": spec.corpora[0].documents()})
-    with pytest.raises(DataError, match=r"held_out_fraction .* of 400 documents leaves"):
-        prepare(spec.model_copy(update={"held_out_fraction": fraction}), tmp_path / "cache", tokenizer=tokenizer)
+def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
+    with pytest.raises(DataError, match=r"held_out_fraction .* of 360 documents leaves"):
+        corpus._replace(spec=corpus.spec.model_copy(update={"held_out_fraction": fraction})).prepare()
 
 
-def test_long_documents_are_encoded_in_parts(spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = prepare(spec, tmp_path / "whole")
-    monkeypatch.setattr(module, "PART_CHARACTERS", 16)
-    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 64)
-    assert same(whole, prepare(spec, tmp_path / "parts")), "a cut at a space changes no id"
-    assert list(module._cut("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
-    assert list(module._cut("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
+# Files
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
@@ -198,18 +742,40 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
         writer.add(np.array([], dtype=np.int64), starts_document=True)
         writer.add(np.array([7]), starts_document=True)
         writer.add(np.array([8]), starts_document=False)
-    store = TokenStore.open(tmp_path / "store")
-    assert (store.tokens.dtype, store.tokens.tolist()) == (np.uint32, [2**16, 5, 7, 8])
-    assert store.offsets.tolist() == [0, 2, 4]
-    assert (store.num_documents, store.num_tokens) == (2, 4)
+    found = TokenStore.open(tmp_path / "store")
+    assert (found.tokens.dtype, found.tokens.tolist()) == (np.uint32, [2**16, 5, 7, 8])
+    assert found.offsets.tolist() == [0, 2, 4]
+    assert (found.num_documents, found.num_tokens) == (2, 4)
 
 
-def test_the_manifest_says_what_is_in_it(spec: DataSpec, tmp_path: Path) -> None:
-    prepared = prepare(spec, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
-    manifest = json.loads(json.loads((folder / "manifest.json").read_text())["manifest"])
-    assert manifest["tokenizer"] == prepared.tokenizer.sha256
-    assert manifest["train"] == {"documents": prepared.train.num_documents, "tokens": prepared.train.num_tokens}
+def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
+    text = corpus.prepare()
+    facts = json.loads(json.loads((text.folder / "manifest.json").read_text())["manifest"])
+    assert facts == facts_of(text.folder)
+    assert facts["tokenizer"] == letters().sha256
+    for part in PARTS:
+        assert facts["counts"][part] == text.counts[part]._asdict()
+        assert [shard["name"] for shard in facts["shards"][part]] == [
+            f"piece-{number:05}/{part}-000" for number in range(NUM_FILES)
+        ]
+    assert set(facts["files"]) == {name for name in contents(text.folder) if name.endswith(".npy")}
+
+
+def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold its lines in order, wherever it is cut."""
+    Path("text.txt").write_text("".join(f"line {index} tells of {index**3}\n" for index in range(300)))
+    spec = DataSpec(corpora=(Files(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
+    tokenizer = letters()
+
+    def prepared(name: str) -> Prepared:
+        return module.prepare(spec, Means(here / name, untracked, Shows(), 1), tokenizer)
+
+    whole = prepared("whole").texts[""]
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    cut_up = prepared("cut").texts[""]
+    assert len(cut_up.shards[TRAIN]) == -(-Path("text.txt").stat().st_size // 1000)
+    for part in PARTS:
+        assert documents(cut_up.shards[part]) == documents(whole.shards[part])
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from switchcli.data import chunks as windows
 from switchcli.data.batch import Batch
+from switchcli.data.chunks import Chunks
 from switchcli.data.objectives import Denoisers, PrefixLanguageModel
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.spec import Rows
-from switchcli.data.store import TokenStore
-from switchcli.data.stream import SpanStream
+from switchcli.data.store import Shard, TokenStore
+from switchcli.data.stream import TextStream
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.data.whole_documents import WholeDocuments
 from switchcli.errors import DataError
@@ -29,6 +31,13 @@ ROWS: list[Rows] = [
     Denoisers(inputs_length=64),
     WholeDocuments(SpanCorruption(inputs_length=32)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW_SHARDS", 2)
+
+
 LENGTHS = [1, 50, 3, 17, 200, 2, 9, 31, 44]
 
 
@@ -42,11 +51,21 @@ class _Sentinels:
         return [55_000 + ord(character) for character in text]
 
 
-def stream(lengths: list[int] = LENGTHS, *, seed: int = 3, batch: int = 8, rows: Rows = CORRUPTION) -> SpanStream:
-    """A store whose token number i is 100 + i."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    store = TokenStore((100 + np.arange(offsets[-1])).astype(np.uint16), offsets)
-    return SpanStream(store, cast("Tokenizer", _Sentinels(100)), rows, seed, batch)
+class Stream(TextStream):
+    """A text in some shards; token number i of all is 100 + i."""
+
+    def __init__(
+        self, lengths: list[int] = LENGTHS, *, seed: int = 3, batch: int = 8, rows: Rows = CORRUPTION, shards: int = 1
+    ) -> None:
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        tokens = (100 + np.arange(offsets[-1])).astype(np.uint16)
+        stores = []
+        for edge, end in pairwise(len(lengths) * number // shards for number in range(shards + 1)):
+            within = offsets[edge : end + 1]
+            stores.append(TokenStore(tokens[within[0] : within[-1]], within - within[0]))
+        chunks = Chunks([*map(Shard.of, stores)], rows, seed)
+        self.rows_per_epoch = chunks.rows_per_epoch
+        super().__init__([chunks], cast("Tokenizer", _Sentinels(100)), rows, seed, batch)
 
 
 def raw(batch: Batch) -> list[list[int]]:
@@ -69,34 +88,38 @@ def equal(a: Batch, b: Batch) -> bool:
 
 @pytest.mark.parametrize("rows", ROWS, ids=lambda rows: f"{type(rows).__name__} {rows.inputs_length}")
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**63), step=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 7)))
-def test_any_split_of_the_rows_gives_the_same_batch(rows: Rows, seed: int, step: int, cuts: set[int]) -> None:
-    lengths = [4 * length for length in LENGTHS]
-    whole = stream(lengths, seed=seed, rows=rows).batch(step, 0, 8)
+@given(
+    seed=st.integers(0, 2**63), step=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 7)), shards=st.integers(1, 6)
+)
+def test_any_split_of_the_rows_gives_the_same_batch(
+    rows: Rows, seed: int, step: int, cuts: set[int], shards: int
+) -> None:
+    lengths = [12 * length for length in LENGTHS]
+    whole = Stream(lengths, seed=seed, rows=rows, shards=shards).batch(step, 0, 8)
     assert whole.inputs_BS.shape == (8, rows.inputs_length)
     assert whole.targets_BT.shape == (8, rows.targets_length)
     assert whole.inputs_BS.dtype == whole.targets_BT.dtype == torch.int64
     edges = [0, *sorted(cuts), 8]
-    asked = stream(lengths, seed=seed, rows=rows)
+    asked = Stream(lengths, seed=seed, rows=rows, shards=shards)
     parts = [asked.batch(step, first, last - first) for first, last in pairwise(edges)]
     assert equal(whole, Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    used = stream()
+    used = Stream()
     for step in (9, 0, 4, 31):
         used.batch(step, 2, 5)
-    assert equal(used.batch(5, 0, 8), stream().batch(5, 0, 8))
+    assert equal(used.batch(5, 0, 8), Stream().batch(5, 0, 8))
     assert not equal(used.batch(5, 0, 8), used.batch(6, 0, 8))
-    assert not equal(used.batch(5, 0, 8), stream(seed=4).batch(5, 0, 8))
+    assert not equal(used.batch(5, 0, 8), Stream(seed=4).batch(5, 0, 8))
 
 
 def test_an_epoch_shows_every_chunk_once_and_the_next_in_another_order() -> None:
-    rows_per_epoch = stream().rows_per_epoch
+    rows_per_epoch = Stream().rows_per_epoch
     assert rows_per_epoch == sum(LENGTHS) // CORRUPTION.raw_length
     epochs = []
     for epoch in range(2):
-        rows = raw(stream(batch=rows_per_epoch).batch(epoch, 0, rows_per_epoch))
+        rows = raw(Stream(batch=rows_per_epoch).batch(epoch, 0, rows_per_epoch))
         counts = Counter(token for row in rows for token in row)
         assert set(counts.values()) == {1}, "no token twice"
         assert len(counts) == rows_per_epoch * CORRUPTION.raw_length, "all but the tail"
@@ -108,32 +131,32 @@ def test_an_epoch_shows_every_chunk_once_and_the_next_in_another_order() -> None
 def test_documents_lie_end_to_end() -> None:
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
     starts, ends = set((100 + offsets[:-1]).tolist()), set((99 + offsets[1:]).tolist())
-    rows_per_epoch = stream().rows_per_epoch
-    for row in raw(stream(batch=rows_per_epoch).batch(0, 0, rows_per_epoch)):
+    rows_per_epoch = Stream().rows_per_epoch
+    for row in raw(Stream(batch=rows_per_epoch).batch(0, 0, rows_per_epoch)):
         for a, b in pairwise(row):
             assert b == a + 1 or (a in ends and b in starts)
 
 
 def test_a_long_document_does_not_fill_a_batch() -> None:
-    rows = raw(stream([2000, 2000, 2000], batch=12).batch(0, 0, 12))
+    rows = raw(Stream([2000, 2000, 2000], batch=12).batch(0, 0, 12))
     assert len({(row[0] - 100) // 2000 for row in rows}) == 3
 
 
 def test_a_batch_may_hold_rows_of_two_epochs() -> None:
-    per_epoch = stream().rows_per_epoch
-    across = stream(batch=per_epoch + 2)
-    first_epoch = raw(stream(batch=per_epoch).batch(0, 0, per_epoch))
-    second_epoch = raw(stream(batch=per_epoch).batch(1, 0, per_epoch))
+    per_epoch = Stream().rows_per_epoch
+    across = Stream(batch=per_epoch + 2)
+    first_epoch = raw(Stream(batch=per_epoch).batch(0, 0, per_epoch))
+    second_epoch = raw(Stream(batch=per_epoch).batch(1, 0, per_epoch))
     assert raw(across.batch(0, 0, per_epoch + 2)) == first_epoch + second_epoch[:2]
 
 
 def test_whole_documents_share_rows_and_every_epoch_shows_each_token_once() -> None:
     starts = 100 + np.concatenate([[0], np.cumsum(LENGTHS)])
     rows = WholeDocuments(SpanCorruption(inputs_length=32))
-    per_epoch = stream(rows=rows).rows_per_epoch
+    per_epoch = Stream(rows=rows).rows_per_epoch
     epochs = []
     for epoch in range(2):
-        batch = stream(rows=rows, batch=per_epoch).batch(epoch, 0, per_epoch)
+        batch = Stream(rows=rows, batch=per_epoch).batch(epoch, 0, per_epoch)
         shown = []
         for row in zip(batch.inputs_BS, batch.targets_BT, strict=True):
             ends = [torch.nonzero(ids == EOS).flatten().tolist() for ids in row]
@@ -154,15 +177,15 @@ def test_whole_documents_share_rows_and_every_epoch_shows_each_token_once() -> N
 
 def test_sentinels_are_used_in_order() -> None:
     corruption = SpanCorruption(inputs_length=64)
-    inputs = stream(rows=corruption).batch(0, 0, 1).inputs_BS[0].tolist()
+    inputs = Stream(rows=corruption).batch(0, 0, 1).inputs_BS[0].tolist()
     assert [index for index in inputs if index > 50_000] == [60_000, 59_999, 59_998]
 
 
 def test_too_little_text_or_too_few_sentinels() -> None:
     with pytest.raises(DataError, match=r"8 tokens in 2 documents, but one row takes 17.*inputs_length"):
-        stream([5, 3])
+        Stream([5, 3])
     long = SpanCorruption(inputs_length=4096)
     with pytest.raises(DataError, match=r"hides 227 spans a row and needs as many sentinels, the tokenizer has 100"):
-        stream(rows=long)
+        Stream([5000], rows=long)
     with pytest.raises(DataError, match=r"3 tokens in 3 documents, but one row takes 2: add text"):
-        stream([1, 1, 1], rows=WholeDocuments(CORRUPTION))
+        Stream([1, 1, 1], rows=WholeDocuments(CORRUPTION))
