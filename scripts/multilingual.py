@@ -79,7 +79,7 @@ def main(folder: Path, plot: Path) -> None:
     print_routing([loads_of(folder / f"routing-{seed}/result.json") for seed in SEEDS])
     languages = dense[0].languages
     means = {one: (mean_of(dense, one, QUALITY), mean_of(switch, one, QUALITY)) for one in languages}
-    every = [value for found in speed_ups for value in found.values() if value is not None]
+    every = [value for found in speed_ups for value in found.values()]
     plot.write_text(drawing(means, every), encoding="utf-8")
 
 
@@ -128,7 +128,7 @@ def print_summary(dense: list[Run], switch: list[Run], speed_ups: list[dict[str,
 
 
 def print_routing(seeds: list[Loads]) -> None:
-    """How far apart the languages' shares of the experts are, a layer a row; and each language's most used experts."""
+    """How far apart the languages' shares of the experts are, a layer a row; and each language's most used expert."""
     head = [
         "layer, seed 0",
         "a language from the mean, mean (least to most)",
@@ -158,8 +158,8 @@ def from_mean(by_language: dict[str, list[float]]) -> dict[str, float]:
 
 
 def most_used(shares: Sequence[float]) -> str:
-    first, second, *_ = sorted(range(len(shares)), key=lambda expert: -shares[expert])
-    return f"{first} ({shares[first]:.0%}), {second} ({shares[second]:.0%})"
+    first = max(range(len(shares)), key=shares.__getitem__)
+    return f"{first} ({shares[first]:.0%})"
 
 
 def nearest(loads: Loads, language: str) -> str:
@@ -191,7 +191,7 @@ def text(x: float, y: float, words: str, more: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(words)}</text>'
 
 
-def drawing(means: dict[str, tuple[float, float]], speed_ups: list[float]) -> str:
+def drawing(means: dict[str, tuple[float, float]], speed_ups: list[float | None]) -> str:
     """Figure 7 above, Figure 8 below: 900 x 640 units."""
     parts = [*quality_drawn(means), *histogram_drawn(speed_ups)]
     style = "font-family: sans-serif; font-size: 12px"
@@ -209,8 +209,8 @@ def quality_drawn(means: dict[str, tuple[float, float]]) -> list[str]:
         return bottom - (value - low) / (high - low) * (bottom - top)
 
     parts = [text(left, 20, "Held-out neg. log perplexity a language (as Figure 7), mean of the seeds")]
-    for name, x, colour in (("Switch", 700, "#c0392b"), ("dense", 790, "#2c5f8a")):
-        parts += [f'<circle cx="{x}" cy="16" r="4" fill="{colour}"/>', text(x + 9, 20, name)]
+    for name, at, colour in (("Switch", 700, "#c0392b"), ("dense", 790, "#2c5f8a")):
+        parts += [f'<circle cx="{at}" cy="16" r="4" fill="{colour}"/>', text(at + 9, 20, name)]
     for number in range(round((high - low) * 5) + 1):
         y = height(low + number / 5)
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
@@ -220,21 +220,24 @@ def quality_drawn(means: dict[str, tuple[float, float]]) -> list[str]:
         ends = " ".join(f'y{end}="{height(value):.1f}"' for end, value in enumerate(pair, 1))
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" {ends} stroke="#888"/>')
         for value, colour in zip(pair, ("#2c5f8a", "#c0392b"), strict=True):
-            parts.append(f'<circle cx="{x:.1f}" cy="{height(value):.1f}" r="4" fill="{colour}"/>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{height(value):.1f}" r="3.5" fill="{colour}"/>')
         place = f'text-anchor="end" transform="rotate(-60 {x + 4:.1f} {bottom + 14:.1f})"'
         parts.append(text(x + 4, bottom + 14, language, place))
     return parts
 
 
-def histogram_drawn(speed_ups: list[float], width: float = 0.1) -> list[str]:
-    """How many languages, of all seeds, have which step speed-up, in bins of 0.1."""
+def histogram_drawn(speed_ups: list[float | None], width: float = 0.05) -> list[str]:
+    """How many languages, of all seeds, have which step speed-up, in bins of 0.05."""
     left, right, top, bottom = 60.0, 880.0, 430.0, 600.0
-    first = math.floor(min(speed_ups) / width)
-    counts = [0] * (math.floor(max(speed_ups) / width) - first + 1)
-    for value in speed_ups:
+    reached = [value for value in speed_ups if value is not None]
+    first = math.floor(min(reached) / width)
+    counts = [0] * (math.floor(max(reached) / width) - first + 1)
+    for value in reached:
         counts[math.floor(value / width) - first] += 1
     each = (right - left) / len(counts)
     words = "Languages by step speed-up over the dense model (as Figure 8), each seed counted"
+    if never := len(speed_ups) - len(reached):
+        words += f"; {never} of {len(speed_ups)} never have its quality"
     parts = [text(left, 410, words), f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="#888"/>']
     for number, count in enumerate(counts):
         x = left + number * each
@@ -243,8 +246,8 @@ def histogram_drawn(speed_ups: list[float], width: float = 0.1) -> list[str]:
         parts.append(f'<rect x="{x + 1:.1f}" y="{bottom - tall:.1f}" {size} fill="#c0392b"/>')
         if count:
             parts.append(text(x + each / 2, bottom - tall - 4, str(count), 'text-anchor="middle"'))
-        parts.append(text(x, bottom + 16, f"{(first + number) * width:.1f}", 'text-anchor="middle"'))
-    return [*parts, text(right, bottom + 16, f"{(first + len(counts)) * width:.1f}", 'text-anchor="middle"')]
+        parts.append(text(x, bottom + 16, f"{(first + number) * width:.2f}", 'text-anchor="middle"'))
+    return [*parts, text(right, bottom + 16, f"{(first + len(counts)) * width:.2f}", 'text-anchor="middle"')]
 
 
 if __name__ == "__main__":
