@@ -1,8 +1,8 @@
 """Preparing text against `datasets.Dataset.map` with the same tokenizer, and the loader against the models it feeds.
 
 The text is the standard library's sources, in documents of 2,000 characters, over and over up to the size that is asked
-for. `map` begins with the documents in an Arrow file and writes their ids to another. `prepare` parses JSON Lines, tells
-what is held out, and takes checksums of the ids too.
+for. `map` begins with the documents in an Arrow file and writes their ids to another. `prepare` parses JSON Lines,
+tells what is held out, and takes checksums of the ids too.
 """
 
 import json
