@@ -129,8 +129,10 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
     if recipe is not None:
         from switchcli.commands.vocabularies import text_of
         from switchcli.data.prepare import documents
+        from switchcli.data.text_mixture import Weighted
 
-        texts = {**documents(text_of(recipe, overrides), console.track, held_out=True), **texts}
+        apart = text_of(recipe, overrides).model_copy(update={"mixture": Weighted()})
+        texts = {**documents(apart, console.track, held_out=True), **texts}
     rows = tuple(Row(name, *measure(documents, tokenizers)) for name, documents in texts.items())
     compared = Compared(tuple(map(facts, names, tokenizers)), rows)
     if not compared.total.bytes:

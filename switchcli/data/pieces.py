@@ -233,7 +233,7 @@ def cut_up(text: str) -> Iterator[str]:
 
 
 def chunks(found: Iterable[Part]) -> Iterator[list[Part]]:
-    """As many as are encoded at once; the last may be empty."""
+    """As many as are encoded at once."""
     chunk: list[Part] = []
     size = 0
     for part in found:
@@ -242,4 +242,5 @@ def chunks(found: Iterable[Part]) -> Iterator[list[Part]]:
         if size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
-    yield chunk
+    if chunk:
+        yield chunk
