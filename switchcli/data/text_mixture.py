@@ -3,6 +3,7 @@
 Legend  K texts
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -53,13 +54,14 @@ class Mixing(Spec, ABC):
         if most.sum() < 1:
             raise RecipeError(
                 f"data.mixture.max_epochs ({self.max_epochs:g}): all texts together are {sum(rows_per_epoch):,} rows, "
-                f"and the run takes {rows:,}: raise it to {1 / most.sum() * self.max_epochs:.3g}, take fewer "
-                "train.steps, or add text"
+                f"and the run takes {rows:,}: raise it to {math.ceil(100 * self.max_epochs / most.sum()) / 100:.2f}, "
+                "take fewer train.steps, or add text"
             )
-        while (over := shares > most * (1 + 1e-12)).any():
-            full = over | np.isclose(shares, most)
-            shares = np.where(full, most, wanted)
-            shares[~full] *= (1 - most[full].sum()) / wanted[~full].sum()
+        full = np.zeros(len(shares), dtype=np.bool_)
+        while (over := shares > most).any():
+            full |= over
+            rest = np.where(full, 0.0, wanted)
+            shares = np.where(full, most, rest / (rest.sum() or 1.0) * (1 - most[full].sum()))
         return shares
 
 

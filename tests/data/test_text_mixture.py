@@ -1,0 +1,222 @@
+"""Mixtures of texts: shares by hand and by bisection, kept to the row, the same on any ranks and with any workers."""
+
+from collections import Counter
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from switchcli.data.batch import Batch
+from switchcli.data.chunks import Chunks
+from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.store import Shard, TokenStore
+from switchcli.data.stream import TextStream
+from switchcli.data.text_mixture import Mixing, Mixture, Temperature, Weighted
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import RecipeError
+from switchcli.train.loader import Loader
+from switchcli.train.microbatches import Microbatches
+
+TOKENS = [8_000, 1_000, 1]
+CORRUPTION = SpanCorruption(inputs_length=16)
+LENGTH = CORRUPTION.raw_length
+BATCH, MICROBATCH = 16, 2
+MC4 = [int(2.6e12 * 0.9**rank) for rank in range(101)]
+"""Tokens of 101 languages, of which the smallest has a 40,000th of the largest."""
+
+
+@pytest.mark.parametrize(
+    ("mixing", "weights", "wanted"),
+    [
+        (Weighted(), [1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),
+        (Weighted(), [3.0, 1.5, 0.5], [0.6, 0.3, 0.1]),
+        (Temperature(alpha=0.0), [1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),
+        (Temperature(alpha=1.0), [1.0, 1.0, 1.0], [8000 / 9001, 1000 / 9001, 1 / 9001]),
+        # 8000 ** 0.3 = 14.822688, 1000 ** 0.3 = 7.943282, 1 ** 0.3 = 1
+        (Temperature(), [1.0, 1.0, 1.0], [14.822688 / 23.76597, 7.943282 / 23.76597, 1 / 23.76597]),
+        (Temperature(alpha=0.0), [2.0, 1.0, 1.0], [0.5, 0.25, 0.25]),
+    ],
+)
+def test_shares_are_those_by_hand(mixing: Mixing, weights: list[float], wanted: list[float]) -> None:
+    np.testing.assert_allclose(mixing.shares(TOKENS, weights, [1, 1, 1], 100), wanted, rtol=1e-6)
+
+
+def test_what_a_text_may_not_show_goes_to_the_others_in_proportion() -> None:
+    mixing = Weighted(max_epochs=2.0)
+    # 100 rows a run: at most 2 epochs of 5 rows are a tenth; 0.9 is left for 2 to 1.
+    np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [500, 500, 5], 100), [0.6, 0.3, 0.1])
+    # The second is full only because the third gave some to it: 2 epochs of 14 rows.
+    np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [500, 14, 5], 100), [0.62, 0.28, 0.1])
+    # As much as there is.
+    np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [20, 20, 10], 100), [0.4, 0.4, 0.2])
+    nearly = Weighted(max_epochs=1.0).shares([1, 1], [1.0, 1.0], [499_999, 500_001], 10**6)
+    np.testing.assert_allclose(nearly, [0.499999, 0.500001], rtol=1e-9)
+    np.testing.assert_allclose(Weighted().shares([1, 1], [1.0, 1.0], [1, 1], 10**6), [0.5, 0.5])
+
+
+def filled(wanted: list[float], most: list[float]) -> list[float]:
+    """Shares min(most, level * wanted) that add up to 1, the level found by bisection."""
+    low, high = 0.0, 1.0
+    while sum(min(cap, high * want) for want, cap in zip(wanted, most, strict=True)) < 1 and high < 1e18:
+        high *= 2
+    for _ in range(200):
+        level = (low + high) / 2
+        total = sum(min(cap, level * want) for want, cap in zip(wanted, most, strict=True))
+        low, high = (level, high) if total < 1 else (low, level)
+    return [min(cap, high * want) for want, cap in zip(wanted, most, strict=True)]
+
+
+texts = st.lists(st.tuples(st.integers(1, 10**6), st.floats(0.01, 100), st.integers(1, 1000)), min_size=1, max_size=9)
+
+
+@given(texts=texts, max_epochs=st.floats(0.1, 50), rows=st.integers(1, 3000), alpha=st.sampled_from([None, 0, 0.3, 1]))
+def test_capped_shares_are_those_of_filling_up_slowly(
+    texts: list[tuple[int, float, int]], max_epochs: float, rows: int, alpha: float | None
+) -> None:
+    tokens, weights, rows_per_epoch = (list(column) for column in zip(*texts, strict=True))
+    mixing = Weighted(max_epochs=max_epochs) if alpha is None else Temperature(alpha=alpha, max_epochs=max_epochs)
+    wanted = mixing.weights(np.array(tokens), np.array(weights)).tolist()
+    most = [max_epochs * each / rows for each in rows_per_epoch]
+    assume(abs(sum(most) - 1) > 1e-9)  # whose rounding decides
+    if sum(most) < 1:
+        with pytest.raises(RecipeError, match=r"max_epochs .*: raise it to [\d.e+]+, take fewer train\.steps, or add"):
+            mixing.shares(tokens, weights, rows_per_epoch, rows)
+        return
+    found = mixing.shares(tokens, weights, rows_per_epoch, rows)
+    np.testing.assert_allclose(found, filled(wanted, most), rtol=1e-9, atol=1e-12)
+    assert found.sum() == pytest.approx(1)
+    assert (found <= most).all()
+
+
+def test_the_way_out_of_too_little_text_is_one() -> None:
+    mixing = Weighted(max_epochs=2.0)
+    with pytest.raises(
+        RecipeError, match=r"\(2\): all texts together are 30 rows, and the run takes 100: raise it to"
+    ) as raised:
+        mixing.shares([1, 1], [1.0, 1.0], [20, 10], 100)
+    found = float(str(raised.value).partition("raise it to ")[2].partition(",")[0])
+    shares = Weighted(max_epochs=found).shares([1, 1], [1.0, 1.0], [20, 10], 100)
+    np.testing.assert_allclose(shares, [2 / 3, 1 / 3], atol=0.01)
+
+
+def shares_of(mixing: Mixing, tokens: list[int]) -> dict[str, float]:
+    found = mixing.shares(tokens, [1.0] * len(tokens), [10**9] * len(tokens), 1)
+    return {f"text {number}": float(share) for number, share in enumerate(found)}
+
+
+MIXTURES = {
+    "thirds": {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3},
+    "a small one": {"a": 0.7, "b": 0.2997, "c": 0.0003},
+    "101 languages, 0.3": shares_of(Temperature(alpha=0.3), MC4),
+    "101 languages, 0.7": shares_of(Temperature(alpha=0.7), MC4),
+    "101 languages, alike": shares_of(Temperature(alpha=0.0), MC4),
+}
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_after_ten_thousand_rows_every_share_is_as_intended_within_a_hundredth(name: str, lanes: int) -> None:
+    """Of itself, or by the rows that a lane's share is rounded by: 20 rows are no more than 20."""
+    mixture, rows = Mixture(MIXTURES[name], seed=7, lanes=lanes), 10_000
+    found = np.array([*mixture.shown(rows).values()])
+    intended = np.array([*MIXTURES[name].values()])
+    assert found.sum() == pytest.approx(1)
+    assert np.abs(found - intended).max() < 0.001
+    off = np.abs(found - intended) * rows
+    assert (off <= np.maximum(0.01 * intended * rows, 1.5 * np.sqrt(lanes) + 0.5)).all(), (off.max(), intended)
+    after_long = np.array([*mixture.shown(10**7 // lanes * lanes).values()])
+    np.testing.assert_allclose(after_long, intended, rtol=0.01)
+
+
+@given(
+    weights=st.lists(st.floats(0.05, 10), min_size=1, max_size=6),
+    rows=st.integers(0, 5000),
+    seed=st.integers(0, 2**31 - 1),
+    lanes=st.sampled_from([1, 4]),
+)
+def test_shown_is_what_counting_the_turns_row_by_row_gives(
+    weights: list[float], rows: int, seed: int, lanes: int
+) -> None:
+    shares = {str(number): weight / sum(weights) for number, weight in enumerate(weights)}
+    mixture = Mixture(shares, seed, lanes)
+    counts: Counter[str] = Counter()
+    rows -= rows % lanes
+    for turns in mixture.turns:
+        text_R, nth_R = turns(np.arange(rows // lanes))
+        counts.update(str(text) for text in text_R.tolist())
+        for text in range(len(weights)):
+            assert sorted(nth_R[text_R == text]) == list(range(np.count_nonzero(text_R == text))), "rows in order"
+    assert mixture.shown(rows) == {label: pytest.approx(counts[label] / max(1, rows)) for label in shares}
+
+
+def test_turns_differ_among_lanes_seeds_and_from_one_to_the_next() -> None:
+    mixture = Mixture({"a": 0.5, "b": 0.3, "c": 0.2}, 0, lanes=2)
+    first, lane = (turns(np.arange(600))[0].tolist() for turns in mixture.turns)
+    other = Mixture(mixture.shares, 1).turns[0](np.arange(600))[0].tolist()
+    assert first != lane != other != first
+    assert first[:300] != first[300:]
+    runs = np.diff(np.flatnonzero(np.diff(first)))
+    assert len({*runs.tolist()}) > 1, "in a random order, not one after another"
+
+
+class _Sentinels:
+    """As much of a tokenizer as the stream looks at."""
+
+    sentinels: NDArray[np.int64] = 60_000 - np.arange(100)
+
+
+def a_text(number: int) -> Chunks:
+    """Its tokens are number * 1000 + 100 and so on."""
+    length = LENGTH * (3 + 7 * number)
+    tokens = (100 + 1000 * number + np.arange(length)).astype(np.uint16)
+    return Chunks([Shard.of(TokenStore(tokens, np.array([0, length])))], CORRUPTION, seed=3)
+
+
+def stream(shares: dict[str, float]) -> TextStream:
+    texts, turns = [a_text(number) for number in range(len(shares))], Mixture(shares, seed=3).turns[0]
+    return TextStream(texts, cast("Tokenizer", _Sentinels()), CORRUPTION, 3, BATCH, turns)
+
+
+def texts_shown(batch: Batch) -> list[int]:
+    """The text of each row."""
+    return [next(index for index in row if 1 < index < 50_000) // 1000 for row in batch.inputs_BS.tolist()]
+
+
+def test_rows_are_of_the_texts_that_the_turns_say_and_each_goes_through_its_own() -> None:
+    shares = {"a": 0.5, "b": 0.3, "c": 0.2}
+    found = stream(shares)
+    shown = Counter(text for step in range(100) for text in texts_shown(found.batch(step, 0, BATCH)))
+    wanted = Mixture(shares, seed=3).shown(100 * BATCH)
+    assert {label: shown[number] / (100 * BATCH) for number, label in enumerate(shares)} == wanted
+    firsts: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in range(60):
+        batch = found.batch(step, 0, BATCH)
+        for row, text in zip(batch.inputs_BS.tolist(), texts_shown(batch), strict=True):
+            firsts[text].append(row[0])  # is never hidden
+    for text, shown_of_text in firsts.items():
+        raw_RL = a_text(text).raw(np.arange(len(shown_of_text)))
+        assert shown_of_text == raw_RL[:, 0].tolist()
+        assert len(raw_RL) > 3 * a_text(text).rows_per_epoch
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_examples_are_the_same_on_any_ranks_and_with_any_workers(world: int, workers: int) -> None:
+    shares = {"a": 0.5, "b": 0.3, "c": 0.2}
+    alone = stream(shares)
+    loaders = []
+    for rank in range(world):
+        batches = Microbatches(stream(shares).batch, BATCH, MICROBATCH, 1, rank, world)
+        loaders.append(Loader(batches, 60, workers, 3, lambda micro: micro))
+    for step in (*range(8), *range(30, 36), 59):  # from the beginning, and where a run is resumed
+        made = [micro for loader in loaders for micro in loader(step)]
+        assert [micro.number for micro in made] == list(range(BATCH // MICROBATCH))
+        whole = alone.batch(step, 0, BATCH)
+        for field in range(2):
+            assert torch.equal(torch.cat([micro.batch[field] for micro in made]), whole[field])
+    for loader in loaders:
+        loader.__exit__(None, None, None)
