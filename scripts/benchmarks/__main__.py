@@ -10,10 +10,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+from data import MODELS, data
 from distill import distill
 from generate import generate
 from layer import layer
@@ -36,6 +38,7 @@ SECTIONS = {
     "distill": distill,
     "scaling": scaling,
     "saving": saving,
+    "data": data,
 }
 EXPERTS = (8, 32, 64, 128)
 
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--experts", type=int, nargs="+", default=[1, *EXPERTS], help="1 is the dense model, of `step`")
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--megabytes", type=int, default=32, help="of text, of `data`")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -59,6 +63,7 @@ def main() -> None:
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     common = {"device": options.device, "threads": options.threads, "rounds": options.rounds}
+    common["megabytes"] = options.megabytes
     print(f"{processor()}, {options.threads} threads, {platform.python_version()}, torch {version('torch')}\n")
     for name in options.sections or SECTIONS:
         TABLES[name](common, options.precision, options.experts)
@@ -281,6 +286,41 @@ def of_saving(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> N
     table([*heads, "save and 2 steps over 2 steps", "in the background"], rows)
 
 
+def of_data(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    """Processes of one thread, and one of all; the loader beside a model on one thread, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"section": "data", **common, "precision": "float32", "folder": folder}
+        run({**job, "what": "text"})
+        cases = ((1, 1), (1, common["threads"]), (2, 1))
+        found: dict[tuple[str, int, int], list[Result]] = {
+            (who, *case): [] for case in cases for who in ("prepare", "map")
+        }
+        for _ in range(common["rounds"]):
+            for (who, processes, threads), results in found.items():
+                results.append(run({**job, "what": who, "processes": processes, "threads": threads}))
+        (tokens,) = {one["tokens"] for results in found.values() for one in results}  # or they did not do the same
+        speed = {case: [tokens / one["seconds"] for one in results] for case, results in found.items()}
+        rows = [
+            [
+                f"{processes} of {threads}",
+                *(f"{statistics.median(speed[who, processes, threads]):,.0f}" for who in ("prepare", "map")),
+                ratio(speed["prepare", processes, threads], speed["map", processes, threads]),
+                *(ratio(speed[who, processes, threads], speed[who, 1, 1]) for who in ("prepare", "map")),
+            ]
+            for processes, threads in cases
+        ]
+        heads = ["processes, threads of each", "prepare, tokens/s", "map, tokens/s", "prepare over map"]
+        table([*heads, "prepare over one of one", "map over one of one"], rows)
+        for model in MODELS:
+            loaded = run({**job, "what": "loader", "model": model, "threads": 1})
+            seconds, tokens = loaded["seconds"], loaded["tokens"]
+            rows = [
+                [way, f"{tokens / statistics.median(each):,.0f}", ratio(seconds["the model"], each)]
+                for way, each in seconds.items()
+            ]
+            table([f"{model}, and the loader by", "tokens/s", "over the model's"], rows)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
@@ -292,6 +332,7 @@ TABLES = {
     "distill": of_distilling,
     "scaling": of_scaling,
     "saving": of_saving,
+    "data": of_data,
 }
 
 

@@ -26,10 +26,11 @@ def distill(job: Job) -> Result:
     runtime, clock = begin(job)
     student, here = _model(1, job, runtime), runtime.place(batch())
     optimizer = Adafactor().build(dict(student.named_parameters()))
+    targets = here.targets_BT.numel()
 
     def step(objective: Objective) -> Callable[[], None]:
         def call() -> None:
-            accumulate_gradients(student, objective, [Microbatch(0, here)], here.targets_BT.numel(), runtime, "0")
+            accumulate_gradients(student, objective, [Microbatch(0, here, targets)], targets, runtime, "0")
             optimizer.step(1e-3)
             student.zero_grad()
 

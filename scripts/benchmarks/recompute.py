@@ -37,7 +37,9 @@ def a_step(job: Job, runtime: Runtime, what: str) -> Callable[[], None]:
     optimizer = Adafactor().build(dict(model.named_parameters()))
 
     def call() -> None:
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, batch())], BATCH * TARGET, runtime, "")
+        accumulate_gradients(
+            model, cross_entropy, [Microbatch(0, batch(), BATCH * TARGET)], BATCH * TARGET, runtime, ""
+        )
         optimizer.step(1e-3)
         model.zero_grad()
 

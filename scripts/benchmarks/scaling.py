@@ -53,7 +53,9 @@ def scaling(job: Job) -> Result:
 
     def step() -> None:
         targets = here.targets_BT.numel() * runtime.world
-        accumulate_gradients(wrapped, cross_entropy, [Microbatch(0, here)], targets, runtime, "0")
+        accumulate_gradients(
+            wrapped, cross_entropy, [Microbatch(0, here, here.targets_BT.numel())], targets, runtime, "0"
+        )
         optimizer.step(1e-3)
         optimizer.zero_grad()
 

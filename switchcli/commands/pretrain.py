@@ -77,7 +77,7 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
         read.rows,
         held_out,
         _first_of_each(next(iter(held_out.values())).rows(0, NUM_SAMPLES)),
-        shown=lambda step: {"mixture": read.mixture.shown(step * rows_per_step)} if read.mixture else {},
+        shown=lambda step: {"mixture": read.mixture.compared(step * rows_per_step)} if read.mixture else {},
         stream=read.stream,
     )
 

@@ -9,8 +9,8 @@ import typer
 
 from switchcli.data.document import Document
 from switchcli.data.files import Files
+from switchcli.data.measure import Count, measure
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.data.vocabulary_use import Measured, Row, measured
 from switchcli.errors import DataError, RecipeError
 from switchcli.report.console import Console
 from switchcli.report.text import safe_text
@@ -56,8 +56,8 @@ def show(found: Mapping[str, Any]) -> None:
 
 def cut(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
     """The ids and pieces of each text, as of a prompt."""
-    ids = {text: tokenizer.encode(text) for text in texts}
-    return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids.items()]
+    ids = ((text, tokenizer.encode(text)) for text in texts)
+    return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids]
 
 
 def show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
@@ -71,6 +71,27 @@ def _line(text: str) -> str:
     return safe_text(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+class Row(NamedTuple):
+    """One text, and what each tokenizer makes of it."""
+
+    name: str
+    documents: int
+    bytes: int
+    measured: tuple[Count, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        measured = [
+            {
+                "tokens": one.tokens,
+                "tokens_per_byte": one.tokens / self.bytes if self.bytes else None,
+                "unknown": one.unknown / max(one.tokens, 1),
+                "byte_fallback": one.in_bytes / max(one.tokens, 1),
+            }
+            for one in self.measured
+        ]
+        return {"text": self.name, "documents": self.documents, "bytes": self.bytes, "measured": measured}
+
+
 class Compared(NamedTuple):
     """Tokenizers side by side."""
 
@@ -80,10 +101,8 @@ class Compared(NamedTuple):
 
     @property
     def total(self) -> Row:
-        sums = tuple(
-            Measured(*map(sum, zip(*ones, strict=True)))
-            for ones in zip(*(row.measured for row in self.rows), strict=True)
-        )
+        columns = zip(*(row.measured for row in self.rows), strict=True)
+        sums = tuple(Count(*map(sum, zip(*column, strict=True))) for column in columns)
         return Row("total", sum(row.documents for row in self.rows), sum(row.bytes for row in self.rows), sums)
 
     def to_json(self) -> dict[str, Any]:
@@ -110,9 +129,11 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
     if recipe is not None:
         from switchcli.commands.vocabularies import text_of
         from switchcli.data.prepare import documents
+        from switchcli.data.text_mixture import Weighted
 
-        texts = {**documents(text_of(recipe, overrides), console.track, held_out=True), **texts}
-    rows = tuple(measured(name, documents, tokenizers) for name, documents in texts.items())
+        apart = text_of(recipe, overrides).model_copy(update={"mixture": Weighted()})
+        texts = {**documents(apart, console.track, held_out=True), **texts}
+    rows = tuple(Row(name, *measure(documents, tokenizers)) for name, documents in texts.items())
     compared = Compared(tuple(map(facts, names, tokenizers)), rows)
     if not compared.total.bytes:
         raise DataError(f"{recipe}: no document is held out: take a larger data.held_out_fraction")
@@ -120,7 +141,9 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
 
 
 def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
-    """By the files' names, in full where two have the same."""
+    """By the files' names, in full where two have the same. Raises DataError for what is no file."""
+    if none := [path for path in paths if not Path(path).is_file()]:
+        raise DataError(f"--text {none[0]}: no such file (from {Path.cwd()}): mend the path")
     stems = [Path(path).stem for path in paths]
     return {
         path if stems.count(stem) > 1 else stem: Files(paths=(path,), sample_by="line").documents()

@@ -7,6 +7,7 @@ the later uses the earlier's.
 import errno
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from switchcli.data.store import is_whole
 from switchcli.errors import disk_errors
 
+PARTIAL = ".partial-"
 ELSEWHERE = "name another folder for the cache in $SWITCHCLI_CACHE"
 
 
@@ -39,15 +41,23 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
 def make(folder: Path, build: Callable[[Path], None]) -> None:
     """Let `build` make a folder elsewhere, and give it its name. One that is there and whole stays instead."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = scratch_prefix(os.getpid())
+    sweep(folder.parent)
+    prefix = f"{PARTIAL}{platform.node()}-{os.getpid()}-"
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         build(Path(scratch) / "built")
         _publish(Path(scratch), folder)
 
 
-def scratch_prefix(process: int) -> str:
-    """How the names begin of what a process of this machine is making."""
-    return f".partial-{platform.node()}-{process}-"
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine that were killed left unfinished in the folder."""
+    ours = f"{PARTIAL}{platform.node()}-"
+    for path in folder.glob(f"{ours}*-*"):
+        try:
+            os.kill(int(path.name.removeprefix(ours).split("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, ValueError):
+            continue
 
 
 def _publish(scratch: Path, folder: Path) -> None:

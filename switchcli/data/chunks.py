@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,19 @@ from switchcli.data.whole_documents import WholeDocuments
 from switchcli.errors import DataError
 
 WINDOW_SHARDS = 8
-_KEPT_WINDOWS = 2
-"""Where a batch goes from one window to the next, and workers are ahead, both are in use."""
+_KEPT = 2
+"""Epochs and windows: where a batch goes from one to the next, and workers are ahead, both are in use."""
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Order(NamedTuple):
+    """An epoch's."""
+
+    shard_S: NDArray[np.int64]
+    end_W: NDArray[np.int64]
+    """The rows of the epoch up to the end of each window."""
 
 
 class Counted(NamedTuple):
@@ -58,6 +69,7 @@ class Chunks:
                 f"{least}: add text, or take a smaller inputs_length (for the held-out part, a larger "
                 "held_out_fraction)"
             )
+        self._orders: OrderedDict[int, Order] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
         self._lock = Lock()
 
@@ -66,25 +78,37 @@ class Chunks:
         raw_RL = np.empty((len(row_R), self._rows.raw_length), dtype=np.int64)
         epoch_R, place_R = np.divmod(row_R, self.rows_per_epoch)
         for epoch in np.unique(epoch_R):
-            order_S = permutation(len(self._rows_S), self._seed, int(epoch), SHARDS)
-            end_W = np.cumsum(np.add.reduceat(self._rows_S[order_S], np.arange(0, len(order_S), WINDOW_SHARDS)))
-            window_R = np.searchsorted(end_W, place_R, side="right")
+            order = self._order(int(epoch))
+            window_R = np.searchsorted(order.end_W, place_R, side="right")
             for number in np.unique(window_R[epoch_R == epoch]):
                 mine_R = (epoch_R == epoch) & (window_R == number)
-                start = end_W[number - 1] if number else 0
-                raw_RL[mine_R] = self._window(int(epoch), int(number), order_S).raw(place_R[mine_R] - start)
+                start = order.end_W[number - 1] if number else 0
+                raw_RL[mine_R] = self._window(int(epoch), int(number), order.shard_S).raw(place_R[mine_R] - start)
         return raw_RL
 
-    def _window(self, epoch: int, number: int, order_S: NDArray[np.int64]) -> "Window":
+    def _order(self, epoch: int) -> Order:
+        with self._lock:
+            if epoch not in self._orders:
+                shard_S = permutation(len(self._rows_S), self._seed, epoch, SHARDS)
+                rows_W = np.add.reduceat(self._rows_S[shard_S], np.arange(0, len(shard_S), WINDOW_SHARDS))
+                self._orders[epoch] = Order(shard_S, np.cumsum(rows_W))
+            return _used(self._orders, epoch)
+
+    def _window(self, epoch: int, number: int, shard_S: NDArray[np.int64]) -> "Window":
         with self._lock:
             if (epoch, number) not in self._windows:
-                numbers = self._numbers_S[order_S[number * WINDOW_SHARDS : (number + 1) * WINDOW_SHARDS]].tolist()
+                numbers = self._numbers_S[shard_S[number * WINDOW_SHARDS : (number + 1) * WINDOW_SHARDS]].tolist()
                 shards = {index: self._shards[index] for index in numbers}
                 self._windows[epoch, number] = Window(shards, self._rows, self._seed, epoch, number)
-            self._windows.move_to_end((epoch, number))
-            if len(self._windows) > _KEPT_WINDOWS:
-                self._windows.popitem(last=False)
-            return self._windows[epoch, number]
+            return _used(self._windows, (epoch, number))
+
+
+def _used(kept: OrderedDict[K, V], key: K) -> V:
+    """What is kept under a key; what was used longest ago is not kept any more."""
+    kept.move_to_end(key)
+    if len(kept) > _KEPT:
+        kept.popitem(last=False)
+    return kept[key]
 
 
 class Laid(ABC):
@@ -99,7 +123,7 @@ class _EndToEnd(Laid):
     """One behind the other in the order of an epoch, cut into chunks."""
 
     def __init__(self, store: TokenStore, raw_length: int, seed: int, epoch: int, number: int) -> None:
-        self._tokens, self._raw_length = store.tokens, raw_length
+        self._tokens, self._raw_length = np.asarray(store.tokens), raw_length  # a memmap indexes slowly
         order_D = permutation(store.num_documents, seed, epoch, DOCUMENTS, number)
         self._end_D = np.cumsum(np.diff(store.offsets)[order_D])
         # Where a shuffled position lies in the store: the position plus the shift of its document.

@@ -6,9 +6,9 @@ which changes when its text may have.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -18,7 +18,7 @@ from switchcli.data.document import LABELS, CorpusSpec, Document, Piece
 from switchcli.data.files import Files
 from switchcli.data.paths import File, fingerprint
 from switchcli.data.python_stdlib import PythonStdlib
-from switchcli.data.refusals import refusals
+from switchcli.data.refusals import reason, refusals
 from switchcli.data.rows import Row, TextRows
 from switchcli.errors import DataError
 
@@ -95,11 +95,9 @@ class Hub(TextRows):
         with self._refusals():
             return _opened(self.path, self.name, self.split, self.data_files, self.revision)
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _refusals(self) -> AbstractContextManager[None]:
         way_out = "check path, name, split, revision and the network; or use `kind: files` with text that is here"
-        with hub_refusals(self.path, "data.corpora", way_out):
-            yield
+        return hub_refusals(self.path, "data.corpora", way_out)
 
 
 def hub_rows(path: str, name: str | None, split: str, key: str, way_out: str) -> Iterator[Mapping[str, Any]]:
@@ -117,24 +115,17 @@ def hub_rows(path: str, name: str | None, split: str, key: str, way_out: str) ->
 def hub_refusals(path: str, key: str, way_out: str) -> Iterator[None]:
     """Within, what the hub and `datasets` refuse is raised as a DataError, with `way_out` or one that they suggest."""
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    with refusals(f"{key}: {path}: the dataset cannot be opened", way_out):
+    where = f"{key}: {path}: the dataset cannot be opened"
+    with refusals(where, way_out):
         try:
             yield
-        except (DatasetNotFoundError, GatedRepoError) as error:
-            why = error if isinstance(error, GatedRepoError) else error.__cause__
-            if isinstance(why, GatedRepoError):
-                page = f"https://huggingface.co/datasets/{path}"
-                raise DataError(
-                    f"{key}: {path}: its owners let in only those who ask: do so at {page}, then `hf auth login`"
-                ) from error
-            if isinstance(why, RepositoryNotFoundError):
-                raise DataError(
-                    f"{key}: {path}: no such dataset on the hub, or a private one: check the spelling; for a private "
-                    "one `hf auth login`"
-                ) from error
-            raise
+        except (DatasetNotFoundError, RepositoryNotFoundError) as error:
+            raise DataError(
+                f"{where} ({reason(error)}): check the spelling of path and revision; to a private or gated one log in "
+                f"by `hf auth login`, once https://huggingface.co/datasets/{path} lets you in"
+            ) from error
 
 
 @lru_cache(maxsize=1024)  # opening asks the hub several questions, and each piece of a corpus opens it
@@ -151,10 +142,10 @@ def _groups(num_shards: int) -> list[str]:
     """Names of groups of consecutive shards, as `shard(contiguous=True)` makes them."""
     count = min(num_shards, MAX_PIECES)
     sizes = [num_shards // count + (index < num_shards % count) for index in range(count)]
-    firsts = [sum(sizes[:index]) for index in range(count)]
+    ends = accumulate(sizes)
     return [
-        f"shard {first}" if size == 1 else f"shards {first}-{first + size - 1}"
-        for first, size in zip(firsts, sizes, strict=True)
+        f"shard {end - 1}" if size == 1 else f"shards {end - size}-{end - 1}"
+        for size, end in zip(sizes, ends, strict=True)
     ]
 
 

@@ -18,8 +18,8 @@ from switchcli.spec import Spec
 NGRAM: Final = 5
 BANDS: Final = 14
 MINIMA: Final = 8
-KEYS_AT_ONCE: Final = 2**26
-"""Compared at once: some 2 GB."""
+KEYS_AT_ONCE: Final = 2**24
+"""Compared at once: some 1 GB."""
 _TOKENS_AT_ONCE: Final = 2**16
 
 Keys = NDArray[np.uint64]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BUFFER_BYTES = 2**20
-# What stores say of a file's version, each by names of its own. Listings and questions about one file say other things
-# besides, and not the same: `fsspec.ukey` would differ by who asked first.
+# What stores say of a file's version, each by names of its own; the first counts. They say more, but other things when
+# they list and when they are asked of one file: the `ukey` of fsspec depends on which came first.
 _VERSION = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
 
 
@@ -72,7 +72,7 @@ def matches(patterns: Iterable[str], key: str) -> list[File]:
     found: dict[str, File] = {}
     for pattern in patterns:
         for file in _elsewhere(pattern, key) if _URL.match(pattern) else _here(pattern, key):
-            found.setdefault(str(Path(file.name).absolute()), file)
+            found.setdefault(_resolved(file.name), file)
     return list(found.values())
 
 
@@ -105,7 +105,7 @@ def _elsewhere(pattern: str, key: str) -> list[File]:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    return " ".join(str(info[name]) for name in _VERSION if name in info)
+    return next((str(info[name]) for name in _VERSION if name in info), "")
 
 
 def _is_folder(pattern: str, way_out: str, key: str) -> DataError:

@@ -3,20 +3,19 @@
 Several processes take pieces from one queue; each writes whole folders, so that what was done before a stop stays done.
 """
 
-import glob
 import multiprocessing
 import os
-import queue
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.data.cache import ELSEWHERE, make, scratch_prefix
+from switchcli.data.cache import ELSEWHERE, PARTIAL, make, sweep
 from switchcli.data.corpus import Corpus, Piece
 from switchcli.data.document import Document, is_held_out
 from switchcli.data.filters import Filters
@@ -27,6 +26,7 @@ from switchcli.errors import OutOfMemory, SwitchError, disk_errors
 
 PART_CHARACTERS = 2**16  # longer documents are encoded in parts: the tokenizer holds many times its text in memory
 CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -73,104 +73,109 @@ def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, sh
             done = Progress(done.pieces + 1, done.size + (job.piece.size or 0), done.tokens)
             show(done)
         return
-    context = multiprocessing.get_context("spawn")  # the threads of this process do not survive a fork
-    todo: multiprocessing.Queue[int | None] = context.Queue()
-    done_by: multiprocessing.Queue[_Built] = context.Queue()
-    for index in [*range(len(jobs)), *[None] * processes]:
-        todo.put(index)
-    arguments = (jobs, tokenizer, todo, done_by, threads)
-    workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(processes)]
     try:
-        for worker in workers:
-            worker.start()
-        _await(jobs, done_by, workers, token_type(used.vocab_size).itemsize, show)
+        with _workers(processes, tokenizer, threads) as workers:
+            _share_out(jobs, workers, token_type(used.vocab_size).itemsize, show)
     finally:
-        for worker in workers:
-            worker.kill()  # what it was at is not whole, and is done again
-            worker.join()
-        for scratch in _under_way(jobs, workers):
-            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in {job.folder.parent for job in jobs}:
+            sweep(folder)
+
+
+class _Worker(NamedTuple):
+    """A process, and what it is told and tells by."""
+
+    process: BaseProcess
+    pipe: "Connection[Job | None, _Built]"
 
 
 class _Built(NamedTuple):
     """What a worker did: the tokens of a piece, or why it could not."""
 
-    job: int
     tokens: int
     error: SwitchError | None
 
 
-def _await(
-    jobs: Sequence[Job],
-    done: "multiprocessing.Queue[_Built]",
-    workers: Sequence[BaseProcess],
-    token_bytes: int,
-    show: Callable[[Progress], None],
-) -> None:
-    """Return when all pieces are whole; raise what a worker met."""
-    whole: list[_Built] = []
-    while len(whole) < len(jobs):
+@contextmanager
+def _workers(number: int, tokenizer: Path, threads: int) -> Iterator[list[_Worker]]:
+    """Processes that wait for jobs; afterwards they are gone, and what they were at with them."""
+    context = multiprocessing.get_context("spawn")  # the threads of this process do not survive a fork
+    workers: list[_Worker] = []
+    try:
+        # A terminal sends its signals to all: this process decides. The mask is inherited.
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
-            built = done.get(timeout=_SECONDS_BETWEEN_LOOKS)
-        except queue.Empty:
-            codes = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
-            if codes:
-                raise OutOfMemory(
-                    f"a process that prepared data ended with code {codes[0]}, killed or out of memory: what is whole "
-                    "stays; run it again, with fewer --processes if it comes again"
-                ) from None
-        else:
-            if built.error is not None:
-                raise built.error
-            whole.append(built)
-        under_way = sum(map(_num_bytes, _under_way(jobs, workers))) // token_bytes
-        size = sum(jobs[one.job].piece.size or 0 for one in whole)
-        show(Progress(len(whole), size, sum(one.tokens for one in whole) + under_way))
+            for _ in range(number):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, tokenizer, threads), daemon=True)
+                process.start()
+                theirs.close()
+                workers.append(_Worker(process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        yield workers
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
 
 
-def _under_way(jobs: Sequence[Job], workers: Sequence[BaseProcess]) -> list[Path]:
-    """Where workers write pieces that are not whole yet."""
-    prefixes = [scratch_prefix(worker.pid) for worker in workers if worker.pid is not None]
+def _share_out(
+    jobs: Sequence[Job], workers: Sequence[_Worker], token_bytes: int, show: Callable[[Progress], None]
+) -> None:
+    """Give each worker the next job when it is done with one, until all are whole; raise what a worker met."""
+    left, whole, size, tokens = list(jobs[::-1]), 0, 0, 0
     folders = {job.folder.parent for job in jobs}
-    return [path for folder in folders for prefix in prefixes for path in folder.glob(f"{glob.escape(prefix)}*")]
+    at: dict[Connection[Job | None, _Built], Job] = {}
+    for worker in workers:
+        at[worker.pipe] = left.pop()
+        worker.pipe.send(at[worker.pipe])
+    try:
+        while at:
+            ready = connection.wait([*at], timeout=_SECONDS_BETWEEN_LOOKS)
+            for pipe in [one for one in at if one in ready]:
+                built, job = pipe.recv(), at.pop(pipe)
+                if built.error is not None:
+                    raise built.error
+                whole, size, tokens = whole + 1, size + (job.piece.size or 0), tokens + built.tokens
+                if left:
+                    at[pipe] = left.pop()
+                    pipe.send(at[pipe])
+            show(Progress(whole, size, tokens + sum(map(_bytes_under_way, folders)) // token_bytes))
+    except EOFError:
+        raise OutOfMemory(
+            "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it again, "
+            "with fewer --processes if it comes again"
+        ) from None
 
 
-def _num_bytes(scratch: Path) -> int:
-    """About how much is written of a piece."""
+def _bytes_under_way(folder: Path) -> int:
+    """About how much is written of pieces that are not whole."""
     total = 0
-    for path in scratch.glob(f"built/*/{TOKENS}"):
+    for path in folder.glob(f"{PARTIAL}*/built/*/{TOKENS}"):
         with suppress(FileNotFoundError):  # it is whole by now
             total += path.stat().st_size
     return total
 
 
-def _work(
-    jobs: Sequence[Job],
-    tokenizer: Path,
-    todo: "multiprocessing.Queue[int | None]",
-    done: "multiprocessing.Queue[_Built]",
-    threads: int,
-) -> None:
-    """A worker: pieces until there are none, or nobody waits for them."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all: the first process decides
-        signal.signal(number, signal.SIG_IGN)
+def _work(pipe: "Connection[_Built, Job]", tokenizer: Path, threads: int) -> None:
+    """A worker: jobs as they come, until nobody is there to send any."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
     used, parent = _read(tokenizer), multiprocessing.parent_process()
-    while (index := todo.get()) is not None:
-        tokens = 0
+    with suppress(EOFError):
+        while True:
+            job, tokens = pipe.recv(), 0
 
-        def count(more: int) -> None:
-            nonlocal tokens
-            tokens += more
-            if parent is not None and not parent.is_alive():
-                os._exit(1)
+            def count(more: int) -> None:
+                nonlocal tokens
+                tokens += more
+                if parent is not None and not parent.is_alive():
+                    os._exit(1)
 
-        try:
-            _build(jobs[index], used, count)
-        except SwitchError as error:
-            done.put(_Built(index, 0, error))
-            return
-        done.put(_Built(index, tokens, None))
+            try:
+                _build(job, used, count)
+                pipe.send(_Built(tokens, None))
+            except SwitchError as error:
+                pipe.send(_Built(0, error))
 
 
 def _read(tokenizer: Path) -> Tokenizer:
@@ -188,7 +193,7 @@ def _build(job: Job, tokenizer: Tokenizer, count: Callable[[int], None]) -> None
             ShardWriter(folder, TRAIN, tokenizer.vocab_size) as train,
             ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as held_out,
         ):
-            for chunk in _chunks(_parts(found, job.held_out_fraction)):
+            for chunk in chunks(parts(found, job.held_out_fraction)):
                 for part, ids in zip(chunk, tokenizer.encode_batch([part.text for part in chunk]), strict=True):
                     writer = held_out if part.held_out else train
                     writer.add(ids, len(part.text.encode()), starts_document=part.starts_document)
@@ -200,17 +205,20 @@ def _build(job: Job, tokenizer: Tokenizer, count: Callable[[int], None]) -> None
         make(job.folder, write)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """So much of a document as is encoded at once."""
+
     held_out: bool
     starts_document: bool
     text: str
 
 
-def _parts(documents: Iterable[Document], fraction: float) -> Iterator[_Part]:
+def parts(documents: Iterable[Document], fraction: float) -> Iterator[Part]:
+    """Documents cut up, and whether they are of the `fraction` that is held out."""
     for document in documents:
         held_out = is_held_out(document.identity, fraction)
         for index, text in enumerate(cut_up(document.text)):
-            yield _Part(held_out, index == 0, text)
+            yield Part(held_out, index == 0, text)
 
 
 def cut_up(text: str) -> Iterator[str]:
@@ -224,13 +232,15 @@ def cut_up(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _chunks(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    chunk: list[_Part] = []
+def chunks(found: Iterable[Part]) -> Iterator[list[Part]]:
+    """As many as are encoded at once."""
+    chunk: list[Part] = []
     size = 0
-    for part in parts:
+    for part in found:
         chunk.append(part)
         size += len(part.text)
         if size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
-    yield chunk
+    if chunk:
+        yield chunk

@@ -173,6 +173,8 @@ def _text(
             if facts is None or not _is_sound(folder, facts, means):
                 make(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built))
             text = open_text(folder)
+    if not any(counts.documents for counts in text.counts.values()):
+        raise corpora[0].no_text()
     _check_split(label, text, spec.held_out_fraction)
     return text
 

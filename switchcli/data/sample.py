@@ -79,7 +79,7 @@ class _Kept:
     def texts(self, max_characters: float) -> Iterator[str]:
         """In the order of the hashes; all of them over again while the component is smaller than its share."""
         self.shrink(max_characters)
-        in_order = [text for _, _, text in sorted(self._heap, reverse=True)]
+        in_order = [text for _, _, text in sorted(self._heap, reverse=True) if text]
         if self.characters >= max_characters:
             yield from in_order
             return

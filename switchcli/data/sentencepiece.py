@@ -34,7 +34,8 @@ _SENTINEL: Final = re.compile(rf"{SPACE}?(<extra_id_\d{{1,6}}>)")
 _UNMOVED: Final = {  # shadda, dagesh, shin dot, sin dot: written before vowels that Unicode's order puts before them
     mark: chr(0x10FFF0 + index) for index, mark in enumerate("\u0651\u05bc\u05c1\u05c2")
 }
-_MAX_CHARSMAP_BYTES: Final = 2**22
+_MAX_CHARSMAP_BYTES: Final = 2**22  # SentencePiece's own have some 2^18, its largest vocabularies 2^18 pieces
+_MAX_PIECES: Final = 2**21
 
 
 class _Broken(Exception):
@@ -82,7 +83,8 @@ def _tokenizer(pieces: list[_Piece], trainer: _Message, normalizer: _Message) ->
     prefix, trim = bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
     rules = _charsmap(_bytes(normalizer.get(2, b"")))
     tokenizer.normalizer = normalizers.Sequence([*rules, *_spaces(prefix, trim)])
-    if not any(SPACE in piece.text[1:] for piece in pieces):  # none goes beyond a word: the same ids, found faster
+    texts = {piece.text for piece in pieces}
+    if SPACE in texts and not any(SPACE in text[1:] for text in texts):  # words part there: the same ids, found faster
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
@@ -174,6 +176,8 @@ def _parts(data: bytes) -> tuple[list[_Piece], _Message, _Message]:
     specs: dict[int, dict[int, _Value]] = {2: {}, 3: {}}
     for field, value in _fields(data):
         if field == 1:
+            if len(pieces) == _MAX_PIECES:
+                raise _Broken(f"more than {_MAX_PIECES:,} pieces")
             pieces.append(_piece(dict(_fields(_bytes(value)))))
         elif field in specs:
             specs[field].update(_fields(_bytes(value)))
@@ -183,8 +187,10 @@ def _parts(data: bytes) -> tuple[list[_Piece], _Message, _Message]:
 
 
 def _piece(message: _Message) -> _Piece:
-    text, (written,) = _text(_bytes(message.get(1, b""))), unpack("<f", _bytes(message.get(2, bytes(4))))
-    score = float(f"{written:.9g}")  # all that a float32 says: more digits come out of JSON as other ones
+    text, written = _text(_bytes(message.get(1, b""))), _bytes(message.get(2, bytes(4)))
+    if len(written) != 4:
+        raise _Broken(f"a score of {len(written)} bytes")
+    score = float(f"{unpack('<f', written)[0]:.9g}")  # what a float32 says: more digits come out of JSON as other ones
     kind = _int(message.get(3, _NORMAL))
     if not text or not math.isfinite(score) or kind not in (_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE):
         raise _Broken(f"a piece {text!r} of score {score} and type {kind}")

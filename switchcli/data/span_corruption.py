@@ -174,14 +174,13 @@ def enough_sentinels(tokenizer: Tokenizer, number: int) -> Ids:
 
 def _cut(draws: Draws, first_X: Ids, items_X: Ids, segments_X: Ids) -> Ids:
     """Random lengths >= 1 of each text's segments, which add up to its items: cut where its N - 1 draws are least."""
-    place = np.arange(items_X.max(initial=1) - 1)
-    among_XN = place < items_X[:, None] - 1
-    least = np.where(among_XN, draws.take(first_X[:, None] + place, mode="clip"), np.iinfo(np.uint64).max)
-    is_end_XN = np.zeros((len(items_X), len(place) + 1), dtype=bool)
-    np.put_along_axis(is_end_XN, np.argsort(least, axis=1), place < segments_X[:, None] - 1, axis=1)
-    is_end_XN[np.arange(len(items_X)), items_X - 1] = True
-    text, last = np.nonzero(is_end_XN)
-    return np.diff(last + (np.cumsum(items_X) - items_X)[text], prepend=-1)
+    place, cuts_X, start_X = np.arange(items_X.max(initial=1) - 1), segments_X - 1, np.cumsum(items_X) - items_X
+    least = draws.take(first_X[:, None] + place, mode="clip")
+    least[place >= items_X[:, None] - 1] = np.iinfo(np.uint64).max
+    # The cuts of each text come first; which they are is enough, so that most are not sorted.
+    cut_XN = np.argpartition(least, np.unique(cuts_X[cuts_X > 0]) - 1, axis=1)[:, : cuts_X.max(initial=0)]
+    cut = (start_X[:, None] + cut_XN)[np.arange(cut_XN.shape[1]) < cuts_X[:, None]]
+    return np.diff(np.sort(np.concatenate([cut, start_X + items_X - 1])), prepend=-1)
 
 
 def _replace_spans(raw: Ids, mask: NDArray[np.bool_], sentinels: Ids) -> Ids:

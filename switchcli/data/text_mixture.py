@@ -105,3 +105,8 @@ class Mixture:
         """The share of each text in the first `num_rows` rows, those of whole steps."""
         each = [turns.shown(num_rows // len(self.turns)) for turns in self.turns]
         return dict(zip(self.shares, (np.sum(each, axis=0) / max(1, num_rows)).tolist(), strict=True))
+
+    def compared(self, num_rows: int) -> dict[str, dict[str, float]]:
+        """The same beside what was intended."""
+        shown = self.shown(num_rows)
+        return {label: {"shown": shown[label], "intended": share} for label, share in self.shares.items()}

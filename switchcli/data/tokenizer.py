@@ -7,6 +7,7 @@ The layout: 0 `<pad>`, 1 `</s>`, and anywhere `<unk>` (T5's 2, umT5's 3) and the
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count, takewhile
@@ -112,7 +113,8 @@ class Tokenizer:
         finally:
             self._inner.encode_special_tokens = False
         # T5's own vocabulary has them as ordinary pieces too, so that text may still match one: it becomes <unk>.
-        return [self._plain[encoding.ids] for encoding in encodings]
+        # An array makes numbers of Python's integers in half the time that numpy takes.
+        return [self._plain[np.frombuffer(array("I", encoding.ids), dtype=np.uintc)] for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text: padding and EOS left out, sentinels as `<extra_id_0>`."""

@@ -15,7 +15,7 @@ from the folder of the file that says it, or names a recipe that ships.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -168,7 +168,16 @@ def _of_today(saved: Node) -> Node:
         keys = saved.value.get(part) if isinstance(saved.value, dict) else None
         if keys and isinstance(keys.value, dict) and key in keys.value:
             keys.value[new.removeprefix(f"{part}.")] = keys.value.pop(key)
+    for corpus in _corpora(saved):
+        corpus.pop("streaming", None)  # how a hub's corpus was read, not what
     return saved
+
+
+def _corpora(saved: Node) -> Iterator[dict[str, Node]]:
+    data = saved.value.get("data") if isinstance(saved.value, dict) else None
+    corpora = data.value.get("corpora") if data and isinstance(data.value, dict) else None
+    if corpora and isinstance(corpora.value, list):
+        yield from (corpus.value for corpus in corpora.value if isinstance(corpus.value, dict))
 
 
 def _overridden(tree: Node, overrides: Sequence[str]) -> Node:

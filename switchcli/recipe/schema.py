@@ -1,5 +1,6 @@
 """The recipe of each verb: the rooms' specs put together."""
 
+import math
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -44,6 +45,12 @@ class OnText(TrainingRecipe, ABC):
             yield (
                 f"data.tokenizer.vocab_size ({tokenizer.vocab_size}) must be at most the {rows} rows of "
                 f"model.vocab_size: try model.vocab_size={tokenizer.vocab_size}."
+            )
+        lanes = self.data.lanes
+        if self.data.access == "stream" and self.rows_per_step % lanes:
+            yield (
+                f"data.lanes ({lanes}) must divide the {self.rows_per_step} sequences of a step: try "
+                f"data.lanes={math.gcd(lanes, self.rows_per_step)}."
             )
 
 
@@ -119,6 +126,14 @@ class DistillTextRecipe(OnText, Distils):
 
     verb: Literal["distill"] = "distill"
     """The command that runs this recipe."""
+
+    def _own_rules(self) -> Iterator[str]:
+        yield from super()._own_rules()
+        if self.distill.answers is not None and self.data.access == "stream":
+            yield (
+                "distill.answers: a stream is read once and in order, and answers are asked for before: take "
+                "data.access=prepared, or leave them out."
+            )
 
 
 class DistillTasksRecipe(OnTasks, Distils):

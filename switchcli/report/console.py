@@ -61,7 +61,7 @@ SPARSE_COLUMNS = (
 )
 
 
-class Prepared(Protocol):
+class Preparation(Protocol):
     """How far a preparation is."""
 
     @property
@@ -142,17 +142,17 @@ class Console:
             self.message(f"{description}: {count:,} in {clock(seconds)}")
 
     @contextmanager
-    def preparing(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[["Prepared"], None]]:
+    def preparing(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[["Preparation"], None]]:
         """Yields what is told how many pieces, bytes of sources and tokens are done; `size` is that of all sources.
 
         A bar, or a line every half minute; and one with the sum.
         """
         started = time.monotonic()
         due = started + (_SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES)
-        last: Prepared | None = None
+        last: Preparation | None = None
         with self._bar(label, pieces) as reach:
 
-            def show(done: Prepared) -> None:
+            def show(done: Preparation) -> None:
                 nonlocal due, last
                 last, now = done, time.monotonic()
                 if now < due:

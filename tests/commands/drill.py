@@ -21,7 +21,7 @@ import safetensors.numpy
 from switchcli.cli import main
 from switchcli.commands import generate, pretrain  # noqa: F401  # so that a fork has them
 
-CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second"}
+CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "data_wait_fraction"}
 """What two runs need not have in common."""
 
 

@@ -47,7 +47,11 @@ CASES = {
     "not UTF-8": ([corpus("latin1.txt")], DATA, r"latin1\.txt:2: byte 0xe9 at offset 8 is not UTF-8: .*iconv"),
     "nothing to hold out": ([corpus("one.txt")], DATA, r"both need one at least"),
     "no tokenizer": (["data.tokenizer={kind: file, path: none.json}"], DATA, r"none\.json"),
-    "not a tokenizer": (["data.tokenizer={kind: file, path: text.txt}"], DATA, r"not a tokenizer\.json"),
+    "not a tokenizer": (
+        ["data.tokenizer={kind: file, path: text.txt}"],
+        DATA,
+        r"neither a tokenizer\.json nor a SentencePiece model",
+    ),
     "out below a file": (["--out", "text.txt/run"], CHECKPOINT, r"text\.txt/run.*--out"),
     "out where nothing can be made": (["--out", "/proc/run"], CHECKPOINT, r"/proc/run.*--out"),
 }

@@ -12,7 +12,20 @@ from switchcli import __version__
 
 @pytest.mark.parametrize(
     "verb",
-    ["pretrain", "finetune", "eval", "generate", "convert", "distill", "upcycle", "prune", "doctor", "plan", "recipes"],
+    [
+        "pretrain",
+        "finetune",
+        "eval",
+        "generate",
+        "convert",
+        "distill",
+        "upcycle",
+        "prune",
+        "doctor",
+        "plan",
+        "recipes",
+        "data",
+    ],
 )
 def test_every_verb_has_help_and_is_listed(verb: str, switchcli: SwitchCLI) -> None:
     for option in ("--help", "-h"):

@@ -109,7 +109,7 @@ def test_without_json_stdout_is_empty_and_quiet_says_nothing(recipe: str, switch
 def test_what_the_recipe_written_says_is_the_same_run(recipe: str, switchcli: SwitchCLI) -> None:
     switchcli("pretrain", recipe, "train.seed=7", "--out", "a")
     assert switchcli("pretrain", "a/recipe.yaml", "--out", "b").code == 0
-    timed = {"seconds", "tokens_per_second", "flops_per_second"}
+    timed = {"seconds", "tokens_per_second", "flops_per_second", "data_wait_fraction"}
     untimed = [
         [{key: value for key, value in record.items() if key not in timed} for record in metrics(run)] for run in "ab"
     ]

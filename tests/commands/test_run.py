@@ -69,7 +69,7 @@ def test_the_program_is_called_as_it_can_be(
 def test_memory_is_asked_for_before_text_is_read(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.commands.pretrain.prepare", None)
+    monkeypatch.setattr("switchcli.commands.texts.prepare", None)
     done = switchcli("pretrain", recipe, "model.d_ff=1000000000000", "--out", "a")
     assert (done.code, done.out) == (1, "")
     assert re.match(

@@ -1,5 +1,7 @@
 """Duplicates: found at the stated rates, as by comparing each with each, however the work is shared out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -102,3 +104,10 @@ def test_there_may_be_nothing() -> None:
     assert kept([]) == []
     assert [len(mask) for mask in kept([np.zeros((0, 14), np.uint64)] * 2)] == [0, 0]
     assert Duplicates().signatures(np.zeros(0, np.uint32), np.zeros(1, np.int64)).shape == (0, 14)
+
+
+def test_columns_lie_together_on_disk(tmp_path: Path) -> None:
+    """So that reading one of 14 does not read them all."""
+    keys = Duplicates().signatures(*joined([[1, 2, 3], [4]]))
+    np.save(tmp_path / "keys.npy", keys)
+    assert np.load(tmp_path / "keys.npy", mmap_mode="r").flags.f_contiguous

@@ -410,3 +410,8 @@ def test_a_corpus_of_each_language(tmp_path: Path) -> None:
 def test_languages_and_weights_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Files.model_validate(options)
+
+
+def test_values_keep_their_types_from_a_recipe() -> None:
+    corpus = Files.model_validate_json('{"paths": ["a"], "where": {"n": [1, true, "1"]}}')
+    assert [(type(one), one) for one in corpus.where["n"]] == [(int, 1), (bool, True), (str, "1")]

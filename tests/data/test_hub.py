@@ -8,8 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
+import datasets.load
 import pytest
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from switchcli.data import corpus as module
 from switchcli.data.corpus import Hub, Piece
@@ -99,15 +107,40 @@ def answer(status: int) -> Any:
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
 
-def caused(error: Exception, cause: Exception) -> Exception:
-    error.__cause__ = cause
-    return error
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError(f"401 {TOKEN}", response=answer(401)), r"is a gated dataset.*: .*`hf auth login`.*/some/name"),
+        (RepositoryNotFoundError(f"404 {TOKEN}", response=answer(404)), r"doesn't exist .*: check the spelling"),
+        (
+            RevisionNotFoundError(f"404 {TOKEN}", response=answer(404)),
+            r"Revision 'abc' doesn't exist.*: check the spell",
+        ),
+        (HfHubHTTPError(f"500 for Bearer {TOKEN}", response=answer(500)), r"\(500 for Bearer \[token\]\): .*network"),
+        (
+            HTTPError(f"no route, {TOKEN}"),
+            r"\(no route, \[token\]\): check path, name, split, revision and the network",
+        ),
+        (OfflineModeIsEnabled("offline"), r"\(Couldn't reach 'some/name' on the Hub .*\): .*network"),
+    ],
+)
+def test_what_the_hub_answers_to_datasets(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    """`datasets` itself, with a client of the hub that is refused: what it makes of that is its own."""
 
+    class Client:
+        def __init__(self, **settings: object) -> None:
+            pass
 
-def not_found(cause: Exception) -> Exception:
-    from datasets.exceptions import DatasetNotFoundError
+        def hf_hub_download(self, **asked: object) -> None:
+            raise error
 
-    return caused(DatasetNotFoundError("not found"), cause)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(datasets.load, "_raise_if_offline_mode_is_enabled", lambda *_: None)
+    monkeypatch.setattr(datasets.load, "HfApi", Client)
+    with pytest.raises(DataError, match=message) as caught:
+        Hub(path="some/name", revision="abc").pieces()
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +152,6 @@ def not_found(cause: Exception) -> Exception:
         ),
         (HTTPError("no route"), r"cannot be opened \(no route\): .*network"),
         (ValueError("Unknown split"), r"Unknown split.*check path, name, split, revision and the network"),
-        (not_found(GatedRepoError("x", response=answer(401))), "ask: do so at https://.*/some/name, .*`hf auth login`"),
-        (not_found(RepositoryNotFoundError("x", response=answer(404))), "check the spelling; .*`hf auth login`"),
-        (not_found(OSError("x")), r"cannot be opened \(not found\)"),
         (HfHubHTTPError(f"401 for Bearer {TOKEN}", response=answer(401)), r"\(401 for Bearer \[token\]\)"),
         (ValueError("what hf_AnotherOnesToken1 says"), r"\(what \[token\] says\)"),
     ],
@@ -173,7 +203,7 @@ def write(folder: Path, shards: int, lines: int = 2) -> None:
         (folder / "en" / f"part-{shard}.json.gz").write_bytes(gzip.compress("".join(texts).encode()))
 
 
-def test_a_folder_is_read_by_datasets_itself(tmp_path: Path) -> None:
+def test_a_folder_is_read_by_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, shards=3, lines=4)
     (tmp_path / "other.jsonl").write_text('{"text": "not asked for"}\n')
     corpus = pickle.loads(pickle.dumps(Hub(path=str(tmp_path), data_files="en/*.json.gz")))
@@ -182,6 +212,12 @@ def test_a_folder_is_read_by_datasets_itself(tmp_path: Path) -> None:
     assert [document.text for document in corpus.read(pieces[2])] == ["2 0", "2 1", "2 2", "2 3"]
     assert [(document.text, document.row) for document in corpus.read(pieces[1], 2)] == [("1 2", 2), ("1 3", 3)]
     assert len(list(corpus.documents())) == 12
+    monkeypatch.setattr(module, "MAX_PIECES", 2)
+    first, second = corpus.pieces()
+    assert (first.name, second.name) == ("shards 0-1", "shard 2")
+    assert [(document.text, document.row) for document in corpus.read(first, 3)] == [
+        ("0 3", 3), ("1 0", 4), ("1 1", 5), ("1 2", 6), ("1 3", 7)
+    ]  # fmt: skip
     with pytest.raises(DataError, match="cannot be opened"):
         Hub(path=str(tmp_path), data_files="de/*").pieces()
 

@@ -290,7 +290,7 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
         for process in active_children():
             process.kill()
 
-    with pytest.raises(OutOfMemory, match=r"ended with code -9, .*run it again, with fewer --processes") as raised:
+    with pytest.raises(OutOfMemory, match=r"was killed, .*run it again, with fewer --processes") as raised:
         corpus.prepare(stop_after(1, kill), processes=2)
     assert raised.value.exit_code == 1
     whole = len(corpus.folders)

@@ -198,6 +198,11 @@ def test_a_model_written_by_hand_is_one() -> None:
     assert ours.encode("a aa") == theirs.encode("a aa") == [3, 4, 3, 4, 4]
 
 
+def test_what_is_unknown_is_one_across_words_where_spaces_are_unknown() -> None:
+    ours, theirs, _ = opened(T5 + piece("a", -2.0))
+    assert ours.encode("a b c a") == theirs.encode("a b c a") == [2, 3, 2, 3]
+
+
 FAULTS = {
     "empty": (b"", "0 pieces for what is unknown"),
     "text": (b"hello, this is text", "protocol buffer"),
@@ -211,6 +216,7 @@ FAULTS = {
     "spaces without a mark": (SMALL + field(3, field(5, 0)), "spaces after words, or not at all"),
     "no bytes": (SMALL + field(2, field(35, 1)), "byte_fallback without the 256 pieces"),
     "no score": (SMALL + piece("b", float("nan")), "a piece 'b' of score nan"),
+    "a score of 8 bytes": (SMALL + field(1, field(1, b"b") + number(2 << 3 | 1) + bytes(8)), "a score of 8 bytes"),
     "an empty piece": (SMALL + piece(""), "a piece ''"),
     "an unused piece": (SMALL + piece("b", type_=5), "of score 0.0 and type 5"),
     "a piece twice": (SMALL + piece("a"), "a piece is there twice"),

@@ -243,7 +243,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
         settings,
         StopRequest(),
     )
-    clock = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left"}
+    clock = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left", "data_wait_fraction"}
     for record in records:  # of nested figures the names are joined
         layers = record.pop("layers", {})
         record |= {f"{layer} {name}": value for layer, each in layers.items() for name, value in each.items()}

@@ -1,0 +1,204 @@
+"""`switchcli data tokenizer`: train, show, compare; for people, for scripts, and what they refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SwitchCLI
+
+from switchcli.data.document import is_held_out
+from switchcli.data.files import Files
+from switchcli.data.tokenizer import Tokenizer
+
+TRAIN = ("data", "tokenizer", "train")
+SHOW = ("data", "tokenizer", "show")
+COMPARE = ("data", "tokenizer", "compare")
+
+
+def facts(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
+    done = switchcli(*arguments, "--json")
+    assert (done.code, done.err) == (0, "")
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+@pytest.fixture
+def file(recipe: str, switchcli: SwitchCLI) -> str:
+    """What is trained by the recipe of the current folder, with bytes."""
+    options = ("data.tokenizer.byte_fallback=true", "--out", "out/mine.json", "--quiet")
+    assert switchcli(*TRAIN, recipe, *options).code == 0
+    return "out/mine.json"
+
+
+def test_training_writes_a_file_that_a_recipe_can_use(recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*TRAIN, recipe, "data.tokenizer.vocab_size=300", "--out", "mine.json")
+    assert (done.code, done.err) == (0, "")
+    for words in ("vocab size", "300", "197", "0.9995", "data.tokenizer={kind: file, path: mine.json}"):
+        assert words in done.out
+    assert [path.name for path in Path().iterdir() if "mine" in path.name] == ["mine.json"]
+    tokenizer = Tokenizer.read(Path("mine.json"))
+    assert tokenizer.vocab_size == 300
+    dry = switchcli("pretrain", recipe, "data.tokenizer={kind: file, path: mine.json}", "--dry-run", "--json")
+    assert json.loads(dry.out)["recipe"]["data"]["tokenizer"] == {"kind": "file", "path": "mine.json"}
+
+
+def test_training_sees_no_held_out_document(recipe: str, switchcli: SwitchCLI) -> None:
+    lines = [*Files(paths=("text.txt",), sample_by="line").documents()]
+    # Neither letter is in the words of the text; a document's mark is part of what decides.
+    texts = [document.text for document in lines]
+    marked = [f"{text} q" for text in texts if is_held_out(f"{text} q", 0.1)]
+    marked += [f"{text} x" for text in texts if not is_held_out(f"{text} x", 0.1)]
+    assert len(marked) > len(texts) / 2
+    Path("text.txt").unlink()
+    Path("text.txt").write_text("\n".join(marked) + "\n")
+    assert switchcli(*TRAIN, recipe, "--out", "mine.json", "data.tokenizer.character_coverage=1.0").code == 0
+    tokenizer = Tokenizer.read(Path("mine.json"))
+    assert tokenizer.unknown in tokenizer.encode("q")
+    assert tokenizer.unknown not in tokenizer.encode("x")
+
+
+def test_a_file_that_is_there_stays_unless_forced(recipe: str, switchcli: SwitchCLI) -> None:
+    Path("mine.json").write_text("mine")
+    done = switchcli(*TRAIN, recipe, "--out", "mine.json")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: --out mine.json: is there already: give another name, or --force to replace it\n"
+    assert Path("mine.json").read_text() == "mine"
+    found = facts(switchcli, *TRAIN, recipe, "--out", "mine.json", "--force")
+    assert found["sha256"] == Tokenizer.read(Path("mine.json")).sha256
+    Path("folder").mkdir()
+    assert "is a folder" in switchcli(*TRAIN, recipe, "--out", "folder", "--force").err
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "said"),
+    [
+        ("data.tokenizer={kind: file, path: a.json}", 2, "tiny.yaml: data.tokenizer.kind (file) must be train"),
+        ("data.tokenizer.vocab_size=103", 2, "data.tokenizer.vocab_size (103) must be more than the 103"),
+        ("data.tokenizer.vocab_size=105", 3, "data.tokenizer.vocab_size (105) must hold 3 special ids, 100 sentinels"),
+        ("data.tokenizer.alpha=2.0", 2, "data.tokenizer.alpha"),
+    ],
+)
+def test_what_training_refuses(recipe: str, switchcli: SwitchCLI, key: str, code: int, said: str) -> None:
+    done = switchcli(*TRAIN, recipe, key, "--out", "mine.json")
+    assert (done.code, done.out) == (code, "")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+    assert not Path("mine.json").exists()
+
+
+def test_a_recipe_of_tasks_has_no_text(tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*TRAIN, "finetune/glue", "--out", "mine.json")
+    assert done.code == 2
+    assert "reads no plain text" in done.err
+
+
+def test_show_says_what_there_is_and_how_a_text_is_cut(file: str, switchcli: SwitchCLI) -> None:
+    found = facts(switchcli, *SHOW, file, "the \u72ac", "red <extra_id_0>")
+    tokenizer = Tokenizer.read(Path(file))
+    assert (found["vocab_size"], found["pieces"], found["sentinels"]) == (512, 512 - 256 - 100 - 3, 100)
+    assert (found["byte_fallback"], found["sha256"]) == (True, tokenizer.sha256)
+    first, second = found["texts"]
+    assert first["pieces"][-3:] == ["<0xE7>", "<0x8A>", "<0xAC>"]
+    assert first["ids"] == tokenizer.encode("the \u72ac")
+    assert second["pieces"][-1] == "<extra_id_0>"
+    done = switchcli(*SHOW, file, "the\n\x1b[31mred")
+    assert done.code == 0
+    assert "\x1b" not in done.out
+    for words in ("vocab size", "512", "byte fallback", "yes", "pieces  ", "ids  "):
+        assert words in done.out
+
+
+def test_show_opens_a_run_and_its_checkpoint(trained: Path, switchcli: SwitchCLI) -> None:
+    checkpoint = next((trained / "checkpoints").glob("step-*"))
+    run, one = (facts(switchcli, *SHOW, folder) for folder in (trained, checkpoint))
+    assert run["sha256"] == one["sha256"] == Tokenizer.read(trained / "tokenizer.json").sha256
+
+
+def test_show_refuses_what_is_none(tmp_path: Path, switchcli: SwitchCLI) -> None:
+    for name, said in (("none.json", "cannot be read (No such file"), (".", "no tokenizer.json or spiece.model")):
+        done = switchcli(*SHOW, tmp_path / name)
+        assert (done.code, done.out) == (3, "")
+        assert said in done.err
+
+
+def test_compare_counts_by_text(file: str, recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli(*TRAIN, recipe, "--out", "small.json", "data.tokenizer.vocab_size=150", "--quiet").code == 0
+    Path("other.txt").write_text("the red \u72ac\n\nwalk\n")
+    found = facts(switchcli, *COMPARE, file, "small.json", "--on", recipe, "--text", "other.txt")
+    assert [one["vocab_size"] for one in found["tokenizers"]] == [512, 150]
+    held_out = [
+        document.text
+        for document in Files(paths=("text.txt",), sample_by="line").documents()
+        if is_held_out(document.identity, 0.1)
+    ]
+    rows = {row["text"]: row for row in found["rows"]}
+    assert list(rows) == ["corpus-1", "other"]
+    assert (rows["corpus-1"]["documents"], rows["corpus-1"]["bytes"]) == (len(held_out), sum(map(len, held_out)))
+    assert (rows["other"]["documents"], rows["other"]["bytes"]) == (2, 15)
+    for place, path in enumerate((file, "small.json")):
+        tokenizer = Tokenizer.read(Path(path))
+        tokens = sum(map(len, tokenizer.encode_batch(held_out)))
+        assert rows["corpus-1"]["measured"][place]["tokens"] == tokens
+        assert rows["corpus-1"]["measured"][place]["tokens_per_byte"] == tokens / rows["corpus-1"]["bytes"]
+        assert found["total"]["measured"][place]["tokens"] == tokens + rows["other"]["measured"][place]["tokens"]
+    in_bytes, unknown = rows["other"]["measured"]
+    assert in_bytes["byte_fallback"] == 3 / in_bytes["tokens"]
+    assert (in_bytes["unknown"], unknown["byte_fallback"]) == (0, 0)
+    assert unknown["unknown"] == 1 / unknown["tokens"]
+
+
+def test_compare_for_people_and_with_keys(file: str, recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*COMPARE, file, "--on", recipe, "data.held_out_fraction=0.5", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    assert "Tokens a byte of text" in done.out
+    assert "corpus-1" in done.out
+    assert "total" in done.out
+    assert "unknown" not in done.out  # a table of zeros is none
+    half, tenth = (
+        facts(switchcli, *COMPARE, file, "--on", recipe, f"data.held_out_fraction={part}")["total"]["documents"]
+        for part in (0.5, 0.1)
+    )
+    assert half > 2 * tenth
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "name the recipe to measure on by --on RECIPE, or files by --text FILE"),
+        (["--on", "tiny.yaml", "data.held_out_fraction=1e-9"], 3, "tiny.yaml: no document is held out"),
+        (["--text", "none.txt"], 3, "--text none.txt: no such file"),
+        (["none.json", "--text", "text.txt"], 3, "none.json: cannot be read"),
+    ],
+)
+def test_what_compare_refuses(file: str, switchcli: SwitchCLI, arguments: list[str], code: int, said: str) -> None:
+    done = switchcli(*COMPARE, file, *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert said in done.err
+
+
+def test_no_tokenizer_is_compared(recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*COMPARE, "data.held_out_fraction=0.5", "--on", recipe)
+    assert done.code == 2
+    assert "no TOKENIZER is named" in done.err
+
+
+def test_files_of_the_same_name_are_told_apart(file: str, switchcli: SwitchCLI) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "x.txt").write_text("the red\n")
+    found = facts(switchcli, *COMPARE, file, "--text", "a/x.txt", "--text", "b/x.txt", "--text", "text.txt")
+    assert [row["text"] for row in found["rows"]] == ["a/x.txt", "b/x.txt", "text"]
+
+
+def test_without_a_recipe_there_is_no_torch(file: str) -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom switchcli.cli import app\n"
+        f"for verb in (['show', {file!r}, 'the'], ['compare', {file!r}, '--text', 'text.txt']):\n"
+        "    assert CliRunner().invoke(app, ['data', 'tokenizer', *verb]).exit_code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
