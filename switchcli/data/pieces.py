@@ -141,7 +141,7 @@ def _share_out(
                     at[pipe] = left.pop()
                     pipe.send(at[pipe])
             show(Progress(whole, size, tokens + sum(map(_bytes_under_way, folders)) // token_bytes))
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise OutOfMemory(
             "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it again, "
             "with fewer --processes if it comes again"
@@ -161,7 +161,7 @@ def _work(pipe: "Connection[_Built, Job]", tokenizer: Path, threads: int) -> Non
     """A worker: jobs as they come, until nobody is there to send any."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
     used, parent = _read(tokenizer), multiprocessing.parent_process()
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):
         while True:
             job, tokens = pipe.recv(), 0
 

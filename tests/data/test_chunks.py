@@ -23,6 +23,8 @@ from switchcli.spec import EOS
 
 CORRUPTION = SpanCorruption(inputs_length=16)
 LENGTH = CORRUPTION.raw_length
+SPACING = 10_000
+"""Of the tokens of shards."""
 WHOLE = WholeDocuments(SpanCorruption(inputs_length=32))
 TEXT = [[50, 3, 17, 200], [2, 9, 31, 44, 60], [1, 1, 5], [400], [33, 80, 7, 90, 21, 16], [LENGTH], [300, 2]]
 """Lengths of documents, by shard: one shard is less than a row."""
@@ -45,7 +47,7 @@ def store(documents: Sequence[int], first: int = 100) -> TokenStore:
 
 def stores(text: Sequence[Sequence[int]] = TEXT) -> list[TokenStore]:
     """Shards among which no token comes twice."""
-    return [store(documents, 100 + 1000 * number) for number, documents in enumerate(text)]
+    return [store(documents, 100 + SPACING * number) for number, documents in enumerate(text)]
 
 
 def chunks(
@@ -93,8 +95,8 @@ def test_an_epoch_shows_every_token_once_but_for_the_tails_of_shards(
     assert found.rows_per_epoch == sum(rows_S)
     shown = epoch_of(found, epoch)
     assert len(np.unique(shown)) == shown.size == sum(rows_S) * LENGTH
-    assert np.bincount(shown[:, 0] // 1000 - 1, minlength=len(text)).tolist() == rows_S
-    assert (shown // 1000 == shown[:, :1] // 1000).all(), "a row is of one shard"
+    assert np.bincount(shown[:, 0] // SPACING - 1, minlength=len(text)).tolist() == rows_S
+    assert (shown // SPACING == shown[:, :1] // SPACING).all(), "a row is of one shard"
 
 
 @settings(max_examples=60)
@@ -115,14 +117,14 @@ def test_epochs_differ_in_windows_rows_and_what_lies_end_to_end() -> None:
     first, second = (epoch_of(found, epoch) for epoch in (0, 1))
     assert first.tolist() != second.tolist()
     assert {*map(tuple, first)} != {*map(tuple, second)}, "documents were put end to end in another order"
-    windows = [{*(rows[:10, 0] // 1000).tolist()} for rows in (epoch_of(found, epoch) for epoch in range(20))]
+    windows = [{*(rows[:10, 0] // SPACING).tolist()} for rows in (epoch_of(found, epoch) for epoch in range(20))]
     assert len({frozenset(window) for window in windows}) > 3
     assert epoch_of(chunks(seed=4), 0).tolist() != first.tolist()
 
 
 def test_a_window_mixes_its_shards_and_no_others() -> None:
     text = [[5 * LENGTH] * 6 for _ in range(6)]
-    shard_R = epoch_of(chunks(text), 0)[:, 0] // 1000
+    shard_R = epoch_of(chunks(text), 0)[:, 0] // SPACING
     for window in range(3):
         of_window = shard_R[60 * window : 60 * (window + 1)]
         assert len({*of_window}) == 2

@@ -1,0 +1,247 @@
+"""`switchcli data prepare`, and runs on its texts: languages mixed and measured apart, streams stopped and resumed."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SwitchCLI
+from drill import fingerprint
+
+from switchcli.data.text import Counts
+
+MIXED = ("data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]",)
+INTERRUPTED = 75
+
+
+@pytest.fixture
+def languages(recipe: str, text: Path) -> tuple[str, ...]:
+    """A recipe on two texts, and its keys."""
+    lines = text.read_text().splitlines(keepends=True)
+    Path("de.txt").write_text("".join(lines[:200]))
+    Path("fr.txt").write_text("".join(line[::-1].strip() + "\n" for line in lines[100:]))
+    return (recipe, *MIXED, "data.mixture={kind: weighted}")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("SWITCHCLI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def records(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_is_prepared_is_what_the_run_reads(
+    languages: tuple[str, ...], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = switchcli("data", "prepare", *languages, "--processes", 2, "--json")
+    assert done.code == 0, done.err
+    assert done.out.count("\n") == 1
+    result = json.loads(done.out)
+    assert result.keys() == {"recipe", "tokenizer", "whole", "texts", "seconds"}
+    assert (result["recipe"], result["whole"], result["tokenizer"]["vocab_size"]) == ("tiny.yaml", True, 512)
+    assert [*result["texts"]] == ["de", "fr"]
+    for label, found in result["texts"].items():
+        assert found.keys() == {"train", "held_out", "dropped", "identity", "folder"}
+        assert found["train"].keys() == found["held_out"].keys() == {*Counts._fields}
+        assert found["train"]["documents"] + found["held_out"]["documents"] == 200
+        size = Path(f"{label}.txt").stat().st_size - 200  # without the ends of lines
+        assert found["train"]["bytes"] + found["held_out"]["bytes"] == size
+        assert (Path(found["folder"]) / "manifest.json").is_file()
+    shown = switchcli("data", "prepare", *languages)
+    assert (shown.code, shown.out) == (0, "")
+    assert "tokenising" not in shown.err
+    for seen in ("\nde\n", "\nfr\n", "documents"):
+        assert seen in shown.err
+    assert result["texts"]["fr"]["folder"] in "".join(shown.err.split())
+    assert switchcli("data", "prepare", *languages, "--quiet") == (0, "", "")
+    monkeypatch.setattr("switchcli.data.prepare.build", None)  # the run finds it made
+    assert switchcli("pretrain", *languages, "--out", "run").code == 0
+
+
+def test_machines_share_the_work_and_the_last_says_that_it_is_whole(
+    languages: tuple[str, ...], switchcli: SwitchCLI
+) -> None:
+    corpora = ", ".join(f"{{kind: files, paths: [{label}.txt], sample_by: line}}" for label in ("de", "fr"))
+    command = ("data", "prepare", languages[0], f"data.corpora=[{corpora}]")
+    first = switchcli(*command, "--share", "1/2", "--json")
+    assert first.code == 0, first.err
+    assert (json.loads(first.out)["whole"], json.loads(first.out)["texts"]) == (False, {"": None})
+    assert "share 1 of 2 is done; the pieces of other machines are not all there" in first.err
+    second = switchcli(*command, "--share", "2/2", "--json")
+    assert json.loads(second.out)["whole"] is True
+    assert "of other machines" not in second.err
+    alone = switchcli(*command, "--json")
+    assert json.loads(alone.out)["texts"] == json.loads(second.out)["texts"]
+
+
+def test_a_check_mends_what_is_damaged(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.data.text.CHECKED_AT_START", 1000)
+    (text,) = json.loads(switchcli("data", "prepare", recipe, "--json").out)["texts"].values()
+    tokens = Path(text["folder"]) / "piece-00000" / "train-000" / "tokens.npy"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert switchcli("data", "prepare", recipe).code == 0
+    assert tokens.read_bytes() != whole
+    lost = switchcli("pretrain", recipe, "--out", "run")
+    assert lost.code == 3
+    assert re.fullmatch(rf"(?s).*error: {tokens}: not what was prepared: .*prepare RECIPE --check.*\n", lost.err)
+    assert switchcli("data", "prepare", recipe, "--check").code == 0
+    assert tokens.read_bytes() == whole
+    assert switchcli("pretrain", recipe, "--out", "run").code == 0
+
+
+def test_by_the_vocabulary_of_a_model(recipe: str, trained: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("data", "prepare", recipe, "--model", trained, "--json")
+    assert done.code == 0, done.err
+    own = json.loads((trained / "tokenizer.json").read_text())
+    cached = Path(next(Path("cache/tokenizers").glob("*/tokenizer.json")))
+    assert json.loads(cached.read_text()) == own
+    assert switchcli("data", "prepare", recipe, "--model", "none").code == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--share", "0/2"], 2, r"--share \(0/2\): which machine of how many, from 1: try 1/4 to 4/4"),
+        (["--share", "3/2"], 2, r"--share \(3/2\)"),
+        (["--share", "one"], 2, r"--share \(one\)"),
+        (["--processes", "0"], 2, r"'--processes'.*greater than or equal to 1"),
+        (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, r"none\.txt: no such file"),
+        (["data.corpus=1"], 2, r"data\.corpus: no such key"),
+    ],
+)
+def test_bad_input(arguments: list[str], code: int, words: str, recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("data", "prepare", recipe, *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert re.search(words, done.err.replace("\n", " ")), done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_recipe_of_tasks_has_nothing_to_prepare(tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("data", "prepare", tuning, "verb=finetune", "start={checkpoint: x}")
+    assert (done.code, done.out) == (2, "")
+    assert "reads no plain text" in done.err
+
+
+def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", *languages, "train.steps=6", "--out", "run", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert "share of the rows" in done.err
+    assert result["texts"].keys() == {"de", "fr"}
+    for figures in result["texts"].values():
+        assert figures["neg_log_perplexity"] < 0 < figures["bits_per_byte"]
+    logged = records("run")
+    evaluated = [record for record in logged if "texts" in record]
+    assert [record["step"] for record in evaluated] == [0, 5, 6]
+    assert evaluated[-1]["texts"] == result["texts"]
+    mixed = [record["mixture"] for record in logged if "mixture" in record]
+    assert len(mixed) == 2
+    assert all(shares == {"de": pytest.approx(0.5, abs=0.1), "fr": pytest.approx(0.5, abs=0.1)} for shares in mixed)
+    measured = switchcli("eval", "run", "--out", "scores", "--json")
+    assert measured.code == 0, measured.err
+    (one,) = json.loads(measured.out)["passes"]
+    assert one["texts"].keys() == {"de", "fr"}
+    for label, figures in one["texts"].items():
+        for name in ("neg_log_perplexity", "bits_per_byte"):
+            assert figures[name] == pytest.approx(result["texts"][label][name], rel=1e-5)
+        assert figures["layers"]
+    shown = switchcli("eval", "run", "--out", "again")
+    assert "each text" in shown.out
+    assert "the expert that most of its tokens go to" in shown.out
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of texts that are far larger than a window."""
+    monkeypatch.setattr("switchcli.data.live.WINDOW_CHARACTERS", 4000)
+
+
+def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
+    return (*languages, "data.access=stream", "data.lanes=4", "train.steps=9", "train.microbatch_tokens=64")
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", *stream(languages), "--out", "run", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["texts"].keys() == {"de", "fr"}
+    assert all("mixture" in record for record in records("run") if "learning_rate" in record)
+    newest = json.loads((Path("run/checkpoints/step-00000009/state.json")).read_text())
+    assert len(newest["position"]) == 4 * 2 * 5
+    assert any(newest["position"])
+    measured = switchcli("eval", "run", "--out", "scores", "--json")
+    assert measured.code == 0, measured.err
+    (one,) = json.loads(measured.out)["passes"]
+    for label, figures in one["texts"].items():
+        assert figures["neg_log_perplexity"] == pytest.approx(result["texts"][label]["neg_log_perplexity"], rel=1e-5)
+    again = switchcli("pretrain", *stream(languages), "train.steps=13", "--out", "run")
+    straight = switchcli("pretrain", *stream(languages), "train.steps=13", "--out", "straight")
+    assert again.code == straight.code == 0
+    assert "going on from step 9 of 13" in again.err
+    ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
+    assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}, "but for the lines of the first end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("access", ["stream", "prepared"])
+def test_stopped_on_two_ranks_it_ends_on_one_as_on_two_that_never_stopped(
+    access: str, languages: tuple[str, ...], switchcli: SwitchCLI
+) -> None:
+    """What is trained on is the same bit for bit; sums over ranks are added up in another order."""
+    keys = (*stream(languages), f"data.access={access}", "log.every_steps=1", "checkpoint.save_every_steps=4")
+
+    def ran(out: str, steps: int, ranks: int) -> None:
+        command = [sys.executable, "-m", "switchcli", "pretrain", *keys, f"train.steps={steps}", "--out", out]
+        done = subprocess.run([*command, "--processes", str(ranks)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    ran("straight", 12, 1)
+    ran("run", 4, 2)
+    ran("run", 8, 1)
+    ran("run", 12, 2)
+    wanted = {record["step"]: record for record in records("straight") if "learning_rate" in record}
+    found = {record["step"]: record for record in records("run") if "learning_rate" in record}
+    assert found.keys() == wanted.keys() == set(range(1, 13))
+    for step, record in wanted.items():
+        assert found[step]["targets_seen"] == record["targets_seen"]
+        assert found[step]["mixture"] == record["mixture"]
+        assert found[step]["neg_log_perplexity"] == pytest.approx(record["neg_log_perplexity"], rel=1e-5)
+    states = [
+        json.loads((Path(run) / "checkpoints/step-00000012/state.json").read_text()) for run in ("run", "straight")
+    ]
+    assert states[0]["position"] == states[1]["position"]
+    assert bool(states[0]["position"]) is (access == "stream")
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_stream_that_is_stopped_goes_on_the_same(
+    stop: int, languages: tuple[str, ...], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from switchcli.commands import pretrain as verb
+
+    assert switchcli("pretrain", *stream(languages), "--out", "straight").code == 0
+    calls, objective = 0, verb.cross_entropy
+
+    def stopping(*arguments: Any) -> Any:
+        nonlocal calls
+        if arguments[0].training:
+            if calls == 4 * stop:
+                signal.raise_signal(signal.SIGTERM)
+            calls += 1
+        return objective(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "cross_entropy", stopping)
+        assert switchcli("pretrain", *stream(languages), "--out", "run").code == INTERRUPTED
+    assert switchcli("pretrain", *stream(languages), "--out", "run").code == 0
+    assert fingerprint(Path("run")) == fingerprint(Path("straight"))

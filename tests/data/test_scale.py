@@ -1,0 +1,113 @@
+"""Text larger than memory: preparing and reading ten times as much takes no more of it; any position is had at once."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from switchcli.data.chunks import Chunks
+from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.store import OFFSETS, TOKENS, StoreWriter, identity_of
+from switchcli.data.stream import TextStream
+from switchcli.data.text import HELD_OUT, TRAIN, open_text, seal_text
+from switchcli.data.tokenizer import Tokenizer
+
+MEBIBYTES = 6
+GROWTH_MEBIBYTES = 16
+PREPARE_AND_READ = """\
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+import numpy as np
+from switchcli.data import store, files
+from switchcli.data.chunks import Chunks
+from switchcli.data.corpus import Files
+from switchcli.data.prepare import Means, prepare
+from switchcli.data.spec import DataSpec
+from switchcli.data.text import TRAIN
+from switchcli.data.tokenizer import TrainedTokenizer
+
+store.SHARD_TOKENS = 2**17
+files.PIECE_BYTES = 2**22
+
+@contextmanager
+def show(label, pieces, size):
+    yield lambda done: None
+
+path, cache = sys.argv[1:]
+corpora = (Files(paths=(path,)),)
+tokenizer = TrainedTokenizer(vocab_size=2000, max_characters=200_000)
+spec = DataSpec(corpora=corpora, tokenizer=tokenizer, held_out_fraction=0.01)
+(text,) = prepare(spec, Means(Path(cache), lambda items, *_: iter(items), show, 1)).texts.values()
+chunks = Chunks(text.shards[TRAIN], spec.rows, 0)
+for first in range(0, chunks.rows_per_epoch, 64):
+    chunks.raw(first + np.arange(64))
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(text.counts[TRAIN].tokens, len(text.shards[TRAIN]), int(peak) // 1024)
+"""
+
+
+def paragraphs(mebibytes: int) -> Iterator[str]:
+    words = [f"word{index * index % 9973}" for index in range(400)]
+    for index in range(mebibytes * 2**20 // 2048):
+        yield f"{index} {' '.join(words[index % 100 :])}"[:2046]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's own peak is known on Linux")
+@pytest.mark.timeout(900)
+def test_memory_of_preparing_and_reading_is_flat(tmp_path: Path) -> None:
+    found = []
+    for mebibytes in (MEBIBYTES, 10 * MEBIBYTES):
+        path = tmp_path / f"{mebibytes}.txt"
+        path.write_text("\n\n".join(paragraphs(mebibytes)))
+        command = [sys.executable, "-c", PREPARE_AND_READ, path, tmp_path / f"cache-{mebibytes}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(tuple(map(int, done.stdout.split())))
+    (tokens, shards, peak), (more_tokens, more_shards, more_peak) = found
+    assert more_tokens > 9 * tokens
+    assert more_shards > 9 * shards > 9 * 8, "windows come and go"
+    assert more_peak - peak < GROWTH_MEBIBYTES, (peak, more_peak)
+
+
+class _Sentinels:
+    sentinels: NDArray[np.int64] = 60_000 - np.arange(100)
+
+
+def test_the_batch_of_step_a_million_is_there_within_a_second(tmp_path: Path) -> None:
+    """Of 16 billion tokens in shards as large as they get, those of its window compared with their checksums."""
+    shards, tokens, length = 1000, 2**24, 512
+    folder = tmp_path / "text"
+    folder.mkdir()
+    with StoreWriter(tmp_path / "one", 32_000) as writer:
+        writer.add_all(np.zeros(1, dtype=np.uint16), np.array([1]))
+    header = (tmp_path / "one" / TOKENS).read_bytes()[:-2].replace(b"(1,), }" + b" " * 7, f"({tokens},), }}".encode())
+    (tmp_path / "one" / TOKENS).write_bytes(header)
+    os.truncate(tmp_path / "one" / TOKENS, len(header) + 2 * tokens)
+    np.save(tmp_path / "one" / OFFSETS, np.arange(0, tokens + 1, length))
+    identities = {name: identity_of(tmp_path / "one" / name) for name in (OFFSETS, TOKENS)}
+    facts = []
+    for number in range(shards):
+        (folder / f"{number:05}").mkdir()
+        for name in identities:
+            os.link(tmp_path / "one" / name, folder / f"{number:05}" / name)
+        facts.append({"name": f"{number:05}", "documents": tokens // length, "tokens": tokens, "bytes": 4 * tokens})
+    files: dict[str, object] = {f"{one['name']}/{name}": said for one in facts for name, said in identities.items()}
+    seal_text(folder, {TRAIN: facts, HELD_OUT: []}, {}, "", files)
+    rows = SpanCorruption()
+    seconds = []
+    for _ in range(3):  # the least: the machine may have other things to do
+        started = time.perf_counter()
+        chunks = Chunks(open_text(folder).shards[TRAIN], rows, 0)
+        batch = TextStream([chunks], cast("Tokenizer", _Sentinels()), rows, 0, 128).batch(1_000_000, 0, 128)
+        seconds.append(time.perf_counter() - started)
+        assert batch.inputs_BS.shape == (128, 512)
+    assert chunks.rows_per_epoch < 1_000_000 * 128, "a later epoch"
+    assert min(seconds) < 1, seconds
