@@ -144,7 +144,8 @@ def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, 
     assert evaluated[-1]["texts"] == result["texts"]
     mixed = [record["mixture"] for record in logged if "mixture" in record]
     assert len(mixed) == 2
-    assert all(shares == {"de": pytest.approx(0.5, abs=0.1), "fr": pytest.approx(0.5, abs=0.1)} for shares in mixed)
+    for shares in mixed:
+        assert shares == {label: {"shown": pytest.approx(0.5, abs=0.1), "intended": 0.5} for label in ("de", "fr")}
     measured = switchcli("eval", "run", "--out", "scores", "--json")
     assert measured.code == 0, measured.err
     (one,) = json.loads(measured.out)["passes"]

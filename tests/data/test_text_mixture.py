@@ -150,7 +150,11 @@ def test_shown_is_what_counting_the_turns_row_by_row_gives(
         counts.update(str(text) for text in text_R.tolist())
         for text in range(len(weights)):
             assert sorted(nth_R[text_R == text]) == list(range(np.count_nonzero(text_R == text))), "rows in order"
-    assert mixture.shown(rows) == {label: pytest.approx(counts[label] / max(1, rows)) for label in shares}
+    shown = mixture.shown(rows)
+    assert shown == {label: pytest.approx(counts[label] / max(1, rows)) for label in shares}
+    assert mixture.compared(rows) == {
+        label: {"shown": shown[label], "intended": share} for label, share in shares.items()
+    }
 
 
 def test_turns_differ_among_lanes_seeds_and_from_one_to_the_next() -> None:
