@@ -61,7 +61,7 @@ class Parts:
             self.state,
             self.model,
             lambda step: cross_entropy,
-            Microbatches(rows, 4, 2, 1, 0, 1),
+            lambda step: [*Microbatches(rows, 4, 2, 1, 0, 1)(step)],
             self.optimizer,
             InverseSquareRoot(),
             self.runtime,

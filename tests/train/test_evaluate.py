@@ -1,15 +1,17 @@
 """Evaluation: the mode is put back, padding rows change nothing, and ranks share a set however it divides."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NOISY, a_model, rows
+from tiny import GROUPED, NOISY, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.parallel.runtime import Runtime
 from switchcli.spec import PAD
-from switchcli.train.evaluate import evaluate, exact, reduce, shared
+from switchcli.train.evaluate import HeldOutText, evaluate, evaluate_rows, exact, reduce, shared
 from switchcli.train.metrics import Mean
 from switchcli.train.objective import cross_entropy
 
@@ -62,6 +64,22 @@ def test_rows_of_padding_change_no_reported_figure(runtime: Runtime) -> None:
     )
     for name in ("neg_log_perplexity", "dropped_fraction"):
         assert padded[name].value().item() == pytest.approx(exactly[name].value().item(), rel=1e-6)
+
+
+def test_rows_of_a_text_are_evaluated_in_whole_groups(runtime: Runtime) -> None:
+    model = a_model(GROUPED)
+    text = HeldOutText(lambda first, count: rows(0, first, count), 5)
+    found = evaluate_rows(model, cross_entropy, text, 3, runtime)["neg_log_perplexity"]
+    wanted = evaluate(model, cross_entropy, shared(text.rows, 5, 4, 0, 1), runtime)["neg_log_perplexity"]
+    assert torch.equal(found.total, wanted.total)
+    assert found.weight == int((rows(0, 0, 5).targets_BT != PAD).sum())
+
+
+def test_bits_a_byte_are_those_of_all_targets_over_the_bytes_that_they_hide() -> None:
+    # 24 targets, each worth 2 nats, that hide 40 bytes.
+    text = HeldOutText(lambda first, count: rows(0, first, count), 1, bytes_per_target=40 / 24)
+    assert text.bits_per_byte(-2.0) == pytest.approx(24 * 2 / math.log(2) / 40)
+    assert text._replace(bytes_per_target=None).bits_per_byte(-2.0) is None
 
 
 def test_metrics_become_float64() -> None:

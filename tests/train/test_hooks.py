@@ -10,6 +10,8 @@ from torch import nn
 from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
 from switchcli.parallel.runtime import Runtime
+from switchcli.spec import PAD
+from switchcli.train.evaluate import HeldOutText
 from switchcli.train.hooks import HeldOut, Log, Record, Save
 from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.objective import StepLoss, cross_entropy
@@ -39,6 +41,8 @@ class Written:
     def __init__(self, state: TrainState, every_steps: int = 10) -> None:
         self.records: list[Record] = []
         self.warnings: list[str] = []
+        self.seconds_waited = 2.0
+        """By steps for their batches, from the start on."""
         self.log = Log(
             every_steps=every_steps,
             total_steps=100,
@@ -50,6 +54,8 @@ class Written:
             warn=self.warnings.append,
             state=state,
             layers=("first", "second"),
+            shown=lambda step: {"mixture": {"de": step / 100}},
+            seconds_waited=lambda: self.seconds_waited,
         )
 
     def after(self, load: list[list[float]] | None) -> list[str]:
@@ -70,6 +76,7 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
     state.step, state.seconds, state.targets_seen = 30, 9.0, 777
     loads = {"first": [3, 0], "second": [1, 2]}
     state.window = window([[float(tokens) for tokens in load] for load in loads.values()])
+    written.seconds_waited += 0.25
     written.log(state)
     assert state.window == {}
     assert written.records == [
@@ -84,7 +91,9 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
             "seconds": 9.0,
             "tokens_per_second": 1024.0,
             "flops_per_second": 2e6,
+            "data_wait_fraction": 0.05,
             "seconds_left": 35.0,
+            "mixture": {"de": 0.3},
         }
     ]
 
@@ -122,13 +131,49 @@ def test_a_dense_run_has_no_experts_to_speak_of() -> None:
     assert "dead_experts" not in written.records[0]
 
 
-def a_held_out(model: nn.Module, records: list[Record]) -> HeldOut:
-    return HeldOut(5, model, cross_entropy, lambda: [rows(9, 0, 4)], Runtime("cpu", "float32"), records.append)
+@pytest.mark.parametrize(
+    ("fractions", "told_after"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], 2),
+        ([0.5, 0.0, 0.5, 0.0, 0.5], None),
+        ([0.05, 0.11, 0.11, 0.0, 0.9, 0.9], 3),
+        ([0.09] * 5, None),
+    ],
+)
+def test_steps_that_wait_for_their_batches_in_two_windows_on_end_are_told_of_once(
+    fractions: list[float], told_after: int | None
+) -> None:
+    written = Written(TrainState())
+    told = []
+    for number, fraction in enumerate(fractions, 1):
+        written.seconds_waited += fraction  # of the second that each window takes
+        if warnings := written.after([EVEN, EVEN]):
+            told.append((number, *warnings))
+    assert [record["data_wait_fraction"] for record in written.records] == pytest.approx(fractions)
+    if told_after is None:
+        assert told == []
+    else:
+        ((number, warning),) = told
+        assert number == told_after
+        share = f"{fractions[number - 1]:.0%}"
+        assert warning.startswith(f"{share} of a step is spent waiting for its batch: raise train.workers or ")
+
+
+def a_held_out(model: nn.Module, records: list[Record], texts: dict[str, HeldOutText]) -> HeldOut:
+    def batches(text: HeldOutText) -> list[Batch]:
+        return [text.rows(first, 2) for first in range(0, text.num_rows, 2)]
+
+    return HeldOut(5, model, cross_entropy, texts, batches, Runtime("cpu", "float32"), records.append)
+
+
+ONE = {"": HeldOutText(lambda first, count: rows(9, first, count), 4, 2.5)}
+DE = HeldOutText(lambda first, count: rows(9, first, count), 4, 2.5)
+FR = HeldOutText(lambda first, count: rows(8, first, count), 2, None)
 
 
 def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
     state, records = TrainState(step=5), []
-    a_held_out(a_model(), records)(state)
+    a_held_out(a_model(), records, ONE)(state)
     assert -4.5 < state.figures[HELD_OUT] < -3.0  # about ln 37 at the start
     assert records == [
         {
@@ -137,6 +182,28 @@ def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
             "held_out/dropped_fraction": pytest.approx(0.0, abs=0.5),
         }
     ]
+    bits = -state.figures[HELD_OUT] / math.log(2) / 2.5
+    assert state.texts == {"": {"neg_log_perplexity": state.figures[HELD_OUT], "bits_per_byte": pytest.approx(bits)}}
+
+
+def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
+    state, records, model = TrainState(step=5), [], a_model()
+    a_held_out(model, records, {"de": DE, "fr": FR})(state)
+    alone = {}
+    for label, text in (("de", DE), ("fr", FR)):
+        other = TrainState(step=5)
+        a_held_out(model, [], {"": text})(other)
+        alone[label] = other.texts[""]
+    assert state.texts == alone
+    assert alone["de"].keys() == {"neg_log_perplexity", "bits_per_byte"}
+    assert alone["fr"].keys() == {"neg_log_perplexity"}
+    assert alone["de"]["neg_log_perplexity"] != alone["fr"]["neg_log_perplexity"]
+    weights = [int((text.rows(0, text.num_rows).targets_BT != PAD).sum()) for text in (DE, FR)]
+    values = [figures["neg_log_perplexity"] for figures in alone.values()]
+    mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+    assert state.figures[HELD_OUT] == pytest.approx(mean, rel=1e-6)
+    (record,) = records
+    assert record["texts"] == state.texts
 
 
 def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -> None:
@@ -144,7 +211,7 @@ def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -
     with torch.no_grad():
         model.embedding.fill_(math.nan)
     with pytest.raises(NumericsError, match="step 5: the held-out") as raised:
-        a_held_out(model, records)(state)
+        a_held_out(model, records, ONE)(state)
     assert raised.value.exit_code == 5
     assert state.figures[HELD_OUT] == -2.0
     assert records == []
@@ -155,7 +222,8 @@ def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
         return StepLoss(torch.zeros(()), torch.zeros(()), {"neg_log_perplexity": Mean(double(0.0), double(0.0))})
 
     state = TrainState(step=5)
-    HeldOut(5, a_model(), nothing, lambda: [rows(0, 0, 1)], Runtime("cpu", "float32"), lambda record: None)(state)
+    batches = [rows(0, 0, 1)]
+    HeldOut(5, a_model(), nothing, ONE, lambda text: batches, Runtime("cpu", "float32"), lambda record: None)(state)
     assert state.figures[HELD_OUT] == 0.0
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from switchcli.data.batch import Batch
 from switchcli.errors import RecipeError
+from switchcli.spec import PAD
 from switchcli.train.microbatches import Microbatches
 
 
@@ -25,6 +26,7 @@ def test_ranks_share_the_same_microbatches_and_take_each_once(
     assert [one.number for one in shared] == [one.number for one in alone] == list(range(world * each))
     for ours, theirs in zip(shared, alone, strict=True):
         assert torch.equal(ours.batch.inputs_BS, theirs.batch.inputs_BS)
+    assert all(one.num_targets == int((one.batch.targets_BT != PAD).sum()) for one in shared)
     rows = torch.cat([one.batch.targets_BT for one in shared]).flatten().tolist()
     assert rows == list(range(1000 * step, 1000 * step + batch))
 

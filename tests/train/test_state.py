@@ -37,13 +37,14 @@ def test_a_state_comes_back_bit_by_bit(
     step: int, targets: int, seconds: float, figures: dict[str, float], total: float, load: list[list[float]]
 ) -> None:
     window: Metrics = {"loss": Mean(double(total), double(3.0)), "load": Mean(double(load), double(1.0))}
-    before = TrainState(step, targets, seconds, window)
+    before = TrainState(step, targets, seconds, window, texts={"de": figures}, position=[0, targets, step])
     before.note(figures)
     after = restored(before.to_json(window))
     assert (after.step, after.targets_seen, after.seconds) == (step, targets, seconds)
     assert after.figures == after.first_figures == figures
     assert after.best == {name: Best(figure, step) for name, figure in figures.items()}
     assert after.evaluated_step == step
+    assert (after.texts, after.position) == ({"de": figures}, [0, targets, step])
     assert after.window.keys() == window.keys()
     for name, mean in window.items():
         for ours, theirs in zip(after.window[name], mean, strict=True):
@@ -99,6 +100,12 @@ def test_a_state_of_version_0_1_is_read(evaluated: int | None) -> None:
     assert restored(after.to_json({})) == after
 
 
+def test_a_state_from_before_texts_and_streams_is_read() -> None:
+    state = json.loads(TrainState(step=5).to_json({}))
+    del state["texts"], state["position"]
+    assert restored(json.dumps(state).encode()) == TrainState(step=5)
+
+
 def test_the_text_is_json_that_any_program_reads() -> None:
     state = TrainState(step=3)
     state.note({HELD_OUT: -1.5})
@@ -111,6 +118,8 @@ def test_the_text_is_json_that_any_program_reads() -> None:
         "evaluated_step": 3,
         "first_figures": {HELD_OUT: -1.5},
         "best": {HELD_OUT: [-1.5, 3]},
+        "texts": {},
+        "position": [],
         "window": {},
     }
 
