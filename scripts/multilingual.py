@@ -1,8 +1,8 @@
 """Section 4.3 from a folder of runs (scripts/multilingual): tables as Markdown, and Figures 7 and 8 as an SVG file.
 
-A figure at a step is the mean of five evaluations: at a constant rate one alone goes up and down by more than two models
-differ. A step speed-up is the dense run's steps over the step at which the Switch run first has the dense run's final
-quality, on a straight line between two figures. It is None where that never comes.
+A figure at a step is the mean of five evaluations: at a constant rate one alone goes up and down by more than the
+models differ. A step speed-up is the dense run's steps over the step at which the Switch run first has the dense
+run's final quality, on a straight line between two figures. It is None where that never comes.
 """
 
 import json
