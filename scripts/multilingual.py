@@ -1,7 +1,8 @@
 """Section 4.3 from a folder of runs (scripts/multilingual): tables as Markdown, and Figures 7 and 8 as an SVG file.
 
-A step speed-up is the dense run's steps over the step at which the Switch run first has the dense run's final quality,
-on a straight line between two evaluations. It is None where that never comes.
+A figure at a step is the mean of five evaluations: at a constant rate one alone goes up and down by more than the
+models differ. A step speed-up is the dense run's steps over the step at which the Switch run first has the dense
+run's final quality, on a straight line between two figures. It is None where that never comes.
 """
 
 import json
@@ -11,11 +12,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 SEEDS = (0, 1, 2)
 QUALITY = "neg_log_perplexity"
-Curve = list[tuple[int, float]]
+EVALUATIONS = 5
+Curve = list[tuple[float, float]]
 """Steps, and the quality there."""
 Loads = dict[str, dict[str, list[float]]]
 """The share of the tokens that each expert has: by layer, by language."""
@@ -27,11 +30,18 @@ class Run:
     def __init__(self, folder: Path) -> None:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         evaluations = [line for line in lines if "texts" in line]
+        windows = [evaluations[end - EVALUATIONS : end] for end in range(EVALUATIONS, len(evaluations) + 1)]
         self.languages = [*evaluations[-1]["texts"]]
-        self.final: dict[str, dict[str, float]] = evaluations[-1]["texts"]
-        self.all_of_it: float = evaluations[-1][f"held_out/{QUALITY}"]
+        self.all_of_it = statistics.mean(line[f"held_out/{QUALITY}"] for line in windows[-1])
+        self.final = {
+            language: {figure: mean_in(windows[-1], language, figure) for figure in (QUALITY, "bits_per_byte")}
+            for language in self.languages
+        }
         self.curves: dict[str, Curve] = {
-            language: [(line["step"], line["texts"][language][QUALITY]) for line in evaluations]
+            language: [
+                (statistics.mean(line["step"] for line in window), mean_in(window, language, QUALITY))
+                for window in windows
+            ]
             for language in self.languages
         }
 
@@ -42,6 +52,10 @@ class Run:
             reached = first_step(self.curves[language], quality)
             found[language] = None if reached is None else steps / reached
         return found
+
+
+def mean_in(lines: list[dict[str, Any]], language: str, figure: str) -> float:
+    return statistics.mean(line["texts"][language][figure] for line in lines)
 
 
 def first_step(curve: Curve, quality: float) -> float | None:

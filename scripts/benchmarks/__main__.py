@@ -291,26 +291,25 @@ def of_data(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> Non
     with tempfile.TemporaryDirectory() as folder:
         job = {"section": "data", **common, "precision": "float32", "folder": folder}
         run({**job, "what": "text"})
-        cases = ((1, 1), (1, common["threads"]), (2, 1))
-        found: dict[tuple[str, int, int], list[Result]] = {
-            (who, *case): [] for case in cases for who in ("prepare", "map")
-        }
+        cases, ways = ((1, 1), (1, common["threads"]), (2, 1)), ("prepare", "map", "load and map")
+        found: dict[tuple[str, int, int], list[Result]] = {(way, *case): [] for case in cases for way in ways}
         for _ in range(common["rounds"]):
-            for (who, processes, threads), results in found.items():
-                results.append(run({**job, "what": who, "processes": processes, "threads": threads}))
+            for (way, processes, threads), results in found.items():
+                results.append(run({**job, "what": way, "processes": processes, "threads": threads}))
         (tokens,) = {one["tokens"] for results in found.values() for one in results}  # or they did not do the same
         speed = {case: [tokens / one["seconds"] for one in results] for case, results in found.items()}
         rows = [
             [
-                f"{processes} of {threads}",
-                *(f"{statistics.median(speed[who, processes, threads]):,.0f}" for who in ("prepare", "map")),
-                ratio(speed["prepare", processes, threads], speed["map", processes, threads]),
-                *(ratio(speed[who, processes, threads], speed[who, 1, 1]) for who in ("prepare", "map")),
+                f"{case[0]} of {case[1]}",
+                *(f"{statistics.median(speed[way, *case]):,.0f}" for way in ways),
+                *(ratio(speed["prepare", *case], speed[way, *case]) for way in ways[1:]),
+                *(ratio(speed[way, *case], speed[way, 1, 1]) for way in ways[:2]),
             ]
-            for processes, threads in cases
+            for case in cases
         ]
-        heads = ["processes, threads of each", "prepare, tokens/s", "map, tokens/s", "prepare over map"]
-        table([*heads, "prepare over one of one", "map over one of one"], rows)
+        heads = ["processes, threads of each", *(f"{way}, tokens/s" for way in ways)]
+        heads += [f"prepare over {way}" for way in ways[1:]]
+        table([*heads, *(f"{way} over one of one" for way in ways[:2])], rows)
         for model in MODELS:
             loaded = run({**job, "what": "loader", "model": model, "threads": 1})
             seconds, tokens = loaded["seconds"], loaded["tokens"]

@@ -1,8 +1,8 @@
 """Preparing text against `datasets.Dataset.map` with the same tokenizer, and the loader against the models it feeds.
 
 The text is the standard library's sources, in documents of 2,000 characters, over and over up to the size that is asked
-for. `map` begins with the documents in an Arrow file and writes their ids to another. `prepare` parses JSON Lines,
-tells what is held out, and takes checksums of the ids too.
+for. `map` begins with the documents in an Arrow file and writes their ids to another; `load and map` begins with JSON
+Lines, as `prepare` does, which also tells what is held out, and takes checksums of the ids.
 """
 
 import json
@@ -55,14 +55,13 @@ BATCHES = 20
 
 
 def data(job: Job) -> Result:
-    """What `job["what"]` is: `text`, which makes what the others read; `prepare` or `map` once, or `loader`."""
+    """What `job["what"]` is: `text`, which makes what the others read; `loader`, or one of the others once."""
     os.environ["RAYON_NUM_THREADS"] = str(job["threads"])  # the tokenizer's
-    return {"text": _text, "prepare": _prepare, "map": _map, "loader": _loader}[job["what"]](job)
+    jobs = {"text": _text, "prepare": _prepare, "map": _map, "load and map": _map, "loader": _loader}
+    return jobs[job["what"]](job)
 
 
 def _text(job: Job) -> Result:
-    import datasets
-
     folder, size = Path(job["folder"]), 0
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in _paths(folder)]
@@ -74,9 +73,7 @@ def _text(job: Job) -> Result:
     _tokenizer_file(folder).write_text(trained.to_json(), encoding="utf-8")
     for spec in _specs(folder).values():
         _prepared(spec, folder, folder / "cache", None)
-    paths = [str(path) for path in _paths(folder)]
-    found = datasets.load_dataset("json", data_files=paths, split="train", cache_dir=str(folder / "read"))
-    found.save_to_disk(str(folder / "arrow"))
+    _loaded(folder, folder / "read", None).save_to_disk(str(folder / "arrow"))
     return {"bytes": size}
 
 
@@ -124,21 +121,30 @@ def _prepare(job: Job) -> Result:
     return {"seconds": seconds, "tokens": tokens}
 
 
+def _loaded(folder: Path, cache: Path, processes: int | None) -> Any:
+    import datasets
+
+    paths = [str(path) for path in _paths(folder)]
+    return datasets.load_dataset("json", data_files=paths, split="train", cache_dir=str(cache), num_proc=processes)
+
+
 def _map(job: Job) -> Result:
     import datasets
 
-    folder = Path(job["folder"])
+    folder, processes = Path(job["folder"]), None if job["processes"] == 1 else job["processes"]
     datasets.disable_progress_bars()
     source = datasets.load_from_disk(str(folder / "arrow"))
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         began = time.perf_counter()
+        if job["what"] == "load and map":
+            source = _loaded(folder, Path(cache), processes)
         made = source.map(
             partial(_ids, tokenizer=Tokenizer.read(_tokenizer_file(folder))),
             batched=True,
             remove_columns=["text"],
             load_from_cache_file=False,
             cache_file_name=f"{cache}/ids.arrow",
-            num_proc=None if job["processes"] == 1 else job["processes"],
+            num_proc=processes,
             new_fingerprint="new",
         )
         seconds = time.perf_counter() - began

@@ -29,6 +29,7 @@ from switchcli.parallel.trackers import Trackers
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
+from switchcli.report.console import Training as Shown
 from switchcli.report.sinks import JsonLines
 from switchcli.report.text import shortened
 from switchcli.tasks.scores import Scores
@@ -146,12 +147,7 @@ class Training:
             self._loader() as loader,
             self.console.training(steps, state.step) as shown,
         ):
-
-            def write(record: Record) -> None:
-                metrics.write(record)
-                self.trackers.log(record)
-                shown.log(record)
-
+            write = self._write(metrics, shown)
             held_out, exams = self._held_out(write), self._exams(write, stop)
             if state.step == 0:
                 held_out(state)
@@ -190,6 +186,14 @@ class Training:
         self._samples()
         self.runtime.on_main(lambda: self._show(result, scores))
         return result
+
+    def _write(self, metrics: JsonLines, shown: Shown) -> Write:
+        def write(record: Record) -> None:
+            metrics.write(record)
+            self.trackers.log(record)
+            shown.log(record)
+
+        return write
 
     def _save(self, state: TrainState) -> None:
         if self.text.stream is not None:

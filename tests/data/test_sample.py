@@ -13,9 +13,14 @@ from switchcli.data.sample import sample
 SIZES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 60), min_size=1, max_size=5)
 
 
+def named(name: str, text: str) -> Document:
+    """Whose hash is of its name, as that of the standard library's."""
+    return Document(name, text, name, 0)
+
+
 def corpus(name: str, num_documents: int, length: int = 10) -> list[Document]:
     """Each of its characters is the first letter of its name."""
-    return [Document(f"{name}:{index}", name[0] * length) for index in range(num_documents)]
+    return [named(f"{name}:{index}", name[0] * length) for index in range(num_documents)]
 
 
 def characters(texts: list[str]) -> Counter[str]:
@@ -24,9 +29,13 @@ def characters(texts: list[str]) -> Counter[str]:
 
 def test_it_is_bounded_and_independent_of_order() -> None:
     assert len(sample({"": corpus("x", 50, 100)}, 1000)) == 10
-    named = [Document(f"{index}", f"{index:03d}") for index in range(50)]
-    assert sample({"": named}, 30) == sample({"": named[::-1]}, 30) == sample({"a": named[:9], "b": named[9:]}, 30)
-    assert sample({"": [Document("long", "y" * 5000)]}, 1000) == ["y" * 1000]
+    numbered = [named(f"{index}", f"{index:03d}") for index in range(50)]
+    assert (
+        sample({"": numbered}, 30)
+        == sample({"": numbered[::-1]}, 30)
+        == sample({"a": numbered[:9], "b": numbered[9:]}, 30)
+    )
+    assert sample({"": [named("long", "y" * 5000)]}, 1000) == ["y" * 1000]
 
 
 def test_no_text_gives_no_sample() -> None:
@@ -42,14 +51,14 @@ def test_shares_are_a_power_of_the_sizes(alpha: float, shares: tuple[float, floa
 
 
 def test_a_small_component_comes_again_and_again() -> None:
-    texts = sample({"a": corpus("a", 997), "b": [Document("b:0", "bc"), Document("b:1", "de")]}, 1000, alpha=0.0)
+    texts = sample({"a": corpus("a", 997), "b": [named("b:0", "bc"), named("b:1", "de")]}, 1000, alpha=0.0)
     counts = characters(texts)
     assert counts["a"] == 500
     assert counts["b"] == counts["c"] == counts["d"] == counts["e"] == 125
 
 
 def test_a_document_longer_than_its_share_is_cut() -> None:
-    texts = sample({"a": [Document("a", "a" * 1000)], "b": corpus("b", 100)}, 200, alpha=1.0)
+    texts = sample({"a": [named("a", "a" * 1000)], "b": corpus("b", 100)}, 200, alpha=1.0)
     assert characters(texts) == {"a": 100, "b": 100}
 
 
@@ -67,7 +76,7 @@ def test_so_much_of_each_component_is_read_and_no_more() -> None:
     def endless(name: str) -> Iterator[Document]:
         index = 0
         while True:
-            yield Document(f"{name}:{index}", name * 10)
+            yield named(f"{name}:{index}", name * 10)
             index += 1
 
     for alpha in (None, 0.5):

@@ -115,7 +115,7 @@ def test_so_many_sentinels_as_asked_for() -> None:
 
 
 def test_coverage_says_how_many_characters_have_a_piece() -> None:
-    documents = [Document("most", "ab " * 300), Document("rare", "z" * 9)]
+    documents = [Document("most", "ab " * 300, "most", 0), Document("rare", "z" * 9, "rare", 1)]
     for coverage, unknown in ((0.3, 2), (0.99, 1), (1.0, 0)):
         tokenizer = TrainedTokenizer(vocab_size=110, character_coverage=coverage).load(lambda: {"": documents})
         assert (tokenizer.encode_batch(["a z"])[0] == tokenizer.unknown).sum() == unknown
@@ -123,8 +123,14 @@ def test_coverage_says_how_many_characters_have_a_piece() -> None:
 
 def test_a_temperature_gives_a_small_language_pieces() -> None:
     draw = random.Random(0)
-    large = [Document(f"l{index}", " ".join(draw.choices(WORDS_OF_A_LANGUAGE["large"], k=50))) for index in range(500)]
-    small = [Document(f"s{index}", " ".join(draw.choices(WORDS_OF_A_LANGUAGE["small"], k=50))) for index in range(10)]
+    large = [
+        Document(f"l{index}", " ".join(draw.choices(WORDS_OF_A_LANGUAGE["large"], k=50)), f"l{index}", index)
+        for index in range(500)
+    ]
+    small = [
+        Document(f"s{index}", " ".join(draw.choices(WORDS_OF_A_LANGUAGE["small"], k=50)), f"s{index}", index)
+        for index in range(10)
+    ]
     lengths = []
     for alpha in (1.0, 0.3):
         spec = TrainedTokenizer(vocab_size=260, alpha=alpha, max_characters=20_000)
