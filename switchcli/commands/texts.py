@@ -126,13 +126,19 @@ def held_out(text: Prepared, made_by: Rows, sequences: int) -> dict[str, HeldOut
 
 def _tell(text: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None, rows: int, console: Console) -> None:
     """What is trained on: how much there is of each text, its share, and how often the run shows it."""
-    shares = mixture.shares if mixture else dict.fromkeys(chunks, 1.0)
-    lines = []
-    for label, one in text.texts.items():
-        counts, epochs = one.counts[TRAIN], shares[label] * rows / chunks[label].rows_per_epoch
-        figures = (f"{counts.documents:,}", f"{counts.tokens:,}", f"{shares[label]:.2%}", f"{epochs:.3g}")
-        lines.append([label or "all", *figures])
-    console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)
+    epochs = {label: rows / one.rows_per_epoch for label, one in chunks.items()}
+    if mixture is None:
+        ((label, one),) = text.texts.items()
+        documents, tokens, _ = one.counts[TRAIN]
+        console.message(
+            f"training text: {documents:,} documents, {tokens:,} tokens; the run is {epochs[label]:.3g} epochs"
+        )
+    else:
+        lines = []
+        for label, share in mixture.shares.items():
+            documents, tokens, _ = text.texts[label].counts[TRAIN]
+            lines.append([label, f"{documents:,}", f"{tokens:,}", f"{share:.2%}", f"{share * epochs[label]:.3g}"])
+        console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)
     for label, one in text.texts.items():
         if one.dropped:
             said = ", ".join(f"{number:,} {reason}" for reason, number in one.dropped.items())

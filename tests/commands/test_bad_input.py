@@ -237,7 +237,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(recipe: str, sw
     path.write_bytes(content)
     done = switchcli("pretrain", recipe, "train.steps=8", "--out", "a")
     assert done.code == 0
-    warning, going_on, *_ = done.err.splitlines()
+    text, warning, going_on, *_ = done.err.splitlines()
+    assert text.startswith("training text: ")
     assert warning.startswith("warning: ")
     assert "optimizer-00000.safetensors" in warning
     assert going_on == "going on from step 4 of 8"
