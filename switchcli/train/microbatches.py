@@ -1,6 +1,6 @@
 """Which rows of a step's batch this rank takes, and in which portions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from switchcli.data.batch import AnyBatch
@@ -62,8 +62,10 @@ class Microbatches:
         self._rows = rows
         self._first = rank * self.count
 
-    def __call__(self, step: int) -> Iterator[Microbatch]:
+    def __call__(self, step: int) -> list[Microbatch]:
         """This rank's microbatches of a step, in order."""
-        for number in range(self._first, self._first + self.count):
-            batch = self._rows(step, number * self.microbatch, self.microbatch)
-            yield Microbatch(number, batch, int((batch.targets_BT != PAD).sum()))
+        return [self._made(step, number) for number in range(self._first, self._first + self.count)]
+
+    def _made(self, step: int, number: int) -> Microbatch:
+        batch = self._rows(step, number * self.microbatch, self.microbatch)
+        return Microbatch(number, batch, int((batch.targets_BT != PAD).sum()))

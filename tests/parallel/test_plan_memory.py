@@ -109,7 +109,7 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
     def rows(number: int) -> Microbatch:
         lengths = (step.source, step.target)
         ids = (torch.randint(2, spec.vocab_size, (microbatch, length), generator=generator) for length in lengths)
-        return Microbatch(number, Batch(*ids))
+        return Microbatch(number, Batch(*ids), microbatch * step.target)
 
     def objective(module: nn.Module, batch: Batch) -> StepLoss:
         tracker.reset_mod_stats()  # else it refuses a second forward pass

@@ -223,12 +223,28 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
     batches = Microbatches(rows, BATCH, 2, 1, runtime.data_rank, runtime.data_ranks)
     schedule = InverseSquareRoot()
 
-    def held_out() -> list[Batch]:
-        return shared(lambda first, count: rows(99, first, count), 7, 2, runtime.data_rank, runtime.data_ranks)
+    def held_out(text: HeldOutText) -> list[Batch]:
+        return shared(text.rows, text.num_rows, 2, runtime.data_rank, runtime.data_ranks)
 
+    texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
+    layers = SPARSE.routed_parts()
+    nothing: dict[str, float] = {}
     hooks = [
-        Log(2, steps, schedule, 1, 1, runtime, records.append, lambda _: None, state, SPARSE.routed_parts()),
-        HeldOut(10, model, cross_entropy, held_out, runtime, records.append),
+        Log(
+            2,
+            steps,
+            schedule,
+            1,
+            1,
+            runtime,
+            records.append,
+            lambda _: None,
+            state,
+            layers,
+            lambda step: nothing,
+            lambda: 0.0,
+        ),
+        HeldOut(10, model, cross_entropy, texts, held_out, runtime, records.append),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
     fit(

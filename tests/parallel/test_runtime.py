@@ -143,7 +143,7 @@ def steps_of_shards() -> list[int]:
     weights.fill(initial_weights(SPARSE, 0, weights.experts))
     found = []
     for step in range(3):
-        accumulate_gradients(model.train(), cross_entropy, [Microbatch(0, rows(step, 0, 2))], 9, runtime, "")
+        accumulate_gradients(model.train(), cross_entropy, [Microbatch(0, rows(step, 0, 2), 9)], 9, runtime, "")
         with torch.no_grad():
             found.append(len(model(*rows(step, 0, 2)[:2]).vocabulary.weight_VD._backward_hooks or ()))
     return found
