@@ -128,6 +128,12 @@ def print_summary(dense: list[Run], switch: list[Run], speed_ups: list[dict[str,
             for one, base in zip(switch, dense, strict=True)
         ],
     }
+    for name, is_latin in {"in Latin script": True, "in other scripts": False}.items():
+        some = [language for language in dense[0].languages if language.endswith("_Latn") == is_latin]
+        rows[f"Switch minus dense, the {len(some)} languages {name}"] = [
+            f"{statistics.mean(one.final[x][QUALITY] - base.final[x][QUALITY] for x in some):+.4f}"
+            for one, base in zip(switch, dense, strict=True)
+        ]
     for name, many in {"": speed_ups, "the dense run of the next seed over this one: ": among_dense}.items():
         reached = [[value for value in found.values() if value is not None] for found in many]
         rows[f"{name}step speed-up, mean (least to most)"] = [spread(found, ".2f") for found in reached]

@@ -36,7 +36,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.spec import PAD
 from switchcli.train.distillation import Distillation, DistillSpec, Teacher
-from switchcli.train.evaluate import evaluate, reduce, shared
+from switchcli.train.evaluate import HeldOutText, evaluate, reduce, shared
 from switchcli.train.hooks import HeldOut, Hook, Log
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
@@ -227,23 +227,9 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
         return shared(text.rows, text.num_rows, 2, runtime.data_rank, runtime.data_ranks)
 
     texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
-    layers = SPARSE.routed_parts()
-    nothing: dict[str, float] = {}
+    parts = SPARSE.routed_parts()
     hooks = [
-        Log(
-            2,
-            steps,
-            schedule,
-            1,
-            1,
-            runtime,
-            records.append,
-            lambda _: None,
-            state,
-            layers,
-            lambda step: nothing,
-            lambda: 0.0,
-        ),
+        Log(2, steps, schedule, 1, 1, runtime, records.append, print, state, parts, lambda step: {}, lambda: 0.0),
         HeldOut(10, model, cross_entropy, texts, held_out, runtime, records.append),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
