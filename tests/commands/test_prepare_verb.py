@@ -155,7 +155,7 @@ def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, 
             assert figures[name] == pytest.approx(result["texts"][label][name], rel=1e-5)
         assert figures["layers"]
     shown = switchcli("eval", "run", "--out", "again")
-    assert "each text" in shown.out
+    assert "held-out texts" in shown.out
     assert "the expert that most of its tokens go to" in shown.out
 
 

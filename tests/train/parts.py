@@ -61,7 +61,7 @@ class Parts:
             self.state,
             self.model,
             lambda step: cross_entropy,
-            lambda step: [*Microbatches(rows, 4, 2, 1, 0, 1)(step)],
+            Microbatches(rows, 4, 2, 1, 0, 1),
             self.optimizer,
             InverseSquareRoot(),
             self.runtime,

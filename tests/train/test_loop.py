@@ -51,7 +51,7 @@ class Run:
             self.state,
             self.model,
             lambda step: self.objective,
-            lambda step: [*Microbatches(noted, 4, 2, 1, 0, 1)(step)],
+            Microbatches(noted, 4, 2, 1, 0, 1),
             self.optimizer,
             SCHEDULE,
             Runtime("cpu", "float32"),
