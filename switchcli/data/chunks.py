@@ -11,6 +11,7 @@ Legend  R rows  L raw tokens of a row  S shards  W windows  D documents  X piece
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import NamedTuple, TypeVar
 
@@ -164,28 +165,31 @@ class Window:
         self.num_rows = int(self._end_S[-1])
         self._order = permutation(self.num_rows, seed, epoch, CHUNKS, number)
         self._laid: dict[int, Laid] = {}
-        self._lock = Lock()
 
     def raw(self, place_R: NDArray[np.int64]) -> NDArray[np.int64]:
         """Raw ids [R, L] of the rows at these places of the window."""
         raw_RL = np.empty((len(place_R), self._rows.raw_length), dtype=np.int64)
         row_R = self._order[place_R]
         shard_R = np.searchsorted(self._end_S, row_R, side="right")
-        for shard in np.unique(shard_R):
+        shards = np.unique(shard_R)
+        missing = [number for number in map(self._numbers.__getitem__, shards) if number not in self._laid]
+        if len(missing) > 1:  # the first batch of a run waits for them: reading and checking leave the interpreter free
+            with ThreadPoolExecutor(len(missing)) as pool:
+                list(pool.map(self._enter, missing))
+        for shard in shards:
             mine_R = shard_R == shard
             start = self._end_S[shard - 1] if shard else 0
             raw_RL[mine_R] = self._enter(self._numbers[shard]).raw(row_R[mine_R] - start)
         return raw_RL
 
     def _enter(self, number: int) -> Laid:
-        with self._lock:
-            if number not in self._laid:
-                store, rows = self._shards[number].shard.open(), self._rows
-                if isinstance(rows, WholeDocuments):
-                    self._laid[number] = _Whole(store, rows, self._seed, number)
-                else:
-                    self._laid[number] = _EndToEnd(store, rows.raw_length, self._seed, self._epoch, number)
-            return self._laid[number]
+        if number not in self._laid:
+            store, rows = self._shards[number].shard.open(), self._rows
+            if isinstance(rows, WholeDocuments):
+                self._laid[number] = _Whole(store, rows, self._seed, number)
+            else:
+                self._laid[number] = _EndToEnd(store, rows.raw_length, self._seed, self._epoch, number)
+        return self._laid[number]
 
 
 def counted(shard: Shard, rows: Rows, seed: int, number: int) -> Counted:

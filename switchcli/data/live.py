@@ -31,6 +31,11 @@ from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 
 WINDOW_CHARACTERS = 2**20
+"""Of all texts of a lane together, by their shares; it ends with the epoch."""
+LEAST_CHARACTERS = 2**14
+"""Of one text."""
+_MOST_EPOCHS = 64
+"""That a window takes of a text with less than a row: then there is none."""
 Pieces = Sequence[tuple[Corpus, Piece]]
 
 
@@ -127,7 +132,14 @@ class _Lane:
         mixture: Mixture | None,
         seed: int,
     ) -> None:
-        self.readers = [Reader(found, spec, tokenizer, lane, label, seed) for label, found in pieces.items()]
+        sizes = {
+            label: WINDOW_CHARACTERS if mixture is None else WINDOW_CHARACTERS * mixture.shares[label]
+            for label in pieces
+        }
+        self.readers = [
+            Reader(found, spec, tokenizer, lane, label, seed, max(LEAST_CHARACTERS, sizes[label]))
+            for label, found in pieces.items()
+        ]
         self.next_row = 0
         self._raw_length = spec.rows.raw_length
         self._turns = None if mixture is None else mixture.turns[lane]
@@ -154,12 +166,21 @@ class _Lane:
 class Reader:
     """The rows of one text in one lane, from a position on."""
 
-    def __init__(self, pieces: Pieces, spec: DataSpec, tokenizer: Tokenizer, lane: int, label: str, seed: int) -> None:
+    def __init__(
+        self,
+        pieces: Pieces,
+        spec: DataSpec,
+        tokenizer: Tokenizer,
+        lane: int,
+        label: str,
+        seed: int,
+        window_characters: float,
+    ) -> None:
         # A lane without a piece of its own would have nothing: then all read all pieces, each its own documents.
         self._alone = len(pieces) >= spec.lanes
         self._pieces = pieces[lane :: spec.lanes] if self._alone else pieces
         self._spec, self._rows, self._tokenizer = spec, spec.rows, tokenizer
-        self._lane, self._label = lane, label
+        self._lane, self._label, self._window_characters = lane, label, window_characters
         name = f"{seed}/{lane}/{label}"
         self._seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
         self.position = self._next = Position()
@@ -193,26 +214,23 @@ class Reader:
         texts: list[str] = []
         size = 0
         for behind, document in self._documents(start):  # without end
-            parts = [*cut_up(document.text)]
-            texts += parts
-            size += len(document.text)
-            if size < WINDOW_CHARACTERS:
-                continue
+            if document is not None:
+                texts += cut_up(document.text)
+                size += len(document.text)
+                if size < self._window_characters:
+                    continue
+            elif behind.epoch - start.epoch > _MOST_EPOCHS:
+                break
             ids += self._tokenizer.encode_batch(texts)
             texts, size = [], 0
-            window = Window(
-                {0: counted(Shard.of(store_of_ids(ids)), self._rows, self._seed, 0)},
-                self._rows,
-                self._seed,
-                start.window,
-                0,
-            )
-            if window.num_rows:
-                return window, behind
-        raise AssertionError("documents come without end")
+            shard = counted(Shard.of(store_of_ids(ids)), self._rows, self._seed, 0)
+            if shard.num_rows:
+                return Window({0: shard}, self._rows, self._seed, start.window, 0), behind
+        raise self._no_text()
 
-    def _documents(self, start: Position) -> Iterator[tuple[Position, Document]]:
-        """Training documents from a position on, without end, each with the position behind it."""
+    def _documents(self, start: Position) -> Iterator[tuple[Position, Document | None]]:
+        """Training documents from a position on, without end, each with the position behind it; None at each end of
+        the pieces."""
         epoch, place, row = start.epoch, start.place, start.row
         dropped: Counter[str] = Counter()
         while True:
@@ -226,11 +244,15 @@ class Reader:
                         yield Position(epoch, number, document.row + 1, start.window + 1), document
                 row = 0
             if is_whole and not found:
-                raise DataError(
-                    f"data.corpora{f' ({self._label})' if self._label else ''}: no text to train on in the share of "
-                    f"lane {self._lane + 1} of {self._spec.lanes}: take fewer data.lanes, or add text"
-                )
+                raise self._no_text()
             epoch, place = epoch + 1, 0
+            yield Position(epoch, 0, 0, start.window + 1), None
+
+    def _no_text(self) -> DataError:
+        return DataError(
+            f"data.corpora{f' ({self._label})' if self._label else ''}: no text to train on in the share of "
+            f"lane {self._lane + 1} of {self._spec.lanes}: take fewer data.lanes, or add text"
+        )
 
     def _is_mine(self, document: Document) -> bool:
         mine = self._alone or document.row % self._spec.lanes == self._lane
