@@ -39,7 +39,7 @@ from switchcli.train.scoring import Answering
 
 ROWS_EACH = 16
 """Rows of a batch for the cross-entropy, at least."""
-TEXT_KEYS = ("corpora", "mixture", "filters", "access", "held_out_fraction")
+TEXT_KEYS = ("corpora", "mixture", "filters", "duplicates", "access", "held_out_fraction")
 SHOWN = ("neg_log_perplexity", "sequences", "dropped_fraction", "balance", "dead_experts")
 
 

@@ -3,10 +3,12 @@
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli.commands import texts
+from switchcli.commands.pretrain import fits
 from switchcli.data.prepare import prepare_share
 from switchcli.data.text import PARTS, Text
 from switchcli.data.tokenizer import Tokenizer
@@ -41,7 +43,11 @@ def prepare(
         raise RecipeError(f"{name}: reads no plain text: its tasks are cut into ids when a run begins")
     share = _share(options.share)
     tokenizer = None if options.model is None else _of_model(options.model, warn)
-    means = texts.means(console)._replace(processes=options.processes, share=share, check=options.check)
+    if recipe.data.access == "stream":
+        warn("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
+    means = texts.means(console)._replace(
+        processes=options.processes, share=share, check=options.check, accept=partial(fits, recipe)
+    )
     started = time.monotonic()
     used, found = prepare_share(recipe.data, means, tokenizer)
     missing = [label for label, text in found.items() if text is None]
@@ -61,19 +67,17 @@ def prepare(
 
 def show(result: dict[str, Any], console: Console) -> None:
     """How much there is of each text."""
-    for label, text in result["texts"].items():
-        if text is not None:
-            console.table(label or "text", _rows(text))
-
-
-def _rows(text: dict[str, Any]) -> dict[str, str | float]:
-    rows: dict[str, str | float] = {}
-    for part in PARTS:
-        counts = text[part]
-        said = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of {binary(counts['bytes'])}"
-        rows[part.replace("_", "-")] = said
-    rows |= {f"left out: {reason}": f"{number:,}" for reason, number in text["dropped"].items()}
-    return {**rows, "folder": text["folder"]}
+    there = {label or "text": text for label, text in result["texts"].items() if text is not None}
+    rows = []
+    for label, text in there.items():
+        train, held_out = (text[part] for part in PARTS)
+        figures = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
+        rows.append([label, *(f"{figure:,}" for figure in figures), binary(train["bytes"] + held_out["bytes"])])
+    console.rows("prepared", ("", "documents", "tokens", "held out", "tokens", "text"), rows)
+    for label, text in there.items():
+        if said := ", ".join(f"{number:,} {reason}" for reason, number in text["dropped"].items() if number):
+            console.message(f"left out of {label}: {said}")
+        console.message(f"{label}: {text['folder']}")
 
 
 def _facts(text: Text) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, on plain text."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from switchcli.commands import start, texts
@@ -63,11 +64,6 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
 def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, console: Console) -> Text:
     """Rows of the recipe's text. Raises DataError as each part says."""
     found = runtime.on_main(prepared) or prepared()  # the main rank fills the cache that the others read
-    pieces, rows = found.tokenizer.vocab_size, recipe.model.vocab_size
-    if pieces > rows:
-        raise RecipeError(
-            f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
-        )
     data, rows_per_step = recipe.data, recipe.rows_per_step
     read = (texts.live if data.access == "stream" else texts.prepared)(recipe, found, runtime, console)
     held_out = texts.held_out(found, data.rows, recipe.eval.sequences)
@@ -92,9 +88,20 @@ def _first_of_each(batch: Batch) -> Batch:
     return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segments_of(*batch), strict=True)))
 
 
+def fits(recipe: OnText, tokenizer: Tokenizer) -> None:
+    """Raise a RecipeError for a vocabulary that is larger than the model's, a DataError for one that will not do for
+    what is asked of the text."""
+    pieces, rows = tokenizer.vocab_size, recipe.model.vocab_size
+    if pieces > rows:
+        raise RecipeError(
+            f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
+        )
+    recipe.data.rows.build(tokenizer)
+
+
 def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
     """The recipe's text as ids of a vocabulary that is there."""
-    return texts.found(recipe.data, recipe.eval.sequences, console, tokenizer)
+    return texts.found(recipe.data, recipe.eval.sequences, console, tokenizer, partial(fits, recipe))
 
 
 def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared:
@@ -102,6 +109,6 @@ def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared
     if folder.tokenizer.exists():
         first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
         return cut_by(first, recipe, console)
-    found = texts.found(recipe.data, recipe.eval.sequences, console)
+    found = texts.found(recipe.data, recipe.eval.sequences, console, accept=partial(fits, recipe))
     folder.write_tokenizer(found.tokenizer.to_json())
     return found

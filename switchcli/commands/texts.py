@@ -8,9 +8,9 @@ import torch
 
 from switchcli.data.batch import Batch
 from switchcli.data.cache import default_cache
-from switchcli.data.chunks import Chunks
+from switchcli.data.chunks import Chunks, grouped
 from switchcli.data.live import LiveStream, pieces_of
-from switchcli.data.prepare import Means, Prepared, held_out_head, prepare, vocabulary
+from switchcli.data.prepare import Means, Prepared, held_out_head, prepare, source, vocabulary
 from switchcli.data.spec import DataSpec, Rows
 from switchcli.data.store import digest_of
 from switchcli.data.stream import TextStream
@@ -29,7 +29,7 @@ HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds ar
 
 def means(console: Console) -> Means:
     """Preparing by the default cache, with all processors."""
-    return Means(default_cache(), console.track, console.preparing)
+    return Means(default_cache(), console.track, console.preparing, warn=console.warning)
 
 
 class Read(NamedTuple):
@@ -45,13 +45,20 @@ class Read(NamedTuple):
     """Where they are read as training goes on."""
 
 
-def found(data: DataSpec, sequences: int, console: Console, tokenizer: Tokenizer | None = None) -> Prepared:
-    """The text as ids; of a stream that alone which `sequences` of evaluation take. Raises DataError as each part
-    says."""
-    using = means(console)
+def found(
+    data: DataSpec,
+    sequences: int,
+    console: Console,
+    tokenizer: Tokenizer | None = None,
+    accept: Callable[[Tokenizer], None] = lambda tokenizer: None,
+) -> Prepared:
+    """The text as ids; of a stream that alone which `sequences` of evaluation take. `accept` raises what is wrong with
+    a tokenizer, before any text is cut. Raises DataError as each part says."""
+    using = means(console)._replace(accept=accept)
     if data.access == "prepared":
         return prepare(data, using, tokenizer)
     used = tokenizer or vocabulary(data, using)
+    accept(used)
     return held_out_head(data, using, used, sequences * data.rows.raw_length)
 
 
@@ -66,7 +73,7 @@ def prepared(recipe: OnText, text: Prepared, runtime: Runtime, console: Console)
         _tell(text, chunks, mixture, rows, console)
     turns = None if mixture is None else mixture.turns[0]
     stream = TextStream([*chunks.values()], text.tokenizer, data.rows, seed, batch_rows, turns)
-    identity = text.identity if mixture is None else digest_of({"text": text.identity, "shares": mixture.shares})
+    identity = text.identity if mixture is None else digest_of({"text": text.identity, "mixture": mixture.identity})
     return Read(stream.batch, identity, mixture)
 
 
@@ -75,13 +82,15 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
     by sizes that are not known, RecipeError as `LiveStream`."""
     data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
     pieces = {label: pieces_of(corpora) for label, corpora in data.texts().items()}
-    sizes = [sum(piece.size or 0 for _, piece in of_text) for of_text in pieces.values()]
-    if data.mixture.kind == "temperature" and 0 in sizes:
+    sizes = {label: [piece.size for _, piece in each] for label, each in pieces.items()}
+    unknown = [label for label, each in sizes.items() if None in each]
+    if data.mixture.kind == "temperature" and unknown:
         raise DataError(
-            f"data.mixture: how large {[*pieces][sizes.index(0)]} is is not known before it is read, which a "
-            "temperature needs: take mixture.kind=weighted and a weight for each corpus, or access=prepared"
+            f"data.mixture: how large {unknown[0]} is is not known before it is read, which a temperature needs: take "
+            "mixture.kind=weighted and a weight for each corpus, or access=prepared"
         )
-    mixture = _mixture(data, sizes, sizes, recipe.train.steps * batch_rows, seed)
+    known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
+    mixture = _mixture(data, known, known, recipe.train.steps * batch_rows, seed)
     stream = LiveStream(
         data,
         pieces,
@@ -92,12 +101,12 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
         (runtime.data_rank, runtime.data_ranks),
         kept_steps=recipe.train.batches_ahead + 2,
     )
-    parts = {"text": text.identity, "shares": mixture and mixture.shares, "lanes": data.lanes}
+    parts = {"text": source(data, text.tokenizer), "mixture": mixture and mixture.identity, "lanes": data.lanes}
     return Read(stream.batch, digest_of(parts), mixture, stream)
 
 
 def _chunks(text: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Chunks]:
-    return {label: Chunks(one.shards[part], rows, seed, label) for label, one in text.texts.items()}
+    return {label: Chunks(grouped(one.shards[part]), rows, seed, label) for label, one in text.texts.items()}
 
 
 def _mixture(
@@ -140,8 +149,7 @@ def _tell(text: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None,
             lines.append([label, f"{documents:,}", f"{tokens:,}", f"{share:.2%}", f"{share * epochs[label]:.3g}"])
         console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)
     for label, one in text.texts.items():
-        if one.dropped:
-            said = ", ".join(f"{number:,} {reason}" for reason, number in one.dropped.items())
+        if said := ", ".join(f"{number:,} {reason}" for reason, number in one.dropped.items() if number):
             console.message(f"left out{f' of {label}' if label else ''}: {said}")
 
 

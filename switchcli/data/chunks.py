@@ -10,7 +10,7 @@ Legend  R rows  L raw tokens of a row  S shards  W windows  D documents  X piece
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import NamedTuple, TypeVar
@@ -26,6 +26,8 @@ from switchcli.data.whole_documents import WholeDocuments
 from switchcli.errors import DataError
 
 WINDOW_SHARDS = 8
+SMALL_TOKENS = 2**20
+"""Shards of fewer are put together, in memory."""
 _KEPT = 2
 """Epochs and windows: where a batch goes from one to the next, and workers are ahead, both are in use."""
 
@@ -195,5 +197,31 @@ class Window:
 def counted(shard: Shard, rows: Rows, seed: int, number: int) -> Counted:
     """The shard of this number with its rows."""
     if isinstance(rows, WholeDocuments):
-        return Counted(shard, _Whole(shard.open(), rows, seed, number).num_rows)
+        return Counted(shard, _Whole(shard.glance(), rows, seed, number).num_rows)
     return Counted(shard, shard.num_tokens // rows.raw_length)
+
+
+def grouped(shards: Sequence[Shard]) -> list[Shard]:
+    """Small shards together, so that what is left over at the end of each is little of it."""
+    groups: list[list[Shard]] = []
+    for shard in shards:
+        if groups and sum(one.num_tokens for one in groups[-1]) < SMALL_TOKENS > shard.num_tokens:
+            groups[-1].append(shard)
+        else:
+            groups.append([shard])
+    return [group[0] if len(group) == 1 else _together(group) for group in groups]
+
+
+def _together(shards: Sequence[Shard]) -> Shard:
+    def joined(stores: Iterable[TokenStore]) -> TokenStore:
+        found = [*stores]
+        lengths = np.concatenate([np.diff(store.offsets) for store in found])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return TokenStore(np.concatenate([store.tokens for store in found]), offsets)
+
+    return Shard(
+        sum(one.num_documents for one in shards),
+        sum(one.num_tokens for one in shards),
+        lambda: joined(one.open() for one in shards),
+        lambda: joined(one.glance() for one in shards),
+    )

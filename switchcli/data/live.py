@@ -1,9 +1,10 @@
 """Live texts: rows cut from documents as they are read, for text that is not prepared: a hub's, or larger than a disk.
 
-The rows of a step are shared among `lanes`, a number of the recipe's. Each has pieces of every text to itself and reads
-them in order: a rank reads the lanes of its rows alone, and the rows are the same on any number of ranks. A lane reads
-a window of documents at a time, whose rows are made and shuffled as those of a prepared shard. Where it stands is a few
-numbers: to go on, one window is read again, and nothing before it.
+The rows of a step are shared among `lanes`, a number of the recipe's. Each has pieces of every text to itself, other
+ones in each epoch, and reads them in order: a rank reads the lanes of its rows alone, and the rows are the same on any
+number of ranks. A lane takes a window of documents at a time, whose rows are made and shuffled as those of a prepared
+shard. Where it stands is a few numbers: to go on, the piece is read from its start but not looked into, up to the
+window, which is cut again.
 
 Legend  R rows  L raw tokens of a row
 """
@@ -178,13 +179,13 @@ class Reader:
     ) -> None:
         # A lane without a piece of its own would have nothing: then all read all pieces, each its own documents.
         self._alone = len(pieces) >= spec.lanes
-        self._pieces = pieces[lane :: spec.lanes] if self._alone else pieces
+        self._pieces = pieces
         self._spec, self._rows, self._tokenizer = spec, spec.rows, tokenizer
         self._lane, self._label, self._window_characters = lane, label, window_characters
-        name = f"{seed}/{lane}/{label}"
-        self._seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+        self._order_seed, self._seed = (_seed(f"{seed}/{label}"), _seed(f"{seed}/{lane}/{label}"))
         self.position = self._next = Position()
         self._window: Window | None = None
+        self._coming: Iterator[tuple[Position, Document | None]] | None = None
 
     def raw(self, count: int) -> NDArray[np.int64]:
         """The next `count` rows [count, L]."""
@@ -199,60 +200,62 @@ class Reader:
 
     def seek(self, position: Position) -> None:
         """Go on from there."""
-        self.position, self._window = position, None
+        self.position, self._window, self._coming = position, None, None
 
     def _entered(self) -> Window:
         if self._window is not None and self.position.used == self._window.num_rows:
             self.position, self._window = self._next, None
         if self._window is None:
-            self._window, self._next = self._read(self.position)
+            if self._coming is None:
+                self._coming = self._documents(self.position)
+            self._window, self._next = self._read(self._coming)
         return self._window
 
-    def _read(self, start: Position) -> tuple[Window, Position]:
-        """The window that begins there, and where the next begins."""
+    def _read(self, coming: Iterator[tuple[Position, Document | None]]) -> tuple[Window, Position]:
+        """The next window, and where the one after it begins."""
         ids: list[NDArray[np.int64]] = []
-        texts: list[str] = []
+        waiting: list[list[str]] = []
         size = 0
-        for behind, document in self._documents(start):  # without end
+        for behind, document in coming:  # without end
             if document is not None:
-                texts += cut_up(document.text)
+                waiting.append([*cut_up(document.text)])
                 size += len(document.text)
                 if size < self._window_characters:
                     continue
-            elif behind.epoch - start.epoch > _MOST_EPOCHS:
+            elif behind.epoch - self.position.epoch > _MOST_EPOCHS:
                 break
-            ids += self._tokenizer.encode_batch(texts)
-            texts, size = [], 0
+            ids += self._encoded(waiting)
+            waiting, size = [], 0
             shard = counted(Shard.of(store_of_ids(ids)), self._rows, self._seed, 0)
             if shard.num_rows:
-                return Window({0: shard}, self._rows, self._seed, start.window, 0), behind
-        raise self._no_text()
+                number = self.position.window
+                return Window({0: shard}, self._rows, self._seed, number, 0), behind._replace(window=number + 1)
+        raise DataError(
+            f"data.corpora{f' ({self._label})' if self._label else ''}: no row of text to train on in the share of "
+            f"lane {self._lane + 1} of {self._spec.lanes}: take fewer data.lanes, or add text"
+        )
+
+    def _encoded(self, documents: Sequence[Sequence[str]]) -> list[NDArray[np.int64]]:
+        """The ids of each document, of which the parts are encoded apart."""
+        found = iter(self._tokenizer.encode_batch([part for parts in documents for part in parts]))
+        return [np.concatenate([next(found) for _ in parts]) for parts in documents]
 
     def _documents(self, start: Position) -> Iterator[tuple[Position, Document | None]]:
         """Training documents from a position on, without end, each with the position behind it; None at each end of
-        the pieces."""
+        the lane's pieces, which in each epoch are others."""
         epoch, place, row = start.epoch, start.place, start.row
         dropped: Counter[str] = Counter()
         while True:
-            is_whole, found = place == row == 0, False
-            order = permutation(len(self._pieces), self._seed, epoch, SHARDS).tolist()
-            for number in range(place, len(order)):
-                corpus, piece = self._pieces[order[number]]
+            order = permutation(len(self._pieces), self._order_seed, epoch, SHARDS).tolist()
+            mine = order[self._lane :: self._spec.lanes] if self._alone else order
+            for number in range(place, len(mine)):
+                corpus, piece = self._pieces[mine[number]]
                 for document in self._spec.filters(corpus.read(piece, row, dropped), dropped):
                     if self._is_mine(document):
-                        found = True
-                        yield Position(epoch, number, document.row + 1, start.window + 1), document
+                        yield Position(epoch, number, document.row + 1), document
                 row = 0
-            if is_whole and not found:
-                raise self._no_text()
             epoch, place = epoch + 1, 0
-            yield Position(epoch, 0, 0, start.window + 1), None
-
-    def _no_text(self) -> DataError:
-        return DataError(
-            f"data.corpora{f' ({self._label})' if self._label else ''}: no text to train on in the share of "
-            f"lane {self._lane + 1} of {self._spec.lanes}: take fewer data.lanes, or add text"
-        )
+            yield Position(epoch), None
 
     def _is_mine(self, document: Document) -> bool:
         mine = self._alone or document.row % self._spec.lanes == self._lane
@@ -262,3 +265,7 @@ class Reader:
 def pieces_of(corpora: Sequence[Corpus]) -> Pieces:
     """Those of several corpora, in order. Raises DataError as they do."""
     return [(corpus, piece) for corpus in corpora for piece in corpus.pieces()]
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())

@@ -58,6 +58,10 @@ class Means(NamedTuple):
     """Number and count, of the machines that share the pieces."""
     check: bool = False
     """Compare all of what is there with its checksums."""
+    warn: Callable[[str], None] = lambda text: None
+    """Told of damage."""
+    accept: Callable[[Tokenizer], None] = lambda tokenizer: None
+    """Raises what is wrong with a tokenizer for the run, before its text is cut."""
 
 
 class Prepared(NamedTuple):
@@ -92,10 +96,15 @@ def prepare_share(
 ) -> tuple[Tokenizer, dict[str, Text | None]]:
     """The same with this machine's share of the pieces alone: a text is None while others' are not there."""
     used = tokenizer or vocabulary(spec, means)
+    means.accept(used)
     folder = means.cache / "tokenizers" / used.sha256[:32]
     with cached(folder, lambda built: _write(built, used)):
         file = folder / "tokenizer.json"
-    return used, {label: _text(label, corpora, spec, used, file, means) for label, corpora in spec.texts().items()}
+    texts: dict[str, Text | None] = {}
+    for label, corpora in spec.texts().items():
+        before = sum(text.num_bytes for text in texts.values() if text is not None)
+        texts[label] = _text(label, corpora, spec, used, file, means, before)
+    return used, texts
 
 
 def vocabulary(spec: DataSpec, means: Means) -> Tokenizer:
@@ -125,6 +134,11 @@ def documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str, Iter
     return {label: of(label, corpora) for label, corpora in spec.texts().items()}
 
 
+def source(spec: DataSpec, tokenizer: Tokenizer) -> str:
+    """A digest of all that the ids of a spec's texts depend on, whether they are prepared or not."""
+    return _digest([*_sources(spec, chain.from_iterable(spec.texts().values())), tokenizer.sha256])
+
+
 def _write(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir()
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
@@ -146,42 +160,57 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def _text(
-    label: str, corpora: Sequence[Corpus], spec: DataSpec, tokenizer: Tokenizer, file: Path, means: Means
+    label: str, corpora: Sequence[Corpus], spec: DataSpec, tokenizer: Tokenizer, file: Path, means: Means, before: int
 ) -> Text | None:
-    """One text, made where it is not there or not whole. None where others' pieces are missing."""
+    """One text, made where it is not there or not whole. None where others' pieces are missing. `before`: bytes of the
+    texts that come before it."""
     folder = means.cache / "tokens" / _digest([*_sources(spec, corpora), tokenizer.sha256])
     with disk_errors(means.cache, ELSEWHERE):
         facts = facts_of(folder)
-        if facts is None or not _is_sound(folder, facts, means):
+        if facts is None or not _is_sound(folder, facts, means, before):
             jobs = [
                 Job(corpus, piece, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
                 for number, (corpus, piece) in enumerate((one, piece) for one in corpora for piece in one.pieces())
             ]
             begun = [piece for job in jobs if (piece := facts_of(job.folder)) is not None]
-            is_there = has_sizes if facts is None and is_large(*begun) else is_whole
+            trusted = facts is None and not means.check and is_large(*begun, before=before)
             number, count = means.share
-            _make([job for job in jobs[number::count] if not is_there(job.folder)], label, file, means)
+            _make([job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)], label, file, means)
             if not all(has_sizes(job.folder) for job in jobs):
                 return None
             _seal(folder, jobs, tokenizer)
-        text = open_text(folder)
+        text = open_text(folder, before)
     if (duplicates := spec.duplicates) is not None:
         whole, parts = text, [folder.name, duplicates.model_dump_json()]
         folder = means.cache / "tokens" / _digest(parts)
         with disk_errors(means.cache, ELSEWHERE):
             facts = facts_of(folder)
-            if facts is None or not _is_sound(folder, facts, means):
+            if facts is None or not _is_sound(folder, facts, means, before):
                 make(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built))
-            text = open_text(folder)
+            text = open_text(folder, before)
     if not any(counts.documents for counts in text.counts.values()):
-        raise corpora[0].no_text()
+        if not text.dropped:
+            raise corpora[0].no_text()
+        said = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
+        raise DataError(f"data{_named(label)}: nothing is left of the text: left out were {said}")
     _check_split(label, text, spec.held_out_fraction)
     return text
 
 
-def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means) -> bool:
+def _is_made(job: Job, trusted: bool, warn: Callable[[str], None]) -> bool:
+    """Whether a piece is there; one that is damaged is told of."""
+    facts = facts_of(job.folder)
+    if facts is None or facts.get("piece") != job.piece.name:
+        return False
+    if (has_sizes if trusted else is_whole)(job.folder):
+        return True
+    warn(f"{job.folder}: not what was prepared, cut or altered since: it is made anew")
+    return False
+
+
+def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means, before: int) -> bool:
     """Whether all of a text that was whole agrees with its checksums, which is looked at where it is soon done."""
-    if not is_large(facts):
+    if not is_large(facts, before=before):
         return is_whole(folder)
     if not means.check:
         return True

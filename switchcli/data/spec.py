@@ -101,6 +101,7 @@ class TextSpec(Spec):
     mixture: TextMixtureSpec = Joined()
     """Anything but joined: each language, or corpus without one, is measured by itself."""
     filters: Filters = Filters()
+    duplicates: Duplicates | None = None
     access: Literal["prepared", "stream"] = "prepared"
     """Look for the held-out part in all of it, or in its beginning."""
     held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)

@@ -53,11 +53,13 @@ class Shard(NamedTuple):
     num_documents: int
     num_tokens: int
     open: Callable[[], TokenStore]
+    glance: Callable[[], TokenStore]
+    """The same without a look at its checksums, for its index."""
 
     @classmethod
     def of(cls, store: TokenStore) -> Self:
         """Of a store that is open."""
-        return cls(store.num_documents, store.num_tokens, lambda: store)
+        return cls(store.num_documents, store.num_tokens, lambda: store, lambda: store)
 
 
 class StoreWriter:

@@ -1,6 +1,7 @@
 """Text: what was prepared of one text, as the manifest of its folder has it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class Text(NamedTuple):
     identity: str
     """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
     folder: Path
+    num_bytes: int
+    """On disk."""
 
 
 def seal_text(
@@ -62,12 +65,12 @@ def seal_text(
     seal(folder, facts, files)
 
 
-def open_text(folder: Path) -> Text:
+def open_text(folder: Path, before: int = 0) -> Text:
     """The text of a folder that was sealed. The shards are opened when they are first read."""
     facts = facts_of(folder)
     assert facts is not None, "sealed, or found whole"
     files = facts["files"]
-    checked = files if is_large(facts) else {}
+    checked = files if is_large(facts, before=before) else {}
     named: dict[str, object] = {}
     for part in PARTS:
         for number, one in enumerate(facts["shards"][part]):
@@ -77,7 +80,12 @@ def open_text(folder: Path) -> Text:
     return Text(
         {
             part: tuple(
-                Shard(one["documents"], one["tokens"], _opener(folder, one["name"], checked))
+                Shard(
+                    one["documents"],
+                    one["tokens"],
+                    _opener(folder, one["name"], checked),
+                    partial(TokenStore.open, folder / one["name"]),
+                )
                 for one in facts["shards"][part]
             )
             for part in PARTS
@@ -86,12 +94,19 @@ def open_text(folder: Path) -> Text:
         facts["dropped"],
         digest_of(named),
         folder,
+        num_bytes(facts),
     )
 
 
-def is_large(*facts: Mapping[str, Any]) -> bool:
-    """Whether comparing all of a text, or of these pieces of one, with its checksums takes long."""
-    return sum(said["bytes"] for one in facts for said in one["files"].values()) > CHECKED_AT_START
+def is_large(*facts: Mapping[str, Any], before: int = 0) -> bool:
+    """Whether comparing all of a text, or of these pieces of one, with its checksums takes long; `before` are the bytes
+    of other texts that were compared."""
+    return before + sum(map(num_bytes, facts)) > CHECKED_AT_START
+
+
+def num_bytes(facts: Mapping[str, Any]) -> int:
+    """Of all files that a manifest names."""
+    return sum(said["bytes"] for said in facts["files"].values())
 
 
 def _opener(folder: Path, name: str, files: Mapping[str, object]) -> Callable[[], TokenStore]:

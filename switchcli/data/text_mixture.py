@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from switchcli.data.store import digest_of
 from switchcli.data.turns import Turns, apportioned
 from switchcli.errors import RecipeError
 from switchcli.spec import Spec
@@ -75,14 +76,14 @@ class Weighted(Mixing):
 
 
 class Temperature(Mixing):
-    """By the size of each text, smoothed: p ~ tokens ** alpha, times the `weight` of the corpus (mT5: 0.3)."""
+    """By the size of each text, smoothed: p ~ tokens ** alpha (mT5: 0.3); of a stream by the bytes of its files."""
 
     kind: Literal["temperature"] = "temperature"
     alpha: float = Field(default=0.3, ge=0.0, le=1.0)
     """1: in proportion to size; 0: all alike."""
 
     def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        return (tokens / tokens.max()) ** self.alpha * weights
+        return np.asarray((tokens / tokens.max()) ** self.alpha)
 
 
 TextMixtureSpec = Annotated[Joined | Weighted | Temperature, Field(discriminator="kind")]
@@ -92,12 +93,25 @@ class Mixture:
     """Shares that are settled: the rows of a run by text."""
 
     def __init__(self, shares: Mapping[str, float], seed: int, lanes: int = 1) -> None:
-        """`lanes` share the rows of each step, and each takes turns of its own."""
-        self.shares = dict(shares)
+        """`lanes` share the rows of each step, and each takes turns of its own.
+
+        Raises:
+            RecipeError: a share is too small to be kept.
+        """
+        # The last bits of a power are the processor's.
+        self.shares = {label: round(share, 12) for label, share in shares.items()}
         """Intended, by label."""
         intended = np.array(list(self.shares.values()))
-        rows = int(np.clip(np.ceil(_LEAST_ROWS / intended.min()), _LEAST_ROWS * len(intended), _MOST_ROWS))
+        if intended.min() * _MOST_ROWS < 1:
+            label = min(self.shares, key=lambda one: self.shares[one])
+            raise RecipeError(
+                f"data.mixture: the share of {label} is {self.shares[label]:.2g}, less than a row in {_MOST_ROWS:,}: "
+                "leave it out, or give it the language of another corpus"
+            )
+        rows = int(np.clip(np.ceil(_LEAST_ROWS / intended.min() - 1e-6), _LEAST_ROWS * len(intended), _MOST_ROWS))
         each = apportioned(intended, rows)
+        self.identity = digest_of({label: int(number) for label, number in zip(self.shares, each, strict=True)})
+        """A digest of whose row each is, but for the seed."""
         self.turns = tuple(Turns.evenly(each, seed + lane * 2**32) for lane in range(lanes))
         """Of each lane."""
 

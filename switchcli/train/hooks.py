@@ -114,8 +114,8 @@ class Log(Hook):
         if self._starving == 2 and not self._told:
             self._told = True
             self._warn(
-                f"{fraction:.0%} of a step is spent waiting for its batch: raise train.workers or train.batches_ahead, "
-                "or put the prepared text on a faster disk ($SWITCHCLI_CACHE)"
+                f"{fraction:.0%} of a step is spent waiting for its batch: raise train.batches_ahead; of prepared text "
+                "train.workers, or put it on a faster disk ($SWITCHCLI_CACHE); of a stream take data.access=prepared"
             )
 
 
