@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from switchcli.data.store import is_whole
@@ -42,7 +43,7 @@ def make(folder: Path, build: Callable[[Path], None]) -> None:
     """Let `build` make a folder elsewhere, and give it its name. One that is there and whole stays instead."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent)
-    prefix = f"{PARTIAL}{platform.node()}-{os.getpid()}-"
+    prefix = f"{_ours()}{os.getpid()}+"
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as scratch:
         build(Path(scratch) / "built")
         _publish(Path(scratch), folder)
@@ -50,14 +51,19 @@ def make(folder: Path, build: Callable[[Path], None]) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what processes of this machine that were killed left unfinished in the folder."""
-    ours = f"{PARTIAL}{platform.node()}-"
-    for path in folder.glob(f"{ours}*-*"):
+    ours = _ours()
+    for path in folder.glob(f"{escape(ours)}*+*"):
         try:
-            os.kill(int(path.name.removeprefix(ours).split("-")[0]), 0)
+            os.kill(int(path.name.removeprefix(ours).split("+")[0]), 0)
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, ValueError):
             continue
+
+
+def _ours() -> str:
+    """What the names of this machine's begin with, and no other's: no host's name has a plus in it."""
+    return f"{PARTIAL}{platform.node()}+"
 
 
 def _publish(scratch: Path, folder: Path) -> None:

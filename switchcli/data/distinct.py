@@ -34,7 +34,7 @@ def write_distinct(text: Text, duplicates: Duplicates, tokenizer: Tokenizer, fol
             writer.add_all(store.tokens[np.repeat(stays_D, length_D)], length_D[stays_D])
         tokens = int(length_D[stays_D].sum())
         counts = text.counts[part]
-        num_bytes = round(tokens * counts.bytes / counts.tokens)  # on average: a document's own are not kept
+        num_bytes = round(tokens * counts.bytes / max(counts.tokens, 1))  # on average: a document's own are not kept
         facts[part].append({"name": name, "documents": int(stays_D.sum()), "tokens": tokens, "bytes": num_bytes})
         dropped[f"{duplicates.kind} duplicates"] += int((~stays_D).sum())
     for scratch in folder.glob("signatures-*.npy"):

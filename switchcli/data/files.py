@@ -93,7 +93,7 @@ def json_rows(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise DataError(f"{line.name}: {error.words}") from error
 
 
-@lru_cache(maxsize=1024)  # listing a million files takes seconds, and each piece of them asks for it
+@lru_cache(maxsize=1024)  # a look at each file, and each piece asks for all of them
 def _layout(paths: tuple[str, ...], whole: bool) -> dict[Piece, tuple[Span, ...]]:
     """Every piece with what it reads: a range of a file, or files of together PIECE_BYTES at most.
 
@@ -101,19 +101,21 @@ def _layout(paths: tuple[str, ...], whole: bool) -> dict[Piece, tuple[Span, ...]
     """
     layout: dict[Piece, tuple[Span, ...]] = {}
     group: list[File] = []
+    size = 0  # of the group
 
     def close() -> None:
         if group:
             more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-            size = None if None in (sizes := [file.size for file in group]) else sum(filter(None, sizes))
-            layout[Piece(f"{group[0].name}{more}", size)] = tuple(Span(file) for file in group)
+            known = None if None in (sizes := [file.size for file in group]) else sum(filter(None, sizes))
+            layout[Piece(f"{group[0].name}{more}", known)] = tuple(Span(file) for file in group)
             group.clear()
 
     for file in matches(paths, "data.corpora"):
         is_text = file.kind not in (*_JSON, _PARQUET)
-        # A size that is not known may be any.
-        if sum(PIECE_BYTES if one.size is None else one.size for one in (*group, file)) > PIECE_BYTES:
+        more = PIECE_BYTES if file.size is None else file.size  # one that is not known may be any
+        if size + more > PIECE_BYTES:
             close()
+            size = 0
         if file.size and file.size > PIECE_BYTES and not file.is_compressed and not (whole and is_text):
             cuts = range(0, file.size, PIECE_BYTES)
             for number, begin in enumerate(cuts):
@@ -123,6 +125,7 @@ def _layout(paths: tuple[str, ...], whole: bool) -> dict[Piece, tuple[Span, ...]
                 layout[piece] = (Span(file, begin, end),)
         else:
             group.append(file)
+            size += more
     close()
     return layout
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from switchcli.data.lines import Span, decode
@@ -16,27 +17,30 @@ _BUFFER_BYTES = 2**20
 
 
 def rows(span: Span, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows with these columns, or with all of them where one is missing; named by their number in the file, from 1.
+    """Rows with these columns; where one is missing, all have their names, but what is not needed the value None.
 
-    Raises DataError for a file that is no Parquet.
+    Named by their number in the file, from 1. Raises DataError for a file that is no Parquet.
     """
     from pyarrow.parquet import ParquetFile
 
     with span.file.open() as file:
         # Read through a buffer, not a column of a row group at once, which may be gigabytes.
         table = ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        needed = list(columns) if set(columns) <= set(table.schema_arrow.names) else None
+        present = table.schema_arrow.names
+        needed = [name for name in present if name in columns]
+        others = {} if set(columns) <= set(present) else dict.fromkeys(present)
         number = 0
         for group in range(table.num_row_groups):
             if not span.holds(_begin(table.metadata, group)):
                 number += table.metadata.row_group(group).num_rows
                 continue
             for batch in table.iter_batches(_ROWS_AT_ONCE, [group], needed, use_threads=False):
-                names, values = batch.schema.names, [_values(column) for column in batch.columns]
-                for fields in zip(*values, strict=True):
+                values = zip(*map(_values, batch.columns), strict=True) if needed else repeat((), batch.num_rows)
+                for found in values:
                     number += 1
                     name = f"{span.file.name}:{number}"
-                    yield Row(name, partial(str, name), partial(_decoded, dict(zip(names, fields, strict=True))))
+                    fields = others | dict(zip(batch.schema.names, found, strict=True))
+                    yield Row(name, partial(str, name), partial(_decoded, fields))
 
 
 def _begin(metadata: "FileMetaData", group: int) -> int:

@@ -126,10 +126,10 @@ def _share_out(
     left, whole, size, tokens = list(jobs[::-1]), 0, 0, 0
     folders = {job.folder.parent for job in jobs}
     at: dict[Connection[Job | None, _Built], Job] = {}
-    for worker in workers:
-        at[worker.pipe] = left.pop()
-        worker.pipe.send(at[worker.pipe])
     try:
+        for worker in workers:
+            at[worker.pipe] = left.pop()
+            worker.pipe.send(at[worker.pipe])
         while at:
             ready = connection.wait([*at], timeout=_SECONDS_BETWEEN_LOOKS)
             for pipe in [one for one in at if one in ready]:

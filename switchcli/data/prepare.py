@@ -222,13 +222,21 @@ def _make(jobs: Sequence[Job], label: str, file: Path, means: Means) -> None:
     """Make the pieces of these jobs."""
     if not jobs:
         return
-    processors = len(os.sched_getaffinity(0))
+    processors = _processors()
     sizes = [job.piece.size for job in jobs]
     size = None if None in sizes else sum(one or 0 for one in sizes)
     pays = size is None or size >= PROCESSES_FROM
     processes = min(means.processes or (processors if pays else 1), len(jobs))
     with means.show(f"tokenising{_named(label)}", len(jobs), size) as show:
         build(jobs, file, processes, max(1, processors // processes), show)
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no such call
+        return os.cpu_count() or 1
 
 
 def _named(label: str) -> str:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from switchcli.data.document import Document
+from switchcli.data.refusals import refusals
 from switchcli.data.sample import sample
 from switchcli.data.sentencepiece import read_model
 from switchcli.data.vocabulary import BYTES, NUM_SENTINELS, Size, sentinel, train_unigram
@@ -224,17 +225,13 @@ class HubTokenizer(Spec):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        try:
+        where = f"data.tokenizer: {self.path}: no tokenizer.json or spiece.model can be had from the hub"
+        way_out = "check path, revision and the network; or use `kind: file` with one that is here"
+        with refusals(where, way_out):
             try:
                 file = hf_hub_download(self.path, "tokenizer.json", revision=self.revision)
             except EntryNotFoundError:
                 file = hf_hub_download(self.path, "spiece.model", revision=self.revision)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"data.tokenizer: {self.path}: no tokenizer.json or spiece.model can be had from the hub ({reason}): "
-                "check path, revision and the network; or use `kind: file` with one that is here"
-            ) from error
         return TokenizerFile(path=file).load(documents)
 
 

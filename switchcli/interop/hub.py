@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from switchcli.data.refusals import reason
 from switchcli.errors import CheckpointError
 from switchcli.interop import config
 from switchcli.interop.files import INDEX, PICKLED, SAFE
@@ -32,9 +33,8 @@ def download(name: str, revision: str, *, unpickle: bool) -> Path:
         if unpickle and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_ALWAYS, *_PICKLED]))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{name}: no folder of that name, and it cannot be had from the hub ({reason}): check the name, --revision "
-            "and the network"
+            f"{name}: no folder of that name, and it cannot be had from the hub ({reason(error)}): check the name, "
+            "--revision and the network"
         ) from error
     return folder

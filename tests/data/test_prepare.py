@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from tokenizers import models
 from switchcli.data import files, pieces, store
 from switchcli.data import prepare as module
 from switchcli.data import text as text_module
-from switchcli.data.cache import default_cache
+from switchcli.data.cache import default_cache, make, sweep
 from switchcli.data.corpus import Files
+from switchcli.data.distinct import write_distinct
 from switchcli.data.document import is_held_out
 from switchcli.data.duplicates import Duplicates
 from switchcli.data.filters import Filters
@@ -285,11 +287,14 @@ def test_a_piece_that_was_damaged_before_the_text_was_whole_is_made_again(corpus
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
 
-def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
-    def kill() -> None:
-        for process in active_children():
-            process.kill()
+def kill() -> None:
+    """The workers, and wait until they are gone."""
+    for process in active_children():
+        process.kill()
+        process.join()
 
+
+def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
     with pytest.raises(OutOfMemory, match=r"was killed, .*run it again, with fewer --processes") as raised:
         corpus.prepare(stop_after(1, kill), processes=2)
     assert raised.value.exit_code == 1
@@ -300,6 +305,20 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
     text = corpus.prepare(shows, processes=2)
     assert shows.num_pieces == NUM_FILES - whole
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutOfMemory, match="was killed"):  # with a job that they have not read
+        corpus.prepare(stop_after(0, kill), processes=2)
+    share_out = pieces._share_out
+
+    def killed(*given: Any) -> None:
+        kill()
+        share_out(*given)
+
+    monkeypatch.setattr(pieces, "_share_out", killed)
+    with pytest.raises(OutOfMemory, match="was killed"):  # before they are sent one
+        corpus.prepare(processes=2)
 
 
 def test_what_one_process_meets_ends_all(corpus: Corpus) -> None:
@@ -411,6 +430,29 @@ def test_the_loser_of_a_race_takes_the_winners(corpus: Corpus, monkeypatch: pyte
     shows = Shows()
     assert corpus.prepare(shows).identity == winner.identity
     assert (shows.num_pieces, folder.stat().st_ino) == (1, before)
+
+
+@pytest.mark.parametrize("host", ["gpu", "gpu[1]"])
+def test_what_the_killed_leave_is_removed_on_their_own_machine_alone(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    left: list[Path] = []
+
+    def build(folder: Path) -> None:
+        left.append(folder.parent)
+        folder.mkdir()
+
+    for node in (f"{host}-{gone.pid}", host):
+        monkeypatch.setattr(platform, "node", lambda node=node: node)
+        for process in (gone.pid, os.getpid()):
+            monkeypatch.setattr(os, "getpid", lambda process=process: process)
+            make(tmp_path / f"{node} {process}", build)
+    for scratch in left:
+        scratch.mkdir()
+    sweep(tmp_path)
+    assert [scratch.exists() for scratch in left] == [True, True, False, True]
 
 
 # Damage
@@ -727,6 +769,16 @@ def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) ->
     assert all(len(shard.open().tokens) == shard.num_tokens for part in PARTS for shard in text.shards[part])
 
 
+def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    with StoreWriter(tmp_path / "text" / "one", 8) as writer:
+        writer.add_all(np.zeros(0, dtype=np.uint16), np.zeros(3, dtype=np.int64))
+    shard: store.ShardFacts = {"name": "one", "documents": 3, "tokens": 0, "bytes": 9}
+    text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "")
+    write_distinct(text_module.open_text(tmp_path / "text"), Duplicates(), letters(), tmp_path / "distinct")
+    assert text_module.open_text(tmp_path / "distinct").counts[TRAIN] == (0, 0, 0)
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
     with pytest.raises(DataError, match=r"held_out_fraction .* of 360 documents leaves"):
@@ -734,6 +786,15 @@ def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
 
 
 # Files
+
+
+@pytest.mark.parametrize(("count", "processors"), [(3, 3), (None, 1)])
+def test_processors_where_a_system_does_not_say_which_may_be_used(
+    count: int | None, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert module._processors() == processors
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:

@@ -258,15 +258,16 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_p
     def download(repo: str, name: str, *, revision: str) -> str:
         asked.append((repo, name, revision))
         if repo == "no/where":
-            raise ConnectionError("no network\nand more")
+            raise ConnectionError("no network for secret-of-the-user\nand more")
         if repo == "google/mt5" and name == "tokenizer.json":
             raise EntryNotFoundError("404")
         return str(path)
 
+    monkeypatch.setenv("HF_TOKEN", "secret-of-the-user")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert HubTokenizer(path="google-t5/t5-base").load(dict).sha256 == tokenizer.sha256
     assert asked == [("google-t5/t5-base", "tokenizer.json", "main")]
     assert HubTokenizer(path="google/mt5", revision="v1").load(dict).sha256 == tokenizer.sha256
     assert asked[1:] == [("google/mt5", "tokenizer.json", "v1"), ("google/mt5", "spiece.model", "v1")]
-    with pytest.raises(DataError, match=r"no/where: no tokenizer.json or spiece.model .* \(no network\)"):
+    with pytest.raises(DataError, match=r"no/where: no tokenizer.json or spiece.model .* \(no network for \[token\]\)"):
         HubTokenizer(path="no/where").load(dict)

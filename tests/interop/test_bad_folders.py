@@ -355,11 +355,14 @@ def test_pickles_of_the_hub_are_downloaded_only_when_asked_for(
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
-        raise OSError("no route\nat all")
+        raise OSError("no route for secret-of-the-user\nat all")
 
+    monkeypatch.setenv("HF_TOKEN", "secret-of-the-user")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     said = refused("google/no-such", tmp_path / "ours", "--to", "switchcli")
-    assert said.startswith("google/no-such: no folder of that name, and it cannot be had from the hub (no route)")
+    assert said.startswith(
+        "google/no-such: no folder of that name, and it cannot be had from the hub (no route for [token])"
+    )
 
 
 KEYS = [*configs.SwitchConfig.model_fields, *configs.T5Config.model_fields, "architectures"]
