@@ -1,5 +1,6 @@
 """Prepared texts as what a run reads: chunks of each, how they are mixed, and the rows that it is evaluated on."""
 
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -91,6 +92,8 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
         )
     known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
     mixture = _mixture(data, known, known, recipe.train.steps * batch_rows, seed)
+    # Each lane keeps a piece of each text open.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stream = LiveStream(
         data,
         pieces,
