@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -92,8 +93,8 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
         )
     known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
     mixture = _mixture(data, known, known, recipe.train.steps * batch_rows, seed)
-    # Each lane keeps a piece of each text open.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with suppress(ValueError, OSError):  # each lane keeps a piece of each text open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stream = LiveStream(
         data,
         pieces,

@@ -61,6 +61,12 @@ SPARSE_COLUMNS = (
 )
 
 
+class Reach(Protocol):
+    """Moves a bar to a count, with other words before it if there are some."""
+
+    def __call__(self, count: int, said: str | None = None) -> None: ...
+
+
 class Preparation(Protocol):
     """How far a preparation is."""
 
@@ -148,7 +154,8 @@ class Console:
         A bar, or a line every half minute; and one with the sum.
         """
         started = time.monotonic()
-        due = started + (_SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES)
+        interval = _SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES
+        due = started + interval
         last: Preparation | None = None
         with self._bar(label, pieces) as reach:
 
@@ -157,15 +164,12 @@ class Console:
                 last, now = done, time.monotonic()
                 if now < due:
                     return
-                due = now + (_SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES)
-                reach(done.pieces)
+                due = now + interval
+                said = f"{label}: {si(done.tokens)} tokens, {si(done.tokens / (now - started))} tokens/s"
+                reach(done.pieces, said)
                 if not self._live:
-                    rate = done.tokens / (now - started)
                     left = (size - done.size) * (now - started) / done.size if size and done.size else math.nan
-                    self.message(
-                        f"{label}: {done.pieces:,} of {pieces:,} pieces, {si(done.tokens)} tokens, "
-                        f"{si(rate)} tokens/s, time left {clock(left)}"
-                    )
+                    self.message(f"{said}, {done.pieces:,} of {pieces:,} pieces, time left {clock(left)}")
 
             yield show
         seconds = time.monotonic() - started
@@ -219,15 +223,20 @@ class Console:
         self._rich.print(_text(text, style), soft_wrap=True)
 
     @contextmanager
-    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[Callable[[int], None]]:
+    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator["Reach"]:
         """A live bar where there is a terminal; yields what takes the count reached. Bars may be nested."""
+
+        def reach(count: int, said: str | None = None) -> None:
+            if self._live:
+                self._progress.update(task, completed=count, description=None if said is None else safe_text(said))
+
         if not self._live:
-            yield lambda count: None
+            yield reach
             return
         task = self._progress.add_task(safe_text(description), total=total, completed=first)
         self._progress.start()
         try:
-            yield lambda count: self._progress.update(task, completed=count)
+            yield reach
         finally:
             self._progress.remove_task(task)
             if not self._progress.tasks:

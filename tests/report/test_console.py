@@ -5,6 +5,7 @@ import re
 import select
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 
@@ -175,6 +176,34 @@ def test_a_terminal_has_colours_a_bar_and_its_cursor_back(terminal: tuple[Consol
     assert re.search(r"training .* 3/10", output)
     assert "250/10" in output
     assert "\x1b[33mwarning: slow" in output
+
+
+class Done(NamedTuple):
+    pieces: int
+    size: int
+    tokens: int
+
+
+def test_preparing_says_pieces_tokens_their_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 40.0, 50.0, 60.0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(times))
+    console, stream = plain()
+    with console.preparing("tokenising", 4, 1000) as show:
+        show(Done(0, 0, 500_000))
+        show(Done(1, 250, 2_000_000))
+        show(Done(4, 1000, 8_000_000))
+    assert stream.getvalue().splitlines() == [
+        "tokenising: 2.00M tokens, 50.0k tokens/s, 1 of 4 pieces, time left 0:02:00",
+        "tokenising: 8,000,000 tokens in 0:01:00, 133k tokens/s",
+    ]
+
+
+def test_preparing_in_a_terminal_has_its_rate_beside_the_bar(terminal: tuple[Console, int]) -> None:
+    console, reader = terminal
+    with console.preparing("tokenising", 4, None) as show:
+        show(Done(1, 0, 2_000_000))
+        console._progress.refresh()
+    assert re.search(r"tokenising: 2.00M tokens, \S+ tokens/s .*1/4", read(reader))
 
 
 def test_a_bar_is_taken_down_when_the_run_fails(terminal: tuple[Console, int]) -> None:
