@@ -105,8 +105,17 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
         (runtime.data_rank, runtime.data_ranks),
         kept_steps=recipe.train.batches_ahead + 2,
     )
-    parts = {"text": source(data, text.tokenizer), "mixture": mixture and mixture.identity, "lanes": data.lanes}
+    parts = {"text": source(_bare(data), text.tokenizer), "mixture": mixture and mixture.identity, "lanes": data.lanes}
     return Read(stream.batch, digest_of(parts), mixture, stream)
+
+
+def _bare(data: DataSpec) -> DataSpec:
+    """The same whatever becomes of rows that cannot be read: a run may go on past one that ended it."""
+    corpora = [
+        corpus if corpus.kind == "python-stdlib" else corpus.model_copy(update={"unreadable": "refuse"})
+        for corpus in data.corpora
+    ]
+    return data.model_copy(update={"corpora": tuple(corpora)})
 
 
 def _chunks(text: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Chunks]:
