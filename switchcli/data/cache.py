@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from switchcli.data.store import is_whole
+from switchcli.data.store import facts_of, is_whole
 from switchcli.errors import disk_errors
 
 PARTIAL = ".partial-"
@@ -40,7 +40,8 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
 
 
 def make(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` make a folder elsewhere, and give it its name. One that is there and whole stays instead."""
+    """Let `build` make a folder elsewhere, and give it its name. One that is there, whole and of the same stays
+    instead."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent)
     prefix = f"{_ours()}{os.getpid()}+"
@@ -67,12 +68,17 @@ def _ours() -> str:
 
 
 def _publish(scratch: Path, folder: Path) -> None:
-    """Renames scratch/built to `folder`. Another process's, if whole, stays instead; a damaged one goes to scratch."""
+    """Renames scratch/built to `folder`. Another process's stays instead; a damaged or foreign one goes to scratch."""
     try:
         (scratch / "built").rename(folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if not is_whole(folder):
+        if not is_whole(folder) or _said(folder) != _said(scratch / "built"):
             folder.rename(scratch / "damaged")
             (scratch / "built").rename(folder)
+
+
+def _said(folder: Path) -> dict[str, object]:
+    """What a folder is of: a vocabulary that is trained twice need not be the same, byte for byte."""
+    return {**(facts_of(folder) or {}), "files": None}

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from conftest import SwitchCLI
 from drill import fingerprint
 
+from switchcli.data.corpus import Corpus
+from switchcli.data.live import Pieces, pieces_of
 from switchcli.data.text import Counts
 
 MIXED = ("data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]",)
@@ -57,9 +60,12 @@ def test_what_is_prepared_is_what_the_run_reads(
     shown = switchcli("data", "prepare", *languages)
     assert (shown.code, shown.out) == (0, "")
     assert "tokenising" not in shown.err
-    for seen in ("\nde\n", "\nfr\n", "documents"):
-        assert seen in shown.err
-    assert result["texts"]["fr"]["folder"] in "".join(shown.err.split())
+    assert shown.err.count("documents") == shown.err.count("prepared\n") == 1, "one table of all"
+    for label, found in result["texts"].items():
+        (row,) = (line.split() for line in shown.err.splitlines() if line.startswith(f"{label} "))
+        figures = [found[part][what] for part in ("train", "held_out") for what in ("documents", "tokens")]
+        assert row[1:5] == [f"{figure:,}" for figure in figures]
+        assert f"{label}:{found['folder']}" in "".join(shown.err.split())
     assert switchcli("data", "prepare", *languages, "--quiet") == (0, "", "")
     monkeypatch.setattr("switchcli.data.prepare.build", None)  # the run finds it made
     assert switchcli("pretrain", *languages, "--out", "run").code == 0
@@ -95,6 +101,35 @@ def test_a_check_mends_what_is_damaged(recipe: str, switchcli: SwitchCLI, monkey
     assert switchcli("data", "prepare", recipe, "--check").code == 0
     assert tokens.read_bytes() == whole
     assert switchcli("pretrain", recipe, "--out", "run").code == 0
+
+
+@pytest.mark.parametrize("access", ["prepared", "stream"])
+@pytest.mark.parametrize("command", [("pretrain", "--out", "run"), ("data", "prepare")])
+def test_a_vocabulary_larger_than_the_models_is_refused_before_any_text_is_cut(
+    access: str, command: tuple[str, ...], recipe: str, trained: Path, own_cache: Path, switchcli: SwitchCLI
+) -> None:
+    tokenizer = f"data.tokenizer={{kind: file, path: {trained / 'tokenizer.json'}}}"
+    done = switchcli(*command, recipe, tokenizer, "model.vocab_size=400", f"data.access={access}")
+    assert (done.code, done.out) == (2, "")
+    assert "error: model.vocab_size (400) must be at least the 512 pieces of the tokenizer: try 512\n" in done.err
+    assert "tokenising" not in done.err
+    assert not (own_cache / "tokens").exists()
+
+
+def test_the_vocabulary_of_another_model_is_refused_before_any_text_is_cut_by_it(
+    recipe: str, trained: Path, own_cache: Path, switchcli: SwitchCLI
+) -> None:
+    keys = ("model.vocab_size=400", "data.tokenizer.vocab_size=400")
+    done = switchcli("data", "prepare", recipe, *keys, "--model", trained)
+    assert (done.code, done.out) == (2, "")
+    assert "error: model.vocab_size (400) must be at least the 512 pieces of the tokenizer: try 512\n" in done.err
+    assert not own_cache.exists()
+
+
+def test_what_is_prepared_for_a_stream_is_for_others(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
+    done = switchcli("data", "prepare", *languages, "data.access=stream")
+    assert done.code == 0
+    assert "warning: data.access is stream: the run reads its text as it goes" in done.err
 
 
 def test_by_the_vocabulary_of_a_model(recipe: str, trained: Path, switchcli: SwitchCLI) -> None:
@@ -159,10 +194,27 @@ def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, 
     assert "the expert that most of its tokens go to" in shown.out
 
 
+def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
+    recipe: str, text: Path, switchcli: SwitchCLI
+) -> None:
+    lines = text.read_text().splitlines(keepends=True)
+    Path("twice.txt").write_text("".join([*lines[:150], *lines[50:250]]))
+    keys = ("data.corpora=[{kind: files, paths: [twice.txt], sample_by: line}]", "data.duplicates={kind: exact}")
+    done = switchcli("pretrain", recipe, *keys, "eval.sequences=500", "--out", "run", "--json")
+    assert done.code == 0, done.err
+    assert "left out: 100 exact duplicates" in done.err
+    measured = switchcli("eval", "run", "--out", "scores", "--json")
+    assert measured.code == 0, measured.err
+    (one,) = json.loads(measured.out)["passes"]
+    trained = json.loads(done.out)["held_out/neg_log_perplexity"]
+    assert one["text"]["neg_log_perplexity"] == pytest.approx(trained, rel=1e-5)
+
+
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of texts that are far larger than a window."""
     monkeypatch.setattr("switchcli.data.live.WINDOW_CHARACTERS", 4000)
+    monkeypatch.setattr("switchcli.data.live.LEAST_CHARACTERS", 1000)
 
 
 def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
@@ -190,6 +242,55 @@ def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switch
     assert "going on from step 9 of 13" in again.err
     ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}, "but for the lines of the first end"
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_stream_goes_on_with_its_own_files_alone_however_much_it_is_evaluated_on(
+    recipe: str, text: Path, switchcli: SwitchCLI
+) -> None:
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text(text.read_text())
+    corpora = "data.corpora=[{kind: files, paths: ['texts/*.txt'], sample_by: line}]"
+    command = ("pretrain", *stream((recipe, corpora)), "--out", "run")
+    assert switchcli(*command, "train.steps=2").code == 0
+    done = switchcli(*command, "train.steps=3", "eval.sequences=3")
+    assert done.code == 0, done.err
+    assert "going on from step 2 of 3" in done.err
+    Path("texts/b.txt").write_text("another line of text\n" * 50)
+    refused = switchcli(*command, "train.steps=4", "eval.sequences=3")
+    assert refused.code == 4
+    assert "was trained on other text than the recipe gives now: bring that back, " in refused.err
+    Path("texts/b.txt").unlink()
+    assert switchcli(*command, "train.steps=4", "eval.sequences=3").code == 0
+
+
+def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
+    languages: tuple[str, ...], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One piece of several: what the others have is not the size of the text."""
+    Path("more.txt").write_text(Path("fr.txt").read_text())
+    corpora = ", ".join(
+        f"{{kind: files, paths: [{file}.txt], sample_by: line, language: {label}}}"
+        for file, label in (("de", "de"), ("fr", "fr"), ("more", "fr"))
+    )
+    command = ("pretrain", *stream(languages), f"data.corpora=[{corpora}]", "--out")
+
+    def unsized(corpora: Sequence[Corpus]) -> Pieces:
+        found = pieces_of(corpora)
+        return [*found[:1], *((corpus, piece._replace(size=None)) for corpus, piece in found[1:])]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("switchcli.commands.texts.pieces_of", unsized)
+        done = switchcli(*command, "run", "data.mixture={kind: temperature}")
+    assert done.code == 3
+    said = "error: data.mixture: how large fr is is not known before it is read, which a temperature needs: take"
+    assert said in done.err
+    by_size = switchcli(*command, "known", "data.mixture={kind: temperature, alpha: 1}", "train.steps=1")
+    assert by_size.code == 0, by_size.err
+    sizes = {label: Path(f"{label}.txt").stat().st_size * number for label, number in (("de", 1), ("fr", 2))}
+    shares = [record["mixture"] for record in records("known") if "mixture" in record][-1]
+    for label, size in sizes.items():
+        assert shares[label]["intended"] == pytest.approx(size / sum(sizes.values()))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from switchcli.data import chunks as module
-from switchcli.data.chunks import Chunks
+from switchcli.data.chunks import Chunks, grouped
 from switchcli.data.draws import CHUNKS, DOCUMENTS, permutation
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.store import Shard, TokenStore
@@ -156,6 +156,7 @@ class Opened:
 
     def __init__(self, number: int, documents: Sequence[int]) -> None:
         self.opened: list[int] = []
+        self.glanced: list[int] = []
         self._held: list[weakref.ref[Ids]] = []
         self.shards = [self._shard(one, documents) for one in range(number)]
 
@@ -166,7 +167,11 @@ class Opened:
             self._held.append(weakref.ref(found.tokens))
             return found
 
-        return Shard(len(documents), sum(documents), opened)
+        def glanced() -> TokenStore:
+            self.glanced.append(number)
+            return store(documents, 100 + 1000 * number)
+
+        return Shard(len(documents), sum(documents), opened, glanced)
 
     def held(self) -> int:
         return sum(array() is not None for array in self._held)
@@ -182,6 +187,59 @@ def test_no_more_than_two_windows_are_held() -> None:
         most = max(most, opened.held())
     assert most == 2 * 2
     assert len(opened.opened) == 3 * 11, "once an epoch each"
+
+
+def test_rows_of_whole_documents_are_counted_by_a_glance_and_shards_opened_when_they_are_read() -> None:
+    opened = Opened(5, [40, 90, 130])
+    found = Chunks(opened.shards, WHOLE, 0)
+    assert (sorted(opened.glanced), opened.opened) == ([0, 1, 2, 3, 4], [])
+    found.raw(np.arange(found.rows_per_epoch))
+    assert (len(opened.glanced), sorted(opened.opened)) == (5, [0, 1, 2, 3, 4])
+
+
+def test_small_shards_together_show_what_each_alone_would_leave_over() -> None:
+    rows, documents = SpanCorruption(inputs_length=512), [120, 1, 379]
+    text = [Shard.of(store(documents, 100 + 500 * number)) for number in range(1000)]
+    with pytest.raises(DataError, match="500000 tokens in 3000 documents, but one row takes 568"):
+        Chunks(text, rows, 0)
+    found = Chunks(grouped(text), rows, 0)
+    assert found.rows_per_epoch == 500_000 // 568
+    shown = epoch_of(found, 0)
+    assert shown.shape == (880, 568)
+    assert len(np.unique(shown)) == shown.size
+    assert shown.min() >= 100
+    assert shown.max() < 100 + 500_000
+
+
+@pytest.mark.parametrize("rows", [CORRUPTION, WHOLE])
+@given(text=st.lists(lengths, min_size=1, max_size=12), small=st.integers(1, 1500))
+def test_shards_put_together_are_the_same_documents_in_order_and_a_large_one_stays_itself(
+    rows: SpanCorruption | WholeDocuments, text: list[list[int]], small: int
+) -> None:
+    shards = [*map(Shard.of, stores(text))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SMALL_TOKENS", small)
+        found = grouped(shards)
+    wanted = [document.tolist() for one in stores(text) for document in np.split(one.tokens, one.offsets[1:-1])]
+    for opened in ([one.open() for one in found], [one.glance() for one in found]):
+        assert [ids.tolist() for one in opened for ids in np.split(one.tokens, one.offsets[1:-1])] == wanted
+    for one in found:
+        assert (one.num_documents, one.num_tokens) == (one.open().num_documents, one.open().num_tokens)
+        assert any(one is shard for shard in shards) or one.num_tokens < 2 * small
+    assert all(any(one is shard for one in found) for shard in shards if shard.num_tokens >= small)
+    assert all(first.num_tokens + second.num_tokens >= small for first, second in pairwise(found))
+
+
+def test_one_shard_stays_itself_and_shards_put_together_are_opened_when_they_are_read() -> None:
+    opened = Opened(6, [40, 90, 130])
+    assert grouped(opened.shards[:1])[0] is opened.shards[0]
+    assert grouped([]) == []
+    (one,) = grouped(opened.shards)
+    found = Chunks([one], CORRUPTION, 0)
+    assert opened.opened == opened.glanced == []
+    assert found.rows_per_epoch == 6 * 260 // LENGTH
+    found.raw(np.arange(1))
+    assert opened.opened == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_row_of_the_millionth_epoch_is_had_as_soon_as_the_first() -> None:

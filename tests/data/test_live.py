@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from switchcli.data import live as module
+from switchcli.data import pieces as parts_module
 from switchcli.data.batch import Batch
 from switchcli.data.corpus import Files
 from switchcli.data.document import Document, Piece, is_held_out
@@ -24,6 +25,7 @@ from switchcli.data.spec import DataSpec
 from switchcli.data.text_mixture import Mixture, Weighted
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
+from switchcli.spec import EOS
 from switchcli.train.microbatches import Microbatches
 
 ROWS = SpanCorruption(inputs_length=8)
@@ -36,12 +38,19 @@ FILES = {"a": 6, "b": 2}
 DOCUMENTS = 15
 HELD_OUT = 0.15
 SHARES = {"a": 0.7, "b": 0.3}
+WINDOW = 600
 NUM_WORDS = sum(FILES.values()) * DOCUMENTS * WORDS_A_DOCUMENT
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """As windows are beside texts that are far larger than one."""
+    patch.setattr(module, "WINDOW_CHARACTERS", WINDOW)
+    patch.setattr(module, "LEAST_CHARACTERS", WINDOW // 10)
 
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WINDOW_CHARACTERS", 600)
+    shrink(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,10 @@ def a_spec(folder: Path, lanes: int = LANES) -> DataSpec:
     return DataSpec(
         corpora=corpora, mixture=Weighted(), objective=ROWS, access="stream", lanes=lanes, held_out_fraction=HELD_OUT
     )
+
+
+def a_reader(spec: DataSpec, lane: int, label: str, pieces: module.Pieces | None = None) -> module.Reader:
+    return module.Reader(pieces or pieces_of(spec.texts()[label]), spec, TOKENIZER, lane, label, 0, WINDOW)
 
 
 class Run:
@@ -129,7 +142,7 @@ def texts(batch: Batch) -> list[list[int]]:
 def straight(folder: Path) -> Iterator[tuple[list[Batch], list[list[int]]]]:
     """The batches of a run on one rank that never stops, and where it stands after each number of steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WINDOW_CHARACTERS", 600)
+        shrink(patch)
         run = Run(a_spec(folder))
         positions, batches = [run.position(0)], []
         for step in range(STEPS):
@@ -198,7 +211,7 @@ def test_every_training_document_comes_once_an_epoch_and_no_held_out_one_ever(la
     counts: Counter[int] = Counter()
     windows = 0
     for lane in range(LANES):
-        reader = module.Reader(pieces_of(spec.texts()[label]), spec, TOKENIZER, lane, label, 0)
+        reader = a_reader(spec, lane, label)
         while reader.position.epoch < epochs:
             counts.update((reader.raw(1) - 3).ravel().tolist())
         windows += reader.position.window
@@ -207,7 +220,7 @@ def test_every_training_document_comes_once_an_epoch_and_no_held_out_one_ever(la
     again = sum(max(0, counts[word] - epochs) for word in training)
     assert max(counts.values()) <= epochs + 2  # a lane of the smaller text is less than a window
     assert tails <= windows * (LENGTH - 1), "the rest of a window that is less than a row"
-    assert again <= LANES * (600 // 60 * WORDS_A_DOCUMENT + LENGTH), "what of the next epoch was in the last window"
+    assert again <= LANES * (WINDOW // 60 * WORDS_A_DOCUMENT + LENGTH), "what of the next epoch was in the last window"
 
 
 @pytest.mark.parametrize("label", FILES)
@@ -216,18 +229,18 @@ def test_documents_are_parted_among_the_lanes(label: str, folder: Path) -> None:
     spec = a_spec(folder)
     seen = []
     for lane in range(LANES):
-        reader = module.Reader(pieces_of(spec.texts()[label]), spec, TOKENIZER, lane, label, 0)
-        found = islice(reader._documents(module.Position()), 2 * FILES[label] * DOCUMENTS)
-        seen.append([document.text for position, document in found if position.epoch == 0])
+        found = islice(a_reader(spec, lane, label)._documents(module.Position()), 2 * FILES[label] * DOCUMENTS)
+        seen.append([document.text for position, document in found if document is not None and position.epoch == 0])
         assert len(seen[-1]) == len({*seen[-1]}) > 0
     assert sorted(text for lane in seen for text in lane) == sorted(training_documents(spec, label))
 
 
 def test_epochs_go_through_the_pieces_in_other_orders(folder: Path) -> None:
     spec = a_spec(folder, lanes=1)
-    reader = module.Reader(pieces_of(spec.texts()["a"]), spec, TOKENIZER, 0, "a", 0)
     orders: dict[int, list[str]] = {}
-    for position, document in islice(reader._documents(module.Position()), 8 * FILES["a"] * DOCUMENTS):
+    for position, document in islice(a_reader(spec, 0, "a")._documents(module.Position()), 8 * FILES["a"] * DOCUMENTS):
+        if document is None:
+            continue
         file = document.name.rpartition(":")[0]
         order = orders.setdefault(position.epoch, [])
         if file not in order:
@@ -274,17 +287,30 @@ def test_going_on_reads_from_the_window_that_it_stands_in(
     begins = {0, *np.array(straight[1][step]).reshape(LANES, 2, -1)[:, :, 2].ravel().tolist()}
     assert {start for _, start in reads.begun} <= begins
     assert any(start for _, start in reads.begun)
-    # Two windows of 600 characters a lane and text at most, of documents of some 80.
-    assert len(reads.rows) <= LANES * 2 * 2 * (600 // 60 + 2) * 2
+    # Two windows of WINDOW characters a lane and text at most, of documents of some 80.
+    assert len(reads.rows) <= LANES * 2 * 2 * (WINDOW // 60 + 2) * 2
 
 
-def test_a_rank_reads_its_own_lanes_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_reads_its_own_lanes_alone_which_have_other_pieces_in_other_epochs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = Reads(monkeypatch)
     run = Run(a_spec(folder), world=2, labels=("a",))
-    for step in range(60):
-        run.streams[0].batch(step, 0, BATCH // 2)
-    names = {Path(name).stem for name, _ in reads.begun}
-    assert names == {"a0", "a1", "a4", "a5"}, "lanes 0 and 1 of 4: every fourth piece from there"
+    of_rank: list[set[str]] = []
+    for rank, stream in enumerate(run.streams):
+        reads.begun.clear()
+        mine = slice(rank * LANES // 2, (rank + 1) * LANES // 2)
+        step = 0
+        while not np.array(stream.position(step)).reshape(LANES, -1)[mine, 0].any():
+            of_rank[rank:] = [{name for name, _ in reads.begun}]
+            stream.batch(step, rank * BATCH // 2, BATCH // 2)
+            step += 1
+        for later in range(step, 400):
+            stream.batch(later, rank * BATCH // 2, BATCH // 2)
+        assert {Path(name).stem for name, _ in reads.begun} == {f"a{number}" for number in range(FILES["a"])}
+    assert not of_rank[0] & of_rank[1]
+    assert of_rank[0], "in the first epoch"
+    assert of_rank[1]
 
 
 def test_rows_are_asked_for_in_order(folder: Path) -> None:
@@ -303,11 +329,98 @@ def test_ranks_that_cannot_share_the_lanes_are_refused_with_a_number(folder: Pat
         Run(a_spec(folder), world=3)
 
 
-def test_a_lane_without_text_is_told_of(tmp_path: Path) -> None:
-    for number in range(4):
-        (tmp_path / f"a{number}.txt").write_text("\n" if number == 2 else "1 2 3\n4 5 6\n7 8 9\n" * 9)
-    corpora = tuple(Files(paths=(str(tmp_path / f"a{number}.txt"),), sample_by="line") for number in range(4))
-    spec = DataSpec(corpora=corpora, objective=ROWS, access="stream", lanes=4, held_out_fraction=0.01)
-    stream = LiveStream(spec, {"": pieces_of(corpora)}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
-    with pytest.raises(DataError, match=r"no text to train on in the share of lane 3 of 4: take fewer data\.lanes"):
+def lines_in_files(folder: Path, files: Sequence[int], lanes: int = LANES) -> tuple[DataSpec, module.Pieces]:
+    """A stream of files of so many documents, whose words are numbers, none of which comes twice."""
+    ends = np.cumsum([0, *files])
+    for file, (begin, end) in enumerate(pairwise(ends.tolist())):
+        lines = [" ".join(str(5 * line + word) for word in range(5)) for line in range(begin, end)]
+        (folder / f"{file}.txt").write_text("\n".join(lines) + "\n")
+    corpora = tuple(Files(paths=(str(folder / f"{file}.txt"),), sample_by="line") for file in range(len(files)))
+    spec = DataSpec(corpora=corpora, objective=ROWS, access="stream", lanes=lanes, held_out_fraction=1e-9)
+    return spec, pieces_of(corpora)
+
+
+def test_a_lane_whose_piece_is_empty_goes_on_with_that_of_the_next_epoch(tmp_path: Path) -> None:
+    spec, pieces = lines_in_files(tmp_path, [27, 27, 0, 27])
+    stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
+    shown = Counter(word for step in range(80) for row in texts(stream.batch(step, 0, BATCH)) for word in row)
+    assert set(shown) == set(range(5 * 81))
+
+
+@pytest.mark.parametrize(("files", "lane"), [([0, 0, 0, 0], 1), ([3], 4)])
+def test_a_lane_without_a_row_in_any_epoch_is_told_of(files: list[int], lane: int, tmp_path: Path) -> None:
+    """All pieces are empty, or there are fewer than lanes, and fewer documents too."""
+    spec, pieces = lines_in_files(tmp_path, files)
+    stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
+    said = rf"no row of text to train on in the share of lane {lane} of 4: take fewer data\.lanes, or add text"
+    with pytest.raises(DataError, match=said):
         stream.batch(0, 0, BATCH)
+
+
+def test_no_lane_shows_its_documents_twice_as_often_as_another_where_one_piece_is_very_small(tmp_path: Path) -> None:
+    """As a corpus has it whose last piece is what was left over."""
+    files = [60, 60, 60, 2]
+    spec, pieces = lines_in_files(tmp_path, files)
+    readers = [a_reader(spec, lane, "", pieces) for lane in range(LANES)]
+    shown = Counter((np.concatenate([reader.raw(800) for reader in readers]) - 3).ravel().tolist())
+    epochs = [reader.position.epoch for reader in readers]
+    assert min(epochs) > 10
+    assert max(epochs) <= 2 * min(epochs)
+    of_small = [shown[word] for word in range(5 * sum(files[:3]), 5 * sum(files))]
+    of_others = [shown[word] for word in range(5 * sum(files[:3]))]
+    assert max(of_small) <= 2 * np.mean(of_others)
+    assert max(of_others) <= 2 * min(of_others)
+
+
+class Rows:
+    """A corpus of documents that notes how many rows were gone through, those before the first asked for too."""
+
+    def __init__(self, documents: int) -> None:
+        self.documents, self.passed = documents, 0
+        self.begun: list[str] = []
+
+    def read(self, piece: Piece, start: int = 0, dropped: Any = None) -> Iterator[Document]:
+        self.begun.append(piece.name)
+        for row in range(self.documents):
+            self.passed += 1
+            if row >= start:
+                text = " ".join(str((row * 20 + word) % NUM_WORDS) for word in range(20))
+                yield Document(f"{piece.name}:{row}", text, f"{piece.name}:{row}", row)
+
+
+def test_a_stream_goes_through_each_row_of_a_piece_once_while_it_goes_on(folder: Path) -> None:
+    spec, rows = a_spec(folder, lanes=1), Rows(600)
+    pieces = [(cast("Files", rows), Piece(f"piece {number}", None)) for number in range(4)]
+    reader = a_reader(spec, 0, "a", pieces)
+    stood, passed = [reader.position], [0]
+    while reader.position.epoch == 0:
+        reader.raw(1)
+        stood.append(reader.position)
+        passed.append(rows.passed)
+    assert reader.position.window > 200, "windows of an epoch"
+    assert passed[-1] <= 4 * 600 + 2 * WINDOW // 20
+    middle = next(number for number, one in enumerate(stood) if one.place == 2 and one.row > 300)
+    wanted = reader = a_reader(spec, 0, "a", pieces)
+    wanted.raw(middle)
+    following = wanted.raw(3)
+    rows.passed, rows.begun = 0, []
+    reader = a_reader(spec, 0, "a", pieces)
+    reader.seek(stood[middle])
+    np.testing.assert_array_equal(reader.raw(3), following)
+    assert len(rows.begun) == 1, "the piece that it stands in"
+    assert rows.passed <= stood[middle].row + 2 * WINDOW // 20
+
+
+def test_a_document_of_many_parts_is_one_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "PART_CHARACTERS", 16)
+    objective = SpanCorruption(inputs_length=64)
+    spec = a_spec(folder, lanes=1).model_copy(update={"objective": objective, "packing": "documents"})
+    documents = training_documents(spec, "b")
+    assert min(len([*parts_module.cut_up(text)]) for text in documents) > 3
+    reader = a_reader(spec, 0, "b")
+    found = []
+    while reader.position.epoch == 0:
+        (row,) = reader.raw(1).tolist()
+        ends = [-1, *(place for place, index in enumerate(row) if index == EOS)]
+        found += [[word - 3 for word in row[begin + 1 : end]] for begin, end in pairwise(ends)]
+    assert {tuple(words) for words in found} == {tuple(map(int, text.split())) for text in documents}

@@ -287,6 +287,79 @@ def test_a_piece_that_was_damaged_before_the_text_was_whole_is_made_again(corpus
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
 
+def test_of_a_large_text_that_is_not_whole_yet_a_check_finds_the_damaged_piece_and_tells_of_it(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.prepare(stop_after(3, interrupt))
+    folder, told, shows = corpus.folders[1], list[str](), Shows()
+    before = contents(folder)
+    flip(folder / "train-000" / "tokens.npy")
+    mine = corpus.means(shows)._replace(share=(2, 6), warn=told.append)
+    module.prepare_share(corpus.spec, mine)
+    assert (shows.told, told) == ([], []), "the pieces that are there are not read again after every stop"
+    means = corpus.means(shows)._replace(check=True, warn=told.append)
+    (text,) = module.prepare(corpus.spec, means).texts.values()
+    assert shows.num_pieces == NUM_FILES - 2
+    assert told == [f"{folder}: not what was prepared, cut or altered since: it is made anew"]
+    assert contents(folder) == before
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_folder_of_another_piece_is_made_anew(corpus: Corpus, whole: bool) -> None:
+    """As where one was copied to a place of another: it is true of itself."""
+    straight = corpus._replace(cache=corpus.cache.with_name("straight")).prepare()
+    if whole:
+        corpus.prepare()
+        (corpus.folders[0].parent / "manifest.json").unlink()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            corpus.prepare(stop_after(3, interrupt))
+    first, second = corpus.folders[:2]
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    assert is_whole(second)
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == (1 if whole else NUM_FILES - 2)
+    assert text.identity == straight.identity
+    assert contents(text.folder) == contents(straight.folder)
+
+
+def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many languages, each small, no more is compared than of one large text."""
+    corpora = tuple(one.model_copy(update={"language": str(n)}) for n, one in enumerate(corpus.spec.corpora))
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()})
+    texts = module.prepare(spec, corpus.means()).texts
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 3 * texts["0"].num_bytes + 100)
+    for number in (0, 5):
+        flip(texts[str(number)].folder / "piece-00000/train-000/tokens.npy")
+    shows = Shows()
+    again = module.prepare(spec, corpus.means(shows)).texts
+    assert [label for label, *_ in shows.told] == ["tokenising 0"]
+    with pytest.raises(DataError, match=r"tokens\.npy: not what was prepared"):
+        again["5"].shards[TRAIN][0].open()
+
+
+def test_what_is_wrong_with_a_tokenizer_is_told_before_any_text_is_cut(corpus: Corpus) -> None:
+    def refuse(tokenizer: Tokenizer) -> None:
+        raise DataError(f"of {tokenizer.vocab_size} pieces")
+
+    shows = Shows()
+    with pytest.raises(DataError, match=f"of {letters().vocab_size} pieces"):
+        module.prepare(corpus.spec, corpus.means(shows)._replace(accept=refuse))
+    assert shows.told == []
+    assert not (corpus.cache / "tokens").exists()
+
+
+def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
+    def kill() -> None:
+        for process in active_children():
+            process.kill()
+
+
 def kill() -> None:
     """The workers, and wait until they are gone."""
     for process in active_children():
@@ -707,6 +780,22 @@ def test_what_is_dropped_is_counted(corpus: Corpus) -> None:
     assert text.dropped == {"not UTF-8": 2, "shorter than min_characters": 3}
     kept = sum(text.counts[part].documents for part in PARTS)
     assert kept == 4 + (NUM_FILES - 2) * 60
+
+
+def test_filters_that_leave_nothing_say_what_they_left_out(corpus: Corpus) -> None:
+    Path("0.txt").write_bytes(b"caf\xe9\n" * 1200)
+    corpora = tuple(one.model_copy(update={"unreadable": "skip"}) for one in corpus.spec.corpora)
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "filters": Filters(min_characters=1000)})
+    with pytest.raises(DataError) as raised:
+        corpus._replace(spec=spec).prepare()
+    assert "nothing is left of the text: left out were " in str(raised.value)
+    assert "1,200 not UTF-8" in str(raised.value)
+    assert "300 shorter than min_characters" in str(raised.value)
+    for number in range(NUM_FILES):
+        Path(f"{number}.txt").write_text("\n")
+    with pytest.raises(DataError, match="no text") as raised:
+        corpus.prepare()
+    assert "left out" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["exact", "near"])

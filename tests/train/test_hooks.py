@@ -156,7 +156,9 @@ def test_steps_that_wait_for_their_batches_in_two_windows_on_end_are_told_of_onc
         ((number, warning),) = told
         assert number == told_after
         share = f"{fractions[number - 1]:.0%}"
-        assert warning.startswith(f"{share} of a step is spent waiting for its batch: raise train.workers or ")
+        assert warning.startswith(f"{share} of a step is spent waiting for its batch: raise train.batches_ahead; ")
+        assert "of prepared text train.workers, or put it on a faster disk" in warning
+        assert warning.endswith("of a stream take data.access=prepared")
 
 
 def a_held_out(model: nn.Module, records: list[Record], texts: dict[str, HeldOutText]) -> HeldOut:
