@@ -354,12 +354,6 @@ def test_what_is_wrong_with_a_tokenizer_is_told_before_any_text_is_cut(corpus: C
     assert not (corpus.cache / "tokens").exists()
 
 
-def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
-    def kill() -> None:
-        for process in active_children():
-            process.kill()
-
-
 def kill() -> None:
     """The workers, and wait until they are gone."""
     for process in active_children():
