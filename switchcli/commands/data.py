@@ -1,5 +1,6 @@
 """`switchcli data`: text as ids before a run, and tokenizers. No torch until a recipe is read."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def prepare(
         if as_json:
             print_json(result)
         else:
-            preparation.show(result, Console(quiet=quiet))
+            preparation.show(result, Console(quiet=quiet, stream=sys.stdout))
 
 
 @tokenizer.command()

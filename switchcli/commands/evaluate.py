@@ -18,7 +18,7 @@ from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.mixture import InTurn
 from switchcli.data.prepare import Prepared
 from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.spec import DataSpec, TextSpec
+from switchcli.data.spec import DataSpec, TextSpec, TextsSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -32,14 +32,13 @@ from switchcli.tasks.spec import tasks_of
 from switchcli.tasks.task import Answered
 from switchcli.train import health, memory
 from switchcli.train.evaluate import HeldOutText, evaluate_rows
-from switchcli.train.hooks import text_figures
 from switchcli.train.metrics import Metrics, merge
 from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
 from switchcli.train.scoring import Answering
 
 ROWS_EACH = 16
 """Rows of a batch for the cross-entropy, at least."""
-TEXT_KEYS = ("corpora", "mixture", "filters", "duplicates", "access", "held_out_fraction")
+TEXT_KEYS = tuple(TextsSpec.model_fields)
 SHOWN = ("neg_log_perplexity", "sequences", "dropped_fraction", "balance", "dead_experts")
 
 
@@ -270,9 +269,9 @@ class Measuring:
         all_of_it = self._figures(model, functools.reduce(merge, found.values()), sequences)
         if len(found) == 1:
             (text,), (metrics,) = self._texts.values(), found.values()
-            return HeldOut(tasks, {**all_of_it, **text_figures(metrics, text)}, {})
+            return HeldOut(tasks, {**all_of_it, **text.figures(metrics)}, {})
         each = {
-            label: {**self._figures(model, found[label], text.num_rows), **text_figures(found[label], text)}
+            label: {**self._figures(model, found[label], text.num_rows), **text.figures(found[label])}
             for label, text in self._texts.items()
         }
         return HeldOut(tasks, all_of_it, each)

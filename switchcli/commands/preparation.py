@@ -13,7 +13,7 @@ from switchcli.data.prepare import prepare_share
 from switchcli.data.text import PARTS, Text
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
-from switchcli.recipe.schema import OnText, standing_alone
+from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console
 from switchcli.report.units import binary
 
@@ -38,9 +38,7 @@ def prepare(
         DataError: of the text or the tokenizer.
         CheckpointError: the disk refuses; what was whole by then stays.
     """
-    recipe = standing_alone(name, overrides)
-    if not isinstance(recipe, OnText):
-        raise RecipeError(f"{name}: reads no plain text: its tasks are cut into ids when a run begins")
+    recipe = on_text(name, overrides)
     share = _share(options.share)
     tokenizer = None if options.model is None else _of_model(options.model, warn)
     if recipe.data.access == "stream":

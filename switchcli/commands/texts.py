@@ -1,12 +1,10 @@
 """Prepared texts as what a run reads: chunks of each, how they are mixed, and the rows that it is evaluated on."""
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
-
-import torch
 
 from switchcli.data.batch import Batch
 from switchcli.data.cache import default_cache
@@ -15,7 +13,7 @@ from switchcli.data.live import LiveStream, pieces_of
 from switchcli.data.prepare import Means, Prepared, held_out_head, prepare, source, vocabulary
 from switchcli.data.spec import DataSpec, Rows
 from switchcli.data.store import digest_of
-from switchcli.data.stream import TextStream
+from switchcli.data.stream import TextStream, text_fraction
 from switchcli.data.text import HELD_OUT, TRAIN
 from switchcli.data.text_mixture import Mixture
 from switchcli.data.tokenizer import Tokenizer
@@ -23,7 +21,6 @@ from switchcli.errors import DataError
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.schema import OnText
 from switchcli.report.console import Console
-from switchcli.spec import EOS, PAD
 from switchcli.train.evaluate import HeldOutText
 
 HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds are then on the same batches
@@ -70,7 +67,8 @@ def prepared(recipe: OnText, text: Prepared, runtime: Runtime, console: Console)
     chunks = _chunks(text, TRAIN, data.rows, seed)
     rows = recipe.train.steps * batch_rows
     rows_per_epoch = [one.rows_per_epoch for one in chunks.values()]
-    mixture = _mixture(data, [one.counts[TRAIN].tokens for one in text.texts.values()], rows_per_epoch, rows, seed)
+    tokens = [one.counts[TRAIN].tokens for one in text.texts.values()]
+    mixture = data.mixed(tokens, rows_per_epoch, rows, seed)
     if runtime.is_main:
         _tell(text, chunks, mixture, rows, console)
     turns = None if mixture is None else mixture.turns[0]
@@ -92,7 +90,7 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
             "mixture.kind=weighted and a weight for each corpus, or access=prepared"
         )
     known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
-    mixture = _mixture(data, known, known, recipe.train.steps * batch_rows, seed)
+    mixture = data.mixed(known, known, recipe.train.steps * batch_rows, seed)
     with suppress(ValueError, OSError):  # each lane keeps a piece of each text open
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stream = LiveStream(
@@ -122,27 +120,15 @@ def _chunks(text: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Chunk
     return {label: Chunks(grouped(one.shards[part]), rows, seed, label) for label, one in text.texts.items()}
 
 
-def _mixture(
-    data: DataSpec, sizes: Sequence[int], rows_per_epoch: Sequence[int], rows: int, seed: int
-) -> Mixture | None:
-    """How texts of these sizes are mixed in a run of so many rows; None for one text."""
-    if data.mixture.kind == "joined":
-        return None
-    weights = [sum(corpus.weight for corpus in corpora) for corpora in data.texts().values()]
-    shares = data.mixture.shares(sizes, weights, rows_per_epoch, rows)
-    lanes = data.lanes if data.access == "stream" else 1
-    return Mixture(dict(zip(data.texts(), shares.tolist(), strict=True)), seed, lanes)
-
-
 def held_out(text: Prepared, made_by: Rows, sequences: int) -> dict[str, HeldOutText]:
     """The held-out rows of each text, `sequences` at most, and what they are worth in bytes."""
     texts = {}
     for label, chunks in _chunks(text, HELD_OUT, made_by, HELD_OUT_SEED).items():
         stream = TextStream([chunks], text.tokenizer, made_by, HELD_OUT_SEED, sequences)
         number = min(sequences, chunks.rows_per_epoch)
-        counts = text.texts[label].counts[HELD_OUT]
-        share = _text_fraction(stream.batch(0, 0, number), text.tokenizer)
-        texts[label] = HeldOutText(partial(stream.batch, 0), number, counts.bytes / counts.tokens * share)
+        fraction = text_fraction(stream.batch(0, 0, number), text.tokenizer)
+        bytes_per_target = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
+        texts[label] = HeldOutText(partial(stream.batch, 0), number, bytes_per_target)
     return texts
 
 
@@ -164,10 +150,3 @@ def _tell(text: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None,
     for label, one in text.texts.items():
         if said := ", ".join(f"{number:,} {reason}" for reason, number in one.dropped.items() if number):
             console.message(f"left out{f' of {label}' if label else ''}: {said}")
-
-
-def _text_fraction(batch: Batch, tokenizer: Tokenizer) -> float:
-    """The share of the targets that are text, and no sentinel or EOS."""
-    marks = torch.tensor([PAD, EOS, *tokenizer.sentinels])
-    is_text = ~torch.isin(batch.targets_BT, marks)
-    return float(is_text.sum() / (batch.targets_BT != PAD).sum())

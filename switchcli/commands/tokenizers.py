@@ -127,11 +127,11 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
     tokenizers = [opened(name) for name in names]
     texts = _files(files)
     if recipe is not None:
-        from switchcli.commands.vocabularies import text_of
         from switchcli.data.prepare import documents
         from switchcli.data.text_mixture import Weighted
+        from switchcli.recipe.schema import on_text
 
-        apart = text_of(recipe, overrides).model_copy(update={"mixture": Weighted()})
+        apart = on_text(recipe, overrides).data.model_copy(update={"mixture": Weighted()})
         texts = {**documents(apart, console.track, held_out=True), **texts}
     rows = tuple(Row(name, *measure(documents, tokenizers)) for name, documents in texts.items())
     compared = Compared(tuple(map(facts, names, tokenizers)), rows)

@@ -1,4 +1,4 @@
-"""The text of a recipe by component, for people who care for its vocabulary; and training that as a file."""
+"""`switchcli data tokenizer train`: the vocabulary of a recipe as a file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import Any
 
 from switchcli.commands.tokenizers import facts
 from switchcli.data.prepare import documents
-from switchcli.data.spec import DataSpec
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.recipe.schema import OnText, standing_alone
+from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console
 from switchcli.train.run_folder import write_whole
 
@@ -28,7 +27,7 @@ def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) ->
         RecipeError: the recipe is not of plain text, or has a tokenizer already.
         DataError: the text cannot be read, or has too many characters.
     """
-    data = text_of(recipe, overrides)
+    data = on_text(recipe, overrides).data
     if data.tokenizer.kind != "train":
         raise RecipeError(
             f"{recipe}: data.tokenizer.kind ({data.tokenizer.kind}) must be train to train one: set "
@@ -39,11 +38,3 @@ def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) ->
         out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, tokenizer.to_json())
     return {**facts(out, tokenizer), "character_coverage": data.tokenizer.character_coverage}
-
-
-def text_of(recipe: str, overrides: Sequence[str]) -> DataSpec:
-    """What the recipe reads. Raises RecipeError when that is no plain text."""
-    found = standing_alone(recipe, overrides)
-    if not isinstance(found, OnText):
-        raise RecipeError(f"{recipe}: this recipe reads no plain text: name one of pretrain")
-    return found.data

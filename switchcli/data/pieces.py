@@ -1,6 +1,6 @@
 """A piece of a corpus as ids: read, filtered, cut and written as shards, the same by any process on any machine.
 
-Several processes take pieces from one queue; each writes whole folders, so that what was done before a stop stays done.
+Several processes are given pieces one by one; each writes whole folders, so that what was done before a stop stays.
 """
 
 import multiprocessing
@@ -85,7 +85,7 @@ class _Worker(NamedTuple):
     """A process, and what it is told and tells by."""
 
     process: BaseProcess
-    pipe: "Connection[Job | None, _Built]"
+    pipe: "Connection[Job, _Built]"
 
 
 class _Built(NamedTuple):
@@ -125,7 +125,7 @@ def _share_out(
     """Give each worker the next job when it is done with one, until all are whole; raise what a worker met."""
     left, whole, size, tokens = list(jobs[::-1]), 0, 0, 0
     folders = {job.folder.parent for job in jobs}
-    at: dict[Connection[Job | None, _Built], Job] = {}
+    at: dict[Connection[Job, _Built], Job] = {}
     try:
         for worker in workers:
             at[worker.pipe] = left.pop()

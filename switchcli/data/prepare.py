@@ -176,7 +176,7 @@ def _text(
             trusted = facts is None and not means.check and is_large(*begun, before=before)
             number, count = means.share
             _make([job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)], label, file, means)
-            if not all(has_sizes(job.folder) for job in jobs):
+            if not all(_is_made(job, trusted=True, warn=means.warn) for job in jobs):  # those of other machines too
                 return None
             _seal(folder, jobs, tokenizer)
         text = open_text(folder, before)
@@ -186,6 +186,8 @@ def _text(
         with disk_errors(means.cache, ELSEWHERE):
             facts = facts_of(folder)
             if facts is None or not _is_sound(folder, facts, means, before):
+                if facts is not None:
+                    means.warn(_damaged(folder))
                 make(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built))
             text = open_text(folder, before)
     if not any(counts.documents for counts in text.counts.values()):
@@ -204,8 +206,12 @@ def _is_made(job: Job, trusted: bool, warn: Callable[[str], None]) -> bool:
         return False
     if (has_sizes if trusted else is_whole)(job.folder):
         return True
-    warn(f"{job.folder}: not what was prepared, cut or altered since: it is made anew")
+    warn(_damaged(job.folder))
     return False
+
+
+def _damaged(folder: Path) -> str:
+    return f"{folder}: not what was prepared, cut or altered since: it is made anew"
 
 
 def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means, before: int) -> bool:
@@ -262,11 +268,11 @@ def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens
     """Of each text the first held-out documents, `num_tokens` of them or a few more, and nothing to train on: what a
     run is evaluated on that prepares no more."""
     texts = {}
+    found = documents(spec, means.track, held_out=True)
     for label, corpora in spec.texts().items():
         parts = [*_sources(spec, corpora), tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
         folder = means.cache / "tokens" / _digest(parts)
-        found = documents(spec, means.track, held_out=True)[label]
-        with cached(folder, partial(_write_head, found, tokenizer, num_tokens)):
+        with cached(folder, partial(_write_head, found[label], tokenizer, num_tokens)):
             texts[label] = open_text(folder)
     return Prepared(tokenizer, texts)
 

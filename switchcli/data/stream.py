@@ -16,6 +16,7 @@ from switchcli.data.draws import SPANS, WORDS, philox
 from switchcli.data.spec import Rows
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.data.turns import Turns
+from switchcli.spec import EOS, PAD
 
 
 class Corruption:
@@ -67,3 +68,10 @@ class TextStream:
             mine_R = text_R == text
             raw_RL[mine_R] = self._texts[text].raw(nth_R[mine_R])
         return raw_RL
+
+
+def text_fraction(batch: Batch, tokenizer: Tokenizer) -> float:
+    """The share of a batch's targets that are text, and no sentinel or EOS."""
+    marks = torch.tensor([PAD, EOS, *tokenizer.sentinels])
+    is_text = ~torch.isin(batch.targets_BT, marks)
+    return float(is_text.sum() / (batch.targets_BT != PAD).sum())

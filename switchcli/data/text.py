@@ -22,8 +22,8 @@ FORMAT = 2  # raise when the same key would come to mean other ids
 TRAIN, HELD_OUT = "train", "held_out"
 PARTS = (TRAIN, HELD_OUT)
 CHECKED_AT_START = 2**30
-"""Bytes of a text up to which all of it is read and compared with its checksums before a run; of a larger one each
-shard when it is first used."""
+"""Bytes of all texts of a run, up to which they are read and compared with their checksums before it; of those beyond
+each shard is when it is first used."""
 
 
 class Counts(NamedTuple):
@@ -33,6 +33,10 @@ class Counts(NamedTuple):
     tokens: int
     bytes: int
     """Of the text, as UTF-8."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
 
 
 class Text(NamedTuple):

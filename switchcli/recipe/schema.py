@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.data.spec import DataSpec, TextSpec
+from switchcli.errors import RecipeError
 from switchcli.model.groups import Group, check
 from switchcli.model.inherit import FromTeacher
 from switchcli.model.routing import Policy
@@ -202,6 +203,18 @@ def standing_alone(name: str, overrides: Sequence[str] = ()) -> Spec:
     if below:
         tree = resolve.load(name, overrides, resolve.layer(below, name))
     return resolve.validate(tree, schema)
+
+
+def on_text(name: str, overrides: Sequence[str] = ()) -> OnText:
+    """The same of a recipe of plain text.
+
+    Raises:
+        RecipeError: one line for each thing that is wrong; or it is one of tasks.
+    """
+    recipe = standing_alone(name, overrides)
+    if not isinstance(recipe, OnText):
+        raise RecipeError(f"{name}: this recipe reads no plain text: name one of pretrain, or of distill on text")
+    return recipe
 
 
 def editor_schema(verb: str) -> dict[str, Any]:

@@ -36,6 +36,12 @@ class HeldOutText(NamedTuple):
             return None
         return -neg_log_perplexity / math.log(2) / self.bytes_per_target
 
+    def figures(self, metrics: Metrics) -> dict[str, float]:
+        """What is said of it: its neg. log perplexity and, where that is known, bits a byte."""
+        figure = float(metrics["neg_log_perplexity"].value())
+        bits = self.bits_per_byte(figure)
+        return {"neg_log_perplexity": figure, **({} if bits is None else {"bits_per_byte": bits})}
+
 
 @torch.no_grad()
 def evaluate(

@@ -148,7 +148,7 @@ class HeldOut(Hook):
         state.texts = {}
         for label, text in self._texts.items():
             found = evaluate(self._model, self._objective, self._batches(text), self._runtime, self._policy)
-            state.texts[label] = text_figures(found, text)
+            state.texts[label] = text.figures(found)
             metrics = merge(metrics, found)
         figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures[HELD_OUT]
@@ -158,13 +158,6 @@ class HeldOut(Hook):
         if self._runtime.is_main:
             apart = {"texts": state.texts} if len(self._texts) > 1 else {}
             self._write({"step": state.step, **figures, **apart})
-
-
-def text_figures(metrics: Metrics, text: HeldOutText) -> dict[str, float]:
-    """What is said of one text: its neg. log perplexity and, where that is known, bits a byte."""
-    figure = float(metrics["neg_log_perplexity"].value())
-    bits = text.bits_per_byte(figure)
-    return {"neg_log_perplexity": figure, **({} if bits is None else {"bits_per_byte": bits})}
 
 
 class Save(Hook):

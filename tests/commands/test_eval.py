@@ -152,6 +152,8 @@ def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_
         (["tuned", "tasks=[]"], 2, "nothing to measure it on"),
         (["tuned", "scoring.split=test"], 2, "none of colour, last has such a split"),
         (["tuned", "scoring.decoding.temperature=0.5"], 2, "a score is of those that the model finds most probable"),
+        (["tuned", "text.access=stream", "text.duplicates.kind=exact"], 2, "duplicates are found among prepared text"),
+        (["tuned", "text.corpora=[{kind: python-stdlib, weight: 2.0}]"], 2, "a weight of a corpus counts in a mixture"),
         (["nothing"], 4, "nothing: no checkpoint there"),
         (["tuned", "capacities=[none]"], 2, "capacities"),
         (

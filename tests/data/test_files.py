@@ -5,11 +5,11 @@ import gzip
 import json
 import lzma
 import os
-import pickle
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler  # by which corpora travel to the processes that prepare them
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def test_small_files_are_one_piece_and_large_ones_stay_in_order(
     monkeypatch.setattr(files, "PIECE_BYTES", 10)
     for name, size in (("a", 4), ("b", 6), ("c", 0), ("d", 1), ("e", 25), ("f", 3)):
         (tmp_path / f"{name}.txt").write_text(name * size)
-    corpus = pickle.loads(pickle.dumps(Files(paths=(f"{tmp_path}/*.txt",))))
+    corpus = ForkingPickler.loads(ForkingPickler.dumps(Files(paths=(f"{tmp_path}/*.txt",))))
     pieces = corpus.pieces()
     names = [(piece.name.removeprefix(f"{tmp_path}/"), piece.size) for piece in pieces]
     assert names == [

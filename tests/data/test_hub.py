@@ -2,8 +2,8 @@
 
 import gzip
 import json
-import pickle
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler  # by which corpora travel to the processes that prepare them
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -206,7 +206,7 @@ def write(folder: Path, shards: int, lines: int = 2) -> None:
 def test_a_folder_is_read_by_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, shards=3, lines=4)
     (tmp_path / "other.jsonl").write_text('{"text": "not asked for"}\n')
-    corpus = pickle.loads(pickle.dumps(Hub(path=str(tmp_path), data_files="en/*.json.gz")))
+    corpus = ForkingPickler.loads(ForkingPickler.dumps(Hub(path=str(tmp_path), data_files="en/*.json.gz")))
     pieces = corpus.pieces()
     assert [piece.name for piece in pieces] == ["shard 0", "shard 1", "shard 2"]
     assert [document.text for document in corpus.read(pieces[2])] == ["2 0", "2 1", "2 2", "2 3"]

@@ -328,6 +328,20 @@ def test_the_folder_of_another_piece_is_made_anew(corpus: Corpus, whole: bool) -
     assert contents(text.folder) == contents(straight.folder)
 
 
+def test_the_folder_of_another_piece_is_no_share_of_another_machine(corpus: Corpus) -> None:
+    """It is left to that machine, and no text is put together of it."""
+    corpus.prepare()
+    first, second = corpus.folders[:2]
+    (first.parent / "manifest.json").unlink()
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    shares = [corpus.means(Shows())._replace(share=(number, NUM_FILES)) for number in range(NUM_FILES)]
+    assert module.prepare_share(corpus.spec, shares[0])[1][""] is None
+    text = module.prepare_share(corpus.spec, shares[1])[1][""]
+    assert text is not None
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
 def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many languages, each small, no more is compared than of one large text."""
     corpora = tuple(one.model_copy(update={"language": str(n)}) for n, one in enumerate(corpus.spec.corpora))
@@ -839,8 +853,10 @@ def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
     again = distinct.prepare()
     with pytest.raises(DataError, match=r"train-00000/tokens\.npy: not what was prepared"):
         again.shards[TRAIN][0].open()
-    module.prepare(spec, distinct.means()._replace(check=True))
+    told: list[str] = []
+    module.prepare(spec, distinct.means()._replace(check=True, warn=told.append))
     assert contents(text.folder) == before
+    assert told == [f"{text.folder}: not what was prepared, cut or altered since: it is made anew"]
 
 
 def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) -> None:
