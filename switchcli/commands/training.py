@@ -16,7 +16,7 @@ from switchcli.commands.measure import Measure, Text, shares
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.batch import AnyBatch
-from switchcli.errors import DistributedError, Interrupted
+from switchcli.errors import DistributedError, Interrupted, RecipeError
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
@@ -114,6 +114,7 @@ class Training:
         if recipe.parallel.auto:
             console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in runtime.mesh.items())}")
         if self.saver.restore(self.state, console.warning):
+            runtime.on_main(self._check_steps)
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
             if self.text.stream is not None and self.state.step:
                 self.text.stream.seek(self.state.step, self.state.position)
@@ -123,6 +124,14 @@ class Training:
             runtime.compile(self.model)
         if recipe.train.activation_checkpointing == "blocks":
             recompute_blocks(self.model)
+
+    def _check_steps(self) -> None:
+        done, steps = self.state.step, self.recipe.train.steps
+        if done > steps:
+            raise RecipeError(
+                f"train.steps ({steps}) is less than the {done} steps that {self.folder.path} has taken: take {done} "
+                "or more, or begin anew with --no-resume"
+            )
 
     def _shares(self) -> Microbatches:
         return shares(self.recipe, self._rows, self.runtime)

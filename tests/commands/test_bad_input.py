@@ -229,6 +229,17 @@ def test_a_run_does_not_go_on_with_other_text(recipe: str, switchcli: SwitchCLI)
     assert Checkpoint.open(Path("a/checkpoints/step-00000003")).step == 3
 
 
+def test_fewer_steps_than_were_taken_are_refused(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "train.steps=4", "--out", "a").code == 0
+    before = Path("a/result.json").read_text()
+    done = switchcli("pretrain", recipe, "train.steps=3", "--out", "a", "--quiet")
+    assert (done.code, done.out) == (RECIPE, "")
+    assert done.err.startswith("error: train.steps (3) is less than the 4 steps that ")
+    assert done.err.endswith("a has taken: take 4 or more, or begin anew with --no-resume\n")
+    assert Path("a/result.json").read_text() == before
+    assert switchcli("pretrain", recipe, "train.steps=4", "--out", "a").code == 0
+
+
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "train.steps=8", "--out", "a").code == 0
     path = Path("a/checkpoints/step-00000008/optimizer-00000.safetensors")
