@@ -1,0 +1,130 @@
+"""scripts/sweep: how a grid and a list are read, and what becomes of runs that are whole, cut, or fail."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "sweep.py"
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["sweep"]
+
+
+def test_commas_part_values_outside_brackets_and_quotes(sweep):
+    assert sweep.values("2,4") == ["2", "4"]
+    assert sweep.values("[rte,cola]") == ["[rte,cola]"]
+    assert sweep.values("{kind: a, b: [1,2]},{kind: c}") == ["{kind: a, b: [1,2]}", "{kind: c}"]
+    assert sweep.values('"a,b",c') == ['"a,b"', "c"]
+    assert sweep.values("") == [""]
+
+
+def test_a_grid_names_its_runs_by_what_varies(sweep):
+    runs = sweep.runs_of(["pretrain", "quickstart/switch", "model.num_experts=2,4", "train.seed=0,1"], Path("runs"))
+    assert [run.name for run in runs] == ["2-0", "2-1", "4-0", "4-1"]
+    assert runs[2].arguments == ("pretrain", "quickstart/switch", "model.num_experts=4", "train.seed=0")
+    assert [run.name for run in sweep.runs_of(["pretrain", "quickstart/switch"], Path("runs"))] == ["switch"]
+
+
+def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
+    path = tmp_path / "runs"
+    path.write_text(
+        "# what stands after # is not read\n"
+        "teacher pretrain quickstart/switch train.seed=0,1  # nor this\n\n---\n"
+        "student distill r --teacher {out}/teacher-{train.seed} 'student={kind: fresh}' train.seed=0,1\n"
+        "scores eval {out}/teacher-0\n"
+    )
+    runs = sweep.runs_of([str(path), "train.steps=5"], Path("runs/t"))
+    assert [(run.name, run.stage) for run in runs] == [
+        ("teacher-0", 0),
+        ("teacher-1", 0),
+        ("student-0", 1),
+        ("student-1", 1),
+        ("scores", 1),
+    ]
+    assert runs[3].arguments[2:] == (
+        "--teacher",
+        "runs/t/teacher-1",
+        "student={kind: fresh}",
+        "train.seed=1",
+        "train.steps=5",
+    )
+    assert runs[4].arguments == ("eval", "runs/t/teacher-0")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "lists no run"),
+        ("dense\n", ":1: 'dense' is no run"),
+        ("a pretrain x\na pretrain y\n", "two runs of one name: a"),
+        ("a pretrain 'x\n", "No closing quotation"),
+    ],
+)
+def test_a_list_that_says_no_runs_is_refused(text, said, tmp_path):
+    path = tmp_path / "runs"
+    path.write_text(text)
+    ended = _sweep(path, tmp_path)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+
+
+def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path):
+    path = tmp_path / "runs"
+    short = "train.steps=2 schedule.warmup_steps=1 eval.sequences=16"
+    path.write_text(f"bad pretrain quickstart/dense train.steps=no\n---\ngood pretrain quickstart/dense {short}\n")
+    first = _sweep(path, tmp_path)
+    assert first.returncode == 1
+    assert "failed: bad: exit code 2: error: override 'train.steps=no'" in first.stderr
+    assert json.loads((tmp_path / "out/good/result.json").read_text())["step"] == 2
+    again = _sweep(path, tmp_path)
+    assert "[2/2] good: done before" in again.stdout
+    assert again.returncode == 1
+
+
+def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
+    path = tmp_path / "runs"
+    path.write_text("one pretrain quickstart/dense train.steps=100000 eval.sequences=16 log.every_steps=1\n")
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--jobs", "1", str(path)]
+    metrics = tmp_path / "out/one/metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as going:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and '"seconds"' in metrics.read_text()):
+            assert time.monotonic() < deadline
+            assert going.poll() is None
+            time.sleep(0.1)
+        going.send_signal(signal.SIGTERM)
+        _, said = going.communicate(timeout=60)
+    assert going.returncode == 75
+    assert said == "stopped: the same command goes on\n"
+    assert list((tmp_path / "out/one/checkpoints").glob("step-*"))
+
+
+def test_slots_are_gpus_else_processors(sweep, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.slots_at_hand(None)] == ["0", "2"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.slots_at_hand(3)] == ["0", "2", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert sweep.slots_at_hand(None) == [{"OMP_NUM_THREADS": "1"}] * cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert sweep.slots_at_hand(2) == [{}, {}]
+
+
+def _sweep(path, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--jobs", "1", str(path)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
