@@ -1,8 +1,8 @@
 """Many runs by one command (scripts/sweep): a grid, or a list of them, over the processors or GPUs at hand.
 
-A run is `switchcli VERB ARGUMENTS --out OUT/NAME`. One whose folder holds result.json is skipped; one that was cut goes
-on, since the verb itself does so. A run that fails does not stop the others: what failed is said at the end, and the exit
-code is 1. A signal lets each run save; the exit code is then 75, and the same command goes on.
+A run is `switchcli VERB ARGUMENTS --out OUT/NAME`. One whose folder holds result.json is skipped; one that was cut
+goes on, since the verb itself does so. A run that fails does not stop the others: what failed is said at the end, and
+the exit code is 1. A signal lets each run save; the exit code is then 75, and the same command goes on.
 """
 
 import argparse
