@@ -21,6 +21,8 @@ from generate import generate
 from layer import layer
 from machine import PRECISIONS, Job, Result, ceilings
 from optimizer import optimizer
+from paper import EXPERTS as EXPERTS_OF_THE_PAPER
+from paper import paper
 from parts import parts
 from recompute import recompute
 from saving import saving
@@ -39,6 +41,7 @@ SECTIONS = {
     "scaling": scaling,
     "saving": saving,
     "data": data,
+    "paper": paper,
 }
 EXPERTS = (8, 32, 64, 128)
 
@@ -320,6 +323,37 @@ def of_data(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> Non
             table([f"{model}, and the loader by", "tokens/s", "over the model's"], rows)
 
 
+def of_the_paper(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    """Tables 1, 10 and 11 in one process each, in float32; Table 2 in processes of one precision each."""
+    tables = {
+        "1": [
+            "dense",
+            "dense-large",
+            *(f"{kind}-{factor}" for factor in (2.0, 1.25, 1.0) for kind in ("moe", "switch")),
+        ],
+        "10": ["switch-1.25", "attention-1.25", "both-1.25"],
+        "11": ["argmax", "sample", "input-dropout", "switch-1.25"],
+        "of Appendix B": ["switch-1.0", "next-1.0"],
+    }
+    for name, what in tables.items():
+        seconds = run({"section": "paper", **common, "precision": "float32", "what": what})["seconds"]
+        first = what[0]
+        rows = [
+            [one, f"{statistics.median(times):.2f}", ratio(seconds[first], times)] for one, times in seconds.items()
+        ]
+        table([f"Table {name}, {EXPERTS_OF_THE_PAPER} experts", "seconds a step", f"steps a second over {first}"], rows)
+    found: dict[str, list[float]] = {"float32": [], "bfloat16": [], "selective": []}
+    for _ in range(common["rounds"]):
+        for precision, seconds_each in found.items():
+            job = {"section": "paper", **common, "rounds": 1, "precision": precision, "what": ["switch-1.25"]}
+            seconds_each.extend(run(job)["seconds"]["switch-1.25"])
+    rows = [
+        [one, f"{statistics.median(times):.2f}", ratio(found["float32"], times), ratio(found["bfloat16"], times)]
+        for one, times in found.items()
+    ]
+    table(["Table 2", "seconds a step", "steps a second over float32", "over bfloat16"], rows)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
@@ -332,6 +366,7 @@ TABLES = {
     "scaling": of_scaling,
     "saving": of_saving,
     "data": of_data,
+    "paper": of_the_paper,
 }
 
 
