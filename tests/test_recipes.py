@@ -63,3 +63,16 @@ def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path, sweep)
         assert standing_alone(name, keys).verb == verb
         for needed in (argument.removeprefix("out/") for argument in rest if argument.startswith("out/")):
             assert made[needed] < run.stage, f"{run.name}: {needed} is not made before it"
+
+
+PAPER = ROOT / "recipes" / "paper"
+
+
+@pytest.mark.parametrize(
+    "folder", [path for path in sorted(PAPER.iterdir()) if path.is_dir()], ids=lambda path: path.name
+)
+def test_a_table_of_the_paper_has_its_runs_at_full_scale_its_results_and_a_line_in_the_summary(folder):
+    assert (folder / "full.runs").is_file()
+    results = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"recipes/paper/{folder.name}/" in results or "scripts/multilingual" in results
+    assert f"({folder.name}/README.md)" in (PAPER / "README.md").read_text(encoding="utf-8")
