@@ -133,7 +133,7 @@ def _against(found: Comparison, name: str, title: str, caption: str, get: Get) -
         "steps": Axis("step", "steps", precise=","),
         "tokens": Axis("tokens", "input tokens"),
         "wall_time": Axis(unit.name, f"{unit.name} of training", "~g", precise=".3~f"),
-        "flops": Axis("flops", "FLOPs", "~e", precise=".3~e"),
+        "flops": Axis("flops", "FLOPs"),
     }
     labels = [one.label for one in found.series]
     return [
