@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from switchcli.report import figures
+from switchcli.report import figures, scores
 from switchcli.report.charts import Figure
 from switchcli.report.compare import Comparison
 from switchcli.report.html import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
-from switchcli.report.runs import Run
-from switchcli.report.series import Spread, differences, spread
+from switchcli.report.runs import HELD_OUT, Run, mapping
+from switchcli.report.series import Spread, differences
 from switchcli.report.units import clock, si
 
 SAMPLES = 12
@@ -104,55 +104,17 @@ def size_table(found: Comparison) -> HtmlTable:
 
 def task_tables(report: Report) -> Iterator[HtmlTable]:
     """Scores of tasks, and figures of languages or corpora: a row each, a column a series."""
-    tasks = _by_holder(report, _scores)
-    if tasks:
-        yield _crossed("Tasks", "task", tasks, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
-    texts = {
-        figure: _by_holder(report, lambda run, figure=figure: _texts(run, figure))
-        for figure in ("neg_log_perplexity", "bits_per_byte")
-    }
-    said = {"neg_log_perplexity": "Neg. log perplexity by text", "bits_per_byte": "Bits a byte by text"}
-    for figure, found in texts.items():
-        if found and (figure == "bits_per_byte" or report.comparison is None or report.comparison.tokenizers < 2):
-            yield _crossed(said[figure], "text", found, ".4f", "Held-out text of each language or corpus.")
-
-
-def _scores(run: Run) -> dict[str, float]:
-    """By task; of an evaluation under several capacities, by task and capacity."""
-    passes = run.result.get("passes") or [run.result]
-    found = {}
-    for one in passes:
-        capacity = f", capacity {one['capacity'].get('tasks')}" if len(passes) > 1 else ""
-        for name, task in (one.get("tasks") or {}).items():
-            score = (
-                (task.get("score") or {}).get("value") if isinstance(task.get("score"), Mapping) else task.get("score")
-            )
-            if isinstance(score, int | float):
-                found[f"{name}{capacity}"] = float(score)
-        average = (one.get("average") or {}).get("score")
-        if isinstance(average, int | float) and len(one.get("tasks") or {}) > 1:
-            found[f"average{capacity}"] = float(average)
-    return found
-
-
-def _texts(run: Run, figure: str) -> dict[str, float]:
-    passes = run.result.get("passes")
-    texts = passes[0].get("texts") or {} if passes else run.result.get("texts") or run.texts
-    return {name: figures[figure] for name, figures in texts.items() if figure in figures}
-
-
-def _by_holder(report: Report, get: Any) -> dict[str, dict[str, Spread]]:
-    """What `get` finds, over the seeds of each series and in each evaluation."""
-    holders = {one.label: list(one.runs) for one in report.comparison.series} if report.comparison else {}
+    holders: dict[str, Sequence[Run]] = (
+        {one.label: one.runs for one in report.comparison.series} if report.comparison else {}
+    )
     holders |= {run.name: [run] for run in report.evaluations}
-    found = {}
-    for label, runs in holders.items():
-        each = [values for run in runs if (values := get(run))]
-        names = dict.fromkeys(name for values in each for name in values)
-        spreads = {name: spread(values.get(name) for values in each) for name in names}
-        if spreads:
-            found[label] = {name: one for name, one in spreads.items() if one is not None}
-    return found
+    if found := scores.tasks(holders):
+        yield _crossed("Tasks", "task", found, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
+    by_tokens = report.comparison is None or report.comparison.tokenizers < 2
+    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if by_tokens else {}
+    for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
+        if found := scores.texts(holders, figure):
+            yield _crossed(title, "text", found, ".4f", "Held-out text of each language or corpus.")
 
 
 def _crossed(title: str, what: str, found: Mapping[str, Mapping[str, Spread]], form: str, caption: str) -> HtmlTable:
@@ -203,8 +165,8 @@ def parts(report: Report) -> Iterator[Part]:
             yield Section("Routing", [Charts(curves)])
         if maps := [*figures.loads(found)]:
             yield Section("Expert load", [*_maps(maps)])
-    if scores := [*task_tables(report)]:
-        yield Section("Tasks and languages", scores)
+    if scored := [*task_tables(report)]:
+        yield Section("Tasks and languages", scored)
     if found is not None:
         if (table := difference_table(found)) is not None:
             yield Section("Recipes", [table])
@@ -266,9 +228,9 @@ def _samples(found: Comparison) -> Iterator[Part]:
     """A text with what each series makes of it, by its first run that has some."""
     texts: dict[tuple[str, str], dict[str, str]] = {}
     for one in found.series:
-        samples = next((run.result["samples"] for run in one.runs if run.result.get("samples")), ())
-        for sample in samples:
-            said = {key: str(sample.get(key, "")) for key in ("input", "target", "prediction")}
+        each = [run.result["samples"] for run in one.runs if isinstance(run.result.get("samples"), list)]
+        for sample in next(iter(each), ()):
+            said = {key: str(mapping(sample).get(key, "")) for key in ("input", "target", "prediction")}
             texts.setdefault((said["input"], said["target"]), {})[one.label] = said["prediction"]
     for place, ((asked, target), answers) in enumerate([*texts.items()][:SAMPLES], start=1):
         yield Sample(f"Text {place}", {"input": asked, "target": target, **answers})
@@ -277,17 +239,16 @@ def _samples(found: Comparison) -> Iterator[Part]:
 def _run_table(report: Report) -> HtmlTable:
     rows = []
     for run in [*report.trained, *report.evaluations]:
-        step = run.result.get("step", run.step)
-        final = run.result.get("held_out/neg_log_perplexity")
-        seed = run.seed
+        step, final, seconds = (run.number(name) for name in ("step", HELD_OUT, "seconds"))
+        step = run.step if step is None else int(step)
         rows.append(
             [
                 run.name,
                 run.verb or "-",
-                "-" if seed is None else str(seed),
+                "-" if run.seed is None else str(run.seed),
                 f"{step:,}" if run.steps in (None, step) else f"{step:,} of {run.steps:,}",
-                f"{final:.4f}" if isinstance(final, int | float) else "-",
-                clock(float(run.result.get("seconds", run.seconds.values[-1]))),
+                "-" if final is None else f"{final:.4f}",
+                clock(float(run.seconds.values[-1]) if seconds is None else seconds),
             ]
         )
     return HtmlTable("", ("folder", "verb", "seed", "steps", "held-out neg. log perplexity", "time"), rows)

@@ -70,8 +70,16 @@ class Run(NamedTuple):
         return str(self.result.get("verb") or self.recipe.get("verb") or "")
 
     @property
+    def train(self) -> Mapping[str, Any]:
+        return mapping(self.recipe.get("train"))
+
+    @property
     def seed(self) -> Any:
-        return self.recipe.get("train", {}).get("seed")
+        return self.train.get("seed")
+
+    def number(self, name: str) -> float | None:
+        """Of the result."""
+        return _number(self.result.get(name))
 
     @property
     def step(self) -> int:
@@ -81,11 +89,13 @@ class Run(NamedTuple):
     @property
     def steps(self) -> int | None:
         """How many it is to take."""
-        return self.recipe.get("train", {}).get("steps")
+        steps = self.train.get("steps")
+        return steps if isinstance(steps, int) else None
 
     @property
     def batch_tokens(self) -> float:
-        return float(self.recipe.get("train", {}).get("batch_tokens", math.nan))
+        tokens = _number(self.train.get("batch_tokens"))
+        return math.nan if tokens is None else tokens
 
     @property
     def seconds(self) -> Curve:
@@ -141,11 +151,14 @@ class _Lines:
         for name, value in record.items():
             if isinstance(value, float) and (name in LOGGED or "/" in name):
                 points[name].append((step, value))
-        for layer, figures in record.get("layers", {}).items():
-            for name in ("load", "entropy"):
-                points[f"{layer}/{name}"].append((step, figures.get(name)))
+        for layer, figures in mapping(record.get("layers")).items():
+            load, entropy = (mapping(figures).get(name) for name in ("load", "entropy"))
+            if isinstance(load, list) and all(isinstance(tokens, int) for tokens in load):
+                points[f"{layer}/load"].append((step, load))
+            if isinstance(entropy, float):
+                points[f"{layer}/entropy"].append((step, entropy))
         if "texts" in record:
-            self.texts = record["texts"]
+            self.texts = mapping(record["texts"])
 
     def curves(self) -> dict[str, Curve]:
         """Of every figure; of one a step, the last: what a run did again stands after what it did before."""
@@ -156,9 +169,20 @@ class _Lines:
         return {layer: Loads(*_columns(points)) for layer, points in named.items()}
 
 
+def mapping(value: Any) -> Mapping[str, Any]:
+    """What a file holds where there should be an object; an empty one where there is something else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
 def _columns(points: list[tuple[int, Any]]) -> tuple[Floats, Floats]:
-    known = {step: value for step, value in points if value is not None}
-    steps = sorted(known)
+    """Of values of one shape, the last one's: a layer may have got another number of experts."""
+    known, shape = dict(points), np.shape(points[-1][1])
+    steps = sorted(step for step, value in known.items() if np.shape(value) == shape)
     return np.array(steps, dtype=np.float64), np.array([known[step] for step in steps], dtype=np.float64)
 
 

@@ -5,13 +5,13 @@ Where no Chromium is found this is left out, but not in continuous integration.
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from folders import a_run
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from browser import CHROMIUM, chromium
+from playwright.sync_api import Browser, Locator, Page
+from report_folders import a_run
 
 from switchcli.report.charts import Axis, Table, lines
 from switchcli.report.compare import compare
@@ -19,12 +19,7 @@ from switchcli.report.evidence import Report, parts
 from switchcli.report.html import Charts, HtmlTable, page
 from switchcli.report.runs import Run, read
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium is installed")
-SWITCHES = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
+pytestmark = pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="no Chromium is installed")
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = (
     "<script>window.hacked = 1</script>",
@@ -53,10 +48,8 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*SWITCHES])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
