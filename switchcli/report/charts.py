@@ -6,6 +6,7 @@ are read by lightness: neither needs colour vision.
 """
 
 import csv
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -70,7 +71,7 @@ class Axis(NamedTuple):
 
     def channel(self, **more: Any) -> dict[str, Any]:
         """Of an encoding."""
-        axis: dict[str, Any] = {"labelOverlap": "greedy", "labelAngle": 0}
+        axis: dict[str, Any] = {"labelOverlap": "greedy", "labelSeparation": 8, "labelAngle": 0}
         if self.kind == "quantitative":
             axis |= {"labelExpr": f"format(datum.value, '{self.format}')", "tickCount": 6}
         return {"field": self.field, "type": self.kind, "title": self.title, "axis": axis, **more}
@@ -186,6 +187,7 @@ def png(figure: Figure) -> bytes:
     return vl_convert.vegalite_to_png(_alone(figure), scale=2, allowed_base_urls=[])
 
 
+@functools.cache
 def library() -> str:
     """The JavaScript that draws specifications: Vega, Vega-Lite and their embedding, as `vegaEmbed`."""
     import vl_convert

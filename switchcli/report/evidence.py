@@ -81,9 +81,9 @@ def speed_table(found: Comparison) -> HtmlTable:
         ]
         rows.append([row.label, f"{row.speed.reached} of {row.seeds}", *times, *costs])
     caption = (
-        f"x: {base}'s steps, time and FLOPs over the series' own, run by run, of the same seed where there is one; "
-        "beside them its own. The mean over the seeds that reach it (least to most), which is where the straight line "
-        "between two evaluations first does; - where it never does."
+        f"x: how many times fewer steps, seconds and FLOPs than {base}, run by run, of the same seed where there is "
+        "one; then the series' own. Means over the seeds that reach it (least to most): where the straight line between "
+        "two evaluations first is as good, in both runs alike; - where it never is."
     )
     headings = ("series", "reach it", "x steps", "x time", "x FLOPs", "steps", "time", "FLOPs")
     return HtmlTable(f"Speed-up to {goal}", headings, rows, caption)
@@ -214,7 +214,9 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
     if not known:
         return [(str(len(found.rows)), "series, none of them evaluated yet")]
     best = max(known, key=lambda label: measure.sign * known[label].mean)
-    facts = [(best, f"is best {where}"), (f"{known[best].mean:.4f}", f"its {measure.title}")]
+    over = next(row.over for row in found.rows if row.label == best)
+    doubt = ", not with every seed" if best != base and over is not None and over.least <= 0 else ""
+    facts = [(best, f"is best {where}{doubt}"), (f"{known[best].mean:.4f}", f"its {measure.title}")]
     others = [row for row in found.rows if row.label != base]
     for place, what in enumerate(("steps", "time")):
         some = [(times.mean, row.label) for row in others if (times := row.speed.times[place]) is not None]

@@ -91,6 +91,20 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     assert {float(row["share"]) for row in load if row["expert"] == "3"} == {1.6}  # 4 of 10 parts, of 4 experts
 
 
+def test_the_page_says_first_who_is_best_and_whether_by_more_than_seeds_differ(
+    runs: list[str], switchcli: SwitchCLI
+) -> None:
+    assert switchcli("report", *runs, "--html", "page.html").code == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "<dd>switch</dd><dt>is best at the end</dt>" in page
+    assert "<dd>2.00 x</dd><dt>speed-up of switch over dense, in steps</dt>" in page
+    a_run(Path("close-0"), lambda step: 0.021 * step - 5, seed=0, model={"size": "close"})
+    a_run(Path("close-1"), lambda step: 0.0201 * step - 5, seed=1, model={"size": "close"})
+    assert switchcli("report", *runs[2:], "close-0", "close-1", "--html", "page.html").code == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "<dd>close</dd><dt>is best at the end, not with every seed</dt>" in page
+
+
 def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli: SwitchCLI) -> None:
     Path("empty").mkdir()
     a_run(Path("going"), steps=40, of=100, model={"size": "other"})
