@@ -337,6 +337,39 @@ def plan(
             plan.show(planned)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Write a page with all figures.", show_default=False)] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures as SVG, PNG and CSV.", show_default=False)
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="What to compare with; the first when absent.")
+    ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(metavar="FIGURE", help="What is to be reached; absent: what the baseline ends with."),
+    ] = None,
+    smooth: Annotated[int, typer.Option(min=1, help="Take means over so many evaluations.")] = 1,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare runs: quality, speed-up, routing, rates; as tables, as a page, as figures."""
+    with ending.stoppable(saves_nothing=True):
+        from switchcli.commands import report
+
+        found = report.report(runs, report.Options(baseline, quality, smooth), Console(quiet=quiet).warning)
+        if html is not None:
+            report.write_html(found, html)
+        if figures is not None:
+            report.write_figures(found, figures)
+        if as_json:
+            print_json(report.to_json(found))
+        else:
+            report.show(found)
+
+
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
     for name in ("stdout", "stderr"):

@@ -25,6 +25,7 @@ from paper import EXPERTS as EXPERTS_OF_THE_PAPER
 from paper import paper
 from parts import parts
 from recompute import recompute
+from report import LINES, RUNS, report
 from saving import saving
 from scaling import EXPERTS_A_RANK, estimate, scaling
 from step import step
@@ -42,6 +43,7 @@ SECTIONS = {
     "saving": saving,
     "data": data,
     "paper": paper,
+    "report": report,
 }
 EXPERTS = (8, 32, 64, 128)
 
@@ -354,6 +356,16 @@ def of_the_paper(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -
     table(["Table 2", "seconds a step", "steps a second over float32", "over bfloat16"], rows)
 
 
+def of_reports(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    found = run({"section": "report", **common})
+    rows = [
+        [what, f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})"]
+        for what, each in found["seconds"].items()
+    ]
+    print(f"{found['bytes'] / 1e6:.0f} MB of metrics; the page has {found['page_bytes'] / 1e6:.1f} MB\n")
+    table([f"report on {RUNS} runs of {LINES:,} logged steps", "seconds"], rows)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
@@ -367,6 +379,7 @@ TABLES = {
     "saving": of_saving,
     "data": of_data,
     "paper": of_the_paper,
+    "report": of_reports,
 }
 
 

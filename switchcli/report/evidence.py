@@ -1,0 +1,272 @@
+"""A report of runs, put in words: the tables for a terminal, and the parts of the page."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from switchcli.report import figures, scores
+from switchcli.report.charts import Figure
+from switchcli.report.compare import Comparison
+from switchcli.report.html import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
+from switchcli.report.runs import HELD_OUT, Run, mapping
+from switchcli.report.series import Spread, differences
+from switchcli.report.units import clock, si
+
+SAMPLES = 12
+"""Texts that a page shows, at most."""
+HINT = (
+    "A click on a series hides it, in all charts. In a chart Ctrl and the wheel zoom, a drag moves, two clicks go back."
+)
+
+
+class Report(NamedTuple):
+    """What was found in the folders."""
+
+    comparison: Comparison | None
+    """Of the runs that trained; None where there are evaluations alone."""
+    evaluations: Sequence[Run]
+    """Folders of `switchcli eval`."""
+    notes: Sequence[str]
+
+    @property
+    def trained(self) -> list[Run]:
+        return [run for one in self.comparison.series for run in one.runs] if self.comparison else []
+
+
+def tables(report: Report) -> Iterator[HtmlTable]:
+    """For a terminal: quality and speed-up, then sizes and rates, then scores."""
+    if report.comparison is not None:
+        yield quality_table(report.comparison)
+        yield speed_table(report.comparison)
+        yield size_table(report.comparison)
+    yield from task_tables(report)
+
+
+def quality_table(found: Comparison) -> HtmlTable:
+    base = found.baseline.label
+    common = () if found.common_step is None else (f"at step {found.common_step:,}",)
+    rows = [
+        [
+            row.label,
+            f"{row.seeds}" + (f", {row.going_on} going on" if row.going_on else ""),
+            _said(row.steps, ",.0f"),
+            _said(row.final, ".4f"),
+            *([_said(row.at_common, ".4f")] if common else []),
+            "" if row.label == base else _said(row.over, "+.4f"),
+        ]
+        for row in found.rows
+    ]
+    several = (
+        f", each the mean of the last {found.measure.evaluations} evaluations" if found.measure.evaluations > 1 else ""
+    )
+    caption = (
+        f"The mean over seeds (least to most){several}; over {base}: run by run, of the same seed where there is one."
+    )
+    headings = ("series", "seeds", "steps", "at the end", *common, f"over {base}")
+    return HtmlTable(_capital(found.measure.title), headings, rows, caption)
+
+
+def speed_table(found: Comparison) -> HtmlTable:
+    """How many times faster than the baseline, and what it takes."""
+    base = found.baseline.label
+    goal = f"{found.measure.title} {found.quality:g}" if found.quality is not None else f"what {base} ends with"
+    rows = []
+    for row in found.rows:
+        steps, seconds, flops = row.speed.costs
+        own = row.label == base and found.quality is None
+        times = ["" if own else _said(one, ".2f") for one in row.speed.times]
+        costs = [
+            "-" if cost is None else write(cost.mean)
+            for cost, write in ((steps, "{:,.0f}".format), (seconds, clock), (flops, si))
+        ]
+        rows.append([row.label, f"{row.speed.reached} of {row.seeds}", *times, *costs])
+    caption = (
+        f"x: how many times fewer steps, seconds and FLOPs than {base}, run by run, of the same seed where there is "
+        "one; then the series' own. Means over the seeds that reach it (least to most): where the straight line between "
+        "two evaluations first is as good, in both runs alike; - where it never is."
+    )
+    headings = ("series", "reach it", "x steps", "x time", "x FLOPs", "steps", "time", "FLOPs")
+    return HtmlTable(f"Speed-up to {goal}", headings, rows, caption)
+
+
+def size_table(found: Comparison) -> HtmlTable:
+    rows = []
+    for row in found.rows:
+        sizes = ["-" if size is None else si(size) for size in row.sizes.values()]
+        rows.append([row.label, *sizes, _between(row.tokens_per_second, si), _said(row.dropped, ".1%")])
+    caption = (
+        "Active parameters are those that a token meets; FLOPs are forward, by the formula of the paper; dropped is "
+        "the share of the tokens over the last tenth of the run."
+    )
+    headings = ("series", "parameters", "active", "FLOPs a sequence", "tokens/s", "dropped")
+    return HtmlTable("Size and speed", headings, rows, caption)
+
+
+def task_tables(report: Report) -> Iterator[HtmlTable]:
+    """Scores of tasks, and figures of languages or corpora: a row each, a column a series."""
+    holders: dict[str, Sequence[Run]] = (
+        {one.label: one.runs for one in report.comparison.series} if report.comparison else {}
+    )
+    holders |= {run.name: [run] for run in report.evaluations}
+    if found := scores.tasks(holders):
+        yield _crossed("Tasks", "task", found, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
+    by_tokens = report.comparison is None or report.comparison.tokenizers < 2
+    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if by_tokens else {}
+    for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
+        if found := scores.texts(holders, figure):
+            yield _crossed(title, "text", found, ".4f", "Held-out text of each language or corpus.")
+
+
+def _crossed(title: str, what: str, found: Mapping[str, Mapping[str, Spread]], form: str, caption: str) -> HtmlTable:
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    rows = [[name, *(_said(values.get(name), form) for values in found.values())] for name in names]
+    return HtmlTable(title, (what, *found), rows, caption)
+
+
+def difference_table(found: Comparison) -> HtmlTable | None:
+    differing = differences(found.series)
+    rows = [[key, *(_written(value) for value in values)] for key, values in differing.items()]
+    if not rows:
+        return None
+    return HtmlTable(
+        "",
+        ("key", *(one.label for one in found.series)),
+        rows,
+        "Keys of the recipes that are the same in all series are left out.",
+    )
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def parts(report: Report) -> Iterator[Part]:
+    """The page."""
+    yield Words(tuple(report.notes), "note")
+    found = report.comparison
+    if found is not None:
+        yield Facts(_facts(found))
+        yield Section("Overview", [quality_table(found), speed_table(found), size_table(found)])
+        yield Legend([one.label for one in found.series])
+        yield Words([HINT], "caption")
+        if curves := figures.quality(found):
+            yield Section("Quality", [Charts(curves)])
+        if curves := figures.training(found):
+            yield Section(
+                "Training",
+                [
+                    Charts(curves[:1] + figures.rates(found)),
+                    Folded("Against tokens, wall time and FLOPs", [Charts(curves[1:])]),
+                ],
+            )
+        if curves := figures.routing(found):
+            yield Section("Routing", [Charts(curves)])
+        if maps := [*figures.loads(found)]:
+            yield Section("Expert load", [*_maps(maps)])
+    if scored := [*task_tables(report)]:
+        yield Section("Tasks and languages", scored)
+    if found is not None:
+        if (table := difference_table(found)) is not None:
+            yield Section("Recipes", [table])
+        if samples := [*_samples(found)]:
+            yield Section(
+                "Samples",
+                [
+                    Words(["Held-out texts, what is asked for, and what each series answers."]),
+                    *samples,
+                ],
+            )
+    yield Section("Runs", [_run_table(report)])
+
+
+def _maps(maps: Sequence[tuple[str, Sequence[Figure]]]) -> Iterator[Part]:
+    yield Words(
+        [
+            "Each expert's share of its layer's tokens, times the even share, over the run of the first seed: 1 is "
+            "even, dark experts are hardly used, light ones are crowded."
+        ]
+    )
+    for place, (label, drawn) in enumerate(maps):
+        if place == 0:
+            yield Words([label])
+            yield Charts(drawn)
+        else:
+            yield Folded(label, [Charts(drawn)])
+
+
+def every_figure(report: Report) -> Iterator[Figure]:
+    """All of the page, for files."""
+    if (found := report.comparison) is not None:
+        for some in (figures.quality, figures.training, figures.routing, figures.rates):
+            yield from some(found)
+        for label, maps in figures.loads(found):
+            yield from (one._replace(title=f"{label}: {one.title}") for one in maps)
+
+
+def _facts(found: Comparison) -> list[tuple[str, str]]:
+    """The best series, where all have come to, and the fastest over the baseline."""
+    measure, base = found.measure, found.baseline.label
+    where = "at the end" if found.common_step is None else f"at step {found.common_step:,}"
+    ends = {row.label: row.final if found.common_step is None else row.at_common for row in found.rows}
+    known = {label: end for label, end in ends.items() if end is not None}
+    if not known:
+        return [(str(len(found.rows)), "series, none of them evaluated yet")]
+    best = max(known, key=lambda label: measure.sign * known[label].mean)
+    over = next(row.over for row in found.rows if row.label == best)
+    doubt = ", not with every seed" if best != base and over is not None and over.least <= 0 else ""
+    facts = [(best, f"is best {where}{doubt}"), (f"{known[best].mean:.4f}", f"its {measure.title}")]
+    others = [row for row in found.rows if row.label != base]
+    for place, what in enumerate(("steps", "time")):
+        some = [(times.mean, row.label) for row in others if (times := row.speed.times[place]) is not None]
+        if some:
+            factor, label = max(some)
+            facts.append((f"{factor:.2f} x", f"speed-up of {label} over {base}, in {what}"))
+    return facts
+
+
+def _samples(found: Comparison) -> Iterator[Part]:
+    """A text with what each series makes of it, by its first run that has some."""
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for one in found.series:
+        each = [run.result["samples"] for run in one.runs if isinstance(run.result.get("samples"), list)]
+        for sample in next(iter(each), ()):
+            said = {key: str(mapping(sample).get(key, "")) for key in ("input", "target", "prediction")}
+            texts.setdefault((said["input"], said["target"]), {})[one.label] = said["prediction"]
+    for place, ((asked, target), answers) in enumerate([*texts.items()][:SAMPLES], start=1):
+        yield Sample(f"Text {place}", {"input": asked, "target": target, **answers})
+
+
+def _run_table(report: Report) -> HtmlTable:
+    rows = []
+    for run in [*report.trained, *report.evaluations]:
+        step, final, seconds = (run.number(name) for name in ("step", HELD_OUT, "seconds"))
+        step = run.step if step is None else int(step)
+        rows.append(
+            [
+                run.name,
+                run.verb or "-",
+                "-" if run.seed is None else str(run.seed),
+                f"{step:,}" if run.steps in (None, step) else f"{step:,} of {run.steps:,}",
+                "-" if final is None else f"{final:.4f}",
+                clock(float(run.seconds.values[-1]) if seconds is None else seconds),
+            ]
+        )
+    return HtmlTable("", ("folder", "verb", "seed", "steps", "held-out neg. log perplexity", "time"), rows)
+
+
+def _said(value: Spread | None, form: str) -> str:
+    return "-" if value is None else value.said(form)
+
+
+def _between(value: Spread | None, write: Callable[[float], str]) -> str:
+    if value is None:
+        return "-"
+    if value.least == value.most:
+        return write(value.mean)
+    return f"{write(value.mean)} ({write(value.least)} to {write(value.most)})"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
