@@ -337,6 +337,26 @@ def plan(
             plan.show(planned)
 
 
+@app.command()
+def report(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT [CHECKPOINT] [KEY=VALUE ...]", show_default=False)
+    ],
+    routing: Annotated[bool, typer.Option("--routing", help="What each expert takes; of two, how they differ.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Which tokens, positions, sentinels and languages each expert takes, layer by layer, on held-out text."""
+    with ending.stoppable(saves_nothing=True):
+        from switchcli.commands import routing as atlas
+
+        survey = atlas.surveyed(arguments, Console(quiet=quiet))
+        if as_json:
+            print_json(survey)
+        else:
+            atlas.show(survey)
+
+
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
     for name in ("stdout", "stderr"):
