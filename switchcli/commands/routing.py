@@ -8,7 +8,7 @@ from typing import Any
 
 from switchcli.commands.evaluate import ROWS_EACH, Measuring, resolved
 from switchcli.commands.load import Opened, filled, open_model
-from switchcli.commands.run import check_alike, machine
+from switchcli.commands.run import machine
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.parallel.runtime import Runtime
@@ -41,7 +41,6 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): an atlas is of one: name one alone")
     runtime = Runtime(recipe.device, recipe.precision)
-    check_alike(recipe, runtime)
     console.message(f"measuring {' and '.join(str(one.path) for one in opened)}")
     with memory.explained_of_evaluation(runtime.device):
         loaded = [filled(one, runtime.device) for one in opened]

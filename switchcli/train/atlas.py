@@ -213,17 +213,19 @@ def counts_of(places: Places, choices: Choices) -> LayerCounts:
     probability_AE, chosen_AE, held_AE = choices
     place_X, expert_X = chosen_AE.nonzero(as_tuple=True)
     E, one_X = chosen_AE.shape[1], torch.ones_like(expert_X)
+    away_X = ~held_AE[place_X, expert_X]
+    sums_E = probability_AE.new_zeros(E, dtype=torch.float64)
     return LayerCounts(
         tokens=summed(places.token_A[place_X] * E + expert_X, one_X),
         positions=summed(places.position_A[place_X] * E + expert_X, one_X),
-        chosen_E=chosen_AE.sum(0),
-        held_E=held_AE.sum(0),
-        turned_away_E=(chosen_AE & ~held_AE).sum(0),
-        probability_E=(probability_AE * chosen_AE).sum(0, dtype=torch.float64),
-        num_tokens=chosen_AE.new_tensor(len(chosen_AE), dtype=torch.int64),
+        chosen_E=expert_X.bincount(minlength=E),
+        held_E=held_AE.nonzero()[:, 1].bincount(minlength=E),
+        turned_away_E=expert_X[away_X].bincount(minlength=E),
+        probability_E=sums_E.index_add(0, expert_X, probability_AE[place_X, expert_X].double()),
+        num_tokens=one_X.new_tensor(len(chosen_AE)),
         dropped=(~held_AE.any(1)).sum(),
         confidence=probability_AE.amax(1).sum(dtype=torch.float64),
-        entropy=torch.special.entr(probability_AE).sum(dtype=torch.float64),
+        entropy=torch.special.entr(probability_AE).sum(1).sum(dtype=torch.float64),
     )
 
 
