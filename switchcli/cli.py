@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from switchcli import __version__
-from switchcli.commands import checkpoints, data, ending, recipes
+from switchcli.commands import checkpoints, data, ending, recipes, reports
 from switchcli.commands.arguments import (
     Checkpoint,
     DryRun,
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app)
+app.add_typer(reports.app)
 
 
 def _version(wanted: bool) -> None:
@@ -335,26 +336,6 @@ def plan(
             print_json(planned.to_json())
         else:
             plan.show(planned)
-
-
-@app.command()
-def report(
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT [CHECKPOINT] [KEY=VALUE ...]", show_default=False)
-    ],
-    routing: Annotated[bool, typer.Option("--routing", help="What each expert takes; of two, how they differ.")] = True,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Which tokens, positions, sentinels and languages each expert takes, layer by layer, on held-out text."""
-    with ending.stoppable(saves_nothing=True):
-        from switchcli.commands import routing as atlas
-
-        survey = atlas.surveyed(arguments, Console(quiet=quiet))
-        if as_json:
-            print_json(survey)
-        else:
-            atlas.show(survey)
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from switchcli.commands.evaluate import ROWS_EACH, Measuring, resolved
 from switchcli.commands.load import Opened, filled, open_model
+from switchcli.commands.report import write_each
 from switchcli.commands.run import machine
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import CheckpointError, RecipeError
+from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.parallel.runtime import Runtime
-from switchcli.report import routing
+from switchcli.report import routing, routing_page
 from switchcli.report.console import Console
+from switchcli.report.html import page
 from switchcli.train import atlas, drift, memory, specialisation
 from switchcli.train.atlas import Counted, LayerCounts
 from switchcli.train.evaluate import shared
@@ -81,13 +83,26 @@ def show(survey: Mapping[str, Any]) -> None:
         console.rows(*table)
 
 
+def write_html(survey: Mapping[str, Any], file: Path) -> None:
+    """The page."""
+    with disk_errors(file, "give another file by --html"):
+        file.write_text(page(routing_page.title(survey), routing_page.parts(survey)), encoding="utf-8")
+
+
+def write_figures(survey: Mapping[str, Any], folder: Path) -> None:
+    """Each figure as NAME.svg, NAME.png and NAME.csv."""
+    write_each(routing_page.every_figure(survey), folder)
+
+
 def _layers(place: int, counted: Mapping[str, Counted], tokenizer: Tokenizer) -> dict[str, Any]:
     """The layers of one model, their tokens named."""
     layers = {}
     for name in next(iter(counted.values())).layers[place]:
         each = {text: one.layers[place][name] for text, one in counted.items()}
         found = specialisation.figures(each, tokenizer.sentinels.tolist())
-        found["sentinels"] = {tokenizer.pieces([index])[0]: load for index, load in found["sentinels"].items()}
+        sentinels = [index for index in tokenizer.sentinels.tolist() if index in found["sentinels"]]
+        named = zip(tokenizer.pieces(sentinels), sentinels, strict=True)
+        found["sentinels"] = {piece: found["sentinels"][index] for piece, index in named}
         for expert in found["experts"]:
             for listed in ("by_lift", "by_count"):
                 pieces = tokenizer.pieces(int(one["id"]) for one in expert[listed])

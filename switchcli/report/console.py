@@ -194,8 +194,8 @@ class Console:
         self._print(f"\n{title}", "bold")
         self._rich.print(grid)
 
-    def rows(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table of several columns: the first to the left, figures to the right."""
+    def rows(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
+        """A table of several columns: the first to the left, figures to the right; below it what they are."""
         if self._quiet:
             return
         grid = Table.grid(padding=(0, 3))
@@ -206,6 +206,8 @@ class Console:
             grid.add_row(*map(_text, row))
         self._print(f"\n{title}", "bold")
         self._rich.print(grid)
+        if caption:
+            self._rich.print(_text(caption, "dim"))
 
     def sample(self, input: str, target: str, prediction: str) -> None:
         """A text with its gaps, what was taken out of them, and what the model puts there."""

@@ -58,6 +58,7 @@ def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[
     counts = sum(others, start=first)
     num_experts, num_tokens = len(counts.chosen_E), int(counts.num_tokens)
     bins = _binned(counts.positions, num_experts)
+    binned = _rows(bins.pairs, num_experts)
     told_by = {"token": counts.tokens, "position": bins.pairs}
     if others:
         key_X = torch.arange(len(each) * num_experts)
@@ -71,7 +72,11 @@ def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[
         "load": counts.chosen_E.tolist(),
         "told_by": {what: information(pairs, num_experts).to_json() for what, pairs in told_by.items()},
         "experts": _experts(counts),
-        "positions": {"firsts": bins.firsts, "last": bins.last, "load": _rows(bins.pairs, num_experts)},
+        "positions": {
+            "firsts": bins.firsts,
+            "last": bins.last,
+            "load": [binned.get(number, [0] * num_experts) for number in range(len(bins.firsts))],
+        },
         "sentinels": _rows(Pairs(*(part[is_sentinel_X] for part in counts.tokens)), num_experts),
         "texts": {name: one.chosen_E.tolist() for name, one in each.items()},
     }

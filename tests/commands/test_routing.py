@@ -30,13 +30,13 @@ def survey(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, switchcli: SwitchCLI) -> None:
+def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, switchcli: SwitchCLI) -> None:
     found = survey(switchcli, trained)
     assert found["sequences"] == {"text": 8}
     assert found["drift"] is None
     (atlas,) = found["atlases"]
     assert (atlas["step"], atlas["capacity"], atlas["num_experts"]) == (2, "paper", 4)
-    measured = json.loads(switchcli("eval", trained, "--out", "eval", "--json").out)["passes"][0]["text"]["layers"]
+    measured = json.loads(switchcli("eval", trained, "--out", tmp_path, "--json").out)["passes"][0]["text"]["layers"]
     assert list(atlas["layers"]) == list(measured)
     for name, layer in atlas["layers"].items():
         assert layer["load"] == measured[name]["load"]
@@ -72,7 +72,13 @@ def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None
         assert layer["told_by"]["text"]["share"] <= layer["told_by"]["token"]["share"] + 0.05
     shown = switchcli("report", "--routing", languages).out
     assert "by text" in shown
-    assert "the experts that most of a text's tokens go to" in shown
+    assert "where most of a text's tokens go" in shown
+    done = switchcli("report", "--routing", languages, "--html", "page.html", "--figures", "figures", "--quiet")
+    assert done == (0, shown, "")
+    assert Path("page.html").read_text().count("By text") == 8  # a caption and a name for each layer
+    assert (
+        Path("figures/text_0_encoder_blocks_1_feed_forward_layer.csv").read_text().startswith("text,expert,share\nde,")
+    )
 
 
 def test_a_fine_tuned_run_is_shown_on_its_tasks_and_against_the_one_that_it_began_with(
@@ -120,9 +126,13 @@ def test_what_has_no_atlas_is_refused_in_one_line(
         (["text.sequences=3"], 2, "and 0 are named"),
         ([trained, "text.sequencs=3"], 2, "Did you mean sequences?"),
         ([trained, "capacities=[paper, dropless]"], 2, "an atlas is of one"),
+        ([trained, "--smooth", 2], 2, "leave out --baseline, --quality and --smooth"),
+        ([trained, "text.sequences=1", "--html", "nowhere/page.html"], 4, "give another file by --html"),
+        ([trained, "text.sequences=1", "--figures", trained / "recipe.yaml"], 4, "give another folder by --figures"),
     ]
     for arguments, code, message in cases:
         done = switchcli("report", "--routing", *arguments)
         assert (done.code, done.out) == (code, ""), done.err
         assert message in done.err
-        assert done.err.count("\n") == 1
+        assert done.err.count("error: ") == 1
+        assert "Traceback" not in done.err

@@ -73,7 +73,7 @@ def test_the_parts_of_the_figures_add_up(data: st.DataObject) -> None:
     chosen = sum(int(one.chosen_E.sum()) for one in texts.values())
     assert sum(found["load"]) == chosen
     assert [sum(column) for column in zip(*found["texts"].values(), strict=True)] == found["load"]
-    assert sum(map(sum, found["positions"]["load"].values())) == chosen
+    assert sum(map(sum, found["positions"]["load"])) == chosen
     assert set(found["sentinels"]) <= {1, 4}
     assert set(found["told_by"]) == {"token", "position", "text"}
     for expert, load in enumerate(found["load"]):
@@ -98,7 +98,7 @@ def test_experts_that_go_by_position_and_one_that_takes_nothing() -> None:
     assert "text" not in found["told_by"]
     assert found["positions"]["firsts"] == list(range(0, 64, 4))
     assert found["positions"]["last"] == 63
-    assert found["positions"]["load"] == {bin_: [12, 0, 0] if bin_ < 8 else [0, 12, 0] for bin_ in range(16)}
+    assert found["positions"]["load"] == [[12, 0, 0]] * 8 + [[0, 12, 0]] * 8
     nothing = found["experts"][2]
     assert nothing == {
         "share": 0.0,

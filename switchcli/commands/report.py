@@ -1,0 +1,128 @@
+"""`switchcli report`: the runs in folders, compared: a table, a page, files of figures. No torch: it starts at once."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.recipe import text
+from switchcli.report import charts, evidence
+from switchcli.report.charts import Figure, Table
+from switchcli.report.compare import compare
+from switchcli.report.console import Console
+from switchcli.report.evidence import Report
+from switchcli.report.html import page
+from switchcli.report.runs import Run, read
+
+Warn = Callable[[str], None]
+
+
+class Options(NamedTuple):
+    """The options of `switchcli report`."""
+
+    baseline: Path | None = None
+    quality: float | None = None
+    smooth: int = 1
+
+
+def report(folders: Sequence[Path], options: Options, warn: Warn) -> Report:
+    """What the folders hold; what cannot be read is warned of, and left out.
+
+    Raises:
+        CheckpointError: none of them is a run.
+        RecipeError: the baseline is none of them.
+    """
+    runs = [run for folder in dict.fromkeys(folders) if (run := _read(folder, warn)) is not None]
+    if not runs:
+        raise CheckpointError(
+            "none of the folders is a run: name some that `switchcli pretrain`, `finetune`, `distill` or `eval` wrote"
+        )
+    trained = [run for run in runs if run.verb != "eval"]
+    base = None if options.baseline is None else str(options.baseline)
+    if base is not None and base not in {run.name for run in trained}:
+        raise RecipeError(
+            f"--baseline {base}: is none of the runs: name one of {', '.join(run.name for run in trained)}"
+        )
+    comparison = compare(trained, base, options.quality, options.smooth) if trained else None
+    notes = [note for run in runs for note in run.notes]
+    for note in notes:
+        warn(note)
+    if comparison is not None:
+        notes = [*comparison.notes, *notes]
+    return Report(comparison, [run for run in runs if run.verb == "eval"], notes)
+
+
+def _read(folder: Path, warn: Warn) -> Run | None:
+    try:
+        recipe = _recipe(folder / "recipe.yaml")
+    except RecipeError as error:
+        warn(f"{error}: the recipe is left out")
+        recipe = {}
+    try:
+        return read(folder, recipe)
+    except CheckpointError as error:
+        warn(str(error))
+        return None
+
+
+def _recipe(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    found = text.plain(text.read_file(path))
+    return found if isinstance(found, Mapping) else {}
+
+
+def show(found: Report) -> None:
+    """The tables on stdout, for people."""
+    console = Console(stream=sys.stdout)
+    for table in evidence.tables(found):
+        console.rows(*table)
+
+
+def to_json(found: Report) -> dict[str, Any]:
+    """For scripts."""
+    comparison = found.comparison
+    rows = [] if comparison is None else [row.to_json() for row in comparison.rows]
+    tables = {
+        table.title: [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+        for table in evidence.task_tables(found)
+    }
+    named = (
+        {}
+        if comparison is None
+        else {
+            "baseline": comparison.baseline.label,
+            "measure": comparison.measure.figure,
+            "common_step": comparison.common_step,
+        }
+    )
+    return {**named, "series": rows, "tables": tables, "notes": [*found.notes]}
+
+
+def write_html(found: Report, file: Path) -> None:
+    """The page."""
+    runs, several = len(found.trained), found.comparison is not None and len(found.comparison.series) > 1
+    title = f"{runs} runs" + (f" in {len(found.comparison.series)} series" if several and found.comparison else "")
+    with disk_errors(file, "give another file by --html"):
+        file.write_text(page(f"switchcli report: {title}", evidence.parts(found)), encoding="utf-8")
+
+
+def write_figures(found: Report, folder: Path) -> None:
+    """Each figure as NAME.svg, NAME.png and NAME.csv, and the table of all series as runs.csv."""
+    write_each(evidence.every_figure(found), folder)
+    if found.comparison is not None:
+        rows = [row.flat() for row in found.comparison.rows]
+        table = Table("runs", {key: [row[key] for row in rows] for key in rows[0]})
+        with disk_errors(folder, "give another folder by --figures"):
+            (folder / "runs.csv").write_text(table.csv(), encoding="utf-8")
+
+
+def write_each(figures: Iterable[Figure], folder: Path) -> None:
+    """Each figure as NAME.svg, NAME.png and NAME.csv."""
+    with disk_errors(folder, "give another folder by --figures"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for figure in figures:
+            (folder / f"{figure.name}.svg").write_text(charts.svg(figure), encoding="utf-8")
+            (folder / f"{figure.name}.png").write_bytes(charts.png(figure))
+            (folder / f"{figure.name}.csv").write_text(figure.table.csv(), encoding="utf-8")

@@ -1,0 +1,150 @@
+"""What a report says of each series, in numbers: sizes, quality, speed-up, routing, rate."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from switchcli.report.runs import BITS, Run
+from switchcli.report.series import Series, Spread, grouped, spread
+from switchcli.report.speed import Speed, Yardstick, partner, speed, yardstick
+
+SIZES = ("parameters", "active_parameters", "flops_per_sequence")
+
+
+class Row(NamedTuple):
+    """A series. What no run knows is None."""
+
+    label: str
+    seeds: int
+    going_on: int
+    """Runs without a result."""
+    sizes: Mapping[str, int | None]
+    steps: Spread | None
+    final: Spread | None
+    over: Spread | None
+    """Over the baseline's, of the same seed; better is more."""
+    at_common: Spread | None
+    """At the last step that every run of the report reached; None where all end there."""
+    speed: Speed
+    tokens_per_second: Spread | None
+    dropped: Spread | None
+    """Share of the tokens, over the last tenth of what was logged."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        costs = zip(("steps", "seconds", "flops"), self.speed.costs, self.speed.times, strict=True)
+        return {
+            "series": self.label,
+            "seeds": self.seeds,
+            "going_on": self.going_on,
+            **self.sizes,
+            **{name: _json(getattr(self, name)) for name in ("steps", "final", "over", "at_common")},
+            **{name: _json(getattr(self, name)) for name in ("tokens_per_second", "dropped")},
+            "reached": self.speed.reached,
+            "to_quality": {name: {"cost": _json(cost), "speed_up": _json(times)} for name, cost, times in costs},
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """For a table: one figure a column."""
+        return dict(_flat("", self.to_json()))
+
+
+class Comparison(NamedTuple):
+    """All runs of a report, together."""
+
+    series: tuple[Series, ...]
+    baseline: Series
+    measure: Yardstick
+    quality: float | None
+    common_step: int | None
+    """The last step that all runs reached, where they do not end alike."""
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def tokenizers(self) -> int:
+        return len(digests(self.series))
+
+
+def compare(runs: Sequence[Run], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
+    """`runs` trained, at least one; `baseline` is the name of one of them, the first where it is absent."""
+    series = tuple(grouped(runs))
+    base = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
+    cut = digests(series)
+    measure = yardstick(len(cut), evaluations)
+    lasts = {run.step for run in runs}
+    common = min(lasts) if len(lasts) > 1 else None
+    rows = tuple(_row(one, base, measure, quality, common) for one in series)
+    return Comparison(series, base, measure, quality, common, rows, tuple(_notes(series, len(cut), common, measure)))
+
+
+def digests(series: Sequence[Series]) -> list[str]:
+    """Of the tokenizers that the runs read by."""
+    return [*dict.fromkeys(run.tokenizer for one in series for run in one.runs if run.tokenizer is not None)]
+
+
+def _row(one: Series, base: Series, measure: Yardstick, quality: float | None, common: int | None) -> Row:
+    finals = [measure.final(run) for run in one.runs]
+    theirs = [measure.final(partner(run, base)) for run in one.runs]
+    pairs = [(mine, his) for mine, his in zip(finals, theirs, strict=True) if mine is not None and his is not None]
+    results = [run.result for run in one.runs if run.result]
+    return Row(
+        one.label,
+        len(one.runs),
+        len(one.runs) - len(results),
+        {name: next((result[name] for result in results if name in result), None) for name in SIZES},
+        spread(run.step for run in one.runs),
+        spread(finals),
+        spread(measure.sign * (mine - his) for mine, his in pairs),
+        None if common is None else spread(_at(measure, run, common) for run in one.runs),
+        speed(one, base, measure, quality),
+        spread(_rate(run) for run in one.runs),
+        spread(_dropped(run) for run in one.runs),
+    )
+
+
+def _at(measure: Yardstick, run: Run, step: int) -> float | None:
+    curve = measure.curve(run)
+    return None if curve is None or step < curve.steps[0] else float(curve.at(np.array([float(step)]))[0])
+
+
+def _rate(run: Run) -> float | None:
+    if "tokens_per_second" in run.result:
+        return float(run.result["tokens_per_second"])
+    curve = run.curves.get("tokens_per_second")
+    return None if curve is None else float(np.median(curve.values))
+
+
+def _dropped(run: Run) -> float | None:
+    curve = run.curves.get("dropped_fraction")
+    return None if curve is None else float(curve.values[-max(1, len(curve.values) // 10) :].mean())
+
+
+def _notes(series: Sequence[Series], tokenizers: int, common: int | None, measure: Yardstick) -> list[str]:
+    notes = []
+    if tokenizers > 1:
+        notes.append(
+            f"The runs read by {tokenizers} tokenizers: neg. log perplexities of different tokens say nothing of one "
+            "another, so they are compared by bits a byte alone, of which fewer are better."
+        )
+        if lacking := [run.name for one in series for run in one.runs if BITS not in run.curves]:
+            notes.append(f"No bits a byte are known of {', '.join(lacking)}: left out of the comparison.")
+    if common is not None:
+        notes.append(
+            f"The runs are of different lengths: beside what each ends with, {measure.title} is given at step "
+            f"{common:,}, the last that all reached."
+        )
+    return notes
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{path}.{key}" if path else key, inner)
+    else:
+        yield path, value
+
+
+def _json(value: Spread | None) -> dict[str, float | None]:
+    return dict.fromkeys(Spread._fields) if value is None else value._asdict()

@@ -1,0 +1,185 @@
+"""What the folder of a run holds, as numbers by step: metrics.jsonl and result.json, whole or not.
+
+A run may be going on, or may have been stopped in the middle of a line: what can be read is, and `notes` say what was
+left out. The recipe is read elsewhere.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchcli.errors import CheckpointError, disk_errors
+
+Floats = NDArray[np.float64]
+HELD_OUT = "held_out/neg_log_perplexity"
+BITS = "held_out/bits_per_byte"
+
+
+class Curve(NamedTuple):
+    """A figure over the steps at which it was written, in order."""
+
+    steps: Floats
+    values: Floats
+
+    def at(self, steps: Floats) -> Floats:
+        """On straight lines between its points; before the first and after the last it stays as it is."""
+        return np.interp(steps, self.steps, self.values)
+
+
+class Loads(NamedTuple):
+    """Of one sparse layer: tokens [S, E] that each expert got up to each of S steps, since the one before."""
+
+    steps: Floats
+    tokens: Floats
+
+
+class Run(NamedTuple):
+    """A run, or an evaluation of a checkpoint (`verb` eval), which has no curves."""
+
+    name: str
+    """Its folder, as it was named."""
+    recipe: Mapping[str, Any]
+    """By section; empty where there is none."""
+    result: Mapping[str, Any]
+    """Empty while the run goes on."""
+    curves: Mapping[str, Curve]
+    """By the names of metrics.jsonl; the routers' entropies as `LAYER/entropy`."""
+    loads: Mapping[str, Loads]
+    """By layer."""
+    texts: Mapping[str, Mapping[str, float]]
+    """Figures of each held-out text, of the last evaluation."""
+    tokenizer: str | None
+    """A digest; None where the folder has none."""
+    notes: tuple[str, ...]
+
+    @property
+    def verb(self) -> str:
+        return str(self.result.get("verb") or self.recipe.get("verb") or "")
+
+    @property
+    def seed(self) -> Any:
+        return self.recipe.get("train", {}).get("seed")
+
+    @property
+    def step(self) -> int:
+        """The last that is known of."""
+        return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
+
+    @property
+    def steps(self) -> int | None:
+        """How many it is to take."""
+        return self.recipe.get("train", {}).get("steps")
+
+    @property
+    def batch_tokens(self) -> float:
+        return float(self.recipe.get("train", {}).get("batch_tokens", math.nan))
+
+    @property
+    def seconds(self) -> Curve:
+        """Of training, by step."""
+        known = self.curves.get("seconds", Curve(np.zeros(0), np.zeros(0)))
+        return Curve(np.append(0.0, known.steps), np.append(0.0, known.values))
+
+    @property
+    def flops_per_step(self) -> float:
+        """Forward and backward, a teacher's too; NaN where nothing was logged."""
+        if not {"flops_per_second", "tokens_per_second"} <= self.curves.keys():
+            return math.nan
+        rates = [self.curves[f"{what}_per_second"].values[-1] for what in ("flops", "tokens")]
+        return float(rates[0] / rates[1] * self.batch_tokens)
+
+
+def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
+    """The run in `folder`, of `recipe`.
+
+    Raises:
+        CheckpointError: it holds neither metrics nor a result, or the disk refuses.
+    """
+    metrics, notes = folder / "metrics.jsonl", list[str]()
+    result = _result(folder / "result.json", notes)
+    if not metrics.is_file() and not result:
+        raise CheckpointError(f"{folder}: is no run: it holds neither metrics.jsonl nor result.json")
+    lines = _Lines()
+    if metrics.is_file():
+        with disk_errors(metrics, "name another run's"):
+            for record in _records(metrics, notes):
+                lines.add(record)
+    tokenizer = folder / "tokenizer.json"
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None
+    curves, loads = lines.curves(), lines.loads()
+    found = Run(str(folder), recipe, result, curves, loads, lines.texts, digest, ())
+    if not result:
+        steps = "" if found.steps is None else f" of {found.steps:,}"
+        notes.append(f"{folder}: has no result.json: still going on, or stopped, at step {found.step:,}{steps}")
+    return found._replace(notes=tuple(notes))
+
+
+class _Lines:
+    """The records of a file, by figure: of a layer its load and entropy alone, since files are large."""
+
+    def __init__(self) -> None:
+        self.texts: Mapping[str, Mapping[str, float]] = {}
+        self._points: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        step, points = record.get("step"), self._points
+        if not isinstance(step, int):
+            return
+        for name, value in record.items():
+            if isinstance(value, float):
+                points[name].append((step, value))
+        for layer, figures in record.get("layers", {}).items():
+            points[f"{layer}/load"].append((step, figures.get("load")))
+            points[f"{layer}/entropy"].append((step, figures.get("entropy")))
+        if "texts" in record:
+            self.texts = record["texts"]
+
+    def curves(self) -> dict[str, Curve]:
+        """Of every figure; of one a step, the last: what a run did again stands after what it did before."""
+        return {name: Curve(*_columns(points)) for name, points in self._points.items() if not name.endswith("/load")}
+
+    def loads(self) -> dict[str, Loads]:
+        named = {name.removesuffix("/load"): points for name, points in self._points.items() if name.endswith("/load")}
+        return {layer: Loads(*_columns(points)) for layer, points in named.items()}
+
+
+def _columns(points: list[tuple[int, Any]]) -> tuple[Floats, Floats]:
+    known = {step: value for step, value in points if value is not None}
+    steps = sorted(known)
+    return np.array(steps, dtype=np.float64), np.array([known[step] for step in steps], dtype=np.float64)
+
+
+def _records(path: Path, notes: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Those of the lines that are whole."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                yield record
+            else:
+                notes.append(f"{path}:{number}: not a whole line, left out")
+
+
+def _result(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    with disk_errors(path, "name another run's"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        result = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        result = None
+    if not isinstance(result, dict):
+        notes.append(f"{path}: not a JSON object, left out")
+        return {}
+    return result

@@ -1,0 +1,158 @@
+"""Series: runs that differ by their seed alone, and their curves together: the mean, from least to most."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchcli.report.runs import Curve, Floats, Run
+
+OF_NO_FIGURE = (
+    *("description", "log", "checkpoint"),
+    *("train.seed", "train.device", "train.workers", "train.batches_ahead"),
+)
+"""Keys of a recipe by which runs of one series may differ."""
+
+
+class Spread(NamedTuple):
+    """A figure over the seeds of a series."""
+
+    mean: float
+    least: float
+    most: float
+
+    def said(self, form: str) -> str:
+        """The mean, and what it lies between where it does."""
+        if self.least == self.most:
+            return f"{self.mean:{form}}"
+        return f"{self.mean:{form}} ({self.least:{form}} to {self.most:{form}})"
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Of the values that are known; None where none is."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return Spread(float(np.mean(known)), min(known), max(known)) if known else None
+
+
+class Band(NamedTuple):
+    """A curve over the seeds of a series, at all steps that one of them has: of those that have come so far."""
+
+    steps: Floats
+    mean: Floats
+    least: Floats
+    most: Floats
+
+
+class Series(NamedTuple):
+    """Runs of one recipe, in the order in which they were named."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return self.runs[0].recipe
+
+    def band(self, figure: str) -> Band | None:
+        """None where no run has the figure."""
+        return band([run.curves[figure] for run in self.runs if figure in run.curves])
+
+
+def grouped(runs: Sequence[Run]) -> list[Series]:
+    """The series of `runs`, in their order, each with a label of its own."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        own = json.dumps(flat(run.recipe, OF_NO_FIGURE), sort_keys=True) if run.recipe else run.name
+        groups.setdefault(own, []).append(run)
+    names = _names(runs)
+    found: dict[str, Series] = {}
+    for members in groups.values():
+        label = _stem([names[run.name] for run in members])
+        if label in found:
+            label = names[members[0].name]
+        while label in found:
+            label += "'"
+        found[label] = Series(label, tuple(members))
+    return [*found.values()]
+
+
+def flat(tree: Mapping[str, Any], without: Sequence[str] = (), path: str = "") -> dict[str, Any]:
+    """A recipe's values by dotted key; a list is one value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        here = f"{path}{key}"
+        if here in without:
+            continue
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, without, f"{here}.")
+        else:
+            found[here] = value
+    return found
+
+
+def differences(series: Sequence[Series]) -> dict[str, list[Any]]:
+    """The keys that series differ in, with the value of each series; `None` where it has no such key."""
+    trees = [flat(one.recipe, OF_NO_FIGURE) for one in series]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    values = {key: [tree.get(key) for tree in trees] for key in keys}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+
+
+def band(curves: Sequence[Curve]) -> Band | None:
+    """The mean of the curves on straight lines between their points, each from its first to its last step."""
+    curves = [curve for curve in curves if len(curve.steps)]
+    if not curves:
+        return None
+    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
+    values = np.stack([curve.at(steps) for curve in curves])
+    ends = np.array([[curve.steps[0], curve.steps[-1]] for curve in curves])
+    there = (ends[:, :1] <= steps) & (steps <= ends[:, 1:])
+    some = there.any(axis=0)
+    steps, values, there = steps[some], values[:, some], there[:, some]
+    mean = np.where(there, values, 0).sum(axis=0) / there.sum(axis=0)
+    least, most = (np.where(there, values, bound) for bound in (np.inf, -np.inf))
+    return Band(steps, mean, least.min(axis=0), most.max(axis=0))
+
+
+def smoothed(curve: Curve, evaluations: int) -> Curve:
+    """The mean over so many evaluations on end, at the mean of their steps; over all where there are fewer."""
+    width = min(evaluations, len(curve.steps))
+    if width <= 1:
+        return curve
+    return Curve(*(np.convolve(part, np.full(width, 1 / width), mode="valid") for part in curve))
+
+
+def thinned(values: Floats, most: int) -> NDArray[np.int64]:
+    """Places of at most `most` values: the first, the last, and the least and the most of each stretch between."""
+    if len(values) <= most:
+        return np.arange(len(values))
+    stretches = np.array_split(np.arange(len(values)), max(1, (most - 2) // 2))
+    places = [place for stretch in stretches for place in _extremes(values, stretch)]
+    return np.unique([0, *places, len(values) - 1])
+
+
+def _extremes(values: Floats, stretch: NDArray[np.int64]) -> tuple[int, int]:
+    return int(stretch[np.argmin(values[stretch])]), int(stretch[np.argmax(values[stretch])])
+
+
+def _names(runs: Sequence[Run]) -> dict[str, str]:
+    """The last part of each folder's name, or the whole where two end alike."""
+    last = {run.name: os.path.basename(os.path.normpath(run.name)) for run in runs}  # noqa: PTH119 - text, no path
+    return last if len(set(last.values())) == len(last) else {name: name for name in last}
+
+
+def _stem(names: Sequence[str]) -> str:
+    """What the names begin with, without the number of the seed: `dense` of `dense-0` and `dense-1`."""
+    if len(names) == 1:
+        return names[0]
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    stem = "".join(letters[0] for letters in alike)
+    if any(name[len(stem) :][:1].isdigit() for name in names):
+        stem = re.sub(r"\d+$", "", stem)
+    stem = re.sub(r"[-_./= ]*(seed)?[-_./= ]*$", "", stem)
+    return stem or names[0]
