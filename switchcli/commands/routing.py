@@ -58,6 +58,7 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
             counted[name] = atlas.count(models, tracked, segments_of, runtime, policies)
         texts = {name: text.num_rows for name, (text, _) in measuring.rows().items()}
         tokenizer = loaded[0].tokenizer
+        runtime.close()
         return {
             "recipe": recipe.model_dump(mode="json"),
             "sequences": texts,
@@ -127,7 +128,8 @@ def _total(counts: Sequence[LayerCounts]) -> LayerCounts:
 def _check_comparable(one: Opened, other: Opened) -> None:
     """Raise a CheckpointError where tokens or experts of one are not those of the other."""
     ours, theirs = one.recipe.model, other.recipe.model
-    if one.tokenizer.sha256 != other.tokenizer.sha256:
+    pieces, others = (each.tokenizer.pieces(range(each.tokenizer.vocab_size)) for each in (one, other))
+    if pieces != others:
         why = "their vocabularies differ, and a token of the one is none of the other"
     elif ours.num_experts != theirs.num_experts:
         why = f"{ours.num_experts} experts and {theirs.num_experts} cannot be matched"

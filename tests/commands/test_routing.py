@@ -108,6 +108,19 @@ def test_a_checkpoint_does_not_drift_from_itself(trained: Path, switchcli: Switc
         assert drift["matched"]["experts"] == [0, 1, 2, 3]
 
 
+def test_a_folder_in_the_hugging_face_layout_is_shown_on_text_that_is_named(
+    trained: Path, text: Path, tmp_path: Path, switchcli: SwitchCLI
+) -> None:
+    theirs = tmp_path / "theirs"
+    assert switchcli("convert", trained, theirs, "--to", "huggingface").code == 0
+    alone = switchcli("report", "--routing", theirs)
+    assert (alone.code, "nothing to measure it on" in alone.err) == (2, True)
+    named = (f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]", "text.held_out_fraction=0.1")
+    keys = (*named, "text.sequences=8", "data.inputs_length=32", "capacities=[dropless]")
+    drift = survey(switchcli, theirs, trained, *keys)["drift"]
+    assert {layer["changed"] for layer in drift.values()} == {0.0}
+
+
 def test_what_has_no_atlas_is_refused_in_one_line(
     trained: Path, dense: Path, recipe: str, switchcli: SwitchCLI
 ) -> None:

@@ -81,6 +81,18 @@ def test_experts_that_only_changed_their_numbers_changed_nothing(most: int, monk
     assert found["together"] == (together_EE.tolist() if most == 256 else None)
 
 
+@given(CHOSEN)
+def test_what_is_matched_is_renumbered_and_compared(both: list[tuple[int, int]]) -> None:
+    choices = [counted(torch.tensor(experts)) for experts in zip(*both, strict=True)]
+    places = Places(torch.ones(1, len(both)).bool(), *[torch.zeros(len(both)).long()] * 2)
+    found = figures(together(both), *(counts_of(places, one) for one in choices))["matched"]
+    renumbered = [(one, found["experts"].index(other)) for one, other in both]
+    table_EE = together(renumbered)
+    naive = agreement(table_EE, table_EE.sum(1).long(), table_EE.sum(0).long(), len(both))
+    assert found["changed"] == pytest.approx(naive.changed)
+    assert found["beyond_chance"] == (None if naive.beyond_chance is None else pytest.approx(naive.beyond_chance))
+
+
 def test_a_token_with_two_experts_that_keeps_one_changed_by_half() -> None:
     chosen = [torch.tensor([[1, 1, 0, 0]] * 4).bool(), torch.tensor([[1, 0, 1, 0]] * 4).bool()]
     together_EE = chosen[0].double().mT @ chosen[1].double()
