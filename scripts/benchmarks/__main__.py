@@ -23,6 +23,7 @@ from machine import PRECISIONS, Job, Result, ceilings
 from optimizer import optimizer
 from parts import parts
 from recompute import recompute
+from report import LINES, RUNS, report
 from saving import saving
 from scaling import EXPERTS_A_RANK, estimate, scaling
 from step import step
@@ -39,6 +40,7 @@ SECTIONS = {
     "scaling": scaling,
     "saving": saving,
     "data": data,
+    "report": report,
 }
 EXPERTS = (8, 32, 64, 128)
 
@@ -320,6 +322,16 @@ def of_data(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> Non
             table([f"{model}, and the loader by", "tokens/s", "over the model's"], rows)
 
 
+def of_reports(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    found = run({"section": "report", **common})
+    rows = [
+        [what, f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})"]
+        for what, each in found["seconds"].items()
+    ]
+    print(f"{found['bytes'] / 1e6:.0f} MB of metrics; the page has {found['page_bytes'] / 1e6:.1f} MB\n")
+    table([f"report on {RUNS} runs of {LINES:,} logged steps", "seconds"], rows)
+
+
 TABLES = {
     "ceilings": of_ceilings,
     "layer": of_layers,
@@ -332,6 +344,7 @@ TABLES = {
     "scaling": of_scaling,
     "saving": of_saving,
     "data": of_data,
+    "report": of_reports,
 }
 
 

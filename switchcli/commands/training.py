@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -191,8 +191,8 @@ class Training:
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
         concluded = self.verb.conclude(self)
         scores = self.runtime.on_main(lambda: exams.scores(self.verb.scoring.draws) if exams else {}) or {}
-        result = self.runtime.on_main(lambda: self._finish(scores, concluded)) or {}
-        self._samples()
+        samples = self._samples()
+        result = self.runtime.on_main(lambda: self._finish(scores, concluded, samples)) or {}
         self.runtime.on_main(lambda: self._show(result, scores))
         return result
 
@@ -266,7 +266,9 @@ class Training:
             lambda: stop.requested,
         )
 
-    def _finish(self, scores: Mapping[str, Scores], concluded: Mapping[str, Any]) -> dict[str, Any]:
+    def _finish(
+        self, scores: Mapping[str, Scores], concluded: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
+    ) -> dict[str, Any]:
         """The result, also in result.json."""
         facts, state = describe(self.recipe), self.state
         tokens = state.step * self.recipe.train.batch_tokens
@@ -276,6 +278,7 @@ class Training:
             "step": state.step,
             HELD_OUT: state.figures.get(HELD_OUT),
             "held_out/first_neg_log_perplexity": state.first_figures.get(HELD_OUT),
+            **state.bits(),
             **({"texts": state.texts} if len(self.text.held_out) > 1 else {}),
             **{key: facts[key] for key in facts if "parameters" in key},
             "flops_per_sequence": facts["flops_per_sequence"],
@@ -286,23 +289,29 @@ class Training:
             "mesh": self.runtime.mesh,
             **(task_results(scores, state.best) if scores else {}),
             **concluded,
+            "samples": [*samples],
             **machine(self.runtime),
         }
         self.folder.write_result(result)
         return result
 
-    def _samples(self) -> None:
-        """Held-out texts with their gaps filled in by the model, on the console of the main rank."""
+    def _samples(self) -> list[dict[str, str]]:
+        """Held-out texts with their gaps filled in by the model; shown on the console of the main rank."""
         if not self.runtime.is_main and not self.runtime.needs_all:
-            return
+            return []
         decode = self.text.tokenizer.decode
         batch = self.runtime.place(self.text.samples)
         with self.runtime.uncompiled():
             length = batch.targets_BT.shape[1]
             all_done = self.runtime.all_done if self.runtime.needs_all else locally
             filled = answers(self.model, self.text.tokenizer, batch.inputs_BS, length, all_done=all_done)
-        for inputs, targets, output in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), filled, strict=True):
-            self.console.sample(decode(inputs), decode(targets), output)
+        samples = [
+            {"input": decode(inputs), "target": decode(targets), "prediction": output}
+            for inputs, targets, output in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), filled, strict=True)
+        ]
+        for sample in samples:
+            self.console.sample(**sample)
+        return samples
 
     def _show(self, result: dict[str, Any], scores: Mapping[str, Scores]) -> None:
         console, state = self.console, self.state

@@ -162,7 +162,7 @@ def heat_map(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis
         | {"scale": scale, "legend": legend},
         "tooltip": [x.tip(), y.tip(), colour.tip()],
     }
-    spec = {"mark": {"type": "rect"}, "encoding": encoding, "height": {"step": max(3, min(16, 360 // max(rows, 1)))}}
+    spec = {"mark": {"type": "rect"}, "encoding": encoding, "height": rows * max(3, min(16, 360 // max(rows, 1)))}
     return Figure(name, title, caption, spec, table)
 
 

@@ -88,12 +88,11 @@ def _row(one: Series, base: Series, measure: Yardstick, quality: float | None, c
     finals = [measure.final(run) for run in one.runs]
     theirs = [measure.final(partner(run, base)) for run in one.runs]
     pairs = [(mine, his) for mine, his in zip(finals, theirs, strict=True) if mine is not None and his is not None]
-    results = [run.result for run in one.runs if run.result]
     return Row(
         one.label,
         len(one.runs),
-        len(one.runs) - len(results),
-        {name: next((result[name] for result in results if name in result), None) for name in SIZES},
+        sum(not run.result for run in one.runs),
+        {name: next((int(size) for run in one.runs if (size := run.number(name)) is not None), None) for name in SIZES},
         spread(run.step for run in one.runs),
         spread(finals),
         spread(measure.sign * (mine - his) for mine, his in pairs),
@@ -110,10 +109,9 @@ def _at(measure: Yardstick, run: Run, step: int) -> float | None:
 
 
 def _rate(run: Run) -> float | None:
-    if "tokens_per_second" in run.result:
-        return float(run.result["tokens_per_second"])
     curve = run.curves.get("tokens_per_second")
-    return None if curve is None else float(np.median(curve.values))
+    logged = None if curve is None else float(np.median(curve.values))
+    return logged if (whole := run.number("tokens_per_second")) is None else whole
 
 
 def _dropped(run: Run) -> float | None:

@@ -1,19 +1,22 @@
 """A report of runs, put in words: the tables for a terminal, and the parts of the page."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from switchcli.report import figures
+from switchcli.report import figures, scores
 from switchcli.report.charts import Figure
-from switchcli.report.compare import Comparison, Row
+from switchcli.report.compare import Comparison
 from switchcli.report.html import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
-from switchcli.report.runs import Run
-from switchcli.report.series import Spread, differences, spread
+from switchcli.report.runs import HELD_OUT, Run, mapping
+from switchcli.report.series import Spread, differences
 from switchcli.report.units import clock, si
 
 SAMPLES = 12
 """Texts that a page shows, at most."""
+HINT = (
+    "A click on a series hides it, in all charts. In a chart Ctrl and the wheel zoom, a drag moves, two clicks go back."
+)
 
 
 class Report(NamedTuple):
@@ -34,21 +37,14 @@ def tables(report: Report) -> Iterator[HtmlTable]:
     """For a terminal: quality and speed-up, then sizes and rates, then scores."""
     if report.comparison is not None:
         yield quality_table(report.comparison)
+        yield speed_table(report.comparison)
         yield size_table(report.comparison)
     yield from task_tables(report)
 
 
 def quality_table(found: Comparison) -> HtmlTable:
-    measure, base = found.measure, found.baseline.label
+    base = found.baseline.label
     common = () if found.common_step is None else (f"at step {found.common_step:,}",)
-    headings = ("series", "seeds", "steps", "at the end", *common, f"over {base}", "x steps", "x time", "x FLOPs")
-    goal = f"the quality {found.quality:g}" if found.quality is not None else f"what {base} ends with, of the same seed"
-    caption = (
-        f"{_capital(measure.title)}: the mean over seeds (least to most). x: how many times fewer steps, seconds and "
-        f"FLOPs than {base} it took to {goal}, first reached on a straight line between two evaluations"
-        + (f", each the mean of {measure.evaluations}" if measure.evaluations > 1 else "")
-        + "; - where it is never reached."
-    )
     rows = [
         [
             row.label,
@@ -57,105 +53,68 @@ def quality_table(found: Comparison) -> HtmlTable:
             _said(row.final, ".4f"),
             *([_said(row.at_common, ".4f")] if common else []),
             "" if row.label == base else _said(row.over, "+.4f"),
-            *("" if row.label == base and found.quality is None else _times(row, one) for one in row.speed.times),
         ]
         for row in found.rows
     ]
-    return HtmlTable("Quality", headings, rows, caption)
-
-
-def _times(row: Row, one: Spread | None) -> str:
-    few = f", {row.speed.reached} of {row.seeds} seeds" if 0 < row.speed.reached < row.seeds else ""
-    return _said(one, ".2f") + few
-
-
-def cost_table(found: Comparison) -> HtmlTable:
-    """Steps and time to the quality."""
-    goal = (
-        f"to {found.measure.title} {found.quality:g}"
-        if found.quality is not None
-        else f"to what {found.baseline.label} ends with"
+    several = (
+        f", each the mean of the last {found.measure.evaluations} evaluations" if found.measure.evaluations > 1 else ""
     )
+    caption = (
+        f"The mean over seeds (least to most){several}; over {base}: run by run, of the same seed where there is one."
+    )
+    headings = ("series", "seeds", "steps", "at the end", *common, f"over {base}")
+    return HtmlTable(_capital(found.measure.title), headings, rows, caption)
+
+
+def speed_table(found: Comparison) -> HtmlTable:
+    """How many times faster than the baseline, and what it takes."""
+    base = found.baseline.label
+    goal = f"{found.measure.title} {found.quality:g}" if found.quality is not None else f"what {base} ends with"
     rows = []
     for row in found.rows:
         steps, seconds, flops = row.speed.costs
-        time = "-" if seconds is None else _between(seconds, clock)
-        rows.append(
-            [
-                row.label,
-                f"{row.speed.reached} of {row.seeds}",
-                _said(steps, ",.0f"),
-                time,
-                "-" if flops is None else _between(flops, si),
-            ]
-        )
-    return HtmlTable(f"Cost {goal}", ("series", "seeds that reach it", "steps", "time", "FLOPs"), rows)
+        own = row.label == base and found.quality is None
+        times = ["" if own else _said(one, ".2f") for one in row.speed.times]
+        costs = [
+            "-" if cost is None else write(cost.mean)
+            for cost, write in ((steps, "{:,.0f}".format), (seconds, clock), (flops, si))
+        ]
+        rows.append([row.label, f"{row.speed.reached} of {row.seeds}", *times, *costs])
+    caption = (
+        f"x: {base}'s steps, time and FLOPs over the series' own, run by run, of the same seed where there is one; "
+        "beside them its own. The mean over the seeds that reach it (least to most), which is where the straight line "
+        "between two evaluations first does; - where it never does."
+    )
+    headings = ("series", "reach it", "x steps", "x time", "x FLOPs", "steps", "time", "FLOPs")
+    return HtmlTable(f"Speed-up to {goal}", headings, rows, caption)
 
 
 def size_table(found: Comparison) -> HtmlTable:
-    headings = ("series", "parameters", "a token meets", "FLOPs a sequence", "tokens/s", "dropped")
     rows = []
     for row in found.rows:
         sizes = ["-" if size is None else si(size) for size in row.sizes.values()]
-        rate = "-" if row.tokens_per_second is None else _between(row.tokens_per_second, si)
-        rows.append([row.label, *sizes, rate, _said(row.dropped, ".1%")])
+        rows.append([row.label, *sizes, _between(row.tokens_per_second, si), _said(row.dropped, ".1%")])
     caption = (
-        "FLOPs are forward, by the formula of the paper; dropped is the share of tokens over the last tenth of the run."
+        "Active parameters are those that a token meets; FLOPs are forward, by the formula of the paper; dropped is "
+        "the share of the tokens over the last tenth of the run."
     )
+    headings = ("series", "parameters", "active", "FLOPs a sequence", "tokens/s", "dropped")
     return HtmlTable("Size and speed", headings, rows, caption)
 
 
 def task_tables(report: Report) -> Iterator[HtmlTable]:
     """Scores of tasks, and figures of languages or corpora: a row each, a column a series."""
-    tasks = _by_holder(report, _scores)
-    if tasks:
-        yield _crossed("Tasks", "task", tasks, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
-    texts = {
-        figure: _by_holder(report, lambda run, figure=figure: _texts(run, figure))
-        for figure in ("neg_log_perplexity", "bits_per_byte")
-    }
-    said = {"neg_log_perplexity": "Neg. log perplexity by text", "bits_per_byte": "Bits a byte by text"}
-    for figure, found in texts.items():
-        if found and (figure == "bits_per_byte" or report.comparison is None or report.comparison.tokenizers < 2):
-            yield _crossed(said[figure], "text", found, ".4f", "Held-out text of each language or corpus.")
-
-
-def _scores(run: Run) -> dict[str, float]:
-    """By task; of an evaluation under several capacities, by task and capacity."""
-    passes = run.result.get("passes") or [run.result]
-    found = {}
-    for one in passes:
-        capacity = f", capacity {one['capacity'].get('tasks')}" if len(passes) > 1 else ""
-        for name, task in (one.get("tasks") or {}).items():
-            score = (
-                (task.get("score") or {}).get("value") if isinstance(task.get("score"), Mapping) else task.get("score")
-            )
-            if isinstance(score, int | float):
-                found[f"{name}{capacity}"] = float(score)
-        average = (one.get("average") or {}).get("score")
-        if isinstance(average, int | float) and len(one.get("tasks") or {}) > 1:
-            found[f"average{capacity}"] = float(average)
-    return found
-
-
-def _texts(run: Run, figure: str) -> dict[str, float]:
-    passes = run.result.get("passes")
-    texts = passes[0].get("texts") or {} if passes else run.result.get("texts") or run.texts
-    return {name: figures[figure] for name, figures in texts.items() if figure in figures}
-
-
-def _by_holder(report: Report, get: Any) -> dict[str, dict[str, Spread]]:
-    """What `get` finds, over the seeds of each series and in each evaluation."""
-    holders = {one.label: list(one.runs) for one in report.comparison.series} if report.comparison else {}
+    holders: dict[str, Sequence[Run]] = (
+        {one.label: one.runs for one in report.comparison.series} if report.comparison else {}
+    )
     holders |= {run.name: [run] for run in report.evaluations}
-    found = {}
-    for label, runs in holders.items():
-        each = [values for run in runs if (values := get(run))]
-        names = dict.fromkeys(name for values in each for name in values)
-        spreads = {name: spread(values.get(name) for values in each) for name in names}
-        if spreads:
-            found[label] = {name: one for name, one in spreads.items() if one is not None}
-    return found
+    if found := scores.tasks(holders):
+        yield _crossed("Tasks", "task", found, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
+    by_tokens = report.comparison is None or report.comparison.tokenizers < 2
+    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if by_tokens else {}
+    for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
+        if found := scores.texts(holders, figure):
+            yield _crossed(title, "text", found, ".4f", "Held-out text of each language or corpus.")
 
 
 def _crossed(title: str, what: str, found: Mapping[str, Mapping[str, Spread]], form: str, caption: str) -> HtmlTable:
@@ -189,8 +148,9 @@ def parts(report: Report) -> Iterator[Part]:
     found = report.comparison
     if found is not None:
         yield Facts(_facts(found))
-        yield Section("Overview", [quality_table(found), cost_table(found), size_table(found)])
+        yield Section("Overview", [quality_table(found), speed_table(found), size_table(found)])
         yield Legend([one.label for one in found.series])
+        yield Words([HINT], "caption")
         if curves := figures.quality(found):
             yield Section("Quality", [Charts(curves)])
         if curves := figures.training(found):
@@ -205,18 +165,16 @@ def parts(report: Report) -> Iterator[Part]:
             yield Section("Routing", [Charts(curves)])
         if maps := [*figures.loads(found)]:
             yield Section("Expert load", [*_maps(maps)])
-    if scores := [*task_tables(report)]:
-        yield Section("Tasks and languages", scores)
+    if scored := [*task_tables(report)]:
+        yield Section("Tasks and languages", scored)
     if found is not None:
         if (table := difference_table(found)) is not None:
             yield Section("Recipes", [table])
-        if samples := [*_samples(report.trained)]:
+        if samples := [*_samples(found)]:
             yield Section(
                 "Samples",
                 [
-                    Words(
-                        ["Held-out texts with their gaps, what was taken out of them, and what the model puts there."]
-                    ),
+                    Words(["Held-out texts, what is asked for, and what each series answers."]),
                     *samples,
                 ],
             )
@@ -248,50 +206,49 @@ def every_figure(report: Report) -> Iterator[Figure]:
 
 
 def _facts(found: Comparison) -> list[tuple[str, str]]:
+    """The best series, where all have come to, and the fastest over the baseline."""
     measure, base = found.measure, found.baseline.label
-    known = [row for row in found.rows if row.final is not None]
+    where = "at the end" if found.common_step is None else f"at step {found.common_step:,}"
+    ends = {row.label: row.final if found.common_step is None else row.at_common for row in found.rows}
+    known = {label: end for label, end in ends.items() if end is not None}
     if not known:
-        return [(f"{len(found.rows)}", "series, none evaluated yet")]
-    best = max(known, key=lambda row: measure.sign * (row.final.mean if row.final else 0))
-    facts = [(best.label, f"ends best: {measure.title} {_said(best.final, '.4f')}")]
-    if best.label != base:
-        facts.append((_said(best.over, "+.4f"), f"over {base}"))
-    faster = [row for row in found.rows if row.label != base and row.speed.times[0] is not None]
-    for place, what in enumerate(("fewer steps", "less time")):
-        some = [(times.mean, row.label) for row in faster if (times := row.speed.times[place]) is not None]
+        return [(str(len(found.rows)), "series, none of them evaluated yet")]
+    best = max(known, key=lambda label: measure.sign * known[label].mean)
+    facts = [(best, f"is best {where}"), (f"{known[best].mean:.4f}", f"its {measure.title}")]
+    others = [row for row in found.rows if row.label != base]
+    for place, what in enumerate(("steps", "time")):
+        some = [(times.mean, row.label) for row in others if (times := row.speed.times[place]) is not None]
         if some:
             factor, label = max(some)
-            facts.append((f"{factor:.2f} x", f"{label}: {what} than {base} to its quality"))
+            facts.append((f"{factor:.2f} x", f"speed-up of {label} over {base}, in {what}"))
     return facts
 
 
-def _samples(runs: Sequence[Run]) -> Iterator[Part]:
-    shown = 0
-    for run in runs:
-        for sample in run.result.get("samples") or ():
-            if shown < SAMPLES:
-                shown += 1
-                texts = {
-                    name: str(sample.get(key, ""))
-                    for name, key in (("input", "input"), ("target", "target"), ("model", "prediction"))
-                }
-                yield Sample(run.name, texts)
+def _samples(found: Comparison) -> Iterator[Part]:
+    """A text with what each series makes of it, by its first run that has some."""
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for one in found.series:
+        each = [run.result["samples"] for run in one.runs if isinstance(run.result.get("samples"), list)]
+        for sample in next(iter(each), ()):
+            said = {key: str(mapping(sample).get(key, "")) for key in ("input", "target", "prediction")}
+            texts.setdefault((said["input"], said["target"]), {})[one.label] = said["prediction"]
+    for place, ((asked, target), answers) in enumerate([*texts.items()][:SAMPLES], start=1):
+        yield Sample(f"Text {place}", {"input": asked, "target": target, **answers})
 
 
 def _run_table(report: Report) -> HtmlTable:
     rows = []
     for run in [*report.trained, *report.evaluations]:
-        step = run.result.get("step", run.step)
-        final = run.result.get("held_out/neg_log_perplexity")
-        seed = run.seed
+        step, final, seconds = (run.number(name) for name in ("step", HELD_OUT, "seconds"))
+        step = run.step if step is None else int(step)
         rows.append(
             [
                 run.name,
                 run.verb or "-",
-                "-" if seed is None else str(seed),
+                "-" if run.seed is None else str(run.seed),
                 f"{step:,}" if run.steps in (None, step) else f"{step:,} of {run.steps:,}",
-                f"{final:.4f}" if isinstance(final, int | float) else "-",
-                clock(float(run.result.get("seconds", run.seconds.values[-1]))),
+                "-" if final is None else f"{final:.4f}",
+                clock(float(run.seconds.values[-1]) if seconds is None else seconds),
             ]
         )
     return HtmlTable("", ("folder", "verb", "seed", "steps", "held-out neg. log perplexity", "time"), rows)
@@ -301,9 +258,11 @@ def _said(value: Spread | None, form: str) -> str:
     return "-" if value is None else value.said(form)
 
 
-def _between(value: Spread, write: Any) -> str:
+def _between(value: Spread | None, write: Callable[[float], str]) -> str:
+    if value is None:
+        return "-"
     if value.least == value.most:
-        return str(write(value.mean))
+        return write(value.mean)
     return f"{write(value.mean)} ({write(value.least)} to {write(value.most)})"
 
 

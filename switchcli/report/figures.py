@@ -19,8 +19,6 @@ CELLS = 120_000
 """Of all heat maps together, about."""
 COLUMNS = (12, 60)
 """Of a heat map, at least and at most."""
-_ZOOM = "Ctrl and the wheel zoom, a drag moves, two clicks go back."
-
 Get = Callable[[Run], Curve | None]
 
 
@@ -34,9 +32,9 @@ class Unit(NamedTuple):
 def quality(found: Comparison) -> list[Figure]:
     """The measure of the report against steps, tokens, wall time and FLOPs."""
     measure = found.measure
-    said = f"The mean over seeds, in a band from least to most. {_ZOOM}"
+    said = "The mean over seeds, in a band from least to most."
     if measure.evaluations > 1:
-        said = f"Means over {measure.evaluations} evaluations. {said}"
+        said += f" Each point is the mean of {measure.evaluations} evaluations."
     return _against(found, "held_out", measure.title, said, measure.curve)
 
 
@@ -44,7 +42,7 @@ def training(found: Comparison) -> list[Figure]:
     """The same of training batches, where all runs read by one tokenizer."""
     if found.tokenizers > 1:
         return []
-    said = f"Of the batches learned from, since the logged step before. {_ZOOM}"
+    said = "Of the batches learned from, since the logged step before."
     return _against(found, "training", "training neg. log perplexity", said, _of("neg_log_perplexity"))
 
 
@@ -133,7 +131,7 @@ def _against(found: Comparison, name: str, title: str, caption: str, get: Get) -
         "steps": Axis("step", "steps", precise=","),
         "tokens": Axis("tokens", "input tokens"),
         "wall_time": Axis(unit.name, f"{unit.name} of training", "~g", precise=".3~f"),
-        "flops": Axis("flops", "FLOPs", "~e", precise=".3~e"),
+        "flops": Axis("flops", "FLOPs"),
     }
     labels = [one.label for one in found.series]
     return [

@@ -90,7 +90,7 @@ class Sample(NamedTuple):
     texts: Mapping[str, str]
 
     def html(self) -> str:
-        said = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in self.texts.items())
+        said = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text.strip())}</dd>" for name, text in self.texts.items())
         return f'<article class="sample"><h3>{_text(self.title)}</h3><dl>{said}</dl></article>'
 
 

@@ -20,6 +20,12 @@ from switchcli.errors import CheckpointError, disk_errors
 Floats = NDArray[np.float64]
 HELD_OUT = "held_out/neg_log_perplexity"
 BITS = "held_out/bits_per_byte"
+LOGGED = {"neg_log_perplexity", "dropped_fraction", "seconds", "tokens_per_second", "flops_per_second"}
+"""What is kept of a logged step, beside its evaluations' figures, which have a `/` in their names."""
+LAYER_LINES = 600
+"""Logged steps of a run, evenly spread, that its layers' figures are taken from."""
+
+_LAYERS, _END = '"layers": {', "}}, "
 
 
 class Curve(NamedTuple):
@@ -64,8 +70,16 @@ class Run(NamedTuple):
         return str(self.result.get("verb") or self.recipe.get("verb") or "")
 
     @property
+    def train(self) -> Mapping[str, Any]:
+        return mapping(self.recipe.get("train"))
+
+    @property
     def seed(self) -> Any:
-        return self.recipe.get("train", {}).get("seed")
+        return self.train.get("seed")
+
+    def number(self, name: str) -> float | None:
+        """Of the result."""
+        return _number(self.result.get(name))
 
     @property
     def step(self) -> int:
@@ -75,11 +89,13 @@ class Run(NamedTuple):
     @property
     def steps(self) -> int | None:
         """How many it is to take."""
-        return self.recipe.get("train", {}).get("steps")
+        steps = self.train.get("steps")
+        return steps if isinstance(steps, int) else None
 
     @property
     def batch_tokens(self) -> float:
-        return float(self.recipe.get("train", {}).get("batch_tokens", math.nan))
+        tokens = _number(self.train.get("batch_tokens"))
+        return math.nan if tokens is None else tokens
 
     @property
     def seconds(self) -> Curve:
@@ -93,7 +109,7 @@ class Run(NamedTuple):
         if not {"flops_per_second", "tokens_per_second"} <= self.curves.keys():
             return math.nan
         rates = [self.curves[f"{what}_per_second"].values[-1] for what in ("flops", "tokens")]
-        return float(rates[0] / rates[1] * self.batch_tokens)
+        return float(np.round(rates[0] / rates[1] * self.batch_tokens))
 
 
 def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
@@ -122,7 +138,7 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
 
 
 class _Lines:
-    """The records of a file, by figure: of a layer its load and entropy alone, since files are large."""
+    """The records of a file, by figure: those that a report shows, since files are large."""
 
     def __init__(self) -> None:
         self.texts: Mapping[str, Mapping[str, float]] = {}
@@ -133,13 +149,16 @@ class _Lines:
         if not isinstance(step, int):
             return
         for name, value in record.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and (name in LOGGED or "/" in name):
                 points[name].append((step, value))
-        for layer, figures in record.get("layers", {}).items():
-            points[f"{layer}/load"].append((step, figures.get("load")))
-            points[f"{layer}/entropy"].append((step, figures.get("entropy")))
+        for layer, figures in mapping(record.get("layers")).items():
+            load, entropy = (mapping(figures).get(name) for name in ("load", "entropy"))
+            if isinstance(load, list) and all(isinstance(tokens, int) for tokens in load):
+                points[f"{layer}/load"].append((step, load))
+            if isinstance(entropy, float):
+                points[f"{layer}/entropy"].append((step, entropy))
         if "texts" in record:
-            self.texts = record["texts"]
+            self.texts = mapping(record["texts"])
 
     def curves(self) -> dict[str, Curve]:
         """Of every figure; of one a step, the last: what a run did again stands after what it did before."""
@@ -150,24 +169,48 @@ class _Lines:
         return {layer: Loads(*_columns(points)) for layer, points in named.items()}
 
 
+def mapping(value: Any) -> Mapping[str, Any]:
+    """What a file holds where there should be an object; an empty one where there is something else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
 def _columns(points: list[tuple[int, Any]]) -> tuple[Floats, Floats]:
-    known = {step: value for step, value in points if value is not None}
-    steps = sorted(known)
+    """Of values of one shape, the last one's: a layer may have got another number of experts."""
+    known, shape = dict(points), np.shape(points[-1][1])
+    steps = sorted(step for step, value in known.items() if np.shape(value) == shape)
     return np.array(steps, dtype=np.float64), np.array([known[step] for step in steps], dtype=np.float64)
 
 
 def _records(path: Path, notes: list[str]) -> Iterator[Mapping[str, Any]]:
-    """Those of the lines that are whole."""
+    """Those of the lines that are whole. Of a long file most lines go without their layers, which are most of it."""
     with path.open(encoding="utf-8", errors="replace") as file:
+        every = logged = 0
         for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                record = None
-            if isinstance(record, dict):
+            record, start = None, line.find(_LAYERS)
+            if start >= 0 and (end := line.find(_END, start)) >= 0:
+                every = every or max(1, path.stat().st_size // len(line) // LAYER_LINES)
+                if logged % every:
+                    record = _parsed(line[:start] + line[end + len(_END) :])
+                logged += 1
+            if record is None:
+                record = _parsed(line)
+            if record is not None:
                 yield record
             else:
                 notes.append(f"{path}:{number}: not a whole line, left out")
+
+
+def _parsed(line: str) -> Mapping[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _result(path: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -175,11 +218,8 @@ def _result(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     with disk_errors(path, "name another run's"):
         text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        result = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        result = None
-    if not isinstance(result, dict):
+    result = _parsed(text)
+    if result is None:
         notes.append(f"{path}: not a JSON object, left out")
         return {}
     return result

@@ -1,16 +1,17 @@
 """Series: runs that differ by their seed alone, and their curves together: the mean, from least to most."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.report.runs import Curve, Floats, Run
+from switchcli.report.text import safe_text
 
 OF_NO_FIGURE = (
     *("description", "log", "checkpoint"),
@@ -81,15 +82,18 @@ def grouped(runs: Sequence[Run]) -> list[Series]:
     return [*found.values()]
 
 
-def flat(tree: Mapping[str, Any], without: Sequence[str] = (), path: str = "") -> dict[str, Any]:
-    """A recipe's values by dotted key; a list is one value."""
+def flat(tree: Mapping[Any, Any], without: Sequence[str] = (), path: str = "") -> dict[str, Any]:
+    """A recipe's values by dotted key; those of a list of settings by their place in it."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         here = f"{path}{key}"
+        inner = value
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            inner = dict(enumerate(value))
         if here in without:
             continue
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, without, f"{here}.")
+        if isinstance(inner, Mapping) and inner:
+            found |= flat(inner, without, f"{here}.")
         else:
             found[here] = value
     return found
@@ -142,8 +146,8 @@ def _extremes(values: Floats, stretch: NDArray[np.int64]) -> tuple[int, int]:
 
 def _names(runs: Sequence[Run]) -> dict[str, str]:
     """The last part of each folder's name, or the whole where two end alike."""
-    last = {run.name: os.path.basename(os.path.normpath(run.name)) for run in runs}  # noqa: PTH119 - text, no path
-    return last if len(set(last.values())) == len(last) else {name: name for name in last}
+    last = {run.name: safe_text(Path(run.name).name or run.name) for run in runs}
+    return last if len(set(last.values())) == len(last) else {name: safe_text(name) for name in last}
 
 
 def _stem(names: Sequence[str]) -> str:

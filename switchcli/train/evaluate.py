@@ -27,20 +27,25 @@ class HeldOutText(NamedTuple):
     bytes_per_target: float | None = None
     """Bytes of text that a target token stands for, on average; None where that is not known."""
 
-    def bits_per_byte(self, neg_log_perplexity: float) -> float | None:
-        """What the model pays for the hidden text, whatever vocabulary it is cut by: lower is better.
-
-        All targets are paid for, sentinels and EOS too.
-        """
-        if self.bytes_per_target is None:
-            return None
-        return -neg_log_perplexity / math.log(2) / self.bytes_per_target
-
     def figures(self, metrics: Metrics) -> dict[str, float]:
         """What is said of it: its neg. log perplexity and, where that is known, bits a byte."""
-        figure = float(metrics["neg_log_perplexity"].value())
-        bits = self.bits_per_byte(figure)
+        figure, bits = float(metrics["neg_log_perplexity"].value()), bits_per_byte([(self, metrics)])
         return {"neg_log_perplexity": figure, **({} if bits is None else {"bits_per_byte": bits})}
+
+
+def bits_per_byte(found: Iterable[tuple[HeldOutText, Metrics]]) -> float | None:
+    """What the model pays for the hidden text of all, whatever vocabulary it is cut by: lower is better.
+
+    All targets are paid for, sentinels and EOS too. None where the bytes of one are not known, or none is there.
+    """
+    nats = size = 0.0
+    for text, metrics in found:
+        total, weight = metrics["neg_log_perplexity"]
+        if text.bytes_per_target is None:
+            return None
+        nats -= float(total)
+        size += float(weight) * text.bytes_per_target
+    return nats / math.log(2) / size if size else None
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from switchcli.errors import NumericsError
 from switchcli.model.routing import Policy
 from switchcli.parallel.runtime import Runtime
 from switchcli.train import health
-from switchcli.train.evaluate import HeldOutText, evaluate, reduce
+from switchcli.train.evaluate import HeldOutText, bits_per_byte, evaluate, reduce
 from switchcli.train.metrics import Metrics, merge
 from switchcli.train.objective import Objective
 from switchcli.train.schedule import ScheduleSpec
@@ -145,19 +145,22 @@ class HeldOut(Hook):
 
     def __call__(self, state: TrainState) -> None:
         metrics: Metrics = {}
+        each: list[tuple[HeldOutText, Metrics]] = []
         state.texts = {}
         for label, text in self._texts.items():
             found = evaluate(self._model, self._objective, self._batches(text), self._runtime, self._policy)
             state.texts[label] = text.figures(found)
             metrics = merge(metrics, found)
+            each.append((text, found))
         figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures[HELD_OUT]
         if not math.isfinite(figure):
             raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}")
         state.note({HELD_OUT: figure})
+        state.bits_per_byte = bits_per_byte(each)
         if self._runtime.is_main:
             apart = {"texts": state.texts} if len(self._texts) > 1 else {}
-            self._write({"step": state.step, **figures, **apart})
+            self._write({"step": state.step, **figures, **state.bits(), **apart})
 
 
 class Save(Hook):
@@ -174,7 +177,7 @@ class Save(Hook):
 class Sample(Hook):
     """Shows what the model makes of a few texts; at the end the run shows them anyway."""
 
-    def __init__(self, every_steps: int, show: Callable[[], None]) -> None:
+    def __init__(self, every_steps: int, show: Callable[[], object]) -> None:
         super().__init__(every_steps, at_end=False)
         self._show = show
 

@@ -42,6 +42,8 @@ class TrainState:
     """Of all evaluations."""
     texts: dict[str, dict[str, float]] = field(default_factory=dict)
     """Figures of each held-out text in the last evaluation, by its label."""
+    bits_per_byte: float | None = None
+    """Of all held-out text in the last evaluation; lower is better. None where it is not known."""
     position: list[int] = field(default_factory=list)
     """Where a stream of text stands; empty where what a step reads follows from its number."""
 
@@ -56,6 +58,10 @@ class TrainState:
             if name not in self.best or figure >= self.best[name].figure:
                 self.best[name] = Best(figure, self.step)
 
+    def bits(self) -> dict[str, float]:
+        """Of a record: bits a byte where they are known."""
+        return {} if self.bits_per_byte is None else {"held_out/bits_per_byte": self.bits_per_byte}
+
     def to_json(self, window: Metrics) -> bytes:
         """The state with the window of all ranks, `window`, in place of this rank's."""
         state = {
@@ -67,6 +73,7 @@ class TrainState:
             "first_figures": self.first_figures,
             "best": self.best,
             "texts": self.texts,
+            "bits_per_byte": self.bits_per_byte,
             "position": self.position,
             "window": {name: [part.tolist() for part in mean] for name, mean in window.items()},
         }
@@ -83,6 +90,7 @@ class TrainState:
         self.evaluated_step = state["evaluated_step"]
         self.best = {name: Best(*best) for name, best in state["best"].items()}
         self.texts, self.position = state.get("texts", {}), state.get("position", [])
+        self.bits_per_byte = state.get("bits_per_byte")
         self.window = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
             for name, parts in state["window"].items()

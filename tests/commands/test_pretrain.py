@@ -18,7 +18,8 @@ from switchcli.commands.run import program
 
 RESULT_KEYS = {
     "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",
-    "held_out/neg_log_perplexity", "held_out/first_neg_log_perplexity", "hardware", "versions", "mesh",
+    "held_out/neg_log_perplexity", "held_out/first_neg_log_perplexity", "held_out/bits_per_byte",
+    "hardware", "versions", "mesh", "samples",
     "parameters", "dense_parameters", "expert_parameters", "active_parameters",
 }  # fmt: skip
 
@@ -51,12 +52,19 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
         "model-00000.safetensors", "optimizer-00000.safetensors",
     }  # fmt: skip
     first, logged, last = metrics("runs/a")
-    assert first.keys() == last.keys() == {"step", "held_out/neg_log_perplexity", "held_out/dropped_fraction"}
+    held_out = {f"held_out/{name}" for name in ("neg_log_perplexity", "bits_per_byte", "dropped_fraction")}
+    assert first.keys() == last.keys() == {"step", *held_out}
+    assert 0 < last["held_out/bits_per_byte"] == result["held_out/bits_per_byte"] < first["held_out/bits_per_byte"]
     assert {"step", "neg_log_perplexity", "learning_rate", "gradient_norm", "dropped_fraction"} <= logged.keys()
 
     for seen in ("held-out neg. log perplexity", "<extra_id_0>", f"{program()} generate runs/a", "2/2"):
         assert seen in done.err
     assert "\x1b" not in done.err  # no terminal: no colours, no bar
+    assert len(result["samples"]) == 2
+    for sample in result["samples"]:
+        assert sample.keys() == {"input", "target", "prediction"}
+        assert "<extra_id_0>" in sample["input"]
+        assert sample["target"].startswith("<extra_id_0>")
 
 
 def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli: SwitchCLI) -> None:

@@ -11,7 +11,7 @@ from tiny import GROUPED, NOISY, a_model, rows
 from switchcli.data.batch import Batch
 from switchcli.parallel.runtime import Runtime
 from switchcli.spec import PAD
-from switchcli.train.evaluate import HeldOutText, evaluate, evaluate_rows, exact, reduce, shared
+from switchcli.train.evaluate import HeldOutText, bits_per_byte, evaluate, evaluate_rows, exact, reduce, shared
 from switchcli.train.metrics import Mean
 from switchcli.train.objective import cross_entropy
 
@@ -78,8 +78,14 @@ def test_rows_of_a_text_are_evaluated_in_whole_groups(runtime: Runtime) -> None:
 def test_bits_a_byte_are_those_of_all_targets_over_the_bytes_that_they_hide() -> None:
     # 24 targets, each worth 2 nats, that hide 40 bytes.
     text = HeldOutText(lambda first, count: rows(0, first, count), 1, bytes_per_target=40 / 24)
-    assert text.bits_per_byte(-2.0) == pytest.approx(24 * 2 / math.log(2) / 40)
-    assert text._replace(bytes_per_target=None).bits_per_byte(-2.0) is None
+    found = {"neg_log_perplexity": Mean(torch.tensor(-48.0), torch.tensor(24))}
+    assert bits_per_byte([(text, found)]) == pytest.approx(24 * 2 / math.log(2) / 40)
+    # Beside it 10 targets that are worth 5 nats in all, and hide 100 bytes.
+    other = {"neg_log_perplexity": Mean(torch.tensor(-5.0), torch.tensor(10))}
+    both = [(text, found), (text._replace(bytes_per_target=10.0), other)]
+    assert bits_per_byte(both) == pytest.approx((48 + 5) / math.log(2) / (40 + 100))
+    assert bits_per_byte([*both, (text._replace(bytes_per_target=None), other)]) is None
+    assert bits_per_byte([]) is None
 
 
 def test_metrics_become_float64() -> None:

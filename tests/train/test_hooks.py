@@ -182,9 +182,10 @@ def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
             "step": 5,
             "held_out/neg_log_perplexity": state.figures[HELD_OUT],
             "held_out/dropped_fraction": pytest.approx(0.0, abs=0.5),
+            "held_out/bits_per_byte": pytest.approx(bits := -state.figures[HELD_OUT] / math.log(2) / 2.5),
         }
     ]
-    bits = -state.figures[HELD_OUT] / math.log(2) / 2.5
+    assert state.bits_per_byte == pytest.approx(bits)
     assert state.texts == {"": {"neg_log_perplexity": state.figures[HELD_OUT], "bits_per_byte": pytest.approx(bits)}}
 
 
@@ -206,6 +207,7 @@ def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
     assert state.figures[HELD_OUT] == pytest.approx(mean, rel=1e-6)
     (record,) = records
     assert record["texts"] == state.texts
+    assert "held_out/bits_per_byte" not in record  # of one of them the bytes are not known
 
 
 def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -> None:

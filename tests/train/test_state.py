@@ -37,7 +37,9 @@ def test_a_state_comes_back_bit_by_bit(
     step: int, targets: int, seconds: float, figures: dict[str, float], total: float, load: list[list[float]]
 ) -> None:
     window: Metrics = {"loss": Mean(double(total), double(3.0)), "load": Mean(double(load), double(1.0))}
-    before = TrainState(step, targets, seconds, window, texts={"de": figures}, position=[0, targets, step])
+    before = TrainState(
+        step, targets, seconds, window, texts={"de": figures}, bits_per_byte=seconds, position=[0, targets, step]
+    )
     before.note(figures)
     after = restored(before.to_json(window))
     assert (after.step, after.targets_seen, after.seconds) == (step, targets, seconds)
@@ -102,7 +104,7 @@ def test_a_state_of_version_0_1_is_read(evaluated: int | None) -> None:
 
 def test_a_state_from_before_texts_and_streams_is_read() -> None:
     state = json.loads(TrainState(step=5).to_json({}))
-    del state["texts"], state["position"]
+    del state["texts"], state["bits_per_byte"], state["position"]
     assert restored(json.dumps(state).encode()) == TrainState(step=5)
 
 
@@ -119,6 +121,7 @@ def test_the_text_is_json_that_any_program_reads() -> None:
         "first_figures": {HELD_OUT: -1.5},
         "best": {HELD_OUT: [-1.5, 3]},
         "texts": {},
+        "bits_per_byte": None,
         "position": [],
         "window": {},
     }

@@ -1,0 +1,173 @@
+"""`switchcli report`: for people, for scripts, as a page and as files; and folders that are not as they should be."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SwitchCLI
+from report_folders import a_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two recipes of two seeds, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for name, rate, experts in (("dense", 0.01, 0), ("switch", 0.02, 4)):
+        for seed in range(2):
+            samples = [{"input": f"in {name}", "target": "t", "prediction": f"out {name}"}]
+            a_run(
+                Path(f"{name}-{seed}"),
+                lambda step, rate=rate, seed=seed: rate * step - 5 + seed / 10,
+                seed=seed,
+                experts=experts,
+                result={"samples": samples},
+            )
+            names.append(f"{name}-{seed}")
+    return names
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    return [*csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))]
+
+
+def test_what_people_see(runs: list[str], switchcli: SwitchCLI) -> None:
+    done = switchcli("report", *runs)
+    assert (done.code, done.err) == (0, "")
+    for words in ("Held-out neg. log perplexity", "Speed-up to what dense ends with", "Size and speed", "25.0%"):
+        assert words in done.out
+    rows = [line.split() for line in done.out.splitlines()]
+    quality = next(row for row in rows if row[:1] == ["switch"])
+    assert quality[1:4] == ["2", "100", "-2.9500"]
+    speed = [row for row in rows if row[:1] == ["switch"]][1]
+    assert speed[1:7] == ["2", "of", "2", "2.00", "2.00", "2.00"]
+
+
+def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
+    done = switchcli("report", *runs, "--json", "--baseline", "switch-0", "--quality", -4.5)
+    found = json.loads(done.out)
+    assert (found["baseline"], found["measure"], found["common_step"]) == (
+        "switch",
+        "held_out/neg_log_perplexity",
+        None,
+    )
+    dense, switch = found["series"]
+    assert (dense["series"], dense["seeds"], dense["going_on"], dense["parameters"]) == ("dense", 2, 0, 1_000_000)
+    assert dense["over"]["mean"] == pytest.approx(-1)
+    assert dense["to_quality"]["steps"]["cost"]["most"] == pytest.approx(50)
+    assert dense["to_quality"]["steps"]["speed_up"]["mean"] == pytest.approx(0.5)
+    assert switch["to_quality"]["flops"]["speed_up"] == {"mean": 1, "least": 1, "most": 1}
+
+
+def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
+    done = switchcli("report", *runs, "--html", "page.html", "--figures", "figures", "--smooth", 3, "--quiet")
+    assert done.code == 0, done.err
+    page = Path("page.html").read_text(encoding="utf-8")
+    for words in ("4 runs in 2 series", "held_out_flops", "model.num_experts", "in dense", "out switch", "dense-1"):
+        assert words in page
+    assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
+    names = {path.name for path in Path("figures").iterdir()}
+    stems = {name.rsplit(".", 1)[0] for name in names} - {"runs"}
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png", "csv")} | {"runs.csv"}
+    assert {
+        "held_out_steps",
+        "held_out_wall_time",
+        "training_tokens",
+        "dropped",
+        "entropy",
+        "tokens_per_second",
+    } < stems
+    rows = rows_of(Path("figures/held_out_steps.csv"))
+    last = next(row for row in reversed(rows) if row["series"] == "dense")
+    assert (float(last["step"]), float(last["value"])) == pytest.approx((90, -4.05))  # the mean of the last three
+    assert float(last["tokens"]) == 90_000
+    (dense, switch) = rows_of(Path("figures/runs.csv"))
+    assert (dense["series"], switch["series"], switch["seeds"]) == ("dense", "switch", "2")
+    load = rows_of(next(Path("figures").glob("load_*.csv")))
+    assert {float(row["share"]) for row in load if row["expert"] == "3"} == {1.6}  # 4 of 10 parts, of 4 experts
+
+
+def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli: SwitchCLI) -> None:
+    Path("empty").mkdir()
+    a_run(Path("going"), steps=40, of=100, model={"size": "other"})
+    torn = Path("dense-1/metrics.jsonl")
+    torn.write_text(torn.read_text()[:-30])
+    Path("switch-1/recipe.yaml").write_text("a: [")
+    done = switchcli("report", *runs, "empty", "nowhere", "going", "--html", "page.html")
+    assert done.code == 0, done.err
+    for words in (
+        "empty: is no run: it holds neither metrics.jsonl nor result.json",
+        "nowhere: is no run",
+        "going: has no result.json: still going on, or stopped, at step 40 of 100",
+        "dense-1/metrics.jsonl:21: not a whole line, left out",
+        "switch-1/recipe.yaml",
+    ):
+        assert words in done.err
+    assert "1, 1 going on" in done.out
+    assert "at step 40" in done.out
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "dense-1/metrics.jsonl:21" in page
+    assert "40 of 100" in page
+
+
+def test_other_tokenizers_are_compared_by_bits_a_byte(runs: list[str], switchcli: SwitchCLI) -> None:
+    a_run(Path("other"), tokenizer='{"other": 1}', model={"size": "other"})
+    done = switchcli("report", *runs, "other", "--json", "--html", "page.html")
+    found = json.loads(done.out)
+    assert found["measure"] == "held_out/bits_per_byte"
+    assert "The runs read by 2 tokenizers" in found["notes"][0]
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "Held-out bits a byte against steps" in page
+    assert "neg. log perplexity against" not in page
+
+
+def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], switchcli: SwitchCLI) -> None:
+    passes = [{"tasks": {"rte": {"score": {"value": 61.25}}}, "texts": {"de": {"neg_log_perplexity": -2.5}}}]
+    Path("measured").mkdir()
+    Path("measured/result.json").write_text(json.dumps({"verb": "eval", "step": 5, "passes": passes}))
+    for arguments in ((*runs, "measured"), ("measured",)):
+        done = switchcli("report", *arguments, "--html", "page.html")
+        assert (done.code, done.err) == (0, "")
+        assert "61.25" in done.out
+        assert "-2.5000" in done.out
+        assert "61.25" in Path("page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("nowhere",), 4, "none of the folders is a run: name some that"),
+        (("dense-0", "--baseline", "switch-0"), 2, "--baseline switch-0: is none of the runs: name one of dense-0"),
+        (("dense-0", "--html", "no/page.html"), 4, "no/page.html"),
+        (("dense-0", "--smooth", 0), 2, "smooth"),
+        ((), 2, "RUN"),
+    ],
+)
+@pytest.mark.usefixtures("runs")
+def test_it_refuses(arguments: tuple[str, ...], code: int, said: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("report", *arguments)
+    assert done.code == code
+    assert said in done.err
+
+
+def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("report", dense, trained, "--json", "--html", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    first, second = json.loads(done.out)["series"]
+    whole = json.loads((trained / "result.json").read_text())
+    assert second["final"]["mean"] == whole["held_out/neg_log_perplexity"]
+    assert second["active_parameters"] == whole["active_parameters"]
+    assert first["dropped"]["mean"] is None
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Expert load" in text
+    assert "&lt;extra_id_0&gt;" in text  # the samples
+
+
+def test_it_imports_no_torch(runs: list[str]) -> None:
+    script = "import sys; from switchcli.cli import app; app(sys.argv[1:], standalone_mode=False)\n"
+    script += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script, "report", *runs, "--html", "page.html"], check=True)

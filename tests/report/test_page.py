@@ -1,0 +1,237 @@
+"""The page in a real browser: it opens without a word, draws, zooms, fits, can be read, and runs nothing of the data.
+
+Where no Chromium is found this is left out, but not in continuous integration.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, chromium
+from playwright.sync_api import Browser, Locator, Page
+from report_folders import a_run
+
+from switchcli.report.charts import Axis, Table, lines
+from switchcli.report.compare import compare
+from switchcli.report.evidence import Report, parts
+from switchcli.report.html import Charts, HtmlTable, page
+from switchcli.report.runs import Run, read
+
+pytestmark = pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="no Chromium is installed")
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+HOSTILE = (
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 1</script>",
+    '"><img src=x onerror="window.hacked = 1">',
+    "<svg onload=window.hacked=1>",
+    "javascript:window.hacked=1",
+    "'); window.hacked = 1; ('",
+    "<!--<script>",
+    "\u2028window.hacked = 1\u2029",
+    "]]></style><script>window.hacked = 1</script>",
+)
+
+
+class Seen:
+    """What a page did while it was open."""
+
+    def __init__(self, opened: Page) -> None:
+        self.words: list[str] = []
+        self.requests: list[str] = []
+        opened.on("console", lambda message: self.words.append(message.text))
+        opened.on("pageerror", lambda error: self.words.append(str(error)))
+        opened.on("dialog", lambda dialog: self.words.append(dialog.message))
+        opened.route(re.compile(".*"), lambda route: (self.requests.append(route.request.url), route.continue_()))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two series of two seeds; names, recipes, tasks, languages and samples are what an enemy would choose."""
+    folder = tmp_path_factory.mktemp("report")
+    harmful = "".join(HOSTILE)
+    samples = [{"input": text, "target": text, "prediction": text} for text in HOSTILE]
+    result = {"samples": samples, "texts": {text: {"neg_log_perplexity": -2.0} for text in HOSTILE}}
+    result["tasks"] = {text: {"score": {"value": 50.0}} for text in HOSTILE}
+    runs = []
+    for seed in range(2):
+        for name, experts in (("dense", 0), (HOSTILE[2].replace("/", ""), 4)):
+            path = a_run(
+                folder / f"{name}-{seed}",
+                lambda step, seed=seed, experts=experts: (step / 50) ** 0.5 - 5 + seed / 9 + experts / 9,
+                seed=seed,
+                experts=experts,
+                model={"size": harmful, harmful: experts},
+                result=result,
+            )
+            runs.append(read_as(path))
+    file = folder / "report.html"
+    file.write_text(page(f"report {harmful}", parts(Report(compare(runs, None, None, 1), [], [harmful]))))
+    return file
+
+
+def read_as(path: Path) -> Run:
+    import yaml
+
+    return read(path, yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")))
+
+
+def opened(browser: Browser, file: Path, size: dict[str, int], scheme: str) -> tuple[Page, Seen]:
+    """The page with all that is folded open, when everything is drawn."""
+    context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=size == PHONE, is_mobile=size == PHONE)
+    tab = context.new_page()
+    seen = Seen(tab)
+    tab.goto(file.as_uri())
+    tab.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    tab.wait_for_function("[...document.querySelectorAll('.plot')].every((one) => one.view)", timeout=60_000)
+    return tab, seen
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_it_draws_fits_and_says_nothing(browser: Browser, report: Path, size: dict[str, int], scheme: str) -> None:
+    tab, seen = opened(browser, report, size, scheme)
+    assert seen.words == []
+    assert seen.requests == [report.as_uri()]
+    plots = tab.locator(".plot").all()
+    assert len(plots) == 4 + 4 + 1 + 2 + 2  # held out, training, tokens/s, routing, load
+    for plot in plots:
+        drawn = plot.locator("svg path").evaluate_all("(paths) => paths.map((path) => path.getAttribute('d') ?? '')")
+        assert sum(path.count(",") > 1 or path.count("h") > 0 for path in drawn) > 1
+        assert not any("NaN" in path for path in drawn)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    over = tab.evaluate(
+        """(width) => [...document.querySelectorAll("body *")]
+            .filter((one) => !one.closest(".scroll") && one.getBoundingClientRect().right > width + 1)
+            .map((one) => one.outerHTML.slice(0, 200))""",
+        size["width"],
+    )
+    assert over == []
+    assert {ratio: words for words, ratio in contrasts(tab).items() if ratio < 4.5} == {}
+    tab.context.close()
+
+
+def contrasts(tab: Page) -> dict[str, float]:
+    """Of each text with what is behind it, as WCAG counts it."""
+    return tab.evaluate(
+        """() => {
+        const light = (colour) => colour.slice(0, 3).map((part) => part / 255)
+            .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+            .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
+        const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+        const behind = (one) => {
+            const colour = parts(getComputedStyle(one).backgroundColor);
+            if (colour.length < 4 || colour[3] > 0) return colour;
+            return one.parentElement && behind(one.parentElement);
+        };
+        const found = {};
+        const texts = "h1, h2, h3, p, a, th, td, dt, dd, summary, button, figcaption, text";
+        for (const one of document.querySelectorAll(texts)) {
+            const style = getComputedStyle(one);
+            const ink = light(parts(one.tagName === "text" ? style.fill : style.color));
+            const paper = light(behind(one.closest("svg") ?? one) ?? [255, 255, 255]);
+            const [more, less] = ink > paper ? [ink, paper] : [paper, ink];
+            found[`${one.tagName} ${one.textContent.slice(0, 40)}`] = (more + 0.05) / (less + 0.05);
+        }
+        return found;
+    }"""
+    )
+
+
+def test_nothing_of_the_data_runs(browser: Browser, report: Path) -> None:
+    tab, seen = opened(browser, report, DESKTOP, "light")
+    tab.mouse.move(400, 400)
+    for button in tab.locator(".legend button").all():
+        button.click()
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator("main script, main img, main iframe, svg [onload]").count() == 0
+    assert seen.words == []
+    said = tab.locator("body").inner_text()
+    for text in HOSTILE[:6]:
+        assert text in said
+    for link in tab.locator("a").all():
+        assert (link.get_attribute("href") or "").startswith("#")
+    # What were to slip through the escaping would still not run.
+    tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked = 1\">')")
+    tab.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.hacked = 1'}))")
+    assert tab.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in words for words in seen.words)
+    tab.context.close()
+
+
+def axis(plot: Locator) -> list[float]:
+    """What the axis of steps goes from and to."""
+    return plot.evaluate("(one) => one.view.scale('x').domain()")
+
+
+def test_ctrl_and_the_wheel_zoom_and_the_wheel_alone_scrolls(browser: Browser, report: Path) -> None:
+    tab, _ = opened(browser, report, DESKTOP, "light")
+    plot = tab.locator(".plot").first
+    plot.scroll_into_view_if_needed()
+    before, box = axis(plot), plot.bounding_box()
+    assert before == [0, 100]
+    assert box is not None
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.mouse.wheel(0, -300)
+    tab.wait_for_timeout(200)
+    assert axis(plot) == before
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.mouse.move(*middle)
+    tab.keyboard.down("Control")
+    tab.mouse.wheel(0, -300)
+    tab.keyboard.up("Control")
+    tab.wait_for_function("(one) => one.view.scale('x').domain()[0] > 0", arg=plot.element_handle())
+    low, high = axis(plot)
+    assert before[0] < low < high < before[1]
+    tab.mouse.dblclick(*middle)
+    tab.wait_for_function("(one) => one.view.scale('x').domain()[0] === 0", arg=plot.element_handle())
+    tab.context.close()
+
+
+def test_a_click_on_a_series_hides_it_in_every_chart(browser: Browser, report: Path) -> None:
+    tab, _ = opened(browser, report, DESKTOP, "light")
+
+    def shown() -> list[int]:
+        count = "(lines) => lines.filter((line) => line.getAttribute('opacity') !== '0').length"
+        return [plot.locator(".mark-line path").evaluate_all(count) for plot in tab.locator(".plot").all()]
+
+    before = shown()
+    assert before[:4] == [2, 2, 2, 2]
+    tab.locator(".legend button").first.click()
+    tab.wait_for_timeout(300)
+    assert shown()[:4] == [1, 1, 1, 1]
+    tab.locator(".legend button").first.click()
+    tab.wait_for_timeout(300)
+    assert shown() == before
+    tab.context.close()
+
+
+def test_a_page_without_charts_has_no_script() -> None:
+    text = page("a <b>", [HtmlTable("t & u", ("x",), [["<i>"]], "why")])
+    assert "<script" not in text
+    assert "script-src" not in text
+    assert "<h1>a &lt;b&gt;</h1>" in text
+    assert "t &amp; u" in text
+    assert "<td>&lt;i&gt;</td>" in text
+
+
+def test_one_library_and_one_table_serve_several_charts() -> None:
+    harm, values = "</script><script>window.hacked = 1</script><!--", [1 / 3, 2.0]
+    table = Table("t", {"series": [harm] * 2, "step": [0, 1], "value": values, "least": values, "most": values})
+    figures = [lines(name, name, "", table, Axis("step", "s"), Axis("value", "v"), [harm]) for name in ("one", "two")]
+    text = page("p", [Charts(figures)])
+    assert text.count("<script") == text.count("</script>") == 3
+    assert "<!--" not in text
+    assert text.count("0.333333") == 3  # the mean, least and most
+    assert text.count("window.vegaEmbed=") == 1
+    assert len(text) < 1_100_000

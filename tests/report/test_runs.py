@@ -1,0 +1,102 @@
+"""Reading the folder of a run, whole or not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from report_folders import FLOPS, LAYERS, TOKENS, a_run, logged
+
+from switchcli.errors import CheckpointError
+from switchcli.report import runs
+from switchcli.report.runs import BITS, HELD_OUT, read
+
+RECIPE = {"train": {"steps": 100, "batch_tokens": TOKENS, "seed": 3}}
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    run = read(a_run(tmp_path / "a", experts=3), RECIPE)
+    assert run.notes == ()
+    assert (run.verb, run.step, run.steps, run.seed) == ("pretrain", 100, 100, 3)
+    assert run.curves[HELD_OUT].steps.tolist() == [*range(0, 101, 10)]
+    assert run.curves[HELD_OUT].values[-1] == -3.0
+    assert run.curves[BITS].values[-1] == 1.5
+    assert run.flops_per_step == FLOPS
+    assert run.seconds.at(run.curves[HELD_OUT].steps).tolist() == [step / 2 for step in range(0, 101, 10)]
+    assert run.loads.keys() == {*LAYERS}
+    assert run.loads[LAYERS[0]].tokens.tolist() == [[100, 200, 300]] * 10
+
+
+def test_a_run_still_going_on_is_read_to_where_it_is(tmp_path: Path) -> None:
+    run = read(a_run(tmp_path / "a", steps=40, of=100), RECIPE)
+    assert run.step == 40
+    assert run.notes == (f"{run.name}: has no result.json: still going on, or stopped, at step 40 of 100",)
+
+
+@pytest.mark.parametrize("line", [3, 21])
+def test_a_torn_line_is_left_out_with_its_place(tmp_path: Path, line: int) -> None:
+    folder = a_run(tmp_path / "a", experts=2)
+    whole = read(folder, RECIPE).curves["neg_log_perplexity"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    torn = [one[: len(one) // 2] if number == line else one for number, one in enumerate(lines, start=1)]
+    (folder / "metrics.jsonl").write_text("\n".join(torn))
+    run = read(folder, RECIPE)
+    assert run.notes == (f"{folder}/metrics.jsonl:{line}: not a whole line, left out",)
+    lost = len(whole.steps) - len(run.curves["neg_log_perplexity"].steps)
+    lost += 11 - len(run.curves[HELD_OUT].steps)
+    assert lost == 1
+
+
+def test_what_a_resumed_run_did_again_counts_once(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 50, HELD_OUT: -9.0}) + "\n")
+    curve = read(folder, RECIPE).curves[HELD_OUT]
+    assert curve.steps.tolist() == [*range(0, 101, 10)]
+    assert curve.values[5] == -9.0
+
+
+def test_of_a_long_file_some_lines_have_their_layers_and_all_their_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "LAYER_LINES", 20)
+    folder = a_run(tmp_path / "a", experts=4)
+    lines = [json.dumps(logged(step, -float(step), 4, 0.5)) for step in range(1, 101)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run = read(folder, RECIPE)
+    assert run.curves["neg_log_perplexity"].values.tolist() == [-float(step) for step in range(1, 101)]
+    assert run.loads[LAYERS[0]].steps.tolist() == [*range(1, 101, 5)]
+    assert run.notes == ()
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=f"{folder}: is no run"):
+            read(folder, {})
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "", "null", "[" * 100_000])
+def test_a_result_that_is_none_is_left_out(tmp_path: Path, text: str) -> None:
+    folder = a_run(tmp_path / "a")
+    (folder / "result.json").write_text(text)
+    run = read(folder, RECIPE)
+    assert run.notes[0] == f"{folder}/result.json: not a JSON object, left out"
+    assert run.step == 100
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"step": "x", HELD_OUT: 1.0},
+        {"step": 110, HELD_OUT: "x", "layers": [1], "texts": 3},
+        {"step": 110, "layers": {"a": 1, "b": {"load": "x", "entropy": None}}},
+        {"step": 110, "layers": {LAYERS[0]: {"load": [1, 2, 3], "entropy": 1.0}}},
+        {"step": 110, HELD_OUT: None},
+    ],
+)
+def test_figures_of_another_kind_are_passed_over(tmp_path: Path, record: dict[str, object]) -> None:
+    folder = a_run(tmp_path / "a", experts=2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    run = read(folder, {"train": 3})
+    assert run.curves[HELD_OUT].values[-1] == -3.0
+    assert run.steps is None

@@ -1,0 +1,102 @@
+"""Series of seeds: who belongs together, what it is called, and its curve."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_folders import a_run
+
+from switchcli.report.runs import Curve, Run, read
+from switchcli.report.series import band, differences, flat, grouped, smoothed, spread, thinned
+
+doubles = st.floats(-1e6, 1e6)
+
+
+def runs(tmp_path: Path, *names: str, **recipes: int) -> list[Run]:
+    """A run each, of a recipe that its name begins with."""
+    found = []
+    for seed, name in enumerate(names):
+        kind = recipes.get(name, len(name.split("-")[0]))
+        recipe = {"model": {"size": kind}, "train": {"seed": seed, "workers": seed}, "log": {"every_steps": seed}}
+        found.append(read(a_run(tmp_path / name), recipe))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("dense-0", "switch-0", "dense-1"), ["dense", "switch-0"]),
+        (("e8-seed0", "e8-seed1", "e16-seed0"), ["e8", "e16-seed0"]),
+        (("e8_s10", "e8_s11"), ["e8_s"]),
+        (("run1/a", "run1/b"), ["a"]),
+        (("a/run", "bb/run"), None),
+        (("aaa", "bbb"), ["aaa"]),
+    ],
+)
+def test_runs_that_differ_by_their_seed_are_one_series(
+    tmp_path: Path, names: tuple[str, ...], labels: list[str] | None
+) -> None:
+    found = grouped(runs(tmp_path, *names))
+    assert [one.label for one in found] == (labels or [f"{tmp_path}/{name}" for name in names])
+    assert sum(len(one.runs) for one in found) == len(names)
+
+
+def test_labels_are_unique(tmp_path: Path) -> None:
+    found = grouped(runs(tmp_path, "a-0", "a-1", "a-2", "a-3", **{"a-0": 1, "a-1": 2, "a-2": 1, "a-3": 2}))
+    assert [len(one.runs) for one in found] == [2, 2]
+    assert len({one.label for one in found}) == 2
+
+
+def test_differences_are_the_keys_that_differ() -> None:
+    recipe = {"a": 1, "b": {"c": [1, 2], "d": [{"e": 1}, {"e": 2}]}, "train": {"seed": 1}}
+    assert flat(recipe) == {"a": 1, "b.c": [1, 2], "b.d.0.e": 1, "b.d.1.e": 2, "train.seed": 1}
+
+
+def test_differences_between_series(tmp_path: Path) -> None:
+    found = grouped(runs(tmp_path, "a-0", "bb-0"))
+    assert differences(found) == {"model.size": [1, 2]}
+    assert differences(found[:1]) == {}
+
+
+def test_a_band_is_the_mean_of_those_that_have_come_so_far() -> None:
+    long, short = Curve(np.array([0.0, 10, 20]), np.array([0.0, 2, 4])), Curve(np.array([0.0, 5]), np.array([3.0, 3]))
+    found = band([long, short])
+    assert found is not None
+    assert found.steps.tolist() == [0, 5, 10, 20]
+    assert found.mean.tolist() == [1.5, 2, 2, 4]
+    assert found.least.tolist() == [0, 1, 2, 4]
+    assert found.most.tolist() == [3, 3, 2, 4]
+    assert band([]) is None
+
+
+@given(values=st.lists(doubles, min_size=1, max_size=200), most=st.integers(4, 50))
+def test_thinned_curves_keep_their_ends_and_extremes(values: list[float], most: int) -> None:
+    array = np.array(values)
+    places = thinned(array, most)
+    assert len(places) <= max(most, min(len(values), most))
+    assert [*places] == sorted({*places.tolist()})
+    assert places[0] == 0
+    assert places[-1] == len(values) - 1
+    assert array[places].min() == array.min()
+    assert array[places].max() == array.max()
+
+
+@given(values=st.lists(doubles, min_size=1, max_size=20), evaluations=st.integers(1, 25))
+def test_smoothed_curves_are_means_of_windows(values: list[float], evaluations: int) -> None:
+    curve = Curve(np.arange(len(values)) * 10.0, np.array(values))
+    found = smoothed(curve, evaluations)
+    width = min(evaluations, len(values))
+    windows = [values[start : start + width] for start in range(len(values) - width + 1)]
+    assert found.values == pytest.approx([sum(window) / width for window in windows], abs=1e-6)
+    assert found.steps[-1] == pytest.approx(10 * (len(values) - 1 - (width - 1) / 2))
+
+
+def test_a_spread_is_of_what_is_known() -> None:
+    found = spread([None, 1.0, float("nan"), 3.0])
+    assert found == (2.0, 1.0, 3.0)
+    assert found is not None
+    assert found.said(".1f") == "2.0 (1.0 to 3.0)"
+    assert spread([1.0]).said(".1f") == "1.0"  # type: ignore[union-attr]
+    assert spread([None]) is None
