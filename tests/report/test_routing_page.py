@@ -5,6 +5,7 @@ import io
 import re
 from pathlib import Path
 
+from browser import chromium
 from surveys import LAYERS, a_survey
 
 from switchcli.commands.routing import write_figures, write_html
@@ -65,3 +66,24 @@ def test_figures_are_files(tmp_path: Path) -> None:
     assert rows[1] == ["Encoder block 12", "token", "0.5"]
     drawn = charts.svg(figures[0])
     assert "What decides the expert" in drawn
+
+
+def test_a_browser_draws_every_map_with_a_cell_for_each_count_and_has_nothing_to_say(tmp_path: Path) -> None:
+    survey = a_survey(pieces=["</script><script>window.ran = true</script>"])
+    write_html(survey, tmp_path / "page.html")
+    figures = {figure.name: figure for figure in every_figure(survey)}
+    with chromium() as browser:
+        tab = browser.new_page()
+        said: list[str] = []
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("console", lambda message: said.append(message.text))
+        tab.goto((tmp_path / "page.html").as_uri())
+        for details in tab.locator("details").all():
+            details.locator("summary").click()
+        for name, figure in figures.items():
+            plot = tab.locator(f'[data-figure="{name}"]')
+            plot.locator("svg").wait_for()
+            cells = len(next(iter(figure.table.columns.values())))
+            assert plot.locator(".mark-rect.role-mark path").count() == cells, name
+        assert tab.evaluate("window.ran") is None
+        assert said == []
