@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from switchcli import __version__
-from switchcli.commands import checkpoints, data, ending, recipes
+from switchcli.commands import checkpoints, data, ending, recipes, reports
 from switchcli.commands.arguments import (
     Checkpoint,
     DryRun,
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app)
+app.add_typer(reports.app)
 
 
 def _version(wanted: bool) -> None:
@@ -335,39 +336,6 @@ def plan(
             print_json(planned.to_json())
         else:
             plan.show(planned)
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.", show_default=False)],
-    html: Annotated[Path | None, typer.Option(help="Write a page with all figures.", show_default=False)] = None,
-    figures: Annotated[
-        Path | None, typer.Option(help="Folder for the figures as SVG, PNG and CSV.", show_default=False)
-    ] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="What to compare with; the first when absent.")
-    ] = None,
-    quality: Annotated[
-        float | None,
-        typer.Option(metavar="FIGURE", help="What is to be reached; absent: what the baseline ends with."),
-    ] = None,
-    smooth: Annotated[int, typer.Option(min=1, help="Take means over so many evaluations.")] = 1,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Compare runs: quality, speed-up, routing, rates; as tables, as a page, as figures."""
-    with ending.stoppable(saves_nothing=True):
-        from switchcli.commands import report
-
-        found = report.report(runs, report.Options(baseline, quality, smooth), Console(quiet=quiet).warning)
-        if html is not None:
-            report.write_html(found, html)
-        if figures is not None:
-            report.write_figures(found, figures)
-        if as_json:
-            print_json(report.to_json(found))
-        else:
-            report.show(found)
 
 
 def main() -> None:

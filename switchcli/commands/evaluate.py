@@ -33,7 +33,14 @@ from switchcli.tasks.task import Answered
 from switchcli.train import health, memory
 from switchcli.train.evaluate import HeldOutText, evaluate_rows
 from switchcli.train.metrics import Metrics, merge
-from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
+from switchcli.train.objective import (
+    Objective,
+    SegmentsOf,
+    cross_entropy,
+    packed_cross_entropy,
+    packed_rows,
+    whole_rows,
+)
 from switchcli.train.scoring import Answering
 
 ROWS_EACH = 16
@@ -242,6 +249,14 @@ class Measuring:
         if self._recipe.capacities is not None:
             return [(capacity, capacity) for capacity in self._recipe.capacities]
         return [(self._loaded.recipe.eval.capacity, self._recipe.scoring.capacity)]
+
+    def rows(self) -> dict[str, tuple[HeldOutText, SegmentsOf]]:
+        """What the model is measured on, by name, and which examples share a row of it."""
+        segments: SegmentsOf = packed_rows if self._objective is packed_cross_entropy else whole_rows
+        held_out = {label or "text": (text, segments) for label, text in self._texts.items()}
+        return held_out | {
+            exam.task.name: (exam_rows(exam), packed_rows) for exam in self.exams if exam.packed.num_rows
+        }
 
     def under(self, text: Policy, tasks: Policy) -> Pass:
         """Everything with the routers counting capacity so."""

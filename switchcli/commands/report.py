@@ -1,14 +1,14 @@
 """`switchcli report`: the runs in folders, compared: a table, a page, files of figures. No torch: it starts at once."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import text
 from switchcli.report import charts, evidence
-from switchcli.report.charts import Table
+from switchcli.report.charts import Figure, Table
 from switchcli.report.compare import compare
 from switchcli.report.console import Console
 from switchcli.report.evidence import Report
@@ -110,13 +110,19 @@ def write_html(found: Report, file: Path) -> None:
 
 def write_figures(found: Report, folder: Path) -> None:
     """Each figure as NAME.svg, NAME.png and NAME.csv, and the table of all series as runs.csv."""
+    write_each(evidence.every_figure(found), folder)
+    if found.comparison is not None:
+        rows = [row.flat() for row in found.comparison.rows]
+        table = Table("runs", {key: [row[key] for row in rows] for key in rows[0]})
+        with disk_errors(folder, "give another folder by --figures"):
+            (folder / "runs.csv").write_text(table.csv(), encoding="utf-8")
+
+
+def write_each(figures: Iterable[Figure], folder: Path) -> None:
+    """Each figure as NAME.svg, NAME.png and NAME.csv."""
     with disk_errors(folder, "give another folder by --figures"):
         folder.mkdir(parents=True, exist_ok=True)
-        for figure in evidence.every_figure(found):
+        for figure in figures:
             (folder / f"{figure.name}.svg").write_text(charts.svg(figure), encoding="utf-8")
             (folder / f"{figure.name}.png").write_bytes(charts.png(figure))
             (folder / f"{figure.name}.csv").write_text(figure.table.csv(), encoding="utf-8")
-        if found.comparison is not None:
-            rows = [row.flat() for row in found.comparison.rows]
-            table = Table("runs", {key: [row[key] for row in rows] for key in rows[0]})
-            (folder / "runs.csv").write_text(table.csv(), encoding="utf-8")

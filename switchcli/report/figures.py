@@ -205,7 +205,7 @@ def _heat_map(name: str, layer: str, steps: Floats, shares: Floats, top: float) 
 
 def shown_layer(layer: str) -> str:
     """`encoder block 2` for `encoder.blocks.1.feed_forward.layer`; other parts of a block are named after it."""
-    found = re.fullmatch(r"(\w+)\.blocks\.(\d+)\.(.*?)(?:\.layer)?", layer)
+    found = re.fullmatch(r"(\w+)\.blocks\.(\d+)\.(.*?)(?:\.layer|\.attention)?", layer)
     if found is None:
         return layer
     part = "" if found[3] == "feed_forward" else f", {found[3].replace('_', ' ').replace('.', ' ')}"

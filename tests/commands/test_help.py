@@ -23,6 +23,7 @@ from switchcli import __version__
         "prune",
         "doctor",
         "plan",
+        "report",
         "recipes",
         "data",
     ],

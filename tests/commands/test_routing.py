@@ -1,0 +1,151 @@
+"""`switchcli report --routing`: the atlas of a run, of languages, of tasks; the drift between two; what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WORDS, SwitchCLI, lay_out_tuning
+
+LAYERS = ["encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer"]
+LINES = "data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]"
+
+
+@pytest.fixture
+def languages(recipe: str, text: Path, switchcli: SwitchCLI) -> Path:
+    """A run on two languages that share no word."""
+    lines = text.read_text()
+    Path("de.txt").write_text(lines)
+    Path("fr.txt").write_text(lines.upper())
+    mixed = (LINES, "data.mixture.kind=weighted", "model.sparse=both")
+    assert switchcli("pretrain", recipe, *mixed, "--out", "run", "--quiet").code == 0
+    return Path("run")
+
+
+def survey(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
+    done = switchcli("report", "--routing", *arguments, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, switchcli: SwitchCLI) -> None:
+    found = survey(switchcli, trained)
+    assert found["sequences"] == {"text": 8}
+    assert found["drift"] is None
+    (atlas,) = found["atlases"]
+    assert (atlas["step"], atlas["capacity"], atlas["num_experts"]) == (2, "paper", 4)
+    measured = json.loads(switchcli("eval", trained, "--out", tmp_path, "--json").out)["passes"][0]["text"]["layers"]
+    assert list(atlas["layers"]) == list(measured)
+    for name, layer in atlas["layers"].items():
+        assert layer["load"] == measured[name]["load"]
+        for figure in ("dropped_fraction", "confidence", "entropy"):
+            assert layer[figure] == pytest.approx(measured[name][figure], rel=1e-5)
+        assert "<extra_id_0>" in layer["sentinels"]
+        assert layer["texts"] == {"text": layer["load"]}
+        pieces = {one["piece"].strip("\u2581") for expert in layer["experts"] for one in expert["by_count"]}
+        assert pieces & set(WORDS)
+    shown = switchcli("report", "--routing", trained)
+    assert shown.code == 0
+    assert "by token" in shown.out
+    assert "measuring" in shown.err
+    assert switchcli("report", "--routing", trained, "--quiet") == (0, shown.out, "")
+
+
+def test_what_is_measured_can_be_named(trained: Path, switchcli: SwitchCLI) -> None:
+    found = survey(switchcli, trained, "text.sequences=3", "capacities=[dropless]")
+    assert found["sequences"] == {"text": 3}
+    (atlas,) = found["atlases"]
+    assert atlas["capacity"] == "dropless"
+    assert {layer["dropped_fraction"] for layer in atlas["layers"].values()} == {0.0}
+
+
+def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None:
+    found = survey(switchcli, languages)
+    assert found["sequences"] == {"de": 8, "fr": 8}
+    layers = found["atlases"][0]["layers"]
+    assert len(layers) == 4
+    for layer in layers.values():
+        assert list(layer["texts"]) == ["de", "fr"]
+        assert [sum(pair) for pair in zip(*layer["texts"].values(), strict=True)] == layer["load"]
+        assert layer["told_by"]["text"]["share"] <= layer["told_by"]["token"]["share"] + 0.05
+    shown = switchcli("report", "--routing", languages).out
+    assert "by text" in shown
+    assert "where most of a text's tokens go" in shown
+    done = switchcli("report", "--routing", languages, "--html", "page.html", "--figures", "figures", "--quiet")
+    assert done == (0, shown, "")
+    assert Path("page.html").read_text().count("By text") == 8  # a caption and a name for each layer
+    assert (
+        Path("figures/text_0_encoder_blocks_1_feed_forward_layer.csv").read_text().startswith("text,expert,share\nde,")
+    )
+
+
+def test_a_fine_tuned_run_is_shown_on_its_tasks_and_against_the_one_that_it_began_with(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = lay_out_tuning(tmp_path)
+    assert switchcli("finetune", recipe, "--model", trained, "--out", "tuned", "--quiet").code == 0
+    found = survey(switchcli, "tuned", trained)
+    assert set(found["sequences"]) == {"colour", "last"}
+    one, other = found["atlases"]
+    assert (one["step"], other["step"]) == (4, 2)
+    for name, drift in found["drift"].items():
+        assert drift["tokens"] == one["layers"][name]["tokens"] == other["layers"][name]["tokens"]
+        assert [sum(row) for row in drift["together"]] == one["layers"][name]["load"]
+        assert [sum(column) for column in zip(*drift["together"], strict=True)] == other["layers"][name]["load"]
+        stayed = sum(drift["together"][expert][expert] for expert in range(4))
+        assert drift["changed"] == pytest.approx(1 - stayed / drift["tokens"])
+        assert drift["matched"]["changed"] <= drift["changed"]
+    shown = switchcli("report", "--routing", "tuned", trained).out
+    assert "From the first to the second" in shown
+
+
+def test_a_checkpoint_does_not_drift_from_itself(trained: Path, switchcli: SwitchCLI) -> None:
+    for drift in survey(switchcli, trained, trained)["drift"].values():
+        assert drift["changed"] == 0
+        assert drift["matched"]["experts"] == [0, 1, 2, 3]
+
+
+def test_a_folder_in_the_hugging_face_layout_is_shown_on_text_that_is_named(
+    trained: Path, text: Path, tmp_path: Path, switchcli: SwitchCLI
+) -> None:
+    theirs = tmp_path / "theirs"
+    assert switchcli("convert", trained, theirs, "--to", "huggingface").code == 0
+    alone = switchcli("report", "--routing", theirs)
+    assert (alone.code, "nothing to measure it on" in alone.err) == (2, True)
+    named = (f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]", "text.held_out_fraction=0.1")
+    keys = (*named, "text.sequences=8", "data.inputs_length=32", "capacities=[dropless]")
+    drift = survey(switchcli, theirs, trained, *keys)["drift"]
+    assert {layer["changed"] for layer in drift.values()} == {0.0}
+
+
+def test_what_has_no_atlas_is_refused_in_one_line(
+    trained: Path, dense: Path, recipe: str, switchcli: SwitchCLI
+) -> None:
+    assert switchcli("pretrain", recipe, "data.tokenizer.vocab_size=400", "--out", "words", "--quiet").code == 0
+    for override, out in (("model.num_experts=2", "two"), ("model.sparse_encoder_layers=[]", "other")):
+        assert switchcli("pretrain", trained / "recipe.yaml", override, "--out", out, "--quiet").code == 0
+    cases: list[tuple[list[object], int, str]] = [
+        ([dense], 4, "a dense model has no routing: name one with experts"),
+        ([trained, dense], 4, "a dense model has no routing"),
+        (["nowhere"], 4, "nowhere: no checkpoint there"),
+        ([trained, "text.sequences=3", "nowhere"], 4, "nowhere: no checkpoint there"),
+        ([trained, "words"], 4, "their vocabularies differ"),
+        ([trained, "two"], 4, "4 experts and 2 cannot be matched"),
+        ([trained, "other"], 4, "their sparse layers differ"),
+        ([trained, trained, trained], 2, "takes a checkpoint, or two to compare, and 3 are named"),
+        (["text.sequences=3"], 2, "and 0 are named"),
+        ([trained, "text.sequencs=3"], 2, "Did you mean sequences?"),
+        ([trained, "capacities=[paper, dropless]"], 2, "an atlas is of one"),
+        ([trained, "--smooth", 2], 2, "leave out --baseline, --quality and --smooth"),
+        ([trained, "text.sequences=1", "--html", "nowhere/page.html"], 4, "give another file by --html"),
+        ([trained, "text.sequences=1", "--figures", trained / "recipe.yaml"], 4, "give another folder by --figures"),
+    ]
+    for arguments, code, message in cases:
+        done = switchcli("report", "--routing", *arguments)
+        assert (done.code, done.out) == (code, ""), done.err
+        assert message in done.err
+        assert done.err.count("error: ") == 1
+        assert "Traceback" not in done.err

@@ -1,0 +1,89 @@
+"""The page and the figures of a routing atlas: what a map shows is what was counted, and text does nothing."""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+from browser import chromium
+from surveys import LAYERS, a_survey
+
+from switchcli.commands.routing import write_figures, write_html
+from switchcli.report import charts
+from switchcli.report.routing_page import EXPERTS_SHOWN, every_figure
+
+
+def test_the_maps_show_what_was_counted() -> None:
+    survey = a_survey()
+    figures = {figure.name: figure for figure in every_figure(survey)}
+    assert len(figures) == len([*every_figure(survey)]) == 2 * (2 + 2 * 3) + 2
+    suffix = LAYERS[0].replace(".", "_")
+    position = figures[f"position_1_{suffix}"]
+    assert position.title == "Encoder block 12: By position"
+    cells = zip(*position.table.columns.values(), strict=True)
+    assert {(label, expert): round(float(times or 0), 6) for label, expert, times in cells} == {
+        (label, expert): round(4 * 10 * expert / 60, 6) if label == "256-511" else 0.0
+        for label in ("0-255", "256-511")
+        for expert in range(4)
+    }
+    assert set(figures[f"sentinel_0_{suffix}"].table.columns["sentinel"]) == {"<extra_id_0>"}  # the other is rare
+    told = figures["told_0"].table.columns
+    assert [*zip(*told.values(), strict=True)][:2] == [
+        ("Encoder block 12", "token", 0.5),
+        ("Encoder block 12", "text", 0.0),
+    ]
+    drift = figures[f"drift_{suffix}"].table.columns
+    moved = {(one, other) for other, one, share in zip(*drift.values(), strict=True) if share == 1.0}
+    assert moved == {(1, 2), (2, 1), (3, 0)}  # expert 0 has no token
+    assert list(dict.fromkeys(drift["second"])) == [3, 2, 1, 0]  # by the matching: what agrees is on the diagonal
+
+
+def test_of_many_experts_those_with_most_tokens_are_drawn() -> None:
+    for figure in every_figure(a_survey(experts=2 * EXPERTS_SHOWN)):
+        for column in {"expert", "first", "second"} & figure.table.columns.keys():
+            assert len(set(figure.table.columns[column])) == EXPERTS_SHOWN
+
+
+def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path) -> None:
+    survey = a_survey(pieces=["</script><script>alert(1)</script>", "<b>&\u202e"])
+    write_html(survey, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert set(re.findall('data-figure="([^"]+)"', page)) == {figure.name for figure in every_figure(survey)}
+    assert "<title>Routing of one, step 10 and of two, step 10</title>" in page
+    assert "alert(1)</script>" not in page
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;\u00a02.0x" in page
+    assert "&lt;b&gt;&amp;\\u202e\u00a01,234" in page
+
+
+def test_figures_are_files(tmp_path: Path) -> None:
+    survey = {**a_survey(), "drift": None}
+    write_figures(survey, tmp_path / "figures")
+    figures = [*every_figure(survey)]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
+        f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")
+    )
+    rows = [*csv.reader(io.StringIO((tmp_path / "figures/told_0.csv").read_text()))]
+    assert rows[1] == ["Encoder block 12", "token", "0.5"]
+    drawn = charts.svg(figures[0])
+    assert "What decides the expert" in drawn
+
+
+def test_a_browser_draws_every_map_with_a_cell_for_each_count_and_has_nothing_to_say(tmp_path: Path) -> None:
+    survey = a_survey(pieces=["</script><script>window.ran = true</script>"])
+    write_html(survey, tmp_path / "page.html")
+    figures = {figure.name: figure for figure in every_figure(survey)}
+    with chromium() as browser:
+        tab = browser.new_page()
+        said: list[str] = []
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("console", lambda message: said.append(message.text))
+        tab.goto((tmp_path / "page.html").as_uri())
+        for details in tab.locator("details").all():
+            details.locator("summary").click()
+        for name, figure in figures.items():
+            plot = tab.locator(f'[data-figure="{name}"]')
+            plot.locator("svg").wait_for()
+            cells = len(next(iter(figure.table.columns.values())))
+            assert plot.locator(".mark-rect.role-mark path").count() == cells, name
+        assert tab.evaluate("window.ran") is None
+        assert said == []
