@@ -82,8 +82,8 @@ def speed_table(found: Comparison) -> HtmlTable:
         rows.append([row.label, f"{row.speed.reached} of {row.seeds}", *times, *costs])
     caption = (
         f"x: how many times fewer steps, seconds and FLOPs than {base}, run by run, of the same seed where there is "
-        "one; then the series' own. Means over the seeds that reach it (least to most): where the straight line between "
-        "two evaluations first is as good, in both runs alike; - where it never is."
+        "one; then the series' own. Means over the seeds that reach it (least to most): where the straight line "
+        "between two evaluations first is as good, in both runs alike; - where it never is."
     )
     headings = ("series", "reach it", "x steps", "x time", "x FLOPs", "steps", "time", "FLOPs")
     return HtmlTable(f"Speed-up to {goal}", headings, rows, caption)
