@@ -88,6 +88,8 @@ def listed(path: Path, added: Sequence[str], out: Path) -> list[Run]:
             stage += 1
         elif len(words) == 1:
             raise Unlisted(f"{path}:{number}: {line.strip()!r} is no run: write NAME VERB ARGUMENTS ...")
+        elif words and "/" in words[0]:
+            raise Unlisted(f"{path}:{number}: {words[0]!r} names no folder in {out}: leave out the /")
         elif words:
             more = [] if words[1] == "eval" else added
             runs += grid(words[0], [*words[1:], *more], out, stage)
@@ -136,11 +138,16 @@ class Sweep:
         with self._lock:
             slot = self._free.pop()
         print(f"{at}: {shlex.join(['switchcli', *command[3:]])}", flush=True)
-        with log.open("ab") as file, self._started(command, file, {**os.environ, **slot}) as process:
-            code = process.wait()
-        with self._lock:
-            self._going.discard(process)
-            self._free.append(slot)
+        try:
+            with log.open("ab") as file, self._started(command, file, {**os.environ, **slot}) as process:
+                code = process.wait()
+        except OSError as error:
+            with self._lock:
+                self.failed.append(f"{run.name}: {error}")
+            return
+        finally:
+            with self._lock:
+                self._free.append(slot)
         minutes = (time.monotonic() - started) / 60
         print(f"{at}: {'done' if code == 0 else f'exit code {code}'} after {minutes:.1f} minutes", flush=True)
         if code != 0 and not (self.stopped and code == INTERRUPTED):

@@ -1,4 +1,4 @@
-"""The rows of Tables 6 and 7 from a folder of runs (scripts/table6), as Markdown: each seed's figure, and the mean."""
+"""The rows of Tables 6 and 7 from a folder of runs (recipes/paper/table6/small.runs), as Markdown."""
 
 import json
 import statistics

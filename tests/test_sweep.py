@@ -72,6 +72,7 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
         ("dense\n", ":1: 'dense' is no run"),
         ("a pretrain x\na pretrain y\n", "two runs of one name: a"),
         ("a pretrain 'x\n", "No closing quotation"),
+        ("a/b pretrain x\n", ":1: 'a/b' names no folder"),
     ],
 )
 def test_a_list_that_says_no_runs_is_refused(text, said, tmp_path):
@@ -93,6 +94,16 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path
     again = _sweep(path, tmp_path)
     assert "[2/2] good: done before" in again.stdout
     assert again.returncode == 1
+
+
+def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
+    (tmp_path / "out/blocked.log").mkdir(parents=True)
+    path = tmp_path / "runs"
+    path.write_text("blocked pretrain quickstart/dense\nother pretrain quickstart/dense train.steps=no\n")
+    ended = _sweep(path, tmp_path)
+    assert ended.returncode == 1
+    assert "failed: blocked: [Errno 21]" in ended.stderr
+    assert "failed: other: exit code 2" in ended.stderr
 
 
 def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
