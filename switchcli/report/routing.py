@@ -145,8 +145,9 @@ def drift(layers: Mapping[str, Any]) -> HtmlTable:
     exact = all(layer["matched"]["exact"] for layer in layers.values())
     caption = (
         f"Tokens that change expert: as experts are numbered, and by the {'best' if exact else 'greedy'} matching of "
-        "one's with the other's. Agreement beyond chance (Cohen's kappa), and told: how much one's expert tells of the "
-        "other's whatever their numbers: 0 no more than chance would, 1 all."
+        "one's with the other's. Agreement beyond chance (Cohen's kappa; beyond what a matching finds by chance), and "
+        "told: how much one's expert tells of the other's whatever their numbers: 0 no more than chance would, 1 all. "
+        "Where a token has several experts one of them seldom tells all."
     )
     return HtmlTable("From the first to the second", headings, rows, caption)
 

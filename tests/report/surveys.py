@@ -9,8 +9,8 @@ def a_layer(experts: int, pieces: list[str]) -> dict[str, Any]:
     """Expert e has 10 e of the choices, all behind position 255; expert 0 has none."""
     load = [10 * expert for expert in range(experts)]
     named = [{"id": 1, "piece": piece, "count": 1234, "lift": 2.0} for piece in pieces]
-    found = {"held": 1, "turned_away_fraction": 0.125, "confidence": 0.5, "by_lift": named, "by_count": named}
-    nothing = {"held": 0, "turned_away_fraction": None, "confidence": None, "by_lift": [], "by_count": []}
+    found = {"turned_away_fraction": 0.125, "confidence": 0.5, "by_lift": named, "by_count": named}
+    nothing = {"turned_away_fraction": None, "confidence": None, "by_lift": [], "by_count": []}
     return {
         "tokens": sum(load),
         "dropped_fraction": 0.25,
