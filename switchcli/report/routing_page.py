@@ -24,8 +24,6 @@ from switchcli.report.routing import (
 
 EXPERTS_SHOWN = 64
 """Of a layer, those with the most tokens; --json has all."""
-LEAST = 10
-"""A sentinel that was read less often has no column."""
 _EXPERT = Axis("expert", "expert", kind="ordinal")
 _SPACE = "\N{NO-BREAK SPACE}"
 _TIMES = "tokens, times the even share"
@@ -42,7 +40,9 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
         which = f"{('First', 'Second')[place]} checkpoint" if several else "Experts"
         layers = atlas["layers"].items()
         each = [
-            Folded(_headline(name, layer), [Charts([*_maps(place, name, layer)]), *_layer_tables(layer)])
+            Folded(
+                _headline(name, layer), [Charts([*_maps(place, name, layer, survey["rare"])]), *_layer_tables(layer)]
+            )
             for name, layer in layers
         ]
         yield Section(
@@ -61,7 +61,7 @@ def every_figure(survey: Mapping[str, Any]) -> Iterator[Figure]:
     for place, atlas in enumerate(survey["atlases"]):
         yield from _overview(place, atlas)
         for name, layer in atlas["layers"].items():
-            for figure in _maps(place, name, layer):
+            for figure in _maps(place, name, layer, survey["rare"]):
                 yield figure._replace(title=f"{shown_layer(name)}: {figure.title}")
     if survey["drift"] is not None:
         yield from _confusions(survey)
@@ -108,11 +108,11 @@ def _overview(place: int, atlas: Mapping[str, Any]) -> Iterator[Figure]:
     yield charts.heat_map(name, f"Load of the experts{limited(num, EXPERTS_SHOWN)}", "", table, _EXPERT, y, colour)
 
 
-def _maps(place: int, name: str, layer: Mapping[str, Any]) -> Iterator[Figure]:
-    """A layer's experts by position, by sentinel and by text."""
+def _maps(place: int, name: str, layer: Mapping[str, Any], rare: int) -> Iterator[Figure]:
+    """A layer's experts by position, by sentinel (of those that were read `rare` times at least) and by text."""
     columns = {
         "position": bins(layer),
-        "sentinel": {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= LEAST},
+        "sentinel": {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= rare},
         "text": layer["texts"] if len(layer["texts"]) > 1 else {},
     }
     for what, loads in columns.items():

@@ -50,4 +50,4 @@ def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any
         }
         for name in ("one", "two")
     ]
-    return {"sequences": {"en": 8, "de": 8}, "atlases": atlases, "drift": drifts}
+    return {"sequences": {"en": 8, "de": 8}, "rare": 10, "atlases": atlases, "drift": drifts}
