@@ -82,8 +82,11 @@ def write_html(found: Mapping[str, Any], file: Path) -> None:
 
 
 def write_figures(found: Mapping[str, Any], folder: Path) -> None:
-    """Each figure as NAME.svg, NAME.png and NAME.csv."""
+    """Each figure as NAME.svg, NAME.png and NAME.csv, and the tokens of the experts as tokens_0.csv, tokens_1.csv."""
     write_each(routing_page.every_figure(found), folder)
+    with disk_errors(folder, "give another folder by --figures"):
+        for table in routing_page.token_tables(found):
+            (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
 
 
 def _is_path(argument: str) -> bool:

@@ -67,6 +67,18 @@ def every_figure(survey: Mapping[str, Any]) -> Iterator[Figure]:
         yield from _confusions(survey)
 
 
+def token_tables(survey: Mapping[str, Any]) -> Iterator[Table]:
+    """For files: of each checkpoint the tokens that are named of each expert, by lift or by count, each once."""
+    for place, atlas in enumerate(survey["atlases"]):
+        rows = [
+            (shown_layer(name), expert, one["piece"], one["count"], one["lift"])
+            for name, layer in atlas["layers"].items()
+            for expert, found in enumerate(layer["experts"])
+            for one in {one["id"]: one for one in (*found["by_lift"], *found["by_count"])}.values()
+        ]
+        yield _table(f"tokens_{place}", ("layer", "expert", "piece", "count", "lift"), rows)
+
+
 def title(survey: Mapping[str, Any]) -> str:
     """Of the page."""
     paths = [(Path(atlas["checkpoint"]).resolve(), atlas["step"]) for atlas in survey["atlases"]]

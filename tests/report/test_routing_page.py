@@ -74,16 +74,24 @@ def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path
 
 
 def test_figures_are_files(tmp_path: Path) -> None:
-    survey = {**a_survey(), "drift": None}
+    survey = {**a_survey(pieces=['a,"b', "\n"]), "drift": None}
     write_figures(survey, tmp_path / "figures")
     figures = [*every_figure(survey)]
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
-        f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")
-    )
+    drawn = {f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")}
+    written = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert written == {*drawn, "tokens_0.csv", "tokens_1.csv"}
+    with (tmp_path / "figures/tokens_1.csv").open(newline="", encoding="utf-8") as file:
+        heading, *tokens = csv.reader(file)
+    assert heading == ["layer", "expert", "piece", "count", "lift"]
+    assert tokens == [
+        [layer, expert, piece, "1234", "2.0"]
+        for layer in ("Encoder block 12", "Decoder block 12, self attention")
+        for expert in "123"
+        for piece in ('a,"b', "\n")
+    ]
     rows = [*csv.reader(io.StringIO((tmp_path / "figures/told_0.csv").read_text()))]
     assert rows[1] == ["Encoder block 12", "token", "0.5"]
-    drawn = charts.svg(figures[0])
-    assert "What decides the expert" in drawn
+    assert "What decides the expert" in charts.svg(figures[0])
 
 
 @needs_chromium
