@@ -1,6 +1,5 @@
 """`switchcli report --routing`: what each expert of a checkpoint takes, and how far two checkpoints differ in it."""
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,15 +9,13 @@ from switchcli.commands.evaluate import ROWS_EACH, Measuring, resolved
 from switchcli.commands.load import Opened, filled, open_model
 from switchcli.commands.report import write_each
 from switchcli.commands.run import machine
-from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.parallel.runtime import Runtime
 from switchcli.report import routing, routing_page
 from switchcli.report.console import Console
 from switchcli.report.html import page
-from switchcli.train import atlas, drift, memory, specialisation
-from switchcli.train.atlas import Counted, LayerCounts
-from switchcli.train.evaluate import shared
+from switchcli.train import memory
+from switchcli.train.survey import survey
 
 
 def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
         DataError: of the text.
         OutOfMemory: the device has no room.
     """
-    paths = [Path(argument) for argument in arguments if "=" not in argument]
+    paths = [Path(argument) for argument in arguments if _is_path(argument)]
     if not 1 <= len(paths) <= 2:
         raise RecipeError(f"--routing takes a checkpoint, or two to compare, and {len(paths)} are named")
     opened = [open_model(path, console.warning) for path in paths]
@@ -39,7 +36,7 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
             raise CheckpointError(f"{one.path}: a dense model has no routing: name one with experts")
     if len(opened) > 1:
         _check_comparable(*opened)
-    recipe, _ = resolved(paths[0], [argument for argument in arguments if "=" in argument], console.warning)
+    recipe, _ = resolved(paths[0], [argument for argument in arguments if not _is_path(argument)], console.warning)
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): an atlas is of one: name one alone")
     runtime = Runtime(recipe.device, recipe.precision)
@@ -49,80 +46,52 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
         measuring = Measuring(loaded[0], recipe, runtime, console)
         policies = [recipe.capacities[0] if recipe.capacities else one.recipe.eval.capacity for one in loaded]
         models = [one.model for one in loaded]
-        rows_each = math.lcm(*(model.spec.group_sequences for model in models))
-        rows_each *= -(-ROWS_EACH // rows_each)
-        counted = {}
-        for name, (text, segments_of) in measuring.rows().items():
-            batches = shared(text.rows, text.num_rows, rows_each, 0, 1)
-            tracked = console.track(batches, f"reading {name}", len(batches))
-            counted[name] = atlas.count(models, tracked, segments_of, runtime, policies)
-        texts = {name: text.num_rows for name, (text, _) in measuring.rows().items()}
-        tokenizer = loaded[0].tokenizer
+        texts, tokenizer = measuring.rows(), loaded[0].tokenizer
+        found = survey(models, texts, ROWS_EACH, policies, runtime, tokenizer, console.track)
         runtime.close()
         return {
             "recipe": recipe.model_dump(mode="json"),
-            "sequences": texts,
+            "sequences": found["sequences"],
+            "rare": found["rare"],
             "atlases": [
                 {
                     "checkpoint": str(one.path),
                     "step": one.step,
-                    "capacity": policies[place],
+                    "capacity": policy,
                     "num_experts": one.recipe.model.num_experts,
-                    "layers": _layers(place, counted, tokenizer),
+                    "layers": layers,
                 }
-                for place, one in enumerate(loaded)
+                for one, policy, layers in zip(loaded, policies, found["layers"], strict=True)
             ],
-            "drift": _drift(counted) if len(loaded) > 1 else None,
+            "drift": found["drift"],
             **machine(runtime),
         }
 
 
-def show(survey: Mapping[str, Any]) -> None:
+def show(found: Mapping[str, Any]) -> None:
     """The tables on stdout."""
     console = Console(stream=sys.stdout)
-    for table in routing.tables(survey):
+    for table in routing.tables(found):
         console.rows(*table)
 
 
-def write_html(survey: Mapping[str, Any], file: Path) -> None:
+def write_html(found: Mapping[str, Any], file: Path) -> None:
     """The page."""
     with disk_errors(file, "give another file by --html"):
-        file.write_text(page(routing_page.title(survey), routing_page.parts(survey)), encoding="utf-8")
+        file.write_text(page(routing_page.title(found), routing_page.parts(found)), encoding="utf-8")
 
 
-def write_figures(survey: Mapping[str, Any], folder: Path) -> None:
-    """Each figure as NAME.svg, NAME.png and NAME.csv."""
-    write_each(routing_page.every_figure(survey), folder)
+def write_figures(found: Mapping[str, Any], folder: Path) -> None:
+    """Each figure as NAME.svg, NAME.png and NAME.csv, and the tokens of the experts as tokens_0.csv, tokens_1.csv."""
+    write_each(routing_page.every_figure(found), folder)
+    with disk_errors(folder, "give another folder by --figures"):
+        for table in routing_page.token_tables(found):
+            (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
 
 
-def _layers(place: int, counted: Mapping[str, Counted], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The layers of one model, their tokens named."""
-    layers = {}
-    for name in next(iter(counted.values())).layers[place]:
-        each = {text: one.layers[place][name] for text, one in counted.items()}
-        found = specialisation.figures(each, tokenizer.sentinels.tolist())
-        sentinels = [index for index in tokenizer.sentinels.tolist() if index in found["sentinels"]]
-        named = zip(tokenizer.pieces(sentinels), sentinels, strict=True)
-        found["sentinels"] = {piece: found["sentinels"][index] for piece, index in named}
-        for expert in found["experts"]:
-            for listed in ("by_lift", "by_count"):
-                pieces = tokenizer.pieces(int(one["id"]) for one in expert[listed])
-                expert[listed] = [{"piece": piece, **one} for piece, one in zip(pieces, expert[listed], strict=True)]
-        layers[name] = found
-    return layers
-
-
-def _drift(counted: Mapping[str, Counted]) -> dict[str, Any]:
-    layers = {}
-    for name in next(iter(counted.values())).together_EE:
-        together = [one.together_EE[name] for one in counted.values()]
-        one, other = (_total([each.layers[place][name] for each in counted.values()]) for place in (0, 1))
-        layers[name] = drift.figures(sum(together[1:], start=together[0]), one, other)
-    return layers
-
-
-def _total(counts: Sequence[LayerCounts]) -> LayerCounts:
-    return sum(counts[1:], start=counts[0])
+def _is_path(argument: str) -> bool:
+    """And no KEY=VALUE: what is there as a folder is one."""
+    return "=" not in argument or Path(argument).is_dir()
 
 
 def _check_comparable(one: Opened, other: Opened) -> None:

@@ -80,25 +80,23 @@ def expert_figures(layer: Mapping[str, Any], expert: int) -> tuple[str, ...]:
     )
 
 
-def most_used(layer: Mapping[str, Any], most: int) -> list[int]:
+def most_used(load: Sequence[float], most: int) -> list[int]:
     """The experts with the most tokens, by their numbers."""
-    load = layer["load"]
     return sorted(sorted(range(len(load)), key=lambda expert: -load[expert])[:most])
 
 
-def limited(layer: Mapping[str, Any], most: int) -> str:
+def limited(num: int, most: int) -> str:
     """What to say where not all experts are shown."""
-    num = len(layer["load"])
     return "" if num <= most else f": the {most} of {num} experts with most tokens, --json has all"
 
 
 def _experts_and_tokens(name: str, layer: Mapping[str, Any]) -> HtmlTable:
     rows = []
-    for expert in most_used(layer, ROWS):
+    for expert in most_used(layer["load"], ROWS):
         found = layer["experts"][expert]
         pieces = _pieces(found["by_lift"] or found["by_count"]) if layer["load"][expert] else "no token"
         rows.append((f"{expert:<4} {pieces}", *expert_figures(layer, expert)))
-    title = f"{shown_layer(name)}{limited(layer, ROWS)}"
+    title = f"{shown_layer(name)}{limited(len(layer['load']), ROWS)}"
     return HtmlTable(title, ("expert, tokens by lift", *EXPERT_HEADINGS), rows)
 
 
@@ -145,8 +143,9 @@ def drift(layers: Mapping[str, Any]) -> HtmlTable:
     exact = all(layer["matched"]["exact"] for layer in layers.values())
     caption = (
         f"Tokens that change expert: as experts are numbered, and by the {'best' if exact else 'greedy'} matching of "
-        "one's with the other's. Agreement beyond chance (Cohen's kappa), and told: how much one's expert tells of the "
-        "other's whatever their numbers: 0 no more than chance would, 1 all."
+        "one's with the other's. Agreement beyond chance (Cohen's kappa; beyond what a matching finds by chance), and "
+        "told: how much one's expert tells of the other's whatever their numbers: 0 no more than chance would, 1 all. "
+        "Where a token has several experts one of them seldom tells all."
     )
     return HtmlTable("From the first to the second", headings, rows, caption)
 

@@ -24,8 +24,6 @@ from switchcli.report.routing import (
 
 EXPERTS_SHOWN = 64
 """Of a layer, those with the most tokens; --json has all."""
-LEAST = 10
-"""A sentinel that was read less often has no column."""
 _EXPERT = Axis("expert", "expert", kind="ordinal")
 _SPACE = "\N{NO-BREAK SPACE}"
 _TIMES = "tokens, times the even share"
@@ -42,7 +40,9 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
         which = f"{('First', 'Second')[place]} checkpoint" if several else "Experts"
         layers = atlas["layers"].items()
         each = [
-            Folded(_headline(name, layer), [Charts([*_maps(place, name, layer)]), *_layer_tables(layer)])
+            Folded(
+                _headline(name, layer), [Charts([*_maps(place, name, layer, survey["rare"])]), *_layer_tables(layer)]
+            )
             for name, layer in layers
         ]
         yield Section(
@@ -61,15 +61,27 @@ def every_figure(survey: Mapping[str, Any]) -> Iterator[Figure]:
     for place, atlas in enumerate(survey["atlases"]):
         yield from _overview(place, atlas)
         for name, layer in atlas["layers"].items():
-            for figure in _maps(place, name, layer):
+            for figure in _maps(place, name, layer, survey["rare"]):
                 yield figure._replace(title=f"{shown_layer(name)}: {figure.title}")
     if survey["drift"] is not None:
         yield from _confusions(survey)
 
 
+def token_tables(survey: Mapping[str, Any]) -> Iterator[Table]:
+    """For files: of each checkpoint the tokens that are named of each expert, by lift or by count, each once."""
+    for place, atlas in enumerate(survey["atlases"]):
+        rows = [
+            (shown_layer(name), expert, one["piece"], one["count"], one["lift"])
+            for name, layer in atlas["layers"].items()
+            for expert, found in enumerate(layer["experts"])
+            for one in {one["id"]: one for one in (*found["by_lift"], *found["by_count"])}.values()
+        ]
+        yield _table(f"tokens_{place}", ("layer", "expert", "piece", "count", "lift"), rows)
+
+
 def title(survey: Mapping[str, Any]) -> str:
     """Of the page."""
-    paths = [(Path(atlas["checkpoint"]), atlas["step"]) for atlas in survey["atlases"]]
+    paths = [(Path(atlas["checkpoint"]).resolve(), atlas["step"]) for atlas in survey["atlases"]]
     runs = ((path.parents[1] if path.parent.name == "checkpoints" else path, step) for path, step in paths)
     return "Routing of " + " and of ".join(f"{run.name}, step {step:,}" for run, step in runs)
 
@@ -96,24 +108,23 @@ def _overview(place: int, atlas: Mapping[str, Any]) -> Iterator[Figure]:
     yield charts.heat_map(
         name, "What decides the expert", caption, _table(name, ("layer", "by", "share"), told), x, y, colour
     )
-    loads = [
-        (label, expert, layer["experts"][expert]["share"] * atlas["num_experts"])
-        for label, layer in layers.items()
-        for expert in range(min(atlas["num_experts"], EXPERTS_SHOWN))
-    ]
+    shares = {label: [expert["share"] for expert in layer["experts"]] for label, layer in layers.items()}
+    num = atlas["num_experts"]
+    experts = most_used([*map(sum, zip(*shares.values(), strict=True))], EXPERTS_SHOWN)
+    loads = [(label, expert, share[expert] * num) for label, share in shares.items() for expert in experts]
     name, colour = (
         f"load_{place}",
         Axis("share", _TIMES, ".1f", precise=".2f", domain=(0.0, _top([one[2] for one in loads]))),
     )
     table = _table(name, ("layer", "expert", "share"), loads)
-    yield charts.heat_map(name, "Load of the experts", "", table, _EXPERT, y, colour)
+    yield charts.heat_map(name, f"Load of the experts{limited(num, EXPERTS_SHOWN)}", "", table, _EXPERT, y, colour)
 
 
-def _maps(place: int, name: str, layer: Mapping[str, Any]) -> Iterator[Figure]:
-    """A layer's experts by position, by sentinel and by text."""
+def _maps(place: int, name: str, layer: Mapping[str, Any], rare: int) -> Iterator[Figure]:
+    """A layer's experts by position, by sentinel (of those that were read `rare` times at least) and by text."""
     columns = {
         "position": bins(layer),
-        "sentinel": {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= LEAST},
+        "sentinel": {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= rare},
         "text": layer["texts"] if len(layer["texts"]) > 1 else {},
     }
     for what, loads in columns.items():
@@ -122,18 +133,20 @@ def _maps(place: int, name: str, layer: Mapping[str, Any]) -> Iterator[Figure]:
         key = re.sub(r"\W+", "_", f"{what}_{place}_{name}")
         rows = [
             (label, expert, load[expert] / max(1, sum(load)) * len(load))
-            for expert in most_used(layer, EXPERTS_SHOWN)
+            for expert in most_used(layer["load"], EXPERTS_SHOWN)
             for label, load in loads.items()
         ]
         table = _table(key, (what, "expert", "share"), rows)
         colour = Axis("share", _TIMES, ".1f", precise=".2f", domain=(0.0, _top([one[2] for one in rows])))
-        yield charts.heat_map(key, f"By {what}", "", table, Axis(what, what, kind="ordinal"), _EXPERT, colour)
+        heading = f"By {what}{limited(len(layer['load']), EXPERTS_SHOWN)}"
+        yield charts.heat_map(key, heading, "", table, Axis(what, what, kind="ordinal"), _EXPERT, colour)
 
 
 def _layer_tables(layer: Mapping[str, Any]) -> Iterator[HtmlTable]:
-    experts = most_used(layer, EXPERTS_SHOWN)
+    experts = most_used(layer["load"], EXPERTS_SHOWN)
     rows = [(str(expert), f"{layer['load'][expert]:,}", *expert_figures(layer, expert)) for expert in experts]
-    yield HtmlTable(f"Experts{limited(layer, EXPERTS_SHOWN)}", ("expert", "choices", *EXPERT_HEADINGS), rows, EXPERTS)
+    heading = f"Experts{limited(len(layer['load']), EXPERTS_SHOWN)}"
+    yield HtmlTable(heading, ("expert", "choices", *EXPERT_HEADINGS), rows, EXPERTS)
     lift = "The share of a token among the expert's, times its share among all; of those that are not rare."
     for heading, listed, caption in (("Tokens by lift", "by_lift", lift), ("Most frequent tokens", "by_count", "")):
         found = {expert: layer["experts"][expert][listed] for expert in experts}
@@ -156,7 +169,7 @@ def _confusions(survey: Mapping[str, Any]) -> Iterator[Figure]:
     for name, layer in survey["drift"].items():
         if layer["together"] is None:
             continue
-        first = most_used(survey["atlases"][0]["layers"][name], EXPERTS_SHOWN)
+        first = most_used(survey["atlases"][0]["layers"][name]["load"], EXPERTS_SHOWN)
         second = [layer["matched"]["experts"][expert] for expert in first]
         rows = [
             (other, expert, layer["together"][expert][other] / max(1, sum(layer["together"][expert])))
@@ -170,7 +183,8 @@ def _confusions(survey: Mapping[str, Any]) -> Iterator[Figure]:
         )
         colour = Axis("share", "of the first's tokens", ".0%", precise=".1%", domain=(0.0, 1.0))
         table = _table(key, ("second", "first", "share"), rows)
-        yield charts.heat_map(key, shown_layer(name), "", table, x, y, colour)
+        heading = f"{shown_layer(name)}{limited(len(layer['together']), EXPERTS_SHOWN)}"
+        yield charts.heat_map(key, heading, "", table, x, y, colour)
 
 
 def _table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> Table:

@@ -77,8 +77,7 @@ class LayerCounts(NamedTuple):
     """By id."""
     positions: Pairs
     chosen_E: torch.Tensor
-    """int64, as the next two."""
-    held_E: torch.Tensor
+    """int64, as the next."""
     turned_away_E: torch.Tensor
     """Of those that chose it, the ones that found no slot there."""
     probability_E: torch.Tensor
@@ -90,6 +89,9 @@ class LayerCounts(NamedTuple):
     """float64, as the next: the sum over tokens of the largest p_i(x)."""
     entropy: torch.Tensor
     """The sum over tokens of the entropy of p(x), in nats."""
+    within: torch.Tensor
+    """float64: the sum over tokens of n ln n, of the n experts that one chose: so much of its choices' entropy is which
+    of the n one of them is."""
 
     def __add__(self, other: object) -> "LayerCounts":
         assert isinstance(other, LayerCounts)
@@ -219,13 +221,13 @@ def counts_of(places: Places, choices: Choices) -> LayerCounts:
         tokens=summed(places.token_A[place_X] * E + expert_X, one_X),
         positions=summed(places.position_A[place_X] * E + expert_X, one_X),
         chosen_E=expert_X.bincount(minlength=E),
-        held_E=held_AE.nonzero()[:, 1].bincount(minlength=E),
         turned_away_E=expert_X[away_X].bincount(minlength=E),
         probability_E=sums_E.index_add(0, expert_X, probability_AE[place_X, expert_X].double()),
         num_tokens=one_X.new_tensor(len(chosen_AE)),
         dropped=(~held_AE.any(1)).sum(),
         confidence=probability_AE.amax(1).sum(dtype=torch.float64),
         entropy=torch.special.entr(probability_AE).sum(1).sum(dtype=torch.float64),
+        within=-torch.special.entr(chosen_AE.sum(1).double()).sum(),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli.train.atlas import LayerCounts, Pairs
-from switchcli.train.specialisation import information
+from switchcli.train.specialisation import dealt, information, within
 
 MOST = 256
 """Experts that are matched exactly, in E**3 steps; more are matched greedily, and no table of pairs is told."""
@@ -24,31 +24,36 @@ class Agreement(NamedTuple):
     """Cohen's kappa: 0 if both chose by their own shares alone, 1 if they never differ."""
 
 
-def agreement(together_EE: torch.Tensor, one_E: torch.Tensor, other_E: torch.Tensor, num_tokens: int) -> Agreement:
-    """Of how often their choices fell together and of how often each was chosen, over so many tokens."""
-    choices = float(one_E.sum() + other_E.sum())
-    kept = 2 * float(together_EE.trace()) / choices
-    chance = 2 * float((one_E.double() * other_E).sum()) / num_tokens / choices
+def agreement(together_EE: torch.Tensor, chance_EE: torch.Tensor, choices: int) -> Agreement:
+    """Of how often their choices fell together, of how often they would by chance, and of the choices of both."""
+    kept, chance = (2 * float(table_EE.trace()) / choices for table_EE in (together_EE, chance_EE))
     return Agreement(1 - kept, (kept - chance) / (1 - chance) if chance < 1 - 1e-9 else None)
 
 
 def figures(together_EE: torch.Tensor, one: LayerCounts, other: LayerCounts) -> dict[str, Any]:
     """All of a layer as JSON has it.
 
-    `told_by_the_other` needs no matching: what the expert in the one model says of the expert in the other.
+    The best of many matchings finds some agreement in any two routers: by chance is what it finds in choices that were
+    dealt out anew. `told_by_the_other` needs no matching: what an expert in the one model says of the expert in the
+    other. Where a token has several, one of them seldom says all of the other's, even if both models are the same.
     """
     together_EE, one_E, other_E = together_EE.cpu(), one.chosen_E.cpu(), other.chosen_E.cpu()
-    num_tokens, num_experts = int(one.num_tokens), len(one_E)
+    num_tokens, num_experts, choices = int(one.num_tokens), len(one_E), int(one_E.sum())
     exact = num_experts <= MOST
-    match = (best_matching if exact else greedy_matching)(together_EE)
-    matched = agreement(together_EE[:, match], one_E, other_E[match], num_tokens)
+    matching = best_matching if exact else greedy_matching
+    match = matching(together_EE)
     key_X = together_EE.flatten().nonzero().flatten()
     pairs = Pairs(key_X, together_EE.flatten()[key_X].long())
+    by_chance = dealt(pairs, num_experts, choices)
+    dealt_EE = torch.zeros_like(together_EE)
+    dealt_EE.view(-1)[by_chance.key_X] = by_chance.count_X.to(dealt_EE.dtype)
+    of_both = choices + int(other_E.sum())
+    matched = agreement(together_EE[:, match], dealt_EE[:, matching(dealt_EE)], of_both)
     return {
         "tokens": num_tokens,
-        **agreement(together_EE, one_E, other_E, num_tokens)._asdict(),
+        **agreement(together_EE, torch.outer(one_E.double(), other_E.double()) / num_tokens, of_both)._asdict(),
         "matched": {**matched._asdict(), "experts": match, "exact": exact},
-        "told_by_the_other": information(pairs, num_experts).to_json(),
+        "told_by_the_other": information(pairs, num_experts, choices, within(other)).to_json(),
         "together": together_EE.long().tolist() if exact else None,
     }
 

@@ -24,31 +24,49 @@ class Information(NamedTuple):
     nats: float
     """Mutual information of the counts. It is more than 0 by chance alone, the more so the rarer the values are."""
     by_chance: float
-    """The same with the choices dealt out to the values at random, once: each value and each expert as often."""
+    """The same with the choices dealt out to the values at random (`dealt`)."""
     experts: float
-    """The entropy of the experts' shares: at most so much can be said."""
+    """The entropy of the experts' shares."""
+    within: float
+    """So much of it no value can say: which one a choice is of the experts that its token chose, ln k where it chose k.
+    """
 
     @property
     def share(self) -> float | None:
-        """(nats - by_chance) / (experts - by_chance): 0 by chance, 1 where the value decides. None where chance says as
-        much as anything could. Of k choices a token decides at most which k they are, and not which of them one is."""
-        most = self.experts - self.by_chance
+        """(nats - by_chance) / (experts - within - by_chance): 0 by chance, 1 where the value decides. None where
+        chance says as much as anything could."""
+        most = self.experts - self.within - self.by_chance
         return (self.nats - self.by_chance) / most if most > 1e-9 else None
 
     def to_json(self) -> dict[str, float | None]:
         return {**self._asdict(), "share": self.share}
 
 
-def information(pairs: Pairs, num_experts: int) -> Information:
-    """Of counts on the CPU."""
+def information(pairs: Pairs, num_experts: int, num_tokens: int, within: float) -> Information:
+    """Of counts on the CPU, which are the choices of so many tokens."""
+    count_E = _by_expert(pairs.key_X % num_experts, pairs.count_X, num_experts)
+    by_chance = _mutual(dealt(pairs, num_experts, num_tokens), num_experts)
+    return Information(_mutual(pairs, num_experts), by_chance, _entropy(count_E), within)
+
+
+def within(counts: LayerCounts) -> float:
+    """`Information.within` of a choice."""
+    return float(counts.within) / max(1, int(counts.chosen_E.sum()))
+
+
+def dealt(pairs: Pairs, num_experts: int, num_tokens: int) -> Pairs:
+    """The choices dealt out to the values at random, once: each value and each expert as often.
+
+    Where every token chose k, k are dealt at once and no two alike: those that stand N / k apart in the order of the
+    experts, none of which was chosen by more than all tokens. Other choices are dealt one by one.
+    """
     value_X, expert_X = pairs.key_X // num_experts, pairs.key_X % num_experts
-    count_R = _total_of(value_X, pairs.count_X)[1]
-    count_E = _by_expert(expert_X, pairs.count_X, num_experts)
-    value_N = torch.arange(len(count_R)).repeat_interleave(count_R)
-    dealt_N = torch.arange(num_experts).repeat_interleave(count_E)
-    dealt_N = dealt_N[torch.randperm(len(dealt_N), generator=torch.Generator().manual_seed(0))]
-    dealt = summed(value_N * num_experts + dealt_N, torch.ones_like(dealt_N))
-    return Information(_mutual(pairs, num_experts), _mutual(dealt, num_experts), _entropy(count_E))
+    value_N = torch.unique(value_X).repeat_interleave(_total_of(value_X, pairs.count_X)[1])
+    expert_N = torch.arange(num_experts).repeat_interleave(_by_expert(expert_X, pairs.count_X, num_experts))
+    hands, left = divmod(len(expert_N), max(1, num_tokens))
+    hand_N = expert_N.reshape(max(1, hands) if not left else 1, -1).T
+    hand_N = hand_N[torch.randperm(len(hand_N), generator=torch.Generator().manual_seed(0))].flatten()
+    return summed(value_N * num_experts + hand_N, torch.ones_like(hand_N))
 
 
 def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[str, Any]:
@@ -70,7 +88,10 @@ def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[
         "confidence": float(counts.confidence) / max(1, num_tokens),
         "entropy": float(counts.entropy) / max(1, num_tokens),
         "load": counts.chosen_E.tolist(),
-        "told_by": {what: information(pairs, num_experts).to_json() for what, pairs in told_by.items()},
+        "told_by": {
+            what: information(pairs, num_experts, num_tokens, within(counts)).to_json()
+            for what, pairs in told_by.items()
+        },
         "experts": _experts(counts),
         "positions": {
             "firsts": bins.firsts,
@@ -84,18 +105,17 @@ def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[
 
 def _experts(counts: LayerCounts) -> list[dict[str, Any]]:
     columns = zip(
-        *(part.tolist() for part in counts[2:6]), top_tokens(counts.tokens, len(counts.chosen_E)), strict=True
+        *(part.tolist() for part in counts[2:5]), top_tokens(counts.tokens, len(counts.chosen_E)), strict=True
     )
     choices = max(1, int(counts.chosen_E.sum()))
     return [
         {
             "share": chosen / choices,
-            "held": held,
             "turned_away_fraction": turned_away / chosen if chosen else None,
             "confidence": probability / chosen if chosen else None,
             **named._asdict(),
         }
-        for chosen, held, turned_away, probability, named in columns
+        for chosen, turned_away, probability, named in columns
     ]
 
 

@@ -34,6 +34,7 @@ def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, 
     found = survey(switchcli, trained)
     assert found["sequences"] == {"text": 8}
     assert found["drift"] is None
+    assert found["rare"] == 10
     (atlas,) = found["atlases"]
     assert (atlas["step"], atlas["capacity"], atlas["num_experts"]) == (2, "paper", 4)
     measured = json.loads(switchcli("eval", trained, "--out", tmp_path, "--json").out)["passes"][0]["text"]["layers"]
@@ -59,6 +60,16 @@ def test_what_is_measured_can_be_named(trained: Path, switchcli: SwitchCLI) -> N
     (atlas,) = found["atlases"]
     assert atlas["capacity"] == "dropless"
     assert {layer["dropped_fraction"] for layer in atlas["layers"].values()} == {0.0}
+
+
+def test_a_checkpoint_whose_path_looks_like_a_key_can_be_named(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rt-lr=0.1").symlink_to(trained)
+    found = survey(switchcli, "rt-lr=0.1", "text.sequences=1")
+    assert found["sequences"] == {"text": 1}
+    assert found["atlases"][0]["checkpoint"].startswith("rt-lr=0.1/")
 
 
 def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None:

@@ -8,9 +8,9 @@ LAYERS = ("encoder.blocks.11.feed_forward.layer", "decoder.blocks.11.self_attent
 def a_layer(experts: int, pieces: list[str]) -> dict[str, Any]:
     """Expert e has 10 e of the choices, all behind position 255; expert 0 has none."""
     load = [10 * expert for expert in range(experts)]
-    named = [{"id": 1, "piece": piece, "count": 1234, "lift": 2.0} for piece in pieces]
-    found = {"held": 1, "turned_away_fraction": 0.125, "confidence": 0.5, "by_lift": named, "by_count": named}
-    nothing = {"held": 0, "turned_away_fraction": None, "confidence": None, "by_lift": [], "by_count": []}
+    named = [{"id": place, "piece": piece, "count": 1234, "lift": 2.0} for place, piece in enumerate(pieces)]
+    found = {"turned_away_fraction": 0.125, "confidence": 0.5, "by_lift": named, "by_count": named}
+    nothing = {"turned_away_fraction": None, "confidence": None, "by_lift": [], "by_count": []}
     return {
         "tokens": sum(load),
         "dropped_fraction": 0.25,
@@ -50,4 +50,4 @@ def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any
         }
         for name in ("one", "two")
     ]
-    return {"sequences": {"en": 8, "de": 8}, "atlases": atlases, "drift": drifts}
+    return {"sequences": {"en": 8, "de": 8}, "rare": 10, "atlases": atlases, "drift": drifts}

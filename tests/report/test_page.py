@@ -3,13 +3,12 @@
 Where no Chromium is found this is left out, but not in continuous integration.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, chromium
+from browser import chromium, needs_chromium
 from playwright.sync_api import Browser, Locator, Page
 from report_folders import a_run
 
@@ -19,7 +18,7 @@ from switchcli.report.evidence import Report, parts
 from switchcli.report.html import Charts, HtmlTable, page
 from switchcli.report.runs import Run, read
 
-pytestmark = pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="no Chromium is installed")
+pytestmark = needs_chromium
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = (
     "<script>window.hacked = 1</script>",

@@ -5,12 +5,13 @@ import io
 import re
 from pathlib import Path
 
-from browser import chromium
+import pytest
+from browser import chromium, needs_chromium
 from surveys import LAYERS, a_survey
 
 from switchcli.commands.routing import write_figures, write_html
 from switchcli.report import charts
-from switchcli.report.routing_page import EXPERTS_SHOWN, every_figure
+from switchcli.report.routing_page import EXPERTS_SHOWN, every_figure, title
 
 
 def test_the_maps_show_what_was_counted() -> None:
@@ -39,9 +40,26 @@ def test_the_maps_show_what_was_counted() -> None:
 
 
 def test_of_many_experts_those_with_most_tokens_are_drawn() -> None:
+    """Of the survey, the last ones; those of the second that match the first's are numbered the other way round."""
+    drawn, said = 0, f": the {EXPERTS_SHOWN} of {2 * EXPERTS_SHOWN} experts with most tokens, --json has all"
+    most_used = {*range(EXPERTS_SHOWN, 2 * EXPERTS_SHOWN)}
     for figure in every_figure(a_survey(experts=2 * EXPERTS_SHOWN)):
-        for column in {"expert", "first", "second"} & figure.table.columns.keys():
-            assert len(set(figure.table.columns[column])) == EXPERTS_SHOWN
+        columns = figure.table.columns
+        for column in {"expert", "first", "second"} & columns.keys():
+            assert set(columns[column]) == ({*range(EXPERTS_SHOWN)} if column == "second" else most_used), figure.name
+            assert figure.title.endswith(said)
+            drawn += 1
+    assert drawn == 2 * (1 + 2 * 3) + 2 * 2
+
+
+def test_the_title_names_the_run_from_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = tmp_path / "mine" / "checkpoints" / "step-00000010"
+    step.mkdir(parents=True)
+    for within, checkpoint in (("mine", "."), ("mine", f"checkpoints/{step.name}"), ("mine/checkpoints", step.name)):
+        monkeypatch.chdir(tmp_path / within)
+        survey = a_survey()
+        survey["atlases"] = [{**survey["atlases"][0], "checkpoint": checkpoint}]
+        assert title(survey) == "Routing of mine, step 10"
 
 
 def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path) -> None:
@@ -56,18 +74,27 @@ def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path
 
 
 def test_figures_are_files(tmp_path: Path) -> None:
-    survey = {**a_survey(), "drift": None}
+    survey = {**a_survey(pieces=['a,"b', "\n"]), "drift": None}
     write_figures(survey, tmp_path / "figures")
     figures = [*every_figure(survey)]
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
-        f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")
-    )
+    drawn = {f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")}
+    written = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert written == {*drawn, "tokens_0.csv", "tokens_1.csv"}
+    with (tmp_path / "figures/tokens_1.csv").open(newline="", encoding="utf-8") as file:
+        heading, *tokens = csv.reader(file)
+    assert heading == ["layer", "expert", "piece", "count", "lift"]
+    assert tokens == [
+        [layer, expert, piece, "1234", "2.0"]
+        for layer in ("Encoder block 12", "Decoder block 12, self attention")
+        for expert in "123"
+        for piece in ('a,"b', "\n")
+    ]
     rows = [*csv.reader(io.StringIO((tmp_path / "figures/told_0.csv").read_text()))]
     assert rows[1] == ["Encoder block 12", "token", "0.5"]
-    drawn = charts.svg(figures[0])
-    assert "What decides the expert" in drawn
+    assert "What decides the expert" in charts.svg(figures[0])
 
 
+@needs_chromium
 def test_a_browser_draws_every_map_with_a_cell_for_each_count_and_has_nothing_to_say(tmp_path: Path) -> None:
     survey = a_survey(pieces=["</script><script>window.ran = true</script>"])
     write_html(survey, tmp_path / "page.html")

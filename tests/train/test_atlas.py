@@ -1,5 +1,6 @@
 """The routing atlas: its counts are those of a loop, of the reports, of a router by hand; the model is as it was."""
 
+import math
 from collections import Counter
 from typing import NoReturn
 
@@ -69,8 +70,8 @@ def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, 
     counts = one + other
     tokens: Counter[tuple[int, int]] = Counter()
     positions: Counter[tuple[int, int]] = Counter()
-    chose, seated, away = ([0] * num_experts for _ in range(3))
-    probability, dropped, confidence = [0.0] * num_experts, 0, 0.0
+    chose, away = ([0] * num_experts for _ in range(2))
+    probability, dropped, confidence, within = [0.0] * num_experts, 0, 0.0, 0.0
     for places, choices in batches:
         for place, (token, position) in enumerate(
             zip(places.token_A.tolist(), places.position_A.tolist(), strict=True)
@@ -82,14 +83,15 @@ def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, 
                     positions[position, expert] += 1
                     probability[expert] += float(choices.probability_AE[place, expert])
                 chose[expert] += chosen
-                seated[expert] += held
                 away[expert] += chosen and not held
             dropped += not any(choices.held_AE[place].tolist())
+            several = sum(choices.chosen_AE[place].tolist())
+            within += several * math.log(several) if several else 0.0
             confidence += max(choices.probability_AE[place].tolist())
     assert as_counter(counts.tokens, num_experts) == tokens
     assert as_counter(counts.positions, num_experts) == positions
     assert counts.chosen_E.tolist() == chose
-    assert counts.held_E.tolist() == seated
+    assert float(counts.within) == pytest.approx(within)
     assert counts.turned_away_E.tolist() == away
     assert counts.probability_E.tolist() == pytest.approx(probability)
     assert int(counts.num_tokens) == sum(len(places.token_A) for places, _ in batches)

@@ -49,8 +49,8 @@ def together(both: list[tuple[int, int]]) -> torch.Tensor:
 @given(CHOSEN)
 def test_agreement_is_that_of_a_loop(both: list[tuple[int, int]]) -> None:
     table_EE = together(both)
-    found = agreement(table_EE, table_EE.sum(1).long(), table_EE.sum(0).long(), len(both))
     num = len(both)
+    found = agreement(table_EE, torch.outer(table_EE.sum(1), table_EE.sum(0)) / num, 2 * num)
     kept = sum(one == other for one, other in both) / num
     chance = sum(one == other for one, _ in both for _, other in both) / num**2
     assert found.changed == pytest.approx(1 - kept)
@@ -86,14 +86,37 @@ def test_what_is_matched_is_renumbered_and_compared(both: list[tuple[int, int]])
     choices = [counted(torch.tensor(experts)) for experts in zip(*both, strict=True)]
     places = Places(torch.ones(1, len(both)).bool(), *[torch.zeros(len(both)).long()] * 2)
     found = figures(together(both), *(counts_of(places, one) for one in choices))["matched"]
-    renumbered = [(one, found["experts"].index(other)) for one, other in both]
-    table_EE = together(renumbered)
-    naive = agreement(table_EE, table_EE.sum(1).long(), table_EE.sum(0).long(), len(both))
-    assert found["changed"] == pytest.approx(naive.changed)
-    assert found["beyond_chance"] == (None if naive.beyond_chance is None else pytest.approx(naive.beyond_chance))
+    changed = sum(found["experts"][one] != other for one, other in both) / len(both)
+    assert found["changed"] == pytest.approx(changed)
+    if found["beyond_chance"] is not None and changed == 0:
+        assert found["beyond_chance"] == 1.0
+
+
+@pytest.mark.parametrize(("experts", "tokens"), [(64, 1000), (8, 500)])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("most", [256, 3])
+def test_routers_that_chose_by_themselves_agree_by_chance_alone(
+    experts: int, tokens: int, k: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift, "MOST", most)
+    draw = torch.Generator().manual_seed(0)
+    found, plain = [], []
+    for _ in range(5):
+        ones_AE = [
+            torch.zeros(tokens, experts).scatter_(1, torch.rand(tokens, experts, generator=draw).topk(k).indices, 1.0)
+            for _ in range(2)
+        ]
+        places = Places(torch.ones(1, tokens).bool(), *[torch.zeros(tokens).long()] * 2)
+        counts = [counts_of(places, Choices(one_AE / k, one_AE.bool(), one_AE.bool())) for one_AE in ones_AE]
+        figure = figures((ones_AE[0].mT @ ones_AE[1]).double(), *counts)
+        found.append(figure["matched"]["beyond_chance"])
+        plain.append(figure["beyond_chance"])
+        assert figure["told_by_the_other"]["share"] == pytest.approx(0.0, abs=0.05)
+    assert sum(found) / 5 == pytest.approx(0.0, abs=0.02)
+    assert sum(plain) / 5 == pytest.approx(0.0, abs=0.02)
 
 
 def test_a_token_with_two_experts_that_keeps_one_changed_by_half() -> None:
     chosen = [torch.tensor([[1, 1, 0, 0]] * 4).bool(), torch.tensor([[1, 0, 1, 0]] * 4).bool()]
     together_EE = chosen[0].double().mT @ chosen[1].double()
-    assert agreement(together_EE, *(one.sum(0) for one in chosen), 4).changed == 0.5
+    assert agreement(together_EE, torch.zeros(4, 4), 16).changed == 0.5

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_atlas import looked_at
 
 from switchcli.train.atlas import Choices, LayerCounts, Pairs, Places, counts_of, summed
-from switchcli.train.specialisation import LEAST, TOP, figures, information, top_tokens
+from switchcli.train.specialisation import LEAST, TOP, dealt, figures, information, top_tokens
 
 CHOICES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=20)
 
@@ -27,28 +27,61 @@ def test_mutual_information_is_that_of_a_loop(drawn: list[tuple[int, int, int]])
     num = len(choices)
     nats = sum(c / num * math.log(c * num / (values[v] * experts[e])) for (v, e), c in joint.items())
     entropy = -sum(c / num * math.log(c / num) for c in experts.values())
-    found = information(pairs_of(choices, 4), 4)
+    found = information(pairs_of(choices, 4), 4, num, 0.0)
     assert found.nats == pytest.approx(nats, abs=1e-9)
     assert found.experts == pytest.approx(entropy, abs=1e-9)
     assert -1e-9 <= found.by_chance <= entropy + 1e-9
-    assert found == information(pairs_of(choices[::-1], 4), 4)
+    assert found == information(pairs_of(choices[::-1], 4), 4, num, 0.0)
 
 
 def test_a_value_that_decides_says_all_and_one_that_is_dealt_at_random_nothing() -> None:
     decided = [(value % 40, value % 40 % 8) for value in range(4000)]
-    assert information(pairs_of(decided, 8), 8).share == pytest.approx(1.0)
+    assert information(pairs_of(decided, 8), 8, 4000, 0.0).share == pytest.approx(1.0)
     draw = torch.Generator().manual_seed(1)
-    dealt = torch.stack([torch.randint(high, (4000,), generator=draw) for high in (400, 8)], 1)
-    chance = information(pairs_of([(int(a), int(b)) for a, b in dealt], 8), 8)
+    at_random = torch.stack([torch.randint(high, (4000,), generator=draw) for high in (400, 8)], 1)
+    chance = information(pairs_of([(int(a), int(b)) for a, b in at_random], 8), 8, 4000, 0.0)
     assert chance.nats > 0.3  # rare values: as they come they seem to say a lot
     assert chance.share == pytest.approx(0.0, abs=0.02)
     assert chance.experts == pytest.approx(math.log(8), abs=0.01)
 
 
+def of_several(experts_AK: torch.Tensor, token_A: torch.Tensor) -> LayerCounts:
+    """Of tokens that chose several of 8 experts each."""
+    chosen_AE = torch.zeros(len(token_A), 8).scatter_(1, experts_AK, 1.0)
+    places = Places(torch.ones(1, len(token_A)).bool(), token_A, torch.zeros_like(token_A))
+    return counts_of(places, Choices(chosen_AE / experts_AK.shape[1], chosen_AE.bool(), chosen_AE.bool()))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_token_that_decides_all_its_experts_says_all_and_one_that_decides_none_nothing(k: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    token_A = torch.randint(400, (4000,), generator=draw)
+    of_each = torch.rand(400, 8, generator=draw).topk(k).indices
+    decided = figures({"text": of_several(of_each[token_A], token_A)}, [])["told_by"]["token"]
+    assert decided["share"] == pytest.approx(1.0)
+    assert decided["within"] == pytest.approx(math.log(k))
+    at_random = torch.rand(4000, 8, generator=draw).topk(k).indices
+    chance = figures({"text": of_several(at_random, token_A)}, [])["told_by"]["token"]
+    assert chance["share"] == pytest.approx(0.0, abs=0.02)
+
+
+@given(st.lists(st.permutations(range(5)), min_size=1, max_size=12), st.integers(1, 3))
+def test_what_is_dealt_is_each_value_and_each_expert_as_often_and_no_expert_twice_to_a_token(
+    orders: list[list[int]], k: int
+) -> None:
+    """Of values that came once each: a pair that is dealt twice would be one expert twice at one token."""
+    choices = [(value, expert) for value, order in enumerate(orders) for expert in order[:k]]
+    found = dealt(pairs_of(choices, 5), 5, len(orders))
+    assert set(found.count_X.tolist()) == {1}
+    again = [divmod(key, 5) for key in found.key_X.tolist()]
+    assert Counter(value for value, _ in again) == Counter(value for value, _ in choices)
+    assert Counter(expert for _, expert in again) == Counter(expert for _, expert in choices)
+
+
 def test_what_cannot_be_told_is_not() -> None:
     """Values that came once each say everything of any experts; and one expert leaves nothing to say."""
-    assert information(pairs_of([(value, value % 4) for value in range(50)], 4), 4).share is None
-    assert information(pairs_of([(value % 5, 2) for value in range(50)], 4), 4).share is None
+    assert information(pairs_of([(value, value % 4) for value in range(50)], 4), 4, 50, 0.0).share is None
+    assert information(pairs_of([(value % 5, 2) for value in range(50)], 4), 4, 50, 0.0).share is None
 
 
 @given(CHOICES)
@@ -102,7 +135,6 @@ def test_experts_that_go_by_position_and_one_that_takes_nothing() -> None:
     nothing = found["experts"][2]
     assert nothing == {
         "share": 0.0,
-        "held": 0,
         "turned_away_fraction": None,
         "confidence": None,
         "by_lift": [],
