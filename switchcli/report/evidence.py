@@ -44,7 +44,8 @@ def tables(report: Report) -> Iterator[HtmlTable]:
 
 def quality_table(found: Comparison) -> HtmlTable:
     base = found.baseline.label
-    common = () if found.common_step is None else (f"at step {found.common_step:,}",)
+    at = "" if found.common_step is None else f"at step {found.common_step:,}"
+    common = (at,) if at else ()
     rows = [
         [
             row.label,
@@ -62,7 +63,7 @@ def quality_table(found: Comparison) -> HtmlTable:
     caption = (
         f"The mean over seeds (least to most){several}; over {base}: run by run, of the same seed where there is one."
     )
-    headings = ("series", "seeds", "steps", "at the end", *common, f"over {base}")
+    headings = ("series", "seeds", "steps", "at the end", *common, f"over {base} {at}".strip())
     return HtmlTable(_capital(found.measure.title), headings, rows, caption)
 
 
@@ -213,11 +214,12 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
     known = {label: end for label, end in ends.items() if end is not None}
     if not known:
         return [(str(len(found.rows)), "series, none of them evaluated yet")]
-    best = max(known, key=lambda label: measure.sign * known[label].mean)
-    over = next(row.over for row in found.rows if row.label == best)
-    doubt = ", not with every seed" if best != base and over is not None and over.least <= 0 else ""
+    ranked = sorted(known, key=lambda label: -measure.sign * known[label].mean)
+    best, series = ranked[0], {one.label: one for one in found.series}
+    over = found.over(series[best], series[ranked[1]]) if len(ranked) > 1 else None
+    doubt = ", not with every seed" if over is not None and over.least <= 0 else ""
     facts = [(best, f"is best {where}{doubt}"), (f"{known[best].mean:.4f}", f"its {measure.title}")]
-    others = [row for row in found.rows if row.label != base]
+    others = [row for row in found.rows if row.label != base and row.speed.reached == row.seeds]
     for place, what in enumerate(("steps", "time")):
         some = [(times.mean, row.label) for row in others if (times := row.speed.times[place]) is not None]
         if some:

@@ -88,15 +88,20 @@ class _Drawn(NamedTuple):
     label: str
     runs: list[Run]
     band: Band
+    seconds: Floats
+    """Of training, at the band's steps, of the runs that have come so far."""
 
 
 def _drawn(found: Comparison, get: Get) -> list[_Drawn]:
     drawn = []
     for one in found.series:
         curves = [(run, curve) for run in one.runs if (curve := get(run)) is not None]
-        if (whole := band([curve for _, curve in curves])) is not None:
+        whole = band([curve for _, curve in curves])
+        spent = band([Curve(curve.steps, run.seconds_at(curve.steps)) for run, curve in curves])
+        if whole is not None and spent is not None:
             kept = thinned(whole.mean, POINTS)
-            drawn.append(_Drawn(one.label, [run for run, _ in curves], Band(*(part[kept] for part in whole))))
+            runs, shown = [run for run, _ in curves], Band(*(part[kept] for part in whole))
+            drawn.append(_Drawn(one.label, runs, shown, spent.mean[kept]))
     return drawn
 
 
@@ -122,7 +127,7 @@ def _against(found: Comparison, name: str, title: str, caption: str, get: Get) -
     unit = _unit(found)
     more: dict[str, Callable[[_Drawn], Floats]] = {
         "tokens": lambda one: one.band.steps * one.runs[0].batch_tokens,
-        unit.name: lambda one: np.mean([run.seconds.at(one.band.steps) for run in one.runs], axis=0) / unit.seconds,
+        unit.name: lambda one: one.seconds / unit.seconds,
         "flops": lambda one: one.band.steps * one.runs[0].flops_per_step,
     }
     table = _table(name, drawn, more)

@@ -103,6 +103,14 @@ class Run(NamedTuple):
         known = self.curves.get("seconds", Curve(np.zeros(0), np.zeros(0)))
         return Curve(np.append(0.0, known.steps), np.append(0.0, known.values))
 
+    def seconds_at(self, steps: Floats) -> Floats:
+        """Of training up to `steps`; beyond what was logged as fast as last; NaN where nothing was."""
+        known = self.seconds
+        if len(known.steps) < 2:
+            return np.full(len(steps), np.nan)
+        (before, last), (began, ended) = known.steps[-2:], known.values[-2:]
+        return known.at(steps) + np.maximum(steps - last, 0) * (ended - began) / (last - before)
+
     @property
     def flops_per_step(self) -> float:
         """Forward and backward, a teacher's too; NaN where nothing was logged."""

@@ -64,7 +64,7 @@ def test_runs_of_other_lengths_are_compared_where_all_have_been(tmp_path: Path) 
     found = compare([a_seed(tmp_path, "a", 0, 0.01), read(path, RECIPE)], None, None, 1)
     assert found.common_step == 40
     assert [row.at_common for row in found.rows] == [pytest.approx((-4.6,) * 3), pytest.approx((-4.2,) * 3)]
-    assert "at step 40, the last that all reached" in found.notes[0]
+    assert "at step 40, the last at which all that were evaluated have it" in found.notes[0]
 
 
 @given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=12), quality=st.floats(-10, 10))
@@ -80,14 +80,22 @@ def test_the_first_step_is_where_a_search_finds_it(values: list[float], quality:
         assert (there[fine < found - 1e-9] <= quality + 1e-9).all()
 
 
-@given(values=st.lists(st.floats(-10, -1), min_size=2, max_size=12), seconds=st.floats(0.01, 10))
-def test_a_run_is_as_fast_as_itself(values: list[float], seconds: float) -> None:
-    steps = np.arange(len(values)) * 10.0
-    curves = {HELD_OUT: Curve(steps, np.array(values)), "seconds": Curve(steps[1:], steps[1:] * seconds)}
-    for name in ("flops", "tokens"):
-        curves[f"{name}_per_second"] = Curve(steps[1:], np.full(len(values) - 1, 1e6))
-    run = Run("a", RECIPE, {}, curves, {}, {}, None, ())
-    (row,) = compare([run], None, None, 1).rows
-    assert row.over == (0, 0, 0)
-    assert all(times is None or times == (1, 1, 1) for times in row.speed.times)
+@given(values=st.lists(st.integers(-10, -1), min_size=2, max_size=12), pace=st.floats(0.1, 10))
+def test_a_run_that_gets_everywhere_in_half_the_steps_is_twice_as_fast(values: list[int], pace: float) -> None:
+    runs = []
+    for apart, seconds in ((20.0, 1.0), (10.0, pace)):
+        steps = np.arange(len(values)) * apart
+        curves = {
+            HELD_OUT: Curve(steps, np.array(values, dtype=float)),
+            "seconds": Curve(steps[1:], steps[1:] * seconds),
+        }
+        for name in ("flops", "tokens"):
+            curves[f"{name}_per_second"] = Curve(steps[1:], np.full(len(values) - 1, 1e6))
+        runs.append(Run(f"{apart}", {**RECIPE, "apart": apart}, {}, curves, {}, {}, None, ()))
+    row = compare(runs, None, None, 1).rows[1]
     assert row.speed.reached == 1
+    if values[0] >= values[-1]:  # there before the first step, at no cost
+        assert row.speed.times == (None, None, None)
+    else:
+        assert row.speed.times[0] == row.speed.times[2] == pytest.approx((2, 2, 2))
+        assert row.speed.times[1] == pytest.approx((2 / pace,) * 3)
