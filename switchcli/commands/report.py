@@ -1,5 +1,6 @@
 """`switchcli report`: the runs in folders, compared: a table, a page, files of figures. No torch: it starts at once."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from switchcli.report.console import Console
 from switchcli.report.evidence import Report
 from switchcli.report.html import page
 from switchcli.report.runs import Run, read
+from switchcli.report.series import Series, grouped
 
 Warn = Callable[[str], None]
 
@@ -33,24 +35,38 @@ def report(folders: Sequence[Path], options: Options, warn: Warn) -> Report:
         CheckpointError: none of them is a run.
         RecipeError: the baseline is none of them.
     """
-    runs = [run for folder in dict.fromkeys(folders) if (run := _read(folder, warn)) is not None]
+    once: dict[str, Path] = {}
+    for folder in folders:
+        once.setdefault(os.path.realpath(folder), folder)
+    files = [folder for folder in once.values() if folder.is_file()]
+    runs = [run for folder in once.values() if folder not in files and (run := _read(folder, warn)) is not None]
     if not runs:
+        for file in files:  # beside runs they are passed over: `runs/*` names logs too
+            warn(f"{file}: is no run: it is a file")
         raise CheckpointError(
             "none of the folders is a run: name some that `switchcli pretrain`, `finetune`, `distill` or `eval` wrote"
         )
-    trained = [run for run in runs if run.verb != "eval"]
-    base = None if options.baseline is None else str(options.baseline)
-    if base is not None and base not in {run.name for run in trained}:
-        raise RecipeError(
-            f"--baseline {base}: is none of the runs: name one of {', '.join(run.name for run in trained)}"
-        )
+    every = grouped(runs)
+    trained = [one for one in every if one.runs[0].verb != "eval"]
+    base = None if options.baseline is None else _baseline(options.baseline, once, trained)
     comparison = compare(trained, base, options.quality, options.smooth) if trained else None
     notes = [note for run in runs for note in run.notes]
     for note in notes:
         warn(note)
     if comparison is not None:
         notes = [*comparison.notes, *notes]
-    return Report(comparison, [run for run in runs if run.verb == "eval"], notes)
+    return Report(comparison, [one for one in every if one not in trained], notes)
+
+
+def _baseline(said: Path, once: Mapping[str, Path], trained: Sequence[Series]) -> str:
+    """The name of the run that is meant, by whatever path."""
+    names = [run.name for one in trained for run in one.runs]
+    if not names:
+        raise RecipeError(f"--baseline {said}: there is nothing to compare: the folders are evaluations alone")
+    name = str(once.get(os.path.realpath(said), said))
+    if name not in names:
+        raise RecipeError(f"--baseline {said}: is none of the runs: name one of {', '.join(names)}")
+    return name
 
 
 def _read(folder: Path, warn: Warn) -> Run | None:

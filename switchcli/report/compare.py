@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchcli.report.runs import Run
-from switchcli.report.series import Series, Spread, grouped, spread
+from switchcli.report.series import Series, Spread, spread
 from switchcli.report.speed import Speed, Yardstick, partner, speed, yardstick
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
@@ -71,15 +71,16 @@ class Comparison(NamedTuple):
         return len(digests(self.series))
 
 
-def compare(runs: Sequence[Run], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
-    """`runs` trained, at least one; `baseline` is the name of one of them, the first where it is absent."""
-    series = tuple(grouped(runs))
+def compare(series: Sequence[Series], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
+    """Of runs that trained, at least one; `baseline` is the name of one of them, the first where it is absent."""
     base = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
     cut = digests(series)
     measure = yardstick(len(cut), evaluations)
     common = _common_step(series, measure)
     rows = tuple(_row(one, base, measure, quality, common) for one in series)
-    return Comparison(series, base, measure, quality, common, rows, tuple(_notes(series, len(cut), common, measure)))
+    return Comparison(
+        tuple(series), base, measure, quality, common, rows, tuple(_notes(series, len(cut), common, measure))
+    )
 
 
 def digests(series: Sequence[Series]) -> list[str]:

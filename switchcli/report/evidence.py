@@ -9,7 +9,8 @@ from switchcli.report.charts import Figure
 from switchcli.report.compare import Comparison
 from switchcli.report.html import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
 from switchcli.report.runs import HELD_OUT, Run, mapping
-from switchcli.report.series import Spread, differences
+from switchcli.report.series import Series, Spread, differences
+from switchcli.report.text import capital
 from switchcli.report.units import clock, si
 
 SAMPLES = 12
@@ -24,13 +25,20 @@ class Report(NamedTuple):
 
     comparison: Comparison | None
     """Of the runs that trained; None where there are evaluations alone."""
-    evaluations: Sequence[Run]
-    """Folders of `switchcli eval`."""
+    evaluations: Sequence[Series]
+    """Folders of `switchcli eval`, each by itself."""
     notes: Sequence[str]
 
     @property
     def trained(self) -> list[Run]:
         return [run for one in self.comparison.series for run in one.runs] if self.comparison else []
+
+    @property
+    def holders(self) -> dict[str, Sequence[Run]]:
+        """All runs by their labels."""
+        return {
+            one.label: one.runs for one in [*(self.comparison.series if self.comparison else ()), *self.evaluations]
+        }
 
 
 def tables(report: Report) -> Iterator[HtmlTable]:
@@ -64,7 +72,7 @@ def quality_table(found: Comparison) -> HtmlTable:
         f"The mean over seeds (least to most){several}; over {base}: run by run, of the same seed where there is one."
     )
     headings = ("series", "seeds", "steps", "at the end", *common, f"over {base} {at}".strip())
-    return HtmlTable(_capital(found.measure.title), headings, rows, caption)
+    return HtmlTable(capital(found.measure.title), headings, rows, caption)
 
 
 def speed_table(found: Comparison) -> HtmlTable:
@@ -105,10 +113,7 @@ def size_table(found: Comparison) -> HtmlTable:
 
 def task_tables(report: Report) -> Iterator[HtmlTable]:
     """Scores of tasks, and figures of languages or corpora: a row each, a column a series."""
-    holders: dict[str, Sequence[Run]] = (
-        {one.label: one.runs for one in report.comparison.series} if report.comparison else {}
-    )
-    holders |= {run.name: [run] for run in report.evaluations}
+    holders = report.holders
     if found := scores.tasks(holders):
         yield _crossed("Tasks", "task", found, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
     by_tokens = report.comparison is None or report.comparison.tokenizers < 2
@@ -242,7 +247,7 @@ def _samples(found: Comparison) -> Iterator[Part]:
 
 def _run_table(report: Report) -> HtmlTable:
     rows = []
-    for run in [*report.trained, *report.evaluations]:
+    for run in [*report.trained, *(run for one in report.evaluations for run in one.runs)]:
         step, final, seconds = (run.number(name) for name in ("step", HELD_OUT, "seconds"))
         step = run.step if step is None else int(step)
         rows.append(
@@ -268,7 +273,3 @@ def _between(value: Spread | None, write: Callable[[float], str]) -> str:
     if value.least == value.most:
         return write(value.mean)
     return f"{write(value.mean)} ({write(value.least)} to {write(value.most)})"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

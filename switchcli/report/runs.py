@@ -56,7 +56,7 @@ class Run(NamedTuple):
     result: Mapping[str, Any]
     """Empty while the run goes on."""
     curves: Mapping[str, Curve]
-    """By the names of metrics.jsonl; the routers' entropies as `LAYER/entropy`."""
+    """By the names of metrics.jsonl; the routers' entropies as `LAYER/entropy`, a share of the most there can be."""
     loads: Mapping[str, Loads]
     """By layer."""
     texts: Mapping[str, Mapping[str, float]]
@@ -163,8 +163,8 @@ class _Lines:
             load, entropy = (mapping(figures).get(name) for name in ("load", "entropy"))
             if isinstance(load, list) and all(isinstance(tokens, int) for tokens in load):
                 points[f"{layer}/load"].append((step, load))
-            if isinstance(entropy, float):
-                points[f"{layer}/entropy"].append((step, entropy))
+                if isinstance(entropy, float) and len(load) > 1:
+                    points[f"{layer}/entropy"].append((step, entropy / math.log(len(load))))
         if "texts" in record:
             self.texts = mapping(record["texts"])
 

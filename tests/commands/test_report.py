@@ -151,11 +151,45 @@ def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], sw
         assert "61.25" in Path("page.html").read_text(encoding="utf-8")
 
 
+def test_a_run_counts_once_however_it_is_named(runs: list[str], switchcli: SwitchCLI) -> None:
+    Path("link").symlink_to("switch-0")
+    named = [*runs, "./dense-0", str(Path("dense-0").resolve()), "link", "switch-0"]
+    done = switchcli("report", *named, "--baseline", "link", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert [(one["series"], one["seeds"]) for one in found["series"]] == [("dense", 2), ("switch", 2)]
+    assert found["baseline"] == "switch"
+
+
+def test_files_beside_runs_are_passed_over(runs: list[str], switchcli: SwitchCLI) -> None:
+    Path("dense-0.log").write_text("x")
+    done = switchcli("report", *runs, "dense-0.log")
+    assert (done.code, done.err) == (0, "")
+    done = switchcli("report", "dense-0.log")
+    assert done.code == 4
+    assert "dense-0.log: is no run" in done.err
+
+
+def test_an_evaluation_of_the_name_of_a_run_has_a_column_of_its_own(runs: list[str], switchcli: SwitchCLI) -> None:
+    for folder, score in (("dense-0", 10.5), ("eval/dense-0", 20.5), ("eval/dense", 30.5)):
+        file = Path(folder, "result.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole = json.loads(file.read_text()) if file.exists() else {"verb": "eval"}
+        file.write_text(json.dumps({**whole, "tasks": {"rte": {"score": {"value": score}}}}))
+    for arguments in (("dense-0", "eval/dense-0"), ("dense-0", "dense-1", "eval/dense")):
+        done = switchcli("report", *arguments)
+        assert done.code == 0, done.err
+        scores = next(line.split() for line in done.out.splitlines() if line.split()[:1] == ["rte"])
+        assert scores[1] == "10.50"
+        assert scores[2] in ("20.50", "30.50")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (("nowhere",), 4, "none of the folders is a run: name some that"),
         (("dense-0", "--baseline", "switch-0"), 2, "--baseline switch-0: is none of the runs: name one of dense-0"),
+        (("eval", "--baseline", "dense-0"), 2, "--baseline dense-0: there is nothing to compare"),
         (("dense-0", "--html", "no/page.html"), 4, "no/page.html"),
         (("dense-0", "--smooth", 0), 2, "smooth"),
         ((), 2, "RUN"),
@@ -163,6 +197,8 @@ def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], sw
 )
 @pytest.mark.usefixtures("runs")
 def test_it_refuses(arguments: tuple[str, ...], code: int, said: str, switchcli: SwitchCLI) -> None:
+    Path("eval").mkdir()
+    Path("eval/result.json").write_text('{"verb": "eval"}')
     done = switchcli("report", *arguments)
     assert done.code == code
     assert said in done.err

@@ -18,6 +18,7 @@ from switchcli.report.compare import compare
 from switchcli.report.evidence import Report, parts
 from switchcli.report.html import Charts, HtmlTable, page
 from switchcli.report.runs import Run, read
+from switchcli.report.series import grouped
 
 pytestmark = pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="no Chromium is installed")
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -73,7 +74,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             runs.append(read_as(path))
     file = folder / "report.html"
-    file.write_text(page(f"report {harmful}", parts(Report(compare(runs, None, None, 1), [], [harmful]))))
+    file.write_text(page(f"report {harmful}", parts(Report(compare(grouped(runs), None, None, 1), [], [harmful]))))
     return file
 
 
