@@ -117,15 +117,52 @@ def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli
         "empty: is no run: it holds neither metrics.jsonl nor result.json",
         "nowhere: is no run",
         "going: has no result.json: still going on, or stopped, at step 40 of 100",
-        "dense-1/metrics.jsonl:21: not a whole line, left out",
+        "dense-1/metrics.jsonl: left out: line 21: not a whole line",
         "switch-1/recipe.yaml",
     ):
         assert words in done.err
     assert "1, 1 going on" in done.out
     assert "at step 40" in done.out
     page = Path("page.html").read_text(encoding="utf-8")
-    assert "dense-1/metrics.jsonl:21" in page
+    assert "dense-1/metrics.jsonl: left out: line 21" in page
     assert "40 of 100" in page
+
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("metrics.jsonl", '{"step": 200, "held_out/neg_log_perplexity": NaN}', "neg_log_perplexity is no finite"),
+        ("metrics.jsonl", '{"step": 200, "dropped_fraction": -1e999}', "dropped_fraction is no finite number"),
+        ("metrics.jsonl", f'{{"step": {DIGITS}}}', "line 22: not a whole line"),
+        ("metrics.jsonl", f'{{"step": {DIGITS[:400]}, "seconds": 1.0}}', "line 22: no line of a step"),
+        ("metrics.jsonl", '{"step": -5, "seconds": 1.0}', "line 22: no line of a step"),
+        ("metrics.jsonl", '{"step": 200, "layers": {"a": {"load": [], "entropy": 1.0}}}', ""),
+        (
+            "metrics.jsonl",
+            '{"step": 200, "layers": {"a": {"load": [-1, 2], "entropy": NaN}}}',
+            "a/entropy is no finite",
+        ),
+        ("metrics.jsonl", f'{{"step": 200, "layers": {{"a": {{"load": [{DIGITS[:400]}]}}}}}}', ""),
+        ("metrics.jsonl", '{"step": 200, "tokens_per_second": 0.0, "flops_per_second": 0.0}', ""),
+        ("result.json", '{"verb": "pretrain", "step": 1e999, "seconds": NaN}', "no finite number: step, seconds"),
+        ("result.json", f'{{"verb": "pretrain", "parameters": {DIGITS[:400]}}}', "no finite number: parameters"),
+        ("result.json", f'{{"parameters": {DIGITS}}}', "not a JSON object"),
+    ],
+)
+def test_numbers_that_are_none_are_told_and_the_rest_is_shown(
+    file: str, line: str, said: str, runs: list[str], switchcli: SwitchCLI
+) -> None:
+    path = Path("switch-0", file)
+    path.write_text((path.read_text() if file == "metrics.jsonl" else "") + line + "\n")
+    done = switchcli("report", *runs, "--html", "page.html", "--json")
+    assert done.code == 0, done.err
+    assert said in done.err
+    assert bool(done.err) == bool(said)
+    assert json.loads(done.out)["series"][1]["final"]["mean"] == pytest.approx(-2.95)
+    assert Path("page.html").exists()
 
 
 def test_other_tokenizers_are_compared_by_bits_a_byte(runs: list[str], switchcli: SwitchCLI) -> None:
