@@ -1,14 +1,17 @@
 """What a report says of each series, in numbers: sizes, quality, speed-up, routing, rate."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from switchcli.report.runs import Run
-from switchcli.report.series import Series, Spread, spread
+from switchcli.report.series import Series, Spread, differences, spread
 from switchcli.report.speed import Speed, Yardstick, partner, speed, yardstick
 
+KEYS = 3
+"""Of recipes, that a note names, at most."""
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 
 
@@ -133,6 +136,12 @@ def _notes(series: Sequence[Series], tokenizers: int, common: int | None, measur
         notes.append(
             f"The runs read by {tokenizers} tokenizers: neg. log perplexities of different tokens say nothing of one "
             "another, so they are compared by bits a byte alone, of which fewer are better."
+        )
+    texts = [key for key in differences(series) if re.match(r"(data(?!\.(tokenizer|lanes))|tasks)\b", key)]
+    if texts:
+        notes.append(
+            f"The held-out text is not the same in all series, by {', '.join(texts[:KEYS])}"
+            f"{', ...' if len(texts) > KEYS else ''}: figures of different texts say little of one another."
         )
     lacking = [run.name for one in series for run in one.runs if measure.figure not in run.curves]
     if lacking:

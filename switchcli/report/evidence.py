@@ -1,14 +1,15 @@
 """A report of runs, put in words: the tables for a terminal, and the parts of the page."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from switchcli.report import figures, scores
-from switchcli.report.charts import Figure
+from switchcli.report.charts import Figure, Table, Value
 from switchcli.report.compare import Comparison
 from switchcli.report.html import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
 from switchcli.report.runs import HELD_OUT, Run, mapping
+from switchcli.report.scores import Figures
 from switchcli.report.series import Series, Spread, differences
 from switchcli.report.text import capital
 from switchcli.report.units import clock, si
@@ -47,7 +48,7 @@ def tables(report: Report) -> Iterator[HtmlTable]:
         yield quality_table(report.comparison)
         yield speed_table(report.comparison)
         yield size_table(report.comparison)
-    yield from task_tables(report)
+    yield from (one.shown() for one in scored(report))
 
 
 def quality_table(found: Comparison) -> HtmlTable:
@@ -111,22 +112,49 @@ def size_table(found: Comparison) -> HtmlTable:
     return HtmlTable("Size and speed", headings, rows, caption)
 
 
-def task_tables(report: Report) -> Iterator[HtmlTable]:
-    """Scores of tasks, and figures of languages or corpora: a row each, a column a series."""
+class Scored(NamedTuple):
+    """Scores of tasks, or figures of languages or corpora."""
+
+    name: str
+    """Of its file."""
+    title: str
+    what: str
+    """Of a row: task or text."""
+    form: str
+    figures: Figures
+    caption: str
+
+    def shown(self) -> HtmlTable:
+        """A row a task or text, a column a series."""
+        names = dict.fromkeys(name for values in self.figures.values() for name in values)
+        rows = [[name, *(_said(values.get(name), self.form) for values in self.figures.values())] for name in names]
+        return HtmlTable(self.title, (self.what, *self.figures), rows, self.caption)
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: by series and by row."""
+        return {label: {name: one._asdict() for name, one in values.items()} for label, values in self.figures.items()}
+
+    def table(self) -> Table:
+        """For a file: a row a figure."""
+        each = [(label, name, one) for label, values in self.figures.items() for name, one in values.items()]
+        columns: dict[str, list[Value]] = {"series": [label for label, _, _ in each]}
+        columns[self.what] = [name for _, name, _ in each]
+        for key, place in {"value": 0, "least": 1, "most": 2}.items():
+            columns[key] = [one[place] for _, _, one in each]
+        return Table(self.name, columns)
+
+
+def scored(report: Report) -> Iterator[Scored]:
+    """All that there is."""
     holders = report.holders
     if found := scores.tasks(holders):
-        yield _crossed("Tasks", "task", found, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
-    by_tokens = report.comparison is None or report.comparison.tokenizers < 2
-    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if by_tokens else {}
+        said = "Scores from 0 to 100, the mean over seeds (least to most)."
+        yield Scored("tasks", "Tasks", "task", ".2f", found, said)
+    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if scores.by_tokens(holders) else {}
     for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
         if found := scores.texts(holders, figure):
-            yield _crossed(title, "text", found, ".4f", "Held-out text of each language or corpus.")
-
-
-def _crossed(title: str, what: str, found: Mapping[str, Mapping[str, Spread]], form: str, caption: str) -> HtmlTable:
-    names = dict.fromkeys(name for values in found.values() for name in values)
-    rows = [[name, *(_said(values.get(name), form) for values in found.values())] for name in names]
-    return HtmlTable(title, (what, *found), rows, caption)
+            said = "Held-out text of each language or corpus."
+            yield Scored(f"texts_{figure}", title, "text", ".4f", found, said)
 
 
 def difference_table(found: Comparison) -> HtmlTable | None:
@@ -139,6 +167,19 @@ def difference_table(found: Comparison) -> HtmlTable | None:
         ("key", *(one.label for one in found.series)),
         rows,
         "Keys of the recipes that are the same in all series are left out.",
+    )
+
+
+def difference_file(found: Comparison) -> Table:
+    """The same for a file: a row a value, empty where the recipe has no such key."""
+    each = [
+        (key, one.label, value)
+        for key, values in differences(found.series).items()
+        for one, value in zip(found.series, values, strict=True)
+    ]
+    plain = [value if value is None or type(value) in (int, float) else _written(value) for _, _, value in each]
+    return Table(
+        "recipes", {"key": [key for key, _, _ in each], "series": [label for _, label, _ in each], "value": plain}
     )
 
 
@@ -171,8 +212,8 @@ def parts(report: Report) -> Iterator[Part]:
             yield Section("Routing", [Charts(curves)])
         if maps := [*figures.loads(found)]:
             yield Section("Expert load", [*_maps(maps)])
-    if scored := [*task_tables(report)]:
-        yield Section("Tasks and languages", scored)
+    if shown := [one.shown() for one in scored(report)]:
+        yield Section("Tasks and languages", shown)
     if found is not None:
         if (table := difference_table(found)) is not None:
             yield Section("Recipes", [table])

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +65,7 @@ class Run(NamedTuple):
     texts: Mapping[str, Mapping[str, float]]
     """Figures of each held-out text, of the last evaluation."""
     tokenizer: str | None
-    """A digest; None where the folder has none."""
+    """The digest of the tokenizer.json that it read by; None where nobody knows."""
     notes: tuple[str, ...]
 
     @property
@@ -176,10 +176,11 @@ class _Lines:
                 points[name].append((step, value))
         for layer, figures in layers:
             load, name = figures.get("load"), f"{layer}/entropy"
+            entropy = entropies[name]
             if isinstance(load, list) and load and all(map(_is_count, load)):
                 points[f"{layer}/load"].append((step, load))
-                if isinstance(entropies[name], float) and name not in large and len(load) > 1:
-                    points[name].append((step, entropies[name] / math.log(len(load))))
+                if isinstance(entropy, float) and name not in large and len(load) > 1:
+                    points[name].append((step, entropy / math.log(len(load))))
         if "texts" in record:
             self.texts = mapping(record["texts"])
 
@@ -210,7 +211,7 @@ def _number(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     """Of a step, or of tokens: one that a float holds exactly."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
 

@@ -71,8 +71,12 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
         assert words in page
     assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
     names = {path.name for path in Path("figures").iterdir()}
-    stems = {name.rsplit(".", 1)[0] for name in names} - {"runs"}
-    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png", "csv")} | {"runs.csv"}
+    stems = {name.removesuffix(".svg") for name in names if name.endswith(".svg")}
+    axes = ("_steps", "_tokens", "_wall_time", "_flops")
+    shared = {f"{name}{axis}": name for name in ("held_out", "training") for axis in axes}
+    shared = {stem: shared.get(stem, stem) for stem in stems}
+    tables = {f"{name}.csv" for name in (*shared.values(), "runs", "recipes")}
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")} | tables
     assert {
         "held_out_steps",
         "held_out_wall_time",
@@ -81,7 +85,7 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
         "entropy",
         "tokens_per_second",
     } < stems
-    rows = rows_of(Path("figures/held_out_steps.csv"))
+    rows = rows_of(Path("figures/held_out.csv"))
     last = next(row for row in reversed(rows) if row["series"] == "dense")
     assert (float(last["step"]), float(last["value"])) == pytest.approx((90, -4.05))  # the mean of the last three
     assert float(last["tokens"]) == 90_000
@@ -219,6 +223,60 @@ def test_an_evaluation_of_the_name_of_a_run_has_a_column_of_its_own(runs: list[s
         scores = next(line.split() for line in done.out.splitlines() if line.split()[:1] == ["rte"])
         assert scores[1] == "10.50"
         assert scores[2] in ("20.50", "30.50")
+
+
+def an_evaluation(folder: str, tokenizer: str | None = None, task: str = "rte") -> str:
+    """Of a task and a text."""
+    text = {"de": {"neg_log_perplexity": -2.5, "bits_per_byte": 1.25}}
+    passes = [{"tasks": {task: {"score": {"value": 61.25}}}, "texts": text}]
+    Path(folder).mkdir()
+    known = {} if tokenizer is None else {"tokenizer": tokenizer}
+    Path(folder, "result.json").write_text(json.dumps({"verb": "eval", "passes": passes, **known}))
+    return folder
+
+
+@pytest.mark.parametrize(("other", "alike"), [("one", True), ("two", False), (None, False)])
+def test_texts_are_compared_by_tokens_where_the_tokens_are_the_same(
+    other: str | None, alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = switchcli("report", an_evaluation("a", "one"), an_evaluation("b", other), "--html", "page.html")
+    assert ("-2.5000" in done.out) == alike
+    assert "1.2500" in done.out
+    assert ("compared by bits a byte alone" in " ".join(done.err.split())) != alike
+    assert "<h1>switchcli report: 2 evaluations</h1>" in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_held_out_texts_that_differ_are_told(runs: list[str], switchcli: SwitchCLI) -> None:
+    a_run(Path("other"))
+    recipe = Path("other/recipe.yaml")
+    recipe.write_text(recipe.read_text() + "data: {corpora: [other]}\n")
+    done = switchcli("report", *runs, "other")
+    assert "The held-out text is not the same in all series, by data.corpora" in " ".join(done.err.split())
+
+
+def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str], switchcli: SwitchCLI) -> None:
+    for seed in range(2):
+        file = Path(f"dense-{seed}/result.json")
+        score = {"=cmd": {"score": {"value": 60.0 + seed}}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "tasks": score}))
+    Path("switch-0/recipe.yaml").write_text("verb: pretrain\nmodel: {num_experts: 4, size: .nan}\n")
+    arguments = ("report", "dense-0", "dense-1", "switch-0", an_evaluation("@b", task="=cmd"))
+    done = switchcli(*arguments, "--json", "--figures", "figures", "--html", "page.html")
+    found = json.loads(done.out)
+    assert found["tables"]["tasks"]["dense"] == {"=cmd": {"mean": 60.5, "least": 60.0, "most": 61.0}}
+    assert found["tables"]["texts_bits_per_byte"] == {"@b": {"de": {"mean": 1.25, "least": 1.25, "most": 1.25}}}
+    assert found["differences"]["model.num_experts"] == {"dense": 1, "switch-0": 4}
+    assert found["differences"]["model.size"] == {"dense": None, "switch-0": "NaN"}
+    assert rows_of(Path("figures/tasks.csv")) == [
+        {"series": "dense", "task": "'=cmd", "value": "60.5", "least": "60.0", "most": "61.0"},
+        {"series": "'@b", "task": "'=cmd", "value": "61.25", "least": "61.25", "most": "61.25"},
+    ]
+    assert rows_of(Path("figures/texts_neg_log_perplexity.csv"))[0]["value"] == "-2.5"
+    recipes = {(row["key"], row["series"]): row["value"] for row in rows_of(Path("figures/recipes.csv"))}
+    assert recipes["model.num_experts", "switch-0"] == "4"
+    assert recipes["train.steps", "switch-0"] == ""
+    assert "report: 3 runs in 2 series, 1 evaluation<" in Path("page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
