@@ -171,6 +171,7 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
         "verb": recipe.verb,
         "checkpoint": str(opened.path),
         "step": opened.step,
+        "tokenizer": opened.tokenizer.sha256,
         "recipe": recipe.model_dump(mode="json"),
         "passes": [one.to_json() for one in passes],
         **machine(runtime),

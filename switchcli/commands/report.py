@@ -1,5 +1,7 @@
 """`switchcli report`: the runs in folders, compared: a table, a page, files of figures. No torch: it starts at once."""
 
+import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,13 +9,14 @@ from typing import Any, NamedTuple
 
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import text
-from switchcli.report import charts, evidence
+from switchcli.report import charts, evidence, scores
 from switchcli.report.charts import Figure, Table
 from switchcli.report.compare import compare
 from switchcli.report.console import Console
 from switchcli.report.evidence import Report
 from switchcli.report.html import page
 from switchcli.report.runs import Run, read
+from switchcli.report.series import Series, differences, grouped
 
 Warn = Callable[[str], None]
 
@@ -33,24 +36,44 @@ def report(folders: Sequence[Path], options: Options, warn: Warn) -> Report:
         CheckpointError: none of them is a run.
         RecipeError: the baseline is none of them.
     """
-    runs = [run for folder in dict.fromkeys(folders) if (run := _read(folder, warn)) is not None]
+    once: dict[str, Path] = {}
+    for folder in folders:
+        once.setdefault(os.path.realpath(folder), folder)
+    files = [folder for folder in once.values() if folder.is_file()]
+    runs = [run for folder in once.values() if folder not in files and (run := _read(folder, warn)) is not None]
     if not runs:
+        for file in files:  # beside runs they are passed over: `runs/*` names logs too
+            warn(f"{file}: is no run: it is a file")
         raise CheckpointError(
             "none of the folders is a run: name some that `switchcli pretrain`, `finetune`, `distill` or `eval` wrote"
         )
-    trained = [run for run in runs if run.verb != "eval"]
-    base = None if options.baseline is None else str(options.baseline)
-    if base is not None and base not in {run.name for run in trained}:
-        raise RecipeError(
-            f"--baseline {base}: is none of the runs: name one of {', '.join(run.name for run in trained)}"
-        )
+    every = grouped(runs)
+    trained = [one for one in every if one.runs[0].verb != "eval"]
+    base = None if options.baseline is None else _baseline(options.baseline, once, trained)
     comparison = compare(trained, base, options.quality, options.smooth) if trained else None
+    found = Report(comparison, [one for one in every if one not in trained], ())
     notes = [note for run in runs for note in run.notes]
-    for note in notes:
-        warn(note)
+    if not scores.by_tokens(found.holders):
+        notes.append(
+            "Held-out texts of runs or evaluations whose tokenizers differ, or are not known, are compared by bits a "
+            "byte alone."
+        )
     if comparison is not None:
         notes = [*comparison.notes, *notes]
-    return Report(comparison, [run for run in runs if run.verb == "eval"], notes)
+    for note in notes:
+        warn(note)
+    return found._replace(notes=notes)
+
+
+def _baseline(said: Path, once: Mapping[str, Path], trained: Sequence[Series]) -> str:
+    """The name of the run that is meant, by whatever path."""
+    names = [run.name for one in trained for run in one.runs]
+    if not names:
+        raise RecipeError(f"--baseline {said}: there is nothing to compare: the folders are evaluations alone")
+    name = str(once.get(os.path.realpath(said), said))
+    if name not in names:
+        raise RecipeError(f"--baseline {said}: is none of the runs: name one of {', '.join(names)}")
+    return name
 
 
 def _read(folder: Path, warn: Warn) -> Run | None:
@@ -84,45 +107,56 @@ def to_json(found: Report) -> dict[str, Any]:
     """For scripts."""
     comparison = found.comparison
     rows = [] if comparison is None else [row.to_json() for row in comparison.rows]
-    tables = {
-        table.title: [dict(zip(table.headings, row, strict=True)) for row in table.rows]
-        for table in evidence.task_tables(found)
-    }
-    named = (
-        {}
-        if comparison is None
-        else {
+    tables = {one.name: one.to_json() for one in evidence.scored(found)}
+    named: dict[str, Any] = {}
+    if comparison is not None:
+        named = {
             "baseline": comparison.baseline.label,
             "measure": comparison.measure.figure,
             "common_step": comparison.common_step,
+            "differences": {
+                key: dict(zip([one.label for one in comparison.series], _json(values), strict=True))
+                for key, values in differences(comparison.series).items()
+            },
         }
-    )
     return {**named, "series": rows, "tables": tables, "notes": [*found.notes]}
+
+
+def _json(values: Sequence[Any]) -> Any:
+    """As JSON has them: what is no finite number is written out."""
+    return json.loads(json.dumps(values), parse_constant=str)
 
 
 def write_html(found: Report, file: Path) -> None:
     """The page."""
-    runs, several = len(found.trained), found.comparison is not None and len(found.comparison.series) > 1
-    title = f"{runs} runs" + (f" in {len(found.comparison.series)} series" if several and found.comparison else "")
+    counts = {"run": len(found.trained), "evaluation": len(found.evaluations)}
+    said = [f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count]
+    if found.comparison is not None and len(found.comparison.series) > 1:
+        said[0] += f" in {len(found.comparison.series)} series"
     with disk_errors(file, "give another file by --html"):
-        file.write_text(page(f"switchcli report: {title}", evidence.parts(found)), encoding="utf-8")
+        file.write_text(page(f"switchcli report: {', '.join(said)}", evidence.parts(found)), encoding="utf-8")
 
 
 def write_figures(found: Report, folder: Path) -> None:
-    """Each figure as NAME.svg, NAME.png and NAME.csv, and the table of all series as runs.csv."""
+    """Each figure as of `write_each`; the table of all series as runs.csv, what their recipes differ in as
+    recipes.csv, and the scores as tasks.csv, texts_neg_log_perplexity.csv and texts_bits_per_byte.csv."""
     write_each(evidence.every_figure(found), folder)
+    tables = [one.table() for one in evidence.scored(found)]
     if found.comparison is not None:
         rows = [row.flat() for row in found.comparison.rows]
-        table = Table("runs", {key: [row[key] for row in rows] for key in rows[0]})
-        with disk_errors(folder, "give another folder by --figures"):
-            (folder / "runs.csv").write_text(table.csv(), encoding="utf-8")
+        tables.append(Table("runs", {key: [row[key] for row in rows] for key in rows[0]}))
+        tables.append(evidence.difference_file(found.comparison))
+    with disk_errors(folder, "give another folder by --figures"):
+        for table in tables:
+            (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
 
 
 def write_each(figures: Iterable[Figure], folder: Path) -> None:
-    """Each figure as NAME.svg, NAME.png and NAME.csv."""
+    """Each figure as NAME.svg and NAME.png, its numbers as NAME.csv; those of one table share a file, held_out.csv for
+    held_out_steps, _tokens, _wall_time and _flops, training.csv for training_steps and so on."""
     with disk_errors(folder, "give another folder by --figures"):
         folder.mkdir(parents=True, exist_ok=True)
         for figure in figures:
             (folder / f"{figure.name}.svg").write_text(charts.svg(figure), encoding="utf-8")
             (folder / f"{figure.name}.png").write_bytes(charts.png(figure))
-            (folder / f"{figure.name}.csv").write_text(figure.table.csv(), encoding="utf-8")
+            (folder / f"{figure.table.name}.csv").write_text(figure.table.csv(), encoding="utf-8")

@@ -38,12 +38,19 @@ class Table(NamedTuple):
     columns: Mapping[str, Sequence[Value]]
 
     def csv(self) -> str:
-        """With a heading, as spreadsheets read it; what is not known is empty."""
+        """With a heading, as spreadsheets read it; what is not known is empty.
+
+        A text that a spreadsheet would take for a formula, by its first letter, gets an apostrophe before it.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
-        writer.writerows(zip(*self.columns.values(), strict=True))
+        writer.writerows(map(_harmless, row) for row in zip(*self.columns.values(), strict=True))
         return text.getvalue()
+
+
+def _harmless(value: Value) -> Value:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 class Figure(NamedTuple):

@@ -1,14 +1,17 @@
 """What a report says of each series, in numbers: sizes, quality, speed-up, routing, rate."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from switchcli.report.runs import BITS, Run
-from switchcli.report.series import Series, Spread, grouped, spread
+from switchcli.report.runs import Run
+from switchcli.report.series import Series, Spread, differences, spread
 from switchcli.report.speed import Speed, Yardstick, partner, speed, yardstick
 
+KEYS = 3
+"""Of recipes, that a note names, at most."""
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 
 
@@ -23,9 +26,9 @@ class Row(NamedTuple):
     steps: Spread | None
     final: Spread | None
     over: Spread | None
-    """Over the baseline's, of the same seed; better is more."""
+    """Over the baseline's, of the same seed, at the common step where there is one; better is more."""
     at_common: Spread | None
-    """At the last step that every run of the report reached; None where all end there."""
+    """At the common step; None where all end there."""
     speed: Speed
     tokens_per_second: Spread | None
     dropped: Spread | None
@@ -58,25 +61,29 @@ class Comparison(NamedTuple):
     measure: Yardstick
     quality: float | None
     common_step: int | None
-    """The last step that all runs reached, where they do not end alike."""
+    """The last at which all runs that were evaluated have the measure, where they do not end alike."""
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+
+    def over(self, one: Series, other: Series) -> Spread | None:
+        """What `one` is better by than `other`, seed by seed, where all have come to."""
+        return _over(one, other, self.measure, self.common_step)
 
     @property
     def tokenizers(self) -> int:
         return len(digests(self.series))
 
 
-def compare(runs: Sequence[Run], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
-    """`runs` trained, at least one; `baseline` is the name of one of them, the first where it is absent."""
-    series = tuple(grouped(runs))
+def compare(series: Sequence[Series], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
+    """Of runs that trained, at least one; `baseline` is the name of one of them, the first where it is absent."""
     base = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
     cut = digests(series)
     measure = yardstick(len(cut), evaluations)
-    lasts = {run.step for run in runs}
-    common = min(lasts) if len(lasts) > 1 else None
+    common = _common_step(series, measure)
     rows = tuple(_row(one, base, measure, quality, common) for one in series)
-    return Comparison(series, base, measure, quality, common, rows, tuple(_notes(series, len(cut), common, measure)))
+    return Comparison(
+        tuple(series), base, measure, quality, common, rows, tuple(_notes(series, len(cut), common, measure))
+    )
 
 
 def digests(series: Sequence[Series]) -> list[str]:
@@ -84,28 +91,32 @@ def digests(series: Sequence[Series]) -> list[str]:
     return [*dict.fromkeys(run.tokenizer for one in series for run in one.runs if run.tokenizer is not None)]
 
 
+def _common_step(series: Sequence[Series], measure: Yardstick) -> int | None:
+    """Runs that were evaluated before their first step alone have no say."""
+    curves = [curve for one in series for run in one.runs if (curve := measure.curve(run)) is not None]
+    lasts = {int(curve.steps[-1]) for curve in curves}
+    return min(filter(None, lasts), default=None) if len(lasts) > 1 else None
+
+
+def _over(one: Series, other: Series, measure: Yardstick, step: int | None) -> Spread | None:
+    pairs = [(measure.at(run, step), measure.at(partner(run, other), step)) for run in one.runs]
+    return spread(measure.sign * (mine - his) for mine, his in pairs if mine is not None and his is not None)
+
+
 def _row(one: Series, base: Series, measure: Yardstick, quality: float | None, common: int | None) -> Row:
-    finals = [measure.final(run) for run in one.runs]
-    theirs = [measure.final(partner(run, base)) for run in one.runs]
-    pairs = [(mine, his) for mine, his in zip(finals, theirs, strict=True) if mine is not None and his is not None]
     return Row(
         one.label,
         len(one.runs),
         sum(not run.result for run in one.runs),
         {name: next((int(size) for run in one.runs if (size := run.number(name)) is not None), None) for name in SIZES},
         spread(run.step for run in one.runs),
-        spread(finals),
-        spread(measure.sign * (mine - his) for mine, his in pairs),
-        None if common is None else spread(_at(measure, run, common) for run in one.runs),
+        spread(measure.at(run, None) for run in one.runs),
+        _over(one, base, measure, common),
+        None if common is None else spread(measure.at(run, common) for run in one.runs),
         speed(one, base, measure, quality),
         spread(_rate(run) for run in one.runs),
         spread(_dropped(run) for run in one.runs),
     )
-
-
-def _at(measure: Yardstick, run: Run, step: int) -> float | None:
-    curve = measure.curve(run)
-    return None if curve is None or step < curve.steps[0] else float(curve.at(np.array([float(step)]))[0])
 
 
 def _rate(run: Run) -> float | None:
@@ -126,12 +137,19 @@ def _notes(series: Sequence[Series], tokenizers: int, common: int | None, measur
             f"The runs read by {tokenizers} tokenizers: neg. log perplexities of different tokens say nothing of one "
             "another, so they are compared by bits a byte alone, of which fewer are better."
         )
-        if lacking := [run.name for one in series for run in one.runs if BITS not in run.curves]:
-            notes.append(f"No bits a byte are known of {', '.join(lacking)}: left out of the comparison.")
+    texts = [key for key in differences(series) if re.match(r"(data(?!\.(tokenizer|lanes))|tasks)\b", key)]
+    if texts:
+        notes.append(
+            f"The held-out text is not the same in all series, by {', '.join(texts[:KEYS])}"
+            f"{', ...' if len(texts) > KEYS else ''}: figures of different texts say little of one another."
+        )
+    lacking = [run.name for one in series for run in one.runs if measure.figure not in run.curves]
+    if lacking:
+        notes.append(f"No {measure.title} is known of {', '.join(lacking)}: left out of the comparison.")
     if common is not None:
         notes.append(
             f"The runs are of different lengths: beside what each ends with, {measure.title} is given at step "
-            f"{common:,}, the last that all reached."
+            f"{common:,}, the last at which all that were evaluated have it."
         )
     return notes
 

@@ -1,15 +1,17 @@
 """A report of runs, put in words: the tables for a terminal, and the parts of the page."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from switchcli.report import figures, scores
-from switchcli.report.charts import Figure
+from switchcli.report.charts import Figure, Table, Value
 from switchcli.report.compare import Comparison
 from switchcli.report.html import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
 from switchcli.report.runs import HELD_OUT, Run, mapping
-from switchcli.report.series import Spread, differences
+from switchcli.report.scores import Figures
+from switchcli.report.series import Series, Spread, differences
+from switchcli.report.text import capital
 from switchcli.report.units import clock, si
 
 SAMPLES = 12
@@ -24,13 +26,20 @@ class Report(NamedTuple):
 
     comparison: Comparison | None
     """Of the runs that trained; None where there are evaluations alone."""
-    evaluations: Sequence[Run]
-    """Folders of `switchcli eval`."""
+    evaluations: Sequence[Series]
+    """Folders of `switchcli eval`, each by itself."""
     notes: Sequence[str]
 
     @property
     def trained(self) -> list[Run]:
         return [run for one in self.comparison.series for run in one.runs] if self.comparison else []
+
+    @property
+    def holders(self) -> dict[str, Sequence[Run]]:
+        """All runs by their labels."""
+        return {
+            one.label: one.runs for one in [*(self.comparison.series if self.comparison else ()), *self.evaluations]
+        }
 
 
 def tables(report: Report) -> Iterator[HtmlTable]:
@@ -39,12 +48,13 @@ def tables(report: Report) -> Iterator[HtmlTable]:
         yield quality_table(report.comparison)
         yield speed_table(report.comparison)
         yield size_table(report.comparison)
-    yield from task_tables(report)
+    yield from (one.shown() for one in scored(report))
 
 
 def quality_table(found: Comparison) -> HtmlTable:
     base = found.baseline.label
-    common = () if found.common_step is None else (f"at step {found.common_step:,}",)
+    at = "" if found.common_step is None else f"at step {found.common_step:,}"
+    common = (at,) if at else ()
     rows = [
         [
             row.label,
@@ -62,8 +72,8 @@ def quality_table(found: Comparison) -> HtmlTable:
     caption = (
         f"The mean over seeds (least to most){several}; over {base}: run by run, of the same seed where there is one."
     )
-    headings = ("series", "seeds", "steps", "at the end", *common, f"over {base}")
-    return HtmlTable(_capital(found.measure.title), headings, rows, caption)
+    headings = ("series", "seeds", "steps", "at the end", *common, f"over {base} {at}".strip())
+    return HtmlTable(capital(found.measure.title), headings, rows, caption)
 
 
 def speed_table(found: Comparison) -> HtmlTable:
@@ -102,25 +112,49 @@ def size_table(found: Comparison) -> HtmlTable:
     return HtmlTable("Size and speed", headings, rows, caption)
 
 
-def task_tables(report: Report) -> Iterator[HtmlTable]:
-    """Scores of tasks, and figures of languages or corpora: a row each, a column a series."""
-    holders: dict[str, Sequence[Run]] = (
-        {one.label: one.runs for one in report.comparison.series} if report.comparison else {}
-    )
-    holders |= {run.name: [run] for run in report.evaluations}
+class Scored(NamedTuple):
+    """Scores of tasks, or figures of languages or corpora."""
+
+    name: str
+    """Of its file."""
+    title: str
+    what: str
+    """Of a row: task or text."""
+    form: str
+    figures: Figures
+    caption: str
+
+    def shown(self) -> HtmlTable:
+        """A row a task or text, a column a series."""
+        names = dict.fromkeys(name for values in self.figures.values() for name in values)
+        rows = [[name, *(_said(values.get(name), self.form) for values in self.figures.values())] for name in names]
+        return HtmlTable(self.title, (self.what, *self.figures), rows, self.caption)
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: by series and by row."""
+        return {label: {name: one._asdict() for name, one in values.items()} for label, values in self.figures.items()}
+
+    def table(self) -> Table:
+        """For a file: a row a figure."""
+        each = [(label, name, one) for label, values in self.figures.items() for name, one in values.items()]
+        columns: dict[str, list[Value]] = {"series": [label for label, _, _ in each]}
+        columns[self.what] = [name for _, name, _ in each]
+        for key, place in {"value": 0, "least": 1, "most": 2}.items():
+            columns[key] = [one[place] for _, _, one in each]
+        return Table(self.name, columns)
+
+
+def scored(report: Report) -> Iterator[Scored]:
+    """All that there is."""
+    holders = report.holders
     if found := scores.tasks(holders):
-        yield _crossed("Tasks", "task", found, ".2f", "Scores from 0 to 100, the mean over seeds (least to most).")
-    by_tokens = report.comparison is None or report.comparison.tokenizers < 2
-    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if by_tokens else {}
+        said = "Scores from 0 to 100, the mean over seeds (least to most)."
+        yield Scored("tasks", "Tasks", "task", ".2f", found, said)
+    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if scores.by_tokens(holders) else {}
     for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
         if found := scores.texts(holders, figure):
-            yield _crossed(title, "text", found, ".4f", "Held-out text of each language or corpus.")
-
-
-def _crossed(title: str, what: str, found: Mapping[str, Mapping[str, Spread]], form: str, caption: str) -> HtmlTable:
-    names = dict.fromkeys(name for values in found.values() for name in values)
-    rows = [[name, *(_said(values.get(name), form) for values in found.values())] for name in names]
-    return HtmlTable(title, (what, *found), rows, caption)
+            said = "Held-out text of each language or corpus."
+            yield Scored(f"texts_{figure}", title, "text", ".4f", found, said)
 
 
 def difference_table(found: Comparison) -> HtmlTable | None:
@@ -133,6 +167,19 @@ def difference_table(found: Comparison) -> HtmlTable | None:
         ("key", *(one.label for one in found.series)),
         rows,
         "Keys of the recipes that are the same in all series are left out.",
+    )
+
+
+def difference_file(found: Comparison) -> Table:
+    """The same for a file: a row a value, empty where the recipe has no such key."""
+    each = [
+        (key, one.label, value)
+        for key, values in differences(found.series).items()
+        for one, value in zip(found.series, values, strict=True)
+    ]
+    plain = [value if value is None or type(value) in (int, float) else _written(value) for _, _, value in each]
+    return Table(
+        "recipes", {"key": [key for key, _, _ in each], "series": [label for _, label, _ in each], "value": plain}
     )
 
 
@@ -165,8 +212,8 @@ def parts(report: Report) -> Iterator[Part]:
             yield Section("Routing", [Charts(curves)])
         if maps := [*figures.loads(found)]:
             yield Section("Expert load", [*_maps(maps)])
-    if scored := [*task_tables(report)]:
-        yield Section("Tasks and languages", scored)
+    if shown := [one.shown() for one in scored(report)]:
+        yield Section("Tasks and languages", shown)
     if found is not None:
         if (table := difference_table(found)) is not None:
             yield Section("Recipes", [table])
@@ -213,11 +260,12 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
     known = {label: end for label, end in ends.items() if end is not None}
     if not known:
         return [(str(len(found.rows)), "series, none of them evaluated yet")]
-    best = max(known, key=lambda label: measure.sign * known[label].mean)
-    over = next(row.over for row in found.rows if row.label == best)
-    doubt = ", not with every seed" if best != base and over is not None and over.least <= 0 else ""
+    ranked = sorted(known, key=lambda label: -measure.sign * known[label].mean)
+    best, series = ranked[0], {one.label: one for one in found.series}
+    over = found.over(series[best], series[ranked[1]]) if len(ranked) > 1 else None
+    doubt = ", not with every seed" if over is not None and over.least <= 0 else ""
     facts = [(best, f"is best {where}{doubt}"), (f"{known[best].mean:.4f}", f"its {measure.title}")]
-    others = [row for row in found.rows if row.label != base]
+    others = [row for row in found.rows if row.label != base and row.speed.reached == row.seeds]
     for place, what in enumerate(("steps", "time")):
         some = [(times.mean, row.label) for row in others if (times := row.speed.times[place]) is not None]
         if some:
@@ -240,7 +288,7 @@ def _samples(found: Comparison) -> Iterator[Part]:
 
 def _run_table(report: Report) -> HtmlTable:
     rows = []
-    for run in [*report.trained, *report.evaluations]:
+    for run in [*report.trained, *(run for one in report.evaluations for run in one.runs)]:
         step, final, seconds = (run.number(name) for name in ("step", HELD_OUT, "seconds"))
         step = run.step if step is None else int(step)
         rows.append(
@@ -266,7 +314,3 @@ def _between(value: Spread | None, write: Callable[[float], str]) -> str:
     if value.least == value.most:
         return write(value.mean)
     return f"{write(value.mean)} ({write(value.least)} to {write(value.most)})"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -12,6 +12,7 @@ from switchcli.report.charts import Axis, Figure, Table, Value
 from switchcli.report.compare import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run
 from switchcli.report.series import Band, band, thinned
+from switchcli.report.text import capital
 
 POINTS = 360
 """Of a curve, at most."""
@@ -88,15 +89,20 @@ class _Drawn(NamedTuple):
     label: str
     runs: list[Run]
     band: Band
+    seconds: Floats
+    """Of training, at the band's steps, of the runs that have come so far."""
 
 
 def _drawn(found: Comparison, get: Get) -> list[_Drawn]:
     drawn = []
     for one in found.series:
         curves = [(run, curve) for run in one.runs if (curve := get(run)) is not None]
-        if (whole := band([curve for _, curve in curves])) is not None:
+        whole = band([curve for _, curve in curves])
+        spent = band([Curve(curve.steps, run.seconds_at(curve.steps)) for run, curve in curves])
+        if whole is not None and spent is not None:
             kept = thinned(whole.mean, POINTS)
-            drawn.append(_Drawn(one.label, [run for run, _ in curves], Band(*(part[kept] for part in whole))))
+            runs, shown = [run for run, _ in curves], Band(*(part[kept] for part in whole))
+            drawn.append(_Drawn(one.label, runs, shown, spent.mean[kept]))
     return drawn
 
 
@@ -122,7 +128,7 @@ def _against(found: Comparison, name: str, title: str, caption: str, get: Get) -
     unit = _unit(found)
     more: dict[str, Callable[[_Drawn], Floats]] = {
         "tokens": lambda one: one.band.steps * one.runs[0].batch_tokens,
-        unit.name: lambda one: np.mean([run.seconds.at(one.band.steps) for run in one.runs], axis=0) / unit.seconds,
+        unit.name: lambda one: one.seconds / unit.seconds,
         "flops": lambda one: one.band.steps * one.runs[0].flops_per_step,
     }
     table = _table(name, drawn, more)
@@ -135,7 +141,7 @@ def _against(found: Comparison, name: str, title: str, caption: str, get: Get) -
     }
     labels = [one.label for one in found.series]
     return [
-        charts.lines(f"{name}_{key}", f"{_capital(title)} against {axis.title}", caption, table, axis, y, labels)
+        charts.lines(f"{name}_{key}", f"{capital(title)} against {axis.title}", caption, table, axis, y, labels)
         for key, axis in axes.items()
     ]
 
@@ -145,7 +151,7 @@ def _by_step(found: Comparison, name: str, title: str, caption: str, get: Get, f
         return []
     y = Axis("value", title, form, precise=".1%" if form == "~%" else ".4~s")
     x, labels = Axis("step", "steps", precise=","), [one.label for one in found.series]
-    return [charts.lines(name, _capital(title), caption, _table(name, drawn, {}), x, y, labels)]
+    return [charts.lines(name, capital(title), caption, _table(name, drawn, {}), x, y, labels)]
 
 
 def _of(name: str) -> Get:
@@ -153,13 +159,7 @@ def _of(name: str) -> Get:
 
 
 def _entropy(run: Run) -> Curve | None:
-    """Of the layers' mean, each over the logarithm of its number of experts."""
-    each = []
-    for layer, load in run.loads.items():
-        curve, experts = run.curves.get(f"{layer}/entropy"), load.tokens.shape[1]
-        if curve is not None and experts > 1:
-            each.append(Curve(curve.steps, curve.values / np.log(experts)))
-    whole = band(each)
+    whole = band([curve for name, curve in run.curves.items() if name.endswith("/entropy")])
     return None if whole is None else Curve(whole.steps, whole.mean)
 
 
@@ -186,17 +186,17 @@ def _shares(load: Loads, columns: int) -> tuple[Floats, Floats]:
 
 
 def _heat_map(name: str, layer: str, steps: Floats, shares: Floats, top: float) -> Figure:
-    experts = shares.shape[1]
+    experts, name = shares.shape[1], re.sub(r"[^A-Za-z0-9_]+", "_", name)
     columns: dict[str, Sequence[Value]] = {
         "expert": [expert for expert in range(experts) for _ in steps],
         "step": [int(step) for _ in range(experts) for step in steps],
         "share": [float(share) for share in shares.T.ravel()],
     }
     return charts.heat_map(
-        re.sub(r"[^A-Za-z0-9_]+", "_", name),
+        name,
         shown_layer(layer),
         "",
-        Table(re.sub(r"[^A-Za-z0-9_]+", "_", name), columns),
+        Table(name, columns),
         Axis("step", "steps", kind="ordinal"),
         Axis("expert", "expert", kind="ordinal"),
         Axis("share", "tokens, times the even share", ".1f", domain=(0.0, top), precise=".2f"),
@@ -209,8 +209,4 @@ def shown_layer(layer: str) -> str:
     if found is None:
         return layer
     part = "" if found[3] == "feed_forward" else f", {found[3].replace('_', ' ').replace('.', ' ')}"
-    return f"{_capital(found[1])} block {int(found[2]) + 1}{part}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"{capital(found[1])} block {int(found[2]) + 1}{part}"

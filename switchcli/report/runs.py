@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ LOGGED = {"neg_log_perplexity", "dropped_fraction", "seconds", "tokens_per_secon
 """What is kept of a logged step, beside its evaluations' figures, which have a `/` in their names."""
 LAYER_LINES = 600
 """Logged steps of a run, evenly spread, that its layers' figures are taken from."""
+
+MOST = 1e100
+"""What a figure is less than: no figure of a training is as large, and what is less can be drawn."""
 
 _LAYERS, _END = '"layers": {', "}}, "
 
@@ -56,13 +59,13 @@ class Run(NamedTuple):
     result: Mapping[str, Any]
     """Empty while the run goes on."""
     curves: Mapping[str, Curve]
-    """By the names of metrics.jsonl; the routers' entropies as `LAYER/entropy`."""
+    """By the names of metrics.jsonl; the routers' entropies as `LAYER/entropy`, a share of the most there can be."""
     loads: Mapping[str, Loads]
     """By layer."""
     texts: Mapping[str, Mapping[str, float]]
     """Figures of each held-out text, of the last evaluation."""
     tokenizer: str | None
-    """A digest; None where the folder has none."""
+    """The digest of the tokenizer.json that it read by; None where nobody knows."""
     notes: tuple[str, ...]
 
     @property
@@ -103,13 +106,21 @@ class Run(NamedTuple):
         known = self.curves.get("seconds", Curve(np.zeros(0), np.zeros(0)))
         return Curve(np.append(0.0, known.steps), np.append(0.0, known.values))
 
+    def seconds_at(self, steps: Floats) -> Floats:
+        """Of training up to `steps`; beyond what was logged as fast as last; NaN where nothing was."""
+        known = self.seconds
+        if len(known.steps) < 2:
+            return np.full(len(steps), np.nan)
+        (before, last), (began, ended) = known.steps[-2:], known.values[-2:]
+        return known.at(steps) + np.maximum(steps - last, 0) * (ended - began) / (last - before)
+
     @property
     def flops_per_step(self) -> float:
         """Forward and backward, a teacher's too; NaN where nothing was logged."""
         if not {"flops_per_second", "tokens_per_second"} <= self.curves.keys():
             return math.nan
-        rates = [self.curves[f"{what}_per_second"].values[-1] for what in ("flops", "tokens")]
-        return float(np.round(rates[0] / rates[1] * self.batch_tokens))
+        flops, tokens = (float(self.curves[f"{what}_per_second"].values[-1]) for what in ("flops", "tokens"))
+        return float(np.round(flops / tokens * self.batch_tokens)) if tokens else math.nan
 
 
 def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
@@ -125,10 +136,10 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
     lines = _Lines()
     if metrics.is_file():
         with disk_errors(metrics, "name another run's"):
-            for record in _records(metrics, notes):
-                lines.add(record)
-    tokenizer = folder / "tokenizer.json"
-    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None
+            for number, record in _records(metrics):
+                lines.add(number, record)
+        notes += lines.left_out(metrics)
+    digest = _digest(folder / "tokenizer.json") or _text(result.get("tokenizer"))
     curves, loads = lines.curves(), lines.loads()
     found = Run(str(folder), recipe, result, curves, loads, lines.texts, digest, ())
     if not result:
@@ -143,22 +154,43 @@ class _Lines:
     def __init__(self) -> None:
         self.texts: Mapping[str, Mapping[str, float]] = {}
         self._points: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+        self._left_out: dict[str, list[int]] = defaultdict(list)
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        step, points = record.get("step"), self._points
-        if not isinstance(step, int):
+    def add(self, number: int, record: Mapping[str, Any] | None) -> None:
+        """The line of this number."""
+        if record is None:
+            self._left_out["not a whole line"].append(number)
             return
-        for name, value in record.items():
-            if isinstance(value, float) and (name in LOGGED or "/" in name):
+        step, points = record.get("step"), self._points
+        if not _is_count(step):
+            self._left_out["no line of a step"].append(number)
+            return
+        layers = [(name, mapping(figures)) for name, figures in mapping(record.get("layers")).items()]
+        entropies = {f"{layer}/entropy": figures.get("entropy") for layer, figures in layers}
+        shown = {name: value for name, value in record.items() if name in LOGGED or "/" in name} | entropies
+        large = [name for name, value in shown.items() if isinstance(value, float) and not abs(value) < MOST]
+        if large:
+            self._left_out[f"{large[0]} is no finite number"].append(number)
+        for name, value in shown.items():
+            if isinstance(value, float) and name not in large and name not in entropies:
                 points[name].append((step, value))
-        for layer, figures in mapping(record.get("layers")).items():
-            load, entropy = (mapping(figures).get(name) for name in ("load", "entropy"))
-            if isinstance(load, list) and all(isinstance(tokens, int) for tokens in load):
+        for layer, figures in layers:
+            load, name = figures.get("load"), f"{layer}/entropy"
+            entropy = entropies[name]
+            if isinstance(load, list) and load and all(map(_is_count, load)):
                 points[f"{layer}/load"].append((step, load))
-            if isinstance(entropy, float):
-                points[f"{layer}/entropy"].append((step, entropy))
+                if isinstance(entropy, float) and name not in large and len(load) > 1:
+                    points[name].append((step, entropy / math.log(len(load))))
         if "texts" in record:
             self.texts = mapping(record["texts"])
+
+    def left_out(self, path: Path) -> list[str]:
+        """In a line, if there is anything."""
+        said = [
+            f"line {lines[0]:,}: {what}" + (f" (and {len(lines) - 1:,} more)" if len(lines) > 1 else "")
+            for what, lines in self._left_out.items()
+        ]
+        return [f"{path}: left out: {'; '.join(said)}"] if said else []
 
     def curves(self) -> dict[str, Curve]:
         """Of every figure; of one a step, the last: what a run did again stands after what it did before."""
@@ -175,8 +207,24 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
     return float(value) if known else None
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    """Of a step, or of tokens: one that a float holds exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with disk_errors(path, "name another run's"):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _columns(points: list[tuple[int, Any]]) -> tuple[Floats, Floats]:
@@ -186,8 +234,11 @@ def _columns(points: list[tuple[int, Any]]) -> tuple[Floats, Floats]:
     return np.array(steps, dtype=np.float64), np.array([known[step] for step in steps], dtype=np.float64)
 
 
-def _records(path: Path, notes: list[str]) -> Iterator[Mapping[str, Any]]:
-    """Those of the lines that are whole. Of a long file most lines go without their layers, which are most of it."""
+def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+    """The lines with their numbers, None for one that is not whole.
+
+    Of a long file most lines go without their layers, which are most of it.
+    """
     with path.open(encoding="utf-8", errors="replace") as file:
         every = logged = 0
         for number, line in enumerate(file, start=1):
@@ -197,18 +248,13 @@ def _records(path: Path, notes: list[str]) -> Iterator[Mapping[str, Any]]:
                 if logged % every:
                     record = _parsed(line[:start] + line[end + len(_END) :])
                 logged += 1
-            if record is None:
-                record = _parsed(line)
-            if record is not None:
-                yield record
-            else:
-                notes.append(f"{path}:{number}: not a whole line, left out")
+            yield number, _parsed(line) if record is None else record
 
 
 def _parsed(line: str) -> Mapping[str, Any] | None:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a ValueError too for an integer of more digits than Python reads
         return None
     return record if isinstance(record, dict) else None
 
@@ -222,4 +268,7 @@ def _result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if result is None:
         notes.append(f"{path}: not a JSON object, left out")
         return {}
+    figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    if large := [name for name, value in figures.items() if not abs(value) < MOST]:
+        notes.append(f"{path}: left out: no finite number: {', '.join(large)}")
     return result

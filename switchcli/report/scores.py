@@ -21,6 +21,13 @@ def texts(holders: Holders, figure: str) -> Figures:
     return _over_runs(holders, lambda run: _texts(run, figure))
 
 
+def by_tokens(holders: Holders) -> bool:
+    """Whether the neg. log perplexities of the texts say something of one another: all by one tokenizer."""
+    found = texts(holders, "neg_log_perplexity")
+    by = {run.tokenizer for label in found for run in holders[label] if _texts(run, "neg_log_perplexity")}
+    return len(found) < 2 or (len(by) == 1 and None not in by)
+
+
 def _over_runs(holders: Holders, figures: Callable[[Run], Mapping[str, object]]) -> Figures:
     found: Figures = {}
     for label, runs in holders.items():

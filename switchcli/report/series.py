@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -59,17 +60,16 @@ class Series(NamedTuple):
     def recipe(self) -> Mapping[str, Any]:
         return self.runs[0].recipe
 
-    def band(self, figure: str) -> Band | None:
-        """None where no run has the figure."""
-        return band([run.curves[figure] for run in self.runs if figure in run.curves])
-
 
 def grouped(runs: Sequence[Run]) -> list[Series]:
-    """The series of `runs`, in their order, each with a label of its own."""
+    """The series of `runs`, in their order, each with a label of its own; an evaluation is one by itself.
+
+    Of the loads only those of a series' first run are kept, which are drawn: they are most of what is held.
+    """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        own = json.dumps(flat(run.recipe, OF_NO_FIGURE), sort_keys=True) if run.recipe else run.name
-        groups.setdefault(own, []).append(run)
+    for run, own in zip(runs, _own(runs), strict=True):
+        members = groups.setdefault(own, [])
+        members.append(run._replace(loads={}) if members else run)
     names = _names(runs)
     found: dict[str, Series] = {}
     for members in groups.values():
@@ -80,6 +80,33 @@ def grouped(runs: Sequence[Run]) -> list[Series]:
             label += "'"
         found[label] = Series(label, tuple(members))
     return [*found.values()]
+
+
+def _own(runs: Sequence[Run]) -> list[str]:
+    """What the runs of one series have in common: their settings, but for the seed in the paths of other runs.
+
+    Where several seeds name the very same path, a number in it that is one of them is no seed.
+    """
+    as_named = [_key(run, flat(run.recipe, OF_NO_FIGURE)) for run in runs]
+    seeds = defaultdict[str, set[str]](set)
+    for run, own in zip(runs, as_named, strict=True):
+        seeds[own].add(str(run.seed))
+    return [own if len(seeds[own]) > 1 else _key(run, settings(run)) for run, own in zip(runs, as_named, strict=True)]
+
+
+def _key(run: Run, values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True) if run.recipe else run.name
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What tells the run's recipe from others: `teacher-8-{train.seed}` for `teacher-8-0` in a path, where 0 is the
+    run's seed."""
+    number = rf"(?<![\d.]){re.escape(str(run.seed))}(?=/|\Z)"
+    last = re.compile(f"{number}(?!.*{number})")
+    return {
+        key: last.sub("{train.seed}", value) if isinstance(value, str) and "/" in value else value
+        for key, value in flat(run.recipe, OF_NO_FIGURE).items()
+    }
 
 
 def flat(tree: Mapping[Any, Any], without: Sequence[str] = (), path: str = "") -> dict[str, Any]:
@@ -101,7 +128,7 @@ def flat(tree: Mapping[Any, Any], without: Sequence[str] = (), path: str = "") -
 
 def differences(series: Sequence[Series]) -> dict[str, list[Any]]:
     """The keys that series differ in, with the value of each series; `None` where it has no such key."""
-    trees = [flat(one.recipe, OF_NO_FIGURE) for one in series]
+    trees = [settings(one.runs[0]) for one in series]
     keys = dict.fromkeys(key for tree in trees for key in tree)
     values = {key: [tree.get(key) for tree in trees] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}

@@ -29,9 +29,14 @@ class Yardstick(NamedTuple):
             return None
         return smoothed(run.curves[self.figure], self.evaluations)
 
-    def final(self, run: Run) -> float | None:
+    def at(self, run: Run, step: float | None) -> float | None:
+        """At a step, or where that is None, at the run's end; None where it was not evaluated before and after."""
         curve = self.curve(run)
-        return None if curve is None else float(curve.values[-1])
+        if curve is None:
+            return None
+        step = curve.steps[-1] if step is None else step
+        there = curve.steps[0] <= step <= curve.steps[-1]
+        return float(curve.at(np.array([float(step)]))[0]) if there else None
 
 
 def yardstick(tokenizers: int, evaluations: int) -> Yardstick:
@@ -77,7 +82,7 @@ def cost(run: Run, measure: Yardstick, quality: float) -> Cost | None:
     step = first_step(Curve(curve.steps, measure.sign * curve.values), measure.sign * quality)
     if step is None:
         return None
-    return Cost(step, float(run.seconds.at(np.array([step]))[0]), step * run.flops_per_step)
+    return Cost(step, float(run.seconds_at(np.array([step]))[0]), step * run.flops_per_step)
 
 
 def partner(run: Run, baseline: Series) -> Run:
@@ -88,7 +93,7 @@ def partner(run: Run, baseline: Series) -> Run:
 def speed(series: Series, baseline: Series, measure: Yardstick, quality: float | None = None) -> Speed:
     """To `quality`, or where that is None, to what each run's partner ends with."""
     pairs = [(run, partner(run, baseline)) for run in series.runs]
-    goals = [measure.final(base) if quality is None else quality for _, base in pairs]
+    goals = [measure.at(base, None) if quality is None else quality for _, base in pairs]
     both = [
         (cost(run, measure, goal), cost(base, measure, goal))
         for (run, base), goal in zip(pairs, goals, strict=True)

@@ -20,6 +20,11 @@ def safe_text(text: str) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def capital(text: str) -> str:
+    """As a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
 def shortened(text: str, characters: int) -> str:
     """On one line, with its beginning only when it is long."""
     line = " ".join(text.split())

@@ -71,8 +71,12 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
         assert words in page
     assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
     names = {path.name for path in Path("figures").iterdir()}
-    stems = {name.rsplit(".", 1)[0] for name in names} - {"runs"}
-    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png", "csv")} | {"runs.csv"}
+    stems = {name.removesuffix(".svg") for name in names if name.endswith(".svg")}
+    axes = ("_steps", "_tokens", "_wall_time", "_flops")
+    shared = {f"{name}{axis}": name for name in ("held_out", "training") for axis in axes}
+    shared = {stem: shared.get(stem, stem) for stem in stems}
+    tables = {f"{name}.csv" for name in (*shared.values(), "runs", "recipes")}
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")} | tables
     assert {
         "held_out_steps",
         "held_out_wall_time",
@@ -81,7 +85,7 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
         "entropy",
         "tokens_per_second",
     } < stems
-    rows = rows_of(Path("figures/held_out_steps.csv"))
+    rows = rows_of(Path("figures/held_out.csv"))
     last = next(row for row in reversed(rows) if row["series"] == "dense")
     assert (float(last["step"]), float(last["value"])) == pytest.approx((90, -4.05))  # the mean of the last three
     assert float(last["tokens"]) == 90_000
@@ -117,15 +121,52 @@ def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli
         "empty: is no run: it holds neither metrics.jsonl nor result.json",
         "nowhere: is no run",
         "going: has no result.json: still going on, or stopped, at step 40 of 100",
-        "dense-1/metrics.jsonl:21: not a whole line, left out",
+        "dense-1/metrics.jsonl: left out: line 21: not a whole line",
         "switch-1/recipe.yaml",
     ):
         assert words in done.err
     assert "1, 1 going on" in done.out
     assert "at step 40" in done.out
     page = Path("page.html").read_text(encoding="utf-8")
-    assert "dense-1/metrics.jsonl:21" in page
+    assert "dense-1/metrics.jsonl: left out: line 21" in page
     assert "40 of 100" in page
+
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("metrics.jsonl", '{"step": 200, "held_out/neg_log_perplexity": NaN}', "neg_log_perplexity is no finite"),
+        ("metrics.jsonl", '{"step": 200, "dropped_fraction": -1e999}', "dropped_fraction is no finite number"),
+        ("metrics.jsonl", f'{{"step": {DIGITS}}}', "line 22: not a whole line"),
+        ("metrics.jsonl", f'{{"step": {DIGITS[:400]}, "seconds": 1.0}}', "line 22: no line of a step"),
+        ("metrics.jsonl", '{"step": -5, "seconds": 1.0}', "line 22: no line of a step"),
+        ("metrics.jsonl", '{"step": 200, "layers": {"a": {"load": [], "entropy": 1.0}}}', ""),
+        (
+            "metrics.jsonl",
+            '{"step": 200, "layers": {"a": {"load": [-1, 2], "entropy": NaN}}}',
+            "a/entropy is no finite",
+        ),
+        ("metrics.jsonl", f'{{"step": 200, "layers": {{"a": {{"load": [{DIGITS[:400]}]}}}}}}', ""),
+        ("metrics.jsonl", '{"step": 200, "tokens_per_second": 0.0, "flops_per_second": 0.0}', ""),
+        ("result.json", '{"verb": "pretrain", "step": 1e999, "seconds": NaN}', "no finite number: step, seconds"),
+        ("result.json", f'{{"verb": "pretrain", "parameters": {DIGITS[:400]}}}', "no finite number: parameters"),
+        ("result.json", f'{{"parameters": {DIGITS}}}', "not a JSON object"),
+    ],
+)
+def test_numbers_that_are_none_are_told_and_the_rest_is_shown(
+    file: str, line: str, said: str, runs: list[str], switchcli: SwitchCLI
+) -> None:
+    path = Path("switch-0", file)
+    path.write_text((path.read_text() if file == "metrics.jsonl" else "") + line + "\n")
+    done = switchcli("report", *runs, "--html", "page.html", "--json")
+    assert done.code == 0, done.err
+    assert said in done.err
+    assert bool(done.err) == bool(said)
+    assert json.loads(done.out)["series"][1]["final"]["mean"] == pytest.approx(-2.95)
+    assert Path("page.html").exists()
 
 
 def test_other_tokenizers_are_compared_by_bits_a_byte(runs: list[str], switchcli: SwitchCLI) -> None:
@@ -151,11 +192,99 @@ def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], sw
         assert "61.25" in Path("page.html").read_text(encoding="utf-8")
 
 
+def test_a_run_counts_once_however_it_is_named(runs: list[str], switchcli: SwitchCLI) -> None:
+    Path("link").symlink_to("switch-0")
+    named = [*runs, "./dense-0", str(Path("dense-0").resolve()), "link", "switch-0"]
+    done = switchcli("report", *named, "--baseline", "link", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert [(one["series"], one["seeds"]) for one in found["series"]] == [("dense", 2), ("switch", 2)]
+    assert found["baseline"] == "switch"
+
+
+def test_files_beside_runs_are_passed_over(runs: list[str], switchcli: SwitchCLI) -> None:
+    Path("dense-0.log").write_text("x")
+    done = switchcli("report", *runs, "dense-0.log")
+    assert (done.code, done.err) == (0, "")
+    done = switchcli("report", "dense-0.log")
+    assert done.code == 4
+    assert "dense-0.log: is no run" in done.err
+
+
+def test_an_evaluation_of_the_name_of_a_run_has_a_column_of_its_own(runs: list[str], switchcli: SwitchCLI) -> None:
+    for folder, score in (("dense-0", 10.5), ("eval/dense-0", 20.5), ("eval/dense", 30.5)):
+        file = Path(folder, "result.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole = json.loads(file.read_text()) if file.exists() else {"verb": "eval"}
+        file.write_text(json.dumps({**whole, "tasks": {"rte": {"score": {"value": score}}}}))
+    for arguments in (("dense-0", "eval/dense-0"), ("dense-0", "dense-1", "eval/dense")):
+        done = switchcli("report", *arguments)
+        assert done.code == 0, done.err
+        scores = next(line.split() for line in done.out.splitlines() if line.split()[:1] == ["rte"])
+        assert scores[1] == "10.50"
+        assert scores[2] in ("20.50", "30.50")
+
+
+def an_evaluation(folder: str, tokenizer: str | None = None, task: str = "rte") -> str:
+    """Of a task and a text."""
+    text = {"de": {"neg_log_perplexity": -2.5, "bits_per_byte": 1.25}}
+    passes = [{"tasks": {task: {"score": {"value": 61.25}}}, "texts": text}]
+    Path(folder).mkdir()
+    known = {} if tokenizer is None else {"tokenizer": tokenizer}
+    Path(folder, "result.json").write_text(json.dumps({"verb": "eval", "passes": passes, **known}))
+    return folder
+
+
+@pytest.mark.parametrize(("other", "alike"), [("one", True), ("two", False), (None, False)])
+def test_texts_are_compared_by_tokens_where_the_tokens_are_the_same(
+    other: str | None, alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = switchcli("report", an_evaluation("a", "one"), an_evaluation("b", other), "--html", "page.html")
+    assert ("-2.5000" in done.out) == alike
+    assert "1.2500" in done.out
+    assert ("compared by bits a byte alone" in " ".join(done.err.split())) != alike
+    assert "<h1>switchcli report: 2 evaluations</h1>" in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_held_out_texts_that_differ_are_told(runs: list[str], switchcli: SwitchCLI) -> None:
+    a_run(Path("other"))
+    recipe = Path("other/recipe.yaml")
+    recipe.write_text(recipe.read_text() + "data: {corpora: [other]}\n")
+    done = switchcli("report", *runs, "other")
+    assert "The held-out text is not the same in all series, by data.corpora" in " ".join(done.err.split())
+
+
+def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str], switchcli: SwitchCLI) -> None:
+    for seed in range(2):
+        file = Path(f"dense-{seed}/result.json")
+        score = {"=cmd": {"score": {"value": 60.0 + seed}}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "tasks": score}))
+    Path("switch-0/recipe.yaml").write_text("verb: pretrain\nmodel: {num_experts: 4, size: .nan}\n")
+    arguments = ("report", "dense-0", "dense-1", "switch-0", an_evaluation("@b", task="=cmd"))
+    done = switchcli(*arguments, "--json", "--figures", "figures", "--html", "page.html")
+    found = json.loads(done.out)
+    assert found["tables"]["tasks"]["dense"] == {"=cmd": {"mean": 60.5, "least": 60.0, "most": 61.0}}
+    assert found["tables"]["texts_bits_per_byte"] == {"@b": {"de": {"mean": 1.25, "least": 1.25, "most": 1.25}}}
+    assert found["differences"]["model.num_experts"] == {"dense": 1, "switch-0": 4}
+    assert found["differences"]["model.size"] == {"dense": None, "switch-0": "NaN"}
+    assert rows_of(Path("figures/tasks.csv")) == [
+        {"series": "dense", "task": "'=cmd", "value": "60.5", "least": "60.0", "most": "61.0"},
+        {"series": "'@b", "task": "'=cmd", "value": "61.25", "least": "61.25", "most": "61.25"},
+    ]
+    assert rows_of(Path("figures/texts_neg_log_perplexity.csv"))[0]["value"] == "-2.5"
+    recipes = {(row["key"], row["series"]): row["value"] for row in rows_of(Path("figures/recipes.csv"))}
+    assert recipes["model.num_experts", "switch-0"] == "4"
+    assert recipes["train.steps", "switch-0"] == ""
+    assert "report: 3 runs in 2 series, 1 evaluation<" in Path("page.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (("nowhere",), 4, "none of the folders is a run: name some that"),
         (("dense-0", "--baseline", "switch-0"), 2, "--baseline switch-0: is none of the runs: name one of dense-0"),
+        (("eval", "--baseline", "dense-0"), 2, "--baseline dense-0: there is nothing to compare"),
         (("dense-0", "--html", "no/page.html"), 4, "no/page.html"),
         (("dense-0", "--smooth", 0), 2, "smooth"),
         ((), 2, "RUN"),
@@ -163,6 +292,8 @@ def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], sw
 )
 @pytest.mark.usefixtures("runs")
 def test_it_refuses(arguments: tuple[str, ...], code: int, said: str, switchcli: SwitchCLI) -> None:
+    Path("eval").mkdir()
+    Path("eval/result.json").write_text('{"verb": "eval"}')
     done = switchcli("report", *arguments)
     assert done.code == code
     assert said in done.err

@@ -17,6 +17,7 @@ from switchcli.report.compare import compare
 from switchcli.report.evidence import Report, parts
 from switchcli.report.html import Charts, HtmlTable, page
 from switchcli.report.runs import Run, read
+from switchcli.report.series import grouped
 
 pytestmark = needs_chromium
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -72,7 +73,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             runs.append(read_as(path))
     file = folder / "report.html"
-    file.write_text(page(f"report {harmful}", parts(Report(compare(runs, None, None, 1), [], [harmful]))))
+    file.write_text(page(f"report {harmful}", parts(Report(compare(grouped(runs), None, None, 1), [], [harmful]))))
     return file
 
 

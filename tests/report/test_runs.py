@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report_folders import FLOPS, LAYERS, TOKENS, a_run, logged
 
@@ -40,7 +41,7 @@ def test_a_torn_line_is_left_out_with_its_place(tmp_path: Path, line: int) -> No
     torn = [one[: len(one) // 2] if number == line else one for number, one in enumerate(lines, start=1)]
     (folder / "metrics.jsonl").write_text("\n".join(torn))
     run = read(folder, RECIPE)
-    assert run.notes == (f"{folder}/metrics.jsonl:{line}: not a whole line, left out",)
+    assert run.notes == (f"{folder}/metrics.jsonl: left out: line {line}: not a whole line",)
     lost = len(whole.steps) - len(run.curves["neg_log_perplexity"].steps)
     lost += 11 - len(run.curves[HELD_OUT].steps)
     assert lost == 1
@@ -100,3 +101,21 @@ def test_figures_of_another_kind_are_passed_over(tmp_path: Path, record: dict[st
     run = read(folder, {"train": 3})
     assert run.curves[HELD_OUT].values[-1] == -3.0
     assert run.steps is None
+
+
+def test_a_damaged_file_is_told_of_once(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("{\n" * 500 + json.dumps({"step": -1}) + "\n" + json.dumps({"step": 110, HELD_OUT: np.nan}) + "\n")
+    assert read(folder, RECIPE).notes == (
+        f"{folder}/metrics.jsonl: left out: line 22: not a whole line (and 499 more); line 522: no line of a step; "
+        f"line 523: {HELD_OUT} is no finite number",
+    )
+
+
+def test_a_tokenizer_that_the_disk_does_not_give(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "a")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/proc/self/mem")  # a file whose start cannot be read
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: Input/output error"):
+        read(folder, RECIPE)

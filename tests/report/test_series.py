@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_folders import a_run
 
-from switchcli.report.runs import Curve, Run, read
+from switchcli.report.runs import Curve, Loads, Run, read
 from switchcli.report.series import band, differences, flat, grouped, smoothed, spread, thinned
 
 doubles = st.floats(-1e6, 1e6)
@@ -47,6 +47,40 @@ def test_labels_are_unique(tmp_path: Path) -> None:
     found = grouped(runs(tmp_path, "a-0", "a-1", "a-2", "a-3", **{"a-0": 1, "a-1": 2, "a-2": 1, "a-3": 2}))
     assert [len(one.runs) for one in found] == [2, 2]
     assert len({one.label for one in found}) == 2
+
+
+def of_teacher(name: str, seed: int, path: str) -> Run:
+    """A run that learned from the run in `path`."""
+    recipe = {"distill": {"teacher": path, "baseline": f"runs/small/dense-{seed}"}, "train": {"seed": seed}}
+    loads = {"layer": Loads(np.zeros(1), np.ones((1, 2)))}
+    return Run(f"{name}-{seed}", recipe, {}, {}, loads, {}, None, ())
+
+
+@pytest.mark.parametrize(
+    "where", ["runs/small/teacher-{experts}-{seed}", "a-8/teacher-{experts}-{seed}/checkpoints/step-00000008"]
+)
+def test_seeds_that_learned_from_the_teacher_of_their_own_seed_are_one_series(where: str) -> None:
+    seeds = (0, 1, 2, 4, 8, 16)
+    runs = [
+        of_teacher(f"mixture-{experts}", seed, where.format(experts=experts, seed=seed))
+        for experts in (4, 8, 16)
+        for seed in seeds
+    ]
+    found = grouped(runs)
+    assert [(one.label, [run.seed for run in one.runs]) for one in found] == [
+        (f"mixture-{experts}", [*seeds]) for experts in (4, 8, 16)
+    ]
+    shown = [where.format(experts=experts, seed="{train.seed}") for experts in (4, 8, 16)]
+    assert differences(found) == {"distill.teacher": shown}
+    assert [bool(run.loads) for run in found[0].runs] == [True] + [False] * 5  # only the first's are drawn
+
+
+def test_only_the_runs_own_seed_in_a_path_counts() -> None:
+    other = [of_teacher("a", seed, f"runs/teacher-8-{seed + 1}") for seed in (0, 1)]
+    assert len(grouped(other)) == 2
+    one_teacher = [of_teacher("a", seed, "runs/teacher-8") for seed in (0, 1, 8)]
+    baseless = [run._replace(recipe={**run.recipe, "distill": {"teacher": "runs/teacher-8"}}) for run in one_teacher]
+    assert len(grouped(baseless)) == 1
 
 
 def test_differences_are_the_keys_that_differ() -> None:

@@ -10,7 +10,7 @@ from report_folders import FLOPS, a_run
 
 from switchcli.report.compare import compare
 from switchcli.report.runs import BITS, HELD_OUT, Curve, Run, read
-from switchcli.report.series import Spread
+from switchcli.report.series import Spread, grouped
 from switchcli.report.speed import first_step
 
 RECIPE = {"train": {"batch_tokens": 1000}}
@@ -26,7 +26,7 @@ def test_by_hand(tmp_path: Path) -> None:
     dense = [a_seed(tmp_path, "dense", seed, 0.01) for seed in (0, 1)]
     fast = [a_seed(tmp_path, "fast", seed, 0.01 * rate, seconds=1.0) for seed, rate in ((0, 2.0), (1, 4.0))]
     slow = [a_seed(tmp_path, "slow", 0, 0.005)]
-    found = compare([*dense, *fast, *slow], None, None, 1)
+    found = compare(grouped([*dense, *fast, *slow]), None, None, 1)
     base, quick, never = found.rows
     assert base.speed.times == ((1, 1, 1),) * 3
     assert base.speed.costs == ((100, 100, 100), (50, 50, 50), (100 * FLOPS,) * 3)
@@ -42,7 +42,7 @@ def test_by_hand(tmp_path: Path) -> None:
 
 def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
     dense, fast = a_seed(tmp_path, "dense", 0, 0.01), a_seed(tmp_path, "fast", 0, 0.02)
-    found = compare([dense, fast], fast.name, -4.5, 1)
+    found = compare(grouped([dense, fast]), fast.name, -4.5, 1)
     assert found.baseline.label == "fast-0"
     assert [row.speed.costs[0] for row in found.rows] == [(50, 50, 50), (25, 25, 25)]
     assert [row.speed.times[0] for row in found.rows] == [(0.5, 0.5, 0.5), (1, 1, 1)]
@@ -50,7 +50,7 @@ def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
 
 def test_of_other_tokenizers_bits_a_byte_count_and_fewer_are_better(tmp_path: Path) -> None:
     runs = [a_seed(tmp_path, "a", 0, 0.01), a_seed(tmp_path, "b", 0, 0.02, tokenizer='{"other": 1}')]
-    found = compare(runs, None, None, 1)
+    found = compare(grouped(runs), None, None, 1)
     assert (found.measure.figure, found.tokenizers) == (BITS, 2)
     assert "bits a byte" in found.notes[0]
     better = found.rows[1]
@@ -61,10 +61,10 @@ def test_of_other_tokenizers_bits_a_byte_count_and_fewer_are_better(tmp_path: Pa
 
 def test_runs_of_other_lengths_are_compared_where_all_have_been(tmp_path: Path) -> None:
     path = a_run(tmp_path / "short", steps=40)
-    found = compare([a_seed(tmp_path, "a", 0, 0.01), read(path, RECIPE)], None, None, 1)
+    found = compare(grouped([a_seed(tmp_path, "a", 0, 0.01), read(path, RECIPE)]), None, None, 1)
     assert found.common_step == 40
     assert [row.at_common for row in found.rows] == [pytest.approx((-4.6,) * 3), pytest.approx((-4.2,) * 3)]
-    assert "at step 40, the last that all reached" in found.notes[0]
+    assert "at step 40, the last at which all that were evaluated have it" in found.notes[0]
 
 
 @given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=12), quality=st.floats(-10, 10))
@@ -80,14 +80,22 @@ def test_the_first_step_is_where_a_search_finds_it(values: list[float], quality:
         assert (there[fine < found - 1e-9] <= quality + 1e-9).all()
 
 
-@given(values=st.lists(st.floats(-10, -1), min_size=2, max_size=12), seconds=st.floats(0.01, 10))
-def test_a_run_is_as_fast_as_itself(values: list[float], seconds: float) -> None:
-    steps = np.arange(len(values)) * 10.0
-    curves = {HELD_OUT: Curve(steps, np.array(values)), "seconds": Curve(steps[1:], steps[1:] * seconds)}
-    for name in ("flops", "tokens"):
-        curves[f"{name}_per_second"] = Curve(steps[1:], np.full(len(values) - 1, 1e6))
-    run = Run("a", RECIPE, {}, curves, {}, {}, None, ())
-    (row,) = compare([run], None, None, 1).rows
-    assert row.over == (0, 0, 0)
-    assert all(times is None or times == (1, 1, 1) for times in row.speed.times)
+@given(values=st.lists(st.integers(-10, -1), min_size=2, max_size=12), pace=st.floats(0.1, 10))
+def test_a_run_that_gets_everywhere_in_half_the_steps_is_twice_as_fast(values: list[int], pace: float) -> None:
+    runs = []
+    for apart, seconds in ((20.0, 1.0), (10.0, pace)):
+        steps = np.arange(len(values)) * apart
+        curves = {
+            HELD_OUT: Curve(steps, np.array(values, dtype=float)),
+            "seconds": Curve(steps[1:], steps[1:] * seconds),
+        }
+        for name in ("flops", "tokens"):
+            curves[f"{name}_per_second"] = Curve(steps[1:], np.full(len(values) - 1, 1e6))
+        runs.append(Run(f"{apart}", {**RECIPE, "apart": apart}, {}, curves, {}, {}, None, ()))
+    row = compare(grouped(runs), None, None, 1).rows[1]
     assert row.speed.reached == 1
+    if values[0] >= values[-1]:  # there before the first step, at no cost
+        assert row.speed.times == (None, None, None)
+    else:
+        assert row.speed.times[0] == row.speed.times[2] == pytest.approx((2, 2, 2))
+        assert row.speed.times[1] == pytest.approx((2 / pace,) * 3)
