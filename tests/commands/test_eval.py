@@ -1,5 +1,6 @@
 """`switchcli eval`: scores, predictions, held-out figures, sweeps; the same on one rank and on two."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -75,7 +76,9 @@ def test_a_pre_trained_run_is_measured_on_its_text(
 ) -> None:
     done = switchcli("eval", trained, "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
-    (one,) = json.loads(done.out)["passes"]
+    result = json.loads(done.out)
+    assert result["tokenizer"] == hashlib.sha256((trained / "tokenizer.json").read_bytes()).hexdigest()
+    (one,) = result["passes"]
     last = json.loads((trained / "result.json").read_text())["held_out/neg_log_perplexity"]
     assert one["text"]["neg_log_perplexity"] == pytest.approx(last, rel=1e-6)
     assert one["tasks"] == {}
