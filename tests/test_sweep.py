@@ -83,6 +83,7 @@ def test_a_list_that_says_no_runs_is_refused(text, said, tmp_path):
     assert said in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path):
     path = tmp_path / "runs"
     short = "train.steps=2 schedule.warmup_steps=1 eval.sequences=16"
@@ -106,6 +107,7 @@ def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     assert "failed: other: exit code 2" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
     path = tmp_path / "runs"
     path.write_text("one pretrain quickstart/dense train.steps=100000 eval.sequences=16 log.every_steps=1\n")
