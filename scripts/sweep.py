@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 75
+VERBS = ("pretrain", "finetune", "distill", "eval")
 RESULT = "result.json"
 HELP = """\
 a grid: scripts/sweep --out runs/grid pretrain quickstart/switch model.num_experts=2,4 train.seed=0,1
@@ -83,7 +84,10 @@ def listed(path: Path, added: Sequence[str], out: Path) -> list[Run]:
     """The runs of a list; `added` are keys for every line of a verb that trains."""
     runs, stage = [], 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        words = shlex.split(line, comments=True)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise Unlisted(f"{path}:{number}: {error}") from error
         if words == ["---"]:
             stage += 1
         elif len(words) == 1:
@@ -101,7 +105,7 @@ def _is_key(argument: str) -> bool:
 
 
 def _as_name(value: str) -> str:
-    return re.sub(r"[^\w.]+", "_", value).strip("_")
+    return re.sub(r"[^\w.-]+", "_", value).strip("_")
 
 
 def _filled(argument: str, known: dict[str, str]) -> str:
@@ -220,8 +224,10 @@ def runs_of(what: Sequence[str], out: Path) -> list[Run]:
     runs = listed(path, what[1:], out) if path.is_file() else list(grid("", what, out))
     if not runs:
         raise Unlisted(f"{path}: lists no run")
-    if len(what) == 1 and not path.is_file():
-        raise Unlisted(f"{path}: no such list, and a grid is VERB RECIPE [KEY=VALUE ...]")
+    for run in runs:
+        if len(run.arguments) < 2 or run.arguments[0] not in VERBS:
+            known = ", ".join(VERBS)
+            raise Unlisted(f"{run.arguments[0]}: no such list, nor one of {known} with a recipe and its keys")
     runs = [run._replace(name=run.name or Path(run.arguments[1]).stem) for run in runs]
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):

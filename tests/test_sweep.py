@@ -71,7 +71,8 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
         ("", "lists no run"),
         ("dense\n", ":1: 'dense' is no run"),
         ("a pretrain x\na pretrain y\n", "two runs of one name: a"),
-        ("a pretrain 'x\n", "No closing quotation"),
+        ("a pretrain 'x\n", ":1: No closing quotation"),
+        ("a pretend x\n", "pretend: no such list, nor one of pretrain"),
         ("a/b pretrain x\n", ":1: 'a/b' names no folder"),
     ],
 )

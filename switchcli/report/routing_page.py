@@ -147,7 +147,7 @@ def _layer_tables(layer: Mapping[str, Any]) -> Iterator[HtmlTable]:
     rows = [(str(expert), f"{layer['load'][expert]:,}", *expert_figures(layer, expert)) for expert in experts]
     heading = f"Experts{limited(len(layer['load']), EXPERTS_SHOWN)}"
     yield HtmlTable(heading, ("expert", "choices", *EXPERT_HEADINGS), rows, EXPERTS)
-    lift = "The share of a token among the expert's, times its share among all; of those that are not rare."
+    lift = "How many times more often the expert reads a token than all together do; of those that are not rare."
     for heading, listed, caption in (("Tokens by lift", "by_lift", lift), ("Most frequent tokens", "by_count", "")):
         found = {expert: layer["experts"][expert][listed] for expert in experts}
         most = max(map(len, found.values()))

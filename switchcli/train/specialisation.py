@@ -124,7 +124,7 @@ class Top(NamedTuple):
     the expert's tokens over its share of all."""
 
     by_lift: list[dict[str, float]]
-    """Of tokens that were read `LEAST` times at least; of those with the same lift the more frequent first."""
+    """Of tokens read `LEAST` times at least, those above 1; of the same lift the more frequent first."""
     by_count: list[dict[str, float]]
 
 
@@ -152,7 +152,7 @@ def top_tokens(tokens: Pairs, num_experts: int) -> list[Top]:
 
     by_count_X = tokens.count_X.sort(descending=True, stable=True).indices
     by_lift_X = by_count_X[lift_X[by_count_X].sort(descending=True, stable=True).indices]
-    return [*map(Top, first(by_lift_X[of_all_X[by_lift_X] >= LEAST]), first(by_count_X))]
+    return [*map(Top, first(by_lift_X[(of_all_X[by_lift_X] >= LEAST) & (lift_X[by_lift_X] > 1)]), first(by_count_X))]
 
 
 class _Binned(NamedTuple):

@@ -91,7 +91,8 @@ def test_the_tokens_of_an_expert_are_those_of_a_loop(drawn: list[tuple[int, int,
     for expert, top in enumerate(top_tokens(pairs_of(choices, 4), 4)):
         mine = {v: c for (v, e), c in joint.items() if e == expert}
         lift = {v: c / experts[expert] / (values[v] / len(choices)) for v, c in mine.items()}
-        often = sorted((v for v in mine if values[v] >= LEAST), key=lambda v: (-round(lift[v], 9), -mine[v], v))
+        more = {v for v, c in mine.items() if c * len(choices) > experts[expert] * values[v]}
+        often = sorted((v for v in more if values[v] >= LEAST), key=lambda v: (-round(lift[v], 9), -mine[v], v))
         assert [one["id"] for one in top.by_count] == sorted(mine, key=lambda v: (-mine[v], v))[:TOP]
         assert [round(lift[int(one["id"])], 9) for one in top.by_lift] == [round(lift[v], 9) for v in often[:TOP]]
         for one in top.by_lift + top.by_count:
