@@ -142,9 +142,16 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
     digest = _digest(folder / "tokenizer.json") or _text(result.get("tokenizer"))
     curves, loads = lines.curves(), lines.loads()
     found = Run(str(folder), recipe, result, curves, loads, lines.texts, digest, ())
+    steps = "" if found.steps is None else f" of {found.steps:,}"
+    ended = result.get("step")
     if not result:
-        steps = "" if found.steps is None else f" of {found.steps:,}"
         notes.append(f"{folder}: has no result.json: still going on, or stopped, at step {found.step:,}{steps}")
+    elif found.steps is not None and _is_count(ended) and ended < found.steps:
+        found = found._replace(result={})
+        notes.append(
+            f"{folder}: result.json is of step {ended:,}, and the run was given more: still going on, or stopped, at "
+            f"step {found.step:,}{steps}"
+        )
     return found._replace(notes=tuple(notes))
 
 

@@ -33,6 +33,13 @@ def test_a_run_still_going_on_is_read_to_where_it_is(tmp_path: Path) -> None:
     assert run.notes == (f"{run.name}: has no result.json: still going on, or stopped, at step 40 of 100",)
 
 
+def test_a_result_from_before_the_run_was_given_more_steps_is_none_of_it(tmp_path: Path) -> None:
+    run = read(a_run(tmp_path / "a", steps=60), {**RECIPE, "train": {**RECIPE["train"], "steps": 100}})
+    assert run.result == {}
+    said = "result.json is of step 60, and the run was given more: still going on, or stopped, at step 60 of 100"
+    assert run.notes == (f"{run.name}: {said}",)
+
+
 @pytest.mark.parametrize("line", [3, 21])
 def test_a_torn_line_is_left_out_with_its_place(tmp_path: Path, line: int) -> None:
     folder = a_run(tmp_path / "a", experts=2)
