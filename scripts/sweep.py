@@ -67,7 +67,7 @@ def values(text: str) -> list[str]:
 
 def grid(name: str, arguments: Sequence[str], out: Path, stage: int = 0) -> Iterator[Run]:
     """The runs of one line: all combinations of the values of its keys; the last key varies fastest."""
-    keys = [argument.partition("=")[::2] if _is_key(argument) else None for argument in arguments]
+    keys = [argument.partition("=")[::2] if is_key(argument) else None for argument in arguments]
     choices = [values(key[1]) if key else [argument] for key, argument in zip(keys, arguments, strict=True)]
     for chosen in itertools.product(*choices):
         own = {key[0]: value for key, value in zip(keys, chosen, strict=True) if key}
@@ -100,7 +100,7 @@ def listed(path: Path, added: Sequence[str], out: Path) -> list[Run]:
     return runs
 
 
-def _is_key(argument: str) -> bool:
+def is_key(argument: str) -> bool:
     return re.match(r"[A-Za-z_][\w.]*=", argument) is not None
 
 

@@ -1,10 +1,13 @@
 """What every test runs under: one thread, no network, a cache of its own, examples that do not depend on the clock."""
 
+import importlib.util
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,6 +35,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCHCLI_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def sweep() -> ModuleType:
+    """scripts/sweep.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("sweep", Path(__file__).resolve().parent.parent / "scripts/sweep.py")
+    module = sys.modules["sweep"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,5 @@
 """Every recipe that ships resolves, describes itself, and builds its model, on the meta device."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,16 +37,6 @@ def test_the_quickstarts_differ_in_their_experts_alone():
     assert count(switch.model).flops == count(dense.model).flops
 
 
-@pytest.fixture(scope="module")
-def sweep():
-    spec = importlib.util.spec_from_file_location("sweep", ROOT / "scripts/sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["sweep"]
-
-
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path, sweep):
     runs = sweep.runs_of([str(path)], Path("out"))
@@ -59,7 +47,7 @@ def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path, sweep)
     made = {run.name: -1 for run in before} | {run.name: run.stage for run in runs}
     for run in runs:
         verb, name, *rest = run.arguments
-        keys = [argument for argument in rest if sweep._is_key(argument)]
+        keys = [argument for argument in rest if sweep.is_key(argument)]
         assert standing_alone(name, keys).verb == verb
         for needed in (argument.removeprefix("out/") for argument in rest if argument.startswith("out/")):
             assert made[needed] < run.stage, f"{run.name}: {needed} is not made before it"

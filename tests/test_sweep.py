@@ -1,6 +1,5 @@
 """scripts/sweep: how a grid and a list are read, and what becomes of runs that are whole, cut, or fail."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,16 +11,6 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "sweep.py"
-
-
-@pytest.fixture(scope="module")
-def sweep():
-    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["sweep"]
 
 
 def test_commas_part_values_outside_brackets_and_quotes(sweep):

@@ -101,8 +101,7 @@ class Folded(NamedTuple):
     parts: Sequence[Part]
 
     def html(self) -> str:
-        inner = "\n".join(part.html() for part in self.parts)
-        return f"<details><summary>{_text(self.summary)}</summary>\n{inner}\n</details>"
+        return f"<details><summary>{_text(self.summary)}</summary>\n{_html(self.parts)}\n</details>"
 
 
 class Section(NamedTuple):
@@ -112,8 +111,7 @@ class Section(NamedTuple):
     parts: Sequence[Part]
 
     def html(self) -> str:
-        inner = "\n".join(part.html() for part in self.parts)
-        return f'<section id="{_anchor(self.title)}"><h2>{_text(self.title)}</h2>\n{inner}\n</section>'
+        return f'<section id="{_anchor(self.title)}"><h2>{_text(self.title)}</h2>\n{_html(self.parts)}\n</section>'
 
 
 def page(title: str, parts: Iterable[Part]) -> str:
@@ -123,7 +121,7 @@ def page(title: str, parts: Iterable[Part]) -> str:
     titles = [part.title for part in parts if isinstance(part, Section)]
     links = "".join(f'<a href="#{_anchor(one)}">{_text(one)}</a>' for one in titles)
     body = [f"<header><h1>{_text(title)}</h1>", f"<nav>{links}</nav>" if links else "", "</header>"]
-    body += ["<main>", *(part.html() for part in parts), "</main>"]
+    body += ["<main>", _html(parts), "</main>"]
     scripts: list[str] = []
     if figures:
         scripts = [charts.library(), (_HERE / "page.js").read_text(encoding="utf-8")]
@@ -138,6 +136,10 @@ def page(title: str, parts: Iterable[Part]) -> str:
     ]
     lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def _html(parts: Iterable[Part]) -> str:
+    return "\n".join(part.html() for part in parts)
 
 
 def _figures(parts: Iterable[Part]) -> Iterator[Figure]:
