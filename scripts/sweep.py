@@ -1,8 +1,9 @@
 """Many runs by one command (scripts/sweep): a grid, or a list of them, over the processors or GPUs at hand.
 
 A run is `switchcli VERB ARGUMENTS --out OUT/NAME`. One whose folder holds result.json is skipped; one that was cut
-goes on, since the verb itself does so. A run that fails does not stop the others: what failed is said at the end, and
-the exit code is 1. A signal lets each run save; the exit code is then 75, and the same command goes on.
+goes on, since the verb itself does so. A run that fails stops none but those that are given its folder: what failed is
+said at the end, and the exit code is 1. A signal lets each run save; the exit code is then 75, and the same command
+goes on.
 """
 
 import argparse
@@ -124,7 +125,8 @@ class Sweep:
         self._lock = threading.Lock()
         self._began = 0
         self.stopped = False
-        self.failed: list[str] = []
+        self.failed: dict[str, str] = {}
+        """By a run's name, why."""
 
     def run(self, run: Run) -> None:
         """The run to its end, unless it is whole already; notes a failure."""
@@ -137,6 +139,10 @@ class Sweep:
         if (folder / RESULT).exists():
             print(f"{at}: done before", flush=True)
             return
+        if needed := next((name for name in self.failed if self._names(run, name)), None):
+            print(f"{at}: not begun: {needed} failed", flush=True)
+            self._fails(run, f"not begun: it needs {needed}")
+            return
         command = [sys.executable, "-m", "switchcli", *run.arguments, "--out", str(folder), "--quiet"]
         started, log = time.monotonic(), self._out / f"{run.name}.log"
         with self._lock:
@@ -146,8 +152,7 @@ class Sweep:
             with log.open("ab") as file, self._started(command, file, {**os.environ, **slot}) as process:
                 code = process.wait()
         except OSError as error:
-            with self._lock:
-                self.failed.append(f"{run.name}: {error}")
+            self._fails(run, str(error))
             return
         finally:
             with self._lock:
@@ -155,8 +160,16 @@ class Sweep:
         minutes = (time.monotonic() - started) / 60
         print(f"{at}: {'done' if code == 0 else f'exit code {code}'} after {minutes:.1f} minutes", flush=True)
         if code != 0 and not (self.stopped and code == INTERRUPTED):
-            with self._lock:
-                self.failed.append(f"{run.name}: exit code {code}: {_last_line(log)} ({log})")
+            self._fails(run, f"exit code {code}: {_last_line(log)} ({log})")
+
+    def _names(self, run: Run, other: str) -> bool:
+        """Whether the run is given the other's folder, or something in it."""
+        folder = re.compile(rf"{re.escape(str(self._out / other))}(?=/|\Z)")
+        return any(folder.search(argument) for argument in run.arguments)
+
+    def _fails(self, run: Run, why: str) -> None:
+        with self._lock:
+            self.failed[run.name] = why
 
     def _started(self, command: list[str], file: object, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         # A group of its own: a Ctrl-C reaches the sweep alone, which hands it on once.
@@ -254,8 +267,8 @@ def main() -> int:
     for _, stage in itertools.groupby(runs, key=lambda run: run.stage):
         with ThreadPoolExecutor(len(slots)) as pool:
             list(pool.map(sweep.run, stage))
-    for line in sweep.failed:
-        print(f"failed: {line}", file=sys.stderr)
+    for name, why in sweep.failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
     if sweep.stopped:
         print("stopped: the same command goes on", file=sys.stderr)
         return INTERRUPTED

@@ -97,6 +97,22 @@ def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     assert "failed: other: exit code 2" in ended.stderr
 
 
+def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
+    path = tmp_path / "runs"
+    path.write_text(
+        "one    pretrain quickstart/dense train.steps=no\n---\n"
+        "tuned  finetune quickstart/finetune --model {out}/one/checkpoints/step-2\n"
+        "other  finetune quickstart/finetune --model {out}/one-other\n---\n"
+        "scores eval {out}/tuned\n"
+    )
+    ended = _sweep(path, tmp_path)
+    assert ended.returncode == 1
+    assert "failed: tuned: not begun: it needs one\n" in ended.stderr
+    assert "failed: scores: not begun: it needs tuned\n" in ended.stderr
+    assert "failed: other: exit code" in ended.stderr
+    assert not (tmp_path / "out/tuned.log").exists()
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
     path = tmp_path / "runs"

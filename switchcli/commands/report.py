@@ -14,7 +14,7 @@ from switchcli.report.charts import Figure, Table
 from switchcli.report.compare import compare
 from switchcli.report.console import Console
 from switchcli.report.evidence import Report
-from switchcli.report.html import page
+from switchcli.report.html import Part, page
 from switchcli.report.runs import Run, read
 from switchcli.report.series import Series, differences, grouped
 
@@ -133,8 +133,7 @@ def write_html(found: Report, file: Path) -> None:
     said = [f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count]
     if found.comparison is not None and len(found.comparison.series) > 1:
         said[0] += f" in {len(found.comparison.series)} series"
-    with disk_errors(file, "give another file by --html"):
-        file.write_text(page(f"switchcli report: {', '.join(said)}", evidence.parts(found)), encoding="utf-8")
+    write_page(file, f"switchcli report: {', '.join(said)}", evidence.parts(found))
 
 
 def write_figures(found: Report, folder: Path) -> None:
@@ -149,6 +148,13 @@ def write_figures(found: Report, folder: Path) -> None:
     with disk_errors(folder, "give another folder by --figures"):
         for table in tables:
             (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+
+
+def write_page(file: Path, title: str, parts: Iterable[Part]) -> None:
+    """One page; its folder is made."""
+    with disk_errors(file, "give another file by --html"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page(title, parts), encoding="utf-8")
 
 
 def write_each(figures: Iterable[Figure], folder: Path) -> None:

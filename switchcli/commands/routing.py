@@ -7,13 +7,12 @@ from typing import Any
 
 from switchcli.commands.evaluate import ROWS_EACH, Measuring, resolved
 from switchcli.commands.load import Opened, filled, open_model
-from switchcli.commands.report import write_each
+from switchcli.commands.report import write_each, write_page
 from switchcli.commands.run import machine
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.parallel.runtime import Runtime
 from switchcli.report import routing, routing_page
 from switchcli.report.console import Console
-from switchcli.report.html import page
 from switchcli.train import memory
 from switchcli.train.survey import survey
 
@@ -77,8 +76,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 def write_html(found: Mapping[str, Any], file: Path) -> None:
     """The page."""
-    with disk_errors(file, "give another file by --html"):
-        file.write_text(page(routing_page.title(found), routing_page.parts(found)), encoding="utf-8")
+    write_page(file, routing_page.title(found), routing_page.parts(found))
 
 
 def write_figures(found: Mapping[str, Any], folder: Path) -> None:

@@ -76,9 +76,9 @@ class Axis(NamedTuple):
     """What is seen before anyone zooms; absent: all."""
     kind: Literal["quantitative", "ordinal"] = "quantitative"
 
-    def channel(self, **more: Any) -> dict[str, Any]:
-        """Of an encoding."""
-        axis: dict[str, Any] = {"labelOverlap": "greedy", "labelSeparation": 8, "labelAngle": 0}
+    def channel(self, separation: int = 8, **more: Any) -> dict[str, Any]:
+        """Of an encoding; labels closer than `separation` pixels are left out."""
+        axis: dict[str, Any] = {"labelOverlap": "greedy", "labelSeparation": separation, "labelAngle": 0}
         if self.kind == "quantitative":
             axis |= {"labelExpr": f"format(datum.value, '{self.format}')", "tickCount": 6}
         return {"field": self.field, "type": self.kind, "title": self.title, "axis": axis, **more}
@@ -165,7 +165,7 @@ def heat_map(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis
     legend |= {"gradientThickness": 8, "tickCount": 3, "titleFontWeight": "normal"}
     encoding = {
         "x": x.channel(sort=None),
-        "y": y.channel(sort=None),
+        "y": y.channel(sort=None, separation=2),
         "color": {"field": colour.field, "type": "quantitative", "title": colour.title}
         | {"scale": scale, "legend": legend},
         "tooltip": [x.tip(), y.tip(), colour.tip()],

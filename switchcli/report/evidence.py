@@ -261,10 +261,13 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
     if not known:
         return [(str(len(found.rows)), "series, none of them evaluated yet")]
     ranked = sorted(known, key=lambda label: -measure.sign * known[label].mean)
-    best, series = ranked[0], {one.label: one for one in found.series}
-    over = found.over(series[best], series[ranked[1]]) if len(ranked) > 1 else None
+    best = [label for label in ranked if known[label].mean == known[ranked[0]].mean]
+    series, rest = {one.label: one for one in found.series}, ranked[len(best) :]
+    over = found.over(series[best[0]], series[rest[0]]) if rest else None
     doubt = ", not with every seed" if over is not None and over.least <= 0 else ""
-    facts = [(best, f"is best {where}{doubt}"), (f"{known[best].mean:.4f}", f"its {measure.title}")]
+    are, their = ("are", "their") if len(best) > 1 else ("is", "its")
+    facts = [(", ".join(best), f"{are} best {where}{doubt}")]
+    facts.append((f"{known[best[0]].mean:.4f}", f"{their} {measure.title}"))
     others = [row for row in found.rows if row.label != base and row.speed.reached == row.seeds]
     for place, what in enumerate(("steps", "time")):
         some = [(times.mean, row.label) for row in others if (times := row.speed.times[place]) is not None]

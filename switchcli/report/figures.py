@@ -75,11 +75,11 @@ def loads(found: Comparison) -> Iterator[tuple[str, list[Figure]]]:
         label: {layer: _shares(load, columns) for layer, load in layers.items()} for label, layers in some.items()
     }
     every = [share for layers in shares.values() for _, share in layers.values()]
-    top = float(np.ceil(max((np.quantile(share, 0.99) for share in every), default=2)))
+    scale = even_scale(np.concatenate([share.ravel() for share in every])) if every else (0.0, 0.0)
     for place, (label, layers) in enumerate(shares.items()):
         yield (
             label,
-            [_heat_map(f"load_{place}_{layer}", layer, *share, max(top, 2.0)) for layer, share in layers.items()],
+            [_heat_map(f"load_{place}_{layer}", layer, *share, scale) for layer, share in layers.items()],
         )
 
 
@@ -185,7 +185,7 @@ def _shares(load: Loads, columns: int) -> tuple[Floats, Floats]:
     return load.steps[[stretch[-1] for stretch in stretches]], tokens / total * tokens.shape[1]
 
 
-def _heat_map(name: str, layer: str, steps: Floats, shares: Floats, top: float) -> Figure:
+def _heat_map(name: str, layer: str, steps: Floats, shares: Floats, scale: tuple[float, float]) -> Figure:
     experts, name = shares.shape[1], re.sub(r"[^A-Za-z0-9_]+", "_", name)
     columns: dict[str, Sequence[Value]] = {
         "expert": [expert for expert in range(experts) for _ in steps],
@@ -199,8 +199,13 @@ def _heat_map(name: str, layer: str, steps: Floats, shares: Floats, top: float) 
         Table(name, columns),
         Axis("step", "steps", kind="ordinal"),
         Axis("expert", "expert", kind="ordinal"),
-        Axis("share", "tokens, times the even share", ".1f", domain=(0.0, top), precise=".2f"),
+        Axis("share", "tokens, times the even share", ".1f", domain=scale, precise=".2f"),
     )
+
+
+def even_scale(shares: Floats | Sequence[float]) -> tuple[float, float]:
+    """Of colours for shares, times the even one: up to what all but one in a hundred stay below, and 2 at least."""
+    return 0.0, float(np.ceil(max(2.0, np.quantile(shares, 0.99))))
 
 
 def shown_layer(layer: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table, Value
-from switchcli.report.figures import shown_layer
+from switchcli.report.figures import even_scale, shown_layer
 from switchcli.report.html import Charts, Folded, HtmlTable, Part, Section, Words
 from switchcli.report.routing import (
     EXPERT_HEADINGS,
@@ -114,7 +114,7 @@ def _overview(place: int, atlas: Mapping[str, Any]) -> Iterator[Figure]:
     loads = [(label, expert, share[expert] * num) for label, share in shares.items() for expert in experts]
     name, colour = (
         f"load_{place}",
-        Axis("share", _TIMES, ".1f", precise=".2f", domain=(0.0, _top([one[2] for one in loads]))),
+        Axis("share", _TIMES, ".1f", precise=".2f", domain=even_scale([one[2] for one in loads])),
     )
     table = _table(name, ("layer", "expert", "share"), loads)
     yield charts.heat_map(name, f"Load of the experts{limited(num, EXPERTS_SHOWN)}", "", table, _EXPERT, y, colour)
@@ -137,7 +137,7 @@ def _maps(place: int, name: str, layer: Mapping[str, Any], rare: int) -> Iterato
             for label, load in loads.items()
         ]
         table = _table(key, (what, "expert", "share"), rows)
-        colour = Axis("share", _TIMES, ".1f", precise=".2f", domain=(0.0, _top([one[2] for one in rows])))
+        colour = Axis("share", _TIMES, ".1f", precise=".2f", domain=even_scale([one[2] for one in rows]))
         heading = f"By {what}{limited(len(layer['load']), EXPERTS_SHOWN)}"
         yield charts.heat_map(key, heading, "", table, Axis(what, what, kind="ordinal"), _EXPERT, colour)
 
@@ -189,9 +189,3 @@ def _confusions(survey: Mapping[str, Any]) -> Iterator[Figure]:
 
 def _table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> Table:
     return Table(name, {column: [row[place] for row in rows] for place, column in enumerate(columns)})
-
-
-def _top(shares: Sequence[float]) -> float:
-    """The end of a scale of colours: what all but one cell in a hundred stay below, and 2 at least."""
-    every = sorted(shares)
-    return max(2.0, every[int(0.99 * (len(every) - 1))]) if every else 2.0

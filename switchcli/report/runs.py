@@ -131,6 +131,8 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
     """
     metrics, notes = folder / "metrics.jsonl", list[str]()
     result = _result(folder / "result.json", notes)
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: is no run: there is no such folder")
     if not metrics.is_file() and not result:
         raise CheckpointError(f"{folder}: is no run: it holds neither metrics.jsonl nor result.json")
     lines = _Lines()

@@ -102,6 +102,10 @@ def test_the_page_says_first_who_is_best_and_whether_by_more_than_seeds_differ(
     page = Path("page.html").read_text(encoding="utf-8")
     assert "<dd>switch</dd><dt>is best at the end</dt>" in page
     assert "<dd>2.00 x</dd><dt>speed-up of switch over dense, in steps</dt>" in page
+    a_run(Path("level-0"), lambda step: 0.02 * step - 5, seed=0, model={"size": "level"})
+    a_run(Path("level-1"), lambda step: 0.02 * step - 4.9, seed=1, model={"size": "level"})
+    assert switchcli("report", *runs, "level-0", "level-1", "--html", "made/page.html").code == 0
+    assert "<dd>switch, level</dd><dt>are best at the end</dt>" in Path("made/page.html").read_text(encoding="utf-8")
     a_run(Path("close-0"), lambda step: 0.021 * step - 5, seed=0, model={"size": "close"})
     a_run(Path("close-1"), lambda step: 0.0201 * step - 5, seed=1, model={"size": "close"})
     assert switchcli("report", *runs[2:], "close-0", "close-1", "--html", "page.html").code == 0
@@ -119,7 +123,7 @@ def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli
     assert done.code == 0, done.err
     for words in (
         "empty: is no run: it holds neither metrics.jsonl nor result.json",
-        "nowhere: is no run",
+        "nowhere: is no run: there is no such folder",
         "going: has no result.json: still going on, or stopped, at step 40 of 100",
         "dense-1/metrics.jsonl: left out: line 21: not a whole line",
         "switch-1/recipe.yaml",
@@ -285,7 +289,7 @@ def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str]
         (("nowhere",), 4, "none of the folders is a run: name some that"),
         (("dense-0", "--baseline", "switch-0"), 2, "--baseline switch-0: is none of the runs: name one of dense-0"),
         (("eval", "--baseline", "dense-0"), 2, "--baseline dense-0: there is nothing to compare"),
-        (("dense-0", "--html", "no/page.html"), 4, "no/page.html"),
+        (("dense-0", "--html", "eval/result.json/page.html"), 4, "give another file by --html"),
         (("dense-0", "--smooth", 0), 2, "smooth"),
         ((), 2, "RUN"),
     ],
