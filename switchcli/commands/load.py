@@ -125,8 +125,9 @@ def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Check
 def whereabouts(path: Path) -> tuple[Path, bool]:
     """The folder of a run's checkpoints, or one of them; and whether it is one, or was: its MANIFEST may be lost."""
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    named = folder.is_dir() and checkpoint.STEP.fullmatch(folder.name) is not None
-    return folder, named or (folder / manifest.NAME).is_file()
+    return folder, (folder / manifest.NAME).is_file() or (
+        folder.is_dir() and bool(checkpoint.STEP.fullmatch(folder.name))
+    )
 
 
 def on_the_hub(name: str) -> str:

@@ -247,10 +247,9 @@ def verdicts(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | Damaged
     """Each of these checkpoints, read through when it is asked for, or what is wrong with it."""
     for path in paths:
         try:
-            found: Checkpoint | DamagedError = Checkpoint.open(path)
+            yield path, Checkpoint.open(path)
         except DamagedError as damage:
-            found = damage
-        yield path, found
+            yield path, damage
 
 
 def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK) -> None:
