@@ -239,7 +239,8 @@ def test_twenty_strikes_at_random_moments(how: str, background: bool, text: Path
         .replace("steps: 2,", "steps: 30,")
         .replace("save_every_steps: 4", f"save_every_steps: 1, background: {str(background).lower()}")
     )
-    drill = [sys.executable, str(Path(__file__).parent / "drill.py"), how, str(recipe), str(tmp_path), "20", "0"]
+    drill = [sys.executable, str(Path(__file__).parent / "drill.py"), how, str(tmp_path), "20", "0"]
+    drill += ["pretrain", str(recipe)]
     report = json.loads(subprocess.run(drill, stdout=subprocess.PIPE, check=True).stdout)
     assert report["strikes"] >= 20, report
     assert report["differing"] == [], report

@@ -33,12 +33,13 @@ class FaultyFiles:
         self.count += 1
         return self.count == self._at + 1 or (self._for_good and self.count > self._at)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One more operation, which need not be of a save."""
         if self._next():
             self._strike()
 
     def make_dir(self, path: Path) -> None:
-        self._step()
+        self.step()
         self._disk.make_dir(path)
 
     def write(self, path: Path, content: bytes) -> None:
@@ -49,11 +50,11 @@ class FaultyFiles:
         self._disk.write(path, content)
 
     def sync(self, path: Path) -> None:
-        self._step()
+        self.step()
         self._disk.sync(path)
 
     def rename(self, source: Path, target: Path) -> None:
-        self._step()
+        self.step()
         self._disk.rename(source, target)
 
     def remove_tree(self, path: Path) -> None:
@@ -65,31 +66,32 @@ class FaultyFiles:
 
 
 class LossyFiles:
-    """The real disk with a cache: `lose_power` takes back all that was not synced."""
+    """A disk with a cache: `lose_power` takes back all that was not synced."""
 
-    def __init__(self) -> None:
-        self._undo: list[tuple[Path, Callable[[], None]]] = []
+    def __init__(self, disk: Files = DISK) -> None:
+        self._disk = disk
+        self._undo: list[tuple[Path, Callable[[], object]]] = []
 
     def make_dir(self, path: Path) -> None:
         if not path.exists():
-            DISK.make_dir(path)
+            self._disk.make_dir(path)
             self._undo.append((path.parent, lambda: shutil.rmtree(path)))
 
     def write(self, path: Path, content: bytes) -> None:
-        DISK.write(path, content)
+        self._disk.write(path, content)
         self._undo.append((path.parent, path.unlink))
         self._undo.append((path, lambda: os.truncate(path, path.stat().st_size // 2)))
 
     def sync(self, path: Path) -> None:
-        DISK.sync(path)
+        self._disk.sync(path)
         self._undo = [(needs, undo) for needs, undo in self._undo if needs != path]
 
     def rename(self, source: Path, target: Path) -> None:
-        DISK.rename(source, target)
-        self._undo.append((target.parent, lambda: DISK.rename(target, source)))
+        self._disk.rename(source, target)
+        self._undo.append((target.parent, lambda: target.rename(source)))
 
     def remove_tree(self, path: Path) -> None:
-        DISK.remove_tree(path)  # at once on the disk: the worst case
+        self._disk.remove_tree(path)  # at once on the disk: the worst case
 
     def lose_power(self) -> None:
         for _, undo in reversed(self._undo):
