@@ -230,8 +230,7 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize(("how", "background"), [("kill", True), ("stop", False), ("stop", True)])
 def test_twenty_strikes_at_random_moments(how: str, background: bool, text: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(

@@ -35,7 +35,7 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
             yield on_two_ranks(found["pretrain"], 5)
         for verb, trial in found.items():
             if long or verb == "pretrain":
-                yield at_random(verb, trial, folder / f"random-{verb}", 125 if long else 6)
+                yield at_random(verb, trial, folder / f"random-{verb}", 125 if long else 12)
 
 
 def at_points(verb: str, trial: Trial, strike: Strike, what: str, stride: int) -> Row:
