@@ -5,6 +5,7 @@ from short import lost
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_no_disk_loses_what_was_saved() -> None:
     found, table = lost("d")
     assert all(figure.startswith("0 of ") for figure in found.values()), table

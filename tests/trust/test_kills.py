@@ -5,6 +5,7 @@ from short import lost
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_no_death_changes_how_a_run_ends() -> None:
     found, table = lost("a")
     assert all(figure.startswith("0 of ") for figure in found.values()), table
