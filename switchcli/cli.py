@@ -294,11 +294,25 @@ def doctor(
         ),
     ],
     overrides: Overrides = None,
+    checkpoint_files: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-files",
+            help="Read the files of a checkpoint, or of all of a run, through instead: exit code 4 if one is damaged.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Is this Switch model sound? Router gradient, precision, padding, balance, dead experts; exit code 1 if not."""
     from switchcli.commands import doctor
 
+    if checkpoint_files:
+        verified = doctor.verify(model, overrides or [])
+        if as_json:
+            print_json(verified)
+        else:
+            doctor.show_files(verified)
+        raise typer.Exit(0 if verified["whole"] else CheckpointError.exit_code)
     diagnosis = doctor.doctor(model, overrides or [], Console())
     if as_json:
         print_json(diagnosis.to_json())

@@ -94,9 +94,7 @@ _MEND: Final = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "make it writable",
-    errno.EPERM: "make it writable",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
 }
 
 
@@ -108,7 +106,9 @@ def disk_errors(
     try:
         yield
     except OSError as error:
-        room = "" if bytes_needed is None else f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
+        room = f" ({_free_bytes(path)} bytes free)" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        if bytes_needed is not None:
+            room = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
         mend = _MEND.get(error.errno or 0, "check the disk")
         raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
 

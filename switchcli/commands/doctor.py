@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli.commands.load import load, on_the_hub
+from switchcli.commands.load import load, on_the_hub, open_checkpoint, whereabouts
 from switchcli.doctor import huggingface, ours
 from switchcli.doctor.probes import PROBES, Finding, Verdict, examine
 from switchcli.doctor.subject import Subject
-from switchcli.errors import RecipeError
+from switchcli.errors import RecipeError, disk_errors
 from switchcli.interop.files import is_layout
 from switchcli.recipe import library
 from switchcli.recipe.resolve import resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
+from switchcli.train import checkpoint
 
 _STYLES: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
@@ -71,6 +72,34 @@ def show(diagnosis: Diagnosis) -> None:
     failed, warned = diagnosis.count("fail"), diagnosis.count("warn")
     ending = "sound" if diagnosis.sound else "not sound"
     console.message(f"{ending}: {failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning", "bold")
+
+
+def verify(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What loading finds of the files of a checkpoint, or of each of a run, newest first; nothing is changed.
+
+    Raises CheckpointError where there is none.
+    """
+    if overrides:
+        raise RecipeError(f"--checkpoint-files takes no KEY=VALUE ({overrides[0]}): leave it out")
+    folder, is_one = whereabouts(Path(name))
+    with disk_errors(folder, "name another"):
+        damage = {
+            str(path): None if isinstance(found, checkpoint.Checkpoint) else str(found)
+            for path, found in checkpoint.verdicts([folder] if is_one else checkpoint.steps(folder))
+            if path.exists()  # the run has not just pruned it
+        }
+    if not damage:
+        open_checkpoint(Path(name), lambda _: None)  # says that there is none, or that all were put aside
+    loaded = next((path for path in damage if damage[path] is None), None)
+    return {"folder": name, "whole": not any(damage.values()), "loaded": loaded, "damage": damage}
+
+
+def show_files(verified: dict[str, Any]) -> None:
+    """A line a checkpoint on stdout, and which of them loading takes."""
+    console, loaded = Console(stream=sys.stdout), verified["loaded"]
+    for path, damage in verified["damage"].items():
+        console.message(f"damaged  {damage}" if damage else f"whole    {path}", "bold red" if damage else "green")
+    console.message(f"loading takes {loaded}" if loaded else "none is whole: loading refuses", "bold")
 
 
 def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:

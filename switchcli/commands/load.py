@@ -108,9 +108,9 @@ def unfilled(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
 
 def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
     """The checkpoint of a run's folder, or of that name, in our layout. Raises CheckpointError when there is none."""
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder, is_one = whereabouts(path)
     found = None
-    if (folder / manifest.NAME).is_file():
+    if is_one:
         found = checkpoint.Checkpoint.open(folder)
     elif folder.is_dir():
         found = checkpoint.find(folder, warn)
@@ -120,6 +120,14 @@ def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Check
             f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*{hint and f'; {hint}'}"
         )
     return found
+
+
+def whereabouts(path: Path) -> tuple[Path, bool]:
+    """The folder of a run's checkpoints, or one of them; and whether it is one, or was: its MANIFEST may be lost."""
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return folder, (folder / manifest.NAME).is_file() or (
+        folder.is_dir() and bool(checkpoint.STEP.fullmatch(folder.name))
+    )
 
 
 def on_the_hub(name: str) -> str:

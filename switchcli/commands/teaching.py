@@ -30,6 +30,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.recipe.schema import DistillTasksRecipe, OnText
 from switchcli.report.console import Console
+from switchcli.report.sinks import write_whole
 from switchcli.report.units import si
 from switchcli.train import logical, memory
 from switchcli.train.answers import ELSEWHERE, AnswersSpec, AnswerStore, bytes_a_step
@@ -39,7 +40,7 @@ from switchcli.train.distillation import Distillation, Teacher, compression, gai
 from switchcli.train.lock import lock
 from switchcli.train.objective import Objective, packed_cross_entropy, packed_rows, whole_rows
 from switchcli.train.optimizer import Optimizer
-from switchcli.train.run_folder import RunFolder, write_whole
+from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import fill
 from switchcli.train.scoring import AVERAGE, ScoringSpec
 from switchcli.train.spec import FromCheckpoint

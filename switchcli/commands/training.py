@@ -90,6 +90,7 @@ class Training:
         """Make the parts, or read them from the newest checkpoint."""
         self.recipe = recipe
         self.folder = folder
+        self.metrics = JsonLines(folder.metrics)
         self.runtime = runtime
         self.console = console
         self.verb = verb
@@ -146,9 +147,8 @@ class Training:
             Interrupted: stopped by a signal, after saving.
         """
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
-        metrics = JsonLines(self.folder.metrics)
         # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
-        self.runtime.on_main(lambda: metrics.rewind(state.step or -1))
+        self.runtime.on_main(lambda: self.metrics.rewind(state.step or -1))
         with (
             StopRequest() as stop,
             self._lost_at_a_step(),
@@ -156,7 +156,7 @@ class Training:
             self._loader() as loader,
             self.console.training(steps, state.step) as shown,
         ):
-            write = self._write(metrics, shown)
+            write = self._write(shown)
             held_out, exams = self._held_out(write), self._exams(write, stop)
             if state.step == 0:
                 held_out(state)
@@ -196,9 +196,9 @@ class Training:
         self.runtime.on_main(lambda: self._show(result, scores))
         return result
 
-    def _write(self, metrics: JsonLines, shown: Shown) -> Write:
+    def _write(self, shown: Shown) -> Write:
         def write(record: Record) -> None:
-            metrics.write(record)
+            self.metrics.write(record)
             self.trackers.log(record)
             shown.log(record)
 
@@ -208,6 +208,7 @@ class Training:
         if self.text.stream is not None:
             summed = self.runtime.sum_over_ranks(self.text.stream.position(state.step))
             state.position = [number // self.runtime.model_ranks for number in summed]
+        self.runtime.on_main(self.metrics.sync)
         self.saver.save(state)
 
     @contextmanager

@@ -9,7 +9,7 @@ from switchcli.data.prepare import documents
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console
-from switchcli.train.run_folder import write_whole
+from switchcli.report.sinks import write_whole
 
 
 def check_free(out: Path, *, replace: bool) -> None:

@@ -1,4 +1,4 @@
-"""The metrics file: one JSON object a line, the interface for scripts. Trackers with a service are not here."""
+"""The metrics file, one JSON object a line, the interface for scripts; small files written whole. No trackers here."""
 
 import json
 import math
@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.errors import CheckpointError, disk_errors
-
-Value = Any
-"""What JSON holds."""
 
 
 class JsonLines:
@@ -22,7 +19,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, record: Mapping[str, Value]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line and hands it to the system. NaN and infinity, which JSON does not have, become null."""
         line = json.dumps(_finite(record), allow_nan=False)
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -36,13 +33,26 @@ class JsonLines:
         if not self.path.exists():
             return
         kept = [line for line, record in _records(self.path) if record.get("step", 0) <= step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with disk_errors(self.path):
+        write_whole(self.path, "".join(line + "\n" for line in kept))
+
+    def sync(self) -> None:
+        """Returns once all that was written is on the disk, as it must be before a checkpoint that goes on from it."""
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all, whenever the process or the power ends."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with disk_errors(path):
+        try:
             with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in kept)
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.path)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -75,7 +85,7 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _finite(value: Value) -> Value:
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

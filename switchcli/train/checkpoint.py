@@ -243,6 +243,15 @@ def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         return _newest(folder, lambda path, damage: warn(f"{damage} The one before it is tried."))
 
 
+def verdicts(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | DamagedError]]:
+    """Each of these checkpoints, read through when it is asked for, or what is wrong with it."""
+    for path in paths:
+        try:
+            yield path, Checkpoint.open(path)
+        except DamagedError as damage:
+            yield path, damage
+
+
 def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK) -> None:
     """Remove all but the last `keep_last` (>= 1) checkpoints and, if asked, the best by each figure of its own step.
 
@@ -252,7 +261,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
     assert keep_last >= 1
     with disk_errors(folder, _ELSEWHERE):
         figures: dict[Path, Mapping[str, float]] = {}
-        for path in _steps(folder):
+        for path in steps(folder):
             with suppress(CheckpointError):
                 figures[path] = own_figures(_state(path, manifests.load(path)))
         best: dict[str, Path] = {}
@@ -283,7 +292,7 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder by name alone, newest first."""
     if not folder.exists():
         return []
@@ -293,13 +302,12 @@ def _steps(folder: Path) -> list[Path]:
 
 def _newest(folder: Path, damaged: Callable[[Path, DamagedError], None]) -> Checkpoint | None:
     """The newest that verifies; `damaged` is told of each before it that does not."""
-    for path in _steps(folder):
-        try:
-            return Checkpoint.open(path)
-        except DamagedError as damage:
-            if not path.exists():  # the run has just pruned it, so there are newer ones
-                return _newest(folder, damaged)
-            damaged(path, damage)
+    for path, found in verdicts(steps(folder)):
+        if isinstance(found, Checkpoint):
+            return found
+        if not path.exists():  # the run has just pruned it, so there are newer ones
+            return _newest(folder, damaged)
+        damaged(path, found)
     if names := sorted(path.name for path in folder.glob("step-*")):
         raise CheckpointError(
             f"{folder}: none of the {len(names)} checkpoints verifies ({', '.join(names)}): "

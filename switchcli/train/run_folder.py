@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.errors import disk_errors
+from switchcli.report.sinks import write_whole
 
 
 class RunFolder:
@@ -38,11 +39,3 @@ class RunFolder:
         with disk_errors(self.path):
             self.path.rename(aside)
         return aside
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with disk_errors(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)

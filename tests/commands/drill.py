@@ -1,33 +1,39 @@
 """Runs killed or stopped at random moments and started again until they are done, against one that never stopped.
 
-`python drill.py kill|stop RECIPE FOLDER TIMES SEED` prints a JSON report. Each start is a fork of one process that has
-imported everything, which saves the seconds that importing torch takes; what runs in it is the command's entry point.
+`python drill.py kill|stop FOLDER TIMES SEED VERB ARGUMENTS` prints a JSON report. Each start is a fork of one process
+that has imported everything, which saves the seconds that importing torch takes; what runs in it is the command's entry
+point.
 """
 
 import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
 
 from switchcli.cli import main
-from switchcli.commands import generate, pretrain  # noqa: F401  # so that a fork has them
+from switchcli.commands import distill, finetune, generate, pretrain, teaching  # noqa: F401  # so that a fork has them
 
 CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "data_wait_fraction"}
 """What two runs need not have in common."""
+STEP = re.compile(rb"^\d+/\d+ +-", re.MULTILINE)
+"""A line of a logged step."""
 
 
 def fingerprint(run: Path) -> dict[str, str]:
     """SHA-256 of the last checkpoint's weights and optimizer, and of metrics.jsonl without its clocks."""
-    newest = max((run / "checkpoints").glob("step-*"))
+    newest = max((run / "checkpoints").glob("step-" + "[0-9]" * 8))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     untimed = [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
     state = json.loads((newest / "state.json").read_text())
@@ -73,21 +79,26 @@ def kill_one(run: str, process: subprocess.Popen[str]) -> None:
     os.kill(max(ranks_of(run)), signal.SIGKILL)
 
 
-def start(recipe: Path, run: Path, log: Path) -> int:
-    """`switchcli pretrain RECIPE --out RUN` in a child process; its id."""
+def start(command: Sequence[object], log: Path, within: Callable[[], None] = lambda: None) -> int:
+    """`switchcli COMMAND` in a child process, after `within`; its id. What it says is added to the log."""
     child = os.fork()
     if child:
         return child
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["switchcli", "pretrain", str(recipe), "--out", str(run)]
     try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.argv = ["switchcli", *map(str, command)]
+        within()
         main()
+        os._exit(0)
     except SystemExit as end:
         os._exit(int(end.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
-        os._exit(1)  # a traceback, which the log does not hold: no code of a user's error
+        os._exit(1)  # no code of a user's error
     raise AssertionError
 
 
@@ -103,6 +114,11 @@ def ended(child: int, patience: float) -> int | None:
         time.sleep(0.001)
 
 
+def leftovers(run: Path) -> list[str]:
+    """What a run that is done must not leave: files under a temporary name."""
+    return [str(path) for path in run.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+
+
 def in_a_save(run: Path) -> bool:
     """Whether what a kill left shows that it struck while a checkpoint was written, replaced or removed."""
     return any((run / "checkpoints").glob(".*-*"))
@@ -111,50 +127,61 @@ def in_a_save(run: Path) -> bool:
 def wait_for_a_save(child: int, run: Path, patience: float) -> None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and not in_a_save(run):
-        pass
+        time.sleep(0.0002)
 
 
-def drill(numbers: tuple[signal.Signals, ...], recipe: Path, folder: Path, times: int, seed: int) -> dict[str, Any]:
+def drill(
+    numbers: tuple[signal.Signals, ...], command: Sequence[object], folder: Path, times: int, seed: int
+) -> dict[str, Any]:
     """Strike runs `times` times in all, every third time as soon as a save has begun; each run goes on to its end.
 
     A signal that comes before Python could set a handler ends a process as it does any: that start counts as well.
     """
     draw = random.Random(seed)
     began = time.monotonic()
-    assert ended(start(recipe, folder / "straight", folder / "straight.log"), 120) == 0
+    assert ended(start([*command, "--out", folder / "straight"], folder / "straight.log"), 240) == 0
     length = time.monotonic() - began
     wanted = fingerprint(folder / "straight")
     codes: Counter[str] = Counter()
-    strikes = in_saves = runs = 0
+    strikes = in_saves = resuming = runs = 0
     differing: list[str] = []
     while strikes < times:
         run, log = folder / f"run-{runs}", folder / f"run-{runs}.log"
         runs += 1
         while True:
-            child = start(recipe, run, log)
+            begun, said = run.exists(), log.stat().st_size if log.exists() else 0
+            child = start([*command, "--out", run], log)
             if strikes < times:
                 code = ended(child, draw.uniform(0, 0.7 * length))
                 if code is None and strikes % 3 == 0:
                     wait_for_a_save(child, run, 1.0)
                 if code is None:
                     os.kill(child, draw.choice(numbers))
-                    code = ended(child, 60)
+                    code = ended(child, 120)
                     strikes += code != 0
                     in_saves += in_a_save(run)
+                    resuming += begun and not STEP.search(log.read_bytes()[said:])
             else:
-                code = ended(child, 120)
+                code = ended(child, 240)
             codes[str(code)] += 1
             if code == 0 or code not in (75, *(-number for number in numbers)):
                 break
-        if code != 0 or fingerprint(run) != wanted or in_a_save(run):
+        if code != 0 or fingerprint(run) != wanted or leftovers(run):
             differing.append(str(run))
-    return {"strikes": strikes, "in_saves": in_saves, "runs": runs, "differing": differing, "exit_codes": codes}
+    return {
+        "strikes": strikes,
+        "in_saves": in_saves,
+        "resuming": resuming,
+        "runs": runs,
+        "differing": differing,
+        "exit_codes": codes,
+    }
 
 
 SIGNALS = {"kill": (signal.SIGKILL,), "stop": (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as for SIGTERM: no traceback of this file in a fork's first moment
-    how, recipe, folder, times, seed = sys.argv[1:]
-    report = drill(SIGNALS[how], Path(recipe), Path(folder), int(times), int(seed))
+    how, folder, times, seed, *command = sys.argv[1:]
+    report = drill(SIGNALS[how], command, Path(folder), int(times), int(seed))
     sys.stdout.write(json.dumps(report) + "\n")

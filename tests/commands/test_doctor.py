@@ -1,6 +1,7 @@
 """`switchcli doctor`: the verdict on recipes, trained runs and Hugging Face folders, for people and for scripts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import transformers
 from conftest import RECIPE, SwitchCLI
 
 from switchcli.doctor.probes import PROBES
+
+CHECKPOINT = 4
+FILES = "--checkpoint-files"
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +146,60 @@ def test_the_papers_bfloat16_arm_fails_by_its_routers_precision(switchcli: Switc
     done = switchcli("doctor", "quickstart/switch", "train.precision=bfloat16", "--json")
     failed = [finding["probe"] for finding in json.loads(done.out)["findings"] if finding["verdict"] == "fail"]
     assert (done.code, failed) == (1, ["router precision"])
+
+
+def test_the_files_of_a_run_are_verified_as_loading_does(recipe: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", recipe, "train.steps=8", "--out", "a", "-q").code == 0
+    four, eight = (f"a/checkpoints/step-0000000{step}" for step in (4, 8))
+    done = switchcli("doctor", FILES, "a")
+    assert (done.code, done.out.splitlines()) == (
+        0,
+        [f"whole    {eight}", f"whole    {four}", f"loading takes {eight}"],
+    )
+
+    file = Path(eight, "optimizer-00000.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    damage = f"{file}: its SHA-256 is not that of what was saved: use another checkpoint of the run."
+    done = switchcli("doctor", FILES, "a")
+    assert done.code == CHECKPOINT
+    assert done.out.splitlines() == [f"damaged  {damage}", f"whole    {four}", f"loading takes {four}"]
+    done = switchcli("doctor", FILES, "a", "--json")
+    assert (done.code, json.loads(done.out)) == (
+        CHECKPOINT,
+        {"folder": "a", "whole": False, "loaded": four, "damage": {eight: damage, four: None}},
+    )
+    assert switchcli("doctor", FILES, four).code == 0
+    one = switchcli("doctor", FILES, eight)
+    assert (one.code, one.out) == (CHECKPOINT, f"damaged  {damage}\nnone is whole: loading refuses\n")
+    assert switchcli("eval", eight, "--out", "scores").err == f"error: {damage}\n"
+
+    again = switchcli("pretrain", recipe, "train.steps=8", "--out", "a")
+    assert f"warning: {damage} It is now" in again.err
+    assert "going on from step 4 of 8" in again.err
+    assert switchcli("doctor", FILES, "a").code == 0
+
+
+def test_files_without_a_manifest_and_no_files(run: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    lost = tmp_path / "checkpoints/step-00000002"
+    shutil.copytree(run / "checkpoints/step-00000002", lost)
+    (lost / "MANIFEST").unlink()
+    for name in (lost, tmp_path):
+        done = switchcli("doctor", FILES, name)
+        assert done.code == CHECKPOINT
+        assert done.out.startswith(f"damaged  {lost}/MANIFEST: No such file")
+    assert switchcli("eval", lost, "--out", tmp_path / "scores").err.startswith(f"error: {lost}/MANIFEST: No such file")
+    lost.rename(f"{lost}.bad-missing")
+    done = switchcli("doctor", FILES, tmp_path)
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert "none of the 1 checkpoints verifies (step-00000002.bad-missing)" in done.err
+    for name, code, said in [
+        ("nowhere", CHECKPOINT, "error: nowhere: no checkpoint there"),
+        ("quickstart/switch", CHECKPOINT, "error: quickstart/switch: no checkpoint there"),
+    ]:
+        done = switchcli("doctor", FILES, name)
+        assert (done.code, done.out) == (code, "")
+        assert done.err.startswith(said)
+    refused = switchcli("doctor", FILES, run, "model.num_experts=2")
+    assert (refused.code, refused.out) == (2, "")

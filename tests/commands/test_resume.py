@@ -230,8 +230,7 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize(("how", "background"), [("kill", True), ("stop", False), ("stop", True)])
 def test_twenty_strikes_at_random_moments(how: str, background: bool, text: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
@@ -239,7 +238,8 @@ def test_twenty_strikes_at_random_moments(how: str, background: bool, text: Path
         .replace("steps: 2,", "steps: 30,")
         .replace("save_every_steps: 4", f"save_every_steps: 1, background: {str(background).lower()}")
     )
-    drill = [sys.executable, str(Path(__file__).parent / "drill.py"), how, str(recipe), str(tmp_path), "20", "0"]
+    drill = [sys.executable, str(Path(__file__).parent / "drill.py"), how, str(tmp_path), "20", "0"]
+    drill += ["pretrain", str(recipe)]
     report = json.loads(subprocess.run(drill, stdout=subprocess.PIPE, check=True).stdout)
     assert report["strikes"] >= 20, report
     assert report["differing"] == [], report

@@ -678,7 +678,9 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
             patch.setattr(StoreWriter, "add", add_while_there_is_room)
         else:
             patch.setattr(store.np, "save", save_while_there_is_room)
-        with pytest.raises(CheckpointError, match=r"cache: No space left on device: free some space, or name another"):
+        with pytest.raises(
+            CheckpointError, match=r"cache: No space left on device \([\d,]+ bytes free\): free some space, or name"
+        ):
             corpus.prepare()
     first = corpus.folders
     if where != "at the end of a full one":

@@ -103,3 +103,12 @@ def test_rewind_leaves_the_old_file_when_it_is_stopped(tmp_path: Path, monkeypat
         sink.rewind(1)
     assert sink.path.read_bytes() == before
     assert [json.loads(line)["step"] for line in before.splitlines()] == [1, 2]
+
+
+def test_records_are_on_the_disk_when_they_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = write_steps(tmp_path / "m", 1, 2)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    sink.sync()
+    assert synced == [sink.path.stat().st_ino]
+    assert len(read_json_lines(sink.path)) == 2

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from switchcli.train.fsops import DISK, Files
 
@@ -33,12 +34,13 @@ class FaultyFiles:
         self.count += 1
         return self.count == self._at + 1 or (self._for_good and self.count > self._at)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One more operation, which need not be of a save."""
         if self._next():
             self._strike()
 
     def make_dir(self, path: Path) -> None:
-        self._step()
+        self.step()
         self._disk.make_dir(path)
 
     def write(self, path: Path, content: bytes) -> None:
@@ -49,11 +51,11 @@ class FaultyFiles:
         self._disk.write(path, content)
 
     def sync(self, path: Path) -> None:
-        self._step()
+        self.step()
         self._disk.sync(path)
 
     def rename(self, source: Path, target: Path) -> None:
-        self._step()
+        self.step()
         self._disk.rename(source, target)
 
     def remove_tree(self, path: Path) -> None:
@@ -64,37 +66,55 @@ class FaultyFiles:
         self._disk.remove_tree(path)
 
 
-class LossyFiles:
-    """The real disk with a cache: `lose_power` takes back all that was not synced."""
+class Undo(NamedTuple):
+    """How to take back what stays only once `needs` is synced; by a descriptor, which a rename does not change."""
 
-    def __init__(self) -> None:
-        self._undo: list[tuple[Path, Callable[[], None]]] = []
+    needs: Path
+    act: Callable[[], object]
+    descriptor: int
+
+
+class LossyFiles:
+    """A disk with a cache: `lose_power` takes back all that was not synced."""
+
+    def __init__(self, disk: Files = DISK) -> None:
+        self._disk = disk
+        self._undo: list[Undo] = []
+
+    def _note(self, needs: Path, act: Callable[[int], object]) -> None:
+        descriptor = os.open(needs, os.O_RDONLY if needs.is_dir() else os.O_WRONLY)
+        self._undo.append(Undo(needs, lambda: act(descriptor), descriptor))
 
     def make_dir(self, path: Path) -> None:
         if not path.exists():
-            DISK.make_dir(path)
-            self._undo.append((path.parent, lambda: shutil.rmtree(path)))
+            self._disk.make_dir(path)
+            self._note(path.parent, lambda _: shutil.rmtree(path))
 
     def write(self, path: Path, content: bytes) -> None:
-        DISK.write(path, content)
-        self._undo.append((path.parent, path.unlink))
-        self._undo.append((path, lambda: os.truncate(path, path.stat().st_size // 2)))
+        self._disk.write(path, content)
+        self._note(path.parent, lambda folder: os.unlink(path.name, dir_fd=folder))
+        self._note(path, lambda file: os.truncate(file, len(content) // 2))
 
     def sync(self, path: Path) -> None:
-        DISK.sync(path)
-        self._undo = [(needs, undo) for needs, undo in self._undo if needs != path]
+        self._disk.sync(path)
+        for undo in self._undo:
+            if undo.needs == path:
+                os.close(undo.descriptor)
+        self._undo = [undo for undo in self._undo if undo.needs != path]
 
     def rename(self, source: Path, target: Path) -> None:
-        DISK.rename(source, target)
-        self._undo.append((target.parent, lambda: DISK.rename(target, source)))
+        self._disk.rename(source, target)
+        self._note(target.parent, lambda _: target.rename(source))
 
     def remove_tree(self, path: Path) -> None:
-        DISK.remove_tree(path)  # at once on the disk: the worst case
+        self._disk.remove_tree(path)  # at once on the disk: the worst case
 
     def lose_power(self) -> None:
-        for _, undo in reversed(self._undo):
+        for undo in reversed(self._undo):
             with suppress(FileNotFoundError):  # removed meanwhile
-                undo()
+                undo.act()
+            os.close(undo.descriptor)
+        self._undo = []
 
 
 def crash() -> None:

@@ -1,6 +1,7 @@
 """Saves in the background: the bytes, the order and the failures of those that training waits for."""
 
 import errno
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,7 @@ def outcome(parts: Parts, folder: Path) -> tuple[str, int | None]:
     try:
         run(parts, steps=3)
     except CheckpointError as error:
-        said = str(error).replace(str(folder), "").partition("(")[0]
+        said = re.sub(r"[\d,]+", "", str(error).replace(str(folder), ""))
     found = checkpoint.latest(folder, unexpected)
     return said, found and found.step
 

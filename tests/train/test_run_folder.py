@@ -1,6 +1,8 @@
 """RunFolder: its files are written whole or not at all, and an earlier run is set aside, never mixed with."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,18 @@ def test_what_the_disk_refuses_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent/recipe\.yaml: .*No such file.*--out") as caught:
         RunFolder(tmp_path / "absent").write_recipe("")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_folder(tmp_path / "run")
+    folder.write_tokenizer("old")
+
+    def refuse(descriptor: int) -> None:
+        assert (folder.path / "tokenizer.json.tmp").read_text() == "new"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: No space left .* \([\d,]+ bytes free\): free"):
+        folder.write_tokenizer("new")
+    assert [path.name for path in folder.path.iterdir()] == ["tokenizer.json"]
+    assert folder.tokenizer.read_text() == "old"

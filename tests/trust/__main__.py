@@ -1,0 +1,47 @@
+"""`scripts/trust [PART ...]`: the long trials, as one table; the exit code is 1 where anything was lost."""
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from table import Row
+
+PARTS: dict[str, str] = {"a": "kills", "d": "full_disks", "e": "damages"}
+"""The file of each part, by its letter."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("scripts/trust", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; absent: all")
+    parser.add_argument("--short", action="store_true", help="as few trials as the tests make")
+    asked = parser.parse_args()
+    if unknown := sorted({*asked.parts} - {*PARTS}):
+        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}")
+    lost = 0
+    line("part", "what was done", "lost", "minutes", "")
+    line(*["---"] * 5)
+    for part in asked.parts or PARTS:
+        with tempfile.TemporaryDirectory(prefix=f"trust-{part}-") as folder:
+            began = time.monotonic()
+            for row in importlib.import_module(PARTS[part]).rows(Path(folder), long=not asked.short):
+                show(row, (time.monotonic() - began) / 60)
+                lost += row.lost
+                began = time.monotonic()
+    return int(lost > 0)
+
+
+def show(row: Row, minutes: float) -> None:
+    line(row.part, row.what, row.figure, f"{minutes:.1f}", row.said)
+
+
+def line(*cells: str) -> None:
+    """As Markdown has it, so that a table can be kept."""
+    sys.stdout.write(f"| {' | '.join(cells)} |\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
