@@ -19,7 +19,7 @@ import torch
 from forked import Done, command
 
 from switchcli.commands import recipes as recipes_verb
-from switchcli.commands import run, tokenizers
+from switchcli.commands import tokenizers, training
 from switchcli.data import files as data_files
 from switchcli.data import tokenizer
 from switchcli.interop import config as configs
@@ -69,7 +69,7 @@ def anything(self: manifest.Manifest, folder: Path, name: str) -> bytes:
     return (folder / name).read_bytes()
 
 
-LOAD, NP_LOAD, MACHINE, STORED = torch.load, np.load, run.machine, interop_files._stored
+LOAD, NP_LOAD, MACHINE, STORED = torch.load, np.load, training.machine, interop_files._stored
 UNPICKLE = [
     (manifest, "read_small", unpickling(manifest.read_small)),
     (tensor_file, "safe_open", unpickling(tensor_file.safe_open)),
@@ -141,7 +141,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
     "no environment": (
         shown.SECRETS,
         ["HF_TOKEN while training"],
-        [(run, "machine", lambda runtime: {**MACHINE(runtime), "environment": dict(os.environ)})],
+        [(training, "machine", lambda runtime: {**MACHINE(runtime), "environment": dict(os.environ)})],
     ),
     "no password": (
         shown.SECRETS,
