@@ -17,7 +17,7 @@ from switchcli.interop import hub
 from switchcli.interop.files import is_layout
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.layout import whole_weights
-from switchcli.recipe import resolve
+from switchcli.recipe import resolve, text
 from switchcli.recipe.schema import schema_of
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint, manifest
@@ -140,8 +140,7 @@ def on_the_hub(name: str) -> str:
 def documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
     """The recipe and the tokenizer of a checkpoint."""
     recipe = saved_recipe(found)
-    text = found.document("tokenizer.json").decode()
-    tokenizer = Tokenizer.from_json(text, str(found.path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_bytes(found.document("tokenizer.json"), str(found.path / "tokenizer.json"))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise CheckpointError(
             f"{found.path}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {recipe.model.vocab_size} "
@@ -152,7 +151,7 @@ def documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
 
 def saved_recipe(found: checkpoint.Checkpoint) -> TrainingRecipe:
     """The recipe of a checkpoint, by the verb that wrote it."""
-    tree = resolve.load(str(found.path / "recipe.yaml"))
+    tree = resolve.saved(found.document(resolve.SAVED), text.shown(found.path / resolve.SAVED))
     schema = schema_of(tree)
     if schema is None or not issubclass(schema, TrainingRecipe):
         raise CheckpointError(

@@ -9,6 +9,7 @@ import typer
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, text
 from switchcli.report.output import print_json
+from switchcli.report.text import safe_text
 
 app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
 
@@ -58,7 +59,7 @@ def copy(
     if as_json:
         print_json({"name": name, "file": str(target)})
     else:
-        typer.echo(str(target))
+        typer.echo(safe_text(str(target)))
 
 
 @app.command()
@@ -72,7 +73,7 @@ def validate(
         print_json({"files": [{"file": file, "ok": not found, "errors": found} for file, found in errors.items()]})
     else:
         for file in (file for file, found in errors.items() if not found):
-            typer.echo(f"{file}: ok")
+            typer.echo(f"{text.name_of(file)}: ok")
     if broken := [line for found in errors.values() for line in found]:
         raise RecipeError("\n".join(broken))
 

@@ -188,9 +188,8 @@ def machine(runtime: Runtime) -> dict[str, Any]:
     cuda = runtime.device.type == "cuda"
     return {
         "hardware": {
-            "device": torch.cuda.get_device_name(runtime.device)
-            if cuda
-            else platform.processor() or platform.machine(),
+            # Not platform.processor(), which starts a program to ask.
+            "device": torch.cuda.get_device_name(runtime.device) if cuda else platform.machine(),
             "ranks": runtime.world,
             "cores": os.cpu_count(),
             "threads_per_rank": torch.get_num_threads(),

@@ -4,13 +4,14 @@ Its pieces are ranges of bytes of a large file, or several small files, so that 
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from itertools import chain, islice
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchcli.data import parquet
 from switchcli.data.document import LABELS, Document, Piece
@@ -32,6 +33,12 @@ class Files(TextRows):
     """Files, URLs (s3://, gs://, hf://datasets/...) or globs of them (`**` goes down), from the current folder."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
     """What a document is in a text file; paragraphs are parted by blank lines. The unit that is held out."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        if any(re.match(r"[a-z0-9+.-]+://[^/]*:[^/]*@", path, re.IGNORECASE) for path in self.paths):
+            raise ValueError("paths: a URL has a password, which a run's recipe.yaml would keep: name the host alone")
+        return self
 
     def pieces(self) -> tuple[Piece, ...]:
         """In the order of `paths`, each glob's files by name. Raises DataError for no match and for a folder."""

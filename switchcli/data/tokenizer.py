@@ -30,6 +30,11 @@ from switchcli.spec import EOS, PAD, Spec
 _MAX_BYTES: Final = 2**28
 """Of a file: the largest vocabularies have some 2^25."""
 
+_MAX_IDS: Final = 2**24
+"""More rows than any embedding has."""
+
+_USE: Final = "use one written by `tokenizers`"
+_CANNOT: Final = "no tokenizer that can cut any text"
 _PATH: Final = "data.tokenizer.path"
 
 Documents = Callable[[], Mapping[str, Iterable[Document]]]
@@ -63,8 +68,10 @@ class Tokenizer:
                 f"{where}: no {sentinel(0)} in the vocabulary, span corruption needs sentinels: use a T5 tokenizer, "
                 "or train one (kind: train)"
             )
-        self._inner = inner
+        self._inner, self._where = inner, where
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > _MAX_IDS:
+            raise DataError(f"{where}: ids up to {self.vocab_size - 1}, at most {_MAX_IDS - 1} can be used: {_USE}")
         self._plain = np.arange(self.vocab_size)
         self._plain[[PAD, EOS, *self.sentinels]] = self.unknown
         text = self.to_json()
@@ -75,7 +82,7 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str, where: str = "tokenizer.json") -> Self:
         """Raises DataError, naming `where`, for anything that `tokenizers` cannot load."""
-        with _explained(where):
+        with _explained(where, "not a tokenizer.json"):
             if not isinstance(json.loads(text), dict):  # what is not an object makes the library panic
                 raise ValueError("not a JSON object")
             inner = tokenizers.Tokenizer.from_str(text)
@@ -104,13 +111,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt: `<extra_id_0>` in it is that sentinel. No EOS is added."""
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        with _explained(self._where, _CANNOT):
+            return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int64]]:
         """The ids, int64, of each text of a corpus: padding, EOS or a sentinel spelt out there is none. Adds no EOS."""
         self._inner.encode_special_tokens = True
         try:
-            encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+            with _explained(self._where, _CANNOT):
+                encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
         finally:
             self._inner.encode_special_tokens = False
         # T5's own vocabulary has them as ordinary pieces too, so that text may still match one: it becomes <unk>.
@@ -120,11 +129,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text: padding and EOS left out, sentinels as `<extra_id_0>`."""
         kept = [index for index in ids if index not in (PAD, EOS)]
-        return str(self._inner.decode(kept, skip_special_tokens=False))
+        with _explained(self._where, _CANNOT):
+            return str(self._inner.decode(kept, skip_special_tokens=False))
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def _explained(where: str, fault: str) -> Iterator[None]:
     """The library's failures as DataError: it raises bare `Exception`, and a panic that is not even one."""
     try:
         yield
@@ -134,7 +144,7 @@ def _explained(where: str) -> Iterator[None]:
             or isinstance(error, ValueError | RecursionError)
             or type(error).__name__ == "PanicException"
         ):
-            raise DataError(f"{where}: not a tokenizer.json ({error}): use one written by `tokenizers`") from error
+            raise DataError(f"{where}: {fault} ({error}): {_USE}") from error
         raise
 
 

@@ -41,6 +41,7 @@ _RULES: Mapping[str, str] = MappingProxyType(
 )
 RENAMED: Mapping[str, str] = MappingProxyType({"data.span_corruption": "data.objective"})
 """What keys of earlier versions are called today."""
+_MOST = 100  # things wrong of one recipe that are told
 _WORDS: Mapping[str, str] = MappingProxyType(
     {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 )
@@ -57,7 +58,7 @@ class _Place(NamedTuple):
 def lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[str]:
     """One line for each thing wrong with `tree` as a value of `schema`, in the order of the schema."""
     found: dict[tuple[str, str], str] = {}
-    for details in error.errors(include_url=False):
+    for details in error.errors(include_url=False)[:_MOST]:
         if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
             continue  # pydantic counts the items that are right, and each that is wrong has a line of its own
         for path, line in _explained(details, tree, schema):
@@ -102,7 +103,7 @@ def _explained(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> It
 def _own_rules(message: str, place: _Place, tree: Node) -> Iterator[tuple[Keys, str]]:
     fields = {name for model in place.models for name in model.model_fields}
     for rule in message.split("\n"):
-        named = [tuple(keys.split(".")) for keys in re.findall(r"^[a-z_]\w*(?:\.\w+)*|[a-z_]\w*(?:\.\w+)+", rule)]
+        named = [tuple(keys.split(".")) for keys in re.findall(r"^[a-z_]\w*(?:\.\w+)*|\b[a-z_]\w*+(?:\.\w+)+", rule)]
         about = [(*place.path, *keys) for keys in named if keys[0] in fields]
         starts_with_key = bool(about) and rule.startswith(dotted(about[0][len(place.path) :]))
         path = next((path for path in about if _said(tree, path)[1]), about[0]) if starts_with_key else place.path

@@ -52,10 +52,22 @@ def load(name_or_path: str | None, overrides: Sequence[str] = (), below: Node | 
         RecipeError: a file is missing or is not YAML, an `extends` or an override cannot be followed.
     """
     layers = [layer({}, "the command line")] if name_or_path is None else _files(library.locate(name_or_path))
-    tree = _merge(layers[0]._replace(value={}), below or layers[0]._replace(value={}))
+    return _overridden(_layered(layers, below or layers[0]._replace(value={})), overrides)
+
+
+def saved(document: bytes, where: str) -> Node:
+    """The recipe that lies in a checkpoint, not yet validated: no other file is read for it. Raises RecipeError."""
+    root = text.read_bytes(document, where)
+    if not isinstance(root.value, dict) or "extends" in root.value:
+        raise RecipeError(f"{root.where}: not the recipe of a run, which is a mapping of keys and extends nothing")
+    return _layered([_of_today(root)], root._replace(value={}))
+
+
+def _layered(layers: Sequence[Node], below: Node) -> Node:
+    tree = _merge(layers[0]._replace(value={}), below)
     for above in layers:
         tree = _merge(_with_size(tree, _size(above)), above)
-    return _overridden(tree, overrides)
+    return tree
 
 
 def validate(tree: Node, schema: type[S]) -> S:

@@ -2,7 +2,8 @@
 
 Scalars are read by the core schema of YAML 1.2: `1e-4` is a number, `no` and `12:30` are text, `012` is 12. Refused,
 because a recipe needs none of them and each has hidden a mistake or an attack: aliases, anchors, tags, merge keys, keys
-that are not text, a key given twice, a second document, nesting beyond 32, more than 1 MiB, bytes that are not UTF-8.
+that are not text, a key given twice, a second document, nesting beyond 32, more than 1 MiB or 10,000 values (reading
+them would take long), bytes that are not UTF-8.
 
 This file knows nothing of recipes: what the keys mean is for `resolve` and the schema.
 """
@@ -18,6 +19,7 @@ from switchcli.errors import RecipeError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
+MAX_VALUES = 10_000
 MAX_DIGITS = 1000
 
 Scalar = str | int | float | bool | None
@@ -82,6 +84,11 @@ def read_file(path: Path) -> Node:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
+    return read_bytes(data, name)
+
+
+def read_bytes(data: bytes, name: str) -> Node:
+    """The YAML in the content of a file, which messages call `name`. Raises RecipeError as `read_file`."""
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{name}: more than the {MAX_BYTES} bytes that a recipe may have: is it a recipe?")
     try:
@@ -115,7 +122,7 @@ def read(text: str, where: Callable[[int], str]) -> Node:
 
 def _refuse(text: str, where: Callable[[int], str]) -> None:
     """Raise RecipeError for what no recipe may hold. Events come one at a time: a bomb is refused before it unpacks."""
-    depth = documents = 0
+    depth = documents = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         rule = None
         if isinstance(event, yaml.DocumentStartEvent):
@@ -128,12 +135,15 @@ def _refuse(text: str, where: Callable[[int], str]) -> None:
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             depth += isinstance(event, yaml.CollectionStartEvent)
+            values += 1
             if event.anchor is not None:
                 rule = f"anchors (&{event.anchor}) are not allowed: remove it"
             elif event.tag is not None:
                 rule = f"tags ({event.tag}) are not allowed: remove it"
             elif depth > MAX_DEPTH:
                 rule = f"nested more than {MAX_DEPTH} deep"
+            elif values > MAX_VALUES:
+                rule = f"more than the {MAX_VALUES} keys and values that a recipe may have: is it a recipe?"
         if rule:
             raise RecipeError(f"{where(_line(event))}: {rule}")
 

@@ -18,7 +18,6 @@ Values are saved as they are, NaN too: the training loop stops at such numbers b
 """
 
 import errno
-import json
 import re
 import secrets
 import shutil
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, final
 
 from torch import Tensor
 
@@ -38,7 +37,7 @@ from switchcli.train import tensor_file
 from switchcli.train.fsops import DISK, Files
 from switchcli.train.logical import expert_numbers
 from switchcli.train.manifest import DamagedError, Entry, Manifest
-from switchcli.train.state import own_figures
+from switchcli.train.state import Saved
 
 Group = Literal["model", "optimizer"]
 
@@ -263,7 +262,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
         figures: dict[Path, Mapping[str, float]] = {}
         for path in steps(folder):
             with suppress(CheckpointError):
-                figures[path] = own_figures(_state(path, manifests.load(path)))
+                figures[path] = _state(path, manifests.load(path)).own_figures()
         best: dict[str, Path] = {}
         for path, own in figures.items():
             for name, figure in own.items():
@@ -316,13 +315,13 @@ def _newest(folder: Path, damaged: Callable[[Path, DamagedError], None]) -> Chec
     return None
 
 
-def _state(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+def _state(path: Path, manifest: Manifest) -> Saved:
     try:
-        state = json.loads(manifest.read(path, "state.json"))
+        state = Saved.read(manifest.read(path, "state.json"))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(path / "state.json", "state", "is not JSON") from error
-    if not isinstance(state, dict):
-        raise DamagedError(path / "state.json", "state", "is not a JSON object")
+        raise DamagedError(path / "state.json", "state", "is no state of a run") from error
+    if state.step != manifest.step:
+        raise DamagedError(path / "state.json", "state", f"is that of step {state.step}")
     return state
 
 

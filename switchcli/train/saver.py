@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Final
@@ -156,7 +156,9 @@ class Saver:
         if step < 0:
             return False
         found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step), verified=True)
-        before, now = (json.loads(document) for document in (found.document(DATA), self._documents[DATA]))
+        before, now = {}, json.loads(self._documents[DATA])
+        with suppress(ValueError, TypeError, RecursionError):  # what is no object is no run's
+            before = dict(json.loads(found.document(DATA)))
         if before != now:
             what = "on other text" if before.get(TEXT) != now[TEXT] else "by another teacher"
             raise CheckpointError(

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 
+from switchcli.spec import Spec
 from switchcli.train.metrics import Mean, Metrics
 
 HELD_OUT = "held_out/neg_log_perplexity"
@@ -18,6 +20,35 @@ class Best(NamedTuple):
 
     figure: float
     step: int
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Part = float | list[float] | list[list[float]]
+
+
+class Saved(Spec):
+    """A state.json: the state's own names, and of the window each metric's total and weight."""
+
+    step: Count = 0
+    targets_seen: Count = 0
+    seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    figures: dict[str, float] = Field(default_factory=dict)
+    evaluated_step: Count | None = None
+    first_figures: dict[str, float] = Field(default_factory=dict)
+    best: dict[str, Best] = Field(default_factory=dict)
+    texts: dict[str, dict[str, float]] = Field(default_factory=dict)
+    bits_per_byte: float | None = None
+    position: list[Count] = Field(default_factory=list)
+    window: dict[str, tuple[_Part, _Part]] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: bytes) -> "Saved":
+        """Raises ValueError or RecursionError for what no run wrote."""
+        return cls.model_validate_json(json.dumps(_of_today(json.loads(text))))
+
+    def own_figures(self) -> Mapping[str, float]:
+        """The figures of the very weights that this lies beside: none when it was not their step's evaluation."""
+        return self.figures if self.evaluated_step == self.step else {}
 
 
 @dataclass
@@ -82,32 +113,23 @@ class TrainState:
     def restore(self, text: bytes, device: torch.device, with_window: bool) -> None:
         """Become the state of a checkpoint. The ranks of one share of the batch take the window, the others zeros: it
         counts once."""
-        state = _of_today(json.loads(text))
-        self.step = state["step"]
-        self.targets_seen = state["targets_seen"]
-        self.seconds = state["seconds"]
-        self.figures, self.first_figures = state["figures"], state["first_figures"]
-        self.evaluated_step = state["evaluated_step"]
-        self.best = {name: Best(*best) for name, best in state["best"].items()}
-        self.texts, self.position = state.get("texts", {}), state.get("position", [])
-        self.bits_per_byte = state.get("bits_per_byte")
+        saved = Saved.read(text)
+        for name in Saved.model_fields.keys() - {"window"}:
+            setattr(self, name, getattr(saved, name))
         self.window = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
-            for name, parts in state["window"].items()
+            for name, parts in saved.window.items()
         }
 
 
-def own_figures(state: Mapping[str, Any]) -> Mapping[str, float]:
-    """The figures of the very weights that a state.json lies beside: none when it was not their step's evaluation."""
-    today = _of_today(state)
-    return today.get("figures", {}) if today.get("evaluated_step") == today.get("step") else {}
-
-
-def _of_today(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _of_today(state: Any) -> Any:
     """A state as it is written now: that of version 0.1 has one figure, and does not know which was the best."""
-    if "held_out_step" not in state:
+    if not isinstance(state, dict) or "held_out_step" not in state:
         return state
-    step, keys = state["held_out_step"], ("held_out_neg_log_perplexity", "first_held_out_neg_log_perplexity")
-    last, first = ({} if state.get(key) is None else {HELD_OUT: state[key]} for key in keys)
+    step = state.pop("held_out_step")
+    last, first = (
+        {} if figure is None else {HELD_OUT: figure}
+        for figure in (state.pop(f"{which}held_out_neg_log_perplexity", None) for which in ("", "first_"))
+    )
     best = {name: (figure, step) for name, figure in last.items()}
     return {**state, "figures": last, "evaluated_step": step, "first_figures": first, "best": best}

@@ -10,25 +10,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
+from tiny_run import RECIPE, WORDS, write_text
 from typer.testing import CliRunner
 
 from switchcli.cli import app, main
-
-WORDS = ["the", "a", "of", "red", "green", "blue", "walk", "run", "is", "not", "alpha", "beta", "gamma", "delta"]
-RECIPE = """\
-model:
-  {size: tiny, vocab_size: 512, num_experts: 4, d_model: 32, d_ff: 64, d_kv: 8, dropout: 0.1, router: {jitter: 0.01}}
-data:
-  corpora: [{kind: files, paths: [text.txt], sample_by: line}]
-  tokenizer: {kind: train, vocab_size: 512}
-  objective: {inputs_length: 32}
-  held_out_fraction: 0.1
-train: {steps: 2, batch_tokens: 256, microbatch_tokens: 128, device: cpu}
-log: {every_steps: 3}
-eval: {every_steps: 5, sequences: 8}
-checkpoint: {save_every_steps: 4}
-"""
-
 
 TUNING = """\
 model: {dropout: 0.1, expert_dropout: 0.3}
@@ -66,8 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     that no draw leaves too few.
     """
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    draw = random.Random(0)
-    path.write_text("".join(" ".join(draw.choices(WORDS, k=40)) + "\n" for _ in range(300)))
+    write_text(path)
     return path
 
 

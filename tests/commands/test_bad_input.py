@@ -12,49 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from bad_inputs import CASES, CHECKPOINT, FILES, RECIPE, corpus, lay_out_bad
 from conftest import SwitchCLI
 
 from switchcli.train.checkpoint import Checkpoint
 
-RECIPE, DATA, CHECKPOINT = 2, 3, 4
-
 
 @pytest.fixture
 def texts(recipe: str) -> None:
-    """Corpora beside the recipe that hold no text that can be used."""
-    Path("empty.txt").touch()
-    Path("blank.txt").write_text("\n \n\t\n")
-    Path("latin1.txt").write_bytes("fine\ncaf\u00e9\n".encode("latin1"))
-    Path("one.txt").write_text("one line\n")
-    Path("twice.yaml").write_text("train: {steps: 1}\ntrain: {steps: 2}\n")
-
-
-def corpus(file: str) -> str:
-    return f"data.corpora=[{{kind: files, paths: [{file}], sample_by: line}}]"
-
-
-CASES = {
-    "misspelt key": (["train.stps=3"], RECIPE, r"train\.stps: no such key\. Did you mean steps\?"),
-    "misspelt size": (["model.size=tny"], RECIPE, r"model\.size: no such size .*Did you mean tiny\?"),
-    "wrong type": (["train.steps=ten"], RECIPE, r"train\.steps: must be an integer \(got 'ten'\)"),
-    "out of range": (["model.dropout=1.0"], RECIPE, r"model\.dropout: must be .*\(got 1\.0\)"),
-    "no value": (["train.steps"], RECIPE, r"must be KEY=VALUE"),
-    "heads": (["model={d_model: 30, num_heads: 4, d_kv: null}"], RECIPE, r"d_model.*30.*num_heads.*4"),
-    "part of a sequence": (["train.batch_tokens=250"], RECIPE, r"must be a multiple of the 32 tokens .*: try 256"),
-    "no such corpus": ([corpus("none.txt")], DATA, r"none\.txt: no such file .*: mend the path"),
-    "empty corpus": ([corpus("empty.txt")], DATA, r"empty\.txt: no text in these files"),
-    "blank corpus": ([corpus("blank.txt")], DATA, r"blank\.txt: no text in these files"),
-    "not UTF-8": ([corpus("latin1.txt")], DATA, r"latin1\.txt:2: byte 0xe9 at offset 8 is not UTF-8: .*iconv"),
-    "nothing to hold out": ([corpus("one.txt")], DATA, r"both need one at least"),
-    "no tokenizer": (["data.tokenizer={kind: file, path: none.json}"], DATA, r"none\.json"),
-    "not a tokenizer": (
-        ["data.tokenizer={kind: file, path: text.txt}"],
-        DATA,
-        r"neither a tokenizer\.json nor a SentencePiece model",
-    ),
-    "out below a file": (["--out", "text.txt/run"], CHECKPOINT, r"text\.txt/run.*--out"),
-    "out where nothing can be made": (["--out", "/proc/run"], CHECKPOINT, r"/proc/run.*--out"),
-}
+    """Files beside the recipe of which none can be used."""
+    lay_out_bad(Path())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,6 +31,14 @@ def test_one_line_with_the_way_out(case: str, recipe: str, switchcli: SwitchCLI)
     done = switchcli("pretrain", recipe, *arguments)
     assert (done.code, done.out) == (code, ""), done.err
     assert re.fullmatch(rf"error: .*{pattern}.*\n", done.err)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.usefixtures("texts")
+def test_what_is_no_yaml_of_a_recipe_is_named_by_its_line(file: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", file)
+    assert (done.code, done.out) == (RECIPE, "")
+    assert re.fullmatch(rf"error: {file}:{FILES[file][1]}.*\n", done.err)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`switchcli generate`: answers from a trained run, to texts given or read, for people and for scripts."""
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from conftest import SwitchCLI
 
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.model.routing import Switch
+from switchcli.train import manifest
 from switchcli.train.manifest import NAME
 
 GAP = "the red <extra_id_0> is blue"
@@ -114,6 +116,41 @@ def test_a_damaged_checkpoint_is_refused_by_file(file: str, run: Path, switchcli
     done = switchcli("generate", copy, GAP)
     assert (done.code, done.out) == (4, "")
     assert file in done.err
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "tokenizer.json"])
+def test_a_file_that_the_manifest_does_not_name_is_not_read(
+    file: str, run: Path, switchcli: SwitchCLI, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy") / "checkpoints/step-00000002"
+    before = manifest.load(copy)
+    entries = tuple(entry for entry in before.entries if entry.name != file)
+    (copy / NAME).write_bytes(manifest.Manifest(before.step, entries).encode())
+    done = switchcli("generate", copy, GAP)
+    assert (done.code, done.out) == (4, "")
+    assert f"holds no {file}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "says"),
+    [
+        ("recipe.yaml", b"extends: quickstart/switch\n", 2, "recipe.yaml:1: not the recipe of a run"),
+        ("recipe.yaml", b"- a\n", 2, "recipe.yaml:1: not the recipe of a run"),
+        ("tokenizer.json", b'{"a": "\xff"}', 3, "tokenizer.json: not UTF-8"),
+    ],
+)
+def test_what_no_run_wrote_is_told(
+    file: str, content: bytes, code: int, says: str, run: Path, switchcli: SwitchCLI, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy") / "checkpoints/step-00000002"
+    (copy / file).write_bytes(content)
+    before, digest = manifest.load(copy), hashlib.sha256(content).hexdigest()
+    entry = manifest.Entry(file, len(content), digest)
+    entries = tuple(entry if one.name == file else one for one in before.entries)
+    (copy / NAME).write_bytes(manifest.Manifest(before.step, entries).encode())
+    done = switchcli("generate", copy, GAP)
+    assert (done.code, done.out) == (code, "")
+    assert says in done.err
 
 
 def test_no_cuda(run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:

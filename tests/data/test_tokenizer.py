@@ -1,9 +1,11 @@
 """The vocabulary in T5's layout: trained, saved, loaded, refused."""
 
+import json
 import random
 import unicodedata
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,6 +214,25 @@ def test_saved_truncation_and_padding_are_ignored(tokenizer: Tokenizer) -> None:
 def test_what_is_no_tokenizer_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"mine.json: not a tokenizer.json"):
         Tokenizer.from_json(text, "mine.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "<unk>"}}, "ids up to 4294967295"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "none"}}, "no tokenizer that can cut any text"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}}, "no tokenizer that can cut any"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "no tokenizer that can cut any text"),
+    ],
+)
+def test_what_fails_at_a_text_is_told(tokenizer: Tokenizer, changes: dict[str, dict[str, Any]], message: str) -> None:
+    found = json.loads(tokenizer.to_json())
+    if "model" in changes:
+        found |= {"added_tokens": [], "normalizer": None, "pre_tokenizer": None}
+        changes["model"]["vocab"] |= {"<pad>": 0, "</s>": 1, "<unk>": 2, "<extra_id_0>": 3}
+    for use in (lambda t: t.encode("a b\u0301"), lambda t: t.encode_batch(["a b\u0301"])):
+        with pytest.raises(DataError, match=message):
+            use(Tokenizer.from_json(json.dumps(found | changes)))
 
 
 def test_other_layouts_are_refused(tokenizer: Tokenizer) -> None:

@@ -1,6 +1,7 @@
 """Layers, overrides, sizes and round trips, on a toy schema with the shapes of the real one."""
 
 import math
+import time
 from typing import Annotated, Literal
 
 import pytest
@@ -209,6 +210,14 @@ def test_every_size_fills_every_one_of_its_keys(toy):
     for name, size in SIZES.items():
         model = toy(f"model: {{size: {name}}}").model
         assert {key: getattr(model, key) for key in size._fields} == size._asdict()
+
+
+def test_a_long_word_and_many_errors_are_told_at_once(errors):
+    """What is found by a pattern takes time in proportion, and a hundred errors are enough."""
+    began = time.process_time()
+    assert len(errors(f"model: {{num_experts: 101, d_ff: 9, size: {'x' * 200_000}}}")) == 3
+    assert len(errors("".join(f"unknown_{number}: 1\n" for number in range(3000)))) == 100
+    assert time.process_time() - began < 10
 
 
 def test_an_unknown_size_is_one_of_the_errors(errors):

@@ -81,6 +81,7 @@ def test_scalars_are_those_of_yaml_1_2(source, value):
         ("a: " + "9" * 5000, "f:1: an integer of more than 1000 digits"),
         ("a: 0x" + "f" * 5000, "f:1: an integer of more than 1000 digits"),
         ("- " * 3000, "f:1: nested more than 32 deep"),
+        ("a:\n" + "- 1\n" * 10_000, "f:10000: more than the 10000 keys and values"),
     ],
 )
 def test_what_a_recipe_needs_not_is_refused_by_line(source, message):
@@ -95,6 +96,10 @@ def test_a_node_knows_the_line_of_its_key():
     items = root.value["a"].value["b"]
     assert items.where == "f:3"
     assert [item.where for item in items.value] == ["f:4", "f:5"]
+
+
+def test_as_many_values_as_there_may_be_are_read():
+    assert len(read("- 1\n" * 9_999).value) == 9_999
 
 
 def test_nesting_of_32_is_read():

@@ -60,7 +60,7 @@ def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_an_empty_optimizer_has_no_file(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": b"{}"})
+    path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": b'{"step": 1}'})
     assert Checkpoint.open(path).read("optimizer", {}) == {}
     assert not list(path.glob("optimizer-*"))
 
@@ -91,7 +91,7 @@ def test_any_tensors_are_encoded_as_by_the_library(named: dict[str, Tensor]) -> 
 
 def test_not_a_number_is_kept_bit_for_bit(tmp_path: Path) -> None:
     odd = {"a": torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)}
-    path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": b"{}"})
+    path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": b'{"step": 1}'})
     assert torch.equal(Checkpoint.open(path).read("model", odd)["a"].view(torch.int32), odd["a"].view(torch.int32))
 
 
@@ -104,7 +104,7 @@ def test_tensors_are_spread_over_files_of_bounded_size() -> None:
 
 
 def test_files_may_be_written_by_several(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": b"{}"})
+    path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": b'{"step": 1}'})
     safetensors.torch.save_file({"experts.3.wi": torch.zeros(3)}, path / "model-00007.safetensors")
     reseal(path)
     read = Checkpoint.open(path).read("model", {"experts.3.wi": torch.empty(3), "a": torch.empty(2)})
@@ -114,7 +114,7 @@ def test_files_may_be_written_by_several(tmp_path: Path) -> None:
 
 def test_a_step_is_saved_again_in_place_of_the_first(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
-    path = save(tmp_path, 4, model={"a": torch.ones(1)}, optimizer={}, documents={"state.json": b"{}"})
+    path = save(tmp_path, 4, model={"a": torch.ones(1)}, optimizer={}, documents={"state.json": b'{"step": 4}'})
     assert torch.equal(Checkpoint.open(path).read("model", {"a": torch.ones(1)})["a"], torch.ones(1))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -352,8 +352,25 @@ def test_a_sealed_file_that_is_not_sound_is_refused(tmp_path: Path, content: byt
         Checkpoint.open(path).read("model", wanted(MODEL))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"nonsense", b"[" * 100_000, b"\xff"])
-def test_a_state_that_is_no_object_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            b"",
+            b"[]",
+            b"nonsense",
+            b"[" * 100_000,
+            b"\xff",
+            b"{}",
+            b'{"step": 3}',
+            b'{"step": "4"}',
+            b'{"step": 1e400}',
+        ),
+        *(b'{"step": 4, "best": [1]}', b'{"step": 4, "window": {"loss": [1]}}', b'{"step": 4, "figures": {"a": NaN}}'),
+        *(b'{"step": 4, "targets_seen": 9223372036854775808}', b'{"step": 4, "other": 1}'),
+    ],
+)
+def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
     path = save_step(tmp_path, 4)
     (path / "state.json").write_bytes(content)
     reseal(path)

@@ -205,8 +205,8 @@ def test_a_limit_on_the_size_of_files_is_met_as_a_full_disk_is(tmp_path: Path) -
     for limit in (0, 1, 100, 20_000, 40_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(CheckpointError, match=r"File too large \(40,002 bytes needed.*ulimit -f"):
-                save(tmp_path, 8, model=big, optimizer={}, documents={"state.json": b"{}"})
+            with pytest.raises(CheckpointError, match=r"File too large \(40,011 bytes needed.*ulimit -f"):
+                save(tmp_path, 8, model=big, optimizer={}, documents={"state.json": b'{"step": 8}'})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.train.metrics import Mean, Metrics
-from switchcli.train.state import HELD_OUT, Best, TrainState, own_figures
+from switchcli.train.state import HELD_OUT, Best, Saved, TrainState
 
 CPU = torch.device("cpu")
 doubles = st.floats(allow_nan=False, allow_infinity=False)
@@ -98,7 +98,7 @@ def test_a_state_of_version_0_1_is_read(evaluated: int | None) -> None:
     assert after.figures == ({} if evaluated is None else {HELD_OUT: -1.5})
     assert after.first_figures == ({} if evaluated is None else {HELD_OUT: -7.25})
     assert after.best == ({} if evaluated is None else {HELD_OUT: Best(-1.5, evaluated)})
-    assert own_figures(old) == ({HELD_OUT: -1.5} if evaluated == 5 else {})
+    assert Saved.read(json.dumps(old).encode()).own_figures() == ({HELD_OUT: -1.5} if evaluated == 5 else {})
     assert restored(after.to_json({})) == after
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from table import Row
 
-PARTS: dict[str, str] = {"a": "kills", "d": "full_disks", "e": "damages"}
+PARTS = {"a": "kills", "d": "full_disks", "e": "damages", "f": "fuzz", "j": "attacks"}
 """The file of each part, by its letter."""
 
 
