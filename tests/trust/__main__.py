@@ -9,7 +9,7 @@ from pathlib import Path
 
 from table import Row
 
-PARTS: dict[str, str] = {}
+PARTS: dict[str, str] = {"g": "nonfinite", "i": "two_runs", "k": "experts"}
 """The file of each part, by its letter."""
 
 
