@@ -50,12 +50,11 @@ def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:
 
 
 class GradientNorm(NamedTuple):
-    """Of all gradients of a step."""
+    """Of a step, in float32: of all gradients, the same on every rank, and of what this rank has of each."""
 
     total: torch.Tensor
-    """float32, the same on every rank."""
     own: dict[str, torch.Tensor]
-    """Of what this rank has of each parameter: [1], or [E] of stacked experts."""
+    """[1] by the name of the parameter, or [E] of stacked experts."""
 
 
 def gradient_norm(

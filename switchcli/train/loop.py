@@ -127,9 +127,8 @@ def _clip(optimizer: Optimizer, clip_norm: float | None, runtime: Runtime) -> Gr
 def _check_finite(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, runtime: Runtime) -> None:
     if torch.isfinite(norm.total):
         return
-    told = runtime.told(lost_forward(metrics, sparse_layers(model)))
-    if not any(told):
-        told = runtime.told(lost_backward(norm.own, experts_here(model)))
+    looks = lost_forward(metrics, sparse_layers(model)), lost_backward(norm.own, experts_here(model))
+    told = next(filter(any, map(runtime.told, looks)), [])
     ranks = [rank for rank, what in enumerate(told) if what]
     where = f" (first in {told[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
     raise NumericsError(

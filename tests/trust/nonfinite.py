@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
 from parts import DOCUMENTS, unexpected
@@ -229,6 +230,7 @@ def broken(fault: Fault, world: int, ranks: list[Ended], run: Path) -> str:
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
+    ranks_of_tests.SECONDS = 900  # many runs a call, on a machine that may be busy
     for place, words in PLACES.items():
         stopped: Counter[bool] = Counter()
         lost: list[str] = []

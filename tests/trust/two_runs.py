@@ -58,8 +58,8 @@ def lay_out(folder: Path) -> Path:
     text.write_text("".join(" ".join(draw.choices(WORDS, k=40)) + "\n" for _ in range(300)))
     endless = RECIPE.replace("text.txt", str(text)).replace("steps: 2,", "steps: 1000000,")
     path = folder / "tiny.yaml"
-    path.write_text(endless.replace("save_every_steps: 4", "save_every_steps: 1"))
-    assert path.read_text().count("1000000") == 1 == path.read_text().count("save_every_steps: 1")
+    path.write_text(endless.replace("save_every_steps: 4", "save_every_steps: 1, keep_last: 1, keep_best: false"))
+    assert path.read_text().count("1000000") == 1 == path.read_text().count("keep_last: 1")
     return path
 
 
