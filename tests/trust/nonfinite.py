@@ -10,6 +10,7 @@ The only policy that a recipe has is to stop.
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -179,7 +180,8 @@ def ended(folder: Path, faults: list[Fault], parallel: ParallelSpec) -> list[End
         except NumericsError as error:
             words, code = str(error), error.exit_code
             run = Run(folder / str(number), runtime, fault._replace(step=0))
-            run.train()
+            with suppress(NumericsError):  # of what was saved: `poisoned` finds it
+                run.train()
         found.append(Ended(words, code, run.weights.experts[-1], apart(run, straight[kind])))
     return found
 
