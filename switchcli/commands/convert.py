@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from switchcli.commands import huggingface
-from switchcli.commands.load import documents, open_checkpoint
+from switchcli.commands.load import open_model
 from switchcli.commands.place import free, free_for_checkpoint, place, place_checkpoint
 from switchcli.data.vocabulary import sentinel
 from switchcli.errors import CheckpointError, RecipeError
@@ -63,11 +63,10 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
         raise RecipeError(f"{', '.join(given)}: of --to switchcli alone, and this is --to huggingface: leave it out")
     if is_layout(source):
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
-    found = open_checkpoint(source, warn)
-    destination = free(source, destination)
-    recipe, tokenizer = documents(found)
+    opened = open_model(source, warn)
+    destination, recipe, tokenizer = free(source, destination), opened.recipe, opened.tokenizer
     lengths = Lengths(recipe.inputs_length, recipe.targets_length)
-    config, losses = express(recipe.model, lengths, found.path, recipe.train.router_dtype)
+    config, losses = express(recipe.model, lengths, opened.path, recipe.train.router_dtype)
     for loss in losses:
         warn(loss)
     wanted = logical_tensors(huggingface.empty(recipe.model))
@@ -82,7 +81,7 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
     def write(temporary: Path) -> Path:
         new = temporary / "new"
         DISK.make_dir(new)
-        shards = _shards(translate(config, found.read("model", wanted)))
+        shards = _shards(translate(config, opened.weights()))
         for name, content in chain(small.items(), shards):
             DISK.write(new / name, content)
             DISK.sync(new / name)

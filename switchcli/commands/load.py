@@ -12,7 +12,7 @@ import torch
 
 from switchcli.commands import huggingface
 from switchcli.data.tokenizer import Tokenizer
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, SwitchError
 from switchcli.interop import hub
 from switchcli.interop.files import is_layout
 from switchcli.model.transformer import SwitchTransformer
@@ -75,12 +75,14 @@ def open_model(path: Path, warn: Callable[[str], None]) -> Opened:
         foreign, tokenizer, weights = huggingface.read(path)
         return Opened(path, 0, foreign, tokenizer, lambda: weights, None)
     found = open_checkpoint(path, warn)
-    recipe, tokenizer = documents(found)
-
-    def read() -> Mapping[str, torch.Tensor]:
-        return found.read("model", logical_tensors(huggingface.empty(recipe.model)))
-
-    return Opened(found.path, found.step, recipe, tokenizer, read, found)
+    try:
+        recipe, tokenizer = documents(found)
+        held = found.read("model", logical_tensors(huggingface.empty(recipe.model)))
+    except (SwitchError, OSError):
+        if found.path.exists():
+            raise
+        return open_model(path, warn)  # the run at work there has just removed it, so there are newer ones
+    return Opened(found.path, found.step, recipe, tokenizer, lambda: held, found)
 
 
 def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loaded:

@@ -32,6 +32,7 @@ from switchcli.parallel.host_group import HostGroup
 from switchcli.parallel.layout import Cuts, Weights
 from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
+from switchcli.parallel.spread import GradientNorm
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
@@ -211,8 +212,8 @@ class Runtime:
                 replicas = self.groups.data if self.groups.experts is None else self.groups.replicas
                 expert.sum_over_replicas(experts, replicas, self.data_ranks)
 
-    def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts]) -> torch.Tensor:
-        """The norm of the gradients of all ranks' parameters, each part counted once; float32, on every rank."""
+    def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts]) -> GradientNorm:
+        """The norm of the gradients of all ranks' parameters, each part counted once."""
         return spread.gradient_norm(parameters, cuts, self.groups, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -231,6 +232,10 @@ class Runtime:
         """Whether all ranks have the same text; the same answer on each of them."""
         digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
         return self.sum_over_ranks([int(digest != self.from_main(digest))]) == [0]
+
+    def told(self, text: str) -> list[str]:
+        """The texts of all ranks, in order, on each of them."""
+        return self._control.gather(text)
 
     def all_done(self, done_B: torch.Tensor) -> bool:
         """Whether all of them are true on all ranks."""

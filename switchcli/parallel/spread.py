@@ -4,6 +4,7 @@ Everything here comes from outside: the model is the same plain one, with other 
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,24 +49,40 @@ def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:
     return tuple(cuts)
 
 
+class GradientNorm(NamedTuple):
+    """Of a step, in float32: of all gradients, the same on every rank, and of what this rank has of each."""
+
+    total: torch.Tensor
+    own: dict[str, torch.Tensor]
+    """[1] by the name of the parameter, or [E] of stacked experts."""
+
+
 def gradient_norm(
     parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts], groups: Groups, device: torch.device
-) -> torch.Tensor:
-    """The norm of the gradients of all ranks' parameters, each part counted once; float32, the same on every rank.
+) -> GradientNorm:
+    """The norm of the gradients of all ranks' parameters, each part counted once.
 
     Squares are float64, which a float32 norm of any size has. Ranks that sum over other groups may round otherwise: the
     main one's is taken.
     """
+    pieces = {
+        name: here(parameter.grad).unbind() if ".experts." in name else (here(parameter.grad),)
+        for name, parameter in parameters.items()
+        if parameter.grad is not None
+    }
+    own: dict[str, torch.Tensor] = {}
+    if pieces:
+        norms = torch.stack([*torch._foreach_norm([piece for each in pieces.values() for piece in each])])
+        own = dict(zip(pieces, torch.split(norms, [len(each) for each in pieces.values()]), strict=True))
     parts: dict[tuple[Shared, ...], list[torch.Tensor]] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            among = [cut.ranks for cut in cuts.get(name, ())]
-            if groups.experts is not None and ".experts." in name:
-                among.append(groups.experts)
-            parts.setdefault(tuple(among), []).append(here(parameter.grad))
+    for name, norm in own.items():
+        among = [cut.ranks for cut in cuts.get(name, ())]
+        if groups.experts is not None and ".experts." in name:
+            among.append(groups.experts)
+        parts.setdefault(tuple(among), []).append(norm)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for those, gradients in parts.items():
-        square = nn.utils.get_total_norm(gradients).to(device).double().square()
+    for those, each in parts.items():
+        square = torch.cat(each).double().square().sum()
         for ranks in those:
             with lost_ranks_explained():
                 dist.all_reduce(square, group=ranks.group)
@@ -73,4 +90,4 @@ def gradient_norm(
     if any(parts):
         with lost_ranks_explained():
             dist.broadcast(total, src=0)
-    return total.sqrt().float()
+    return GradientNorm(total.sqrt().float(), own)

@@ -14,7 +14,6 @@ leftovers of a kill when found: `.tmp-`, `.old-` (a checkpoint that a second sav
 (about to be removed).
 
 Only the process that holds the run's lock may save, prune or call `latest`; readers beside it use `find`.
-Values are saved as they are, NaN too: the training loop stops at such numbers before it saves.
 """
 
 import errno

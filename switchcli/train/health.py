@@ -3,12 +3,13 @@
 Legend: L sparse layers, E experts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from switchcli.model.transformer import ModelOutput
+from switchcli.train import logical
 from switchcli.train.metrics import Mean, Metrics
 
 MANY_DROPPED = 0.5
@@ -65,6 +66,19 @@ def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]
     each["load"] = load.total.long().tolist()
     named = {layer: {name: values[place] for name, values in each.items()} for place, layer in enumerate(layers)}
     return {**flat, "dead_experts": float((load.total == 0).sum()), "layers": named}
+
+
+def lost_forward(metrics: Mapping[str, Mean], layers: Iterable[str]) -> str:
+    """Where on the way forward a number of a step of this rank is first not finite, in words; nothing if nowhere."""
+    routers = zip(layers, metrics[f"{LAYER}z"].total, strict=True) if f"{LAYER}z" in metrics else ()
+    lost = [f"the router of {layer.removeprefix('module.')}" for layer, z in routers if not z.isfinite()]
+    return next(iter([*lost, *(name for name, mean in metrics.items() if not mean.total.isfinite().all())]), "")
+
+
+def lost_backward(norms: Mapping[str, torch.Tensor], experts: range) -> str:
+    """The same on the way back, which ends with the first parameters; `norms` of gradients, [E] of stacked experts."""
+    named = logical.split(norms, experts)
+    return next((f"the gradient of {name}" for name in reversed(named) if not named[name].isfinite().all()), "")
 
 
 class Alarms:

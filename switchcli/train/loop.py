@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from switchcli.errors import NumericsError
+from switchcli.model.moe import experts_here, sparse_layers
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
+from switchcli.parallel.spread import GradientNorm
 from switchcli.train.evaluate import exact
+from switchcli.train.health import lost_backward, lost_forward
 from switchcli.train.hooks import Hook
 from switchcli.train.metrics import Mean, Metrics, merge
 from switchcli.train.microbatches import Microbatch
@@ -46,7 +49,7 @@ def fit(
         DistributedError: another rank is gone.
     """
     model.train()
-    unchecked: list[tuple[int, torch.Tensor]] = []
+    unchecked: list[tuple[int, GradientNorm, Metrics]] = []
     while state.step < settings.steps:
         started = time.perf_counter()
         microbatches = batches(state.step)
@@ -54,9 +57,7 @@ def fit(
         stopping, counted = runtime.sum_over_ranks([int(stop.requested), num_targets])
         num_targets = counted // runtime.model_ranks
         if stopping:
-            for one in unchecked:  # what is saved after a stop has been looked at
-                _check_finite(*one)
-            return False
+            break
         learning_rate = schedule(state.step, settings.steps)
         seed = f"{settings.seed}/{state.step}"
         metrics = accumulate_gradients(model, objective(state.step), microbatches, num_targets, runtime, seed)
@@ -66,17 +67,19 @@ def fit(
 
         state.step += 1
         state.targets_seen += num_targets
-        metrics["gradient_norm"] = Mean(norm, torch.ones_like(norm))
-        state.window = merge(state.window, exact(metrics))
+        of_norm = {"gradient_norm": Mean(norm.total, torch.ones_like(norm.total))}
+        state.window = merge(state.window, exact({**metrics, **of_norm}))
         due = [hook for hook in hooks if hook.due(state.step, settings.steps)]
-        unchecked.append((state.step, norm))
+        unchecked.append((state.step, norm, metrics))
         while len(unchecked) > (0 if due else 1):  # one step late unless a hook is due: no wait for the device
-            _check_finite(*unchecked.pop(0))
+            _check_finite(*unchecked.pop(0), model, runtime)
         state.seconds += time.perf_counter() - started
         on_step(state.step)
         for hook in due:
             hook(state)
-    return True
+    for one in unchecked:  # what is saved after a stop, or shown at the end, has been looked at
+        _check_finite(*one, model, runtime)
+    return state.step >= settings.steps
 
 
 def accumulate_gradients(
@@ -113,17 +116,22 @@ def _seed_noise(name: str) -> None:
     torch.manual_seed(int.from_bytes(digest) >> 1)
 
 
-def _clip(optimizer: Optimizer, clip_norm: float | None, runtime: Runtime) -> torch.Tensor:
+def _clip(optimizer: Optimizer, clip_norm: float | None, runtime: Runtime) -> GradientNorm:
     """The global gradient norm, before clipping to `clip_norm`."""
     norm = runtime.gradient_norm(optimizer.parameters, optimizer.cuts)
     if clip_norm is not None:
-        optimizer.scale_gradients((clip_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch has it
+        optimizer.scale_gradients((clip_norm / (norm.total + 1e-6)).clamp(max=1.0))  # as torch has it
     return norm
 
 
-def _check_finite(step: int, norm: torch.Tensor) -> None:
-    if not torch.isfinite(norm):
-        raise NumericsError(
-            f"step {step}: the gradient norm is {float(norm)}, so the weights are lost; the checkpoints before this "
-            "step are sound. Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
-        )
+def _check_finite(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, runtime: Runtime) -> None:
+    if torch.isfinite(norm.total):
+        return
+    looks = lost_forward(metrics, sparse_layers(model)), lost_backward(norm.own, experts_here(model))
+    told = next(filter(any, map(runtime.told, looks)), [])
+    ranks = [rank for rank, what in enumerate(told) if what]
+    where = f" (first in {told[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
+    raise NumericsError(
+        f"step {step}: the gradient norm is {float(norm.total)}{where}, so the weights are lost; the checkpoints "
+        "before this step are sound. Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
+    )

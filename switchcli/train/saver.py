@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RankError
+from switchcli.errors import CheckpointError, DistributedError, NumericsError, OtherRankError, RankError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.layout import Part, Weights, here, whole_weights
 from switchcli.parallel.runtime import Runtime
@@ -68,11 +68,14 @@ class Saver:
 
         Raises:
             CheckpointError: the disk refuses this rank; RankError: another one. Off the main rank: OtherRankError.
+            NumericsError: a number is not finite; on every rank, and nothing is written.
         """
         self.wait()
         runtime = self._runtime
-        documents = {**self._documents, "state.json": state.to_json(reduce(state.window, runtime))}
         model, optimizer = self._share(parts_of(self._weights)), self._share(self._slots())
+        window = {f"the metric {name}": mean.total for name, mean in state.window.items()}
+        self._check_finite(state.step, {**model, **optimizer, **window})
+        documents = {**self._documents, "state.json": state.to_json(reduce(state.window, runtime))}
         own = [
             secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0,
             tensor_file.num_bytes([*model.values(), *optimizer.values()]),
@@ -86,6 +89,16 @@ class Saver:
             self._under_way.add_done_callback(lambda done: self._failed() if done.exception() else None)
         else:
             self._write(saving, contents, documents)
+
+    def _check_finite(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """A number may be lost where no gradient tells: in the optimizer's state, or in a metric."""
+        # A sum is twenty times as fast, and where all is finite it is but rarely not.
+        lost = (name for name, one in tensors.items() if not one.sum().isfinite() and not one.isfinite().all())
+        told = self._runtime.told(next(lost, ""))
+        for rank, name in enumerate(told):
+            if name:
+                way_out = "the checkpoints before this step are sound, and the same command goes on from there"
+                raise NumericsError(f"step {step}: {name} is not finite, on rank {rank}: nothing is saved; {way_out}")
 
     def wait(self) -> None:
         """Return when no save is under way. Raises what `save` would have raised for the last one, had it waited."""

@@ -4,6 +4,8 @@ The library reads them, and refuses overlapping, missing and trailing bytes.
 """
 
 import json
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
@@ -86,12 +88,16 @@ def read_kinds(path: Path) -> dict[str, Kind]:
 
 @final
 class Tensors(Mapping[str, Tensor]):
-    """Tensors in files: each is read whenever it is asked for, into memory of its own on the CPU, and none is kept."""
+    """Tensors in files, which may be removed meanwhile: each is read whenever it is asked for, into memory of its own
+    on the CPU, and none is kept."""
 
     def __init__(self, places: Mapping[str, Path]) -> None:
         """`places` gives the file of each name."""
         self._places = places
-        self._open: tuple[Path, safe_open] | None = None
+        self._held = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in {*places.values()}}
+        for descriptor in self._held.values():
+            weakref.finalize(self, os.close, descriptor)
+        self._open: tuple[int, safe_open] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file(name).get_tensor(name)  # type: ignore[no-untyped-call]
@@ -105,9 +111,9 @@ class Tensors(Mapping[str, Tensor]):
         return part.clone()
 
     def _file(self, name: str) -> safe_open:
-        path = self._places[name]
-        if self._open is None or self._open[0] != path:
-            self._open = path, safe_open(path, framework="pt")
+        held = self._held[self._places[name]]
+        if self._open is None or self._open[0] != held:
+            self._open = held, safe_open(f"/dev/fd/{held}", framework="pt")
         return self._open[1]
 
     def __iter__(self) -> Iterator[str]:

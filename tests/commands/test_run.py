@@ -3,13 +3,16 @@
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import SwitchCLI
 
+from switchcli.commands import load
 from switchcli.commands.run import default_out, program
+from switchcli.train.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize(
@@ -83,3 +86,26 @@ def test_the_bar_moves_at_each_step(recipe: str, switchcli: SwitchCLI, monkeypat
     monkeypatch.setattr("switchcli.report.console.Console._bar", lambda *_: nullcontext(steps.append))
     assert switchcli("pretrain", recipe, "train.steps=4", "--out", "a").code == 0
     assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("verb", [["eval"], ["convert", "--to", "huggingface"]])
+def test_a_reader_takes_a_newer_checkpoint_where_the_run_has_just_removed_the_one_that_it_found(
+    verb: list[str], trained: Path, tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, aside, find = tmp_path / "run", tmp_path / "aside", load.open_checkpoint
+    shutil.copytree(trained, run)
+    monkeypatch.chdir(tmp_path)
+
+    def found(path: Path, warn: Callable[[str], None]) -> Checkpoint:
+        """The first time it is gone as soon as it was found; then there is one again."""
+        if aside.exists():
+            shutil.move(aside, run / "checkpoints" / "step-00000002")
+            return find(path, warn)
+        gone = find(path, warn)
+        shutil.move(gone.path, aside)
+        return gone
+
+    monkeypatch.setattr(load, "open_checkpoint", found)
+    done = switchcli(verb[0], run, *(["export"] if verb[0] == "convert" else []), *verb[1:])
+    assert done.code == 0, done.err
+    assert not aside.exists()

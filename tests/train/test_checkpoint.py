@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -414,3 +415,14 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch:
     with pytest.raises(CheckpointError, match="Permission denied: make it readable"):
         latest(tmp_path, fail)
     assert path.exists()
+
+
+def test_what_was_found_is_read_to_the_end_when_the_run_removes_it_meanwhile(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    found = find(tmp_path, print)
+    assert found is not None
+    tensors = found.read("model", wanted(MODEL))
+    shutil.rmtree(found.path)
+    assert equal(dict(tensors), numbered(MODEL, 1))
+    with pytest.raises(FileNotFoundError):
+        found.read("model", wanted(MODEL))

@@ -14,6 +14,7 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
+from switchcli.model.moe import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
@@ -202,6 +203,27 @@ def test_it_ends_the_run_also_when_no_hook_is_due(every_steps: int) -> None:
         run.fit(Save(every_steps, lambda state: seen.append(state.step)))
     assert seen == []
     assert run.state.step <= 4  # it is looked at one step late at most
+    run = Run()
+    poisoned(run, 3)
+    with pytest.raises(NumericsError, match="step 3"):
+        run.fit(steps=3)
+
+
+def test_the_message_names_the_router_or_else_the_loss_or_else_the_experts_gradient() -> None:
+    run = Run(a_model())
+    layer = sparse_layers(run.model)["decoder.blocks.1.feed_forward.layer"]
+    layer.router.register_forward_hook(lambda module, given, logits: logits * math.nan)
+    with pytest.raises(NumericsError, match=r"nan \(first in the router of decoder.blocks.1.*layer, on rank 0\)"):
+        run.fit()
+    run = Run(a_model())
+    run.model.decoder.register_forward_hook(lambda module, given, out: (out[0] * math.nan, out[1]))
+    with pytest.raises(NumericsError, match=r"first in neg_log_perplexity, on rank 0\)"):
+        run.fit()
+    run = Run(a_model())
+    layer = sparse_layers(run.model)["encoder.blocks.1.feed_forward.layer"]
+    layer.experts.wi.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(2), math.inf))
+    with pytest.raises(NumericsError, match=r"inf \(first in .*encoder.blocks.1.*layer\.experts\.2\.wi, on rank 0\)"):
+        run.fit()
 
 
 def test_a_stop_does_not_hand_out_a_step_that_is_lost() -> None:

@@ -1,5 +1,6 @@
 """Saver: weights, optimizer and state come back bit by bit, window included, for sparse and dense models."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from parts import DOCUMENTS, Parts, assert_equal, unexpected
 from tiny import DENSE, NOISY, SPARSE, a_model
 
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, NumericsError
 from switchcli.model.groups import Group, members
 from switchcli.model.spec import ModelSpec
 from switchcli.parallel.layout import whole_weights
 from switchcli.train import checkpoint, logical
+from switchcli.train.metrics import Mean
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
 from switchcli.train.saver import carry_over, fill, logical_tensors, preflight
 from switchcli.train.spec import CheckpointSpec
@@ -48,6 +50,30 @@ def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
     before.train(4)
     after.train(4)
     assert_equal(before, after)
+
+
+def test_a_number_that_is_lost_is_not_saved(tmp_path: Path) -> None:
+    """No gradient tells of it in the step in which it is lost, and the loop is content."""
+    parts = Parts(tmp_path, NOISY, AdamW(), seed=0)
+    parts.train(1)
+    parts.saver.save(parts.state)
+    name, moment = next(
+        (name, slot) for name, slot in parts.optimizer.state().items() if name.endswith("wi/exp_avg_sq")
+    )
+    moment[2, 0, 0] = math.inf
+    parts.train(2)
+    with pytest.raises(NumericsError, match=rf"step 2: {name.replace('wi', '2.wi')} is not finite, on rank 0: nothing"):
+        parts.saver.save(parts.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_nor_is_a_metric_that_is_lost_without_harm(tmp_path: Path) -> None:
+    """As the divergence of a teacher whose logits are infinite: state.json, which has them, cannot hold it."""
+    parts = Parts(tmp_path, NOISY, AdamW(), seed=0)
+    parts.train(1)
+    parts.state.window["divergence"] = Mean(torch.tensor(math.nan), torch.tensor(1.0))
+    with pytest.raises(NumericsError, match="step 1: the metric divergence is not finite, on rank 0: nothing is saved"):
+        parts.saver.save(parts.state)
 
 
 @pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])

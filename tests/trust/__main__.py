@@ -9,7 +9,16 @@ from pathlib import Path
 
 from table import Row
 
-PARTS = {"a": "kills", "d": "full_disks", "e": "damages", "f": "fuzz", "j": "attacks"}
+PARTS = {
+    "a": "kills",
+    "d": "full_disks",
+    "e": "damages",
+    "f": "fuzz",
+    "g": "nonfinite",
+    "i": "two_runs",
+    "j": "attacks",
+    "k": "experts",
+}
 """The file of each part, by its letter."""
 
 

@@ -1,0 +1,301 @@
+"""Part k: experts and ranks without tokens, tokens that are counted, neighbours, padding, decoding, and collapse."""
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+from table import Row
+from test_consistency import a_model as a_sharp_model
+from test_consistency import at_once, sequences, step_by_step
+from tiny import SHAPE, SPARSE, a_model
+from tiny import rows as examples
+
+from switchcli.data.batch import Batch
+from switchcli.model.dispatch import Local, Rows
+from switchcli.model.initialise import initial_weights
+from switchcli.model.moe import evaluating, sparse_layers
+from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Routing, RoutingRule, Switch, TopK
+from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import here
+from switchcli.parallel.mesh import ALONE, ParallelSpec
+from switchcli.parallel.runtime import Runtime
+from switchcli.parallel.signals import StopRequest
+from switchcli.spec import PAD
+from switchcli.train.hooks import Log
+from switchcli.train.loop import fit
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor
+from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.spec import TrainSpec
+from switchcli.train.state import TrainState
+
+APART = 1e-5
+"""The most by which a logit may differ in float32, as a part of the largest: these models' are made to be about 3."""
+ALARM_STEPS = 200
+MESHES = [
+    (1, ALONE),
+    (2, ParallelSpec(expert=2)),
+    (2, ALONE),
+    (4, ALONE),
+    (4, ParallelSpec(expert=2)),
+    (4, ParallelSpec(expert=4)),
+]
+EMPTY = ("experts", "ranks", "experts and ranks")
+
+
+def rows(folder: Path, long: bool) -> Iterator[Row]:
+    yield without_tokens(MESHES if long else MESHES[:2])
+    yield accounting(1000 if long else 60)
+    yield from alone_and_beside(1024 if long else 64)
+    yield from decoding(1024 if long else 64)
+    yield from collapse(10 if long else 2)
+
+
+def without_tokens(meshes: Sequence[tuple[int, ParallelSpec]]) -> Row:
+    """Steps on ranks whose tokens all go to one expert, or that have no tokens themselves."""
+    lost = []
+    for world, parallel in meshes:
+        try:
+            found = on_ranks(world, steps_without_tokens, parallel)
+        except AssertionError as failure:  # one of them raised, or hangs
+            lost += [f"{world} ranks, {parallel}: {failure}"] * len(EMPTY)
+            continue
+        for empty, *each in zip(EMPTY, *found, strict=True):
+            if any(one != "" for one in each):
+                lost.append(f"{empty} without tokens, {world} ranks, {parallel}: {each}")
+    trials = len(meshes) * len(EMPTY)
+    return Row("k", "experts, and ranks, without tokens on 1, 2, 4 ranks", trials, len(lost), (lost or [""])[0])
+
+
+def steps_without_tokens(parallel: ParallelSpec) -> list[str]:
+    """What is wrong after three steps of each kind on this rank."""
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", "float32", parallel)
+    found = []
+    for empty in EMPTY:
+        with torch.device("meta"):
+            model = SwitchTransformer(SPARSE.model_copy(update={"router": Switch(capacity_factor="dropless")}))
+        weights = runtime.spread(model)
+        weights.fill(initial_weights(SPARSE, 0, weights.experts))
+        for name, weight in weights.parameters.items():
+            if ".router." in name and "experts" in empty:
+                here(weight).zero_()  # of equal logits the first is taken
+        left = 4 if "ranks" in empty else 8
+
+        def given(step: int, first: int, count: int, left: int = left) -> Batch:
+            """The batch, of which only the first rows have tokens."""
+            whole = examples(step, first, count)
+            there = (torch.arange(first, first + count) < left).unsqueeze(1)
+            return Batch(*(ids.where(there, PAD) for ids in whole))
+
+        state = TrainState()
+        fit(
+            state,
+            runtime.wrap(model),
+            lambda step: cross_entropy,
+            Microbatches(given, 8, None, 1, runtime.data_rank, runtime.data_ranks),
+            Adafactor().build(weights.parameters, weights.cuts),
+            InverseSquareRoot(),
+            runtime,
+            [],
+            TrainSpec(steps=3, batch_tokens=1),
+            StopRequest(),
+        )
+        finite = all(bool(weight.isfinite().all()) for weight in weights.parameters.values())
+        found.append("" if finite and state.step == 3 else f"step {state.step}, finite {finite}")
+    return found
+
+
+class Counting(Local):
+    """The dispatcher, which notes the tokens in the slots of each group."""
+
+    def __init__(self) -> None:
+        self.taken: list[set[int]] = []
+
+    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Rows]:
+        N = x_GND.shape[1]
+        self.taken = [{token for token in row if token < N} for row in routing.token_GEC.flatten(1).tolist()]
+        return super().send(x_GND, routing, learns)
+
+
+def accounting(trials: int) -> Row:
+    """At every layer: tokens in a slot and dropped ones are all real tokens, and no slot has another."""
+    draw, lost, layers, dropped = random.Random(0), [], 0, 0
+    for trial in range(trials):
+        spec = a_spec(draw)
+        model = a_model(spec, seed=trial)
+        counting = {name: Counting() for name in sparse_layers(model)}
+        for name, layer in sparse_layers(model).items():
+            layer.dispatcher = counting[name]
+        count = 2 * spec.group_sequences
+        batch = Batch(*(padded(draw, count, draw.randint(1, 40)) for _ in range(2)))
+        model.train(draw.random() < 0.7)
+        output = model(*batch)
+        for (name, each), report in zip(counting.items(), output.reports, strict=True):
+            ids = batch.inputs_BS if name.startswith("encoder") else batch.targets_BT
+            real_GN = (ids != PAD).view(len(each.taken), -1).tolist()
+            real = [{place for place, is_real in enumerate(row) if is_real} for row in real_GN]
+            kept = sum(map(len, each.taken))
+            strange = any(taken - those for taken, those in zip(each.taken, real, strict=True))
+            layers, dropped = layers + 1, dropped + int(report.dropped)
+            if strange or not kept + int(report.dropped) == int(report.tokens) == sum(map(len, real)):
+                lost.append(f"trial {trial}, {name}: kept {kept}, dropped {report.dropped}, tokens {report.tokens}")
+    said = f"of {trials} passes, with {dropped:,} tokens dropped"
+    what = "layers of models, batches and paddings by chance: kept + dropped = real tokens"
+    return Row("k", what, layers, len(lost), (lost or [said])[0])
+
+
+def a_spec(draw: random.Random) -> ModelSpec:
+    factor, group = draw.choice([0.3, 0.6, 1.0, 1.25, 2.0]), draw.choice([1, 1, 2, 3])
+    shared = {"capacity_factor": factor, "eval_capacity_factor": factor, "min_capacity": draw.choice([1, 4])}
+    shared["group_sequences"] = group
+    least: RoutingRule = Switch(**shared, overflow=draw.choice(["position", "random"]))
+    router = draw.choice(
+        [
+            least,
+            Switch(**shared, overflow="probability"),
+            TopK(**shared),
+            NoTokenLeftBehind(**shared),
+            ExpertChoice(**shared),
+        ]
+    )
+    experts = draw.choice([2, 3, 4, 8])
+    update = {"router": router, "decoder_router": least, "sparse": draw.choice(["feed_forward", "attention", "both"])}
+    return ModelSpec(**SHAPE, num_experts=experts, **update)
+
+
+def padded(draw: random.Random, count: int, length: int) -> torch.Tensor:
+    """Rows of random tokens with padding on the left, on the right, on both sides, or nothing else."""
+    rows = []
+    for _ in range(count):
+        left, right = (draw.choice([0, draw.randint(0, length)]) for _ in range(2))
+        rows.append([draw.randint(2, 36) if left <= place < length - right else PAD for place in range(length)])
+    return torch.tensor(rows)
+
+
+class Compared(NamedTuple):
+    """Logits of the same sequences in two ways."""
+
+    sequences: int
+    lost: int
+    largest: float
+
+    def __add__(self, other: Any) -> "Compared":
+        return Compared(self.sequences + other.sequences, self.lost + other.lost, max(self.largest, other.largest))
+
+    def row(self, what: str) -> Row:
+        return Row("k", what, self.sequences, self.lost, f"largest difference {self.largest:.1e} of the largest logit")
+
+
+def compared(ours: torch.Tensor, theirs: torch.Tensor, lengths: list[int]) -> Compared:
+    """Each sequence counts: it is lost where a logit is apart, or another is the most probable."""
+    worst, lost, largest = 0.0, 0, float(theirs.abs().max())
+    for one, other in zip(ours.split(lengths), theirs.split(lengths), strict=True):
+        apart = float((one - other).abs().max()) / largest
+        worst, lost = max(worst, apart), lost + (apart > APART or not torch.equal(one.argmax(-1), other.argmax(-1)))
+    return Compared(len(lengths), lost, worst)
+
+
+def given(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Inputs, targets, and the lengths of these."""
+    draw = random.Random(seed)
+    lengths = [[draw.randint(1, most) for _ in range(count)] for most in (24, 12)]
+    inputs_BS, targets_BT = (sequences(each, seed) for each in lengths)
+    return inputs_BS, targets_BT, lengths[1]
+
+
+def models() -> Iterator[SwitchTransformer]:
+    yield from (
+        a_sharp_model(name) for name in ("feed_forward", "both", "both by top_k", "both by no_token_left_behind")
+    )
+
+
+def alone_and_beside(count: int) -> Iterator[Row]:
+    """Batches of 64 against those of 8 and of 1, which has no padding; and with padding elsewhere."""
+    found = {what: Compared(0, 0, 0.0) for what in ("batches of 1", "batches of 8", "left", "right", "both")}
+    for model, start in product(models(), range(0, count, 64)):
+        inputs_BS, targets_BT, lengths = given(64, start)
+        with evaluating(model, "dropless"):
+            together = at_once(model, inputs_BS, targets_BT)
+            for size in (1, 8):
+                batches = zip(inputs_BS.split(size), targets_BT.split(size), strict=True)
+                parts = torch.cat([at_once(model, trimmed(ids), trimmed(targets)) for ids, targets in batches])
+                found[f"batches of {size}"] += compared(parts, together, lengths)
+            for side, pads in {"left": (9, 0), "right": (0, 9), "both": (4, 5)}.items():
+                other = at_once(model, F.pad(inputs_BS, pads, value=PAD), F.pad(targets_BT, (0, 3), value=PAD))
+                found[side] += compared(other, together, lengths)
+    for what, each in found.items():
+        beside = f"sequences in {what}" if "of" in what else f"sequences padded on the {what}"
+        yield each.row(f"{beside.replace('the both', 'both sides')} against batches of 64, by four routers")
+
+
+def trimmed(ids: torch.Tensor) -> torch.Tensor:
+    """Without columns of padding alone."""
+    return ids[:, : int((ids != PAD).sum(1).max())]
+
+
+def decoding(count: int) -> Iterator[Row]:
+    found = Compared(0, 0, 0.0)
+    for model, start in product(models(), range(0, count, 64)):
+        inputs_BS, targets_BT, lengths = given(64, start)
+        with evaluating(model, "dropless"):
+            one, other = (way(model, inputs_BS, targets_BT) for way in (step_by_step, at_once))
+        found += compared(one, other, lengths)
+    yield found.row("sequences decoded step by step against all at once, by four routers")
+
+
+def collapse(seeds: int) -> Iterator[Row]:
+    hostile = [alarm(seed, hostile=True) for seed in range(seeds)]
+    silent = [step for step, said in hostile if "the router has collapsed: expert 0" not in said]
+    latest = f"said after {max(step for step, _ in hostile)} steps at most"
+    yield Row("k", f"routers that begin collapsed: no alarm in {ALARM_STEPS} steps", seeds, len(silent), latest)
+    healthy = [said for _, said in (alarm(seed, hostile=False) for seed in range(seeds)) if said]
+    what = f"sound routers: an alarm in {ALARM_STEPS} steps"
+    yield Row("k", what, seeds, len(healthy), (healthy or [""])[0])
+
+
+@torch.no_grad()
+def collapsed(model: SwitchTransformer) -> None:
+    """All tokens have one large feature, which the first expert alone looks for."""
+    model.embedding[:, 0] = 8.0
+    for layer in sparse_layers(model).values():
+        layer.router.weight[0, 0] = 8.0
+
+
+def alarm(seed: int, hostile: bool) -> tuple[int, str]:
+    """The step of a training run's first alarm, or its last, and what was said."""
+    router = Switch(balance_loss_coef=0.0) if hostile else Switch()
+    spec = ModelSpec(**SHAPE, num_experts=4, router=router)
+    model, state, stop, said = a_model(spec, seed), TrainState(), StopRequest(), list[str]()
+    if hostile:
+        collapsed(model)
+
+    def warn(text: str) -> None:
+        said.append(text)
+        stop.request()
+
+    runtime, schedule = Runtime("cpu", "float32"), InverseSquareRoot()
+    layers = spec.routed_parts()
+    log = Log(
+        10, ALARM_STEPS, schedule, 1, 1, runtime, lambda record: None, warn, state, layers, lambda step: {}, lambda: 0.0
+    )
+    fit(
+        state,
+        model,
+        lambda step: cross_entropy,
+        Microbatches(examples, 8, None, 1, 0, 1),
+        Adafactor().build(dict(model.named_parameters())),
+        schedule,
+        runtime,
+        [log],
+        TrainSpec(steps=ALARM_STEPS, batch_tokens=1, seed=seed),
+        stop,
+    )
+    return state.step, " ".join(said)
