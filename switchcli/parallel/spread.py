@@ -54,7 +54,7 @@ class GradientNorm(NamedTuple):
 
     total: torch.Tensor
     own: dict[str, torch.Tensor]
-    """[1] by the name of the parameter, or [E] of stacked experts."""
+    """[1] by the name of the parameter, or [E] of stacked experts; in the order of the parameters."""
 
 
 def gradient_norm(
@@ -65,15 +65,16 @@ def gradient_norm(
     Squares are float64, which a float32 norm of any size has. Ranks that sum over other groups may round otherwise: the
     main one's is taken.
     """
-    pieces = {
-        name: here(parameter.grad).unbind() if ".experts." in name else (here(parameter.grad),)
-        for name, parameter in parameters.items()
-        if parameter.grad is not None
+    gradients = {name: here(one.grad) for name, one in parameters.items() if one.grad is not None}
+    own = {
+        name: torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim)))  # of all experts at once
+        for name, gradient in gradients.items()
+        if ".experts." in name
     }
-    own: dict[str, torch.Tensor] = {}
-    if pieces:
-        norms = torch.stack([*torch._foreach_norm([piece for each in pieces.values() for piece in each])])
-        own = dict(zip(pieces, torch.split(norms, [len(each) for each in pieces.values()]), strict=True))
+    others = [name for name in gradients if name not in own]
+    if others:
+        norms = torch._foreach_norm([gradients[name] for name in others])
+        own |= {name: norm.reshape(1) for name, norm in zip(others, norms, strict=True)}
     parts: dict[tuple[Shared, ...], list[torch.Tensor]] = {}
     for name, norm in own.items():
         among = [cut.ranks for cut in cuts.get(name, ())]
@@ -82,7 +83,7 @@ def gradient_norm(
         parts.setdefault(tuple(among), []).append(norm)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for those, each in parts.items():
-        square = torch.cat(each).double().square().sum()
+        square = torch.cat(each).to(device).double().square().sum()
         for ranks in those:
             with lost_ranks_explained():
                 dist.all_reduce(square, group=ranks.group)
@@ -90,4 +91,4 @@ def gradient_norm(
     if any(parts):
         with lost_ranks_explained():
             dist.broadcast(total, src=0)
-    return GradientNorm(total.sqrt().float(), own)
+    return GradientNorm(total.sqrt().float(), {name: own[name] for name in gradients})
