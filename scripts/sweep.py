@@ -159,7 +159,7 @@ class Sweep:
                 self._free.append(slot)
         minutes = (time.monotonic() - started) / 60
         print(f"{at}: {'done' if code == 0 else f'exit code {code}'} after {minutes:.1f} minutes", flush=True)
-        if code != 0 and not (self.stopped and code == INTERRUPTED):
+        if code != 0 and not (self.stopped and code in (INTERRUPTED, -signal.SIGTERM)):  # the latter before it looked
             self._fails(run, f"exit code {code}: {_last_line(log)} ({log})")
 
     def _names(self, run: Run, other: str) -> bool:
