@@ -139,7 +139,7 @@ class Sweep:
         if (folder / RESULT).exists():
             print(f"{at}: done before", flush=True)
             return
-        if needed := next((name for name in self.failed if self._names(run, name)), None):
+        if needed := next((name for name in [*self.failed] if self._names(run, name)), None):
             print(f"{at}: not begun: {needed} failed", flush=True)
             self._fails(run, f"not begun: it needs {needed}")
             return
@@ -164,7 +164,7 @@ class Sweep:
 
     def _names(self, run: Run, other: str) -> bool:
         """Whether the run is given the other's folder, or something in it."""
-        folder = re.compile(rf"{re.escape(str(self._out / other))}(?=/|\Z)")
+        folder = re.compile(rf"(?<![\w./-]){re.escape(str(self._out / other))}(?![\w.-])")
         return any(folder.search(argument) for argument in run.arguments)
 
     def _fails(self, run: Run, why: str) -> None:

@@ -195,7 +195,7 @@ def _describe(recipe: "TrainingRecipe", as_json: bool) -> None:
     if as_json:
         print_json(describe.dry_run(recipe))
     else:
-        typer.echo(safe_text(describe.text(recipe)), nl=False)  # as YAML escapes them too
+        typer.echo(safe_text(describe.text(recipe)), nl=False)
 
 
 def _start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: bool) -> None:

@@ -89,9 +89,15 @@ def verify(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             if path.exists()  # the run has not just pruned it
         }
     if not damage:
-        open_checkpoint(Path(name), lambda _: None)  # says that there is none, or that all were put aside
+        found = open_checkpoint(Path(name), lambda _: None)  # says that there is none, or that all were put aside
+        damage = {str(found.path): None}  # or the run has saved another meanwhile
     loaded = next((path for path in damage if damage[path] is None), None)
-    return {"folder": name, "whole": not any(damage.values()), "loaded": loaded, "damage": damage}
+    return {
+        "folder": name,
+        "whole": loaded is not None and not any(damage.values()),
+        "loaded": loaded,
+        "damage": damage,
+    }
 
 
 def show_files(verified: dict[str, Any]) -> None:

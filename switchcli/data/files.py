@@ -36,7 +36,7 @@ class Files(TextRows):
 
     @model_validator(mode="after")
     def _no_password(self) -> Self:
-        if any(re.match(r"[a-z0-9+.-]+://[^/]*:[^/]*@", path, re.IGNORECASE) for path in self.paths):
+        if any(re.search(r"://[^/]*:[^/]*@", path) for path in self.paths):
             raise ValueError("paths: a URL has a password, which a run's recipe.yaml would keep: name the host alone")
         return self
 

@@ -34,7 +34,7 @@ _MAX_IDS: Final = 2**24
 """More rows than any embedding has."""
 
 _USE: Final = "use one written by `tokenizers`"
-_CANNOT: Final = "no tokenizer that can cut any text"
+_CANNOT: Final = "fails on this text"
 _PATH: Final = "data.tokenizer.path"
 
 Documents = Callable[[], Mapping[str, Iterable[Document]]]

@@ -58,13 +58,15 @@ class _Place(NamedTuple):
 def lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[str]:
     """One line for each thing wrong with `tree` as a value of `schema`, in the order of the schema."""
     found: dict[tuple[str, str], str] = {}
-    for details in error.errors(include_url=False)[:_MOST]:
+    errors = error.errors(include_url=False)
+    for details in errors[:_MOST]:
         if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
             continue  # pydantic counts the items that are right, and each that is wrong has a line of its own
         for path, line in _explained(details, tree, schema):
             # Of a union without kinds pydantic reports each member; the first rule is enough.
             found.setdefault((dotted(path), "" if details["type"] != "value_error" else line), line)
-    return list(found.values())
+    more = len(errors) - _MOST
+    return [*found.values(), *([f"and {more:,} more"] if more > 0 else [])]
 
 
 def dotted(path: Sequence[str | int]) -> str:

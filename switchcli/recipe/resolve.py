@@ -92,8 +92,13 @@ def validate(tree: Node, schema: type[S]) -> S:
 
 
 def dump(spec: Spec) -> str:
-    """YAML text of a resolved recipe: every key, in the schema's order. Resolving it again gives an equal value."""
-    return text.write(spec.model_dump(mode="json"))
+    """YAML text of a resolved recipe: every key, in the schema's order. Resolving it again gives an equal value.
+
+    Raises RecipeError for one too large to be read again.
+    """
+    written = text.write(spec.model_dump(mode="json"))
+    text.read(written, lambda line: f"the whole recipe, line {line}")
+    return written
 
 
 def verb_of(tree: Node) -> str | None:

@@ -129,10 +129,10 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
     Raises:
         CheckpointError: it holds neither metrics nor a result, or the disk refuses.
     """
-    metrics, notes = folder / "metrics.jsonl", list[str]()
-    result = _result(folder / "result.json", notes)
     if not folder.exists():
         raise CheckpointError(f"{folder}: is no run: there is no such folder")
+    metrics, notes = folder / "metrics.jsonl", list[str]()
+    result = _result(folder / "result.json", notes)
     if not metrics.is_file() and not result:
         raise CheckpointError(f"{folder}: is no run: it holds neither metrics.jsonl nor result.json")
     lines = _Lines()

@@ -97,8 +97,11 @@ class Saver:
         told = self._runtime.told(next(lost, ""))
         for rank, name in enumerate(told):
             if name:
-                way_out = "the checkpoints before this step are sound, and the same command goes on from there"
-                raise NumericsError(f"step {step}: {name} is not finite, on rank {rank}: nothing is saved; {way_out}")
+                way_out = "Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
+                raise NumericsError(
+                    f"step {step}: {name} is not finite, on rank {rank}: nothing is saved, and the checkpoints before "
+                    f"this step are sound. {way_out}"
+                )
 
     def wait(self) -> None:
         """Return when no save is under way. Raises what `save` would have raised for the last one, had it waited."""

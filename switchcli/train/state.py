@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from switchcli.spec import Spec
 from switchcli.train.metrics import Mean, Metrics
@@ -27,8 +27,10 @@ _Part = float | list[float] | list[list[float]]
 
 
 class Saved(Spec):
-    """A state.json: the state's own names, and of the window each metric's total and weight."""
+    """A state.json: the state's own names, and of the window each metric's total and weight; what is more is of a
+    later version, which no damage is."""
 
+    model_config = ConfigDict(extra="ignore")
     step: Count = 0
     targets_seen: Count = 0
     seconds: Annotated[float, Field(ge=0.0)] = 0.0

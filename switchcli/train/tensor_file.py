@@ -94,9 +94,10 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, places: Mapping[str, Path]) -> None:
         """`places` gives the file of each name."""
         self._places = places
-        self._held = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in {*places.values()}}
-        for descriptor in self._held.values():
-            weakref.finalize(self, os.close, descriptor)
+        self._held: dict[Path, int] = {}
+        for path in {*places.values()}:
+            self._held[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._held[path])
         self._open: tuple[int, safe_open] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
