@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from conftest import RECIPE, WORDS
 from drill import ended, start
 from table import Row
 
-from switchcli.cli import main
 from switchcli.commands import convert, evaluate, report  # noqa: F401  # so that a fork has them
 
 OFFSET_SECONDS = 0.5
@@ -69,7 +67,7 @@ def two(run: Path, recipe: Path, draw: random.Random) -> Trial:
     for number in range(2):
         logs.append(run.with_name(f"{run.name}-{number}.log"))
         began.append(time.monotonic())
-        children.append(start(recipe, run, logs[-1]))
+        children.append(start(["pretrain", recipe, "--out", run], logs[-1]))
         if number == 0:
             time.sleep(draw.uniform(0, OFFSET_SECONDS))
     codes: list[int | None] = [None, None]
@@ -92,7 +90,7 @@ def two(run: Path, recipe: Path, draw: random.Random) -> Trial:
 
 def next_run(recipe: Path, run: Path, log: Path) -> str:
     """Why a run does not take the lock of one that was killed, if it does not; it is stopped then."""
-    child, deadline = start(recipe, run, log), time.monotonic() + PATIENCE_SECONDS
+    child, deadline = start(["pretrain", recipe, "--out", run], log), time.monotonic() + PATIENCE_SECONDS
     while holder(run) != child and (code := ended(child, 0.01)) is None and time.monotonic() < deadline:
         pass
     if holder(run) == child:
@@ -112,7 +110,7 @@ def holder(run: Path) -> int | None:
 def beside_a_run(folder: Path, recipe: Path, polls: int) -> Row:
     """Reports, evaluations and conversions of a run that saves, and removes a checkpoint, in every step."""
     run, export, log = folder / "read", folder / "export", folder / "reader.log"
-    writer = start(recipe, run, folder / "read.log")
+    writer = start(["pretrain", recipe, "--out", run], folder / "read.log")
     while not any((run / "checkpoints").glob("step-*")):
         assert ended(writer, 0.05) is None, (folder / "read.log").read_text()
     readers = [
@@ -124,7 +122,7 @@ def beside_a_run(folder: Path, recipe: Path, polls: int) -> Row:
     for poll in range(polls):
         reader = readers[poll % len(readers)]
         log.unlink(missing_ok=True)
-        code = ended(command(reader, log), PATIENCE_SECONDS)
+        code = ended(start(reader, log), PATIENCE_SECONDS)
         if code != 0:
             lost.append(f"{reader[0]} ended with {code}: {log.read_text()[-500:]}")
         for file in export.glob("*.safetensors"):
@@ -144,21 +142,3 @@ def beside_a_run(folder: Path, recipe: Path, polls: int) -> Row:
 
 def newest(run: Path) -> int:
     return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
-
-
-def command(arguments: list[str], log: Path) -> int:
-    """`switchcli ARGUMENTS` in a child process; its id."""
-    child = os.fork()
-    if child:
-        return child
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["switchcli", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        os._exit(int(end.code or 0))
-    finally:
-        os._exit(1)
-    raise AssertionError
