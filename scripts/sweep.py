@@ -33,7 +33,8 @@ a list: scripts/sweep --out runs/table FILE, where a line of FILE is NAME VERB A
             ---
             student  distill quickstart/distill --teacher {out}/teacher-{train.seed} train.seed=0,1,2
         makes dense-0, ..., student-2. {out} is the folder, {KEY} the run's value of a key. What stands below a line
-        of `---` begins when all above it has ended. KEY=VALUE after FILE are added to every run that trains.
+        of `---` begins when all above it has ended. KEY=VALUE after FILE hold for every run that trains, in place of
+        the line's: train.seed=0 leaves dense-0, teacher-0 and student-0.
 """
 
 
@@ -66,13 +67,23 @@ def values(text: str) -> list[str]:
     return parts
 
 
-def grid(name: str, arguments: Sequence[str], out: Path, stage: int = 0) -> Iterator[Run]:
-    """The runs of one line: all combinations of the values of its keys; the last key varies fastest."""
-    keys = [argument.partition("=")[::2] if is_key(argument) else None for argument in arguments]
-    choices = [values(key[1]) if key else [argument] for key, argument in zip(keys, arguments, strict=True)]
+def grid(name: str, arguments: Sequence[str], out: Path, stage: int = 0, added: Sequence[str] = ()) -> Iterator[Run]:
+    """The runs of one line: all combinations of the values of its keys; the last key varies fastest.
+
+    `added` take the place of keys of the line; where that names a run by a key, it still does.
+    """
+    instead = {argument.partition("=")[0]: argument for argument in added}
+    line = [(argument, instead.pop(argument.partition("=")[0], argument)) for argument in arguments]
+    line += [(argument, argument) for argument in instead.values()]
+    keys = [argument.partition("=")[::2] if is_key(argument) else None for _, argument in line]
+    choices = [values(key[1]) if key else [argument] for key, (_, argument) in zip(keys, line, strict=True)]
+    names = [
+        max(len(several), len(values(was)) if is_key(was) else 1) > 1
+        for (was, _), several in zip(line, choices, strict=True)
+    ]
     for chosen in itertools.product(*choices):
         own = {key[0]: value for key, value in zip(keys, chosen, strict=True) if key}
-        varied = [value for value, several in zip(chosen, choices, strict=True) if len(several) > 1]
+        varied = [value for value, is_named in zip(chosen, names, strict=True) if is_named]
         full = [f"{key[0]}={value}" if key else value for key, value in zip(keys, chosen, strict=True)]
         yield Run(
             "-".join(filter(None, [name, *map(_as_name, varied)])),
@@ -82,7 +93,7 @@ def grid(name: str, arguments: Sequence[str], out: Path, stage: int = 0) -> Iter
 
 
 def listed(path: Path, added: Sequence[str], out: Path) -> list[Run]:
-    """The runs of a list; `added` are keys for every line of a verb that trains."""
+    """The runs of a list; `added` are keys for every line of a verb that trains, in place of its own."""
     runs, stage = [], 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -96,8 +107,7 @@ def listed(path: Path, added: Sequence[str], out: Path) -> list[Run]:
         elif words and "/" in words[0]:
             raise Unlisted(f"{path}:{number}: {words[0]!r} names no folder in {out}: leave out the /")
         elif words:
-            more = [] if words[1] == "eval" else added
-            runs += grid(words[0], [*words[1:], *more], out, stage)
+            runs += grid(words[0], words[1:], out, stage, [] if words[1] == "eval" else added)
     return runs
 
 
@@ -248,6 +258,20 @@ def runs_of(what: Sequence[str], out: Path) -> list[Run]:
     return runs
 
 
+def not_made(runs: Sequence[Run], out: Path) -> Iterator[str]:
+    """What is wrong with runs that are given the folder of another one, which neither is there nor comes before."""
+    stages = {run.name: run.stage for run in runs}
+    for run in runs:
+        for argument in run.arguments:
+            name = argument.removeprefix(f"{out}/").partition("/")[0]
+            if (
+                argument.startswith(f"{out}/")
+                and stages.get(name, run.stage) >= run.stage
+                and not (out / name).exists()
+            ):
+                yield f"{run.name}: needs {out / name}, which is not there, nor is it a run above a line of ---"
+
+
 def main() -> int:
     asked = arguments()
     try:
@@ -259,6 +283,9 @@ def main() -> int:
         for run in runs:
             print(shlex.join(["switchcli", *run.arguments, "--out", str(asked.out / run.name), "--quiet"]))
         return 0
+    if faults := list(not_made(runs, asked.out)):
+        print(*(f"error: {fault}" for fault in faults), sep="\n", file=sys.stderr)
+        return USAGE
     asked.out.mkdir(parents=True, exist_ok=True)
     slots = slots_at_hand(asked.jobs)
     sweep = Sweep(asked.out, slots, len(runs))

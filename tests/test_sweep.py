@@ -97,12 +97,35 @@ def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     assert "failed: other: exit code 2" in ended.stderr
 
 
+def test_keys_after_a_list_take_the_place_of_its_own(sweep, tmp_path):
+    path = tmp_path / "runs"
+    path.write_text(
+        "teacher pretrain quickstart/switch train.seed=0,1\n---\n"
+        "student distill r --teacher {out}/teacher-{train.seed} train.seed=0,1\nscores eval {out}/teacher-2\n"
+    )
+    runs = sweep.runs_of([str(path), "train.seed=2", "train.steps=5"], Path("out"))
+    assert [(run.name, *run.arguments) for run in runs] == [
+        ("teacher-2", "pretrain", "quickstart/switch", "train.seed=2", "train.steps=5"),
+        ("student-2", "distill", "r", "--teacher", "out/teacher-2", "train.seed=2", "train.steps=5"),
+        ("scores", "eval", "out/teacher-2"),
+    ]
+
+
+def test_a_run_that_none_makes_is_asked_for_before_any_begins(tmp_path):
+    path = tmp_path / "runs"
+    path.write_text("one pretrain quickstart/dense\n---\ntuned finetune quickstart/finetune --model {out}/one-0\n")
+    ended = _sweep(path, tmp_path)
+    assert ended.returncode == 2
+    assert f"error: tuned: needs {tmp_path}/out/one-0, which is not there, nor is it a run above" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
     path = tmp_path / "runs"
     path.write_text(
         "one    pretrain quickstart/dense train.steps=no\n---\n"
         "tuned  finetune quickstart/finetune --model {out}/one/checkpoints/step-2\n"
-        "other  finetune quickstart/finetune --model {out}/one-other\n---\n"
+        "other  finetune quickstart/finetune --model {out}-other\n---\n"
         "scores eval {out}/tuned\n"
     )
     ended = _sweep(path, tmp_path)
