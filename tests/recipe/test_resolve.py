@@ -216,7 +216,8 @@ def test_a_long_word_and_many_errors_are_told_at_once(errors):
     """What is found by a pattern takes time in proportion, and a hundred errors are enough."""
     began = time.process_time()
     assert len(errors(f"model: {{num_experts: 101, d_ff: 9, size: {'x' * 200_000}}}")) == 3
-    assert len(errors("".join(f"unknown_{number}: 1\n" for number in range(3000)))) == 100
+    told = errors("".join(f"unknown_{number}: 1\n" for number in range(3000)))
+    assert (len(told), told[-1]) == (101, "and 2,900 more")
     assert time.process_time() - began < 10
 
 
@@ -389,3 +390,9 @@ def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
 def test_an_error_in_a_parent_names_the_parent(write, errors):
     write("base.yaml", "train:\n  stepz: 3\n  steps: 1")
     assert errors("extends: base.yaml\ntrain: {note: x}")[0].startswith("base.yaml:2: train.stepz: no such key")
+
+
+def test_a_recipe_too_large_to_be_read_again_is_refused_before_it_is_written(toy):
+    paths = ", ".join("a" for _ in range(9_985))
+    with pytest.raises(RecipeError, match=r"the whole recipe, line \d+: more than the 10000 keys and values"):
+        dump(toy(f"corpora: [{{kind: files, paths: [{paths}]}}]"))

@@ -368,7 +368,7 @@ def test_a_sealed_file_that_is_not_sound_is_refused(tmp_path: Path, content: byt
             b'{"step": 1e400}',
         ),
         *(b'{"step": 4, "best": [1]}', b'{"step": 4, "window": {"loss": [1]}}', b'{"step": 4, "figures": {"a": NaN}}'),
-        *(b'{"step": 4, "targets_seen": 9223372036854775808}', b'{"step": 4, "other": 1}'),
+        *(b'{"step": 4, "targets_seen": 9223372036854775808}', b'{"step": 4, "position": [-1]}'),
     ],
 )
 def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -377,6 +377,13 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) ->
     reseal(path)
     with pytest.raises(DamagedError, match=r"state\.json"):
         Checkpoint.open(path)
+
+
+def test_what_a_later_version_adds_to_a_state_is_no_damage(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "state.json").write_bytes(b'{"step": 4, "other": 1}')
+    reseal(path)
+    assert Checkpoint.open(path).step == 4
 
 
 def test_a_manifest_must_be_in_its_one_form(tmp_path: Path) -> None:
