@@ -151,7 +151,7 @@ def test_what_has_no_atlas_is_refused_in_one_line(
         ([trained, "text.sequencs=3"], 2, "Did you mean sequences?"),
         ([trained, "capacities=[paper, dropless]"], 2, "an atlas is of one"),
         ([trained, "--smooth", 2], 2, "leave out --baseline, --quality and --smooth"),
-        ([trained, "text.sequences=1", "--html", "nowhere/page.html"], 4, "give another file by --html"),
+        ([trained, "text.sequences=1", "--html", trained / "recipe.yaml/page.html"], 4, "give another file by --html"),
         ([trained, "text.sequences=1", "--figures", trained / "recipe.yaml"], 4, "give another folder by --figures"),
     ]
     for arguments, code, message in cases:

@@ -180,7 +180,7 @@ def test_sound_files_get_through(folder: Path) -> None:
     "harm",
     [
         lambda: Path("/var/tmp/switchcli-audit").touch(),
-        lambda: Path(__file__).with_name("absent").open("wb"),
+        lambda: Path("/var/tmp/switchcli-audit").open("wb"),
         lambda: socket.socket().connect(("127.0.0.1", 9)),
         lambda: socket.getaddrinfo("localhost", 80),
         lambda: subprocess.run(["true"], check=True),
@@ -199,4 +199,3 @@ def test_the_audit_sees(harm: Callable[[], object], folder: Path) -> None:
         assert not attacks.tried(folder, lambda: shown.audited(lambda: Done(0, "", "")), "nothing")
     finally:
         Path("/var/tmp/switchcli-audit").unlink(missing_ok=True)
-        Path(__file__).with_name("absent").unlink(missing_ok=True)
