@@ -180,7 +180,7 @@ def test_sound_files_get_through(folder: Path) -> None:
     "harm",
     [
         lambda: Path("/var/tmp/switchcli-audit").touch(),
-        lambda: Path("/var/tmp/switchcli-audit").open("wb"),
+        lambda: Path("/var/tmp/switchcli-audit").write_bytes(b""),
         lambda: socket.socket().connect(("127.0.0.1", 9)),
         lambda: socket.getaddrinfo("localhost", 80),
         lambda: subprocess.run(["true"], check=True),
