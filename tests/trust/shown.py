@@ -237,6 +237,7 @@ def audited(act: Callable[[], Done]) -> str:
             if not any(place.is_relative_to(os.path.realpath(root)) for root in (here if writes else read)):
                 seen.append(f"open {place} {'to write' if writes else 'to read'}")
 
+    sys.dont_write_bytecode = True  # a module that is imported here first is no file of the command's
     sys.addaudithook(hook)
     done = act()
     return done.fault([0]) or "; ".join(seen[:3])
