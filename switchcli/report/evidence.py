@@ -93,7 +93,8 @@ def speed_table(found: Comparison) -> HtmlTable:
     caption = (
         f"x: how many times fewer steps, seconds and FLOPs than {base}, run by run, of the same seed where there is "
         "one; then the series' own. Means over the seeds that reach it (least to most): where the straight line "
-        "between two evaluations first is as good, in both runs alike; - where it never is."
+        "between two evaluations first is as good, in both runs alike; - where it never is. A mean of evaluations "
+        "stands at the mean of their steps. FLOPs are those of training, forward and backward."
     )
     headings = ("series", "reach it", "x steps", "x time", "x FLOPs", "steps", "time", "FLOPs")
     return HtmlTable(f"Speed-up to {goal}", headings, rows, caption)
