@@ -16,6 +16,8 @@ MANY_DROPPED = 0.5
 """A layer in which so many tokens find no slot trains on the wrong ones: the capacity or the balance is off."""
 COLLAPSED_SHARE = 0.9
 """An expert that takes this share of a layer's tokens has become the layer."""
+WHEN_LOST = "Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
+"""The way out where a number is not finite."""
 LAYER = "layer_"
 """Begins the names of metrics with an entry for each sparse layer."""
 

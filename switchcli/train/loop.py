@@ -13,7 +13,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.parallel.spread import GradientNorm
 from switchcli.train.evaluate import exact
-from switchcli.train.health import lost_backward, lost_forward
+from switchcli.train.health import WHEN_LOST, lost_backward, lost_forward
 from switchcli.train.hooks import Hook
 from switchcli.train.metrics import Mean, Metrics, merge
 from switchcli.train.microbatches import Microbatch
@@ -133,5 +133,5 @@ def _check_finite(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Mod
     where = f" (first in {told[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
     raise NumericsError(
         f"step {step}: the gradient norm is {float(norm.total)}{where}, so the weights are lost; the checkpoints "
-        "before this step are sound. Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
+        f"before this step are sound. {WHEN_LOST}"
     )

@@ -21,6 +21,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.train import checkpoint, logical, manifest, tensor_file
 from switchcli.train.evaluate import reduce
 from switchcli.train.fsops import DISK, Files
+from switchcli.train.health import WHEN_LOST
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.spec import CheckpointSpec
 from switchcli.train.state import TrainState
@@ -97,10 +98,9 @@ class Saver:
         told = self._runtime.told(next(lost, ""))
         for rank, name in enumerate(told):
             if name:
-                way_out = "Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
                 raise NumericsError(
                     f"step {step}: {name} is not finite, on rank {rank}: nothing is saved, and the checkpoints before "
-                    f"this step are sound. {way_out}"
+                    f"this step are sound. {WHEN_LOST}"
                 )
 
     def wait(self) -> None:

@@ -97,19 +97,8 @@ class TrainState:
 
     def to_json(self, window: Metrics) -> bytes:
         """The state with the window of all ranks, `window`, in place of this rank's."""
-        state = {
-            "step": self.step,
-            "targets_seen": self.targets_seen,
-            "seconds": self.seconds,
-            "figures": self.figures,
-            "evaluated_step": self.evaluated_step,
-            "first_figures": self.first_figures,
-            "best": self.best,
-            "texts": self.texts,
-            "bits_per_byte": self.bits_per_byte,
-            "position": self.position,
-            "window": {name: [part.tolist() for part in mean] for name, mean in window.items()},
-        }
+        state = {name: getattr(self, name) for name in Saved.model_fields}
+        state["window"] = {name: [part.tolist() for part in mean] for name, mean in window.items()}
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
 
     def restore(self, text: bytes, device: torch.device, with_window: bool) -> None:

@@ -94,12 +94,9 @@ def start(command: Sequence[object], log: Path, within: Callable[[], None] = lam
         os._exit(0)
     except SystemExit as end:
         os._exit(int(end.code or 0))
-    except BaseException:
-        traceback.print_exc()
-        raise
     finally:
+        traceback.print_exc()  # of what is no end of a command, for the log
         os._exit(1)  # no code of a user's error
-    raise AssertionError
 
 
 def ended(child: int, patience: float) -> int | None:
