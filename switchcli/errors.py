@@ -49,6 +49,11 @@ class NumericsError(SwitchError):
     exit_code = 5
     on_every_rank = True
 
+    def __init__(self, found: str, mend: str) -> None:
+        """`found`: what is not finite, where, and at which step."""
+        super().__init__(f"{found}: {mend}")
+        self.found, self.mend = found, mend
+
 
 class DistributedError(SwitchError):
     """A rank or the network between ranks."""

@@ -35,6 +35,7 @@ CHANGEABLE = (
     "train.steps",
     "train.device",
     "train.activation_checkpointing",
+    "train.nonfinite.",
     "train.workers",
     "train.batches_ahead",
     "log.",

@@ -40,6 +40,7 @@ from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
+from switchcli.train.recovery import Recovery
 from switchcli.train.run_folder import RunFolder
 from switchcli.train.saver import DATA, TEXT, Saver, preflight
 from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec
@@ -160,6 +161,8 @@ class Training:
             held_out, exams = self._held_out(write), self._exams(write, stop)
             if state.step == 0:
                 held_out(state)
+                if recipe.train.nonfinite.policy == "roll_back":
+                    self._save(state)
             if exams and exams.owed(state, steps):  # it was stopped in the middle
                 exams(state)
                 self._save(state)
@@ -181,6 +184,7 @@ class Training:
                 recipe.train,
                 stop,
                 shown.advance,
+                Recovery(recipe.train.nonfinite, self._restore, self.console.warning),
             )
             if complete and exams and not exams.answered:  # it was stopped there, or was complete when it began again
                 complete = exams.ask()
@@ -210,6 +214,10 @@ class Training:
             state.position = [number // self.runtime.model_ranks for number in summed]
         self.runtime.on_main(self.metrics.sync)
         self.saver.save(state)
+
+    def _restore(self, state: TrainState) -> bool:
+        self.saver.wait()
+        return self.saver.restore(state, self.console.warning)
 
     @contextmanager
     def _lost_at_a_step(self) -> Iterator[None]:
@@ -285,6 +293,7 @@ class Training:
             "flops_per_sequence": facts["flops_per_sequence"],
             "input_tokens": tokens,
             "target_tokens": state.targets_seen,
+            **({"left_out": state.left_out} if state.left_out else {}),
             "seconds": state.seconds,
             "tokens_per_second": tokens / state.seconds,
             "mesh": self.runtime.mesh,

@@ -16,7 +16,12 @@ MANY_DROPPED = 0.5
 """A layer in which so many tokens find no slot trains on the wrong ones: the capacity or the balance is off."""
 COLLAPSED_SHARE = 0.9
 """An expert that takes this share of a layer's tokens has become the layer."""
-WHEN_LOST = "Lower schedule.learning_rate, set train.clip_norm, or take train.precision=float32"
+DEAD_STEPS = 100
+"""Without a token for as long an expert is dead: one that has none in a few steps mostly finds some by itself."""
+WHEN_LOST = (
+    "the checkpoints before this step are sound. Lower schedule.learning_rate, set train.clip_norm, take "
+    "train.precision=float32, or go on without it by train.nonfinite.policy=skip or roll_back"
+)
 """The way out where a number is not finite."""
 LAYER = "layer_"
 """Begins the names of metrics with an entry for each sparse layer."""
@@ -90,6 +95,7 @@ class Alarms:
         self._layers = layers
         self._warn = warn
         self._ringing: set[tuple[str, str]] = set()
+        self._idle: dict[str, torch.Tensor] = {}
 
     def __call__(self, metrics: Mapping[str, Mean], steps: int) -> None:
         """Look at what `steps` steps brought."""
@@ -111,9 +117,10 @@ class Alarms:
                     f"{layer}: {lost:.0%} of the tokens found no slot; raise its router's capacity_factor, or "
                     "balance_loss_coef where it has one"
                 )
-            dead = (load_E == 0).nonzero().flatten().tolist()
+            idle_E = self._idle[layer] = (self._idle.get(layer, 0) + steps) * (load_E == 0)
+            dead = (idle_E >= DEAD_STEPS).nonzero().flatten().tolist()
             if dead:
-                alarms[layer, "dead"] = f"{layer}: no token in {steps} steps for experts {dead}"
+                alarms[layer, "dead"] = f"{layer}: no token in {int(idle_E[dead].min())} steps for experts {dead}"
         for which in sorted(alarms.keys() - self._ringing):
             self._warn(alarms[which])
         self._ringing = set(alarms)

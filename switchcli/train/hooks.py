@@ -82,6 +82,8 @@ class Log(Hook):
         self._alarms = health.Alarms(layers, warn)
 
     def __call__(self, state: TrainState) -> None:
+        if not state.window:  # all of its steps were left out
+            return
         metrics = reduce(state.window, self._runtime)
         state.window = {}
         if not self._runtime.is_main:
@@ -155,7 +157,7 @@ class HeldOut(Hook):
         figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures[HELD_OUT]
         if not math.isfinite(figure):
-            raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}")
+            raise NumericsError(f"step {state.step}: the held-out neg. log perplexity is {figure}", health.WHEN_LOST)
         state.note({HELD_OUT: figure})
         state.bits_per_byte = bits_per_byte(each)
         if self._runtime.is_main:

@@ -19,6 +19,7 @@ from switchcli.train.metrics import Mean, Metrics, merge
 from switchcli.train.microbatches import Microbatch
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
+from switchcli.train.recovery import ENDS, Recovery
 from switchcli.train.schedule import ScheduleSpec
 from switchcli.train.spec import TrainSpec
 from switchcli.train.state import TrainState
@@ -36,16 +37,17 @@ def fit(
     settings: TrainSpec,
     stop: StopRequest,
     on_step: Callable[[int], None] = lambda step: None,
+    recovery: Recovery = ENDS,
 ) -> bool:
     """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
 
     Returns whether the run is complete: False when `stop` was requested on any rank, after a whole step on all of them.
     `batches` gives this rank's microbatches of a step, `objective` what is minimised at it. `on_step` is called with
     the number of steps taken after each one, the hooks after those that they are due at; neither is called for the stop
-    itself.
+    itself. `recovery` is asked whether to go on where a number is not finite: a step left out counts as one taken.
 
     Raises:
-        NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step.
+        NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step. Or a hook's.
         DistributedError: another rank is gone.
     """
     model.train()
@@ -62,24 +64,42 @@ def fit(
         seed = f"{settings.seed}/{state.step}"
         metrics = accumulate_gradients(model, objective(state.step), microbatches, num_targets, runtime, seed)
         norm = _clip(optimizer, settings.clip_norm, runtime)
-        optimizer.step(learning_rate)
+        lost = _lost(state.step + 1, norm, metrics, model, runtime) if recovery.before_updates else None
+        if lost:
+            recovery(lost, state, state.step + 1, updated=False)
+        else:
+            optimizer.step(learning_rate)
+            _note(state, num_targets, metrics, norm)
+            unchecked.append((state.step, norm, metrics))
         optimizer.zero_grad()
 
-        state.step += 1
-        state.targets_seen += num_targets
-        of_norm = {"gradient_norm": Mean(norm.total, torch.ones_like(norm.total))}
-        state.window = merge(state.window, exact({**metrics, **of_norm}))
         due = [hook for hook in hooks if hook.due(state.step, settings.steps)]
-        unchecked.append((state.step, norm, metrics))
         while len(unchecked) > (0 if due else 1):  # one step late unless a hook is due: no wait for the device
             _check_finite(*unchecked.pop(0), model, runtime)
         state.seconds += time.perf_counter() - started
         on_step(state.step)
         for hook in due:
-            hook(state)
+            _call(hook, state, recovery)
     for one in unchecked:  # what is saved after a stop, or shown at the end, has been looked at
         _check_finite(*one, model, runtime)
     return state.step >= settings.steps
+
+
+def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientNorm) -> None:
+    """One more step was taken, on `num_targets`."""
+    state.step += 1
+    state.targets_seen += num_targets
+    of_norm = {"gradient_norm": Mean(norm.total, torch.ones_like(norm.total))}
+    state.window = merge(state.window, exact({**metrics, **of_norm}))
+
+
+def _call(hook: Hook, state: TrainState, recovery: Recovery) -> None:
+    """Call it, and once more where it met a number that can be gone on from."""
+    try:
+        hook(state)
+    except NumericsError as error:
+        recovery(error, state, state.step, updated=True)
+        hook(state)
 
 
 def accumulate_gradients(
@@ -125,13 +145,16 @@ def _clip(optimizer: Optimizer, clip_norm: float | None, runtime: Runtime) -> Gr
 
 
 def _check_finite(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, runtime: Runtime) -> None:
+    if lost := _lost(step, norm, metrics, model, runtime):
+        raise lost
+
+
+def _lost(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, runtime: Runtime) -> NumericsError | None:
+    """What a step whose gradient is not finite is to be told of with, on all ranks."""
     if torch.isfinite(norm.total):
-        return
+        return None
     looks = lost_forward(metrics, sparse_layers(model)), lost_backward(norm.own, experts_here(model))
     told = next(filter(any, map(runtime.told, looks)), [])
     ranks = [rank for rank, what in enumerate(told) if what]
     where = f" (first in {told[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
-    raise NumericsError(
-        f"step {step}: the gradient norm is {float(norm.total)}{where}, so the weights are lost; the checkpoints "
-        f"before this step are sound. {WHEN_LOST}"
-    )
+    return NumericsError(f"step {step}: the gradient norm is {float(norm.total)}{where}", WHEN_LOST)

@@ -73,9 +73,12 @@ class Saver:
         """
         self.wait()
         runtime = self._runtime
-        model, optimizer = self._share(parts_of(self._weights)), self._share(self._slots())
+        weights, slots = parts_of(self._weights), self._slots()
+        # Of this rank all, not what it writes alone: what is lost in a copy is in the others' weights a step later.
+        tensors = {name: part.tensor for name, part in {**weights, **slots}.items()}
         window = {f"the metric {name}": mean.total for name, mean in state.window.items()}
-        self._check_finite(state.step, {**model, **optimizer, **window})
+        self._check_finite(state.step, {**tensors, **window})
+        model, optimizer = self._share(weights), self._share(slots)
         documents = {**self._documents, "state.json": state.to_json(reduce(state.window, runtime))}
         own = [
             secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0,
@@ -99,8 +102,7 @@ class Saver:
         for rank, name in enumerate(told):
             if name:
                 raise NumericsError(
-                    f"step {step}: {name} is not finite, on rank {rank}: nothing is saved, and the checkpoints before "
-                    f"this step are sound. {WHEN_LOST}"
+                    f"step {step}: {name} is not finite, on rank {rank}", f"nothing is saved, and {WHEN_LOST}"
                 )
 
     def wait(self) -> None:

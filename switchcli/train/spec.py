@@ -12,6 +12,18 @@ from switchcli.spec import Spec
 Precision = Literal["float32", "bfloat16", "selective"]
 
 
+class NonfiniteSpec(Spec):
+    """What a run does about a number that is not finite: in the gradient of a step, or in what is to be evaluated or
+    saved after it."""
+
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
+    """`stop`: the run ends. `skip`: the step changes nothing, as if its batch were not there; what is lost after the
+    update ends the run. `roll_back`: weights and optimizer are again those of the newest checkpoint, and the batches
+    since then are left out. The last two look at each gradient before it is used: a GPU is waited for in each step."""
+    at_most: int = Field(default=10, ge=1)
+    """How often in a run: the next time it ends all the same."""
+
+
 class TrainSpec(Spec):
     """How long, on how much, from which seed."""
 
@@ -36,6 +48,7 @@ class TrainSpec(Spec):
     activations, a quarter to a third more time, the same gradients."""
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; absent: no clipping, as in T5."""
+    nonfinite: NonfiniteSpec = NonfiniteSpec()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = Field(default=1, ge=0)
     """Threads of each rank that make batches while the model computes; 0: the step makes its own. What is in a batch

@@ -41,6 +41,7 @@ class Saved(Spec):
     texts: dict[str, dict[str, float]] = Field(default_factory=dict)
     bits_per_byte: float | None = None
     position: list[Count] = Field(default_factory=list)
+    left_out: list[tuple[Count, Count]] = Field(default_factory=list)
     window: dict[str, tuple[_Part, _Part]] = Field(default_factory=dict)
 
     @classmethod
@@ -79,6 +80,8 @@ class TrainState:
     """Of all held-out text in the last evaluation; lower is better. None where it is not known."""
     position: list[int] = field(default_factory=list)
     """Where a stream of text stands; empty where what a step reads follows from its number."""
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    """First and last step of each time that numbers which are not finite were gone on from (train.nonfinite)."""
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Take figures of the weights as they are; what is noted at one step is one evaluation."""

@@ -174,6 +174,21 @@ def test_more_steps_go_on_from_there(recipe: str, switchcli: SwitchCLI) -> None:
     assert [record["step"] for record in metrics("a") if "learning_rate" in record] == [2, 3, 4, 5]
 
 
+def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli: SwitchCLI) -> None:
+    """Such a rate makes the weights too large for the next step, which finds that out."""
+    huge = ["schedule.kind=constant", "schedule.learning_rate=1e30", "--out", "runs/a", "--json"]
+    lost = switchcli("pretrain", recipe, *huge)
+    assert lost.code == 5
+    assert "or go on without it by train.nonfinite.policy=skip or roll_back" in json.loads(lost.out)["error"]
+    back = switchcli("pretrain", recipe, *huge, "train.nonfinite.policy=roll_back", "--no-resume")
+    assert back.code == 0
+    assert "going on with the weights of step 0 and without the batches of steps 1 to 2" in back.err
+    result = json.loads(back.out)
+    assert result["left_out"] == [[1, 2]]
+    assert result["held_out/neg_log_perplexity"] == result["held_out/first_neg_log_perplexity"]
+    assert switchcli("eval", "runs/a", "--quiet").code == 0
+
+
 def test_no_resume_sets_the_old_run_aside(recipe: str, switchcli: SwitchCLI) -> None:
     switchcli("pretrain", recipe, "--out", "a")
     for number in (1, 2):

@@ -226,14 +226,14 @@ def test_a_save_under_way_is_done_when_training_fails(tmp_path: Path) -> None:
     disk.open.clear()
     Timer(0.2, disk.open.set).start()
     with pytest.raises(NumericsError, match="NaN"):
-        failing(parts_of(tmp_path, disk), NumericsError("NaN"), unexpected)
+        failing(parts_of(tmp_path, disk), NumericsError("step 2: NaN", "mend it"), unexpected)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_a_save_that_fails_as_training_does_is_told_of(tmp_path: Path) -> None:
     warnings: list[str] = []
     with pytest.raises(NumericsError, match="NaN"):
-        failing(parts_of(tmp_path, FaultyFiles(4, full)), NumericsError("NaN"), warnings.append)
+        failing(parts_of(tmp_path, FaultyFiles(4, full)), NumericsError("step 2: NaN", "mend it"), warnings.append)
     (warning,) = warnings
     assert warning.startswith("the save under way failed as well: ")
     assert "No space left on device" in warning

@@ -24,6 +24,7 @@ from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import StepLoss, cross_entropy
 from switchcli.train.optimizer import Adafactor, Optimizer
+from switchcli.train.recovery import ENDS
 from switchcli.train.schedule import Linear
 from switchcli.train.spec import TrainSpec
 from switchcli.train.state import TrainState
@@ -41,6 +42,7 @@ class Run:
         self.optimizer: Optimizer = Adafactor(min_dim_to_factor=8).build(dict(self.model.named_parameters()))
         self.stop = StopRequest()
         self.objective: Callable[[nn.Module, Batch], StepLoss] = cross_entropy
+        self.recovery = ENDS
         self.steps_seen: list[int] = []
 
     def fit(self, *hooks: Hook, steps: int = STEPS, seed: int = 3, clip_norm: float | None = 1.0) -> bool:
@@ -59,6 +61,7 @@ class Run:
             hooks,
             TrainSpec(steps=steps, batch_tokens=1, seed=seed, clip_norm=clip_norm),
             self.stop,
+            recovery=self.recovery,
         )
 
 

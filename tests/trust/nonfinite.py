@@ -1,19 +1,20 @@
 """Part g: numbers that are none, put into a run at six places on one of its ranks.
 
-Each trial is a run of its own that saves as it goes. It must end on every rank at the same step with the same words,
-which name step, place and rank; no checkpoint may hold such a number; and what goes on from the last one must end as
-the run that never met it. A number that is large but finite, which bfloat16 makes infinite, may also do no harm.
-
-The only policy that a recipe has is to stop.
+Each trial is a run of its own that saves as it goes. No checkpoint may hold such a number, and all ranks must do the
+same at the same step, with the same words, which name step, place and rank. A run that is to stop must end so, and what
+goes on from its last checkpoint must end as the run that never met the number. One that is to skip the step, or to roll
+back, must end with the weights of a run in which the steps that it leaves out change nothing. A number that is large
+but finite, which bfloat16 makes infinite, may also do no harm.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import ranks as ranks_of_tests
@@ -40,9 +41,10 @@ from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective, StepLoss, cross_entropy
 from switchcli.train.optimizer import Adafactor
+from switchcli.train.recovery import Recovery
 from switchcli.train.saver import Saver
 from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import CheckpointSpec, TrainSpec
+from switchcli.train.spec import CheckpointSpec, NonfiniteSpec, TrainSpec
 from switchcli.train.state import TrainState
 
 STEPS, SAVE_EVERY, BATCH = 6, 2, 8
@@ -74,6 +76,9 @@ MESHES = {
 }
 
 
+Policy = Literal["stop", "skip", "roll_back"]
+
+
 class Fault(NamedTuple):
     """One number at one place of one rank in one step, from 1."""
 
@@ -84,10 +89,12 @@ class Fault(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a run ended on a rank, and how far from the run without a fault it was when it had gone on to its end."""
+    """How a run ended on a rank, and how far it was then from the run that it should be like."""
 
     words: str
+    """Its error, or its warning."""
     code: int
+    left_out: list[tuple[int, int]]
     expert: int
     """The last of those whose weights are here."""
     apart: float
@@ -96,7 +103,15 @@ class Ended(NamedTuple):
 class Run:
     """All that training takes on this rank; it goes on from what its folder has."""
 
-    def __init__(self, folder: Path, runtime: Runtime, fault: Fault | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        runtime: Runtime,
+        fault: Fault,
+        policy: Policy = "stop",
+        idle: Container[int] = (),
+    ) -> None:
+        """Steps in `idle` change nothing: a run without their batches."""
         with torch.device("meta"):
             self.model = SwitchTransformer(SPARSE)
         self.weights = runtime.spread(self.model)
@@ -107,12 +122,18 @@ class Run:
         self.state, self.runtime = TrainState(), runtime
         self.teacher = a_model(SPARSE, seed=1).eval()
         self.objective: Objective = cross_entropy
-        if fault is not None and fault.place == "teacher":
+        if fault.place == "teacher":
             asked = Teacher(self.teacher, "float32", 1.0)
             self.objective = Distillation(DistillSpec(teacher="teacher"), asked, lambda batch: None)
         self.saver.restore(self.state, unexpected)
-        if fault is not None:
-            self._put(fault)
+        self.warnings: list[str] = []
+        restore = partial(self.saver.restore, warn=unexpected)
+        self.recovery = Recovery(NonfiniteSpec(policy=policy), restore, self.warnings.append)
+        update = self.optimizer.step
+        self.optimizer.step = lambda rate: None if self.state.step + 1 in idle else update(rate)  # type: ignore[method-assign]
+        if policy == "roll_back":
+            self.saver.save(self.state)
+        self._put(fault)
 
     def _put(self, fault: Fault) -> None:
         number, inner = NUMBERS[fault.number], self.objective
@@ -159,10 +180,11 @@ class Run:
             [Save(SAVE_EVERY, self.saver.save)],
             TrainSpec(steps=STEPS, batch_tokens=1),
             StopRequest(),
+            recovery=self.recovery,
         )
 
 
-def ended(folder: Path, faults: list[Fault], parallel: ParallelSpec) -> list[Ended]:
+def ended(folder: Path, faults: list[Fault], parallel: ParallelSpec, policy: Policy) -> list[Ended]:
     """How the run of each fault ends on this rank."""
     torch.set_num_threads(1)
     runtimes = {name: Runtime("cpu", name, parallel) for name in ("float32", "selective")}
@@ -171,18 +193,24 @@ def ended(folder: Path, faults: list[Fault], parallel: ParallelSpec) -> list[End
     for number, fault in enumerate(faults):
         kind = (fault.number == "overflow", fault.place == "teacher")
         runtime, words, code = runtimes["selective" if kind[0] else "float32"], "", 0
-        if kind not in straight:
-            straight[kind] = Run(folder / f"straight {kind}", runtime, fault._replace(step=0))
-            straight[kind].train()
-        run = Run(folder / str(number), runtime, fault)
+        none = fault._replace(step=0)
+        run = Run(folder / str(number), runtime, fault, policy)
         try:
             run.train()
+            words = " ".join(run.warnings)
         except NumericsError as error:
             words, code = str(error), error.exit_code
-            run = Run(folder / str(number), runtime, fault._replace(step=0))
+            run = Run(folder / str(number), runtime, none)
             with suppress(NumericsError):  # of what was saved: `poisoned` finds it
                 run.train()
-        found.append(Ended(words, code, run.weights.experts[-1], apart(run, straight[kind])))
+        left_out = run.state.left_out
+        if left_out or kind not in straight:
+            idle = [step for first, last in left_out for step in range(first, last + 1)]
+            like = Run(folder / f"like {number}", runtime, none, idle=idle)
+            like.train()
+        if not left_out:
+            like = straight.setdefault(kind, like)
+        found.append(Ended(words, code, left_out, run.weights.experts[-1], apart(run, like)))
     return found
 
 
@@ -207,48 +235,62 @@ def poisoned(run: Path) -> list[str]:
     ]
 
 
-def broken(fault: Fault, world: int, ranks: list[Ended], run: Path) -> str:
+def broken(fault: Fault, world: int, ranks: list[Ended], run: Path, policy: Policy) -> str:
     """Which promise was broken, if one was."""
-    first = ranks[fault.rank]
     if found := poisoned(run):
         return f"saved: {found[0]}"
-    if len({(one.words, one.code) for one in ranks}) > 1:
+    if len({(one.words, one.code, str(one.left_out)) for one in ranks}) > 1:
         return f"ranks differ: {sorted({one.words for one in ranks})}"
-    if not first.code:
+    if wrong := done_wrong(fault, ranks[fault.rank], policy):
+        return wrong
+    # Four ranks add up in an order that DistributedDataParallel chooses anew after each start.
+    apart = max(one.apart for one in ranks)
+    return f"it ended otherwise: {apart}" if apart > (0 if world < 4 else 1e-4) else ""
+
+
+def done_wrong(fault: Fault, ended: Ended, policy: Policy) -> str:
+    """What was said or done on its rank that should not have been."""
+    if not ended.words:
         return "" if fault.number == "overflow" else "it went on"
     saving = fault.place == "state" or fault.number == "overflow"  # then it may be found when it is to be saved
-    late = range(fault.step, fault.step + SAVE_EVERY + 1) if saving else [fault.step]
-    wanted = (AMONG if saving else WORDS[fault.place]).format(rank=fault.rank, expert=first.expert)
-    if (
-        first.code != 5
-        or not any(f"step {step}:" in first.words for step in late)
-        or not re.search(wanted, first.words)
-    ):
-        return f"not told of {wanted}: {first.words}"
-    # Four ranks add up in an order that DistributedDataParallel chooses anew after each start.
-    if max(one.apart for one in ranks) > (0 if world < 4 else 1e-4):
-        return f"gone on, it ended otherwise: {max(one.apart for one in ranks)}"
-    return ""
+    steps = range(fault.step, fault.step + SAVE_EVERY + 1) if saving else [fault.step]
+    wanted = (AMONG if saving else WORDS[fault.place]).format(rank=fault.rank, expert=ended.expert)
+    if not any(f"step {step}:" in ended.words for step in steps) or not re.search(wanted, ended.words):
+        return f"not told of {wanted}: {ended.words}"
+    saved = (fault.step - 1) // SAVE_EVERY * SAVE_EVERY
+    may_end = policy == "stop" or (policy == "skip" and saving)
+    if ended.code:
+        return "" if may_end and ended.code == 5 else f"exit code {ended.code}: {ended.words}"
+    left_out = [[(saved + 1 if policy == "roll_back" else step, step)] for step in steps]
+    return "" if ended.left_out in left_out and policy != "stop" else f"left out {ended.left_out}"
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
-    ranks_of_tests.SECONDS = 900  # many runs a call, on a machine that may be busy
-    for place, words in PLACES.items():
-        stopped: Counter[bool] = Counter()
-        lost: list[str] = []
+    ranks_of_tests.SECONDS = 3600  # many runs a call, on a machine that may be busy
+    for policy in get_args(Policy):
+        told: Counter[tuple[str, bool]] = Counter()
+        lost: dict[str, list[str]] = {place: [] for place in PLACES}
         for world, meshes in MESHES.items():
-            steps = range(1, 6) if long else [3] if world == 1 else []
-            faults = [Fault(place, number, world - 1, step) for step, number in product(steps, NUMBERS)]
-            if not long and world == 2 and place == "gradient":
-                faults = [Fault(place, "NaN", 1, 4)]
             for number, parallel in enumerate(meshes):
-                mine = faults[number :: len(meshes)]
-                here = folder / f"{place}-{world}-{number}"
-                each = zip(*on_ranks(world, ended, here, mine, parallel), strict=True) if mine else ()
+                if not (mine := faults(policy, world, long)[number :: len(meshes)]):
+                    continue
+                here = folder / f"{policy}-{world}-{number}"
+                each = zip(*on_ranks(world, ended, here, mine, parallel, policy), strict=True)
                 for index, (fault, ranks) in enumerate(zip(mine, each, strict=True)):
-                    stopped[bool(ranks[0].code)] += 1
-                    if fault_of := broken(fault, world, list(ranks), here / str(index)):
-                        lost.append(f"{fault}: {fault_of}")
-        what = f"NaN, infinity, overflow of bfloat16 in the {words}, on one rank of 1, 2, 4"
-        harmless = f"{stopped[True]} stopped, {stopped[False]} did no harm"
-        yield Row("g", what, stopped.total(), len(lost), lost[0] if lost else harmless)
+                    told[fault.place, bool(ranks[0].words)] += 1
+                    if fault_of := broken(fault, world, list(ranks), here / str(index), policy):
+                        lost[fault.place].append(f"{fault}: {fault_of}")
+        for place, words in PLACES.items():
+            what = f"{policy}: NaN, infinity, overflow of bfloat16 in the {words}, on one rank of 1, 2, 4"
+            harmless = f"{told[place, True]} told of, {told[place, False]} did no harm"
+            trials = told[place, True] + told[place, False]
+            yield Row("g", what, trials, len(lost[place]), lost[place][0] if lost[place] else harmless)
+
+
+def faults(policy: Policy, world: int, long: bool) -> list[Fault]:
+    """Those that one number of ranks meets; the short form's are of one rank, and two of two."""
+    if long:
+        return [Fault(place, number, world - 1, step) for place, step, number in product(PLACES, range(1, 6), NUMBERS)]
+    numbers = NUMBERS if policy == "stop" else ["NaN"]
+    two = [Fault("state", "infinity", 1, 2), Fault("gradient", "NaN", 1, 4)] if policy != "skip" else []
+    return {1: [Fault(place, number, 0, 3) for place in PLACES for number in numbers], 2: two}.get(world, [])

@@ -1,0 +1,104 @@
+"""What a run does when a number is not finite: by each policy, what it leaves out and what it then is like.
+
+That all ranks do the same, at every place where a number may be lost, is in tests/trust/nonfinite.py.
+"""
+
+import pytest
+import torch
+from test_loop import Run, poisoned, weights
+
+from switchcli.errors import NumericsError
+from switchcli.train.hooks import Save
+from switchcli.train.recovery import Recovery
+from switchcli.train.spec import NonfiniteSpec
+from switchcli.train.state import TrainState
+
+ERROR = NumericsError("step 5: it is lost", "mend it")
+
+
+def without(run: Run, idle: range) -> None:
+    """Have the steps in `idle` change nothing: it is a run that has not their batches."""
+    update = run.optimizer.step
+    run.optimizer.step = lambda rate: None if run.state.step + 1 in idle else update(rate)  # type: ignore[method-assign]
+
+
+def test_a_run_that_skips_a_step_is_the_run_without_its_batch() -> None:
+    run, like, seen, said = Run(), Run(), list[int](), list[str]()
+    poisoned(run, 3)
+    run.recovery = Recovery(NonfiniteSpec(policy="skip"), warn=said.append)
+    assert run.fit(Save(1, lambda state: seen.append(state.step)))
+    without(like, range(3, 4))
+    like.fit()
+    assert torch.equal(weights(run), weights(like))
+    assert run.state.left_out == [(3, 3)]
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert int(run.state.window["gradient_norm"].weight) == 5
+    assert len(said) == 1
+    assert said[0].startswith("step 3: the gradient norm is nan (first in the gradient of decoder.final_norm.weight")
+    assert "without the batches of step 3 (time 1 of at most 10: train.nonfinite)" in said[0]
+
+
+def test_a_run_that_rolls_back_is_the_run_without_the_batches_since_its_checkpoint() -> None:
+    run, like, saved, said = Run(), Run(), dict[str, torch.Tensor](), list[str]()
+
+    def tensors() -> dict[str, torch.Tensor]:
+        return {**dict(run.model.named_parameters()), **run.optimizer.state()}
+
+    def save(state: TrainState) -> None:
+        saved.update({name: tensor.detach().clone() for name, tensor in tensors().items()})
+
+    @torch.no_grad()
+    def restore(state: TrainState) -> bool:
+        for name, tensor in tensors().items():
+            tensor.copy_(saved[name])
+        state.step, state.seconds = 2, 0.0
+        return True
+
+    poisoned(run, 4)
+    run.recovery = Recovery(NonfiniteSpec(policy="roll_back"), restore, said.append)
+    assert run.fit(Save(2, save))
+    without(like, range(3, 5))
+    like.fit()
+    assert torch.equal(weights(run), weights(like))
+    assert run.state.left_out == [(3, 4)]
+    assert run.state.step == 6
+    assert "going on with the weights of step 2 and without the batches of steps 3 to 4 (time 1" in said[0]
+
+
+def test_a_hook_that_meets_such_a_number_is_called_again_with_the_weights_of_before() -> None:
+    run, calls, back = Run(), list[int](), list[int]()
+
+    def look(state: TrainState) -> None:
+        calls.append(state.step)
+        if calls.count(4) == 1 and state.step == 4:
+            raise ERROR
+
+    def restore(state: TrainState) -> bool:
+        back.append(state.step)
+        state.step = 2
+        return True
+
+    run.recovery = Recovery(NonfiniteSpec(policy="roll_back"), restore)
+    assert run.fit(Save(2, look))
+    assert calls == [2, 4, 4, 6]
+    assert back == [4]
+    assert run.state.left_out == [(3, 4)]
+
+
+@pytest.mark.parametrize(("policy", "updated"), [("stop", False), ("stop", True), ("skip", True), ("roll_back", False)])
+def test_what_cannot_be_gone_on_from_ends_the_run(policy: str, updated: bool) -> None:
+    """An update that is made cannot be skipped, and without a checkpoint there is nothing to go back to."""
+    state = TrainState(step=4)
+    recovery = Recovery(NonfiniteSpec.model_validate({"policy": policy}))
+    with pytest.raises(NumericsError, match="step 5: it is lost: mend it"):
+        recovery(ERROR, state, 5, updated)
+    assert state == TrainState(step=4)
+
+
+def test_a_run_that_is_lost_too_often_ends_and_says_how_often() -> None:
+    state, recovery = TrainState(step=4), Recovery(NonfiniteSpec(policy="skip", at_most=2))
+    for step in (5, 6):
+        recovery(ERROR, state, step, updated=False)
+    assert state.step == 6
+    with pytest.raises(NumericsError, match=r"it is lost, after train\.nonfinite\.at_most \(2\) others: mend it"):
+        recovery(ERROR, state, 7, updated=False)
