@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -13,6 +14,9 @@ from switchcli.parallel.launch import is_rank, report
 from switchcli.parallel.signals import STOPPING
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
+
+AGAIN_SECONDS = 1.0
+"""After which a signal is given once more that has not ended the command: a library may swallow what it raises."""
 
 
 @contextmanager
@@ -27,28 +31,40 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
     """
 
     came: list[SwitchError] = []
+    again: list[threading.Timer] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        again.append(threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)))
+        again[-1].daemon = True
+        again[-1].start()
         name = signal.Signals(number).name
-        if saves_nothing:
+        if not came and saves_nothing:
             came.append(InterruptedByForce(f"stopped by {name}: nothing was written; run it again"))
-        else:
+        elif not came:
             came.append(Interrupted(f"stopped by {name}, nothing is lost: the same command goes on"))
-        raise came[-1]
+        raise came[0]
+
+    def swallowed(what: "sys.UnraisableHookArgs") -> None:
+        if what.exc_value not in came:
+            hook(what)
 
     previous = {number: signal.signal(number, stop) for number in STOPPING}
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
     except BaseException as error:
         # Raised between two steps of a clean-up, or within a library, it may come out as another error.
-        if came and error is not came[-1]:
-            raise came[-1] from error
+        if came and error is not came[0]:
+            raise came[0] from error
         if not isinstance(error, KeyboardInterrupt):
             raise
         raise InterruptedByForce(
             "stopped at once, without saving: the same command goes on from the last save"
         ) from None
     finally:
+        for timer in again:
+            timer.cancel()
+        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -74,8 +74,9 @@ def encode(named: Mapping[str, Tensor], metadata: dict[str, str] | None = None) 
 def read_kinds(path: Path) -> dict[str, Kind]:
     """Name and kind of each tensor of a file, from its header alone. Raises ValueError when the file is not sound."""
     kinds: dict[str, Kind] = {}
+    held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # it may be removed between the library's two ways to open it
     try:
-        with safe_open(path, framework="pt") as stream:
+        with safe_open(f"/dev/fd/{held}", framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118 (not a mapping)
                 header = stream.get_slice(name)
                 kinds[name] = Kind(_DTYPES[header.get_dtype()], tuple(header.get_shape()))
@@ -83,6 +84,8 @@ def read_kinds(path: Path) -> dict[str, Kind]:
         raise ValueError(str(error)) from error
     except KeyError as error:
         raise ValueError(f"a tensor of type {error}") from error
+    finally:
+        os.close(held)
     return kinds
 
 

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
-from switchcli.commands.ending import stoppable
+from switchcli.commands.ending import AGAIN_SECONDS, stoppable
 from switchcli.errors import Interrupted, InterruptedByForce, SwitchError
+from switchcli.parallel.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -33,8 +37,47 @@ def test_what_a_clean_up_makes_of_it_is_the_signals_doing() -> None:
         tidy()
 
 
+def unraisable(action: Callable[[], None]) -> None:
+    """As a caller in C has it that cannot fail."""
+
+    class Dying:
+        def __del__(self) -> None:
+            action()
+
+    Dying()
+
+
+def refused(action: Callable[[], None]) -> None:
+    """As a library has it that tries something."""
+    with suppress(Exception):
+        action()
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(ValueError, match="mine"), stoppable():
         raise ValueError("mine")
     with pytest.raises(InterruptedByForce, match="without saving"), stoppable():
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("swallow", [unraisable, refused])
+def test_a_library_that_swallows_it_does_not_keep_the_command_going(
+    swallow: Callable[[Callable[[], None]], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Long enough for the signal to be given again; nor does the user see a traceback of it."""
+
+    def going_on() -> None:
+        swallow(lambda: signal.raise_signal(signal.SIGTERM))
+        time.sleep(3 * AGAIN_SECONDS)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+        going_on()
+    assert capfd.readouterr().err == ""
+
+
+def test_one_that_was_swallowed_before_training_stops_it() -> None:
+    with stoppable():
+        refused(lambda: signal.raise_signal(signal.SIGTERM))
+        with StopRequest() as stop:
+            time.sleep(2 * AGAIN_SECONDS)
+            assert stop.requested

@@ -178,6 +178,23 @@ def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Pat
             checkpoint.read("optimizer", some | other, some=True, way_out="another way.")
 
 
+def test_a_file_that_is_removed_while_it_is_opened_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that prunes; the library opens it once for its header and again for its tensors."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(tensor_file.encode({"weight": torch.ones(2)}))
+
+    def removed(*arguments: object, **named: object) -> object:
+        path.unlink()
+        return safetensors.safe_open(*arguments, **named)
+
+    monkeypatch.setattr(tensor_file, "safe_open", removed)
+    assert [*tensor_file.read_kinds(path)] == ["weight"]
+    with pytest.raises(FileNotFoundError):
+        tensor_file.read_kinds(path)
+
+
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path / "absent", fail) is None
     assert find(tmp_path / "absent", fail) is None

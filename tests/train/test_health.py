@@ -191,9 +191,11 @@ def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
 
 
 def test_experts_without_a_token_are_named_with_the_steps() -> None:
-    assert alarms_of(an_output([a_report([5.0, 0.0, 5.0, 0.0])], [GOOD])) == [
-        "encoder.first: no token in 10 steps for experts [1, 3]"
-    ]
+    two, one = (an_output([a_report([5.0, 0.0, 5.0, dead])], [GOOD]) for dead in (0.0, 5.0))
+    assert alarms_of(*[two] * 9) == []
+    assert alarms_of(*[two] * 9, one) == ["encoder.first: no token in 100 steps for experts [1]"]
+    assert alarms_of(*[two] * 11) == ["encoder.first: no token in 100 steps for experts [1, 3]"]
+    assert alarms_of(*[two] * 9, an_output([GOOD], [GOOD]), *[two] * 9) == []
 
 
 def test_a_layer_that_drops_half_of_its_tokens_is_named_with_the_way_out() -> None:
@@ -209,9 +211,10 @@ def test_an_alarm_rings_when_it_begins_and_again_when_it_comes_back() -> None:
     bad = an_output([a_report([5.0, 0.0, 5.0, 5.0])], [GOOD])
     worse = an_output([a_report([5.0, 0.0, 0.0, 5.0])], [a_report([5.0, 0.0, 5.0, 5.0])])
     good = an_output([GOOD], [GOOD])
-    assert len(alarms_of(bad, bad)) == 1
-    assert len(alarms_of(bad, worse)) == 2
-    assert len(alarms_of(bad, good, bad)) == 2
+    assert len(alarms_of(*[bad] * 12)) == 1
+    assert len(alarms_of(*[worse] * 10)) == 2
+    assert len(alarms_of(*[bad] * 10, *[worse] * 10)) == 2
+    assert len(alarms_of(*[bad] * 10, good, *[bad] * 10)) == 2
 
 
 def test_a_share_is_of_the_tokens_however_many_experts_each_of_them_asks() -> None:

@@ -88,10 +88,11 @@ def files_of_no_manifest(trial: Trial, times: int) -> Row:
     faults = []
     for number in range(times):
         run = begun(f"more-{number}")
-        for checkpoint in (run / "checkpoints").iterdir():
-            weights = other_step(checkpoint) / "model-00000.safetensors"
-            shutil.copy(weights, checkpoint / f"model-{number + 1:05d}.safetensors")
-            (checkpoint / f"notes-{number}").write_bytes(random.Random(number).randbytes(100))
+        shutil.rmtree(run / "checkpoints" / NEWEST)
+        checkpoint = run / "checkpoints" / OLDER
+        weights = other_step(checkpoint) / "model-00000.safetensors"
+        shutil.copy(weights, checkpoint / f"model-{number + 1:05d}.safetensors")
+        (checkpoint / f"notes-{number}").write_bytes(random.Random(number).randbytes(100))
         faults += [fault] if (fault := trial.fault(run)) else []
         clear(run)
     what = "files that the manifest does not name: never read"
