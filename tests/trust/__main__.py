@@ -19,6 +19,7 @@ PARTS = {
     "i": "two_runs",
     "j": "attacks",
     "k": "experts",
+    "l": "soak",
 }
 """The file of each part, by its letter."""
 
