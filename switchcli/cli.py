@@ -25,6 +25,7 @@ from switchcli.commands.arguments import (
     Resume,
 )
 from switchcli.errors import CheckpointError, DataError, SwitchError
+from switchcli.parallel.launch import is_rank
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 from switchcli.report.text import safe_text
@@ -368,3 +369,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
             raise
         ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
+    except Exception as error:
+        if not is_rank():
+            raise
+        ending.leave_by_defect(error)

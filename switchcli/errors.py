@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Final
 
+AFTER_STEP: Final = "after step "
+"""How a note begins that an error of training bears: where it happened."""
+
 
 class SwitchError(Exception):
     """A failure that the user is told about in one line, without a traceback."""
@@ -54,6 +57,15 @@ class DistributedError(SwitchError):
     """A rank or the network between ranks."""
 
     exit_code = 6
+
+
+class LostRank(DistributedError):
+    """Another rank is gone: who and `how` in words, and after how many steps of training; None outside of it."""
+
+    def __init__(self, how: str, step: int | None = None) -> None:
+        where = "outside training" if step is None else f"{AFTER_STEP}{step}"
+        super().__init__(f"{how}, {where}: run the same command again to go on from the last save")
+        self.how, self.step = how, step
 
 
 class Interrupted(SwitchError):
@@ -111,6 +123,11 @@ def disk_errors(
             room = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
         mend = _MEND.get(error.errno or 0, "check the disk")
         raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
+
+
+def where(error: BaseException) -> str:
+    """After which step of training, by its note, or that it was outside."""
+    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(AFTER_STEP)), "outside training")
 
 
 def machine_bytes() -> int:

@@ -3,14 +3,16 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from switchcli.errors import Interrupted, InterruptedByForce, SwitchError
-from switchcli.parallel.launch import is_rank, report
+from switchcli.errors import Interrupted, InterruptedByForce, LostRank, OtherRankError, OutOfMemory, SwitchError, where
+from switchcli.parallel.launch import is_rank, join_srun, report, report_stopped
 from switchcli.parallel.signals import STOPPING
+from switchcli.parallel.watch import STOPPED, Watch, can_watch
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 
@@ -38,7 +40,8 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
 
     previous = {number: signal.signal(number, stop) for number in STOPPING}
     try:
-        yield
+        with _watched(came):
+            yield
     except BaseException as error:
         # Raised between two steps of a clean-up, or within a library, it may come out as another error.
         if came and error is not came[-1]:
@@ -51,6 +54,32 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _watched(came: Sequence[SwitchError]) -> Iterator[None]:
+    """Within, a rank watches the others of its machine: that one is lost is told by which, and how, and by one of them.
+
+    What `came` is an end by a signal where nothing was being saved: a launcher's, when a rank is lost.
+    """
+    join_srun(os.environ)
+    if not is_rank() or not can_watch():
+        yield
+        return
+
+    def lost(error: BaseException | None) -> SwitchError:
+        if not watch.is_first():
+            return OtherRankError(LostRank.exit_code)
+        step, how = (error.step, error.how) if isinstance(error, LostRank) else (None, "the other ranks have ended")
+        return LostRank(watch.lost() or how, step)
+
+    with Watch(lambda rank: report_stopped(rank, STOPPED), lambda: leave(lost(None))) as watch:
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, LostRank) or (came and watch.lost()):
+                raise lost(error) from error
+            raise
 
 
 def warn(text: str) -> None:
@@ -68,17 +97,34 @@ def leave_rank() -> None:
 
 
 def leave(error: SwitchError) -> NoReturn:
-    """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
+    """Say why and leave at once: a rank does not wait for the others, which its launcher ends.
+
+    What ranks end with for the sake of all, or of one that is lost, is for the launcher of this command to say.
+    """
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        say = Console().message if isinstance(error, Interrupted) else Console().error
-        say(str(error))
-    elif not error.on_every_rank:
-        Console().error(f"rank {rank}: {error}")
-    launched = report(str(error), error.exit_code)  # then it is for the launcher to print the object
+    launched = report(error)
+    if not (launched and isinstance(error, (Interrupted, LostRank))):
+        own = is_rank() and (rank != "0" or isinstance(error, OutOfMemory)) and not isinstance(error, LostRank)
+        if rank == "0" or not error.on_every_rank:
+            say = Console().message if isinstance(error, Interrupted) else Console().error
+            say(f"rank {rank}: {error}" if own else str(error))
     if "--json" in sys.argv and rank == "0" and not launched:
         print_json({"error": str(error), "exit_code": error.exit_code})
+    _leave(error.exit_code)
+
+
+def leave_by_defect(error: Exception) -> NoReturn:
+    """The same for a rank that ends as nobody foresaw: what is known of where, and then the traceback."""
+    first_line = str(error).partition("\n")[0]
+    words = f"rank {os.environ['RANK']}, {where(error)}: {type(error).__name__}: {first_line}"
+    Console().error(words)
+    traceback.print_exception(error)
+    report(SwitchError(words))
+    _leave(SwitchError.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
     with suppress(OSError):  # a full disk is why it leaves, perhaps
         sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(error.exit_code)
+    os._exit(code)

@@ -16,7 +16,7 @@ from switchcli.commands.measure import Measure, Text, shares
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.batch import AnyBatch
-from switchcli.errors import DistributedError, Interrupted, RecipeError
+from switchcli.errors import AFTER_STEP, Interrupted, LostRank, RecipeError
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
@@ -146,12 +146,15 @@ class Training:
         Raises:
             Interrupted: stopped by a signal, after saving.
         """
+        with self._at_a_step():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
         # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
         self.runtime.on_main(lambda: self.metrics.rewind(state.step or -1))
         with (
             StopRequest() as stop,
-            self._lost_at_a_step(),
             self.saver.beside_training(stop.request, self.console.warning),
             self._loader() as loader,
             self.console.training(steps, state.step) as shown,
@@ -212,12 +215,15 @@ class Training:
         self.saver.save(state)
 
     @contextmanager
-    def _lost_at_a_step(self) -> Iterator[None]:
-        """Within, a rank that is gone is told of with the step."""
+    def _at_a_step(self) -> Iterator[None]:
+        """Within, a rank that is gone is told of with the step, and other errors note it."""
         try:
             yield
-        except DistributedError as error:
-            raise DistributedError(f"after step {self.state.step}: {error}") from error
+        except LostRank as error:
+            raise LostRank(error.how, self.state.step) from error
+        except Exception as error:
+            error.add_note(f"{AFTER_STEP}{self.state.step}")
+            raise
 
     def _loader(self) -> Loader:
         train = self.recipe.train

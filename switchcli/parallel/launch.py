@@ -13,11 +13,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.errors import DistributedError
+from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
@@ -35,13 +35,26 @@ class Ended(NamedTuple):
     error: str | None
 
 
+class Told(NamedTuple):
+    """What a rank reports as it ends."""
+
+    exit_code: int
+    error: str
+    step: int | None = None
+    """After which it lost another, in training."""
+    follows: bool = False
+    """Whether it ends for another one's sake, and has left the words to the launcher."""
+
+
 def launch(processes: int, arguments: Sequence[str]) -> Ended:
     """Run `python -m switchcli ARGUMENTS` as `processes` ranks.
 
     A rank that fails ends the others; the code is that of the rank that failed first, as it printed why.
 
     Raises:
-        DistributedError: a rank was killed, or all were stopped without saving.
+        LostRank: a rank was killed, or ended without a word.
+        DistributedError: all were stopped without saving.
+        Interrupted: all were stopped, and have saved.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -64,23 +77,12 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
         try:
             run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
         except ChildFailedError as failure:
-            # A rank that was killed comes before those that lost it; torch ends the rest by SIGTERM.
-            rank, first = min(
-                failure.failures.items(),
-                key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM, item[1].timestamp),
-            )
-            if first.exitcode < 0:
-                raise DistributedError(
-                    f"rank {rank} was killed by signal {-first.exitcode}; the others were ended"
-                ) from None
-            # The main rank's words, unless it was only ended for the failure of another.
-            told = [_reported(reports, one) for one in (0, rank)]
-            silent = Ended(first.exitcode, f"rank {rank} ended with exit code {first.exitcode}; see what it printed")
-            return next((one for one in told if one and one.exit_code == first.exitcode), silent)
+            in_order = sorted(failure.failures.items(), key=lambda item: item[1].timestamp)
+            return _first_of({rank: one.exitcode for rank, one in in_order}, reports)
         except SignalException as stopped:
             # torch forwarded the signal and forgets how the ranks took it; the main one tells.
-            if ended := _awaited(reports):
-                return ended
+            if told := _awaited(reports):
+                return _said(told)
             raise DistributedError(
                 f"stopped by {stopped.sigval.name}, and the ranks have not told how they ended: the same command goes "
                 "on from the last save"
@@ -88,13 +90,54 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     return Ended(0, None)
 
 
-def report(error: str, exit_code: int) -> bool:
+def _first_of(ended: Mapping[int, int], reports: str) -> Ended:
+    """Whose end was that of all, of ranks in the order in which they were seen to end, with their exit codes.
+
+    One that was killed comes before those that lost it, and torch ends the rest by SIGTERM.
+    """
+    told = {rank: one for rank in ended if (one := _reported(reports, rank))}
+    followers = {
+        rank for rank, code in ended.items() if (told[rank].follows if rank in told else code == -signal.SIGTERM)
+    }
+    rank = min(ended, key=lambda one: (one in followers, ended[one] >= 0))
+    if rank not in told or (ended[rank] < 0 and rank not in followers):
+        how = told[rank].error if rank in told else f"rank {rank} {how_ended(ended[rank])}"
+        raise LostRank(how, max((one.step for one in told.values() if one.step is not None), default=None))
+    main = told.get(0, told[rank])  # its words are those of all, unless it only followed another
+    return _said(main if main.exit_code == told[rank].exit_code else told[rank])
+
+
+def _said(told: Told) -> Ended:
+    if told.follows:
+        raise (Interrupted if told.exit_code == Interrupted.exit_code else DistributedError)(told.error)
+    return Ended(told.exit_code, told.error)
+
+
+def how_ended(code: int) -> str:
+    """In words, after `rank 1`: by an exit code, or minus the number of a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = ": for want of memory, perhaps" if code == -signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
+
+
+def report(error: SwitchError) -> bool:
     """Leave why this rank ends for the `launch` that started it; False when none did."""
-    if REPORTS not in os.environ or not is_rank():  # the launcher itself has it too
+    step = error.step if isinstance(error, LostRank) else None
+    follows = isinstance(error, (LostRank, OtherRankError, Interrupted))
+    return is_rank() and _report(int(os.environ["RANK"]), Told(error.exit_code, str(error), step, follows))
+
+
+def report_stopped(rank: int, how: str) -> None:
+    """Leave why a rank that cannot say so is killed."""
+    _report(rank, Told(DistributedError.exit_code, f"rank {rank} {how}"))
+
+
+def _report(rank: int, told: Told) -> bool:
+    if REPORTS not in os.environ:
         return False
-    path = Path(os.environ[REPORTS]) / os.environ["RANK"]
     try:
-        path.write_text(json.dumps([exit_code, error]), encoding="utf-8")
+        (Path(os.environ[REPORTS]) / str(rank)).write_text(json.dumps(told), encoding="utf-8")
     except OSError:  # the launcher is gone
         return False
     return True
@@ -106,7 +149,7 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _awaited(reports: str) -> Ended | None:
+def _awaited(reports: str) -> Told | None:
     """What the main rank reports, if it does soon; more signals, which have been forwarded, do not end the waiting."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -116,11 +159,11 @@ def _awaited(reports: str) -> Ended | None:
     return ended
 
 
-def _reported(reports: str, rank: int) -> Ended | None:
+def _reported(reports: str, rank: int) -> Told | None:
     path = Path(reports) / str(rank)
     if not path.is_file() or not (told := path.read_text(encoding="utf-8")):
         return None
-    return Ended(*json.loads(told))
+    return Told(*json.loads(told))
 
 
 def is_rank() -> bool:
