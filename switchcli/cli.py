@@ -25,7 +25,6 @@ from switchcli.commands.arguments import (
     Resume,
 )
 from switchcli.errors import CheckpointError, DataError, SwitchError
-from switchcli.parallel.launch import is_rank
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 from switchcli.report.text import safe_text
@@ -206,7 +205,7 @@ def _start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json:
     if (ended := run.ranks_elsewhere(processes, recipe)) is not None:
         if as_json and ended.error is not None:
             print_json({"error": ended.error, "exit_code": ended.exit_code})
-        raise typer.Exit(ended.exit_code)
+        ending.leave_with(ended.exit_code)
 
 
 def _end(result: Mapping[str, Any], as_json: bool) -> None:
@@ -370,6 +369,5 @@ def main() -> None:
             raise
         ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
     except Exception as error:
-        if not is_rank():
-            raise
         ending.leave_by_defect(error)
+        raise

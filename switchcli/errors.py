@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Final
 
-AFTER_STEP: Final = "after step "
-"""How a note begins that an error of training bears: where it happened."""
-
 
 class SwitchError(Exception):
     """A failure that the user is told about in one line, without a traceback."""
@@ -60,12 +57,7 @@ class DistributedError(SwitchError):
 
 
 class LostRank(DistributedError):
-    """Another rank is gone: who and `how` in words, and after how many steps of training; None outside of it."""
-
-    def __init__(self, how: str, step: int | None = None) -> None:
-        where = "outside training" if step is None else f"{AFTER_STEP}{step}"
-        super().__init__(f"{how}, {where}: run the same command again to go on from the last save")
-        self.how, self.step = how, step
+    """Another rank is gone: which, and how, in a few words; `where` says after which step."""
 
 
 class Interrupted(SwitchError):
@@ -125,9 +117,13 @@ def disk_errors(
         raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
 
 
-def where(error: BaseException) -> str:
-    """After which step of training, by its note, or that it was outside."""
-    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(AFTER_STEP)), "outside training")
+def where(error: BaseException | None) -> str:
+    """After which step of training, by a note of the error or of what it came of; or that it was outside."""
+    while error is not None:
+        if notes := [note for note in getattr(error, "__notes__", ()) if note.startswith("after step")]:
+            return str(notes[0])
+        error = error.__cause__ or error.__context__
+    return "outside training"
 
 
 def machine_bytes() -> int:

@@ -2,8 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from switchcli.commands.measure import Measure, Text, shares
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.batch import AnyBatch
-from switchcli.errors import AFTER_STEP, Interrupted, LostRank, RecipeError
+from switchcli.errors import Interrupted, RecipeError
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
@@ -146,8 +145,11 @@ class Training:
         Raises:
             Interrupted: stopped by a signal, after saving.
         """
-        with self._at_a_step():
+        try:
             return self._run()
+        except Exception as error:
+            error.add_note(f"after step {self.state.step}")  # for `where`
+            raise
 
     def _run(self) -> dict[str, Any]:
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
@@ -213,17 +215,6 @@ class Training:
             state.position = [number // self.runtime.model_ranks for number in summed]
         self.runtime.on_main(self.metrics.sync)
         self.saver.save(state)
-
-    @contextmanager
-    def _at_a_step(self) -> Iterator[None]:
-        """Within, a rank that is gone is told of with the step, and other errors note it."""
-        try:
-            yield
-        except LostRank as error:
-            raise LostRank(error.how, self.state.step) from error
-        except Exception as error:
-            error.add_note(f"{AFTER_STEP}{self.state.step}")
-            raise
 
     def _loader(self) -> Loader:
         train = self.recipe.train

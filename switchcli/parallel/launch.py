@@ -17,7 +17,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError
+from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
@@ -29,21 +29,12 @@ REPORTS = "SWITCHCLI_REPORTS"
 
 
 class Ended(NamedTuple):
-    """How ranks ended: the exit code that they agree on, and why when it is not 0; a rank has said so on stderr."""
+    """How a rank ended, or all of them: the exit code, and why when it is not 0; a rank has said so on stderr."""
 
     exit_code: int
     error: str | None
-
-
-class Told(NamedTuple):
-    """What a rank reports as it ends."""
-
-    exit_code: int
-    error: str
-    step: int | None = None
-    """After which it lost another, in training."""
-    follows: bool = False
-    """Whether it ends for another one's sake, and has left the words to the launcher."""
+    where: str = ""
+    """After which step a rank ended for the sake of all, or of one that is lost: then `launch` raises it to be said."""
 
 
 def launch(processes: int, arguments: Sequence[str]) -> Ended:
@@ -52,8 +43,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     A rank that fails ends the others; the code is that of the rank that failed first, as it printed why.
 
     Raises:
-        LostRank: a rank was killed, or ended without a word.
-        DistributedError: all were stopped without saving.
+        DistributedError: a rank was killed, or ended without a word, or all were stopped without saving.
         Interrupted: all were stopped, and have saved.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -96,21 +86,20 @@ def _first_of(ended: Mapping[int, int], reports: str) -> Ended:
     One that was killed comes before those that lost it, and torch ends the rest by SIGTERM.
     """
     told = {rank: one for rank in ended if (one := _reported(reports, rank))}
-    followers = {
-        rank for rank, code in ended.items() if (told[rank].follows if rank in told else code == -signal.SIGTERM)
-    }
-    rank = min(ended, key=lambda one: (one in followers, ended[one] >= 0))
-    if rank not in told or (ended[rank] < 0 and rank not in followers):
-        how = told[rank].error if rank in told else f"rank {rank} {how_ended(ended[rank])}"
-        raise LostRank(how, max((one.step for one in told.values() if one.step is not None), default=None))
+    follow = {rank for rank, code in ended.items() if (told[rank].where if rank in told else code == -signal.SIGTERM)}
+    rank = min(ended, key=lambda one: (one in follow, ended[one] >= 0))
+    if rank not in told or (ended[rank] < 0 and rank not in follow):
+        lost = LostRank(told[rank].error if rank in told else f"rank {rank} {how_ended(ended[rank])}")
+        lost.add_note(min((one.where for one in told.values() if one.where), default=""))  # a step comes first
+        raise lost
     main = told.get(0, told[rank])  # its words are those of all, unless it only followed another
     return _said(main if main.exit_code == told[rank].exit_code else told[rank])
 
 
-def _said(told: Told) -> Ended:
-    if told.follows:
-        raise (Interrupted if told.exit_code == Interrupted.exit_code else DistributedError)(told.error)
-    return Ended(told.exit_code, told.error)
+def _said(ended: Ended) -> Ended:
+    if ended.where:
+        raise (Interrupted if ended.exit_code == Interrupted.exit_code else DistributedError)(ended.error)
+    return ended
 
 
 def how_ended(code: int) -> str:
@@ -121,19 +110,14 @@ def how_ended(code: int) -> str:
     return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
 
 
-def report(error: SwitchError) -> bool:
+def report(error: SwitchError, words: str) -> bool:
     """Leave why this rank ends for the `launch` that started it; False when none did."""
-    step = error.step if isinstance(error, LostRank) else None
-    follows = isinstance(error, (LostRank, OtherRankError, Interrupted))
-    return is_rank() and _report(int(os.environ["RANK"]), Told(error.exit_code, str(error), step, follows))
+    place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
+    return is_rank() and report_of(int(os.environ["RANK"]), Ended(error.exit_code, words, place))
 
 
-def report_stopped(rank: int, how: str) -> None:
-    """Leave why a rank that cannot say so is killed."""
-    _report(rank, Told(DistributedError.exit_code, f"rank {rank} {how}"))
-
-
-def _report(rank: int, told: Told) -> bool:
+def report_of(rank: int, told: Ended) -> bool:
+    """The same of a rank that cannot say it itself."""
     if REPORTS not in os.environ:
         return False
     try:
@@ -149,7 +133,7 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _awaited(reports: str) -> Told | None:
+def _awaited(reports: str) -> Ended | None:
     """What the main rank reports, if it does soon; more signals, which have been forwarded, do not end the waiting."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -159,11 +143,11 @@ def _awaited(reports: str) -> Told | None:
     return ended
 
 
-def _reported(reports: str, rank: int) -> Told | None:
+def _reported(reports: str, rank: int) -> Ended | None:
     path = Path(reports) / str(rank)
     if not path.is_file() or not (told := path.read_text(encoding="utf-8")):
         return None
-    return Told(*json.loads(told))
+    return Ended(*json.loads(told))
 
 
 def is_rank() -> bool:

@@ -54,7 +54,7 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
         "all-to-all": (expert, "_all_to_all", 100),
         "save": (Saving, "write", 2),
         "evaluation": (HeldOut, "__call__", 2),
-        "end": (Training, "_samples", 2),
+        "end": (Training, "_samples", 1),
     }
     owner, name, count = places[phase]
     setattr(owner, name, before(getattr(owner, name), act, count))
