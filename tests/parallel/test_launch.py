@@ -57,9 +57,9 @@ def launched(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("what", ["end", "fail", "die", "kill"])
 def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path: Path) -> None:
     done = launched(what, tmp_path)
-    assert "rank 0 of 2" in done.stdout
     assert "rank 1 of 2" in done.stdout
     if what == "end":
+        assert "rank 0 of 2" in done.stdout  # else it may be ended before it says so
         assert done.returncode == 0
         assert "told: None" in done.stdout
     if what in ("fail", "die"):
