@@ -205,7 +205,7 @@ def _start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json:
     if (ended := run.ranks_elsewhere(processes, recipe)) is not None:
         if as_json and ended.error is not None:
             print_json({"error": ended.error, "exit_code": ended.exit_code})
-        raise typer.Exit(ended.exit_code)
+        ending.leave_with(ended.exit_code)
 
 
 def _end(result: Mapping[str, Any], as_json: bool) -> None:
@@ -368,3 +368,6 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
             raise
         ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
+    except Exception as error:
+        ending.leave_by_defect(error)
+        raise

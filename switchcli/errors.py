@@ -61,6 +61,10 @@ class DistributedError(SwitchError):
     exit_code = 6
 
 
+class LostRank(DistributedError):
+    """Another rank is gone: which, and how, in a few words; `where` says after which step."""
+
+
 class Interrupted(SwitchError):
     """Stopped by a signal after saving: the same command goes on from there."""
 
@@ -116,6 +120,15 @@ def disk_errors(
             room = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
         mend = _MEND.get(error.errno or 0, "check the disk")
         raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
+
+
+def where(error: BaseException | None) -> str:
+    """After which step of training, by a note of the error or of what it came of; or that it was outside."""
+    while error is not None:
+        if notes := [note for note in getattr(error, "__notes__", ()) if note.startswith("after step")]:
+            return str(notes[0])
+        error = error.__cause__ or error.__context__
+    return "outside training"
 
 
 def machine_bytes() -> int:

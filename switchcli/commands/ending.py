@@ -4,14 +4,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from switchcli.errors import Interrupted, InterruptedByForce, SwitchError
-from switchcli.parallel.launch import is_rank, report
+from switchcli.errors import Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, where
+from switchcli.parallel.launch import is_rank, join_srun, report
 from switchcli.parallel.signals import STOPPING
+from switchcli.parallel.watch import Watch
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 
@@ -29,7 +31,6 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
         Interrupted: from within, when the signal comes. All that was done is on the disk, or is done again the same.
         InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
     """
-
     came: list[SwitchError] = []
     again: list[threading.Timer] = []
 
@@ -48,25 +49,47 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
         if what.exc_value not in came:
             hook(what)
 
-    previous = {number: signal.signal(number, stop) for number in STOPPING}
-    hook, sys.unraisablehook = sys.unraisablehook, swallowed
-    try:
+    with _watched(came):
+        previous = {number: signal.signal(number, stop) for number in STOPPING}
+        hook, sys.unraisablehook = sys.unraisablehook, swallowed
+        try:
+            yield
+        except BaseException as error:
+            # Raised between two steps of a clean-up, or within a library, it may come out as another error.
+            if came and error is not came[0]:
+                raise came[0] from error
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            raise InterruptedByForce(
+                "stopped at once, without saving: the same command goes on from the last save"
+            ) from None
+        finally:
+            for timer in again:
+                timer.cancel()
+            sys.unraisablehook = hook
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _watched(came: Sequence[SwitchError]) -> Iterator[None]:
+    """Within, a rank watches the others of its machine: one that is lost is told of by which, and how.
+
+    What `came` is an end by a signal while nothing was saved: a launcher's, when a rank is lost.
+    """
+    join_srun(os.environ)
+    if not is_rank() or sys.platform != "linux":
         yield
-    except BaseException as error:
-        # Raised between two steps of a clean-up, or within a library, it may come out as another error.
-        if came and error is not came[0]:
-            raise came[0] from error
-        if not isinstance(error, KeyboardInterrupt):
-            raise
-        raise InterruptedByForce(
-            "stopped at once, without saving: the same command goes on from the last save"
-        ) from None
-    finally:
-        for timer in again:
-            timer.cancel()
-        sys.unraisablehook = hook
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        return
+
+    watch = Watch(lambda: leave(LostRank(watch.lost() or "")))
+    try:
+        with watch.looking():
+            yield
+    except SwitchError as error:
+        if isinstance(error, LostRank) or (came and watch.lost()):
+            raise LostRank(watch.lost() or str(error)) from error
+        raise
 
 
 def warn(text: str) -> None:
@@ -79,22 +102,37 @@ def leave_rank() -> None:
     """End a rank that went well at once: where the interpreter takes the process groups down, a thread may abort."""
     if is_rank():
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        leave_with(0)
+
+
+def leave_with(code: int) -> NoReturn:
+    """End this process at once: a torch that is taken down takes seconds."""
+    with suppress(OSError):  # a full disk is why it leaves, perhaps
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def leave(error: SwitchError) -> NoReturn:
     """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    rank, words = os.environ.get("RANK", "0"), str(error)
+    if isinstance(error, LostRank):
+        words = f"{error}, {where(error)}: run the same command again to go on from the last save"
+    launched = report(error, words)  # then it says that all were stopped, or one is lost
+    if not (launched and isinstance(error, (Interrupted, LostRank))) and (rank == "0" or not error.on_every_rank):
         say = Console().message if isinstance(error, Interrupted) else Console().error
-        say(str(error))
-    elif not error.on_every_rank:
-        Console().error(f"rank {rank}: {error}")
-    launched = report(str(error), error.exit_code)  # then it is for the launcher to print the object
+        own = rank != "0" or (is_rank() and isinstance(error, OutOfMemory))
+        say(f"rank {rank}: {words}" if own and not isinstance(error, LostRank) else words)
     if "--json" in sys.argv and rank == "0" and not launched:
-        print_json({"error": str(error), "exit_code": error.exit_code})
-    with suppress(OSError):  # a full disk is why it leaves, perhaps
-        sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(error.exit_code)
+        print_json({"error": words, "exit_code": error.exit_code})
+    leave_with(error.exit_code)
+
+
+def leave_by_defect(error: Exception) -> None:
+    """The same for a rank that ends as nobody foresaw: what is known of where, and then the traceback."""
+    if is_rank():
+        words = f"rank {os.environ['RANK']}, {where(error)}: {type(error).__name__}: {error}".split("\n")[0]
+        Console().error(words)
+        traceback.print_exception(error)
+        report(SwitchError(words), words)
+        leave_with(SwitchError.exit_code)

@@ -16,7 +16,7 @@ import torch
 from switchcli import __version__
 from switchcli.commands.load import saved_recipe
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.parallel.launch import Ended, end_with_launcher, is_rank, join_srun, launch
+from switchcli.parallel.launch import Ended, end_with_launcher, is_rank, launch
 from switchcli.parallel.mesh import ALONE, check_world
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
@@ -63,9 +63,8 @@ def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ende
 
     Raises:
         RecipeError: more ranks than CUDA devices, or not the ranks that the recipe is for.
-        DistributedError: as `launch` and `join_srun` say.
+        DistributedError: as `launch` says.
     """
-    join_srun(os.environ)
     if is_rank():
         end_with_launcher()
         return None

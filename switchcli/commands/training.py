@@ -2,8 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from switchcli.commands.measure import Measure, Text, shares
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.batch import AnyBatch
-from switchcli.errors import DistributedError, Interrupted, RecipeError
+from switchcli.errors import Interrupted, RecipeError
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
 from switchcli.model.groups import Group, freeze, trainable
@@ -147,12 +146,18 @@ class Training:
         Raises:
             Interrupted: stopped by a signal, after saving.
         """
+        try:
+            return self._run()
+        except Exception as error:
+            error.add_note(f"after step {self.state.step}")  # for `where`
+            raise
+
+    def _run(self) -> dict[str, Any]:
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
         # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
         self.runtime.on_main(lambda: self.metrics.rewind(state.step or -1))
         with (
             StopRequest() as stop,
-            self._lost_at_a_step(),
             self.saver.beside_training(stop.request, self.console.warning),
             self._loader() as loader,
             self.console.training(steps, state.step) as shown,
@@ -218,14 +223,6 @@ class Training:
     def _restore(self, state: TrainState) -> bool:
         self.saver.wait()
         return self.saver.restore(state, self.console.warning)
-
-    @contextmanager
-    def _lost_at_a_step(self) -> Iterator[None]:
-        """Within, a rank that is gone is told of with the step."""
-        try:
-            yield
-        except DistributedError as error:
-            raise DistributedError(f"after step {self.state.step}: {error}") from error
 
     def _loader(self) -> Loader:
         train = self.recipe.train

@@ -13,11 +13,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.errors import DistributedError
+from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
@@ -29,10 +29,12 @@ REPORTS = "SWITCHCLI_REPORTS"
 
 
 class Ended(NamedTuple):
-    """How ranks ended: the exit code that they agree on, and why when it is not 0; a rank has said so on stderr."""
+    """How a rank ended, or all of them: the exit code, and why when it is not 0; a rank has said so on stderr."""
 
     exit_code: int
     error: str | None
+    where: str = ""
+    """After which step a rank ended for the sake of all, or of one that is lost: then `launch` raises it to be said."""
 
 
 def launch(processes: int, arguments: Sequence[str]) -> Ended:
@@ -41,7 +43,8 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     A rank that fails ends the others; the code is that of the rank that failed first, as it printed why.
 
     Raises:
-        DistributedError: a rank was killed, or all were stopped without saving.
+        DistributedError: a rank was killed, or ended without a word, or all were stopped without saving.
+        Interrupted: all were stopped, and have saved.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -64,23 +67,12 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
         try:
             run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
         except ChildFailedError as failure:
-            # A rank that was killed comes before those that lost it; torch ends the rest by SIGTERM.
-            rank, first = min(
-                failure.failures.items(),
-                key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM, item[1].timestamp),
-            )
-            if first.exitcode < 0:
-                raise DistributedError(
-                    f"rank {rank} was killed by signal {-first.exitcode}; the others were ended"
-                ) from None
-            # The main rank's words, unless it was only ended for the failure of another.
-            told = [_reported(reports, one) for one in (0, rank)]
-            silent = Ended(first.exitcode, f"rank {rank} ended with exit code {first.exitcode}; see what it printed")
-            return next((one for one in told if one and one.exit_code == first.exitcode), silent)
+            in_order = sorted(failure.failures.items(), key=lambda item: item[1].timestamp)
+            return _first_of({rank: one.exitcode for rank, one in in_order}, reports)
         except SignalException as stopped:
             # torch forwarded the signal and forgets how the ranks took it; the main one tells.
-            if ended := _awaited(reports):
-                return ended
+            if told := _awaited(reports):
+                return _said(told)
             raise DistributedError(
                 f"stopped by {stopped.sigval.name}, and the ranks have not told how they ended: the same command goes "
                 "on from the last save"
@@ -88,13 +80,48 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     return Ended(0, None)
 
 
-def report(error: str, exit_code: int) -> bool:
+def _first_of(ended: Mapping[int, int], reports: str) -> Ended:
+    """Whose end was that of all, of ranks in the order in which they were seen to end, with their exit codes.
+
+    One that was killed comes before those that lost it, and torch ends the rest by SIGTERM.
+    """
+    told = {rank: one for rank in ended if (one := _reported(reports, rank))}
+    follow = {rank for rank, code in ended.items() if (told[rank].where if rank in told else code == -signal.SIGTERM)}
+    rank = min(ended, key=lambda one: (one in follow, ended[one] >= 0))
+    if rank not in told or (ended[rank] < 0 and rank not in follow):
+        lost = LostRank(told[rank].error if rank in told else f"rank {rank} {how_ended(ended[rank])}")
+        lost.add_note(min((one.where for one in told.values() if one.where), default=""))  # a step comes first
+        raise lost
+    main = told.get(0, told[rank])  # its words are those of all, unless it only followed another
+    return _said(main if main.exit_code == told[rank].exit_code else told[rank])
+
+
+def _said(ended: Ended) -> Ended:
+    if ended.where:
+        raise (Interrupted if ended.exit_code == Interrupted.exit_code else DistributedError)(ended.error)
+    return ended
+
+
+def how_ended(code: int) -> str:
+    """In words, after `rank 1`: by an exit code, or minus the number of a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = ": for want of memory, perhaps" if code == -signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
+
+
+def report(error: SwitchError, words: str) -> bool:
     """Leave why this rank ends for the `launch` that started it; False when none did."""
-    if REPORTS not in os.environ or not is_rank():  # the launcher itself has it too
+    place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
+    return is_rank() and report_of(int(os.environ["RANK"]), Ended(error.exit_code, words, place))
+
+
+def report_of(rank: int, told: Ended) -> bool:
+    """The same of a rank that cannot say it itself."""
+    if REPORTS not in os.environ:
         return False
-    path = Path(os.environ[REPORTS]) / os.environ["RANK"]
     try:
-        path.write_text(json.dumps([exit_code, error]), encoding="utf-8")
+        (Path(os.environ[REPORTS]) / str(rank)).write_text(json.dumps(told), encoding="utf-8")
     except OSError:  # the launcher is gone
         return False
     return True

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from switchcli.errors import OutOfMemory, machine_bytes
+from switchcli.errors import OutOfMemory, machine_bytes, where
 from switchcli.model.groups import Group, members
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -63,10 +63,9 @@ def explained_of_evaluation(device: torch.device) -> Iterator[None]:
 def _explained(device: torch.device, say: Callable[[], str]) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # torch has a type for the device's memory; of the machine's it only speaks, in one way or another.
-        words = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in words:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
-        raise OutOfMemory(f"out of memory: {device} has {there:,} bytes in all; {say()}") from error
+        raise OutOfMemory(f"out of memory, {where(error)}: {device} has {there:,} bytes in all; {say()}") from error

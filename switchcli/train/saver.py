@@ -29,7 +29,7 @@ from switchcli.train.state import TrainState
 DATA = "data.json"
 """The document that identifies the text, and a teacher: a run goes on with those that it began with, or not at all."""
 TEXT = "tokens_sha256"
-_LOST_SECONDS: Final = 10
+_LOST_SECONDS: Final = 2
 """How long a save under way is waited for when a rank is lost: what it still has to hear of that one never comes."""
 
 Contents = Iterable[tuple[str, memoryview]]

@@ -16,6 +16,7 @@ PARTS = {
     "e": "damages",
     "f": "fuzz",
     "g": "nonfinite",
+    "h": "rank_deaths",
     "i": "two_runs",
     "j": "attacks",
     "k": "experts",

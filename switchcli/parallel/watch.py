@@ -1,0 +1,107 @@
+"""Watch: what a rank sees of the others of its machine while it waits for them in a library. On Linux alone.
+
+They are the processes of the same parent to which a launcher has given the same place to meet. It needs no torch.
+"""
+
+import os
+import select
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from math import inf
+from pathlib import Path
+from threading import Thread
+
+from switchcli.errors import DistributedError, Interrupted
+from switchcli.parallel.launch import Ended, how_ended, join_srun, report_of
+
+STOPPED_LOOKS = 10
+"""In a row, of a rank that is then killed. Where all are suspended nobody looks; a debugger stops in another way."""
+STOPPED = f"was stopped by a signal (SIGSTOP, perhaps), and was killed {STOPPED_LOOKS} s later"
+
+
+class Watch:
+    """Looks in a thread of its own, within `looking`, which is for a main thread that handles signals in Python.
+
+    `give_up` is called there when this rank, asked to end, has waited for one that has ended: no signal's handler runs
+    until a library returns.
+    """
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self._give_up = give_up
+        self._siblings: dict[int, tuple[int, int]] = {}  # the number of each process, and a descriptor of it
+        self._ended: dict[int, str] = {}
+        self._looks: Counter[int] = Counter()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        signals, told = os.pipe2(os.O_NONBLOCK)
+        before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        Thread(target=self._run, args=(signals,), name="watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(told)  # which ends the thread
+
+    def lost(self) -> str | None:
+        """The first rank that was seen to end otherwise than well, and how, in words."""
+        for rank, (pid, handle) in self._living().items():
+            if select.select([handle], [], [], 0)[0]:
+                self._ended.setdefault(rank, self._how_ended(rank, pid))
+        return next((how for how in list(self._ended.values()) if how), None)
+
+    def _run(self, signals: int) -> None:
+        asked, deadline = False, inf
+        while time.monotonic() < deadline:
+            self._look()
+            handles = [signals, *(handle for _, handle in self._living().values())]
+            if signals in select.select(handles, [], [], 1.0)[0]:
+                if not (numbers := os.read(signals, 64)):
+                    return
+                asked = asked or signal.SIGTERM in numbers
+            if self.lost() and asked:
+                deadline = min(deadline, time.monotonic() + 3)
+        self._give_up()
+
+    def _look(self) -> None:
+        """Meet those that are new, and end one that is stopped."""
+        known = {os.getpid(), *(pid for pid, _ in self._siblings.values())}
+        for path in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
+            with suppress(OSError):
+                for pid in {*map(int, path.read_text().split())} - known:
+                    self._meet(pid)
+        for rank, (pid, handle) in self._living().items():
+            with suppress(OSError):
+                self._looks[rank] = self._looks[rank] + 1 if _stat(pid)[0] == "T" else 0
+                if self._looks[rank] == STOPPED_LOOKS:
+                    report_of(rank, Ended(DistributedError.exit_code, f"rank {rank} {STOPPED}"))
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+
+    def _meet(self, pid: int) -> None:
+        """Know the process from now on, if it is a rank of this run; a task of srun's is told otherwise that it is."""
+        with suppress(OSError, KeyError, ValueError, DistributedError):
+            given = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+            theirs = dict(line.split("=", 1) for line in given if "=" in line)
+            join_srun(theirs)
+            if all(theirs.get(name) == os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")):
+                self._siblings[int(theirs["RANK"])] = pid, os.pidfd_open(pid)
+
+    def _living(self) -> dict[int, tuple[int, int]]:
+        return {rank: one for rank, one in list(self._siblings.items()) if rank not in self._ended}
+
+    def _how_ended(self, rank: int, pid: int) -> str:
+        """In words, and nothing of an end that is well; what it was is there to read until its parent has asked."""
+        if self._looks[rank] > STOPPED_LOOKS / 2:  # another rank may look, and kill, before this one
+            return f"rank {rank} {STOPPED}"
+        with suppress(OSError):
+            code = os.waitstatus_to_exitcode(int(_stat(pid)[-1]))
+            return "" if code in (0, Interrupted.exit_code) else f"rank {rank} {how_ended(code)}"
+        return f"rank {rank} has ended"
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of a process from its state, a letter, to how it ended, which is 0 while it has not."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,90 @@
+"""What Python runs first in every process that has this folder in its PYTHONPATH: a fault planted in one rank.
+
+`PLANTED` says what happens to which rank, in which phase, and which file notes the moment; where that file is there
+already, as after a restart, nothing happens any more. The command and the package stay as they are.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEP = 6
+"""Of the run: faults of a step come in it."""
+LATE_SECONDS = 4
+"""How long after the start a fault of the start comes: the others wait for this rank by then."""
+
+
+def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
+    from switchcli.commands.training import Training
+    from switchcli.parallel import expert
+    from switchcli.parallel.runtime import Runtime
+    from switchcli.train import loop
+    from switchcli.train.checkpoint import Saving
+    from switchcli.train.hooks import HeldOut
+
+    def act() -> None:
+        if moment.exists():
+            return
+        if phase == "start":
+            time.sleep(LATE_SECONDS)
+        moment.write_text(repr(time.time()))
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == "exit":
+            os._exit(3)
+        elif fault == "raise":
+            raise ValueError("planted")
+        elif fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault == "memory":
+            exhaust()
+        elif fault == "slow":
+            time.sleep(seconds)
+
+    # Each is called on every rank.
+    places: dict[str, tuple[Any, str, int]] = {
+        "start": (Runtime, "__init__", 1),
+        "step": (loop, "accumulate_gradients", STEP),
+        "all-to-all": (expert, "_all_to_all", 100),
+        "save": (Saving, "write", 2),
+        "evaluation": (HeldOut, "__call__", 2),
+        "end": (Training, "_samples", 1),
+    }
+    owner, name, count = places[phase]
+    setattr(owner, name, before(getattr(owner, name), act, count))
+
+
+def before(function: Callable[..., Any], act: Callable[[], None], count: int) -> Callable[..., Any]:
+    """The function, with `act` before its call number `count`."""
+    calls = 0
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            act()
+        return function(*arguments, **named)
+
+    return called
+
+
+def exhaust() -> None:
+    """Take away what memory this process could still have, and ask for more."""
+    import torch
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + 2**26
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.ones(2**30)
+
+
+if "PLANTED" in os.environ and "switchcli" not in sys.modules:
+    planted = json.loads(os.environ["PLANTED"])
+    if os.environ.get("RANK") == str(planted.pop("rank")):
+        plant(planted["fault"], planted["phase"], Path(planted["moment"]), planted["seconds"])

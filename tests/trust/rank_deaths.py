@@ -1,0 +1,163 @@
+"""Part h: one of four ranks killed, raising, stopped, out of memory or slow in each phase of a run that shares experts.
+
+A fault is planted from outside (`planted/sitecustomize.py`): the command is the user's, and every rank a process of its
+own. All must be over in time, the first error name rank, cause and step, and the same command again end as a run that
+nothing happened to.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from drill import leftovers, ranks_of
+from table import Row
+from tiny_run import RECIPE, write_text
+
+RANKS, STEPS = 4, 12
+KEYS = (f"train.steps={STEPS}", "train.batch_tokens=512", "checkpoint.save_every_steps=4", "eval.every_steps=4")
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_SECONDS = 200
+SLOW_SECONDS = 30.0
+PHASES = {
+    "start": "outside training",
+    "step": r"after step 5",
+    "all-to-all": r"after step \d+",
+    "save": "after step 8",
+    "evaluation": r"after step 4",
+    "end": f"after step {STEPS}",
+}
+"""Where a rank fails, and how that is told."""
+FAULTS = {
+    "kill": (5, 6, r"rank {rank} was killed by signal 9 \(SIGKILL.*\), {where}: run the same command again"),
+    "exit": (5, 6, r"rank {rank} ended with exit code 3, {where}: run the same command again"),
+    "raise": (5, 1, r"rank {rank}, {where}: ValueError: planted"),
+    "stop": (50, 6, r"rank {rank} was stopped by a signal \(SIGSTOP, perhaps\).*, {where}: run the same command again"),
+    "memory": (5, 1, r"rank {rank}(: out of memory, {where}: .*lower train\.microbatch_tokens|, {where}: .*memory)"),
+    "slow": (PATIENCE_SECONDS, 0, None),
+}
+"""What happens to it; the seconds within which nothing may be left, the exit code, and the first error."""
+SHORT = (("kill", "start", 2), ("raise", "all-to-all", 1), ("stop", "save", 3))
+
+
+class Trial(NamedTuple):
+    fault: str
+    phase: str
+    rank: int
+    broken: str
+    seconds: float
+    """From the fault until nothing was left."""
+
+
+def rows(folder: Path, long: bool) -> Iterator[Row]:
+    write_text(folder / "text.txt")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    straight = folder / "straight"
+    done = subprocess.run(command(straight), env=environment(folder), cwd=folder, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    asked = [(*one, number % RANKS) for number, one in enumerate([*product(FAULTS, PHASES)] * 3)] if long else SHORT
+    trials = [trial(folder / f"run-{number}", *one, straight) for number, one in enumerate(asked)]
+    for fault in FAULTS:
+        found = [one for one in trials if one.fault == fault]
+        if found:
+            lost = [f"{one.phase}, rank {one.rank}: {one.broken}" for one in found if one.broken]
+            slowest = f"over in {max(one.seconds for one in found):.1f} s at most"
+            what = f"{fault}: one of {RANKS} ranks, in {len({one.phase for one in found})} phases"
+            yield Row("h", what, len(found), len(lost), lost[0] if lost else slowest)
+    if long:
+        broken = [again for fault in FAULTS if (again := by_torchrun(folder / f"torchrun-{fault}", fault, straight))]
+        yield Row("h", "torchrun --max-restarts=1", len(FAULTS), len(broken), (broken or [""])[0])
+
+
+def command(run: Path, torchrun: Sequence[str] = ()) -> list[str]:
+    pretrain = ["-m", "switchcli", "pretrain", "tiny.yaml", *KEYS, "parallel.expert=2", "--out", str(run), "-q"]
+    if torchrun:
+        agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", *torchrun]
+        return [sys.executable, *agent, *pretrain]
+    return [sys.executable, *pretrain, "--json", "--processes", str(RANKS)]
+
+
+def environment(folder: Path, planted: dict[str, object] | None = None) -> dict[str, str]:
+    """That of a command, with a fault for one of its ranks."""
+    places = ([str(Path(__file__).with_name("planted"))] if planted else []) + [str(ROOT)]
+    cache = {"SWITCHCLI_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    planting = {"PLANTED": json.dumps(planted)} if planted else {}
+    return {**os.environ, **cache, **planting, "PYTHONPATH": os.pathsep.join(places)}
+
+
+def struck(
+    run: Path, fault: str, phase: str, rank: int, torchrun: Sequence[str] = ()
+) -> tuple[int | None, str, str, float]:
+    """Exit code, stdout, stderr, and seconds from the fault until nothing was left, of a run with a fault."""
+    moment = run.with_name(f"{run.name}.moment")
+    planted: dict[str, object] = {"fault": fault, "phase": phase, "rank": rank}
+    planted.update(moment=str(moment), seconds=SLOW_SECONDS)
+    process = subprocess.Popen(
+        command(run, torchrun),
+        env=environment(run.parent, planted),
+        cwd=run.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        for left in ranks_of(str(run)):
+            os.kill(left, 9)
+        process.kill()
+        return None, *process.communicate(), PATIENCE_SECONDS
+    assert moment.exists(), err
+    return process.returncode, out, err, time.time() - float(moment.read_text())
+
+
+def trial(run: Path, fault: str, phase: str, rank: int, straight: Path) -> Trial:
+    code, out, err, seconds = struck(run, fault, phase, rank)
+    limit, wanted, first = FAULTS[fault]
+    said = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    words = first and "error: " + first.format(rank=rank, where=PHASES[phase])
+    broken = ""
+    if code != wanted or seconds > limit or ranks_of(str(run)):
+        broken = f"exit code {code} after {seconds:.1f} s, left {ranks_of(str(run))}: {said[:1]}"
+    elif words and not (said and re.match(words, said[0])):
+        broken = f"says {said[:1]}"
+    elif words and json.loads(out)["exit_code"] != wanted:
+        broken = f"prints {out}"
+    return Trial(fault, phase, rank, broken or then(run, straight), seconds)
+
+
+def then(run: Path, straight: Path) -> str:
+    """What is wrong with the run when the same command has gone on with it."""
+    done = subprocess.run(
+        command(run), env=environment(run.parent), cwd=run.parent, capture_output=True, text=True, check=False
+    )
+    return f"then exit code {done.returncode}: {done.stderr[-300:]}" if done.returncode else differs(run, straight)
+
+
+def differs(run: Path, straight: Path) -> str:
+    """Not bit by bit: in which order four ranks add a number up hangs on where DistributedDataParallel has laid it."""
+    apart = scale = 0.0
+    for file in sorted((straight / f"checkpoints/step-{STEPS:08}").glob("model-*")):
+        wanted, found = (safetensors.numpy.load_file(one) for one in (file, run / file.relative_to(straight)))
+        for name, array in wanted.items():
+            apart += float(np.square(array.astype(np.float64) - found[name]).sum())
+            scale += float(np.square(array.astype(np.float64)).sum())
+    if scale == 0 or (apart / scale) ** 0.5 > 1e-4 or leftovers(run):
+        return f"weights are {(apart / max(scale, 1e-30)) ** 0.5:.1e} apart; left {leftovers(run)}"
+    return ""
+
+
+def by_torchrun(run: Path, fault: str, straight: Path) -> str:
+    """What is wrong with a run whose ranks torchrun starts again when one has had a fault."""
+    code, _, err, seconds = struck(run, fault, "step", 1, ["--max-restarts=1"])
+    if code != 0:
+        return f"{fault}: exit code {code} after {seconds:.1f} s: {err[-300:]}"
+    return differs(run, straight)
