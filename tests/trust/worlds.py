@@ -36,7 +36,11 @@ SETTINGS = (
     *("train.microbatch_tokens=64", f"train.batch_tokens={64 * MICROBATCHES}", "log.every_steps=1"),
     *("eval.every_steps=40", "checkpoint={save_every_steps: 8, keep_last: 2, keep_best: false}"),
 )
-OPTIMIZERS = ("optimizer={kind: adafactor, min_dim_to_factor: 16}", "optimizer={kind: adamw}")
+OPTIMIZERS = (
+    ("optimizer={kind: adafactor, min_dim_to_factor: 16}",),
+    ("optimizer={kind: adamw}", "schedule.learning_rate=0.001"),
+)
+"""AdamW at 0.01 makes of the last bits 2e-2 of the weights within these steps."""
 APART = 1e-4
 Batches = dict[tuple[int, int], set[str]]
 
@@ -55,7 +59,7 @@ class Ended(NamedTuple):
 def rows(folder: Path, long: bool) -> Iterator[Row]:
     with trials(folder) as found:
         command = (*found["pretrain"].command[:2], *SETTINGS)
-        seeds = [Trial((*command, f"train.seed={n}", OPTIMIZERS[n % 2]), {}) for n in range(10 if long else 1)]
+        seeds = [Trial((*command, f"train.seed={n}", *OPTIMIZERS[n % 2]), {}) for n in range(10 if long else 1)]
         yield in_order(seeds)
         yield as_it_comes(seeds, WORLDS, "1, 2, 4, 2, 1 ranks: fast")
         if long:
