@@ -110,6 +110,7 @@ def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
         fused=fused,
         wire_bytes=4 if recipe.parallel.wire == "float32" else None,
         recomputed=train.activation_checkpointing == "blocks",
+        ordered=recipe.parallel.reduction == "ordered",
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
     weights = dict(empty(spec).named_parameters())

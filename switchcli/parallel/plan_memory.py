@@ -28,7 +28,8 @@ class Bytes(NamedTuple):
     weights: int
     gradients: int
     """Twice those that DistributedDataParallel sums, where there are several microbatches: in the first step it lays
-    them out anew while they hold something."""
+    them out anew while they hold something. Added up in order, one for each level of the tree on this rank, and two
+    between ranks."""
     optimizer: int
     copies: int
     """Weights in bfloat16: the dense ones until the way back, the experts of one layer at a time. Where a step has
@@ -62,10 +63,14 @@ class Kept(NamedTuple):
 def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int) -> Bytes:
     """What a device of `mesh` holds with microbatches of so many sequences; `own` is `held` for its model axis."""
     experts = own.expert // mesh.expert
-    several = step.sequences // mesh.data > microbatch
+    count = step.sequences // mesh.data // microbatch
+    several = count > 1
     weights, gradients, state = _dense_bytes(mesh, own, several)
     of_experts = FLOAT * experts
-    if several and mesh.data > 1 and mesh.shard == "none":  # DistributedDataParallel lays its buckets out anew
+    if step.ordered:
+        at_once = max(min(mesh.data, 2), (count & -count).bit_length())
+        gradients, of_experts = at_once * gradients, at_once * of_experts
+    elif several and mesh.data > 1 and mesh.shard == "none":  # DistributedDataParallel lays its buckets out anew
         gradients *= 2
         of_experts *= 2 if mesh.expert == 1 else 1
     layers = max(1, len(spec.routed_parts()))

@@ -61,6 +61,8 @@ class Step(NamedTuple):
 
     wire_bytes: int | None = None
     """Of an element of tokens on their way, and of sums over the model axis: as in products where it is None."""
+    ordered: bool = False
+    """Gradients are added up by `parallel.reduction: ordered`."""
 
     @property
     def sent_bytes(self) -> int:

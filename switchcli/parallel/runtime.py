@@ -32,6 +32,7 @@ from switchcli.parallel.host_group import HostGroup
 from switchcli.parallel.layout import Cuts, Weights
 from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
+from switchcli.parallel.ordered import Ordered
 from switchcli.parallel.spread import GradientNorm
 
 STEP_TIMEOUT = timedelta(minutes=10)
@@ -102,6 +103,7 @@ class Runtime:
             self.on_main(lambda: check_world(parallel, self.world))
             with lost_ranks_explained():
                 self.groups = groups_of(parallel, self.rank, self.world, STEP_TIMEOUT)
+        self._ordered = Ordered(self.groups.data) if parallel.reduction == "ordered" else None
 
     @property
     def is_main(self) -> bool:
@@ -152,8 +154,15 @@ class Runtime:
             return spread.spread(model, self.groups, self.parallel, self.device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`)."""
+        """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`).
+
+        Where they are summed in order, that does so by itself.
+        """
         data = self.groups.data
+        if self._ordered is not None:
+            with lost_ranks_explained():
+                self._ordered.align(model)
+            return model
         if data is None or isinstance(model, FSDPModule):
             return model
         if self.groups.experts is not None:
@@ -190,24 +199,33 @@ class Runtime:
         """Within, what was compiled runs as it was written: decoding has other shapes at each step."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
-    def synchronise(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a microbatch: the step's last one averages the gradients over the ranks.
+    @property
+    def averaged_shares(self) -> int:
+        """Of how many shares of a batch `synchronise` makes gradients the average; of one where it sums them."""
+        return self.data_ranks if self._ordered is None else 1
+
+    def synchronise(self, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
+        """Around forward and backward of microbatch `position` of `count`, from 1: the step's last one averages the
+        gradients over the ranks, or ends their sum (`averaged_shares`).
 
         Raises:
             DistributedError: from within, when another rank is gone; as do the sums below.
         """
+        last = position == count
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or self.parallel.shard == "zero3")
             model.set_reshard_after_backward(last or self.parallel.shard == "zero3")
         elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
-        return self._synchronised(model, last)
+        return self._synchronised(model, position, count)
 
     @contextmanager
-    def _synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
+    def _synchronised(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
         with lost_ranks_explained():
             yield
-            if last and (self.groups.experts is not None or isinstance(model, FSDPModule)):
+            if self._ordered is not None:
+                self._ordered.add(model, position, count)
+            elif position == count and (self.groups.experts is not None or isinstance(model, FSDPModule)):
                 experts = expert.expert_parameters(model).values()
                 replicas = self.groups.data if self.groups.experts is None else self.groups.replicas
                 expert.sum_over_replicas(experts, replicas, self.data_ranks)

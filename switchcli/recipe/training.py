@@ -128,6 +128,11 @@ class TrainingRecipe(Spec, ABC):
             yield f"{key} ({size}) must be a multiple of parallel.model ({model}): try {math.gcd(size, model)}."
         if not divides_experts(self.model, model):
             yield f"parallel.model ({model}) does not divide the experts of an attention (model.sparse): leave it out."
+        if self.parallel.reduction == "ordered" and self.train.microbatch_tokens is None:
+            yield (
+                "parallel.reduction: ordered adds up the microbatches of train.microbatch_tokens, which are the same "
+                f"on any number of ranks: set it, to {self.model.group_sequences * self.inputs_length} or a multiple."
+            )
         if data is not None and data % ranks:
             yield f"parallel.expert ({ranks}) must divide parallel.data ({data}): try {math.gcd(data, ranks)}."
 

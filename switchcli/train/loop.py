@@ -110,22 +110,24 @@ def accumulate_gradients(
     runtime: Runtime,
     seed: str,
 ) -> Metrics:
-    """Add to every `.grad` the gradient of this step's loss, averaged over the shares of a batch by the last
+    """Add to every `.grad` the gradient of this step's loss, averaged or summed over the shares of a batch by the last
     backward pass.
 
     The loss is the sum over the step's targets, on all ranks, over their number `num_targets`, plus the balance loss
     averaged over microbatches: it does not depend on how the batch is cut. `seed` names the noise.
     """
     metrics: Metrics = {}
+    # Shares that are averaged afterwards are meant to be summed: hence their number.
+    averaged = runtime.averaged_shares
+    summed = len(microbatches) * runtime.data_ranks // averaged
     for position, micro in enumerate(microbatches, 1):
         _seed_noise(f"{seed}/{micro.number}")
         placed = runtime.place(micro.batch)
-        with runtime.synchronise(model, last=position == len(microbatches)):
+        with runtime.synchronise(model, position, len(microbatches)):
             with runtime.autocast():
                 loss = objective(model, placed)
-            # Shares are averaged afterwards, and their sum is meant: hence their number.
-            per_target = loss.target_sum * (runtime.data_ranks / max(1, num_targets))
-            (per_target + loss.auxiliary / len(microbatches)).backward()  # type: ignore[no-untyped-call]
+            per_target = loss.target_sum * (averaged / max(1, num_targets))
+            (per_target + loss.auxiliary / summed).backward()  # type: ignore[no-untyped-call]
         metrics = merge(metrics, loss.metrics)
     return metrics
 

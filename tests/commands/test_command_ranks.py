@@ -87,10 +87,16 @@ def test_experts_that_cannot_be_shared_start_no_rank(
         "parallel.model=3": "must be a multiple of parallel.model (3): try 1.",
         "parallel.shard=zero1": "parallel.shard: must be 'none', 'zero2' or 'zero3'",
         "parallel={auto: true, model: 2}": "auto chooses data, model, expert and shard: leave them out, or auto",
+        "parallel={reduction: ordered, expert: 2}": "wants the whole model on each rank, not model (1), expert (2)",
+        "parallel={reduction: ordered, auto: true}": "takes the data axis alone: leave out one",
+        "parallel.reduction=ordered": "pairs of ranks, then pairs of pairs, which 6 ranks are not: start 4 or 8, by",
     }.items():
         done = switchcli("pretrain", recipe, keys, "--processes", 6)
         assert (done.code, done.out) == (2, "")
         assert said in done.err
+    done = switchcli("pretrain", recipe, "parallel.reduction=ordered", "train.microbatch_tokens=null")
+    assert (done.code, done.out) == (2, "")
+    assert "of train.microbatch_tokens, which are the same on any number of ranks: set it, to 32 or" in done.err
     done = switchcli("pretrain", recipe, "model.num_experts=1", "parallel.expert=2", "--processes", 2)
     assert (done.code, "parallel.expert (2): the model is dense" in done.err) == (2, True), done.err
 

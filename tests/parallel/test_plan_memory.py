@@ -144,6 +144,7 @@ def test_the_peak_falls_where_blocks_are_computed_again_and_is_within_the_plan(
     assert 0.75 <= seen[again] / bytes_of(spec, again, Mesh(1), held_of(spec), step.sequences).total <= 1.0
 
 
+ORDERED = ParallelSpec(reduction="ordered")
 MESHES = {
     "data 2": (Mesh(2), ALONE),
     "expert 2": (Mesh(2, 2), ParallelSpec(expert=2)),
@@ -152,6 +153,8 @@ MESHES = {
     "zero3 2": (Mesh(2, 1, 1, "zero3"), ParallelSpec(shard="zero3")),
     "zero3 2, expert 2": (Mesh(2, 2, 1, "zero3"), ParallelSpec(expert=2, shard="zero3")),
     "expert 2 x model 2": (Mesh(2, 2, 2), ParallelSpec(expert=2, model=2)),
+    "ordered, 1": (Mesh(1), ORDERED),
+    "ordered, 2": (Mesh(2), ORDERED),
 }
 
 
@@ -169,11 +172,13 @@ def peaks(parallel: ParallelSpec) -> dict[tuple[str, int], int]:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_peak_of_a_rank_is_within_the_plan(mesh: str) -> None:
     where, parallel = MESHES[mesh]
+    step = SHARED._replace(ordered=parallel == ORDERED)
     for seen in on_ranks(where.data * where.model, peaks, parallel):
         for (name, microbatch), most in seen.items():
             spec = ModelSpec(**{**SMALL, **MODELS[name]})
-            planned = bytes_of(spec, SHARED, where, held_of(spec, where.model), microbatch).total
-            assert 0.75 <= most / planned <= 1.0, (name, microbatch)
+            planned = bytes_of(spec, step, where, held_of(spec, where.model), microbatch).total
+            # Added up in order, what ranks sum lies beside the gradients when the activations are gone.
+            assert (0.7 if step.ordered else 0.75) <= most / planned <= 1.0, (name, microbatch)
 
 
 def predicted(spec: ModelSpec, step: Step) -> int:

@@ -135,16 +135,16 @@ def test_a_run_that_is_left_and_taken_up_again_is_bit_equal_to_one_that_is_not()
         assert all(torch.equal(*pair) for pair in zip(second.state.window[name], mean, strict=True)), name
 
 
-def test_only_the_last_microbatch_of_a_step_waits_for_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    last_ones: list[bool] = []
+def test_ranks_are_told_the_place_of_each_microbatch_in_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[int, int]] = []
 
-    def noted(runtime: Runtime, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        last_ones.append(last)
+    def noted(runtime: Runtime, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
+        places.append((position, count))
         return nullcontext()
 
     monkeypatch.setattr(Runtime, "synchronise", noted)
     Run().fit(steps=2)
-    assert last_ones == [False, True, False, True]
+    assert places == [(1, 2), (2, 2)] * 2
 
 
 def test_noise_depends_on_the_seed() -> None:

@@ -12,6 +12,7 @@ from table import Row
 
 PARTS = {
     "a": "kills",
+    "c": "worlds",
     "d": "full_disks",
     "e": "damages",
     "f": "fuzz",

@@ -7,10 +7,14 @@ every step: equal metrics are then equal samples in equal order.
 import os
 import random
 import shutil
+import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from conftest import RECIPE, WORDS, lay_out_tuning
@@ -25,6 +29,7 @@ REAL: Files = type("Real", (), {name: vars(Disk)[name] for name in OPERATIONS})(
 STEPS = 6
 SETTINGS = ["checkpoint.save_every_steps=2", "log.every_steps=1", "eval.every_steps=2"]
 PATIENCE = 240.0
+NOTHING: Mapping[int, Callable[[], None]] = MappingProxyType({})
 
 
 class Trial(NamedTuple):
@@ -40,6 +45,29 @@ class Trial(NamedTuple):
     def run(self, run: Path, within: Callable[[], None] = lambda: None, *more: str) -> int | None:
         """The exit code; None for a hang."""
         return ended(self.begin(run, within, *more), PATIENCE)
+
+    def together(
+        self, world: int, run: Path, within: Mapping[int, Callable[[], None]] = NOTHING, *more: str
+    ) -> list[int | None]:
+        """The same of `world` ranks, as torchrun starts them; `within` by rank. What outlives others for long is
+        killed."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+
+        def be(rank: int) -> None:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            within.get(rank, lambda: None)()
+
+        children = [self.begin(run, partial(be, rank), *more) for rank in range(world)]
+        codes = []
+        for child in children:
+            code = ended(child, PATIENCE)
+            if code is None:
+                os.kill(child, signal.SIGKILL)
+                ended(child, PATIENCE)
+            codes.append(code)
+        return codes
 
     def fault(self, run: Path) -> str:
         """What is wrong with a run once the same command has gone on with it to its end; nothing if all is well."""
