@@ -55,11 +55,11 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory() as reports:
         os.environ[REPORTS] = reports
-        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(one.name for one in PASSED_ON))
         options = [
             "--standalone",
             f"--nproc-per-node={processes}",
             f"--shutdown-timeout={SAVING_SECONDS}",
+            f"--signals-to-handle={','.join(one.name for one in PASSED_ON)}",
             f"--log-dir={reports}",  # else a folder of its own stays
             "-m",
             "switchcli",
