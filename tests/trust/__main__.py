@@ -11,6 +11,7 @@ from table import Row
 
 PARTS = {
     "a": "kills",
+    "b": "stops",
     "d": "full_disks",
     "e": "damages",
     "f": "fuzz",

@@ -1,17 +1,15 @@
 """Part a: runs killed before every operation on their files and at random moments, and what power cuts leave."""
 
-import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
 
-from drill import drill, ended, fingerprint, leftovers
+from drill import drill, fingerprint, leftovers
 from faulty_files import kill
 from table import Row
-from trial import PATIENCE, Trial, clear, lose_power_at, strike_at, trials
+from trial import Trial, clear, lose_power_at, ranks, strike_at, trials
 
 VERBS = "pretrain background finetune distill"
 KILLED = -signal.SIGKILL
@@ -70,42 +68,22 @@ def at_random(verb: str, trial: Trial, folder: Path, times: int) -> Row:
 
 def on_two_ranks(trial: Trial, stride: int) -> Row:
     """Either of two ranks killed before every `stride`-th operation of its own; then both begin again."""
-    assert both(trial, Path("straight-2")) == [0, 0]
+    whole = {0: 0, 1: 0}
+    assert ranks(trial, Path("straight-2"), 2) == whole
     two = trial._replace(wanted=fingerprint(Path("straight-2")))
     faults = []
     points = 0
     for rank in (0, 1):
         for at in count(stride - 1, stride):
             run = Path(f"two-{rank}-{at}")
-            codes = both(two, run, {rank: partial(killed_at, at, run)})
-            if codes == [0, 0]:
+            codes = ranks(two, run, 2, {rank: partial(killed_at, at, run)})
+            if codes == whole:
                 break
             points += 1
-            again = both(two, run)
-            differs = again != [0, 0] or fingerprint(run) != two.wanted or leftovers(run)
+            again = ranks(two, run, 2)
+            differs = again != whole or fingerprint(run) != two.wanted or leftovers(run)
             faults += [f"{run.name}: {codes}, then {again}"] if differs or codes[rank] != KILLED else []
             clear(run)
         clear(run)
     what = f"pretrain on 2 ranks: SIGKILL of one before a file operation, every {stride}"
     return Row("a", what, points, len(faults), faults[0] if faults else "")
-
-
-def both(trial: Trial, run: Path, within: dict[int, Callable[[], None]] | None = None) -> list[int | None]:
-    """Two ranks as torchrun starts them; what outlives the other's death for long is killed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
-    def rank_of(rank: int) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        (within or {}).get(rank, lambda: None)()
-
-    children = [trial.begin(run, partial(rank_of, rank)) for rank in (0, 1)]
-    codes = []
-    for child in children:
-        code = ended(child, PATIENCE)
-        if code is None:
-            os.kill(child, signal.SIGKILL)
-            ended(child, PATIENCE)
-        codes.append(code)
-    return codes

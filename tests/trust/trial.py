@@ -7,9 +7,13 @@ every step: equal metrics are then equal samples in equal order.
 import os
 import random
 import shutil
+import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +55,45 @@ class Trial(NamedTuple):
         if differing or leftovers(run):
             return f"{run.name}: differs in {', '.join(differing)}; left {leftovers(run)}"
         return ""
+
+
+def ranks(
+    trial: Trial, run: Path, world: int, within: Mapping[int, Callable[[], None]] | None = None, *more: str
+) -> dict[int, int | None]:
+    """The exit codes of as many ranks, as torchrun starts and ends them, in the order in which they ended.
+
+    They are a process group of their own. The first that fails has the others end by SIGTERM; None is one that hangs.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def rank_of(rank: int) -> None:
+        if world > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        (within or {}).get(rank, lambda: None)()
+
+    left: dict[int, int] = {}
+    for rank in range(world):
+        left[rank] = trial.begin(run, partial(rank_of, rank), *more)
+        os.setpgid(left[rank], left[0])
+    codes: dict[int, int | None] = {}
+    until = time.monotonic() + PATIENCE
+    while left and time.monotonic() < until:
+        for rank, child in [*left.items()]:
+            if (code := ended(child, 0)) is not None:
+                codes[rank] = code
+                del left[rank]
+                if code and len(codes) == 1:
+                    time.sleep(0.1)  # as often as torchrun looks
+                    for other in left.values():
+                        os.kill(other, signal.SIGTERM)
+        time.sleep(0.001)
+    for rank, child in left.items():
+        os.kill(child, signal.SIGKILL)
+        ended(child, PATIENCE)
+        codes[rank] = None
+    return codes
 
 
 def log_of(run: Path) -> Path:
