@@ -163,13 +163,14 @@ class Training:
             self.console.training(steps, state.step) as shown,
         ):
             write = self._write(shown)
-            held_out, exams = self._held_out(write), self._exams(write, stop)
+            held_out, exams = self._held_out(write, stop), self._exams(write, stop)
             if state.step == 0:
                 held_out(state)
-                if recipe.train.nonfinite.policy == "roll_back":
-                    self._save(state)
-            if exams and exams.owed(state, steps):  # it was stopped in the middle
-                exams(state)
+            evaluations = [held_out, *([exams] if exams else [])]
+            owed = [evaluation for evaluation in evaluations if evaluation.owed(state, steps)]
+            for evaluation in owed:  # it was stopped in the middle
+                evaluation(state)
+            if owed or (state.step == 0 and recipe.train.nonfinite.policy == "roll_back"):
                 self._save(state)
             complete = fit(
                 state,
@@ -181,8 +182,7 @@ class Training:
                 self.runtime,
                 [
                     self._log(write, loader),
-                    held_out,
-                    *([exams] if exams else []),
+                    *evaluations,
                     Save(recipe.checkpoint.save_every_steps, self._save),
                     Sample(recipe.log.sample_every_steps or steps, self._samples),
                 ],
@@ -191,12 +191,13 @@ class Training:
                 shown.advance,
                 Recovery(recipe.train.nonfinite, self._restore, self.console.warning),
             )
+            complete = complete and not held_out.owed(state, steps)
             if complete and exams and not exams.answered:  # it was stopped there, or was complete when it began again
                 complete = exams.ask()
-            if not complete:  # or a save failed, which says so when the next begins
+            if not complete and self.saver.step != state.step:  # or a save failed, which says so at the end of this
                 self._save(state)
         self.trackers.close()
-        if not complete:
+        if any(self.runtime.sum_over_ranks([int(stop.requested or not complete)])):  # what is to come may take long
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
         concluded = self.verb.conclude(self)
         scores = self.runtime.on_main(lambda: exams.scores(self.verb.scoring.draws) if exams else {}) or {}
@@ -247,7 +248,7 @@ class Training:
             lambda: loader.seconds_waited,
         )
 
-    def _held_out(self, write: Write) -> HeldOut:
+    def _held_out(self, write: Write, stop: StopRequest) -> HeldOut:
         return HeldOut(
             self.recipe.eval.every_steps,
             self.model,
@@ -257,6 +258,7 @@ class Training:
             self.runtime,
             write,
             self.recipe.eval.capacity,
+            lambda: stop.requested,
         )
 
     def _exams(self, write: Write, stop: StopRequest) -> Exams | None:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
+from switchcli.parallel.signals import STOPPING
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
 REPORT_SECONDS = 30
 """How long `launch` waits for the main rank's report after it was stopped several times over."""
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
+PASSED_ON = (*STOPPING, signal.SIGHUP, signal.SIGQUIT)
+"""What the launcher hands on to its ranks."""
 REPORTS = "SWITCHCLI_REPORTS"
 """The environment variable by which `launch` names its ranks the folder for their reports."""
 
@@ -59,6 +62,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
             "--standalone",
             f"--nproc-per-node={processes}",
             f"--shutdown-timeout={SAVING_SECONDS}",
+            f"--signals-to-handle={','.join(one.name for one in PASSED_ON)}",
             f"--log-dir={reports}",  # else a folder of its own stays
             "-m",
             "switchcli",
@@ -135,7 +139,7 @@ def end_with_launcher() -> None:
 
 def _awaited(reports: str) -> Ended | None:
     """What the main rank reports, if it does soon; more signals, which have been forwarded, do not end the waiting."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     until = time.monotonic() + REPORT_SECONDS
     while (ended := _reported(reports, 0)) is None and time.monotonic() < until:

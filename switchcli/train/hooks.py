@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -121,7 +121,20 @@ class Log(Hook):
             )
 
 
-class HeldOut(Hook):
+class Evaluation(Hook):
+    """Notes figures in the state, `figure` among them; or ends in between, for a stop, and notes nothing."""
+
+    def __init__(self, every_steps: int, figure: str) -> None:
+        super().__init__(every_steps)
+        self._figure = figure
+
+    def owed(self, state: TrainState, last_step: int) -> bool:
+        """Whether the weights as they are should have been evaluated, and were not."""
+        noted = state.evaluated_step == state.step and self._figure in state.figures
+        return state.step > 0 and self.due(state.step, last_step) and not noted
+
+
+class HeldOut(Evaluation):
     """Evaluates on the same held-out batches each time, and notes the neg. log perplexity in the state."""
 
     def __init__(
@@ -134,9 +147,11 @@ class HeldOut(Hook):
         runtime: Runtime,
         write: Callable[[Record], None],
         policy: Policy = "paper",
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`model` is the plain one; `batches` gives this rank's share; `policy` is how capacity is counted."""
-        super().__init__(every_steps)
+        """`model` is the plain one; `batches` gives this rank's share; `policy` is how capacity is counted; on any
+        rank `stop` ends it between two batches."""
+        super().__init__(every_steps, HELD_OUT)
         self._model = model
         self._objective = objective
         self._texts = texts
@@ -144,16 +159,21 @@ class HeldOut(Hook):
         self._runtime = runtime
         self._write = write
         self._policy = policy
+        self._stop, self._stopped = stop, False
 
     def __call__(self, state: TrainState) -> None:
         metrics: Metrics = {}
         each: list[tuple[HeldOutText, Metrics]] = []
-        state.texts = {}
+        texts = {}
         for label, text in self._texts.items():
-            found = evaluate(self._model, self._objective, self._batches(text), self._runtime, self._policy)
-            state.texts[label] = text.figures(found)
+            batches = self._until_stopped(self._batches(text))
+            found = evaluate(self._model, self._objective, batches, self._runtime, self._policy)
+            if self._stopped:
+                return
+            texts[label] = text.figures(found)
             metrics = merge(metrics, found)
             each.append((text, found))
+        state.texts = texts
         figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures[HELD_OUT]
         if not math.isfinite(figure):
@@ -163,6 +183,13 @@ class HeldOut(Hook):
         if self._runtime.is_main:
             apart = {"texts": state.texts} if len(self._texts) > 1 else {}
             self._write({"step": state.step, **figures, **state.bits(), **apart})
+
+    def _until_stopped(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._stopped = any(self._runtime.sum_over_ranks([int(self._stop())]))
+            if self._stopped:
+                return
+            yield batch
 
 
 class Save(Hook):

@@ -60,6 +60,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "save")
         self._under_way: Future[None] | None = None
         self._failed: Callable[[], None] = lambda: None
+        self.step: int | None = None
+        """That of the newest checkpoint, written or under way or read."""
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept.
@@ -72,6 +74,7 @@ class Saver:
             NumericsError: a number is not finite; on every rank, and nothing is written.
         """
         self.wait()
+        self.step = state.step
         runtime = self._runtime
         weights, slots = parts_of(self._weights), self._slots()
         # Of this rank all, not what it writes alone: what is lost in a copy is in the others' weights a step later.
@@ -187,6 +190,7 @@ class Saver:
         take(weights, found.read("model", wholes(weights), num_experts=experts))
         take(slots, found.read("optimizer", wholes(slots), num_experts=experts))
         state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.data_rank == 0)
+        self.step = state.step
         return True
 
 

@@ -23,7 +23,7 @@ from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.suites import PAPER, SUITES, average
 from switchcli.tasks.task import Answered
 from switchcli.tasks.tokens import Scored
-from switchcli.train.hooks import Hook, Record
+from switchcli.train.hooks import Evaluation, Record
 from switchcli.train.state import TrainState
 
 AVERAGE = "tasks/average"
@@ -77,15 +77,25 @@ class Answering:
         batches = list(exam.batches(self._settings.batch_examples))
         tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=runtime.device)
         rounds = -(-len(batches) // runtime.data_ranks)
+
+        def stopped() -> bool:
+            return any(runtime.sum_over_ranks([int(stop())]))
+
+        def all_done(done_B: torch.Tensor) -> bool:
+            going, stopping = runtime.sum_over_ranks([int(not done_B.all()), int(stop())])
+            return stopping > 0 or going == 0
+
+        if stopped():
+            return None
         with evaluating(self._model, self._capacity), runtime.uncompiled(), runtime.autocast():
             for turn in range(rounds):
                 mine = turn * runtime.data_ranks + runtime.data_rank
-                if any(runtime.sum_over_ranks([int(stop())])):
-                    return None
                 # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.
                 numbers = batches[min(mine, len(batches) - 1)]
                 inputs_BS = runtime.place(torch.from_numpy(exam.padded(numbers)))
-                answers_BT = generate(self._model, inputs_BS, decoding, all_done=runtime.all_done)
+                answers_BT = generate(self._model, inputs_BS, decoding, all_done=all_done)
+                if stopped():
+                    return None
                 if mine < len(batches):
                     tokens_XT[torch.from_numpy(numbers), : answers_BT.shape[1]] = answers_BT.int()
         everything = runtime.all_reduce(tokens_XT).tolist()
@@ -93,7 +103,7 @@ class Answering:
         return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
 
 
-class Exams(Hook):
+class Exams(Evaluation):
     """Scores the model on every task, notes the figures in the state, and writes them."""
 
     def __init__(
@@ -105,8 +115,8 @@ class Exams(Hook):
         write: Callable[[Record], None],
         stop: Callable[[], bool],
     ) -> None:
-        """`stop` ends it between two batches, with no figure: `owed` then says that it is to be done again."""
-        super().__init__(every_steps)
+        """`stop` ends it between two tokens, with no figure: `owed` then says that it is to be done again."""
+        super().__init__(every_steps, AVERAGE)
         self._stop = stop
         self._answering = answering
         self._exams = exams
@@ -125,11 +135,6 @@ class Exams(Hook):
                 return False
             self.answered[exam.task.name] = answered
         return True
-
-    def owed(self, state: TrainState, last_step: int) -> bool:
-        """Whether the weights as they are should have been scored, and were not."""
-        noted = state.evaluated_step == state.step and AVERAGE in state.figures
-        return state.step > 0 and self.due(state.step, last_step) and not noted
 
     def scores(self, draws: int) -> dict[str, Scores]:
         """Of the last answers, with intervals from so many draws."""

@@ -25,7 +25,7 @@ from switchcli.spec import Spec
 from switchcli.train import checkpoint
 from switchcli.train.lock import lock
 
-INTERRUPTED, FORCED, CHECKPOINT = 75, 130, 4
+INTERRUPTED, CHECKPOINT = 75, 4
 STEPS = 13
 BACKGROUND = ("checkpoint.background=true",)
 MICROBATCHES = 2  # a step, in RECIPE; the log, eval and save intervals there are 3, 5 and 4
@@ -62,11 +62,10 @@ def signals_at(monkeypatch: pytest.MonkeyPatch, at: dict[int, list[signal.Signal
 
 
 @pytest.mark.parametrize(
-    ("number", "background"),
-    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGUSR1, False), (signal.SIGTERM, True)],
+    ("number", "background", "stops"),
+    [(signal.SIGTERM, False, [1, 2, 3, 4]), (signal.SIGINT, False, [5, 6, 11]), (signal.SIGUSR1, True, [0, 7])],
 )
-@pytest.mark.parametrize("stops", [[1, 2, 3, 4], [5, 6, 11], [0, 7]])
-def test_stopped_by_signals_it_ends_the_same(
+def test_stopped_several_times_it_ends_the_same(
     number: signal.Signals,
     background: bool,
     stops: list[int],
@@ -100,23 +99,6 @@ def test_blocks_may_be_computed_again_from_one_start_to_the_next(
             signals_at(patch, {} if more is None else {more * MICROBATCHES: [signal.SIGTERM]})
             done = switchcli(*command, f"train.activation_checkpointing={what}")
         assert done.code == (0 if more is None else INTERRUPTED), done.err
-    assert fingerprint(Path("run")) == straight
-
-
-def test_stopped_before_the_first_step(
-    straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Stopped(training.StopRequest):
-        def __enter__(self) -> "Stopped":
-            entered = super().__enter__()
-            signal.raise_signal(signal.SIGTERM)
-            return entered
-
-    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "StopRequest", Stopped)
-        assert switchcli(*command).code == INTERRUPTED
-    assert switchcli(*command).code == 0
     assert fingerprint(Path("run")) == straight
 
 
@@ -156,37 +138,6 @@ def test_killed_about_a_save_it_ends_the_same(
             switchcli(*command)
     assert switchcli(*command).code == 0
     assert fingerprint(Path("run")) == straight
-
-
-def test_a_second_ctrl_c_does_not_wait(
-    straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run"]
-    with monkeypatch.context() as patch:
-        signals_at(patch, {5 * MICROBATCHES: [signal.SIGINT, signal.SIGINT]})
-        done = switchcli(*command)
-    assert done.code == FORCED
-    assert (
-        done.err.splitlines()[-1]
-        == "error: stopped at once, without saving: the same command goes on from the last save"
-    )
-    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000004"]
-    assert switchcli(*command).code == 0
-    assert fingerprint(Path("run")) == straight
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_while_data_is_prepared(
-    number: signal.Signals, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("SWITCHCLI_CACHE", str(tmp_path / "cache"))
-    with monkeypatch.context() as patch:
-        patch.setattr("switchcli.data.pieces.seal", lambda folder, facts: signal.raise_signal(number))
-        done = switchcli("pretrain", recipe, "--out", "run")
-    assert (done.code, done.out) == (INTERRUPTED, "")
-    assert done.err.endswith(f"stopped by {number.name}, nothing is lost: the same command goes on\n")
-    assert not list((tmp_path / "cache" / "tokens").glob("*/*"))
-    assert switchcli("pretrain", recipe, "--out", "run").code == 0
 
 
 def test_stopped_after_the_last_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,22 +196,6 @@ def test_twenty_strikes_at_random_moments(how: str, background: bool, text: Path
     assert report["differing"] == [], report
     if how == "kill":
         assert report["in_saves"] >= 4, report
-
-
-@pytest.mark.slow
-def test_two_ranks_stopped_through_their_launcher_end_the_same(recipe: str) -> None:
-    two = (recipe, "train.steps=200", "--processes", 2)
-    subprocess.run(command(*two, "--out", "straight"), check=True)
-    for stop in (10, 60):
-        with subprocess.Popen(command(*two, "--out", "run"), stderr=subprocess.PIPE, text=True) as process:
-            wait_for_step(Path("run"), stop, process)
-            process.terminate()
-            _, err = process.communicate(timeout=60)
-        assert process.returncode == INTERRUPTED, err
-        assert re.search(r"stopped and saved at step \d+ of 200", err), err
-        assert "Traceback" not in err
-    subprocess.run(command(*two, "--out", "run"), check=True)
-    assert fingerprint(Path("run")) == fingerprint(Path("straight"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Hooks: when they are due, what a record says, alarms in words and once, a held-out figure that is no number."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,6 +208,32 @@ def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
     (record,) = records
     assert record["texts"] == state.texts
     assert "held_out/bits_per_byte" not in record  # of one of them the bytes are not known
+
+
+@pytest.mark.parametrize("seen", [0, 1, 2])
+def test_a_stop_ends_an_evaluation_between_two_batches_and_notes_nothing(seen: int) -> None:
+    """Of the first text, or in the second."""
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(0)
+        return len(asked) > seen
+
+    def batches(text: HeldOutText) -> list[Batch]:
+        return [text.rows(first, 2) for first in range(0, text.num_rows, 2)]
+
+    before = TrainState(step=4, figures={HELD_OUT: -2.0}, evaluated_step=4, texts={"de": {}}, bits_per_byte=1.0)
+    state, records = replace(before, step=5), []
+    texts, runtime = {"de": DE, "fr": FR}, Runtime("cpu", "float32")
+    held_out = HeldOut(5, a_model(), cross_entropy, texts, batches, runtime, records.append, stop=stop)
+    held_out(state)
+    assert (len(asked), records, state) == (seen + 1, [], replace(before, step=5))
+    assert held_out.owed(state, 20)
+    assert not held_out.owed(before, 20)  # not due
+    again = HeldOut(5, a_model(), cross_entropy, texts, batches, runtime, records.append)
+    again(state)
+    assert (state.evaluated_step, len(records)) == (5, 1)
+    assert not again.owed(state, 20)
 
 
 def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -> None:

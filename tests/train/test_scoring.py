@@ -55,6 +55,22 @@ def test_each_answer_is_the_one_it_has_alone(
         assert one.prediction == tokenizer.decode(alone.tolist())
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 4, 12])
+def test_a_stop_ends_an_exam_between_two_tokens(
+    tokens: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: Scored
+) -> None:
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(0)
+        return len(asked) > tokens
+
+    settings = ScoringSpec(batch_examples=11, decoding=Decoding(max_tokens=20, beams=beams))
+    assert Answering(model, tokenizer, Runtime("cpu", "float32"), settings, "dropless")(exam, stop) is None
+    assert len(asked) == tokens + 1 + (tokens > 0)  # it looks again at the end of a batch
+
+
 def scores(name: str, value: float | None) -> Scores:
     score = None if value is None else Score(value, value, value)
     return Scores(name, score, {}, {}, 1, 1, 0, None, 0.0, 0.0)

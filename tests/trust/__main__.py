@@ -12,6 +12,7 @@ from table import Row
 
 PARTS = {
     "a": "kills",
+    "b": "stops",
     "c": "worlds",
     "d": "full_disks",
     "e": "damages",

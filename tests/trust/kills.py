@@ -68,7 +68,8 @@ def at_random(verb: str, trial: Trial, folder: Path, times: int) -> Row:
 
 def on_two_ranks(trial: Trial, stride: int) -> Row:
     """Either of two ranks killed before every `stride`-th operation of its own; then both begin again."""
-    assert trial.together(2, Path("straight-2")) == [0, 0]
+    whole = {0: 0, 1: 0}
+    assert trial.together(2, Path("straight-2")) == whole
     two = trial._replace(wanted=fingerprint(Path("straight-2")))
     faults = []
     points = 0
@@ -76,11 +77,11 @@ def on_two_ranks(trial: Trial, stride: int) -> Row:
         for at in count(stride - 1, stride):
             run = Path(f"two-{rank}-{at}")
             codes = two.together(2, run, {rank: partial(killed_at, at, run)})
-            if codes == [0, 0]:
+            if codes == whole:
                 break
             points += 1
             again = two.together(2, run)
-            differs = again != [0, 0] or fingerprint(run) != two.wanted or leftovers(run)
+            differs = again != whole or fingerprint(run) != two.wanted or leftovers(run)
             faults += [f"{run.name}: {codes}, then {again}"] if differs or codes[rank] != KILLED else []
             clear(run)
         clear(run)

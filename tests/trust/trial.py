@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from functools import partial
@@ -48,25 +49,44 @@ class Trial(NamedTuple):
 
     def together(
         self, world: int, run: Path, within: Mapping[int, Callable[[], None]] = NOTHING, *more: str
-    ) -> list[int | None]:
-        """The same of `world` ranks, as torchrun starts them; `within` by rank. What outlives others for long is
-        killed."""
+    ) -> dict[int, int | None]:
+        """The exit codes of `world` ranks, as torchrun starts and ends them, in the order in which they ended; `within`
+        by rank.
+
+        They are a process group of their own. The first that fails has the others end by SIGTERM; None is one that
+        hangs.
+        """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
 
-        def be(rank: int) -> None:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        def rank_of(rank: int) -> None:
+            if world > 1:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+                )
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             within.get(rank, lambda: None)()
 
-        children = [self.begin(run, partial(be, rank), *more) for rank in range(world)]
-        codes = []
-        for child in children:
-            code = ended(child, PATIENCE)
-            if code is None:
-                os.kill(child, signal.SIGKILL)
-                ended(child, PATIENCE)
-            codes.append(code)
+        left: dict[int, int] = {}
+        for rank in range(world):
+            left[rank] = self.begin(run, partial(rank_of, rank), *more)
+            os.setpgid(left[rank], left[0])
+        codes: dict[int, int | None] = {}
+        until = time.monotonic() + PATIENCE
+        while left and time.monotonic() < until:
+            for rank, child in [*left.items()]:
+                if (code := ended(child, 0)) is not None:
+                    codes[rank] = code
+                    del left[rank]
+                    if code and len(codes) == 1:
+                        time.sleep(0.1)  # as often as torchrun looks
+                        for other in left.values():
+                            os.kill(other, signal.SIGTERM)
+            time.sleep(0.001)
+        for rank, child in left.items():
+            os.kill(child, signal.SIGKILL)
+            ended(child, PATIENCE)
+            codes[rank] = None
         return codes
 
     def fault(self, run: Path) -> str:

@@ -111,7 +111,7 @@ def both(trial: Trial, number: int, worlds: tuple[tuple[int, int], ...], reducti
         within = dict.fromkeys(range(world), partial(noting, moved, at))
         codes = trial.together(world, moved, within, key, f"parallel.expert={experts}")
         wanted = {0} if last else {75} if stops else {-signal.SIGKILL, 6}
-        assert {*codes} <= wanted, f"{world} ranks: {codes}: {said(moved)}"
+        assert {*codes.values()} <= wanted, f"{world} ranks: {codes}: {said(moved)}"
         steps = [int(path.name[-8:]) for path in (moved / "checkpoints").glob("step-" + "[0-9]" * 8)]
         assert max(steps) == (STEPS if last else EACH * turn), f"saved at {steps}"
     found = left(alone), left(moved)
