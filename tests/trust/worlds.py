@@ -40,7 +40,8 @@ OPTIMIZERS = (
     ("optimizer={kind: adafactor, min_dim_to_factor: 16}",),
     ("optimizer={kind: adamw}", "schedule.learning_rate=0.001"),
 )
-"""AdamW at 0.01 makes of the last bits 2e-2 of the weights within these steps."""
+"""AdamW at 0.01 makes 2e-2 of the last bits within these steps: after four the weights are 1e-7 apart, after 40 a layer
+routes otherwise, and its experts and its router are 0.3 apart. At 0.001 it is 2e-7 after 40."""
 APART = 1e-4
 Batches = dict[tuple[int, int], set[str]]
 
