@@ -311,9 +311,11 @@ def row(what: str, told: Iterable[Told]) -> Row:
 
 
 def _each(straight: Straight, world: int, long: bool) -> Iterator[Told]:
-    """Every phase, signal and, of several ranks, whom it is sent to, three times; or a few of all that."""
+    """Every phase and signal, three times on one rank and once for each whom it is sent to on several; or a few of all
+    that."""
     whom = ["group", "self"][: 1 + (world > 1)]
-    sent = product(POINTS, whom, STOPPING, range(3))
+    every = product(POINTS, whom, STOPPING, range(3 if world == 1 else 1))
+    sent = ((phase, whose, number, n % 3) for n, (phase, whose, number, _) in enumerate(every))
     if not long:
         phases = ON_TWO if world == 2 else [phase for phase in POINTS if phase not in LONG]
         sent = ((phase, whom[n % len(whom)], STOPPING[n % 3], n % 3) for n, phase in enumerate(phases, world))
