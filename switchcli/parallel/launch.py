@@ -9,16 +9,19 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
-from switchcli.parallel.signals import STOPPING
+from switchcli.parallel.signals import STOPPING, signals_read
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
@@ -69,7 +72,8 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
             *arguments,
         ]
         try:
-            run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
+            with _second_ctrl_c_handed_on():
+                run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
         except ChildFailedError as failure:
             in_order = sorted(failure.failures.items(), key=lambda item: item[1].timestamp)
             return _first_of({rank: one.exitcode for rank, one in in_order}, reports)
@@ -82,6 +86,36 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
                 "on from the last save"
             ) from None
     return Ended(0, None)
+
+
+@contextmanager
+def _second_ctrl_c_handed_on() -> Iterator[None]:
+    """Within, a second SIGINT reaches the ranks, in a session of their own, as one: torch would ask them again to save,
+    and wait. On Linux alone."""
+
+    def hand_on(signals: int) -> None:
+        seen = 0
+        while select.select([signals], [], []) and (numbers := os.read(signals, 64)):
+            seen += numbers.count(signal.SIGINT)
+            for pid in children(os.getpid()) if seen > 1 else ():
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGINT)
+
+    if sys.platform != "linux":
+        yield
+        return
+    with signals_read() as signals:
+        Thread(target=hand_on, args=(signals,), name="second Ctrl-C", daemon=True).start()
+        yield
+
+
+def children(parent: int) -> set[int]:
+    """The processes that it has started and that have not been waited for; on Linux."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
+        with suppress(OSError):
+            found |= {*map(int, path.read_text().split())}
+    return found
 
 
 def _first_of(ended: Mapping[int, int], reports: str) -> Ended:

@@ -1,6 +1,9 @@
 """Signals that ask a run to stop. A handler sets a flag and nothing else; the loop reads it between two steps."""
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -34,3 +37,16 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@contextmanager
+def signals_read() -> Iterator[int]:
+    """A descriptor that gives the number of each signal that comes within, a byte each, and ends after: for another
+    thread, as no handler runs until a library returns to Python. For signals that are handled there, and Linux."""
+    reads, writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    try:
+        yield reads
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writes)

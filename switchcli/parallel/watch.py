@@ -15,7 +15,8 @@ from pathlib import Path
 from threading import Thread
 
 from switchcli.errors import DistributedError, Interrupted
-from switchcli.parallel.launch import Ended, how_ended, join_srun, report_of
+from switchcli.parallel.launch import Ended, children, how_ended, join_srun, report_of
+from switchcli.parallel.signals import signals_read
 
 STOPPED_LOOKS = 10
 """In a row, of a rank that is then killed. Where all are suspended nobody looks; a debugger stops in another way."""
@@ -37,14 +38,9 @@ class Watch:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        signals, told = os.pipe2(os.O_NONBLOCK)
-        before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        Thread(target=self._run, args=(signals,), name="watch", daemon=True).start()
-        try:
+        with signals_read() as signals:  # whose end ends the thread
+            Thread(target=self._run, args=(signals,), name="watch", daemon=True).start()
             yield
-        finally:
-            signal.set_wakeup_fd(before)
-            os.close(told)  # which ends the thread
 
     def lost(self) -> str | None:
         """The first rank that was seen to end otherwise than well, and how, in words."""
@@ -69,10 +65,8 @@ class Watch:
     def _look(self) -> None:
         """Meet those that are new, and end one that is stopped."""
         known = {os.getpid(), *(pid for pid, _ in self._siblings.values())}
-        for path in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
-            with suppress(OSError):
-                for pid in {*map(int, path.read_text().split())} - known:
-                    self._meet(pid)
+        for pid in children(os.getppid()) - known:
+            self._meet(pid)
         for rank, (pid, handle) in self._living().items():
             with suppress(OSError):
                 self._looks[rank] = self._looks[rank] + 1 if _stat(pid)[0] == "T" else 0

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,23 @@ if what in ("fail", "die") and rank == "1":
     if what == "fail":
         open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[4, "the rule"]')
     sys.exit(4)
+if what == "twice":  # it saves for long; the main one has the launcher pressed on again meanwhile
+    came = []
+    def saving(number, frame):
+        came.append(number)
+        if rank == "0" and len(came) == 1:
+            time.sleep(0.5)
+            os.kill(os.getppid(), signal.SIGINT)
+        if len(came) == 2:
+            open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[130, "at once", ""]')
+            os._exit(130)
+    signal.signal(signal.SIGINT, saving)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open("ready" + rank, "w").close()
+    while not os.path.exists("ready1"):
+        time.sleep(0.01)
+    if rank == "0":
+        os.kill(os.getppid(), signal.SIGINT)
 if what == "fail":  # ended by the launcher, it says so, and is not the one to blame
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped", "after step 1"]')
@@ -72,6 +90,15 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path
         assert "LostRank: rank 1 ended with exit code 4\n" in done.stderr
     if what == "kill":
         assert "LostRank: rank 1 was killed by signal 9 (SIGKILL: for want of memory, perhaps)\n" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
+def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
+    """As the first did: torch alone would wait for them, for minutes."""
+    begun = time.monotonic()
+    done = launched("twice", tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (130, "told: at once"), done.stderr
+    assert time.monotonic() - begun < 50
 
 
 def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
