@@ -70,7 +70,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
-    with ending.stoppable():
+    with ending.stoppable(ranks=True):
         from switchcli.commands import pretrain, run, start
         from switchcli.recipe.schema import PretrainRecipe
 
@@ -96,7 +96,7 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
-    with ending.stoppable():
+    with ending.stoppable(ranks=True):
         from switchcli.commands import finetune, run
 
         folder = out or run.default_out(recipe)
@@ -150,7 +150,7 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
-    with ending.stoppable():
+    with ending.stoppable(ranks=True):
         from switchcli.commands import distill, run, teaching
 
         name, overrides = run.split(arguments or [])
@@ -177,7 +177,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Scores of tasks with intervals, held-out neg. log perplexity, routing health, capacity sweeps."""
-    with ending.stoppable(saves_nothing=True):
+    with ending.stoppable(saves_nothing=True, ranks=True):
         from switchcli.commands import evaluate
 
         evaluating = evaluate.resolved(checkpoint, arguments or [], ending.warn)
@@ -366,6 +366,7 @@ def main() -> None:
         ending.leave(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            ending.leave_by_defect(error)
             raise
         ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
     except Exception as error:

@@ -124,11 +124,21 @@ def disk_errors(
 
 def where(error: BaseException | None) -> str:
     """After which step of training, by a note of the error or of what it came of; or that it was outside."""
-    while error is not None:
-        if notes := [note for note in getattr(error, "__notes__", ()) if note.startswith("after step")]:
-            return str(notes[0])
+    notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+    return next((note for note in notes if note.startswith(("after step", UNKNOWN))), "outside training")
+
+
+UNKNOWN = "at a step that is not known"
+"""The note of an error that cannot say it."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of; an end of the chain that comes back to its beginning, too."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
         error = error.__cause__ or error.__context__
-    return "outside training"
 
 
 def machine_bytes() -> int:

@@ -6,11 +6,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import NoReturn
 
-from switchcli.errors import Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, where
+from switchcli.errors import UNKNOWN, Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
 from switchcli.parallel.launch import is_rank, join_srun, report
 from switchcli.parallel.signals import STOPPING
 from switchcli.parallel.watch import Watch
@@ -22,22 +22,25 @@ AGAIN_SECONDS = 1.0
 
 
 @contextmanager
-def stoppable(saves_nothing: bool = False) -> Iterator[None]:
+def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
     """Within, a stopping signal ends the command at once, but in the training loop, which has its own handlers.
 
-    A command that `saves_nothing` on the way does not go on, but begins anew.
+    A command that `saves_nothing` on the way does not go on, but begins anew. One that may run on `ranks` watches them.
 
     Raises:
         Interrupted: from within, when the signal comes. All that was done is on the disk, or is done again the same.
         InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
     """
     came: list[SwitchError] = []
-    again: list[threading.Timer] = []
+    again = [threading.Timer(0, lambda: None)]
 
     def stop(number: int, frame: FrameType | None) -> None:
-        again.append(threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)))
-        again[-1].daemon = True
-        again[-1].start()
+        again[0].cancel()
+        again[0] = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+        again[0].daemon = True
+        again[0].start()
+        if any(isinstance(one, (SwitchError, KeyboardInterrupt)) for one in causes(sys.exception())):
+            return  # it is on its way out, and tidies up; if that is a library's doing, it is given again
         name = signal.Signals(number).name
         if not came and saves_nothing:
             came.append(InterruptedByForce(f"stopped by {name}: nothing was written; run it again"))
@@ -49,7 +52,7 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
         if what.exc_value not in came:
             hook(what)
 
-    with _watched(came):
+    with _watched(came) if ranks else nullcontext():
         previous = {number: signal.signal(number, stop) for number in STOPPING}
         hook, sys.unraisablehook = sys.unraisablehook, swallowed
         try:
@@ -64,8 +67,7 @@ def stoppable(saves_nothing: bool = False) -> Iterator[None]:
                 "stopped at once, without saving: the same command goes on from the last save"
             ) from None
         finally:
-            for timer in again:
-                timer.cancel()
+            again[0].cancel()
             sys.unraisablehook = hook
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -82,12 +84,17 @@ def _watched(came: Sequence[SwitchError]) -> Iterator[None]:
         yield
         return
 
-    watch = Watch(lambda: leave(LostRank(watch.lost() or "")))
+    def give_up() -> None:
+        lost = LostRank(watch.lost())
+        lost.add_note(UNKNOWN)  # the main thread, which knows, is in a library
+        leave(lost)
+
+    watch = Watch(give_up)
     try:
         with watch.looking():
             yield
     except SwitchError as error:
-        if isinstance(error, LostRank) or (came and watch.lost()):
+        if isinstance(error, LostRank) or (error in came and watch.lost()):
             raise LostRank(watch.lost() or str(error)) from error
         raise
 

@@ -35,7 +35,7 @@ from switchcli.tasks.scores import Scores
 from switchcli.train import checkpoint
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
 from switchcli.train.loader import Loader
-from switchcli.train.loop import fit
+from switchcli.train.loop import call, fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
@@ -166,12 +166,12 @@ class Training:
             held_out, exams = self._held_out(write, stop), self._exams(write, stop)
             if state.step == 0:
                 held_out(state)
+            save = Save(recipe.checkpoint.save_every_steps, self._save)
             evaluations = [held_out, *([exams] if exams else [])]
             owed = [evaluation for evaluation in evaluations if evaluation.owed(state, steps)]
-            for evaluation in owed:  # it was stopped in the middle
-                evaluation(state)
+            recovery = Recovery(recipe.train.nonfinite, self._restore, self.console.warning)
             if owed or (state.step == 0 and recipe.train.nonfinite.policy == "roll_back"):
-                self._save(state)
+                call([*owed, save], state, recovery)  # it was stopped in the middle; or what may be gone back to
             complete = fit(
                 state,
                 self.runtime.wrap(self.model),
@@ -183,19 +183,19 @@ class Training:
                 [
                     self._log(write, loader),
                     *evaluations,
-                    Save(recipe.checkpoint.save_every_steps, self._save),
+                    save,
                     Sample(recipe.log.sample_every_steps or steps, self._samples),
                 ],
                 recipe.train,
                 stop,
                 shown.advance,
-                Recovery(recipe.train.nonfinite, self._restore, self.console.warning),
+                recovery,
             )
             complete = complete and not held_out.owed(state, steps)
             if complete and exams and not exams.answered:  # it was stopped there, or was complete when it began again
                 complete = exams.ask()
             if not complete and self.saver.step != state.step:  # or a save failed, which says so at the end of this
-                self._save(state)
+                call([save], state, recovery)
         self.trackers.close()
         if any(self.runtime.sum_over_ranks([int(stop.requested or not complete)])):  # what is to come may take long
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
@@ -222,8 +222,12 @@ class Training:
         self.saver.save(state)
 
     def _restore(self, state: TrainState) -> bool:
+        """Go back to the newest checkpoint, as a run that begins again does."""
         self.saver.wait()
-        return self.saver.restore(state, self.console.warning)
+        self.runtime.drop_gathered(self.model)
+        found = self.saver.restore(state, self.console.warning)
+        self.runtime.on_main(lambda: self.metrics.rewind(state.step))
+        return found
 
     def _loader(self) -> Loader:
         train = self.recipe.train

@@ -97,9 +97,10 @@ def _second_ctrl_c_handed_on() -> Iterator[None]:
         seen = 0
         while select.select([signals], [], []) and (numbers := os.read(signals, 64)):
             seen += numbers.count(signal.SIGINT)
-            for pid in children(os.getpid()) if seen > 1 else ():
+            for pid in children(os.getpid()) if signal.SIGINT in numbers and seen > 1 else ():
                 with suppress(OSError):
                     os.kill(pid, signal.SIGINT)
+        os.close(signals)
 
     if sys.platform != "linux":
         yield
@@ -130,8 +131,7 @@ def _first_of(ended: Mapping[int, int], reports: str) -> Ended:
         lost = LostRank(told[rank].error if rank in told else f"rank {rank} {how_ended(ended[rank])}")
         lost.add_note(min((one.where for one in told.values() if one.where), default=""))  # a step comes first
         raise lost
-    main = told.get(0, told[rank])  # its words are those of all, unless it only followed another
-    return _said(main if main.exit_code == told[rank].exit_code else told[rank])
+    return _said(told[0] if 0 in told and 0 not in follow else told[rank])  # the main one's words are those of all
 
 
 def _said(ended: Ended) -> Ended:
@@ -173,7 +173,7 @@ def end_with_launcher() -> None:
 
 def _awaited(reports: str) -> Ended | None:
     """What the main rank reports, if it does soon; more signals, which have been forwarded, do not end the waiting."""
-    for number in STOPPING:
+    for number in PASSED_ON:
         signal.signal(number, signal.SIG_IGN)
     until = time.monotonic() + REPORT_SECONDS
     while (ended := _reported(reports, 0)) is None and time.monotonic() < until:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.model.compiled import compile_dense_parts
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel import expert, spread
+from switchcli.parallel import expert, shard, spread
 from switchcli.parallel.host_group import HostGroup
 from switchcli.parallel.layout import Cuts, Weights
 from switchcli.parallel.lost import lost_ranks_explained
@@ -172,6 +172,11 @@ class Runtime:
             return DistributedDataParallel(
                 model, device_ids=devices, process_group=data.group, gradient_as_bucket_view=True
             )
+
+    def drop_gathered(self, model: nn.Module) -> None:
+        """Forget whole weights that were made of shards, which are about to change."""
+        for unit in shard.units(model):
+            unit.reshard()
 
     def compile(self, model: nn.Module) -> None:
         """Compile the dense parts of `model`, in place, before it is wrapped.

@@ -42,7 +42,8 @@ class StopRequest:
 @contextmanager
 def signals_read() -> Iterator[int]:
     """A descriptor that gives the number of each signal that comes within, a byte each, and ends after: for another
-    thread, as no handler runs until a library returns to Python. For signals that are handled there, and Linux."""
+    thread, which closes it, as no handler runs until a library returns to Python. For signals that are handled there,
+    and Linux."""
     reads, writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     try:

@@ -42,12 +42,12 @@ class Watch:
             Thread(target=self._run, args=(signals,), name="watch", daemon=True).start()
             yield
 
-    def lost(self) -> str | None:
-        """The first rank that was seen to end otherwise than well, and how, in words."""
+    def lost(self) -> str:
+        """The first rank that was seen to end otherwise than well, and how, in words; nothing if none was."""
         for rank, (pid, handle) in self._living().items():
             if select.select([handle], [], [], 0)[0]:
                 self._ended.setdefault(rank, self._how_ended(rank, pid))
-        return next((how for how in list(self._ended.values()) if how), None)
+        return next((how for how in list(self._ended.values()) if how), "")
 
     def _run(self, signals: int) -> None:
         asked, deadline = False, inf
@@ -56,6 +56,7 @@ class Watch:
             handles = [signals, *(handle for _, handle in self._living().values())]
             if signals in select.select(handles, [], [], 1.0)[0]:
                 if not (numbers := os.read(signals, 64)):
+                    os.close(signals)
                     return
                 asked = asked or signal.SIGTERM in numbers
             if self.lost() and asked:
@@ -87,13 +88,13 @@ class Watch:
         return {rank: one for rank, one in list(self._siblings.items()) if rank not in self._ended}
 
     def _how_ended(self, rank: int, pid: int) -> str:
-        """In words, and nothing of an end that is well; what it was is there to read until its parent has asked."""
+        """In words; nothing of an end that is well, or not known: it is there to read until its parent has asked."""
         if self._looks[rank] > STOPPED_LOOKS / 2:  # another rank may look, and kill, before this one
             return f"rank {rank} {STOPPED}"
+        code = 0
         with suppress(OSError):
             code = os.waitstatus_to_exitcode(int(_stat(pid)[-1]))
-            return "" if code in (0, Interrupted.exit_code) else f"rank {rank} {how_ended(code)}"
-        return f"rank {rank} has ended"
+        return "" if code in (0, Interrupted.exit_code) else f"rank {rank} {how_ended(code)}"
 
 
 def _stat(pid: int) -> list[str]:

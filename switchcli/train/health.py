@@ -17,10 +17,11 @@ MANY_DROPPED = 0.5
 COLLAPSED_SHARE = 0.9
 """An expert that takes this share of a layer's tokens has become the layer."""
 DEAD_STEPS = 100
-"""Without a token for as long an expert is dead: one that has none in a few steps mostly finds some by itself."""
+"""Without a token for as long, since the run began or went on, an expert is dead: one that has none in a few steps
+mostly finds some by itself."""
 WHEN_LOST = (
     "the checkpoints before this step are sound. Lower schedule.learning_rate, set train.clip_norm, take "
-    "train.precision=float32, or go on without it by train.nonfinite.policy=skip or roll_back"
+    "train.precision=float32, or go on by train.nonfinite.policy=roll_back"
 )
 """The way out where a number is not finite."""
 LAYER = "layer_"

@@ -29,6 +29,9 @@ REPORTED = ("neg_log_perplexity", "dropped_fraction")
 class Hook(ABC):
     """Called with the state after every `every_steps`-th step, and after the last if it is for the end too."""
 
+    of_weights = True
+    """Whether what it does is of the weights as they are: done again where those go back to others."""
+
     def __init__(self, every_steps: int, at_end: bool = True) -> None:
         self.every_steps = every_steps
         self.at_end = at_end
@@ -42,6 +45,8 @@ class Hook(ABC):
 
 class Log(Hook):
     """Reduces the window's metrics to numbers, hands them to `write` on the main rank, and empties the window."""
+
+    of_weights = False
 
     def __init__(
         self,

@@ -78,8 +78,7 @@ def fit(
             _check_finite(*unchecked.pop(0), model, runtime)
         state.seconds += time.perf_counter() - started
         on_step(state.step)
-        for hook in due:
-            _call(hook, state, recovery)
+        call(due, state, recovery)
     for one in unchecked:  # what is saved after a stop, or shown at the end, has been looked at
         _check_finite(*one, model, runtime)
     return state.step >= settings.steps
@@ -93,13 +92,16 @@ def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientN
     state.window = merge(state.window, exact({**metrics, **of_norm}))
 
 
-def _call(hook: Hook, state: TrainState, recovery: Recovery) -> None:
-    """Call it, and once more where it met a number that can be gone on from."""
+def call(hooks: Sequence[Hook], state: TrainState, recovery: Recovery) -> None:
+    """Call them in order, and again where one met a number that is not finite and `recovery` has the run go on."""
     try:
-        hook(state)
+        for hook in hooks:
+            hook(state)
     except NumericsError as error:
         recovery(error, state, state.step, updated=True)
-        hook(state)
+        for hook in hooks:
+            if hook.of_weights:
+                hook(state)
 
 
 def accumulate_gradients(
@@ -118,16 +120,16 @@ def accumulate_gradients(
     """
     metrics: Metrics = {}
     # Shares that are averaged afterwards are meant to be summed: hence their number.
-    averaged = runtime.averaged_shares
-    summed = len(microbatches) * runtime.data_ranks // averaged
+    num_averaged = runtime.averaged_shares
+    num_summed = len(microbatches) * runtime.data_ranks // num_averaged
     for position, micro in enumerate(microbatches, 1):
         _seed_noise(f"{seed}/{micro.number}")
         placed = runtime.place(micro.batch)
         with runtime.synchronise(model, position, len(microbatches)):
             with runtime.autocast():
                 loss = objective(model, placed)
-            per_target = loss.target_sum * (averaged / max(1, num_targets))
-            (per_target + loss.auxiliary / summed).backward()  # type: ignore[no-untyped-call]
+            per_target = loss.target_sum * (num_averaged / max(1, num_targets))
+            (per_target + loss.auxiliary / num_summed).backward()  # type: ignore[no-untyped-call]
         metrics = merge(metrics, loss.metrics)
     return metrics
 
@@ -159,4 +161,4 @@ def _lost(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, run
     told = next(filter(any, map(runtime.told, looks)), [])
     ranks = [rank for rank, what in enumerate(told) if what]
     where = f" (first in {told[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
-    return NumericsError(f"step {step}: the gradient norm is {float(norm.total)}{where}", WHEN_LOST)
+    return NumericsError(f"step {step}: the gradient norm is {float(norm.total)}{where}", f"{WHEN_LOST} or skip")

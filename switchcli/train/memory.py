@@ -68,4 +68,5 @@ def _explained(device: torch.device, say: Callable[[], str]) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
-        raise OutOfMemory(f"out of memory, {where(error)}: {device} has {there:,} bytes in all; {say()}") from error
+        place = "" if (found := where(error)) == "outside training" else f", {found}"
+        raise OutOfMemory(f"out of memory{place}: {device} has {there:,} bytes in all; {say()}") from error

@@ -37,7 +37,7 @@ class Recovery:
         if policy == "stop" or (policy == "skip" and updated):
             raise error
         left_out, seconds, first = state.left_out, state.seconds, step
-        if len(left_out) == at_most:
+        if len(left_out) >= at_most:
             raise NumericsError(f"{error.found}, after train.nonfinite.at_most ({at_most}) others", error.mend)
         if policy == "roll_back":
             if not self._restore(state):

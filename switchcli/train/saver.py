@@ -74,13 +74,13 @@ class Saver:
             NumericsError: a number is not finite; on every rank, and nothing is written.
         """
         self.wait()
-        self.step = state.step
         runtime = self._runtime
         weights, slots = parts_of(self._weights), self._slots()
         # Of this rank all, not what it writes alone: what is lost in a copy is in the others' weights a step later.
         tensors = {name: part.tensor for name, part in {**weights, **slots}.items()}
         window = {f"the metric {name}": mean.total for name, mean in state.window.items()}
         self._check_finite(state.step, {**tensors, **window})
+        self.step = state.step
         model, optimizer = self._share(weights), self._share(slots)
         documents = {**self._documents, "state.json": state.to_json(reduce(state.window, runtime))}
         own = [

@@ -19,7 +19,8 @@ class NonfiniteSpec(Spec):
     policy: Literal["stop", "skip", "roll_back"] = "stop"
     """`stop`: the run ends. `skip`: the step changes nothing, as if its batch were not there; what is lost after the
     update ends the run. `roll_back`: weights and optimizer are again those of the newest checkpoint, and the batches
-    since then are left out. The last two look at each gradient before it is used: a GPU is waited for in each step."""
+    since then are left out: that of a stop, where there is one, so that what is left out hangs on where a run was
+    stopped. The last two look at each gradient before it is used: a GPU is waited for in each step."""
     at_most: int = Field(default=10, ge=1)
     """How often in a run: the next time it ends all the same."""
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from switchcli.commands.ending import AGAIN_SECONDS, stoppable
-from switchcli.errors import Interrupted, InterruptedByForce, SwitchError
+from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, where
 from switchcli.parallel.signals import StopRequest
 
 
@@ -81,3 +81,40 @@ def test_one_that_was_swallowed_before_training_stops_it() -> None:
         with StopRequest() as stop:
             time.sleep(2 * AGAIN_SECONDS)
             assert stop.requested
+
+
+def test_a_clean_up_that_takes_long_is_not_cut_by_the_signal_that_is_given_again() -> None:
+    tidied: list[str] = []
+
+    def tidying() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(2.5 * AGAIN_SECONDS)
+            tidied.append("all of it")
+
+    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+        tidying()
+    assert tidied == ["all of it"]
+
+
+def test_a_signal_does_not_replace_the_error_that_a_command_ends_by() -> None:
+    """A launcher ends the rank so, for the failure that the rank is about to tell."""
+
+    def failing() -> None:
+        try:
+            raise DataError("mine")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(DataError, match="mine"), stoppable():
+        failing()
+
+
+def test_where_it_was_is_found_though_a_chain_of_errors_comes_back_to_its_beginning() -> None:
+    """As a library makes it that raises an error of its own from ours, which is raised from that in turn."""
+    first, second = Interrupted("stopped"), ValueError("its own")
+    second.__cause__, first.__cause__ = first, second
+    assert where(first) == "outside training"
+    second.add_note("after step 3")
+    assert where(first) == "after step 3"

@@ -65,8 +65,15 @@ def test_a_run_that_rolls_back_is_the_run_without_the_batches_since_its_checkpoi
     assert "going on with the weights of step 2 and without the batches of steps 3 to 4 (time 1" in said[0]
 
 
-def test_a_hook_that_meets_such_a_number_is_called_again_with_the_weights_of_before() -> None:
-    run, calls, back = Run(), list[int](), list[int]()
+class Noted(Save):
+    """A hook that is not of the weights."""
+
+    of_weights = False
+
+
+def test_hooks_that_are_of_the_weights_are_called_again_where_one_meets_such_a_number() -> None:
+    """With the weights of before: an evaluation that was of the lost ones is of these now, and is saved with them."""
+    run, calls, back, others = Run(), list[int](), list[int](), list[tuple[str, int]]()
 
     def look(state: TrainState) -> None:
         calls.append(state.step)
@@ -79,8 +86,14 @@ def test_a_hook_that_meets_such_a_number_is_called_again_with_the_weights_of_bef
         return True
 
     run.recovery = Recovery(NonfiniteSpec(policy="roll_back"), restore)
-    assert run.fit(Save(2, look))
+    noted, evaluated = (
+        Noted(2, lambda state: others.append(("log", state.step))),
+        Save(2, lambda state: others.append(("evaluation", state.step))),
+    )
+    assert run.fit(noted, evaluated, Save(2, look))
     assert calls == [2, 4, 4, 6]
+    assert [step for name, step in others if name == "log"] == [2, 4, 6]
+    assert [step for name, step in others if name == "evaluation"] == [2, 4, 4, 6]
     assert back == [4]
     assert run.state.left_out == [(3, 4)]
 
@@ -100,5 +113,9 @@ def test_a_run_that_is_lost_too_often_ends_and_says_how_often() -> None:
     for step in (5, 6):
         recovery(ERROR, state, step, updated=False)
     assert state.step == 6
-    with pytest.raises(NumericsError, match=r"it is lost, after train\.nonfinite\.at_most \(2\) others: mend it"):
-        recovery(ERROR, state, 7, updated=False)
+    for at_most in (2, 1):  # which may have been lowered meanwhile
+        recovery = Recovery(NonfiniteSpec(policy="skip", at_most=at_most))
+        with pytest.raises(
+            NumericsError, match=rf"it is lost, after train\.nonfinite\.at_most \({at_most}\) others: m"
+        ):
+            recovery(ERROR, state, 7, updated=False)
