@@ -7,6 +7,7 @@ point.
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -16,10 +17,11 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
 
 from switchcli.cli import main
@@ -27,30 +29,60 @@ from switchcli.commands import distill, finetune, generate, pretrain, teaching  
 
 CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "data_wait_fraction"}
 """What two runs need not have in common."""
+ROUNDING = 1e-4
+"""How far `apart` tensors may be whose sums are made in another order: as those of four ranks, which
+DistributedDataParallel lays out anew after its first step."""
 STEP = re.compile(rb"^\d+/\d+ +-", re.MULTILINE)
 """A line of a logged step."""
 
 
 def fingerprint(run: Path) -> dict[str, str]:
     """SHA-256 of the last checkpoint's weights and optimizer, and of metrics.jsonl without its clocks."""
-    newest = max((run / "checkpoints").glob("step-" + "[0-9]" * 8))
+    step = newest(run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     untimed = [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
-    state = json.loads((newest / "state.json").read_text())
+    state = json.loads((checkpoint(run, step) / "state.json").read_text())
     return {
-        "step": newest.name,
-        "model": _tensors(newest, "model-*"),
-        "optimizer": _tensors(newest, "optimizer-*"),
+        "step": str(step),
+        "model": _digest(tensors(run, "model")),
+        "optimizer": _digest(tensors(run, "optimizer")),
         "metrics": hashlib.sha256(json.dumps(untimed, sort_keys=True).encode()).hexdigest(),
         "state": hashlib.sha256(json.dumps({**state, "seconds": None}).encode()).hexdigest(),
     }
 
 
-def _tensors(checkpoint: Path, pattern: str) -> str:
-    digest = hashlib.sha256()
-    named = {
-        name: tensor for file in checkpoint.glob(pattern) for name, tensor in safetensors.numpy.load_file(file).items()
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08}"
+
+
+def newest(run: Path) -> int:
+    """The step of a run's newest checkpoint; 0 where it has none."""
+    saved = (run / "checkpoints").glob("step-" + "[0-9]" * 8)
+    return max((int(path.name.removeprefix("step-")) for path in saved), default=0)
+
+
+def tensors(run: Path, *kinds: str) -> dict[str, np.ndarray]:
+    """Those of the newest checkpoint's model and optimizer, or of one of them."""
+    return {
+        f"{kind}/{name}": tensor
+        for kind in kinds or ("model", "optimizer")
+        for file in checkpoint(run, newest(run)).glob(f"{kind}-*")
+        for name, tensor in safetensors.numpy.load_file(file).items()
     }
+
+
+def apart(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """The largest difference of two tensors of one name, relative, L2; infinity where it is no number, or a tensor is
+    missing."""
+    if not theirs or ours.keys() != theirs.keys():
+        return math.inf
+    pairs = [(ours[name].astype(np.float64), theirs[name].astype(np.float64)) for name in theirs]
+    worst = np.max([np.linalg.norm(one - other) / (np.linalg.norm(other) + 1e-30) for one, other in pairs])
+    return math.inf if np.isnan(worst) else float(worst)
+
+
+def _digest(named: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
     for name, tensor in sorted(named.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         digest.update(tensor.tobytes())

@@ -1,6 +1,6 @@
 """The parts of a tiny run whose checkpoints are looked at."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from switchcli.train.hooks import Hook
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import OptimizerSpec
+from switchcli.train.optimizer import Optimizer, OptimizerSpec
 from switchcli.train.saver import DATA, Saver
 from switchcli.train.schedule import InverseSquareRoot
 from switchcli.train.spec import CheckpointSpec, TrainSpec
@@ -73,6 +73,12 @@ class Parts:
     def everything(self) -> dict[str, torch.Tensor]:
         window = {f"window {name} {i}": part for name, mean in self.state.window.items() for i, part in enumerate(mean)}
         return {**dict(self.model.named_parameters()), **self.optimizer.state(), **window}
+
+
+def idle(optimizer: Optimizer, state: TrainState, steps: Container[int]) -> None:
+    """Have those steps, from 1, change nothing: it is a run that has not their batches."""
+    update = optimizer.step
+    optimizer.step = lambda rate: None if state.step + 1 in steps else update(rate)  # type: ignore[method-assign]
 
 
 def unexpected(warning: str) -> None:

@@ -5,6 +5,7 @@ That all ranks do the same, at every place where a number may be lost, is in tes
 
 import pytest
 import torch
+from parts import idle
 from test_loop import Run, poisoned, weights
 
 from switchcli.errors import NumericsError
@@ -16,18 +17,12 @@ from switchcli.train.state import TrainState
 ERROR = NumericsError("step 5: it is lost", "mend it")
 
 
-def without(run: Run, idle: range) -> None:
-    """Have the steps in `idle` change nothing: it is a run that has not their batches."""
-    update = run.optimizer.step
-    run.optimizer.step = lambda rate: None if run.state.step + 1 in idle else update(rate)  # type: ignore[method-assign]
-
-
 def test_a_run_that_skips_a_step_is_the_run_without_its_batch() -> None:
     run, like, seen, said = Run(), Run(), list[int](), list[str]()
     poisoned(run, 3)
     run.recovery = Recovery(NonfiniteSpec(policy="skip"), warn=said.append)
     assert run.fit(Save(1, lambda state: seen.append(state.step)))
-    without(like, range(3, 4))
+    idle(like.optimizer, like.state, range(3, 4))
     like.fit()
     assert torch.equal(weights(run), weights(like))
     assert run.state.left_out == [(3, 3)]
@@ -57,7 +52,7 @@ def test_a_run_that_rolls_back_is_the_run_without_the_batches_since_its_checkpoi
     poisoned(run, 4)
     run.recovery = Recovery(NonfiniteSpec(policy="roll_back"), restore, said.append)
     assert run.fit(Save(2, save))
-    without(like, range(3, 5))
+    idle(like.optimizer, like.state, range(3, 5))
     like.fit()
     assert torch.equal(weights(run), weights(like))
     assert run.state.left_out == [(3, 4)]

@@ -20,7 +20,8 @@ import numpy as np
 import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
-from parts import DOCUMENTS, unexpected
+from drill import ROUNDING, apart
+from parts import DOCUMENTS, idle, unexpected
 from ranks import on_ranks
 from table import Row
 from tiny import SPARSE, a_model
@@ -32,11 +33,13 @@ from switchcli.errors import NumericsError
 from switchcli.model.initialise import initial_weights
 from switchcli.model.moe import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.layout import here
 from switchcli.parallel.mesh import ALONE, ParallelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.train.distillation import Distillation, DistillSpec, Teacher
-from switchcli.train.hooks import Save
+from switchcli.train.evaluate import HeldOutText
+from switchcli.train.hooks import HeldOut, Save
 from switchcli.train.loop import fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.objective import Objective, StepLoss, cross_entropy
@@ -69,11 +72,14 @@ PLACES = {
     "state": "state of the optimizer",
     "teacher": "state that a teacher's logits are of",
 }
+SHARDED = [ParallelSpec(shard="zero2"), ParallelSpec(shard="zero3")]
 MESHES = {
     1: [ALONE],
-    2: [ALONE, ParallelSpec(expert=2)],
-    4: [ALONE, ParallelSpec(expert=2), ParallelSpec(expert=4)],
+    2: [ALONE, ParallelSpec(expert=2), *SHARDED],
+    4: [ALONE, ParallelSpec(expert=2), ParallelSpec(expert=4), *SHARDED],
 }
+EVALUATED = "the held-out neg. log perplexity is"
+"""What an evaluation says, which is of all ranks together."""
 
 
 Policy = Literal["stop", "skip", "roll_back"]
@@ -109,9 +115,9 @@ class Run:
         runtime: Runtime,
         fault: Fault,
         policy: Policy = "stop",
-        idle: Container[int] = (),
+        without: Container[int] = (),
     ) -> None:
-        """Steps in `idle` change nothing: a run without their batches."""
+        """A run without the batches of some steps."""
         with torch.device("meta"):
             self.model = SwitchTransformer(SPARSE)
         self.weights = runtime.spread(self.model)
@@ -129,17 +135,24 @@ class Run:
         self.warnings: list[str] = []
         restore = partial(self.saver.restore, warn=unexpected)
         self.recovery = Recovery(NonfiniteSpec(policy=policy), restore, self.warnings.append)
-        update = self.optimizer.step
-        self.optimizer.step = lambda rate: None if self.state.step + 1 in idle else update(rate)  # type: ignore[method-assign]
+        idle(self.optimizer, self.state, without)
         if policy == "roll_back":
             self.saver.save(self.state)
         self._put(fault)
 
+    def everything(self) -> dict[str, np.ndarray]:
+        """Weights and optimizer state, as far as they are here."""
+        weights, state = self.weights.parameters.items(), self.optimizer.state().items()
+        tensors = {
+            f"{kind}/{name}": one for kind, each in (("model", weights), ("optimizer", state)) for name, one in each
+        }
+        return {name: here(tensor).double().numpy() for name, tensor in tensors.items()}
+
     def _put(self, fault: Fault) -> None:
         number, inner = NUMBERS[fault.number], self.objective
 
-        def now() -> bool:
-            return fault.rank == self.runtime.rank and self.state.step + 1 == fault.step
+        def now() -> bool:  # in a step, and in no evaluation
+            return self.model.training and fault.rank == self.runtime.rank and self.state.step + 1 == fault.step
 
         def spoilt(tensor: torch.Tensor, at: tuple[int, ...]) -> torch.Tensor:
             if not now():
@@ -169,6 +182,15 @@ class Run:
 
     def train(self) -> None:
         runtime = self.runtime
+        evaluation = HeldOut(
+            SAVE_EVERY,
+            self.model,
+            cross_entropy,
+            {"text": HeldOutText(partial(sequences, STEPS), 2 * runtime.data_ranks)},
+            lambda text: [text.rows(2 * runtime.data_rank, 2)],
+            runtime,
+            lambda record: None,
+        )
         fit(
             self.state,
             runtime.wrap(self.model),
@@ -177,7 +199,7 @@ class Run:
             self.optimizer,
             InverseSquareRoot(),
             runtime,
-            [Save(SAVE_EVERY, self.saver.save)],
+            [evaluation, Save(SAVE_EVERY, self.saver.save)],
             TrainSpec(steps=STEPS, batch_tokens=1),
             StopRequest(),
             recovery=self.recovery,
@@ -205,24 +227,14 @@ def ended(folder: Path, faults: list[Fault], parallel: ParallelSpec, policy: Pol
                 run.train()
         left_out = run.state.left_out
         if left_out or kind not in straight:
-            idle = [step for first, last in left_out for step in range(first, last + 1)]
-            like = Run(folder / f"like {number}", runtime, none, idle=idle)
+            without = [step for first, last in left_out for step in range(first, last + 1)]
+            like = Run(folder / f"like {number}", runtime, none, without=without)
             like.train()
         if not left_out:
             like = straight.setdefault(kind, like)
-        found.append(Ended(words, code, left_out, run.weights.experts[-1], apart(run, like)))
+        far = apart(run.everything(), like.everything())
+        found.append(Ended(words, code, left_out, run.weights.experts[-1], far))
     return found
-
-
-@torch.no_grad()
-def apart(one: Run, other: Run) -> float:
-    """The largest difference of weights and optimizer state, relative to the largest entry of each tensor."""
-    pairs = [(one.weights.parameters, other.weights.parameters), (one.optimizer.state(), other.optimizer.state())]
-    return max(
-        float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-30))
-        for ours, theirs in pairs
-        for name in ours
-    )
 
 
 def poisoned(run: Path) -> list[str]:
@@ -243,9 +255,8 @@ def broken(fault: Fault, world: int, ranks: list[Ended], run: Path, policy: Poli
         return f"ranks differ: {sorted({one.words for one in ranks})}"
     if wrong := done_wrong(fault, ranks[fault.rank], policy):
         return wrong
-    # Four ranks add up in an order that DistributedDataParallel chooses anew after each start.
-    apart = max(one.apart for one in ranks)
-    return f"it ended otherwise: {apart}" if apart > (0 if world < 4 else 1e-4) else ""
+    far = max(one.apart for one in ranks)
+    return f"it ended otherwise: {far}" if far > (0 if world < 4 else ROUNDING) else ""
 
 
 def done_wrong(fault: Fault, ended: Ended, policy: Policy) -> str:
@@ -254,7 +265,8 @@ def done_wrong(fault: Fault, ended: Ended, policy: Policy) -> str:
         return "" if fault.number == "overflow" else "it went on"
     saving = fault.place == "state" or fault.number == "overflow"  # then it may be found when it is to be saved
     steps = range(fault.step, fault.step + SAVE_EVERY + 1) if saving else [fault.step]
-    wanted = (AMONG if saving else WORDS[fault.place]).format(rank=fault.rank, expert=ended.expert)
+    wanted = f"{AMONG}|{EVALUATED}" if saving else WORDS[fault.place]
+    wanted = wanted.format(rank=fault.rank, expert=ended.expert)
     if not any(f"step {step}:" in ended.words for step in steps) or not re.search(wanted, ended.words):
         return f"not told of {wanted}: {ended.words}"
     saved = (fault.step - 1) // SAVE_EVERY * SAVE_EVERY
@@ -288,9 +300,11 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
 
 
 def faults(policy: Policy, world: int, long: bool) -> list[Fault]:
-    """Those that one number of ranks meets; the short form's are of one rank, and two of two."""
+    """Those that one number of ranks meets, on each of its meshes in turn; of the short form two or four are of two."""
     if long:
         return [Fault(place, number, world - 1, step) for place, step, number in product(PLACES, range(1, 6), NUMBERS)]
     numbers = NUMBERS if policy == "stop" else ["NaN"]
     two = [Fault("state", "infinity", 1, 2), Fault("gradient", "NaN", 1, 4)] if policy != "skip" else []
+    if policy == "roll_back":  # with weights that the evaluation before the save has gathered
+        two += [Fault("state", number, 1, 2) for number in ("infinity", "NaN")]
     return {1: [Fault(place, number, 0, 3) for place in PLACES for number in numbers], 2: two}.get(world, [])

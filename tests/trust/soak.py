@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from drill import ended, fingerprint, leftovers, start
+from drill import ended, fingerprint, leftovers, newest, start
 from table import Row
 from trial import trials
 
@@ -61,46 +61,54 @@ def taken(run: Path) -> int:
     return max((json.loads(line)["step"] for line in lines[-3:] if line.endswith("}")), default=0)
 
 
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint."""
-    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-" + "[0-9]" * 8)), default=0)
+class Struck:
+    """A run that is killed all the time, and evaluated before it goes on."""
+
+    def __init__(self, command: Sequence[str], lives: tuple[float, float]) -> None:
+        self.run, self.lost, self.strikes, self.readings = Path("struck"), list[str](), 0, 0
+        self._command, self._lives, self._draw = command, lives, random.Random(0)
+        self._start()
+
+    def _start(self, *keys: str) -> None:
+        self.process = start([*self._command, *keys, "--out", self.run], Path("struck.log"))
+        self._killed_at = time.monotonic() + self._draw.uniform(*self._lives)
+
+    def strike_when_due(self) -> None:
+        if time.monotonic() <= self._killed_at:
+            return
+        os.kill(self.process, signal.SIGKILL)
+        ended(self.process, PATIENCE)
+        self.strikes += 1
+        if newest(self.run):
+            self.readings += 1
+            if ended(start(["eval", self.run, "--quiet"], Path("eval.log")), PATIENCE) != 0:
+                self.lost.append(f"eval: {Path('eval.log').read_text()[-300:]}")
+        self._start(f"checkpoint.background={self._draw.choice(['true', 'false'])}")
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
     with trials(folder):
-        command, draw = ["pretrain", "tiny.yaml", *ENDLESS], random.Random(0)
-        alone, struck = Path("alone"), Path("struck")
-        process = start([*command, "--out", alone], Path("alone.log"))
-        samples, strikes, readings, lost = list[Sample](), 0, 0, list[str]()
-        victim, killed_at = start([*command, "--out", struck], Path("struck.log")), 0.0
+        command, alone = ["pretrain", "tiny.yaml", *ENDLESS], Path("alone")
+        process, struck = start([*command, "--out", alone], Path("alone.log")), Struck(command, LIVES[long])
+        samples = list[Sample]()
         until = time.monotonic() + SECONDS[long]
-        killed_at = time.monotonic() + draw.uniform(*LIVES[long])
         while time.monotonic() < until:
             time.sleep(SECONDS[long] / 100)
             if taken(alone):
                 samples.append(sample(process, alone))
-            if time.monotonic() > killed_at:
-                os.kill(victim, signal.SIGKILL)
-                ended(victim, PATIENCE)
-                strikes += 1
-                if newest(struck):
-                    readings += 1
-                    if ended(start(["eval", struck, "--quiet"], Path("eval.log")), PATIENCE) != 0:
-                        lost.append(f"eval: {Path('eval.log').read_text()[-300:]}")
-                background = draw.choice(["true", "false"])
-                again = [*command, f"checkpoint.background={background}", "--out", struck]
-                victim = start(again, Path("struck.log"))
-                killed_at = time.monotonic() + draw.uniform(*LIVES[long])
-        steps = stopped(process, victim, alone, struck, lost)
-        for run in (alone, struck):
+            struck.strike_when_due()
+        lost = struck.lost
+        steps = stopped(process, struck.process, alone, struck.run, lost)
+        for run in (alone, struck.run):
             done = [*command, f"train.steps={steps}", "--out", run]
             if (code := ended(start(done, Path(f"{run}.log")), PATIENCE + SECONDS[long])) != 0 or leftovers(run):
                 lost.append(f"{run} ended with {code}, left {leftovers(run)}")
         yield from flat(samples, long)
-        found, wanted = fingerprint(struck), fingerprint(alone)
+        found, wanted = fingerprint(struck.run), fingerprint(alone)
         lost += [f"differs in {name}" for name in ("step", "model", "optimizer") if found[name] != wanted[name]]
-        what = f"kills of a run of {steps:,} steps that is saved every 20, beside {readings} evaluations of it"
-        yield Row("l", what, strikes, len(lost), (lost or ["weights and optimizer are those of one never killed"])[0])
+        what = f"kills of a run of {steps:,} steps that is saved every 20, beside {struck.readings} evaluations of it"
+        told = "weights and optimizer are those of one never killed"
+        yield Row("l", what, struck.strikes, len(lost), (lost or [told])[0])
 
 
 def stopped(process: int, victim: int, alone: Path, struck: Path, lost: list[str]) -> int:

@@ -16,9 +16,7 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors.numpy
-from drill import fingerprint, leftovers
+from drill import ROUNDING, apart, fingerprint, leftovers, tensors
 from table import Row
 from trial import STEPS, Trial, clear, log_of, said, trials
 
@@ -41,8 +39,6 @@ ASKED = r"stopped while the teacher was asked; what it said is in .*: the same c
 STOPPED, FORCED, RANK = 75, 130, 6
 FORCED_SECONDS = 10
 """From a second Ctrl-C to the end: seconds on a machine that has other things to do."""
-RELATIVE = 1e-4
-"""What four ranks may differ by: how DistributedDataParallel lays out its sums changes after its first step."""
 ANSWERS = "kept-answers"
 """The folder of a teacher's answers: each run that is struck has its own."""
 STRIKE = "TRUST_STRIKE"
@@ -256,19 +252,8 @@ def differs(run: Path, straight: Path, world: int) -> str:
     if world < 4:
         found, wanted = fingerprint(run), fingerprint(straight)
         return ", ".join(f"{name} differs" for name in wanted if found[name] != wanted[name])
-    ours, theirs = (tensors(sound(one)[0].path) for one in (run, straight))
-    if ours.keys() != theirs.keys():
-        return "it has other tensors"
-    worst = max(np.linalg.norm(ours[name] - theirs[name]) / (np.linalg.norm(theirs[name]) + 1e-12) for name in theirs)
-    return f"relative difference {worst:.1e}" if worst > RELATIVE else ""
-
-
-def tensors(path: Path) -> dict[str, Any]:
-    """Of the model and of the optimizer."""
-    files = [(kind, file) for kind in ("model", "optimizer") for file in path.glob(f"{kind}-*")]
-    return {
-        f"{kind}/{name}": tensor for kind, file in files for name, tensor in safetensors.numpy.load_file(file).items()
-    }
+    far = apart(tensors(run), tensors(straight))
+    return f"weights or optimizer state are {far:.1e} apart" if far > ROUNDING else ""
 
 
 def by_launcher(trial: Trial, run: Path, world: int, strike: Strike, at: int, notes: Path) -> dict[int, int | None]:
@@ -315,7 +300,8 @@ def _each(straight: Straight, world: int, long: bool) -> Iterator[Told]:
     that."""
     whom = ["group", "self"][: 1 + (world > 1)]
     every = product(POINTS, whom, STOPPING, range(3 if world == 1 else 1))
-    sent = ((phase, whose, number, n % 3) for n, (phase, whose, number, _) in enumerate(every))
+    # One more in every three: no signal meets a phase in the same repetition throughout.
+    sent = ((phase, whose, number, (n + n // 3) % 3) for n, (phase, whose, number, _) in enumerate(every))
     if not long:
         phases = ON_TWO if world == 2 else [phase for phase in POINTS if phase not in LONG]
         sent = ((phase, whom[n % len(whom)], STOPPING[n % 3], n % 3) for n, phase in enumerate(phases, world))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 from conftest import RECIPE, WORDS
-from drill import ended, start
+from drill import ended, newest, start
 from table import Row
 
 from switchcli.commands import convert, evaluate, report  # noqa: F401  # so that a fork has them
@@ -138,7 +138,3 @@ def beside_a_run(folder: Path, recipe: Path, polls: int) -> Row:
     return Row(
         "i", "report, eval, convert beside a run that saves in every step", polls, len(lost), (lost or [said])[0]
     )
-
-
-def newest(run: Path) -> int:
-    return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))

@@ -40,6 +40,8 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
             os._exit(3)
         elif fault == "raise":
             raise ValueError("planted")
+        elif fault == "file":
+            raise FileNotFoundError("planted")
         elif fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault == "memory":
