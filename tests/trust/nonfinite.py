@@ -133,8 +133,7 @@ class Run:
             self.objective = Distillation(DistillSpec(teacher="teacher"), asked, lambda batch: None)
         self.saver.restore(self.state, unexpected)
         self.warnings: list[str] = []
-        restore = partial(self.saver.restore, warn=unexpected)
-        self.recovery = Recovery(NonfiniteSpec(policy=policy), restore, self.warnings.append)
+        self.recovery = Recovery(NonfiniteSpec(policy=policy), self._back, self.warnings.append)
         idle(self.optimizer, self.state, without)
         if policy == "roll_back":
             self.saver.save(self.state)
@@ -147,6 +146,11 @@ class Run:
             f"{kind}/{name}": one for kind, each in (("model", weights), ("optimizer", state)) for name, one in each
         }
         return {name: here(tensor).double().numpy() for name, tensor in tensors.items()}
+
+    def _back(self, state: TrainState) -> bool:
+        """As a training verb goes back."""
+        self.runtime.drop_gathered(self.model)
+        return self.saver.restore(state, unexpected)
 
     def _put(self, fault: Fault) -> None:
         number, inner = NUMBERS[fault.number], self.objective
