@@ -44,7 +44,7 @@ FAULTS = {
     "slow": (PATIENCE_SECONDS, 0, None),
 }
 """What happens to it; the seconds within which nothing may be left, the exit code, and the first error."""
-SHORT = [("raise", "all-to-all", 1), ("file", "step", 2), ("stop", "save", 3)]
+SHORT = [("file", "all-to-all", 1), ("stop", "save", 3)]
 
 
 class Trial(NamedTuple):
