@@ -169,7 +169,7 @@ class Training:
             save = Save(recipe.checkpoint.save_every_steps, self._save)
             evaluations = [held_out, *([exams] if exams else [])]
             owed = [evaluation for evaluation in evaluations if evaluation.owed(state, steps)]
-            recovery = Recovery(recipe.train.nonfinite, self._restore, self.console.warning)
+            recovery = Recovery(recipe.train.nonfinite, self._restore, self.console.warning, self._note_left_out)
             if owed or (state.step == 0 and recipe.train.nonfinite.policy == "roll_back"):
                 call([*owed, save], state, recovery)  # it was stopped in the middle; or what may be gone back to
             complete = fit(
@@ -220,6 +220,10 @@ class Training:
             state.position = [number // self.runtime.model_ranks for number in summed]
         self.runtime.on_main(self.metrics.sync)
         self.saver.save(state)
+
+    def _note_left_out(self, record: Record) -> None:
+        if self.runtime.is_main:
+            self.metrics.write(record)
 
     def _restore(self, state: TrainState) -> bool:
         """Go back to the newest checkpoint, as a run that begins again does."""
@@ -332,6 +336,7 @@ class Training:
             show_scores(console, scores, state.best)
         if len(state.texts) > 1:
             show_texts(console, state.texts)
+        lost = state.num_left_out()
         console.table(
             "done",
             {
@@ -339,10 +344,13 @@ class Training:
                 "before training": result["held_out/first_neg_log_perplexity"],
                 "parameters": f"{result['parameters']:,}",
                 "of them met by a token": f"{result['active_parameters']:,}",
+                **({"steps left out": f"{lost:,} of {state.step:,}"} if lost else {}),
                 "input tokens": f"{result['input_tokens']:,}",
                 "tokens/s": result["tokens_per_second"],
             },
         )
+        if lost and lost == state.step:
+            console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
         self.verb.show(result)
         out, switchcli = self.folder.path, program()
         console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")

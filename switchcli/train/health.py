@@ -20,7 +20,7 @@ DEAD_STEPS = 100
 """Without a token for as long, since the run began or went on, an expert is dead: one that has none in a few steps
 mostly finds some by itself."""
 WHEN_LOST = (
-    "the checkpoints before this step are sound. Lower schedule.learning_rate, set train.clip_norm, take "
+    "what was saved before it is sound. Lower schedule.learning_rate, set train.clip_norm, take "
     "train.precision=float32, or go on by train.nonfinite.policy=roll_back"
 )
 """The way out where a number is not finite."""

@@ -1,5 +1,6 @@
 """Which rows of a step's batch this rank takes, and in which portions."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,7 +52,8 @@ class Microbatches:
         if (batch // world) % self.microbatch:
             raise RecipeError(
                 f"train.microbatch_tokens ({self.microbatch * length}) must divide the {batch // world * length} "
-                f"tokens that each of {world} ranks takes a step"
+                f"tokens that each of {world} ranks takes a step: set it to "
+                f"{math.gcd(self.microbatch, batch // world) * length}, say"
             )
         if self.microbatch % group:
             raise RecipeError(

@@ -1,6 +1,7 @@
 """Recovery: what a run does when a number is not finite, as `train.nonfinite` asks; the same on every rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from switchcli.errors import NumericsError
 from switchcli.train.spec import NonfiniteSpec
@@ -15,11 +16,14 @@ class Recovery:
         settings: NonfiniteSpec,
         restore: Callable[[TrainState], bool] = lambda state: False,
         warn: Callable[[str], None] = lambda text: None,
+        write: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
-        """`restore` takes weights, optimizer and state from the newest checkpoint; it says whether there is one."""
+        """`restore` takes weights, optimizer and state from the newest checkpoint; it says whether there is one. What
+        is left out is told to `warn` in words and to `write` as a record."""
         self._settings = settings
         self._restore = restore
         self._warn = warn
+        self._write = write
 
     @property
     def before_updates(self) -> bool:
@@ -38,13 +42,17 @@ class Recovery:
             raise error
         left_out, seconds, first = state.left_out, state.seconds, step
         if len(left_out) >= at_most:
-            raise NumericsError(f"{error.found}, after train.nonfinite.at_most ({at_most}) others", error.mend)
+            others = (
+                f"after {len(left_out)} others in this run (train.nonfinite.at_most is {at_most}: raise it to go on)"
+            )
+            raise NumericsError(f"{error.found}, {others}", error.mend)
         if policy == "roll_back":
             if not self._restore(state):
                 raise error
             first = state.step + 1
         state.left_out, state.seconds = [*left_out, (first, step)], seconds
         state.step = step
+        self._write({"step": step, "left_out": [first, step]})
         weights = f"with the weights of step {first - 1} and " if policy == "roll_back" else ""
         those = f"step {step}" if first == step else f"steps {first} to {step}"
         self._warn(

@@ -83,6 +83,10 @@ class TrainState:
     left_out: list[tuple[int, int]] = field(default_factory=list)
     """First and last step of each time that numbers which are not finite were gone on from (train.nonfinite)."""
 
+    def num_left_out(self) -> int:
+        """Steps whose batches the weights have not learned from; those of several times count once."""
+        return len({step for first, last in self.left_out for step in range(first, last + 1)})
+
     def note(self, figures: Mapping[str, float]) -> None:
         """Take figures of the weights as they are; what is noted at one step is one evaluation."""
         if self.evaluated_step != self.step:

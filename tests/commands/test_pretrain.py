@@ -179,14 +179,18 @@ def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli:
     huge = ["schedule.kind=constant", "schedule.learning_rate=1e30", "--out", "runs/a", "--json"]
     lost = switchcli("pretrain", recipe, *huge)
     assert lost.code == 5
-    assert "or go on without it by train.nonfinite.policy=skip or roll_back" in json.loads(lost.out)["error"]
+    assert "or go on by train.nonfinite.policy=roll_back or skip" in json.loads(lost.out)["error"]
     back = switchcli("pretrain", recipe, *huge, "train.nonfinite.policy=roll_back", "--no-resume")
     assert back.code == 0
     assert "going on with the weights of step 0 and without the batches of steps 1 to 2" in back.err
     result = json.loads(back.out)
     assert result["left_out"] == [[1, 2]]
     assert result["held_out/neg_log_perplexity"] == result["held_out/first_neg_log_perplexity"]
+    assert re.search(r"steps left out +2 of 2", back.err)
+    assert "warning: all steps were left out, and the model has learned nothing" in back.err
+    assert {"step": 2, "left_out": [1, 2]} in metrics("runs/a")
     assert switchcli("eval", "runs/a", "--quiet").code == 0
+    assert switchcli("report", "runs/a", "--html", "a.html").code == 0
 
 
 def test_no_resume_sets_the_old_run_aside(recipe: str, switchcli: SwitchCLI) -> None:

@@ -131,3 +131,8 @@ def test_the_text_is_json_that_any_program_reads() -> None:
 def test_a_number_that_json_does_not_know_is_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
         TrainState(figures={HELD_OUT: math.nan}).to_json({})
+
+
+def test_a_step_that_is_left_out_twice_counts_once() -> None:
+    assert TrainState(step=9).num_left_out() == 0
+    assert TrainState(step=9, left_out=[(1, 2), (1, 4), (8, 8)]).num_left_out() == 5

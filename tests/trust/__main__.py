@@ -29,7 +29,12 @@ PARTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser("scripts/trust", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; absent: all")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"of {', '.join(f'{letter} ({file})' for letter, file in PARTS.items())}, see CONTRIBUTING.md",
+    )
     parser.add_argument("--short", action="store_true", help="as few trials as the tests make")
     asked = parser.parse_args()
     if unknown := sorted({*asked.parts} - {*PARTS}):
