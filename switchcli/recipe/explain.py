@@ -175,7 +175,10 @@ def _kind_rule(models: Models, details: ErrorDetails) -> str:
     kinds = _kinds(models)
     value = details["input"].get("kind") if isinstance(details["input"], dict) else None
     if details["type"] == "union_tag_not_found":
-        return f"missing; it is one of {', '.join(kinds)}"
+        given = [str(key) for key in details["input"]] if isinstance(details["input"], dict) else []
+        near = difflib.get_close_matches("kind", given, n=1)
+        slip = f"; {near[0]}: no such key. Did you mean kind?" if near else ""
+        return f"missing; it is one of {', '.join(kinds)}{slip}"
     return f"must be one of {', '.join(kinds)} (got {got(value)}){_did_you_mean(str(value), kinds)}"
 
 

@@ -357,6 +357,12 @@ zzz: 1
     ]
 
 
+def test_a_kind_that_is_misspelt_as_a_key_is_named(errors):
+    assert errors("corpora: [{kid: files, paths: [a]}]") == [
+        "mine.yaml:1: corpora.0.kind: missing; it is one of files, hub; kid: no such key. Did you mean kind?"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
