@@ -122,14 +122,15 @@ def disk_errors(
         raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
 
 
+OUTSIDE = "outside training"
+UNKNOWN = "at a step that is not known"
+"""The note of an error that cannot say it."""
+
+
 def where(error: BaseException | None) -> str:
     """After which step of training, by a note of the error or of what it came of; or that it was outside."""
     notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
-    return next((note for note in notes if note.startswith(("after step", UNKNOWN))), "outside training")
-
-
-UNKNOWN = "at a step that is not known"
-"""The note of an error that cannot say it."""
+    return next((note for note in notes if note.startswith(("after step", UNKNOWN))), OUTSIDE)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

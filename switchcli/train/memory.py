@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from switchcli.errors import OutOfMemory, machine_bytes, where
+from switchcli.errors import OUTSIDE, OutOfMemory, machine_bytes, where
 from switchcli.model.groups import Group, members
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
@@ -68,5 +68,5 @@ def _explained(device: torch.device, say: Callable[[], str]) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
-        place = "" if (found := where(error)) == "outside training" else f", {found}"
+        place = "" if (found := where(error)) == OUTSIDE else f", {found}"
         raise OutOfMemory(f"out of memory{place}: {device} has {there:,} bytes in all; {say()}") from error

@@ -52,7 +52,7 @@ class Recovery:
             first = state.step + 1
         state.left_out, state.seconds = [*left_out, (first, step)], seconds
         state.step = step
-        self._write({"step": step, "left_out": [first, step]})
+        self._write({"step": step, "left_out": state.left_out})  # all: going back takes the records since then
         weights = f"with the weights of step {first - 1} and " if policy == "roll_back" else ""
         those = f"step {step}" if first == step else f"steps {first} to {step}"
         self._warn(

@@ -188,7 +188,7 @@ def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli:
     assert result["held_out/neg_log_perplexity"] == result["held_out/first_neg_log_perplexity"]
     assert re.search(r"steps left out +2 of 2", back.err)
     assert "warning: all steps were left out, and the model has learned nothing" in back.err
-    assert {"step": 2, "left_out": [1, 2]} in metrics("runs/a")
+    assert {"step": 2, "left_out": [[1, 2]]} in metrics("runs/a")
     assert switchcli("eval", "runs/a", "--quiet").code == 0
     assert switchcli("report", "runs/a", "--html", "a.html").code == 0
 

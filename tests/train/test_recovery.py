@@ -29,7 +29,7 @@ def test_a_run_that_skips_a_step_is_the_run_without_its_batch() -> None:
     like.fit()
     assert torch.equal(weights(run), weights(like))
     assert run.state.left_out == [(3, 3)]
-    assert records == [{"step": 3, "left_out": [3, 3]}]
+    assert records == [{"step": 3, "left_out": [(3, 3)]}]
     assert seen == [1, 2, 3, 4, 5, 6]
     assert int(run.state.window["gradient_norm"].weight) == 5
     assert len(said) == 1
