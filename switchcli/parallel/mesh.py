@@ -65,10 +65,11 @@ class ParallelSpec(Spec):
             raise ValueError("auto chooses a mesh, and reduction: ordered takes the data axis alone: leave out one")
         if self.auto and not self.is_open:
             raise ValueError("auto chooses data, model, expert and shard: leave them out, or auto")
-        if self.reduction == "ordered" and (self.model, self.expert, self.shard) != (1, 1, "none"):
+        cut = {"model": self.model, "expert": self.expert, "shard": self.shard if self.shard != "none" else 1}
+        divided = " and ".join(f"{name} ({value})" for name, value in cut.items() if value != 1)
+        if self.reduction == "ordered" and divided:
             raise ValueError(
-                f"reduction: ordered wants the whole model on each rank, not model ({self.model}), expert "
-                f"({self.expert}) and shard ({self.shard}): leave them out, or take reduction: fast"
+                f"reduction: ordered wants the whole model on each rank: leave out {divided}, or take reduction: fast"
             )
         return self
 

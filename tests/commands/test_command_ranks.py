@@ -87,7 +87,7 @@ def test_experts_that_cannot_be_shared_start_no_rank(
         "parallel.model=3": "must be a multiple of parallel.model (3): try 1.",
         "parallel.shard=zero1": "parallel.shard: must be 'none', 'zero2' or 'zero3'",
         "parallel={auto: true, model: 2}": "auto chooses data, model, expert and shard: leave them out, or auto",
-        "parallel={reduction: ordered, expert: 2}": "wants the whole model on each rank, not model (1), expert (2)",
+        "parallel={reduction: ordered, expert: 2}": "wants the whole model on each rank: leave out expert (2), or",
         "parallel={reduction: ordered, auto: true}": "takes the data axis alone: leave out one",
         "parallel.reduction=ordered": "pairs of ranks, then pairs of pairs, which 6 ranks are not: start 4 or 8, by",
     }.items():

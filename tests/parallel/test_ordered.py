@@ -206,7 +206,7 @@ def test_powers_of_two_are_not(world: int) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"expert": 2}, r"whole model on each rank, not model \(1\), expert \(2\) and shard \(none\): leave them out"),
+        ({"expert": 2}, r"whole model on each rank: leave out expert \(2\), or take"),
         ({"model": 2}, "whole model on each rank"),
         ({"shard": "zero2"}, "whole model on each rank"),
         ({"auto": True}, "takes the data axis alone: leave out one"),
