@@ -140,7 +140,7 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
         with disk_errors(metrics, "name another run's"):
             for number, record in _records(metrics):
                 lines.add(number, record)
-        notes += lines.left_out(metrics)
+        notes += [*lines.left_out(metrics), *lines.skipped(folder)]
     digest = _digest(folder / "tokenizer.json") or _text(result.get("tokenizer"))
     curves, loads = lines.curves(), lines.loads()
     found = Run(str(folder), recipe, result, curves, loads, lines.texts, digest, ())
@@ -164,6 +164,7 @@ class _Lines:
         self.texts: Mapping[str, Mapping[str, float]] = {}
         self._points: dict[str, list[tuple[int, Any]]] = defaultdict(list)
         self._left_out: dict[str, list[int]] = defaultdict(list)
+        self._skipped: Any = []
 
     def add(self, number: int, record: Mapping[str, Any] | None) -> None:
         """The line of this number."""
@@ -171,6 +172,7 @@ class _Lines:
             self._left_out["not a whole line"].append(number)
             return
         step, points = record.get("step"), self._points
+        self._skipped = record.get("left_out", self._skipped)
         if not _is_count(step):
             self._left_out["no line of a step"].append(number)
             return
@@ -200,6 +202,15 @@ class _Lines:
             for what, lines in self._left_out.items()
         ]
         return [f"{path}: left out: {'; '.join(said)}"] if said else []
+
+    def skipped(self, folder: Path) -> list[str]:
+        """In a line, if there are any: those whose numbers were not finite (`train.nonfinite`)."""
+        found = self._skipped if isinstance(self._skipped, list) else []
+        spans = [one for one in found if isinstance(one, list) and len(one) == 2 and all(map(_is_count, one))]
+        said = ", ".join(
+            f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in spans
+        )
+        return [f"{folder}: trained without the batches of {said}: not finite (train.nonfinite)"] if said else []
 
     def curves(self) -> dict[str, Curve]:
         """Of every figure; of one a step, the last: what a run did again stands after what it did before."""

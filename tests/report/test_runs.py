@@ -54,6 +54,19 @@ def test_a_torn_line_is_left_out_with_its_place(tmp_path: Path, line: int) -> No
     assert lost == 1
 
 
+def test_steps_that_were_left_out_are_told(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for left_out in ([[5, 8]], [[5, 8], [12, 12]]):  # the last says all
+            file.write(json.dumps({"step": 60, "left_out": left_out}) + "\n")
+    said = "trained without the batches of steps 5 to 8, step 12: not finite (train.nonfinite)"
+    assert read(folder, RECIPE).notes == (f"{folder}: {said}",)
+    for strange in ({"a": 1}, [[1]], [["1", "\x1b"]], None, "12"):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 61, "left_out": strange}) + "\n")
+        assert read(folder, RECIPE).notes == ()
+
+
 def test_what_a_resumed_run_did_again_counts_once(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:
