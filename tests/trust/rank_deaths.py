@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 200
 SLOW_SECONDS = 30.0
 PHASES = {
-    "start": "outside training",
+    "start": "(outside training|at a step that is not known)",
     "step": r"after step 5",
     "all-to-all": r"after step \d+",
     "save": "after step 8",
@@ -62,13 +62,11 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
     straight = folder / "straight"
     done = subprocess.run(command(straight), env=environment(folder), cwd=folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    asked = SHORT
-    if long:  # each three times, on another rank every time
-        every = [*enumerate(product(FAULTS, PHASES))]
-        asked = [(*one, (number + turn) % RANKS) for turn in range(3) for number, one in every]
-    trials = [trial(folder / f"run-{number}", *one, straight) for number, one in enumerate(asked)]
+    every = [*product(FAULTS, PHASES)]
+    # In the long form each three times, on another rank every time.
+    asked = [(*one, (n + turn) % RANKS) for n, one in enumerate(every) for turn in range(3)] if long else SHORT
     for fault in FAULTS:
-        found = [one for one in trials if one.fault == fault]
+        found = [trial(folder / "-".join(map(str, one)), *one, straight) for one in asked if one[0] == fault]
         if found:
             lost = [f"{one.phase}, rank {one.rank}: {one.broken}" for one in found if one.broken]
             slowest = f"over in {max(one.seconds for one in found):.1f} s at most"
