@@ -35,6 +35,10 @@ SAVED = rf"stopped and saved at step NEWEST of {STEPS}: the same command goes on
 """NEWEST is that of the newest checkpoint."""
 UNSAVED = r"stopped by SIG\w+, nothing is lost: the same command goes on"
 """Before the first step, and after the last, there is nothing to save."""
+LEFT = (
+    r"error: the other ranks cannot be reached .*, after step 0: run the same command again to go on from the last save"
+)
+"""One that is not yet as far as this one has nothing to save, and leaves at once."""
 ASKED = r"stopped while the teacher was asked; what it said is in .*: the same command goes on from there"
 STOPPED, FORCED, RANK = 75, 130, 6
 FORCED_SECONDS = 10
@@ -70,7 +74,7 @@ POINTS = {
     "start: recipe resolved": Point("pretrain", pretrain, "claim", (1, 1, 1), UNSAVED),
     "start: room made for the model": Point("pretrain", training, "preflight", (1, 1, 1), UNSAVED),
     "start: weights drawn": Point("pretrain", pretrain, "initial_weights", (1, 1, 1), UNSAVED),
-    "start: ready to train": Point("pretrain", training.Training, "_loader", (1, 1, 1)),
+    "start: ready to train": Point("pretrain", training.Training, "_loader", (1, 1, 1), f"{SAVED}|{UNSAVED}|{LEFT}"),
     "data: text prepared": Point("pretrain", pieces, "seal", (1, 1, 1), UNSAVED, main_only=True, new_cache=True),
     "data: batch made": Point("pretrain", training.Training, "_rows", (1, 4, 9)),
     "step: forward": Point("pretrain", *FORWARD, (1, 5, 11), training=True),
@@ -157,7 +161,10 @@ class Straight:
         """Each rank has two microbatches a step, and two batches an evaluation."""
         trial = self._found[point.verb]
         more = (f"train.batch_tokens={256 * world}", f"eval.sequences={8 * world}") if world > 1 else ()
-        return trial._replace(command=(*trial.command, *more, *point.keys))
+        keys = [
+            key.replace(ANSWERS, f"{ANSWERS}-{world}") for key in point.keys
+        ]  # answers are to batches of so many ranks
+        return trial._replace(command=(*trial.command, *more, *keys))
 
     def end(self, point: Point, world: int) -> Path:
         key = (point.verb, world, point.keys)
@@ -225,7 +232,7 @@ def wrong_end(
         faults[f"{seconds:.1f} s until it was out"] = seconds > FORCED_SECONDS
         faults[f"said {said(run)!r}"] = len(codes) == 1 and said(run) != FORCE
     else:
-        here = (step, step + 1) if point.words == SAVED else (step,)
+        here = (step, step + 1) if SAVED in point.words else (step,)
         lines = log_of(run).read_text().splitlines()  # another rank may tell last that this one is gone
         words_of_it = point.words.replace("NEWEST", str(saved[0]) if saved else "0")
         expected = words_of_it if len(codes) == 1 else f"{words_of_it}|{UNSAVED}"
