@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from drill import ended, leftovers, start
-from table import Row
+from table import Row, every
 from trial import PATIENCE, Trial, clear, said, strike_at, trials
 
 from switchcli.commands import training
@@ -104,7 +104,7 @@ def by_errors(trial: Trial, number: int, stride: int) -> Row:
             if not one[1] and not one[0]:
                 break
             found.append(one)
-    return row(f"{errno.errorcode[number]} at every {stride}. operation, once or from there on", found)
+    return row(f"{errno.errorcode[number]} at {every(stride, 'operation')}, once or from there on", found)
 
 
 def row(what: str, found: list[tuple[str, bool]]) -> Row:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from drill import drill, fingerprint, leftovers
 from faulty_files import kill
-from table import Row
+from table import Row, every
 from trial import Trial, clear, lose_power_at, strike_at, trials
 
 VERBS = "pretrain background finetune distill"
@@ -25,10 +25,10 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
     with trials(folder, VERBS if long else "pretrain finetune distill") as found:
         for verb, trial in found.items():
             short = 14 if verb == "pretrain" else 60
-            yield at_points(verb, trial, killed_at, "SIGKILL before a file operation", 1 if long else short)
+            yield at_points(verb, trial, killed_at, "SIGKILL before", 1 if long else short)
         for verb, trial in found.items():
             if long or verb == "pretrain":
-                yield at_points(verb, trial, lose_power_at, "power lost before a file operation", 1 if long else 14)
+                yield at_points(verb, trial, lose_power_at, "power lost before", 1 if long else 14)
         if long:
             yield on_two_ranks(found["pretrain"], 5)
         for verb, trial in found.items():
@@ -54,7 +54,7 @@ def at_points(verb: str, trial: Trial, strike: Strike, what: str, stride: int) -
         clear(run)
     clear(run)
     said = faults[0] if faults else f"{deaths:,} deaths, {deaths - points:,} of them while it went on"
-    return Row("a", f"{verb}: {what}, every {stride}", points, len(faults), said)
+    return Row("a", f"{verb}: {what} {every(stride, 'file operation')}", points, len(faults), said)
 
 
 def at_random(verb: str, trial: Trial, folder: Path, times: int) -> Row:
@@ -85,5 +85,5 @@ def on_two_ranks(trial: Trial, stride: int) -> Row:
             faults += [f"{run.name}: {codes}, then {again}"] if differs or codes[rank] != KILLED else []
             clear(run)
         clear(run)
-    what = f"pretrain on 2 ranks: SIGKILL of one before a file operation, every {stride}"
+    what = f"pretrain on 2 ranks: SIGKILL of one before {every(stride, 'file operation')} of its own"
     return Row("a", what, points, len(faults), faults[0] if faults else "")

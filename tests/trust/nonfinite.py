@@ -56,6 +56,8 @@ NUMBERS = {"NaN": float("nan"), "infinity": float("inf"), "overflow": 3.4e38}
 LAYER = "encoder.blocks.1.feed_forward.layer"
 AMONG = r"on rank (\d, )*{rank}\b"
 """Where no number of the way forward is lost, all ranks that share the gradient have it and are named."""
+DIVIDED = rf"{AMONG}|in the gradient of \S+, on rank \d"
+"""Where they have each a part of it, those in whose parts it is."""
 WORDS = {
     "embedding": rf"first in the router of {LAYER}, on rank {{rank}}\)",
     "router": rf"first in the router of {LAYER}, on rank {{rank}}\)",
@@ -251,25 +253,26 @@ def poisoned(run: Path) -> list[str]:
     ]
 
 
-def broken(fault: Fault, world: int, ranks: list[Ended], run: Path, policy: Policy) -> str:
+def broken(fault: Fault, parallel: ParallelSpec, ranks: list[Ended], run: Path, policy: Policy) -> str:
     """Which promise was broken, if one was."""
     if found := poisoned(run):
         return f"saved: {found[0]}"
     if len({(one.words, one.code, str(one.left_out)) for one in ranks}) > 1:
         return f"ranks differ: {sorted({one.words for one in ranks})}"
-    if wrong := done_wrong(fault, ranks[fault.rank], policy):
+    if wrong := done_wrong(fault, parallel, ranks[fault.rank], policy):
         return wrong
     far = max(one.apart for one in ranks)
-    return f"it ended otherwise: {far}" if far > (0 if world < 4 else ROUNDING) else ""
+    return f"it ended otherwise: {far}" if far > (0 if len(ranks) < 4 else ROUNDING) else ""
 
 
-def done_wrong(fault: Fault, ended: Ended, policy: Policy) -> str:
+def done_wrong(fault: Fault, parallel: ParallelSpec, ended: Ended, policy: Policy) -> str:
     """What was said or done on its rank that should not have been."""
     if not ended.words:
         return "" if fault.number == "overflow" else "it went on"
     saving = fault.place == "state" or fault.number == "overflow"  # then it may be found when it is to be saved
     steps = range(fault.step, fault.step + SAVE_EVERY + 1) if saving else [fault.step]
-    wanted = f"{AMONG}|{EVALUATED}" if saving else WORDS[fault.place]
+    among = DIVIDED if fault.number == "overflow" and parallel.shard != "none" else AMONG
+    wanted = f"{among}|{EVALUATED}" if saving else WORDS[fault.place]
     wanted = wanted.format(rank=fault.rank, expert=ended.expert)
     if not any(f"step {step}:" in ended.words for step in steps) or not re.search(wanted, ended.words):
         return f"not told of {wanted}: {ended.words}"
@@ -294,7 +297,7 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
                 each = zip(*on_ranks(world, ended, here, mine, parallel, policy), strict=True)
                 for index, (fault, ranks) in enumerate(zip(mine, each, strict=True)):
                     told[fault.place, bool(ranks[0].words)] += 1
-                    if fault_of := broken(fault, world, list(ranks), here / str(index), policy):
+                    if fault_of := broken(fault, parallel, list(ranks), here / str(index), policy):
                         lost[fault.place].append(f"{fault}: {fault_of}")
         for place, words in PLACES.items():
             what = f"{policy}: NaN, infinity, overflow of bfloat16 in the {words}, on one rank of 1, 2, 4"

@@ -25,3 +25,8 @@ class Row(NamedTuple):
     def figure(self) -> str:
         """`0 of 500`."""
         return f"{self.lost:,} of {self.trials:,}"
+
+
+def every(stride: int, what: str) -> str:
+    """`every file operation`, or `one file operation in 5`."""
+    return f"every {what}" if stride == 1 else f"one {what} in {stride}"
