@@ -92,6 +92,21 @@ def test_compiled_it_ends_about_where_it_does_uncompiled(recipe: str, switchcli:
     assert figures[0] == pytest.approx(figures[1], abs=1e-3)
 
 
+@pytest.mark.slow
+def test_where_torch_itself_finds_no_compiler_compiling_is_refused(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the test before leaves out where it is skipped; with a cache in which nothing is compiled yet."""
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, "train.compile=true", "--out", "runs/a"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "train.compile: torch.compile does not work here" in done.stderr
+    assert "or take train.compile=false" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_without_a_compiler_compiling_is_refused_with_the_way_out(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,9 +161,8 @@ class Straight:
         """Each rank has two microbatches a step, and two batches an evaluation."""
         trial = self._found[point.verb]
         more = (f"train.batch_tokens={256 * world}", f"eval.sequences={8 * world}") if world > 1 else ()
-        keys = [
-            key.replace(ANSWERS, f"{ANSWERS}-{world}") for key in point.keys
-        ]  # answers are to batches of so many ranks
+        # A teacher's answers are to the batches of so many ranks.
+        keys = [key.replace(ANSWERS, f"{ANSWERS}-{world}") for key in point.keys]
         return trial._replace(command=(*trial.command, *more, *keys))
 
     def end(self, point: Point, world: int) -> Path:
