@@ -37,6 +37,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws from torch's own generator does not depend on the tests that its worker ran before."""
+    import torch  # here, where what stands at the top of this file has been set
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def sweep() -> ModuleType:
     """scripts/sweep.py, which is no part of the package."""
