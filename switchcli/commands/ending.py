@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import NoReturn
@@ -34,6 +34,15 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
     came: list[SwitchError] = []
     again = [threading.Timer(0, lambda: None)]
 
+    def asked(number: int) -> SwitchError:
+        name = signal.Signals(number).name
+        if saves_nothing:
+            return InterruptedByForce(f"stopped by {name}: nothing was written; run it again")
+        return Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
+
+    def unheeded() -> bool:
+        return not came and signal.getsignal(signal.SIGTERM) is stop
+
     def stop(number: int, frame: FrameType | None) -> None:
         again[0].cancel()
         again[0] = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
@@ -41,18 +50,15 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
         again[0].start()
         if any(isinstance(one, (SwitchError, KeyboardInterrupt)) for one in causes(sys.exception())):
             return  # it is on its way out, and tidies up; if that is a library's doing, it is given again
-        name = signal.Signals(number).name
-        if not came and saves_nothing:
-            came.append(InterruptedByForce(f"stopped by {name}: nothing was written; run it again"))
-        elif not came:
-            came.append(Interrupted(f"stopped by {name}, nothing is lost: the same command goes on"))
+        if not came:
+            came.append(asked(number))
         raise came[0]
 
     def swallowed(what: "sys.UnraisableHookArgs") -> None:
         if what.exc_value not in came:
             hook(what)
 
-    with _watched(came) if ranks else nullcontext():
+    with _watched(came, asked, unheeded) if ranks else nullcontext():
         previous = {number: signal.signal(number, stop) for number in STOPPING}
         hook, sys.unraisablehook = sys.unraisablehook, swallowed
         try:
@@ -74,22 +80,26 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
 
 
 @contextmanager
-def _watched(came: Sequence[SwitchError]) -> Iterator[None]:
+def _watched(
+    came: Sequence[SwitchError], asked: Callable[[int], SwitchError], unheeded: Callable[[], bool]
+) -> Iterator[None]:
     """Within, a rank watches the others of its machine: one that is lost is told of by which, and how.
 
-    What `came` is an end by a signal while nothing was saved: a launcher's, when a rank is lost.
+    What `came` is an end by a signal while nothing was saved: a launcher's, when a rank is lost. A signal that is
+    `unheeded`, as where this rank waits for the others to start, ends it as `asked`.
     """
     join_srun(os.environ)
     if not is_rank() or sys.platform != "linux":
         yield
         return
 
-    def give_up() -> None:
-        lost = LostRank(watch.lost())
-        lost.add_note(UNKNOWN)  # the main thread, which knows, is in a library
-        leave(lost)
+    def give_up(number: int) -> None:
+        error = LostRank(lost) if (lost := watch.lost()) else asked(number)
+        if not unheeded():
+            error.add_note(UNKNOWN)  # the main thread, which knows, is in a library
+        leave(error)
 
-    watch = Watch(give_up)
+    watch = Watch(give_up, unheeded)
     try:
         with watch.looking():
             yield

@@ -20,18 +20,21 @@ from switchcli.parallel.signals import signals_read
 
 STOPPED_LOOKS = 10
 """In a row, of a rank that is then killed. Where all are suspended nobody looks; a debugger stops in another way."""
+WAITING_SECONDS = 2.0
+"""For a library to return, once this rank was asked to end."""
 STOPPED = f"was stopped by a signal (SIGSTOP, perhaps), and was killed {STOPPED_LOOKS} s later"
 
 
 class Watch:
     """Looks in a thread of its own, within `looking`, which is for a main thread that handles signals in Python.
 
-    `give_up` is called there when this rank, asked to end, has waited for one that has ended: no signal's handler runs
-    until a library returns.
+    `give_up` is called there, with the signal, when this rank was asked to end and does not: it waits in a library,
+    until whose return no handler runs, for one that has ended; or the signal is still `unheeded`, which is true from
+    when it comes if it is to end the command at once, until its handler has run.
     """
 
-    def __init__(self, give_up: Callable[[], None]) -> None:
-        self._give_up = give_up
+    def __init__(self, give_up: Callable[[int], None], unheeded: Callable[[], bool]) -> None:
+        self._give_up, self._unheeded = give_up, unheeded
         self._siblings: dict[int, tuple[int, int]] = {}  # the number of each process, and a descriptor of it
         self._ended: dict[int, str] = {}
         self._looks: Counter[int] = Counter()
@@ -50,18 +53,19 @@ class Watch:
         return next((how for how in list(self._ended.values()) if how), "")
 
     def _run(self, signals: int) -> None:
-        asked, deadline = False, inf
-        while time.monotonic() < deadline:
+        asked, unheeded, deadline = 0, False, inf
+        while (left := deadline - time.monotonic()) > 0:
             self._look()
             handles = [signals, *(handle for _, handle in self._living().values())]
-            if signals in select.select(handles, [], [], 1.0)[0]:
+            if came := signals in select.select(handles, [], [], min(1.0, left))[0]:
                 if not (numbers := os.read(signals, 64)):
                     os.close(signals)
                     return
-                asked = asked or signal.SIGTERM in numbers
-            if self.lost() and asked:
-                deadline = min(deadline, time.monotonic() + 3)
-        self._give_up()
+                asked = asked or numbers[0]
+            unheeded = (unheeded or came) and self._unheeded()
+            waits = (self.lost() or unheeded) and asked
+            deadline = min(deadline, time.monotonic() + WAITING_SECONDS) if waits else inf
+        self._give_up(asked)
 
     def _look(self) -> None:
         """Meet those that are new, and end one that is stopped."""

@@ -153,7 +153,7 @@ def in_a_save(run: Path) -> bool:
     return any((run / "checkpoints").glob(".*-*"))
 
 
-def wait_for_a_save(child: int, run: Path, patience: float) -> None:
+def wait_for_a_save(run: Path, patience: float) -> None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and not in_a_save(run):
         time.sleep(0.0002)
@@ -183,7 +183,7 @@ def drill(
             if strikes < times:
                 code = ended(child, draw.uniform(0, 0.7 * length))
                 if code is None and strikes % 3 == 0:
-                    wait_for_a_save(child, run, 1.0)
+                    wait_for_a_save(run, 1.0)
                 if code is None:
                     os.kill(child, draw.choice(numbers))
                     code = ended(child, 120)

@@ -19,10 +19,10 @@ import ctypes, os, signal, sys
 from switchcli.parallel import watch
 watch.STOPPED_LOOKS = 3
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-def give_up():
-    print("lost:", looks.lost(), flush=True)
+def give_up(number):
+    print("lost:", looks.lost(), "asked:", number, flush=True)
     os._exit(6)
-looks = watch.Watch(give_up)
+looks = watch.Watch(give_up, lambda: "UNHEEDED" in os.environ)
 with looks.looking():
     print("looks", flush=True)
     lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
@@ -38,9 +38,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """A rank, looking."""
     started = []
 
-    def one(rank: int, port: int = 1) -> "subprocess.Popen[str]":
+    def one(rank: int, port: int = 1, **more: str) -> "subprocess.Popen[str]":
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": f"{os.getpid()}{port}"}
-        environment = {**os.environ, **place, "SWITCHCLI_REPORTS": str(tmp_path)}
+        environment = {**os.environ, **place, **more, "SWITCHCLI_REPORTS": str(tmp_path)}
         process = subprocess.Popen([sys.executable, "-c", RANK], env=environment, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
@@ -90,7 +90,7 @@ def test_a_rank_that_was_asked_to_end_does_not_wait_for_a_dead_one(start: Start,
     waits.send_signal(signal.SIGTERM)
     out, _ = waits.communicate(timeout=SECONDS)
     assert waits.returncode == 6
-    assert out == "lost: rank 1 was killed by signal 9 (SIGKILL: for want of memory, perhaps)\n"
+    assert out == "lost: rank 1 was killed by signal 9 (SIGKILL: for want of memory, perhaps) asked: 15\n"
 
 
 @pytest.mark.slow
@@ -99,3 +99,12 @@ def test_a_rank_that_was_asked_to_end_waits_for_one_that_lives(start: Start) -> 
     waits.send_signal(signal.SIGTERM)
     time.sleep(5)
     assert waits.poll() is None
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_to_end_at_once_waits_for_none(start: Start) -> None:
+    """As where it has no one to wait for yet, or has not met one that has ended."""
+    waits = start(0, UNHEEDED="1")
+    waits.send_signal(signal.SIGTERM)
+    out, _ = waits.communicate(timeout=SECONDS)
+    assert (waits.returncode, out) == (6, "lost:  asked: 15\n")

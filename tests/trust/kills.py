@@ -1,18 +1,26 @@
 """Part a: runs killed before every operation on their files and at random moments, and what power cuts leave."""
 
+import os
+import random
+import select
 import signal
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple, Self
 
-from drill import drill, fingerprint, leftovers
+from drill import drill, fingerprint, in_a_save, wait_for_a_save
 from faulty_files import kill
 from table import Row, every
-from trial import Trial, clear, lose_power_at, strike_at, trials
+from trial import Trial, clear, lose_power_at, said, strike_at, trials
 
 VERBS = "pretrain background finetune distill"
 KILLED = -signal.SIGKILL
+WHOLE = {0: 0, 1: 0}
+"""The exit codes of two ranks that nothing happens to."""
 
 Strike = Callable[[int, Path], None]
 
@@ -29,11 +37,13 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
         for verb, trial in found.items():
             if long or verb == "pretrain":
                 yield at_points(verb, trial, lose_power_at, "power lost before", 1 if long else 14)
-        if long:
-            yield on_two_ranks(found["pretrain"], 5)
         for verb, trial in found.items():
             if long or verb == "pretrain":
                 yield at_random(verb, trial, folder / f"random-{verb}", 125 if long else 12)
+        for verb, trial in found.items() if long else ():
+            two = Pair.of(verb, trial)
+            yield at_points_of_two(two, 5)
+            yield at_random_of_two(two, 125)
 
 
 def at_points(verb: str, trial: Trial, strike: Strike, what: str, stride: int) -> Row:
@@ -53,37 +63,94 @@ def at_points(verb: str, trial: Trial, strike: Strike, what: str, stride: int) -
         faults += [fault] if (fault := wrong or trial.fault(run)) else []
         clear(run)
     clear(run)
-    said = faults[0] if faults else f"{deaths:,} deaths, {deaths - points:,} of them while it went on"
-    return Row("a", f"{verb}: {what} {every(stride, 'file operation')}", points, len(faults), said)
+    told = faults[0] if faults else f"{deaths:,} deaths, {deaths - points:,} of them while it went on"
+    return Row("a", f"{verb}: {what} {every(stride, 'file operation')}", points, len(faults), told)
 
 
 def at_random(verb: str, trial: Trial, folder: Path, times: int) -> Row:
     folder.mkdir()
     report = drill((signal.SIGKILL,), trial.command, folder, times, seed=0)
     lost = len(report["differing"])
-    said = f"{report['runs']} runs; {report['in_saves']} kills in a save, {report['resuming']} while resuming"
-    trials = report["strikes"]
-    return Row("a", f"{verb}: SIGKILL at random, several in a row", trials, lost, f"{said} {report['differing'] or ''}")
+    told = f"{report['runs']} runs; {report['in_saves']} kills in a save, {report['resuming']} while resuming"
+    times = report["strikes"]
+    return Row("a", f"{verb}: SIGKILL at random, several in a row", times, lost, f"{told} {report['differing'] or ''}")
 
 
-def on_two_ranks(trial: Trial, stride: int) -> Row:
+class Pair(NamedTuple):
+    """A verb's run on two ranks."""
+
+    verb: str
+    trial: Trial
+    """Its fingerprint is that of such a run which nothing happens to."""
+    seconds: float
+    """That one lasts."""
+
+    @classmethod
+    def of(cls, verb: str, trial: Trial) -> Self:
+        run, began = Path(f"straight-2-{verb}"), time.monotonic()
+        codes = trial.together(2, run)
+        assert codes == WHOLE, f"{codes}: {said(run)}"
+        return cls(verb, trial._replace(wanted=fingerprint(run)), time.monotonic() - began)
+
+    def fault(self, run: Path) -> str:
+        """What is wrong with a run once the same command has gone on with it, on both ranks, to its end."""
+        codes = self.trial.together(2, run)
+        return f"{run.name}: then {codes}: {said(run)}" if codes != WHOLE else self.trial.differs(run)
+
+
+def at_points_of_two(two: Pair, stride: int) -> Row:
     """Either of two ranks killed before every `stride`-th operation of its own; then both begin again."""
-    whole = {0: 0, 1: 0}
-    assert trial.together(2, Path("straight-2")) == whole
-    two = trial._replace(wanted=fingerprint(Path("straight-2")))
     faults = []
     points = 0
     for rank in (0, 1):
         for at in count(stride - 1, stride):
-            run = Path(f"two-{rank}-{at}")
-            codes = two.together(2, run, {rank: partial(killed_at, at, run)})
-            if codes == whole:
+            run = Path(f"two-{two.verb}-{rank}-{at}")
+            codes = two.trial.together(2, run, {rank: partial(killed_at, at, run)})
+            if codes == WHOLE:
                 break
             points += 1
-            again = two.together(2, run)
-            differs = again != whole or fingerprint(run) != two.wanted or leftovers(run)
-            faults += [f"{run.name}: {codes}, then {again}"] if differs or codes[rank] != KILLED else []
+            wrong = "" if codes[rank] == KILLED and None not in codes.values() else f"{run.name}: {codes}: {said(run)}"
+            faults += [fault] if (fault := wrong or two.fault(run)) else []
             clear(run)
         clear(run)
-    what = f"pretrain on 2 ranks: SIGKILL of one before {every(stride, 'file operation')} of its own"
+    what = f"{two.verb} on 2 ranks: SIGKILL of one before {every(stride, 'file operation')} of its own"
     return Row("a", what, points, len(faults), faults[0] if faults else "")
+
+
+def at_random_of_two(two: Pair, times: int) -> Row:
+    """One rank of two killed, or both, at a random moment, several times in a row, every third time in a save."""
+    draw = random.Random(0)
+    faults = []
+    strikes = in_saves = resuming = runs = 0
+    while strikes < times:
+        run = Path(f"random-two-{two.verb}-{runs}")
+        runs += 1
+        while strikes < times:
+            begun, victims = run.exists(), draw.choice([(0,), (1,), (0, 1)])
+            strike = partial(killed_after, draw.uniform(0, 0.7 * two.seconds), run, in_save=strikes % 3 == 0)
+            codes = two.trial.together(2, run, dict.fromkeys(victims, strike))
+            if None in codes.values():
+                faults.append(f"{run.name}: {codes}: {said(run)}")
+            if KILLED not in codes.values():
+                break
+            strikes += 1
+            in_saves += in_a_save(run)
+            resuming += begun
+        faults += [fault] if (fault := two.fault(run)) else []
+        clear(run)
+    what = f"{two.verb} on 2 ranks: SIGKILL of one or both at random, several in a row"
+    told = f"{runs} runs; {in_saves} kills in a save, {resuming} of runs that went on"
+    return Row("a", what, strikes, len(faults), faults[0] if faults else told)
+
+
+def killed_after(seconds: float, run: Path, *, in_save: bool) -> None:
+    """In a rank: have it killed from without after so long, or in the save that is next then."""
+    rank = os.pidfd_open(os.getpid())
+    if os.fork():
+        return
+    if not select.select([rank], [], [], seconds)[0]:
+        if in_save:
+            wait_for_a_save(run, 1.0)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(rank, signal.SIGKILL)
+    os._exit(0)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 200
 SLOW_SECONDS = 30.0
 PHASES = {
-    "start": "(outside training|at a step that is not known)",
+    "start": "outside training",
     "step": r"after step 5",
     "all-to-all": r"after step \d+",
     "save": "after step 8",
@@ -44,6 +44,7 @@ FAULTS = {
     "slow": (PATIENCE_SECONDS, 0, None),
 }
 """What happens to it; the seconds within which nothing may be left, the exit code, and the first error."""
+QUICK = [fault for fault, (seconds, _, _) in FAULTS.items() if seconds <= 5]
 SHORT = [("file", "all-to-all", 1), ("stop", "save", 3)]
 
 
@@ -63,18 +64,25 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
     done = subprocess.run(command(straight), env=environment(folder), cwd=folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     every = [*product(FAULTS, PHASES)]
-    # In the long form each three times, on another rank every time.
+    # In the long form each three times, on another rank every time, and once under torchrun.
     asked = [(*one, (n + turn) % RANKS) for n, one in enumerate(every) for turn in range(3)] if long else SHORT
     for fault in FAULTS:
         found = [trial(folder / "-".join(map(str, one)), *one, straight) for one in asked if one[0] == fault]
         if found:
-            lost = [f"{one.phase}, rank {one.rank}: {one.broken}" for one in found if one.broken]
-            slowest = f"over in {max(one.seconds for one in found):.1f} s at most"
-            what = f"{fault}: one of {RANKS} ranks, in {len({one.phase for one in found})} phases"
-            yield Row("h", what, len(found), len(lost), lost[0] if lost else slowest)
+            yield row(fault, found)
+    for fault in QUICK if long else ():
+        runs = [(folder / f"torchrun-{fault}-{n}", fault, phase, n % RANKS) for n, phase in enumerate(PHASES)]
+        yield row(f"under torchrun, {fault}", [trial(*one, straight, ["--max-restarts=0"]) for one in runs])
     if long:
         broken = [again for fault in FAULTS if (again := by_torchrun(folder / f"torchrun-{fault}", fault, straight))]
         yield Row("h", "torchrun --max-restarts=1", len(FAULTS), len(broken), (broken or [""])[0])
+
+
+def row(fault: str, found: list[Trial]) -> Row:
+    lost = [f"{one.phase}, rank {one.rank}: {one.broken}" for one in found if one.broken]
+    slowest = f"over in {max(one.seconds for one in found):.1f} s at most"
+    what = f"{fault}: one of {RANKS} ranks, in {len({one.phase for one in found})} phases"
+    return Row("h", what, len(found), len(lost), lost[0] if lost else slowest)
 
 
 def command(run: Path, torchrun: Sequence[str] = ()) -> list[str]:
@@ -119,17 +127,20 @@ def struck(
     return process.returncode, out, err, time.time() - float(moment.read_text())
 
 
-def trial(run: Path, fault: str, phase: str, rank: int, straight: Path) -> Trial:
-    code, out, err, seconds = struck(run, fault, phase, rank)
+def trial(run: Path, fault: str, phase: str, rank: int, straight: Path, torchrun: Sequence[str] = ()) -> Trial:
+    """Under torchrun its exit code is 1, and what it says itself stands between the ranks' lines."""
+    code, out, err, seconds = struck(run, fault, phase, rank, torchrun)
     limit, wanted, first = FAULTS[fault]
-    said = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    wanted = 1 if torchrun else wanted
+    lines = err.splitlines()
+    said = [line for line in lines if (line.startswith("error: ") if torchrun else not line.startswith("warning: "))]
     words = first and "error: " + first.format(rank=rank, where=PHASES[phase])
     broken = ""
     if code != wanted or seconds > limit or ranks_of(str(run)):
         broken = f"exit code {code} after {seconds:.1f} s, left {ranks_of(str(run))}: {said[:1]}"
     elif words and not (said and re.match(words, said[0])):
         broken = f"says {said[:1]}"
-    elif words and json.loads(out)["exit_code"] != wanted:
+    elif words and not torchrun and json.loads(out)["exit_code"] != wanted:
         broken = f"prints {out}"
     ends = differs if code == 0 else then
     return Trial(fault, phase, rank, broken or ends(run, straight), seconds)

@@ -25,6 +25,7 @@ from switchcli.commands import pretrain, training
 from switchcli.data import pieces
 from switchcli.model import generate
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import STOPPING
 from switchcli.train import checkpoint, loop
 from switchcli.train.distillation import Teacher
@@ -67,11 +68,14 @@ class Point(NamedTuple):
     """Whether the main rank alone comes by."""
     keys: tuple[str, ...] = ()
     new_cache: bool = False
+    late: float = 0.0
+    """Seconds for which this rank keeps the others waiting before."""
 
 
 FORWARD = (SwitchTransformer, "forward")
 POINTS = {
     "start: recipe resolved": Point("pretrain", pretrain, "claim", (1, 1, 1), UNSAVED),
+    "start: the others wait for this rank": Point("pretrain", Runtime, "__init__", (1, 1, 1), UNSAVED, late=4.0),
     "start: room made for the model": Point("pretrain", training, "preflight", (1, 1, 1), UNSAVED),
     "start: weights drawn": Point("pretrain", pretrain, "initial_weights", (1, 1, 1), UNSAVED),
     "start: ready to train": Point("pretrain", training.Training, "_loader", (1, 1, 1), f"{SAVED}|{UNSAVED}|{LEFT}"),
@@ -96,11 +100,11 @@ POINTS = {
 }
 
 
-ON_TWO = ["step: gradients there", "evaluation", "save"]
+ON_TWO = ["start: the others wait for this rank", "step: gradients there", "evaluation", "save"]
 """Of the short form those on two ranks."""
 LONG = {
-    *("start: recipe resolved", "start: room made for the model", "step: forward", "generation: samples"),
-    *("step: gradients there", "save"),
+    *("start: recipe resolved", "start: room made for the model", "start: the others wait for this rank"),
+    *("step: forward", "step: gradients there", "save", "generation: samples"),
 }
 """What the short form leaves out on one rank: it has the like there, or on two."""
 AT_ITS_SAVE = [("step: forward", 5), ("save", 2)]
@@ -139,6 +143,8 @@ def install(strike: Strike, notes: Path) -> None:
     def struck(*arguments: Any, **named: Any) -> Any:
         if point.training is None or arguments[0].training == point.training:
             call = next(calls)
+            if call == strike.call:
+                time.sleep(point.late)
             if call >= strike.call:
                 with notes.open("a") as lines:
                     lines.write(json.dumps([state[0].step if state else 0, time.monotonic()]) + "\n")
@@ -330,7 +336,7 @@ def _twice(straight: Straight, long: bool) -> Iterator[Told]:
 
 
 def _launched(straight: Straight, long: bool) -> Iterator[Told]:
-    phases = ["step: forward", "evaluation", "save", "start: weights drawn"]
+    phases = ["step: forward", "evaluation", "save", "start: weights drawn", "start: the others wait for this rank"]
     every = product(phases, STOPPING, ("launcher", "self"), (2, 4))
     for phase, number, whom, world in every if long else [("step: forward", signal.SIGUSR1, "launcher", 2)]:
         strike = Strike(phase, POINTS[phase].calls[1], number, whom)

@@ -94,6 +94,10 @@ class Trial(NamedTuple):
         code = self.run(run)
         if code != 0:
             return f"{run.name}: then exit code {code}: {said(run)}"
+        return self.differs(run)
+
+    def differs(self, run: Path) -> str:
+        """In what the end of a run is not that of one that nothing happens to, and what it has left."""
         found = fingerprint(run)
         differing = [name for name in self.wanted if found[name] != self.wanted[name]]
         if differing or leftovers(run):
