@@ -2,7 +2,6 @@
 
 import json
 import random
-import unicodedata
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,8 @@ def test_with_bytes_any_text_comes_back() -> None:
     def holds(text: str) -> None:
         ids = tokenizer.encode_batch([text])[0]
         assert tokenizer.unknown not in ids
-        said = unicodedata.normalize("NFKC", text).replace("\r\n", "\n").replace("\u2581", " ")
+        normal = tokenizers.normalizers.NFKC().normalize_str(text)  # by tables that are older than those of Python
+        said = normal.replace("\r\n", "\n").replace("\u2581", " ")
         assert tokenizer.decode(ids.tolist()) == said
 
     holds()
