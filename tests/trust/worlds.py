@@ -8,9 +8,11 @@ and at which learning rate, is the same either way.
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from torch import nn
 from trial import Trial, clear, said, trials
 
 from switchcli.commands.load import load
+from switchcli.model import experts, layers
 from switchcli.model.moe import sparse_layers
 from switchcli.train import loop
 from switchcli.train.metrics import Metrics
@@ -48,7 +51,9 @@ SMOOTH = "model.activation=geglu"
 route: after four steps the weights are 1e-7 apart, after 40 a layer routes otherwise, and its experts and its router
 are 0.3 apart. At 0.001 it is a unit at the kink of a ReLU: 40 steps are equal in every route and in six digits of
 every loss, and one layer's weights are up to 1.4e-4 apart, the moving average of its gradient up to 2.4e-3. Without a
-kink both are 1e-6: added up as it comes, AdamW is tried without one."""
+kink both are 1e-6: added up as it comes, AdamW is tried without one, and with it for the unit that turns."""
+KINK = 1e-6
+"""How near to 0 rounding can turn a ReLU's input: those here are 0.4 in the root of their mean square."""
 
 
 class Seed(NamedTuple):
@@ -88,6 +93,7 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
         smooth = [seed(n, *[SMOOTH] * (n % 2)) for n in numbers]
         yield row("1, 2, 4, 2, 1 ranks", smooth, WORLDS, "fast")
         if long:
+            yield kinks([seed(n) for n in numbers if n % 2])
             yield row("experts over 4, 2, 1 ranks", smooth[:2], SPREAD, "fast")
 
 
@@ -100,6 +106,41 @@ def row(what: str, seeds: list[Seed], worlds: Worlds, reduction: str) -> Row:
         told = "weights and optimizer state bit for bit"
     what = f"{what}: {reduction}, {seeds[0].steps} steps"
     return Row("c", what, len(seeds), len(faults), faults[0] if faults else told)
+
+
+def kinks(seeds: list[Seed]) -> Row:
+    """Runs with AdamW and ReLU: where one is not within ROUNDING, a unit was first turned by rounding alone."""
+    faults, turned = [], []
+    for seed in seeds:
+        run, alone = Path(f"kinks-{seed.number}"), Path(f"kinks-{seed.number}-alone")
+        code = seed.trial.run(alone, partial(noting, alone, None, inputs=True), "parallel.reduction=ordered")
+        fault = moved(seed, run, WORLDS, "parallel.reduction=fast", inputs=True) if code == 0 else said(alone)
+        far, first = (0.0, 0.0) if fault else (apart(tensors(run), tensors(alone)), first_turned(run, alone))
+        if far > ROUNDING:
+            turned.append(first)
+        if fault or (far > ROUNDING and not 0 < first < KINK):
+            faults.append(f"seed {seed.number}: {fault} {far:.1e} apart, the first unit turned at {first:.1e}")
+        for one in (run, alone):
+            clear(one)
+            shutil.rmtree(inputs_of(one), ignore_errors=True)
+    told = f"{len(turned)} beyond it, each after an input of at most {max(turned, default=0):.1e} had turned"
+    what = f"AdamW and ReLU, fast: beyond {ROUNDING:.0e} without a ReLU at its kink"
+    return Row("c", what, len(seeds), len(faults), faults[0] if faults else told)
+
+
+def first_turned(run: Path, alone: Path) -> float:
+    """The largest input, in either run, of the ReLUs that are open in one of them alone, in the first microbatch that
+    has such; 0 where none has."""
+    for step, number in product(range(EACH[True] * len(WORLDS)), range(MICROBATCHES)):
+        pair = [torch.load(inputs_of(one) / f"{step}-{number}.pt") for one in (run, alone)]
+        turned = [torch.maximum(x.abs(), y.abs())[(x > 0) != (y > 0)] for x, y in zip(*pair, strict=True)]
+        if largest := max((float(one.max()) for one in turned if one.numel()), default=0.0):
+            return largest
+    return 0.0
+
+
+def inputs_of(run: Path) -> Path:
+    return run.with_name(f"{run.name}.inputs")
 
 
 def tried(seed: Seed, run: Path, worlds: Worlds, reduction: str) -> Told:
@@ -127,14 +168,14 @@ def tried(seed: Seed, run: Path, worlds: Worlds, reduction: str) -> Told:
     return found
 
 
-def moved(seed: Seed, run: Path, worlds: Worlds, key: str) -> str:
+def moved(seed: Seed, run: Path, worlds: Worlds, key: str, *, inputs: bool = False) -> str:
     """What goes wrong on the way. At every other change it is stopped, else killed a step later."""
-    for turn, (world, experts) in enumerate(worlds, 1):
+    for turn, (world, over) in enumerate(worlds, 1):
         last, stops = turn == len(worlds), (turn + seed.number // 2) % 2
         saved = seed.steps if last else seed.each * turn
         at = None if last else (saved - 1, signal.SIGTERM) if stops else (saved + 1, signal.SIGKILL)
-        within = dict.fromkeys(range(world), partial(noting, run, at))
-        codes = seed.trial.together(world, run, within, key, f"parallel.expert={experts}")
+        within = dict.fromkeys(range(world), partial(noting, run, at, inputs=inputs))
+        codes = seed.trial.together(world, run, within, key, f"parallel.expert={over}")
         wanted = {0} if last else {75} if stops else {-signal.SIGKILL, 6}
         if not {*codes.values()} <= wanted or newest(run) != saved:
             return f"{world} ranks, to save at step {saved}: {newest(run)}, exit codes {codes}: {said(run)}"
@@ -145,9 +186,15 @@ def notes(run: Path) -> Path:
     return run.with_name(f"{run.name}.batches")
 
 
-def noting(run: Path, strike: tuple[int, signal.Signals] | None) -> None:
-    """In a fork: write down what each step trains on, and be struck in one of them."""
-    accumulate = loop.accumulate_gradients
+def noting(run: Path, strike: tuple[int, signal.Signals] | None, *, inputs: bool = False) -> None:
+    """In a fork: write down what each step trains on, with `inputs` those of its ReLUs as well, and be struck in one of
+    them."""
+    accumulate, activate = loop.accumulate_gradients, layers.activate
+    seen: list[torch.Tensor] = []
+
+    def activated(hidden: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        seen.append(hidden.detach())
+        return activate(hidden, gate)
 
     def accumulated(
         model: nn.Module,
@@ -164,9 +211,17 @@ def noting(run: Path, strike: tuple[int, signal.Signals] | None) -> None:
             for micro in microbatches:
                 digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in micro.batch[:2])).hexdigest()
                 file.write(f"{step} {micro.number} {digest}\n")
-        return accumulate(model, objective, microbatches, num_targets, runtime, seed)
+        seen.clear()
+        metrics = accumulate(model, objective, microbatches, num_targets, runtime, seed)
+        for number, micro in enumerate(microbatches if inputs else ()):
+            each = len(seen) // len(microbatches)
+            inputs_of(run).mkdir(exist_ok=True)
+            torch.save(seen[number * each : (number + 1) * each], inputs_of(run) / f"{step}-{micro.number}.pt")
+        return metrics
 
     loop.accumulate_gradients = accumulated
+    if inputs:
+        layers.activate = experts.activate = activated
 
 
 def batches(run: Path) -> dict[tuple[int, int], set[str]]:
