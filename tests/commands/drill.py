@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "d
 ROUNDING = 1e-4
 """How far `apart` tensors may be whose sums are made in another order: as those of four ranks, which
 DistributedDataParallel lays out anew after its first step."""
+IN_A_ROW = 6
+"""Strikes of one run at most: more would meet it near its end, where little is left to go wrong."""
 STEP = re.compile(rb"^\d+/\d+ +-", re.MULTILINE)
 """A line of a logged step."""
 
@@ -162,7 +165,8 @@ def wait_for_a_save(run: Path, patience: float) -> None:
 def drill(
     numbers: tuple[signal.Signals, ...], command: Sequence[object], folder: Path, times: int, seed: int
 ) -> dict[str, Any]:
-    """Strike runs `times` times in all, every third time as soon as a save has begun; each run goes on to its end.
+    """Strike runs `times` times in all, every third time as soon as a save has begun; each run, struck IN_A_ROW times
+    at most, goes on to its end.
 
     A signal that comes before Python could set a handler ends a process as it does any: that start counts as well.
     """
@@ -177,10 +181,10 @@ def drill(
     while strikes < times:
         run, log = folder / f"run-{runs}", folder / f"run-{runs}.log"
         runs += 1
-        while True:
+        for turn in count():
             begun, said = run.exists(), log.stat().st_size if log.exists() else 0
             child = start([*command, "--out", run], log)
-            if strikes < times:
+            if strikes < times and turn < IN_A_ROW:
                 code = ended(child, draw.uniform(0, 0.7 * length))
                 if code is None and strikes % 3 == 0:
                     wait_for_a_save(run, 1.0)

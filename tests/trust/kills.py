@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from drill import drill, fingerprint, in_a_save, wait_for_a_save
+from drill import IN_A_ROW, drill, fingerprint, in_a_save, wait_for_a_save
 from faulty_files import kill
 from table import Row, every
 from trial import Trial, clear, lose_power_at, said, strike_at, trials
@@ -125,7 +125,7 @@ def at_random_of_two(two: Pair, times: int) -> Row:
     while strikes < times:
         run = Path(f"random-two-{two.verb}-{runs}")
         runs += 1
-        while strikes < times:
+        for _ in range(min(IN_A_ROW, times - strikes)):
             begun, victims = run.exists(), draw.choice([(0,), (1,), (0, 1)])
             strike = partial(killed_after, draw.uniform(0, 0.7 * two.seconds), run, in_save=strikes % 3 == 0)
             codes = two.trial.together(2, run, dict.fromkeys(victims, strike))
