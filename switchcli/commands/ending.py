@@ -32,6 +32,7 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
         InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
     """
     came: list[SwitchError] = []
+    heeded = False
     again = [threading.Timer(0, lambda: None)]
 
     def asked(number: int) -> SwitchError:
@@ -41,9 +42,11 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
         return Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
 
     def unheeded() -> bool:
-        return not came and signal.getsignal(signal.SIGTERM) is stop
+        return not heeded and signal.getsignal(signal.SIGTERM) is stop
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal heeded
+        heeded = True
         again[0].cancel()
         again[0] = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
         again[0].daemon = True
@@ -85,8 +88,8 @@ def _watched(
 ) -> Iterator[None]:
     """Within, a rank watches the others of its machine: one that is lost is told of by which, and how.
 
-    What `came` is an end by a signal while nothing was saved: a launcher's, when a rank is lost. A signal that is
-    `unheeded`, as where this rank waits for the others to start, ends it as `asked`.
+    What `came` is an end by a signal while nothing was saved: a launcher's, when a rank is lost. One that stays
+    `unheeded`, as where this rank waits for the others to start, ends it as `asked`, or for the rank that is lost.
     """
     join_srun(os.environ)
     if not is_rank() or sys.platform != "linux":
@@ -105,7 +108,7 @@ def _watched(
             yield
     except SwitchError as error:
         if isinstance(error, LostRank) or (error in came and watch.lost()):
-            raise LostRank(watch.lost() or str(error)) from error
+            raise LostRank(watch.lost_soon() or str(error)) from error
         raise
 
 

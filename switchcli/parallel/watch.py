@@ -14,23 +14,24 @@ from math import inf
 from pathlib import Path
 from threading import Thread
 
-from switchcli.errors import DistributedError, Interrupted
+from switchcli.errors import DistributedError, Interrupted, InterruptedByForce
 from switchcli.parallel.launch import Ended, children, how_ended, join_srun, report_of
-from switchcli.parallel.signals import signals_read
+from switchcli.parallel.signals import STOPPING, signals_read
 
 STOPPED_LOOKS = 10
 """In a row, of a rank that is then killed. Where all are suspended nobody looks; a debugger stops in another way."""
 WAITING_SECONDS = 2.0
 """For a library to return, once this rank was asked to end."""
+CLOSING_SECONDS = 0.5
 STOPPED = f"was stopped by a signal (SIGSTOP, perhaps), and was killed {STOPPED_LOOKS} s later"
 
 
 class Watch:
     """Looks in a thread of its own, within `looking`, which is for a main thread that handles signals in Python.
 
-    `give_up` is called there, with the signal, when this rank was asked to end and does not: it waits in a library,
-    until whose return no handler runs, for one that has ended; or the signal is still `unheeded`, which is true from
-    when it comes if it is to end the command at once, until its handler has run.
+    No handler runs until a library returns. So `give_up` is called here, with the number of the signal, when this rank
+    was asked to end and has waited in vain: for a rank that has ended; or, where the signal is to end the command at
+    once, for anything. `unheeded` says that such a signal, if one has come, was not handled yet.
     """
 
     def __init__(self, give_up: Callable[[int], None], unheeded: Callable[[], bool]) -> None:
@@ -52,19 +53,28 @@ class Watch:
                 self._ended.setdefault(rank, self._how_ended(rank, pid))
         return next((how for how in list(self._ended.values()) if how), "")
 
+    def lost_soon(self) -> str:
+        """The same in a moment: what a process has open is closed before its end can be seen."""
+        until = time.monotonic() + CLOSING_SECONDS
+        while not (lost := self.lost()) and time.monotonic() < until:
+            time.sleep(0.01)
+        return lost
+
     def _run(self, signals: int) -> None:
-        asked, unheeded, deadline = 0, False, inf
+        asked, at_once, deadline = 0, False, inf
         while (left := deadline - time.monotonic()) > 0:
             self._look()
+            # Before the signal too: one that the training loop has handled is no longer its own once it has ended.
+            before = self._unheeded()
             handles = [signals, *(handle for _, handle in self._living().values())]
             if came := signals in select.select(handles, [], [], min(1.0, left))[0]:
                 if not (numbers := os.read(signals, 64)):
                     os.close(signals)
                     return
-                asked = asked or numbers[0]
-            unheeded = (unheeded or came) and self._unheeded()
-            waits = (self.lost() or unheeded) and asked
-            deadline = min(deadline, time.monotonic() + WAITING_SECONDS) if waits else inf
+                asked = asked or next((number for number in numbers if number in STOPPING), 0)
+            at_once = (at_once or (came and before)) and self._unheeded()
+            lost = self.lost()  # at every look: how one has ended is there to read until its parent asks
+            deadline = min(deadline, time.monotonic() + WAITING_SECONDS) if asked and (lost or at_once) else inf
         self._give_up(asked)
 
     def _look(self) -> None:
@@ -92,13 +102,14 @@ class Watch:
         return {rank: one for rank, one in list(self._siblings.items()) if rank not in self._ended}
 
     def _how_ended(self, rank: int, pid: int) -> str:
-        """In words; nothing of an end that is well, or not known: it is there to read until its parent has asked."""
+        """In words; nothing of an end that is well, was asked for, or is gone: its parent has read it."""
         if self._looks[rank] > STOPPED_LOOKS / 2:  # another rank may look, and kill, before this one
             return f"rank {rank} {STOPPED}"
         code = 0
         with suppress(OSError):
             code = os.waitstatus_to_exitcode(int(_stat(pid)[-1]))
-        return "" if code in (0, Interrupted.exit_code) else f"rank {rank} {how_ended(code)}"
+        asked = code in (Interrupted.exit_code, InterruptedByForce.exit_code) or -code in STOPPING
+        return "" if code == 0 or asked else f"rank {rank} {how_ended(code)}"
 
 
 def _stat(pid: int) -> list[str]:

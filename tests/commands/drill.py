@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,19 @@ def leftovers(run: Path) -> list[str]:
     return [str(path) for path in run.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
 
 
-def in_a_save(run: Path) -> bool:
-    """Whether what a kill left shows that it struck while a checkpoint was written, replaced or removed."""
-    return any((run / "checkpoints").glob(".*-*"))
+def in_a_save(run: Path) -> set[tuple[str, int]]:
+    """What shows that a checkpoint is, or was when a kill came, being written, replaced or removed."""
+    found = set()
+    for path in (run / "checkpoints").glob(".*-*"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
-def wait_for_a_save(run: Path, patience: float) -> None:
+def wait_for_a_save(run: Path, before: set[tuple[str, int]], patience: float) -> None:
+    """Until there is more of it than `before`, which an earlier kill has left."""
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and not in_a_save(run):
+    while time.monotonic() < deadline and not in_a_save(run) - before:
         time.sleep(0.0002)
 
 
@@ -183,16 +189,17 @@ def drill(
         runs += 1
         for turn in count():
             begun, said = run.exists(), log.stat().st_size if log.exists() else 0
+            left = in_a_save(run)
             child = start([*command, "--out", run], log)
             if strikes < times and turn < IN_A_ROW:
                 code = ended(child, draw.uniform(0, 0.7 * length))
                 if code is None and strikes % 3 == 0:
-                    wait_for_a_save(run, 1.0)
+                    wait_for_a_save(run, left, 1.0)
                 if code is None:
                     os.kill(child, draw.choice(numbers))
                     code = ended(child, 120)
                     strikes += code != 0
-                    in_saves += in_a_save(run)
+                    in_saves += bool(in_a_save(run) - left)
                     resuming += begun and not STEP.search(log.read_bytes()[said:])
             else:
                 code = ended(child, 240)

@@ -111,6 +111,19 @@ def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str
     assert Path("scontrol.log").read_text() == "requeue 7\n"
 
 
+@pytest.mark.parametrize(("restarts", "code"), [("2", 0), ("3", 75)])
+def test_a_job_that_is_stopped_as_soon_as_it_begins_does_not_come_back_for_ever(
+    job: dict[str, str], tmp_path: Path, restarts: str, code: int
+) -> None:
+    """As one that is stopped because a rank fails on another machine."""
+    stopped = tmp_path / "stopped"
+    stopped.write_text("#!/bin/sh\nexit 75\n")
+    stopped.chmod(0o755)
+    environment = {**job, "SWITCHCLI": str(stopped), "SLURM_RESTART_COUNT": restarts}
+    done = subprocess.run([CLUSTER / "slurm"], env=environment, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, Path("scontrol.log").exists()) == (code, code == 0)
+
+
 def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
     task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
     assert "scripts/cluster/torchrun $ARGUMENTS" in task["run"]

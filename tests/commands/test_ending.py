@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +13,26 @@ import pytest
 from switchcli.commands.ending import AGAIN_SECONDS, stoppable
 from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, where
 from switchcli.parallel.signals import StopRequest
+
+ON_ITS_WAY_OUT = """
+import time
+from switchcli.commands import ending
+from switchcli.errors import DataError
+from switchcli.parallel.watch import WAITING_SECONDS
+try:
+    with ending.stoppable(ranks=True):
+        try:
+            time.sleep(1.5)
+            raise DataError("mine")
+        finally:
+            print("tidying", flush=True)
+            until = time.monotonic() + 2 * WAITING_SECONDS
+            while time.monotonic() < until:
+                time.sleep(0.1)
+            print("tidied", flush=True)
+except DataError as error:
+    ending.leave(error)
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -58,6 +80,20 @@ def test_other_errors_pass() -> None:
         raise ValueError("mine")
     with pytest.raises(InterruptedByForce, match="without saving"), stoppable():
         raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_on_its_way_out_is_left_to_tidy_up() -> None:
+    """However long that takes: a signal that came meanwhile was heeded."""
+    here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_ITS_WAY_OUT], env={**os.environ, **here}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "tidying\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (DataError.exit_code, "tidied\n")
 
 
 @pytest.mark.parametrize("swallow", [unraisable, refused])

@@ -22,7 +22,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 def give_up(number):
     print("lost:", looks.lost(), "asked:", number, flush=True)
     os._exit(6)
-looks = watch.Watch(give_up, lambda: "UNHEEDED" in os.environ)
+looks = watch.Watch(give_up, lambda: os.path.exists(os.environ["SWITCHCLI_REPORTS"] + "/unheeded"))
 with looks.looking():
     print("looks", flush=True)
     lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
@@ -33,14 +33,17 @@ with looks.looking():
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
+def place(rank: int, port: int = 1) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": f"{os.getpid()}{port}"}
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """A rank, looking."""
     started = []
 
-    def one(rank: int, port: int = 1, **more: str) -> "subprocess.Popen[str]":
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": f"{os.getpid()}{port}"}
-        environment = {**os.environ, **place, **more, "SWITCHCLI_REPORTS": str(tmp_path)}
+    def one(rank: int, port: int = 1) -> "subprocess.Popen[str]":
+        environment = {**os.environ, **place(rank, port), "SWITCHCLI_REPORTS": str(tmp_path)}
         process = subprocess.Popen([sys.executable, "-c", RANK], env=environment, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
@@ -102,9 +105,38 @@ def test_a_rank_that_was_asked_to_end_waits_for_one_that_lives(start: Start) -> 
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_to_end_at_once_waits_for_none(start: Start) -> None:
+def test_a_rank_that_is_to_end_at_once_waits_for_none(start: Start, tmp_path: Path) -> None:
     """As where it has no one to wait for yet, or has not met one that has ended."""
-    waits = start(0, UNHEEDED="1")
+    (tmp_path / "unheeded").touch()
+    waits = start(0)
     waits.send_signal(signal.SIGTERM)
     out, _ = waits.communicate(timeout=SECONDS)
+    assert (waits.returncode, out) == (6, "lost:  asked: 15\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["handled in time", "handled by the training loop"])
+def test_a_rank_that_has_handled_the_signal_is_left_alone(start: Start, tmp_path: Path, before: bool) -> None:
+    """Whether or not what came next would be to end at once."""
+    unheeded = tmp_path / "unheeded"
+    if before:
+        unheeded.touch()
+    waits = start(0)
+    waits.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    unheeded.unlink() if before else unheeded.touch()
+    time.sleep(5)
+    assert waits.poll() is None
+
+
+@pytest.mark.slow
+def test_a_rank_that_ended_because_it_was_asked_is_not_lost(start: Start, tmp_path: Path) -> None:
+    """Before it could handle the signal, too."""
+    (tmp_path / "unheeded").touch()
+    new = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, **place(1)})
+    waits = start(0)
+    new.send_signal(signal.SIGTERM)
+    waits.send_signal(signal.SIGTERM)
+    out, _ = waits.communicate(timeout=SECONDS)
+    new.wait()
     assert (waits.returncode, out) == (6, "lost:  asked: 15\n")

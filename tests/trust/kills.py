@@ -19,6 +19,8 @@ from trial import Trial, clear, lose_power_at, said, strike_at, trials
 
 VERBS = "pretrain background finetune distill"
 KILLED = -signal.SIGKILL
+ENDS = {KILLED, 0, 6, 75, -signal.SIGTERM}
+"""How ranks may end of which one is killed: it, those that were done, lost it, were asked to end, or just began."""
 WHOLE = {0: 0, 1: 0}
 """The exit codes of two ranks that nothing happens to."""
 
@@ -109,7 +111,8 @@ def at_points_of_two(two: Pair, stride: int) -> Row:
             if codes == WHOLE:
                 break
             points += 1
-            wrong = "" if codes[rank] == KILLED and None not in codes.values() else f"{run.name}: {codes}: {said(run)}"
+            sound = codes[rank] == KILLED and {*codes.values()} <= ENDS
+            wrong = "" if sound else f"{run.name}: {codes}: {said(run)}"
             faults += [fault] if (fault := wrong or two.fault(run)) else []
             clear(run)
         clear(run)
@@ -126,15 +129,16 @@ def at_random_of_two(two: Pair, times: int) -> Row:
         run = Path(f"random-two-{two.verb}-{runs}")
         runs += 1
         for _ in range(min(IN_A_ROW, times - strikes)):
-            begun, victims = run.exists(), draw.choice([(0,), (1,), (0, 1)])
-            strike = partial(killed_after, draw.uniform(0, 0.7 * two.seconds), run, in_save=strikes % 3 == 0)
+            begun, left, victims = run.exists(), in_a_save(run), draw.choice([(0,), (1,), (0, 1)])
+            within = two.seconds * draw.uniform(0, 0.7)
+            strike = partial(killed_after, within, run, left, in_save=strikes % 3 == 0)
             codes = two.trial.together(2, run, dict.fromkeys(victims, strike))
-            if None in codes.values():
+            if not {*codes.values()} <= (ENDS if KILLED in codes.values() else {0}):
                 faults.append(f"{run.name}: {codes}: {said(run)}")
             if KILLED not in codes.values():
                 break
             strikes += 1
-            in_saves += in_a_save(run)
+            in_saves += bool(in_a_save(run) - left)
             resuming += begun
         faults += [fault] if (fault := two.fault(run)) else []
         clear(run)
@@ -143,14 +147,14 @@ def at_random_of_two(two: Pair, times: int) -> Row:
     return Row("a", what, strikes, len(faults), faults[0] if faults else told)
 
 
-def killed_after(seconds: float, run: Path, *, in_save: bool) -> None:
+def killed_after(seconds: float, run: Path, left: set[tuple[str, int]], *, in_save: bool) -> None:
     """In a rank: have it killed from without after so long, or in the save that is next then."""
     rank = os.pidfd_open(os.getpid())
     if os.fork():
         return
     if not select.select([rank], [], [], seconds)[0]:
         if in_save:
-            wait_for_a_save(run, 1.0)
+            wait_for_a_save(run, left, 1.0)
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(rank, signal.SIGKILL)
     os._exit(0)

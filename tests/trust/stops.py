@@ -44,6 +44,8 @@ ASKED = r"stopped while the teacher was asked; what it said is in .*: the same c
 STOPPED, FORCED, RANK = 75, 130, 6
 FORCED_SECONDS = 10
 """From a second Ctrl-C to the end: seconds on a machine that has other things to do."""
+LATE_SECONDS = 5
+"""From a signal to the end of ranks that wait for a late one, which takes them 2."""
 ANSWERS = "kept-answers"
 """The folder of a teacher's answers: each run that is struck has its own."""
 STRIKE = "TRUST_STRIKE"
@@ -244,7 +246,8 @@ def wrong_end(
         faults |= {
             f"left {left}": bool(left),
             f"struck at step {step}, its checkpoints {saved}": (saved or [0])[0] not in here,
-            f"exit codes {codes}": point.words == SAVED and {*codes} != {STOPPED},
+            f"exit codes {codes}": (point.words == SAVED or point.late > 0) and {*codes} != {STOPPED},
+            f"{seconds:.1f} s until all were out": point.late > 0 and seconds > LATE_SECONDS,
             f"said {said(run)!r}": words and not any(re.fullmatch(expected, line) for line in lines),
             f"{len(told) - 1} more calls of {point.name}": point.more is not None and len(told) - 1 > point.more,
         }

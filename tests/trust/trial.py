@@ -54,7 +54,8 @@ class Trial(NamedTuple):
         by rank.
 
         They are a process group of their own. The first that fails has the others end by SIGTERM; None is one that
-        hangs.
+        hangs. They do not see how others end (`switchcli/parallel/watch.py`): as forks, they have no environment of
+        their own to be known by. Ranks that do: part h, and a launcher's in part b.
         """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
