@@ -17,6 +17,7 @@ from switchcli.parallel.watch import Watch
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 
+FORCED = "stopped at once, without saving: the same command goes on from the last save"
 AGAIN_SECONDS = 1.0
 """After which a signal is given once more that has not ended the command: a library may swallow what it raises."""
 
@@ -61,25 +62,24 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
         if what.exc_value not in came:
             hook(what)
 
-    with _watched(came, asked, unheeded) if ranks else nullcontext():
-        previous = {number: signal.signal(number, stop) for number in STOPPING}
-        hook, sys.unraisablehook = sys.unraisablehook, swallowed
-        try:
-            yield
-        except BaseException as error:
-            # Raised between two steps of a clean-up, or within a library, it may come out as another error.
-            if came and error is not came[0]:
-                raise came[0] from error
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            raise InterruptedByForce(
-                "stopped at once, without saving: the same command goes on from the last save"
-            ) from None
-        finally:
-            again[0].cancel()
-            sys.unraisablehook = hook
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    previous = {number: signal.signal(number, stop) for number in STOPPING}
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
+    try:
+        with _watched(came, asked, unheeded) if ranks else nullcontext():
+            try:
+                yield
+            except BaseException as error:
+                # Raised between two steps of a clean-up, or within a library, it may come out as another error.
+                if came and error is not came[0]:
+                    raise came[0] from error
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
+                raise InterruptedByForce(FORCED) from None
+    finally:
+        again[0].cancel()
+        sys.unraisablehook = hook
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -25,13 +25,22 @@ try:
             time.sleep(1.5)
             raise DataError("mine")
         finally:
-            print("tidying", flush=True)
+            print("here", flush=True)
             until = time.monotonic() + 2 * WAITING_SECONDS
             while time.monotonic() < until:
                 time.sleep(0.1)
             print("tidied", flush=True)
 except DataError as error:
     ending.leave(error)
+"""
+IN_A_LIBRARY = """
+import ctypes
+from switchcli.commands import ending
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+with ending.stoppable(ranks=True):
+    print("here", flush=True)
+    lock(mutex)  # for ever
 """
 
 
@@ -83,17 +92,20 @@ def test_other_errors_pass() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_on_its_way_out_is_left_to_tidy_up() -> None:
-    """However long that takes: a signal that came meanwhile was heeded."""
+@pytest.mark.parametrize(
+    ("rank", "code", "then"), [(ON_ITS_WAY_OUT, DataError.exit_code, "tidied\n"), (IN_A_LIBRARY, 75, "")]
+)
+def test_a_rank_is_left_to_tidy_up_and_not_in_a_library(rank: str, code: int, then: str) -> None:
+    """However long the one takes, and from the first moment of a command."""
     here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", ON_ITS_WAY_OUT], env={**os.environ, **here}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", rank], env={**os.environ, **here}, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "tidying\n"
+    assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out) == (DataError.exit_code, "tidied\n")
+    assert (process.returncode, out) == (code, then)
 
 
 @pytest.mark.parametrize("swallow", [unraisable, refused])
