@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
+from switchcli import errors
 from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
 from switchcli.parallel.signals import STOPPING, signals_read
 
@@ -57,8 +58,8 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
     from torch.distributed.run import get_args_parser, run
 
     logging.disable(logging.CRITICAL)  # the ranks say themselves why they end
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    own = {number: signal.getsignal(number) for number in PASSED_ON}
     with tempfile.TemporaryDirectory() as reports:
         os.environ[REPORTS] = reports
         options = [
@@ -81,10 +82,11 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
             # torch forwarded the signal and forgets how the ranks took it; the main one tells.
             if told := _awaited(reports):
                 return _said(told)
-            raise DistributedError(
-                f"stopped by {stopped.sigval.name}, and the ranks have not told how they ended: the same command goes "
-                "on from the last save"
-            ) from None
+            others = [one for rank in range(processes) if (one := _reported(reports, rank))]
+            if all(one.where in ("", errors.OUTSIDE) for one in others):  # it came before all could heed it
+                signal.signal(stopped.sigval, own[stopped.sigval])
+                signal.raise_signal(stopped.sigval)
+            raise DistributedError("stopped, and no word of how the ranks ended: the same command goes on") from None
     return Ended(0, None)
 
 
@@ -129,7 +131,7 @@ def _first_of(ended: Mapping[int, int], reports: str) -> Ended:
     rank = min(ended, key=lambda one: (one in follow, ended[one] >= 0))
     if rank not in told or (ended[rank] < 0 and rank not in follow):
         lost = LostRank(told[rank].error if rank in told else f"rank {rank} {how_ended(ended[rank])}")
-        lost.add_note(min((one.where for one in told.values() if one.where), default=""))  # a step comes first
+        lost.add_note(min((one.where for one in told.values() if one.where), default=errors.UNKNOWN))  # a step first
         raise lost
     return _said(told[0] if 0 in told and 0 not in follow else told[rank])  # the main one's words are those of all
 
@@ -175,17 +177,16 @@ def _awaited(reports: str) -> Ended | None:
     """What the main rank reports, if it does soon; more signals, which have been forwarded, do not end the waiting."""
     for number in PASSED_ON:
         signal.signal(number, signal.SIG_IGN)
-    until = time.monotonic() + REPORT_SECONDS
-    while (ended := _reported(reports, 0)) is None and time.monotonic() < until:
+    until, gone = time.monotonic() + REPORT_SECONDS, False
+    while (ended := _reported(reports, 0)) is None and not gone and time.monotonic() < until:
         time.sleep(0.05)
+        gone = sys.platform == "linux" and not children(os.getpid())
     return ended
 
 
 def _reported(reports: str, rank: int) -> Ended | None:
     path = Path(reports) / str(rank)
-    if not path.is_file() or not (told := path.read_text(encoding="utf-8")):
-        return None
-    return Ended(*json.loads(told))
+    return Ended(*json.loads(told)) if path.is_file() and (told := path.read_text(encoding="utf-8")) else None
 
 
 def is_rank() -> bool:

@@ -64,8 +64,7 @@ class Watch:
         asked, at_once, deadline = 0, False, inf
         while (left := deadline - time.monotonic()) > 0:
             self._look()
-            # Before the signal too: one that the training loop has handled is no longer its own once it has ended.
-            before = self._unheeded()
+            before = self._unheeded()  # else one that the training loop has handled, which has ended since, would be
             handles = [signals, *(handle for _, handle in self._living().values())]
             if came := signals in select.select(handles, [], [], min(1.0, left))[0]:
                 if not (numbers := os.read(signals, 64)):

@@ -13,9 +13,10 @@ from switchcli.errors import DataError, DistributedError, LostRank
 from switchcli.parallel.launch import is_rank, join_srun, report
 
 LAUNCH = """
-import os, sys
+import os, signal, sys
 from switchcli.parallel.launch import launch
 os.chdir(sys.argv[1])  # `python -m switchcli` then finds what the test put there
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("heeded"))
 ended = launch(2, sys.argv[2:])
 print("told:", ended.error)
 sys.exit(ended.exit_code)
@@ -51,6 +52,13 @@ if what == "twice":  # it saves for long; the main one has the launcher pressed 
 if what == "fail":  # ended by the launcher, it says so, and is not the one to blame
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped", "after step 1"]')
+if what == "early":  # the main one dies of it, as nothing in it handles signals yet; the other does
+    if rank == "1":
+        def heed(number, frame):
+            open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped", "outside training"]')
+            os._exit(75)
+        signal.signal(signal.SIGTERM, heed)
+        os.kill(os.getppid(), signal.SIGTERM)
 if what != "end":
     time.sleep(60)
 """
@@ -99,6 +107,14 @@ def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
     done = launched("twice", tmp_path)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (130, "told: at once"), done.stderr
     assert time.monotonic() - begun < 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
+def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = launched("early", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "heeded\n")
+    assert time.monotonic() - begun < 25
 
 
 def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
