@@ -36,11 +36,15 @@ except DataError as error:
 IN_A_LIBRARY = """
 import ctypes
 from switchcli.commands import ending
+from switchcli.errors import Interrupted
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)
-with ending.stoppable(ranks=True):
-    print("here", flush=True)
-    lock(mutex)  # for ever
+try:
+    with ending.stoppable(ranks=True):
+        print("here", flush=True)
+        lock(mutex)  # for ever
+except Interrupted as error:  # the signal came just before
+    ending.leave(error)
 """
 
 
