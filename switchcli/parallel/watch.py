@@ -22,7 +22,6 @@ STOPPED_LOOKS = 10
 """In a row, of a rank that is then killed. Where all are suspended nobody looks; a debugger stops in another way."""
 WAITING_SECONDS = 2.0
 """For a library to return, once this rank was asked to end."""
-CLOSING_SECONDS = 0.5
 STOPPED = f"was stopped by a signal (SIGSTOP, perhaps), and was killed {STOPPED_LOOKS} s later"
 
 
@@ -55,7 +54,7 @@ class Watch:
 
     def lost_soon(self) -> str:
         """The same in a moment: what a process has open is closed before its end can be seen."""
-        until = time.monotonic() + CLOSING_SECONDS
+        until = time.monotonic() + 0.5
         while not (lost := self.lost()) and time.monotonic() < until:
             time.sleep(0.01)
         return lost
@@ -64,7 +63,8 @@ class Watch:
         asked, at_once, deadline = 0, False, inf
         while (left := deadline - time.monotonic()) > 0:
             self._look()
-            before = self._unheeded()  # else one that the training loop has handled, which has ended since, would be
+            # Before the signal, too: one that the training loop has handled must not count once the loop has ended.
+            before = self._unheeded()
             handles = [signals, *(handle for _, handle in self._living().values())]
             if came := signals in select.select(handles, [], [], min(1.0, left))[0]:
                 if not (numbers := os.read(signals, 64)):

@@ -2,7 +2,7 @@
 
 import json
 import random
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +165,8 @@ def test_unknown_may_have_any_id() -> None:
 
 
 def test_training_is_deterministic() -> None:
-    topics = list(takewhile(lambda document: document.name.startswith("topic "), PythonStdlib().documents()))
-    if not topics:
-        pytest.skip("this Python has no documentation topics")
-    assert len({train(2000, order).sha256 for order in (topics, topics, topics[::-1])}) == 1
+    texts = list(islice(PythonStdlib().documents(), 79))  # the topics of its documentation, where it has them
+    assert len({train(2000, order).sha256 for order in (texts, texts, texts[::-1])}) == 1
 
 
 @pytest.mark.parametrize(

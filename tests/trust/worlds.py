@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from drill import ROUNDING, apart, fingerprint, newest, tensors
+from safetensors.torch import load_file, save_file
 from table import Row
 from torch import nn
 from trial import Trial, clear, said, trials
@@ -132,8 +133,8 @@ def first_turned(run: Path, alone: Path) -> float:
     """The largest input, in either run, of the ReLUs that are open in one of them alone, in the first microbatch that
     has such; 0 where none has."""
     for step, number in product(range(EACH[True] * len(WORLDS)), range(MICROBATCHES)):
-        pair = [torch.load(inputs_of(one) / f"{step}-{number}.pt") for one in (run, alone)]
-        turned = [torch.maximum(x.abs(), y.abs())[(x > 0) != (y > 0)] for x, y in zip(*pair, strict=True)]
+        x, y = (load_file(inputs_of(one) / f"{step}-{number}.safetensors") for one in (run, alone))
+        turned = [torch.maximum(x[call].abs(), y[call].abs())[(x[call] > 0) != (y[call] > 0)] for call in x]
         if largest := max((float(one.max()) for one in turned if one.numel()), default=0.0):
             return largest
     return 0.0
@@ -213,14 +214,15 @@ def noting(run: Path, strike: tuple[int, signal.Signals] | None, *, inputs: bool
                 file.write(f"{step} {micro.number} {digest}\n")
         seen.clear()
         metrics = accumulate(model, objective, microbatches, num_targets, runtime, seed)
+        each = len(seen) // len(microbatches)
         for number, micro in enumerate(microbatches if inputs else ()):
-            each = len(seen) // len(microbatches)
-            inputs_of(run).mkdir(exist_ok=True)
-            torch.save(seen[number * each : (number + 1) * each], inputs_of(run) / f"{step}-{micro.number}.pt")
+            calls = {str(call): seen[number * each + call] for call in range(each)}
+            save_file(calls, inputs_of(run) / f"{step}-{micro.number}.safetensors")
         return metrics
 
     loop.accumulate_gradients = accumulated
     if inputs:
+        inputs_of(run).mkdir(exist_ok=True)
         layers.activate = experts.activate = activated
 
 
