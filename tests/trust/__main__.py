@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -23,8 +24,14 @@ PARTS = {
     "j": "attacks",
     "k": "experts",
     "l": "soak",
+    "links": "links",
+    "urls": "urls",
+    "paths": "odd_paths",
+    "metrics": "damaged_metrics",
+    "signals": "all_signals",
+    "environments": "environments",
 }
-"""The file of each part, by its letter."""
+"""The file of each part, by its name."""
 
 
 def main() -> int:
@@ -36,34 +43,62 @@ def main() -> int:
         help=f"of {', '.join(f'{letter} ({file})' for letter, file in PARTS.items())}, see CONTRIBUTING.md",
     )
     parser.add_argument("--short", action="store_true", help="as few trials as the tests make")
+    parser.add_argument("--json", action="store_true", help="one JSON object: tried and failed, by part and by class")
     asked = parser.parse_args()
     if unknown := sorted({*asked.parts} - {*PARTS}):
         parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}")
-    line("part", "what was done", "lost", "minutes", "")
-    line(*["---"] * 5)
+    report = Report(as_json=asked.json)
     with tempfile.TemporaryDirectory(prefix="trust-cache-") as cache:
         os.environ["SWITCHCLI_CACHE"] = cache  # not the user's
-        lost = sum(trials(part, long=not asked.short) for part in asked.parts or PARTS)
-    return int(lost > 0)
+        for part in asked.parts or PARTS:
+            trials(part, long=not asked.short, report=report)
+    report.finish()
+    return int(report.failed > 0)
 
 
-def trials(part: str, long: bool) -> int:
-    """Make those of a part, and say how many lost something."""
-    lost, began = 0, time.monotonic()
+class Report:
+    """The rows of all parts: a Markdown table, a line as soon as a row is known, or one JSON object at the end."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.failed = 0
+        self._as_json = as_json
+        self._rows: list[dict[str, object]] = []
+        if not as_json:
+            write_line("part", "what was done", "lost", "minutes", "")
+            write_line(*["---"] * 5)
+
+    def add(self, row: Row, minutes: float) -> None:
+        self.failed += row.lost
+        self._rows.append(
+            {
+                "part": row.part,
+                "class": row.what,
+                "tried": row.trials,
+                "failed": row.lost,
+                "minutes": round(minutes, 2),
+                "note": row.said,
+            }
+        )
+        if not self._as_json:
+            write_line(row.part, row.what, row.figure, f"{minutes:.1f}", row.said)
+
+    def finish(self) -> None:
+        if self._as_json:
+            total = {key: sum(int(row[key]) for row in self._rows) for key in ("tried", "failed")}
+            sys.stdout.write(f"{json.dumps({'rows': self._rows, **total}, indent=2)}\n")
+
+
+def trials(part: str, long: bool, report: Report) -> None:
+    """Run the trials of one part and report each row as soon as it is known."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"trust-{part}-") as folder:
         for row in importlib.import_module(PARTS[part]).rows(Path(folder), long):
-            show(row, (time.monotonic() - began) / 60)
-            lost += row.lost
+            report.add(row, (time.monotonic() - began) / 60)
             began = time.monotonic()
-    return lost
 
 
-def show(row: Row, minutes: float) -> None:
-    line(row.part, row.what, row.figure, f"{minutes:.1f}", row.said)
-
-
-def line(*cells: str) -> None:
-    """As Markdown has it, so that a table can be kept."""
+def write_line(*cells: str) -> None:
+    """Write one row of a Markdown table, so that a table can be kept."""
     sys.stdout.write(f"| {' | '.join(cells)} |\n")
     sys.stdout.flush()
 
