@@ -37,7 +37,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loader import Loader
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatch, Microbatches
+from switchcli.train.microbatches import Microbatch, Microbatches, RealTokens
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor
 
@@ -210,10 +210,10 @@ def _step(spec: ModelSpec, length: int, rows: int, runtime: Runtime) -> Callable
     lengths = (length, SpanCorruption(inputs_length=length).targets_length)
     here = runtime.place(Batch(*(torch.randint(2, spec.vocab_size, (rows, each)) for each in lengths)))
 
-    targets = here.targets_BT.numel()
+    real = RealTokens.of(here)
 
     def call() -> None:
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, targets)], targets, runtime, "")
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, runtime, "")
         optimizer.step(1e-3)
         optimizer.zero_grad()
 

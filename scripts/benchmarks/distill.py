@@ -16,7 +16,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.distillation import Distillation, DistillSpec, Teacher
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import Objective, cross_entropy, summed_cross_entropy, whole_rows
 from switchcli.train.optimizer import Adafactor
 
@@ -26,11 +26,11 @@ def distill(job: Job) -> Result:
     runtime, clock = begin(job)
     student, here = _model(1, job, runtime), runtime.place(batch())
     optimizer = Adafactor().build(dict(student.named_parameters()))
-    targets = here.targets_BT.numel()
+    real = RealTokens.of(here)
 
     def step(objective: Objective) -> Callable[[], None]:
         def call() -> None:
-            accumulate_gradients(student, objective, [Microbatch(0, here, targets)], targets, runtime, "0")
+            accumulate_gradients(student, objective, [Microbatch(0, here, real)], real, runtime, "0")
             optimizer.step(1e-3)
             student.zero_grad()
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import BATCH, TARGET, Clock, Job, Result, batch, plain, shape
+from machine import BATCH, Clock, Job, Result, batch, plain, shape
 
 from switchcli.model.initialise import initialise
 from switchcli.model.routing import NoTokenLeftBehind, RouterSpec, Switch, TopK
@@ -12,7 +12,7 @@ from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor
 
@@ -57,10 +57,11 @@ def a_step(spec: ModelSpec, runtime: Runtime, router_dtype: torch.dtype) -> Call
     model = model.to_empty(device=runtime.device).train()
     initialise(model, 0)
     optimizer = Adafactor().build(dict(model.named_parameters()))
-    steps = [Microbatch(0, batch(), BATCH * TARGET)]
+    here = batch()
+    real = RealTokens.of(here)
 
     def call() -> None:
-        accumulate_gradients(model, cross_entropy, steps, BATCH * TARGET, runtime, "")
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, runtime, "")
         optimizer.step(1e-3)
         model.zero_grad()
 

@@ -4,13 +4,13 @@ import resource
 import time
 from collections.abc import Callable
 
-from machine import BATCH, TARGET, Clock, Job, Result, batch, begin
+from machine import Clock, Job, Result, batch, begin
 from step import our_model
 
 from switchcli.model.recompute import recompute_blocks
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor
 
@@ -37,9 +37,9 @@ def a_step(job: Job, runtime: Runtime, what: str) -> Callable[[], None]:
     optimizer = Adafactor().build(dict(model.named_parameters()))
 
     def call() -> None:
-        accumulate_gradients(
-            model, cross_entropy, [Microbatch(0, batch(), BATCH * TARGET)], BATCH * TARGET, runtime, ""
-        )
+        here = batch()
+        real = RealTokens.of(here)
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, runtime, "")
         optimizer.step(1e-3)
         model.zero_grad()
 

@@ -20,7 +20,7 @@ from switchcli.parallel.plan import Machine, flops_of, model_axes, plan
 from switchcli.parallel.plan_model import Mesh, Step, held
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor
 
@@ -52,10 +52,9 @@ def scaling(job: Job) -> Result:
         return timing
 
     def step() -> None:
-        targets = here.targets_BT.numel() * runtime.world
-        accumulate_gradients(
-            wrapped, cross_entropy, [Microbatch(0, here, here.targets_BT.numel())], targets, runtime, "0"
-        )
+        own = RealTokens.of(here)
+        real = RealTokens(own.inputs * runtime.world, own.targets * runtime.world)
+        accumulate_gradients(wrapped, cross_entropy, [Microbatch(0, here, own)], real, runtime, "0")
         optimizer.step(1e-3)
         optimizer.zero_grad()
 

@@ -298,7 +298,7 @@ class Measuring:
     def _figures(self, model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:
         """Neg. log perplexity and routing health over so many rows."""
         figures = health.record(metrics, model.spec.routed_parts())
-        figures.pop("auxiliary_loss", None)  # a training's: rows that fill up a batch thin it
+        figures.pop("auxiliary_loss", None)  # of training alone
         return {"sequences": num_rows, **figures}
 
     def _held_out_texts(self) -> dict[str, HeldOutText]:

@@ -62,7 +62,7 @@ class Ours(Subject):
         with training(self.model):
             output = self.model(*text)
         loss = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
-        auxiliary = 0.0 if output.auxiliary is None else float(output.auxiliary.detach())
+        auxiliary = 0.0 if output.auxiliary is None else float(output.auxiliary.mean().detach())
         return Loss(loss, auxiliary, auxiliary)
 
     def in_bfloat16(self) -> Self:

@@ -9,30 +9,49 @@ import torch
 
 
 class RoutingReport(NamedTuple):
-    """What one sparse layer did in one forward pass; `probability_GE` and `z` carry gradients."""
+    """What one sparse layer did in one forward pass; `probability_GE` and `z_sum` carry gradients."""
 
     fraction_GE: torch.Tensor
     """f of eq. 5: the real tokens' choices that fell on each expert, as a share, before the capacity cut any."""
     probability_GE: torch.Tensor
     """P of eq. 6: the mean probability of each expert over real tokens."""
-    z: torch.Tensor
-    """Mean over a group's real tokens of logsumexp(h)**2, averaged over groups as `balance` is, so that neither depends
-    on microbatches or ranks: the router z-loss (ST-MoE, beyond the paper)."""
+    tokens_G: torch.Tensor
+    """float32: real tokens of each group. Padding is not routed."""
+    z_sum: torch.Tensor
+    """float32 scalar: sum over real tokens of logsumexp(h)**2, the router z-loss (ST-MoE, beyond the paper)."""
     load_E: torch.Tensor
     """Choices that fell on each expert, before the capacity cut any: of expert choice, its filled slots."""
     dropped: torch.Tensor
     """Real tokens in no slot."""
-    tokens: torch.Tensor
-    """Real tokens: padding is not routed."""
     entropy: torch.Tensor
     """Sum over real tokens of the entropy of p(x), in nats: at most tokens * log(E)."""
     confidence: torch.Tensor
     """Sum over real tokens of the largest p_i(x)."""
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """float32 scalar: real tokens of all groups."""
+        return self.tokens_G.sum()
+
+    @property
+    def balance_sum(self) -> torch.Tensor:
+        """float32 scalar: E * sum_i f_i P_i (eq. 4 without alpha) times the real tokens of a group, summed over groups.
+
+        It is a sum over tokens, as the cross-entropy is. Divided by the real tokens of the whole step it depends on
+        neither microbatches nor ranks, and a group of two tokens counts as two.
+        """
+        balance_G = self.fraction_GE.shape[1] * (self.fraction_GE * self.probability_GE).sum(1)
+        return (balance_G * self.tokens_G).sum()
+
+    @property
     def balance(self) -> torch.Tensor:
-        """E * sum_i f_i P_i (eq. 4 without alpha), averaged over groups: 1 when routing is uniform."""
-        return self.fraction_GE.shape[1] * (self.fraction_GE * self.probability_GE).sum(1).mean()
+        """float32 scalar: the mean of `balance_sum` over real tokens; 1 when routing is uniform, 0 without tokens."""
+        return self.balance_sum / self.tokens.clamp(min=1)
+
+    @property
+    def z(self) -> torch.Tensor:
+        """float32 scalar: the mean of `z_sum` over real tokens."""
+        return self.z_sum / self.tokens.clamp(min=1)
 
 
 Reports = tuple[RoutingReport, ...]
@@ -55,10 +74,10 @@ def report_of(
     return RoutingReport(
         fraction_GE=fraction_GE,
         probability_GE=(probability_GNE * real_GN.unsqueeze(-1)).sum(1) / tokens_G1.clamp(min=1),
-        z=(log_total_GN.square() * real_GN).sum(1).div(tokens_G1.squeeze(1).clamp(min=1)).mean(),
+        tokens_G=tokens_G1.squeeze(1).float(),
+        z_sum=(log_total_GN.square() * real_GN).sum(),
         load_E=load_GE.sum(0).float(),
         dropped=(real_GN & ~placed_GN).sum().float(),
-        tokens=tokens_G1.sum().float(),
         entropy=(entropy_GN * real_GN).sum(),
         confidence=(probability_GNE.detach().amax(-1) * real_GN).sum(),
     )

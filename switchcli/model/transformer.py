@@ -17,7 +17,7 @@ from switchcli.model.attention import Attention, KeyValue, RelativePositionBias,
 from switchcli.model.axis import UNDIVIDED
 from switchcli.model.cache import Cache, Past
 from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
-from switchcli.model.losses import auxiliary_loss
+from switchcli.model.losses import AuxiliaryLoss, auxiliary_loss
 from switchcli.model.moe import Router, SwitchLayer
 from switchcli.model.packing import Segments, between_segments, decoder_inputs
 from switchcli.model.reports import Reports
@@ -34,8 +34,8 @@ class ModelOutput(NamedTuple):
     """What the softmax matrix is multiplied with: a loss may then do without all logits at once."""
     vocabulary: Vocabulary
     """The softmax matrix."""
-    auxiliary: torch.Tensor | None
-    """Balance and z-losses with their coefficients; None of a dense model."""
+    auxiliary: AuxiliaryLoss | None
+    """Load-balancing and z-losses of the sparse layers; None for a dense model."""
     encoder_reports: Reports
     decoder_reports: Reports
 

@@ -24,6 +24,8 @@ WHEN_LOST = (
     "train.precision=float32, or go on by train.nonfinite.policy=roll_back"
 )
 """The way out where a number is not finite."""
+AUXILIARY = "auxiliary_loss/"
+"""Begins the names of the two stacks' auxiliary losses. `record` adds them: each is a mean over tokens of its own."""
 LAYER = "layer_"
 """Begins the names of metrics with an entry for each sparse layer."""
 
@@ -34,27 +36,24 @@ def routing_metrics(output: ModelOutput) -> Metrics:
     if output.auxiliary is None:
         return {}
     reports = output.reports
-    balance_L = torch.stack([report.balance for report in reports])
-    fields = ("z", "load_E", "dropped", "tokens", "entropy", "confidence")
-    z_L, load_LE, dropped_L, tokens_L, entropy_L, confidence_L = (
+    fields = ("balance_sum", "z_sum", "load_E", "dropped", "tokens", "entropy", "confidence")
+    balance_L, z_L, load_LE, dropped_L, tokens_L, entropy_L, confidence_L = (
         torch.stack([getattr(report, field) for report in reports]) for field in fields
     )
     one = torch.ones_like(balance_L[0])
-    # Groups of padding alone, which fill up an evaluation, have no balance: a mean over the others.
-    groups = reports[0].fraction_GE.shape[0]
-    routed_L = torch.stack([(report.fraction_GE.sum(1) > 0).sum() for report in reports]).float()
     split = len(output.encoder_reports)
     stacks = {"": slice(None), "encoder_": slice(split), "decoder_": slice(split, None)}
     return {
-        "auxiliary_loss": Mean(output.auxiliary.detach(), one),
-        "balance": Mean((balance_L * groups).sum(), routed_L.sum()),
+        f"{AUXILIARY}encoder": Mean(output.auxiliary.encoder.total.detach(), output.auxiliary.encoder.tokens),
+        f"{AUXILIARY}decoder": Mean(output.auxiliary.decoder.total.detach(), output.auxiliary.decoder.tokens),
+        "balance": Mean(balance_L.sum(), tokens_L.sum()),
         **{
             f"{stack}dropped_fraction": Mean(dropped_L[part].sum(), tokens_L[part].sum())
             for stack, part in stacks.items()
             if len(reports[part])
         },
-        f"{LAYER}balance": Mean(balance_L * groups, routed_L),
-        f"{LAYER}z": Mean(z_L * groups, routed_L),
+        f"{LAYER}balance": Mean(balance_L, tokens_L),
+        f"{LAYER}z": Mean(z_L, tokens_L),
         f"{LAYER}dropped_fraction": Mean(dropped_L, tokens_L),
         f"{LAYER}entropy": Mean(entropy_L, tokens_L),
         f"{LAYER}confidence": Mean(confidence_L, tokens_L),
@@ -64,7 +63,10 @@ def routing_metrics(output: ModelOutput) -> Metrics:
 
 def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]:
     """The metrics as numbers; those of each layer under its name in `layers`, its load as tokens an expert."""
-    flat = {name: float(mean.value()) for name, mean in metrics.items() if not name.startswith(LAYER)}
+    flat = {name: float(mean.value()) for name, mean in metrics.items() if not name.startswith((LAYER, AUXILIARY))}
+    parts = [float(mean.value()) for name, mean in metrics.items() if name.startswith(AUXILIARY)]
+    if parts:
+        flat["auxiliary_loss"] = sum(parts)
     load = metrics.get(f"{LAYER}load")
     if load is None:
         return flat

@@ -16,7 +16,7 @@ from switchcli.train.evaluate import exact
 from switchcli.train.health import WHEN_LOST, lost_backward, lost_forward
 from switchcli.train.hooks import Hook
 from switchcli.train.metrics import Mean, Metrics, merge
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.recovery import ENDS, Recovery
@@ -55,21 +55,21 @@ def fit(
     while state.step < settings.steps:
         started = time.perf_counter()
         microbatches = batches(state.step)
-        num_targets = sum(micro.num_targets for micro in microbatches)
-        stopping, counted = runtime.sum_over_ranks([int(stop.requested), num_targets])
-        num_targets = counted // runtime.model_ranks
+        own = [sum(counts) for counts in zip(*(micro.real for micro in microbatches), strict=True)]
+        stopping, *counted = runtime.sum_over_ranks([int(stop.requested), *own])
+        real = RealTokens(*(count // runtime.model_ranks for count in counted))  # ranks of a model axis share a batch
         if stopping:
             break
         learning_rate = schedule(state.step, settings.steps)
         seed = f"{settings.seed}/{state.step}"
-        metrics = accumulate_gradients(model, objective(state.step), microbatches, num_targets, runtime, seed)
+        metrics = accumulate_gradients(model, objective(state.step), microbatches, real, runtime, seed)
         norm = _clip(optimizer, settings.clip_norm, runtime)
         lost = _lost(state.step + 1, norm, metrics, model, runtime) if recovery.before_updates else None
         if lost:
             recovery(lost, state, state.step + 1, updated=False)
         else:
             optimizer.step(learning_rate)
-            _note(state, num_targets, metrics, norm)
+            _note(state, real.targets, metrics, norm)
             unchecked.append((state.step, norm, metrics))
         optimizer.zero_grad()
 
@@ -108,28 +108,32 @@ def accumulate_gradients(
     model: nn.Module,
     objective: Objective,
     microbatches: Sequence[Microbatch],
-    num_targets: int,
+    real: RealTokens,
     runtime: Runtime,
     seed: str,
 ) -> Metrics:
     """Add to every `.grad` the gradient of this step's loss, averaged or summed over the shares of a batch by the last
     backward pass.
 
-    The loss is the sum over the step's targets, on all ranks, over their number `num_targets`, plus the balance loss
-    averaged over microbatches: it does not depend on how the batch is cut. `seed` names the noise.
+    `real` counts the real tokens of the step on all ranks. The cross-entropy and the decoder's auxiliary losses are
+    summed over the step's targets and divided by their number; the encoder's are divided by the number of inputs. So
+    the loss does not depend on how the batch is cut. `seed` names the noise.
     """
     metrics: Metrics = {}
     # Shares that are averaged afterwards are meant to be summed: hence their number.
     num_averaged = runtime.averaged_shares
-    num_summed = len(microbatches) * runtime.data_ranks // num_averaged
+    per_input, per_target = (num_averaged / max(1, count) for count in real)
     for position, micro in enumerate(microbatches, 1):
         _seed_noise(f"{seed}/{micro.number}")
         placed = runtime.place(micro.batch)
         with runtime.synchronise(model, position, len(microbatches)):
             with runtime.autocast():
                 loss = objective(model, placed)
-            per_target = loss.target_sum * (num_averaged / max(1, num_targets))
-            (per_target + loss.auxiliary / num_summed).backward()  # type: ignore[no-untyped-call]
+            total = loss.target_sum * per_target
+            if loss.auxiliary is not None:
+                encoder, decoder = loss.auxiliary
+                total = total + encoder.total * per_input + decoder.total * per_target
+            total.backward()  # type: ignore[no-untyped-call]
         metrics = merge(metrics, loss.metrics)
     return metrics
 

@@ -2,21 +2,32 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from switchcli.data.batch import AnyBatch
 from switchcli.errors import RecipeError
 from switchcli.spec import PAD
 
 
+class RealTokens(NamedTuple):
+    """Numbers of tokens that are not padding: what the losses of a step are divided by."""
+
+    inputs: int
+    targets: int
+
+    @classmethod
+    def of(cls, batch: AnyBatch) -> Self:
+        """Count those of a batch in the host's memory."""
+        return cls(int((batch.inputs_BS != PAD).sum()), int((batch.targets_BT != PAD).sum()))
+
+
 class Microbatch(NamedTuple):
     """A portion of a step's batch."""
 
     number: int
-    """In the whole step: it seeds dropout and jitter."""
+    """Index in the whole step. It seeds dropout and jitter."""
     batch: AnyBatch
-    num_targets: int
-    """Real ones."""
+    real: RealTokens
 
 
 class Microbatches:
@@ -70,4 +81,4 @@ class Microbatches:
 
     def _made(self, step: int, number: int) -> Microbatch:
         batch = self._rows(step, number * self.microbatch, self.microbatch)
-        return Microbatch(number, batch, int((batch.targets_BT != PAD).sum()))
+        return Microbatch(number, batch, RealTokens.of(batch))

@@ -12,6 +12,7 @@ from torch import nn
 
 from switchcli.data.batch import AnyBatch
 from switchcli.model.layers import compute_dtype
+from switchcli.model.losses import AuxiliaryLoss
 from switchcli.model.packing import Segments, segments_of
 from switchcli.model.transformer import ModelOutput
 from switchcli.model.vocabulary import Vocabulary, at_least_float32
@@ -24,12 +25,12 @@ CHUNK = 1024
 
 
 class StepLoss(NamedTuple):
-    """The loss of one microbatch as sums, so that it can be weighed by the targets of the whole step."""
+    """The loss of one microbatch as sums, so that it can be divided by the real tokens of the whole step."""
 
     target_sum: torch.Tensor
     """Sum over real targets, in nats, float32."""
-    auxiliary: torch.Tensor
-    """Balance and z-losses of the sparse layers with their coefficients; a mean over the microbatch's groups."""
+    auxiliary: AuxiliaryLoss | None
+    """Load-balancing and z-losses of the sparse layers, as sums over real tokens; None for a dense model."""
     metrics: Metrics
 
 
@@ -72,9 +73,8 @@ def step_loss(
 ) -> StepLoss:
     """The loss with the model's own, and the metrics: `sums` over real targets, and the routing's."""
     num_targets = (targets_BT != PAD).sum()
-    auxiliary = target_sum.new_zeros(()) if output.auxiliary is None else output.auxiliary
     metrics = {name: Mean(total, num_targets) for name, total in sums.items()}
-    return StepLoss(target_sum, auxiliary, {**metrics, **routing_metrics(output)})
+    return StepLoss(target_sum, output.auxiliary, {**metrics, **routing_metrics(output)})
 
 
 def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: Vocabulary, targets_N: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def layer(
     logits_GNE = x_GND @ weights["router.weight"].T
     probability_GNE = logits_GNE.exp() / logits_GNE.exp().sum(-1, keepdim=True)
     outputs, groups, means = [], [], []
-    squares, entropy, confidence = [], 0.0, 0.0
+    squares, counts, entropy, confidence = [], [], 0.0, 0.0
     tokens = dropped = 0
     for x_ND, logits_NE, probability_NE, real_N in zip(
         x_GND, logits_GNE, probability_GNE, real_BS.reshape(len(x_GND), -1).tolist(), strict=True
@@ -100,20 +100,21 @@ def layer(
             total = total + logits_NE[token].exp().sum().log() ** 2
             entropy -= sum(p * torch.tensor(p).log().item() for p in probability_NE[token].tolist())
             confidence += max(probability_NE[token].tolist())
-        squares.append(total / max(1, len(real)))
+        squares.append(total)
+        counts.append(len(real))
     fraction_GE = torch.tensor([group.fraction_E for group in groups], dtype=x_BSD.dtype)
     num_experts = fraction_GE.shape[1]
-    balance = sum(
-        num_experts * f * p
-        for fraction_E, mean_E in zip(fraction_GE, means, strict=True)
+    balance = sum(  # a group counts by its real tokens
+        count * num_experts * f * p
+        for count, fraction_E, mean_E in zip(counts, fraction_GE, means, strict=True)
         for f, p in zip(fraction_E, mean_E, strict=True)
     )
     answer = Answer(
         y_BSO=torch.stack(outputs).reshape(B, S, -1),
         fraction_GE=fraction_GE,
         probability_GE=torch.stack(means),
-        balance=torch.as_tensor(balance) / len(groups),
-        z=torch.stack(squares).mean(),
+        balance=torch.as_tensor(balance) / max(1, tokens),
+        z=torch.stack(squares).sum() / max(1, tokens),
         load_E=torch.tensor([group.load_E for group in groups]).sum(0),
         dropped=dropped,
         tokens=tokens,

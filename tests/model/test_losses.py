@@ -40,25 +40,54 @@ def test_its_gradient_makes_the_crowded_expert_less_probable_and_f_has_none() ->
     assert (gradient_GNE[..., 2:] < 0).all()
 
 
-def test_z_is_the_mean_square_of_the_log_of_the_sum_over_real_tokens_and_then_over_groups() -> None:
+def test_a_group_counts_by_its_real_tokens() -> None:
+    """Equal weights would let a row of two tokens pull each of them 57 times as hard as a row of 114."""
+    generator = torch.Generator().manual_seed(0)
+    logits_GNE = (2 * torch.randn(3, 114, 128, generator=generator)).requires_grad_()
+    counts = [114, 2, 0]
+    real_GN = torch.arange(114) < torch.tensor(counts)[:, None]
+    found = Switch().assign(logits_GNE, real_GN, "training").report
+
+    probability_GNE = logits_GNE.softmax(-1)
+    naive_balance, naive_z = torch.zeros(()), torch.zeros(())
+    for group, count in enumerate(counts):
+        for expert in range(128):
+            chosen = sum(int(logits_GNE[group, token].argmax()) == expert for token in range(count))
+            mean = sum((probability_GNE[group, token, expert] for token in range(count)), torch.zeros(())) / max(
+                1, count
+            )
+            naive_balance = naive_balance + count * 128 * (chosen / max(1, count)) * mean
+        for token in range(count):
+            naive_z = naive_z + logits_GNE[group, token].logsumexp(-1) ** 2
+    torch.testing.assert_close(found.balance, naive_balance / 116)
+    torch.testing.assert_close(found.z, naive_z / 116)
+    for ours, theirs in ((found.balance, naive_balance / 116), (found.z, naive_z / 116)):
+        gradients = (torch.autograd.grad(loss, logits_GNE, retain_graph=True)[0] for loss in (ours, theirs))
+        torch.testing.assert_close(*gradients)
+
+
+def test_z_is_the_mean_square_of_the_log_of_the_sum_over_real_tokens() -> None:
     logits_GNE = 5 * torch.randn(2, 7, E, generator=torch.Generator().manual_seed(0))
     real_GN = torch.arange(7) < torch.tensor([[7], [3]])
     logits_GNE.requires_grad_()
     square_GN = logits_GNE.logsumexp(-1).square()
-    found, naive = report(logits_GNE, real_GN).z, (square_GN[0].mean() + square_GN[1, :3].mean()) / 2
+    found, naive = report(logits_GNE, real_GN).z, (square_GN[0].sum() + square_GN[1, :3].sum()) / 10
     assert found.item() == pytest.approx(naive.item(), rel=1e-6)
     ours, theirs = (torch.autograd.grad(z, logits_GNE)[0] for z in (found, naive))
     torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "pooled"])
-def test_the_losses_of_a_batch_are_the_mean_of_those_of_its_microbatches(reduction: Reduction) -> None:
-    """Else they would depend on the number of ranks and of microbatches: groups have different numbers of tokens."""
+def test_the_losses_of_a_batch_are_the_sums_of_those_of_its_microbatches(reduction: Reduction) -> None:
+    """Otherwise they would depend on the number of ranks and microbatches: groups differ in their real tokens."""
     router = SPARSE.router.model_copy(update={"balance_loss_coef": 0.5, "z_loss_coef": 0.25})
     model = a_model(SPARSE.model_copy(update={"router": router, "balance_reduction": reduction, "sparse": "both"}))
     whole = model(*rows(0, 0, 8)).auxiliary
     parts = [model(*rows(0, first, 2)).auxiliary for first in range(0, 8, 2)]
-    assert whole.item() == pytest.approx(sum(parts).item() / 4, rel=1e-5)
+    for stack in ("encoder", "decoder"):
+        for field in ("total", "tokens"):
+            summed = sum(getattr(getattr(part, stack), field).item() for part in parts)
+            assert getattr(getattr(whole, stack), field).item() == pytest.approx(summed, rel=1e-5)
 
 
 def naive(stacks: list[tuple[float, float, list[RoutingReport]]], reduction: Reduction) -> float:
@@ -68,11 +97,12 @@ def naive(stacks: list[tuple[float, float, list[RoutingReport]]], reduction: Red
         if reduction == "pooled" and reports:
             total = 0.0
             groups, experts = reports[0].fraction_GE.shape
+            tokens = reports[0].tokens_G.tolist()
             for group in range(groups):
                 for expert in range(experts):
                     f = sum(one.fraction_GE[group, expert].item() for one in reports) / len(reports)
                     p = sum(one.probability_GE[group, expert].item() for one in reports) / len(reports)
-                    total += experts * f * p / groups
+                    total += experts * f * p * tokens[group] / sum(tokens)
             layers.append(alpha * total + c * sum(one.z.item() for one in reports) / len(reports))
         else:
             layers += [alpha * one.balance.item() + c * one.z.item() for one in reports]
@@ -92,8 +122,9 @@ def test_each_reduction_equals_the_naive_one_with_coefficients_of_each_stack(
     generator = torch.Generator().manual_seed(seed)
     alpha, z, decoder_alpha, decoder_z = coefficients
     # The stacks see sequences of other lengths.
-    reports = [report(torch.randn(3, 9, E, generator=generator)) for _ in range(encoder)]
-    others = [report(torch.randn(3, 5, E, generator=generator)) for _ in range(decoder)]
+    real_GN, other_GN = (torch.arange(length) < torch.tensor([[4], [1], [length]]) for length in (9, 5))
+    reports = [report(torch.randn(3, 9, E, generator=generator), real_GN) for _ in range(encoder)]
+    others = [report(torch.randn(3, 5, E, generator=generator), other_GN) for _ in range(decoder)]
     found = auxiliary_loss(
         [
             (Switch(balance_loss_coef=alpha, z_loss_coef=z), tuple(reports)),
@@ -106,7 +137,7 @@ def test_each_reduction_equals_the_naive_one_with_coefficients_of_each_stack(
         return
     assert found is not None
     expected = naive([(alpha, z, reports), (decoder_alpha, decoder_z, others)], reduction)
-    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert found.mean().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_layers_that_collapse_into_different_experts_show_but_for_pooling() -> None:
@@ -117,7 +148,7 @@ def test_layers_that_collapse_into_different_experts_show_but_for_pooling() -> N
     def loss(reports: tuple[RoutingReport, ...], reduction: Reduction) -> float:
         found = auxiliary_loss([(Switch(balance_loss_coef=1.0), reports), (Switch(), ())], reduction)
         assert found is not None
-        return found.item()
+        return found.mean().item()
 
     assert loss(uniform, "sum") == pytest.approx(E, rel=1e-4)
     assert loss(uniform, "mean") == loss(uniform, "pooled") == pytest.approx(1.0, rel=1e-4)
@@ -131,7 +162,7 @@ def test_an_expert_choice_layer_has_a_z_loss_alone() -> None:
     found = report(torch.randn(1, 9, E))
     loss = auxiliary_loss([(ExpertChoice(z_loss_coef=0.5), (found,)), (Switch(), ())], "sum")
     assert loss is not None
-    assert loss.item() == pytest.approx(0.5 * found.z.item())
+    assert loss.mean().item() == pytest.approx(0.5 * found.z.item())
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "pooled"])
@@ -143,8 +174,8 @@ def test_the_model_adds_the_losses_of_its_stacks_with_the_coefficients_of_their_
     output = model(*rows(0, 0, 4))
     assert len(output.encoder_reports) == len(output.decoder_reports) == 2
     expected = naive([(0.5, 0.25, output.encoder_reports), (0.125, 2.0, output.decoder_reports)], reduction)
-    assert output.auxiliary.item() == pytest.approx(expected, rel=1e-5)
-    output.auxiliary.backward()
+    assert output.auxiliary.mean().item() == pytest.approx(expected, rel=1e-5)
+    output.auxiliary.mean().backward()
     for name, parameter in model.named_parameters():
         if ".router." in name:
             assert parameter.grad.abs().max() > 0, name

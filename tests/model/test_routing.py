@@ -173,6 +173,6 @@ def test_gradients_flow_through_weights_probabilities_and_z_alone(rule: RoutingR
     logits_GNE = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     routing = rule.assign(logits_GNE, torch.ones(2, 9, dtype=torch.bool), mode)
     carrying = {name for name, field in routing.report._asdict().items() if field.requires_grad}
-    assert carrying == {"probability_GE", "z"}
+    assert carrying == {"probability_GE", "z_sum"}
     assert routing.weight_GEC.requires_grad
     assert routing.weight_GEC.dtype == torch.float32

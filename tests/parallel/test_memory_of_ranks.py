@@ -16,7 +16,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.mesh import ParallelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatches
+from switchcli.train.microbatches import Microbatches, RealTokens
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor
 
@@ -44,7 +44,7 @@ def trained(parallel: ParallelSpec) -> str:
         weights.fill(initial_weights(LARGE, 0, weights.experts))
         optimizer = Adafactor().build(weights.parameters, weights.cuts)
         batches = Microbatches(rows, 4, 1, 1, runtime.rank, runtime.world)
-        accumulate_gradients(runtime.wrap(model), cross_entropy, list(batches(0)), 9, runtime, "")
+        accumulate_gradients(runtime.wrap(model), cross_entropy, list(batches(0)), RealTokens(12, 9), runtime, "")
         optimizer.step(1e-3)
     except RuntimeError as error:
         return str(error)

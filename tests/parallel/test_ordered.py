@@ -22,7 +22,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.parallel.signals import StopRequest
 from switchcli.train.distillation import Distillation, DistillSpec, Teacher
 from switchcli.train.loop import accumulate_gradients, fit
-from switchcli.train.microbatches import Microbatches
+from switchcli.train.microbatches import Microbatches, RealTokens
 from switchcli.train.objective import Objective, cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
 from switchcli.train.schedule import InverseSquareRoot
@@ -30,8 +30,8 @@ from switchcli.train.spec import TrainSpec
 from switchcli.train.state import TrainState
 
 ORDERED = ParallelSpec(reduction="ordered")
-TARGETS = 64
-"""What a sum over targets is divided by, whatever their number: the tests' naive sum does the same."""
+REAL = RealTokens(inputs=64, targets=64)
+"""What the sums over tokens are divided by, whatever their number. The naive sum of the tests does the same."""
 BATCHES = [(3, 1), (4, 1), (8, 2), (12, 1), (24, 2)]
 """Sequences of a step, and of a microbatch: 3, 4, 4, 12 and 12 microbatches."""
 Arrays = list[NDArray[Any]]
@@ -42,12 +42,14 @@ def named(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
-def alone(number: int, sequences: int, count: int) -> Arrays:
-    """The gradient of one of `count` microbatches, by autograd alone, under its own noise."""
+def alone(number: int, sequences: int) -> Arrays:
+    """The gradient of one microbatch, by autograd alone, under its own noise."""
     model = a_model(NOISY).train()
     torch.manual_seed(named(f"noise/{number}"))
     loss = cross_entropy(model, rows(0, number * sequences, sequences))
-    (loss.target_sum * (1 / TARGETS) + loss.auxiliary / count).backward()
+    encoder, decoder = loss.auxiliary
+    per_input, per_target = 1 / REAL.inputs, 1 / REAL.targets
+    (loss.target_sum * per_target + encoder.total * per_input + decoder.total * per_target).backward()
     return [parameter.grad.numpy() for parameter in model.parameters()]
 
 
@@ -73,7 +75,7 @@ def summed(runtime: Runtime, batch: int, sequences: int) -> Arrays:
     if runtime.rank:
         nn.init.zeros_(model.embedding)  # `wrap` has the first rank's weights taken
     batches = Microbatches(rows, batch, sequences, 1, runtime.data_rank, runtime.data_ranks)
-    accumulate_gradients(runtime.wrap(model), cross_entropy, batches(0), TARGETS, runtime, "noise")
+    accumulate_gradients(runtime.wrap(model), cross_entropy, batches(0), REAL, runtime, "noise")
     return [parameter.grad.numpy() for parameter in model.parameters()]
 
 
@@ -155,7 +157,7 @@ def answers(request: pytest.FixtureRequest) -> list[Any]:
 @pytest.mark.parametrize(("batch", "sequences"), BATCHES)
 def test_a_sum_is_that_of_a_tree_of_microbatches(batch: int, sequences: int, on_one: Any, answers: list[Any]) -> None:
     count = batch // sequences
-    each = [alone(number, sequences, count) for number in range(count)]
+    each = [alone(number, sequences) for number in range(count)]
     assert same(on_one[0][batch, sequences], tree(each))
     for sums, _ in answers:
         assert (batch, sequences) not in sums or same(sums[batch, sequences], tree(each))
@@ -184,10 +186,10 @@ def test_what_a_failed_step_left_is_forgotten() -> None:
         return cross_entropy(module, batch)
 
     with pytest.raises(ArithmeticError):
-        accumulate_gradients(model, failing, batches, TARGETS, runtime, "noise")
+        accumulate_gradients(model, failing, batches, REAL, runtime, "noise")
     model.zero_grad()
-    accumulate_gradients(model, cross_entropy, batches, TARGETS, runtime, "noise")
-    expected = tree([alone(number, 1, 4) for number in range(4)])
+    accumulate_gradients(model, cross_entropy, batches, REAL, runtime, "noise")
+    expected = tree([alone(number, 1) for number in range(4)])
     assert same([parameter.grad.numpy() for parameter in model.parameters()], expected)
 
 

@@ -25,7 +25,7 @@ from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.sizes import SIZES
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.memory import needed
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import StepLoss, cross_entropy
 from switchcli.train.optimizer import Adafactor, AdamW, OptimizerSpec
 
@@ -109,7 +109,8 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
     def rows(number: int) -> Microbatch:
         lengths = (step.source, step.target)
         ids = (torch.randint(2, spec.vocab_size, (microbatch, length), generator=generator) for length in lengths)
-        return Microbatch(number, Batch(*ids), microbatch * step.target)
+        batch = Batch(*ids)
+        return Microbatch(number, batch, RealTokens.of(batch))
 
     def objective(module: nn.Module, batch: Batch) -> StepLoss:
         tracker.reset_mod_stats()  # else it refuses a second forward pass
@@ -117,7 +118,8 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
 
     with tracker:
         microbatches = [rows(number) for number in range(step.sequences // microbatch // runtime.data_ranks)]
-        accumulate_gradients(wrapped, objective, microbatches, step.sequences * step.target, runtime, "")
+        real = RealTokens(step.sequences * step.source, step.sequences * step.target)
+        accumulate_gradients(wrapped, objective, microbatches, real, runtime, "")
         optimizer.step(1e-3)
     return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
 

@@ -17,7 +17,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.mesh import ParallelSpec
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import cross_entropy
 
 
@@ -143,7 +143,9 @@ def steps_of_shards() -> list[int]:
     weights.fill(initial_weights(SPARSE, 0, weights.experts))
     found = []
     for step in range(3):
-        accumulate_gradients(model.train(), cross_entropy, [Microbatch(0, rows(step, 0, 2), 9)], 9, runtime, "")
+        batch = rows(step, 0, 2)
+        microbatches = [Microbatch(0, batch, RealTokens.of(batch))]
+        accumulate_gradients(model.train(), cross_entropy, microbatches, microbatches[0].real, runtime, "")
         with torch.no_grad():
             found.append(len(model(*rows(step, 0, 2)[:2]).vocabulary.weight_VD._backward_hooks or ()))
     return found

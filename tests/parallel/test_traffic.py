@@ -22,7 +22,7 @@ from switchcli.parallel.plan_model import Mesh, Step, held
 from switchcli.parallel.plan_traffic import collectives
 from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatches
+from switchcli.train.microbatches import Microbatches, RealTokens
 from switchcli.train.objective import cross_entropy
 from switchcli.train.spec import Precision
 
@@ -92,7 +92,7 @@ def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32")
     for kind in kinds:
         setattr(dist, kind, counting(kind))
     try:
-        accumulate_gradients(model, cross_entropy, list(batches(0)), 27, runtime, "")
+        accumulate_gradients(model, cross_entropy, list(batches(0)), RealTokens(36, 27), runtime, "")
     finally:
         dist.all_reduce = all_reduce
         for kind in kinds:

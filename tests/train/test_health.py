@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from switchcli.data.batch import Batch
 from switchcli.model import dispatch
 from switchcli.model.dispatch import rows_of
+from switchcli.model.losses import AuxiliaryLoss, StackLoss
 from switchcli.model.reports import RoutingReport
 from switchcli.model.routing import RoutingRule, Switch, TopK
 from switchcli.model.transformer import ModelOutput, SwitchTransformer
@@ -24,14 +25,14 @@ NAMES = ("encoder.first", "decoder.second")
 
 def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = None, **fields: float) -> RoutingReport:
     """Of one group; f and P uniform."""
-    uniform = torch.full((1, len(load)), 1 / len(load))
+    uniform, count = torch.full((1, len(load)), 1 / len(load)), sum(load) if tokens is None else tokens
     return RoutingReport(
         fraction_GE=uniform,
         probability_GE=uniform,
-        z=torch.tensor(fields.get("z", 0.0)),
+        tokens_G=torch.tensor([count]),
+        z_sum=torch.tensor(count * fields.get("z", 0.0)),
         load_E=torch.tensor(load),
         dropped=torch.tensor(dropped),
-        tokens=torch.tensor(sum(load) if tokens is None else tokens),
         entropy=torch.tensor(fields.get("entropy", 0.0)),
         confidence=torch.tensor(fields.get("confidence", 0.0)),
     )
@@ -39,7 +40,8 @@ def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = Non
 
 def an_output(encoder: list[RoutingReport], decoder: list[RoutingReport]) -> ModelOutput:
     hidden = torch.zeros(1, 1, 1)
-    return ModelOutput(hidden, hidden[0], torch.tensor(0.5), tuple(encoder), tuple(decoder))
+    auxiliary = AuxiliaryLoss(*(StackLoss(torch.tensor(total), torch.tensor(8.0)) for total in (3.0, 1.0)))
+    return ModelOutput(hidden, hidden[0], auxiliary, tuple(encoder), tuple(decoder))
 
 
 def values(metrics: Mapping[str, Mean]) -> dict[str, object]:
@@ -60,7 +62,8 @@ def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
     found = values(routing_metrics(output))
     assert found.pop("layer_load") == [[6.0, 2.0], [0.0, 2.0]]
     assert found == {
-        "auxiliary_loss": 0.5,
+        "auxiliary_loss/encoder": 0.375,
+        "auxiliary_loss/decoder": 0.125,
         "balance": 1.0,
         "dropped_fraction": pytest.approx(0.3),
         "encoder_dropped_fraction": 0.25,
@@ -71,6 +74,7 @@ def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
         "layer_entropy": [0.5, 0.25],
         "layer_confidence": [0.75, 0.75],
     }
+    assert record(routing_metrics(output), NAMES)["auxiliary_loss"] == 0.5
     # Over two microbatches: tokens weigh alike, and loads add up.
     other = an_output([a_report([2.0, 0.0], dropped=0.0)], [a_report([6.0, 0.0], dropped=5.0)])
     both = merge(routing_metrics(output), routing_metrics(other))
@@ -109,7 +113,7 @@ def test_rows_of_padding_thin_no_figure() -> None:
         alone, among, nothing = (routing_metrics(model(*one)) for one in (batch, filled, empty))
     total = merge(alone, nothing)
     torch.testing.assert_close(total["layer_load"].total, alone["layer_load"].total)
-    for name in alone.keys() - {"auxiliary_loss", "layer_load"}:
+    for name in alone.keys() - {"layer_load"}:
         torch.testing.assert_close(among[name].value(), alone[name].value())
         torch.testing.assert_close(total[name].value(), alone[name].value())
 
@@ -121,7 +125,7 @@ def test_metrics_of_a_model_are_those_of_its_reports() -> None:
     sources, targets = (float((ids != PAD).sum()) for ids in batch)
     assert metrics["layer_dropped_fraction"].weight.tolist() == [sources, sources, targets, targets]
     assert metrics["layer_load"].total.sum(1).tolist() == [sources, sources, targets, targets]
-    assert metrics["auxiliary_loss"].value() == output.auxiliary
+    assert record(metrics, BOTH.routed_parts())["auxiliary_loss"] == pytest.approx(output.auxiliary.mean().item())
     assert 0 < metrics["dropped_fraction"].value() < 1
     assert not any(part.requires_grad for mean in metrics.values() for part in mean)
     assert metrics["layer_load"].total.shape == (len(BOTH.routed_parts()), 4)

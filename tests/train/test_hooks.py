@@ -249,7 +249,7 @@ def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -
 
 def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
     def nothing(model: nn.Module, batch: Batch) -> StepLoss:
-        return StepLoss(torch.zeros(()), torch.zeros(()), {"neg_log_perplexity": Mean(double(0.0), double(0.0))})
+        return StepLoss(torch.zeros(()), None, {"neg_log_perplexity": Mean(double(0.0), double(0.0))})
 
     state = TrainState(step=5)
     batches = [rows(0, 0, 1)]

@@ -43,7 +43,7 @@ def test_any_workers_make_the_same_microbatches_in_order(workers: int, first: in
     with a_loader(workers) as loader:
         for step in range(first, STEPS):
             for ours, theirs in zip(loader(step), make(step), strict=True):
-                assert (ours.number, ours.num_targets) == (theirs.number, theirs.num_targets)
+                assert (ours.number, ours.real) == (theirs.number, theirs.real)
                 assert all(torch.equal(*pair) for pair in zip(ours.batch, theirs.batch, strict=True))
 
 

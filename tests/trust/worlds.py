@@ -28,7 +28,7 @@ from switchcli.model import experts, layers
 from switchcli.model.moe import sparse_layers
 from switchcli.train import loop
 from switchcli.train.metrics import Metrics
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 
 Worlds = tuple[tuple[int, int], ...]
 EACH = {True: 8, False: 2}
@@ -201,7 +201,7 @@ def noting(run: Path, strike: tuple[int, signal.Signals] | None, *, inputs: bool
         model: nn.Module,
         objective: loop.Objective,
         microbatches: list[Microbatch],
-        num_targets: int,
+        real: RealTokens,
         runtime: loop.Runtime,
         seed: str,
     ) -> Metrics:
@@ -213,7 +213,7 @@ def noting(run: Path, strike: tuple[int, signal.Signals] | None, *, inputs: bool
                 digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in micro.batch[:2])).hexdigest()
                 file.write(f"{step} {micro.number} {digest}\n")
         seen.clear()
-        metrics = accumulate(model, objective, microbatches, num_targets, runtime, seed)
+        metrics = accumulate(model, objective, microbatches, real, runtime, seed)
         each = len(seen) // len(microbatches)
         for number, micro in enumerate(microbatches if inputs else ()):
             calls = {str(call): seen[number * each + call] for call in range(each)}
