@@ -149,22 +149,36 @@ SPEARMAN = Metric("spearman", _pairs, lambda units: _correlation(_ranks(units[:,
 # Referents
 
 
-def names_referent(prediction: str, referent: str) -> bool:
-    """Whether both name the same (T5, for WSC): the words of one are a subset of the other's.
+def names_referent(prediction: str, referent: str) -> bool | None:
+    """Return whether a prediction names the referent, or None if it names nothing (T5's rule for WSC and WNLI).
 
-    Case and determiners do not count. Where one holds an apostrophe and the other does not, they differ: `Bob's hat` is
-    not `Bob`. Ours: what has no words left names nobody.
+    Both name the same if the words of one are a subset of the other's. Case, spaces at the ends and determiners do not
+    count. If only one of them has an apostrophe, they differ: `Bob's hat` is not `Bob`.
+
+    None means that no word of the prediction is left, as in an empty answer or `the`. Such an answer judges nothing, so
+    it is wrong for every label: counting it as "does not name the referent" would make it right for each label `False`.
     """
-    if ("'" in prediction) != ("'" in referent):
+    said, meant = _without_determiners(prediction), _without_determiners(referent)
+    if not said:
+        return None
+    if ("'" in said) != ("'" in meant):
         return False
-    said, meant = ({*text.lower().split()} - DETERMINERS for text in (prediction, referent))
-    return bool(said and meant) and (said <= meant or meant <= said)
+    said_words, meant_words = {*said.split(" ")}, {*meant.split(" ")}
+    return said_words <= meant_words or meant_words <= said_words
+
+
+def _without_determiners(phrase: str) -> str:
+    """Return the phrase in lower case without determiners, split at single spaces only, as T5 does."""
+    return " ".join(word for word in phrase.strip().lower().split(" ") if word not in DETERMINERS)
 
 
 def _judged(answered: Sequence[Answered]) -> Numbers:
+    """[answers, 1]: 1 where the judgement is the label. T5 writes it 1, 0 or -1, for True, False and None."""
     found = [str(names_referent(answer.prediction, answer.example.targets[0])) for answer in answered]
     return _column([said == answer.example.label for said, answer in zip(found, answered, strict=True)])
 
 
 REFERENT_ACCURACY = Metric("accuracy", _judged, _share)
-"""Whether the answer names the target is a judgement, `True` or `False`: the share that agrees with `Example.label`."""
+"""Whether the answer names the target is a judgement, `True` or `False`: the share that agrees with `Example.label`.
+
+An answer without words, or with determiners only, agrees with neither."""

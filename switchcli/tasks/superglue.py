@@ -60,7 +60,8 @@ def _dpr(row: Row, purpose: Purpose) -> Iterable[Example]:
     candidates = texts(row, "candidates")
     if len(candidates) != 2:
         raise ValueError(f"candidates: {len(candidates)} texts where there should be 2")
-    return asked(mark_first(text(row, "sentence"), text(row, "pronoun")), word_of(row, candidates), purpose)
+    right = answers(word_of(row, candidates))
+    return asked(mark_first(text(row, "sentence"), text(row, "pronoun")), right, purpose)
 
 
 def _source(config: str) -> Source:

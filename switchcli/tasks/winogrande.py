@@ -7,7 +7,7 @@ The answer is the text of the option.
 from collections.abc import Iterable
 from reprlib import repr as short
 
-from switchcli.tasks.columns import asked, text, value
+from switchcli.tasks.columns import answers, asked, text, value
 from switchcli.tasks.rows import prefixed
 from switchcli.tasks.task import Example, Purpose, Row, Source, Task
 from switchcli.tasks.text_metrics import exact_match
@@ -20,7 +20,7 @@ def _examples(row: Row, purpose: Purpose) -> Iterable[Example]:
     answer = value(row, "answer")
     if answer != "" and (not isinstance(answer, str) or answer not in OPTIONS):
         raise ValueError(f"answer: {short(answer)} is none of '1' and '2', or '' where it is secret")
-    right = (text(row, OPTIONS[answer]),) if answer else ()
+    right = answers([text(row, OPTIONS[answer])] if answer else [])
     return asked(prefixed("winogrande", row, COLUMNS, COLUMNS), right, purpose)
 
 

@@ -130,13 +130,15 @@ def test_huge_numbers_do_not_overflow() -> None:
         ("bob's hat", "Bob's", True),
         ("bobby", "bob", False),
         ("dog.", "dog", False),
-        ("", "the dog", False),
-        ("the", "the dog", False),
-        ("dog", "those", False),
     ],
 )
 def test_two_phrases_name_the_same(prediction: str, referent: str, same: bool) -> None:
     assert names_referent(prediction, referent) is names_referent(referent, prediction) is same
+
+
+def test_a_prediction_of_no_words_names_nothing_and_a_referent_of_none_is_not_named() -> None:
+    assert names_referent("", "the dog") is names_referent("the", "the dog") is names_referent("", "") is None
+    assert names_referent("dog", "those") is False
 
 
 def test_wsc_compares_the_judgement_with_the_label() -> None:
