@@ -11,6 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from switchcli.model.attention import MASKED, Attention, KeyValue, RelativePositionBias, attend, padding_bias
 from switchcli.model.initialise import initialise
 from switchcli.model.spec import ModelSpec
+from switchcli.model.switch_attention import SwitchAttention
 from switchcli.model.transformer import SwitchTransformer
 
 SPEC = ModelSpec(vocab_size=19, d_model=12, d_ff=8, d_kv=5, num_heads=3, num_layers=1)
@@ -123,6 +124,148 @@ def test_logits_are_float32_where_all_else_is_bfloat16(learns: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         weights = attend(query, KeyValue(key, torch.eye(2).bfloat16().view(1, 1, 2, 2)), bias, 0.0)
     torch.testing.assert_close(weights.flatten().float(), torch.tensor([0.0, 0.125]).softmax(0), rtol=2**-7, atol=0)
+
+
+# The position bias in bfloat16
+
+
+def rounding_to_bfloat16(weights: torch.Tensor) -> dict[str, float]:
+    """Return the tolerance for weights and values that are rounded to bfloat16, which keeps 2**-9 of a number."""
+    return {"rtol": 2**-7, "atol": 2**-8 * float(weights.abs().max())}
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_position_bias_is_added_in_float32(learns: bool) -> None:
+    """8 and 8.03 are one number in bfloat16, which would give weights of 0.5 and 0.5."""
+    query, key = torch.zeros(1, 1, 1, 2).bfloat16(), torch.zeros(1, 1, 2, 2).bfloat16()
+    bias = torch.tensor([8.0, 8.03]).view(1, 1, 1, 2).requires_grad_(learns)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = attend(query, KeyValue(key, torch.eye(2).bfloat16().view(1, 1, 2, 2)), bias, 0.0)
+    assert weights.dtype == torch.bfloat16
+    torch.testing.assert_close(weights.flatten().float(), torch.tensor([0.4925, 0.5075]), rtol=2**-9, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_of_a_biased_attention_are_those_of_float64(frozen: bool) -> None:
+    """A frozen bias goes through the fused kernel, also in training."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 3, 7, 8, generator=generator).bfloat16() for _ in range(3)]
+    bias = 100 + 0.3 * torch.randn(1, 3, 7, 7, generator=generator)
+    found, exact = [part.clone().requires_grad_() for part in parts], [part.double().requires_grad_() for part in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        attend(
+            found[0], KeyValue(*found[1:]), bias.clone().requires_grad_(not frozen), 0.0
+        ).float().square().sum().backward()
+    ((exact[0] @ exact[1].mT + bias.double()).softmax(-1) @ exact[2]).square().sum().backward()
+    for ours, theirs in zip(found, exact, strict=True):
+        # Three roundings in a row, of weights, outputs and their gradients. A rounded bias is off by 0.25 here.
+        largest = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=2**-6 * largest)
+
+
+def test_in_float64_the_bias_is_promoted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 4, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(1, 1, 4, 4, generator=generator)
+    found = attend(query, KeyValue(key, value), bias, 0.0)
+    torch.testing.assert_close(found, (query @ key.mT + bias.double()).softmax(-1) @ value, rtol=1e-12, atol=1e-12)
+
+
+class Watched:
+    """What a model's attention multiplies and gives in bfloat16, kept by hooks on its projections: [B, H, S, K]."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._width = attention.head_width
+        self._kept: dict[str, list[torch.Tensor]] = {"q": [], "k": [], "v": [], "mixed": []}
+        for name in ("q", "k", "v"):
+            getattr(attention, name).register_forward_hook(lambda _m, _x, y, name=name: self._kept[name].append(y))
+        attention.o.register_forward_pre_hook(lambda _m, x: self._kept["mixed"].append(x[0]))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return the positions of all calls, one after another, in float64."""
+        assert all(part.dtype == torch.bfloat16 for part in self._kept[name])
+        whole_BSA = torch.cat(self._kept[name], 1).double()
+        return whole_BSA.unflatten(-1, (-1, self._width)).transpose(1, 2)
+
+
+def a_biased_model(spec: ModelSpec = SPEC) -> SwitchTransformer:
+    """A model whose position biases differ by less than bfloat16 can tell apart: 1 between 128 and 256."""
+    model = SwitchTransformer(spec).eval()
+    initialise(model, 0)
+    generator = torch.Generator().manual_seed(1)
+    for stack in (model.encoder, model.decoder):
+        with torch.no_grad():
+            stack.position_bias.weight.copy_(
+                200 + 0.3 * torch.randn(stack.position_bias.weight.shape, generator=generator)
+            )
+    return model
+
+
+INPUTS_BS = torch.tensor([[5, 6, 7, 8, 9, 1], [7, 3, 1, 0, 0, 0]])
+TARGETS_BT = torch.tensor([[4, 9, 9, 2, 8, 1], [6, 5, 1, 0, 0, 0]])
+
+
+def biases_by_hand(model: SwitchTransformer, stack: str) -> torch.Tensor:
+    """Return [H, 6, 6] in float64: a distance below 8 has a bucket, 16 further on for the encoder's later keys."""
+    weight = getattr(model, stack).position_bias.weight.double()
+    bias_HTS = torch.full((weight.shape[1], 6, 6), -torch.inf, dtype=torch.float64)
+    for query in range(6):
+        for key in range(6):
+            if key <= query:
+                bias_HTS[:, query, key] = weight[query - key]
+            elif stack == "encoder":
+                bias_HTS[:, query, key] = weight[16 + key - query]
+    return bias_HTS
+
+
+def assert_mixed_in_float32(watched: Watched, bias: torch.Tensor) -> None:
+    exact = (watched["q"] @ watched["k"].mT + bias).softmax(-1) @ watched["v"]
+    torch.testing.assert_close(watched["mixed"], exact, **rounding_to_bfloat16(exact))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [False, True], ids=["whole", "step by step"])
+def test_every_attention_of_a_model_adds_its_bias_in_float32(cached: bool) -> None:
+    """Against float64: encoder, decoder, decoding with a cache, and cross-attention, which has a mask only."""
+    model = a_biased_model()
+    encoder, decoder = model.encoder.blocks[0], model.decoder.blocks[0]
+    watched = {
+        "encoder": Watched(encoder.self_attention.attention),
+        "decoder": Watched(decoder.self_attention.attention),
+        "cross": Watched(decoder.cross_attention.attention),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        if cached:
+            encoded = model.encode(INPUTS_BS)
+            cache = model.decoder.cache(encoded)
+            shifted_BT = F.pad(TARGETS_BT, (1, -1))
+            for step in range(6):
+                x_B1D = model.embed(shifted_BT[:, step : step + 1])
+                model.decoder(x_B1D, torch.ones(2, 1, dtype=torch.bool), encoded, cache)
+        else:
+            model(INPUTS_BS, TARGETS_BT)
+    padding_B11S = torch.where(INPUTS_BS != 0, 0.0, -torch.inf)[:, None, None].double()
+    assert_mixed_in_float32(watched["encoder"], biases_by_hand(model, "encoder") + padding_B11S)
+    assert_mixed_in_float32(watched["decoder"], biases_by_hand(model, "decoder"))
+    assert_mixed_in_float32(watched["cross"], padding_B11S)
+
+
+@torch.no_grad()
+def test_switch_attention_adds_its_bias_in_float32() -> None:
+    spec = SPEC.model_copy(update={"num_experts": 2, "sparse": "attention", "sparse_every": 1})
+    model = a_biased_model(spec)
+    attention = model.encoder.blocks[0].self_attention.attention
+    assert isinstance(attention, SwitchAttention)
+    seen: list[torch.Tensor] = []
+    attention.o.register_forward_pre_hook(lambda _m, x: seen.append(x[0]))
+    x_BSD = torch.randn(2, 6, spec.d_model, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        query, memory, _ = attention.project(x_BSD, torch.ones(2, 6, dtype=torch.bool))
+        attention(query, memory, model.encoder.position_bias(6, 6))
+    exact = (query.double() @ memory.key_BHSK.double().mT + biases_by_hand(model, "encoder")).softmax(-1)
+    exact = exact @ memory.value_BHSK.double()
+    found = seen[0].double().unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
+    torch.testing.assert_close(found, exact, **rounding_to_bfloat16(exact))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,5 +1,6 @@
 """Compiled parts give what they give uncompiled; sparse layers are left as they are."""
 
+import copy
 import shutil
 import sys
 
@@ -43,3 +44,22 @@ def test_loss_and_gradients_are_the_same() -> None:
         (output.logits_BTV.float().square().mean() + output.auxiliary).backward()
     for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not shutil.which("g++") or " " in sys.prefix, reason="torch cannot compile here")
+@torch.no_grad()
+def test_in_bfloat16_a_position_bias_is_added_in_float32() -> None:
+    """Biases near 200 that differ by tenths are one number in bfloat16, and their weights would all be equal."""
+    fast = a_model(DENSE.model_copy(update={"num_layers": 1})).eval()
+    generator = torch.Generator().manual_seed(0)
+    for stack in (fast.encoder, fast.decoder):
+        stack.position_bias.weight.copy_(200 + torch.randn(stack.position_bias.weight.shape, generator=generator) / 3)
+    exact = copy.deepcopy(fast).double()
+    compile_dense_parts(fast)
+    with torch.autocast("cpu", torch.bfloat16):
+        found_BTD = fast(*rows(0, 0, 4)).hidden_BTD
+    exact_BTD = exact(*rows(0, 0, 4)).hidden_BTD
+    error = (found_BTD - exact_BTD).norm() / exact_BTD.norm()
+    assert error < 2**-7
