@@ -124,7 +124,8 @@ class Denoisers(Spec):
 
     @cached_property
     def raw_length(self) -> int:
-        length, room = 2, self.inputs_length - self.prompt_tokens
+        room = self.inputs_length - self.prompt_tokens
+        length = max(2, room - 1)  # always fits: each span replaces one token at least
         while all(one.lengths(length + 1).inputs <= room for one in self.denoisers):
             length += 1
         return length

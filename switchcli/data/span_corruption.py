@@ -48,9 +48,16 @@ class Lengths(NamedTuple):
 
     @classmethod
     def of(cls, raw_length: int, noise_density: float, mean_span_length: float | None) -> Self:
-        """T5's counts; rounding is half to even, and both parts have a token at least. One span without a mean."""
-        num_noise = min(max(round(raw_length * noise_density), 1), raw_length - 1)
-        num_spans = 1 if mean_span_length is None else max(round(num_noise / mean_span_length), 1)
+        """Return T5's counts for a text: at least one kept and one hidden token, and one span without a mean.
+
+        Products and quotients are float32, as in T5, and round half to even: of 190 tokens 15 % are 28.500002, so 29
+        are hidden, where float64 would give 28.5 and 28.
+        """
+        density = float(np.float32(noise_density))
+        num_noise = min(max(_rounded(float(np.float32(raw_length)) * density), 1), raw_length - 1)
+        if mean_span_length is None:
+            return cls(raw_length - num_noise, num_noise, 1)
+        num_spans = max(_rounded(float(np.float32(num_noise)) / float(np.float32(mean_span_length))), 1)
         return cls(raw_length - num_noise, num_noise, num_spans)
 
     def check(self, noise_density: float, mean_span_length: float | None) -> None:
@@ -61,6 +68,15 @@ class Lengths(NamedTuple):
                 f"{self.num_spans} spans, but only {self.num_kept} tokens are left to part them: lower "
                 "noise_density or raise mean_span_length"
             )
+
+
+def _rounded(x: float) -> int:
+    """Round the float32 nearest to x, half to even.
+
+    The float64 product or quotient of two float32 numbers, rounded to float32, is what float32 arithmetic gives:
+    float64 keeps more than twice the digits, so rounding twice is harmless.
+    """
+    return round(float(np.float32(x)))
 
 
 class SpanCorruption(Spec):
@@ -82,8 +98,13 @@ class SpanCorruption(Spec):
 
     @cached_property
     def raw_length(self) -> int:
-        """The most raw tokens whose corrupted form fits `inputs_length`: 568 for 512."""
-        length = 2
+        """The most raw tokens whose corrupted form fits `inputs_length`: 568 for 512.
+
+        # Deviates: T5's helper counts in float64 here, though its masks count in float32. At other noise than the
+        # default a text may then be one token longer or shorter, and T5 cuts or pads the row.
+        """
+        # Texts of one token less than `inputs_length` always fit: each span replaces one token at least.
+        length = max(2, self.inputs_length - 1)
         while self._lengths(length + 1).inputs <= self.inputs_length:
             length += 1
         lengths = self._lengths(length)

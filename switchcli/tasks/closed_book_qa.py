@@ -20,9 +20,18 @@ def _web_questions(row: Row, purpose: Purpose) -> Iterator[Example]:
 
 
 def _trivia_qa(row: Row, purpose: Purpose) -> Iterator[Example]:
-    """The value is the target to train on and the aliases are right too. The hub writes a secret value as `<unk>`."""
+    """Train on the value; accept the aliases alone when scoring, which nearly always include the value (T5).
+
+    The value comes first if it is an alias, since the first target is the one whose cross-entropy is measured. The hub
+    writes a secret value as `<unk>`.
+    """
     value, aliases = text(row, "answer.value"), texts(row, "answer.aliases")
-    targets = answers(aliases if value == "<unk>" else (value, *aliases))
+    known = () if value == "<unk>" else (value,)
+    if purpose == "training":
+        targets = answers((*known, *aliases))
+    else:
+        # T5 cannot score a row without aliases; here its value is the right answer.
+        targets = answers(sorted(aliases, key=lambda alias: alias != value)) or answers(known)
     return asked(f"trivia_qa question: {text(row, 'question')}", targets, purpose)
 
 

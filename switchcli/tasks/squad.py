@@ -4,19 +4,26 @@ T5 puts spaces around punctuation in the question, the paragraph and the answers
 """
 
 import re
+import string
 from collections.abc import Iterator
 
 from switchcli.tasks.columns import answers, asked, text, texts
 from switchcli.tasks.task import Example, Purpose, Row, Source, Task
 from switchcli.tasks.text_metrics import squad_em, squad_f1
 
+PUNCTUATION = re.compile(f"([{re.escape(string.punctuation)}])")
+"""RE2's `[[:punct:]]`, which is ASCII only, as is its `\\s` below."""
+
 
 def spaced(sentence: str) -> str:
-    """Spaces around what is no ASCII letter, digit or underscore (`é` too: T5 has RE2's `\\W`), then single spaces.
+    """Put spaces around each ASCII punctuation mark, then make runs of whitespace one space (T5 since April 2022).
 
-    The spaces that this leaves at the ends are taken off, as T5's vocabulary does.
+    Spaces at the ends are dropped, as T5's vocabulary does.
+
+    # Deviates: earlier versions of T5, so the paper's too, put spaces around all but ASCII letters, digits and
+    # underscores: `Introducción` became `Introducci ó n`.
     """
-    apart = re.sub(r"([^0-9A-Za-z_])", r" \1 ", sentence)
+    apart = re.sub(PUNCTUATION, r" \1 ", sentence)
     return re.sub(r"[ \t\n\f\r]+", " ", apart).strip(" ")
 
 

@@ -18,7 +18,7 @@ from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, examples, fingerprint
 from switchcli.tasks.task import Example, Task
 
-FORMAT = 1  # raise when the same key would come to mean other ids
+FORMAT = 2  # raise when the same key would come to mean other ids
 INPUTS, TARGETS = "inputs", "targets"
 CHUNK_EXAMPLES = 1024
 BUCKET = 16

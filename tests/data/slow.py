@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 EOS = 1
 
 
@@ -12,9 +14,13 @@ class Counts(NamedTuple):
 
 
 def counts(length: int, density: float, mean: float | None) -> Counts:
-    """A share of the tokens is noise, in spans of a mean length; no part is empty. Without a mean there is one span."""
-    noise = max(1, min(round(length * density), length - 1))
-    return Counts(length - noise, noise, 1 if mean is None else max(1, round(noise / mean)))
+    """A share of the tokens is noise, in spans of a mean length; no part is empty. Without a mean there is one span.
+
+    T5 computes both in float32.
+    """
+    single = np.float32
+    noise = max(1, min(int(np.rint(single(length) * single(density))), length - 1))
+    return Counts(length - noise, noise, 1 if mean is None else max(1, int(np.rint(single(noise) / single(mean)))))
 
 
 def segments(draws: list[int], num_items: int, num_segments: int) -> list[int]:

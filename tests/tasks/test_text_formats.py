@@ -28,8 +28,8 @@ ROWS: list[tuple[str, Mapping[str, Any], str, tuple[str, ...]]] = [
             "question": "Where's  it?",
             "answers": {"text": ["Ogród Saski", " Ogród  Saski", "the Saxon Garden), "], "answer_start": [11, 11, 24]},
         },
-        "question: Where ' s it ? context: Nearby , in Ogr ó d Saski ( the Saxon \u00a0 Garden ) , 1870 \u2013 1939 .",
-        ("Ogr ó d Saski", "the Saxon Garden ) ,"),
+        "question: Where ' s it ? context: Nearby , in Ogród Saski ( the Saxon\u00a0Garden ) , 1870\u20131939 .",
+        ("Ogród Saski", "the Saxon Garden ) ,"),
     ),
     (
         "natural_questions",
@@ -157,10 +157,45 @@ def test_a_bad_row_says_what_is_wrong(name: str, row: Mapping[str, Any], message
 
 @pytest.mark.parametrize(
     ("text", "apart"),
-    [("", ""), ("a_b 1", "a_b 1"), ("U.S.", "U . S ."), ("...", ". . ."), ("été", "é t é"), (" \r\n\fx\v", "x \v")],
+    [
+        *[("", ""), ("a_b 1", "a _ b 1"), ("U.S.", "U . S ."), ("...", ". . ."), (" \r\n\fx\v", "x\v")],
+        *[("été «1»", "été «1»"), ("日本。", "日本。"), ("a\u2019s \u2013 b\u00a0c", "a\u2019s \u2013 b\u00a0c")],
+        # T5's own cases
+        (
+            '"This  is a string with "punctuation (1845-1986) ".',
+            '" This is a string with " punctuation ( 1845 - 1986 ) " .',
+        ),
+        ('"Introducción (la vídeo)".', '" Introducción ( la vídeo ) " .'),
+    ],
 )
 def test_punctuation_stands_apart(text: str, apart: str) -> None:
     assert spaced(text) == apart
+
+
+def test_each_ascii_punctuation_mark_stands_apart_and_no_other_character() -> None:
+    for code in range(33, 0x3000):
+        character = chr(code)
+        apart = code < 127 and not character.isalnum()
+        assert (spaced(f"a{character}b") == f"a {character} b") is apart, character
+
+
+@pytest.mark.parametrize(
+    ("value", "aliases", "trained", "right"),
+    [
+        ("Austen", ["J. Austen", "Austen"], "Austen", ("Austen", "J. Austen")),
+        ("Jane", ["J. Austen", "Austen"], "Jane", ("J. Austen", "Austen")),
+        ("<unk>", ["J. Austen"], "J. Austen", ("J. Austen",)),
+        ("Austen", [], "Austen", ("Austen",)),
+    ],
+)
+def test_trivia_qa_trains_on_the_value_and_accepts_the_aliases(
+    value: str, aliases: list[str], trained: str, right: tuple[str, ...]
+) -> None:
+    row = {**QUESTION, "answer": {"value": value, "aliases": aliases}}
+    [example] = TASKS["trivia_qa"].examples(row, "training")
+    assert example.targets[0] == trained
+    [example] = TASKS["trivia_qa"].examples(row, "scoring")
+    assert example.targets == right
 
 
 def test_closed_book_sets_validate_on_the_end_of_their_training_split() -> None:
