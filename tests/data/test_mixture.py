@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from switchcli.data.mixture import Equal, MixtureSpec, Proportional, TaskStream
+from switchcli.data.mixture import Equal, InTurn, MixtureSpec, Proportional, TaskStream
 from switchcli.data.packing import Lengths, Packed, pack, store_of
 from switchcli.spec import EOS, PAD
 
@@ -70,3 +70,52 @@ def test_a_batch_follows_from_seed_and_step() -> None:
 
 def test_a_cap_beneath_every_task_makes_them_equal() -> None:
     np.testing.assert_allclose(Proportional(cap=5).rates([600, 100, 7]), [1 / 3] * 3)
+
+
+@pytest.mark.parametrize(("mixture", "share"), [(Equal(), 1 / 2), (Proportional(cap=5), 5 / 6)])
+def test_small_tasks_keep_their_rates_to_a_thousandth(mixture: MixtureSpec, share: float) -> None:
+    """The rates do not depend on the number of rows: here one task has two rows and the other one."""
+    tasks = {"short": task(1, 10, 2), "long": task(2, 1, 12)}
+    assert [packed.num_rows for packed in tasks.values()] == [2, 1]
+    found = shown(TaskStream(tasks, mixture, 0, 100), 20, 100)
+    by_task = [sum(n for key, n in found.items() if key // 10_000 == number) for number in (1, 2)]
+    assert by_task[0] / sum(by_task) == pytest.approx(share, abs=0.001)
+
+
+def in_order(tasks: list[Packed]) -> list[tuple[list[int], list[int]]]:
+    """Every row of the tasks, one task after another."""
+    rows = [packed.rows(np.arange(packed.num_rows)) for packed in tasks]
+    return [pair for inputs, targets in rows for pair in zip(inputs.tolist(), targets.tolist(), strict=True)]
+
+
+def held_out(tasks: list[Packed], portions: list[int]) -> list[tuple[list[int], list[int]]]:
+    rows, found, first = InTurn(tasks), [], 0
+    assert rows.num_rows == sum(portions)
+    for count in portions:
+        batch = rows.rows(first, count)
+        found += zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), strict=True)
+        first += count
+    return found
+
+
+def test_held_out_rows_are_every_row_of_every_task_once() -> None:
+    tasks = [task(4, 1, 12), *TASKS.values(), task(5, 1, 12)]
+    total = sum(packed.num_rows for packed in tasks)
+    assert sorted(held_out(tasks, [total])) == sorted(in_order(tasks))
+    assert held_out(tasks, [1] * total) == held_out(tasks, [total]), "in any portions"
+    assert sorted(held_out([TASKS["small"]], [TASKS["small"].num_rows])) == sorted(in_order([TASKS["small"]]))
+
+
+def test_held_out_rows_are_shuffled_the_same_way_each_time() -> None:
+    """Some of the rows, as `eval.sequences` takes them, then stand for all tasks."""
+    tasks = [TASKS["short"], TASKS["long"]]
+    total = sum(packed.num_rows for packed in tasks)
+    found = held_out(tasks, [total])
+    assert found == held_out(tasks, [total])
+    assert found != in_order(tasks)
+    number = [inputs[0] // 10_000 for inputs, _ in found]
+    for half in (number[: total // 2], number[total // 2 :]):
+        assert half.count(1) / len(half) == pytest.approx(number.count(1) / total, abs=0.15)
+    first = [inputs[0] for inputs, _ in found if inputs[0] // 10_000 == 2]
+    assert first != sorted(first)
+    assert first != [inputs[0] for inputs, _ in in_order([TASKS["long"]])], "within a task too"
