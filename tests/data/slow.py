@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 EOS = 1
+EOS_TOKENS = 1
+"""Tokens that the end of a row takes."""
 
 
 class Counts(NamedTuple):
@@ -69,3 +71,22 @@ def restored(inputs: list[int], targets: list[int], sentinels: list[int]) -> lis
     assert [index for index in inputs if index in sentinels] == list(hidden)
     assert all(hidden.values())
     return [token for index in inputs for token in hidden.get(index, [index])]
+
+
+def raw_length(inputs_length: int, density: float, mean: float) -> int:
+    """T5's `random_spans_helper`: the most raw tokens, 2 at least, whose inputs fit `inputs_length` tokens.
+
+    Tries every length downward from one that cannot fit. At half noise, T5 takes one token off if the targets would be
+    longer than the inputs.
+    """
+
+    def lengths(length: int) -> tuple[int, int]:
+        share = counts(length, density, mean)
+        return share.kept + share.spans + EOS_TOKENS, share.noise + share.spans + EOS_TOKENS
+
+    # A row of n tokens keeps at least n (1 - density) - 1 of them, so no more than this many can fit.
+    length = int((inputs_length + 2) / (1 - density)) + 2
+    while length > 2 and lengths(length)[0] > inputs_length:
+        length -= 1
+    inputs, targets = lengths(length)
+    return length - 1 if density == 0.5 and targets > inputs else length

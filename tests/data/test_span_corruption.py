@@ -1,6 +1,7 @@
 """Span corruption against an independent, slow reading of T5's algorithm."""
 
 from collections import Counter
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from switchcli.data.span_corruption import SpanCorruption
+from switchcli.data.tokenizer import Tokenizer
+from switchcli.errors import DataError
 
 T5 = [SpanCorruption(inputs_length=length) for length in (512, 256, 128)]
 FIRST_ID, EOS = 1000, 1  # raw ids are 1000 and on; sentinels are 900 and down
 
 
 def corrupt(spec: SpanCorruption, rows: int, seed: int) -> tuple[NDArray[np.int64], ...]:
-    raw = FIRST_ID + np.arange(rows * spec.raw_length).reshape(rows, -1)
-    draws = np.random.Philox(seed).random_raw(rows * spec.num_draws).reshape(rows, -1)
+    length = slow.raw_length(spec.inputs_length, spec.noise_density, spec.mean_span_length)
+    raw = FIRST_ID + np.arange(rows * length).reshape(rows, -1)
+    draws = np.random.Philox(seed).random_raw(rows * (length - 2)).reshape(rows, -1)
     sentinels = 900 - np.arange(spec.num_sentinels)
     return raw, draws, sentinels, *spec.corrupt(raw, draws, sentinels)
 
@@ -30,7 +34,8 @@ def specs() -> st.SearchStrategy[SpanCorruption]:
         except ValidationError:
             return None
 
-    built = st.builds(build, st.integers(3, 200), st.floats(0.01, 0.9), st.floats(1.0, 12.0))
+    density = st.just(0.5) | st.floats(0.01, 0.9)
+    built = st.builds(build, st.integers(3, 200), density, st.floats(1.0, 12.0))
     return st.sampled_from(T5) | built.filter(lambda spec: spec is not None)
 
 
@@ -77,6 +82,22 @@ def test_the_raw_length_is_the_greatest_that_fits(inputs: int, density: float, m
     assert needed(spec.raw_length + 1) > inputs
 
 
+@pytest.mark.parametrize("mean", [1.0, 1.5, 3.0, 8.0])
+@pytest.mark.parametrize("density", [0.15, 0.25, 0.5, 0.7])
+def test_lengths_follow_t5_for_every_length_of_inputs(density: float, mean: float) -> None:
+    for length in range(3, 200):
+        raw = slow.raw_length(length, density, mean)
+        share = slow.counts(raw, density, mean)
+        keys = {"inputs_length": length, "noise_density": density, "mean_span_length": mean}
+        if share.spans > share.kept:  # too few tokens to separate the spans
+            with pytest.raises(ValidationError):
+                SpanCorruption.model_validate(keys)
+            continue
+        spec = SpanCorruption.model_validate(keys)
+        assert (spec.raw_length, spec.num_draws) == (raw, raw - 2), length
+        assert spec.targets_length == share.noise + share.spans + 1, length
+
+
 @settings(deadline=None, max_examples=150)
 @given(spec=specs(), seed=st.integers(0, 2**32))
 def test_equals_the_slow_reference(spec: SpanCorruption, seed: int) -> None:
@@ -84,7 +105,8 @@ def test_equals_the_slow_reference(spec: SpanCorruption, seed: int) -> None:
     assert inputs.shape == (3, spec.inputs_length)
     assert targets.shape == (3, spec.targets_length)
     assert inputs.dtype == targets.dtype == np.int64
-    share = slow.counts(spec.raw_length, spec.noise_density, spec.mean_span_length)
+    share = slow.counts(raw.shape[1], spec.noise_density, spec.mean_span_length)
+    assert (spec.num_noise, spec.num_sentinels) == (share.noise, share.spans)
     for row in range(3):
         expected = slow.corrupted(raw[row].tolist(), share, draws[row].tolist(), sentinels.tolist())
         assert inputs[row].tolist() == slow.padded(expected[0], spec.inputs_length)
@@ -129,3 +151,19 @@ def test_refuses_more_spans_than_text_can_part() -> None:
 def test_refuses_numbers_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         SpanCorruption.model_validate(wrong)
+
+
+class _Tokenizer:
+    """A tokenizer with a number of sentinels, the only part of it that the objective reads."""
+
+    def __init__(self, number: int) -> None:
+        self.sentinels = 900 - np.arange(number)
+
+
+def test_a_tokenizer_with_exactly_enough_sentinels_is_accepted() -> None:
+    spec = SpanCorruption(inputs_length=128)
+    raw, draws = FIRST_ID + np.arange(141).reshape(1, -1), np.arange(139, dtype=np.uint64).reshape(1, -1)
+    inputs, _ = spec.build(cast("Tokenizer", _Tokenizer(7)))(raw, draws)
+    assert np.isin(inputs, 900 - np.arange(7)).sum() == 7
+    with pytest.raises(DataError, match=r"hides 7 spans .* has 6"):
+        spec.build(cast("Tokenizer", _Tokenizer(6)))
