@@ -193,6 +193,23 @@ def test_expert_dropout_falls_on_the_experts_hidden_vector_alone(
         assert (noisy.mean() / plain.mean()).item() == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.parametrize("router", [Switch(), TopK(), ExpertChoice()], ids=lambda router: router.kind)
+def test_evaluation_has_no_expert_dropout(router: RouterSpec) -> None:
+    """Evaluation gives the outputs of a layer without dropout, draws no random numbers, and gives them again."""
+    layers = [a_layer(router, 0, d_ff=64, dropout=0.5, expert_dropout=rate) for rate in (0.5, 0.0)]
+    x_BSD, real_BS = torch.randn(3, 8, 6), torch.ones(3, 8, dtype=torch.bool)
+    state = torch.get_rng_state()
+    for policy in ("paper", "dropless"):
+        found = []
+        for layer in layers:
+            with evaluating(layer.train(), policy):
+                found += [layer(x_BSD, real_BS).y_BSO, layer(x_BSD, real_BS).y_BSO]
+        assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.equal(torch.get_rng_state(), state)
+    noisy = layers[0].train()
+    assert not torch.equal(noisy(x_BSD, real_BS).y_BSO, noisy(x_BSD, real_BS).y_BSO)
+
+
 def test_the_positions_of_a_sequence_share_the_mask_of_expert_dropout() -> None:
     """As in T5's other layers; sequences have masks of their own."""
     shape = {"d_model": 8, "d_ff": 64, "num_heads": 2, "num_layers": 1, "num_experts": 2, "sparse_every": 1}
