@@ -281,6 +281,14 @@ def test_an_override_that_is_wrong_is_named(errors, override, message):
     assert errors("corpora: [{kind: hub, path: x}]", override)[0].startswith(message)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_an_override_reaches_the_last_item_of_a_list_and_none_behind_it(toy, errors, length):
+    text = f"corpora: [{', '.join(['{kind: hub, path: x}'] * length)}]"
+    assert toy(text, f"corpora.{length - 1}.path=y").corpora[-1] == Hub(path="y")
+    (line,) = errors(text, f"corpora.{length}.path=y")
+    assert f"corpora: no item {length}: the list has {length} items" in line
+
+
 # --- round trip
 
 

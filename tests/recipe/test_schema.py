@@ -169,6 +169,40 @@ def test_a_key_of_an_earlier_version_names_that_of_today(recipe):
         recipe("data.span_corruption.inputs_length=128")
 
 
+EARLIER = """\
+data:
+  span_corruption: {inputs_length: 128}
+  corpora: [{kind: hub, path: a/b, streaming: true}, {kind: hub, path: c/d}, {kind: files, paths: [x.txt]}]
+train: {steps: 1, batch_tokens: 512}
+"""
+
+
+def test_a_recipe_that_an_earlier_version_saved_is_read_with_the_keys_of_today(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(EARLIER, encoding="utf-8")
+    for name, overrides in (("recipe.yaml", ["train.steps=2"]), ("child.yaml", [])):
+        (tmp_path / "child.yaml").write_text("extends: recipe.yaml\ntrain: {steps: 2}", encoding="utf-8")
+        found = resolve.resolve(name, overrides, PretrainRecipe)
+        assert found.data.objective == SpanCorruption(inputs_length=128)
+        assert [corpus.kind for corpus in found.data.corpora] == ["hub", "hub", "files"]
+        assert found.train.steps == 2
+
+
+def test_the_recipe_of_a_checkpoint_of_an_earlier_version_is_read_with_the_keys_of_today():
+    tree = resolve.saved(EARLIER.encode(), "step-1/recipe.yaml")
+    found = resolve.validate(tree, PretrainRecipe)
+    assert found.data.objective == SpanCorruption(inputs_length=128)
+    assert len(found.data.corpora) == 3
+
+
+def test_earlier_keys_are_refused_in_a_file_that_no_run_saved(recipe, tmp_path):
+    (tmp_path / "other.yaml").write_text(EARLIER, encoding="utf-8")
+    with pytest.raises(RecipeError) as raised:
+        resolve.resolve("other.yaml", [], PretrainRecipe)
+    lines = str(raised.value).splitlines()
+    assert "other.yaml:2: data.span_corruption: no such key: it is data.objective now" in lines
+    assert any(line.startswith("other.yaml:3: data.corpora.0.streaming: no such key") for line in lines)
+
+
 def test_a_router_without_a_kind_is_switch(recipe):
     assert recipe("model.router.jitter=0.5").model.router == Switch(jitter=0.5)
     assert recipe("model.router={kind: top_k, jitter: 0.5}").model.router == TopK(jitter=0.5)
