@@ -91,6 +91,16 @@ def test_any_target_is_right_for_accuracy() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prediction", "referent"), [("hat", "Bob's hat"), ("Bob's hat", "hat"), ("old hat", "the boy's old hat")]
+)
+def test_wsc_tells_a_phrase_with_an_apostrophe_from_one_without(prediction: str, referent: str) -> None:
+    """T5's rule. The words of one are a subset of the other's, so that without the rule both would name the same."""
+    for label, right in (("True", 0), ("False", 100)):
+        answered = [Answered(Example("", (referent,), label=label), prediction)]
+        assert score(REFERENT_ACCURACY, answered) == right
+
+
+@pytest.mark.parametrize(
     ("metric", "targets", "predictions"),
     [
         (f1(*TWO), "n n", "n n"),
