@@ -52,7 +52,7 @@ def outputs(layer: SwitchLayer, rank: int, bfloat16: bool = False) -> Arrays:
         y_BSD = layer.train()(x_BSD, real_BS).y_BSO
         assert y_BSD.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
         y_BSD.backward(gradient_BSD.to(y_BSD.dtype))
-        with torch.no_grad(), evaluating(layer, "dropless"):
+        with torch.no_grad(), evaluating(layer, "paper"):
             evaluated_BSD = layer(x_BSD[: BATCH - rank], real_BS[: BATCH - rank]).y_BSO  # batches of other sizes
     found = {"outputs": y_BSD.detach(), "evaluated": evaluated_BSD, "inputs' gradient": x_BSD.grad}
     return {name: tensor.float().numpy() for name, tensor in found.items()}
