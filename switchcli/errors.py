@@ -104,6 +104,7 @@ _MEND: Final = {
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+    **dict.fromkeys((errno.ELOOP, errno.ENXIO), "remove it"),  # a link or a device: see publish.check_file
 }
 
 

@@ -27,6 +27,7 @@ class Room(NamedTuple):
 ROOMS = {
     "__init__": Room(0),
     "errors": Room(0),
+    "publish": Room(0),
     "spec": Room(0, "pydantic"),
     "model": Room(1, "torch pydantic"),
     "data": Room(1, "numpy tokenizers pydantic"),

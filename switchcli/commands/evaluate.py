@@ -2,13 +2,14 @@
 
 import functools
 import json
+import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchcli import publish
 from switchcli.commands import texts
 from switchcli.commands.exams import exams_of, tell
 from switchcli.commands.load import Loaded, Opened, filled, open_model
@@ -158,7 +159,7 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
         OutOfMemory: the device has no room.
     """
     recipe, opened = evaluating
-    out = options.out.absolute()
+    out = options.out.resolve()  # of a link the folder that it names is replaced, not the link
     runtime = Runtime(recipe.device, recipe.precision)
     check_alike(recipe, runtime)
     console = Console(quiet=options.quiet or not runtime.is_main)
@@ -336,29 +337,30 @@ def _lines(exam: tokens.Scored, answered: Sequence[Answered]) -> Iterator[dict[s
 
 
 def _probe(out: Path) -> None:
-    """Raise a CheckpointError now where the outcome could not be written later."""
+    """Raise a CheckpointError now where the outcome could not be written later; restore what a killed one replaced."""
+    publish.remove_dead(out)
     if out.exists() and not (out / "result.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already and holds no evaluation: give another folder by --out")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".tmp-{out.name}-"):
+        with publish.temporary_folder(out):
             pass
 
 
 def _place(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> Path | None:
-    """Write the files into `out`, all or none. Another evaluation's are set aside, and where to is returned; those of
-    the same one are replaced."""
-    with disk_errors(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".tmp-{out.name}-") as scratch:
+    """Publish the files as `out`. Another evaluation's folder is set aside, and its new name is returned; one of the
+    same evaluation is replaced."""
+    aside = None
+    with disk_errors(out), publish.temporary_folder(out) as temporary:
         for name, text in files.items():
-            path = Path(scratch) / "new" / name
+            path = temporary / "new" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        aside = None
-        if out.exists():
-            if not _is_the_same(out / "result.json", result):
-                aside = next(p for n in count(1) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
-            out.rename(aside or Path(scratch) / "old")
-        (Path(scratch) / "new").rename(out)
+        if out.exists() and not _is_the_same(out / "result.json", result):
+            names = (out.with_name(f"{out.name}.before-{number}") for number in count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
+            out.rename(aside)
+        publish.publish_folder(temporary / "new", out, replace=True)
     return aside
 
 

@@ -1,15 +1,14 @@
 """A new folder where the user says, whole or not at all: what the verbs share that make a checkpoint of another."""
 
 import errno
-import secrets
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
+from switchcli import publish
 from switchcli.commands.huggingface import empty
 from switchcli.commands.load import Opened
 from switchcli.data.tokenizer import Tokenizer
@@ -18,7 +17,6 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.train import checkpoint, tensor_file
-from switchcli.train.fsops import DISK
 from switchcli.train.saver import DATA, logical_tensors
 from switchcli.train.spec import StartSpec
 from switchcli.train.state import TrainState
@@ -27,6 +25,7 @@ from switchcli.train.state import TrainState
 def free(source: Path, destination: Path) -> Path:
     """`destination` in full, if something can be written there. Raises CheckpointError."""
     full = destination.resolve()
+    publish.remove_dead(full)
     if full.is_relative_to(source.resolve()):
         raise CheckpointError(f"{destination}: within the source {source}: give a DESTINATION outside of it")
     if full.exists() and (not full.is_dir() or any(full.iterdir())):
@@ -45,18 +44,13 @@ def free_for_checkpoint(source: Path, destination: Path) -> Path:
 
 
 def place(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -> None:
-    """Let `write` make a folder within a temporary one beside `destination`, and give it that name when it is whole."""
-    temporary = destination.with_name(f".tmp-{destination.name}-{secrets.token_hex(4)}")
+    """Let `write` make a folder within a temporary one, and publish that folder as `destination`."""
     with disk_errors(destination, "give another DESTINATION", bytes_needed):
-        try:
-            DISK.make_dir(temporary)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with publish.temporary_folder(destination) as temporary:
             if shutil.disk_usage(temporary).free < bytes_needed:
                 raise OSError(errno.ENOSPC, "not enough space")
-            DISK.rename(write(temporary), destination)
-            DISK.sync(destination.parent)
-        finally:
-            with suppress(OSError):
-                DISK.remove_tree(temporary)
+            publish.publish_folder(write(temporary), destination)
 
 
 def place_checkpoint(

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from switchcli.errors import RecipeError
+from switchcli import publish
+from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe import library, text
 from switchcli.report.output import print_json
 from switchcli.report.text import safe_text
@@ -49,13 +50,14 @@ def copy(
     source = library.named(name)
     content = source.read_text(encoding="utf-8")
     target = file / source.name if file.is_dir() else file
-    try:
-        with target.open("x", encoding="utf-8") as out:
-            out.write(_free_standing(source, content))
-    except FileExistsError as error:
-        raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
-    except OSError as error:
-        raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
+    copied = _free_standing(source, content)
+    with disk_errors(target, "give another name"):
+        try:
+            publish.write_file(target, copied, replace=False)
+        except FileExistsError as error:
+            raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
     if as_json:
         print_json({"name": name, "file": str(target)})
     else:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchcli import publish
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import text
 from switchcli.report import charts, evidence, scores
@@ -139,30 +140,34 @@ def write_html(found: Report, file: Path) -> None:
 def write_figures(found: Report, folder: Path) -> None:
     """Each figure as of `write_each`; the table of all series as runs.csv, what their recipes differ in as
     recipes.csv, and the scores as tasks.csv, texts_neg_log_perplexity.csv and texts_bits_per_byte.csv."""
-    write_each(evidence.every_figure(found), folder)
     tables = [one.table() for one in evidence.scored(found)]
     if found.comparison is not None:
         rows = [row.flat() for row in found.comparison.rows]
         tables.append(Table("runs", {key: [row[key] for row in rows] for key in rows[0]}))
         tables.append(evidence.difference_file(found.comparison))
-    with disk_errors(folder, "give another folder by --figures"):
-        for table in tables:
-            (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+    write_each(evidence.every_figure(found), tables, folder)
 
 
 def write_page(file: Path, title: str, parts: Iterable[Part]) -> None:
-    """One page; its folder is made."""
+    """Publish one page; its folder is made."""
+    text = page(title, parts)
     with disk_errors(file, "give another file by --html"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(page(title, parts), encoding="utf-8")
+        publish.write_file(file, text)
 
 
-def write_each(figures: Iterable[Figure], folder: Path) -> None:
-    """Each figure as NAME.svg and NAME.png, its numbers as NAME.csv; those of one table share a file, held_out.csv for
-    held_out_steps, _tokens, _wall_time and _flops, training.csv for training_steps and so on."""
+def write_each(figures: Iterable[Figure], tables: Iterable[Table], folder: Path) -> None:
+    """Publish each figure as NAME.svg and NAME.png, its numbers and each further table as NAME.csv.
+
+    Figures of one table share a file: held_out.csv for held_out_steps, _tokens, _wall_time and _flops, training.csv for
+    training_steps and so on. No file is replaced before all are written.
+    """
+    contents: dict[Path, str | bytes] = {}
+    for figure in figures:
+        contents[folder / f"{figure.name}.svg"] = charts.svg(figure)
+        contents[folder / f"{figure.name}.png"] = charts.png(figure)
+        contents[folder / f"{figure.table.name}.csv"] = figure.table.csv()
+    contents |= {folder / f"{table.name}.csv": table.csv() for table in tables}
     with disk_errors(folder, "give another folder by --figures"):
         folder.mkdir(parents=True, exist_ok=True)
-        for figure in figures:
-            (folder / f"{figure.name}.svg").write_text(charts.svg(figure), encoding="utf-8")
-            (folder / f"{figure.name}.png").write_bytes(charts.png(figure))
-            (folder / f"{figure.table.name}.csv").write_text(figure.table.csv(), encoding="utf-8")
+        publish.write_files(contents)

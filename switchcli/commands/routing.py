@@ -9,7 +9,7 @@ from switchcli.commands.evaluate import ROWS_EACH, Measuring, resolved
 from switchcli.commands.load import Opened, filled, open_model
 from switchcli.commands.report import write_each, write_page
 from switchcli.commands.run import machine
-from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.errors import CheckpointError, RecipeError
 from switchcli.parallel.runtime import Runtime
 from switchcli.report import routing, routing_page
 from switchcli.report.console import Console
@@ -81,10 +81,7 @@ def write_html(found: Mapping[str, Any], file: Path) -> None:
 
 def write_figures(found: Mapping[str, Any], folder: Path) -> None:
     """Each figure as NAME.svg, NAME.png and NAME.csv, and the tokens of the experts as tokens_0.csv, tokens_1.csv."""
-    write_each(routing_page.every_figure(found), folder)
-    with disk_errors(folder, "give another folder by --figures"):
-        for table in routing_page.token_tables(found):
-            (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+    write_each(routing_page.every_figure(found), routing_page.token_tables(found), folder)
 
 
 def _is_path(argument: str) -> bool:

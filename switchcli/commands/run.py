@@ -136,6 +136,7 @@ def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: C
             if aside:
                 console.message(f"the run that was in {options.out} is now in {aside}")
         held.enter_context(lock(options.out))
+        folder.check_links()
         begun = checkpoint.find(folder.checkpoints, warn=lambda damage: None)
         if begun is not None:  # its own recipe: the folder's may have been edited
             _check_same(saved_recipe(begun), recipe, options.out)

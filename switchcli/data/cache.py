@@ -7,13 +7,11 @@ the later uses the earlier's.
 import errno
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 
+from switchcli import publish
 from switchcli.data.store import facts_of, is_whole
 from switchcli.errors import disk_errors
 
@@ -34,6 +32,7 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
         CheckpointError: what the disk refuses, from within too.
     """
     with disk_errors(folder.parents[1], ELSEWHERE):
+        sweep(folder.parent)
         if not is_whole(folder):
             make(folder, build)
         yield
@@ -44,33 +43,28 @@ def make(folder: Path, build: Callable[[Path], None]) -> None:
     instead."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent)
-    prefix = f"{_ours()}{os.getpid()}+"
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as scratch:
-        build(Path(scratch) / "built")
-        _publish(Path(scratch), folder)
+    with publish.locked_folder(folder.parent, _prefix()) as scratch:
+        build(scratch / "built")
+        _publish(scratch, folder)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this machine that were killed left unfinished in the folder."""
-    ours = _ours()
-    for path in folder.glob(f"{escape(ours)}*+*"):
-        try:
-            os.kill(int(path.name.removeprefix(ours).split("+")[0]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue
+    """Remove the unfinished folders that killed processes of this machine left in `folder`.
+
+    Those of other machines stay: a network file system may keep locks from them.
+    """
+    publish.remove_dead_of(folder, publish.form_of(_prefix()))
 
 
-def _ours() -> str:
-    """What the names of this machine's begin with, and no other's: no host's name has a plus in it."""
+def _prefix() -> str:
+    """How the names of this machine's unfinished folders begin; a host name has no plus in it."""
     return f"{PARTIAL}{platform.node()}+"
 
 
 def _publish(scratch: Path, folder: Path) -> None:
     """Renames scratch/built to `folder`. Another process's stays instead; a damaged or foreign one goes to scratch."""
     try:
-        (scratch / "built").rename(folder)
+        publish.publish_folder(scratch / "built", folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

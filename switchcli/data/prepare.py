@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from switchcli.data.cache import ELSEWHERE, cached, make
+from switchcli.data.cache import ELSEWHERE, cached, make, sweep
 from switchcli.data.corpus import Corpus
 from switchcli.data.distinct import write_distinct
 from switchcli.data.document import Document, is_held_out
@@ -166,8 +166,10 @@ def _text(
     texts that come before it."""
     folder = means.cache / "tokens" / _digest([*_sources(spec, corpora), tokenizer.sha256])
     with disk_errors(means.cache, ELSEWHERE):
+        sweep(folder.parent)
         facts = facts_of(folder)
         if facts is None or not _is_sound(folder, facts, means, before):
+            sweep(folder)
             jobs = [
                 Job(corpus, piece, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
                 for number, (corpus, piece) in enumerate((one, piece) for one in corpora for piece in one.pieces())

@@ -6,7 +6,6 @@ A folder is written elsewhere, sealed with a manifest of sizes and digests, and 
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+
+from switchcli import publish
 
 MANIFEST, TOKENS, OFFSETS = "manifest.json", "tokens.npy", "offsets.npy"
 CHECKED_MEBIBYTES = 1024  # of each file: beyond it the size alone
@@ -164,9 +165,7 @@ def seal(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] 
         files = {path.relative_to(folder).as_posix(): identity_of(path) for path in paths}
     text = json.dumps({**facts, "files": files}, indent=1)
     sealed = json.dumps({"sha256": _digest(text.encode()), "manifest": text})
-    scratch = folder / f".{MANIFEST}-{os.getpid()}"
-    scratch.write_text(sealed, encoding="utf-8")
-    scratch.replace(folder / MANIFEST)
+    publish.write_file(folder / MANIFEST, sealed)
 
 
 def facts_of(folder: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from switchcli import publish
 from switchcli.errors import CheckpointError, disk_errors
 
 
@@ -22,7 +23,7 @@ class JsonLines:
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line and hands it to the system. NaN and infinity, which JSON does not have, become null."""
         line = json.dumps(_finite(record), allow_nan=False)
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+        with disk_errors(self.path), publish.open_append(self.path) as file:
             file.write(line + "\n")
 
     def rewind(self, step: int) -> None:
@@ -30,29 +31,21 @@ class JsonLines:
 
         The file is replaced in one move: a crash leaves the old one or the new one.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
         kept = [line for line, record in _records(self.path) if record.get("step", 0) <= step]
         write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def sync(self) -> None:
         """Returns once all that was written is on the disk, as it must be before a checkpoint that goes on from it."""
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+        with disk_errors(self.path), publish.open_append(self.path) as file:
             os.fsync(file.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all, whenever the process or the power ends."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Publish a small file. Raises CheckpointError when the disk refuses, or a link is in its place."""
     with disk_errors(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        publish.write_file(path, text)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -65,8 +58,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line with its record."""
-    with disk_errors(path, "name another run's"):
-        text = path.read_text(encoding="utf-8", errors="replace")
+    with disk_errors(path, "name another run's"), publish.open_read(path) as file:
+        text = file.read()
     lines = text.split("\n")
     last = len(lines) if lines[-1] else len(lines) - 1  # a line not ended is whole only if it parses
     for index, line in enumerate(lines[:last], start=1):

@@ -14,7 +14,6 @@ Legend: R rows of a step, T target, K kept probabilities.
 import hashlib
 import json
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,9 +23,11 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from switchcli import publish
 from switchcli.data.batch import Answers
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.spec import Spec
+from switchcli.train.checkpoint import LEFTOVER, leftovers
 from switchcli.train.fsops import DISK
 
 FACTS = "answers.json"
@@ -84,7 +85,7 @@ class AnswerStore:
                 self._check(facts)
                 return True
             others = self._folder.iterdir() if self._folder.exists() else ()
-            if any(path.name != "run.lock" and not path.name.startswith(".tmp-") for path in others):
+            if any(path.name != "run.lock" and not _is_leftover(path) for path in others):
                 raise CheckpointError(f"{self._folder}: is there already and holds no answers: {ELSEWHERE}")
             return False
 
@@ -95,10 +96,11 @@ class AnswerStore:
             CheckpointError: as `is_begun`, or the disk refuses.
         """
         with disk_errors(self._folder, ELSEWHERE):
-            for leftover in [*self._folder.glob(".tmp-*"), *self.damaged()]:
-                DISK.remove_tree(leftover)
+            DISK.make_dir(self._folder)
+            publish.remove_dead_of(self._folder, publish.TEMPORARY)
+            for path in [*leftovers(self._folder), *self.damaged()]:
+                DISK.remove_tree(path)
             if not self.is_begun(facts):
-                DISK.make_dir(self._folder)
                 self._place(FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
 
     def damaged(self) -> list[Path]:
@@ -174,11 +176,12 @@ class AnswerStore:
                 raise CheckpointError(f"{self._folder}: its answers {said}: {ELSEWHERE}")
 
     def _place(self, name: str, content: bytes) -> None:
-        temporary = self._folder / f".tmp-{secrets.token_hex(4)}"
-        DISK.write(temporary, content)
-        DISK.sync(temporary)
-        DISK.rename(temporary, self._folder / name)
-        DISK.sync(self._folder)
+        publish.write_file(self._folder / name, content)
+
+
+def _is_leftover(path: Path) -> bool:
+    """Return whether the name is that of a temporary file, or of a probe of the disk."""
+    return bool(publish.TEMPORARY.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
 
 
 def _is_sound(part: _Part) -> bool:

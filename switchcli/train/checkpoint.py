@@ -17,6 +17,7 @@ Only the process that holds the run's lock may save, prune or call `latest`; rea
 """
 
 import errno
+import os
 import re
 import secrets
 import shutil
@@ -30,6 +31,7 @@ from typing import Final, Literal, final
 
 from torch import Tensor
 
+from switchcli import publish
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.train import manifest as manifests
 from switchcli.train import tensor_file
@@ -40,8 +42,12 @@ from switchcli.train.state import Saved
 
 Group = Literal["model", "optimizer"]
 
-STEP: Final = re.compile(r"step-\d{8,}")
+STEP: Final = re.compile(r"step-[0-9]{8,}")
 """Names that a checkpoint of that very step alone may bear."""
+_UNIQUE: Final = "[0-9a-f]{8}"
+_REPLACED: Final = re.compile(rf"\.old-([0-9]{{8,}})-{_UNIQUE}")
+LEFTOVER: Final = re.compile(rf"\.(tmp-(probe|[0-9]{{8,}})|old-[0-9]{{8,}}|del-step-[0-9]{{8,}})-{_UNIQUE}")
+"""The hidden names that a save, a probe or a removal gives to folders: nothing of another name is removed."""
 _MAX_FILE_BYTES: Final = 1 << 31
 UNIQUE_BITS: Final = 32
 _WAY_OUT: Final = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
@@ -175,7 +181,11 @@ class Saving:
 
     def begin(self) -> None:
         """Make the folder that is written to: one process, before any other goes on."""
+        final_path = path(self._folder, self._step)
+        with disk_errors(final_path, _ELSEWHERE):
+            publish.check_folder(final_path)
         with self._refusals():
+            publish.check_folder(self._folder)
             self._files.make_dir(self._folder)
             self._files.sync(self._folder.parent)
             self._files.make_dir(self._temporary)
@@ -231,6 +241,7 @@ def latest(folder: Path, warn: Callable[[str], None], *, files: Files = DISK) ->
         warn(f"{damage} It is now {aside.name}; the one before it is tried.")
 
     with disk_errors(folder, _ELSEWHERE):
+        publish.check_folder(folder)
         _sweep(folder, files)
         return _newest(folder, put_aside)
 
@@ -258,6 +269,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
     """
     assert keep_last >= 1
     with disk_errors(folder, _ELSEWHERE):
+        publish.check_folder(folder)
         figures: dict[Path, Mapping[str, float]] = {}
         for path in steps(folder):
             with suppress(CheckpointError):
@@ -269,7 +281,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
                     best[name] = path
         keep = {*list(figures)[:keep_last], *(best.values() if keep_best else ())}
         for path in figures:
-            if path not in keep:
+            if path not in keep and publish.is_folder(path):
                 files.rename(path, path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))
         _sweep(folder, files)
 
@@ -278,6 +290,7 @@ def preflight(folder: Path, bytes_needed: int, elsewhere: str = _ELSEWHERE, *, f
     """Check before training that `folder` can be written to and its disk has this much room. Raises CheckpointError."""
     probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
     with disk_errors(folder, elsewhere, bytes_needed):
+        publish.check_folder(folder)
         files.make_dir(probe)
         try:
             if shutil.disk_usage(folder).free < bytes_needed:
@@ -332,20 +345,31 @@ def _write(path: Path, content: bytes | memoryview, files: Files) -> Entry:
 
 
 def _sweep(folder: Path, files: Files) -> None:
-    """Undo what a kill left: a checkpoint that its successor has not replaced yet comes back, the rest goes."""
-    for path in sorted(folder.glob(".old-*")):
-        successor = folder / f"step-{path.name.split('-')[1]}"
-        if not successor.exists():
+    """Undo what a kill left: a checkpoint that its successor has not replaced yet comes back, the rest goes.
+
+    Folders with names of the exact form alone: no links, and nothing in a folder that is a link itself.
+    """
+    if not publish.is_folder(folder):
+        return
+    for path in leftovers(folder):
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and not os.path.lexists(successor := folder / f"step-{replaced[1]}"):
             files.rename(path, successor)
-    leftovers = [path for pattern in (".old-*", ".tmp-*", ".del-*") for path in sorted(folder.glob(pattern))]
-    if leftovers:
+    found = leftovers(folder)
+    if found:
         files.sync(folder)  # a power cut must not take a successor that has just been renamed, and what it replaced
-    for path in leftovers:
+    for path in found:
         files.remove_tree(path)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """The folders that a killed save, probe or removal left."""
+    return sorted(path for path in folder.iterdir() if LEFTOVER.fullmatch(path.name) and publish.is_folder(path))
+
+
 def _free_name(path: Path) -> Path:
-    return next(p for n in range(10_000) if not (p := path.with_name(f"{path.name}{f'-{n}' if n else ''}")).exists())
+    names = (path.with_name(f"{path.name}{f'-{number}' if number else ''}") for number in range(10_000))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _difference(

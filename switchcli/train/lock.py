@@ -5,16 +5,19 @@ the file says. The descriptor is not passed on to programs that the run starts; 
 With several ranks, the first takes the lock for all.
 """
 
+import errno
 import fcntl
 import json
 import os
 import platform
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from switchcli import publish
 from switchcli.errors import CheckpointError, disk_errors
 
 _PATIENCE_SECONDS = 0.2  # how long a second run waits for the first to have written its name
@@ -28,10 +31,12 @@ def lock(run_folder: Path, elsewhere: str = "give another folder by --out") -> I
     """
     path = run_folder / "run.lock"
     with disk_errors(path, elsewhere):
-        run_folder.mkdir(parents=True, exist_ok=True)
+        run_folder.resolve().mkdir(parents=True, exist_ok=True)
+        publish.check_file(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         with disk_errors(path, elsewhere):
+            _check_own(descriptor)
             _take(descriptor, path, elsewhere)
         try:
             yield
@@ -40,6 +45,13 @@ def lock(run_folder: Path, elsewhere: str = "give another folder by --out") -> I
                 os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _check_own(descriptor: int) -> None:
+    """Raise OSError where the file has another name too: its content, which is replaced, may be somebody's."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
 
 
 def _take(descriptor: int, path: Path, elsewhere: str) -> None:

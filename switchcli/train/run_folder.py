@@ -1,11 +1,13 @@
 """RunFolder: what lies where in a run's folder, and how its small files are written."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switchcli.errors import disk_errors
+from switchcli import publish
+from switchcli.errors import RecipeError, disk_errors
 from switchcli.report.sinks import write_whole
 
 
@@ -20,6 +22,15 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.result = path / "result.json"
 
+    def check_links(self) -> None:
+        """Raise CheckpointError where a link, or something else that is not ours, is where the run would write."""
+        for file in (self.recipe, self.tokenizer, self.metrics, self.result):
+            with disk_errors(file):
+                publish.check_file(file)
+        for folder in (self.checkpoints, self.path / "tensorboard", self.path / "wandb"):
+            with disk_errors(folder):
+                publish.check_folder(folder)
+
     def write_recipe(self, text: str) -> None:
         write_whole(self.recipe, text)
 
@@ -30,12 +41,21 @@ class RunFolder:
         write_whole(self.result, json.dumps(result, indent=1) + "\n")
 
     def set_aside(self) -> Path | None:
-        """Rename what an earlier run left here, so that one can begin anew; the new name, if there was a run."""
-        if not self.recipe.exists() and not self.checkpoints.exists():
+        """Rename the folder of an earlier run, so that a new run can begin here. Return its new name, or None.
+
+        Where the run folder is a link, the folder that it names is renamed, and the link stays: the new run will be
+        where the earlier one was. Raises RecipeError for a folder that the process works in.
+        """
+        if not os.path.lexists(self.recipe) and not os.path.lexists(self.checkpoints):
             return None
+        path = self.path.resolve()
+        if Path.cwd().is_relative_to(path):
+            raise RecipeError(
+                f"--no-resume: {self.path} holds the current folder and cannot be renamed: start from another folder"
+            )
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
+        while os.path.lexists(aside := path.with_name(f"{path.name}.before-{number}")):
             number += 1
         with disk_errors(self.path):
-            self.path.rename(aside)
+            path.rename(aside)
         return aside

@@ -517,23 +517,55 @@ def test_the_loser_of_a_race_takes_the_winners(corpus: Corpus, monkeypatch: pyte
 def test_what_the_killed_leave_is_removed_on_their_own_machine_alone(
     host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        pass
-    left: list[Path] = []
-
-    def build(folder: Path) -> None:
-        left.append(folder.parent)
-        folder.mkdir()
-
-    for node in (f"{host}-{gone.pid}", host):
-        monkeypatch.setattr(platform, "node", lambda node=node: node)
-        for process in (gone.pid, os.getpid()):
-            monkeypatch.setattr(os, "getpid", lambda process=process: process)
-            make(tmp_path / f"{node} {process}", build)
-    for scratch in left:
-        scratch.mkdir()
+    for node in (f"{host}-1", host):
+        with making(tmp_path / "text", node) as child:
+            child.kill()
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(platform, "node", lambda: host)
     sweep(tmp_path)
-    assert [scratch.exists() for scratch in left] == [True, True, False, True]
+    (left,) = tmp_path.iterdir()
+    assert f"{host}-1+" in left.name
+
+
+def test_two_processes_of_one_number_on_machines_of_one_name_leave_each_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers that share a cache: in each, the process is number 1 of the host `trainer`."""
+    monkeypatch.setattr(platform, "node", lambda: "trainer")
+    with making(tmp_path / "text", "trainer") as child:
+        sweep(tmp_path)
+        make(tmp_path / "other", lambda folder: (folder.mkdir(), store.seal(folder, {})))
+        child.communicate("go on\n")
+    assert child.returncode == 0
+    assert (tmp_path / "text" / "ids").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "text"]
+
+
+MAKE = """
+import os, platform, sys
+from pathlib import Path
+platform.node = lambda: sys.argv[2]
+os.getpid = lambda: 2**22 + 1  # a number that no process has here
+from switchcli.data.cache import make
+from switchcli.data.store import seal
+def build(folder):
+    folder.mkdir()
+    print("building", flush=True)
+    sys.stdin.readline()
+    (folder / "ids").write_text("first")
+    seal(folder, {})
+make(Path(sys.argv[1]), build)
+"""
+
+
+@contextmanager
+def making(folder: Path, node: str) -> Iterator["subprocess.Popen[str]"]:
+    """A process of a machine named `node` that builds a folder, and waits for a line on its stdin in the middle."""
+    command = [sys.executable, "-c", MAKE, str(folder), node]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "building\n"
+        yield child
 
 
 # Damage

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,35 @@ def test_a_disk_that_refuses_is_told_in_one_line(tmp_path: Path) -> None:
         read_json_lines(tmp_path / "absent")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_told_in_one_line() -> None:
-    with pytest.raises(CheckpointError, match="No space left"):
-        JsonLines(Path("/dev/full")).write({"step": 1})
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    sink = write_steps(tmp_path / "m", 1)
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sink.path.stat().st_size, most))
+    try:
+        with pytest.raises(CheckpointError, match=r"m: File too large .*ulimit -f"):
+            sink.write({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "device"])
+def test_metrics_are_neither_read_nor_written_but_in_a_regular_file(tmp_path: Path, kind: str) -> None:
+    path, victim = tmp_path / "run" / "metrics.jsonl", tmp_path / "victim"
+    path.parent.mkdir()
+    if kind != "link to nothing":
+        victim.write_text('{"step": 1}\n{"step": 9}\n')
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/full" if kind == "device" else victim)
+    sink, before = JsonLines(path), victim.exists() and victim.read_bytes()
+    for act in (lambda: sink.write({"step": 2}), sink.sync, lambda: sink.rewind(1), lambda: read_json_lines(path)):
+        with pytest.raises(
+            CheckpointError, match=r"metrics\.jsonl: is (a symbolic link|not a regular file).*: remove it"
+        ):
+            act()
+    assert (victim.exists() and victim.read_bytes()) == before
+    assert len(list(path.parent.iterdir())) == 1
 
 
 def test_rewind_leaves_the_old_file_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,7 +203,7 @@ def test_nothing_saved_is_none(tmp_path: Path) -> None:
 
 def test_a_reader_leaves_a_run_at_work_alone(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
-    for name in (".tmp-00000008-x", ".old-00000008-x", ".del-step-00000002-x"):
+    for name in (".tmp-00000008-0000000a", ".old-00000008-0000000a", ".del-step-00000002-0000000a"):
         (tmp_path / name).mkdir()
     (save_step(tmp_path / "other", 8).rename(tmp_path / "step-00000008") / "state.json").unlink()
     before = sorted(tmp_path.iterdir())

@@ -62,8 +62,8 @@ def save_and_prune(folder: Path, files: Files) -> None:
 
 def recover(folder: Path, files: Files) -> None:
     damage(folder / "step-00000008")
-    shutil.copytree(folder / "step-00000004", folder / ".tmp-00000012-x")
-    (folder / "step-00000004").rename(folder / ".old-00000004-x")
+    shutil.copytree(folder / "step-00000004", folder / ".tmp-00000012-0000000a")
+    (folder / "step-00000004").rename(folder / ".old-00000004-0000000a")
     latest(folder, ignore, files=files)
 
 
