@@ -104,8 +104,10 @@ _MEND: Final = {
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
-    **dict.fromkeys((errno.ELOOP, errno.ENXIO), "remove it"),  # a link or a device: see publish.check_file
+    **dict.fromkeys((errno.ELOOP, errno.ENXIO), "remove it"),
 }
+_IN_THE_WAY: Final = (errno.ELOOP, errno.ENXIO)
+"""A link, a pipe or a device (`publish.check_file`): the error's own path says which."""
 
 
 @contextmanager
@@ -120,7 +122,8 @@ def disk_errors(
         if bytes_needed is not None:
             room = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
         mend = _MEND.get(error.errno or 0, "check the disk")
-        raise CheckpointError(f"{path}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
+        where = error.filename if error.filename and error.errno in _IN_THE_WAY else path
+        raise CheckpointError(f"{where}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
 
 
 OUTSIDE = "outside training"

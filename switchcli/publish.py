@@ -237,25 +237,25 @@ def check_file(path: Path) -> None:
     """Raise OSError where `path` is there and not a regular file: a link, a folder, a pipe, a device."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
-        _check_no_link(mode)
+        _check_no_link(path, mode)
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.ENXIO, "is not a regular file")
+            raise OSError(errno.ENXIO, "is not a regular file", str(path))
 
 
 def check_folder(path: Path) -> None:
     """Raise OSError where `path` is there and not a folder, or a link to one."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
-        _check_no_link(mode)
+        _check_no_link(path, mode)
         if not stat.S_ISDIR(mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
-def _check_no_link(mode: int) -> None:
+def _check_no_link(path: Path, mode: int) -> None:
     if stat.S_ISLNK(mode):
-        raise OSError(errno.ELOOP, "is a symbolic link, through which nothing is written")
+        raise OSError(errno.ELOOP, "is a symbolic link, through which nothing is written", str(path))
 
 
 def open_append(path: Path) -> IO[str]:

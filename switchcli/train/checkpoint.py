@@ -181,11 +181,9 @@ class Saving:
 
     def begin(self) -> None:
         """Make the folder that is written to: one process, before any other goes on."""
-        final_path = path(self._folder, self._step)
-        with disk_errors(final_path, _ELSEWHERE):
-            publish.check_folder(final_path)
         with self._refusals():
             publish.check_folder(self._folder)
+            publish.check_folder(path(self._folder, self._step))
             self._files.make_dir(self._folder)
             self._files.sync(self._folder.parent)
             self._files.make_dir(self._temporary)

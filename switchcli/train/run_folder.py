@@ -24,11 +24,10 @@ class RunFolder:
 
     def check_links(self) -> None:
         """Raise CheckpointError where a link, or something else that is not ours, is where the run would write."""
-        for file in (self.recipe, self.tokenizer, self.metrics, self.result):
-            with disk_errors(file):
+        with disk_errors(self.path):
+            for file in (self.recipe, self.tokenizer, self.metrics, self.result):
                 publish.check_file(file)
-        for folder in (self.checkpoints, self.path / "tensorboard", self.path / "wandb"):
-            with disk_errors(folder):
+            for folder in (self.checkpoints, self.path / "tensorboard", self.path / "wandb"):
                 publish.check_folder(folder)
 
     def write_recipe(self, text: str) -> None:

@@ -120,7 +120,7 @@ def _try(numbers: range, act: Callable[[int], str], writes: int) -> NoReturn:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries in other languages have words of their own
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
         for number in numbers:
             signal.alarm(PATIENCE)
             began = time.process_time()
