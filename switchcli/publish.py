@@ -109,7 +109,7 @@ def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
     check_folder(target)
     for folder, _, names in os.walk(built):
         for name in names:
-            _sync_file(Path(folder, name))
+            _sync(Path(folder, name))
         _sync_folder(Path(folder))
     if replace and target.exists():
         target.rename(built.parent / _OLD)
@@ -277,8 +277,8 @@ def _no_link(path: str, flags: int) -> int:
 # Syncing
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
@@ -288,7 +288,7 @@ def _sync_file(path: Path) -> None:
 def _sync_folder(path: Path) -> None:
     """Sync the names in a folder, on file systems that can, of folders that may be read."""
     try:
-        _sync_file(path)
+        _sync(path)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise

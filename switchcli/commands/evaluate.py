@@ -338,7 +338,6 @@ def _lines(exam: tokens.Scored, answered: Sequence[Answered]) -> Iterator[dict[s
 
 def _probe(out: Path) -> None:
     """Raise a CheckpointError now where the outcome could not be written later; restore what a killed one replaced."""
-    publish.remove_dead(out)
     if out.exists() and not (out / "result.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already and holds no evaluation: give another folder by --out")
     with disk_errors(out):

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import killed_outputs
 from drill import IN_A_ROW, drill, fingerprint, in_a_save, wait_for_a_save
 from faulty_files import kill
 from table import Row, every
@@ -46,6 +47,7 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
             two = Pair.of(verb, trial)
             yield at_points_of_two(two, 5)
             yield at_random_of_two(two, 125)
+    yield from killed_outputs.rows(folder, 1 if long else 6)
 
 
 def at_points(verb: str, trial: Trial, strike: Strike, what: str, stride: int) -> Row:
