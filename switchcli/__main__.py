@@ -1,6 +1,10 @@
 """`python -m switchcli`, and so `torchrun -m switchcli` and `accelerate launch -m switchcli`."""
 
-from switchcli.cli import main
-
 if __name__ == "__main__":
+    from switchcli.startup import end_with_launcher
+
+    end_with_launcher()  # before the imports, which take seconds
+
+    from switchcli.cli import main
+
     main()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from switchcli import __version__
+from switchcli import __version__, startup
 from switchcli.commands import checkpoints, data, ending, recipes, reports
 from switchcli.commands.arguments import (
     Checkpoint,
@@ -354,9 +354,12 @@ def plan(
 
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
+    startup.limit_spinning(os.environ)
+    startup.end_with_launcher()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell: `>&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of the process
+    startup.make_stderr_lenient()
     try:
         try:
             app()

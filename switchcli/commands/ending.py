@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from switchcli.errors import UNKNOWN, Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
 from switchcli.parallel.launch import is_rank, join_srun, report
-from switchcli.parallel.signals import STOPPING
+from switchcli.parallel.signals import stopping
 from switchcli.parallel.watch import Watch
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
@@ -62,7 +62,7 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
         if what.exc_value not in came:
             hook(what)
 
-    previous = {number: signal.signal(number, stop) for number in STOPPING}
+    previous = {number: signal.signal(number, stop) for number in stopping()}
     hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         with _watched(came, asked, unheeded) if ranks else nullcontext():
@@ -144,7 +144,8 @@ def leave(error: SwitchError) -> NoReturn:
         own = rank != "0" or (is_rank() and isinstance(error, OutOfMemory))
         say(f"rank {rank}: {words}" if own and not isinstance(error, LostRank) else words)
     if "--json" in sys.argv and rank == "0" and not launched:
-        print_json({"error": words, "exit_code": error.exit_code})
+        with suppress(OSError):  # the exit code must not change because stdout is gone
+            print_json({"error": words, "exit_code": error.exit_code})
     leave_with(error.exit_code)
 
 

@@ -16,7 +16,7 @@ import torch
 from switchcli import __version__
 from switchcli.commands.load import saved_recipe
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.parallel.launch import Ended, end_with_launcher, is_rank, launch
+from switchcli.parallel.launch import Ended, is_rank, launch
 from switchcli.parallel.mesh import ALONE, check_world
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
@@ -66,7 +66,6 @@ def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ende
         DistributedError: as `launch` says.
     """
     if is_rank():
-        end_with_launcher()
         return None
     if processes == 1:
         return None

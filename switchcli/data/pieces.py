@@ -26,7 +26,8 @@ from switchcli.errors import OutOfMemory, SwitchError, disk_errors
 
 PART_CHARACTERS = 2**16  # longer documents are encoded in parts: the tokenizer holds many times its text in memory
 CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
+"""Equal to `parallel.signals.STOPPING`, which this package cannot import."""
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 

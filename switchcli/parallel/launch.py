@@ -4,7 +4,6 @@ accelerate's own launcher starts a single process on a machine without a GPU wha
 which it builds on, does not. `Runtime` finds its ranks as it finds those of any launcher.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -22,15 +21,13 @@ from typing import NamedTuple
 
 from switchcli import errors
 from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
-from switchcli.parallel.signals import STOPPING, signals_read
+from switchcli.parallel.signals import signals_read, stopping
+from switchcli.startup import LAUNCHER
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
 REPORT_SECONDS = 30
 """How long `launch` waits for the main rank's report after it was stopped several times over."""
-PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
-PASSED_ON = (*STOPPING, signal.SIGHUP, signal.SIGQUIT)
-"""What the launcher hands on to its ranks."""
 REPORTS = "SWITCHCLI_REPORTS"
 """The environment variable by which `launch` names its ranks the folder for their reports."""
 
@@ -59,14 +56,15 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
 
     logging.disable(logging.CRITICAL)  # the ranks say themselves why they end
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    own = {number: signal.getsignal(number) for number in PASSED_ON}
+    forwarded = (*stopping(), signal.SIGQUIT)
+    own = {number: signal.getsignal(number) for number in forwarded}
     with tempfile.TemporaryDirectory() as reports:
-        os.environ[REPORTS] = reports
+        os.environ.update({REPORTS: reports, LAUNCHER: str(os.getpid())})
         options = [
             "--standalone",
             f"--nproc-per-node={processes}",
             f"--shutdown-timeout={SAVING_SECONDS}",
-            f"--signals-to-handle={','.join(one.name for one in PASSED_ON)}",
+            f"--signals-to-handle={','.join(one.name for one in forwarded)}",
             f"--log-dir={reports}",  # else a folder of its own stays
             "-m",
             "switchcli",
@@ -80,13 +78,15 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
             return _first_of({rank: one.exitcode for rank, one in in_order}, reports)
         except SignalException as stopped:
             # torch forwarded the signal and forgets how the ranks took it; the main one tells.
-            if told := _awaited(reports):
+            if told := _awaited(reports, forwarded):
                 return _said(told)
             others = [one for rank in range(processes) if (one := _reported(reports, rank))]
             if all(one.where in ("", errors.OUTSIDE) for one in others):  # it came before all could heed it
                 signal.signal(stopped.sigval, own[stopped.sigval])
                 signal.raise_signal(stopped.sigval)
             raise DistributedError("stopped, and no word of how the ranks ended: the same command goes on") from None
+        finally:
+            del os.environ[LAUNCHER]
     return Ended(0, None)
 
 
@@ -167,15 +167,9 @@ def report_of(rank: int, told: Ended) -> bool:
     return True
 
 
-def end_with_launcher() -> None:
-    """Have this rank of `launch` stop, and save, when the launcher dies without a word: on Linux alone."""
-    if REPORTS in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _awaited(reports: str) -> Ended | None:
-    """What the main rank reports, if it does soon; more signals, which have been forwarded, do not end the waiting."""
-    for number in PASSED_ON:
+def _awaited(reports: str, forwarded: Sequence[signal.Signals]) -> Ended | None:
+    """Return what the main rank reports, if it does soon; another of the `forwarded` signals does not end the wait."""
+    for number in forwarded:
         signal.signal(number, signal.SIG_IGN)
     until, gone = time.monotonic() + REPORT_SECONDS, False
     while (ended := _reported(reports, 0)) is None and not gone and time.monotonic() < until:

@@ -7,8 +7,19 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM is often told to send ahead of its time limit."""
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
+"""The signals that stop a run after a save.
+
+SIGUSR1 and SIGUSR2 are what batch systems send ahead of a time limit. SIGHUP comes when the terminal is closed, SIGXCPU
+when the soft limit of CPU time is reached, and then once a second until the hard limit.
+"""
+
+
+def stopping() -> tuple[signal.Signals, ...]:
+    """Return STOPPING, without SIGHUP if it is ignored: `nohup` starts a command so that a closed terminal does not
+    stop it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(one for one in STOPPING if not (ignored and one == signal.SIGHUP))
 
 
 class StopRequest:
@@ -19,7 +30,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        for number in STOPPING:
+        for number in stopping():
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -12,7 +12,7 @@ import pytest
 
 from switchcli.commands.ending import AGAIN_SECONDS, stoppable
 from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, where
-from switchcli.parallel.signals import StopRequest
+from switchcli.parallel.signals import STOPPING, StopRequest
 
 ON_ITS_WAY_OUT = """
 import time
@@ -48,7 +48,7 @@ except Interrupted as error:  # the signal came just before
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOPPING)
 @pytest.mark.parametrize(("saves_nothing", "kind"), [(False, Interrupted), (True, InterruptedByForce)])
 def test_a_signal_ends_it(number: signal.Signals, saves_nothing: bool, kind: type[SwitchError]) -> None:
     before = signal.getsignal(number)

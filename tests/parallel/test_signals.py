@@ -4,11 +4,25 @@ import signal
 
 import pytest
 
+from switchcli.commands.ending import stoppable
+from switchcli.data import pieces
 from switchcli.parallel.signals import STOPPING, StopRequest
 
 
 def test_the_signals_are_those_of_users_and_schedulers() -> None:
-    assert set(STOPPING) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    names = "SIGTERM SIGINT SIGUSR1 SIGUSR2 SIGHUP SIGXCPU"
+    assert {one.name for one in STOPPING} == {*names.split()} == {one.name for one in pieces.STOPPING}
+
+
+def test_an_ignored_sighup_stays_ignored_as_nohup_asks() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop, stoppable():
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", STOPPING)

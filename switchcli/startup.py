@@ -1,0 +1,66 @@
+"""What a process does before it imports anything large: OpenMP's threads, the launcher's death, an unwritable stderr.
+
+It imports the standard library only, so that it takes effect within the first milliseconds.
+"""
+
+import ctypes
+import io
+import os
+import signal
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+SPIN_COUNT = "10000"
+"""Iterations for which a thread of libgomp spins at a barrier before it sleeps."""
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+"""Each of them says how long OpenMP's threads spin."""
+LAUNCHER = "SWITCHCLI_LAUNCHER"
+"""The environment variable that gives a rank of `--processes` the process ID of its launcher."""
+PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
+
+
+def limit_spinning(environment: MutableMapping[str, str]) -> None:
+    """Have OpenMP's threads sleep soon at a barrier, unless the user has decided how long they spin.
+
+    By default libgomp's threads spin for milliseconds, which keeps the cores from every other process and from the
+    thread that they wait for. libgomp reads the variable when it is loaded: call this before torch is imported.
+    """
+    if not any(name in environment for name in SPIN_VARIABLES):
+        environment["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def end_with_launcher() -> None:
+    """Have this rank of `--processes` get SIGTERM when its launcher dies, or now if it is dead already.
+
+    Call this first in a rank: until then nothing ends it with its launcher. A process that is no such rank is left
+    alone. The kernel sends the signal on Linux only; elsewhere a launcher that dies later leaves its ranks running.
+    """
+    launcher = os.environ.pop(LAUNCHER, None)  # not for the processes that this rank starts
+    if launcher is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if str(os.getppid()) != launcher:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _LenientFile(io.FileIO):
+    """A file that drops what it cannot write."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def make_stderr_lenient() -> None:
+    """Replace `sys.stderr` by a stream to the same file descriptor that drops what cannot be written.
+
+    A message must not end a run: after its terminal was closed, every write fails with EIO.
+    """
+    stream = sys.__stderr__
+    if stream is not None and sys.stderr is stream:
+        file = io.BufferedWriter(_LenientFile(stream.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)

@@ -1,0 +1,48 @@
+"""What a process has set up when it imports torch: a torch of the test's own looks, and ends the process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TORCH = "import os, sys; sys.stdout.write(os.environ.get('GOMP_SPINCOUNT', 'default')); sys.stdout.flush(); os._exit(0)"
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+VERBS = {
+    "pretrain": ["pretrain", "quickstart/switch"],
+    "finetune": ["finetune", "quickstart/finetune", "--model", "m"],
+    "distill": ["distill", "--teacher", "m"],
+    "eval": ["eval", "m"],
+    "generate": ["generate", "m", "text"],
+    "doctor": ["doctor", "m"],
+    "convert": ["convert", "m", "o", "--to", "switchcli"],
+    "plan": ["plan", "quickstart/switch"],
+}
+
+
+def seen_by_torch(folder: Path, arguments: list[str], **variables: str) -> str:
+    """Return GOMP_SPINCOUNT as it is when the command imports torch."""
+    (folder / "torch.py").write_text(TORCH)
+    environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "switchcli", *arguments],
+        env={**environment, **variables, "PYTHONPATH": os.pathsep.join([str(folder), root])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_threads_of_openmp_sleep_soon_at_a_barrier(verb: str, tmp_path: Path) -> None:
+    assert seen_by_torch(tmp_path, VERBS[verb]) == "10000"
+
+
+@pytest.mark.parametrize("variable", SPINNING)
+def test_a_user_who_says_how_long_threads_spin_is_obeyed(variable: str, tmp_path: Path) -> None:
+    expected = "200" if variable == "GOMP_SPINCOUNT" else "default"
+    assert seen_by_torch(tmp_path, VERBS["plan"], **{variable: "200"}) == expected
