@@ -1,7 +1,9 @@
 """A rank that dies: the others end soon and say so, and under torchrun's restart the run goes on to the same result."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -69,3 +71,32 @@ def test_ranks_whose_launcher_was_killed_save_and_end(recipe: str, tmp_path: Pat
     while ranks_of(run):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
+@pytest.mark.parametrize("delay", [0.0, 1.5, 5.0])
+def test_ranks_end_whose_launcher_is_killed_while_they_start(trained: Path, tmp_path: Path, delay: float) -> None:
+    """Seconds from the first rank's start: it imports, or waits for the other rank."""
+    out = str(tmp_path / "evaluated")
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "switchcli", "eval", str(trained), "--processes", "2", "--out", out],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (ranks := ranks_of(out)):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    spinning = Path(f"/proc/{ranks[0]}/environ").read_bytes()
+    time.sleep(delay)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + SECONDS
+    try:
+        while ranks_of(out) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not ranks_of(out)
+    finally:
+        for rank in ranks_of(out):
+            os.kill(rank, signal.SIGKILL)
+    assert b"GOMP_SPINCOUNT=10000" in spinning
