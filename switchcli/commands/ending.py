@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from switchcli.errors import UNKNOWN, Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
 from switchcli.parallel.launch import is_rank, join_srun, report
+from switchcli.parallel.meeting import check_environment
 from switchcli.parallel.signals import stopping
 from switchcli.parallel.watch import Watch
 from switchcli.report.console import Console
@@ -92,6 +93,7 @@ def _watched(
     `unheeded`, as where this rank waits for the others to start, ends it as `asked`, or for the rank that is lost.
     """
     join_srun(os.environ)
+    check_environment(os.environ)
     if not is_rank() or sys.platform != "linux":
         yield
         return

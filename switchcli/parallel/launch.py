@@ -152,8 +152,10 @@ def how_ended(code: int) -> str:
 
 def report(error: SwitchError, words: str) -> bool:
     """Leave why this rank ends for the `launch` that started it; False when none did."""
+    if REPORTS not in os.environ or not is_rank():
+        return False
     place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
-    return is_rank() and report_of(int(os.environ["RANK"]), Ended(error.exit_code, words, place))
+    return report_of(int(os.environ["RANK"]), Ended(error.exit_code, words, place))
 
 
 def report_of(rank: int, told: Ended) -> bool:
@@ -209,7 +211,10 @@ def join_srun(environment: MutableMapping[str, str]) -> None:
         )
     if host is not None:
         environment.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000))
+    job = environment.get("SLURM_JOB_ID", "0")
+    if "MASTER_PORT" not in environment and not re.fullmatch("[0-9]+", job):
+        raise DistributedError(f"SLURM_JOB_ID ({job!r}) must be a number: set MASTER_PORT for the tasks to meet at")
+    environment.setdefault("MASTER_PORT", str(20000 + int(job[-4:])))
     environment.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
     each = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of `2(x3)` or `4,2`
     if each is not None:

@@ -31,6 +31,7 @@ from switchcli.parallel import expert, shard, spread
 from switchcli.parallel.host_group import HostGroup
 from switchcli.parallel.layout import Cuts, Weights
 from switchcli.parallel.lost import lost_ranks_explained
+from switchcli.parallel.meeting import waiting_announced
 from switchcli.parallel.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
 from switchcli.parallel.ordered import Ordered
 from switchcli.parallel.spread import GradientNorm
@@ -71,7 +72,7 @@ class Runtime:
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         if on_cpu:
             _keep_freed_memory()
-        with lost_ranks_explained():
+        with lost_ranks_explained(), waiting_announced():
             _meet_again("gloo" if on_cpu else "nccl")
             self._accelerator = Accelerator(
                 cpu=on_cpu,

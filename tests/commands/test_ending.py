@@ -101,7 +101,7 @@ def test_other_errors_pass() -> None:
 )
 def test_a_rank_is_left_to_tidy_up_and_not_in_a_library(rank: str, code: int, then: str) -> None:
     """However long the one takes, and from the first moment of a command."""
-    here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", rank], env={**os.environ, **here}, stdout=subprocess.PIPE, text=True
     )

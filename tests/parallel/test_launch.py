@@ -164,6 +164,8 @@ def test_where_the_tasks_meet_may_be_given_and_must_be_known() -> None:
     for nodes in ({}, {"SLURM_STEP_NODELIST": "rack[0-1]node[0-7]"}):
         with pytest.raises(DistributedError, match="srun with 4 tasks: set MASTER_ADDR and MASTER_PORT"):
             join_srun({**SRUN, **nodes})
+    with pytest.raises(DistributedError, match=r"SLURM_JOB_ID \('x'\) must be a number: set MASTER_PORT"):
+        join_srun({**SRUN, "SLURM_STEP_NODELIST": "a", "SLURM_JOB_ID": "x"})
     with pytest.raises(DistributedError, match="srun with 2 tasks"):
         join_srun({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"})
 

@@ -1,0 +1,106 @@
+"""Ranks that cannot meet, by variables that a user or a launcher has set, and ranks that wait for the others."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SwitchCLI
+
+SECONDS = 5
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+REJECTED = {
+    "a world without a rank": ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    "a rank without a world": ({"RANK": "0"}, "WORLD_SIZE is not set"),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+    "a rank outside the world": ({**TWO, "RANK": "5"}, "RANK (5) must be less than WORLD_SIZE (2)"),
+    "a rank that is text": ({**TWO, "RANK": "x"}, "RANK is 'x'"),
+    "a rank that is negative": ({**TWO, "RANK": "-1"}, "RANK is '-1'"),
+    "a world that is text": ({**TWO, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+    "an empty world": ({**TWO, "WORLD_SIZE": "0"}, "RANK (0) must be less than WORLD_SIZE (0)"),
+    "a local rank that is text": ({**TWO, "LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+    "a port that is text": ({**TWO, "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+    "a port out of range": ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+    "an address that is unknown": ({**TWO, "MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR is 'no.such"),
+    "an address that is too long": ({**TWO, "MASTER_ADDR": "x" * 300}, "MASTER_ADDR is 'xxx"),
+    "a task of srun with a strange rank": (
+        {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1"},
+        "RANK is 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, words = REJECTED[case]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before, began = dict(os.environ), time.monotonic()
+    done = switchcli("pretrain", "quickstart/switch")
+    for name in os.environ.keys() - before.keys():  # what a task of srun is given
+        monkeypatch.delenv(name)
+    assert (done.code, done.out) == (2, ""), done.err
+    assert words in done.err
+    assert done.err.count("\n") == 1
+    assert time.monotonic() - began < SECONDS
+
+
+# A launcher that starts one rank and is then killed.
+LAUNCHER = """
+import os, subprocess, sys, time
+os.environ["SWITCHCLI_LAUNCHER"] = str(os.getpid())
+rank = subprocess.Popen([sys.executable, "-m", "switchcli", *sys.argv[1:]])
+print(rank.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [("0", "1 of 3 ranks have come: rank 1, 2 is missing"), ("1", "for rank 0, which does not answer")],
+)
+def test_a_rank_says_what_it_waits_for_and_ends_with_its_launcher(
+    rank: str, words: str, recipe: str, port: str, tmp_path: Path
+) -> None:
+    here = {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, "pretrain", recipe, "train.device=cpu", "--out", str(tmp_path / "run")],
+        env={**os.environ, **here},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stderr is not None
+        try:
+            process = int(launcher.stdout.readline())
+            said = launcher.stderr.readline()
+        finally:
+            launcher.kill()
+    assert said.startswith("warning: ")
+    assert f"'127.0.0.1', port {port}" in said
+    assert words in said
+    try:
+        deadline = time.monotonic() + 6 * SECONDS
+        while Path(f"/proc/{process}").exists() and "Z" not in _state(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        if Path(f"/proc/{process}").exists():
+            os.kill(process, signal.SIGKILL)
+
+
+def _state(process: int) -> str:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
