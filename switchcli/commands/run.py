@@ -16,7 +16,7 @@ import torch
 from switchcli import __version__
 from switchcli.commands.load import saved_recipe
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.parallel.launch import Ended, is_rank, launch
+from switchcli.parallel.launch import SAVING_SECONDS, Ended, is_rank, launch, saving_seconds
 from switchcli.parallel.mesh import ALONE, check_world
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import library
@@ -78,6 +78,11 @@ def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ende
         raise RecipeError(
             f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
             "train.device=cpu"
+        )
+    if (seconds := saving_seconds()) < SAVING_SECONDS:
+        sys.stderr.write(
+            f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
+            f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s\n"
         )
     return launch(processes, sys.argv[1:])
 

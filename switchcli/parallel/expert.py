@@ -23,6 +23,7 @@ from switchcli.model.dispatch import combine, rows_of
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe import SwitchLayer
 from switchcli.model.routing import Routing
+from switchcli.parallel.gather import all_gather
 from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import Shared, Wire, on_the_wire
 
@@ -69,9 +70,8 @@ class AllToAll:
     def spread(self, mask_BF: torch.Tensor, sent: Way, length: int) -> torch.Tensor:
         """The mask of each row's sequence: [A, F]. `mask_BF` is that of this rank's sequences, of `length` each."""
         R, B = self._ranks.size, len(mask_BF)
-        masks_ZF = mask_BF.new_empty(R * B, mask_BF.shape[1])  # gloo wants no dim for the ranks
-        with lost_ranks_explained():
-            dist.all_gather_single(masks_ZF, mask_BF.contiguous(), group=self._ranks.group)
+        masks_ZF = mask_BF.new_empty(R * B, mask_BF.shape[1])
+        all_gather(masks_ZF, mask_BF.contiguous(), self._ranks.group)
         sequence_S = sent.source_S // length + B * self._ranks.place
         sequence_A = self._arrange(exchange(sequence_S, sent.parts, self._ranks, self._wire), sent)
         return masks_ZF.index_select(0, sequence_A)

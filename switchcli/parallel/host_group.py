@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from switchcli.errors import OtherRankError, RankError, SwitchError
+from switchcli.parallel.gather import all_gather
 from switchcli.parallel.lost import lost_ranks_explained
 
 T = TypeVar("T")
@@ -94,7 +95,6 @@ class HostGroup:
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
         texts = torch.empty(self._world * max(sizes), dtype=torch.uint8)
-        with lost_ranks_explained():
-            dist.all_gather_single(texts, padded, group=self._group)
+        all_gather(texts, padded, self._group)
         rows = texts.view(self._world, -1)
         return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]

@@ -26,6 +26,8 @@ from switchcli.startup import LAUNCHER
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
+TORCHRUN_SAVING_SECONDS = 30
+"""The same for the torchrun of torch 2.12 and older, which has no option for it."""
 REPORT_SECONDS = 30
 """How long `launch` waits for the main rank's report after it was stopped several times over."""
 REPORTS = "SWITCHCLI_REPORTS"
@@ -63,7 +65,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
         options = [
             "--standalone",
             f"--nproc-per-node={processes}",
-            f"--shutdown-timeout={SAVING_SECONDS}",
+            *([f"--shutdown-timeout={SAVING_SECONDS}"] if _takes_shutdown_timeout() else []),
             f"--signals-to-handle={','.join(one.name for one in forwarded)}",
             f"--log-dir={reports}",  # else a folder of its own stays
             "-m",
@@ -88,6 +90,18 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
         finally:
             del os.environ[LAUNCHER]
     return Ended(0, None)
+
+
+def saving_seconds() -> int:
+    """Return how many seconds ranks that `launch` starts have to save after a signal. Depends on the torch version."""
+    return SAVING_SECONDS if _takes_shutdown_timeout() else TORCHRUN_SAVING_SECONDS
+
+
+def _takes_shutdown_timeout() -> bool:
+    """Return whether this torch's torchrun has `--shutdown-timeout` (2.13 has, 2.11 has not)."""
+    from torch.distributed.run import get_args_parser
+
+    return "--shutdown-timeout" in get_args_parser().format_help()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from switchcli.model.moe import experts_here
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.gather import all_gather
 from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import Shared
 
@@ -71,8 +72,7 @@ def _gathered(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
     padded = front.new_zeros(most, *front.shape[1:])
     padded[: len(front)] = front
     parts = front.new_empty(cut.ranks.size * most, *front.shape[1:])
-    with lost_ranks_explained():
-        dist.all_gather_single(parts, padded, group=cut.ranks.group)
+    all_gather(parts, padded, cut.ranks.group)
     kept = [part[:length] for part, length in zip(torch.split(parts, most), cut.lengths, strict=True)]
     return torch.cat(kept).movedim(0, cut.dim)
 

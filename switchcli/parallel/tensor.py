@@ -16,6 +16,7 @@ from switchcli.model.axis import part_of
 from switchcli.model.experts import Experts
 from switchcli.model.layers import FeedForward, compute_dtype
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.gather import all_gather
 from switchcli.parallel.lost import lost_ranks_explained
 from switchcli.parallel.mesh import Shared, Wire, on_the_wire
 
@@ -54,9 +55,8 @@ class ModelAxis:
 
     @torch.no_grad()
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
-        parts = x.new_empty(self.size * len(x), *x.shape[1:])  # gloo wants no dim for the ranks
-        with lost_ranks_explained():
-            dist.all_gather_single(parts, x.contiguous(), group=self._ranks.group)
+        parts = x.new_empty(self.size * len(x), *x.shape[1:])
+        all_gather(parts, x.contiguous(), self._ranks.group)
         return torch.cat(parts.chunk(self.size), dim=-1)
 
 

@@ -1,5 +1,6 @@
 """launch: the exit code of the rank that failed, and what it said; a rank that was killed."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from switchcli.errors import DataError, DistributedError, LostRank
-from switchcli.parallel.launch import is_rank, join_srun, report
+from switchcli.parallel.launch import Ended, is_rank, join_srun, launch, report, saving_seconds
 
 LAUNCH = """
 import os, signal, sys
@@ -115,6 +116,31 @@ def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path
     done = launched("early", tmp_path)
     assert (done.returncode, done.stderr) == (1, "heeded\n")
     assert time.monotonic() - begun < 25
+
+
+@pytest.mark.parametrize("has_option", [True, False])
+def test_torchrun_gets_the_saving_time_only_where_it_takes_one(
+    has_option: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch 2.13's torchrun has `--shutdown-timeout`, that of torch 2.11 has not and waits 30 s."""
+    old, new = argparse.ArgumentParser(), argparse.ArgumentParser()
+    new.add_argument("--shutdown-timeout")
+    given: list[list[str]] = []
+
+    class Parser:
+        def parse_args(self, options: list[str]) -> None:
+            given.append(options)
+
+        def format_help(self) -> str:
+            return (new if has_option else old).format_help()
+
+    monkeypatch.setattr("torch.distributed.run.get_args_parser", Parser)
+    monkeypatch.setattr("torch.distributed.run.run", lambda _: None)
+    monkeypatch.setattr("logging.disable", lambda _: None)
+    monkeypatch.setenv("SWITCHCLI_REPORTS", str(tmp_path))
+    assert launch(2, ["pretrain"]) == Ended(0, None)
+    assert [option for option in given[0] if "shutdown" in option] == ["--shutdown-timeout=300"] * has_option
+    assert saving_seconds() == (300 if has_option else 30)
 
 
 def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,10 +63,12 @@ def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32")
         model.register_comm_hook(runtime.groups.data.group, allreduce_hook)
     calls: Traffic = Counter()
     sums = {DENSE: 0, EXPERTS: 0}
-    kinds = {
+    kinds = {  # the second name of each is that of torch 2.12 and older
         "all_to_all_single": "all_to_all",
-        "all_gather_single": "all_gather",
-        "reduce_scatter_single": "reduce_scatter",
+        "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_single"
+        if hasattr(dist, "reduce_scatter_single")
+        else "reduce_scatter_tensor": "reduce_scatter",
     }
     all_reduce, before = dist.all_reduce, {name: getattr(dist, name) for name in kinds}
 
