@@ -1,0 +1,137 @@
+"""Whole models on a CUDA device against the CPU: loss, gradients, packed rows, and answers.
+
+Rows for `cpu` compare the CPU with itself (tests/devices.py). Bounds are those of test_gpu_layer.py; a gradient that
+has come through all layers under autocast is rounded more often, by about 2**-9 a product: 0.15 of the largest entry.
+Answers are compared token for token in float32: logits differ by about 1e-6, so that an answer can differ only where
+the best two tokens are as close, and a test first makes sure on the CPU that none of its steps has such a tie.
+"""
+
+import itertools
+
+import pytest
+import torch
+from answers import SPEC, a_model, some_inputs
+from devices import DEVICES
+from tiny import SHAPE, rows
+from tiny import a_model as a_trainable_model
+
+from switchcli.data.batch import Batch
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate
+from switchcli.model.moe import evaluating
+from switchcli.model.recompute import recompute_blocks
+from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.spec import ModelSpec
+from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
+
+BARE = {"jitter": 0.0, "min_capacity": 1, "capacity_factor": 0.6}
+MODELS = {
+    "dense": ModelSpec(**SHAPE, dropout=0.0),
+    "dense geglu untied": ModelSpec(**SHAPE, dropout=0.0, activation="geglu", tie_embeddings=False),
+    "switch": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=Switch(**BARE)),
+    "switch dropless": ModelSpec(
+        **SHAPE, dropout=0.0, num_experts=4, router=Switch(jitter=0.0, capacity_factor="dropless")
+    ),
+    "switch attention": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=Switch(**BARE), sparse="both"),
+    "top_k": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=TopK(**BARE, keep_threshold=0.0)),
+    "no_token_left_behind": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=NoTokenLeftBehind(**BARE)),
+    "expert_choice": ModelSpec(
+        **SHAPE, dropout=0.0, num_experts=4, router=ExpertChoice(**BARE), decoder_router=Switch(**BARE)
+    ),
+}
+RELATIVE = {False: 1e-4, True: 0.15}
+
+
+def gradients(
+    spec: ModelSpec, device: str, autocast: bool, objective: Objective, batch: Batch, again: bool
+) -> list[torch.Tensor]:
+    """The loss, and the gradient of every parameter."""
+    model = a_trainable_model(spec).to(device).train()
+    if again:
+        recompute_blocks(model)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = objective(model, Batch(*(ids.to(device) for ids in batch)))
+    (loss.target_sum + loss.auxiliary).backward()
+    return [loss.target_sum.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_every_gradient_are_the_cpus(device: str, autocast: bool, name: str) -> None:
+    """The gradients' errors are compared with the largest gradient of the model: some are zero but for rounding."""
+    arguments = (cross_entropy, rows(0, 0, 4), name == "dense")
+    expected = gradients(MODELS[name], "cpu", autocast, *arguments)
+    found = gradients(MODELS[name], device, autocast, *arguments)
+    assert_equal_within(found, expected, RELATIVE[autocast])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["dense", "switch dropless", "switch attention"])
+def test_packed_rows_have_the_cpus_loss_and_gradients(device: str, name: str) -> None:
+    one, other = rows(0, 4, 4), rows(1, 4, 4)  # each row here: one example after another, of those without padding
+    batch = Batch(*(pack(first, second) for first, second in zip(one, other, strict=True)))
+    expected = gradients(MODELS[name], "cpu", False, packed_cross_entropy, batch, False)
+    found = gradients(MODELS[name], device, False, packed_cross_entropy, batch, False)
+    assert_equal_within(found, expected, RELATIVE[False])
+    apart = gradients(MODELS[name], "cpu", False, cross_entropy, batch, False)
+    assert float(apart[0]) != pytest.approx(float(expected[0]), rel=1e-3)  # packing makes a difference here
+
+
+def pack(one_BL: torch.Tensor, other_BL: torch.Tensor) -> torch.Tensor:
+    """Put the tokens of the second batch's rows after those of the first's."""
+    joined = [torch.cat([one[one != 0], other[other != 0]]) for one, other in zip(one_BL, other_BL, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True)
+
+
+def assert_equal_within(found: list[torch.Tensor], expected: list[torch.Tensor], relative: float) -> None:
+    (loss, *ours), (expected_loss, *theirs) = found, expected
+    assert float(loss) == pytest.approx(float(expected_loss), rel=relative)
+    scale = max(float(gradient.abs().max()) for gradient in theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.float().cpu(), other.float(), rtol=0, atol=relative * scale)
+
+
+ROOMY = {"jitter": 0.0, "eval_capacity_factor": 4.0}
+ANSWERING = {
+    "dense": SPEC.model_copy(update={"num_experts": 1}),
+    "switch": SPEC,
+    "groups": SPEC.model_copy(update={"router": Switch(**ROOMY, group_sequences=3)}),
+    "top_k": SPEC.model_copy(update={"router": TopK(**ROOMY, keep_threshold=0.0)}),
+    "no_token_left_behind": SPEC.model_copy(update={"router": NoTokenLeftBehind(**ROOMY)}),
+    "expert_choice": SPEC.model_copy(update={"router": ExpertChoice(), "decoder_router": Switch(**ROOMY)}),
+}
+DECODING = {
+    "greedy": Decoding(max_tokens=12),
+    "beams": Decoding(max_tokens=12, beams=3, length_penalty=0.0),
+    "beams with a penalty": Decoding(max_tokens=12, beams=4, length_penalty=1.0),
+    "sampling": Decoding(max_tokens=12, temperature=1.3, seed=1),
+    "nucleus": Decoding(max_tokens=12, temperature=1.3, top_p=0.8, seed=1),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "how"), [*itertools.product(ANSWERING, DECODING)])
+def test_answers_are_the_cpus(device: str, name: str, how: str) -> None:
+    model, inputs_BS = a_model(ANSWERING[name], seed=2), some_inputs(6, 4)
+    with evaluating(model, "dropless"):
+        expected = generate(model, inputs_BS, DECODING[how])
+        found = generate(model.to(device), inputs_BS.to(device), DECODING[how])
+    assert found.cpu().tolist() == expected.tolist()
+    assert len({tuple(row) for row in expected.tolist()}) > 1
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_no_choice_of_those_answers_is_a_near_tie(name: str) -> None:
+    """Weights moved by 1e-5 of their size, far more than another order of sums moves a logit, change no answer."""
+    inputs_BS = some_inputs(6, 4)
+    for how in DECODING.values():
+        answers = []
+        for size in (0.0, 1e-5):
+            model, generator = a_model(ANSWERING[name], seed=2), torch.Generator().manual_seed(9)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1 + size * torch.randn(weight.shape, generator=generator))
+            with evaluating(model, "dropless"):
+                answers.append(generate(model, inputs_BS, how).tolist())
+        assert answers[1] == answers[0]
