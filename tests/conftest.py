@@ -26,6 +26,18 @@ settings.register_profile(
 settings.load_profile("switchcli")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Accept pyproject.toml's `timeout` where pytest-timeout is not installed: tests then have no limit."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds a test may take; not applied, as pytest-timeout is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker of pytest-timeout where it is not installed."""
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): not applied, as pytest-timeout is not installed")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache of the session, one for all workers: what one test has prepared another finds."""

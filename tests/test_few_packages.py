@@ -1,0 +1,122 @@
+"""Training, scoring and answering need few packages: a GPU machine without a network has no others.
+
+`FEW` and what these require are enough for the paths that `pytest -m gpu` and `scripts/gpu` use.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import RECIPE, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+FEW = ("torch", "accelerate", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "numpy")
+HIDDEN = ("datasets", "pyarrow", "pandas", "sacrebleu", "rouge_score", "nltk", "vl_convert", "transformers")
+HIDDEN += ("sentencepiece", "tensorboard", "wandb", "hypothesis", "pytest_timeout", "playwright", "multiprocess")
+SCRIPT = """
+import importlib.metadata, io, json, os, sys
+
+hidden, commands = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+
+class Finder:
+    '''The finders that were there, which find everything but the hidden packages.'''
+
+    def __init__(self, finders):
+        self.finders = finders
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in hidden:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in found if spec is not None), None)
+
+    def find_distributions(self, context=importlib.metadata.DistributionFinder.Context()):
+        for finder in self.finders:
+            for one in getattr(finder, "find_distributions", lambda context: ())(context):
+                if one.metadata["Name"].replace("-", "_") not in hidden:
+                    yield one
+
+sys.meta_path[:] = [Finder(list(sys.meta_path))]
+for name in hidden:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f"{name} is not hidden")
+
+from switchcli.cli import main
+
+def leave(code):
+    raise SystemExit(code)
+
+os._exit = leave
+for command in commands:
+    sys.argv = ["switchcli", *command]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, command
+"""
+TASK = """\
+tasks:
+  - {kind: files, name: colour, train: [rows.jsonl], validation: [rows.jsonl],
+     input: "which colour: {text}", target: label, labels: [red, green], metrics: [accuracy, macro_f1]}
+data: {inputs_length: 32, targets_length: 8}
+train: {steps: 2, batch_tokens: 128, device: cpu}
+schedule: {kind: constant, learning_rate: 0.01}
+eval: {every_steps: 2, sequences: 2}
+scoring: {batch_examples: 4, draws: 5, decoding: {max_tokens: 4}}
+checkpoint: {save_every_steps: 2}
+"""
+GENERATE = ["generate", "runs/a", "the red <extra_id_0>", "--max-tokens", "3", "--device", "cpu"]
+SHORT = ["train.device=cpu", "--quiet"]
+COMMANDS = {
+    "tiny": [
+        ["pretrain", "tiny.yaml", *SHORT, "--out", "runs/a"],
+        ["finetune", "task.yaml", "--model", "runs/a", *SHORT, "--out", "runs/b"],
+        ["distill", "--teacher", "runs/a", *SHORT, "--out", "runs/c"],
+        ["eval", "runs/b", "device=cpu", "--out", "runs/d", "--json"],
+        GENERATE,
+        [*GENERATE, "--beams", "2"],
+        ["report", "runs/a", "runs/c"],
+        ["recipes", "validate", "tiny.yaml"],
+    ],
+    "quickstart": [
+        ["pretrain", "quickstart/switch", "train.steps=4", *SHORT, "--out", "runs/a"],
+        ["finetune", "quickstart/finetune", "--model", "runs/a", "train.steps=2", *SHORT, "--out", "runs/b"],
+        ["distill", "quickstart/distill", "--teacher", "runs/a", "train.steps=2", *SHORT, "--out", "runs/c"],
+        ["eval", "runs/b", "device=cpu", "--out", "runs/d", "--quiet"],
+        GENERATE,
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("quickstart", marks=pytest.mark.slow)])
+def test_every_verb_runs_where_few_packages_are_installed(name: str, tmp_path: Path) -> None:
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "task.yaml").write_text(TASK)
+    rows = [{"text": "a red walk", "label": 0}, {"text": "the green run", "label": 1}] * 8
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(HIDDEN), json.dumps(COMMANDS[name])],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "runs/c/result.json").read_text())["step"] == 2
+
+
+def test_pytest_reads_the_configuration_without_the_plugin_for_timeouts() -> None:
+    """`timeout` in pyproject.toml and its marker are pytest-timeout's; without it a test simply has no limit."""
+    file = "tests/train/test_schedule.py"
+    command = [sys.executable, "-m", "pytest", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", file]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_schedule.py" in done.stdout
