@@ -23,7 +23,7 @@ def padded(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torch
     sent_ESD = rows.index_select(0, row_EGC.flatten()).view(E, G * C, -1)
     y_ESD = (sent_ESD @ layer.experts.wi.to(dtype).mT).relu() @ layer.experts.wo.to(dtype).mT
     y_AD = y_ESD.flatten(0, 1) * weight_GEC.transpose(0, 1).flatten().unsqueeze(1).to(dtype)
-    return y_AD.new_zeros(G * (N + 1), D_MODEL).index_add(0, row_EGC.flatten(), y_AD)
+    return y_AD.new_zeros(G * (N + 1), x_BSD.shape[-1]).index_add(0, row_EGC.flatten(), y_AD)
 
 
 def one_hot(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -39,7 +39,7 @@ def one_hot(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torc
 
 
 def routed(layer: SwitchLayer, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x_GND = x_BSD.reshape(BATCH // layer.rule.group_sequences, -1, D_MODEL)
+    x_GND = x_BSD.reshape(len(x_BSD) // layer.rule.group_sequences, -1, x_BSD.shape[-1])
     routing = layer.rule.assign(layer.router(x_GND), torch.ones_like(x_GND[..., 0], dtype=torch.bool), "training")
     return x_GND, routing.token_GEC, routing.weight_GEC
 

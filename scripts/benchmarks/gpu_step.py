@@ -1,0 +1,248 @@
+"""Training steps of whole models with the batch that fills the memory: ours eager and compiled, and transformers'.
+
+A step is forward, backward, the gradient's norm and the optimizer, in bfloat16 with float32 weights, with dropout and
+jitter. Tokens a second are those of the inputs: batch x 512.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gpu_device
+import torch
+from torch import nn
+
+from switchcli.data.batch import Batch
+from switchcli.model.count import FORWARD_AND_BACKWARD, count
+from switchcli.model.routing import Switch
+from switchcli.model.spec import ModelSpec
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.parallel.runtime import Runtime
+from switchcli.recipe.sizes import SIZES
+from switchcli.train.loop import accumulate_gradients
+from switchcli.train.microbatches import Microbatch
+from switchcli.train.objective import cross_entropy
+from switchcli.train.optimizer import Adafactor
+
+GROUP = 16
+"""Sequences that share a capacity, as in recipes/pretrain."""
+MOST_SEQUENCES = 2048
+TINY = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
+
+
+class Lengths(NamedTuple):
+    """Tokens of a sequence, and how many sequences a batch may have."""
+
+    source: int = 512
+    target: int = 114
+    most: int = MOST_SEQUENCES
+
+
+class Stepper(NamedTuple):
+    """A model that can be trained."""
+
+    step: Callable[[int], None]
+    """One training step on so many sequences."""
+    clean: Callable[[], None]
+    """Drop what a step that failed has left."""
+    compile: Callable[[], None]
+    """Called once the batch is known: a compiled step is compiled again for another size."""
+    notes: dict[str, Any]
+
+
+def nothing() -> None:
+    """Compile nothing."""
+
+
+def step(job: dict[str, Any]) -> dict[str, Any]:
+    """Search the largest batch, then time steps with it; the matmul ceiling is measured in the same process."""
+    device = gpu_device.device_of(job)
+    tiny = job["tiny"]
+    spec, lengths = spec_of(job["model"], tiny), Lengths(24, 12, 2 * GROUP) if tiny else Lengths()
+    ceiling = gpu_device.ceiling(device, 256 if tiny else 8192)
+    stepper = (theirs if job["who"] == "transformers" else ours)(job, spec, lengths, device)
+    if stepper is None:
+        return {"status": "absent", "reason": "transformers is not installed"}
+
+    def fits(batch: int) -> bool:
+        def twice() -> None:
+            for _ in range(2):
+                stepper.step(batch)
+
+        return gpu_device.attempt(twice, stepper.clean, device)
+
+    searched = None
+    if job["who"] == "compiled" and (found := eager_batch(job)):
+        batch = found
+    else:
+        searched = gpu_device.largest(fits, GROUP, lengths.most)
+        batch = gpu_device.with_headroom(searched, GROUP)
+    stepper.compile()
+    while batch >= GROUP and not fits(batch):
+        batch = 0 if batch == GROUP else gpu_device.with_headroom(batch, GROUP)
+    if not batch:
+        return {"status": "failed", "reason": f"not even {GROUP} sequences fit", **stepper.notes}
+
+    gpu_device.reset_peak(device)
+    rounds, calls = (2, 1) if tiny else (5, 4)
+    seconds = gpu_device.windows(lambda: stepper.step(batch), device, rounds, calls, warm_up=3)
+    tokens, flops = batch * lengths.source, step_flops(spec, batch, lengths)
+    per_second = gpu_device.spread([flops / each for each in seconds])
+    return {
+        "status": "done",
+        "batch": batch,
+        "largest_batch": searched,
+        "seconds": seconds,
+        "tokens_per_second": gpu_device.spread([tokens / each for each in seconds]),
+        "model_flops_per_second": per_second,
+        "ceiling_flops_per_second": ceiling,
+        "share_of_ceiling": per_second["median"] / ceiling["median"],
+        "peak": gpu_device.peak(device),
+        "parameters": count(spec).parameters,
+        "machine": gpu_device.machine(device),
+        **stepper.notes,
+    }
+
+
+def spec_of(name: str, tiny: bool) -> ModelSpec:
+    keys = {**SIZES[name]._asdict(), "vocab_size": 32128}
+    if tiny:
+        keys |= TINY
+    router = Switch(group_sequences=GROUP)
+    return ModelSpec(**keys, router=router, dropout=0.1)
+
+
+def step_flops(spec: ModelSpec, batch: int, lengths: Lengths) -> int:
+    """FLOPs of one step by the formulas of the paper (model/count.py)."""
+    return FORWARD_AND_BACKWARD * batch * count(spec, lengths.source, lengths.target).flops
+
+
+def eager_batch(job: dict[str, Any]) -> int | None:
+    """Return the batch of the eager call of the same model, if that is done."""
+    path = Path(job["out"], f"step-{job['model']}-eager.json")
+    return json.loads(path.read_text(encoding="utf-8")).get("batch") if path.is_file() else None
+
+
+def some_batch(spec: ModelSpec, batch: int, lengths: Lengths, device: torch.device) -> Batch:
+    """Random tokens without padding, in pinned memory where the device is a GPU."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [
+        torch.randint(2, spec.vocab_size, (batch, length), generator=generator)
+        for length in (lengths.source, lengths.target)
+    ]
+    return Batch(*(each.pin_memory() if device.type == "cuda" else each for each in ids))
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Random weights, drawn on the device: billions of them would take the CPU minutes."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(1.0)
+        elif "embed" in name or "shared" in name:
+            weight.normal_()
+        else:
+            weight.normal_(0.0, weight.shape[-1] ** -0.5)
+
+
+def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.device) -> Stepper:
+    runtime = Runtime(job["device"], "selective")
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+    model = model.to_empty(device=device).train()
+    fill(model)
+    optimizer = Adafactor().build(dict(model.named_parameters()))
+    batches: dict[int, Batch] = {}
+    before: list[torch.Tensor] = []
+
+    def one(batch: int) -> None:
+        if batch not in batches:
+            batches.clear()
+            batches[batch] = some_batch(spec, batch, lengths, device)
+        targets = batch * lengths.target
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, batches[batch], targets)], targets, runtime, "0")
+        norm = runtime.gradient_norm(optimizer.parameters, optimizer.cuts).total
+        optimizer.step(1e-4)
+        optimizer.zero_grad()
+        before.append(norm)
+        if len(before) > 1 and not torch.isfinite(before.pop(0)):  # one step late, as in training
+            raise AssertionError("the gradient is not finite")
+
+    def clean() -> None:
+        before.clear()
+        optimizer.zero_grad()
+
+    compile_it = (lambda: runtime.compile(model)) if job["who"] == "compiled" else nothing
+    return Stepper(one, clean, compile_it, {"optimizer": "adafactor"})
+
+
+def theirs(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.device) -> Stepper | None:
+    """transformers: scaled_dot_product_attention, bfloat16 by autocast, and the fastest optimizer that fits.
+
+    The dense model is compiled. The sparse one is not: its experts are a loop whose length depends on the tokens. Its
+    Adafactor is transformers' own; two moments of billions of weights would leave no room for a batch.
+    """
+    try:
+        import transformers
+    except ImportError:
+        return None
+    dense = spec.num_experts == 1
+    keys: dict[str, Any] = {
+        "vocab_size": spec.vocab_size,
+        "d_model": spec.d_model,
+        "d_ff": spec.d_ff,
+        "d_kv": spec.head_width,
+        "num_heads": spec.num_heads,
+        "num_layers": spec.num_layers,
+        "num_decoder_layers": spec.decoder_layers,
+        "dropout_rate": spec.dropout,
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "use_cache": False,
+    }
+    with torch.device(device):
+        if dense:
+            gated = "gated-gelu" if spec.activation == "geglu" else "relu"
+            config = transformers.T5Config(**keys, feed_forward_proj=gated)
+            model = transformers.T5ForConditionalGeneration(config)
+        else:
+            config = transformers.SwitchTransformersConfig(
+                **keys,
+                num_experts=spec.num_experts,
+                num_sparse_encoder_layers=len(spec.sparse_layers("encoder")),
+                num_sparse_decoder_layers=len(spec.sparse_layers("decoder")),
+                expert_capacity=max(1, int(1.25 * lengths.source / spec.num_experts)),
+                router_jitter_noise=0.01,
+            )
+            model = transformers.SwitchTransformersForConditionalGeneration(config)
+    model = model.train()
+    fill(model)
+    parameters = list(model.parameters())
+    if dense:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+    else:
+        optimizer = transformers.Adafactor(parameters, lr=1e-4, scale_parameter=True, relative_step=False)
+    routed = {} if dense else {"output_router_logits": True}
+    batches: dict[int, Batch] = {}
+
+    def one(batch: int) -> None:
+        if batch not in batches:
+            batches.clear()
+            batches[batch] = some_batch(spec, batch, lengths, device)
+        inputs_BS, targets_BT = (ids.to(device, non_blocking=True) for ids in batches[batch])
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=inputs_BS, labels=targets_BT, **routed).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    notes = {
+        "optimizer": "adamw, fused" if dense else "adafactor of transformers",
+        "compiled": dense and device.type == "cuda",
+        "attention": getattr(config, "_attn_implementation", None),
+        "transformers": transformers.__version__,
+    }
+    compiled = dense and device.type == "cuda"
+    return Stepper(one, optimizer.zero_grad, (lambda: model.compile(dynamic=False)) if compiled else nothing, notes)
