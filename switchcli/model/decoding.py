@@ -5,13 +5,17 @@ T5's settings (paper.md has none of its own): greedy or 4 beams with alpha 0.6, 
 Legend: B rows, T steps, V vocabulary.
 """
 
-from typing import Self
+import math
+from typing import Final, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from switchcli.model.initialise import keyed_generator
 from switchcli.spec import Spec
+
+LARGEST_LOG_PENALTY: Final = 80.0
+"""The logarithm of the largest length penalty; float32 overflows at 88.7."""
 
 
 class Decoding(Spec):
@@ -36,6 +40,12 @@ class Decoding(Spec):
             raise ValueError(
                 f"beams ({self.beams}) search for the most probable answer, temperature ({self.temperature}) draws "
                 "one: set beams to 1 or temperature to 0"
+            )
+        if self.beams > 1 and self.length_penalty * math.log((5.0 + self.max_tokens) / 6.0) > LARGEST_LOG_PENALTY:
+            most = LARGEST_LOG_PENALTY / math.log((5.0 + self.max_tokens) / 6.0)
+            raise ValueError(
+                f"length_penalty ({self.length_penalty:g}) divides the scores of {self.max_tokens} tokens (max_tokens) "
+                f"by more than float32 holds: set it to {math.floor(most)} or less"
             )
         if self.top_p < 1.0 and self.temperature == 0.0:
             raise ValueError(

@@ -119,14 +119,16 @@ def _few_rows(hidden_RD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Ten
 
 @torch.no_grad()
 def _search(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decoding, all_done: AllDone) -> torch.Tensor:
-    """Beam search: the best answer found for each input, by log probability over the length penalty.
+    """Return the best answer that beam search finds for each input: T5X's search (t5x/decoding.py, `beam_search`).
 
-    An answer is found when EOS is among the K best continuations of all beams, or when it is one of the K best at
-    `max_tokens`. An input is done when no beam can still beat what is found: scores only fall, the penalty is at most
-    that of `max_tokens`.
+    Each step looks at the 2 K best continuations of all live beams of an input. A continuation that ends with EOS is
+    finished, whatever its place among them, with the score log p / ((5 + n) / 6)**alpha, where n counts its tokens,
+    EOS included. The K best of the others are the next live beams. A live beam is an answer only when the input has no
+    finished one after `max_tokens`; then the most probable live beam is, without a penalty.
 
-    # Deviates: Mesh-TensorFlow lets the next K end too, and takes what is cut off only where nothing ended; this is
-    transformers' rule, of early_stopping="never".
+    An input is done when no live beam can beat its best finished answer: log probabilities only fall, and the penalty
+    is at most that of `max_tokens`. T5X keeps the K best finished answers, and waits until the worst of them passes
+    this test with `max_tokens` + 1. The best one, which is all that is returned here, cannot change in between.
     """
     source = _begin(model, inputs_BS)
     real_B = source.real_B
@@ -134,7 +136,8 @@ def _search(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decodin
     alive_BK = torch.full((B, K), -math.inf, device=real_B.device)
     alive_BK[:, 0] = 0.0  # the beams begin alike: one stands for all
     tokens_BKT = torch.empty(B, K, 0, dtype=torch.int64, device=real_B.device)
-    answer_BT, best_B = tokens_BKT[:, 0], alive_BK[:, -1]
+    answer_BT = tokens_BKT[:, 0]
+    best_B = torch.full_like(alive_BK[:, 0], -math.inf)  # the score of `answer_BT`: -inf while nothing has finished
     last_BK = torch.full_like(alive_BK, PAD, dtype=torch.int64)
     done_B = ~real_B
     for length in range(1, decoding.max_tokens + 1):
@@ -143,9 +146,8 @@ def _search(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decodin
         found = _continuations(logits_RV.float(), alive_BK, tokens_BKT)
         ended_BC = found.tokens_BCT[..., -1] == EOS
 
-        may_end_BK = ended_BC[:, :K] | (length == decoding.max_tokens)
-        score_BK = (found.score_BC[:, :K] / decoding.penalty(length)).masked_fill(~may_end_BK, -math.inf)
-        score_B, which_B = score_BK.max(1)
+        finished_BC = (found.score_BC / decoding.penalty(length)).masked_fill(~ended_BC, -math.inf)
+        score_B, which_B = finished_BC.max(1)
         better_B = (score_B > best_B) & ~done_B
         best_B = score_B.where(better_B, best_B)
         answer_BT = _row(found.tokens_BCT, which_B).where(better_B.unsqueeze(1), F.pad(answer_BT, (0, 1), value=PAD))
@@ -158,6 +160,11 @@ def _search(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decodin
         last_BK = tokens_BKT[..., -1]
         beam_BK = found.beam_BC.gather(1, which_BK)
         source.cache.reorder((beam_BK + K * torch.arange(B, device=beam_BK.device).unsqueeze(1)).flatten())
+    else:
+        unfinished_B = real_B & (best_B == -math.inf)
+        answer_BT = tokens_BKT[:, 0].where(
+            unfinished_B.unsqueeze(1), answer_BT
+        )  # live beams are sorted, the best first
     return answer_BT[: len(inputs_BS)]
 
 

@@ -1,4 +1,4 @@
-"""Beam search against a naive one, against all answers there are, and against transformers'."""
+"""Beam search against a reference, against all answers there are, and against transformers'."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import torch
 from answers import NAMES, ROOMY, SPEC, a_model, log_p, some_inputs, their_answers, twins, up_to_the_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_search import T5X, TRANSFORMERS, best_answer, log_p_after
 
 from switchcli.model.decoding import Decoding
 from switchcli.model.generate import generate, steps
@@ -16,45 +17,32 @@ from switchcli.model.routing import Switch
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 
-Scored = tuple[float, list[int]]
-
 
 def t5_score(log_probability: float, length: int, alpha: float) -> float:
     return log_probability / ((5 + length) / 6) ** alpha
 
 
-def naive(model: SwitchTransformer, inputs_S: torch.Tensor, decoding: Decoding) -> Scored:
-    """The best answer and its score, by lists and without a cache; it never stops early."""
-    beams: list[Scored] = [(0.0, [])]
-    found: list[Scored] = []
-    for length in range(1, decoding.max_tokens + 1):
-        if not beams:
-            break
-        log_p_KV = log_p(model, inputs_S, [answer for _, answer in beams]).tolist()
-        longer = [
-            (score + more, [*answer, token])
-            for (score, answer), row in zip(beams, log_p_KV, strict=True)
-            for token, more in enumerate(row)
-        ]
-        longer.sort(reverse=True)
-        for score, answer in longer[: decoding.beams]:
-            if answer[-1] == EOS or length == decoding.max_tokens:
-                found.append((t5_score(score, length, decoding.length_penalty), answer))
-        beams = [one for one in longer if one[1][-1] != EOS][: decoding.beams]
-    return max(found)
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("beams", [2, 3, 4, 8])
 def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
-    """Without a length penalty, of which theirs is another, and with theirs going on while a beam can still win."""
+    """Without a length penalty, of which theirs is another, and with theirs going on while a beam can still win.
+
+    T5X's search differs from theirs in two rules (`Rules`). Where an answer differs, the reference has ours by T5X's
+    rules and theirs by transformers'.
+    """
     ours, theirs = twins(name, seed=5)
     inputs_BS = some_inputs(100, 1, 61)
     decoding = Decoding(max_tokens=15, beams=beams, length_penalty=0.0)
     found = [up_to_the_end(row) for row in generate(ours, inputs_BS, decoding).tolist()]
     assert len({len(row) for row in found}) > 5
     assert found != [up_to_the_end(row) for row in generate(ours, inputs_BS, Decoding(max_tokens=15)).tolist()]
-    assert found == their_answers(theirs, inputs_BS, 15, beams)
+    expected = their_answers(theirs, inputs_BS, 15, beams)
+    differing = [row for row in range(100) if found[row] != expected[row]]
+    assert len(differing) < 30
+    for row in differing:
+        after = log_p_after(ours, inputs_BS[row])
+        assert found[row] == best_answer(after, beams, 0.0, 15, T5X)
+        assert expected[row] == best_answer(after, beams, 0.0, 15, TRANSFORMERS)
 
 
 @settings(max_examples=30)
@@ -64,16 +52,17 @@ def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
     length_penalty=st.sampled_from([0.0, 0.6, 1.0, 3.0]),
     seed=st.integers(0, 2**20),
 )
-def test_the_best_answer_by_t5s_penalty_is_a_naive_searchs(
+def test_the_best_answer_by_t5s_penalty_is_the_references(
     beams: int, max_tokens: int, length_penalty: float, seed: int
 ) -> None:
     model, inputs_BS = a_model(SPEC, seed), some_inputs(2, seed)
     decoding = Decoding(max_tokens=max_tokens, beams=beams, length_penalty=length_penalty)
     for inputs_S, row in zip(inputs_BS, generate(model, inputs_BS, decoding).tolist(), strict=True):
-        score, answer = naive(model, inputs_S, decoding)
-        found = row[: len(answer)]
+        answer = best_answer(log_p_after(model, inputs_S), beams, length_penalty, max_tokens)
+        found = up_to_the_end(row)
         if found != answer:  # a near tie
-            assert math.isclose(score, scored(model, inputs_S, up_to_the_end(row), length_penalty), rel_tol=1e-5)
+            scores = [scored(model, inputs_S, one, length_penalty) for one in (found, answer)]
+            assert math.isclose(*scores, rel_tol=1e-5)
 
 
 def scored(model: SwitchTransformer, inputs_S: torch.Tensor, answer: list[int], alpha: float) -> float:
@@ -90,12 +79,13 @@ def test_as_many_beams_as_there_are_answers_find_the_best_of_all(length_penalty:
     lengths = set()
     for seed in range(6):
         model, inputs_BS = a_model(spec, seed), some_inputs(1, seed, 5)
-        best = max(answers, key=lambda answer: scored(model, inputs_BS[0], list(answer), length_penalty))
+        ended = [answer for answer in answers if answer[-1] == EOS]
+        best = max(ended, key=lambda answer: scored(model, inputs_BS[0], list(answer), length_penalty))
         decoding = Decoding(max_tokens=3, beams=25, length_penalty=length_penalty)
         found = tuple(up_to_the_end(generate(model, inputs_BS, decoding)[0].tolist()))
         assert found == best
         lengths.add(len(best))
-    assert len(lengths) > 1
+    assert len(lengths) > 1 or length_penalty < 2.0  # without a large penalty the shortest answer is the best here
 
 
 def test_a_greater_penalty_favours_longer_answers() -> None:

@@ -24,6 +24,7 @@ from switchcli.spec import PAD
         ({"length_penalty": -1.0}, "greater than or equal to 0"),
         ({"temperature": math.inf}, "finite"),
         ({"top_p": 0.0, "temperature": 1.0}, "greater than 0"),
+        ({"beams": 2, "length_penalty": 1e6}, "length_penalty.* set it to 25 or less"),
         ({"top_k": 5}, "not permitted"),
     ],
 )
