@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from switchcli.report.sinks import read_json_lines
+
 SEEDS = (0, 1, 2)
 QUALITY = "neg_log_perplexity"
 EVALUATIONS = 5
@@ -28,8 +30,7 @@ class Run:
     """The held-out figures of a run, by language."""
 
     def __init__(self, folder: Path) -> None:
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        evaluations = [line for line in lines if "texts" in line]
+        evaluations = [line for line in read_json_lines(folder / "metrics.jsonl") if "texts" in line]
         windows = [evaluations[end - EVALUATIONS : end] for end in range(EVALUATIONS, len(evaluations) + 1)]
         self.languages = [*evaluations[-1]["texts"]]
         self.all_of_it = statistics.mean(line[f"held_out/{QUALITY}"] for line in windows[-1])

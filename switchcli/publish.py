@@ -17,13 +17,15 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}-[0-9a-f]{16}")
 """The names of temporary files and folders that are published beside their target."""
+Content = str | bytes | Iterable[bytes]
+"""A text, which is written as UTF-8, or bytes, whole or in parts."""
 _RANDOM = "[0-9a-f]{16}"
 _LOCK, _OLD = "lock", "old"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -33,12 +35,12 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 # Files
 
 
-def write_file(path: Path, content: str | bytes, *, replace: bool = True) -> None:
+def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
     """Publish one file. Without `replace` raise FileExistsError where there is one."""
     write_files({path: content}, replace=replace)
 
 
-def write_files(contents: Mapping[Path, str | bytes], *, replace: bool = True) -> None:
+def write_files(contents: Mapping[Path, Content], *, replace: bool = True) -> None:
     """Publish several files: none is renamed before all of them are written and synced.
 
     A replaced file hands on its permissions. A target that is a link, a folder or a device is refused.
@@ -56,7 +58,7 @@ def write_files(contents: Mapping[Path, str | bytes], *, replace: bool = True) -
 
 
 @contextmanager
-def _written(target: Path, content: str | bytes) -> Iterator[Path]:
+def _written(target: Path, content: Content) -> Iterator[Path]:
     """A synced temporary file beside the target, removed at the end unless it was renamed."""
     remove_dead(target)
     path, descriptor = _new_file(target.parent, _prefix(target))
@@ -64,7 +66,8 @@ def _written(target: Path, content: str | bytes) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             os.fchmod(descriptor, stat.S_IMODE(target.lstat().st_mode) & 0o777)
         with open(descriptor, "wb", closefd=False) as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
+            parts = [content.encode()] if isinstance(content, str) else content
+            stream.writelines([parts] if isinstance(parts, bytes) else parts)
         os.fsync(descriptor)
         yield path
     finally:
@@ -264,10 +267,10 @@ def open_append(path: Path) -> IO[str]:
     return open(path, "a", encoding="utf-8", opener=_no_link)
 
 
-def open_read(path: Path) -> IO[str]:
-    """Open a text file to read. Anything but a regular file is refused; bytes that are not UTF-8 become U+FFFD."""
+def open_read(path: Path) -> IO[bytes]:
+    """Open a file to read. Anything but a regular file is refused."""
     check_file(path)
-    return open(path, encoding="utf-8", errors="replace", opener=_no_link)
+    return open(path, "rb", opener=_no_link)
 
 
 def _no_link(path: str, flags: int) -> int:

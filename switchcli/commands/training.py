@@ -155,7 +155,7 @@ class Training:
     def _run(self) -> dict[str, Any]:
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
         # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
-        self.runtime.on_main(lambda: self.metrics.rewind(state.step or -1))
+        self._rewind(state.step or -1)
         with (
             StopRequest() as stop,
             self.saver.beside_training(stop.request, self.console.warning),
@@ -230,8 +230,13 @@ class Training:
         self.saver.wait()
         self.runtime.drop_gathered(self.model)
         found = self.saver.restore(state, self.console.warning)
-        self.runtime.on_main(lambda: self.metrics.rewind(state.step))
+        self._rewind(state.step)
         return found
+
+    def _rewind(self, step: int) -> None:
+        """Drop the metrics after `step`, and warn about lines that cannot be read."""
+        if damage := self.runtime.on_main(lambda: self.metrics.rewind(step)):
+            self.console.warning(damage)
 
     def _loader(self) -> Loader:
         train = self.recipe.train

@@ -5,7 +5,6 @@ left out. The recipe is read elsewhere.
 """
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.errors import CheckpointError, disk_errors
+from switchcli.report.sinks import parse, read_lines, step_of
 
 Floats = NDArray[np.float64]
 HELD_OUT = "held_out/neg_log_perplexity"
@@ -28,7 +28,7 @@ LAYER_LINES = 600
 MOST = 1e100
 """What a figure is less than: no figure of a training is as large, and what is less can be drawn."""
 
-_LAYERS, _END = '"layers": {', "}}, "
+_LAYERS, _END = b'"layers": {', b"}}, "
 
 
 class Curve(NamedTuple):
@@ -171,9 +171,9 @@ class _Lines:
         if record is None:
             self._left_out["not a whole line"].append(number)
             return
-        step, points = record.get("step"), self._points
+        step, points = step_of(record), self._points
         self._skipped = record.get("left_out", self._skipped)
-        if not _is_count(step):
+        if step is None:
             self._left_out["no line of a step"].append(number)
             return
         layers = [(name, mapping(figures)) for name, figures in mapping(record.get("layers")).items()]
@@ -259,32 +259,26 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
 
     Of a long file most lines go without their layers, which are most of it.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        every = logged = 0
-        for number, line in enumerate(file, start=1):
-            record, start = None, line.find(_LAYERS)
-            if start >= 0 and (end := line.find(_END, start)) >= 0:
-                every = every or max(1, path.stat().st_size // len(line) // LAYER_LINES)
-                if logged % every:
-                    record = _parsed(line[:start] + line[end + len(_END) :])
-                logged += 1
-            yield number, _parsed(line) if record is None else record
-
-
-def _parsed(line: str) -> Mapping[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):  # a ValueError too for an integer of more digits than Python reads
-        return None
-    return record if isinstance(record, dict) else None
+    every = logged = last = 0
+    for line in read_lines(path):
+        record, start = None, line.content.find(_LAYERS)
+        if start >= 0 and (end := line.content.find(_END, start)) >= 0:
+            every = every or max(1, path.stat().st_size // len(line.content) // LAYER_LINES)
+            if logged % every and line.is_whole:
+                record = parse(line.content[:start] + line.content[end + len(_END) :])
+            logged += 1
+        if record is None and line.is_whole:
+            record = parse(line.content)
+        if line.number != last:  # a line of several pieces is none
+            yield line.number, record
+        last = line.number
 
 
 def _result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     with disk_errors(path, "name another run's"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    result = _parsed(text)
+        result = parse(path.read_bytes())
     if result is None:
         notes.append(f"{path}: not a JSON object, left out")
         return {}

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -68,15 +69,86 @@ def test_rewinding_nothing_makes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("damage", ["{torn\n", "[1]\n", "\n"])
-def test_damage_before_the_last_line_is_named(tmp_path: Path, damage: str) -> None:
+DAMAGE = {
+    "not JSON": b"{torn",
+    "an array": b"[1]",
+    "null": b"null",
+    "nothing": b"",
+    "no step": b'{"loss": 1.0}',
+    "a step as text": b'{"step": "2"}',
+    "a step of null": b'{"step": null}',
+    "a list for a step": b'{"step": [2]}',
+    "a fraction": b'{"step": 2.5}',
+    "true": b'{"step": true}',
+    "a negative step": b'{"step": -2}',
+    "too many digits": b'{"step": ' + b"9" * 5000 + b"}",
+    "more than a float holds": b'{"step": ' + b"9" * 400 + b"}",
+    "deep nesting": b'{"step": 2, "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "bytes that are not UTF-8": b'{"step": 2, "a": "\xff"}',
+    "NUL bytes": b"\0" * 5000,
+    "two records": b'{"step": 2}{"step": 3}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_is_moved_aside_and_the_others_stay(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "m"
-    path.write_text('{"step": 1}\n' + damage + '{"step": 2}\n')
-    with pytest.raises(CheckpointError, match=r"m:2: .*remove the line"):
-        read_json_lines(path)
-    with pytest.raises(CheckpointError, match="m:2:"):
-        JsonLines(path).rewind(1)
-    assert path.read_text().count("\n") == 3
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n' + damage + b'\n{"step": 3}\n')
+    assert [record["step"] for record in read_json_lines(path)] == [1, 2, 3]
+    warning = JsonLines(path).rewind(2)
+    assert warning is not None
+    assert f"{path}: 2 lines, the first at line 2," in warning
+    assert "m.damaged-1" in warning
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "m.damaged-1").read_bytes() == (damage + b"\n") * 2
+    assert JsonLines(path).rewind(2) is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "m.damaged-1"]
+
+
+def test_damage_never_replaces_what_was_moved_aside_before(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    for number in (1, 2):
+        (tmp_path / f"m.damaged-{number}").symlink_to(tmp_path / "victim")
+    path.write_bytes(b'null\n{"step": 1}\n')
+    assert "m.damaged-3" in (JsonLines(path).rewind(1) or "")
+    assert not (tmp_path / "victim").exists()
+    assert (tmp_path / "m.damaged-3").read_bytes() == b"null\n"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_what_python_reads_is_kept_byte_for_byte(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "m"
+    records = [b'\xef\xbb\xbf{"step": 1}', b'{"step": 2, "a": NaN}', b'{"step": 9, "step": 2}', b' {"step" : 2 } ']
+    whole = b"".join(record + end for record in records)
+    path.write_bytes(whole + b'{"step": 3}' + end)
+    assert JsonLines(path).rewind(2) is None
+    assert path.read_bytes() == whole
+
+
+def test_a_file_without_anything_to_drop_is_not_written(tmp_path: Path) -> None:
+    sink = write_steps(tmp_path / "m", 1, 2)
+    before = sink.path.stat()
+    sink.rewind(2)
+    assert sink.path.stat().st_ino == before.st_ino
+    assert sink.path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("rest", [b"", b'\n{"step": 2}\n'])
+def test_a_line_that_is_longer_than_any_record_is_moved_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: bytes
+) -> None:
+    monkeypatch.setattr("switchcli.report.sinks.LONGEST_LINE", 100)
+    path = tmp_path / "m"
+    for length in (99, 100, 101, 250, 300):
+        path.write_bytes(b'{"step": 1}\n' + b"x" * length + rest)
+        JsonLines(path).rewind(2)
+        assert path.read_bytes() == b'{"step": 1}\n' + rest[1:]
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(CheckpointError, match="m: Is a directory"):
+        JsonLines(tmp_path / "m").rewind(1)
 
 
 def test_a_disk_that_refuses_is_told_in_one_line(tmp_path: Path) -> None:
@@ -138,3 +210,20 @@ def test_records_are_on_the_disk_when_they_are_synced(tmp_path: Path, monkeypatc
     sink.sync()
     assert synced == [sink.path.stat().st_ino]
     assert len(read_json_lines(sink.path)) == 2
+
+
+def test_the_memory_of_a_rewind_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.report.sinks.LONGEST_LINE", 10**6)
+    path = tmp_path / "m"
+    with path.open("wb") as file:
+        for step in range(1, 10_001):
+            file.write(b'{"step": %d, "note": "%s"}\n' % (step, b"x" * 2000))
+        file.write(b"\0" * 20_000_000)
+    tracemalloc.start()
+    try:
+        JsonLines(path).rewind(9_999)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(read_json_lines(path)) == 9_999
+    assert peak < 8 * 10**6  # a few copies of the longest line; the file has 40 MB
