@@ -82,6 +82,13 @@ def test_small_tasks_keep_their_rates_to_a_thousandth(mixture: MixtureSpec, shar
     assert by_task[0] / sum(by_task) == pytest.approx(share, abs=0.001)
 
 
+def test_a_task_with_a_tiny_rate_is_shown_in_every_turn() -> None:
+    """Its rate is a thirtieth of a row in the 2,000 rows of a turn: it gets one row."""
+    tasks = {"large": TASKS["short"], "tiny": task(2, 1, 5)}
+    found = shown(TaskStream(tasks, Proportional(temperature=0.5), 0, 100), 40, 100)
+    assert sum(count for key, count in found.items() if key // 10_000 == 2) == 2
+
+
 def in_order(tasks: list[Packed]) -> list[tuple[list[int], list[int]]]:
     """Every row of the tasks, one task after another."""
     rows = [packed.rows(np.arange(packed.num_rows)) for packed in tasks]

@@ -289,6 +289,12 @@ def test_an_override_reaches_the_last_item_of_a_list_and_none_behind_it(toy, err
     assert f"corpora: no item {length}: the list has {length} items" in line
 
 
+def test_an_override_may_be_32_keys_deep(errors):
+    deepest = ".".join(["a"] * 32)
+    assert "no such key" in errors("{}", f"{deepest}=1")[0]
+    assert "nested more than 32 deep" in errors("{}", f"{deepest}.a=1")[0]
+
+
 # --- round trip
 
 
