@@ -77,7 +77,8 @@ def attend(
     if not query_BHTK.is_cpu:
         bias = bias.to(query_BHTK.dtype)
         return F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, scale=1.0)
-    with torch.autocast("cpu", enabled=False):  # autocast would round the bias, and the logits of the plain products
+    # Autocast would round the bias, and the logits of the plain products.
+    with torch.autocast(query_BHTK.device.type, enabled=False):
         if bias.requires_grad:
             logits_BHTS = (query_BHTK.float() @ key_BHSK.float().mT).add_(bias)
             return logits_BHTS.softmax(-1).to(value_BHSK.dtype) @ value_BHSK

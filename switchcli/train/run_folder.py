@@ -47,8 +47,8 @@ class RunFolder:
         """
         if not os.path.lexists(self.recipe) and not os.path.lexists(self.checkpoints):
             return None
-        path = self.path.resolve()
-        if Path.cwd().is_relative_to(path):
+        path = self.path.resolve() if self.path.is_symlink() else self.path
+        if Path.cwd().is_relative_to(path.resolve()):
             raise RecipeError(
                 f"--no-resume: {self.path} holds the current folder and cannot be renamed: start from another folder"
             )
