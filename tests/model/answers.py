@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from weights import OURS, copy_weights, switch, t5
 
+from switchcli.model.decoding import Decoding
+from switchcli.model.generate import generate
 from switchcli.model.initialise import initialise
 from switchcli.model.routing import Switch
 from switchcli.model.spec import ModelSpec
@@ -37,6 +39,27 @@ def a_model(spec: ModelSpec = SPEC, seed: int = 0) -> SwitchTransformer:
         if name != "embedding" and "norm" not in name:
             parameter.mul_(4.0)
     return model
+
+
+def model_and_inputs_that_end(
+    rows: int, decoding: Decoding, spec: ModelSpec = SPEC
+) -> tuple[SwitchTransformer, torch.Tensor]:
+    """A model, and inputs whose answers end at different steps: from the third on, and before `decoding.max_tokens`.
+
+    They are looked for among many, as what torch draws from a seed differs between its versions.
+    """
+    for seed in range(2, 50):
+        model, inputs_BS = a_model(spec, seed), some_inputs(60, 7)
+        ends = [row.index(EOS) if EOS in row else 0 for row in generate(model, inputs_BS, decoding).tolist()]
+        good = sorted(
+            (number for number, end in enumerate(ends) if 1 < end < decoding.max_tokens - 10), key=ends.__getitem__
+        )
+        inputs_BS = inputs_BS[[*good[: rows - 1], *good[-1:]]]
+        if len(inputs_BS) < rows or ends[good[0]] == ends[good[-1]]:
+            continue
+        if generate(model, inputs_BS, decoding).shape[1] < decoding.max_tokens - 4:  # a search may go on for longer
+            return model, inputs_BS
+    raise AssertionError("no model has such answers")
 
 
 def some_inputs(rows: int, seed: int, vocab_size: int = SPEC.vocab_size) -> torch.Tensor:

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from answers import NAMES, ROOMY, SPEC, a_model, log_p, some_inputs, their_answers, twins, up_to_the_end
+from answers import (
+    NAMES,
+    ROOMY,
+    SPEC,
+    a_model,
+    log_p,
+    model_and_inputs_that_end,
+    some_inputs,
+    their_answers,
+    twins,
+    up_to_the_end,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_search import T5X, TRANSFORMERS, best_answer, log_p_after
@@ -112,16 +123,16 @@ def test_inputs_have_the_same_answers_alone_without_a_capacity(group_sequences: 
 
 def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> None:
     grouped = ROOMY.model_copy(update={"group_sequences": 3})
-    model = a_model(SPEC.model_copy(update={"router": grouped}), 2)
+    decoding = Decoding(max_tokens=30, beams=4, length_penalty=0.0)
+    model, inputs_BS = model_and_inputs_that_end(4, decoding, SPEC.model_copy(update={"router": grouped}))
+    inputs_BS = torch.cat([torch.full_like(inputs_BS[:1], PAD), inputs_BS])  # of 6 rows in 2 groups
     routed: list[tuple[int, int]] = []
     for module in model.decoder.modules():
         if isinstance(module, SwitchLayer):
             module.register_forward_hook(
                 lambda _, inputs, output: routed.append((len(inputs[0]), int(output.report.tokens)))
             )
-    inputs_BS = some_inputs(5, 7)  # of 6 rows in 2 groups
-    inputs_BS[0] = PAD
-    answers = generate(model, inputs_BS, Decoding(max_tokens=30, beams=4, length_penalty=0.0))
+    answers = generate(model, inputs_BS, decoding)
     rows, tokens = zip(*routed, strict=True)
     assert set(rows) == {6 * 4}
     assert len(routed) == answers.shape[1] < 30  # all are done: it stops

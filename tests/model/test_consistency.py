@@ -109,15 +109,22 @@ def test_step_by_step_parts_from_teacher_forcing_where_slots_are_short(name: str
 @pytest.mark.parametrize("name", ["dense", "both", "both of geglu", "both by top_k"])
 def test_greedy_answers_are_what_teacher_forcing_finds_most_probable(name: str, group_sequences: int) -> None:
     router = MODELS[name].get("router", BY_SWITCH).model_copy(update={"group_sequences": group_sequences})
-    found = set()
-    for seed in range(5):
+    found: set[tuple[int, ...]] = set()
+    compared = 0
+    for seed in range(50):
         model = a_model(name, seed, router=router)
         with evaluating(model, "dropless"):
             answers_BT = generate(model, INPUTS, Decoding(max_tokens=7))
             most_A = at_once(model, INPUTS, answers_BT).argmax(-1)
+        rows = answers_BT.tolist()
+        if any(PAD in row[: row.index(EOS) if EOS in row else None] for row in rows):
+            continue  # the padding token was an answer: teacher forcing takes it for padding
         assert most_A.tolist() == answers_BT[answers_BT != PAD].tolist()
-        found |= {tuple(row) for row in answers_BT.tolist()}
-    assert len(found) > 5
+        found |= {tuple(row) for row in rows}
+        compared += 1
+        if compared >= 5 and len(found) > 5:
+            return
+    raise AssertionError(f"{compared} models without padding in an answer, {len(found)} answers")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,7 +5,18 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import NAMES, ROOMY, SPEC, a_model, log_p, some_inputs, their_answers, twins, up_to_the_end
+from answers import (
+    NAMES,
+    ROOMY,
+    SPEC,
+    a_model,
+    log_p,
+    model_and_inputs_that_end,
+    some_inputs,
+    their_answers,
+    twins,
+    up_to_the_end,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,14 +87,14 @@ def test_an_input_of_padding_has_no_answer() -> None:
 
 def test_a_decoding_step_routes_no_row_that_has_ended_or_fills_a_group() -> None:
     grouped = ROOMY.model_copy(update={"group_sequences": 3})
-    model = a_model(SPEC.model_copy(update={"router": grouped}), 7)
+    decoding = Decoding(max_tokens=30)
+    model, inputs_BS = model_and_inputs_that_end(4, decoding, SPEC.model_copy(update={"router": grouped}))
+    inputs_BS = torch.cat([torch.full_like(inputs_BS[:1], PAD), inputs_BS])  # of 6 rows in 2 groups
     routed: list[int] = []
     for module in model.decoder.modules():
         if isinstance(module, SwitchLayer):
             module.register_forward_hook(lambda _, __, output: routed.append(int(output.report.tokens)))
-    inputs_BS = some_inputs(5, 7)  # of 6 rows in 2 groups
-    inputs_BS[0] = PAD
-    answers = generate(model, inputs_BS, Decoding(max_tokens=30)).tolist()[1:]
+    answers = generate(model, inputs_BS, decoding).tolist()[1:]
     ends = [row.index(EOS) + 1 if EOS in row else 30 for row in answers]
     assert len(set(ends)) > 1
     assert routed == [sum(step < end for end in ends) for step in range(max(ends))]
@@ -126,8 +137,8 @@ def test_the_steps_are_the_columns_of_the_answer_and_are_made_when_they_are_aske
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_caller_may_say_when_to_stop(beams: int) -> None:
     """As ranks do that step together: a few steps more change no answer."""
-    model, inputs_BS = a_model(SPEC, 7), some_inputs(4, 7)
     decoding = Decoding(max_tokens=30, beams=beams)
+    model, inputs_BS = model_and_inputs_that_end(4, decoding)
     alone_BT = generate(model, inputs_BS, decoding)
     seen: list[torch.Tensor] = []
 
