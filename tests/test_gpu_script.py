@@ -1,0 +1,127 @@
+"""scripts/gpu tried on the CPU with tiny shapes: its list, its results, and that it goes on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = [str(ROOT / "scripts/gpu"), "--python", sys.executable]
+TINY = ["--device", "cpu", "--tiny", "--out", "results"]
+
+
+def script(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_list_names_every_row_of_the_table_with_minutes(tmp_path: Path) -> None:
+    done = script(tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[1:-1]}
+    models = ("t5-v1_1-base", *(f"switch-base-{experts}" for experts in (8, 32, 64, 128)))
+    rows = {f"step-{model}-{who}" for model in models for who in ("eager", "compiled", "transformers")}
+    rows |= {f"layer-{experts}" for experts in (8, 32, 64, 128)}
+    assert rows <= lines.keys()
+    assert {name for name in lines if name.startswith("tests-")} >= {"tests-layer", "tests-model", "tests-verbs"}
+    assert all(0 < float(minutes) < 10 for minutes in lines.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_which_calls_there_are_none_of_and_that_there_is_no_gpu(tmp_path: Path) -> None:
+    assert script(tmp_path, "--dry-run", "--only", "nothing").returncode == 2
+    nothing_fits = script(tmp_path, *TINY, "--minutes", "0.1")
+    assert nothing_fits.returncode == 0, nothing_fits.stderr
+    assert not list((tmp_path / "results").glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a call outlives a script that was killed")
+def test_it_goes_on_after_a_kill_and_keeps_what_was_done(tmp_path: Path) -> None:
+    chosen = ["--only", "step-t5-v1_1-base-eager", "--only", "step-switch-base-8-eager", "--only", "layer-8"]
+    results = tmp_path / "results"
+    with subprocess.Popen([*SCRIPT, *TINY, *chosen], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 300
+        while not list(results.glob("step-*.json")) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1)  # within the second call
+        os.kill(process.pid, signal.SIGKILL)
+    first = (results / "step-t5-v1_1-base-eager.json").read_bytes()
+    assert len(list(results.glob("step-*.json"))) == 1
+    done = script(tmp_path, *TINY, *chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (results / "step-t5-v1_1-base-eager.json").read_bytes() == first
+    found = json.loads((results / "all.json").read_text())
+    assert {name: one["status"] for name, one in found.items()} == dict.fromkeys(found, "done")
+    assert len(found) == 3
+    step = found["step-switch-base-8-eager"]
+    assert step["batch"] % 16 == 0
+    assert step["tokens_per_second"]["least"] <= step["tokens_per_second"]["median"]
+    assert step["share_of_ceiling"] > 0
+    ways = found["layer-8"]["ways"]
+    assert all("seconds" in ways[name] for name in ("this layer", "grouped_mm alone", "batched products"))
+    assert "not installed" in ways["ScatterMoE"]["absent"]
+    again = script(tmp_path, *TINY, *chosen, "--dry-run")
+    assert again.stdout.count("[done]") == 3
+    assert "| t5-v1_1-base | eager |" in script(tmp_path, "--out", "results", "--report").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_its_tests_run_without_plugins_and_failures_have_a_reason(tmp_path: Path) -> None:
+    done = script(tmp_path, *TINY, "--only", "tests-layer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "results/tests-layer.json").read_text())
+    assert (result["status"], result["failed"]) == ("done", {})
+    assert result["passed"] > 5
+    # A GPU is asked for: where there is none every test is skipped, which is not success.
+    if not torch.cuda.is_available():
+        missing = script(tmp_path, "--out", "none", "--only", "tests-layer", "--only", "layer-8")
+        assert missing.returncode == 1
+        failed = json.loads((tmp_path / "none/all.json").read_text())
+        assert {one["status"] for one in failed.values()} == {"failed"}
+        assert "no CUDA device" in failed["layer-8"]["reason"]
+
+
+def test_the_largest_batch_is_found_whatever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within an eighth, never above what fits, and nothing where even one unit does not."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
+    import gpu_device
+
+    for room in (0, 15, 16, 17, 100, 1000, 5000):
+        tried: list[int] = []
+
+        def fits(batch: int, room: int = room, tried: list[int] = tried) -> bool:
+            tried.append(batch)
+            return batch <= room
+
+        found = gpu_device.largest(fits, 16, 2048)
+        best = min(room, 2048) // 16 * 16
+        assert found % 16 == 0
+        assert found <= best
+        assert found >= best - max(16, best // 8)
+        assert len(tried) < 15
+
+
+def test_running_out_of_memory_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
+    import gpu_device
+
+    cleaned: list[int] = []
+
+    def raising(error: RuntimeError) -> None:
+        raise error
+
+    cpu = torch.device("cpu")
+    for error in (torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")):
+        assert not gpu_device.attempt(lambda error=error: raising(error), lambda: cleaned.append(1), cpu)
+    assert gpu_device.attempt(lambda: None, lambda: cleaned.append(1), cpu)
+    assert len(cleaned) == 3
+    with pytest.raises(RuntimeError, match="a bug"):
+        gpu_device.attempt(lambda: raising(RuntimeError("a bug")), lambda: None, cpu)
