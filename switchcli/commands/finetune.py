@@ -94,7 +94,14 @@ def text_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
     def training() -> dict[str, tokens.Training]:
         return {
             task.name: tokens.training(
-                task, recipe.data.folder, tokenizer, lengths, recipe.train.seed, default_cache(), console.track
+                task,
+                recipe.data.folder,
+                tokenizer,
+                lengths,
+                recipe.train.seed,
+                default_cache(),
+                console.track,
+                console.warning,
             )
             for task in tasks
             if reading.has(task, "train")

@@ -40,6 +40,10 @@ class Text(NamedTuple):
     """More of a logged step: what its rows were of."""
     stream: LiveStream | None = None
     """What the rows come from, where it has a position of its own."""
+    former_identity: str | None = None
+    """The identity that versions up to 0.1 gave to the same text, where it differs."""
+    check: Callable[[], None] = lambda: None
+    """Raises DataError if rows that were read are not, or may not be, those that `identity` names."""
 
 
 class Measured(NamedTuple):

@@ -75,6 +75,8 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
         _first_of_each(next(iter(held_out.values())).rows(0, NUM_SAMPLES)),
         shown=lambda step: {"mixture": read.mixture.compared(step * rows_per_step)} if read.mixture else {},
         stream=read.stream,
+        former_identity=read.former_identity,
+        check=read.check,
     )
 
 

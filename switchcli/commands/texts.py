@@ -10,7 +10,16 @@ from switchcli.data.batch import Batch
 from switchcli.data.cache import default_cache
 from switchcli.data.chunks import Chunks, grouped
 from switchcli.data.live import LiveStream, pieces_of
-from switchcli.data.prepare import Means, Prepared, held_out_head, prepare, source, vocabulary
+from switchcli.data.prepare import (
+    Means,
+    Prepared,
+    former_source,
+    held_out_head,
+    prepare,
+    source,
+    vocabulary,
+    with_digests,
+)
 from switchcli.data.spec import DataSpec, Rows
 from switchcli.data.store import digest_of
 from switchcli.data.stream import TextStream, text_fraction
@@ -42,6 +51,10 @@ class Read(NamedTuple):
     """None: of one text."""
     stream: LiveStream | None = None
     """Where they are read as training goes on."""
+    former_identity: str | None = None
+    """The identity that versions up to 0.1 gave to the same text: their checkpoints are accepted too."""
+    check: Callable[[], None] = lambda: None
+    """Raises DataError if what was read is not, or may not be, what `identity` names."""
 
 
 def found(
@@ -53,7 +66,7 @@ def found(
 ) -> Prepared:
     """The text as ids; of a stream that alone which `sequences` of evaluation take. `accept` raises what is wrong with
     a tokenizer, before any text is cut. Raises DataError as each part says."""
-    using = means(console)._replace(accept=accept)
+    using = with_digests(data, means(console)._replace(accept=accept))
     if data.access == "prepared":
         return prepare(data, using, tokenizer)
     used = tokenizer or vocabulary(data, using)
@@ -103,8 +116,18 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
         (runtime.data_rank, runtime.data_ranks),
         kept_steps=recipe.train.batches_ahead + 2,
     )
-    parts = {"text": source(_bare(data), text.tokenizer), "mixture": mixture and mixture.identity, "lanes": data.lanes}
-    return Read(stream.batch, digest_of(parts), mixture, stream)
+    bare, using = _bare(data), with_digests(data, means(console))
+    parts = {"mixture": mixture and mixture.identity, "lanes": data.lanes}
+    now, former = source(bare, text.tokenizer, using), former_source(bare, text.tokenizer)
+    assert using.digests is not None
+    return Read(
+        stream.batch,
+        digest_of({**parts, "text": now}),
+        mixture,
+        stream,
+        digest_of({**parts, "text": former}),
+        using.digests.check_unchanged,
+    )
 
 
 def _bare(data: DataSpec) -> DataSpec:

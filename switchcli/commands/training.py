@@ -110,7 +110,8 @@ class Training:
             "tokenizer.json": self.text.tokenizer.to_json().encode(),
             DATA: json.dumps({TEXT: self.text.identity, **verb.identity}).encode(),
         }
-        self.saver = Saver(folder.checkpoints, weights, self.optimizer, runtime, documents, kept)
+        former = self.text.former_identity
+        self.saver = Saver(folder.checkpoints, weights, self.optimizer, runtime, documents, kept, former_text=former)
         self.state = TrainState()
         if recipe.parallel.auto:
             console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in runtime.mesh.items())}")
@@ -218,6 +219,8 @@ class Training:
         if self.text.stream is not None:
             summed = self.runtime.sum_over_ranks(self.text.stream.position(state.step))
             state.position = [number // self.runtime.model_ranks for number in summed]
+        self.saver.wait()  # it writes over the same group of ranks
+        self.runtime.on_every(self.text.check)  # a checkpoint is based on the data that it names, or not written
         self.runtime.on_main(self.metrics.sync)
         self.saver.save(state)
 

@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
+from glob import glob
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from switchcli.data.digests import Digests
 from switchcli.data.document import LABELS, CorpusSpec, Document, Piece
 from switchcli.data.files import Files
-from switchcli.data.paths import File, fingerprint
+from switchcli.data.paths import File, former_fingerprint
 from switchcli.data.python_stdlib import PythonStdlib
 from switchcli.data.refusals import reason, refusals
 from switchcli.data.rows import Row, TextRows
@@ -74,12 +76,26 @@ class Hub(TextRows):
             stop = max(self.max_documents - start, 0)
         return self.select(enumerate(self._rows(dataset.skip(start), piece, start, stop), start), dropped)
 
-    def fingerprint(self) -> str:
-        """The options that choose the text; for a folder, its files' sizes and times too."""
+    def fingerprint(self, digests: Digests) -> str:
+        """Return the options that choose the text; of a folder, or of local `data_files`, names and contents too."""
         options = self.model_dump_json(exclude=LABELS)
+        found = self._local_files()
+        contents = [*zip(found, digests.of([*found.values()]), strict=True)]
+        return f"hub {options} {contents}"
+
+    def former_fingerprint(self) -> str:
+        options = self.model_dump_json(exclude=LABELS)
+        paths = _files_below(Path(self.path))
+        return f"hub {options} {former_fingerprint(map(File.here, paths))}"
+
+    def _local_files(self) -> dict[str, Path]:
+        """The files of this machine that the dataset may read, by the names that `datasets` chooses splits by."""
         folder = Path(self.path)
-        paths = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        return f"hub {options} {fingerprint(map(File.here, paths))}"
+        if folder.is_dir():
+            return {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
+        patterns = (self.data_files,) if isinstance(self.data_files, str) else self.data_files or ()
+        found = (Path(name) for pattern in patterns for name in sorted(glob(pattern, recursive=True)))  # noqa: PTH207
+        return {path.as_posix(): path for path in found if path.is_file()}
 
     def no_text(self) -> DataError:
         return DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
@@ -98,6 +114,10 @@ class Hub(TextRows):
     def _refusals(self) -> AbstractContextManager[None]:
         way_out = "check path, name, split, revision and the network; or use `kind: files` with text that is here"
         return hub_refusals(self.path, "data.corpora", way_out)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
 def hub_rows(path: str, name: str | None, split: str, key: str, way_out: str) -> Iterator[Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from switchcli.data.digests import Digests
 from switchcli.errors import DataError
 from switchcli.spec import Spec
 
@@ -80,8 +81,15 @@ class CorpusSpec(Spec, ABC):
         `dropped`, by reason. Raises DataError for what cannot be read."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Changes when the text may have; weight and label do not count. Raises DataError as `pieces`."""
+    def fingerprint(self, digests: Digests) -> str:
+        """Return a text that changes when the corpus's documents may have. Weight and label do not count.
+
+        `digests` gives the contents of local files. Raises DataError as `pieces`.
+        """
+
+    @abstractmethod
+    def former_fingerprint(self) -> str:
+        """Return the fingerprint of versions up to 0.1, which checkpoints of streams recorded."""
 
     @abstractmethod
     def no_text(self) -> DataError:

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.data import parquet
+from switchcli.data.digests import Digests
 from switchcli.data.document import LABELS, Document, Piece
 from switchcli.data.lines import Line, Span, decode, lines, paragraphs
-from switchcli.data.paths import File, fingerprint, matches
+from switchcli.data.paths import File, fingerprint, former_fingerprint, matches
 from switchcli.data.rows import Row, TextRows, Unreadable
 from switchcli.errors import DataError
 
@@ -60,10 +61,14 @@ class Files(TextRows):
         rows = chain.from_iterable(self._rows(span) for span in spans)
         return self.select(islice(enumerate(rows), start, None), dropped)
 
-    def fingerprint(self) -> str:
-        """The options that choose the text, and where the files are, their sizes and times of change."""
+    def fingerprint(self, digests: Digests) -> str:
+        """Return the options that choose the text, and a digest of the files' contents."""
         options = self.model_dump_json(exclude=LABELS | {"paths"})
-        return f"{options} {fingerprint(matches(self.paths, 'data.corpora'))}"
+        return f"{options} {fingerprint(matches(self.paths, 'data.corpora'), digests)}"
+
+    def former_fingerprint(self) -> str:
+        options = self.model_dump_json(exclude=LABELS | {"paths"})
+        return f"{options} {former_fingerprint(matches(self.paths, 'data.corpora'))}"
 
     def no_text(self) -> DataError:
         return DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")

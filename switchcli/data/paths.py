@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, cast
 
+from switchcli.data.digests import Digests
 from switchcli.data.refusals import reason, refusals
 from switchcli.errors import DataError
 
@@ -61,8 +62,26 @@ class File(NamedTuple):
             yield cast("BinaryIO", stack.enter_context(_decompressed(raw, Path(self.name).suffix)))
 
 
-def fingerprint(files: Iterable[File]) -> str:
-    """A digest of where the files are, however that was written, of their sizes and versions."""
+def fingerprint(files: Iterable[File], digests: Digests) -> str:
+    """Return a digest of the files' contents and kinds, in order.
+
+    Where a file of this machine lies, and when it was written, does not count. A file elsewhere counts by its URL,
+    its size and the version that its store gives.
+    """
+    found = [*files]
+    local = {file: path for file in found if (path := _local(file.name)) is not None}
+    content = dict(zip(local, digests.of([*local.values()]), strict=True))
+    identity = [
+        (file.kind, Path(file.name).suffix if file.is_compressed else "", file.size, content[file])
+        if file in content
+        else (file.name, file.size, file.version)
+        for file in found
+    ]
+    return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def former_fingerprint(files: Iterable[File]) -> str:
+    """Return the fingerprint of versions up to 0.1: paths, sizes and versions. Streams recorded it in checkpoints."""
     identity = [(_resolved(file.name), file.size, file.version) for file in files]
     return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -110,6 +129,14 @@ def _version(info: Mapping[str, Any]) -> str:
 
 def _is_folder(pattern: str, way_out: str, key: str) -> DataError:
     return DataError(f"{key}: {pattern} is a folder: name the files in it, such as {way_out}")
+
+
+def _local(name: str) -> Path | None:
+    """The path of a file of this machine; None for a file elsewhere."""
+    if not _URL.match(name):
+        return Path(name)
+    protocol, _, path = name.partition("://")
+    return Path(path) if protocol.lower() in ("file", "local") else None
 
 
 def _resolved(name: str) -> str:

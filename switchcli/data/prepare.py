@@ -7,6 +7,7 @@ see one cache can each make a share of the pieces.
 
 import hashlib
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from switchcli.data.cache import ELSEWHERE, cached, make, sweep
 from switchcli.data.corpus import Corpus
+from switchcli.data.digests import Digests
 from switchcli.data.distinct import write_distinct
 from switchcli.data.document import Document, is_held_out
 from switchcli.data.pieces import Job, Progress, build, cut_up
@@ -62,6 +64,8 @@ class Means(NamedTuple):
     """Told of damage."""
     accept: Callable[[Tokenizer], None] = lambda tokenizer: None
     """Raises what is wrong with a tokenizer for the run, before its text is cut."""
+    digests: Digests | None = None
+    """Digests of the sources, one object for all that one command prepares; see `with_digests`."""
 
 
 class Prepared(NamedTuple):
@@ -77,6 +81,15 @@ class Prepared(NamedTuple):
         if len(self.texts) == 1:
             return next(iter(self.texts.values())).identity
         return digest_of({label: text.identity for label, text in self.texts.items()})
+
+
+def with_digests(spec: DataSpec, means: Means) -> Means:
+    """Return `means` with the digests of the sources of `spec`, which further calls then share."""
+    if means.digests is not None:
+        return means
+    sampled = spec.access == "stream"
+    digests = Digests(means.cache, sampled=sampled, check=means.check, warn=means.warn, track=means.track)
+    return means._replace(digests=digests)
 
 
 def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) -> Prepared:
@@ -95,6 +108,7 @@ def prepare_share(
     spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None
 ) -> tuple[Tokenizer, dict[str, Text | None]]:
     """The same with this machine's share of the pieces alone: a text is None while others' are not there."""
+    means = with_digests(spec, means)
     used = tokenizer or vocabulary(spec, means)
     means.accept(used)
     folder = means.cache / "tokenizers" / used.sha256[:32]
@@ -115,7 +129,7 @@ def vocabulary(spec: DataSpec, means: Means) -> Tokenizer:
 
     if spec.tokenizer.kind != "train":
         return load()
-    parts = [spec.tokenizer.fingerprint(), *_sources(spec, chain.from_iterable(spec.texts().values()))]
+    parts = [spec.tokenizer.fingerprint(), *_sources(spec, chain.from_iterable(spec.texts().values()), means)]
     folder = means.cache / "vocabularies" / _digest(parts)
     with cached(folder, lambda built: _write(built, load())):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -134,9 +148,19 @@ def documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str, Iter
     return {label: of(label, corpora) for label, corpora in spec.texts().items()}
 
 
-def source(spec: DataSpec, tokenizer: Tokenizer) -> str:
-    """A digest of all that the ids of a spec's texts depend on, whether they are prepared or not."""
-    return _digest([*_sources(spec, chain.from_iterable(spec.texts().values())), tokenizer.sha256])
+def source(spec: DataSpec, tokenizer: Tokenizer, means: Means) -> str:
+    """Return a digest of all that the ids of a spec's texts depend on, whether they are prepared or not."""
+    return _digest([*_sources(spec, chain.from_iterable(spec.texts().values()), means), tokenizer.sha256])
+
+
+def former_source(spec: DataSpec, tokenizer: Tokenizer) -> str:
+    """Return `source` as versions up to 0.1 had it, from the files' paths, sizes and times.
+
+    A checkpoint of a stream holds it. A run goes on from such a checkpoint, and its next one holds `source`.
+    """
+    corpora = chain.from_iterable(spec.texts().values())
+    parts = ["2", *(corpus.former_fingerprint() for corpus in corpora), *_rules(spec), tokenizer.sha256]
+    return _digest(parts)
 
 
 def _write(folder: Path, tokenizer: Tokenizer) -> None:
@@ -145,14 +169,15 @@ def _write(folder: Path, tokenizer: Tokenizer) -> None:
     seal(folder, {})
 
 
-def _sources(spec: DataSpec, corpora: Iterable[Corpus]) -> list[str]:
+def _sources(spec: DataSpec, corpora: Iterable[Corpus], means: Means) -> list[str]:
     """What documents depend on."""
-    return [
-        str(FORMAT),
-        *(corpus.fingerprint() for corpus in corpora),
-        spec.filters.model_dump_json(),
-        repr(spec.held_out_fraction),
-    ]
+    digests = with_digests(spec, means).digests
+    assert digests is not None
+    return [str(FORMAT), *(corpus.fingerprint(digests) for corpus in corpora), *_rules(spec)]
+
+
+def _rules(spec: DataSpec) -> list[str]:
+    return [spec.filters.model_dump_json(), repr(spec.held_out_fraction)]
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -164,7 +189,8 @@ def _text(
 ) -> Text | None:
     """One text, made where it is not there or not whole. None where others' pieces are missing. `before`: bytes of the
     texts that come before it."""
-    folder = means.cache / "tokens" / _digest([*_sources(spec, corpora), tokenizer.sha256])
+    key = _digest([*_sources(spec, corpora, means), tokenizer.sha256])
+    folder = means.cache / "tokens" / key
     with disk_errors(means.cache, ELSEWHERE):
         sweep(folder.parent)
         facts = facts_of(folder)
@@ -177,7 +203,15 @@ def _text(
             begun = [piece for job in jobs if (piece := facts_of(job.folder)) is not None]
             trusted = facts is None and not means.check and is_large(*begun, before=before)
             number, count = means.share
-            _make([job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)], label, file, means)
+            mine = [job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)]
+            _make(mine, label, file, means)
+            if mine and _digest([*_sources(spec, corpora, means), tokenizer.sha256]) != key:
+                for job in mine:  # which of the two contents they hold is not known
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                raise DataError(
+                    f"data.corpora{_named(label)}: files changed while they were prepared: run the same command again "
+                    "when no other program writes to them"
+                )
             if not all(_is_made(job, trusted=True, warn=means.warn) for job in jobs):  # those of other machines too
                 return None
             _seal(folder, jobs, tokenizer)
@@ -269,10 +303,11 @@ def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
 def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens: int) -> Prepared:
     """Of each text the first held-out documents, `num_tokens` of them or a few more, and nothing to train on: what a
     run is evaluated on that prepares no more."""
+    means = with_digests(spec, means)
     texts = {}
     found = documents(spec, means.track, held_out=True)
     for label, corpora in spec.texts().items():
-        parts = [*_sources(spec, corpora), tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
+        parts = [*_sources(spec, corpora, means), tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
         folder = means.cache / "tokens" / _digest(parts)
         with cached(folder, partial(_write_head, found[label], tokenizer, num_tokens)):
             texts[label] = open_text(folder)

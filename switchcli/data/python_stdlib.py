@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from switchcli.data.digests import Digests
 from switchcli.data.document import CorpusSpec, Document, Piece
 from switchcli.errors import DataError
 
@@ -45,8 +46,16 @@ class PythonStdlib(CorpusSpec):
             text = source_text(path) if self.sources else _docstrings(path)
             yield f"module {path.relative_to(root).as_posix()}", text
 
-    def fingerprint(self) -> str:
-        """Python's full version, the options, and the names and sizes of the files."""
+    def fingerprint(self, digests: Digests) -> str:
+        """Return Python's full version, the options, and the names and contents of the files."""
+        root = library_root()
+        topics = [root / TOPICS] if (root / TOPICS).exists() else []
+        paths = [*topics, *module_paths(root)]
+        names = [path.relative_to(root).as_posix() for path in paths]
+        identity = repr((sys.version, self.sources, [*zip(names, digests.of(paths), strict=True)]))
+        return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
+
+    def former_fingerprint(self) -> str:
         root = library_root()
         files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in module_paths(root)]
         identity = repr((sys.version, self.sources, (root / TOPICS).exists(), files))

@@ -18,7 +18,7 @@ from switchcli.data.store import (
 )
 from switchcli.errors import DataError
 
-FORMAT = 2  # raise when the same key would come to mean other ids
+FORMAT = 3  # raise when the same key would come to mean other ids
 TRAIN, HELD_OUT = "train", "held_out"
 PARTS = (TRAIN, HELD_OUT)
 CHECKED_AT_START = 2**30

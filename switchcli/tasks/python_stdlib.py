@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from switchcli.data.digests import Digests
 from switchcli.data.document import is_held_out
 from switchcli.data.python_stdlib import PythonStdlib, documented, library_root, module_paths, parse, source_text
 from switchcli.tasks.columns import answers, asked, text
@@ -144,8 +145,10 @@ def _of(split: Split, found: Iterable[Named]) -> Iterator[Row]:
     return (row for name, row in found if is_held_out(name, HELD_OUT) == (split == "validation"))
 
 
-def _fingerprint() -> str:
-    rules = repr((PythonStdlib(sources=True).fingerprint(), HELD_OUT, ALIKE_WORDS, MIN_WORDS, MAX_SOURCE, MODULES))
+def _fingerprint(digests: Digests) -> str:
+    rules = repr(
+        (PythonStdlib(sources=True).fingerprint(digests), HELD_OUT, ALIKE_WORDS, MIN_WORDS, MAX_SOURCE, MODULES)
+    )
     return f"python-stdlib tasks {hashlib.sha256(rules.encode()).hexdigest()}"
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from switchcli.data import paths as files
 from switchcli.data.corpus import hub_rows
+from switchcli.data.digests import Digests
 from switchcli.data.files import json_rows
 from switchcli.errors import DataError
 from switchcli.tasks.task import Embedded, Example, Files, Purpose, Row, Source, Task
@@ -29,19 +30,20 @@ def examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> 
     return found
 
 
-def fingerprint(task: Task, split: Split, folder: str | None) -> str:
-    """What a split's examples follow from: names, a recipe's rules, and of files their sizes and times of change.
+def fingerprint(task: Task, split: Split, folder: str | None, digests: Digests) -> str:
+    """Return what a split's examples follow from: names, a recipe's rules, and the contents of files.
 
     Raises DataError when a file is not there.
     """
     source = task.source
     if isinstance(source, Embedded):
-        return source.fingerprint()
+        return source.fingerprint(digests)
     if isinstance(source, Files):
-        return f"{source.rules} {files.fingerprint(files.matches(source.paths(split), f'tasks: {task.name}'))}"
+        found = files.matches(source.paths(split), f"tasks: {task.name}")
+        return f"{source.rules} {files.fingerprint(found, digests)}"
     if folder is None:
         return repr(source)
-    return files.fingerprint([_file(source, _named(task, source, split), folder)])
+    return files.fingerprint([_file(source, _named(task, source, split), folder)], digests)
 
 
 def check_there(tasks: Iterable[Task], splits: Sequence[Split], folder: str | None) -> None:

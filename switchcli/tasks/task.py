@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from switchcli.data.digests import Digests
+
 Row = Mapping[str, Any]
 """One example by the column names that the set has on the Hugging Face hub."""
 Purpose = Literal["training", "scoring"]
@@ -80,7 +82,7 @@ class Embedded(NamedTuple):
     """Rows that the program makes by itself, with nothing to download: a split to train on, and one to validate on."""
 
     rows: Callable[[Literal["train", "validation"]], Iterator[Row]]
-    fingerprint: Callable[[], str]
+    fingerprint: Callable[[Digests], str]
     """What the rows depend on: as long as it stays the same, so do they."""
 
 

@@ -1,7 +1,7 @@
 """A task as ids: its training examples in the cache, and those that it is scored on, in batches of a like length."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.data.cache import cached
+from switchcli.data.digests import Digests
 from switchcli.data.draws import permutation
 from switchcli.data.packing import Lengths, Packed, pack, packed_as, store_of
 from switchcli.data.prepare import Track
@@ -34,10 +35,21 @@ class Training(NamedTuple):
 
 
 def training(
-    task: Task, folder: str | None, tokenizer: Tokenizer, lengths: Lengths, seed: int, cache: Path, track: Track
+    task: Task,
+    folder: str | None,
+    tokenizer: Tokenizer,
+    lengths: Lengths,
+    seed: int,
+    cache: Path,
+    track: Track,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Training:
-    """The task's training split, from the cache where it is there already. Raises DataError as `examples` does."""
-    parts = [str(FORMAT), task.name, fingerprint(task, "train", folder), tokenizer.sha256]
+    """Return the task's training split, from the cache if it is there. Raises DataError as `examples` does.
+
+    `warn` is called with a line for each file that changed since the split was prepared.
+    """
+    digests = Digests(cache, track=track, warn=warn)
+    parts = [str(FORMAT), task.name, fingerprint(task, "train", folder, digests), tokenizer.sha256]
     place = cache / "tasks" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def build(built: Path) -> None:

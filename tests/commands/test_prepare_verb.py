@@ -1,6 +1,7 @@
 """`switchcli data prepare`, and runs on its texts: languages mixed and measured apart, streams stopped and resumed."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -261,6 +262,112 @@ def test_a_stream_goes_on_with_its_own_files_alone_however_much_it_is_evaluated_
     assert "was trained on other text than the recipe gives now: bring that back, " in refused.err
     Path("texts/b.txt").unlink()
     assert switchcli(*command, "train.steps=4", "eval.sequences=3").code == 0
+
+
+def change_quietly(path: Path) -> None:
+    """Change the text of a file in place; its size and its time of modification stay."""
+    stat = path.stat()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + content[len(content) // 2 :].swapcase())
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+
+
+@pytest.mark.parametrize("check", [(), ("--check",)])
+def test_a_text_that_changes_and_keeps_its_size_and_time_is_prepared_anew_and_told(
+    check: tuple[str, ...], recipe: str, text: Path, switchcli: SwitchCLI
+) -> None:
+    command = ("data", "prepare", recipe, "--json")
+    before = switchcli(*command)
+    assert before.code == 0, before.err
+    change_quietly(text)
+    after = switchcli(*command, *check)
+    assert after.code == 0, after.err
+    assert json.loads(after.out)["texts"][""]["identity"] != json.loads(before.out)["texts"][""]["identity"]
+    assert text.name in after.err
+    assert "changed" in after.err
+
+
+def test_a_run_is_not_resumed_on_a_text_that_changed_and_kept_its_size_and_time(
+    recipe: str, text: Path, switchcli: SwitchCLI
+) -> None:
+    command = ("pretrain", recipe, "--out", "run")
+    assert switchcli(*command, "train.steps=2").code == 0
+    content = text.read_bytes()
+    change_quietly(text)
+    refused = switchcli(*command, "train.steps=3")
+    assert refused.code == 4
+    assert "Traceback" not in refused.err
+    text.write_bytes(content)
+    assert switchcli(*command, "train.steps=3").code == 0, "the former text is there again, with another time"
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_stream_is_not_resumed_on_a_file_that_changed_and_kept_its_size_and_time(
+    recipe: str, text: Path, switchcli: SwitchCLI
+) -> None:
+    command = ("pretrain", *stream((recipe,)), "--out", "run")
+    assert switchcli(*command, "train.steps=2").code == 0
+    content = text.read_bytes()
+    change_quietly(text)
+    assert switchcli(*command, "train.steps=3").code == 4
+    moved = text.rename(text.with_name("moved.txt"))
+    moved.write_bytes(content)
+    text.symlink_to(moved.name)
+    done = switchcli(*command, "train.steps=3")
+    assert done.code == 0, f"a copy with the same content is the same text: {done.err}"
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
+    recipe: str, text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions up to 0.1 wrote such checkpoints."""
+    from switchcli.commands import texts
+    from switchcli.data.prepare import former_source
+
+    command = ("pretrain", *stream((recipe,)), "--out", "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "source", lambda data, tokenizer, means: former_source(data, tokenizer))
+        assert switchcli(*command, "train.steps=2").code == 0
+    former = json.loads(Path("run/checkpoints/step-00000002/data.json").read_text())
+    done = switchcli(*command, "train.steps=3")
+    assert done.code == 0, done.err
+    assert json.loads(Path("run/checkpoints/step-00000003/data.json").read_text()) != former
+    text.touch()
+    assert switchcli(*command, "train.steps=4").code == 0, "the new checkpoint knows them by content"
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have_read_it(
+    recipe: str, text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from switchcli.commands import pretrain as verb
+
+    calls, objective = 0, verb.cross_entropy
+
+    def changing(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += arguments[0].training
+        if calls == 4 * 5:
+            calls += 1
+            change_quietly(text)
+        return objective(*arguments)
+
+    command = ("pretrain", *stream((recipe,)), "checkpoint.save_every_steps=2", "--out", "run")
+    content = text.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "cross_entropy", changing)
+        failed = switchcli(*command)
+    assert failed.code == 3
+    assert text.name in failed.err
+    assert "Traceback" not in failed.err
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir())[-1] == "step-00000004"
+    text.write_bytes(content)
+    assert switchcli(*command).code == 0
+    assert switchcli(*command[:-1], "straight").code == 0
+    ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
+    assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}
 
 
 def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 
 from switchcli.data import corpus as module
 from switchcli.data.corpus import Hub, Piece
+from switchcli.data.digests import Digests
 from switchcli.errors import DataError
 
 TOKEN = "hf_SecretOfTheUser0123456789"
@@ -225,11 +226,11 @@ def test_a_folder_is_read_by_datasets_itself(tmp_path: Path, monkeypatch: pytest
 def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
     write(tmp_path, shards=1)
     corpus = Hub(path=str(tmp_path))
-    before = corpus.fingerprint()
-    assert before == Hub(path=str(tmp_path), weight=2.0, language="en").fingerprint()
-    assert before != Hub(path=str(tmp_path), unreadable="skip").fingerprint()
+    before = corpus.fingerprint(Digests())
+    assert before == Hub(path=str(tmp_path), weight=2.0, language="en").fingerprint(Digests())
+    assert before != Hub(path=str(tmp_path), unreadable="skip").fingerprint(Digests())
     write(tmp_path, shards=2)
-    assert corpus.fingerprint() != before
+    assert corpus.fingerprint(Digests()) != before
 
 
 def test_a_subset_for_each_language(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from switchcli.data.digests import Digests
 from switchcli.tasks import python_stdlib
 from switchcli.tasks.python_stdlib import MODULES, TASKS, docstring_rows, module_rows, without_names
 from switchcli.tasks.task import Embedded, Row
@@ -173,10 +174,10 @@ def test_the_functions_of_this_python() -> None:
 def test_the_fingerprint_follows_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     source = TASKS[0].source
     assert isinstance(source, Embedded)
-    before = source.fingerprint()
-    assert before == source.fingerprint()
+    before = source.fingerprint(Digests())
+    assert before == source.fingerprint(Digests())
     monkeypatch.setattr(python_stdlib, "ALIKE_WORDS", 9)
-    assert before != source.fingerprint()
+    assert before != source.fingerprint(Digests())
 
 
 def test_naming_the_tasks_is_fast() -> None:

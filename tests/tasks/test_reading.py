@@ -1,6 +1,7 @@
 """Reading tasks: folders of JSON Lines as on the hub, carved validation, files of one's own; every fault in place."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from switchcli.data import corpus
+from switchcli.data.digests import Digests
 from switchcli.errors import DataError
 from switchcli.tasks import reading
 from switchcli.tasks.library import TASKS
@@ -80,10 +82,13 @@ def test_an_empty_split(tmp_path: Path) -> None:
 def test_the_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "glue/sst2/train.jsonl"
     write(path, [{"sentence": "fine", "label": 0}])
-    before = reading.fingerprint(TASKS["sst2"], "train", str(tmp_path))
-    assert before == reading.fingerprint(TASKS["sst2"], "train", str(tmp_path))
-    write(path, [{"sentence": "finer", "label": 0}])
-    assert before != reading.fingerprint(TASKS["sst2"], "train", str(tmp_path))
+    before = reading.fingerprint(TASKS["sst2"], "train", str(tmp_path), Digests())
+    assert before == reading.fingerprint(TASKS["sst2"], "train", str(tmp_path), Digests())
+    stat = path.stat()
+    write(path, [{"sentence": "FINE", "label": 0}])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert before != reading.fingerprint(TASKS["sst2"], "train", str(tmp_path), Digests())
 
 
 def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
