@@ -20,6 +20,7 @@ from switchcli.data.mixture import InTurn
 from switchcli.data.prepare import Prepared
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.spec import DataSpec, TextSpec, TextsSpec
+from switchcli.data.verified import changed_data_explained
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -167,7 +168,9 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
     runtime.on_main(lambda: _probe(out))
     with memory.explained_of_evaluation(runtime.device):
         measuring = Measuring(filled(opened, runtime.device), recipe, runtime, console)
-        passes = tuple(measuring.under(*each) for each in measuring.capacities())
+        with changed_data_explained(measuring.check):
+            passes = tuple(measuring.under(*each) for each in measuring.capacities())
+        measuring.check()
     result = {
         "verb": recipe.verb,
         "checkpoint": str(opened.path),
@@ -242,6 +245,8 @@ class Measuring:
 
         self.exams = runtime.on_main(exams) or exams()  # what one rank refuses for all is made on the main one first
         self._objective: Objective = cross_entropy
+        self.check: Callable[[], None] = lambda: None
+        """Raises DataError if text that the model was measured on is not what was prepared."""
         self._texts = self._held_out_texts()
         if runtime.is_main:
             tell(self.tasks.values(), self.exams, recipe.scoring.split, console.message, console.warning)
@@ -316,7 +321,9 @@ class Measuring:
         def prepared() -> Prepared:
             return texts.found(data, text.sequences, self._console, self._loaded.tokenizer)
 
-        return texts.held_out(self._runtime.on_main(prepared) or prepared(), data.rows, text.sequences)
+        found = self._runtime.on_main(prepared) or prepared()
+        self.check = found.check
+        return texts.held_out(found, data.rows, text.sequences)
 
     def _never_seen(self, names: Sequence[str]) -> None:
         if not names or not self._runtime.is_main:

@@ -92,20 +92,21 @@ def text_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
     lengths = Lengths(recipe.inputs_length, recipe.targets_length)
 
     def training() -> dict[str, tokens.Training]:
-        return {
-            task.name: tokens.training(
-                task,
-                recipe.data.folder,
-                tokenizer,
-                lengths,
-                recipe.train.seed,
-                default_cache(),
-                console.track,
-                console.warning,
-            )
-            for task in tasks
-            if reading.has(task, "train")
-        }
+        ready: dict[str, tokens.Training] = {}
+        for task in tasks:
+            if reading.has(task, "train"):
+                ready[task.name] = tokens.training(
+                    task,
+                    recipe.data.folder,
+                    tokenizer,
+                    lengths,
+                    recipe.train.seed,
+                    default_cache(),
+                    console.track,
+                    console.warning,
+                    before=sum(one.num_bytes for one in ready.values()),
+                )
+        return ready
 
     found = runtime.on_main(training) or training()  # the main rank fills the cache that the others read
     stream = TaskStream(
@@ -116,6 +117,11 @@ def text_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
         _tell(stream.rates, found, tasks, console)
         tell(tasks, exams, recipe.scoring.split, console.message, console.warning)
     held_out = InTurn([exam.packed for exam in exams if exam.packed.num_rows])
+
+    def check() -> None:
+        for one in found.values():
+            one.check()
+
     return Text(
         tokenizer,
         hashlib.sha256("\n".join(one.identity for one in found.values()).encode()).hexdigest(),
@@ -123,6 +129,7 @@ def text_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
         {"": HeldOutText(held_out.rows, min(recipe.eval.sequences, held_out.num_rows))},
         _samples(exams[0]),
         exams,
+        check=check,
     )
 
 

@@ -67,6 +67,11 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
     data, rows_per_step = recipe.data, recipe.rows_per_step
     read = (texts.live if data.access == "stream" else texts.prepared)(recipe, found, runtime, console)
     held_out = texts.held_out(found, data.rows, recipe.eval.sequences)
+
+    def check() -> None:
+        found.check()  # of a stream what it is evaluated on
+        read.check()
+
     return Text(
         found.tokenizer,
         read.identity,
@@ -76,7 +81,7 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
         shown=lambda step: {"mixture": read.mixture.compared(step * rows_per_step)} if read.mixture else {},
         stream=read.stream,
         former_identity=read.former_identity,
-        check=read.check,
+        check=check,
     )
 
 

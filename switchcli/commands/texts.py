@@ -54,7 +54,7 @@ class Read(NamedTuple):
     former_identity: str | None = None
     """The identity that versions up to 0.1 gave to the same text: their checkpoints are accepted too."""
     check: Callable[[], None] = lambda: None
-    """Raises DataError if what was read is not, or may not be, what `identity` names."""
+    """Raises DataError if the files of a stream are not those that `identity` names any more."""
 
 
 def found(
@@ -77,6 +77,7 @@ def found(
 def prepared(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> Read:
     """The rows of prepared text. Raises DataError for a text that is smaller than a row, RecipeError as `shares`."""
     data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
+    _allow_many_files()  # two for each shard of the windows of each text
     chunks = _chunks(text, TRAIN, data.rows, seed)
     rows = recipe.train.steps * batch_rows
     rows_per_epoch = [one.rows_per_epoch for one in chunks.values()]
@@ -104,8 +105,7 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
         )
     known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
     mixture = data.mixed(known, known, recipe.train.steps * batch_rows, seed)
-    with suppress(ValueError, OSError):  # each lane keeps a piece of each text open
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    _allow_many_files()  # each lane keeps a piece of each text open
     stream = LiveStream(
         data,
         pieces,
@@ -128,6 +128,11 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
         digest_of({**parts, "text": former}),
         using.digests.check_unchanged,
     )
+
+
+def _allow_many_files() -> None:
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 
 def _bare(data: DataSpec) -> DataSpec:

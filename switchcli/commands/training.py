@@ -15,6 +15,7 @@ from switchcli.commands.measure import Measure, Text, shares
 from switchcli.commands.run import machine, program
 from switchcli.commands.scores import show_scores, show_texts, task_results
 from switchcli.data.batch import AnyBatch
+from switchcli.data.verified import changed_data_explained
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.model.generate import locally
@@ -148,7 +149,8 @@ class Training:
             Interrupted: stopped by a signal, after saving.
         """
         try:
-            return self._run()
+            with changed_data_explained(self.text.check):
+                return self._run()
         except Exception as error:
             error.add_note(f"after step {self.state.step}")  # for `where`
             raise
@@ -201,6 +203,7 @@ class Training:
         if any(self.runtime.sum_over_ranks([int(stop.requested or not complete)])):  # what is to come may take long
             raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
         concluded = self.verb.conclude(self)
+        self.runtime.on_every(self.text.check)  # before the figures that it measured are written
         scores = self.runtime.on_main(lambda: exams.scores(self.verb.scoring.draws) if exams else {}) or {}
         samples = self._samples()
         result = self.runtime.on_main(lambda: self._finish(scores, concluded, samples)) or {}

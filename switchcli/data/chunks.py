@@ -126,7 +126,7 @@ class _EndToEnd(Laid):
     """One behind the other in the order of an epoch, cut into chunks."""
 
     def __init__(self, store: TokenStore, raw_length: int, seed: int, epoch: int, number: int) -> None:
-        self._tokens, self._raw_length = np.asarray(store.tokens), raw_length  # a memmap indexes slowly
+        self._store, self._raw_length = store, raw_length
         order_D = permutation(store.num_documents, seed, epoch, DOCUMENTS, number)
         self._end_D = np.cumsum(np.diff(store.offsets)[order_D])
         # Where a shuffled position lies in the store: the position plus the shift of its document.
@@ -140,7 +140,7 @@ class _EndToEnd(Laid):
         begin_X = np.maximum(start_X, np.where(document_X > 0, self._end_D[document_X - 1], 0))
         end_X = np.minimum(start_X + self._raw_length, self._end_D[document_X])
         place = ranges(begin_X + self._shift_D[document_X], end_X - begin_X)
-        return self._tokens[place].reshape(len(row_R), self._raw_length).astype(np.int64)
+        return self._store.take(place).reshape(len(row_R), self._raw_length).astype(np.int64)
 
 
 class _Whole(Laid):
@@ -217,7 +217,8 @@ def _together(shards: Sequence[Shard]) -> Shard:
         found = [*stores]
         lengths = np.concatenate([np.diff(store.offsets) for store in found])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return TokenStore(np.concatenate([store.tokens for store in found]), offsets)
+        tokens = np.concatenate([store.take(slice(None)) for store in found])
+        return TokenStore(tokens, offsets)
 
     return Shard(
         sum(one.num_documents for one in shards),

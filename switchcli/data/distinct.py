@@ -22,7 +22,7 @@ def write_distinct(text: Text, duplicates: Duplicates, tokenizer: Tokenizer, fol
     for number, (_, shard) in enumerate(shards):
         store = shard.open()
         scratch = folder / f"signatures-{number}.npy"
-        np.save(scratch, duplicates.signatures(store.tokens, store.offsets), allow_pickle=False)
+        np.save(scratch, duplicates.signatures(store.take(slice(None)), store.offsets), allow_pickle=False)
         keys.append(np.load(scratch, mmap_mode="r", allow_pickle=False))
     facts: dict[str, list[ShardFacts]] = {TRAIN: [], HELD_OUT: []}
     dropped = Counter(text.dropped)
@@ -31,12 +31,13 @@ def write_distinct(text: Text, duplicates: Duplicates, tokenizer: Tokenizer, fol
         length_D = np.diff(store.offsets)
         name = f"{part}-{len(facts[part]):05}"
         with StoreWriter(folder / name, tokenizer.vocab_size) as writer:
-            writer.add_all(store.tokens[np.repeat(stays_D, length_D)], length_D[stays_D])
+            writer.add_all(store.take(np.flatnonzero(np.repeat(stays_D, length_D))), length_D[stays_D])
         tokens = int(length_D[stays_D].sum())
         counts = text.counts[part]
         num_bytes = round(tokens * counts.bytes / max(counts.tokens, 1))  # on average: a document's own are not kept
         facts[part].append({"name": name, "documents": int(stays_D.sum()), "tokens": tokens, "bytes": num_bytes})
         dropped[f"{duplicates.kind} duplicates"] += int((~stays_D).sum())
+    text.check()
     for scratch in folder.glob("signatures-*.npy"):
         scratch.unlink()
     seal_text(folder, facts, dropped, tokenizer.sha256)

@@ -120,7 +120,7 @@ def _rows_of(
     """The examples, each in the row that `place_X` says; what is longer than a row is cut."""
     start_X = store.offsets[example_X]
     length_X = np.minimum(store.offsets[example_X + 1] - start_X, shape[1]) - 1
-    return laid_out(store.tokens[ranges(start_X, length_X)], length_X, place_X, shape)
+    return laid_out(store.take(ranges(start_X, length_X)), length_X, place_X, shape)
 
 
 def laid_out(

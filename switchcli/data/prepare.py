@@ -82,6 +82,11 @@ class Prepared(NamedTuple):
             return next(iter(self.texts.values())).identity
         return digest_of({label: text.identity for label, text in self.texts.items()})
 
+    def check(self) -> None:
+        """Raise DataError if something that was read of the texts is not what was prepared."""
+        for text in self.texts.values():
+            text.check()
+
 
 def with_digests(spec: DataSpec, means: Means) -> Means:
     """Return `means` with the digests of the sources of `spec`, which further calls then share."""

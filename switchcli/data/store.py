@@ -1,4 +1,4 @@
-"""TokenStore: documents as ids on disk, end to end in a memory-mapped array; and the folder that proves itself whole.
+"""TokenStore: documents as ids on disk, end to end in an array; and the folder that proves itself whole.
 
 A folder is written elsewhere, sealed with a manifest of sizes and digests, and only then renamed into place, which is
 `prepare`'s work.
@@ -17,9 +17,10 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from switchcli import publish
+from switchcli.data import verified
+from switchcli.data.verified import MappedFile, Verified
 
 MANIFEST, TOKENS, OFFSETS = "manifest.json", "tokens.npy", "offsets.npy"
-CHECKED_MEBIBYTES = 1024  # of each file: beyond it the size alone
 SHARD_TOKENS = 2**24
 SHARD_DOCUMENTS = 2**20
 
@@ -27,17 +28,33 @@ SHARD_DOCUMENTS = 2**20
 class TokenStore(NamedTuple):
     """All documents of one part.
 
-    tokens: uint16 or uint32 [num_tokens], memory-mapped, read only.
+    tokens: uint16 or uint32 [num_tokens], in memory or mapped, read only; `take` reads them.
     offsets: int64 [num_documents + 1], where each document begins.
     """
 
     tokens: NDArray[np.uint16] | NDArray[np.uint32]
     offsets: NDArray[np.int64]
+    source: tuple[Verified, MappedFile] | None = None
+    """What vouches for mapped tokens."""
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        tokens = np.load(folder / TOKENS, mmap_mode="r", allow_pickle=False)
-        return cls(tokens, np.load(folder / OFFSETS, allow_pickle=False))
+    def open(cls, verified: Verified, name: str) -> Self:
+        """Open the store of that name in a sealed folder. Raises DataError if its files are not what was sealed."""
+        tokens, mapped = verified.open(f"{name}/{TOKENS}")
+        offsets = verified.load(f"{name}/{OFFSETS}")
+        return cls(tokens, offsets, None if mapped is None else (verified, mapped))
+
+    @classmethod
+    def glance(cls, verified: Verified, name: str) -> Self:
+        """Open the index alone: a store without tokens. Raises DataError as `open`."""
+        return cls(np.zeros(0, np.uint16), verified.load(f"{name}/{OFFSETS}"))
+
+    def take(self, places: NDArray[np.int64] | slice) -> NDArray[np.uint16] | NDArray[np.uint32]:
+        """Return a copy of the tokens at some places. Raises DataError if the file that holds them is cut."""
+        if self.source is None:
+            return self.tokens[places]
+        verified, mapped = self.source
+        return verified.take(self.tokens, mapped, places)
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +72,7 @@ class Shard(NamedTuple):
     num_tokens: int
     open: Callable[[], TokenStore]
     glance: Callable[[], TokenStore]
-    """The same without a look at its checksums, for its index."""
+    """Opens its index alone."""
 
     @classmethod
     def of(cls, store: TokenStore) -> Self:
@@ -211,11 +228,8 @@ def digest_of(files: Mapping[str, object]) -> str:
 
 def identity_of(path: Path) -> dict[str, object]:
     """Size and digest of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for _ in range(CHECKED_MEBIBYTES):
-            digest.update(file.read(2**20))
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return verified.identity_of(file.fileno())
 
 
 def is_true(path: Path, identity: object) -> bool:

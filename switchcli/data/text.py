@@ -13,17 +13,16 @@ from switchcli.data.store import (
     TokenStore,
     digest_of,
     facts_of,
-    is_true,
     seal,
 )
-from switchcli.errors import DataError
+from switchcli.data.verified import IN_MEMORY_BYTES, Verified
 
 FORMAT = 3  # raise when the same key would come to mean other ids
 TRAIN, HELD_OUT = "train", "held_out"
 PARTS = (TRAIN, HELD_OUT)
 CHECKED_AT_START = 2**30
-"""Bytes of all texts of a run, up to which they are read and compared with their checksums before it; of those beyond
-each shard is when it is first used."""
+"""Bytes of all texts of a run, up to which they are read and compared with their digests before it, and prepared again
+where they differ. Every shard is compared when it is opened, whatever the size."""
 
 
 class Counts(NamedTuple):
@@ -52,6 +51,8 @@ class Text(NamedTuple):
     folder: Path
     num_bytes: int
     """On disk."""
+    check: Callable[[], None]
+    """Raises DataError if a shard that was read is not what was prepared any more; see `Verified.check`."""
 
 
 def seal_text(
@@ -70,11 +71,14 @@ def seal_text(
 
 
 def open_text(folder: Path, before: int = 0) -> Text:
-    """The text of a folder that was sealed. The shards are opened when they are first read."""
+    """Return the text of a folder that was sealed. The shards are opened, and verified, when they are first read.
+
+    `before` are the bytes of the texts that come before it: together up to IN_MEMORY_BYTES are held in memory.
+    """
     facts = facts_of(folder)
     assert facts is not None, "sealed, or found whole"
     files = facts["files"]
-    checked = files if is_large(facts, before=before) else {}
+    verified = Verified(folder, files, in_memory=before + num_bytes(facts) <= IN_MEMORY_BYTES)
     named: dict[str, object] = {}
     for part in PARTS:
         for number, one in enumerate(facts["shards"][part]):
@@ -87,8 +91,8 @@ def open_text(folder: Path, before: int = 0) -> Text:
                 Shard(
                     one["documents"],
                     one["tokens"],
-                    _opener(folder, one["name"], checked),
-                    partial(TokenStore.open, folder / one["name"]),
+                    partial(TokenStore.open, verified, one["name"]),
+                    partial(TokenStore.glance, verified, one["name"]),
                 )
                 for one in facts["shards"][part]
             )
@@ -99,6 +103,7 @@ def open_text(folder: Path, before: int = 0) -> Text:
         digest_of(named),
         folder,
         num_bytes(facts),
+        verified.check,
     )
 
 
@@ -111,19 +116,3 @@ def is_large(*facts: Mapping[str, Any], before: int = 0) -> bool:
 def num_bytes(facts: Mapping[str, Any]) -> int:
     """Of all files that a manifest names."""
     return sum(said["bytes"] for said in facts["files"].values())
-
-
-def _opener(folder: Path, name: str, files: Mapping[str, object]) -> Callable[[], TokenStore]:
-    """What opens a shard, after a look at its checksums where `files` has them."""
-
-    def opened() -> TokenStore:
-        for file in (OFFSETS, TOKENS):
-            place = f"{name}/{file}"
-            if place in files and not is_true(folder / place, files[place]):
-                raise DataError(
-                    f"{folder / place}: not what was prepared: the file was lost, cut or altered since; `switchcli "
-                    "data prepare RECIPE --check` makes its piece anew, and training goes on from the last save"
-                )
-        return TokenStore.open(folder / name)
-
-    return opened

@@ -37,7 +37,7 @@ class Pieces(NamedTuple):
         piece_X = ranges(start_R, count_R)
         length_X = self.length_X[piece_X]
         first_X = store.offsets[order_D[self.document_X[piece_X]]] + self.start_X[piece_X]
-        ids = store.tokens[ranges(first_X, length_X)]
+        ids = store.take(ranges(first_X, length_X))
         return laid_out(ids, length_X, np.repeat(np.arange(len(row_R)), count_R), (len(row_R), raw_length))
 
 

@@ -13,8 +13,10 @@ from switchcli.data.digests import Digests
 from switchcli.data.draws import permutation
 from switchcli.data.packing import Lengths, Packed, pack, packed_as, store_of
 from switchcli.data.prepare import Track
-from switchcli.data.store import StoreWriter, TokenStore, identity, seal
+from switchcli.data.store import StoreWriter, TokenStore, facts_of, identity, seal
+from switchcli.data.text import num_bytes
 from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.verified import IN_MEMORY_BYTES, Verified
 from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, examples, fingerprint
 from switchcli.tasks.task import Example, Task
@@ -32,6 +34,10 @@ class Training(NamedTuple):
     packed: Packed
     identity: str
     """A digest of the ids themselves."""
+    num_bytes: int
+    """On disk."""
+    check: Callable[[], None]
+    """Raises DataError if rows that were read are not what was prepared; see `Verified.check`."""
 
 
 def training(
@@ -43,10 +49,12 @@ def training(
     cache: Path,
     track: Track,
     warn: Callable[[str], None] = lambda text: None,
+    before: int = 0,
 ) -> Training:
     """Return the task's training split, from the cache if it is there. Raises DataError as `examples` does.
 
-    `warn` is called with a line for each file that changed since the split was prepared.
+    `before` are the bytes of the tasks that come before it: together up to IN_MEMORY_BYTES are held in memory. `warn`
+    is called with a line for each file that changed since the split was prepared.
     """
     digests = Digests(cache, track=track, warn=warn)
     parts = [str(FORMAT), task.name, fingerprint(task, "train", folder, digests), tokenizer.sha256]
@@ -71,8 +79,12 @@ def training(
         seal(built, {"format": FORMAT, "task": task.name, "examples": len(found)})
 
     with cached(place, build):
-        packed = pack(TokenStore.open(place / INPUTS), TokenStore.open(place / TARGETS), lengths, seed)
-        return Training(packed, identity(place, (INPUTS, TARGETS)))
+        facts = facts_of(place)
+        assert facts is not None, "sealed"
+        size = num_bytes(facts)
+        verified = Verified(place, facts["files"], in_memory=before + size <= IN_MEMORY_BYTES)
+        packed = pack(TokenStore.open(verified, INPUTS), TokenStore.open(verified, TARGETS), lengths, seed)
+        return Training(packed, identity(place, (INPUTS, TARGETS)), size, verified.check)
 
 
 class Scored(NamedTuple):

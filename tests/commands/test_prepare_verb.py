@@ -6,12 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SwitchCLI
+from conftest import Done, SwitchCLI
 from drill import fingerprint
 
 from switchcli.data.corpus import Corpus
@@ -264,6 +264,15 @@ def test_a_stream_goes_on_with_its_own_files_alone_however_much_it_is_evaluated_
     assert switchcli(*command, "train.steps=4", "eval.sequences=3").code == 0
 
 
+@pytest.fixture
+def own_text(recipe: str, text: Path) -> Path:
+    """A copy of the text that a test may change."""
+    path = Path("text.txt")
+    path.unlink()
+    path.write_bytes(text.read_bytes())
+    return path
+
+
 def change_quietly(path: Path) -> None:
     """Change the text of a file in place; its size and its time of modification stay."""
     stat = path.stat()
@@ -275,52 +284,52 @@ def change_quietly(path: Path) -> None:
 
 @pytest.mark.parametrize("check", [(), ("--check",)])
 def test_a_text_that_changes_and_keeps_its_size_and_time_is_prepared_anew_and_told(
-    check: tuple[str, ...], recipe: str, text: Path, switchcli: SwitchCLI
+    check: tuple[str, ...], recipe: str, own_text: Path, switchcli: SwitchCLI
 ) -> None:
     command = ("data", "prepare", recipe, "--json")
     before = switchcli(*command)
     assert before.code == 0, before.err
-    change_quietly(text)
+    change_quietly(own_text)
     after = switchcli(*command, *check)
     assert after.code == 0, after.err
     assert json.loads(after.out)["texts"][""]["identity"] != json.loads(before.out)["texts"][""]["identity"]
-    assert text.name in after.err
+    assert own_text.name in after.err
     assert "changed" in after.err
 
 
 def test_a_run_is_not_resumed_on_a_text_that_changed_and_kept_its_size_and_time(
-    recipe: str, text: Path, switchcli: SwitchCLI
+    recipe: str, own_text: Path, switchcli: SwitchCLI
 ) -> None:
     command = ("pretrain", recipe, "--out", "run")
     assert switchcli(*command, "train.steps=2").code == 0
-    content = text.read_bytes()
-    change_quietly(text)
+    content = own_text.read_bytes()
+    change_quietly(own_text)
     refused = switchcli(*command, "train.steps=3")
     assert refused.code == 4
     assert "Traceback" not in refused.err
-    text.write_bytes(content)
+    own_text.write_bytes(content)
     assert switchcli(*command, "train.steps=3").code == 0, "the former text is there again, with another time"
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_is_not_resumed_on_a_file_that_changed_and_kept_its_size_and_time(
-    recipe: str, text: Path, switchcli: SwitchCLI
+    recipe: str, own_text: Path, switchcli: SwitchCLI
 ) -> None:
     command = ("pretrain", *stream((recipe,)), "--out", "run")
     assert switchcli(*command, "train.steps=2").code == 0
-    content = text.read_bytes()
-    change_quietly(text)
+    content = own_text.read_bytes()
+    change_quietly(own_text)
     assert switchcli(*command, "train.steps=3").code == 4
-    moved = text.rename(text.with_name("moved.txt"))
+    moved = own_text.rename(own_text.with_name("moved.txt"))
     moved.write_bytes(content)
-    text.symlink_to(moved.name)
+    own_text.symlink_to(moved.name)
     done = switchcli(*command, "train.steps=3")
     assert done.code == 0, f"a copy with the same content is the same text: {done.err}"
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
-    recipe: str, text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+    recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions up to 0.1 wrote such checkpoints."""
     from switchcli.commands import texts
@@ -334,13 +343,13 @@ def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
     done = switchcli(*command, "train.steps=3")
     assert done.code == 0, done.err
     assert json.loads(Path("run/checkpoints/step-00000003/data.json").read_text()) != former
-    text.touch()
+    own_text.touch()
     assert switchcli(*command, "train.steps=4").code == 0, "the new checkpoint knows them by content"
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have_read_it(
-    recipe: str, text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+    recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from switchcli.commands import pretrain as verb
 
@@ -351,23 +360,151 @@ def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have
         calls += arguments[0].training
         if calls == 4 * 5:
             calls += 1
-            change_quietly(text)
+            change_quietly(own_text)
         return objective(*arguments)
 
     command = ("pretrain", *stream((recipe,)), "checkpoint.save_every_steps=2", "--out", "run")
-    content = text.read_bytes()
+    content = own_text.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(verb, "cross_entropy", changing)
         failed = switchcli(*command)
     assert failed.code == 3
-    assert text.name in failed.err
+    assert own_text.name in failed.err
     assert "Traceback" not in failed.err
     assert sorted(path.name for path in Path("run/checkpoints").iterdir())[-1] == "step-00000004"
-    text.write_bytes(content)
+    own_text.write_bytes(content)
     assert switchcli(*command).code == 0
     assert switchcli(*command[:-1], "straight").code == 0
     ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}
+
+
+Damage = Callable[[Path], None]
+
+
+def rotate(path: Path) -> None:
+    """Exchange two halves of the ids: each is still an id."""
+    content = path.read_bytes()
+    start, middle = 128, 128 + (len(content) - 128) // 4 * 2
+    path.write_bytes(content[:start] + content[middle:] + content[start:middle])
+
+
+def flip(path: Path) -> None:
+    """Change high bytes, so that ids are beyond the vocabulary."""
+    content = bytearray(path.read_bytes())
+    content[129::2] = bytes(byte ^ 0x80 for byte in content[129::2])
+    path.write_bytes(content)
+
+
+def rotate_quietly(path: Path) -> None:
+    stat = path.stat()
+    rotate(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 128)
+
+
+def touch(path: Path) -> None:
+    path.touch()
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def replace(path: Path) -> None:
+    """Rename another file over it, as rsync does: a run reads the former file to its end."""
+    other = path.with_name("other")
+    other.write_bytes(b"other")
+    other.replace(path)
+
+
+def run_and_damage(
+    switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch, command: Sequence[str], step: int, damage: Damage
+) -> Done:
+    """Run a training and damage all shards of the cache while it takes a step."""
+    from switchcli.commands import pretrain as verb
+
+    done = False
+    objective = verb.cross_entropy
+
+    def damaging(*arguments: Any) -> Any:
+        nonlocal done
+        if arguments[0].training and Path("run/checkpoints", f"step-{step - 1:08d}").is_dir() and not done:
+            done = True
+            for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*/tokens.npy"):
+                damage(path)
+        return objective(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "cross_entropy", damaging)
+        ended = switchcli(*command)
+    assert done
+    return ended
+
+
+DAMAGED = ("train.steps=9", "checkpoint.save_every_steps=2", "train.microbatch_tokens=64", "--out", "run")
+
+
+@pytest.mark.parametrize("damage", [rotate, rotate_quietly, flip, truncate])
+def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
+    damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
+    assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
+    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    assert ended.code == 3, ended.err
+    assert "Traceback" not in ended.err
+    assert "tokens.npy" in ended.err
+    assert max(path.name for path in Path("run/checkpoints").iterdir()) == "step-00000004"
+    again = switchcli("pretrain", recipe, *DAMAGED)
+    assert again.code == 0, again.err
+    ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
+    assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}
+
+
+@pytest.mark.parametrize("damage", [touch, remove, replace])
+def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
+    damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
+    assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
+    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    assert ended.code == 0, ended.err
+    assert fingerprint(Path("run")) == fingerprint(Path("straight"))
+
+
+@pytest.mark.parametrize("damage", [rotate, flip, truncate, remove])
+def test_damage_to_the_file_of_a_small_text_does_not_reach_a_run_that_holds_it(
+    damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
+    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    assert ended.code == 0, ended.err
+    assert fingerprint(Path("run")) == fingerprint(Path("straight"))
+
+
+def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from switchcli.commands import evaluate
+
+    assert switchcli("pretrain", recipe, "train.steps=2", "--out", "run").code == 0
+    monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
+    measure = evaluate.evaluate_rows
+
+    def damaging(*arguments: Any) -> Any:
+        found = measure(*arguments)
+        for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*/tokens.npy"):
+            rotate(path)
+        return found
+
+    monkeypatch.setattr(evaluate, "evaluate_rows", damaging)
+    ended = switchcli("eval", "run", "--out", "scores")
+    assert ended.code == 3, ended.err
+    assert not Path("scores/result.json").exists()
 
 
 def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(

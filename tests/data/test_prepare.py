@@ -33,10 +33,11 @@ from switchcli.data.filters import Filters
 from switchcli.data.pieces import Progress
 from switchcli.data.prepare import Means, Prepared, Track
 from switchcli.data.spec import DataSpec
-from switchcli.data.store import StoreWriter, TokenStore, facts_of, is_whole
+from switchcli.data.store import StoreWriter, TokenStore, facts_of, is_whole, seal
 from switchcli.data.text import HELD_OUT, PARTS, TRAIN, Text
 from switchcli.data.text_mixture import Weighted
 from switchcli.data.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer
+from switchcli.data.verified import Verified
 from switchcli.errors import CheckpointError, DataError, OutOfMemory
 
 NUM_FILES = 6
@@ -669,7 +670,9 @@ def test_a_large_text_is_not_read_before_it_is_used(corpus: Corpus, monkeypatch:
     text = corpus.prepare()
     assert [path.name for path in read] == ["tokenizer.json"]
     text.shards[TRAIN][1].open()
-    assert [path.parent.name for path in read[1:]] == ["train-000"] * 2
+    flip(text.folder / "piece-00002/train-000/tokens.npy")
+    with pytest.raises(DataError, match="piece-00002"):
+        text.shards[TRAIN][2].open()
 
 
 # Disks
@@ -930,13 +933,17 @@ def test_processors_where_a_system_does_not_say_which_may_be_used(
     assert module._processors() == processors
 
 
-def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> None:
     with StoreWriter(tmp_path / "store", 2**16 + 1) as writer:
         writer.add(np.array([2**16, 5]), starts_document=True)
         writer.add(np.array([], dtype=np.int64), starts_document=True)
         writer.add(np.array([7]), starts_document=True)
         writer.add(np.array([8]), starts_document=False)
-    found = TokenStore.open(tmp_path / "store")
+    seal(tmp_path, {})
+    facts = facts_of(tmp_path)
+    assert facts is not None
+    found = TokenStore.open(Verified(tmp_path, facts["files"], in_memory=in_memory), "store")
     assert (found.tokens.dtype, found.tokens.tolist()) == (np.uint32, [2**16, 5, 7, 8])
     assert found.offsets.tolist() == [0, 2, 4]
     assert (found.num_documents, found.num_tokens) == (2, 4)

@@ -25,7 +25,9 @@ from table import Row
 from tiny_run import RECIPE as TINY
 from tiny_run import write_text
 
-from switchcli.data.store import TokenStore
+from switchcli.data.store import TokenStore, facts_of, seal
+from switchcli.data.verified import Verified
+from switchcli.errors import DataError
 from switchcli.train import manifest
 
 Attack = Callable[[], str]
@@ -118,8 +120,12 @@ def objects_in_the_cache() -> str:
     folder.mkdir()
     for name in ("tokens.npy", "offsets.npy"):
         np.save(folder / name, np.array([Runs()], dtype=object), allow_pickle=True)
-        with contextlib.suppress(ValueError):
-            TokenStore.open(folder)
+    seal(Path(), {})
+    facts = facts_of(Path())
+    assert facts is not None
+    for in_memory in (True, False):
+        with contextlib.suppress(DataError):
+            TokenStore.open(Verified(Path(), facts["files"], in_memory=in_memory), "store")
     return blocked(Done(2, "", ""))
 
 
