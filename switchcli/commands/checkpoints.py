@@ -24,7 +24,7 @@ def convert(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="The model's tokenizer.json or spiece.model, if SOURCE has no tokenizer.json.", show_default=False
+            help="The model's tokenizer.json or spiece.model, if SOURCE neither has nor names one.", show_default=False
         ),
     ] = None,
     revision: Annotated[str, typer.Option(help="Commit, tag or branch of a hub name.")] = "main",

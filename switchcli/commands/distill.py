@@ -11,6 +11,7 @@ from switchcli.commands import finetune, huggingface, run
 from switchcli.commands.load import Opened, open_model
 from switchcli.commands.start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.interop.tokenizer import find
 from switchcli.model.count import count
 from switchcli.model.inherit import FromTeacher, Inheritance, other_dimensions, plan
 from switchcli.model.spec import ModelSpec
@@ -194,7 +195,7 @@ def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]
 
 
 def _tokenizer(teacher: Opened) -> str:
-    return str((teacher.path / "tokenizer.json").absolute())
+    return str((find(teacher.path) or teacher.path / "tokenizer.json").absolute())
 
 
 def _check(distilling: Distilling) -> None:

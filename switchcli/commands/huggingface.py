@@ -13,6 +13,7 @@ from switchcli.errors import CheckpointError, DataError
 from switchcli.interop import config as configs
 from switchcli.interop.config import Config, Lengths
 from switchcli.interop.files import Weights, open_weights
+from switchcli.interop.tokenizer import FILES, find
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import PretrainRecipe
@@ -34,11 +35,16 @@ def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False)
 
     Raises:
         CheckpointError: it is not whole, or no model of ours.
-        DataError: no tokenizer in T5's layout, in `folder` or as the file `tokenizer`.
+        DataError: no tokenizer in T5's layout: the file `tokenizer`, or the one that belongs to `folder`.
     """
     path = folder / configs.NAME
     config = configs.read(path)
-    file = tokenizer or folder / "tokenizer.json"
+    file = tokenizer or find(folder)
+    if file is None:
+        raise DataError(
+            f"{folder}: no tokenizer: neither {' nor '.join(FILES)} is there, nor a tokenizer that its configuration "
+            "names: put one of these files there, or give the model's own by `switchcli convert ... --tokenizer FILE`"
+        )
     recipe = recipe_of(config, path, file)
     found = _tokenizer(file)
     if found.vocab_size > config.vocab_size:

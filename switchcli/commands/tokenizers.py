@@ -12,6 +12,7 @@ from switchcli.data.files import Files
 from switchcli.data.measure import Count, measure
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
+from switchcli.interop.tokenizer import find
 from switchcli.report.console import Console
 from switchcli.report.text import safe_text
 
@@ -26,10 +27,10 @@ def opened(name: Path) -> Tokenizer:
     """The tokenizer of a file, or of the folder of a run, a checkpoint or a Hugging Face model. Raises DataError."""
     if not name.is_dir():
         return Tokenizer.read(name)
-    files = [file for file in (name / "tokenizer.json", name / "spiece.model") if file.exists()]
-    if not files:
+    file = find(name)
+    if file is None:
         raise DataError(f"{name}: no tokenizer.json or spiece.model in this folder: name a run's, or a file")
-    return Tokenizer.read(files[0])
+    return Tokenizer.read(file)
 
 
 def facts(name: Path, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from switchcli.data.refusals import reason
 from switchcli.errors import CheckpointError
 from switchcli.interop import config
 from switchcli.interop.files import INDEX, PICKLED, SAFE
+from switchcli.interop.tokenizer import FILES
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS: Final = [SAFE, "model-*-of-*.safetensors"]
-_ALWAYS: Final = [config.NAME, "tokenizer.json", *_WEIGHTS, f"{SAFE}{INDEX}"]
+_ALWAYS: Final = [config.NAME, *FILES, "tokenizer_config.json", *_WEIGHTS, f"{SAFE}{INDEX}"]
 _PICKLED: Final = ["pytorch_model*.bin", f"{PICKLED}{INDEX}"]
 
 

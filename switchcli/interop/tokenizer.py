@@ -1,4 +1,4 @@
-"""A tokenizer.json with what transformers wants beside it.
+"""The tokenizer of a folder in the Hugging Face layout: where it is, and a tokenizer.json as transformers wants it.
 
 transformers ends a text with `</s>` by the file's post-processor alone; ours add it by themselves, and what they write
 has none.
@@ -6,9 +6,14 @@ has none.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
 
 from switchcli.spec import EOS
 
+FILES: Final = ("tokenizer.json", "spiece.model")
+"""The names that a tokenizer's file has; the first that is there counts, as in transformers."""
+_MAX_CONFIG_BYTES: Final = 2**22
 _END = "</s>"
 _ENDED = {
     "type": "TemplateProcessing",
@@ -41,3 +46,66 @@ def documents(tokenizer: str, sentinels: Sequence[str], max_length: int) -> dict
         "tokenizer.json": json.dumps(inner, ensure_ascii=False).encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
     }
+
+
+def find(folder: Path) -> Path | None:
+    """Return the file of the tokenizer that belongs to a folder in the Hugging Face layout; None if there is none.
+
+    In this order: the folder's own tokenizer.json or spiece.model; a file that its tokenizer_config.json names; those
+    of a local folder that its tokenizer_config.json or config.json names; those of a repository that they name, as
+    far as the local Hugging Face cache holds it. Nothing is downloaded.
+    """
+    if (own := _in_folder(folder)) is not None:
+        return own
+    settings = [_settings(folder / name) for name in ("tokenizer_config.json", "config.json")]
+    for key in ("tokenizer_file", "vocab_file"):
+        named = settings[0].get(key)
+        if isinstance(named, str) and (file := _file(folder / Path(named))) is not None:
+            return file
+    names = [one.get(key) for one in settings for key in ("name_or_path", "_name_or_path")]
+    for name in dict.fromkeys(name for name in names if isinstance(name, str) and name):
+        for place in (folder / name, Path(name)):
+            if (file := _in_folder(place)) is not None:
+                return file
+        if (file := _in_cache(name)) is not None:
+            return file
+    return None
+
+
+def _in_folder(folder: Path) -> Path | None:
+    found = (_file(folder / name) for name in FILES)
+    return next((file for file in found if file is not None), None)
+
+
+def _file(path: Path) -> Path | None:
+    """The path if it is a regular file: reading a pipe or a device might not end."""
+    try:
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+def _in_cache(repository: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for name in FILES:
+        try:
+            found = try_to_load_from_cache(repository, name)
+        except HFValidationError:  # not a name on the hub
+            return None
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A small JSON object; an empty one for anything else: the folder may be a stranger's."""
+    if _file(path) is None:
+        return {}
+    try:
+        with path.open("rb") as stream:
+            found = json.loads(stream.read(_MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
