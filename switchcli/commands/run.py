@@ -40,14 +40,14 @@ CHANGEABLE = (
     "train.batches_ahead",
     "log.",
     "eval.every_steps",
-    "eval.sequences",
     "scoring.draws",
     "checkpoint.",
     "distill.baseline",
     "distill.answers.folder",
     "parallel.",
 )
-"""Keys that may change between two starts of one run: they do not touch what was trained so far."""
+"""Keys that may change between two starts of one run: they do not touch what was trained so far, nor what a figure is
+measured on. The best checkpoint compares figures of all starts."""
 
 
 class Options(NamedTuple):
@@ -183,8 +183,8 @@ def _check_same(before: TrainingRecipe, after: TrainingRecipe, out: Path) -> Non
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
         raise RecipeError(
-            f"{out} holds a run whose {key} is {old}, and the recipe says {new}{more}: give another folder by --out, "
-            "or --no-resume to set that run aside and begin anew"
+            f"{out} holds a run whose {key} is {old}, and the recipe says {new}{more}: take {old} again, give another "
+            "folder by --out, or --no-resume to set that run aside and begin anew"
         )
 
 

@@ -1,5 +1,6 @@
 """One run of a training verb, which differs from another verb's by what `Verb` and `Text` hold alone."""
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ from switchcli.train.objective import Objective
 from switchcli.train.optimizer import Optimizer
 from switchcli.train.recovery import Recovery
 from switchcli.train.run_folder import RunFolder
-from switchcli.train.saver import DATA, TEXT, Saver, preflight
+from switchcli.train.saver import DATA, EVALUATION, TEXT, Saver, preflight
 from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec
 from switchcli.train.state import HELD_OUT, TrainState
 
@@ -109,7 +110,7 @@ class Training:
         documents = {
             "recipe.yaml": dump(recipe).encode(),
             "tokenizer.json": self.text.tokenizer.to_json().encode(),
-            DATA: json.dumps({TEXT: self.text.identity, **verb.identity}).encode(),
+            DATA: json.dumps({TEXT: self.text.identity, **verb.identity, **self._evaluation()}).encode(),
         }
         former = self.text.former_identity
         self.saver = Saver(folder.checkpoints, weights, self.optimizer, runtime, documents, kept, former_text=former)
@@ -127,6 +128,13 @@ class Training:
             runtime.compile(self.model)
         if recipe.train.activation_checkpointing == "blocks":
             recompute_blocks(self.model)
+
+    def _evaluation(self) -> dict[str, str]:
+        """The identity of the tasks' examples. Held-out text is a part of the text's own identity."""
+        if not self.text.exams:
+            return {}
+        examples = [(exam.task.name, exam.examples) for exam in self.text.exams]
+        return {EVALUATION: hashlib.sha256(repr(examples).encode("utf-8", "surrogatepass")).hexdigest()}
 
     def _check_steps(self) -> None:
         done, steps = self.state.step, self.recipe.train.steps

@@ -29,6 +29,9 @@ from switchcli.train.state import TrainState
 DATA = "data.json"
 """The document that identifies the text, and a teacher: a run goes on with those that it began with, or not at all."""
 TEXT = "tokens_sha256"
+EVALUATION = "evaluation_sha256"
+"""The examples that a run is scored on: the best checkpoint compares scores of all its starts. Not in checkpoints of
+versions up to 0.1, which are accepted without it."""
 _LOST_SECONDS: Final = 2
 """How long a save under way is waited for when a rank is lost: what it still has to hear of that one never comes."""
 
@@ -187,8 +190,14 @@ class Saver:
             before = dict(json.loads(found.document(DATA)))
         if self._former_text is not None and before.get(TEXT) == self._former_text:
             before[TEXT] = now[TEXT]
+        if EVALUATION in now:
+            before.setdefault(EVALUATION, now[EVALUATION])
         if before != now:
-            what = "on other text" if before.get(TEXT) != now[TEXT] else "by another teacher"
+            what = "by another teacher"
+            if before.get(TEXT) != now[TEXT]:
+                what = "on other text"
+            elif before.get(EVALUATION) != now.get(EVALUATION):
+                what = "and scored on other examples of its tasks"
             raise CheckpointError(
                 f"{found.path} was trained {what} than the recipe gives now: bring that back, give another folder by "
                 "--out, or --no-resume to set this run aside and begin anew"

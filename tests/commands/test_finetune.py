@@ -345,3 +345,45 @@ def test_a_key_of_a_schedule_leaves_its_kind(trained: Path, tuning: str, switchc
     assert done.code == 0, done.err
     schedule = json.loads(done.out)["recipe"]["schedule"]
     assert (schedule["kind"], schedule["learning_rate"]) == ("constant", 0.02)
+
+
+@pytest.mark.parametrize("key", ["eval.sequences", "eval.capacity", "scoring.examples", "scoring.decoding.beams"])
+def test_what_the_best_checkpoint_is_chosen_by_does_not_change_within_a_run(
+    key: str, trained: Path, tuning: str, switchcli: SwitchCLI
+) -> None:
+    command = ("finetune", tuning, "--model", trained, "--out", "a")
+    assert switchcli(*command, "train.steps=2").code == 0
+    refused = switchcli(*command, "train.steps=3", f"{key}=3")
+    assert refused.code == 2
+    assert key in refused.err
+    assert "again" in refused.err
+    assert "--no-resume" in refused.err
+    free = ("eval.every_steps=2", "scoring.draws=10", "log.every_steps=1", "checkpoint.keep_last=1")
+    assert switchcli(*command, "train.steps=3", *free).code == 0
+
+
+def test_a_run_is_not_resumed_with_other_examples_to_score(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    command = ("finetune", tuning, "--model", trained, "--out", "a")
+    assert switchcli(*command, "train.steps=2").code == 0
+    path = Path("colour.validation.jsonl")
+    rows = path.read_text()
+    path.write_text("".join(rows.splitlines(keepends=True)[:-1]))
+    refused = switchcli(*command, "train.steps=3")
+    assert refused.code == 4
+    assert "examples" in refused.err
+    path.write_text(rows)
+    assert switchcli(*command, "train.steps=3").code == 0
+
+
+def test_a_run_whose_checkpoints_do_not_know_their_examples_is_resumed(
+    trained: Path, tuning: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions up to 0.1 wrote such checkpoints."""
+    from switchcli.commands.training import Training
+
+    command = ("finetune", tuning, "--model", trained, "--out", "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_evaluation", lambda self: {})
+        assert switchcli(*command, "train.steps=2").code == 0
+    done = switchcli(*command, "train.steps=3")
+    assert done.code == 0, done.err

@@ -245,23 +245,21 @@ def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switch
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_a_stream_goes_on_with_its_own_files_alone_however_much_it_is_evaluated_on(
-    recipe: str, text: Path, switchcli: SwitchCLI
-) -> None:
+def test_a_stream_goes_on_with_its_own_files_alone(recipe: str, text: Path, switchcli: SwitchCLI) -> None:
     Path("texts").mkdir()
     Path("texts/a.txt").write_text(text.read_text())
     corpora = "data.corpora=[{kind: files, paths: ['texts/*.txt'], sample_by: line}]"
     command = ("pretrain", *stream((recipe, corpora)), "--out", "run")
     assert switchcli(*command, "train.steps=2").code == 0
-    done = switchcli(*command, "train.steps=3", "eval.sequences=3")
+    done = switchcli(*command, "train.steps=3")
     assert done.code == 0, done.err
     assert "going on from step 2 of 3" in done.err
     Path("texts/b.txt").write_text("another line of text\n" * 50)
-    refused = switchcli(*command, "train.steps=4", "eval.sequences=3")
+    refused = switchcli(*command, "train.steps=4")
     assert refused.code == 4
     assert "was trained on other text than the recipe gives now: bring that back, " in refused.err
     Path("texts/b.txt").unlink()
-    assert switchcli(*command, "train.steps=4", "eval.sequences=3").code == 0
+    assert switchcli(*command, "train.steps=4").code == 0
 
 
 @pytest.fixture
