@@ -12,6 +12,7 @@ import typer
 from switchcli import __version__, startup
 from switchcli.commands import checkpoints, data, ending, recipes, reports
 from switchcli.commands.arguments import (
+    CheckedGroup,
     Checkpoint,
     DryRun,
     Json,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from switchcli.recipe.training import TrainingRecipe
 
 app = typer.Typer(
+    cls=CheckedGroup,
     help="Train Switch Transformers (Fedus, Zoph, Shazeer 2021) in PyTorch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

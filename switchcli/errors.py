@@ -14,11 +14,19 @@ from typing import ClassVar, Final
 
 
 class SwitchError(Exception):
-    """A failure that the user is told about in one line, without a traceback."""
+    """A failure that the user is told about in one line, without a traceback; with several arguments, in several."""
 
     exit_code: int = 1
     on_every_rank: ClassVar[bool] = False
     """All ranks raise it together, so that one of them says it."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Lines of the message. A line break within one came from a name or a value; it is printed as an escape."""
+        return tuple(map(str, self.args))
 
 
 class OutOfMemory(SwitchError):

@@ -1,4 +1,4 @@
-"""What every room may know: Spec, the base of every setting, and the two tokens that text and model agree on.
+"""What every room may know: Spec, the base of every setting, Place, the type of paths and URLs, and T5's two tokens.
 
 A Spec is a frozen pydantic value that refuses unknown keys.
 
@@ -6,14 +6,31 @@ A choice among several is a union of specs told apart by their `kind`; the spec 
 a call), so that YAML validates straight into the object that is used.
 """
 
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from switchcli import credentials
 
 PAD: Final = 0
 """T5: the padding token, and the token that starts the decoder."""
 EOS: Final = 1
 """T5: the token that ends inputs and targets."""
+
+
+def check_place(place: str) -> str:
+    """Return `place`. Raises ValueError for what names no place, and for one that holds credentials."""
+    if not place:
+        raise ValueError("is empty: name a file, a folder or a URL")
+    if "\0" in place:
+        raise ValueError("holds a NUL character, which no path can hold: remove it")
+    if found := credentials.problem(place):
+        raise ValueError(f"holds {found}: {credentials.FIX}")
+    return place
+
+
+Place = Annotated[str, AfterValidator(check_place)]
+"""A path, a URL, a glob of either, or the name of a repository. Credentials in it are refused: recipes are saved."""
 
 
 class Spec(BaseModel):
@@ -27,4 +44,5 @@ class Spec(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         use_attribute_docstrings=True,
+        hide_input_in_errors=True,
     )

@@ -26,6 +26,8 @@ class Room(NamedTuple):
 
 ROOMS = {
     "__init__": Room(0),
+    "credentials": Room(-1),
+    "user_files": Room(-1),
     "errors": Room(0),
     "publish": Room(0),
     "startup": Room(0),

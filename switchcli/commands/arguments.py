@@ -1,9 +1,17 @@
-"""Arguments and options that several verbs have, with their help."""
+"""Arguments and options that several verbs have, with their help; and what is checked of those of every verb."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final, cast
 
 import typer
+from typer.core import TyperGroup
+
+from switchcli import credentials
+from switchcli.errors import RecipeError
+from switchcli.report.text import one_line
 
 A_CHECKPOINT = "A run's folder, one checkpoint's, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
@@ -34,3 +42,69 @@ Processes = Annotated[int, typer.Option(min=1, help="Ranks to start on this mach
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the recipe comes to, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+
+_TEXTS: Final = "texts"
+"""The parameter that holds a model's input. All others may name a place."""
+_OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
+_USAGE_ERROR: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""The base class of errors in the syntax of a command line, which typer does not export."""
+
+
+class CheckedGroup(TyperGroup):
+    """The root of the command line. Each value of each option and argument of its commands, old and new, is checked.
+
+    Empty values and credentials are refused; messages about wrong usage, which repeat what was typed, are one line.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        _check_values_of(self)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _plain_usage_errors():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _plain_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        error.message = one_line(error.message)
+        raise
+
+
+def _check_values_of(command: Any) -> None:
+    """Let the parameters of a command, and of those below it, refuse values as `CheckedGroup` says."""
+    for inner in command.commands.values() if isinstance(command, TyperGroup) else ():
+        _check_values_of(inner)
+    for parameter in command.params:
+        if parameter.name != _TEXTS:
+            parameter.callback = _checked(parameter.callback)
+
+
+def _checked(then: Any) -> Any:
+    def check(context: Any, parameter: Any, value: Any) -> Any:
+        name = next((one for one in parameter.opts if one.startswith("--")), parameter.name.upper())
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, str | Path):
+                _check_value(name, str(one))
+        return value if then is None else then(context, parameter, value)
+
+    return check
+
+
+def _check_value(name: str, value: str) -> None:
+    """Raise RecipeError for a value that is empty or holds credentials."""
+    if override := _OVERRIDE.match(value):
+        name, value = override[0].removesuffix("="), value.removeprefix(override[0])
+        if value[:1] in ("", "[", "{"):  # for the recipe's schema to judge
+            return
+    if not value:
+        raise RecipeError(f"{name}: is empty: give a value, or leave it out")
+    if found := credentials.problem(value):
+        raise RecipeError(f"{name}: holds {found}: {credentials.FIX}")

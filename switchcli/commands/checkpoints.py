@@ -76,7 +76,9 @@ def upcycle(
 
         options = upcycle.Options(experts, gate, noise, seed)
         result = upcycle.upcycle(dense, destination, overrides or [], options, ending.warn)
-        Console(quiet=quiet).message(upcycle.said(result))
+        console = Console(quiet=quiet)
+        for line in upcycle.said(result):
+            console.message(line)
         if as_json:
             print_json(result)
 

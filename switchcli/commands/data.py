@@ -10,7 +10,7 @@ from switchcli.commands import ending
 from switchcli.commands.arguments import Json, Overrides, Quiet, Recipe
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
-from switchcli.report.text import safe_text
+from switchcli.report.text import one_line
 
 app = typer.Typer(help="What a run reads: text as ids, and tokenizers.", no_args_is_help=True)
 tokenizer = typer.Typer(help="Train a tokenizer, look at one, compare some.", no_args_is_help=True)
@@ -77,7 +77,7 @@ def train(
             print_json(found)
         else:
             tokenizers.show(found)
-            typer.echo(safe_text(f"\nin a recipe: data.tokenizer={{kind: file, path: {out}}}"))
+            typer.echo(f"\n{one_line(f'in a recipe: data.tokenizer={{kind: file, path: {out}}}')}")
 
 
 @tokenizer.command()

@@ -84,7 +84,7 @@ def resolved(
         overrides.append(f"distill.baseline={json.dumps(_figure(options.baseline))}")
 
     spec, student = dense(teacher.recipe.model), None
-    path = resolve.stated(tree, STUDENT)
+    path = resolve.stated_place(tree, STUDENT)
     if options.student in SIZES:
         if path is not None:
             raise RecipeError(
@@ -140,7 +140,7 @@ def _check_said_once(options: Options, typed: Node) -> None:
 
 
 def _said(option: str | None, tree: Node, key: str, way_out: str) -> str:
-    said = option or resolve.stated(tree, key)
+    said = option or resolve.stated_place(tree, key)
     if not isinstance(said, str):
         raise RecipeError(f"{key}: missing: {way_out}")
     return said

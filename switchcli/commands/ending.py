@@ -17,6 +17,7 @@ from switchcli.parallel.signals import stopping
 from switchcli.parallel.watch import Watch
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
+from switchcli.report.text import one_line
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
 AGAIN_SECONDS = 1.0
@@ -137,14 +138,19 @@ def leave_with(code: int) -> NoReturn:
 
 def leave(error: SwitchError) -> NoReturn:
     """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
-    rank, words = os.environ.get("RANK", "0"), str(error)
+    rank, lines = os.environ.get("RANK", "0"), [*map(one_line, error.lines)]
     if isinstance(error, LostRank):
-        words = f"{error}, {where(error)}: run the same command again to go on from the last save"
+        lines = [one_line(f"{error}, {where(error)}: run the same command again to go on from the last save")]
+    words = "\n".join(lines)
     launched = report(error, words)  # then it says that all were stopped, or one is lost
     if not (launched and isinstance(error, (Interrupted, LostRank))) and (rank == "0" or not error.on_every_rank):
-        say = Console().message if isinstance(error, Interrupted) else Console().error
         own = rank != "0" or (is_rank() and isinstance(error, OutOfMemory))
-        say(f"rank {rank}: {words}" if own and not isinstance(error, LostRank) else words)
+        if own and not isinstance(error, LostRank):
+            lines[0] = f"rank {rank}: {lines[0]}"
+        if isinstance(error, Interrupted):
+            Console().message(words)
+        else:
+            Console().error(*lines)
     if "--json" in sys.argv and rank == "0" and not launched:
         with suppress(OSError):  # the exit code must not change because stdout is gone
             print_json({"error": words, "exit_code": error.exit_code})

@@ -204,7 +204,8 @@ def show(evaluation: Evaluation) -> None:
     console = Console(stream=sys.stdout)
     for one in evaluation.passes:
         counted = ", ".join(f"{what} {capacity}" for what, capacity in one.capacity.items())
-        console.message(f"\ncapacity: {counted}", "bold")
+        console.message()
+        console.message(f"capacity: {counted}", "bold")
         if one.scores:
             show_scores(console, one.scores)
         texts = one.held_out.texts

@@ -1,7 +1,6 @@
 """A new folder where the user says, whole or not at all: what the verbs share that make a checkpoint of another."""
 
 import errno
-import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from switchcli.errors import CheckpointError, disk_errors
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe
 from switchcli.recipe.training import TrainingRecipe
+from switchcli.report.text import shell_words
 from switchcli.train import checkpoint, tensor_file
 from switchcli.train.saver import DATA, logical_tensors
 from switchcli.train.spec import StartSpec
@@ -88,10 +88,10 @@ def going_on(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
 
 def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:
     """What a user would run next: to train it further, or to ask it where its verb has no start."""
-    file = shlex.quote(str(checkpoint / "recipe.yaml"))
+    file = shell_words(checkpoint / "recipe.yaml")
     if isinstance(recipe, PretrainRecipe | FinetuneRecipe):
         return f"{recipe.verb} {file} --out FOLDER"
-    return f"eval {shlex.quote(str(checkpoint))}"
+    return f"eval {shell_words(checkpoint)}"
 
 
 def data_of(opened: Opened) -> dict[str, bytes]:

@@ -107,7 +107,8 @@ def show(result: Mapping[str, Any]) -> None:
             for name, one in layers
         ),
     )
-    console.message(f"\nNext: {program()} {result['next']}")
+    console.message()
+    console.message(f"Next: {program()} {result['next']}")
 
 
 def _check(spec: ModelSpec, path: Path, experts: int, warn: Callable[[str], None]) -> None:

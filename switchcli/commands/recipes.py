@@ -10,7 +10,7 @@ from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe import library, text
 from switchcli.report.output import print_json
-from switchcli.report.text import safe_text
+from switchcli.report.text import one_line
 
 app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
 
@@ -61,7 +61,7 @@ def copy(
     if as_json:
         print_json({"name": name, "file": str(target)})
     else:
-        typer.echo(safe_text(str(target)))
+        typer.echo(one_line(str(target)))
 
 
 @app.command()
@@ -77,7 +77,7 @@ def validate(
         for file in (file for file, found in errors.items() if not found):
             typer.echo(f"{text.name_of(file)}: ok")
     if broken := [line for found in errors.values() for line in found]:
-        raise RecipeError("\n".join(broken))
+        raise RecipeError(*broken)
 
 
 @app.command()
@@ -107,5 +107,5 @@ def _errors(file: str) -> list[str]:
     try:
         standing_alone(file)
     except RecipeError as error:
-        return str(error).splitlines()
+        return [one_line(line) for line in error.lines]
     return []

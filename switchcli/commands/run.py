@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
+from switchcli.report.text import shell_words
 from switchcli.spec import Spec
 from switchcli.train import checkpoint
 from switchcli.train.lock import lock
@@ -118,8 +118,8 @@ def program() -> str:
     if found and (not script.exists() or script.samefile(found)):
         return "switchcli"
     if not script.exists():
-        return shlex.join([sys.executable, "-m", "switchcli"])
-    return shlex.quote(str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script))
+        return shell_words(sys.executable, "-m", "switchcli")
+    return shell_words(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def resolved(
     """
     tree = resolve.load(name, overrides)
     resolve.check_verb(tree, schema)
-    said = model or resolve.stated(tree, KEY)
+    said = model or resolve.stated_place(tree, KEY)
     if said is None and not schema.model_fields["start"].is_required():
         return Starting(resolve.validate(tree, schema), None)
     if not isinstance(said, str):

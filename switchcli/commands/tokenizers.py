@@ -14,7 +14,7 @@ from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.interop.tokenizer import find
 from switchcli.report.console import Console
-from switchcli.report.text import safe_text
+from switchcli.report.text import one_line
 
 _TABLES: Final = (
     ("Tokens a byte of text", "tokens_per_byte", ".4f"),
@@ -63,13 +63,9 @@ def cut(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
 
 def show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
     for one in texts:
-        typer.echo(f"\n{_line(one['text'])}")
-        typer.echo(f"pieces  {' '.join(map(_line, one['pieces']))}")
+        typer.echo(f"\n{one_line(one['text'])}")
+        typer.echo(f"pieces  {' '.join(map(one_line, one['pieces']))}")
         typer.echo(f"ids     {' '.join(map(str, one['ids']))}")
-
-
-def _line(text: str) -> str:
-    return safe_text(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class Row(NamedTuple):

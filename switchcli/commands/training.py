@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +31,7 @@ from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.console import Training as Shown
 from switchcli.report.sinks import JsonLines
-from switchcli.report.text import shortened
+from switchcli.report.text import shell_words, shortened
 from switchcli.tasks.scores import Scores
 from switchcli.train import checkpoint
 from switchcli.train.hooks import HeldOut, Log, Record, Sample, Save
@@ -372,16 +371,17 @@ class Training:
             console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
         self.verb.show(result)
         out, switchcli = self.folder.path, program()
-        console.message(f"\n{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
+        console.message()
+        console.message(f"{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
         verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"
         ranks = ["--processes", str(self.runtime.world)] if self.runtime.world > 1 else []
-        again = shlex.join([verb, str(out / "recipe.yaml"), steps, "--out", str(out), *ranks])
+        again = shell_words(verb, out / "recipe.yaml", steps, "--out", out, *ranks)
         asked = "The <extra_id_0> of a list is its <extra_id_1>."
         if scores:
             asked = min((example.input for example in self.text.exams[0].examples), key=len)
-        console.message(f"  {switchcli} {shlex.join(['generate', str(out), shortened(asked, 60)])}")
+        console.message(f"  {switchcli} {shell_words('generate', out, shortened(asked, 60))}")
         if scores:
-            console.message(f"  {switchcli} {shlex.join(['eval', str(self._best() or out)])}")
+            console.message(f"  {switchcli} {shell_words('eval', self._best() or out)}")
         console.message(f"  {switchcli} {again}")
 
     def _best(self) -> Path | None:

@@ -80,15 +80,15 @@ def upcycle(
     }
 
 
-def said(result: dict[str, Any]) -> str:
-    """What was done, for people: a line, and one for each stack."""
+def said(result: dict[str, Any]) -> list[str]:
+    """Lines that say what was done: one of the whole, one of each stack, and the next command."""
     lines = [f"{result['parameters']:,} parameters in {result['destination']}"]
     for stack, one in result["corrections"].items():
         layers = sum(layer.startswith(stack) for layer in result["layers"])
         begins = "as the dense model, where no token is dropped" if one["exact"] else "otherwise than the dense model"
         factors = f"wo times {one['wo']:g}, fresh routers times {one['router']:g}"
         lines.append(f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {begins}")
-    return "\n".join([*lines, f"Next: {program()} {result['next']}"])
+    return [*lines, f"Next: {program()} {result['next']}"]
 
 
 def with_experts(opened: Opened, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:

@@ -23,6 +23,7 @@ from switchcli.data.python_stdlib import PythonStdlib
 from switchcli.data.refusals import reason, refusals
 from switchcli.data.rows import Row, TextRows
 from switchcli.errors import DataError
+from switchcli.spec import Place
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -36,12 +37,12 @@ class Hub(TextRows):
     """A dataset of the Hugging Face hub, or a folder of data files, as it comes: no copy is kept, no code is run."""
 
     kind: Literal["hub"] = "hub"
-    path: str
+    path: Place
     """Its name, such as `allenai/c4`, or a folder here."""
     name: str | None = None
     """The subset, such as `en`."""
     split: str = "train"
-    data_files: str | tuple[str, ...] | None = None
+    data_files: Place | tuple[Place, ...] | None = None
     """Files of it, or globs, in place of a subset: `en/*.json.gz`."""
     revision: str | None = None
     """A commit or tag. Without one, what is there on the day."""

@@ -4,14 +4,13 @@ Its pieces are ranges of bytes of a large file, or several small files, so that 
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from itertools import chain, islice
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from switchcli.data import parquet
 from switchcli.data.digests import Digests
@@ -20,6 +19,7 @@ from switchcli.data.lines import Line, Span, decode, lines, paragraphs
 from switchcli.data.paths import File, fingerprint, former_fingerprint, matches
 from switchcli.data.rows import Row, TextRows, Unreadable
 from switchcli.errors import DataError
+from switchcli.spec import Place
 
 PIECE_BYTES: Final = 2**26
 _JSON = (".json", ".jsonl")
@@ -30,16 +30,10 @@ class Files(TextRows):
     """Text or JSON Lines (.json, .jsonl), either compressed (.gz, .bz2, .xz, .zst) or not; or Parquet (.parquet)."""
 
     kind: Literal["files"] = "files"
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    paths: Annotated[tuple[Place, ...], Field(min_length=1)]
     """Files, URLs (s3://, gs://, hf://datasets/...) or globs of them (`**` goes down), from the current folder."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
     """What a document is in a text file; paragraphs are parted by blank lines. The unit that is held out."""
-
-    @model_validator(mode="after")
-    def _no_password(self) -> Self:
-        if any(re.search(r"://[^/]*:[^/]*@", path) for path in self.paths):
-            raise ValueError("paths: a URL has a password, which a run's recipe.yaml would keep: name the host alone")
-        return self
 
     def pieces(self) -> tuple[Piece, ...]:
         """In the order of `paths`, each glob's files by name. Raises DataError for no match and for a folder."""

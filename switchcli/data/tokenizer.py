@@ -25,7 +25,7 @@ from switchcli.data.sample import sample
 from switchcli.data.sentencepiece import read_model
 from switchcli.data.vocabulary import BYTES, NUM_SENTINELS, Size, sentinel, train_unigram
 from switchcli.errors import DataError
-from switchcli.spec import EOS, PAD, Spec
+from switchcli.spec import EOS, PAD, Place, Spec
 
 _MAX_BYTES: Final = 2**28
 """Of a file: the largest vocabularies have some 2^25."""
@@ -209,7 +209,7 @@ class TokenizerFile(Spec):
     """A `tokenizer.json` in T5's layout, or SentencePiece's `spiece.model` of a Unigram model, whatever its name."""
 
     kind: Literal["file"] = "file"
-    path: str
+    path: Place
 
     def fingerprint(self) -> str:
         return f"file {hashlib.sha256(read_file(Path(self.path), _PATH)).hexdigest()}"
@@ -223,7 +223,7 @@ class HubTokenizer(Spec):
     """The `tokenizer.json`, or else the `spiece.model`, of a repository of the hub, such as `google-t5/t5-base`."""
 
     kind: Literal["hub"] = "hub"
-    path: str
+    path: Place
     revision: str = "main"
     """A commit or tag. With a branch, what was first read stays in the cache."""
 

@@ -2,7 +2,7 @@
 
 A spec's own rule is the ValueError of its validator. When its message starts with a key of that spec, as in
 "steps (0) must be ...", the line is that key's; when the recipe leaves that key out, the line is that of the first
-dotted key in the message which it states. A message of several lines is several rules.
+dotted key in the message which it states. An error of several arguments is several rules.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from switchcli import credentials
 from switchcli.recipe.text import Node, name_of
 
 Keys = tuple[str | int, ...]
@@ -82,6 +83,8 @@ def got(value: Any) -> str:
         return "a list"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and credentials.problem(value):
+        return credentials.HIDDEN
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
@@ -90,7 +93,7 @@ def _explained(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> It
     place = _find(schema, details["loc"])
     path, kind = place.path, details["type"]
     if kind == "value_error":
-        yield from _own_rules(str(details["ctx"]["error"]), place, tree)
+        yield from _own_rules(details["ctx"]["error"].args, place, tree)
         return
     if kind == "extra_forbidden":
         rule = _unknown_key(_find(schema, details["loc"][:-1]), str(path[-1]), schema)
@@ -102,9 +105,9 @@ def _explained(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> It
     yield path, f"{_where(tree, path)}: {dotted(path)}: {rule}"
 
 
-def _own_rules(message: str, place: _Place, tree: Node) -> Iterator[tuple[Keys, str]]:
+def _own_rules(rules: Sequence[str], place: _Place, tree: Node) -> Iterator[tuple[Keys, str]]:
     fields = {name for model in place.models for name in model.model_fields}
-    for rule in message.split("\n"):
+    for rule in rules:
         named = [tuple(keys.split(".")) for keys in re.findall(r"^[a-z_]\w*(?:\.\w+)*|\b[a-z_]\w*+(?:\.\w+)+", rule)]
         about = [(*place.path, *keys) for keys in named if keys[0] in fields]
         starts_with_key = bool(about) and rule.startswith(dotted(about[0][len(place.path) :]))

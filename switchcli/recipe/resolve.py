@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from switchcli import credentials
 from switchcli.errors import RecipeError
 from switchcli.recipe import explain, library, sizes, text
 from switchcli.recipe.text import Node
-from switchcli.spec import Spec
+from switchcli.spec import Spec, check_place
 
 S = TypeVar("S", bound=Spec)
 
@@ -87,7 +88,7 @@ def validate(tree: Node, schema: type[S]) -> S:
     except ValidationError as error:
         problems += explain.lines(error, tree, schema)
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError(*problems)
     return value
 
 
@@ -142,6 +143,21 @@ def stated(tree: Node, dotted: str) -> Any:
             return None
         tree = value
     return text.plain(tree)
+
+
+def stated_place(tree: Node, dotted: str) -> Any:
+    """The path that `tree` states for a key, None where it states none; for keys that are read before `validate`.
+
+    Raises:
+        RecipeError: it is none, as `switchcli.spec.Place` says.
+    """
+    place = stated(tree, dotted)
+    if isinstance(place, str):
+        try:
+            check_place(place)
+        except ValueError as error:
+            raise RecipeError(f"{dotted}: {error}") from error
+    return place
 
 
 def layer(values: Mapping[str, Any], where: str) -> Node:
@@ -209,8 +225,9 @@ def _overridden(tree: Node, overrides: Sequence[str]) -> Node:
 
 
 def _override(override: str) -> tuple[tuple[str, ...], Node]:
-    where = f"override {override!r}"
     dotted, separator, value = override.partition("=")
+    said = f"{dotted}={credentials.HIDDEN}" if credentials.problem(value) else credentials.redacted(override)
+    where = f"override {said!r}"
     path = tuple(dotted.split("."))
     if not separator or not all(path):
         raise RecipeError(f"{where}: must be KEY=VALUE with a dotted key, such as train.steps=1000")

@@ -169,7 +169,7 @@ class EvalRecipe(Spec):
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         if broken := [*names_twice(self.tasks)]:
-            raise ValueError("\n".join(broken))
+            raise ValueError(*broken)
         return self
 
 

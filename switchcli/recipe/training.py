@@ -61,7 +61,7 @@ class TrainingRecipe(Spec, ABC):
             self._own_rules,
         )
         if broken := [line for rule in rules for line in rule()]:
-            raise ValueError("\n".join(broken))
+            raise ValueError(*broken)
         return self
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """The console: what a person sees while a run goes on, on one stream (stderr unless told otherwise).
 
 In a terminal there are colours and a live bar; elsewhere plain lines only. It gets numbers and text, never tensors,
-and keeps nothing: the metrics file does (`switchcli.report.sinks`). Text goes through `safe_text` and
-`rich.text.Text`, never through markup.
+and keeps nothing: the metrics file does (`switchcli.report.sinks`). Each text is one line: it goes through `one_line`
+and `rich.text.Text`, never through markup.
 """
 
 import math
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from switchcli.report.text import safe_text, shortened
+from switchcli.report.text import one_line, shortened
 from switchcli.report.units import clock, number, si
 
 T = TypeVar("T")
@@ -112,8 +112,8 @@ class Console:
             redirect_stdout=False,  # results go to stdout while the bar is on stderr
         )
 
-    def message(self, text: str, style: str = "") -> None:
-        """One line, or several, of plain text."""
+    def message(self, text: str = "", style: str = "") -> None:
+        """Print one line of plain text; line breaks in it are printed as escapes."""
         if not self._quiet:
             self._print(text, style)
 
@@ -121,9 +121,10 @@ class Console:
         """An alarm in words; shown even when quiet."""
         self._print(f"warning: {text}", "yellow")
 
-    def error(self, text: str) -> None:
-        """Why the run ends; shown even when quiet."""
-        self._print(f"error: {text}", "bold red")
+    def error(self, *lines: str) -> None:
+        """Print why the run ends; shown even when quiet."""
+        for place, line in enumerate(lines):
+            self._print(line if place else f"error: {line}", "bold red")
 
     def track(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yields the items and shows how many have passed: a bar, or a line every half minute.
@@ -191,7 +192,7 @@ class Console:
         grid.add_column(justify="right", overflow="fold")
         for name, value in rows.items():
             grid.add_row(_text(name), _text(value if isinstance(value, str) else number(value)))
-        self._print(f"\n{title}", "bold")
+        self._title(title)
         self._rich.print(grid)
 
     def rows(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
@@ -204,7 +205,7 @@ class Console:
         grid.add_row(*(_text(heading, "dim") for heading in headings))
         for row in rows:
             grid.add_row(*map(_text, row))
-        self._print(f"\n{title}", "bold")
+        self._title(title)
         self._rich.print(grid)
         if caption:
             self._rich.print(_text(caption, "dim"))
@@ -221,6 +222,10 @@ class Console:
         self._rich.print()
         self._rich.print(grid)
 
+    def _title(self, title: str) -> None:
+        self._rich.print()
+        self._print(title, "bold")
+
     def _print(self, text: str, style: str) -> None:
         self._rich.print(_text(text, style), soft_wrap=True)
 
@@ -230,12 +235,12 @@ class Console:
 
         def reach(count: int, said: str | None = None) -> None:
             if self._live:
-                self._progress.update(task, completed=count, description=None if said is None else safe_text(said))
+                self._progress.update(task, completed=count, description=None if said is None else one_line(said))
 
         if not self._live:
             yield reach
             return
-        task = self._progress.add_task(safe_text(description), total=total, completed=first)
+        task = self._progress.add_task(one_line(description), total=total, completed=first)
         self._progress.start()
         try:
             yield reach
@@ -297,4 +302,4 @@ def _step(steps: int, metrics: Mapping[str, float]) -> str:
 
 
 def _text(text: str, style: str = "") -> Text:
-    return Text(safe_text(text), style)
+    return Text(one_line(text), style)

@@ -6,7 +6,7 @@ from typing import Any
 
 from switchcli.report.figures import shown_layer
 from switchcli.report.html import HtmlTable
-from switchcli.report.text import safe_text
+from switchcli.report.text import one_line
 from switchcli.report.units import si
 
 ROWS = 16
@@ -163,7 +163,7 @@ def _pieces(listed: Sequence[Mapping[str, Any]]) -> str:
 
 def shown(piece: str) -> str:
     """A piece of a vocabulary on one line, many spaces as their number."""
-    line = safe_text(piece).replace("\n", "\\n").replace("\t", "\\t").replace("<pad>", "(start)")
+    line = one_line(piece).replace("<pad>", "(start)")
     return re.sub(f"{SPACE}{{4,}}", lambda found: f"{SPACE}\N{MULTIPLICATION SIGN}{len(found[0])}", line)
 
 

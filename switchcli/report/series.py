@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.report.runs import Curve, Floats, Run
-from switchcli.report.text import safe_text
+from switchcli.report.text import one_line
 
 OF_NO_FIGURE = (
     *("description", "log", "checkpoint"),
@@ -173,8 +173,8 @@ def _extremes(values: Floats, stretch: NDArray[np.int64]) -> tuple[int, int]:
 
 def _names(runs: Sequence[Run]) -> dict[str, str]:
     """The last part of each folder's name, or the whole where two end alike."""
-    last = {run.name: safe_text(Path(run.name).name or run.name) for run in runs}
-    return last if len(set(last.values())) == len(last) else {name: safe_text(name) for name in last}
+    last = {run.name: one_line(Path(run.name).name or run.name) for run in runs}
+    return last if len(set(last.values())) == len(last) else {name: one_line(name) for name in last}
 
 
 def _stem(names: Sequence[str]) -> str:

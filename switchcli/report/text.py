@@ -1,9 +1,12 @@
-"""safe_text: text from data or from a model, made harmless for a terminal.
+"""Make text harmless for a terminal: `safe_text` keeps line breaks, `one_line` does not.
 
-It does not escape rich markup: wrap the result in `rich.text.Text`, which reads none. HTML is escaped elsewhere.
+Neither escapes rich markup: wrap the result in `rich.text.Text`, which reads none. HTML is escaped elsewhere.
 """
 
 import re
+import shlex
+
+from switchcli import credentials
 
 _UNSAFE = re.compile(
     "["
@@ -18,6 +21,35 @@ _UNSAFE = re.compile(
 def safe_text(text: str) -> str:
     """`text` with control characters (but newline and tab), bidirectional controls and lone surrogates as escapes."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_BREAKS = re.compile("[\n\t\u2028\u2029]")
+
+
+def one_line(text: str) -> str:
+    """Return `text` as part of one line of output: as `safe_text`, with line breaks and tabs as escapes too.
+
+    A path or a value that a user gave can then not forge a line of its own. Credentials of URLs are left out.
+    """
+    escaped = _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), safe_text(text))
+    return credentials.redacted(escaped)
+
+
+def shell_word(text: str) -> str:
+    """Return `text` quoted for a shell, in one line: what is not printable as in `$'a\\nb'`."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(one if one.isprintable() else _shell_escape(one) for one in escaped) + "'"
+
+
+def shell_words(*words: object) -> str:
+    """Return the words of a command, each quoted for a shell."""
+    return " ".join(shell_word(str(word)) for word in words)
+
+
+def _shell_escape(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def capital(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from switchcli.data.mixture import MixtureSpec, Proportional
-from switchcli.spec import Spec
+from switchcli.spec import Place, Spec
 from switchcli.tasks.library import COUNT_RIGHT_ANSWERS, METRICS, NEEDS_LABELS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
 from switchcli.tasks.task import Example, Files, Purpose, Row, Task
@@ -17,6 +17,7 @@ _FIELD = re.compile(r"\{(\w+)\}")
 _NAME = r"^[A-Za-z0-9_.-]+$"
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 """A list in YAML: what passes through a validator of ours has lost that it came from one."""
+Places = Annotated[tuple[Place, ...], Field(strict=False)]
 
 
 class Named(Spec):
@@ -52,10 +53,10 @@ class Own(Spec):
     kind: Literal["files"] = "files"
     name: str = Field(pattern=_NAME)
     """Letters, digits, `_`, `-` and `.`: it names files and figures."""
-    train: Texts = ()
+    train: Places = ()
     """Files or globs, from the current folder."""
-    validation: Texts = ()
-    test: Texts = ()
+    validation: Places = ()
+    test: Places = ()
     input: str
     """What the model reads, such as `classify: {text}`: each {field} is that field of a row."""
     target: str
@@ -119,7 +120,7 @@ class Own(Spec):
 class TaskDataSpec(Spec):
     """Where the rows of the tasks are, and how they become a batch."""
 
-    folder: str | None = None
+    folder: Place | None = None
     """A folder with `SET/SPLIT.jsonl` and the hub's columns, from the current folder; absent: the hub."""
     inputs_length: int = Field(default=512, ge=2)
     """Tokens of a row of inputs. Short examples share one; what is longer is cut at its end, and counted."""

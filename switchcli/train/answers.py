@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from switchcli import publish
 from switchcli.data.batch import Answers
 from switchcli.errors import CheckpointError, disk_errors
-from switchcli.spec import Spec
+from switchcli.spec import Place, Spec
 from switchcli.train.checkpoint import LEFTOVER, leftovers
 from switchcli.train.fsops import DISK
 
@@ -47,7 +47,7 @@ Facts = Mapping[str, str | int | float]
 class AnswersSpec(Spec):
     """Where a teacher's answers are kept, and how many of its probabilities."""
 
-    folder: str
+    folder: Place
     """Made if it is not there; what it lacks is asked of the teacher before training."""
     top_k: int = Field(default=64, ge=1)
     """Probabilities of each target; of all others their sum is kept. At most the vocabulary."""

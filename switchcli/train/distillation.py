@@ -24,7 +24,7 @@ from switchcli.model.layers import compute_dtype
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import Vocabulary
-from switchcli.spec import PAD, Spec
+from switchcli.spec import PAD, Place, Spec
 from switchcli.train.answers import AnswersSpec
 from switchcli.train.objective import (
     ChunkLoss,
@@ -41,7 +41,7 @@ NUM_SUMS = 4  # of a chunk: what is minimised, hard, soft, and how far the stude
 class DistillSpec(Spec):
     """Whose probabilities, and how much they count."""
 
-    teacher: str
+    teacher: Place
     """A run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout; `--teacher`."""
     soft_fraction: float = Field(default=0.25, ge=0.0, le=1.0)
     """f: 0.25 in the paper's best row of Table 6, 1 where it has no mixture; 0 is training without a teacher."""
@@ -55,7 +55,7 @@ class DistillSpec(Spec):
     """`training`: with its dropout and jitter, as in Mesh-TensorFlow; then by its training capacity."""
     answers: AnswersSpec | None = None
     """Absent: the teacher is asked in every step. Given: once, and its answers are kept on disk."""
-    baseline: float | str | None = None
+    baseline: float | Place | None = None
     """The dense model that student and teacher are compared with: its checkpoint, or its figure; `--baseline`."""
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from switchcli.model.inherit import FromTeacher
 from switchcli.model.routing import Policy
-from switchcli.spec import Spec
+from switchcli.spec import Place, Spec
 
 Precision = Literal["float32", "bfloat16", "selective"]
 
@@ -66,7 +66,7 @@ class TrainSpec(Spec):
 class StartSpec(Spec):
     """What a run begins with that does not begin from scratch."""
 
-    checkpoint: str
+    checkpoint: Place
     """A run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout; `--model`."""
     optimizer: Literal["carry", "reset"] = "carry"
     """Go on with the checkpoint's optimizer state, as T5 does, or with a new one. A converted checkpoint has none."""
@@ -82,7 +82,7 @@ class FromCheckpoint(Spec):
     """A student starts from one that is there."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    path: str
+    path: Place
     """A run's folder, one checkpoint's, or a folder in the Hugging Face layout; `--student`."""
 
 

@@ -37,7 +37,7 @@ class Model(Spec):
     @model_validator(mode="after")
     def _rules(self):
         if self.num_experts > 100 and self.d_ff < 10:
-            raise ValueError(f"d_ff ({self.d_ff}) is too small\nthe model is too wide")
+            raise ValueError(f"d_ff ({self.d_ff}) is too small", "the model is too wide")
         return self
 
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import attacks
@@ -18,9 +17,9 @@ import shown
 import torch
 from forked import Done, command
 
+from switchcli import credentials
+from switchcli.commands import ending, tokenizers, training
 from switchcli.commands import recipes as recipes_verb
-from switchcli.commands import tokenizers, training
-from switchcli.data import files as data_files
 from switchcli.data import tokenizer
 from switchcli.interop import config as configs
 from switchcli.interop import files as interop_files
@@ -80,7 +79,7 @@ UNPICKLE = [
     (np, "load", lambda path, **words: NP_LOAD(path, allow_pickle=True)),
 ]
 READS_RECIPES = (text, "_refuse", lambda source, where: None)
-SAYS = [(module, "safe_text", same) for module in (console, tokenizers, recipes_verb)]
+SAYS = [(module, "one_line", same) for module in (console, ending, recipes_verb, tokenizers)]
 GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] = {
     "no unpickling": (attacks.PICKLES, [name for name in attacks.PICKLES if name != "pytorch_model.bin"], UNPICKLE),
     "asking before": (
@@ -125,7 +124,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
         ["nothing for what is unknown", "rules that are none"],
         [(tokenizer, "_explained", unexplained)],
     ),
-    "safe_text": (
+    "one_line": (
         shown.TERMINALS,
         [
             "in text",
@@ -146,7 +145,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
     "no password": (
         shown.SECRETS,
         ["a password in a URL"],
-        [(data_files, "re", SimpleNamespace(match=lambda *arguments: None, IGNORECASE=0))],
+        [(credentials, "problem", lambda place: None)],
     ),
 }
 """By the guard: the attacks that succeed when it is taken out, and how it is."""

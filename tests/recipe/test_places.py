@@ -1,0 +1,106 @@
+"""Every key of a recipe that names a place has the type Place, so that credentials in it are refused."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from switchcli import credentials
+from switchcli.data.tokenizer import HubTokenizer, TokenizerFile
+from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, EvalRecipe, FinetuneRecipe, PretrainRecipe
+from switchcli.spec import Place, Spec
+
+NO_PLACES = {
+    "TrainingRecipe.description",
+    "EvalRecipe.description",
+    "ModelSpec.size",
+    "CorpusSpec.language",
+    "CorpusSpec.languages",
+    "TextRows.field",
+    "TextRows.where",
+    "Hub.name",
+    "Hub.split",
+    "Hub.revision",
+    "HubTokenizer.revision",
+    "Denoiser.prompt",
+    "Named.name",
+    "Own.name",
+    "Own.input",
+    "Own.target",
+    "Own.labels",
+    "Own.metrics",
+}
+"""Keys that hold text of another kind, by the class that defines them. A new key that names a place is not added."""
+
+
+def text_of(annotation: Any, is_place: bool = False) -> Iterator[bool]:
+    """For each `str` in a type, whether it is a Place."""
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        yield from text_of(inner, is_place or any(note in get_args(Place) for note in notes))
+    elif annotation is str:
+        yield is_place
+    elif get_origin(annotation) is not Literal:
+        for inner in get_args(annotation):
+            yield from text_of(inner, is_place)
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from models_in(inner)
+
+
+def text_keys(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[tuple[str, bool]]:
+    """The keys of `model` and of the models in it that hold text, and whether that is a Place."""
+    if model in seen:
+        return
+    seen.add(model)
+    for name, field in model.model_fields.items():
+        owner = next(one for one in reversed(model.__mro__) if name in getattr(one, "__annotations__", {}))
+        noted = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        yield from ((f"{owner.__name__}.{name}", is_place) for is_place in text_of(noted))
+        for inner in models_in(field.annotation):
+            yield from text_keys(inner, seen)
+
+
+def faults(*recipes: type[BaseModel]) -> set[str]:
+    """Keys that hold text, are no Place, and are not known to be something else."""
+    seen: set[type[BaseModel]] = set()
+    return {key for recipe in recipes for key, is_place in text_keys(recipe, seen) if not is_place} - NO_PLACES
+
+
+def test_every_key_that_names_a_place_has_the_type_place() -> None:
+    recipes = (PretrainRecipe, FinetuneRecipe, DistillTextRecipe, DistillTasksRecipe, EvalRecipe)
+    assert faults(*recipes) == set()
+    seen: set[type[BaseModel]] = set()
+    assert sum(is_place for recipe in recipes for _, is_place in text_keys(recipe, seen)) >= 15
+
+
+def test_a_new_key_of_plain_text_is_found() -> None:
+    class Inner(Spec):
+        folders: tuple[str, ...] = ()
+        file: Place | None = None
+        both: float | Place | None = None
+
+    class Outer(Spec):
+        inner: Inner = Inner()
+
+    assert faults(Outer) == {"Inner.folders"}
+
+
+@pytest.mark.parametrize("place", ["", "a\0b", "https://u:pa/ss@h/x", "s3://b/x?X-Amz-Signature=1"])
+def test_a_place_that_is_none_is_refused_wherever_it_stands(place: str) -> None:
+    for kind in (TokenizerFile, HubTokenizer):
+        with pytest.raises(ValidationError) as error:
+            kind(path=place)
+        assert not place or place not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["https://u:pa/ss@h/x", "https:/ss@h/x", "//u:ss@h/x", "https%3A%2F%2Fu%3Ass%40h"])
+def test_credentials_of_a_url_in_a_message_are_hidden(url: str) -> None:
+    message = credentials.redacted(f"cannot open {url}: no such file, see s3://bucket/a@b and me@home")
+    assert "ss" not in message.replace("cannot", "")
+    assert message.endswith("no such file, see s3://bucket/a@b and me@home")

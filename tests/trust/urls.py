@@ -1,0 +1,154 @@
+"""Part urls: credentials in URLs. They are refused wherever a path may stand, printed nowhere, and saved nowhere.
+
+Forms are tried in a recipe's file and in an override; places are all options, arguments and keys of recipes.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from command_line import KEYS, lay_out, parameters, set_key
+from forked import Done, command, faults
+from table import Row
+
+SECRET = "c4n4ry"
+"""In each URL: what may be seen nowhere."""
+TOKEN = f"hf_{SECRET}abcdefghijklmnopqrst"
+FORMS = [
+    f"https://u:{SECRET}@h.org/x",
+    f"https://u:pa/{SECRET}@h.org/x",
+    f"https://u:1/{SECRET}@h.org/x",
+    f"https://u:pa?{SECRET}@h.org/x",
+    f"https://u:pa#{SECRET}@h.org/x",
+    f"https://{SECRET}@h.org/x",
+    f"https://TO/{SECRET}@h.org/x",
+    f"https://:{SECRET}@h.org/x",
+    f"HTTPS://u:{SECRET}@h.org/x",
+    f"Ftp://u:{SECRET}@h.org/x",
+    f"https:/u:{SECRET}@h.org/x",
+    f"https:u:{SECRET}@h.org/x",
+    f"https:\\\\u:{SECRET}@h.org\\x",
+    f"//u:{SECRET}@h.org/x",
+    f"//{SECRET}@h.org",
+    f"  https://u:{SECRET}@h.org/x",
+    f"https://u:a b{SECRET}@h.org/x",
+    f"https://u:{SECRET}@[::1]/x",
+    f"https://u%3A{SECRET}%40h.org/x",
+    f"https%3A%2F%2Fu%3A{SECRET}%40h.org%2Fx",
+    f"https://h.org/?url=https%3A%2F%2Fu%3A{SECRET}%40h.org%2Fx",
+    f"s3://AKIA:abc/{SECRET}@bucket/x",
+    f"s3://AKIA:{SECRET}@bucket/x",
+    f"s3://{SECRET}@bucket/x",
+    f"gs://{SECRET}@bucket/x",
+    f"abfs://c:{SECRET}@account.dfs.core.windows.net/x",
+    f"sftp://u:{SECRET}@h.org/x",
+    f"hdfs://{SECRET}@h.org:8020/x",
+    f"smb://u:{SECRET}@h.org/x",
+    f"file://u:{SECRET}@h.org/x",
+    f"hf://{TOKEN}@datasets/a/b/x",
+    f"github://u:{SECRET}@main/x",
+    f"git+https://{SECRET}@h.org/x",
+    f"simplecache::https://u:{SECRET}@h.org/x",
+    f"filecache::s3://k:{SECRET}@bucket/x",
+    f"zip://a.txt::s3://k:{SECRET}@bucket/x.zip",
+    f"zip://*.txt::https://h.org/x.zip?sig={SECRET}",
+    f"{{https://u:{SECRET}@h.org/x,b.txt}}",
+    f"https://{{u:{SECRET}@h.org,g.org}}/x",
+    f"https://h.org/x?X-Amz-Signature={SECRET}",
+    f"https://h.org/x?x-amz-credential={SECRET}",
+    f"https://h.org/x?X-Amz-Security-Token={SECRET}",
+    f"https://h.org/x?AWSAccessKeyId=A&Signature={SECRET}",
+    f"https://h.org/x?X-Goog-Signature={SECRET}",
+    f"https://h.org/x?sv=1&se=2&sp=r&sig={SECRET}",
+    f"https://h.org/x?a=b&token={SECRET}",
+    f"https://h.org/x?ACCESS_TOKEN={SECRET}",
+    f"https://h.org/x?api_key={SECRET}",
+    f"https://h.org/x?apikey={SECRET}",
+    f"https://h.org/x?key={SECRET}",
+    f"https://h.org/x?password={SECRET}",
+    f"https://h.org/x?client_secret={SECRET}",
+    f"https://h.org/x?x%2Damz%2Dsignature={SECRET}",
+    f"https://h.org/x&token={SECRET}",
+    f"https://h.org/x;token={SECRET}",
+    f"https://h.org/x#access_token={SECRET}",
+    f"https://h.org/{TOKEN}/x",
+]
+ACCEPTED = [
+    *(
+        "me@home.txt",
+        "token.txt",
+        "a/token=5.txt",
+        "x:y@z.txt",
+        "api_key.jsonl",
+        "a@b/*.txt",
+        "dir/user:name@place.txt",
+    ),
+    *("file:///home/me@work/x.txt", "s3://bucket/a@b.txt", "hf://datasets/org/name@main/x.jsonl", "gs://b/{a,b}/*.txt"),
+    *("https://h.org:8443/x.txt", "https://[::1]:80/x.txt", "https://cdn.org/npm/package@1.0/x.txt"),
+    *("https://h.org/x.txt?download=true&tokenizer=t5", "zip://*.csv::s3://b/x.zip", "simplecache::https://h.org/x"),
+    *("abfs://texts@account.dfs.core.windows.net/x.txt", "https://localhost:80/a%40b.txt", "memory://x/y.txt"),
+]
+"""Names without credentials."""
+
+
+def rows(folder: Path, long: bool) -> Iterator[Row]:
+    sound, work = folder.resolve() / "sound", folder.resolve() / "work"
+    sound.mkdir()
+    with contextlib.chdir(sound):
+        lay_out(sound)
+
+    def tried(cases: Sequence[tuple[str, Callable[[], list[str]], tuple[int, ...]]], what: str) -> Row:
+        def trial(number: int) -> str:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            with contextlib.chdir(work):
+                name, arguments, codes = cases[number]
+                wrong = shown(command(*arguments()), codes)
+            return f"{name}: {wrong}" if wrong else ""
+
+        wrong = faults(len(cases), trial)
+        return Row("urls", what, len(cases), len(wrong), wrong[0] if wrong else "")
+
+    def in_a_file(url: str) -> list[str]:
+        text = (sound / "tiny.yaml").read_text().replace(f"[{sound}/text.txt]", f"[{quoted(url)}]")
+        (sound / "evil.yaml").write_text(text)
+        return ["pretrain", f"{sound}/evil.yaml", "--dry-run"]
+
+    def as_override(url: str) -> list[str]:
+        return ["finetune", f"{sound}/tune.yaml", "--model", f"{sound}/run", "--dry-run", f"data.folder={quoted(url)}"]
+
+    refused, fine = (2,), (0,)
+    first, second = FORMS[1], FORMS[45]
+    yield tried([(url, lambda url=url: in_a_file(url), refused) for url in FORMS], "forms, in a recipe's file")
+    yield tried([(url, lambda url=url: as_override(url), refused) for url in FORMS], "forms, as an override")
+    yield tried(
+        [
+            (f"{key} {url}", lambda key=key, url=url: set_key(key, quoted(url), sound), refused)
+            for key in KEYS
+            for url in (first, second)
+        ],
+        "keys of recipes",
+    )
+    yield tried(
+        [
+            (f"{one} {url}", lambda one=one, url=url: one.with_value(url, sound), refused)
+            for one in parameters()
+            for url in (first, second)
+        ],
+        "options and arguments",
+    )
+    yield tried([(url, lambda url=url: in_a_file(url), fine) for url in ACCEPTED], "names without credentials")
+
+
+def quoted(text: str) -> str:
+    """A string of YAML."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def shown(done: Done, codes: tuple[int, ...]) -> str:
+    """What is wrong: the secret is printed or saved, or the exit code is another."""
+    if SECRET in done.said:
+        return f"printed: {next(line for line in done.said.splitlines() if SECRET in line)[:200]}"
+    saved = [path for path in Path().rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    return f"saved in {saved[0]}" if saved else done.fault(codes)
