@@ -25,7 +25,7 @@ from switchcli.commands.arguments import (
     Recipe,
     Resume,
 )
-from switchcli.errors import CheckpointError, DataError, SwitchError
+from switchcli.errors import CheckpointError, DataError, SwitchError, path_error
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 from switchcli.report.text import safe_text
@@ -369,11 +369,10 @@ def main() -> None:
             sys.stdout.flush()
     except SwitchError as error:
         ending.leave(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
-            ending.leave_by_defect(error)
-            raise
-        ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
+        if (known := path_error(error)) is not None:
+            ending.leave(known)
         ending.leave_by_defect(error)
         raise

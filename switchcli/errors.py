@@ -6,6 +6,7 @@ A message is one line that says the rule, the numbers, where it was broken (file
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +133,40 @@ def disk_errors(
         mend = _MEND.get(error.errno or 0, "check the disk")
         where = error.filename if error.filename and error.errno in _IN_THE_WAY else path
         raise CheckpointError(f"{where}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
+
+
+_PATH_FIX: Final = {
+    errno.ENAMETOOLONG: "a name has at most 255 bytes, and a path 4,095: give a shorter one",
+    errno.ELOOP: "a link leads to itself: name a file or a folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: fix the path",
+    errno.EISDIR: "it is a folder, and a file is needed: name a file in it",
+    errno.EACCES: "you have no right to it: change its mode, or give another path",
+    errno.EPERM: "you have no right to it: change its mode, or give another path",
+    errno.EROFS: "the disk is read-only: give another path",
+    errno.ENXIO: "it is a pipe, a socket or a device: name a file",
+}
+
+
+def path_error(error: Exception) -> RecipeError | None:
+    """Return the error of a path that a user named and the system refuses; None for a failure that is a defect.
+
+    The last guard of the command line. A missing file is not among them: one that a user named has its own message.
+    """
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _PATH_FIX:
+        return RecipeError(f"{_shortened(os.fsdecode(error.filename))}: {error.strerror}: {_PATH_FIX[error.errno]}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib, before Python 3.13
+        return RecipeError(f"{str(error).removeprefix('Symlink loop from ')}: {_PATH_FIX[errno.ELOOP]}")
+    if isinstance(error, UnicodeEncodeError) and re.search("[\udc80-\udcff]", error.object[error.start : error.end]):
+        before, after = error.object[: error.start].split("\n")[-1], error.object[error.start :].split("\n")[0]
+        return RecipeError(
+            f"{_shortened(before + after)}: a name in it is not UTF-8, and a run is saved as UTF-8: rename the file or "
+            "the folder"
+        )
+    return None
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:100]}...{path[-60:]}"
 
 
 OUTSIDE = "outside training"

@@ -6,6 +6,7 @@ A choice among several is a union of specs told apart by their `kind`; the spec 
 a call), so that YAML validates straight into the object that is used.
 """
 
+from types import MappingProxyType
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -16,6 +17,34 @@ PAD: Final = 0
 """T5: the padding token, and the token that starts the decoder."""
 EOS: Final = 1
 """T5: the token that ends inputs and targets."""
+
+
+MOST: Final = MappingProxyType(
+    {
+        "vocab_size": 1 << 24,
+        "d_model": 1 << 17,
+        "d_kv": 1 << 17,
+        "d_ff": 1 << 20,
+        "num_heads": 1 << 13,
+        "num_layers": 1 << 10,
+        "num_decoder_layers": 1 << 10,
+        "num_experts": 1 << 14,
+        "expert_capacity": 1 << 31,
+        "relative_attention_num_buckets": 1 << 16,
+        "relative_attention_max_distance": 1 << 31,
+        "experts_in_all": 1 << 17,
+        "row_tokens": 1 << 20,
+        "batch_tokens": 1 << 40,
+        "steps": 1 << 40,
+        "count": 1 << 40,
+        "ranks": 1 << 20,
+        "beams": 1 << 10,
+        "threads": 1 << 10,
+        "seed": (1 << 63) - 1,
+    }
+)
+"""Upper bounds of what a recipe or a config.json may ask for. They are far above any model published: Switch-C has
+2,048 experts in each of 30 blocks, 61,440 in all, and batches of 2**20 tokens."""
 
 
 def check_place(place: str) -> str:

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "no experts": (["model.num_experts=0"], RECIPE, r"model\.num_experts: must be at least 1 \(got 0\)"),
     "ranks that do not divide": (["parallel.expert=3"], RECIPE, r"parallel\.expert \(3\) must divide the 4 experts"),
     "part of a sequence": (["train.batch_tokens=250"], RECIPE, r"must be a multiple of the 32 tokens .*: try 256"),
-    "no such corpus": ([corpus("none.txt")], DATA, r"none\.txt: no such file .*: mend the path"),
+    "no such corpus": ([corpus("none.txt")], DATA, r"none\.txt: no such file .*: fix the path"),
     "corpus that is a folder": ([corpus("folder")], DATA, r"folder is a folder: name the files in it"),
     "empty corpus": ([corpus("empty.txt")], DATA, r"empty\.txt: no text in these files"),
     "blank corpus": ([corpus("blank.txt")], DATA, r"blank\.txt: no text in these files"),

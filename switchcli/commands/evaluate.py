@@ -44,7 +44,9 @@ from switchcli.train.objective import (
     whole_rows,
 )
 from switchcli.train.scoring import Answering
+from switchcli.user_files import read_regular
 
+MAX_RESULT_BYTES = 2**28
 ROWS_EACH = 16
 """Rows of a batch for the cross-entropy, at least."""
 TEXT_KEYS = tuple(TextsSpec.model_fields)
@@ -376,7 +378,7 @@ def _is_the_same(path: Path, result: Mapping[str, Any]) -> bool:
     if not path.exists():
         return True  # an empty folder
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(read_regular(path, MAX_RESULT_BYTES))
     except (OSError, ValueError):
         return False
     return isinstance(before, dict) and all(before.get(key) == result[key] for key in ("checkpoint", "step", "recipe"))

@@ -8,7 +8,7 @@ import torch
 
 from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.spec import DataSpec
-from switchcli.data.tokenizer import Tokenizer, TokenizerFile
+from switchcli.data.tokenizer import MAX_BYTES, Tokenizer, TokenizerFile
 from switchcli.errors import CheckpointError, DataError
 from switchcli.interop import config as configs
 from switchcli.interop.config import Config, Lengths
@@ -19,6 +19,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.train.saver import logical_tensors
 from switchcli.train.spec import TrainSpec
+from switchcli.user_files import read_regular
 
 
 class Foreign(NamedTuple):
@@ -82,7 +83,7 @@ def _spans(num_experts: int) -> SpanCorruption:
 
 def _tokenizer(file: Path) -> Tokenizer:
     try:
-        data = file.read_bytes()
+        data = read_regular(file, MAX_BYTES)
     except OSError as error:
         raise DataError(
             f"{file}: cannot be read ({error.strerror}): give the model's tokenizer.json or spiece.model by "

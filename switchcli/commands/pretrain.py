@@ -114,7 +114,7 @@ def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
 def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared:
     """The same by the vocabulary that the run began with: one trained again need not be the same."""
     if folder.tokenizer.exists():
-        first = Tokenizer.from_json(folder.tokenizer.read_text(encoding="utf-8"), str(folder.tokenizer))
+        first = Tokenizer.read(folder.tokenizer)
         return cut_by(first, recipe, console)
     found = texts.found(recipe.data, recipe.eval.sequences, console, accept=partial(fits, recipe))
     folder.write_tokenizer(found.tokenizer.to_json())

@@ -33,7 +33,7 @@ from switchcli.report.console import Console
 from switchcli.report.sinks import write_whole
 from switchcli.report.units import si
 from switchcli.train import logical, memory
-from switchcli.train.answers import ELSEWHERE, AnswersSpec, AnswerStore, bytes_a_step
+from switchcli.train.answers import ELSEWHERE, MAX_FACTS_BYTES, AnswersSpec, AnswerStore, bytes_a_step
 from switchcli.train.asking import Asking
 from switchcli.train.checkpoint import preflight
 from switchcli.train.distillation import Distillation, Teacher, compression, gain_kept
@@ -45,6 +45,7 @@ from switchcli.train.saver import fill
 from switchcli.train.scoring import AVERAGE, ScoringSpec
 from switchcli.train.spec import FromCheckpoint
 from switchcli.train.state import HELD_OUT
+from switchcli.user_files import read_regular
 
 NOTES = "teacher.json"
 """Beside kept answers: what the teacher's own figures were."""
@@ -285,7 +286,7 @@ class _Teaching:
     def _noted(self, settings: AnswersSpec) -> Measured | None:
         """The note beside the answers, where it is whole and of figures as this run has them."""
         try:
-            note = json.loads((Path(settings.folder) / NOTES).read_text(encoding="utf-8"))
+            note = json.loads(read_regular(Path(settings.folder) / NOTES, MAX_FACTS_BYTES))
             measured = Measured(**note["measured"])
             if note["on"] != self._measured_on():
                 return None

@@ -140,7 +140,7 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
 def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
     """By the files' names, in full where two have the same. Raises DataError for what is no file."""
     if none := [path for path in paths if not Path(path).is_file()]:
-        raise DataError(f"--text {none[0]}: no such file (from {Path.cwd()}): mend the path")
+        raise DataError(f"--text {none[0]}: no such file (from {Path.cwd()}): fix the path")
     stems = [Path(path).stem for path in paths]
     return {
         path if stems.count(stem) > 1 else stem: Files(paths=(path,), sample_by="line").documents()

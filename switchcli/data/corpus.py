@@ -23,7 +23,7 @@ from switchcli.data.python_stdlib import PythonStdlib
 from switchcli.data.refusals import reason, refusals
 from switchcli.data.rows import Row, TextRows
 from switchcli.errors import DataError
-from switchcli.spec import Place
+from switchcli.spec import MOST, Place
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -46,7 +46,7 @@ class Hub(TextRows):
     """Files of it, or globs, in place of a subset: `en/*.json.gz`."""
     revision: str | None = None
     """A commit or tag. Without one, what is there on the day."""
-    max_documents: int | None = Field(default=None, ge=1)
+    max_documents: int | None = Field(default=None, ge=1, le=MOST["count"])
     """Rows that are looked at, from the first; they are one piece."""
 
     def pieces(self) -> tuple[Piece, ...]:

@@ -7,7 +7,7 @@ from typing import Final, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.data.document import Document
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 SHORT_LINE: Final = 10
 """Characters: a shorter line may well stand twice, such as a bracket, a bullet or `Yes.`"""
@@ -16,9 +16,9 @@ SHORT_LINE: Final = 10
 class Filters(Spec):
     """What is left out of a corpus. The lines come first: a document's length is that of what is left of it."""
 
-    min_characters: int | None = Field(default=None, ge=1)
+    min_characters: int | None = Field(default=None, ge=1, le=MOST["count"])
     """Shorter documents are left out."""
-    max_characters: int | None = Field(default=None, ge=1)
+    max_characters: int | None = Field(default=None, ge=1, le=MOST["count"])
     """Longer documents are left out."""
     repeated_lines: Literal["keep", "drop"] = "keep"
     """Of lines of one document that are the same but for blanks around them, the first alone stays, as in the C4 of

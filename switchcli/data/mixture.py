@@ -14,7 +14,7 @@ from switchcli.data.batch import Batch
 from switchcli.data.draws import TASKS, TURNS, permutation
 from switchcli.data.packing import Packed
 from switchcli.data.turns import Orders, Turns, apportioned
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 _LEAST_ROWS = 1000
 """Rows of a turn at least, for each task: rates are kept to a thousandth."""
@@ -24,7 +24,7 @@ class Proportional(Spec):
     """T5's: the rate of a task is min(examples, cap) ** (1 / temperature)."""
 
     kind: Literal["proportional"] = "proportional"
-    cap: int | None = Field(default=None, ge=1)
+    cap: int | None = Field(default=None, ge=1, le=MOST["count"])
     """Examples beyond it do not raise a task's rate: it keeps a large task from drowning small ones."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Above 1 the rates come closer to each other."""

@@ -23,10 +23,11 @@ from switchcli.data.span_corruption import (
     SpanCorruption,
     enough_sentinels,
     hide_spans,
+    most_raw_tokens,
 )
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 
 class PrefixLanguageModel(Spec):
@@ -36,9 +37,9 @@ class PrefixLanguageModel(Spec):
     """
 
     kind: Literal["prefix_lm"] = "prefix_lm"
-    inputs_length: int = Field(default=512, ge=2)
-    targets_length: int = Field(default=512, ge=2)
-    text_length: int | None = Field(default=None, ge=2)
+    inputs_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
+    targets_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
+    text_length: int | None = Field(default=None, ge=2, le=MOST["row_tokens"])
     """Tokens of text; T5 takes as many as `inputs_length` and `targets_length`. Absent: all that the two hold together,
     which leaves one place to part it at."""
 
@@ -97,9 +98,9 @@ class Denoisers(Spec):
     """
 
     kind: Literal["denoisers"] = "denoisers"
-    inputs_length: int = Field(default=512, ge=3)
+    inputs_length: int = Field(default=512, ge=3, le=MOST["row_tokens"])
     """Tokens of the encoder's input: its prompt, sentinels and EOS included."""
-    prompt_tokens: int = Field(default=4, ge=0)
+    prompt_tokens: int = Field(default=4, ge=0, le=MOST["row_tokens"])
     """Room for the longest prompt in the inputs."""
     denoisers: Annotated[tuple[Denoiser, ...], Field(min_length=1)] = (
         Denoiser(prompt="[R]", noise_density=0.15, mean_span_length=3.0),
@@ -125,10 +126,7 @@ class Denoisers(Spec):
     @cached_property
     def raw_length(self) -> int:
         room = self.inputs_length - self.prompt_tokens
-        length = max(2, room - 1)  # always fits: each span replaces one token at least
-        while all(one.lengths(length + 1).inputs <= room for one in self.denoisers):
-            length += 1
-        return length
+        return most_raw_tokens(lambda length: all(one.lengths(length).inputs <= room for one in self.denoisers))
 
     @property
     def targets_length(self) -> int:

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, cast
 from switchcli.data.digests import Digests
 from switchcli.data.refusals import reason, refusals
 from switchcli.errors import DataError
+from switchcli.user_files import expanded, open_regular, other_kind
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -53,12 +54,12 @@ class File(NamedTuple):
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Its bytes, decompressed. DataError, here and within, for what cannot be read."""
-        with refusals(f"{self.name}: cannot be read", "mend or leave out the file"), ExitStack() as stack:
+        with refusals(f"{self.name}: cannot be read", "fix or leave out the file"), ExitStack() as stack:
             if _URL.match(self.name):
                 system, path = _system(self.name)
                 raw = cast("BinaryIO", io.BufferedReader(stack.enter_context(system.open(path, "rb")), _BUFFER_BYTES))
             else:
-                raw = stack.enter_context(Path(self.name).open("rb", _BUFFER_BYTES))
+                raw = stack.enter_context(open_regular(Path(self.name), _BUFFER_BYTES))
             yield cast("BinaryIO", stack.enter_context(_decompressed(raw, Path(self.name).suffix)))
 
 
@@ -96,17 +97,30 @@ def matches(patterns: Iterable[str], key: str) -> list[File]:
 
 
 def _here(pattern: str, key: str) -> list[File]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
+    try:
+        path = expanded(Path(pattern))
+        kind = other_kind(path) if path.exists() else None
+    except OSError as error:
+        raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the path") from error
+    if kind == "a folder":
         raise _is_folder(pattern, str(path / "*.txt"), key)
-    if path.exists():
+    if kind:
+        raise DataError(f"{key}: {pattern}: it is {kind}, not a file: save its content to a file, and name that")
+    if kind is not None:
         return [File.here(path)]
     if not set(pattern) & set("*?["):
-        raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): mend the path")
+        raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): fix the path")
     anchor = Path(path.anchor)
-    files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+    try:
+        files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+    except ValueError as error:  # `a**/*.txt`
+        raise DataError(
+            f"{key}: {pattern}: {str(error)[:1].lower()}{str(error)[1:]}: write ** between slashes, as in a/**/*.txt"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the pattern") from error
     if not files:
-        raise DataError(f"{key}: {pattern}: no file matches (from {Path.cwd()}): mend the pattern")
+        raise DataError(f"{key}: {pattern}: no file matches (from {Path.cwd()}): fix the pattern")
     return [File.here(file) for file in files]
 
 
@@ -119,7 +133,7 @@ def _elsewhere(pattern: str, key: str) -> list[File]:
         raise _is_folder(pattern, f"{pattern.rstrip('/')}/*.txt", key)
     files = [(system.unstrip_protocol(name), info) for name, info in sorted(found.items()) if info["type"] == "file"]
     if not files:
-        raise DataError(f"{key}: {pattern}: no file matches: mend the pattern")
+        raise DataError(f"{key}: {pattern}: no file matches: fix the pattern")
     return [File(name, info.get("size"), _version(info)) for name, info in files]
 
 

@@ -12,6 +12,7 @@ make of it.
 Legend  R rows  L raw tokens  S source  T target positions  X texts  N items of a text
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Literal, NamedTuple, Self
@@ -23,8 +24,10 @@ from pydantic import Field, model_validator
 from switchcli.data.packing import laid_out, ranges
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.errors import DataError
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
+MAX_RAW = 1 << 23
+"""Tokens of text of a row, at most."""
 Ids = NDArray[np.int64]
 Draws = NDArray[np.uint64]
 Corrupt = Callable[[Ids, Draws], tuple[Ids, Ids]]
@@ -79,11 +82,27 @@ def _rounded(x: float) -> int:
     return round(float(np.float32(x)))
 
 
+def most_raw_tokens(fits: Callable[[int], bool]) -> int:
+    """Return the most raw tokens, at least 2, that fit. More tokens never make shorter inputs.
+
+    Raises ValueError where more than MAX_RAW fit, as when nearly all tokens are hidden.
+    """
+    top = 4
+    while fits(top):
+        top *= 2
+        if top > MAX_RAW:
+            raise ValueError(
+                f"noise_density hides so much that a row takes more than {MAX_RAW:,} tokens of text: lower it, or take "
+                "a smaller inputs_length"
+            )
+    return 2 + bisect_left(range(3, top + 1), True, key=lambda length: not fits(length))
+
+
 class SpanCorruption(Spec):
     """Hides `noise_density` of the tokens in spans of `mean_span_length` on average; lengths are counts of tokens."""
 
     kind: Literal["span_corruption"] = "span_corruption"
-    inputs_length: int = Field(default=512, ge=3)
+    inputs_length: int = Field(default=512, ge=3, le=MOST["row_tokens"])
     """Tokens of the encoder's input, its sentinels and EOS included."""
     noise_density: float = Field(default=0.15, gt=0.0, lt=1.0)
     mean_span_length: float = Field(default=3.0, ge=1.0)
@@ -103,10 +122,7 @@ class SpanCorruption(Spec):
         # Deviates: T5's helper counts in float64 here, though its masks count in float32. At other noise than the
         # default a text may then be one token longer or shorter, and T5 cuts or pads the row.
         """
-        # Texts of one token less than `inputs_length` always fit: each span replaces one token at least.
-        length = max(2, self.inputs_length - 1)
-        while self._lengths(length + 1).inputs <= self.inputs_length:
-            length += 1
+        length = most_raw_tokens(lambda length: self._lengths(length).inputs <= self.inputs_length)
         lengths = self._lengths(length)
         # T5: at half noise the rounding may favour the targets by one token; the inputs are to be the longer.
         return length - 1 if self.noise_density == 0.5 and lengths.targets > lengths.inputs and length > 2 else length

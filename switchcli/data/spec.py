@@ -14,7 +14,7 @@ from switchcli.data.span_corruption import SpanCorruption
 from switchcli.data.text_mixture import Joined, Mixture, TextMixtureSpec
 from switchcli.data.tokenizer import TokenizerSpec, TrainedTokenizer
 from switchcli.data.whole_documents import WholeDocuments
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 Rows = SpanCorruption | PrefixLanguageModel | Denoisers | WholeDocuments
 """What a row of a batch is made by."""
@@ -76,7 +76,7 @@ class DataSpec(TextsSpec):
     """By its `kind`: span_corruption, prefix_lm, denoisers."""
     packing: Literal["windows", "documents"] = "windows"
     """Documents end to end, cut into rows; or rows of whole documents, which do not see one another."""
-    lanes: int = Field(default=8, ge=1)
+    lanes: int = Field(default=8, ge=1, le=MOST["ranks"])
     """Of a stream: how many parts of a batch are read apart; the most ranks that can share it."""
 
     @property
@@ -112,5 +112,5 @@ class DataSpec(TextsSpec):
 class TextSpec(TextsSpec):
     """Text to measure a model on: the held-out part of it, as `DataSpec` has it, cut by the model's own vocabulary."""
 
-    sequences: int = Field(default=512, ge=1)
+    sequences: int = Field(default=512, ge=1, le=MOST["count"])
     """Rows of each text that are looked at, at most as many as there are."""

@@ -25,9 +25,10 @@ from switchcli.data.sample import sample
 from switchcli.data.sentencepiece import read_model
 from switchcli.data.vocabulary import BYTES, NUM_SENTINELS, Size, sentinel, train_unigram
 from switchcli.errors import DataError
-from switchcli.spec import EOS, PAD, Place, Spec
+from switchcli.spec import EOS, MOST, PAD, Place, Spec
+from switchcli.user_files import expanded, read_regular
 
-_MAX_BYTES: Final = 2**28
+MAX_BYTES: Final = 2**28
 """Of a file: the largest vocabularies have some 2^25."""
 
 _MAX_IDS: Final = 2**24
@@ -153,13 +154,9 @@ def read_file(path: Path, key: str = "") -> bytes:
     where = f"{key}: {path}" if key else str(path)
     way_out = "name a tokenizer.json or a spiece.model"
     try:
-        with path.expanduser().open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        return read_regular(expanded(path), MAX_BYTES)
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror}): {way_out}") from error
-    if len(data) > _MAX_BYTES:
-        raise DataError(f"{where}: more than {_MAX_BYTES:,} bytes is no tokenizer: {way_out}")
-    return data
 
 
 class TrainedTokenizer(Spec):
@@ -169,16 +166,16 @@ class TrainedTokenizer(Spec):
     """
 
     kind: Literal["train"] = "train"
-    vocab_size: int = Field(default=8192, ge=1)
+    vocab_size: int = Field(default=8192, ge=1, le=MOST["vocab_size"])
     """Ids in all, sentinels and bytes included; what a small corpus leaves free is filled with pieces that no text
     uses."""
-    max_characters: int = Field(default=10_000_000, ge=1)
+    max_characters: int = Field(default=10_000_000, ge=1, le=MOST["count"])
     """Trained on a sample of the documents of at most so many characters."""
     byte_fallback: bool = False
     """Whether a character without a piece becomes its UTF-8 bytes, by 256 ids, and not `<unk>`."""
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
     """Share of the sample's characters that get a piece; the rare rest does not."""
-    num_sentinels: int = Field(default=NUM_SENTINELS, ge=1)
+    num_sentinels: int = Field(default=NUM_SENTINELS, ge=1, le=MOST["row_tokens"])
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
     """The share of a component (a corpus, a language) of the sample is in proportion to (its characters)^alpha: 0.3 in
     mT5, 1 as they are, 0 the same for all. Absent: documents of all as they come."""

@@ -22,26 +22,11 @@ from switchcli.errors import CheckpointError
 from switchcli.interop.names import Kind
 from switchcli.model.routing import Switch
 from switchcli.model.spec import STACKS, ModelSpec, Stack
-from switchcli.spec import EOS, PAD, Spec
+from switchcli.spec import EOS, MOST, PAD, Spec
+from switchcli.user_files import read_regular
 
 NAME: Final = "config.json"
 _MAX_BYTES: Final = 1 << 20
-_MOST: Final = {
-    "vocab_size": 1 << 24,
-    "d_model": 1 << 17,
-    "d_kv": 1 << 17,
-    "d_ff": 1 << 20,
-    "num_heads": 1 << 13,
-    "num_layers": 1 << 10,
-    "num_decoder_layers": 1 << 10,
-    "num_experts": 1 << 14,
-    "expert_capacity": 1 << 31,
-    "relative_attention_num_buckets": 1 << 16,
-    "relative_attention_max_distance": 1 << 31,
-}
-"""Far above any model published; what a file asks beyond it would take hours, or needs numbers that no tensor has."""
-_MOST_EXPERTS: Final = 1 << 17
-"""Of all blocks together, each counted as sparse; Switch-C has 61,440."""
 _CLASSES: Final[Mapping[str, Kind]] = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",
@@ -199,8 +184,7 @@ Config = T5Config | SwitchConfig
 def document(path: Path) -> dict[str, Any]:
     """What is in the file `path`; nothing where it is no mapping. Raises CheckpointError when it cannot be read."""
     try:
-        with path.open("rb") as stream:
-            found = json.loads(stream.read(_MAX_BYTES))
+        found = json.loads(read_regular(path, _MAX_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): take a folder of save_pretrained") from error
     except (ValueError, RecursionError) as error:
@@ -210,19 +194,19 @@ def document(path: Path) -> dict[str, Any]:
 
 def bound(found: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError where the sizes in `found`, of the file `path`, are far beyond any model."""
-    sizes = {key: value for key in _MOST if type(value := found.get(key)) is int}
+    sizes = {key: value for key in MOST if type(value := found.get(key)) is int}
     for key, size in sizes.items():
-        if not 1 <= size <= _MOST[key]:
+        if not 1 <= size <= MOST[key]:
             raise CheckpointError(
-                f"{path}: {key}: from 1 to {_MOST[key]:,} (got {reprlib.repr(size)}): take the file that "
+                f"{path}: {key}: from 1 to {MOST[key]:,} (got {reprlib.repr(size)}): take the file that "
                 "save_pretrained wrote"
             )
     blocks = sizes.get("num_layers", 0)
     blocks += sizes.get("num_decoder_layers", blocks)
-    if blocks * sizes.get("num_experts", 1) > _MOST_EXPERTS:
+    if blocks * sizes.get("num_experts", 1) > MOST["experts_in_all"]:
         raise CheckpointError(
-            f"{path}: num_experts ({sizes['num_experts']}) in {blocks} blocks: at most {_MOST_EXPERTS:,} in all: take "
-            "the file that save_pretrained wrote"
+            f"{path}: num_experts ({sizes['num_experts']}) in {blocks} blocks: at most {MOST['experts_in_all']:,} in "
+            "all: take the file that save_pretrained wrote"
         )
 
 

@@ -25,6 +25,7 @@ from switchcli.interop import config as configs
 from switchcli.interop import pickled
 from switchcli.interop.config import Config
 from switchcli.interop.names import EMBEDDINGS, HEAD, UNUSED, naming
+from switchcli.user_files import read_regular
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX: Final = ".index.json"
@@ -166,8 +167,7 @@ def _pickled(path: Path) -> dict[str, Stored]:
 def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     """The tensors of all files that an index names, each in the file that it says."""
     try:
-        with index.open("rb") as stream:
-            files = json.loads(stream.read(_MAX_INDEX_BYTES))["weight_map"]
+        files = json.loads(read_regular(index, _MAX_INDEX_BYTES))["weight_map"]
         pairs = list(files.items())
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror}): {_WHOLE}") from error

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from switchcli.model.initialise import keyed_generator
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 LARGEST_LOG_PENALTY: Final = 80.0
 """The logarithm of the largest length penalty; float32 overflows at 88.7."""
@@ -21,9 +21,9 @@ LARGEST_LOG_PENALTY: Final = 80.0
 class Decoding(Spec):
     """How answers are decoded; the defaults are greedy."""
 
-    max_tokens: int = Field(default=128, ge=1)
+    max_tokens: int = Field(default=128, ge=1, le=MOST["row_tokens"])
     """The longest answer, its end included."""
-    beams: int = Field(default=1, ge=1)
+    beams: int = Field(default=1, ge=1, le=MOST["beams"])
     """Answers that beam search carries along; 1 is greedy."""
     length_penalty: float = Field(default=0.6, ge=0.0)
     """alpha of T5's beam search, where an answer of n tokens scores log p / ((5 + n) / 6)**alpha."""
@@ -31,7 +31,7 @@ class Decoding(Spec):
     """Tokens are drawn from softmax(logits / temperature); 0 takes the most probable."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Draw from the fewest tokens whose probabilities sum to it (the nucleus)."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST["seed"])
     """Of the draws: with it a row of a given number has the same answer, whatever is beside it."""
 
     @model_validator(mode="after")

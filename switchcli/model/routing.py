@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, model_validator
 
 from switchcli.model.reports import RoutingReport, count_each, report_of, share
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 Factor = Annotated[float, Field(gt=0.0, le=1e12)]
 Policy = Literal["paper", "dropless"] | Factor
@@ -47,8 +47,8 @@ class RoutingRule(Spec, ABC):
 
     eval_capacity_factor: Factor | Literal["dropless"] = 2.0
     """As `capacity_factor`, for evaluation; 2.0 is Mesh-TensorFlow's default, the paper has none."""
-    min_capacity: int = Field(default=4, ge=1)
-    group_sequences: int = Field(default=1, ge=1)
+    min_capacity: int = Field(default=4, ge=1, le=MOST["expert_capacity"])
+    group_sequences: int = Field(default=1, ge=1, le=MOST["count"])
     """Sequences that share a capacity."""
     jitter: float = Field(default=0.01, ge=0.0, lt=1.0)
     """The router's copy of its input is multiplied by U[1 - jitter, 1 + jitter] in training (Appendix C); 0 with the
@@ -224,7 +224,7 @@ class TopK(TokenChoice):
     """
 
     kind: Literal["top_k"] = "top_k"
-    k: int = Field(default=2, ge=1)
+    k: int = Field(default=2, ge=1, le=MOST["num_experts"])
     renormalise: bool = True
     """Divide the k gates by their sum."""
     keep_threshold: float = Field(default=0.2, ge=0.0, le=1.0)
@@ -265,7 +265,7 @@ class NoTokenLeftBehind(TokenChoice):
     """
 
     kind: Literal["no_token_left_behind"] = "no_token_left_behind"
-    k: int = Field(default=4, ge=2)
+    k: int = Field(default=4, ge=2, le=MOST["num_experts"])
     """Rounds, at most one for each expert."""
 
     def num_choices(self, num_experts: int) -> int:

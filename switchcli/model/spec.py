@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 
 from switchcli.model.losses import Reduction
 from switchcli.model.routing import RouterSpec, Switch
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 Stack = Literal["encoder", "decoder"]
 STACKS: tuple[Stack, Stack] = ("encoder", "decoder")
-Layers = tuple[Annotated[int, Field(ge=0)], ...]
+Layers = tuple[Annotated[int, Field(ge=0, le=MOST["num_layers"])], ...]
 
 
 class ModelSpec(Spec):
@@ -22,17 +22,17 @@ class ModelSpec(Spec):
 
     size: str = "custom"
     """The named size that filled the keys which the recipe does not set; a label once resolved."""
-    vocab_size: int = Field(default=32128, ge=1)
+    vocab_size: int = Field(default=32128, ge=1, le=MOST["vocab_size"])
     """Rows of the embedding: at least the tokenizer's pieces; T5 pads 32,100 to 32,128."""
-    d_model: int = Field(default=512, ge=1)
-    d_ff: int = Field(default=2048, ge=1)
-    d_kv: int | None = Field(default=None, ge=1)
+    d_model: int = Field(default=512, ge=1, le=MOST["d_model"])
+    d_ff: int = Field(default=2048, ge=1, le=MOST["d_ff"])
+    d_kv: int | None = Field(default=None, ge=1, le=MOST["d_kv"])
     """Width of one attention head; absent: d_model / num_heads. Given, it may differ: T5-3B's and Switch-C's heads
     do not multiply to d_model."""
-    num_heads: int = Field(default=8, ge=1)
-    num_layers: int = Field(default=6, ge=1)
+    num_heads: int = Field(default=8, ge=1, le=MOST["num_heads"])
+    num_layers: int = Field(default=6, ge=1, le=MOST["num_layers"])
     """Blocks of the encoder, and of the decoder unless `num_decoder_layers` says otherwise."""
-    num_decoder_layers: int | None = Field(default=None, ge=1)
+    num_decoder_layers: int | None = Field(default=None, ge=1, le=MOST["num_decoder_layers"])
     activation: Literal["relu", "geglu"] = "relu"
     """`relu` is T5 1.0's; `geglu` (T5 1.1) has two input projections, one through GELU."""
     tie_embeddings: bool = True
@@ -41,13 +41,15 @@ class ModelSpec(Spec):
     expert_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Dropout of the experts' hidden vector (section 2.4 of the paper: 0.4 for fine-tuning); `dropout` when absent."""
     layer_norm_epsilon: float = Field(default=1e-6, gt=0.0)
-    relative_attention_num_buckets: int = Field(default=32, ge=4, multiple_of=4)
-    relative_attention_max_distance: int = Field(default=128, ge=2)
+    relative_attention_num_buckets: int = Field(
+        default=32, ge=4, multiple_of=4, le=MOST["relative_attention_num_buckets"]
+    )
+    relative_attention_max_distance: int = Field(default=128, ge=2, le=MOST["relative_attention_max_distance"])
     init_scale: float = Field(default=0.1, gt=0.0)
     """s in sigma = sqrt(s / fan_in) of the feed-forwards, experts and router (Table 3)."""
-    num_experts: int = Field(default=1, ge=1)
+    num_experts: int = Field(default=1, ge=1, le=MOST["num_experts"])
     """Experts in each sparse layer; 1 is the dense model: no router, no sparse layer."""
-    sparse_every: int = Field(default=2, ge=1)
+    sparse_every: int = Field(default=2, ge=1, le=MOST["num_layers"])
     """Block i of a stack is sparse when i % sparse_every == sparse_every - 1: 2 is the paper's frequency 1/2."""
     sparse_encoder_layers: Layers | None = None
     """The encoder's sparse blocks, counted from 0, instead of `sparse_every`; [] for none."""
@@ -91,6 +93,16 @@ class ModelSpec(Spec):
                 )
         if self.num_experts > 1 and not any(map(self.sparse_layers, STACKS)):
             raise ValueError("sparse_encoder_layers and sparse_decoder_layers name no block: num_experts: 1 is dense")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_bounded(self) -> Self:
+        layers, most = sum(len(self.sparse_layers(stack)) for stack in STACKS), MOST["experts_in_all"]
+        if layers * self.num_experts > most:
+            raise ValueError(
+                f"num_experts ({self.num_experts}) in {layers} sparse layers make {layers * self.num_experts:,} in "
+                f"all, and at most {most:,} are allowed: take {most // layers} or fewer"
+            )
         return self
 
     @model_validator(mode="after")

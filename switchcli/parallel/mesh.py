@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from switchcli.errors import RecipeError
 from switchcli.model.spec import ModelSpec
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 Shard = Literal["none", "zero2", "zero3"]
 Wire = Literal["compute", "float32"]
@@ -29,11 +29,11 @@ class ParallelSpec(Spec):
     auto: bool = False
     """Take the fastest mesh that `switchcli plan` finds for the ranks and the main one's memory, at the rates that are
     its defaults, instead of the keys below."""
-    data: int | None = Field(default=None, ge=1)
+    data: int | None = Field(default=None, ge=1, le=MOST["ranks"])
     """Ranks among which the batch is shared; absent: as many as are started, over `model`."""
-    model: int = Field(default=1, ge=1)
+    model: int = Field(default=1, ge=1, le=MOST["ranks"])
     """Ranks among which the heads, d_ff (of experts too) and the vocabulary are divided; a divisor of each."""
-    expert: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1, le=MOST["ranks"])
     """Ranks of the data axis among which the experts of each sparse layer are shared; a divisor of both."""
     shard: Shard = "none"
     """Of the weights outside the experts, over the data axis. `zero2`: optimizer state, and gradients after the last

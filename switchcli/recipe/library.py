@@ -56,7 +56,7 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
         is_there, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered
         raise RecipeError(f"{name_of(str(path))}: cannot be read: {error.strerror}") from error
-    if is_there and not is_folder:  # a pipe will do
+    if is_there and not is_folder:
         return path
     if is_folder and name_or_path not in names():
         raise RecipeError(f"{name_of(name_or_path)}: a folder, not a recipe: name a .yaml file in it")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from switchcli.errors import RecipeError
+from switchcli.user_files import open_regular
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
@@ -80,7 +81,7 @@ def read_file(path: Path) -> Node:
     """
     name = shown(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error

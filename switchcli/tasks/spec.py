@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from switchcli.data.mixture import MixtureSpec, Proportional
-from switchcli.spec import Place, Spec
+from switchcli.spec import MOST, Place, Spec
 from switchcli.tasks.library import COUNT_RIGHT_ANSWERS, METRICS, NEEDS_LABELS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
 from switchcli.tasks.task import Example, Files, Purpose, Row, Task
@@ -122,9 +122,9 @@ class TaskDataSpec(Spec):
 
     folder: Place | None = None
     """A folder with `SET/SPLIT.jsonl` and the hub's columns, from the current folder; absent: the hub."""
-    inputs_length: int = Field(default=512, ge=2)
+    inputs_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
     """Tokens of a row of inputs. Short examples share one; what is longer is cut at its end, and counted."""
-    targets_length: int = Field(default=128, ge=2)
+    targets_length: int = Field(default=128, ge=2, le=MOST["row_tokens"])
     """Tokens of a row of targets."""
     mixture: MixtureSpec = Proportional()
     """By its `kind`: proportional (to the number of examples, with cap and temperature), equal."""

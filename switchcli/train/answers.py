@@ -26,11 +26,13 @@ from safetensors import SafetensorError
 from switchcli import publish
 from switchcli.data.batch import Answers
 from switchcli.errors import CheckpointError, disk_errors
-from switchcli.spec import Place, Spec
+from switchcli.spec import MOST, Place, Spec
 from switchcli.train.checkpoint import LEFTOVER, leftovers
 from switchcli.train.fsops import DISK
+from switchcli.user_files import open_regular, read_regular
 
 FACTS = "answers.json"
+MAX_FACTS_BYTES = 1 << 20
 PART_BYTES = 1 << 23
 _PART = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
 ELSEWHERE = "name another folder by distill.answers.folder"
@@ -49,7 +51,7 @@ class AnswersSpec(Spec):
 
     folder: Place
     """Made if it is not there; what it lacks is asked of the teacher before training."""
-    top_k: int = Field(default=64, ge=1)
+    top_k: int = Field(default=64, ge=1, le=MOST["vocab_size"])
     """Probabilities of each target; of all others their sum is kept. At most the vocabulary."""
     precision: Literal["float16", "float32"] = "float16"
     """What they are kept in; ids take 2 bytes, or 4 of a vocabulary beyond 65,536."""
@@ -167,8 +169,8 @@ class AnswerStore:
 
     def _check(self, facts: Facts) -> None:
         try:
-            held = json.loads((self._folder / FACTS).read_text(encoding="utf-8"))
-        except ValueError:
+            held = json.loads(read_regular(self._folder / FACTS, MAX_FACTS_BYTES))
+        except (OSError, ValueError):
             held = None
         if not isinstance(held, dict):
             raise CheckpointError(f"{self._folder / FACTS}: is not what was written: {ELSEWHERE}")
@@ -187,7 +189,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _is_sound(part: _Part) -> bool:
-    with part.path.open("rb") as file:
+    with open_regular(part.path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest().startswith(part.digest)
 
 

@@ -24,7 +24,7 @@ from switchcli.model.layers import compute_dtype
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import Vocabulary
-from switchcli.spec import PAD, Place, Spec
+from switchcli.spec import MOST, PAD, Place, Spec
 from switchcli.train.answers import AnswersSpec
 from switchcli.train.objective import (
     ChunkLoss,
@@ -47,7 +47,7 @@ class DistillSpec(Spec):
     """f: 0.25 in the paper's best row of Table 6, 1 where it has no mixture; 0 is training without a teacher."""
     temperature: float = Field(default=1.0, gt=0.0)
     """T. The paper gives none, and Mesh-TensorFlow has no default."""
-    start_step: int = Field(default=0, ge=0)
+    start_step: int = Field(default=0, ge=0, le=MOST["steps"])
     """The teacher is asked from this step on; before it the loss is hard alone."""
     capacity: Policy = "dropless"
     """How the teacher's routers count capacity: `dropless`, `paper`, or a factor."""

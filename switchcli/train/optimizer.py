@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from switchcli.parallel.layout import Cuts, Part, here, lost_dim, sum_parts
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 Named = Mapping[str, torch.nn.Parameter]
 CutsOf = Mapping[str, Cuts]
@@ -87,7 +87,7 @@ class Adafactor(Spec):
     clip_threshold: float = Field(default=1.0, gt=0.0)
     epsilon: float = Field(default=1e-30, gt=0.0)
     scale_epsilon: float = Field(default=1e-3, gt=0.0)
-    min_dim_to_factor: int = Field(default=128, ge=1)
+    min_dim_to_factor: int = Field(default=128, ge=1, le=MOST["count"])
     scale_by_parameter: bool = True
     """False: the learning rate is absolute."""
 

@@ -50,7 +50,7 @@ class RunFolder:
         path = self.path.resolve() if self.path.is_symlink() else self.path
         if Path.cwd().is_relative_to(path.resolve()):
             raise RecipeError(
-                f"--no-resume: {self.path} holds the current folder and cannot be renamed: start from another folder"
+                f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
         number = 1
         while os.path.lexists(aside := path.with_name(f"{path.name}.before-{number}")):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 
 
 class InverseSquareRoot(Spec):
@@ -21,7 +21,7 @@ class InverseSquareRoot(Spec):
     kind: Literal["inverse_square_root"] = "inverse_square_root"
     learning_rate: float = Field(default=0.01, gt=0.0)
     """The rate of the constant part."""
-    warmup_steps: int = Field(default=10_000, ge=1)
+    warmup_steps: int = Field(default=10_000, ge=1, le=MOST["steps"])
     """Length of the constant part."""
     decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the run at its end over which the rate also falls to 0: 0.1 in Mesh-TensorFlow, off in T5."""
@@ -37,7 +37,7 @@ class Constant(Spec):
 
     kind: Literal["constant"] = "constant"
     learning_rate: float = Field(default=1e-3, gt=0.0)
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
 
     def __call__(self, step: int, total_steps: int) -> float:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -49,7 +49,7 @@ class Cosine(Spec):
     kind: Literal["cosine"] = "cosine"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """The peak."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def __call__(self, step: int, total_steps: int) -> float:
@@ -65,7 +65,7 @@ class Linear(Spec):
     kind: Literal["linear"] = "linear"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """The peak."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def __call__(self, step: int, total_steps: int) -> float:

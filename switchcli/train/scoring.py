@@ -18,7 +18,7 @@ from switchcli.model.moe import evaluating
 from switchcli.model.routing import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
-from switchcli.spec import Spec
+from switchcli.spec import MOST, Spec
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.suites import PAPER, SUITES, average
 from switchcli.tasks.task import Answered
@@ -33,15 +33,15 @@ class ScoringSpec(Spec):
     """How answers to tasks are had and scored."""
 
     split: Literal["validation", "test"] = "validation"
-    examples: int | None = Field(default=None, ge=1)
+    examples: int | None = Field(default=None, ge=1, le=MOST["count"])
     """At most so many of each task, drawn by lot, the same ones each time, all answers to a question together; absent:
     all."""
-    batch_examples: int = Field(default=32, ge=1)
+    batch_examples: int = Field(default=32, ge=1, le=MOST["count"])
     """Examples that are answered together, on one rank."""
     decoding: Decoding = Decoding()
     capacity: Policy = "dropless"
     """How the routers count capacity while they answer, in training: `dropless`, `paper`, or a factor."""
-    draws: int = Field(default=1000, ge=1)
+    draws: int = Field(default=1000, ge=1, le=MOST["ranks"])
     """Bootstrap draws for the intervals."""
 
     @model_validator(mode="after")

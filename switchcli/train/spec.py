@@ -7,7 +7,7 @@ from pydantic import Field
 
 from switchcli.model.inherit import FromTeacher
 from switchcli.model.routing import Policy
-from switchcli.spec import Place, Spec
+from switchcli.spec import MOST, Place, Spec
 
 Precision = Literal["float32", "bfloat16", "selective"]
 
@@ -21,18 +21,18 @@ class NonfiniteSpec(Spec):
     update ends the run. `roll_back`: weights and optimizer are again those of the newest checkpoint, and the batches
     since then are left out: that of a stop, where there is one, so that what is left out hangs on where a run was
     stopped. The last two look at each gradient before it is used: a GPU is waited for in each step."""
-    at_most: int = Field(default=10, ge=1)
+    at_most: int = Field(default=10, ge=1, le=MOST["count"])
     """How often in a run: the next time it ends all the same."""
 
 
 class TrainSpec(Spec):
     """How long, on how much, from which seed."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MOST["steps"])
     """Optimizer steps of the whole run."""
-    batch_tokens: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1, le=MOST["batch_tokens"])
     """Encoder input tokens of one optimizer step, over all ranks and microbatches (the paper's 2**20)."""
-    microbatch_tokens: int | None = Field(default=None, ge=1)
+    microbatch_tokens: int | None = Field(default=None, ge=1, le=MOST["batch_tokens"])
     """Encoder input tokens of one forward pass on one rank; a step is accumulated from as many as it takes.
 
     Absent: each rank takes its whole share at once. Dropout and jitter are drawn for each microbatch, so a run whose
@@ -51,10 +51,10 @@ class TrainSpec(Spec):
     """Largest global gradient norm; absent: no clipping, as in T5."""
     nonfinite: NonfiniteSpec = NonfiniteSpec()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = Field(default=1, ge=0)
+    workers: int = Field(default=1, ge=0, le=MOST["threads"])
     """Threads of each rank that make batches while the model computes; 0: the step makes its own. What is in a batch
     does not depend on it."""
-    batches_ahead: int = Field(default=2, ge=1)
+    batches_ahead: int = Field(default=2, ge=1, le=MOST["threads"])
     """Steps whose batches are made before they are asked for, at most."""
 
     @property
@@ -92,8 +92,8 @@ StudentSpec = Annotated[FromTeacher | Fresh | FromCheckpoint, Field(discriminato
 class LogSpec(Spec):
     """Metrics go to metrics.jsonl always; trackers are other places that get them too."""
 
-    every_steps: int = Field(default=10, ge=1)
-    sample_every_steps: int | None = Field(default=None, ge=1)
+    every_steps: int = Field(default=10, ge=1, le=MOST["steps"])
+    sample_every_steps: int | None = Field(default=None, ge=1, le=MOST["steps"])
     """Fill in two held-out texts on the console every so many steps; absent: at the end alone."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
@@ -101,8 +101,8 @@ class LogSpec(Spec):
 class EvalSpec(Spec):
     """Held-out neg. log perplexity, before the first step, every so many, and at the end."""
 
-    every_steps: int = Field(default=100, ge=1)
-    sequences: int = Field(default=64, ge=1)
+    every_steps: int = Field(default=100, ge=1, le=MOST["steps"])
+    sequences: int = Field(default=64, ge=1, le=MOST["count"])
     """Held-out sequences in each evaluation: the same ones each time, at most as many as there are."""
     capacity: Policy = "paper"
     """`paper`: routers count by eval_capacity_factor; `dropless`: a slot for every token, but for expert_choice, which
@@ -112,8 +112,8 @@ class EvalSpec(Spec):
 class CheckpointSpec(Spec):
     """Which checkpoints are written and which are kept."""
 
-    save_every_steps: int = Field(default=500, ge=1)
-    keep_last: int = Field(default=2, ge=1)
+    save_every_steps: int = Field(default=500, ge=1, le=MOST["steps"])
+    keep_last: int = Field(default=2, ge=1, le=MOST["count"])
     """2 by default: if the newest is damaged, the one before it still serves."""
     keep_best: bool = True
     """Keep those with the highest figures besides, one for each (of pre-training the held-out neg. log perplexity), of

@@ -101,9 +101,9 @@ def test_faults_are_told_in_one_line(tmp_path: Path, name: str, content: bytes, 
 
 
 def test_missing_files_folders_and_globs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none.txt: no such file .*mend the path"):
+    with pytest.raises(DataError, match=r"none.txt: no such file .*fix the path"):
         texts(tmp_path / "none.txt")
-    with pytest.raises(DataError, match=r"\*.txt: no file matches .*mend the pattern"):
+    with pytest.raises(DataError, match=r"\*.txt: no file matches .*fix the pattern"):
         texts(tmp_path / "*.txt")
     with pytest.raises(DataError, match="is a folder: name the files in it"):
         texts(tmp_path)
@@ -259,7 +259,7 @@ def test_compressed_files_are_read_whole_and_damage_is_told(
     assert texts(path) == [f"line {index * index}" for index in range(5000)]
     for damaged in (packed[: len(packed) // 3], b"not packed at all"):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=rf"x.jsonl{ending}: cannot be read \(.*\): mend or leave out"):
+        with pytest.raises(DataError, match=rf"x.jsonl{ending}: cannot be read \(.*\): fix or leave out"):
             texts(path)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import typer
-from conftest import lay_out_tuning
 from forked import command, faults
 from tiny_run import RECIPE, write_text
 
@@ -142,17 +141,27 @@ def set_key(key: str, value: str, sound: Path) -> list[str]:
     return [verb, *words, override.format(value, sound=sound)]
 
 
+TUNING = """\
+tasks:
+  - {kind: files, name: own, train: [FOLDER/train.jsonl], validation: [FOLDER/validation.jsonl], input: "say {text}",
+     target: label, labels: [red, green], metrics: [accuracy]}
+data: {inputs_length: 32, targets_length: 32}
+train: {steps: 2, batch_tokens: 128, device: cpu}
+eval: {every_steps: 2, sequences: 4}
+scoring: {batch_examples: 4, draws: 10, decoding: {max_tokens: 4}}
+checkpoint: {save_every_steps: 2}
+"""
+
+
 def lay_out(folder: Path) -> None:
     """Lay out what the sound commands name: texts, recipes and runs. The folder is the current one."""
     write_text(Path("text.txt"))
-    lay_out_tuning(folder)
     Path("texts").mkdir()
     Path("texts/text.txt").write_text("red green\n" * 40)
     Path("tiny.yaml").write_text(RECIPE.replace("[text.txt]", f"[{folder}/text.txt]"))
-    tune = Path("tune.yaml").read_text()
-    for name in ("colour", "last"):
-        tune = tune.replace(f"[{name}.", f"[{folder}/{name}.")
-    Path("tune.yaml").write_text(tune)
+    for split in ("train", "validation"):
+        Path(f"{split}.jsonl").write_text('{"text": "which", "label": "red"}\n' * 16)
+    Path("tune.yaml").write_text(TUNING.replace("FOLDER", str(folder)))
     made = [
         ["pretrain", "tiny.yaml", "--out", "run"],
         ["pretrain", "tiny.yaml", "model.num_experts=1", "--out", "dense"],

@@ -89,11 +89,11 @@ def refused(act: Callable[[], object]) -> str:
     return ""
 
 
-def faults(count: int, act: Callable[[int], str]) -> list[str]:
+def faults(count: int, act: Callable[[int], str], patience: int = PATIENCE) -> list[str]:
     """What went wrong in `act(0)` to `act(count - 1)`, each of which says what did, or nothing."""
     found, done = [], 0
     while done < count:
-        told, end = _forked(range(done, count), act)
+        told, end = _forked(range(done, count), act, patience)
         found += [f"trial {done + place}: {said}" for place, said in enumerate(told) if said]
         done += len(told)
         if done < count:
@@ -102,12 +102,12 @@ def faults(count: int, act: Callable[[int], str]) -> list[str]:
     return found
 
 
-def _forked(numbers: range, act: Callable[[int], str]) -> tuple[list[str], str]:
+def _forked(numbers: range, act: Callable[[int], str], patience: int) -> tuple[list[str], str]:
     """What was said of each, up to the one that ended the fork, and how that did."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
-        _try(numbers, act, writes)
+        _try(numbers, act, writes, patience)
     os.close(writes)
     with os.fdopen(reads) as lines:
         told = [json.loads(line) for line in lines]
@@ -115,14 +115,14 @@ def _forked(numbers: range, act: Callable[[int], str]) -> tuple[list[str], str]:
     return told, "hangs, waiting" if code == -signal.SIGALRM else f"killed: exit code {code}"
 
 
-def _try(numbers: range, act: Callable[[int], str], writes: int) -> NoReturn:
+def _try(numbers: range, act: Callable[[int], str], writes: int, patience: int) -> NoReturn:
     """In the fork: a line for each, as soon as it is known."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries in other languages have words of their own
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
         for number in numbers:
-            signal.alarm(PATIENCE)
+            signal.alarm(patience)
             began = time.process_time()
             said = act(number)
             seconds = time.process_time() - began

@@ -1,0 +1,72 @@
+"""Open files that a user names: regular files alone, so that a pipe or a device holds nothing up."""
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def other_kind(path: Path) -> str:
+    """Return what `path` is instead of a regular file, such as "a pipe"; an empty string for a regular file.
+
+    Raises OSError where there is none.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)
+    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no file")
+
+
+def check_writable_as_file(path: Path) -> None:
+    """Raise OSError where `path` is there and no regular file: a pipe without a reader would hold a writer up."""
+    if path.exists():
+        _refuse(other_kind(path), path)
+
+
+def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> "io.BufferedReader[io.FileIO]":
+    """Open a regular file, or a link to one, for reading bytes.
+
+    Raises OSError for anything else, with a `strerror` that says what it is and what to do; it waits for no writer.
+    """
+    _refuse(other_kind(path), path)
+    # Another file may have taken the name since: do not wait for the writer of a pipe, and look at what was opened.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = io.BufferedReader(io.FileIO(descriptor), buffer_bytes)
+    try:
+        kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+        _refuse("" if kind == stat.S_IFREG else _KINDS.get(kind, "no file"), path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def expanded(path: Path) -> Path:
+    """Return `path` with `~` replaced by a home folder. Raises OSError where that is not known."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # no such user, or no HOME
+        raise OSError(errno.ENOENT, f"no home folder is known of {path.parts[0]}", str(path)) from error
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a regular file. Raises OSError as `open_regular`, and for more than `max_bytes` bytes."""
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
+    return data
+
+
+def _refuse(kind: str, path: Path) -> None:
+    if kind == "a folder":
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if kind:
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file; save its content to a file", str(path))

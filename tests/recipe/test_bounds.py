@@ -1,0 +1,121 @@
+"""Every number of a recipe has an upper bound, so that a dry run of any recipe takes seconds."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+from annotated_types import Le, Lt
+from pydantic import BaseModel
+
+from switchcli.commands import describe
+from switchcli.errors import RecipeError
+from switchcli.recipe.schema import (
+    DistillTasksRecipe,
+    DistillTextRecipe,
+    EvalRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    standing_alone,
+)
+from switchcli.recipe.training import TrainingRecipe
+from switchcli.spec import MOST, Spec
+
+NO_SIZES = {"Files.where", "Hub.where"}
+"""Values of a column of the text, which are compared and no more."""
+
+
+def unbounded(annotation: Any, notes: tuple[Any, ...] = ()) -> bool:
+    """Whether a type holds an integer without an upper bound."""
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        flat = [note for one in more for note in (*getattr(one, "metadata", ()), one)]
+        return unbounded(inner, (*notes, *flat))
+    if annotation is int:
+        return not any(isinstance(note, Le | Lt) for note in notes)
+    if get_origin(annotation) is Literal or annotation is NoneType:
+        return False
+    return any(unbounded(inner, notes) for inner in get_args(annotation))
+
+
+def unbounded_keys(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:
+    if model in seen:
+        return
+    seen.add(model)
+    for name, field in model.model_fields.items():
+        if unbounded(field.annotation, tuple(field.metadata)):
+            yield f"{model.__name__}.{name}"
+        for inner in models_in(field.annotation):
+            yield from unbounded_keys(inner, seen)
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from models_in(inner)
+
+
+def test_every_number_of_a_recipe_has_an_upper_bound() -> None:
+    seen: set[type[BaseModel]] = set()
+    recipes = (PretrainRecipe, FinetuneRecipe, DistillTextRecipe, DistillTasksRecipe, EvalRecipe)
+    assert {key for recipe in recipes for key in unbounded_keys(recipe, seen)} == NO_SIZES
+
+
+def test_a_number_without_an_upper_bound_is_found() -> None:
+    class Odd(Spec):
+        count: int = 1
+        layers: tuple[int, ...] = ()
+
+    assert {*unbounded_keys(Odd, set())} == {"Odd.count", "Odd.layers"}
+
+
+LARGEST = f"""\
+model: {{vocab_size: {MOST["vocab_size"]}, d_model: {MOST["d_model"]}, d_ff: {MOST["d_ff"]}, d_kv: {MOST["d_kv"]},
+  num_heads: {MOST["num_heads"]}, num_layers: {MOST["num_layers"]}, num_experts: 64, sparse_every: 1}}
+data: {{tokenizer: {{kind: file, path: t5.json}}, objective: {{inputs_length: {MOST["row_tokens"]}}}}}
+train: {{steps: {MOST["steps"]}, batch_tokens: {MOST["batch_tokens"]}}}
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LARGEST,
+        LARGEST.replace("num_experts: 64", f"num_experts: {MOST['num_experts']}").replace(
+            f"num_layers: {MOST['num_layers']}", "num_layers: 4"
+        ),
+        LARGEST.replace("objective: {", "objective: {kind: denoisers, "),
+    ],
+)
+def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "largest.yaml"
+    file.write_text(text)
+    began = time.process_time()
+    recipe = standing_alone(str(file))
+    assert isinstance(recipe, TrainingRecipe)
+    assert "parameters" in describe.text(recipe)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.objective.inputs_length=10000000",
+        "data.objective.inputs_length=1000000000",
+        "data.objective.noise_density=0.9999999999",
+        "model.num_layers=1000000",
+        "model.num_experts=1000000",
+        "model={num_experts: 16384, num_layers: 1024, sparse_every: 1}",
+        f"train.steps={'9' * 400}",
+        "train.batch_tokens=1000000000000000000000",
+        "train.workers=100000",
+    ],
+)
+def test_a_number_beyond_its_bound_is_refused_at_once(override: str) -> None:
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=r"must be at most|allowed|lower"):
+        standing_alone("quickstart/switch", [override])
+    assert time.process_time() - began < 5
