@@ -242,4 +242,16 @@ class HubTokenizer(Spec):
         return TokenizerFile(path=file).load(documents)
 
 
+def cached_file(repository: str, name: str) -> Path | None:
+    """Return a file of a hub repository from the local Hugging Face cache, or None. No network is used."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repository, name)
+    except HFValidationError:  # not a name on the hub
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 TokenizerSpec = Annotated[TrainedTokenizer | TokenizerFile | HubTokenizer, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from switchcli.data.tokenizer import cached_file
 from switchcli.spec import EOS
 
 FILES: Final = ("tokenizer.json", "spiece.model")
@@ -86,17 +87,8 @@ def _file(path: Path) -> Path | None:
 
 
 def _in_cache(repository: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for name in FILES:
-        try:
-            found = try_to_load_from_cache(repository, name)
-        except HFValidationError:  # not a name on the hub
-            return None
-        if isinstance(found, str):
-            return Path(found)
-    return None
+    found = (cached_file(repository, name) for name in FILES)
+    return next((file for file in found if file is not None), None)
 
 
 def _settings(path: Path) -> dict[str, Any]:
