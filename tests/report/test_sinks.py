@@ -115,6 +115,27 @@ def test_damage_never_replaces_what_was_moved_aside_before(tmp_path: Path) -> No
     assert (tmp_path / "m.damaged-3").read_bytes() == b"null\n"
 
 
+def test_a_crash_between_the_two_files_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m"
+    whole = b'{"step": 1}\nnull\n{"step": 2}\n'
+    path.write_bytes(whole)
+    sync, calls = os.fsync, []
+
+    def fail_the_second_time(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_the_second_time)
+    with pytest.raises(CheckpointError, match="m: Input/output error"):
+        JsonLines(path).rewind(1)
+    assert path.read_bytes() == whole
+    assert "m.damaged-2" in (JsonLines(path).rewind(1) or "")
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert {(tmp_path / f"m.damaged-{number}").read_bytes() for number in (1, 2)} == {b"null\n"}
+
+
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_what_python_reads_is_kept_byte_for_byte(tmp_path: Path, end: bytes) -> None:
     path = tmp_path / "m"

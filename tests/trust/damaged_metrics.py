@@ -122,7 +122,7 @@ def whole_files(sound: Sequence[bytes]) -> Iterator[Trial]:
 
 def row(what: str, trials: Sequence[Trial]) -> Row:
     found = faults(len(trials), lambda number: fault(trials[number]))
-    return Row("metrics", what, len(trials), len(found), found[0] if found else "")
+    return Row("metrics", what, len(trials), len(found), " ".join(found[0].split()) if found else "")
 
 
 def fault(trial: Trial) -> str:
@@ -171,7 +171,7 @@ def memory(sound: Sequence[bytes]) -> Row:
     found = faults(2, lambda number: goes_on_within(sizes[number], sound))
     peaks = [int(Path(f"peak-{size}").read_text()) for size in sizes] if not found else [0, 0]
     more = peaks[1] - peaks[0]
-    said = found[0] if found else f"{more / 1e6:,.0f} MB more"
+    said = " ".join(found[0].split()) if found else f"{max(more, 0) / 1e6:,.0f} MB more"
     return Row(
         "metrics", "memory to go on with a file of 115 MB", 1, int(bool(found) or more > MORE_MEMORY_BYTES), said
     )
