@@ -18,6 +18,6 @@ def all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGro
         LostRank: another rank is gone.
     """
     # Looked up at each call, as tests count calls. torch 2.12 and older know the second name alone; 2.13 deprecates it.
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with lost_ranks_explained():
         gather(gathered, own, group=group)

@@ -84,7 +84,12 @@ ACCEPTED = [
         "a@b/*.txt",
         "dir/user:name@place.txt",
     ),
-    *("file:///home/me@work/x.txt", "s3://bucket/a@b.txt", "hf://datasets/org/name@main/x.jsonl", "gs://b/{a,b}/*.txt"),
+    *(
+        "file:///texts/me@work/x.txt",
+        "s3://bucket/a@b.txt",
+        "hf://datasets/org/name@main/x.jsonl",
+        "gs://b/{a,b}/*.txt",
+    ),
     *("https://h.org:8443/x.txt", "https://[::1]:80/x.txt", "https://cdn.org/npm/package@1.0/x.txt"),
     *("https://h.org/x.txt?download=true&tokenizer=t5", "zip://*.csv::s3://b/x.zip", "simplecache::https://h.org/x"),
     *("abfs://texts@account.dfs.core.windows.net/x.txt", "https://localhost:80/a%40b.txt", "memory://x/y.txt"),
