@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +28,7 @@ Content = str | bytes | Iterable[bytes]
 """A text, which is written as UTF-8, or bytes, whole or in parts."""
 _RANDOM = "[0-9a-f]{16}"
 _LOCK, _OLD = "lock", "old"
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
@@ -36,52 +37,59 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
 
 def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
-    """Publish one file. Without `replace` raise FileExistsError where there is one."""
-    write_files({path: content}, replace=replace)
+    """Publish one file. Without `replace` raise FileExistsError where there is one.
 
-
-def write_files(contents: Mapping[Path, Content], *, replace: bool = True) -> None:
-    """Publish several files: none is renamed before all of them are written and synced.
-
-    A replaced file hands on its permissions. A target that is a link, a folder or a device is refused.
+    A replaced file hands on its permissions, and its owner may read and write the new one. A target that is a link, a
+    folder or a device is refused.
     """
-    for path in contents:
-        if not replace and os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        check_file(path)
-    with ExitStack() as written:
-        temporaries = {path: written.enter_context(_written(path, content)) for path, content in contents.items()}
-        for path, temporary in temporaries.items():
-            temporary.rename(path)
-        for folder in {path.parent for path in contents}:
-            _sync_folder(folder)
-
-
-@contextmanager
-def _written(target: Path, content: Content) -> Iterator[Path]:
-    """A synced temporary file beside the target, removed at the end unless it was renamed."""
-    remove_dead(target)
-    path, descriptor = _new_file(target.parent, _prefix(target))
+    remove_dead(path)
+    if not replace and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    check_file(path)
+    temporary, descriptor = _new_file(path.parent, _prefix(path))
     try:
-        with suppress(FileNotFoundError):
-            os.fchmod(descriptor, stat.S_IMODE(target.lstat().st_mode) & 0o777)
-        with open(descriptor, "wb", closefd=False) as stream:
-            parts = [content.encode()] if isinstance(content, str) else content
-            stream.writelines([parts] if isinstance(parts, bytes) else parts)
-        os.fsync(descriptor)
-        yield path
+        _fill(descriptor, content, path)
+        temporary.rename(path)
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         os.close(descriptor)
+    _sync_folder(path.parent)
+
+
+def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Publish several files in a folder, as `write_file`: none is renamed before all are written and synced."""
+    prefix = _prefix(folder)
+    remove_dead_of(folder, form_of(prefix))
+    for name in contents:
+        check_file(folder / name)
+    with locked_folder(folder, prefix) as temporary:
+        for name, content in contents.items():
+            descriptor = os.open(temporary / name, _NEW, 0o666)
+            try:
+                _fill(descriptor, content, folder / name)
+            finally:
+                os.close(descriptor)
+        for name in contents:
+            (temporary / name).rename(folder / name)
+    _sync_folder(folder)
+
+
+def _fill(descriptor: int, content: Content, target: Path) -> None:
+    """Write and sync a new file that will replace the target."""
+    with suppress(FileNotFoundError):
+        os.fchmod(descriptor, target.lstat().st_mode & 0o777 | 0o600)
+    with open(descriptor, "wb", closefd=False) as stream:
+        parts = [content.encode()] if isinstance(content, str) else content
+        stream.writelines([parts] if isinstance(parts, bytes) else parts)
+    os.fsync(descriptor)
 
 
 def _new_file(parent: Path, prefix: str) -> tuple[Path, int]:
     """An empty temporary file and its descriptor, which holds the lock."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         path = parent / f"{prefix}{secrets.token_hex(8)}"
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, _NEW, 0o666)
         if _hold(path, descriptor):
             return path, descriptor
 
@@ -96,11 +104,8 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     Leftovers of earlier publications of the target are removed first (`remove_dead`).
     """
     remove_dead(target)
-    with locked_folder(target.parent, _prefix(target)) as folder:
-        try:
-            yield folder
-        finally:
-            _restore(folder, target)
+    with locked_folder(target.parent, _prefix(target), target) as folder:
+        yield folder
 
 
 def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
@@ -121,13 +126,17 @@ def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
 
 
 @contextmanager
-def locked_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Within: a new folder `parent`/`prefix`RANDOM, known to be in use by the lock on its file `lock`."""
+def locked_folder(parent: Path, prefix: str, target: Path | None = None) -> Iterator[Path]:
+    """Within: a new folder `parent`/`prefix`RANDOM, known to be in use by the lock on its file `lock`.
+
+    It is removed at the end, after what it holds of the target came back, if need be.
+    """
     path, descriptor = _new_folder(parent, prefix)
     try:
         yield path
     finally:
         with suppress(OSError):
+            _restore(path, target)
             _remove(path)
         os.close(descriptor)
 
@@ -136,11 +145,15 @@ def _new_folder(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         path = parent / f"{prefix}{secrets.token_hex(8)}"
         path.mkdir(mode=0o700)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with suppress(FileNotFoundError):  # another process took it for a leftover before it was locked
-            descriptor = os.open(path / _LOCK, flags, 0o600)
-            if _hold(path / _LOCK, descriptor):
-                return path, descriptor
+        try:
+            descriptor = os.open(path / _LOCK, _NEW, 0o600)
+        except FileNotFoundError:  # another process took the folder for a leftover before it was locked
+            continue
+        except OSError:
+            path.rmdir()
+            raise
+        if _hold(path / _LOCK, descriptor):
+            return path, descriptor
 
 
 # Leftovers
@@ -179,16 +192,15 @@ def _remove_if_dead(path: Path, target: Path | None) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where another process holds it
-        if target is not None:
-            _restore(path, target)
+        _restore(path, target)
         _remove(path)
     finally:
         os.close(descriptor)
 
 
-def _restore(folder: Path, target: Path) -> None:
+def _restore(folder: Path, target: Path | None) -> None:
     """Give a folder that was being replaced its name back, unless the new one is in place."""
-    if is_folder(folder / _OLD) and not os.path.lexists(target):
+    if target is not None and is_folder(folder / _OLD) and not os.path.lexists(target):
         (folder / _OLD).rename(target)
         _sync_folder(target.parent)
 

@@ -25,12 +25,14 @@ with publish.temporary_folder(target) as folder:
     sys.stdin.readline()
 """
 HOLD_A_FILE = """
-import sys
+import os, sys
 from pathlib import Path
 from switchcli import publish
-with publish._written(Path(sys.argv[1]), "new"):
+def stop(descriptor):
     print("held", flush=True)
     sys.stdin.readline()
+os.fsync = stop
+publish.write_file(Path(sys.argv[1]), "new")
 """
 
 
@@ -69,7 +71,7 @@ def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path: Path) -> None:
 
 def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [tmp_path / name for name in "abc"]
-    publish.write_files(dict.fromkeys(paths, "old"))
+    publish.write_files(tmp_path, dict.fromkeys("abc", "old"))
     synced, sync = [], os.fsync
 
     def full(descriptor: int) -> None:
@@ -80,7 +82,7 @@ def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        publish.write_files(dict.fromkeys(paths, "new"))
+        publish.write_files(tmp_path, dict.fromkeys("abc", "new"))
     assert [path.read_text() for path in paths] == ["old"] * 3
     assert names(tmp_path) == ["a", "b", "c"]
 

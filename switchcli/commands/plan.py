@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchcli import publish
 from switchcli.commands.describe import describe
 from switchcli.commands.huggingface import empty
-from switchcli.commands.report import write_page
-from switchcli.errors import RecipeError
+from switchcli.errors import RecipeError, disk_errors
 from switchcli.model.count import FORWARD_AND_BACKWARD
 from switchcli.parallel.mesh import ParallelSpec, check_world
 from switchcli.parallel.plan import Fit, Machine, Plan, model_axes, plan
@@ -20,7 +20,7 @@ from switchcli.recipe.schema import PretrainRecipe, standing_alone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.html import HtmlTable
+from switchcli.report.html import HtmlTable, page
 from switchcli.report.units import binary, gib, number, parse_bytes, si
 
 BATCH_TOKENS = 2**20
@@ -189,7 +189,9 @@ def write_html(planned: Planned, file: Path) -> None:
     figures = HtmlTable(
         "Model and batch", ("", ""), [(key, _written(value)) for key, value in _figures(planned).items()]
     )
-    write_page(file, f"switchcli plan {planned.name}", [figures, *_tables(planned, None)])
+    text = page(f"switchcli plan {planned.name}", [figures, *_tables(planned, None)])
+    with disk_errors(file, "give another file by --html"):
+        publish.write_file(file, text)
 
 
 def _written(value: str | float) -> str:

@@ -1,5 +1,6 @@
 """`switchcli recipes`: the recipes that ship, and whether one is sound. Results go to stdout, errors are raised."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,9 @@ from switchcli.report.output import print_json
 from switchcli.report.text import one_line
 
 app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
+
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors that another name on the same disk does not avoid."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -56,7 +60,9 @@ def copy(
             publish.write_file(target, copied, replace=False)
         except FileExistsError as error:
             raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except OSError as error:
+            if error.errno in OF_THE_DISK:
+                raise
             raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
     if as_json:
         print_json({"name": name, "file": str(target)})

@@ -164,12 +164,12 @@ def write_each(figures: Iterable[Figure], tables: Iterable[Table], folder: Path)
     Figures of one table share a file: held_out.csv for held_out_steps, _tokens, _wall_time and _flops, training.csv for
     training_steps and so on. No file is replaced before all are written.
     """
-    contents: dict[Path, str | bytes] = {}
+    contents: dict[str, str | bytes] = {}
     for figure in figures:
-        contents[folder / f"{figure.name}.svg"] = charts.svg(figure)
-        contents[folder / f"{figure.name}.png"] = charts.png(figure)
-        contents[folder / f"{figure.table.name}.csv"] = figure.table.csv()
-    contents |= {folder / f"{table.name}.csv": table.csv() for table in tables}
+        contents[f"{figure.name}.svg"] = charts.svg(figure)
+        contents[f"{figure.name}.png"] = charts.png(figure)
+        contents[f"{figure.table.name}.csv"] = figure.table.csv()
+    contents |= {f"{table.name}.csv": table.csv() for table in tables}
     with disk_errors(folder, "give another folder by --figures"):
         folder.mkdir(parents=True, exist_ok=True)
-        publish.write_files(contents)
+        publish.write_files(folder, contents)
