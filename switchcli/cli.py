@@ -25,7 +25,7 @@ from switchcli.commands.arguments import (
     Recipe,
     Resume,
 )
-from switchcli.errors import CheckpointError, DataError, SwitchError, path_error
+from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError, path_error
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 from switchcli.report.text import safe_text
@@ -354,6 +354,15 @@ def plan(
             plan.show(planned)
 
 
+def _require_working_directory() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise RecipeError(
+            f"the working directory cannot be used ({error.strerror}): change to one that exists"
+        ) from error
+
+
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
     startup.limit_spinning(os.environ)
@@ -364,6 +373,7 @@ def main() -> None:
     startup.make_stderr_lenient()
     try:
         try:
+            _require_working_directory()
             app()
         finally:
             sys.stdout.flush()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from switchcli import publish
 from switchcli.data.store import facts_of, is_whole
-from switchcli.errors import disk_errors
+from switchcli.errors import RecipeError, disk_errors
 
 PARTIAL = ".partial-"
 ELSEWHERE = "name another folder for the cache in $SWITCHCLI_CACHE"
@@ -21,7 +21,12 @@ ELSEWHERE = "name another folder for the cache in $SWITCHCLI_CACHE"
 
 def default_cache() -> Path:
     """`$SWITCHCLI_CACHE`, or ~/.cache/switchcli. Where a cache lies does not change a result."""
-    return Path(os.environ.get("SWITCHCLI_CACHE") or Path.home() / ".cache" / "switchcli")
+    if given := os.environ.get("SWITCHCLI_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "switchcli"
+    except RuntimeError as error:  # HOME is not set, and no database knows the user
+        raise RecipeError("no home folder is known for the cache: set SWITCHCLI_CACHE, or HOME") from error
 
 
 @contextmanager

@@ -74,11 +74,7 @@ class Runtime:
             _keep_freed_memory()
         with lost_ranks_explained(), waiting_announced():
             _meet_again("gloo" if on_cpu else "nccl")
-            self._accelerator = Accelerator(
-                cpu=on_cpu,
-                mixed_precision="no",  # `autocast` below: accelerate's own would copy the logits to float32
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)],
-            )
+            self._accelerator = _accelerator(on_cpu)
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -299,6 +295,17 @@ class Runtime:
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
         self._accelerator.end_training()
+
+
+def _accelerator(on_cpu: bool) -> Accelerator:
+    try:
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",  # `autocast`: accelerate's own would copy the logits to float32
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)],
+        )
+    except ValueError as error:
+        raise RecipeError(f"an environment variable cannot be used by accelerate ({error}): unset it") from error
 
 
 def _meet_again(backend: str) -> None:

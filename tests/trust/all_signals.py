@@ -266,6 +266,8 @@ def launched_rank() -> None:
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number in (signal.SIGHUP, signal.SIGQUIT):  # nohup, and a shell's `&`, have them ignored
+        signal.signal(number, signal.SIG_DFL)
     with trials(folder, "pretrain background finetune distill" if long else "pretrain") as found:
         for what, group in _classes(long).items():
             yield row(what, {name(one): sent(found["pretrain"], one, Path(f"one-{one}")) for one in group})

@@ -74,7 +74,7 @@ def forked_cases() -> dict[str, dict[str, Case]]:
         },
         "folders": {
             "deleted working directory": Case((2, 3, 4), act=in_deleted_folder),
-            "deleted working directory, recipes list": Case(act=in_deleted_folder, command=("recipes", "list")),
+            "deleted working directory, recipes list": Case((0, 2), act=in_deleted_folder, command=("recipes", "list")),
             "deleted working directory, absolute recipe": Case((2, 3, 4), act=in_deleted_folder, command=absolute),
             "unwritable working directory": Case((2, 3, 4), act=lambda: os.chdir("/proc"), command=absolute),
             "TMPDIR missing": Case(set={"TMPDIR": "/nowhere"}),
@@ -101,7 +101,7 @@ def forked_cases() -> dict[str, dict[str, Case]]:
                 (2, 6), {"SLURM_JOB_ID": "x", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
             ),
             "SLURM_PROCID is text": Case(
-                (2, 6), {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", **TWO, "RANK": "0"}
+                (2,), {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1"}
             ),
             "a batch script of SLURM": Case(set={"SLURM_JOB_ID": "x", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}),
             "text in a rank's variables, no ranks": Case(
@@ -145,17 +145,10 @@ def started_cases() -> dict[str, Case]:
         "no stderr, a failure": Case((2,), act=lambda: os.close(2), command=("recipes", "validate", "nothing.yaml")),
         "no environment at all": Case(unset=tuple(os.environ)),
         "OMP_NUM_THREADS is text": Case(set={"OMP_NUM_THREADS": "abc"}, command=plan),
-        "OMP_NUM_THREADS=0": Case(set={"OMP_NUM_THREADS": "0"}, command=plan),
-        "GOMP_SPINCOUNT is text": Case(set={"GOMP_SPINCOUNT": "x"}, command=plan),
-        "no HOME, unknown user": Case(unset=("HOME",), act=_become_unknown, command=plan),
-        "a small stack": Case(act=limit(resource.RLIMIT_STACK, 2**20), command=plan),
+        "GOMP_SPINCOUNT is text": Case(set={"GOMP_SPINCOUNT": "x", "OMP_NUM_THREADS": "0"}, command=plan),
+        "no HOME, unknown user": Case(unset=("HOME",), command=plan),
+        "a small stack": Case(act=limit(resource.RLIMIT_STACK, 2**20)),
     }
-
-
-def _become_unknown() -> None:
-    if os.getuid() == 0:
-        os.setgid(12345)
-        os.setuid(12345)
 
 
 def fault(case: Case, code: int | None, said: str, seconds: float) -> str:
@@ -198,20 +191,29 @@ def forked(case: Case, number: int) -> str:
     return told
 
 
+START = """
+import os, pwd
+if "HOME" not in os.environ:  # docker run --user 12345
+    pwd.getpwuid = lambda uid: {}[uid]
+from switchcli.cli import main
+main()
+"""
+
+
 def started(case: Case) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in case.unset}
-    path = os.pathsep.join(part or os.getcwd() for part in sys.path)
+    path = os.pathsep.join(part or str(Path.cwd()) for part in sys.path)
     command = [*LIGHT] if case.command == RUN else [*case.command]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
-        [sys.executable, "-c", "from switchcli.cli import main; main()", *command],
+        [sys.executable, "-c", START, *command],
         env={**environment, **case.set, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=case.act,
+        preexec_fn=case.act,  # noqa: PLW1509  # this process has no threads
     )
     try:
         said, _ = process.communicate(timeout=PATIENCE)
