@@ -106,7 +106,7 @@ def _waited_for(rank: int, world: int, met: Event) -> str:
         socket.create_connection((address, port), timeout=1).close()
     except OSError as error:
         return f"{here} for rank 0, which does not answer there ({error.strerror or error}): see if it was started"
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
     store.set(f"switchcli/waits/{rank}", "")
