@@ -57,7 +57,7 @@ NO_FOLDER = (
 )
 """Where no folder can be. Where one can, the library that draws figures is started, which needs more memory than a
 trial has."""
-PATIENCE = 30
+PATIENCE = 60
 """Seconds after which a trial that waits, as for the writer of a pipe, is a hang."""
 CODES = (0, 2, 3, 4)
 
