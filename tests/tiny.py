@@ -8,6 +8,7 @@ from switchcli.model.routing import Switch
 from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
+from switchcli.train.objective import StepLoss
 
 SOURCE, TARGET = 12, 9
 SHAPE = {"vocab_size": 37, "d_model": 16, "d_ff": 24, "d_kv": 5, "num_heads": 2, "num_layers": 2}
@@ -37,3 +38,8 @@ def rows(step: int, first: int, count: int) -> Batch:
             padded_L[:length] = torch.randint(2, SHAPE["vocab_size"], (length,), generator=generator)
             padded_L[length - 1 : length] = EOS
     return Batch(inputs_BS, targets_BT)
+
+
+def step_total(loss: StepLoss) -> torch.Tensor:
+    """The loss of a step that has one microbatch, with the cross-entropy as a sum: what a test differentiates."""
+    return loss.target_sum if loss.auxiliary is None else loss.target_sum + loss.auxiliary.mean()

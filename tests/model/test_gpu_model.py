@@ -12,7 +12,7 @@ import pytest
 import torch
 from answers import SPEC, a_model, some_inputs
 from devices import DEVICES
-from tiny import SHAPE, rows
+from tiny import SHAPE, rows, step_total
 from tiny import a_model as a_trainable_model
 
 from switchcli.data.batch import Batch
@@ -51,7 +51,7 @@ def gradients(
         recompute_blocks(model)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         loss = objective(model, Batch(*(ids.to(device) for ids in batch)))
-    (loss.target_sum + loss.auxiliary).backward()
+    step_total(loss).backward()
     return [loss.target_sum.detach(), *(parameter.grad for parameter in model.parameters())]
 
 

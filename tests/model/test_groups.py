@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from test_count import on_meta, shapes
-from tiny import DENSE, SPARSE, a_model, rows
+from tiny import DENSE, SPARSE, a_model, rows, step_total
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.model.count import count
@@ -63,7 +63,7 @@ def gradients(spec: ModelSpec, group: Group) -> dict[str, torch.Tensor | None]:
     freeze(model, "expert" if group == "all" else "all")  # what was chosen before does not count
     freeze(model, group)
     loss = cross_entropy(model, rows(0, 0, 8))
-    (loss.target_sum + loss.auxiliary).backward()
+    step_total(loss).backward()
     assert set(trainable(model)) == set(members(model, group))
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -87,7 +87,7 @@ def flops(group: Group) -> int:
     freeze(model, group)
     with FlopCounterMode(display=False) as counter:
         loss = cross_entropy(model, rows(0, 0, 8))
-        (loss.target_sum + loss.auxiliary).backward()
+        step_total(loss).backward()
     return counter.get_total_flops()
 
 

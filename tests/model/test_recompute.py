@@ -47,7 +47,7 @@ def a_step(model: SwitchTransformer, again: bool, bfloat16: bool = False, segmen
     torch.manual_seed(7)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         output = model.train()(*rows(0, 0, 4), segments)
-        loss = output.logits_BTV.float().square().mean() + (0 if output.auxiliary is None else output.auxiliary)
+        loss = output.logits_BTV.float().square().mean() + (0 if output.auxiliary is None else output.auxiliary.mean())
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return Step(output, gradients, float(torch.rand(())))

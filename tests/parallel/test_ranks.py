@@ -25,6 +25,7 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.generate import generate
 from switchcli.model.groups import Group, freeze, members, trainable
 from switchcli.model.initialise import initial_weights
+from switchcli.model.losses import AuxiliaryLoss
 from switchcli.model.moe import evaluating
 from switchcli.model.recompute import recompute_blocks
 from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
@@ -155,15 +156,24 @@ def naive(clip_norm: float | None = None) -> Arrays:
     """Autograd on the loss as it is meant, one sequence at a time: no microbatches, no ranks, no shared code."""
     model = a_model(SPARSE).train()
     inputs_BS, targets_BT = rows(0, 0, BATCH)
-    total, balances, count = torch.zeros(()), [], 0
+    total, count = torch.zeros(()), 0
+    balances = {"encoder": torch.zeros(()), "decoder": torch.zeros(())}
     for row in range(BATCH):
         output = model(inputs_BS[row : row + 1], targets_BT[row : row + 1])
         log_probability_TV = output.logits_BTV[0].log_softmax(-1)
         for position, target in enumerate(targets_BT[row].tolist()):
             if target:
                 total, count = total - log_probability_TV[position, target], count + 1
-        balances.append(output.auxiliary)
-    (total / count + sum(balances) / BATCH).backward()
+        # Each row is a group, and counts by its real tokens.
+        for stack, reports, ids in (
+            ("encoder", output.encoder_reports, inputs_BS[row]),
+            ("decoder", output.decoder_reports, targets_BT[row]),
+        ):
+            real = sum(token != PAD for token in ids.tolist())
+            balances[stack] = balances[stack] + real * sum(report.balance for report in reports)
+    num_inputs = sum(token != PAD for token in inputs_BS.flatten().tolist())
+    balance = balances["encoder"] / num_inputs + balances["decoder"] / count
+    (total / count + SPARSE.router.balance_loss_coef * balance).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     norm = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
     factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (float(norm) + 1e-6))  # as torch has it
@@ -291,7 +301,9 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
         if state.step == 1:
             stop.requested = runtime.rank == stop_on
             if runtime.rank == poison_on:
-                return loss._replace(auxiliary=loss.auxiliary * math.nan)
+                return loss._replace(
+                    auxiliary=AuxiliaryLoss(*(part._replace(total=part.total * math.nan) for part in loss.auxiliary))
+                )
         return loss
 
     try:
