@@ -104,7 +104,7 @@ ANSWERING = {
 DECODING = {
     "greedy": Decoding(max_tokens=12),
     "beams": Decoding(max_tokens=12, beams=3, length_penalty=0.0),
-    "beams with a penalty": Decoding(max_tokens=12, beams=4, length_penalty=1.0),
+    "beams with a penalty": Decoding(max_tokens=12, beams=4, length_penalty=3.0),
     "sampling": Decoding(max_tokens=12, temperature=1.3, seed=1),
     "nucleus": Decoding(max_tokens=12, temperature=1.3, top_p=0.8, seed=1),
 }
