@@ -26,7 +26,7 @@ from tiny_run import write_text
 from switchcli.commands import preparation, prune, upcycle, vocabularies  # noqa: F401  # so that a fork has them
 
 PATIENCE = 240.0
-EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 THERE_ALREADY = (2, 4)
 """The exit codes of a command whose output is there already: it was killed after that."""
 TOKENIZER = "data.tokenizer={kind: file, path: run/tokenizer.json}"
@@ -173,8 +173,10 @@ def killed_at(at: int, folder: Path) -> None:
         left -= 1
 
     def strike(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and not isinstance(arguments[0], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in EVENTS) and Path(os.fsdecode(arguments[0])).absolute().is_relative_to(folder):
+        if event not in EVENTS or isinstance(arguments[0], int):  # of an open file
+            return
+        reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if not reads and Path(os.fsdecode(arguments[0])).absolute().is_relative_to(folder):
             operation()
 
     sync = os.fsync
