@@ -132,8 +132,8 @@ class Training:
         """The identity of the tasks' examples. Held-out text is a part of the text's own identity."""
         if not self.text.exams:
             return {}
-        examples = [(exam.task.name, exam.examples) for exam in self.text.exams]
-        return {EVALUATION: hashlib.sha256(repr(examples).encode("utf-8", "surrogatepass")).hexdigest()}
+        examples = json.dumps([(exam.task.name, exam.examples) for exam in self.text.exams])
+        return {EVALUATION: hashlib.sha256(examples.encode()).hexdigest()}
 
     def _check_steps(self) -> None:
         done, steps = self.state.step, self.recipe.train.steps

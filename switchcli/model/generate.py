@@ -162,9 +162,8 @@ def _search(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decodin
         source.cache.reorder((beam_BK + K * torch.arange(B, device=beam_BK.device).unsqueeze(1)).flatten())
     else:
         unfinished_B = real_B & (best_B == -math.inf)
-        answer_BT = tokens_BKT[:, 0].where(
-            unfinished_B.unsqueeze(1), answer_BT
-        )  # live beams are sorted, the best first
+        # Live beams are sorted, the most probable first.
+        answer_BT = tokens_BKT[:, 0].where(unfinished_B.unsqueeze(1), answer_BT)
     return answer_BT[: len(inputs_BS)]
 
 
