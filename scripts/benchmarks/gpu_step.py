@@ -21,7 +21,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.sizes import SIZES
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.microbatches import Microbatch
+from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.objective import cross_entropy
 from switchcli.train.optimizer import Adafactor
 
@@ -160,8 +160,8 @@ def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.d
         if batch not in batches:
             batches.clear()
             batches[batch] = some_batch(spec, batch, lengths, device)
-        targets = batch * lengths.target
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, batches[batch], targets)], targets, runtime, "0")
+        real = RealTokens(batch * lengths.source, batch * lengths.target)  # no token is padding
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, batches[batch], real)], real, runtime, "0")
         norm = runtime.gradient_norm(optimizer.parameters, optimizer.cuts).total
         optimizer.step(1e-4)
         optimizer.zero_grad()
