@@ -6,6 +6,7 @@ other ways to know a user: environment variables, and files such as ~/.aws/crede
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 from urllib.parse import unquote
 
@@ -16,10 +17,12 @@ FIX: Final = (
 )
 
 _SCHEME: Final = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]+:(?=[/\\])"
+    r"[A-Za-z][A-Za-z0-9+.-]{1,40}:(?=[/\\])"
     r"|(?<![\w:/])(?:https?|s?ftp|s3a?|gs|gcs|abfss?|wasbs?):(?=[^\s/\\])"
 )
-"""The start of a URL. One slash is enough: pathlib makes `https:/host` of `https://host`."""
+"""The start of a URL. One slash is enough: pathlib makes `https:/host` of `https://host`.
+
+The length of a scheme is bounded, so that a search takes time in proportion to the text."""
 _CHAIN: Final = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*:[/\\])")
 """fsspec's separator, as in `simplecache::https://host/x`. The `::` of an IPv6 address is not followed by a scheme."""
 _PARAMETER: Final = re.compile(r"[?&;#]([^=?&;#]{1,64})=")
@@ -36,6 +39,8 @@ _SECRET_WORDS: Final = ("signature", "credential", "secret", "passw", "accesskey
 _SECRET_ENDS: Final = ("token", "key")
 _SECRET_NAMES: Final = frozenset({"sig", "sas", "auth", "pwd", "pass", "jwt", "bearer"})
 _MAX_DECODINGS: Final = 3
+_MAX_URLS: Final = 64
+"""In one path: chains and parameters have a few. Each is searched to the end of the path."""
 
 
 def problem(place: str) -> str | None:
@@ -44,10 +49,13 @@ def problem(place: str) -> str | None:
     A path without a scheme holds none: `me@home/token.txt` is a file.
     """
     text = re.sub(r"[\t\r\n]", "", place).replace("\\", "/").strip()
-    urls = [*_urls(text)]
-    for _ in range(_MAX_DECODINGS):  # a URL may be written in percent-encoded form, or be a parameter of another
+    urls: list[str] = []
+    for decodings in range(1 + _MAX_DECODINGS):  # a URL may be percent-encoded, or be a parameter of another
+        found = [*islice(_urls(text), _MAX_URLS + 1)]
+        if len(found) > _MAX_URLS:
+            return f"more than {_MAX_URLS} URLs, too many to search"
+        urls += found[1:] if decodings and _SCHEME.match(place) else found
         text = unquote(text)
-        urls += [*_urls(text)][bool(_SCHEME.match(place)) :]
     return next(filter(None, map(_problem, urls)), None)
 
 
@@ -57,7 +65,8 @@ def redacted(text: str) -> str:
     def hide(found: re.Match[str]) -> str:
         return f"{found[1]}{HIDDEN}" if problem(found[0]) else found[0]
 
-    text = re.sub(r"()\S*%3A%2F\S*", hide, text, flags=re.IGNORECASE)
+    if "%3a%2f" in text.lower():
+        text = re.sub(r"()\S+", lambda found: hide(found) if "%3a%2f" in found[0].lower() else found[0], text)
     text = re.sub(r"(?<![\w:/\\])([/\\]{2})[^\s/\\]*@\S*", hide, text)
     return re.sub(rf"((?:{_SCHEME.pattern})[/\\]*)\S*", hide, text)
 
@@ -85,9 +94,11 @@ def _problem(url: str) -> str | None:
     host, _, port = authority.rpartition("]")[2].partition(":")
     if "@" in authority and not (scheme in _AZURE and _CONTAINER.fullmatch(authority)):
         return "a user name, a token or a password before the @"
-    is_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and "@" not in beyond
-    if scheme != "file" and port and not is_port and not authority.startswith(_ARN):
+    is_number = re.fullmatch(r"[0-9]{1,5}", port) is not None
+    if scheme != "file" and port and not is_number and not authority.startswith(_ARN):
         return "a colon before what is no port, as in user:password"
+    if scheme != "file" and is_number and "@" in beyond:
+        return "an @ after a port, which may be the start of a password (write %40 for an @ of the path)"
     if scheme in _WEB and "@" in beyond and "." not in authority and host != "localhost":
         return "an @ after a name that is no host, as where a token has a slash in it (write %40 for an @ of the path)"
     for name in _PARAMETER.findall(unquote(unquote(beyond))):

@@ -1,5 +1,6 @@
 """Every key of a recipe that names a place has the type Place, so that credentials in it are refused."""
 
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -104,3 +105,23 @@ def test_credentials_of_a_url_in_a_message_are_hidden(url: str) -> None:
     message = credentials.redacted(f"cannot open {url}: no such file, see s3://bucket/a@b and me@home")
     assert "ss" not in message.replace("cannot", "")
     assert message.endswith("no such file, see s3://bucket/a@b and me@home")
+
+
+@pytest.mark.parametrize("unit", ["x", "\u5b57", "a/", "%3A", "a:/", "ab:/", "ab::", "//a@", "%61b:/", "?a="])
+def test_a_long_text_is_searched_in_linear_time(unit: str) -> None:
+    """Console messages pass through this search, and may hold a long text without spaces."""
+    text = unit * (60_000 // len(unit))
+    began = time.process_time()
+    credentials.redacted(text)
+    credentials.redacted(f"https://h.org/{text}")
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("separator", ["::", "%3A%3A", "?a="])
+def test_credentials_behind_many_urls_are_found(separator: str) -> None:
+    assert credentials.problem(separator.join(["https://h.org/x"] * 200 + ["https://u:pass@h.org/x"]))
+
+
+def test_a_port_before_an_at_sign_of_the_path_has_a_message_of_its_own() -> None:
+    assert "%40" in (credentials.problem("http://h.org:9000/data@v2") or "")
+    assert credentials.problem("http://h.org:9000/data%40v2") is None
