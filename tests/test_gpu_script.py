@@ -40,6 +40,15 @@ def test_it_says_which_calls_there_are_none_of_and_that_there_is_no_gpu(tmp_path
     assert not list((tmp_path / "results").glob("*.json"))
 
 
+def test_a_try_on_the_cpu_does_not_count_as_a_result_of_the_gpu(tmp_path: Path) -> None:
+    only = ("--out", "results", "--only", "layer-8", "--dry-run")
+    (tmp_path / "results").mkdir()
+    found = {"status": "done", "device": "cpu", "tiny": True}
+    (tmp_path / "results/layer-8.json").write_text(json.dumps(found))
+    assert "[done]" in script(tmp_path, *TINY, *only).stdout
+    assert "1 of 1 calls" in script(tmp_path, *only).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a call outlives a script that was killed")

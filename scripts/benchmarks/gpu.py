@@ -24,18 +24,20 @@ from gpu_calls import DENSE, EXPERTS, LIMIT_SECONDS, MODELS, Call, calls
 
 ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
+RESULT = "result of the job: "
+"""Starts the line of stdout with a job's result; libraries print lines of their own, at exit too."""
 
 
 def main() -> int:
     options = parser().parse_args()
     if options.job:
-        print(json.dumps(run_job(json.loads(options.job))))
+        print(f"\n{RESULT}{json.dumps(run_job(json.loads(options.job)))}")
         return 0
     out = Path(options.out).resolve()
     chosen = [call for call in calls() if not options.only or any(name in call.name for name in options.only)]
     if not chosen:
         parser().error(f"no call has {' or '.join(options.only)} in its name: --dry-run lists them")
-    left = [call for call in chosen if not is_done(out, call, options.again)]
+    left = [call for call in chosen if not is_done(out, call, options)]
     if options.dry_run:
         list_calls(chosen, left)
         return 0
@@ -64,10 +66,12 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
-def is_done(out: Path, call: Call, again: bool) -> bool:
-    """Return whether the call has a result; with `again` only one that went well counts."""
+def is_done(out: Path, call: Call, options: argparse.Namespace) -> bool:
+    """Return whether the call has a result of this device and these shapes; with --again only a good one counts."""
     result = read(out, call.name)
-    return result is not None and (not again or result["status"] == "done")
+    if result is None or (result.get("device"), result.get("tiny")) != (options.device, options.tiny):
+        return False
+    return not options.again or result["status"] == "done"
 
 
 def read(out: Path, name: str) -> dict[str, Any] | None:
@@ -95,7 +99,8 @@ def run(left: Sequence[Call], out: Path, options: argparse.Namespace) -> int:
         print(f"[{number}/{len(left)}] {call.name}: {call.what}", flush=True)
         begun = time.monotonic()
         result = run_call(call, out, options)
-        result |= {"call": call.name, "call_seconds": round(time.monotonic() - begun, 1)}
+        result |= {"call": call.name, "device": options.device, "tiny": options.tiny}
+        result["call_seconds"] = round(time.monotonic() - begun, 1)
         write(out / f"{call.name}.json", result)
         everything = {one.name: found for one in calls() if (found := read(out, one.name))}
         write(out / "all.json", everything)
@@ -123,8 +128,11 @@ def run_call(call: Call, out: Path, options: argparse.Namespace) -> dict[str, An
         if call.job["kind"] == "tests":
             return tests_result(xml, process.returncode, printed + errors)
     if process.returncode:
-        return {"status": "failed", "reason": errors[-3000:] or f"exit code {process.returncode}"}
-    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return {"status": "failed", "reason": errors[-3000:].strip() or f"exit code {process.returncode}"}
+    line = next((line for line in reversed(printed.splitlines()) if line.startswith(RESULT)), None)
+    if line is None:
+        return {"status": "failed", "reason": errors[-3000:].strip() or "it printed no result"}
+    result: dict[str, Any] = json.loads(line.removeprefix(RESULT))
     return result
 
 

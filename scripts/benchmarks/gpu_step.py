@@ -119,9 +119,11 @@ def step_flops(spec: ModelSpec, batch: int, lengths: Lengths) -> int:
 
 
 def eager_batch(job: dict[str, Any]) -> int | None:
-    """Return the batch of the eager call of the same model, if that is done."""
+    """Return the batch of the eager call of the same model on the same device, if that is done."""
     path = Path(job["out"], f"step-{job['model']}-eager.json")
-    return json.loads(path.read_text(encoding="utf-8")).get("batch") if path.is_file() else None
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    is_alike = (found.get("device"), found.get("tiny")) == (job["device"], job["tiny"])
+    return found.get("batch") if is_alike else None
 
 
 def some_batch(spec: ModelSpec, batch: int, lengths: Lengths, device: torch.device) -> Batch:
