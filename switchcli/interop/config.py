@@ -27,6 +27,20 @@ from switchcli.user_files import read_regular
 
 NAME: Final = "config.json"
 _MAX_BYTES: Final = 1 << 20
+_SIZES: Final = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_heads",
+    "num_layers",
+    "num_decoder_layers",
+    "num_experts",
+    "expert_capacity",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
+"""The keys of config.json that `bound` checks; other keys of the file, such as a trainer's `seed`, are ignored."""
 _CLASSES: Final[Mapping[str, Kind]] = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",
@@ -194,7 +208,7 @@ def document(path: Path) -> dict[str, Any]:
 
 def bound(found: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError where the sizes in `found`, of the file `path`, are far beyond any model."""
-    sizes = {key: value for key in MOST if type(value := found.get(key)) is int}
+    sizes = {key: value for key in _SIZES if type(value := found.get(key)) is int}
     for key, size in sizes.items():
         if not 1 <= size <= MOST[key]:
             raise CheckpointError(

@@ -388,3 +388,10 @@ def test_any_config_is_read_or_refused_in_one_line(made: Path, keys: dict[str, A
         said = str(refusal)
     assert not said or said.startswith(f"{path}: ")
     assert "\n" not in said
+
+
+def test_keys_of_config_json_that_are_no_sizes_are_ignored(folder: Path) -> None:
+    """Trainers write keys of their own, whose names a recipe may bound, such as `seed`."""
+    before = configs.read(folder / "config.json")
+    configure(seed=0, steps=0, count=-1, batch_tokens=0)(folder)
+    assert configs.read(folder / "config.json") == before
