@@ -84,16 +84,18 @@ def _check_values_of(command: Any) -> None:
         _check_values_of(inner)
     for parameter in command.params:
         if parameter.name != _TEXTS:
-            parameter.callback = _checked(parameter.callback)
+            parameter.process_value = _checked(parameter, parameter.process_value)
 
 
-def _checked(then: Any) -> Any:
-    def check(context: Any, parameter: Any, value: Any) -> Any:
-        name = next((one for one in parameter.opts if one.startswith("--")), parameter.name.upper())
+def _checked(parameter: Any, process_value: Any) -> Any:
+    """Return `process_value` with a check of what was typed: an empty path would become `.`, the current folder."""
+    name = next((one for one in parameter.opts if one.startswith("--")), parameter.name.upper())
+
+    def check(context: Any, value: Any) -> Any:
         for one in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(one, str | Path):
-                _check_value(name, str(one))
-        return value if then is None else then(context, parameter, value)
+            if isinstance(one, str):
+                _check_value(name, one)
+        return process_value(context, value)
 
     return check
 

@@ -124,3 +124,20 @@ def test_what_files_are_called_cannot_act_on_the_terminal(switchcli):
     assert not {"\x1b", "\u202e"} & {*said}
     Path("again.yaml").write_text(said)
     assert switchcli("pretrain", "again.yaml", "--dry-run").out == said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("recipes", "copy", "quickstart/switch", ""),
+        ("recipes", "copy", "", "mine.yaml"),
+        ("pretrain", "quickstart/switch", "--dry-run", "--out", ""),
+        ("eval", "run", "--out="),
+    ],
+)
+def test_an_empty_path_is_refused_and_not_taken_for_the_current_folder(arguments, switchcli):
+    before = sorted(Path().iterdir())
+    done = switchcli(*arguments)
+    assert done.code == 2
+    assert "is empty" in done.err
+    assert sorted(Path().iterdir()) == before
