@@ -11,19 +11,21 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 # Before torch and the hub's client are imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-settings.register_profile(
-    "switchcli",
-    deadline=None,
-    derandomize=bool(os.environ.get("CI")),
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("switchcli")
+if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it, and the tests for a GPU do not need it
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "switchcli",
+        deadline=None,
+        derandomize=bool(os.environ.get("CI")),
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("switchcli")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW = ("torch", "accelerate", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "numpy")
 HIDDEN = ("datasets", "pyarrow", "pandas", "sacrebleu", "rouge_score", "nltk", "vl_convert", "transformers")
 HIDDEN += ("sentencepiece", "tensorboard", "wandb", "hypothesis", "pytest_timeout", "playwright", "multiprocess")
-SCRIPT = """
+HIDE = """
 import importlib.metadata, io, json, os, sys
 
-hidden, commands = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+hidden = json.loads(sys.argv[1])
 
 class Finder:
     '''The finders that were there, which find everything but the hidden packages.'''
@@ -46,14 +46,15 @@ for name in hidden:
     except ModuleNotFoundError:
         continue
     raise AssertionError(f"{name} is not hidden")
-
+"""
+RUN_COMMANDS = """
 from switchcli.cli import main
 
 def leave(code):
     raise SystemExit(code)
 
 os._exit = leave
-for command in commands:
+for command in json.loads(sys.argv[2]):
     sys.argv = ["switchcli", *command]
     try:
         main()
@@ -102,7 +103,7 @@ def test_every_verb_runs_where_few_packages_are_installed(name: str, tmp_path: P
     rows = [{"text": "a red walk", "label": 0}, {"text": "the green run", "label": 1}] * 8
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(HIDDEN), json.dumps(COMMANDS[name])],
+        [sys.executable, "-c", HIDE + RUN_COMMANDS, json.dumps(HIDDEN), json.dumps(COMMANDS[name])],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -111,6 +112,31 @@ def test_every_verb_runs_where_few_packages_are_installed(name: str, tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "runs/c/result.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("file", "few"),
+    [
+        ("tests/model/test_gpu_layer.py", "evaluation and groups"),
+        ("tests/model/test_gpu_model.py", "packed or (answers and greedy)"),
+        ("tests/commands/test_gpu.py", "examined or scores or kept"),
+    ],
+)
+def test_the_tests_for_a_gpu_run_where_few_packages_are_installed(file: str, few: str) -> None:
+    """Rows of the CPU stand for those of the GPU, which import the same modules."""
+    run_pytest = "import pytest; raise SystemExit(pytest.main(sys.argv[2:]))"
+    arguments = ["-p", "no:cacheprovider", "-W", "default", "-m", "not gpu", "-k", f"cpu and ({few})", file]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{HIDE}\n{run_pytest}", json.dumps(HIDDEN), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_pytest_reads_the_configuration_without_the_plugin_for_timeouts() -> None:

@@ -1,9 +1,11 @@
-"""transformers' T5 and SwitchTransformers of our shapes, and which of their weights is which of ours."""
+"""transformers' T5 and SwitchTransformers of our shapes, and which of their weights is which of ours.
+
+transformers is imported where it is used: the tests for a GPU import this module on machines without it.
+"""
 
 import re
 
 import torch
-import transformers
 
 from switchcli.model.transformer import SwitchTransformer
 
@@ -33,6 +35,8 @@ OURS = {
 
 
 def t5(feed_forward: str, tied: bool) -> torch.nn.Module:
+    import transformers
+
     config = transformers.T5Config(
         **SHAPE, feed_forward_proj=feed_forward, tie_word_embeddings=tied, attn_implementation="eager"
     )
@@ -43,6 +47,8 @@ def t5(feed_forward: str, tied: bool) -> torch.nn.Module:
 
 
 def switch(num_experts: int) -> torch.nn.Module:
+    import transformers
+
     config = transformers.SwitchTransformersConfig(
         **{**SHAPE, "num_layers": 4},
         num_experts=num_experts,
