@@ -30,8 +30,9 @@ IN_MEMORY_BYTES: Final = 2**26
 takes, and enough for the texts of all short runs. Longer texts are mapped."""
 CHECKED_MEBIBYTES: Final = 1024
 """Of each file; beyond it the size alone. Shards are smaller."""
-_MOST_USED: Final = 256
-"""Mapped files that may wait for a check; each keeps a file descriptor open."""
+_MOST_USED: Final = 32
+"""Mapped files of a text that may wait for a check; each keeps two file descriptors open. A check of one is a call of
+fstat."""
 _HEADER_BYTES: Final = 1024
 """More than the header of a file takes."""
 _WRITE_SECONDS: Final = 0.05
@@ -66,19 +67,30 @@ class MappedFile:
 
     def check_size(self) -> None:
         """Raise DataError if the file is shorter than it was."""
-        if os.fstat(self._handle).st_size < self._stat.size:
+        if self._status().size < self._stat.size:
             raise changed(self._path)
 
     def check(self) -> None:
         """Raise DataError if the file was written to since it was verified and its content is another now."""
-        if FileStat.of(os.fstat(self._handle)) != self._stat:
+        if self._status() != self._stat:
             time.sleep(_WRITE_SECONDS)
             self._verify()
 
     def _verify(self) -> None:
-        self._stat = FileStat.of(os.fstat(self._handle))
-        if identity_of(self._handle) != self._identity or FileStat.of(os.fstat(self._handle)) != self._stat:
+        stat = self._status()
+        try:
+            identity = identity_of(self._handle)
+        except OSError as error:
+            raise changed(self._path) from error
+        if identity != self._identity or self._status() != stat:
             raise changed(self._path)
+        self._stat = stat  # not before: the next check of a file that is damaged must find it so again
+
+    def _status(self) -> FileStat:
+        try:
+            return FileStat.of(os.fstat(self._handle))
+        except OSError as error:  # ESTALE: another machine removed the file from a network file system
+            raise changed(self._path) from error
 
 
 class Verified:
@@ -89,7 +101,7 @@ class Verified:
         self._folder, self._files, self._in_memory = folder, files, in_memory
         self._held: dict[str, NDArray[Any]] = {}
         self._used: set[MappedFile] = set()
-        self._lock = threading.Lock()
+        self._lock, self._checking = threading.Lock(), threading.Lock()
 
     def load(self, name: str) -> NDArray[Any]:
         """Read an array into memory, from the very bytes that were verified. Raises DataError for other bytes."""
@@ -138,15 +150,16 @@ class Verified:
 
         A file whose stat is the same was not written to, and is not read.
         """
-        with self._lock:
-            used, self._used = self._used, set()
-        try:
-            for mapped in used:
-                mapped.check()
-        except DataError:
+        with self._checking:  # files that another thread checks are not in `_used`: wait for its result
             with self._lock:
-                self._used |= used
-            raise
+                used, self._used = self._used, set()
+            try:
+                for mapped in used:
+                    mapped.check()
+            except DataError:
+                with self._lock:
+                    self._used |= used
+                raise
 
 
 @contextmanager

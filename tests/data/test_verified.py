@@ -1,0 +1,79 @@
+"""Verified arrays: every check finds a mapped file that was changed, in every thread."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import sleep
+
+import numpy as np
+import pytest
+
+from switchcli.data import verified as module
+from switchcli.data.store import StoreWriter, TokenStore, facts_of, seal
+from switchcli.data.verified import Verified
+from switchcli.errors import DataError
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> tuple[Verified, TokenStore, Path]:
+    """A store whose tokens are mapped, with the file that holds them."""
+    with StoreWriter(tmp_path / "store", 100) as writer:
+        writer.add(np.arange(100), starts_document=True)
+    seal(tmp_path, {})
+    facts = facts_of(tmp_path)
+    assert facts is not None
+    found = Verified(tmp_path, facts["files"], in_memory=False)
+    return found, TokenStore.open(found, "store"), tmp_path / "store" / "tokens.npy"
+
+
+def reverse(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-200] + content[-200:][::-1])
+
+
+def test_a_changed_file_is_found_by_each_check_until_its_content_is_back(
+    mapped: tuple[Verified, TokenStore, Path],
+) -> None:
+    verified, store, path = mapped
+    store.take(slice(0, 5))
+    verified.check()
+    store.take(slice(0, 5))
+    reverse(path)
+    for _ in range(2):
+        with pytest.raises(DataError, match=str(path)):
+            verified.check()
+    reverse(path)
+    verified.check()
+
+
+def test_a_check_waits_for_the_result_of_another_thread(
+    mapped: tuple[Verified, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, store, path = mapped
+    store.take(slice(0, 5))
+    reverse(path)
+    monkeypatch.setattr(module, "_WRITE_SECONDS", 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(verified.check)
+        sleep(0.1)
+        with pytest.raises(DataError, match=str(path)):
+            verified.check()
+        with pytest.raises(DataError, match=str(path)):
+            other.result()
+
+
+def test_a_file_that_another_machine_removed_is_named(
+    mapped: tuple[Verified, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, store, path = mapped
+    store.take(slice(0, 5))
+
+    def stale(descriptor: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        for act in (verified.check, lambda: store.take(slice(0, 5))):
+            with pytest.raises(DataError, match=str(path)):
+                act()
