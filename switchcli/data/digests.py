@@ -1,8 +1,9 @@
 """Content digests of local files. A record beside the cache keeps them, so that a start reads no unchanged file again.
 
 The record holds, for each file, what the file system says of it (size, times of modification and of status change,
-inode, device) and the digest of its content. As long as the former is the same, the digest is trusted. A write always
-changes the time of status change, which no program can set back.
+inode) and the digest of its content. As long as the former is the same, the digest is trusted. A write always changes
+the time of status change, which no program can set back. The device does not count: each machine numbers the network
+file systems that it mounts in its own way, and the record is shared like the cache.
 """
 
 import hashlib
@@ -26,6 +27,8 @@ _BLOCK_BYTES: Final = 2**20
 _FRESH_NS: Final = 2 * 10**9
 """File systems keep times to 2 s or better. A file that changed less than this before it was read might change again
 and show the same time: its digest is recorded for comparison, but not trusted."""
+_STATS_AT_ONCE: Final = 16
+"""A network file system takes up to a millisecond for each stat, and a stream may have many thousand files."""
 _SHOWN_FROM: Final = 2**30
 """Bytes to read from which a progress bar is shown."""
 
@@ -39,11 +42,10 @@ class FileStat(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     inode: int
-    device: int
 
     @classmethod
     def of(cls, found: os.stat_result) -> Self:
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 class _Known(NamedTuple):
@@ -106,20 +108,26 @@ class Digests:
 
     def check_unchanged(self) -> None:
         """Raise DataError if the content of a file whose digest was returned is another now. Reads changed files."""
-        for name, known in [*self._known.items()]:
-            kind, _, path = name.partition(":")
-            try:
-                if FileStat.of(Path(path).stat()) == known.stat:
-                    continue
-                now = _digest(Path(path), kind)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read any more ({error.strerror}): bring the file back") from error
-            if now.digest != known.digest:
-                raise DataError(
-                    f"{path}: its content changed while it was in use: bring the former content back and run the same "
-                    "command again, or begin a new run on the new content"
-                )
-            self._known[name] = now
+        names = [*self._known]
+        if names:
+            with ThreadPoolExecutor(min(_STATS_AT_ONCE, len(names))) as pool:
+                self._known.update(zip(names, pool.map(self._unchanged, names), strict=True))
+
+    def _unchanged(self, name: str) -> _Known:
+        kind, _, path = name.partition(":")
+        known = self._known[name]
+        try:
+            if FileStat.of(Path(path).stat()) == known.stat:
+                return known
+            now = _digest(Path(path), kind)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read any more ({error.strerror}): bring the file back") from error
+        if now.digest != known.digest:
+            raise DataError(
+                f"{path}: its content changed while it was in use: bring the former content back and run the same "
+                "command again, or begin a new run on the new content"
+            )
+        return now
 
     def _record(self, names: Iterable[str]) -> Path | None:
         """One file for each set of files: it is read and written at once."""
@@ -174,8 +182,9 @@ def _read(record: Path | None) -> dict[str, _Known]:
             text, _, seal = line.rpartition(" ")
             if seal != _seal(text):
                 continue
-            name, stat, digest, settled = json.loads(text)
-            found[name] = _Known(FileStat(*stat), digest, settled)
+            with suppress(TypeError, ValueError):  # a line of another version
+                name, stat, digest, settled = json.loads(text)
+                found[name] = _Known(FileStat(*stat), digest, settled)
     return found
 
 
