@@ -33,14 +33,15 @@ class JsonLines:
         """Drop the records after `step`, so that the run can go on from there. Return a warning about damage, or None.
 
         Lines that hold no record of a step are moved to a new file beside this one, NAME.damaged-1 or the next free
-        number. A torn last line is what a killed process leaves: it is dropped without a warning. Memory does not grow
-        with the file. The file is replaced in one rename, after the damaged lines are on the disk: a crash at any
+        number. A torn last line is what a killed process leaves: it is dropped without a warning. A file that has
+        another name too is replaced by a copy, so that records are not appended to both. Memory does not grow with the
+        file. The file is replaced in one rename, after the damaged lines are on the disk: a crash at any
         moment leaves the old file or the new one.
         """
         if not os.path.lexists(self.path):
             return None
         with disk_errors(self.path):
-            changed, count, first, last = False, 0, 0, 0
+            changed, count, first, last = os.lstat(self.path).st_nlink > 1, 0, 0, 0
             for line in read_lines(self.path):
                 fate = _fate(line, step)
                 changed = changed or fate != "keep" or not line.is_ended

@@ -121,13 +121,13 @@ def test_a_crash_between_the_two_files_loses_nothing(tmp_path: Path, monkeypatch
     path.write_bytes(whole)
     sync, calls = os.fsync, []
 
-    def fail_the_second_time(descriptor: int) -> None:
+    def fail_the_third_time(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 2:
+        if len(calls) == 3:  # after the damaged lines, and their name in the folder
             raise OSError(5, "Input/output error")
         sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fail_the_second_time)
+    monkeypatch.setattr(os, "fsync", fail_the_third_time)
     with pytest.raises(CheckpointError, match="m: Input/output error"):
         JsonLines(path).rewind(1)
     assert path.read_bytes() == whole
@@ -208,6 +208,17 @@ def test_metrics_are_neither_read_nor_written_but_in_a_regular_file(tmp_path: Pa
             act()
     assert (victim.exists() and victim.read_bytes()) == before
     assert len(list(path.parent.iterdir())) == 1
+
+
+def test_records_are_not_appended_to_a_file_that_has_another_name_too(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "m"
+    victim.write_text('{"step": 1}\n')
+    os.link(victim, path)
+    sink = JsonLines(path)
+    assert sink.rewind(1) is None
+    sink.write({"step": 2})
+    assert victim.read_text() == '{"step": 1}\n'
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_rewind_leaves_the_old_file_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
