@@ -77,7 +77,7 @@ def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
 
 def _fill(descriptor: int, content: Content, target: Path) -> None:
     """Write and sync a new file that will replace the target."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # no such target, or a file system without permissions
         os.fchmod(descriptor, target.lstat().st_mode & 0o777 | 0o600)
     with open(descriptor, "wb", closefd=False) as stream:
         parts = [content.encode()] if isinstance(content, str) else content
@@ -139,6 +139,7 @@ def locked_folder(parent: Path, prefix: str, target: Path | None = None) -> Iter
             _restore(path, target)
             _remove(path)
         os.close(descriptor)
+        _remove_emptied(path)
 
 
 def _new_folder(parent: Path, prefix: str) -> tuple[Path, int]:
@@ -196,6 +197,7 @@ def _remove_if_dead(path: Path, target: Path | None) -> None:
         _remove(path)
     finally:
         os.close(descriptor)
+        _remove_emptied(path)
 
 
 def _restore(folder: Path, target: Path | None) -> None:
@@ -217,6 +219,17 @@ def _remove(path: Path) -> None:
             child.unlink()
     (path / _LOCK).unlink(missing_ok=True)
     path.rmdir()
+
+
+def _remove_emptied(path: Path) -> None:
+    """Remove a temporary folder that is empty now that its lock is closed.
+
+    NFS keeps a removed file under another name, in the same folder, as long as it is open: `_remove` cannot remove the
+    folder then.
+    """
+    with suppress(OSError):
+        if is_folder(path):
+            path.rmdir()
 
 
 def _prefix(target: Path) -> str:

@@ -194,3 +194,42 @@ def test_a_link_within_a_leftover_is_removed_and_not_followed(tmp_path: Path) ->
     publish.remove_dead(target)
     assert names(tmp_path) == ["outside"]
     assert names(outside) == ["file"]
+
+
+def test_nothing_is_left_where_an_open_file_keeps_a_name_until_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS gives a file that is removed while it is open a name in the same folder, until it is closed."""
+    unlink, close = Path.unlink, os.close
+    kept: list[Path] = []
+
+    def unlink_as_nfs(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "lock":
+            kept.append(self.rename(self.with_name(".nfs0000")))
+        else:
+            unlink(self, missing_ok=missing_ok)
+
+    def close_as_nfs(descriptor: int) -> None:
+        close(descriptor)
+        while kept:
+            unlink(kept.pop())
+
+    monkeypatch.setattr(Path, "unlink", unlink_as_nfs)
+    monkeypatch.setattr(os, "close", close_as_nfs)
+    target = tmp_path / "target"
+    publish_a_folder(target)
+    publish_a_folder(target)
+    publish.write_files(tmp_path, {"page": "text"})
+    assert names(tmp_path) == ["page", "target"]
+
+
+def test_a_file_is_replaced_on_a_file_system_without_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, mode: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    for text in ("old", "new"):
+        publish.write_file(tmp_path / "page", text)
+    assert (tmp_path / "page").read_text() == "new"
