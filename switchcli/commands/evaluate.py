@@ -172,7 +172,7 @@ def measure(evaluating: Evaluating, options: Options) -> Evaluation | None:
         measuring = Measuring(filled(opened, runtime.device), recipe, runtime, console)
         with changed_data_explained(measuring.check):
             passes = tuple(measuring.under(*each) for each in measuring.capacities())
-        measuring.check()
+        runtime.on_every(measuring.check)  # no rank's share was measured on changed data, or nothing is written
     result = {
         "verb": recipe.verb,
         "checkpoint": str(opened.path),
