@@ -24,12 +24,6 @@ def other_kind(path: Path) -> str:
     return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no file")
 
 
-def check_writable_as_file(path: Path) -> None:
-    """Raise OSError where `path` is there and no regular file: a pipe without a reader would hold a writer up."""
-    if path.exists():
-        _refuse(other_kind(path), path)
-
-
 def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> "io.BufferedReader[io.FileIO]":
     """Open a regular file, or a link to one, for reading bytes.
 
