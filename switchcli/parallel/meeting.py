@@ -19,8 +19,11 @@ RESOLVING_SECONDS = 3.0
 """How long a name is looked up again that is not known: that of a machine that starts may be known a moment later."""
 ANNOUNCING_SECONDS = 3.0
 """A rank that has waited so long says what it waits for."""
+ASKING_SECONDS = 1.5
+"""How long the store of rank 0 may take to say which ranks have come."""
 NAMED = 8
 """How many missing ranks a message names at most."""
+CHECK_PORT = "see that rank 0 was started, and that no other program uses that port"
 UNSET = "start the ranks with --processes or torchrun, or unset RANK and WORLD_SIZE to run one process"
 
 
@@ -93,24 +96,33 @@ def waiting_announced() -> Iterator[None]:
 def _announce(met: Event) -> None:
     if met.wait(ANNOUNCING_SECONDS):
         return
-    said = _waited_for(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), met)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
+    here = f"rank {rank} of {world} waits at {address!r}, port {port},"
+    answers: list[str] = []
+    # torch may wait for minutes for an answer of a program that is no store.
+    asking = Thread(target=lambda: answers.append(_waited_for(rank, world, address, port, here, met)), daemon=True)
+    asking.start()
+    asking.join(ASKING_SECONDS)
+    said = answers[0] if answers else f"{here} where no store of rank 0 answers: {CHECK_PORT}"
     if not met.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"warning: {said}\n")
 
 
-def _waited_for(rank: int, world: int, met: Event) -> str:
-    """Say what rank `rank` waits for, after it has told the store of rank 0 that it is here."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
-    here = f"rank {rank} of {world} waits at {address!r}, port {port},"
+def _waited_for(rank: int, world: int, address: str, port: int, here: str, met: Event) -> str:
+    """Return what rank `rank` waits for, after it has told the store of rank 0 that it is here."""
     try:
         socket.create_connection((address, port), timeout=1).close()
     except OSError as error:
         return f"{here} for rank 0, which does not answer there ({error.strerror or error}): see if it was started"
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
-    store.set(f"switchcli/waits/{rank}", "")
-    met.wait(0.5)  # the others say so at about the same time
-    missing = [str(one) for one in range(world) if not store.check([f"switchcli/waits/{one}"])]
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        store.set(f"switchcli/waits/{rank}", "")
+        met.wait(0.5)  # the others say so at about the same time
+        missing = [str(one) for one in range(world) if not store.check([f"switchcli/waits/{one}"])]
+    except (RuntimeError, ValueError):  # what torch raises if the program at that port is another one
+        return f"{here} where no store of rank 0 answers: {CHECK_PORT}"
     names = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
     return f"{here} and {world - len(missing)} of {world} ranks have come: rank {names} is missing"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import SwitchCLI
 
+from switchcli.parallel import meeting
+
 SECONDS = 5
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
 REJECTED = {
@@ -47,6 +49,27 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
     assert words in done.err
     assert done.err.count("\n") == 1
     assert time.monotonic() - began < SECONDS
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", b""])
+def test_a_rank_that_meets_another_program_says_so(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "ANNOUNCING_SECONDS", 0.1)
+    monkeypatch.delenv("SWITCHCLI_REPORTS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for name, value in {**TWO, "RANK": "1", "MASTER_PORT": str(other.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with meeting.waiting_announced():
+            other.accept()[0].close()
+            connection, _ = other.accept()  # that of the store
+            with connection:
+                connection.sendall(answer)
+                time.sleep(meeting.ASKING_SECONDS + 0.5)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: rank 1 of 2 waits at '127.0.0.1'")
+    assert "no other program uses that port" in said
+    assert "Traceback" not in said
 
 
 # A launcher that starts one rank and is then killed.
