@@ -44,10 +44,11 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
 
 
 def make(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` make a folder elsewhere, and give it its name. One that is there, whole and of the same stays
-    instead."""
+    """Let `build` make a folder elsewhere, and give it its name. An equal folder that is there already stays instead.
+
+    Callers `sweep` the parent before: once, and not for each of its many pieces.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep(folder.parent)
     with publish.locked_folder(folder.parent, _prefix()) as scratch:
         build(scratch / "built")
         _publish(scratch, folder)
