@@ -292,12 +292,6 @@ def open_append(path: Path) -> IO[str]:
     return open(path, "a", encoding="utf-8", opener=_no_link)
 
 
-def open_read(path: Path) -> IO[bytes]:
-    """Open a file to read. Anything but a regular file is refused."""
-    check_file(path)
-    return open(path, "rb", opener=_no_link)
-
-
 def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe must not keep us waiting
 

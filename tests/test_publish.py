@@ -93,11 +93,7 @@ def test_a_link_at_the_target_is_refused(tmp_path: Path, there: bool) -> None:
     if there:
         victim.write_text("mine")
     link.symlink_to(victim)
-    for act in (
-        lambda: publish.write_file(link, "x"),
-        lambda: publish.open_append(link),
-        lambda: publish.open_read(link),
-    ):
+    for act in (lambda: publish.write_file(link, "x"), lambda: publish.open_append(link)):
         with pytest.raises(OSError, match="is a symbolic link"):
             act()
     with pytest.raises(OSError, match="is a symbolic link"):

@@ -27,7 +27,7 @@ from switchcli.startup import LAUNCHER
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
 TORCHRUN_SAVING_SECONDS = 30
-"""The same for the torchrun of torch 2.12 and older, which has no option for it."""
+"""SAVING_SECONDS with the torchrun of torch 2.12 and older, which has no option for it."""
 REPORT_SECONDS = 30
 """How long `launch` waits for the main rank's report after it was stopped several times over."""
 REPORTS = "SWITCHCLI_REPORTS"

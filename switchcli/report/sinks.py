@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from switchcli import publish
 from switchcli.errors import disk_errors
+from switchcli.user_files import open_regular
 
 LONGEST_LINE: Final = 2**24
 """Bytes of the longest line that is parsed. A record of 64 layers with 2,048 experts each takes about a tenth."""
@@ -41,6 +42,7 @@ class JsonLines:
         if not os.path.lexists(self.path):
             return None
         with disk_errors(self.path):
+            publish.check_file(self.path)
             changed, count, first, last = os.lstat(self.path).st_nlink > 1, 0, 0, 0
             for line in read_lines(self.path):
                 fate = _fate(line, step)
@@ -81,11 +83,11 @@ class Line(NamedTuple):
     """A line of a metrics file, or a piece of a line that is longer than LONGEST_LINE."""
 
     number: int
-    """From 1; pieces of one line have the same."""
+    """Line number, from 1; pieces of one line have the same."""
     content: bytes
     """With the newline."""
     is_whole: bool
-    """A piece of a longer line is not."""
+    """False for a piece of a longer line."""
 
     @property
     def is_ended(self) -> bool:
@@ -107,10 +109,10 @@ def _fate(line: Line, step: int) -> Fate:
 def read_lines(path: Path) -> Iterator[Line]:
     """Read a metrics file line by line, in memory that does not depend on its size or its lines' lengths.
 
-    Raises OSError.
+    A link to a file is followed. Raises OSError, also for a pipe or a device.
     """
     number, begins = 0, True
-    with publish.open_read(path) as file:
+    with open_regular(path) as file:
         while content := file.readline(LONGEST_LINE):
             number += begins
             ends = content.endswith(b"\n")

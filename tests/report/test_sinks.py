@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "device"])
-def test_metrics_are_neither_read_nor_written_but_in_a_regular_file(tmp_path: Path, kind: str) -> None:
+def test_metrics_are_written_in_a_regular_file_alone(tmp_path: Path, kind: str) -> None:
     path, victim = tmp_path / "run" / "metrics.jsonl", tmp_path / "victim"
     path.parent.mkdir()
     if kind != "link to nothing":
@@ -201,13 +201,18 @@ def test_metrics_are_neither_read_nor_written_but_in_a_regular_file(tmp_path: Pa
     else:
         path.symlink_to("/dev/full" if kind == "device" else victim)
     sink, before = JsonLines(path), victim.exists() and victim.read_bytes()
-    for act in (lambda: sink.write({"step": 2}), sink.sync, lambda: sink.rewind(1), lambda: read_json_lines(path)):
+    for act in (lambda: sink.write({"step": 2}), sink.sync, lambda: sink.rewind(1)):
         with pytest.raises(
             CheckpointError, match=r"metrics\.jsonl: is (a symbolic link|not a regular file).*: remove it"
         ):
             act()
     assert (victim.exists() and victim.read_bytes()) == before
     assert len(list(path.parent.iterdir())) == 1
+    if kind == "link":
+        assert [record["step"] for record in read_json_lines(path)] == [1, 9]
+    else:
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: "):
+            read_json_lines(path)
 
 
 def test_records_are_not_appended_to_a_file_that_has_another_name_too(tmp_path: Path) -> None:
