@@ -28,12 +28,18 @@ _CHAIN: Final = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*:[/\\])")
 _PARAMETER: Final = re.compile(r"[?&;#]([^=?&;#]{1,64})=")
 _WEB: Final = frozenset({"http", "https", "ftp", "sftp", "ssh", "smb", "webdav"})
 """Schemes whose authority is a host."""
-_CONTAINER: Final = re.compile(r"[a-z0-9$-]{1,63}@[a-z0-9]{3,24}\.(dfs|blob)\.core\.windows\.net", re.IGNORECASE)
-"""Azure's `abfs://container@account.dfs.core.windows.net`: what stands before the @ is no user."""
+_CONTAINER: Final = re.compile(
+    r"[a-z0-9$-]{1,63}@[a-z0-9]{3,24}\.(dfs|blob)\."
+    r"(core\.(windows\.net|usgovcloudapi\.net|chinacloudapi\.cn)|fabric\.microsoft\.com)",
+    re.IGNORECASE,
+)
+"""Azure's `abfs://container@account.dfs.core.windows.net`, and OneLake's: what stands before the @ is no user."""
 _ARN: Final = "arn:"
 """Amazon's long names of access points, as in s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME."""
 _AZURE: Final = frozenset({"abfs", "abfss", "wasb", "wasbs"})
-_TOKEN: Final = re.compile(r"\b(hf_\w{16,}|gh[a-z]_\w{16,}|github_pat_\w{16,}|(AKIA|ASIA)[A-Z0-9]{12,})")
+_TOKEN: Final = re.compile(
+    r"\b(hf_\w{16,}|gh[a-z]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|(AKIA|ASIA)[A-Z0-9]{12,})"
+)
 """Tokens of hubs and clouds that can be known by their form."""
 _SECRET_WORDS: Final = ("signature", "credential", "secret", "passw", "accesskey", "apikey", "privatekey", "authoriz")
 _SECRET_ENDS: Final = ("token", "key")

@@ -92,7 +92,12 @@ ACCEPTED = [
     ),
     *("https://h.org:8443/x.txt", "https://[::1]:80/x.txt", "https://cdn.org/npm/package@1.0/x.txt"),
     *("https://h.org/x.txt?download=true&tokenizer=t5", "zip://*.csv::s3://b/x.zip", "simplecache::https://h.org/x"),
-    *("abfs://texts@account.dfs.core.windows.net/x.txt", "https://localhost:80/a%40b.txt", "memory://x/y.txt"),
+    *(
+        "abfs://texts@account.dfs.core.windows.net/x.txt",
+        "abfss://w@onelake.dfs.fabric.microsoft.com/x.txt",
+        "https://localhost:80/a%40b.txt",
+        "memory://x/y.txt",
+    ),
 ]
 """Names without credentials."""
 
