@@ -21,6 +21,8 @@ ANNOUNCING_SECONDS = 3.0
 """A rank that has waited so long says what it waits for."""
 ASKING_SECONDS = 1.5
 """How long the store of rank 0 may take to say which ranks have come."""
+ASKING = "asking the store"
+"""The name of the thread in which torch asks. Python must not exit normally within it: C++ would end the process."""
 NAMED = 8
 """How many missing ranks a message names at most."""
 CHECK_PORT = "see that rank 0 was started, and that no other program uses that port"
@@ -101,7 +103,9 @@ def _announce(met: Event) -> None:
     here = f"rank {rank} of {world} waits at {address!r}, port {port},"
     answers: list[str] = []
     # torch may wait for minutes for an answer of a program that is no store.
-    asking = Thread(target=lambda: answers.append(_waited_for(rank, world, address, port, here, met)), daemon=True)
+    asking = Thread(
+        target=lambda: answers.append(_waited_for(rank, world, address, port, here, met)), name=ASKING, daemon=True
+    )
     asking.start()
     asking.join(ASKING_SECONDS)
     said = answers[0] if answers else f"{here} where no store of rank 0 answers: {CHECK_PORT}"
