@@ -87,7 +87,17 @@ COMMANDS = {
     ],
     "quickstart": [
         ["pretrain", "quickstart/switch", "train.steps=4", *SHORT, "--out", "runs/a"],
-        ["finetune", "quickstart/finetune", "--model", "runs/a", "train.steps=2", *SHORT, "--out", "runs/b"],
+        [
+            "finetune",
+            "quickstart/finetune",
+            "tasks=[python_modules]",
+            "--model",
+            "runs/a",
+            "train.steps=2",
+            *SHORT,
+            "--out",
+            "runs/b",
+        ],
         ["distill", "quickstart/distill", "--teacher", "runs/a", "train.steps=2", *SHORT, "--out", "runs/c"],
         ["eval", "runs/b", "device=cpu", "--out", "runs/d", "--quiet"],
         GENERATE,

@@ -136,9 +136,9 @@ def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", "quickstart/switch", "model.d_ff=20000000000")
+    done = switchcli("doctor", "quickstart/switch", "model.d_ff=1048576", "model.d_model=131072")
     assert (done.code, done.out) == (1, "")
-    assert "weights and gradients take 655,3" in done.err
+    assert "weights and gradients take 73,668," in done.err
     assert done.err.count("\n") == 1
 
 

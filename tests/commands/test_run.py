@@ -73,7 +73,7 @@ def test_memory_is_asked_for_before_text_is_read(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.commands.texts.prepare", None)
-    done = switchcli("pretrain", recipe, "model.d_ff=1000000000000", "--out", "a")
+    done = switchcli("pretrain", recipe, "model.d_ff=1048576", "model.d_model=131072", "--out", "a")
     assert (done.code, done.out) == (1, "")
     assert re.match(
         r"error: out of memory: cpu has [\d,]+ bytes in all; weights, gradients and optimizer take ", done.err

@@ -134,9 +134,16 @@ def test_folders_that_cannot_be_probed(folder: Path) -> None:
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **changed}))
         assert said in refused(folder, CheckpointError)
-    for text in ("[", "[" * 100_000, '{"a": ' * 100_000, " " * (1 << 20) + json.dumps(config)):
+    for text, said in (
+        ("[", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"a": ' * 100_000, "not JSON"),
+        (" " * (1 << 20) + json.dumps(config), "more than 1,048,576 bytes"),
+    ):
         (folder / "config.json").write_text(text)
-        assert "config.json: not JSON" in refused(folder, CheckpointError)
+        error = refused(folder, CheckpointError)
+        assert "config.json: " in error
+        assert said in error
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])

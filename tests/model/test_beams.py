@@ -123,7 +123,7 @@ def test_inputs_have_the_same_answers_alone_without_a_capacity(group_sequences: 
 
 def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> None:
     grouped = ROOMY.model_copy(update={"group_sequences": 3})
-    decoding = Decoding(max_tokens=30, beams=4, length_penalty=0.0)
+    decoding = Decoding(max_tokens=30, beams=4, length_penalty=0.6)
     model, inputs_BS = model_and_inputs_that_end(4, decoding, SPEC.model_copy(update={"router": grouped}))
     inputs_BS = torch.cat([torch.full_like(inputs_BS[:1], PAD), inputs_BS])  # of 6 rows in 2 groups
     routed: list[tuple[int, int]] = []
