@@ -163,11 +163,12 @@ def write_each(figures: Iterable[Figure], tables: Iterable[Table], folder: Path)
     training_steps and so on. No file is replaced before all are written.
     """
     contents: dict[str, str | bytes] = {}
+    with disk_errors(folder, "give another folder by --figures"):  # before figures are drawn, which takes seconds
+        folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         contents[f"{figure.name}.svg"] = charts.svg(figure)
         contents[f"{figure.name}.png"] = charts.png(figure)
         contents[f"{figure.table.name}.csv"] = figure.table.csv()
     contents |= {f"{table.name}.csv": table.csv() for table in tables}
     with disk_errors(folder, "give another folder by --figures"):
-        folder.mkdir(parents=True, exist_ok=True)
         publish.write_files(folder, contents)

@@ -22,8 +22,8 @@ from switchcli.report.units import clock, number, si
 
 T = TypeVar("T")
 
-PLAIN_WIDTH = 112
-"""Columns of tables and samples where there is no terminal to ask."""
+PLAIN_WIDTH = 10_000
+"""Columns where there is no terminal. Nothing is folded there, so no part of a long name begins an output line."""
 
 _SECONDS_BETWEEN_REFRESHES = 0.1
 _SECONDS_BETWEEN_PLAIN_LINES = 30.0

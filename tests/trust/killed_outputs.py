@@ -153,7 +153,9 @@ def contents(path: Path) -> dict[str, str]:
     """
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
     timed = ("run.lock", "teacher.json")
-    return {str(one.relative_to(path)): _digest(one) for one in files if one.name not in timed}
+    # The record of content digests holds inodes and times of the sources, which each copy has anew.
+    files = [one for one in files if one.name not in timed and one.parent.name != "sources"]
+    return {str(one.relative_to(path)): _digest(one) for one in files}
 
 
 def _digest(path: Path) -> str:
