@@ -27,7 +27,6 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_what_ends_a_trial_is_counted_and_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forked, "CPU_SECONDS", 0.2)
-    monkeypatch.setattr(forked, "PATIENCE", 3)
 
     def busy() -> str:
         began = time.process_time()
@@ -45,7 +44,7 @@ def test_what_ends_a_trial_is_counted_and_the_next_is_made(monkeypatch: pytest.M
         lambda: "found",
         lambda: "",
     ]
-    said = faults(len(ends), lambda number: ends[number]())
+    said = faults(len(ends), lambda number: ends[number](), patience=3)
     assert [int(one.split()[1].strip(":")) for one in said] == [1, 2, 3, 4, 5, 6]
     assert [
         word in one for word, one in zip(("-9", "code 0", "IndexError", "takes", "waiting", "found"), said, strict=True)
