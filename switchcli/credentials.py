@@ -46,7 +46,7 @@ _SECRET_ENDS: Final = ("token", "key")
 _SECRET_NAMES: Final = frozenset({"sig", "sas", "auth", "pwd", "pass", "jwt", "bearer"})
 _MAX_DECODINGS: Final = 3
 _MAX_URLS: Final = 64
-"""In one path: chains and parameters have a few. Each is searched to the end of the path."""
+"""URLs in one path: chains and parameters have a few. Each is searched to the end of the path."""
 
 
 def problem(place: str) -> str | None:

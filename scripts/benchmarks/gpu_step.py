@@ -155,15 +155,12 @@ def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.d
     model = model.to_empty(device=device).train()
     fill(model)
     optimizer = Adafactor().build(dict(model.named_parameters()))
-    batches: dict[int, Batch] = {}
+    held = one_batch_held(spec, lengths, device)
     before: list[torch.Tensor] = []
 
     def one(batch: int) -> None:
-        if batch not in batches:
-            batches.clear()
-            batches[batch] = some_batch(spec, batch, lengths, device)
         real = RealTokens(batch * lengths.source, batch * lengths.target)  # no token is padding
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, batches[batch], real)], real, runtime, "0")
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, held(batch), real)], real, runtime, "0")
         norm = runtime.gradient_norm(optimizer.parameters, optimizer.cuts).total
         optimizer.step(1e-4)
         optimizer.zero_grad()
@@ -190,6 +187,40 @@ def theirs(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch
     except ImportError:
         return None
     dense = spec.num_experts == 1
+    with torch.device(device):
+        model = their_model(spec, lengths).train()
+    fill(model)
+    parameters = list(model.parameters())
+    if dense:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+    else:
+        optimizer = transformers.Adafactor(parameters, lr=1e-4, scale_parameter=True, relative_step=False)
+    routed = {} if dense else {"output_router_logits": True}
+    held = one_batch_held(spec, lengths, device)
+
+    def one(batch: int) -> None:
+        inputs_BS, targets_BT = (ids.to(device, non_blocking=True) for ids in held(batch))
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=inputs_BS, labels=targets_BT, **routed).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    compiled = dense and device.type == "cuda"
+    notes = {
+        "optimizer": "adamw, fused" if dense else "adafactor of transformers",
+        "compiled": compiled,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "transformers": transformers.__version__,
+    }
+    return Stepper(one, optimizer.zero_grad, (lambda: model.compile(dynamic=False)) if compiled else nothing, notes)
+
+
+def their_model(spec: ModelSpec, lengths: Lengths) -> Any:
+    """Return transformers' T5 or SwitchTransformers of the same sizes, on the current default device."""
+    import transformers
+
     keys: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
         "d_model": spec.d_model,
@@ -203,48 +234,28 @@ def theirs(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch
         "tie_word_embeddings": spec.tie_embeddings,
         "use_cache": False,
     }
-    with torch.device(device):
-        if dense:
-            gated = "gated-gelu" if spec.activation == "geglu" else "relu"
-            config = transformers.T5Config(**keys, feed_forward_proj=gated)
-            model = transformers.T5ForConditionalGeneration(config)
-        else:
-            config = transformers.SwitchTransformersConfig(
-                **keys,
-                num_experts=spec.num_experts,
-                num_sparse_encoder_layers=len(spec.sparse_layers("encoder")),
-                num_sparse_decoder_layers=len(spec.sparse_layers("decoder")),
-                expert_capacity=max(1, int(1.25 * lengths.source / spec.num_experts)),
-                router_jitter_noise=0.01,
-            )
-            model = transformers.SwitchTransformersForConditionalGeneration(config)
-    model = model.train()
-    fill(model)
-    parameters = list(model.parameters())
-    if dense:
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
-    else:
-        optimizer = transformers.Adafactor(parameters, lr=1e-4, scale_parameter=True, relative_step=False)
-    routed = {} if dense else {"output_router_logits": True}
+    if spec.num_experts == 1:
+        gated = "gated-gelu" if spec.activation == "geglu" else "relu"
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**keys, feed_forward_proj=gated))
+    config = transformers.SwitchTransformersConfig(
+        **keys,
+        num_experts=spec.num_experts,
+        num_sparse_encoder_layers=len(spec.sparse_layers("encoder")),
+        num_sparse_decoder_layers=len(spec.sparse_layers("decoder")),
+        expert_capacity=max(1, int(1.25 * lengths.source / spec.num_experts)),
+        router_jitter_noise=0.01,
+    )
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+def one_batch_held(spec: ModelSpec, lengths: Lengths, device: torch.device) -> Callable[[int], Batch]:
+    """Return a function from a number of sequences to a batch. It holds the last batch only, as memory is searched."""
     batches: dict[int, Batch] = {}
 
-    def one(batch: int) -> None:
+    def held(batch: int) -> Batch:
         if batch not in batches:
             batches.clear()
             batches[batch] = some_batch(spec, batch, lengths, device)
-        inputs_BS, targets_BT = (ids.to(device, non_blocking=True) for ids in batches[batch])
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=inputs_BS, labels=targets_BT, **routed).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
-        optimizer.step()
-        optimizer.zero_grad()
+        return batches[batch]
 
-    notes = {
-        "optimizer": "adamw, fused" if dense else "adafactor of transformers",
-        "compiled": dense and device.type == "cuda",
-        "attention": getattr(config, "_attn_implementation", None),
-        "transformers": transformers.__version__,
-    }
-    compiled = dense and device.type == "cuda"
-    return Stepper(one, optimizer.zero_grad, (lambda: model.compile(dynamic=False)) if compiled else nothing, notes)
+    return held

@@ -29,7 +29,7 @@ IN_MEMORY_BYTES: Final = 2**26
 """Bytes of all texts of a run up to which they are held in memory: a copy on each rank, less than what PyTorch itself
 takes, and enough for the texts of all short runs. Longer texts are mapped."""
 CHECKED_MEBIBYTES: Final = 1024
-"""Of each file; beyond it the size alone. Shards are smaller."""
+"""The part of each file that is digested. Beyond it only the size counts; shards are smaller."""
 _MOST_USED: Final = 32
 """Mapped files of a text that may wait for a check; each keeps two file descriptors open. A check of one is a call of
 fstat."""

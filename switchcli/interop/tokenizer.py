@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from switchcli.data.tokenizer import cached_file
 from switchcli.spec import EOS
+from switchcli.user_files import read_regular
 
 FILES: Final = ("tokenizer.json", "spiece.model")
 """The names that a tokenizer's file has; the first that is there counts, as in transformers."""
@@ -79,7 +80,7 @@ def _in_folder(folder: Path) -> Path | None:
 
 
 def _file(path: Path) -> Path | None:
-    """The path if it is a regular file: reading a pipe or a device might not end."""
+    """Return the path if it is a regular file: reading a pipe or a device might not end."""
     try:
         return path if path.is_file() else None
     except (OSError, ValueError):  # a name that no file can have
@@ -92,12 +93,9 @@ def _in_cache(repository: str) -> Path | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A small JSON object; an empty one for anything else: the folder may be a stranger's."""
-    if _file(path) is None:
-        return {}
+    """Return a small JSON object, or an empty one for anything else: the folder may be a stranger's."""
     try:
-        with path.open("rb") as stream:
-            found = json.loads(stream.read(_MAX_CONFIG_BYTES))
+        found = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -85,7 +85,7 @@ class Line(NamedTuple):
     number: int
     """Line number, from 1; pieces of one line have the same."""
     content: bytes
-    """With the newline."""
+    """The bytes, with the newline."""
     is_whole: bool
     """False for a piece of a longer line."""
 

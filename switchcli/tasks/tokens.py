@@ -35,7 +35,7 @@ class Training(NamedTuple):
     identity: str
     """A digest of the ids themselves."""
     num_bytes: int
-    """On disk."""
+    """Their bytes on disk."""
     check: Callable[[], None]
     """Raises DataError if rows that were read are not what was prepared; see `Verified.check`."""
 

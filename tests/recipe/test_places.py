@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from schemas import RECIPES, fields
 
 from switchcli import credentials
 from switchcli.data.tokenizer import HubTokenizer, TokenizerFile
-from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, EvalRecipe, FinetuneRecipe, PretrainRecipe
 from switchcli.spec import Place, Spec
 
 NO_PLACES = {
@@ -36,7 +36,7 @@ NO_PLACES = {
 
 
 def text_of(annotation: Any, is_place: bool = False) -> Iterator[bool]:
-    """For each `str` in a type, whether it is a Place."""
+    """Yield, for each `str` in a type, whether it is a Place."""
     if get_origin(annotation) is Annotated:
         inner, *notes = get_args(annotation)
         yield from text_of(inner, is_place or any(note in get_args(Place) for note in notes))
@@ -47,37 +47,22 @@ def text_of(annotation: Any, is_place: bool = False) -> Iterator[bool]:
             yield from text_of(inner, is_place)
 
 
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from models_in(inner)
-
-
-def text_keys(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[tuple[str, bool]]:
-    """The keys of `model` and of the models in it that hold text, and whether that is a Place."""
-    if model in seen:
-        return
-    seen.add(model)
-    for name, field in model.model_fields.items():
+def text_keys(*models: type[BaseModel]) -> Iterator[tuple[str, bool]]:
+    """Yield the keys of the models that hold text, by the class that defines them, and whether the text is a Place."""
+    for model, name, field in fields(*models):
         owner = next(one for one in reversed(model.__mro__) if name in getattr(one, "__annotations__", {}))
         noted = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         yield from ((f"{owner.__name__}.{name}", is_place) for is_place in text_of(noted))
-        for inner in models_in(field.annotation):
-            yield from text_keys(inner, seen)
 
 
-def faults(*recipes: type[BaseModel]) -> set[str]:
-    """Keys that hold text, are no Place, and are not known to be something else."""
-    seen: set[type[BaseModel]] = set()
-    return {key for recipe in recipes for key, is_place in text_keys(recipe, seen) if not is_place} - NO_PLACES
+def faults(*models: type[BaseModel]) -> set[str]:
+    """Return the keys that hold text, are no Place, and are not known to be something else."""
+    return {key for key, is_place in text_keys(*models) if not is_place} - NO_PLACES
 
 
 def test_every_key_that_names_a_place_has_the_type_place() -> None:
-    recipes = (PretrainRecipe, FinetuneRecipe, DistillTextRecipe, DistillTasksRecipe, EvalRecipe)
-    assert faults(*recipes) == set()
-    seen: set[type[BaseModel]] = set()
-    assert sum(is_place for recipe in recipes for _, is_place in text_keys(recipe, seen)) >= 15
+    assert faults(*RECIPES) == set()
+    assert sum(is_place for _, is_place in text_keys(*RECIPES)) >= 15
 
 
 def test_a_new_key_of_plain_text_is_found() -> None:

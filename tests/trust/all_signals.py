@@ -78,7 +78,7 @@ def expected(number: int) -> Expected:
 
 
 def before_update(step: int, act: Callable[[], object]) -> None:
-    """In the process of a run: call `act` in this step, once its gradients are there."""
+    """Have the process of a run call `act` in this step, once its gradients are there."""
     calls, clip = count(1), loop._clip
 
     def clipped(*arguments: object) -> object:
@@ -247,7 +247,7 @@ def by_launcher(trial: Trial, number: int, run: Path) -> str:
 
 
 def launched_rank() -> None:
-    """In the Python of a rank: `all_signals.py -u -m switchcli ARGUMENTS`."""
+    """Run in the Python of a rank, as `all_signals.py -u -m switchcli ARGUMENTS`."""
     number = int(os.environ[STRUCK])
 
     def act() -> None:

@@ -51,7 +51,7 @@ class Parameter(NamedTuple):
     name: str
     """`--out` of an option, `checkpoint` of an argument."""
     position: int
-    """Of an argument: its place in the sound command."""
+    """The index of an argument in the sound command."""
 
     def __str__(self) -> str:
         return f"{self.verb} {self.name}"
@@ -129,7 +129,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "student.path": ("distill", "student={{kind: checkpoint, path: {0}}}"),
     "text.corpora.paths": ("eval", f"text.{CORPUS.removeprefix('data.')}"),
 }
-"""By its name: a verb and the override that sets it to {0}, a string of YAML."""
+"""For each name a verb and the override that sets it to {0}, a string of YAML."""
 
 
 def set_key(key: str, value: str, sound: Path) -> list[str]:

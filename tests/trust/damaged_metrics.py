@@ -71,7 +71,7 @@ class Trial(NamedTuple):
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
-    """In short one place of three, and a file of 115 MB only in long."""
+    """Yield one row per class. The short form tries one place of three, and no file of 115 MB."""
     with contextlib.chdir(folder):
         lay_out()
         sound = METRICS.read_bytes().splitlines(keepends=True)
@@ -178,7 +178,7 @@ def memory(sound: Sequence[bytes]) -> Row:
 
 
 def goes_on_within(size: int, sound: Sequence[bytes]) -> str:
-    """In a fork of its own, so that its peak is its own."""
+    """Return what went wrong, or nothing. It runs in a fork, so that the peak memory is that of one command."""
     whole = b"".join(sound)
     begin_with(whole * (1 + size // len(whole)))
     return next(iter(faults(1, lambda _: go_on_and_note(size))), "")

@@ -32,7 +32,7 @@ class Case(NamedTuple):
     set: Mapping[str, str] = {}
     unset: Sequence[str] = ()
     act: Callable[[], object] = lambda: None
-    """In the process, before the command."""
+    """Called in the process before the command."""
     command: Sequence[str] = RUN
 
 

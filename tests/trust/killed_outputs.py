@@ -165,7 +165,7 @@ def _digest(path: Path) -> str:
 
 
 def killed_at(at: int, folder: Path) -> None:
-    """In a fork: die before operation `at` that changes files below the folder, or syncs one."""
+    """Die, in a fork, before operation `at` that changes files below the folder, or syncs one."""
     left = at
 
     def operation() -> None:

@@ -63,7 +63,10 @@ CODES = (0, 2, 3, 4)
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
-    """In short, each place meets the paths that have broken most, and a third of the others."""
+    """Yield one row per class.
+
+    In the short form each place meets the paths that have broken most, and a third of the others.
+    """
     sound, work = folder.resolve() / "sound", folder.resolve() / "work"
     sound.mkdir()
     with contextlib.chdir(sound):

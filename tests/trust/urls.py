@@ -13,7 +13,7 @@ from forked import Done, command, faults
 from table import Row
 
 SECRET = "c4n4ry"
-"""In each URL: what may be seen nowhere."""
+"""The part of each URL that no output may show."""
 TOKEN = f"hf_{SECRET}abcdefghijklmnopqrst"
 FORMS = [
     f"https://u:{SECRET}@h.org/x",
