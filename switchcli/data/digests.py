@@ -100,7 +100,7 @@ class Digests:
         for path, one in found.items():
             last = before.get(names[path])
             if last is not None and last.digest != one.digest:
-                self._warn(f"{path}: its content changed since it was last prepared: it is prepared anew")
+                self._warn(f"{path}: its content changed since it was last prepared: it is prepared again")
         self._known |= {names[path]: found.get(path) or trusted[names[path]] for path in paths}
         if record is not None:
             _append(record, {names[path]: one for path, one in found.items() if before.get(names[path]) != one})

@@ -153,7 +153,8 @@ class AnswerStore:
         if part is None:
             raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to have them")
         try:
-            content = part.path.read_bytes()
+            with open_regular(part.path) as file:
+                content = file.read()
             if not hashlib.sha256(content).hexdigest().startswith(part.digest):
                 raise SafetensorError("its SHA-256 is not that of its name")
             self._open = part, safetensors.torch.load(content)

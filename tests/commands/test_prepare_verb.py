@@ -446,13 +446,18 @@ def run_and_damage(
 DAMAGED = ("train.steps=9", "checkpoint.save_every_steps=2", "train.microbatch_tokens=64", "--out", "run")
 
 
+def straight_and_damaged(recipe: str, damage: Damage, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> Done:
+    """Run to the end in `straight`, and in `run` with damage in step 5. Return how the second ended."""
+    assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
+    return run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+
+
 @pytest.mark.parametrize("damage", [rotate, rotate_quietly, flip, truncate])
 def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
-    assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
-    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    ended = straight_and_damaged(recipe, damage, switchcli, monkeypatch)
     assert ended.code == 3, ended.err
     assert "Traceback" not in ended.err
     assert "tokens.npy" in ended.err
@@ -468,8 +473,7 @@ def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
-    assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
-    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    ended = straight_and_damaged(recipe, damage, switchcli, monkeypatch)
     assert ended.code == 0, ended.err
     assert fingerprint(Path("run")) == fingerprint(Path("straight"))
 
@@ -478,8 +482,7 @@ def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
 def test_damage_to_the_file_of_a_small_text_does_not_reach_a_run_that_holds_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
-    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    ended = straight_and_damaged(recipe, damage, switchcli, monkeypatch)
     assert ended.code == 0, ended.err
     assert fingerprint(Path("run")) == fingerprint(Path("straight"))
 
