@@ -59,7 +59,7 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no run"),
+        ("", "runs: no run"),
         ("dense\n", "runs:1 'dense' run"),
         ("a pretrain x\na pretrain y\n", "two runs a"),
         ("a pretrain 'x\n", "runs:1 quotation"),
