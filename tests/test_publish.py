@@ -94,9 +94,9 @@ def test_a_link_at_the_target_is_refused(tmp_path: Path, there: bool) -> None:
         victim.write_text("mine")
     link.symlink_to(victim)
     for act in (lambda: publish.write_file(link, "x"), lambda: publish.open_append(link)):
-        with pytest.raises(OSError, match="is a symbolic link"):
+        with pytest.raises(OSError, match="symbolic"):
             act()
-    with pytest.raises(OSError, match="is a symbolic link"):
+    with pytest.raises(OSError, match="symbolic"):
         publish_a_folder(link)
     assert victim.exists() == there
     assert link.is_symlink()

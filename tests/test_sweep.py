@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from messages import lacking
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "sweep.py"
 
@@ -55,22 +57,22 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
-        ("", "lists no run"),
-        ("dense\n", ":1: 'dense' is no run"),
-        ("a pretrain x\na pretrain y\n", "two runs of one name: a"),
-        ("a pretrain 'x\n", ":1: No closing quotation"),
-        ("a pretend x\n", "pretend: no such list, nor one of pretrain"),
-        ("a/b pretrain x\n", ":1: 'a/b' names no folder"),
+        ("", "runs: no run"),
+        ("dense\n", "runs:1 'dense' run"),
+        ("a pretrain x\na pretrain y\n", "two runs a"),
+        ("a pretrain 'x\n", "runs:1 quotation"),
+        ("a pretend x\n", "pretend pretrain finetune"),
+        ("a/b pretrain x\n", "runs:1 'a/b' folder"),
     ],
 )
-def test_a_list_that_says_no_runs_is_refused(text, said, tmp_path):
+def test_a_list_that_says_no_runs_is_refused(text, words, tmp_path):
     path = tmp_path / "runs"
     path.write_text(text)
     ended = _sweep(path, tmp_path)
     assert ended.returncode == 2
-    assert said in ended.stderr
+    assert not lacking(ended.stderr, words)
 
 
 @pytest.mark.slow
@@ -80,10 +82,10 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path
     path.write_text(f"bad pretrain quickstart/dense train.steps=no\n---\ngood pretrain quickstart/dense {short}\n")
     first = _sweep(path, tmp_path)
     assert first.returncode == 1
-    assert "failed: bad: exit code 2: error: override 'train.steps=no'" in first.stderr
+    assert not lacking(first.stderr, "failed: bad: code 2 train.steps")
     assert json.loads((tmp_path / "out/good/result.json").read_text())["step"] == 2
     again = _sweep(path, tmp_path)
-    assert "[2/2] good: done before" in again.stdout
+    assert not lacking(again.stdout, "[2/2] good: done")
     assert again.returncode == 1
 
 
@@ -94,7 +96,7 @@ def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     ended = _sweep(path, tmp_path)
     assert ended.returncode == 1
     assert "failed: blocked: [Errno 21]" in ended.stderr
-    assert "failed: other: exit code 2" in ended.stderr
+    assert not lacking(ended.stderr, "failed: other: code 2")
 
 
 def test_keys_after_a_list_take_the_place_of_its_own(sweep, tmp_path):
@@ -116,7 +118,7 @@ def test_a_run_that_none_makes_is_asked_for_before_any_begins(tmp_path):
     path.write_text("one pretrain quickstart/dense\n---\ntuned finetune quickstart/finetune --model {out}/one-0\n")
     ended = _sweep(path, tmp_path)
     assert ended.returncode == 2
-    assert f"error: tuned: needs {tmp_path}/out/one-0, which is not there, nor is it a run above" in ended.stderr
+    assert not lacking(ended.stderr, f"error: tuned: {tmp_path}/out/one-0")
     assert not (tmp_path / "out").exists()
 
 
@@ -130,9 +132,9 @@ def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
     )
     ended = _sweep(path, tmp_path)
     assert ended.returncode == 1
-    assert "failed: tuned: not begun: it needs one\n" in ended.stderr
-    assert "failed: scores: not begun: it needs tuned\n" in ended.stderr
-    assert "failed: other: exit code" in ended.stderr
+    assert re.search(r"failed: tuned: .*\bneeds one$", ended.stderr, re.M)
+    assert re.search(r"failed: scores: .*\bneeds tuned$", ended.stderr, re.M)
+    assert not lacking(ended.stderr, "failed: other: code")
     assert not (tmp_path / "out/tuned.log").exists()
 
 
@@ -151,7 +153,8 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
         going.send_signal(signal.SIGTERM)
         _, said = going.communicate(timeout=60)
     assert going.returncode == 75
-    assert said == "stopped: the same command goes on\n"
+    assert said.count("\n") == 1
+    assert not lacking(said, "stopped same command")
     assert list((tmp_path / "out/one/checkpoints").glob("step-*"))
 
 

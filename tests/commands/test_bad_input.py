@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from bad_inputs import CASES, CHECKPOINT, FILES, RECIPE, corpus, lay_out_bad
 from conftest import SwitchCLI
+from messages import lacking
 
 from switchcli.train.checkpoint import Checkpoint
 
@@ -27,10 +28,11 @@ def texts(recipe: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("texts")
 def test_one_line_with_the_way_out(case: str, recipe: str, switchcli: SwitchCLI) -> None:
-    arguments, code, pattern = CASES[case]
+    arguments, code, words = CASES[case]
     done = switchcli("pretrain", recipe, *arguments)
     assert (done.code, done.out) == (code, ""), done.err
-    assert re.fullmatch(rf"error: .*{pattern}.*\n", done.err)
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, words)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -38,28 +40,29 @@ def test_one_line_with_the_way_out(case: str, recipe: str, switchcli: SwitchCLI)
 def test_what_is_no_yaml_of_a_recipe_is_named_by_its_line(file: str, switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", file)
     assert (done.code, done.out) == (RECIPE, "")
-    assert re.fullmatch(rf"error: {file}:{FILES[file][1]}.*\n", done.err)
+    assert re.fullmatch(rf"error: {file}:.*\n", done.err)
+    assert not lacking(done.err, FILES[file][1])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "pattern"),
+    ("arguments", "words"),
     [
-        (["pretrain", "none.yaml"], r"none\.yaml: no such file\. `switchcli recipes list`"),
-        (["pretrain", "quickstart/swich"], r"no such recipe ships\. Did you mean quickstart/switch\?"),
-        (["pretrain", "."], r"a folder, not a recipe"),
-        (["pretrain", "twice.yaml"], r"twice\.yaml:2: .*train"),
-        (["pretrain", "latin1.txt"], r"latin1\.txt:2: .*not UTF-8"),
-        (["pretrain", "tiny.yaml", "--outt", "a"], r"No such option: --outt .*--out"),
-        (["pretrian", "tiny.yaml"], r"No such command 'pretrian'\. Did you mean 'pretrain'\?"),
-        (["pretrain"], r"Missing argument 'recipe'"),
-        (["pretrain", "tiny.yaml", "--processes", "0"], r"'--processes'.*greater than or equal to 1"),
+        (["pretrain", "none.yaml"], "none.yaml switchcli recipes list"),
+        (["pretrain", "quickstart/swich"], "quickstart/swich quickstart/switch"),
+        (["pretrain", "."], "folder .yaml"),
+        (["pretrain", "twice.yaml"], "twice.yaml:2 train"),
+        (["pretrain", "latin1.txt"], "latin1.txt:2 UTF-8"),
+        (["pretrain", "tiny.yaml", "--outt", "a"], "--outt --out"),
+        (["pretrian", "tiny.yaml"], "'pretrian' 'pretrain'"),
+        (["pretrain"], "Missing 'recipe'"),
+        (["pretrain", "tiny.yaml", "--processes", "0"], "'--processes' 1"),
     ],
 )
 @pytest.mark.usefixtures("texts")
-def test_usage(arguments: list[str], pattern: str, switchcli: SwitchCLI) -> None:
+def test_usage(arguments: list[str], words: str, switchcli: SwitchCLI) -> None:
     done = switchcli(*arguments)
     assert (done.code, done.out) == (RECIPE, "")
-    assert re.search(pattern, done.err)
+    assert not lacking(done.err, words)
     assert "Traceback" not in done.err
 
 
@@ -74,7 +77,8 @@ def test_no_cuda(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = switchcli("pretrain", recipe, "train.device=cuda")
     assert (done.code, done.out) == (RECIPE, "")
-    assert re.fullmatch(r"error: train\.device is cuda .*: set it to auto or cpu\n", done.err)
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "train.device cuda auto cpu")
 
 
 def test_a_tracker_that_is_not_installed_is_missed_before_data_is_read(
@@ -83,7 +87,8 @@ def test_a_tracker_that_is_not_installed_is_missed_before_data_is_read(
     monkeypatch.setattr("switchcli.parallel.trackers.is_wandb_available", lambda: False)
     done = switchcli("pretrain", recipe, "log.trackers=[wandb]", corpus("none.txt"))
     assert (done.code, done.out) == (RECIPE, "")
-    assert re.fullmatch(r"error: log\.trackers: wandb is not installed: pip install .*\n", done.err)
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "log.trackers wandb pip install 'switchcli[wandb]'")
 
 
 def test_more_pieces_than_rows(recipe: str, switchcli: SwitchCLI) -> None:
@@ -91,7 +96,8 @@ def test_more_pieces_than_rows(recipe: str, switchcli: SwitchCLI) -> None:
     tokenizer = "data.tokenizer={kind: file, path: a/tokenizer.json}"
     done = switchcli("pretrain", recipe, tokenizer, "model.vocab_size=100", "--out", "b")
     assert (done.code, done.out) == (RECIPE, "")
-    assert re.fullmatch(r"error: .*model\.vocab_size \(100\).*pieces.*try \d+.*\n", done.err)
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "model.vocab_size 100 512")
 
 
 # Folders and disks
@@ -114,9 +120,8 @@ def test_a_full_disk_loses_nothing(saves: str, recipe: str, switchcli: SwitchCLI
     with largest_file(100_000):  # less than the weights
         done = switchcli("pretrain", recipe, "train.steps=5", saves, "--out", "a", "--quiet")
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.search(
-        r"^error: a/checkpoints: .*bytes needed.* free\): .*already saved are untouched\.\n\Z", done.err, re.M
-    )
+    assert re.search(r"^error: a/checkpoints: .*\b[\d,]+ bytes\b.*\b[\d,]+ free\b.*\n\Z", done.err, re.M)
+    assert not lacking(done.err, "ulimit -f --out")
     assert [path.name for path in Path("a/checkpoints").iterdir()] == ["step-00000002"]
     assert Checkpoint.open(Path("a/checkpoints/step-00000002")).step == 2
     assert switchcli("pretrain", recipe, "train.steps=5", "--out", "a").code == 0
@@ -129,7 +134,7 @@ def test_too_small_a_disk_is_seen_before_training(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     done = switchcli("pretrain", recipe, "--out", "a")
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: a/checkpoints: .*\([\d,]+ bytes needed, 1,000 free\): free some space.*\n", done.err)
+    assert re.fullmatch(r"error: a/checkpoints: .*\b[\d,]+ bytes\b.*\b1,000 free\b.*--out.*\n", done.err)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="rights do not bind root")
@@ -137,7 +142,7 @@ def test_a_read_only_folder(recipe: str, switchcli: SwitchCLI) -> None:
     Path("shut").mkdir(mode=0o555)
     done = switchcli("pretrain", recipe, "--out", "shut/run")
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: shut/run.*Permission denied: .*--out.*\n", done.err)
+    assert re.fullmatch(r"error: shut/run.*Permission denied.*--out.*\n", done.err)
 
 
 READ_ONLY = """
@@ -153,14 +158,14 @@ def test_a_read_only_file_system(recipe: str) -> None:
         pytest.skip("no user namespace here to mount in")
     done = subprocess.run([*user, "bash", "-c", READ_ONLY, sys.executable], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: shut/run.*Read-only file system: .*--out.*\n", done.stderr)
+    assert re.fullmatch(r"error: shut/run.*Read-only file system.*--out.*\n", done.stderr)
 
 
 def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
     done = switchcli("pretrain", recipe)
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: text\.txt/cache: Not a directory: .*SWITCHCLI_CACHE\n", done.err)
+    assert re.fullmatch(r"error: text\.txt/cache: Not a directory.*\bSWITCHCLI_CACHE\b.*\n", done.err)
 
 
 # Checkpoints that do not fit
@@ -173,7 +178,8 @@ def test_a_checkpoint_of_another_architecture(recipe: str, switchcli: SwitchCLI)
     shutil.copytree("a/checkpoints", "b/checkpoints")
     done = switchcli("pretrain", recipe, "model.d_ff=128", "--out", "b")
     assert (done.code, done.out) == (RECIPE, "")
-    assert re.fullmatch(r"error: b holds a run whose model\.d_ff is \d+, and the recipe says 128.*--out.*\n", done.err)
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "b model.d_ff 64 128 --out --no-resume")
     assert Checkpoint.open(Path("b/checkpoints/step-00000002")).step == 2
 
 
@@ -183,7 +189,7 @@ def test_a_recipe_edited_in_the_runs_folder_does_not_change_the_run(recipe: str,
     path.write_text(path.read_text().replace("  seed: 0", "  seed: 5"))
     done = switchcli("pretrain", "a/recipe.yaml", "--out", "a")
     assert (done.code, done.out) == (RECIPE, "")
-    assert "a holds a run whose train.seed is 0, and the recipe says 5" in done.err
+    assert not lacking(done.err, "train.seed 0 5 --out --no-resume")
     path.unlink()
     assert switchcli("pretrain", recipe, "train.seed=5", "--out", "a").code == RECIPE
     assert switchcli("pretrain", recipe, "train.seed=5", "--out", "a", "--no-resume").code == 0
@@ -200,7 +206,7 @@ def test_a_run_does_not_go_on_with_other_text(recipe: str, switchcli: SwitchCLI)
     text.write_text(content + "one more line of the words that were there before\n" * 9)
     done = switchcli("pretrain", recipe, "train.steps=4", "--out", "a")
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.search(r"error: a/checkpoints/step-00000003 was trained on other text .*--no-resume.*\n\Z", done.err)
+    assert re.search(r"error: a/checkpoints/step-00000003 .*\btext\b.*--out.*--no-resume.*\n\Z", done.err)
     assert Checkpoint.open(Path("a/checkpoints/step-00000003")).step == 3
 
 
@@ -209,8 +215,8 @@ def test_fewer_steps_than_were_taken_are_refused(recipe: str, switchcli: SwitchC
     before = Path("a/result.json").read_text()
     done = switchcli("pretrain", recipe, "train.steps=3", "--out", "a", "--quiet")
     assert (done.code, done.out) == (RECIPE, "")
-    assert done.err.startswith("error: train.steps (3) is less than the 4 steps that ")
-    assert done.err.endswith("a has taken: take 4 or more, or begin anew with --no-resume\n")
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "train.steps 3 4 --no-resume")
     assert Path("a/result.json").read_text() == before
     assert switchcli("pretrain", recipe, "train.steps=4", "--out", "a").code == 0
 
@@ -223,11 +229,10 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(recipe: str, sw
     path.write_bytes(content)
     done = switchcli("pretrain", recipe, "train.steps=8", "--out", "a")
     assert done.code == 0
-    text, warning, going_on, *_ = done.err.splitlines()
-    assert text.startswith("training text: ")
+    _, warning, going_on, *_ = done.err.splitlines()
     assert warning.startswith("warning: ")
     assert "optimizer-00000.safetensors" in warning
-    assert going_on == "going on from step 4 of 8"
+    assert not lacking(going_on, "4 8")
     assert Checkpoint.open(Path("a/checkpoints/step-00000008")).step == 8
 
 
@@ -236,6 +241,6 @@ def test_every_checkpoint_damaged_never_begins_anew(recipe: str, switchcli: Swit
     Path("a/checkpoints/step-00000002/model-00000.safetensors").unlink()
     done = switchcli("pretrain", recipe, "--out", "a", "--quiet")
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert "none of the 1 checkpoints verifies" in done.err
+    assert not lacking(done.err, "a/checkpoints step-00000002 --out")
     again = switchcli("pretrain", recipe, "--out", "a", "--quiet")
     assert (again.code, again.out) == (CHECKPOINT, "")

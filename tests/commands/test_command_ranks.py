@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SwitchCLI
+from messages import lacking
 
 from switchcli.cli import main
 from switchcli.errors import DataError, OtherRankError, RecipeError
@@ -37,87 +38,79 @@ def test_ranks_of_an_older_torch_say_how_long_a_save_may_take(
     monkeypatch.setattr("switchcli.commands.run.saving_seconds", lambda: seconds)
     done = switchcli("pretrain", recipe, "--processes", 2)
     assert done.code == 0
-    assert ("the ranks have 30 s to save after a signal" in done.err) == noted
+    assert (not lacking(done.err, "note: torch 30")) == noted
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "pattern"),
+    ("arguments", "code", "words"),
     [
-        (
-            ["train.batch_tokens=32", "train.microbatch_tokens=null"],
-            2,
-            r"train\.batch_tokens \(32\) holds 1 sequences, which 2 ranks .*fewer",
-        ),
-        (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, r"none\.txt: no such file"),
+        (["train.batch_tokens=32", "train.microbatch_tokens=null"], 2, "train.batch_tokens 32 1 2 ranks 64"),
+        (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, "data.corpora none.txt no such"),
     ],
 )
 @pytest.mark.slow
-def test_one_message_for_all_ranks(arguments: list[str], code: int, pattern: str, recipe: str) -> None:
+def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, recipe: str) -> None:
     done = two_ranks(recipe, *arguments, "--out", "run", "--json")
     assert done.returncode == code
     *notes, error = done.stderr.splitlines()
-    assert all(note.startswith("note: with torch") for note in notes)  # torch 2.12 and older
-    assert re.fullmatch(rf"error: .*{pattern}.*", error)
+    assert all(note.startswith("note: ") for note in notes)  # torch 2.12 and older
+    assert error.startswith("error: ")
+    assert not lacking(error, words)
     assert json.loads(done.stdout)["exit_code"] == code
     assert not list(Path("run").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize(
-    ("keys", "pattern"),
+    ("keys", "words"),
     [
-        (["parallel.data=4"], r"parallel\.data \(4\) is not the number of ranks \(2\): start 4, by --processes 4"),
-        (["parallel.expert=4"], r"parallel\.expert \(4\) must divide the number of ranks \(2\)"),
-        (
-            ["parallel.model=4"],
-            r"parallel\.model \(4\) must divide the number of ranks \(2\): start .* parallel\.model=2",
-        ),
-        (["parallel={data: 2, model: 2}"], r"parallel\.data \(2\) x parallel\.model \(2\) is not the number of ranks"),
-        (
-            ["parallel={expert: 2, model: 2}"],
-            r"parallel\.expert \(2\) must divide the ranks of the data axis \(1\): start a",
-        ),
+        (["parallel.data=4"], "parallel.data 4 ranks 2 --processes"),
+        (["parallel.expert=4"], "parallel.expert 4 ranks 2 --processes parallel.expert=2"),
+        (["parallel.model=4"], "parallel.model 4 ranks 2 --processes parallel.model=2"),
+        (["parallel={data: 2, model: 2}"], "parallel.data parallel.model 2 ranks --processes 4"),
+        (["parallel={expert: 2, model: 2}"], "parallel.expert 2 ranks data 1 --processes 4 parallel.expert=1"),
     ],
 )
 def test_a_mesh_that_is_not_of_these_ranks_starts_none(
-    keys: list[str], pattern: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+    keys: list[str], words: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.commands.run.launch", None)
     done = switchcli("pretrain", recipe, *keys, "--processes", 2)
     assert (done.code, done.out) == (2, "")
-    assert re.fullmatch(rf"error: {pattern}.*\n", done.err)
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, words)
     alone = switchcli("pretrain", recipe, "parallel.expert=2")
-    assert (alone.code, "must divide the number of ranks (1)" in alone.err) == (2, True)
+    assert (alone.code, lacking(alone.err, "parallel.expert 2 ranks 1 --processes parallel.expert=1")) == (2, [])
 
 
 def test_experts_that_cannot_be_shared_start_no_rank(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.commands.run.launch", None)
-    for keys, said in {
-        "parallel.expert=3": "(3) must divide the 4 experts of a layer (model.num_experts): take one of 1, 2, 4.",
-        "parallel={data: 6, expert: 4}": "parallel.expert (4) must divide parallel.data (6): try 2.",
-        "parallel.expert=0": "parallel.expert: must be at least 1 (got 0)",
-        "parallel.model=3": "must be a multiple of parallel.model (3): try 1.",
-        "parallel.shard=zero1": "parallel.shard: must be 'none', 'zero2' or 'zero3'",
-        "parallel={auto: true, model: 2}": "auto chooses data, model, expert and shard: leave them out, or auto",
-        "parallel={reduction: ordered, expert: 2}": "wants the whole model on each rank: leave out expert (2), or",
-        "parallel={reduction: ordered, auto: true}": "takes the data axis alone: leave out one",
-        "parallel.reduction=ordered": "pairs of ranks, then pairs of pairs, which 6 ranks are not: start 4 or 8, by",
+    for keys, words in {
+        "parallel.expert=3": "parallel.expert 3 model.num_experts 4 1 2",
+        "parallel={data: 6, expert: 4}": "parallel.expert 4 parallel.data 6 2",
+        "parallel.expert=0": "parallel.expert 1 0",
+        "parallel.model=3": "model.num_heads 4 parallel.model 3 1",
+        "parallel.shard=zero1": "parallel.shard 'zero1' 'none' 'zero2' 'zero3'",
+        "parallel={auto: true, model: 2}": "parallel.auto data model expert shard",
+        "parallel={reduction: ordered, expert: 2}": "parallel.reduction ordered expert 2 fast",
+        "parallel={reduction: ordered, auto: true}": "parallel.auto reduction ordered",
+        "parallel.reduction=ordered": "parallel.reduction ordered 6 4 8 --processes parallel.reduction=fast",
     }.items():
         done = switchcli("pretrain", recipe, keys, "--processes", 6)
         assert (done.code, done.out) == (2, "")
-        assert said in done.err
+        assert not lacking(done.err, words)
     done = switchcli("pretrain", recipe, "parallel.reduction=ordered", "train.microbatch_tokens=null")
     assert (done.code, done.out) == (2, "")
-    assert "of train.microbatch_tokens, which are the same on any number of ranks: set it, to 32 or" in done.err
+    assert not lacking(done.err, "parallel.reduction ordered train.microbatch_tokens 32")
     done = switchcli("pretrain", recipe, "model.num_experts=1", "parallel.expert=2", "--processes", 2)
-    assert (done.code, "parallel.expert (2): the model is dense" in done.err) == (2, True), done.err
+    assert (done.code, lacking(done.err, "parallel.expert 2 model.num_experts 1")) == (2, []), done.err
 
 
 def test_a_model_axis_does_not_divide_experts_of_an_attention(recipe: str, switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", recipe, "model.sparse=both", "parallel.model=2", "--processes", 2)
     assert done.code == 2
-    assert "parallel.model (2) does not divide the experts of an attention (model.sparse): leave it out" in done.err
+    assert not lacking(done.err, "parallel.model 2 attention model.sparse")
 
 
 @pytest.mark.slow
@@ -128,7 +121,8 @@ def test_a_run_whose_mesh_is_chosen_by_the_plan(recipe: str) -> None:
     assert done.returncode == 0, done.stderr
     mesh = json.loads(done.stdout)["mesh"]
     assert mesh["data"] * mesh["model"] == 2
-    assert f"parallel: auto is data {mesh['data']}, model {mesh['model']}, expert {mesh['expert']}" in done.stderr
+    axes = ", ".join(f"{axis} {mesh[axis]}" for axis in ("data", "model", "expert"))
+    assert re.search(rf"^parallel: .*{axes}", done.stderr, re.M)
     command = [sys.executable, "-m", "switchcli", "pretrain", recipe, "train.steps=4", *keys]
     alone = subprocess.run(command, capture_output=True, text=True, check=False)
     assert json.loads(alone.stdout)["mesh"] == {"data": 1, "model": 1, "expert": 1, "shard": "none"}, alone.stderr
@@ -139,7 +133,8 @@ def test_no_mesh_fits(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.Mon
     monkeypatch.setattr("switchcli.commands.mesh.machine_bytes", lambda: 2**20)
     done = switchcli("pretrain", recipe, "parallel=auto", "train.device=cpu")
     assert done.code == 2
-    assert re.search(r"parallel\.auto: no mesh of 1 ranks fits with .*needs .* GiB a device", done.err)
+    assert re.search(r"parallel\.auto: .* 1 ranks .* [\d.]+ GiB ", done.err)
+    assert not lacking(done.err, "train.microbatch_tokens switchcli plan")
 
 
 @pytest.mark.parametrize("other", ["train.seed=1", "parallel.expert=2", "parallel.model=2"])
@@ -164,7 +159,7 @@ def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
     ]
     said = [rank.communicate(timeout=100)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
-    assert "error: the ranks do not run the same: each must be given the same recipe" in said[0]
+    assert not lacking(said[0], "error: ranks same recipe KEY=VALUE")
     assert said[1] == ""
     assert not Path("run/checkpoints").exists()
 
@@ -175,9 +170,8 @@ def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 4)
     assert (done.code, done.out) == (2, "")
-    assert done.err == (
-        "error: --processes (4) must be at most the 1 CUDA devices of this machine: try 1, or train.device=cpu\n"
-    )
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "--processes 4 1 CUDA train.device=cpu")
     assert switchcli("pretrain", recipe, "--processes", 4).code == 0  # on cpu
 
 
@@ -198,7 +192,8 @@ def test_tasks_of_srun_do_not_train_alone(recipe: str, switchcli: SwitchCLI, mon
     monkeypatch.setenv("SLURM_NTASKS", "2")
     done = switchcli("pretrain", recipe)
     assert (done.code, done.out) == (6, "")
-    assert re.fullmatch(r"error: started by srun with 2 tasks: set MASTER_ADDR .*\n", done.err)
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "srun 2 MASTER_ADDR MASTER_PORT torchrun")
 
 
 @pytest.mark.parametrize(

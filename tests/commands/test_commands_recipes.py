@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from messages import lacking
 from typer.testing import CliRunner
 
 from switchcli.commands.recipes import app
@@ -33,7 +34,7 @@ def test_show_prints_the_file():
     text = (library.folder() / "quickstart/switch.yaml").read_text(encoding="utf-8")
     assert run("show", "quickstart/switch") == text
     assert json.loads(run("show", "quickstart/switch", "--json"))["text"] == text
-    with pytest.raises(RecipeError, match=r"Did you mean quickstart/switch\?"):
+    with pytest.raises(RecipeError, match=r"\bquickstart/switch\b"):
         run("show", "quickstart/swich")
 
 
@@ -62,10 +63,10 @@ def test_a_copy_extends_what_ships_however_that_is_written(line, tmp_path, monke
 
 def test_copy_never_overwrites(tmp_path):
     (tmp_path / "mine.yaml").write_text("mine")
-    with pytest.raises(RecipeError, match=r"^mine.yaml: is there already"):
+    with pytest.raises(RecipeError, match=r"^mine\.yaml: .*already"):
         run("copy", "quickstart/switch", "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == "mine"
-    with pytest.raises(RecipeError, match=r"^mine.yaml/x.yaml: cannot be written"):
+    with pytest.raises(RecipeError, match=r"^mine\.yaml/x\.yaml: .*\bwritten\b"):
         run("copy", "quickstart/switch", "mine.yaml/x.yaml")
 
 
@@ -91,7 +92,7 @@ def test_validate_reports_every_error_of_every_file(tmp_path):
 
 def test_validate_names_an_unknown_verb(tmp_path):
     (tmp_path / "bad.yaml").write_text("extends: quickstart/switch\nverb: pretrian")
-    with pytest.raises(RecipeError, match=r"^bad.yaml:2: verb: must be 'pretrain' .* Did you mean pretrain\?"):
+    with pytest.raises(RecipeError, match=r"^bad\.yaml:2: verb: .*'pretrain'.*'pretrian'.*\bpretrain\b"):
         run("validate", "bad.yaml")
 
 
@@ -99,9 +100,7 @@ def test_validate_knows_each_verb(tmp_path):
     (tmp_path / "tune.yaml").write_text(
         "verb: finetune\nupdate: expert\ntasks: [rte, glu]\ntrain: {steps: 1, batch_tokens: 512}"
     )
-    with pytest.raises(
-        RecipeError, match=r"^tune.yaml:3: tasks.1.name \(glu\): no such task or suite. Did you mean glue"
-    ):
+    with pytest.raises(RecipeError, match=r"^tune\.yaml:3: tasks\.1\.name .*\bglu\b.*\bglue\b"):
         run("validate", "tune.yaml")
     (tmp_path / "tune.yaml").write_text("extends: finetune/glue\nupdate: expert")
     assert run("validate", "tune.yaml") == "tune.yaml: ok\n"
@@ -109,7 +108,7 @@ def test_validate_knows_each_verb(tmp_path):
 
 def test_schema_is_json_schema():
     assert "extends" in json.loads(run("schema", "pretrain"))["properties"]
-    with pytest.raises(RecipeError, match="no such recipe schema"):
+    with pytest.raises(RecipeError, match=r"^pretrian: .*\bpretrain\b"):
         run("schema", "pretrian")
 
 
@@ -127,17 +126,17 @@ def test_what_files_are_called_cannot_act_on_the_terminal(switchcli):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "place"),
     [
-        ("recipes", "copy", "quickstart/switch", ""),
-        ("recipes", "copy", "", "mine.yaml"),
-        ("pretrain", "quickstart/switch", "--dry-run", "--out", ""),
-        ("eval", "run", "--out="),
+        (("recipes", "copy", "quickstart/switch", ""), "FILE"),
+        (("recipes", "copy", "", "mine.yaml"), "NAME"),
+        (("pretrain", "quickstart/switch", "--dry-run", "--out", ""), "--out"),
+        (("eval", "run", "--out="), "--out"),
     ],
 )
-def test_an_empty_path_is_refused_and_not_taken_for_the_current_folder(arguments, switchcli):
+def test_an_empty_path_is_refused_and_not_taken_for_the_current_folder(arguments, place, switchcli):
     before = sorted(Path().iterdir())
     done = switchcli(*arguments)
     assert done.code == 2
-    assert "is empty" in done.err
+    assert not lacking(done.err, f"error: {place} empty")
     assert sorted(Path().iterdir()) == before

@@ -1,6 +1,7 @@
 """`switchcli doctor`: the verdict on recipes, trained runs and Hugging Face folders, for people and for scripts."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import RECIPE, SwitchCLI
+from messages import lacking
 
 from switchcli.doctor.probes import PROBES
 
@@ -53,36 +55,41 @@ def test_the_shipped_recipe_is_sound(switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", "quickstart/switch")
     assert done.code == 0
     head, *lines, end = done.out.splitlines()
-    assert head == "quickstart/switch: 4 sparse layers of 8 experts, initial weights, in the code of switchcli"
+    assert head.startswith("quickstart/switch: ")
+    assert not lacking(head, "4 sparse layers 8 experts initial switchcli")
     assert [line.split("  ")[:2] for line in lines] == [["pass", probe.name] for probe in PROBES]
-    assert end == f"sound: 0 of {len(PROBES)} probes failed, 0 with a warning"
+    assert re.fullmatch(rf"sound: 0 of {len(PROBES)} .*\b0 .*warning", end)
     assert "\x1b" not in done.out
 
 
 def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", "quickstart/dense")
     assert done.code == 0
-    assert done.out.startswith("quickstart/dense: a dense model, initial weights")
-    assert done.out.count("a dense model has no router") == sum(probe.of_routers for probe in PROBES)
+    head, *lines, _ = done.out.splitlines()
+    assert head.startswith("quickstart/dense: ")
+    assert not lacking(head, "dense initial")
+    routers = [line for line in lines if not lacking(line, "dense router")]
+    assert len(routers) == sum(probe.of_routers for probe in PROBES)
 
 
 def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", run)
     assert done.code == 0
-    assert "trained weights, in the code of switchcli" in done.out
+    assert not lacking(done.out, f"{run} trained switchcli")
     newest = switchcli("doctor", run / "checkpoints/step-00000002")
     assert newest.out.splitlines()[1:] == done.out.splitlines()[1:]
     refused = switchcli("doctor", run, "model.num_experts=2")
     assert (refused.code, refused.out) == (2, "")
-    assert "a model that is there takes no KEY=VALUE (model.num_experts=2): leave it out" in refused.err
+    assert not lacking(refused.err, f"{run} KEY=VALUE model.num_experts=2")
 
 
 def test_a_hugging_face_configuration_fails(configuration: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", configuration)
     assert done.code == 1
-    assert "initial weights, in the code of transformers" in done.out
-    assert "\nfail  padding " in done.out
-    assert "\n" + " " * 32 + "padding takes the slots of tokens" in done.out
+    assert not lacking(done.out, f"{configuration} initial transformers")
+    failed = done.out[done.out.index("\nfail  padding ") + 1 :].splitlines()
+    assert failed[1].startswith(" " * 32)
+    assert not lacking(failed[1], "padding slots")
     assert done.out.splitlines()[-1].startswith("not sound: ")
 
 
@@ -110,7 +117,7 @@ def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
 def test_a_name_cannot_act_on_the_terminal(configuration: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     evil = tmp_path / "a\x1b[2J[bold]"
     evil.symlink_to(configuration)
-    assert r"a\x1b[2J[bold]: 2 sparse layers" in switchcli("doctor", evil).out
+    assert r"a\x1b[2J[bold]: 2 " in switchcli("doctor", evil).out
 
 
 def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,26 +126,26 @@ def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pyt
     Path("other").mkdir()
     Path("other/config.json").write_text('{"model_type": "bert"}')
     Path("list.yaml").write_text("[]")
-    for name, code, said in [
-        ("empty", 4, "empty: no checkpoint there"),
-        ("other", 4, "other/config.json: model_type must be switch_transformers, and is 'bert'"),
-        ("nowhere", 2, "nowhere: no such recipe ships"),
-        ("runs/a/none", 2, "No checkpoint is there either."),
-        ("google/switch-base-8", 2, "`switchcli convert google/switch-base-8 FOLDER --to switchcli` makes"),
-        ("none.yaml", 2, "none.yaml: no such file"),
-        ("list.yaml", 2, "a recipe is a mapping of keys"),
+    for name, code, words in [
+        ("empty", 4, "empty checkpoint checkpoints/step-*"),
+        ("other", 4, "other/config.json model_type switch_transformers 'bert'"),
+        ("nowhere", 2, "nowhere recipe checkpoint"),
+        ("runs/a/none", 2, "runs/a/none recipe checkpoint"),
+        ("google/switch-base-8", 2, "`switchcli convert google/switch-base-8 FOLDER --to switchcli`"),
+        ("none.yaml", 2, "none.yaml file switchcli recipes list"),
+        ("list.yaml", 2, "list.yaml:1 mapping"),
     ]:
         done = switchcli("doctor", name)
         assert (done.code, done.out) == (code, "")
         assert done.err.startswith("error: ")
-        assert said in done.err
+        assert not lacking(done.err, words)
         assert done.err.count("\n") == 1
 
 
 def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", "quickstart/switch", "model.d_ff=1048576", "model.d_model=131072")
     assert (done.code, done.out) == (1, "")
-    assert "weights and gradients take 73,668," in done.err
+    assert not lacking(done.err, "73,668,398,942,208 bytes model.num_experts=8 model.num_layers=2")
     assert done.err.count("\n") == 1
 
 
@@ -148,23 +155,29 @@ def test_the_papers_bfloat16_arm_fails_by_its_routers_precision(switchcli: Switc
     assert (done.code, failed) == (1, ["router precision"])
 
 
+def ends(shown: str) -> list[tuple[str, str]]:
+    """The first word of each line and its last."""
+    return [(line.split()[0], line.split()[-1]) for line in shown.splitlines()]
+
+
 def test_the_files_of_a_run_are_verified_as_loading_does(recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "train.steps=8", "--out", "a", "-q").code == 0
     four, eight = (f"a/checkpoints/step-0000000{step}" for step in (4, 8))
     done = switchcli("doctor", FILES, "a")
-    assert (done.code, done.out.splitlines()) == (
-        0,
-        [f"whole    {eight}", f"whole    {four}", f"loading takes {eight}"],
-    )
+    assert done.code == 0
+    assert ends(done.out) == [("whole", eight), ("whole", four), ("loading", eight)]
 
     file = Path(eight, "optimizer-00000.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    damage = f"{file}: its SHA-256 is not that of what was saved: use another checkpoint of the run."
     done = switchcli("doctor", FILES, "a")
     assert done.code == CHECKPOINT
-    assert done.out.splitlines() == [f"damaged  {damage}", f"whole    {four}", f"loading takes {four}"]
+    first, *others = done.out.splitlines()
+    damage = first.removeprefix("damaged  ")
+    assert damage.startswith(f"{file}: ")
+    assert not lacking(damage, "SHA-256 checkpoint")
+    assert ends("\n".join(others)) == [("whole", four), ("loading", four)]
     done = switchcli("doctor", FILES, "a", "--json")
     assert (done.code, json.loads(done.out)) == (
         CHECKPOINT,
@@ -172,12 +185,14 @@ def test_the_files_of_a_run_are_verified_as_loading_does(recipe: str, switchcli:
     )
     assert switchcli("doctor", FILES, four).code == 0
     one = switchcli("doctor", FILES, eight)
-    assert (one.code, one.out) == (CHECKPOINT, f"damaged  {damage}\nnone is whole: loading refuses\n")
+    assert one.code == CHECKPOINT
+    lines = one.out.splitlines()
+    assert (lines[0], len(lines), lacking(lines[1], "none whole")) == (f"damaged  {damage}", 2, [])
     assert switchcli("eval", eight, "--out", "scores").err == f"error: {damage}\n"
 
     again = switchcli("pretrain", recipe, "train.steps=8", "--out", "a")
-    assert f"warning: {damage} It is now" in again.err
-    assert "going on from step 4 of 8" in again.err
+    assert f"warning: {damage} " in again.err
+    assert not lacking(again.err, "step 4 8")
     assert switchcli("doctor", FILES, "a").code == 0
 
 
@@ -193,13 +208,11 @@ def test_files_without_a_manifest_and_no_files(run: Path, switchcli: SwitchCLI, 
     lost.rename(f"{lost}.bad-missing")
     done = switchcli("doctor", FILES, tmp_path)
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert "none of the 1 checkpoints verifies (step-00000002.bad-missing)" in done.err
-    for name, code, said in [
-        ("nowhere", CHECKPOINT, "error: nowhere: no checkpoint there"),
-        ("quickstart/switch", CHECKPOINT, "error: quickstart/switch: no checkpoint there"),
-    ]:
+    assert not lacking(done.err, "1 checkpoints step-00000002.bad-missing --out")
+    for name in ("nowhere", "quickstart/switch"):
         done = switchcli("doctor", FILES, name)
-        assert (done.code, done.out) == (code, "")
-        assert done.err.startswith(said)
+        assert (done.code, done.out) == (CHECKPOINT, "")
+        assert done.err.startswith(f"error: {name}: ")
+        assert not lacking(done.err, "checkpoint checkpoints/step-*")
     refused = switchcli("doctor", FILES, run, "model.num_experts=2")
     assert (refused.code, refused.out) == (2, "")

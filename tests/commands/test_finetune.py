@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import SwitchCLI, lay_out_tuning
 from drill import CLOCKS, fingerprint
+from messages import lacking
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -65,7 +66,7 @@ def test_the_same_command_and_the_folders_own_recipe_go_on(trained: Path, tuning
     assert first.code == 0, first.err
     more = switchcli("finetune", "a/recipe.yaml", "train.steps=8", "--out", "a")
     assert more.code == 0, more.err
-    assert "going on from step 4 of 8" in more.err
+    assert not lacking(more.err, "step 4 8")
     straight = switchcli("finetune", tuning, "--model", trained, "train.steps=8", "--out", "b", "--quiet")
     assert straight.code == 0
     assert weights("a", 8).keys() == weights("b", 8).keys()
@@ -186,32 +187,32 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "code", "message"),
+    ("overrides", "code", "words"),
     [
-        (["tasks=[rtee]"], 2, "tasks.0.name (rtee): no such task or suite. Did you mean rte"),
-        (["model.d_model=64"], 2, "model.d_model: the recipe says 64, the weights of"),
-        (["model.num_experts=8"], 2, "model.num_experts: the recipe says 8"),
-        (["eval.every_steps=3"], 2, "must be a multiple of checkpoint.save_every_steps (2)"),
-        (["update=experts"], 2, "update: "),
-        (["tasks.0.target=labels"], 3, "colour.train.jsonl:1: tasks: colour reads the column 'labels'"),
-        (["tasks.0.labels=[red, green]"], 3, "label: 2 is none of the labels red, green"),
-        (["tasks.0.train=[nothing.jsonl]"], 3, "tasks: colour: nothing.jsonl: no such file"),
-        (["tasks.0.metrics=[accuracies]"], 2, "Did you mean accuracy?"),
-        (["tasks.0.metrics=[exact_match]", "tasks.1.name=colour"], 2, "tasks (colour): two tasks of your own"),
-        (["tasks.0.labels=[red, green, red]"], 2, "labels ('red', 'green', 'red') must differ"),
-        (["tasks.0.metrics=[f1]"], 2, "metrics (f1): needs 2 labels, and there are 3"),
-        (["tasks.0.input=which"], 2, "must hold a field of the rows"),
-        (["tasks.0.input='{text} of {text'"], 2, "has a brace that is no {field}"),
-        (["tasks=[sst2]", "data.folder=sets"], 3, "data.folder (sets): no files of sst2"),
-        (["scoring.decoding.beams=0"], 2, "scoring.decoding.beams"),
+        (["tasks=[rtee]"], 2, "tasks.0.name rtee rte"),
+        (["model.d_model=64"], 2, "model.d_model 64 32"),
+        (["model.num_experts=8"], 2, "model.num_experts 8 4"),
+        (["eval.every_steps=3"], 2, "eval.every_steps 3 checkpoint.save_every_steps 2"),
+        (["update=experts"], 2, "update 'experts' 'expert'"),
+        (["tasks.0.target=labels"], 3, "colour.train.jsonl:1 tasks colour column 'labels'"),
+        (["tasks.0.labels=[red, green]"], 3, "tasks colour label 2 red green"),
+        (["tasks.0.train=[nothing.jsonl]"], 3, "tasks colour nothing.jsonl file"),
+        (["tasks.0.metrics=[accuracies]"], 2, "tasks.0.metrics accuracies accuracy"),
+        (["tasks.0.metrics=[exact_match]", "tasks.1.name=colour"], 2, "tune.yaml:2 tasks colour two name"),
+        (["tasks.0.labels=[red, green, red]"], 2, "tasks.0.labels 'red' 'green' differ"),
+        (["tasks.0.metrics=[f1]"], 2, "tasks.0.metrics f1 2 3"),
+        (["tasks.0.input=which"], 2, "tasks.0.input 'which' field {text}"),
+        (["tasks.0.input='{text} of {text'"], 2, "tasks.0.input {text' braces"),
+        (["tasks=[sst2]", "data.folder=sets"], 3, "data.folder sets sst2"),
+        (["scoring.decoding.beams=0"], 2, "scoring.decoding.beams 0 1"),
     ],
 )
 def test_bad_input_is_told_with_its_place_and_way_out(
-    overrides: list[str], code: int, message: str, trained: Path, tuning: str, switchcli: SwitchCLI
+    overrides: list[str], code: int, words: str, trained: Path, tuning: str, switchcli: SwitchCLI
 ) -> None:
     done = switchcli("finetune", tuning, "--model", trained, *overrides, "--out", "a")
     assert done.code == code, done.err
-    assert message in done.err
+    assert not lacking(done.err, words)
     assert "Traceback" not in done.err
 
 
@@ -219,19 +220,19 @@ def test_no_model_named(tuning: str, switchcli: SwitchCLI) -> None:
     done = switchcli("finetune", tuning, "--out", "a")
     assert (done.code, "--model CHECKPOINT" in done.err) == (2, True)
     done = switchcli("finetune", tuning, "--model", "nothing/there", "--out", "a")
-    assert (done.code, "nothing/there: no checkpoint there" in done.err) == (4, True)
+    assert (done.code, lacking(done.err, "nothing/there checkpoint checkpoints/step-*")) == (4, [])
 
 
 def test_an_empty_split_and_long_inputs(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     Path("colour.validation.jsonl").write_text("\n")
     done = switchcli("finetune", tuning, "--model", trained, "--out", "a")
-    assert (done.code, "colour: no examples in validation" in done.err) == (3, True)
+    assert (done.code, lacking(done.err, "error: colour validation examples")) == (3, [])
     row = {"text": "red " * 100, "label": 0, "word": "red"}
     Path("colour.validation.jsonl").write_text(json.dumps(row) + "\n")
     Path("colour.train.jsonl").write_text((json.dumps(row) + "\n") * 5)
     done = switchcli("finetune", tuning, "--model", trained, "--out", "b")
     assert done.code == 0, done.err
-    assert "colour: 5 examples in 5 rows, 50.0% of what is shown, 5 of them longer than a row and cut" in done.err
+    assert re.search(r"^warning: colour: 5 .*\b5 rows.*\b50\.0%.*\b5 .*cut.*data\.inputs_length", done.err, re.M)
 
 
 @pytest.mark.slow
@@ -257,46 +258,46 @@ def test_a_checkpoint_of_another_vocabulary(trained: Path, tuning: str, switchcl
     saved = checkpoint.save(Path("odd"), 2, model={}, optimizer={}, documents={**documents, "recipe.yaml": recipe})
     done = switchcli("finetune", tuning, "--model", saved, "--out", "a")
     assert done.code == 4
-    assert "its tokenizer has 512 pieces, its embedding 300 rows" in done.err
+    assert not lacking(done.err, "error: tokenizer 512 300")
 
 
 def test_what_is_not_trained_on_or_not_scored_is_told(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     overrides = ["tasks.0.train=[]", "tasks.1.validation=[]"]
     done = switchcli("finetune", tuning, "--model", trained, *overrides, "--out", "a")
     assert done.code == 0, done.err
-    assert "colour: has no split to train on: it is scored alone" in done.err
-    assert "last: has no validation split: it is not scored" in done.err
-    assert re.search(r"colour: 14 examples to score, \d inputs longer than 64 tokens and cut", done.err)
+    assert not lacking(done.err, "colour split train")
+    assert not lacking(done.err, "warning: last validation split")
+    assert re.search(r"^warning: colour: 14 .*\b\d inputs.*\b64 tokens.*cut.*data\.inputs_length", done.err, re.M)
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "words"),
     [
-        ('{"text": "a \\ud800 b", "label": 0, "word": "b"}', "half a surrogate pair"),
-        ('{"text": "a", "label": null, "word": "b"}', "label: holds no answer"),
-        ('{"text": "a", "label": [], "word": "b"}', "label: holds no answer"),
+        ('{"text": "a \\ud800 b", "label": 0, "word": "b"}', "surrogate"),
+        ('{"text": "a", "label": null, "word": "b"}', "label no answer"),
+        ('{"text": "a", "label": [], "word": "b"}', "label no answer"),
     ],
 )
-def test_a_bad_row_has_its_place(row: str, message: str, trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+def test_a_bad_row_has_its_place(row: str, words: str, trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     with Path("colour.train.jsonl").open("a") as file:
         file.write(row + "\n")
     done = switchcli("finetune", tuning, "--model", trained, "--out", "a")
     assert done.code == 3
-    assert f"colour.train.jsonl:61: tasks: colour: {message}" in done.err
+    assert not lacking(done.err, f"error: colour.train.jsonl:61 tasks colour {words}")
 
 
 def test_a_start_within_the_runs_own_folder(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     shutil.copytree(trained, "pre")
     done = switchcli("finetune", tuning, "--model", "pre", "--out", "pre", "--no-resume")
-    assert (done.code, "give another folder by --out" in done.err) == (2, True)
+    assert (done.code, lacking(done.err, "start.checkpoint pre folder --out")) == (2, [])
     assert Path("pre/checkpoints").is_dir()
 
 
 def test_a_recipe_of_another_verb(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     done = switchcli("finetune", "quickstart/switch", "verb=pretrain", "--model", trained, "--out", "a")
-    assert (done.code, "a recipe of `switchcli pretrain`, where one of finetune is needed" in done.err) == (2, True)
+    assert (done.code, lacking(done.err, "recipe switchcli pretrain finetune")) == (2, [])
     done = switchcli("pretrain", "finetune/glue")
-    assert (done.code, "a recipe of `switchcli finetune`" in done.err) == (2, True)
+    assert (done.code, lacking(done.err, "recipe switchcli finetune pretrain")) == (2, [])
     done = switchcli("doctor", "finetune/glue")
     assert (done.code, done.err.count("\n")) == (2, 1)
 
@@ -323,7 +324,7 @@ def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
         patch.setattr(scoring.Answering, "__call__", stop_at)
         done = switchcli(*command)
     assert done.code == INTERRUPTED
-    assert f"stopped and saved at step {at} of {STEPS}" in done.err
+    assert not lacking(done.err, f"saved step {at} {STEPS} same command")
     assert switchcli(*command).code == 0
     assert fingerprint(Path("run")) == straight
 
@@ -333,9 +334,7 @@ def test_files_that_are_not_there_are_all_named(trained: Path, tuning: str, swit
         "finetune", tuning, "--model", trained, "tasks=[rte, sst2, squad]", "data.folder=sets", "--out", "a"
     )
     assert done.code == 3
-    assert (
-        "data.folder (sets): no files of rte, sst2, squad: rte is looked for at sets/glue/rte/train.jsonl" in done.err
-    )
+    assert not lacking(done.err, "error: data.folder sets rte sst2 squad sets/glue/rte/train.jsonl")
 
 
 def test_a_key_of_a_schedule_leaves_its_kind(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:

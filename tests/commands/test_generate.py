@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SwitchCLI
+from messages import lacking
 
 from switchcli.data.tokenizer import Tokenizer
 from switchcli.model.routing import Switch
@@ -57,15 +59,15 @@ def test_the_capacity_is_a_choice(run: Path, monkeypatch: pytest.MonkeyPatch, sw
 def test_a_long_text_is_cut_with_a_warning(run: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("generate", run, "the red " * 100)
     assert done.code == 0
-    assert done.err.startswith("warning: the text has ")
-    assert "trained on 32" in done.err
+    assert re.search(r"^warning: .*\btext\b.* \d{3} .*\b32\b", done.err, re.M)
 
 
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_text_is_refused(empty: str, run: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("generate", run, empty)
     assert (done.code, done.out) == (3, "")
-    assert done.err == "error: a TEXT is empty: write some, with <extra_id_0> where the model is to fill in\n"
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, "TEXT empty <extra_id_0>")
 
 
 def test_a_blank_line_read_has_an_empty_answer(
@@ -94,7 +96,9 @@ def test_no_checkpoint_there(path: str, switchcli: SwitchCLI, tmp_path: Path, mo
     Path("file.txt").touch()
     done = switchcli("generate", path, GAP)
     assert (done.code, done.out) == (4, "")
-    assert done.err == f"error: {path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*\n"
+    assert done.err.startswith(f"error: {path}: ")
+    assert done.err.count("\n") == 1
+    assert not lacking(done.err, "checkpoint checkpoints/step-*")
 
 
 def test_a_name_on_the_hub_is_to_be_converted_first(
@@ -103,7 +107,7 @@ def test_a_name_on_the_hub_is_to_be_converted_first(
     monkeypatch.chdir(tmp_path)
     done = switchcli("generate", "google/switch-base-8", GAP)
     assert (done.code, done.out) == (4, "")
-    assert "`switchcli convert google/switch-base-8 FOLDER --to switchcli` makes a checkpoint of it" in done.err
+    assert "`switchcli convert google/switch-base-8 FOLDER --to switchcli`" in done.err
     assert done.err.count("\n") == 1
 
 
@@ -128,19 +132,19 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(
     (copy / NAME).write_bytes(manifest.Manifest(before.step, entries).encode())
     done = switchcli("generate", copy, GAP)
     assert (done.code, done.out) == (4, "")
-    assert f"holds no {file}" in done.err
+    assert not lacking(done.err, f"{copy} no {file}")
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "code", "says"),
+    ("file", "content", "code", "words"),
     [
-        ("recipe.yaml", b"extends: quickstart/switch\n", 2, "recipe.yaml:1: not the recipe of a run"),
-        ("recipe.yaml", b"- a\n", 2, "recipe.yaml:1: not the recipe of a run"),
-        ("tokenizer.json", b'{"a": "\xff"}', 3, "tokenizer.json: not UTF-8"),
+        ("recipe.yaml", b"extends: quickstart/switch\n", 2, "recipe.yaml:1 recipe run"),
+        ("recipe.yaml", b"- a\n", 2, "recipe.yaml:1 recipe run"),
+        ("tokenizer.json", b'{"a": "\xff"}', 3, "tokenizer.json UTF-8"),
     ],
 )
 def test_what_no_run_wrote_is_told(
-    file: str, content: bytes, code: int, says: str, run: Path, switchcli: SwitchCLI, tmp_path: Path
+    file: str, content: bytes, code: int, words: str, run: Path, switchcli: SwitchCLI, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(run, tmp_path / "copy") / "checkpoints/step-00000002"
     (copy / file).write_bytes(content)
@@ -150,14 +154,14 @@ def test_what_no_run_wrote_is_told(
     (copy / NAME).write_bytes(manifest.Manifest(before.step, entries).encode())
     done = switchcli("generate", copy, GAP)
     assert (done.code, done.out) == (code, "")
-    assert says in done.err
+    assert not lacking(done.err, words)
 
 
 def test_no_cuda(run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = switchcli("generate", run, GAP, "--device", "cuda")
     assert (done.code, done.out) == (2, "")
-    assert "no CUDA device" in done.err
+    assert not lacking(done.err, "--device cuda CUDA cpu")
     assert switchcli("generate", run, GAP, "--device", "tpu").code == 2
 
 
@@ -170,7 +174,7 @@ def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
 def test_a_text_that_is_not_utf8_is_refused(run: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("generate", run, "x\udcff")
     assert done.code == 3
-    assert "not UTF-8 (at its character 1)" in done.err
+    assert not lacking(done.err, "text 1 UTF-8")
 
 
 TEXTS = f"{GAP}\n\na green <extra_id_0>\nthe <extra_id_0> of alpha is <extra_id_1> not\n \n{GAP}\n"
@@ -198,27 +202,21 @@ def test_what_is_drawn_depends_on_the_seed_and_on_the_lines_number(run: Path, sw
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "words"),
     [
-        (
-            ("--beams", 2, "--temperature", 0.5),
-            "beams (2) search for the most probable answer, temperature (0.5) draws one: set beams to 1 or "
-            "temperature to 0",
-        ),
-        (
-            ("--top-p", 0.5),
-            "top_p (0.5) narrows what is drawn, and at temperature 0 nothing is: set a temperature, such as 1.0, or "
-            "leave top_p out",
-        ),
-        (("--top-p", 0, "--temperature", 1), "--top-p: Input should be greater than 0"),
-        (("--temperature", "inf"), "--temperature: Input should be a finite number"),
+        (("--beams", 2, "--temperature", 0.5), "beams 2 1 temperature 0.5 0"),
+        (("--top-p", 0.5), "top_p 0.5 temperature 0 1.0"),
+        (("--top-p", 0, "--temperature", 1), "--top-p 0"),
+        (("--temperature", "inf"), "--temperature finite"),
     ],
 )
 def test_options_that_contradict_one_another(
-    options: tuple[object, ...], message: str, run: Path, switchcli: SwitchCLI
+    options: tuple[object, ...], words: str, run: Path, switchcli: SwitchCLI
 ) -> None:
     done = switchcli("generate", run, GAP, *options)
-    assert (done.code, done.out, done.err) == (2, "", f"error: {message}\n")
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert not lacking(done.err, words)
 
 
 @pytest.mark.parametrize("option", ["--beams", "--max-tokens", "--batch"])
@@ -278,5 +276,5 @@ def test_lines_that_are_not_utf8_are_refused(run: Path) -> None:
     command = [sys.executable, "-X", "utf8", "-m", "switchcli", "generate", str(run)]
     done = subprocess.run(command, input=b"caf\xe9 \n", capture_output=True, check=False)
     assert done.returncode == 3
-    assert b"convert it first" in done.stderr
+    assert b"UTF-8" in done.stderr
     assert done.stderr.count(b"\n") == 1

@@ -46,9 +46,7 @@ def test_no_verb_shows_the_help(switchcli: SwitchCLI) -> None:
     assert "Usage" in done.out
 
 
-@pytest.mark.parametrize(
-    ("target", "code", "said"), [("/dev/full", 4, "error: standard output cannot be written"), ("&-", 0, "")]
-)
+@pytest.mark.parametrize(("target", "code", "said"), [("/dev/full", 4, "error: standard output "), ("&-", 0, "")])
 def test_an_output_that_cannot_be_written_is_told_in_one_line(target: str, code: int, said: str) -> None:
     command = f"{shlex.quote(sys.executable)} -m switchcli recipes list >{target}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -11,28 +11,32 @@ from pathlib import Path
 
 import pytest
 from conftest import SwitchCLI
+from messages import lacking
 
 from switchcli.parallel import meeting
 
 SECONDS = 5
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
 REJECTED = {
-    "a world without a rank": ({"WORLD_SIZE": "2"}, "RANK is not set"),
-    "a rank without a world": ({"RANK": "0"}, "WORLD_SIZE is not set"),
-    "no address": ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
-    "a rank outside the world": ({**TWO, "RANK": "5"}, "RANK (5) must be less than WORLD_SIZE (2)"),
-    "a rank that is text": ({**TWO, "RANK": "x"}, "RANK is 'x'"),
-    "a rank that is negative": ({**TWO, "RANK": "-1"}, "RANK is '-1'"),
-    "a world that is text": ({**TWO, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
-    "an empty world": ({**TWO, "WORLD_SIZE": "0"}, "RANK (0) must be less than WORLD_SIZE (0)"),
-    "a local rank that is text": ({**TWO, "LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
-    "a port that is text": ({**TWO, "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
-    "a port out of range": ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
-    "an address that is unknown": ({**TWO, "MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR is 'no.such"),
-    "an address that is too long": ({**TWO, "MASTER_ADDR": "x" * 300}, "MASTER_ADDR is 'xxx"),
+    "a world without a rank": ({"WORLD_SIZE": "2"}, "RANK not set"),
+    "a rank without a world": ({"RANK": "0"}, "WORLD_SIZE not set"),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR not set"),
+    "a rank outside the world": ({**TWO, "RANK": "5"}, "RANK 5 WORLD_SIZE 2"),
+    "a rank that is text": ({**TWO, "RANK": "x"}, "RANK 'x'"),
+    "a rank that is negative": ({**TWO, "RANK": "-1"}, "RANK '-1'"),
+    "a world that is text": ({**TWO, "WORLD_SIZE": "two"}, "WORLD_SIZE 'two'"),
+    "an empty world": ({**TWO, "WORLD_SIZE": "0"}, "RANK 0 WORLD_SIZE"),
+    "a local rank that is text": ({**TWO, "LOCAL_RANK": ""}, "LOCAL_RANK ''"),
+    "a port that is text": ({**TWO, "MASTER_PORT": "abc"}, "MASTER_PORT 'abc'"),
+    "a port out of range": ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT '65536'"),
+    "an address that is unknown": (
+        {**TWO, "MASTER_ADDR": "no.such.host.invalid"},
+        "MASTER_ADDR 'no.such.host.invalid'",
+    ),
+    "an address that is too long": ({**TWO, "MASTER_ADDR": "x" * 300}, f"MASTER_ADDR '{'x' * 300}'"),
     "a task of srun with a strange rank": (
         {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1"},
-        "RANK is 'x'",
+        "RANK 'x'",
     ),
 }
 
@@ -47,7 +51,7 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
     for name in os.environ.keys() - before.keys():  # the command sets them for a task of srun
         del os.environ[name]
     assert (done.code, done.out) == (2, ""), done.err
-    assert words in done.err
+    assert not lacking(done.err, words)
     assert done.err.count("\n") == 1
     assert time.monotonic() - began < SECONDS
 
@@ -72,8 +76,8 @@ def test_a_rank_that_meets_another_program_says_so(
             thread.join(30)
             assert not thread.is_alive()
     said = capsys.readouterr().err
-    assert said.startswith("warning: rank 1 of 2 waits at '127.0.0.1'")
-    assert "no other program uses that port" in said
+    assert said.startswith("warning: ")
+    assert not lacking(said, f"rank 1 2 '127.0.0.1' {os.environ['MASTER_PORT']} other program")
     assert "Traceback" not in said
 
 
@@ -97,7 +101,7 @@ def port() -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
 @pytest.mark.parametrize(
     ("rank", "words"),
-    [("0", "1 of 3 ranks have come: rank 1, 2 is missing"), ("1", "for rank 0, which does not answer")],
+    [("0", "1 3 ranks rank 2 missing"), ("1", "rank 0 not answer")],
 )
 def test_a_rank_says_what_it_waits_for_and_ends_with_its_launcher(
     rank: str, words: str, recipe: str, port: str, tmp_path: Path
@@ -118,8 +122,7 @@ def test_a_rank_says_what_it_waits_for_and_ends_with_its_launcher(
         finally:
             launcher.kill()
     assert said.startswith("warning: ")
-    assert f"'127.0.0.1', port {port}" in said
-    assert words in said
+    assert not lacking(said, f"'127.0.0.1' port {port} {words}")
     try:
         deadline = time.monotonic() + 6 * SECONDS
         while Path(f"/proc/{process}").exists() and "Z" not in _state(process):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import SwitchCLI
+from messages import lacking
 
 
 def planned(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
@@ -66,13 +67,13 @@ def test_blocks_that_are_computed_again(recipe: str, switchcli: SwitchCLI) -> No
 def test_what_people_see(recipe: str, switchcli: SwitchCLI) -> None:
     done = switchcli("plan", recipe, "--devices", 4)
     assert (done.code, done.err) == (0, "")
-    for words in ("Meshes that fit, the fastest first", "bound by", "Collectives of data", "parameters"):
-        assert words in done.out
+    for words in ("Meshes", "bound by", "Collectives data", "parameters"):
+        assert not lacking(done.out, words)
     full = switchcli("plan", recipe, "--devices", 4, "--memory", "1MB")
     assert full.code == 0
-    assert "meshes that fit" in full.out
+    assert not lacking(full.out, "meshes fit")
     assert "Refused" in full.out
-    assert "a device, which has" in full.out
+    assert not lacking(full.out, "GiB device")
 
 
 def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
@@ -88,35 +89,32 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
-        (("switch-cc", "--devices", 2), "switch-cc: no such size or recipe. Did you mean switch-c?"),
-        (("quickstart/swich", "--devices", 2), "no such size or recipe. Did you mean quickstart/switch?"),
-        (("xyzzyx", "--devices", 2), "xyzzyx: no such size or recipe. `switchcli recipes list` shows"),
-        (("none.yaml", "--devices", 2), "none.yaml: no such file."),
-        (
-            ("quickstart/switch", "parallel.expert=8", "--devices", 4),
-            "parallel.expert (8) must divide the number of ranks",
-        ),
-        (("quickstart/switch", "parallel.data=2", "--devices", 4), "parallel.data (2) is not the number of ranks (4)"),
-        (("tiny", "--devices", 0), "--devices (0) must be at least 1"),
-        (("tiny", "--devices", -3), "--devices (-3) must be at least 1"),
-        (("tiny", "--devices", 2, "--node-devices", 0), "--node-devices (0) must be at least 1"),
-        (("tiny", "--devices", 2, "--memory", "much"), "--memory ('much') is no size: write it as 80GiB"),
-        (("tiny", "--devices", 2, "--memory", "0GiB"), "--memory ('0GiB') is no size"),
-        (("tiny", "--devices", 2, "--memory=-1GiB"), "--memory ('-1GiB') is no size"),
-        (("tiny", "--devices", 2, "--flops", 0), "--flops (0) must be more than 0"),
-        (("tiny", "--devices", 2, "--network", "nan"), "--network (nan) must be more than 0"),
-        (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth (inf) must be more than 0"),
-        (("tiny", "model.num_expert=3", "--devices", 2), "model.num_expert: no such key. Did you mean num_experts?"),
-        (("tiny", "train.batch_tokens=100", "--devices", 2), "must be a multiple of the 512 tokens"),
+        (("switch-cc", "--devices", 2), "switch-cc size recipe switch-c"),
+        (("quickstart/swich", "--devices", 2), "quickstart/swich size recipe quickstart/switch"),
+        (("xyzzyx", "--devices", 2), "xyzzyx size recipe switchcli recipes list"),
+        (("none.yaml", "--devices", 2), "none.yaml switchcli recipes list"),
+        (("quickstart/switch", "parallel.expert=8", "--devices", 4), "parallel.expert 8 ranks 4"),
+        (("quickstart/switch", "parallel.data=2", "--devices", 4), "parallel.data 2 ranks 4"),
+        (("tiny", "--devices", 0), "--devices 0 1"),
+        (("tiny", "--devices", -3), "--devices -3 1"),
+        (("tiny", "--devices", 2, "--node-devices", 0), "--node-devices 0 1"),
+        (("tiny", "--devices", 2, "--memory", "much"), "--memory 'much' size 80GiB"),
+        (("tiny", "--devices", 2, "--memory", "0GiB"), "--memory '0GiB' size 80GiB"),
+        (("tiny", "--devices", 2, "--memory=-1GiB"), "--memory '-1GiB' size 80GiB"),
+        (("tiny", "--devices", 2, "--flops", 0), "--flops 0 3e11"),
+        (("tiny", "--devices", 2, "--network", "nan"), "--network nan 0"),
+        (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth inf 0"),
+        (("tiny", "model.num_expert=3", "--devices", 2), "model.num_expert num_experts"),
+        (("tiny", "train.batch_tokens=100", "--devices", 2), "train.batch_tokens 100 512"),
         (("tiny", "data.objective.inputs_length=x", "--devices", 2), "data.objective.inputs_length"),
     ],
 )
-def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], said: str, switchcli: SwitchCLI) -> None:
+def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], words: str, switchcli: SwitchCLI) -> None:
     done = switchcli("plan", *arguments)
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert not lacking(done.err, words)
     assert done.err.count("\n") == 1
 
 
@@ -141,7 +139,7 @@ def test_by_default_there_is_a_node_of_eight(switchcli: SwitchCLI) -> None:
 def test_a_recipe_whose_model_is_a_checkpoints(tuning: str, switchcli: SwitchCLI) -> None:
     done = switchcli("plan", tuning, "--devices", 2)
     assert done.code == 2
-    assert "its model is a checkpoint's: say which, by model.size=NAME" in done.err
+    assert not lacking(done.err, f"{tuning} model checkpoint's model.size=NAME")
     found = planned(switchcli, tuning, "model.size=switch-tiny-8", "--devices", 2)
     assert found["inputs_length"] == 64
 
@@ -151,4 +149,4 @@ def test_a_recipe_that_trains_nothing(switchcli: SwitchCLI, tmp_path: Path) -> N
     file.write_text("verb: eval\ntasks: [rte]\n")
     done = switchcli("plan", file, "--devices", 2)
     assert done.code == 2
-    assert "a recipe of `switchcli eval` trains nothing" in done.err
+    assert not lacking(done.err, f"{file} switchcli eval")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import Done, SwitchCLI
 from drill import fingerprint
+from messages import lacking
 
 from switchcli.data.corpus import Corpus
 from switchcli.data.live import Pieces, pieces_of
@@ -79,10 +80,10 @@ def test_machines_share_the_work_and_the_last_says_that_it_is_whole(
     first = switchcli(*command, "--share", "1/2", "--json")
     assert first.code == 0, first.err
     assert (json.loads(first.out)["whole"], json.loads(first.out)["texts"]) == (False, {"": None})
-    assert "share 1 of 2 is done; the pieces of other machines are not all there" in first.err
+    assert not lacking(first.err, "share 1 2 other machines")
     second = switchcli(*command, "--share", "2/2", "--json")
     assert json.loads(second.out)["whole"] is True
-    assert "of other machines" not in second.err
+    assert lacking(second.err, "share other machines")
     alone = switchcli(*command, "--json")
     assert json.loads(alone.out)["texts"] == json.loads(second.out)["texts"]
 
@@ -97,7 +98,7 @@ def test_a_check_mends_what_is_damaged(recipe: str, switchcli: SwitchCLI, monkey
     assert tokens.read_bytes() != whole
     lost = switchcli("pretrain", recipe, "--out", "run")
     assert lost.code == 3
-    assert re.fullmatch(rf"(?s).*error: {tokens}: not what was prepared: .*prepare RECIPE --check.*\n", lost.err)
+    assert re.fullmatch(rf"(?s).*error: {tokens}: [^\n]*`switchcli data prepare RECIPE --check`[^\n]*\n", lost.err)
     assert switchcli("data", "prepare", recipe, "--check").code == 0
     assert tokens.read_bytes() == whole
     assert switchcli("pretrain", recipe, "--out", "run").code == 0
@@ -111,7 +112,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused_before_any_text_is_cut(
     tokenizer = f"data.tokenizer={{kind: file, path: {trained / 'tokenizer.json'}}}"
     done = switchcli(*command, recipe, tokenizer, "model.vocab_size=400", f"data.access={access}")
     assert (done.code, done.out) == (2, "")
-    assert "error: model.vocab_size (400) must be at least the 512 pieces of the tokenizer: try 512\n" in done.err
+    assert not lacking(done.err, "error: model.vocab_size 400 512")
     assert "tokenising" not in done.err
     assert not (own_cache / "tokens").exists()
 
@@ -122,14 +123,14 @@ def test_the_vocabulary_of_another_model_is_refused_before_any_text_is_cut_by_it
     keys = ("model.vocab_size=400", "data.tokenizer.vocab_size=400")
     done = switchcli("data", "prepare", recipe, *keys, "--model", trained)
     assert (done.code, done.out) == (2, "")
-    assert "error: model.vocab_size (400) must be at least the 512 pieces of the tokenizer: try 512\n" in done.err
+    assert not lacking(done.err, "error: model.vocab_size 400 512")
     assert not own_cache.exists()
 
 
 def test_what_is_prepared_for_a_stream_is_for_others(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
     done = switchcli("data", "prepare", *languages, "data.access=stream")
     assert done.code == 0
-    assert "warning: data.access is stream: the run reads its text as it goes" in done.err
+    assert not lacking(done.err, "warning: data.access stream")
 
 
 def test_by_the_vocabulary_of_a_model(recipe: str, trained: Path, switchcli: SwitchCLI) -> None:
@@ -144,32 +145,33 @@ def test_by_the_vocabulary_of_a_model(recipe: str, trained: Path, switchcli: Swi
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--share", "0/2"], 2, r"--share \(0/2\): which machine of how many, from 1: try 1/4 to 4/4"),
-        (["--share", "3/2"], 2, r"--share \(3/2\)"),
-        (["--share", "one"], 2, r"--share \(one\)"),
-        (["--processes", "0"], 2, r"'--processes'.*greater than or equal to 1"),
-        (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, r"none\.txt: no such file"),
-        (["data.corpus=1"], 2, r"data\.corpus: no such key"),
+        (["--share", "0/2"], 2, "--share 0/2 1/4 4/4"),
+        (["--share", "3/2"], 2, "--share 3/2 1/4 4/4"),
+        (["--share", "one"], 2, "--share one 1/4 4/4"),
+        (["--processes", "0"], 2, "'--processes' 1"),
+        (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, "data.corpora none.txt no such"),
+        (["data.corpus=1"], 2, "data.corpus corpora"),
     ],
 )
 def test_bad_input(arguments: list[str], code: int, words: str, recipe: str, switchcli: SwitchCLI) -> None:
     done = switchcli("data", "prepare", recipe, *arguments)
     assert (done.code, done.out) == (code, "")
-    assert re.search(words, done.err.replace("\n", " ")), done.err
+    assert not lacking(done.err, words)
     assert "Traceback" not in done.err
 
 
 def test_a_recipe_of_tasks_has_nothing_to_prepare(tuning: str, switchcli: SwitchCLI) -> None:
     done = switchcli("data", "prepare", tuning, "verb=finetune", "start={checkpoint: x}")
     assert (done.code, done.out) == (2, "")
-    assert "reads no plain text" in done.err
+    assert not lacking(done.err, f"{tuning} text pretrain distill")
 
 
 def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", *languages, "train.steps=6", "--out", "run", "--json")
     assert done.code == 0, done.err
     result = json.loads(done.out)
-    assert "share of the rows" in done.err
+    for label in ("de", "fr"):  # its row: documents, tokens, share of the rows, epochs
+        assert re.search(rf"^{label} +[\d,]+ +[\d,]+ +50\.00% +[\d.]+$", done.err, re.M)
     assert result["texts"].keys() == {"de", "fr"}
     for figures in result["texts"].values():
         assert figures["neg_log_perplexity"] < 0 < figures["bits_per_byte"]
@@ -190,8 +192,8 @@ def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, 
             assert figures[name] == pytest.approx(result["texts"][label][name], rel=1e-5)
         assert figures["layers"]
     shown = switchcli("eval", "run", "--out", "again")
-    assert "held-out texts" in shown.out
-    assert "the expert that most of its tokens go to" in shown.out
+    assert not lacking(shown.out, "held-out texts")
+    assert not lacking(shown.out, "expert most tokens")
 
 
 def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
@@ -202,7 +204,7 @@ def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
     keys = ("data.corpora=[{kind: files, paths: [twice.txt], sample_by: line}]", "data.duplicates={kind: exact}")
     done = switchcli("pretrain", recipe, *keys, "eval.sequences=500", "--out", "run", "--json")
     assert done.code == 0, done.err
-    assert "left out: 100 exact duplicates" in done.err
+    assert not lacking(done.err, "left out 100 exact duplicates")
     measured = switchcli("eval", "run", "--out", "scores", "--json")
     assert measured.code == 0, measured.err
     (one,) = json.loads(measured.out)["passes"]
@@ -239,7 +241,7 @@ def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switch
     again = switchcli("pretrain", *stream(languages), "train.steps=13", "--out", "run")
     straight = switchcli("pretrain", *stream(languages), "train.steps=13", "--out", "straight")
     assert again.code == straight.code == 0
-    assert "going on from step 9 of 13" in again.err
+    assert not lacking(again.err, "step 9 13")
     ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}, "but for the lines of the first end"
 
@@ -253,11 +255,11 @@ def test_a_stream_goes_on_with_its_own_files_alone(recipe: str, text: Path, swit
     assert switchcli(*command, "train.steps=2").code == 0
     done = switchcli(*command, "train.steps=3")
     assert done.code == 0, done.err
-    assert "going on from step 2 of 3" in done.err
+    assert not lacking(done.err, "step 2 3")
     Path("texts/b.txt").write_text("another line of text\n" * 50)
     refused = switchcli(*command, "train.steps=4")
     assert refused.code == 4
-    assert "was trained on other text than the recipe gives now: bring that back, " in refused.err
+    assert not lacking(refused.err, "error: run/checkpoints/step-00000003 text --out --no-resume")
     Path("texts/b.txt").unlink()
     assert switchcli(*command, "train.steps=4").code == 0
 
@@ -527,8 +529,7 @@ def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
         patch.setattr("switchcli.commands.texts.pieces_of", unsized)
         done = switchcli(*command, "run", "data.mixture={kind: temperature}")
     assert done.code == 3
-    said = "error: data.mixture: how large fr is is not known before it is read, which a temperature needs: take"
-    assert said in done.err
+    assert not lacking(done.err, "error: data.mixture fr temperature mixture.kind=weighted access=prepared")
     by_size = switchcli(*command, "known", "data.mixture={kind: temperature, alpha: 1}", "train.steps=1")
     assert by_size.code == 0, by_size.err
     sizes = {label: Path(f"{label}.txt").stat().st_size * number for label, number in (("de", 1), ("fr", 2))}

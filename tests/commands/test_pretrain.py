@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SwitchCLI
+from messages import lacking
 from typer.testing import CliRunner
 
 from switchcli.cli import app
@@ -57,7 +58,7 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
     assert 0 < last["held_out/bits_per_byte"] == result["held_out/bits_per_byte"] < first["held_out/bits_per_byte"]
     assert {"step", "neg_log_perplexity", "learning_rate", "gradient_norm", "dropped_fraction"} <= logged.keys()
 
-    for seen in ("held-out neg. log perplexity", "<extra_id_0>", f"{program()} generate runs/a", "2/2"):
+    for seen in ("neg. log perplexity", "<extra_id_0>", f"{program()} generate runs/a", "2/2"):
         assert seen in done.err
     assert "\x1b" not in done.err  # no terminal: no colours, no bar
     assert len(result["samples"]) == 2
@@ -102,8 +103,7 @@ def test_where_torch_itself_finds_no_compiler_compiling_is_refused(
     command = [sys.executable, "-m", "switchcli", "pretrain", recipe, "train.compile=true", "--out", "runs/a"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "train.compile: torch.compile does not work here" in done.stderr
-    assert "or take train.compile=false" in done.stderr
+    assert not lacking(done.stderr, "error: train.compile torch.compile g++ train.compile=false")
     assert "Traceback" not in done.stderr
 
 
@@ -116,9 +116,8 @@ def test_without_a_compiler_compiling_is_refused_with_the_way_out(
     monkeypatch.setattr(torch, "compile", broken)
     done = switchcli("pretrain", recipe, "train.compile=true", "--out", "runs/a")
     assert done.code == 2
-    assert "train.compile" in done.err
     assert "no g++ here" in done.err
-    assert "or take train.compile=false" in done.err
+    assert not lacking(done.err, "error: train.compile train.compile=false")
 
 
 def test_without_json_stdout_is_empty_and_quiet_says_nothing(recipe: str, switchcli: SwitchCLI) -> None:
@@ -185,7 +184,7 @@ def test_more_steps_go_on_from_there(recipe: str, switchcli: SwitchCLI) -> None:
     switchcli("pretrain", recipe, "--out", "a")
     done = switchcli("pretrain", "a/recipe.yaml", "train.steps=5", "log.every_steps=1", "--out", "a", "--json")
     assert json.loads(done.out)["step"] == 5
-    assert "going on from step 2 of 5" in done.err
+    assert not lacking(done.err, "step 2 5")
     assert [record["step"] for record in metrics("a") if "learning_rate" in record] == [2, 3, 4, 5]
 
 
@@ -194,15 +193,15 @@ def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli:
     huge = ["schedule.kind=constant", "schedule.learning_rate=1e30", "--out", "runs/a", "--json"]
     lost = switchcli("pretrain", recipe, *huge)
     assert lost.code == 5
-    assert "or go on by train.nonfinite.policy=roll_back or skip" in json.loads(lost.out)["error"]
+    assert not lacking(json.loads(lost.out)["error"], "train.nonfinite.policy=roll_back skip")
     back = switchcli("pretrain", recipe, *huge, "train.nonfinite.policy=roll_back", "--no-resume")
     assert back.code == 0
-    assert "going on with the weights of step 0 and without the batches of steps 1 to 2" in back.err
+    assert not lacking(back.err, "weights step 0 batches 1 2")
     result = json.loads(back.out)
     assert result["left_out"] == [[1, 2]]
     assert result["held_out/neg_log_perplexity"] == result["held_out/first_neg_log_perplexity"]
-    assert re.search(r"steps left out +2 of 2", back.err)
-    assert "warning: all steps were left out, and the model has learned nothing" in back.err
+    assert not lacking(back.err, "steps left out 2")
+    assert not lacking(back.err, "warning: steps left out schedule.learning_rate")
     assert {"step": 2, "left_out": [[1, 2]]} in metrics("runs/a")
     assert switchcli("eval", "runs/a", "--quiet").code == 0
     assert switchcli("report", "runs/a", "--html", "a.html").code == 0
@@ -213,7 +212,7 @@ def test_no_resume_sets_the_old_run_aside(recipe: str, switchcli: SwitchCLI) -> 
     for number in (1, 2):
         done = switchcli("pretrain", recipe, f"train.seed={number}", "--no-resume", "--out", "a")
         assert done.code == 0
-        assert f"the run that was in a is now in a.before-{number}" in done.err
+        assert not lacking(done.err, f"run a a.before-{number}")
     assert "seed: 0" in Path("a.before-1/recipe.yaml").read_text()
     assert "seed: 2" in Path("a/recipe.yaml").read_text()
     assert len(metrics("a")) == 3
@@ -227,7 +226,8 @@ def test_a_changed_recipe_is_refused_and_nothing_is_touched(key: str, recipe: st
     before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
     done = switchcli("pretrain", recipe, key, "--out", "a")
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"error: a holds a run whose {key.partition('=')[0]}")
+    assert done.err.startswith("error: ")
+    assert key.partition("=")[0] in done.err
     assert done.err.count("\n") == 1
     assert "--out" in done.err
     assert "--no-resume" in done.err

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import lacking
 
 from switchcli.commands.load import open_checkpoint
 from switchcli.errors import CheckpointError
@@ -49,24 +50,24 @@ def test_it_resumes_without_the_checkpoint_that_it_started_from(switchcli, recip
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "words"),
     [
-        ("model.d_model=64", "model.d_model: the recipe says 64, the weights of"),
-        ("model.num_experts=8", "model.num_experts: the recipe says 8"),
-        ("data.tokenizer={kind: file, path: other.json}", "is not the tokenizer that the weights"),
+        ("model.d_model=64", "model.d_model 64 32"),
+        ("model.num_experts=8", "model.num_experts 8 4"),
+        ("data.tokenizer={kind: file, path: other.json}", "data.tokenizer other.json tokenizer"),
     ],
 )
-def test_what_is_not_the_checkpoints_is_refused(switchcli, recipe, trained, change, said):
+def test_what_is_not_the_checkpoints_is_refused(switchcli, recipe, trained, change, words):
     other = json.loads((trained / "tokenizer.json").read_text())
     other["model"]["vocab"][-1][0] += "x"
     Path("other.json").write_text(json.dumps(other))
     done = switchcli("pretrain", recipe, "--model", trained, "--out", "on", change)
     assert done.code == 2
-    assert said in done.err
+    assert not lacking(done.err, words)
 
 
 def test_no_checkpoint_no_run(switchcli, recipe):
     done = switchcli("pretrain", recipe, "--model", "nowhere", "--out", "on")
     assert done.code == CheckpointError.exit_code
-    assert "no checkpoint there" in done.err
+    assert not lacking(done.err, "nowhere checkpoint checkpoints/step-*")
     assert not Path("on").exists()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SwitchCLI
+from messages import lacking
 
 from switchcli.commands.load import load
 
@@ -65,7 +66,7 @@ def test_a_fine_tuned_run_on_its_tasks(trained: Path, tuning: str, switchcli: Sw
 def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, switchcli: SwitchCLI) -> None:
     assert switchcli("convert", trained, "theirs", "--to", "huggingface", "--quiet").code == 0
     alone = switchcli("prune", "theirs", "small", "--experts", 2)
-    assert (alone.code, "nothing to measure it on" in alone.err) == (2, True)
+    assert (alone.code, lacking(alone.err, "theirs tasks=[rte] text.corpora=[...]")) == (2, [])
     corpus = f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
     result = result_of(
         switchcli, "theirs", "small", "--experts", 2, corpus, "text.held_out_fraction=0.5", "--sequences", 1
@@ -85,39 +86,39 @@ def test_every_kind_of_layer_and_router(keys: list[str], recipe: str, switchcli:
     assert switchcli("pretrain", recipe, "train.steps=1", *keys, "--out", "run", "--quiet").code == 0
     done = switchcli("prune", "run", "small", "--experts", 2, "--by", "merge", "--sequences", 4, "--json")
     assert done.code == 0, done.err
-    assert ("expert_choice gives all experts of a layer the same load" in done.err) == ("expert_choice" in keys[0])
+    assert (not lacking(done.err, "warning: expert_choice load")) == ("expert_choice" in keys[0])
     assert len(json.loads(done.out)["layers"]) == (4 if "both" in keys[0] else 2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "words"),
     [
-        (["--experts", "4"], 2, "must be less than the 4 of"),
-        (["--experts", "5"], 2, "must be less than the 4 of"),
-        (["--experts", "1"], 2, "`switchcli distill` makes one"),
-        (["--experts", "2", "capacities=[paper, dropless]"], 2, "one alone decides which experts stay"),
-        (["--experts", "2", "text.sequnces=3"], 2, "Did you mean sequences?"),
+        (["--experts", "4"], 2, "--experts 4 2"),
+        (["--experts", "5"], 2, "--experts 5 4 2"),
+        (["--experts", "1"], 2, "--experts 1 2 switchcli distill"),
+        (["--experts", "2", "capacities=[paper, dropless]"], 2, "capacities 2 one"),
+        (["--experts", "2", "text.sequnces=3"], 2, "text.sequnces sequences"),
     ],
 )
-def test_refused(arguments: list[str], code: int, says: str, trained: Path, switchcli: SwitchCLI) -> None:
+def test_refused(arguments: list[str], code: int, words: str, trained: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("prune", trained, "small", *arguments)
-    assert (done.code, says in done.err) == (code, True), done.err
+    assert (done.code, lacking(done.err, words)) == (code, []), done.err
     assert not Path("small").exists()
 
 
 def test_a_dense_model_and_too_few_experts_for_the_router(recipe: str, switchcli: SwitchCLI) -> None:
-    for keys, code, says in [
-        (["model.num_experts=1"], 4, "a dense model has no experts"),
-        (["model.router={kind: top_k, k: 3}"], 2, "router.k (3) must be at most num_experts (2)"),
+    for keys, code, words in [
+        (["model.num_experts=1"], 4, "dense experts sparse"),
+        (["model.router={kind: top_k, k: 3}"], 2, "router.k 3 num_experts 2"),
     ]:
         out = f"run{code}"
         assert switchcli("pretrain", recipe, "train.steps=1", *keys, "--out", out, "--quiet").code == 0
         done = switchcli("prune", out, "small", "--experts", 2)
-        assert (done.code, says in done.err) == (code, True), done.err
+        assert (done.code, lacking(done.err, words)) == (code, []), done.err
 
 
 def test_a_destination_that_is_not_free(trained: Path, switchcli: SwitchCLI) -> None:
     Path("small").mkdir()
     Path("small/mine").touch()
     done = switchcli("prune", trained, "small", "--experts", 2)
-    assert (done.code, "is there already" in done.err) == (4, True)
+    assert (done.code, lacking(done.err, "small already DESTINATION")) == (4, [])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import SwitchCLI
+from messages import lacking
 
 from switchcli.model.upcycling import Upcycled
 
@@ -37,7 +38,7 @@ def test_it_is_measured_as_the_dense_run_is(router: str, here: Path, switchcli: 
     wo, small = (3.0, 1e-8) if router == "switch" else (1.0, 1.0)
     assert list(result["corrections"]) == ["encoder", "decoder"]
     assert all(one == {"wo": wo, "router": small, "exact": True} for one in result["corrections"].values())
-    assert "encoder: 1 layers of 3 experts" in done.err
+    assert not lacking(done.err, "encoder 1 layers 3 experts")
     sparse = measured(switchcli, tmp_path / "sparse", tmp_path / "a")
     dense = measured(switchcli, "dense", tmp_path / "b")
     assert sparse["neg_log_perplexity"] == pytest.approx(dense["neg_log_perplexity"], abs=1e-5)
@@ -65,42 +66,42 @@ def test_a_t5_in_the_hugging_face_layout(here: Path, switchcli: SwitchCLI, tmp_p
 
 
 REFUSED = {
-    "sparse": (["runs", "--experts", "4"], 4, "has 4 experts already"),
-    "one expert": (["dense", "--experts", "1"], 2, "must be at least 2"),
-    "shape": (["dense", "--experts", "4", "model.d_model=64"], 2, "model.d_model: is 32 in dense"),
-    "size": (["dense", "--experts", "4", "model.size=small"], 2, "model.size: is custom in dense"),
-    "number": (["dense", "--experts", "4", "model.num_experts=2"], 2, "model.num_experts: is 4 in dense"),
-    "attention": (["dense", "--experts", "4", "model.sparse=both"], 2, "model.sparse=feed_forward"),
-    "capacity": (["dense", "--experts", "50"], 2, "group_sequences=2 or more"),
-    "unknown": (["dense", "--experts", "4", "model.router.capasity_factor=1"], 2, "Did you mean capacity_factor?"),
-    "data": (["dense", "--experts", "4", "data.held_out_fraction=0.5"], 2, "data.held_out_fraction: is 0.1 in"),
+    "sparse": (["runs", "--experts", "4"], 4, "4 experts already"),
+    "one expert": (["dense", "--experts", "1"], 2, "--experts 1 2"),
+    "shape": (["dense", "--experts", "4", "model.d_model=64"], 2, "model.d_model 32 dense"),
+    "size": (["dense", "--experts", "4", "model.size=small"], 2, "model.size custom dense"),
+    "number": (["dense", "--experts", "4", "model.num_experts=2"], 2, "model.num_experts 4 dense"),
+    "attention": (["dense", "--experts", "4", "model.sparse=both"], 2, "model.sparse both model.sparse=feed_forward"),
+    "capacity": (["dense", "--experts", "50"], 2, "group_sequences=2"),
+    "unknown": (["dense", "--experts", "4", "model.router.capasity_factor=1"], 2, "capasity_factor capacity_factor"),
+    "data": (["dense", "--experts", "4", "data.held_out_fraction=0.5"], 2, "data.held_out_fraction 0.1 dense"),
     "precision": (["dense", "--experts", "4", "train.precision=half"], 2, "train.precision"),
-    "noise": (["dense", "--experts", "4", "--noise", "nan"], 2, "--noise (nan) must be from 0 to 1"),
-    "nothing": (["none", "--experts", "4"], 4, "none: no checkpoint there"),
+    "noise": (["dense", "--experts", "4", "--noise", "nan"], 2, "--noise nan 0 1"),
+    "nothing": (["none", "--experts", "4"], 4, "none checkpoint checkpoints/step-*"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, here: Path, trained: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
-    (source, *rest), code, says = REFUSED[case]
+    (source, *rest), code, words = REFUSED[case]
     done = switchcli("upcycle", trained if source == "runs" else source, tmp_path / "new", *rest)
-    assert (done.code, says in done.err) == (code, True), done.err
+    assert (done.code, lacking(done.err, words)) == (code, []), done.err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_destination_that_is_not_free(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
-    for place, says in [
-        ("dense/new", "within the source dense"),
-        (tmp_path, "is there already"),
-        (tmp_path / "step-00000001", "give a DESTINATION of another name"),
+    for place, words in [
+        ("dense/new", "within dense"),
+        (tmp_path, "already DESTINATION"),
+        (tmp_path / "step-00000001", "DESTINATION name"),
     ]:
         done = switchcli("upcycle", "dense", place, "--experts", 2)
-        assert (done.code, says in done.err) == (4, True), done.err
+        assert (done.code, lacking(done.err, f"{place} {words}")) == (4, []), done.err
 
 
 def test_whole_or_not_at_all(here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Upcycled, "__getitem__", lambda *_: signal.raise_signal(signal.SIGTERM))
     done = switchcli("upcycle", "dense", tmp_path / "new", "--experts", 2)
-    assert (done.code, "nothing was written; run it again" in done.err) == (130, True)
+    assert (done.code, lacking(done.err, "SIGTERM nothing written")) == (130, [])
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
+from messages import lacking
 
 from switchcli.report import console as console_module
 from switchcli.report.console import PLAIN_WIDTH, Console
@@ -88,9 +89,8 @@ def test_the_heading_comes_again() -> None:
 
 
 def test_a_held_out_figure_has_its_own_line() -> None:
-    assert logged({"step": 500.0, "held_out/neg_log_perplexity": -5.25}) == [
-        " 500/1000  held-out neg. log perplexity -5.2500"
-    ]
+    (line,) = logged({"step": 500.0, "held_out/neg_log_perplexity": -5.25})
+    assert not lacking(line, "500/1000 held-out perplexity -5.2500")
     assert logged({"step": 500.0, "something": 1.0}) == []
 
 
@@ -133,7 +133,9 @@ def test_track_without_a_terminal_says_how_far_and_the_sum(monkeypatch: pytest.M
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     console, stream = plain()
     assert list(console.track("abc", "reading [/x]", 3)) == ["a", "b", "c"]
-    assert stream.getvalue() == "reading [/x]: 2 of 3\nreading [/x]: 3 in 0:01:15\n"
+    going, done = stream.getvalue().splitlines()
+    assert not lacking(going, "reading [/x] 2 3")
+    assert not lacking(done, "reading [/x] 3 0:01:15")
 
 
 def test_forced_colours_do_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +194,9 @@ def test_preparing_says_pieces_tokens_their_rate_and_the_time_left(monkeypatch: 
         show(Done(0, 0, 500_000))
         show(Done(1, 250, 2_000_000))
         show(Done(4, 1000, 8_000_000))
-    assert stream.getvalue().splitlines() == [
-        "tokenising: 2.00M tokens, 50.0k tokens/s, 1 of 4 pieces, time left 0:02:00",
-        "tokenising: 8,000,000 tokens in 0:01:00, 133k tokens/s",
-    ]
+    going, done = stream.getvalue().splitlines()
+    assert not lacking(going, "tokenising: 2.00M 50.0k tokens/s 1 4 pieces 0:02:00")
+    assert not lacking(done, "tokenising: 8,000,000 0:01:00 133k tokens/s")
 
 
 def test_preparing_in_a_terminal_has_its_rate_beside_the_bar(terminal: tuple[Console, int]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import chromium, needs_chromium
+from messages import lacking
 from surveys import LAYERS, a_survey
 
 from switchcli.commands.routing import write_figures, write_html
@@ -41,13 +42,13 @@ def test_the_maps_show_what_was_counted() -> None:
 
 def test_of_many_experts_those_with_most_tokens_are_drawn() -> None:
     """Of the survey, the last ones; those of the second that match the first's are numbered the other way round."""
-    drawn, said = 0, f": the {EXPERTS_SHOWN} of {2 * EXPERTS_SHOWN} experts with most tokens, --json has all"
+    drawn, words = 0, f"{EXPERTS_SHOWN} {2 * EXPERTS_SHOWN} experts --json"
     most_used = {*range(EXPERTS_SHOWN, 2 * EXPERTS_SHOWN)}
     for figure in every_figure(a_survey(experts=2 * EXPERTS_SHOWN)):
         columns = figure.table.columns
         for column in {"expert", "first", "second"} & columns.keys():
             assert set(columns[column]) == ({*range(EXPERTS_SHOWN)} if column == "second" else most_used), figure.name
-            assert figure.title.endswith(said)
+            assert not lacking(figure.title, words)
             drawn += 1
     assert drawn == 2 * (1 + 2 * 3) + 2 * 2
 
@@ -59,7 +60,7 @@ def test_the_title_names_the_run_from_within_it(tmp_path: Path, monkeypatch: pyt
         monkeypatch.chdir(tmp_path / within)
         survey = a_survey()
         survey["atlases"] = [{**survey["atlases"][0], "checkpoint": checkpoint}]
-        assert title(survey) == "Routing of mine, step 10"
+        assert not lacking(title(survey), "mine step 10")
 
 
 def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path
     write_html(survey, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert set(re.findall('data-figure="([^"]+)"', page)) == {figure.name for figure in every_figure(survey)}
-    assert "<title>Routing of one, step 10 and of two, step 10</title>" in page
+    assert re.search(r"<title>.*\bone, step 10\b.*\btwo, step 10\b.*</title>", page)
     assert "alert(1)</script>" not in page
     assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;\u00a02.0x" in page
     assert "&lt;b&gt;&amp;\\u202e\u00a01,234" in page
@@ -91,7 +92,7 @@ def test_figures_are_files(tmp_path: Path) -> None:
     ]
     rows = [*csv.reader(io.StringIO((tmp_path / "figures/told_0.csv").read_text()))]
     assert rows[1] == ["Encoder block 12", "token", "0.5"]
-    assert "What decides the expert" in charts.svg(figures[0])
+    assert figures[0].title in charts.svg(figures[0])
 
 
 @needs_chromium

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+from messages import lacking
 from surveys import a_survey
 
 from switchcli.report.console import PLAIN_WIDTH, Console
@@ -22,13 +23,13 @@ def test_all_is_there_and_fits_a_terminal() -> None:
     rows = [line.split() for line in said.splitlines()]
     assert ["Encoder", "block", "12", "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows
     assert ["31", *["antidisestablishment"] * 2, "6.2%", "12.5%", "0.50", "256-511:", "1.0x", "6.2%"] in rows
-    assert f"Encoder block 12: the {ROWS} of {2 * ROWS} experts with most tokens, --json has all" in said
+    assert not lacking(said, f"Encoder block 12: {ROWS} {2 * ROWS} experts --json")
     assert [row[0] for row in rows if "antidisestablishment" in row] == [*map(str, range(16, 32))] * 4
     attention = ["Decoder", "block", "12,", "self", "attention"]
     assert [*attention, "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows
     assert [*attention, "60", "50.0%", "-", "12.5%", "0.75", "0.25"] in rows
     assert ["en", "31", "(6%)", "30", "(6%)", "29", "(6%)", "28", "(6%)", "27", "(5%)", "26", "(5%)"] in rows
-    assert "runs/two/checkpoints/step-00000010, capacity paper; held-out sequences: 8 of en, 8 of de" in said
+    assert not lacking(said, "runs/two/checkpoints/step-00000010 capacity paper sequences 8 en de")
 
 
 def test_an_expert_without_a_token_is_shown_as_such() -> None:

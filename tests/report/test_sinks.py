@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import lacking
 
 from switchcli.errors import CheckpointError
 from switchcli.report.sinks import JsonLines, read_json_lines
@@ -97,7 +98,7 @@ def test_a_damaged_line_is_moved_aside_and_the_others_stay(tmp_path: Path, damag
     assert [record["step"] for record in read_json_lines(path)] == [1, 2, 3]
     warning = JsonLines(path).rewind(2)
     assert warning is not None
-    assert f"{path}: 2 lines, the first at line 2," in warning
+    assert not lacking(warning, f"{path} 2 lines line m.damaged-1")
     assert "m.damaged-1" in warning
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
     assert (tmp_path / "m.damaged-1").read_bytes() == (damage + b"\n") * 2
@@ -173,7 +174,7 @@ def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_refuses_is_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"m: No such file or directory: .*--out"):
+    with pytest.raises(CheckpointError, match=r"m: No such file or directory.*--out"):
         JsonLines(tmp_path / "absent" / "m").write({"step": 1})
     with pytest.raises(CheckpointError, match="absent: No such file or directory"):
         read_json_lines(tmp_path / "absent")
@@ -202,9 +203,7 @@ def test_metrics_are_written_in_a_regular_file_alone(tmp_path: Path, kind: str) 
         path.symlink_to("/dev/full" if kind == "device" else victim)
     sink, before = JsonLines(path), victim.exists() and victim.read_bytes()
     for act in (lambda: sink.write({"step": 2}), sink.sync, lambda: sink.rewind(1)):
-        with pytest.raises(
-            CheckpointError, match=r"metrics\.jsonl: is (a symbolic link|not a regular file).*: remove it"
-        ):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: .*\b(link|regular file)\b.*\bremove\b"):
             act()
     assert (victim.exists() and victim.read_bytes()) == before
     assert len(list(path.parent.iterdir())) == 1
