@@ -10,6 +10,6 @@ def naming(words: str) -> str:
     Words are separated by spaces. A word does not match within a longer one: `d_ff` is not in `model.d_ff`.
     """
     return "".join(
-        rf"(?=(?:[\s\S]*?(?<![\w.]){re.escape(word)}(?!\w|\.\w)){{{count}}})"
+        rf"(?=(?:[\s\S]*?(?<![\w.-]){re.escape(word)}(?!\w|\.\w)){{{count}}})"
         for word, count in Counter(words.split()).items()
     )

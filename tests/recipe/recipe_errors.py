@@ -10,7 +10,7 @@ def naming(words: str) -> str:
     Words are separated by spaces. A word does not match within a longer one: `d_ff` is not in `model.d_ff`.
     """
     return "".join(
-        rf"(?=(?:.*?(?<![\w.]){re.escape(word)}(?!\w|\.\w)){{{count}}})"
+        rf"(?=(?:.*?(?<![\w.-]){re.escape(word)}(?!\w|\.\w)){{{count}}})"
         for word, count in Counter(words.split()).items()
     )
 

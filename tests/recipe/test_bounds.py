@@ -87,7 +87,10 @@ def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path
     [
         ("data.objective.inputs_length=10000000", "data.objective.inputs_length 1048576"),
         ("data.objective.inputs_length=1000000000", "data.objective.inputs_length 1048576"),
-        ("data.objective.noise_density=0.9999999999", "data.objective.noise_density noise_density mean_span_length"),
+        (
+            "data.objective.noise_density=0.9999999999",
+            "data.objective.noise_density noise_density mean_span_length mean_span_length",
+        ),
         ("model.num_layers=1000000", "model.num_layers 1024"),
         ("model.num_experts=1000000", "model.num_experts 16384"),
         ("model={num_experts: 16384, num_layers: 1024, sparse_every: 1}", "model.num_experts 2048 131,072 64"),

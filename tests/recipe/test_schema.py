@@ -72,7 +72,7 @@ def test_a_dumped_recipe_resolves_to_an_equal_one(recipe, tmp_path):
             0,
             "model.router.eval_capacity_factor 0.01 8 0.64 512 encoder 0.016",
         ),
-        (["model.vocab_size=8000"], "mine.yaml:3", "data.tokenizer.vocab_size 8192 8000 model.vocab_size=8192"),
+        (["model.vocab_size=8000"], "mine.yaml:3", "data.tokenizer.vocab_size 8192 8192 8000 model.vocab_size=8192"),
         (["schedule={kind: cosine, warmup_steps: 101}"], 0, "schedule.warmup_steps 101 train.steps 100 10"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypat
     (tmp_path / "mine.yaml").write_text("train: {steps: 1, batch_tokens: 512}\nmodel: {vocab_size: 200}")
     with pytest.raises(RecipeError) as raised:
         resolve.resolve("mine.yaml", [], PretrainRecipe)
-    assert_line(str(raised.value), "mine.yaml:2", "data.tokenizer.vocab_size 8192 200 model.vocab_size=8192")
+    assert_line(str(raised.value), "mine.yaml:2", "data.tokenizer.vocab_size 8192 8192 200 model.vocab_size=8192")
 
 
 def test_a_dense_model_has_no_groups(recipe):
