@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pyarrow
 import pytest
+from data_errors import naming
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -76,36 +77,36 @@ def test_a_name_with_brackets_is_a_file_if_there_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "words"),
     [
-        ("empty.txt", b"", "no text in these files"),
-        ("blank.txt", b"\n \n\t\n", "no text in these files"),
-        ("latin.txt", b"fine\ncaf\xe9\n", r"latin.txt:2: byte 0xe9 at offset 8 is not UTF-8.*iconv"),
-        ("nul.txt", b"fine\nx\0y\n", r"nul.txt:2: a NUL byte at offset 6"),
-        ("broken.txt.gz", b"not gzip", "cannot be read.*gzip"),
-        ("cut.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "cannot be read"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken.jsonl:2: not JSON .*one whole JSON object a line"),
-        ("deep.jsonl", b"[" * 200_000, r"deep.jsonl:1: not JSON"),
-        ("list.jsonl", b'["a"]\n', r"list.jsonl:1: a JSON object is needed in each line, this is a list"),
-        ("other.jsonl", b'{"body": "a"}\n', r"other.jsonl:1: no field 'text' \(fields here: body\)"),
-        ("number.jsonl", b'{"text": 3}\n', r"number.jsonl:1: field 'text' is a int, text is needed"),
-        ("half.jsonl", b'{"text": "\\ud800"}\n', r"half.jsonl:1: field 'text' holds half a surrogate pair"),
-        ("null.jsonl", b'{"text": "\\u0000"}\n', r"null.jsonl:1: a NUL byte"),
+        ("empty.txt", b"", "data.corpora empty.txt text"),
+        ("blank.txt", b"\n \n\t\n", "data.corpora blank.txt text"),
+        ("latin.txt", b"fine\ncaf\xe9\n", "latin.txt:2 0xe9 8 UTF-8 iconv"),
+        ("nul.txt", b"fine\nx\0y\n", "nul.txt:2 NUL 6"),
+        ("broken.txt.gz", b"not gzip", "broken.txt.gz gzipped"),
+        ("cut.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "cut.txt.gz end-of-stream"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl:2 JSON object"),
+        ("deep.jsonl", b"[" * 200_000, "deep.jsonl:1 JSON object"),
+        ("list.jsonl", b'["a"]\n', "list.jsonl:1 JSON object list"),
+        ("other.jsonl", b'{"body": "a"}\n', "other.jsonl:1 'text' body `field`"),
+        ("number.jsonl", b'{"text": 3}\n', "number.jsonl:1 'text' int `field`"),
+        ("half.jsonl", b'{"text": "\\ud800"}\n', "half.jsonl:1 'text' surrogate"),
+        ("null.jsonl", b'{"text": "\\u0000"}\n', "null.jsonl:1 NUL 0"),
     ],
 )
-def test_faults_are_told_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_faults_are_told_in_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=naming(words)) as caught:
         texts(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_files_folders_and_globs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none.txt: no such file .*fix the path"):
+    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path}/none.txt path")):
         texts(tmp_path / "none.txt")
-    with pytest.raises(DataError, match=r"\*.txt: no file matches .*fix the pattern"):
+    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path}/*.txt pattern")):
         texts(tmp_path / "*.txt")
-    with pytest.raises(DataError, match="is a folder: name the files in it"):
+    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path} folder {tmp_path}/*.txt")):
         texts(tmp_path)
 
 
@@ -193,7 +194,7 @@ def test_a_later_piece_names_bytes_and_its_faults_lines(tmp_path: Path, monkeypa
     assert [piece.name for piece in corpus.pieces()][:2] == [f"{path}#0", f"{path}#1"]
     assert [document.name for document in corpus.read(first)] == [f"{path}:1"]
     assert [document.name for document in corpus.read(second)] == [f"{path}@14"]
-    with pytest.raises(DataError, match=r"x.jsonl:4: not JSON"):
+    with pytest.raises(DataError, match=naming("x.jsonl:4 JSON")):
         [list(corpus.read(piece)) for piece in later]
 
 
@@ -219,7 +220,7 @@ def test_small_files_are_one_piece_and_large_ones_stay_in_order(
     ]
     assert [one.row for one in corpus.read(pieces[0])] == [0, 1]
     (tmp_path / "a.txt").write_text("longer")
-    with pytest.raises(DataError, match="begin again"):
+    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path}/none.txt again")):
         list(corpus.read(Piece(f"{tmp_path}/none.txt", 3)))
 
 
@@ -259,7 +260,7 @@ def test_compressed_files_are_read_whole_and_damage_is_told(
     assert texts(path) == [f"line {index * index}" for index in range(5000)]
     for damaged in (packed[: len(packed) // 3], b"not packed at all"):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=rf"x.jsonl{ending}: cannot be read \(.*\): fix or leave out"):
+        with pytest.raises(DataError, match=rf"x\.jsonl\{ending}: .*\(.+\)"):
             texts(path)
 
 
@@ -297,23 +298,23 @@ def test_files_elsewhere_are_read_as_those_here(
 
 
 @pytest.mark.parametrize(
-    ("url", "message"),
+    ("url", "words"),
     [
-        ("memory://c", r"memory://c is a folder: name the files in it, such as memory://c/\*.txt"),
-        ("memory://c/none.txt", r"cannot be listed \(.*none.txt\): check the address"),
-        ("memory://c/*.none", "no file matches"),
-        ("s3://bucket/*.txt", r"s3:// needs a package \(.*\): pip install s3fs"),
-        ("https://example.com/a.txt", r"https:// needs a package \(.*\): pip install 'fsspec\[http\]'"),
-        ("nowhere://a.txt", r"cannot be listed \(Protocol not known: nowhere\)"),
+        ("memory://c", "data.corpora memory://c folder memory://c/*.txt"),
+        ("memory://c/none.txt", "data.corpora memory://c/none.txt address"),
+        ("memory://c/*.none", "data.corpora memory://c/*.none pattern"),
+        ("s3://bucket/*.txt", "s3://bucket/*.txt pip install s3fs"),
+        ("https://example.com/a.txt", "https://example.com/a.txt pip install 'fsspec[http]'"),
+        ("nowhere://a.txt", "data.corpora nowhere://a.txt Protocol"),
     ],
 )
 def test_what_is_not_to_be_had_elsewhere(
-    store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, url: str, message: str
+    store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, url: str, words: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     store.pipe("/c/a.txt", b"one")
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=naming(words)) as caught:
         Files(paths=(url,)).pieces()
     assert "\n" not in str(caught.value)
 
@@ -348,23 +349,22 @@ def test_parquet_columns(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", columns)
     assert texts(path, field="body") == ["a", "b", "c"]
     assert texts(path, field="body", where={"lang": ("de",), "n": (1,)}) == ["a"]
-    with pytest.raises(DataError, match=r"x.parquet:1: no field 'text' \(fields here: body, lang, n\): set `field`"):
+    with pytest.raises(DataError, match=naming("x.parquet:1 'text' body lang n `field`")):
         texts(path)
-    with pytest.raises(DataError, match=r"x.parquet:1: field 'n' is a int, text is needed"):
+    with pytest.raises(DataError, match=naming("x.parquet:1 'n' int `field`")):
         texts(path, field="n")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 is not all there is")
-    with pytest.raises(DataError, match=r"x.parquet: cannot be read"):
+    with pytest.raises(DataError, match=r"x\.parquet: .*\(.+\)"):
         texts(path)
 
 
 def test_a_missing_column_is_told_whatever_the_others_hold(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", {"image": [b"\xff\xd8", b"\0"], "lang": ["de", "fr"]})
-    message = r"x.parquet:%d: no field '%s' \(fields here: image, lang\): set `%s`"
-    with pytest.raises(DataError, match=message % (1, "text", "field")):
+    with pytest.raises(DataError, match=naming("x.parquet:1 'text' image lang `field`")):
         texts(path)
-    with pytest.raises(DataError, match=message % (2, "text", "field")):
+    with pytest.raises(DataError, match=naming("x.parquet:2 'text' image lang `field`")):
         texts(path, where={"lang": ("fr",)})
-    with pytest.raises(DataError, match=message % (1, "n", "where")):
+    with pytest.raises(DataError, match=naming("x.parquet:1 'n' image lang `where`")):
         texts(path, field="lang", where={"n": (1,)})
     assert counted(Path(path), unreadable="skip") == ([], {"no field": 2})
     assert texts(path, field="lang") == ["de", "fr"]
@@ -394,7 +394,7 @@ def test_unreadable_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     binary = pyarrow.array([b"a", b"caf\xe9", None, b"z"], pyarrow.binary())
     path = table(tmp_path / "x.parquet", {"text": pyarrow.Array.from_buffers(pyarrow.string(), 4, binary.buffers())})
     assert counted(Path(path), unreadable="skip") == (["a", "z"], {"not UTF-8": 1, "no text": 1})
-    with pytest.raises(DataError, match=r"x.parquet:2: byte 0xe9 at offset 3 is not UTF-8"):
+    with pytest.raises(DataError, match=naming("x.parquet:2 0xe9 3 UTF-8")):
         texts(path)
 
 
@@ -404,10 +404,10 @@ def test_rows_are_wanted_by_a_column(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines))
     assert counted(path, where={"lang": ("de", "it"), "n": (1,)}) == (["a"], {"where lang": 2, "where n": 1})
-    with pytest.raises(DataError, match=r"x.jsonl:1: no field 'other' \(fields here: text, lang, n\): set `where`"):
+    with pytest.raises(DataError, match=naming("x.jsonl:1 'other' text lang n `where`")):
         texts(path, where={"other": ("de",)})
     (tmp_path / "x.txt").write_text("plain")
-    with pytest.raises(DataError, match=r"where: .*x.txt is plain text, without columns"):
+    with pytest.raises(DataError, match=naming("data.corpora where x.txt columns")):
         texts(tmp_path / "x.txt", where={"lang": ("de",)})
 
 
@@ -428,18 +428,18 @@ def test_a_corpus_of_each_language(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "words"),
     [
-        ({"paths": ("a.txt",), "languages": ("de",)}, "stands nowhere here"),
-        ({"paths": ("{language}.txt",)}, "none are given: give languages"),
-        ({"paths": ("{language}.txt",), "language": "de", "languages": ("de",)}, "give one of the two"),
-        ({"paths": ("{language}.txt",), "languages": ("de", "fr", "de")}, "names one twice"),
-        ({"paths": ("a.txt",), "weight": 0.0}, "greater than 0"),
-        ({"paths": ("s3://host/a@b:c/x.txt", "FTP://me:secret@host/a.txt")}, "before the @"),
+        ({"paths": ("a.txt",), "languages": ("de",)}, "languages {language} path"),
+        ({"paths": ("{language}.txt",)}, "languages {language}"),
+        ({"paths": ("{language}.txt",), "language": "de", "languages": ("de",)}, "language languages one"),
+        ({"paths": ("{language}.txt",), "languages": ("de", "fr", "de")}, "languages de fr de"),
+        ({"paths": ("a.txt",), "weight": 0.0}, "weight 0"),
+        ({"paths": ("s3://host/a@b:c/x.txt", "FTP://me:secret@host/a.txt")}, "paths.1 @"),
     ],
 )
-def test_languages_and_weights_are_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_languages_and_weights_are_checked(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=naming(words)):
         Files.model_validate(options)
 
 

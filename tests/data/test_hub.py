@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import datasets.load
 import pytest
+from data_errors import naming
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -100,7 +101,7 @@ def test_pieces_share_out_the_shards(monkeypatch: pytest.MonkeyPatch, most: int)
         assert list(corpus.read(piece, 2)) == documents[2:]
     if most == 3:
         assert [piece.name for piece in pieces] == ["shards 0-2", "shards 3-4", "shards 5-6"]
-    with pytest.raises(DataError, match=r"some/name: no shard 9 any more: give the `revision`"):
+    with pytest.raises(DataError, match=naming("data.corpora some/name 9 `revision`")):
         list(corpus.read(Piece("shard 9", None)))
 
 
@@ -109,23 +110,23 @@ def answer(status: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "pattern"),
     [
-        (GatedRepoError(f"401 {TOKEN}", response=answer(401)), r"is a gated dataset.*: .*`hf auth login`.*/some/name"),
-        (RepositoryNotFoundError(f"404 {TOKEN}", response=answer(404)), r"doesn't exist .*: check the spelling"),
+        (GatedRepoError(f"401 {TOKEN}", response=answer(401)), r"\bgated\b.*`hf auth login`.*/some/name"),
+        (RepositoryNotFoundError(f"404 {TOKEN}", response=answer(404)), r"doesn't exist .*\bpath\b.*`hf auth login`"),
         (
             RevisionNotFoundError(f"404 {TOKEN}", response=answer(404)),
-            r"Revision 'abc' doesn't exist.*: check the spell",
+            r"Revision 'abc' doesn't exist.*\brevision\b",
         ),
-        (HfHubHTTPError(f"500 for Bearer {TOKEN}", response=answer(500)), r"\(500 for Bearer \[token\]\): .*network"),
+        (HfHubHTTPError(f"500 for Bearer {TOKEN}", response=answer(500)), r"\(500 for Bearer \[token\]\).*\bnetwork\b"),
         (
             HTTPError(f"no route, {TOKEN}"),
-            r"\(no route, \[token\]\): check path, name, split, revision and the network",
+            r"\(no route, \[token\]\).*\bpath, name, split, revision\b.*\bnetwork\b",
         ),
-        (OfflineModeIsEnabled("offline"), r"\(Couldn't reach 'some/name' on the Hub .*\): .*network"),
+        (OfflineModeIsEnabled("offline"), r"\(Couldn't reach 'some/name' on the Hub .*\).*\bnetwork\b"),
     ],
 )
-def test_what_the_hub_answers_to_datasets(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+def test_what_the_hub_answers_to_datasets(monkeypatch: pytest.MonkeyPatch, error: Exception, pattern: str) -> None:
     """`datasets` itself, with a client of the hub that is refused: what it makes of that is its own."""
 
     class Client:
@@ -138,29 +139,29 @@ def test_what_the_hub_answers_to_datasets(monkeypatch: pytest.MonkeyPatch, error
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(datasets.load, "_raise_if_offline_mode_is_enabled", lambda *_: None)
     monkeypatch.setattr(datasets.load, "HfApi", Client)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=pattern) as caught:
         Hub(path="some/name", revision="abc").pieces()
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "pattern"),
     [
         (
             ConnectionError("Couldn't reach the hub\nlong story"),
-            r"cannot be opened \(Couldn't reach the hub\): .*network",
+            r"some/name: .*\(Couldn't reach the hub\).*\bnetwork\b",
         ),
-        (HTTPError("no route"), r"cannot be opened \(no route\): .*network"),
-        (ValueError("Unknown split"), r"Unknown split.*check path, name, split, revision and the network"),
+        (HTTPError("no route"), r"some/name: .*\(no route\).*\bnetwork\b"),
+        (ValueError("Unknown split"), r"\(Unknown split\).*\bpath, name, split, revision\b.*\bnetwork\b"),
         (HfHubHTTPError(f"401 for Bearer {TOKEN}", response=answer(401)), r"\(401 for Bearer \[token\]\)"),
         (ValueError("what hf_AnotherOnesToken1 says"), r"\(what \[token\] says\)"),
     ],
 )
-def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: Exception, pattern: str) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("datasets.load_dataset", _Dataset(error=error))
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=pattern) as caught:
         list(Hub(path="some/name").documents())
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
@@ -174,17 +175,17 @@ def test_a_token_of_any_look_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("found", "words"),
     [
-        ([], "no text in column 'text' of split train"),
-        (rows(" "), "no text in column 'text' of split train"),
-        ([{"body": "a"}], r"some/name/train, shard 0:0: no field 'text' \(fields here: body\): set `field`"),
-        (rows(3), r"field 'text' is a int, text is needed"),
+        ([], "data.corpora some/name 'text' train"),
+        (rows(" "), "data.corpora some/name 'text' train"),
+        ([{"body": "a"}], "some/name/train 0:0 'text' body `field`"),
+        (rows(3), "some/name/train 0:0 'text' int `field`"),
     ],
 )
-def test_rows_without_text(monkeypatch: pytest.MonkeyPatch, found: list[dict[str, Any]], message: str) -> None:
+def test_rows_without_text(monkeypatch: pytest.MonkeyPatch, found: list[dict[str, Any]], words: str) -> None:
     monkeypatch.setattr("datasets.load_dataset", _Dataset(found))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming(words)):
         list(Hub(path="some/name").documents())
 
 
@@ -219,7 +220,7 @@ def test_a_folder_is_read_by_datasets_itself(tmp_path: Path, monkeypatch: pytest
     assert [(document.text, document.row) for document in corpus.read(first, 3)] == [
         ("0 3", 3), ("1 0", 4), ("1 1", 5), ("1 2", 6), ("1 3", 7)
     ]  # fmt: skip
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path} path name split revision")):
         Hub(path=str(tmp_path), data_files="de/*").pieces()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from data_errors import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
@@ -325,7 +326,7 @@ def test_seeds_differ(folder: Path, straight: Straight) -> None:
 
 
 def test_ranks_that_cannot_share_the_lanes_are_refused_with_a_number(folder: Path) -> None:
-    with pytest.raises(RecipeError, match=r"data\.lanes \(4\) must be a multiple of the 3 ranks .*: try 6"):
+    with pytest.raises(RecipeError, match=naming("data.lanes 4 3 6")):
         Run(a_spec(folder), world=3)
 
 
@@ -352,8 +353,7 @@ def test_a_lane_without_a_row_in_any_epoch_is_told_of(files: list[int], lane: in
     """All pieces are empty, or there are fewer than lanes, and fewer documents too."""
     spec, pieces = lines_in_files(tmp_path, files)
     stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
-    said = rf"no row of text to train on in the share of lane {lane} of 4: take fewer data\.lanes, or add text"
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=naming(f"data.corpora {lane} 4 data.lanes")):
         stream.batch(0, 0, BATCH)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tokenizers
+from data_errors import naming
 from tokenizers import models
 
 from switchcli.data import files, pieces, store
@@ -303,7 +304,8 @@ def test_of_a_large_text_that_is_not_whole_yet_a_check_finds_the_damaged_piece_a
     means = corpus.means(shows)._replace(check=True, warn=told.append)
     (text,) = module.prepare(corpus.spec, means).texts.values()
     assert shows.num_pieces == NUM_FILES - 2
-    assert told == [f"{folder}: not what was prepared, cut or altered since: it is made anew"]
+    (line,) = told
+    assert line.startswith(f"{folder}: ")
     assert contents(folder) == before
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
@@ -354,7 +356,7 @@ def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.Monke
     shows = Shows()
     again = module.prepare(spec, corpus.means(shows)).texts
     assert [label for label, *_ in shows.told] == ["tokenising 0"]
-    with pytest.raises(DataError, match=r"tokens\.npy: not what was prepared"):
+    with pytest.raises(DataError, match=r"tokens\.npy: .*prepare RECIPE --check"):
         again["5"].shards[TRAIN][0].open()
 
 
@@ -377,7 +379,7 @@ def kill() -> None:
 
 
 def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
-    with pytest.raises(OutOfMemory, match=r"was killed, .*run it again, with fewer --processes") as raised:
+    with pytest.raises(OutOfMemory, match=r"\bkilled\b.*--processes\b") as raised:
         corpus.prepare(stop_after(1, kill), processes=2)
     assert raised.value.exit_code == 1
     whole = len(corpus.folders)
@@ -390,7 +392,7 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
 
 
 def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OutOfMemory, match="was killed"):  # with a job that they have not read
+    with pytest.raises(OutOfMemory, match="--processes"):  # with a job that they have not read
         corpus.prepare(stop_after(0, kill), processes=2)
     share_out = pieces._share_out
 
@@ -399,13 +401,13 @@ def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: 
         share_out(*given)
 
     monkeypatch.setattr(pieces, "_share_out", killed)
-    with pytest.raises(OutOfMemory, match="was killed"):  # before they are sent one
+    with pytest.raises(OutOfMemory, match="--processes"):  # before they are sent one
         corpus.prepare(processes=2)
 
 
 def test_what_one_process_meets_ends_all(corpus: Corpus) -> None:
     Path("3.txt").write_bytes(b"fine\ncaf\xe9\n")
-    with pytest.raises(DataError, match=r"3\.txt:2: byte 0xe9 at offset 8 is not UTF-8"):
+    with pytest.raises(DataError, match=naming("3.txt:2 0xe9 8 UTF-8")):
         corpus.prepare(processes=2)
     assert not active_children()
     assert all(is_whole(folder) for folder in corpus.folders)
@@ -680,7 +682,7 @@ def test_a_large_text_is_not_read_before_it_is_used(corpus: Corpus, monkeypatch:
 
 def test_a_cache_that_is_no_folder(corpus: Corpus) -> None:
     Path("file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file: Not a directory: .*SWITCHCLI_CACHE"):
+    with pytest.raises(CheckpointError, match=r"\bfile: .*Not a directory\b.*\bSWITCHCLI_CACHE\b"):
         corpus._replace(cache=Path("file")).prepare()
 
 
@@ -714,7 +716,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
         else:
             patch.setattr(store.np, "save", save_while_there_is_room)
         with pytest.raises(
-            CheckpointError, match=r"cache: No space left on device \([\d,]+ bytes free\): free some space, or name"
+            CheckpointError, match=r"cache: .*No space left on device\b.*\b[\d,]+ bytes free\b.*\bSWITCHCLI_CACHE\b"
         ):
             corpus.prepare()
     first = corpus.folders
@@ -736,7 +738,7 @@ def test_a_limit_that_processes_meet_is_told_with_the_way_out(corpus: Corpus) ->
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "CheckpointError" in err.splitlines()[-1]
-    assert "raise the limit on a file's size (ulimit -f), or name another folder" in err.splitlines()[-1]
+    assert "(ulimit -f)" in err.splitlines()[-1]
     assert all(is_whole(folder) for folder in corpus.folders)
     assert "piece-00004" not in [folder.name for folder in corpus.folders]
     with started() as process:
@@ -833,14 +835,14 @@ def test_filters_that_leave_nothing_say_what_they_left_out(corpus: Corpus) -> No
     spec = corpus.spec.model_copy(update={"corpora": corpora, "filters": Filters(min_characters=1000)})
     with pytest.raises(DataError) as raised:
         corpus._replace(spec=spec).prepare()
-    assert "nothing is left of the text: left out were " in str(raised.value)
+    assert str(raised.value).startswith("data: ")
     assert "1,200 not UTF-8" in str(raised.value)
     assert "300 shorter than min_characters" in str(raised.value)
     for number in range(NUM_FILES):
         Path(f"{number}.txt").write_text("\n")
-    with pytest.raises(DataError, match="no text") as raised:
+    with pytest.raises(DataError, match=naming("data.corpora text")) as raised:
         corpus.prepare()
-    assert "left out" not in str(raised.value)
+    assert not any(reason in str(raised.value) for reason in ("UTF-8", "min_characters"))
 
 
 @pytest.mark.parametrize("kind", ["exact", "near"])
@@ -888,12 +890,13 @@ def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
     monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
     flip(text.folder / "train-00000" / "tokens.npy")
     again = distinct.prepare()
-    with pytest.raises(DataError, match=r"train-00000/tokens\.npy: not what was prepared"):
+    with pytest.raises(DataError, match=r"train-00000/tokens\.npy: .*prepare RECIPE --check"):
         again.shards[TRAIN][0].open()
     told: list[str] = []
     module.prepare(spec, distinct.means()._replace(check=True, warn=told.append))
     assert contents(text.folder) == before
-    assert told == [f"{text.folder}: not what was prepared, cut or altered since: it is made anew"]
+    (line,) = told
+    assert line.startswith(f"{text.folder}: ")
 
 
 def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) -> None:
@@ -917,7 +920,7 @@ def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
-    with pytest.raises(DataError, match=r"held_out_fraction .* of 360 documents leaves"):
+    with pytest.raises(DataError, match=naming("data.held_out_fraction 360 sample_by:")):
         corpus._replace(spec=corpus.spec.model_copy(update={"held_out_fraction": fraction})).prepare()
 
 

@@ -22,7 +22,7 @@ def test_a_regular_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     assert read_regular(tmp_path / "file", 7) == read_regular(tmp_path / "link", 7) == b"content"
-    with pytest.raises(OSError, match="more than 6 bytes"):
+    with pytest.raises(OSError, match=r"\b6 bytes\b"):
         read_regular(tmp_path / "file", 6)
 
 
@@ -41,21 +41,26 @@ def test_a_pipe_a_device_and_a_folder_are_refused_at_once(pipe: Path) -> None:
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/null"])
 def test_every_file_that_a_recipe_names_must_be_regular(name: str, pipe: Path) -> None:
     path = pipe.parent / name
-    with pytest.raises(DataError, match="not a file"):
+    with pytest.raises(DataError, match=r"\ba (pipe|device)\b"):
         Files(paths=(str(path),)).pieces()
-    with pytest.raises(DataError, match="not a file"):
+    with pytest.raises(DataError, match=r"\ba (pipe|device)\b"):
         Tokenizer.read(path)
-    with pytest.raises(RecipeError, match="not a file"):
+    with pytest.raises(RecipeError, match=r"\ba (pipe|device)\b"):
         resolve.load(str(path))
     child = pipe.parent / "child.yaml"
     child.write_text(f"extends: {path}\n")
-    with pytest.raises(RecipeError, match="not a file"):
+    with pytest.raises(RecipeError, match=r"\ba (pipe|device)\b"):
         resolve.load(str(child))
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("~nosuchuser/x.txt", "home folder"), ("a**/*.txt", r"\*\*"), ("n" * 300, "too long"), ("loop", "no such file")],
+    [
+        ("~nosuchuser/x.txt", r"\bhome\b"),
+        ("a**/*.txt", r"a/\*\*/\*\.txt"),
+        ("n" * 300, "too long"),
+        ("loop", r"\bloop: .*\bpath\b"),
+    ],
 )
 def test_a_path_that_the_system_refuses_is_an_error_of_the_data(
     path: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,9 +2,10 @@
 
 import json
 import pickle
+import re
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def refused(*arguments: object, kind: type[SwitchError] = CheckpointError) -> st
     said = str(done.exception)
     assert "\n" not in said
     return said
+
+
+def missing(words: Sequence[str], said: str) -> list[str]:
+    """Return the names, numbers, options and commands that a message does not hold, each as a whole word."""
+    return [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", said)]
 
 
 def reweigh(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -119,102 +125,117 @@ def pickled(folder: Path) -> None:
     theirs.as_version_4(folder, pickled=True)
 
 
-CASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing expert": (change(WI, None), f"{WI}: not there, and config.json wants it, [40, 24]: take the whole folder"),
+CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "missing expert": (change(WI, None), (WI, "[40, 24]", "config.json", "save_pretrained")),
     "extra expert": (
         change(WI.replace("expert_1", "expert_3"), torch.zeros(40, 24)),
-        "expert_3.wi.weight: config.json has no place for it",
+        ("model.safetensors", WI.replace("expert_1", "expert_3"), "config.json"),
     ),
-    "other shape": (change(WI, torch.zeros(41, 24)), f"{WI}: [41, 24], and config.json wants [40, 24]"),
-    "other type": (change(WI, torch.zeros(40, 24, dtype=torch.int8)), f"{WI}: of type I8, where float32,"),
-    "float64": (change(WI, torch.zeros(40, 24, dtype=torch.float64)), "of type F64"),
-    "NaN": (change(WI, torch.full((40, 24), float("nan"))), f"{WI}: holds NaN or infinity"),
-    "infinity": (change(WI, torch.full((40, 24), float("-inf"))), "holds NaN or infinity"),
-    "unknown tensor": (
-        change("encoder.extra.weight", torch.zeros(1)),
-        "encoder.extra.weight: config.json has no place",
-    ),
+    "other shape": (change(WI, torch.zeros(41, 24)), (WI, "[41, 24]", "[40, 24]", "config.json")),
+    "other type": (change(WI, torch.zeros(40, 24, dtype=torch.int8)), (WI, "I8", "float32, bfloat16")),
+    "float64": (change(WI, torch.zeros(40, 24, dtype=torch.float64)), (WI, "F64", "float32, bfloat16")),
+    "NaN": (change(WI, torch.full((40, 24), float("nan"))), (WI, "NaN")),
+    "infinity": (change(WI, torch.full((40, 24), float("-inf"))), (WI, "infinity")),
+    "unknown tensor": (change("encoder.extra.weight", torch.zeros(1)), ("encoder.extra.weight", "config.json")),
     "untied embedding": (
         change("encoder.embed_tokens.weight", torch.zeros(61, 24)),
-        "encoder.embed_tokens.weight is not shared.weight, and switchcli has one matrix",
+        ("encoder.embed_tokens.weight", "shared.weight"),
     ),
-    "head that is not tied": (change("lm_head.weight", torch.zeros(61, 24)), "lm_head.weight is not shared.weight"),
-    "biased router": (configure(router_bias=True), "config.json: router_bias: Input should be False (got True)"),
-    "gated experts": (configure(dense_act_fn="gated-gelu"), "dense_act_fn: Input should be 'relu'"),
-    "router in bfloat16": (configure(router_dtype="bfloat16"), "router_dtype: Input should be 'float32'"),
-    "one expert": (configure(num_experts=1), "num_experts: Input should be greater than or equal to 2 (got 1)"),
-    "other padding": (configure(pad_token_id=5), "pad_token_id: Input should be 0 (got 5)"),
-    "buckets": (configure(relative_attention_num_buckets=30), "relative_attention_num_buckets: Input should be a mult"),
-    "far buckets": (configure(relative_attention_max_distance=9), "relative_attention_max_distance (9) must be more"),
-    "wrong type": (configure(d_model="24"), "config.json: d_model: Input should be a valid integer (got '24')"),
-    "not finite": (configure(layer_norm_epsilon=float("nan")), "layer_norm_epsilon: Input should be a finite number"),
-    "experts": (configure(num_experts=10**7), "config.json: num_experts: from 1 to 16,384 (got 10000000)"),
-    "layers": (configure(num_layers=10**6), "config.json: num_layers: from 1 to 1,024 (got 1000000)"),
-    "layers of the decoder": (configure(num_decoder_layers=10**6), "num_decoder_layers: from 1 to 1,024 (got 1000000)"),
-    "vocabulary": (configure(vocab_size=10**30), "config.json: vocab_size: from 1 to 16,777,216 (got 1000"),
-    "width": (configure(d_ff=10**18), "config.json: d_ff: from 1 to 1,048,576 (got 1000000000000000000)"),
+    "head that is not tied": (change("lm_head.weight", torch.zeros(61, 24)), ("lm_head.weight", "shared.weight")),
+    "biased router": (configure(router_bias=True), ("config.json", "router_bias", "False", "True")),
+    "gated experts": (configure(dense_act_fn="gated-gelu"), ("dense_act_fn", "'relu'", "'gated-gelu'")),
+    "router in bfloat16": (configure(router_dtype="bfloat16"), ("router_dtype", "'float32'", "'bfloat16'")),
+    "one expert": (configure(num_experts=1), ("num_experts", "2", "1")),
+    "other padding": (configure(pad_token_id=5), ("pad_token_id", "0", "5")),
+    "buckets": (configure(relative_attention_num_buckets=30), ("relative_attention_num_buckets", "4", "30")),
+    "far buckets": (
+        configure(relative_attention_max_distance=9),
+        ("relative_attention_max_distance (9)", "16", "relative_attention_num_buckets (32)", "64"),
+    ),
+    "wrong type": (configure(d_model="24"), ("config.json", "d_model", "integer", "'24'")),
+    "not finite": (configure(layer_norm_epsilon=float("nan")), ("layer_norm_epsilon", "finite", "nan")),
+    "experts": (configure(num_experts=10**7), ("config.json", "num_experts", "16,384", "10000000")),
+    "layers": (configure(num_layers=10**6), ("config.json", "num_layers", "1,024", "1000000")),
+    "layers of the decoder": (configure(num_decoder_layers=10**6), ("num_decoder_layers", "1,024", "1000000")),
+    "vocabulary": (configure(vocab_size=10**30), ("config.json", "vocab_size", "16,777,216", "1" + "0" * 30)),
+    "width": (configure(d_ff=10**18), ("config.json", "d_ff", "1,048,576", "1" + "0" * 18)),
     "capacity": (
         configure(expert_capacity=10**400),
-        "config.json: expert_capacity: from 1 to 2,147,483,648 (got 100000",
+        ("config.json", "expert_capacity", "2,147,483,648", "save_pretrained"),
     ),
     "experts in all": (
         configure(num_experts=16384, num_layers=100, num_decoder_layers=None),
-        "num_experts (16384) in 200 blocks: at most 131,072 in all",
+        ("num_experts", "16384", "200", "131,072"),
     ),
     "just within": (
         configure(num_experts=16384, num_layers=1, num_decoder_layers=1, encoder_sparse_step=1, decoder_sparse_step=0),
-        "not there, and config.json wants it",
+        ("router.classifier.weight", "[16384, 24]", "config.json"),
     ),
     "wide, just within": (
         configure(d_ff=1 << 20, d_model=1 << 17, num_heads=1 << 13, d_kv=1 << 17, vocab_size=1 << 24),
-        "and config.json wants [16777216, 131072]",
+        ("shared.weight", "[16777216, 131072]", "config.json"),
     ),
-    "capacity, just within": (configure(expert_capacity=1 << 31, d_ff=41), "and config.json wants"),
-    "epsilon": (configure(layer_norm_epsilon=10**400), "layer_norm_epsilon: "),
-    "long list": (
-        configure(d_model=[0] * 10_000),
-        "d_model: Input should be a valid integer (got [0, 0, 0, 0, 0, 0, ...])",
+    "capacity, just within": (configure(expert_capacity=1 << 31, d_ff=41), ("wi.weight", "[41, 24]", "config.json")),
+    "epsilon": (configure(layer_norm_epsilon=10**400), ("config.json", "layer_norm_epsilon", "number")),
+    "long list": (configure(d_model=[0] * 10_000), ("d_model", "integer", "[0, 0, 0, 0, 0, 0, ...]")),
+    "missing key": (without("d_ff"), ("config.json", "d_ff", "save_pretrained")),
+    "other model": (configure(model_type="bert"), ("model_type", "'bert'", "T5ForConditionalGeneration")),
+    "other head": (
+        configure(architectures=["SwitchTransformersEncoderModel"]),
+        ("architectures", "'SwitchTransformersEncoderModel'", "T5ForConditionalGeneration"),
     ),
-    "missing key": (without("d_ff"), "config.json: d_ff: missing"),
-    "other model": (configure(model_type="bert"), "model_type 'bert' with architectures"),
-    "other head": (configure(architectures=["SwitchTransformersEncoderModel"]), "switchcli reads T5ForConditional"),
-    "list": (write("config.json", b"[1]"), "model_type None"),
-    "not JSON": (write("config.json", b"{"), "config.json: not JSON"),
-    "deep JSON": (write("config.json", b"[" * 100_000), "config.json: not JSON"),
-    "not UTF-8": (write("config.json", b"\xff\xfe{"), "config.json: not JSON"),
-    "cut tensor": (cut(-100), "not a whole safetensors file"),
-    "cut header": (cut(100), "not a whole safetensors file"),
-    "empty file": (cut(0), "not a whole safetensors file"),
-    "long header": (claim_more, "not a whole safetensors file"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors beside config.json"),
+    "list": (write("config.json", b"[1]"), ("config.json", "model_type", "None")),
+    "not JSON": (write("config.json", b"{"), ("config.json", "JSON")),
+    "deep JSON": (write("config.json", b"[" * 100_000), ("config.json", "JSON")),
+    "not UTF-8": (write("config.json", b"\xff\xfe{"), ("config.json", "JSON")),
+    "cut tensor": (cut(-100), ("model.safetensors", "copy")),
+    "cut header": (cut(100), ("model.safetensors", "copy")),
+    "empty file": (cut(0), ("model.safetensors", "copy")),
+    "long header": (claim_more, ("model.safetensors", "copy")),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        ("model.safetensors", "config.json", "save_pretrained"),
+    ),
     "path in index": (
         shard(lambda files: {**files, WI: "../outside.safetensors"}),
-        "names '../outside.safetensors', which is no file of its folder",
+        ("model.safetensors.index.json", "'../outside.safetensors'"),
     ),
-    "absolute path in index": (shard(lambda files: {**files, WI: "/etc/passwd"}), "names '/etc/passwd', which is no"),
-    "number in index": (shard(lambda files: {**files, WI: 3}), "names 3, which is no file"),
-    "missing shard": (shard(lambda files: {**files, WI: "model-3.safetensors"}), "model-3.safetensors: cannot be read"),
-    "in two shards": (shard(lambda files: files, twice=True), "shared.weight: in model-0000"),
+    "absolute path in index": (
+        shard(lambda files: {**files, WI: "/etc/passwd"}),
+        ("model.safetensors.index.json", "'/etc/passwd'"),
+    ),
+    "number in index": (shard(lambda files: {**files, WI: 3}), ("model.safetensors.index.json", "3")),
+    "missing shard": (
+        shard(lambda files: {**files, WI: "model-3.safetensors"}),
+        ("model-3.safetensors", "No such file", "save_pretrained"),
+    ),
+    "in two shards": (
+        shard(lambda files: files, twice=True),
+        ("shared.weight", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    ),
     "wrong shard": (
         shard(lambda files: {**files, "shared.weight": min({*files.values()} - {files["shared.weight"]})}),
-        "holds shared.weight, which it does not",
+        ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "shared.weight", "save_pretrained"),
     ),
-    "index of nothing": (shard(lambda files: [*files]), "not an index of tensors"),
-    "pickle": (pickled, "its weights are a pickle (pytorch_model.bin), which can run code"),
-    "large tokenizer": (write("tokenizer.json", theirs.tokenizer(60).encode()), "ids up to 62, where the embedding of"),
+    "index of nothing": (shard(lambda files: [*files]), ("model.safetensors.index.json", "weight_map")),
+    "pickle": (pickled, ("pickle", "pytorch_model.bin", "switchcli convert", "--to switchcli --unpickle")),
+    "large tokenizer": (
+        write("tokenizer.json", theirs.tokenizer(60).encode()),
+        ("tokenizer.json", "62", "config.json", "61", "--tokenizer"),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_not_whole_is_refused_and_nothing_is_written(case: str, folder: Path) -> None:
-    spoil, says = CASES[case]
+    spoil, words = CASES[case]
     spoil(folder)
     said = refused(folder, folder.parent / "ours", "--to", "switchcli")
-    assert says in said
+    assert not missing(words, said), said
     assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
     with pytest.raises(CheckpointError) as refusal:
         load(folder, torch.device("cpu"), pytest.fail)
-    assert says in str(refusal.value)
+    assert not missing(words, str(refusal.value))
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff"])
@@ -258,32 +279,35 @@ def test_a_pickle_of_anything_but_tensors_is_refused_and_not_run(
     (folder / "model.safetensors").unlink()
     PICKLES[case](folder / "pytorch_model.bin")
     said = refused(folder, "ours", "--to", "switchcli", "--unpickle")
-    assert "pytorch_model.bin: not " in said
+    assert re.search(r"pytorch_model\.bin: .*\btensors\b", said)
     assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
 
 
 def test_destinations(folder: Path, tmp_path: Path) -> None:
-    assert "within the source" in refused(folder, folder / "ours", "--to", "switchcli")
-    assert "within the source" in refused(folder, folder, "--to", "switchcli")
+    within = (f"source {folder}", "DESTINATION")
+    assert not missing(within, refused(folder, folder / "ours", "--to", "switchcli"))
+    assert not missing(within, refused(folder, folder, "--to", "switchcli"))
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()
-    assert "is there already" in refused(folder, full, "--to", "switchcli")
-    assert "is there already" in refused(folder, full / "file", "--to", "switchcli")
+    assert not missing((str(full), "already", "DESTINATION"), refused(folder, full, "--to", "switchcli"))
+    assert not missing((f"{full}/file", "already"), refused(folder, full / "file", "--to", "switchcli"))
     empty = tmp_path / "empty"
     empty.mkdir()
     done = CliRunner().invoke(app, ["convert", str(folder), str(empty), "--to", "switchcli", "--json"])
     assert json.loads(done.stdout)["destination"] == str(empty)
-    assert "within the source" in refused(empty, empty / "theirs", "--to", "huggingface")
-    assert "in the Hugging Face layout already" in refused(folder, tmp_path / "x", "--to", "huggingface")
-    assert "no config.json there" in refused(empty, tmp_path / "x", "--to", "switchcli")
-    assert "no checkpoint there" in refused(tmp_path / "nowhere", tmp_path / "x", "--to", "huggingface")
+    assert f"source {empty}: " in refused(empty, empty / "theirs", "--to", "huggingface")
+    said = refused(folder, tmp_path / "x", "--to", "huggingface")
+    assert not missing((str(folder), "Hugging Face", "--to switchcli"), said)
+    assert not missing((str(empty), "config.json"), refused(empty, tmp_path / "x", "--to", "switchcli"))
+    said = refused(tmp_path / "nowhere", tmp_path / "x", "--to", "huggingface")
+    assert not missing((f"{tmp_path}/nowhere", "checkpoints/step-*"), said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "theirs"]
 
 
 def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
     said = refused(folder, tmp_path / "step-00000007", "--to", "switchcli")
-    assert "a new one is of step 0: give a DESTINATION of another name" in said
+    assert not missing(("step-00000007", "step 0", "DESTINATION"), said)
     for source, name, to in [(folder, "step-7", "switchcli"), (tmp_path / "step-7", "step-00000007", "huggingface")]:
         done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / name), "--to", to])
         assert done.exit_code == 0
@@ -292,12 +316,13 @@ def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
 
 def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
     CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "ours"), "--to", "switchcli"])
-    for options, says in [
-        (["--unpickle"], "--unpickle: of --to switchcli alone"),
-        (["--tokenizer", "a.json", "--revision", "abc"], "--tokenizer, --revision: of --to switchcli alone"),
+    for options, names in [
+        (["--unpickle"], "--unpickle: "),
+        (["--tokenizer", "a.json", "--revision", "abc"], "--tokenizer, --revision: "),
     ]:
         said = refused(tmp_path / "ours", tmp_path / "x", "--to", "huggingface", *options, kind=RecipeError)
-        assert said.startswith(says)
+        assert said.startswith(names)
+        assert "--to switchcli" in said
 
 
 @pytest.mark.parametrize("to", ["switchcli", "huggingface"])
@@ -310,8 +335,8 @@ def test_a_full_disk(to: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     usage = shutil.disk_usage(folder)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     said = refused(source, folder.parent / "new", "--to", to)
-    assert "not enough space" in said
-    assert "bytes needed, 1,000 free): free some space, or give another DESTINATION" in said
+    assert re.search(r"\b[\d,]{5,} bytes\b", said), "as many as are needed"
+    assert not missing(("1,000 free", "DESTINATION"), said)
     assert sorted(folder.parent.iterdir()) == before
 
 
@@ -347,7 +372,7 @@ def test_pickles_of_the_hub_are_downloaded_only_when_asked_for(
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert "its weights are a pickle" in refused("google/switch-base-8", "ours", "--to", "switchcli")
+    assert not missing(("pickle", "--unpickle"), refused("google/switch-base-8", "ours", "--to", "switchcli"))
     assert not any("bin" in pattern for patterns in asked for pattern in patterns)
     arguments = ["convert", "google/switch-base-8", "ours", "--to", "switchcli", "--unpickle"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
@@ -361,9 +386,8 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-of-the-user")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     said = refused("google/no-such", tmp_path / "ours", "--to", "switchcli")
-    assert said.startswith(
-        "google/no-such: no folder of that name, and it cannot be had from the hub (no route for [token])"
-    )
+    assert said.startswith("google/no-such: ")
+    assert not missing(("(no route for [token])", "--revision", "network"), said)
 
 
 KEYS = [*configs.SwitchConfig.model_fields, *configs.T5Config.model_fields, "architectures"]

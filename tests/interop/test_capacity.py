@@ -110,7 +110,7 @@ def test_what_is_read_is_said_again(
     spec = before.spec(lengths)
     after, losses = express(spec, lengths, HERE)
     full = any(len(spec.sparse_layers(stack)) == spec.num_blocks(stack) for stack in STACKS)
-    assert [loss.split(" of ")[0] for loss in losses] == ["every block"] * full
+    assert ["z-loss" in loss for loss in losses] == [True] * full
     if spec.num_experts == 1:  # no block is sparse: a T5
         return
     assert isinstance(after, SwitchConfig)

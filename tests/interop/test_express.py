@@ -23,60 +23,52 @@ def spec(**keys: Any) -> ModelSpec:
 
 
 REFUSED = {
-    "top-k": (spec(router=TopK()), "the encoder's router is of kind top_k"),
-    "NTLB in the decoder": (
-        spec(decoder_router=NoTokenLeftBehind()),
-        "decoder's router is of kind no_token_left_behind",
-    ),
-    "expert choice": (
-        spec(router=ExpertChoice(), decoder_router=Switch()),
-        "encoder's router is of kind expert_choice",
-    ),
-    "Switch attention": (spec(sparse="attention"), "sparse (attention) routes attention"),
-    "both": (spec(sparse="both"), "sparse (both) routes attention"),
-    "GEGLU experts": (spec(activation="geglu"), "activation (geglu) of 4 experts"),
+    "top-k": (spec(router=TopK()), ("encoder", "top_k")),
+    "NTLB in the decoder": (spec(decoder_router=NoTokenLeftBehind()), ("decoder", "no_token_left_behind")),
+    "expert choice": (spec(router=ExpertChoice(), decoder_router=Switch()), ("encoder", "expert_choice")),
+    "Switch attention": (spec(sparse="attention"), ("sparse", "(attention)")),
+    "both": (spec(sparse="both"), ("sparse", "(both)")),
+    "GEGLU experts": (spec(activation="geglu"), ("activation", "geglu", " 4 ")),
     "other layers": (
         spec(sparse_encoder_layers=(0, 2)),
-        "the sparse blocks of the encoder are [0, 2], where transformers can have [1] or [1, 3] or [0, 1, 2, 3] or []",
+        ("encoder", "[0, 2]", "[1]", "[1, 3]", "[0, 1, 2, 3]", "[]"),
     ),
-    "the last layer": (spec(sparse_every=4), "the sparse blocks of the encoder are [3]"),
+    "the last layer": (spec(sparse_every=4), ("encoder", "[3]")),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
-    model, says = REFUSED[case]
+    model, words = REFUSED[case]
     with pytest.raises(CheckpointError) as refusal:
         express(model, LENGTHS, Path("runs/a"))
     assert str(refusal.value).startswith("runs/a: ")
-    assert says in str(refusal.value)
-    assert str(refusal.value).endswith("transformers has no such model; switchcli's own layout keeps it")
+    assert [word for word in (*words, "transformers", "switchcli") if word not in str(refusal.value)] == []
 
 
 WARNED = {
     "by a factor": (
         spec(router=Switch()),
-        "an expert of the encoder has 160 slots in training and 256 in evaluation for 512 tokens, fewer for fewer; "
-        "transformers has expert_capacity (256) for any number",
+        ("encoder", "160", "256", "512", "expert_capacity (256)"),
         256,
     ),
-    "groups": (spec(router=Switch(**DROPLESS, group_sequences=2)), "router.group_sequences (2) share a capacity", 512),
-    "overflow": (spec(router=Switch(**DROPLESS, overflow="random")), "overflow (random) of the encoder's router", 512),
-    "sampling": (spec(router=Switch(**DROPLESS, sample_temperature=1.0)), "sample_temperature of the router", 512),
-    "dropout": (spec(router=Switch(**DROPLESS, input_dropout=0.1)), "input_dropout of the router", 512),
-    "expert dropout": (spec(expert_dropout=0.4), "expert_dropout (0.4): transformers takes dropout (0.0)", 512),
-    "sum": (spec(balance_reduction="sum"), "balance_reduction (sum): transformers pools", 512),
-    "two routers": (spec(decoder_router=Switch(**DROPLESS, jitter=0.1)), "of the decoder's router alone", 512),
+    "groups": (spec(router=Switch(**DROPLESS, group_sequences=2)), ("router.group_sequences", "(2)"), 512),
+    "overflow": (spec(router=Switch(**DROPLESS, overflow="random")), ("overflow", "(random)", "encoder"), 512),
+    "sampling": (spec(router=Switch(**DROPLESS, sample_temperature=1.0)), ("sample_temperature",), 512),
+    "dropout": (spec(router=Switch(**DROPLESS, input_dropout=0.1)), ("input_dropout",), 512),
+    "expert dropout": (spec(expert_dropout=0.4), ("expert_dropout", "0.4", " dropout (0.0)"), 512),
+    "sum": (spec(balance_reduction="sum"), ("balance_reduction", "(sum)"), 512),
+    "two routers": (spec(decoder_router=Switch(**DROPLESS, jitter=0.1)), ("jitter", "decoder"), 512),
 }
 
 
 @pytest.mark.parametrize("case", WARNED)
 def test_warned_of(case: str) -> None:
-    model, says, capacity = WARNED[case]
+    model, words, capacity = WARNED[case]
     config, losses = express(model, LENGTHS, Path("runs/a"))
     assert isinstance(config, SwitchConfig)
     assert config.expert_capacity == capacity
-    assert any(says in loss for loss in losses), losses
+    assert any(all(word in loss for word in words) for loss in losses), losses
     assert all("\n" not in loss for loss in losses)
 
 
@@ -86,33 +78,34 @@ def test_nothing_to_warn_of() -> None:
 
 
 def test_routers_in_bfloat16_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="routers are in bfloat16"):
+    with pytest.raises(CheckpointError, match="bfloat16"):
         express(spec(), LENGTHS, Path("runs/a"), torch.bfloat16)
 
 
 def test_a_warning_is_said_once_and_names_the_stack_only_where_they_differ() -> None:
     noisy = Switch(**DROPLESS, input_dropout=0.1)
-    for decoder_router, says in [
-        (None, ["input_dropout of the router"]),
-        (noisy.model_copy(), ["input_dropout of the router"]),
-        (Switch(**DROPLESS), ["input_dropout of the encoder's router"]),
+    names = ("encoder", "decoder", "input_dropout", "sample_temperature")
+    for decoder_router, named in [
+        (None, [["input_dropout"]]),
+        (noisy.model_copy(), [["input_dropout"]]),
+        (Switch(**DROPLESS), [["encoder", "input_dropout"]]),
         (
             noisy.model_copy(update={"sample_temperature": 1.0}),
-            ["input_dropout of the encoder's router", "input_dropout and sample_temperature of the decoder's router"],
+            [["encoder", "input_dropout"], ["decoder", "input_dropout", "sample_temperature"]],
         ),
     ]:
         _, losses = express(spec(router=noisy, decoder_router=decoder_router), LENGTHS, Path("runs/a"))
-        assert losses == [f"{one}: transformers has no such noise (training alone)" for one in says]
+        assert [[name for name in names if name in loss] for loss in losses] == named
 
 
 def test_of_a_stack_without_dense_blocks_transformers_adds_no_router_losses() -> None:
-    says = "every block of the {} is sparse: transformers then leaves the balance and z-loss of its routers out"
+    names = ("encoder", "decoder", "balance", "z-loss")
     for keys, stacks in [
-        ({"sparse_every": 1}, "encoder and the decoder"),
-        ({"sparse_encoder_layers": (0, 1, 2, 3)}, "encoder"),
-        ({"sparse_every": 1, "sparse_encoder_layers": ()}, "decoder"),
+        ({"sparse_every": 1}, ["encoder", "decoder"]),
+        ({"sparse_encoder_layers": (0, 1, 2, 3)}, ["encoder"]),
+        ({"sparse_every": 1, "sparse_encoder_layers": ()}, ["decoder"]),
     ]:
         _, losses = express(spec(**keys), LENGTHS, Path("runs/a"))
-        assert losses == [f"{says.format(stacks)} (training alone)"]
+        assert [[name for name in names if name in loss] for loss in losses] == [[*stacks, "balance", "z-loss"]]
     no_losses = Switch(**DROPLESS, balance_loss_coef=0.0, z_loss_coef=0.0)
     assert not express(spec(sparse_every=1, router=no_losses), LENGTHS, Path("runs/a"))[1]

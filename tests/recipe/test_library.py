@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from recipe_errors import assert_line
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import library
@@ -35,25 +36,25 @@ def test_a_file_that_exists_is_taken_before_a_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "shown", "words"),
     [
-        ("mine.yaml", "mine.yaml: no such file. `switchcli recipes list`"),
-        ("quickstart/switch.yaml", "quickstart/switch.yaml: no such file. Did you mean quickstart/switch?"),
-        ("recipes/quickstart/dense.yml", "recipes/quickstart/dense.yml: no such file. Did you mean quickstart/dense?"),
-        ("quickstart/swich", "quickstart/swich: no such recipe ships. Did you mean quickstart/switch?"),
-        ("dense", "dense: no such recipe ships. Did you mean quickstart/dense?"),
-        ("../../etc/passwd-", "../../etc/passwd-: no such recipe ships. `switchcli recipes list`"),
-        ("folder", "folder: a folder, not a recipe"),
-        ("", "'': a folder, not a recipe"),
-        ("a\0b.yaml", "'a\\x00b.yaml': no such file."),
-        ("x" * 5000, "x" * 5000 + ": cannot be read: File name too long"),
+        ("mine.yaml", "mine.yaml", "switchcli recipes list"),
+        ("quickstart/switch.yaml", "quickstart/switch.yaml", "quickstart/switch"),
+        ("recipes/quickstart/dense.yml", "recipes/quickstart/dense.yml", "quickstart/dense"),
+        ("quickstart/swich", "quickstart/swich", "quickstart/switch"),
+        ("dense", "dense", "quickstart/dense"),
+        ("../../etc/passwd-", "../../etc/passwd-", "switchcli recipes list"),
+        ("folder", "folder", "folder .yaml"),
+        ("", "''", "folder .yaml"),
+        ("a\0b.yaml", "'a\\x00b.yaml'", "switchcli recipes list"),
+        ("x" * 5000, "x" * 5000, "File name too long"),
     ],
 )
-def test_what_is_not_there_is_said_with_the_nearest_name(tmp_path, name, message):
+def test_what_is_not_there_is_said_with_the_nearest_name(tmp_path, name, shown, words):
     (tmp_path / "folder").mkdir()
     with pytest.raises(RecipeError) as raised:
         library.locate(name)
-    assert str(raised.value).startswith(message)
+    assert_line(str(raised.value), shown, words)
     assert raised.value.exit_code == 2
 
 

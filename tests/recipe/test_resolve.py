@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
+from recipe_errors import assert_line
 
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import dump, resolve
@@ -140,31 +141,32 @@ def test_a_chain_of_extends_is_relative_to_each_file(write):
 
 def test_extends_may_name_a_recipe_that_ships(write):
     write("mine.yaml", "extends: quickstart/switch")
-    with pytest.raises(RecipeError, match="no such key"):  # the toy schema has fewer keys, but the file was found
+    with pytest.raises(RecipeError, match=r"quickstart/switch\.yaml:\d+: data\b"):  # no key of the toy schema
         resolve("mine.yaml", [], Toy)
 
 
 @pytest.mark.parametrize(
-    ("extends", "message"),
+    ("extends", "where", "words"),
     [
-        ("mine.yaml", "mine.yaml:1: extends: a circle: mine.yaml extends this file"),
-        ("other.yaml", "other.yaml:1: extends: a circle: mine.yaml extends this file"),
-        ("none.yaml", "mine.yaml:1: extends: none.yaml: no such file"),
-        ("quickstart/swich", r"mine.yaml:1: extends: .*Did you mean quickstart/switch\?"),
-        ("[a, b]", "mine.yaml:1: extends: must be the path of one recipe"),
-        ("3", "mine.yaml:1: extends: must be the path of one recipe"),
+        ("mine.yaml", "mine.yaml:1", "extends mine.yaml"),
+        ("other.yaml", "other.yaml:1", "extends mine.yaml"),
+        ("none.yaml", "mine.yaml:1", "extends none.yaml"),
+        ("quickstart/swich", "mine.yaml:1", "extends quickstart/swich quickstart/switch"),
+        ("[a, b]", "mine.yaml:1", "extends path"),
+        ("3", "mine.yaml:1", "extends path"),
     ],
 )
-def test_extends_that_cannot_be_followed(write, extends, message):
+def test_extends_that_cannot_be_followed(write, extends, where, words):
     write("mine.yaml", f"extends: {extends}")
     write("other.yaml", "extends: mine.yaml")
-    with pytest.raises(RecipeError, match=f"^{message}"):
+    with pytest.raises(RecipeError) as raised:
         resolve("mine.yaml", [], Toy)
+    assert_line(str(raised.value), where, words)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "- a", "word", "3"])
 def test_a_recipe_is_a_mapping(errors, text):
-    assert "a recipe is a mapping of keys" in errors(text)[0]
+    assert_line(errors(text)[0], "mine.yaml:1", "mapping")
 
 
 def test_another_kind_replaces_and_the_same_kind_merges(write, toy):
@@ -217,15 +219,15 @@ def test_a_long_word_and_many_errors_are_told_at_once(errors):
     began = time.process_time()
     assert len(errors(f"model: {{num_experts: 101, d_ff: 9, size: {'x' * 200_000}}}")) == 3
     told = errors("".join(f"unknown_{number}: 1\n" for number in range(3000)))
-    assert (len(told), told[-1]) == (101, "and 2,900 more")
+    assert len(told) == 101
+    assert "2,900" in told[-1]
     assert time.process_time() - began < 10
 
 
 def test_an_unknown_size_is_one_of_the_errors(errors):
-    assert errors("model:\n  size: swich-base-8\n  d_modl: 3") == [
-        "mine.yaml:2: model.size: no such size (got 'swich-base-8'). Did you mean switch-base-8?",
-        "mine.yaml:3: model.d_modl: no such key. Did you mean d_model?",
-    ]
+    size, d_modl = errors("model:\n  size: swich-base-8\n  d_modl: 3")
+    assert_line(size, "mine.yaml:2", "model.size swich-base-8 switch-base-8")
+    assert_line(d_modl, "mine.yaml:3", "model.d_modl d_model")
 
 
 # --- overrides
@@ -260,25 +262,25 @@ def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "words"),
     [
-        ("train.steps", "override 'train.steps': must be KEY=VALUE"),
-        ("=3", "override '=3': must be KEY=VALUE"),
-        ("a..b=3", "override 'a..b=3': must be KEY=VALUE"),
-        ("train.steps=[1", "override 'train.steps=[1': not YAML: "),
-        ("train.note=&x y", "override 'train.note=&x y': anchors"),
-        ("extends=x", "override 'extends=x': extends belongs in a file"),
-        ("a." * 40 + "b=1", "override '" + "a." * 40 + "b=1': nested more than 32 deep"),
-        ("corpora.2.path=x", "override 'corpora.2.path=x': corpora: no item 2: the list has 1 items, counted from 0"),
-        ("corpora.x=1", "override 'corpora.x=1': corpora: no item x"),
-        ("model.d_model=-3", "override 'model.d_model=-3': model.d_model: must be at least 1 (got -3); "),
-        ("optimizer.nam=x", "override 'optimizer.nam=x': optimizer.nam: no such key"),
-        ("steps=3", "override 'steps=3': steps: no such key. Did you mean train.steps?"),
-        ("train.note='\x1b[2J'", "override \"train.note='\\x1b[2J'\": the character '\\x1b' is not allowed"),
+        ("train.steps", "KEY=VALUE"),
+        ("=3", "KEY=VALUE"),
+        ("a..b=3", "KEY=VALUE"),
+        ("train.steps=[1", "YAML ']'"),
+        ("train.note=&x y", "anchors &x"),
+        ("extends=x", "extends file"),
+        ("a." * 40 + "b=1", "32"),
+        ("corpora.2.path=x", "corpora 2 1 0"),
+        ("corpora.x=1", "corpora x 1 0"),
+        ("model.d_model=-3", "model.d_model 1 -3 512"),
+        ("optimizer.nam=x", "optimizer.nam kind decay"),
+        ("steps=3", "steps train.steps"),
+        ("train.note='\x1b[2J'", r"'\x1b'"),
     ],
 )
-def test_an_override_that_is_wrong_is_named(errors, override, message):
-    assert errors("corpora: [{kind: hub, path: x}]", override)[0].startswith(message)
+def test_an_override_that_is_wrong_is_named(errors, override, words):
+    assert_line(errors("corpora: [{kind: hub, path: x}]", override)[0], f"override {override!r}", words)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -286,13 +288,13 @@ def test_an_override_reaches_the_last_item_of_a_list_and_none_behind_it(toy, err
     text = f"corpora: [{', '.join(['{kind: hub, path: x}'] * length)}]"
     assert toy(text, f"corpora.{length - 1}.path=y").corpora[-1] == Hub(path="y")
     (line,) = errors(text, f"corpora.{length}.path=y")
-    assert f"corpora: no item {length}: the list has {length} items" in line
+    assert_line(line, f"override 'corpora.{length}.path=y'", f"corpora {length} {length} 0")
 
 
 def test_an_override_may_be_32_keys_deep(errors):
     deepest = ".".join(["a"] * 32)
-    assert "no such key" in errors("{}", f"{deepest}=1")[0]
-    assert "nested more than 32 deep" in errors("{}", f"{deepest}.a=1")[0]
+    assert_line(errors("{}", f"{deepest}=1")[0], f"override '{deepest}=1'", "a model corpora train optimizer")
+    assert_line(errors("{}", f"{deepest}.a=1")[0], f"override '{deepest}.a=1'", "32")
 
 
 # --- round trip
@@ -349,53 +351,54 @@ optimizer: {kind: adafactor, weight_decay: 1}
 steps: 3
 zzz: 1
 """
-    assert errors(text) == [
-        "mine.yaml:3: model.d_ff: must be an integer (got '12'); write 12",
-        "mine.yaml:6: model.num_heads: must be an integer (got 1.5); leave it out for the default, 8",
-        "mine.yaml:4: model.activation: must be 'relu' or 'geglu' (got 'rely'). Did you mean relu?",
-        "mine.yaml:5: model.tie_embeddings: must be true or false (got 'no'); YAML 1.2 reads no as text: write false",
-        "mine.yaml:7: model.router.kind: must be 'switch' (got 'swich'). Did you mean switch?",
-        "mine.yaml:7: model.router.capasity_factor: no such key. Did you mean capacity_factor?",
-        "mine.yaml:2: model.num_expert: no such key. Did you mean num_experts?",
-        "mine.yaml:10: corpora.0.path: must be text (got 3); put it in quotes: '3'",
-        "mine.yaml:11: corpora.1.paths: missing: add it, as corpora.1.paths=VALUE on the command line or in the recipe",
-        "mine.yaml:11: corpora.1.path: no such key. Did you mean paths?",
-        "mine.yaml:12: corpora.2.kind: must be one of files, hub (got 'filez'). Did you mean files?",
-        "mine.yaml:13: corpora.3.kind: missing; it is one of files, hub",
-        "mine.yaml:14: corpora.4: must be a mapping of keys (got 'word')",
-        "mine.yaml:15: train.steps: must be an integer (got '1_024'); write 1024",
-        "mine.yaml:15: train.learning_rate: must be a finite number (got nan); leave it out for the default, 0.1",
-        "mine.yaml:16: optimizer.weight_decay: no such key for this kind; it belongs to kind: adamw",
-        "mine.yaml:17: steps: no such key. Did you mean train.steps?",
-        "mine.yaml:18: zzz: no such key; the keys are model, corpora, train, optimizer",
+    wanted = [
+        (3, "model.d_ff integer '12' 12 12"),
+        (6, "model.num_heads integer 1.5 8"),
+        (4, "model.activation relu geglu rely relu"),
+        (5, "model.tie_embeddings true false 'no' false"),
+        (7, "model.router.kind switch swich"),
+        (7, "model.router.capasity_factor capacity_factor"),
+        (2, "model.num_expert num_experts"),
+        (10, "corpora.0.path 3 3 '3'"),
+        (11, "corpora.1.paths=VALUE"),
+        (11, "corpora.1.path paths"),
+        (12, "corpora.2.kind files hub filez files"),
+        (13, "corpora.3.kind files hub"),
+        (14, "corpora.4 mapping word"),
+        (15, "train.steps integer 1_024 1024"),
+        (15, "train.learning_rate finite nan 0.1"),
+        (16, "optimizer.weight_decay adamw"),
+        (17, "steps train.steps"),
+        (18, "zzz model corpora train optimizer"),
     ]
+    for line, (number, words) in zip(errors(text), wanted, strict=True):
+        assert_line(line, f"mine.yaml:{number}", words)
 
 
 def test_a_kind_that_is_misspelt_as_a_key_is_named(errors):
-    assert errors("corpora: [{kid: files, paths: [a]}]") == [
-        "mine.yaml:1: corpora.0.kind: missing; it is one of files, hub; kid: no such key. Did you mean kind?"
-    ]
+    (line,) = errors("corpora: [{kid: files, paths: [a]}]")
+    assert_line(line, "mine.yaml:1", "corpora.0.kind files hub kid kind")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "words"),
     [
-        ("train: null", "mine.yaml:1: train: must be a mapping of keys (got null)"),
-        ("train: [1]", "mine.yaml:1: train: must be a mapping of keys (got a list)"),
-        ("corpora: {a: b}", "mine.yaml:1: corpora: must be a list (got a mapping)"),
-        ("corpora: []", "mine.yaml:1: corpora: must have at least 1 items (got a list)"),
-        ("optimizer: {kind: 3}", "mine.yaml:1: optimizer.kind: must be one of adafactor, adamw (got 3)"),
-        ("train:\n  note: x", "mine.yaml:1: train.steps: missing: add it, as train.steps=VALUE"),
-        ("train: {steps: 1e3}", "mine.yaml:1: train.steps: must be an integer (got 1000.0); write 1000"),
-        ("train: {steps: .inf}", "mine.yaml:1: train.steps: must be an integer (got inf)"),
-        ("train: {steps: true}", "mine.yaml:1: train.steps: must be an integer (got true)"),
-        ("train: {steps: 1, learning_rate: 0}", "mine.yaml:1: train.learning_rate: must be greater than 0"),
-        ('"a\\nb": 1', "mine.yaml:1: 'a\\nb': no such key"),
+        ("train: null", "train mapping null"),
+        ("train: [1]", "train mapping list"),
+        ("corpora: {a: b}", "corpora list mapping"),
+        ("corpora: []", "corpora 1 list"),
+        ("optimizer: {kind: 3}", "optimizer.kind adafactor adamw 3"),
+        ("train:\n  note: x", "train.steps=VALUE"),
+        ("train: {steps: 1e3}", "train.steps integer 1000.0 1000"),
+        ("train: {steps: .inf}", "train.steps integer inf"),
+        ("train: {steps: true}", "train.steps integer true"),
+        ("train: {steps: 1, learning_rate: 0}", "train.learning_rate 0 0 0.1"),
+        ('"a\\nb": 1', r"'a\nb' model corpora train optimizer"),
     ],
 )
-def test_one_error(errors, text, message):
+def test_one_error(errors, text, words):
     (line,) = errors(text)
-    assert line.startswith(message)
+    assert_line(line, "mine.yaml:1", words)
 
 
 def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
@@ -409,10 +412,10 @@ def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
 
 def test_an_error_in_a_parent_names_the_parent(write, errors):
     write("base.yaml", "train:\n  stepz: 3\n  steps: 1")
-    assert errors("extends: base.yaml\ntrain: {note: x}")[0].startswith("base.yaml:2: train.stepz: no such key")
+    assert_line(errors("extends: base.yaml\ntrain: {note: x}")[0], "base.yaml:2", "train.stepz steps")
 
 
 def test_a_recipe_too_large_to_be_read_again_is_refused_before_it_is_written(toy):
     paths = ", ".join("a" for _ in range(9_985))
-    with pytest.raises(RecipeError, match=r"the whole recipe, line \d+: more than the 10000 keys and values"):
+    with pytest.raises(RecipeError, match=r"recipe, line \d+: .*\b10000\b"):
         dump(toy(f"corpora: [{{kind: files, paths: [{paths}]}}]"))

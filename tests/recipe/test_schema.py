@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from recipe_errors import assert_line
 
 from switchcli.data.objectives import Denoisers
 from switchcli.data.span_corruption import SpanCorruption
@@ -44,65 +45,43 @@ def test_a_dumped_recipe_resolves_to_an_equal_one(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "where", "words"),
     [
-        (
-            ["train.batch_tokens=1000"],
-            "train.batch_tokens (1000) must be a multiple of the 512 tokens of one input sequence: try 1024.",
-        ),
-        (
-            ["train.microbatch_tokens=600"],
-            "train.microbatch_tokens (600) must be a multiple of the 512 tokens of one input sequence: try 1024.",
-        ),
-        (
-            ["train.microbatch_tokens=1536"],
-            "train.microbatch_tokens (1536) must divide train.batch_tokens (4096): try 1024.",
-        ),
-        (
-            ["train.microbatch_tokens=8192"],
-            "train.microbatch_tokens (8192) must divide train.batch_tokens (4096): try 4096.",
-        ),
+        (["train.batch_tokens=1000"], -1, "train.batch_tokens 1000 512 1024"),
+        (["train.microbatch_tokens=600"], -1, "train.microbatch_tokens 600 512 1024"),
+        (["train.microbatch_tokens=1536"], -1, "train.microbatch_tokens 1536 train.batch_tokens 4096 1024"),
+        (["train.microbatch_tokens=8192"], -1, "train.microbatch_tokens 8192 train.batch_tokens 4096 4096"),
         (
             ["model.router.group_sequences=3"],
-            "train.batch_tokens (4096) must be a multiple of the 1536 tokens that model.router.group_sequences puts "
-            "into one group: try 4608.",
+            "mine.yaml:6",
+            "train.batch_tokens 4096 1536 model.router.group_sequences 4608",
         ),
         (
             ["model.router.group_sequences=4", "train.microbatch_tokens=1024"],
-            "train.microbatch_tokens (1024) must be a multiple of the 2048 tokens that model.router.group_sequences "
-            "puts into one group: try 2048.",
+            -1,
+            "train.microbatch_tokens 1024 2048 model.router.group_sequences 2048",
         ),
-        (
-            ["model.num_experts=200"],
-            "model.router.group_sequences (1): a group of the decoder has 114 tokens for 200 experts: try "
-            "model.router.group_sequences=2 or more.",
-        ),
+        (["model.num_experts=200"], "mine.yaml:1", "decoder 114 200 model.router.group_sequences=2"),
         (
             ["model.decoder_router={capacity_factor: 0.05}"],
-            "model.decoder_router.capacity_factor (0.05) gives each of 8 experts 0.71 slots in a group of 114 tokens "
-            "of the decoder: take 0.071 or more, for at least one.",
+            -1,
+            "model.decoder_router.capacity_factor 0.05 8 0.71 114 decoder 0.071",
         ),
         (
             ["model.router.eval_capacity_factor=0.01", "model.sparse_decoder_layers=[]"],
-            "model.router.eval_capacity_factor (0.01) gives each of 8 experts 0.64 slots in a group of 512 tokens of "
-            "the encoder: take 0.016 or more, for at least one.",
+            0,
+            "model.router.eval_capacity_factor 0.01 8 0.64 512 encoder 0.016",
         ),
-        (
-            ["model.vocab_size=8000"],
-            "data.tokenizer.vocab_size (8192) must be at most the 8000 rows of model.vocab_size: "
-            "try model.vocab_size=8192.",
-        ),
-        (
-            ["schedule={kind: cosine, warmup_steps: 101}"],
-            "schedule.warmup_steps (101) must be at most train.steps (100): try 10.",
-        ),
+        (["model.vocab_size=8000"], "mine.yaml:3", "data.tokenizer.vocab_size 8192 8192 8000 model.vocab_size=8192"),
+        (["schedule={kind: cosine, warmup_steps: 101}"], 0, "schedule.warmup_steps 101 train.steps 100 10"),
     ],
 )
-def test_parts_that_do_not_fit(recipe, overrides, message):
+def test_parts_that_do_not_fit(recipe, overrides, where, words):
+    """The line begins with the override of that index, or with the line of the file."""
     with pytest.raises(RecipeError) as raised:
         recipe(*overrides)
     (line,) = str(raised.value).splitlines()
-    assert line.endswith(f": {message}")
+    assert_line(line, where if isinstance(where, str) else f"override {overrides[where]!r}", words)
 
 
 def test_the_line_is_that_of_the_key(recipe):
@@ -114,10 +93,9 @@ def test_the_line_is_that_of_the_key(recipe):
 def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("train: {steps: 1, batch_tokens: 512}\nmodel: {vocab_size: 200}")
-    with pytest.raises(
-        RecipeError, match=r"^mine.yaml:2: data.tokenizer.vocab_size \(8192\) must be at most the 200 rows"
-    ):
+    with pytest.raises(RecipeError) as raised:
         resolve.resolve("mine.yaml", [], PretrainRecipe)
+    assert_line(str(raised.value), "mine.yaml:2", "data.tokenizer.vocab_size 8192 8192 200 model.vocab_size=8192")
 
 
 def test_a_dense_model_has_no_groups(recipe):
@@ -137,36 +115,34 @@ def test_another_kind_of_objective_replaces_the_first(recipe):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "words"),
     [
         (
             "data={packing: documents, objective: {kind: denoisers}}",
-            "data.packing (documents) needs objective.kind=span_corruption, and it is denoisers: take packing=windows",
+            "data.packing documents objective.kind=span_corruption denoisers packing=windows",
         ),
         (
             "data.objective={kind: prefix_lm, text_length: 1023}",
-            "data.objective.text_length (1023) must be at most 1022, what inputs_length (512) and targets_length (512) "
-            "hold beside an EOS each",
+            "data.objective.text_length 1023 1022 inputs_length 512 targets_length 512",
         ),
         (
             "data.objective={kind: denoisers, mean_span_length: 3}",
-            "data.objective.mean_span_length: no such key for this kind; it belongs to kind: span_corruption",
+            "data.objective.mean_span_length span_corruption",
         ),
-        (
-            "data.objective.kind=ul2",
-            "data.objective.kind: must be one of span_corruption, prefix_lm, denoisers (got 'ul2')",
-        ),
+        ("data.objective.kind=ul2", "data.objective.kind span_corruption prefix_lm denoisers ul2"),
     ],
 )
-def test_objectives_that_cannot_be(recipe, override, message):
+def test_objectives_that_cannot_be(recipe, override, words):
     with pytest.raises(RecipeError) as raised:
         recipe(override)
-    assert str(raised.value).endswith(f": {message}")
+    assert_line(str(raised.value), f"override {override!r}", words)
 
 
 def test_a_key_of_an_earlier_version_names_that_of_today(recipe):
-    with pytest.raises(RecipeError, match=r": data.span_corruption: no such key: it is data.objective now$"):
-        recipe("data.span_corruption.inputs_length=128")
+    override = "data.span_corruption.inputs_length=128"
+    with pytest.raises(RecipeError) as raised:
+        recipe(override)
+    assert_line(str(raised.value), f"override {override!r}", "data.span_corruption data.objective")
 
 
 EARLIER = """\
@@ -198,9 +174,9 @@ def test_earlier_keys_are_refused_in_a_file_that_no_run_saved(recipe, tmp_path):
     (tmp_path / "other.yaml").write_text(EARLIER, encoding="utf-8")
     with pytest.raises(RecipeError) as raised:
         resolve.resolve("other.yaml", [], PretrainRecipe)
-    lines = str(raised.value).splitlines()
-    assert "other.yaml:2: data.span_corruption: no such key: it is data.objective now" in lines
-    assert any(line.startswith("other.yaml:3: data.corpora.0.streaming: no such key") for line in lines)
+    streaming, objective = str(raised.value).splitlines()
+    assert_line(streaming, "other.yaml:3", "data.corpora.0.streaming")
+    assert_line(objective, "other.yaml:2", "data.span_corruption data.objective")
 
 
 def test_a_router_without_a_kind_is_switch(recipe):

@@ -5,6 +5,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipe_errors import assert_line
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import text
@@ -52,41 +53,42 @@ def test_scalars_are_those_of_yaml_1_2(source, value):
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "where", "words"),
     [
-        ("a: 1\nb: 2\na: 3", "f:3: a: given twice, first at f:1: remove one"),
-        ("a: 1\nb: &x 2", r"f:2: anchors \(&x\) are not allowed"),
-        ("a: *x", r"f:1: aliases \(\*x\) are not allowed"),
-        ("? *x\n: 1", r"f:1: aliases"),
-        ("a: !!str 3", "f:1: tags .* are not allowed"),
-        ("a: !python/object:os.system {}", "f:1: tags .* are not allowed"),
-        ("!x a: 1", "f:1: tags"),
-        ("<<: {a: 1}", "f:1: merge keys"),
-        ("a: 1\n2: 3", "f:2: a key must be text"),
-        ("no: 1\nnull: 2", "f:2: a key must be text"),
-        ("? [a]\n: 1", "f:1: a key must be text"),
-        ("a: 1\n---\nb: 1", "f:2: a second document"),
-        ("[" * 33, "f:1: nested more than 32 deep"),
-        ("[" * 3000, "f:1: nested more than 32 deep"),
-        ("{a: " * 3000, "f:1: nested more than 32 deep"),
-        ("a: 1\nb: [1", "f:2: not YAML: "),
-        ("a: b: c", "f:1: not YAML: "),
-        ("a: 1\n\tb: 2", "f:2: not YAML: "),
-        ("a: \x01", "f:1: the character .* is not allowed"),
-        ("a: 1\nb: \ud800", "f:2: the character .* is not allowed"),
-        ('a: "\\ud800"', "f:1: half a surrogate pair"),
-        ('a: "\\U00110000"', "f:1: not YAML: an escape"),
-        ('a: "\\UFFFFFFFF"', "f:1: not YAML: an escape"),
-        ("a: " + "9" * 5000, "f:1: an integer of more than 1000 digits"),
-        ("a: 0x" + "f" * 5000, "f:1: an integer of more than 1000 digits"),
-        ("- " * 3000, "f:1: nested more than 32 deep"),
-        ("a:\n" + "- 1\n" * 10_000, "f:9999: more than the 10000 keys and values"),
+        ("a: 1\nb: 2\na: 3", "f:3", "a f:1"),
+        ("a: 1\nb: &x 2", "f:2", "anchors &x"),
+        ("a: *x", "f:1", "aliases *x"),
+        ("? *x\n: 1", "f:1", "aliases *x"),
+        ("a: !!str 3", "f:1", "tags tag:yaml.org,2002:str"),
+        ("a: !python/object:os.system {}", "f:1", "tags !python/object:os.system"),
+        ("!x a: 1", "f:1", "tags !x"),
+        ("<<: {a: 1}", "f:1", "<< extends"),
+        ("a: 1\n2: 3", "f:2", "key quotes"),
+        ("no: 1\nnull: 2", "f:2", "key quotes"),
+        ("? [a]\n: 1", "f:1", "key quotes"),
+        ("a: 1\n---\nb: 1", "f:2", "'---'"),
+        ("[" * 33, "f:1", "32"),
+        ("[" * 3000, "f:1", "32"),
+        ("{a: " * 3000, "f:1", "32"),
+        ("a: 1\nb: [1", "f:2", "YAML ']'"),
+        ("a: b: c", "f:1", "YAML mapping"),
+        ("a: 1\n\tb: 2", "f:2", r"YAML '\t'"),
+        ("a: \x01", "f:1", r"'\x01'"),
+        ("a: 1\nb: \ud800", "f:2", r"'\ud800'"),
+        ('a: "\\ud800"', "f:1", "surrogate"),
+        ('a: "\\U00110000"', "f:1", "YAML escape"),
+        ('a: "\\UFFFFFFFF"', "f:1", "YAML escape"),
+        ("a: " + "9" * 5000, "f:1", "1000 digits"),
+        ("a: 0x" + "f" * 5000, "f:1", "1000 digits"),
+        ("- " * 3000, "f:1", "32"),
+        ("a:\n" + "- 1\n" * 10_000, "f:9999", "10000"),
     ],
 )
-def test_what_a_recipe_needs_not_is_refused_by_line(source, message):
-    with pytest.raises(RecipeError, match=f"^{message}") as raised:
+def test_what_a_recipe_needs_not_is_refused_by_line(source, where, words):
+    with pytest.raises(RecipeError) as raised:
         read(source)
     assert "\n" not in str(raised.value)
+    assert_line(str(raised.value), where, words)
 
 
 def test_a_node_knows_the_line_of_its_key():
@@ -106,25 +108,27 @@ def test_nesting_of_32_is_read():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "where", "words"),
     [
-        (b"a: 1\nb: \xff", r"mine.yaml:2: byte 8 is not UTF-8"),
-        ("a: 1".encode("utf-16"), r"mine.yaml:1: byte 0 is not UTF-8"),
-        (b"#" * (2**20 + 1), "mine.yaml: more than the 1048576 bytes"),
+        (b"a: 1\nb: \xff", "mine.yaml:2", "8 UTF-8"),
+        ("a: 1".encode("utf-16"), "mine.yaml:1", "0 UTF-8"),
+        (b"#" * (2**20 + 1), "mine.yaml", "1048576 bytes"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, monkeypatch, content, message):
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, monkeypatch, content, where, words):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
-    with pytest.raises(RecipeError, match=f"^{message}"):
+    with pytest.raises(RecipeError) as raised:
         text.read_file(path)
+    assert_line(str(raised.value), where, words)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(RecipeError, match=f"^{re.escape(str(path))}: cannot be read"):
+    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "folder")):
+        with pytest.raises(RecipeError) as raised:
             text.read_file(path)
+        assert_line(str(raised.value), str(path), reason)
 
 
 def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):

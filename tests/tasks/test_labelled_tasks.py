@@ -1,5 +1,6 @@
 """GLUE, SuperGLUE, ANLI and WinoGrande: from a row with the hub's columns to the exact texts."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -216,12 +217,12 @@ def test_a_secret_answer_leaves_the_input_and_no_target(name: str) -> None:
 @pytest.mark.parametrize("bad", [7, -2, "1", None, 0.5, float("nan"), 10**400, [1], {}])
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in {"record", "winogrande", "stsb"}])
 def test_a_label_that_is_none_is_told(name: str, bad: object) -> None:
-    with pytest.raises(ValueError, match=r"^label: .* is none of 0 to [12], or -1 where it is secret$"):
+    with pytest.raises(ValueError, match=r"^label: .*\b0\b.*\b[12]\b.* -1\b"):
         made(name, {**ROWS[name], "label": bad})
 
 
 def test_the_words_of_a_bad_label() -> None:
-    with pytest.raises(ValueError, match=r"^label: 7 is none of 0 to 1, or -1 where it is secret$"):
+    with pytest.raises(ValueError, match=r"^label: 7\b.*\b0\b.*\b1\b.* -1\b"):
         made("cola", {"sentence": "", "label": 7})
 
 
@@ -298,7 +299,7 @@ def test_stsb_rounds_to_the_nearest_fifth(score: float, text: str) -> None:
 
 @pytest.mark.parametrize("bad", [5.1, -0.5, -2, float("nan"), float("inf"), 10**400, "3.4", None, [1]])
 def test_stsb_tells_of_a_score_off_its_scale(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"^label: .* is no number from 0 to 5, or -1 where it is secret$"):
+    with pytest.raises(ValueError, match=r"^label: .*\b0\b.*\b5\b.* -1\b"):
         made("stsb", {**ROWS["stsb"], "label": bad})
 
 
@@ -338,7 +339,7 @@ def test_wsc_trains_on_right_phrases_and_is_judged_by_all() -> None:
 
 @pytest.mark.parametrize("bad", [None, "7", 7.0])
 def test_wsc_tells_of_an_index_that_is_none(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"^span2_index: .* is no number of a word$"):
+    with pytest.raises(ValueError, match=f"^span2_index: {re.escape(repr(bad))}"):
         made("wsc", {**ROWS["wsc"], "span2_index": bad})
 
 
@@ -349,7 +350,7 @@ def test_wnli_is_judged_as_wsc_is() -> None:
 
 
 def test_dpr_needs_two_candidates() -> None:
-    with pytest.raises(ValueError, match=r"^candidates: 3 texts where there should be 2$"):
+    with pytest.raises(ValueError, match=r"^candidates: .*\b3\b.*\b2\b"):
         made("dpr", {**ROWS["dpr"], "candidates": ["a", "b", "c"]})
 
 
@@ -359,5 +360,5 @@ def test_winogrande_answers_with_the_text_of_the_option() -> None:
 
 @pytest.mark.parametrize("bad", ["3", "Ann", 1, None, -1, [1]])
 def test_winogrande_tells_of_an_answer_that_is_none(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"^answer: .* is none of '1' and '2', or '' where it is secret$"):
+    with pytest.raises(ValueError, match=rf"^answer: {re.escape(repr(bad))}.*'1'.*'2'.*''"):
         made("winogrande", {**ROWS["winogrande"], "answer": bad})

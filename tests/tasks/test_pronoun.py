@@ -32,7 +32,7 @@ def test_wsc_marks_the_word_at_the_index(text: str, index: int, pronoun: str, ma
 
 @pytest.mark.parametrize("text", ["", "the theme there", "He"])
 def test_wsc_tells_of_a_pronoun_that_is_not_there(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^span2_text: the pronoun 'he' is no word of the text$"):
+    with pytest.raises(ValueError, match=r"^span2_text: .*'he'"):
         mark_word(text, 1, "he")
 
 

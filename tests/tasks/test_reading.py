@@ -26,7 +26,7 @@ def test_a_folder_is_laid_out_as_the_hub(tmp_path: Path) -> None:
     (found,) = reading.examples(TASKS["cola"], "train", "training", str(tmp_path))
     assert (found.input, found.targets) == ("cola sentence: It is.", ("acceptable",))
     with pytest.raises(
-        DataError, match=r"glue/cola/validation.jsonl: no such file: data.folder holds a set as FOLDER/"
+        DataError, match=r"glue/cola/validation\.jsonl: .*data\.folder.*FOLDER/glue/cola/validation\.jsonl"
     ):
         reading.examples(TASKS["cola"], "validation", "scoring", str(tmp_path))
 
@@ -47,35 +47,34 @@ def test_evaluation_alone(tmp_path: Path) -> None:
     assert not reading.has(TASKS["ax"], "train")
     assert reading.has(TASKS["ax"], "validation")
     assert not reading.has(TASKS["python_modules"], "test")
-    with pytest.raises(DataError, match="wnli has no train split"):
+    with pytest.raises(DataError, match=r"tasks: wnli\b.*\btrain\b"):
         reading.examples(TASKS["wnli"], "train", "training", str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "pattern"),
     [
-        ('{"label": 1, "text": "a"}', "sst2 reads the column 'sentence', and this row has 'label', 'text'"),
-        ('{"label": 7, "sentence": "a"}', "label: 7 is none of 0 to 1"),
-        ('{"label": "positive", "sentence": "a"}', "label: 'positive' is none of 0 to 1"),
+        ('{"label": 1, "text": "a"}', r"\bsst2\b.*'sentence'.*'label', 'text'"),
+        ('{"label": 7, "sentence": "a"}', r"label: 7\b.*\b0\b.*\b1\b"),
+        ('{"label": "positive", "sentence": "a"}', r"label: 'positive'.*\b0\b.*\b1\b"),
         ('{"label": 1, "sentence": 5}', "sentence: "),
         ('{"label": 1, "sentence": null}', "sentence: "),
         ('{"label": [1], "sentence": "a"}', "label: "),
-        ("[1]", "a JSON object is needed"),
-        ('{"label": 1', "not JSON"),
+        ("[1]", r"JSON object\b.*\blist\b"),
+        ('{"label": 1', r"\bJSON\b.*line 1 column 12\b"),
     ],
 )
-def test_a_bad_row_is_told_with_its_file_and_line(line: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_told_with_its_file_and_line(line: str, pattern: str, tmp_path: Path) -> None:
     path = tmp_path / "glue/sst2/train.jsonl"
     write(path, [{"sentence": "fine", "label": 0}])
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(DataError, match=r"train\.jsonl:2: ") as error:
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: .*{pattern}"):
         reading.examples(TASKS["sst2"], "train", "training", str(tmp_path))
-    assert message in str(error.value)
 
 
 def test_an_empty_split(tmp_path: Path) -> None:
     write(tmp_path / "glue/sst2/train.jsonl", [])
-    with pytest.raises(DataError, match="sst2: no examples in train"):
+    with pytest.raises(DataError, match=r"tasks: sst2: .*\btrain\b"):
         reading.examples(TASKS["sst2"], "train", "training", str(tmp_path))
 
 
@@ -106,9 +105,7 @@ def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(
-        DataError, match=r"tasks: sst2: nyu-mll/glue: the dataset cannot be opened \(no route\): .*data.folder"
-    ):
+    with pytest.raises(DataError, match=r"tasks: sst2: nyu-mll/glue: .*\(no route\).*\bnetwork\b.*data\.folder\b"):
         reading.examples(TASKS["sst2"], "validation", "scoring", None)
     assert corpus.hub_rows is reading.hub_rows
 
@@ -137,32 +134,32 @@ def test_a_task_of_ones_own(row: dict[str, Any], labels: tuple[str, ...], asked:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "pattern"),
     [
-        ({"a": None, "b": "y", "c": 1}, "a: holds None"),
-        ({"a": {"x": 1}, "b": "y", "c": 1}, "a: holds "),
-        ({"a": "x", "b": "y", "c": 2}, "c: 2 is none of the labels no, yes"),
-        ({"a": "x", "b": "y", "c": -1}, "c: -1 is none of the labels no, yes"),
-        ({"a": "x", "b": "y", "c": "maybe"}, "c: 'maybe' is none of the labels no, yes"),
+        ({"a": None, "b": "y", "c": 1}, r"^a: .*\bNone\b"),
+        ({"a": {"x": 1}, "b": "y", "c": 1}, r"^a: .*\{'x': 1\}"),
+        ({"a": "x", "b": "y", "c": 2}, r"^c: .*\b2\b.*\bno, yes\b"),
+        ({"a": "x", "b": "y", "c": -1}, r"^c: .*-1\b.*\bno, yes\b"),
+        ({"a": "x", "b": "y", "c": "maybe"}, r"^c: .*'maybe'.*\bno, yes\b"),
     ],
 )
-def test_its_bad_rows(row: dict[str, Any], message: str) -> None:
+def test_its_bad_rows(row: dict[str, Any], pattern: str) -> None:
     (task,) = own(labels=("no", "yes")).tasks()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=pattern):
         list(task.examples(row, "training"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "pattern"),
     [
-        ({"name": "rte"}, "a task or suite of that name ships"),
-        ({"name": "a/b"}, "pattern"),
-        ({"input": "no field"}, "must hold a field"),
-        ({"metrics": ("bleuu",)}, "Did you mean bleu"),
-        ({"metrics": ("f1",)}, "needs 2 labels"),
-        ({"metrics": ("matthews",), "labels": ("one",)}, "needs two or more labels"),
+        ({"name": "rte"}, r"\bname\b.*\brte\b"),
+        ({"name": "a/b"}, r"\bname\n.*\bpattern\b"),
+        ({"input": "no field"}, r"\binput\b.*'no field'.*\{text\}"),
+        ({"metrics": ("bleuu",)}, r"\bmetrics\b.*\bbleuu\b.*\bbleu\b"),
+        ({"metrics": ("f1",)}, r"\bmetrics\b.*\bf1\b.*\b2 labels\b.*\b0\b"),
+        ({"metrics": ("matthews",), "labels": ("one",)}, r"\bmetrics\b.*\bmatthews\b.*\blabels\b.*\b1\b"),
     ],
 )
-def test_its_settings(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_its_settings(changes: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
         own(**changes)

@@ -1,6 +1,5 @@
 """Every task of free text: the exact texts of a row with the hub's columns, and what a bad row is told."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,35 +122,27 @@ def test_a_secret_answer_is_not_trained_on_and_has_no_target(name: str, row: Map
 
 
 BAD: list[tuple[str, Mapping[str, Any], str]] = [
-    ("squad", {"question": "Who?", "context": "A."}, "answers.text: is not there: the row has question, context"),
-    (
-        "squad",
-        {"question": "Who?", "context": "A.", "answers": ["a"]},
-        "answers.text: is not there: answers is a list of str",
-    ),
-    ("squad", {"question": None, "context": "A."}, "question: is empty (null), and should be a text"),
-    ("natural_questions", {"question": "who", "answer": "Austen"}, "answer: is of type str, and should be a list"),
-    ("web_questions", {"question": 3, "answers": []}, "question: is of type int, and should be a text"),
-    ("trivia_qa", {"question": "Who?", "answer": {"aliases": []}}, "answer.value: is not there: answer has aliases"),
-    (
-        "arc_easy",
-        {"question": "Which?", "choices": CHOICES, "answerKey": "D"},
-        "answerKey: is 'D', and should be one of A, B, C",
-    ),
+    ("squad", {"question": "Who?", "context": "A."}, r"answers\.text: .*\bquestion, context\b"),
+    ("squad", {"question": "Who?", "context": "A.", "answers": ["a"]}, r"answers\.text: .*\banswers\b.*\blist\b"),
+    ("squad", {"question": None, "context": "A."}, r"question: .*\bnull\b.*\btext\b"),
+    ("natural_questions", {"question": "who", "answer": "Austen"}, r"answer: .*\bstr\b.*\blist\b"),
+    ("web_questions", {"question": 3, "answers": []}, r"question: .*\bint\b.*\btext\b"),
+    ("trivia_qa", {"question": "Who?", "answer": {"aliases": []}}, r"answer\.value: .*\baliases\b"),
+    ("arc_easy", {"question": "Which?", "choices": CHOICES, "answerKey": "D"}, r"answerKey: .*'D'.*\bA, B, C\b"),
     (
         "arc_easy",
         {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"},
-        "choices: has 2 texts and 1 labels, and should have one label a text",
+        r"choices: .*\b2\b.*\b1\b.*\blabel",
     ),
-    ("cnn_dailymail", {"article": ["a"], "highlights": "b"}, "article: is a list"),
-    ("wmt14_en_de", {"translation": {"en": "a"}}, "translation.de: is not there: translation has en"),
-    ("python_modules", {"module": "tkinter", "docstring": "x"}, "module: is 'tkinter', and should be one of asyncio"),
+    ("cnn_dailymail", {"article": ["a"], "highlights": "b"}, r"article: .*\blist\b.*\btext\b"),
+    ("wmt14_en_de", {"translation": {"en": "a"}}, r"translation\.de: .*\ben\b"),
+    ("python_modules", {"module": "tkinter", "docstring": "x"}, r"module: .*'tkinter'.*\basyncio\b"),
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "message"), BAD)
-def test_a_bad_row_says_what_is_wrong(name: str, row: Mapping[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+@pytest.mark.parametrize(("name", "row", "pattern"), BAD)
+def test_a_bad_row_says_what_is_wrong(name: str, row: Mapping[str, Any], pattern: str) -> None:
+    with pytest.raises(ValueError, match=f"^{pattern}"):
         list(TASKS[name].examples(row, "scoring"))
 
 

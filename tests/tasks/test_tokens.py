@@ -83,7 +83,7 @@ def test_special_tokens_spelt_out_in_a_text_are_none(task: Task, tokenizer: Toke
 
 def test_an_answer_is_needed_to_train(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"n": "one", "m": null}\n')
-    with pytest.raises(DataError, match=r"train\.jsonl:1: tasks: mine: m: holds no answer"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: tasks: mine: m: .*answer"):
         tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
 
 
