@@ -58,7 +58,7 @@ def test_the_router_is_saturated_at_initialisation(fresh: dict[str, Finding]) ->
 
 def test_padding_on_the_left_takes_the_slots(fresh: dict[str, Finding]) -> None:
     assert fresh["padding"].value > 0.01
-    left, right = map(int, re.findall(r"(\d+) (?:inputs|right)", fresh["padding"].figure))
+    left, right = map(int, re.findall(r" (\d+) ", fresh["padding"].figure))
     assert left > right > 0
 
 
@@ -84,9 +84,12 @@ def test_experts_without_tokens_have_no_gradient(fresh: dict[str, Finding]) -> N
 def test_the_flags_of_the_configuration_bring_no_balance_loss() -> None:
     found = balance_loss(theirs(output_router_logits=True, add_router_probs=True))
     assert (found.verdict, found.value) == ("fail", 0)
-    assert "unless the caller asks" in found.figure
+    assert re.search(r"\d\.\d{4}", found.figure)
+    assert "output_router_logits=True" in found.advice
     sparse = theirs(num_sparse_encoder_layers=4, num_sparse_decoder_layers=4)
-    assert "even when asked" in balance_loss(sparse).figure
+    found = balance_loss(sparse)
+    assert (found.verdict, found.value) == ("fail", 0)
+    assert "output_router_logits" not in found.advice
 
 
 def test_a_folder_is_read(folder: Path) -> None:
@@ -110,39 +113,39 @@ def test_folders_that_cannot_be_probed(folder: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    assert "cannot open it (SafetensorError" in refused(folder, CheckpointError)
+    assert "SafetensorError" in refused(folder, CheckpointError)
     save_file({"shared.weight": theirs(d_model=32).parameters["shared.weight"].detach()}, weights)
-    assert "the weights lack" in refused(folder, CheckpointError)
+    assert re.search(r"decoder\.block\.0\.layer\.0\.\S+\.weight\b", refused(folder, CheckpointError))
     weights.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    assert "pytorch_model.bin: a pickle, which can run code" in refused(folder, CheckpointError)
+    assert re.search(r"pytorch_model\.bin\b.*\bsafetensors\b", refused(folder, CheckpointError))
     (folder / "pytorch_model.bin").unlink()
     config = json.loads((folder / "config.json").read_text())
-    for changed, said in [
-        ({"model_type": "t5"}, "must be switch_transformers, and is 't5'"),
-        ({"dense_act_fn": "gated-gelu"}, "cannot open it (KeyError: 'gated-gelu')"),
-        ({"num_layers": True}, "cannot open it (StrictDataclassFieldValidationError"),
-        ({"num_layers": [1]}, "cannot open it (StrictDataclassFieldValidationError"),
-        ({"num_layers": -1}, "num_layers: from 1 to 1,024 (got -1)"),
-        ({"vocab_size": 0}, "vocab_size: from 1 to"),
-        ({"encoder_sparse_step": "2"}, "cannot open it (TypeError"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: weights are probed in float32"),
-        ({"num_experts": 10**7}, "config.json: num_experts: from 1 to 16,384 (got 10000000)"),
-        ({"hidden_size": 10**400}, "config.json: d_model: from 1 to 131,072 (got 1000"),
-        ({"num_layers": 10**6}, "config.json: num_layers: from 1 to 1,024"),
-        ({"num_layers": 1024, "num_experts": 16384}, "num_experts (16384) in 1028 blocks: at most 131,072 in all"),
+    for changed, tokens in [
+        ({"model_type": "t5"}, r"config\.json.*\bmodel_type\b.*\bswitch_transformers\b.*'t5'"),
+        ({"dense_act_fn": "gated-gelu"}, "KeyError: 'gated-gelu'"),
+        ({"num_layers": True}, r"StrictDataclassFieldValidationError.*\bnum_layers\b"),
+        ({"num_layers": [1]}, r"StrictDataclassFieldValidationError.*\bnum_layers\b"),
+        ({"num_layers": -1}, r"config\.json.*\bnum_layers\b.*\b1\b.*\b1,024\b.*-1\b"),
+        ({"vocab_size": 0}, r"config\.json.*\bvocab_size\b.*\b1\b.*\b0\b"),
+        ({"encoder_sparse_step": "2"}, "TypeError"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"config\.json.*\bquantization_config\b.*\bfloat32\b"),
+        ({"num_experts": 10**7}, r"config\.json.*\bnum_experts\b.*\b1\b.*\b16,384\b.*\b10000000\b"),
+        ({"hidden_size": 10**400}, r"config\.json.*\bd_model\b.*\b1\b.*\b131,072\b.*\b1000"),
+        ({"num_layers": 10**6}, r"config\.json.*\bnum_layers\b.*\b1\b.*\b1,024\b"),
+        ({"num_layers": 1024, "num_experts": 16384}, r"num_experts \(16384\).*\b1028\b.*\b131,072\b"),
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **changed}))
-        assert said in refused(folder, CheckpointError)
+        assert re.search(tokens, refused(folder, CheckpointError))
     for text, said in (
-        ("[", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ('{"a": ' * 100_000, "not JSON"),
-        (" " * (1 << 20) + json.dumps(config), "more than 1,048,576 bytes"),
+        ("[", "JSON"),
+        ("[" * 100_000, "JSON"),
+        ('{"a": ' * 100_000, "JSON"),
+        (" " * (1 << 20) + json.dumps(config), "1,048,576 bytes"),
     ):
         (folder / "config.json").write_text(text)
         error = refused(folder, CheckpointError)
-        assert "config.json: " in error
+        assert "config.json" in error
         assert said in error
 
 
@@ -162,11 +165,9 @@ def test_a_model_too_large_for_the_machine(folder: Path, weights: bool) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "d_ff": 1 << 20, "d_model": 1 << 17}))
     if not weights:
         (folder / "model.safetensors").unlink()
-    assert re.fullmatch(
-        r"weights and gradients take [\d,]+ bytes, and this machine has [\d,]+: .*", refused(folder, OutOfMemory)
-    )
+    assert re.search(r"\b\d[\d,]{9,} bytes\b.*\b\d[\d,]{9,}", refused(folder, OutOfMemory))
 
 
 def test_without_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'transformers>=5.18,<6', or `switchcli convert`" in refused(folder, RecipeError)
+    assert re.search("pip install 'transformers>=5.18,<6'.*`switchcli convert`", refused(folder, RecipeError))

@@ -148,5 +148,5 @@ def test_there_may_be_more_beams_than_pieces() -> None:
 
 
 def test_beams_have_no_steps_to_read_along() -> None:
-    with pytest.raises(ValueError, match=r"beams \(2\) have no answer before the last step: set beams to 1"):
+    with pytest.raises(ValueError, match=r"beams \(2\).*\bbeams\b.*\b1\b"):
         next(steps(a_model(), some_inputs(1, 1), Decoding(beams=2)))

@@ -17,14 +17,17 @@ from switchcli.spec import PAD
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beams": 4, "temperature": 0.7}, "set beams to 1 or temperature to 0"),
-        ({"top_p": 0.9}, "set a temperature, such as 1.0, or leave top_p out"),
+        (
+            {"beams": 4, "temperature": 0.7},
+            r"beams \(4\).*temperature \(0\.7\)[^{]*\bbeams\b[^{]*\b1\b[^{]*\btemperature\b[^{]*\b0\b",
+        ),
+        ({"top_p": 0.9}, r"top_p \(0\.9\).*\btemperature\b.*\b1\.0\b.*\btop_p\b"),
         ({"max_tokens": 0}, "greater than or equal to 1"),
         ({"beams": 0}, "greater than or equal to 1"),
         ({"length_penalty": -1.0}, "greater than or equal to 0"),
         ({"temperature": math.inf}, "finite"),
         ({"top_p": 0.0, "temperature": 1.0}, "greater than 0"),
-        ({"beams": 2, "length_penalty": 1e6}, "length_penalty.* set it to 25 or less"),
+        ({"beams": 2, "length_penalty": 1e6}, r"length_penalty \(1e\+06\).*\bmax_tokens\b.*\b25\b"),
         ({"top_k": 5}, "not permitted"),
     ],
 )

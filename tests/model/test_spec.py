@@ -50,17 +50,20 @@ def test_the_routed_parts_are_the_modules_of_the_model_in_the_order_of_their_rep
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"sparse_encoder_layers": (2, 1)},
-            r"sparse_encoder_layers \(\[2, 1\]\) must name blocks from 0 to 3 in order",
-        ),
-        ({"sparse_encoder_layers": (1, 1)}, r"once each"),
-        ({"sparse_encoder_layers": (4,)}, r"from 0 to 3"),
-        ({"sparse_decoder_layers": (3,)}, r"sparse_decoder_layers \(\[3\]\) must name blocks from 0 to 2"),
+        ({"sparse_encoder_layers": (2, 1)}, r"sparse_encoder_layers \(\[2, 1\]\)[^{]*\b0\b[^{]*\b3\b"),
+        ({"sparse_encoder_layers": (1, 1)}, r"sparse_encoder_layers \(\[1, 1\]\)[^{]*\b0\b[^{]*\b3\b"),
+        ({"sparse_encoder_layers": (4,)}, r"sparse_encoder_layers \(\[4\]\)[^{]*\b0\b[^{]*\b3\b"),
+        ({"sparse_decoder_layers": (3,)}, r"sparse_decoder_layers \(\[3\]\)[^{]*\b0\b[^{]*\b2\b"),
         ({"sparse_decoder_layers": (-1,)}, r"greater than or equal to 0"),
-        ({"sparse_encoder_layers": (), "sparse_decoder_layers": ()}, r"name no block: num_experts: 1 is dense"),
-        ({"sparse_every": 4}, r"sparse_every \(4\) is more than the 3 blocks.*take sparse_every <= 3, name the layers"),
-        ({"sparse_every": 5, "sparse_decoder_layers": (0,)}, r"sparse_every \(5\) is more than the 4 blocks"),
+        (
+            {"sparse_encoder_layers": (), "sparse_decoder_layers": ()},
+            r"sparse_encoder_layers\b[^{]*\bsparse_decoder_layers\b[^{]*\bnum_experts: 1\b",
+        ),
+        ({"sparse_every": 4}, r"sparse_every \(4\)[^{]*\b3\b[^{]*\bsparse_every <= 3\b[^{]*\bnum_experts: 1\b"),
+        (
+            {"sparse_every": 5, "sparse_decoder_layers": (0,)},
+            r"sparse_every \(5\)[^{]*\b4\b[^{]*\bsparse_every <= 4\b",
+        ),
         ({"sparse": "both", "sparse_every": 0}, r"greater than or equal to 1"),
         ({"sparse": "cross_attention"}, r"'feed_forward', 'attention' or 'both'"),
         ({"balance_reduction": "max"}, r"'sum', 'mean' or 'pooled'"),
@@ -74,7 +77,7 @@ def test_layers_that_are_refused(changes: dict[str, object], message: str) -> No
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (TopK, {"k": 1}, "cannot learn"),
+        (TopK, {"k": 1}, r"\bk: 1\b.*renormalise: true.*kind: switch"),
         (TopK, {"k": 0}, "greater than or equal to 1"),
         (TopK, {"keep_threshold": -0.1}, "greater than or equal to 0"),
         (TopK, {"keep_threshold": 1.1}, "less than or equal to 1"),
@@ -110,11 +113,11 @@ def test_settings_of_a_router_that_are_refused(
 
 
 def test_more_choices_than_experts_are_refused_under_the_key_that_asks_for_them() -> None:
-    with pytest.raises(ValidationError, match=r"\brouter\.k \(5\) must be at most num_experts \(4\)"):
+    with pytest.raises(ValidationError, match=r"\brouter\.k \(5\).*num_experts \(4\)"):
         spec(router=TopK(k=5))
-    with pytest.raises(ValidationError, match=r"decoder_router\.k \(6\) must be at most num_experts \(4\)"):
+    with pytest.raises(ValidationError, match=r"decoder_router\.k \(6\).*num_experts \(4\)"):
         spec(decoder_router=TopK(k=6))
-    with pytest.raises(ValidationError, match=r"(?<!decoder_)router\.k \(5\) must be at most"):
+    with pytest.raises(ValidationError, match=r"\brouter\.k \(5\).*num_experts \(4\)"):
         spec(router=TopK(k=5), sparse_encoder_layers=())  # the decoder's router is `router` too
     spec(router=TopK(k=4))
     spec(router=TopK(k=5), decoder_router=Switch(), sparse_encoder_layers=())  # nothing is routed by it
@@ -123,19 +126,19 @@ def test_more_choices_than_experts_are_refused_under_the_key_that_asks_for_them(
 
 
 FORWARD = {
-    "expert_choice": (ExpertChoice(), "kind: expert_choice lets each expert choose among all positions, later ones"),
-    "switch": (Switch(overflow="probability"), "overflow: probability lets a later token take the slot of an earlier"),
-    "top_k": (TopK(overflow="probability"), "overflow: probability lets a later token"),
-    "no_token_left_behind": (NoTokenLeftBehind(overflow="probability"), "overflow: probability lets a later token"),
+    "expert_choice": (ExpertChoice(), "kind: expert_choice"),
+    "switch": (Switch(overflow="probability"), "overflow: probability"),
+    "top_k": (TopK(overflow="probability"), "overflow: probability"),
+    "no_token_left_behind": (NoTokenLeftBehind(overflow="probability"), "overflow: probability"),
 }
 
 
 @pytest.mark.parametrize("kind", FORWARD)
 def test_a_router_that_sees_the_future_is_refused_in_a_sparse_decoder_alone(kind: str) -> None:
     router, reason = FORWARD[kind]
-    ways_out = r".*give decoder_router: \{kind: switch\}, or sparse_decoder_layers: \[\]"
+    ways_out = r".*decoder_router: \{kind: switch\}.*sparse_decoder_layers: \[\]"
     for changes in ({"router": router}, {"decoder_router": router}, {"router": router, "sparse": "attention"}):
-        with pytest.raises(ValidationError, match="the decoder is causal, and " + reason + ways_out):
+        with pytest.raises(ValidationError, match=reason + ways_out):
             spec(**changes)
     assert spec(router=router, sparse_decoder_layers=()).sparse_layers("decoder") == ()
     assert spec(router=router, decoder_router=Switch()).router_of("decoder") == Switch()

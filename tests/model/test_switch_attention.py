@@ -182,8 +182,8 @@ def test_short_of_slots_a_later_first_choice_goes_before_an_earlier_second_one(r
 @pytest.mark.parametrize(
     ("router", "reason"),
     [
-        (Switch(**SHORT, overflow="probability"), "lets a later token take the slot of an earlier one"),
-        (ExpertChoice(capacity_factor=0.5, eval_capacity_factor=0.5, min_capacity=1), "later ones too"),
+        (Switch(**SHORT, overflow="probability"), "overflow: probability"),
+        (ExpertChoice(capacity_factor=0.5, eval_capacity_factor=0.5, min_capacity=1), "kind: expert_choice"),
     ],
     ids=["probability", "expert_choice"],
 )

@@ -100,8 +100,8 @@ def test_a_full_disk_of_one_rank_ends_both(full_on: int, tmp_path: Path) -> None
     kind, words, code, step = main
     assert (kind, code) == (("CheckpointError", 4), ("RankError", 4))[full_on]
     assert "No space left on device" in words
-    assert words.startswith("rank 1: ") == (full_on == 1)
-    assert other == ("OtherRankError", "another rank failed", 4, step)
+    assert ("rank 1" in words) == (full_on == 1)
+    assert (other[0], *other[2:]) == ("OtherRankError", 4, step)
     assert 16 <= step <= STEPS
     found = checkpoint.latest(tmp_path, warn)
     assert found is not None

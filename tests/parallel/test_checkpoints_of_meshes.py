@@ -1,5 +1,6 @@
 """One checkpoint at any mesh: it opens wherever it was written, goes on as if never left, and is exported alike."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Pa
 def test_a_checkpoint_of_other_experts_is_refused_on_every_rank(tmp_path: Path) -> None:
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
     for said in on_ranks(2, refused, tmp_path, NOISY.model_copy(update={"num_experts": 8})):
-        assert "num_experts: the checkpoint has experts 0..3, the recipe experts 0..7" in said
+        assert re.search(r"num_experts\b.*checkpoint\b[^,]* 0\.\.3\b.*recipe\b[^,]* 0\.\.7\b", said)
 
 
 def refused(folder: Path, spec: ModelSpec) -> str:

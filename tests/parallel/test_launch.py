@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -96,9 +97,9 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path
         assert "told: the rule\n" in done.stdout
         assert "Traceback" not in done.stderr
     if what == "die":
-        assert "LostRank: rank 1 ended with exit code 4\n" in done.stderr
+        assert re.search(r"LostRank: .*\brank 1\b.*\b4\b", done.stderr)
     if what == "kill":
-        assert "LostRank: rank 1 was killed by signal 9 (SIGKILL: for want of memory, perhaps)\n" in done.stderr
+        assert re.search(r"LostRank: .*\brank 1\b.*\bSIGKILL\b", done.stderr)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
@@ -188,11 +189,11 @@ def test_where_the_tasks_meet_may_be_given_and_must_be_known() -> None:
     join_srun(environment)
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("a", "1")
     for nodes in ({}, {"SLURM_STEP_NODELIST": "rack[0-1]node[0-7]"}):
-        with pytest.raises(DistributedError, match="srun with 4 tasks: set MASTER_ADDR and MASTER_PORT"):
+        with pytest.raises(DistributedError, match=r"srun\b.*\b4 tasks\b.*\bMASTER_ADDR\b.*\bMASTER_PORT\b"):
             join_srun({**SRUN, **nodes})
-    with pytest.raises(DistributedError, match=r"SLURM_JOB_ID \('x'\) must be a number: set MASTER_PORT"):
+    with pytest.raises(DistributedError, match=r"\bSLURM_JOB_ID\b.*'x'.*\bMASTER_PORT\b"):
         join_srun({**SRUN, "SLURM_STEP_NODELIST": "a", "SLURM_JOB_ID": "x"})
-    with pytest.raises(DistributedError, match="srun with 2 tasks"):
+    with pytest.raises(DistributedError, match=r"srun\b.*\b2 tasks\b.*\bMASTER_ADDR\b"):
         join_srun({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"})
 
 

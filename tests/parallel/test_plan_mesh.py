@@ -1,5 +1,6 @@
 """The planner's meshes: collectives by hand, refusals in words, the order by time."""
 
+import re
 from typing import Any
 
 import pytest
@@ -123,33 +124,31 @@ def test_every_mesh_is_planned_or_refused() -> None:
     assert [fit.step_seconds for fit in found.fits] == sorted(fit.step_seconds for fit in found.fits)
 
 
-def reasons(found: Plan, **mesh: Any) -> set[str]:
-    return {one.reason for one in found.refused if one.mesh._asdict().items() >= mesh.items()}
+def reason(found: Plan, **mesh: Any) -> str:
+    (only,) = {one.reason for one in found.refused if one.mesh._asdict().items() >= mesh.items()}
+    return only
 
 
 def test_a_mesh_is_refused_by_the_models_sizes() -> None:
     found = planned(SPARSE, 16)
-    assert reasons(found, expert=16) == {"model.num_experts (8) must be a multiple of the expert axis (16)"}
-    assert reasons(found, model=8) == {"model.num_heads (4) must be a multiple of the model axis (8)"}
+    assert re.search(r"model\.num_experts \(8\).*\bexpert axis\b.*\b16\b", reason(found, expert=16))
+    assert re.search(r"model\.num_heads \(4\).*\bmodel axis\b.*\b8\b", reason(found, model=8))
     odd = SPARSE.model_copy(update={"d_ff": 255, "vocab_size": 511})
-    assert reasons(planned(odd, 2), model=2) == {"model.d_ff (255) must be a multiple of the model axis (2)"}
+    assert re.search(r"model\.d_ff \(255\).*\bmodel axis\b.*\b2\b", reason(planned(odd, 2), model=2))
     odd = SPARSE.model_copy(update={"vocab_size": 511})
-    assert reasons(planned(odd, 2), model=2) == {"model.vocab_size (511) must be a multiple of the model axis (2)"}
+    assert re.search(r"model\.vocab_size \(511\).*\bmodel axis\b.*\b2\b", reason(planned(odd, 2), model=2))
     both = SPARSE.model_copy(update={"sparse": "both"})
-    assert reasons(planned(both, 2), model=2) == {"a model axis (2) does not divide experts of an attention"}
+    assert re.search(r"\bmodel axis \(2\).*\bexperts\b.*\battention\b", reason(planned(both, 2), model=2))
 
 
 def test_a_mesh_is_refused_by_the_batch() -> None:
-    assert reasons(planned(DENSE, 128), data=128) == {
-        "train.batch_tokens holds 64 sequences, which 128 ranks of the data axis cannot share evenly"
-    }
+    too_many = reason(planned(DENSE, 128), data=128)
+    assert re.search(r"train\.batch_tokens\b.*\b64 sequences\b.*\b128 ranks\b", too_many)
     grouped = SPARSE.model_copy(update={"router": Switch(group_sequences=8)})
-    assert reasons(planned(grouped, 16), data=16, expert=1) == {
-        "4 sequences on each of 16 ranks of the data axis are no whole groups of 8 (model.router.group_sequences)"
-    }
-    assert reasons(planned(DENSE, 16, microbatch=3), data=16) == {
-        "train.microbatch_tokens, 3 sequences, must divide the 4 on each of 16 ranks of the data axis"
-    }
+    no_groups = reason(planned(grouped, 16), data=16, expert=1)
+    assert re.search(r"\b4 sequences\b.*\b16 ranks\b.*\b8\b.*model\.router\.group_sequences", no_groups)
+    uneven = reason(planned(DENSE, 16, microbatch=3), data=16)
+    assert re.search(r"train\.microbatch_tokens\b.*\b3 sequences\b.*\b4\b.*\b16 ranks\b", uneven)
 
 
 def test_a_mesh_is_refused_by_the_memory() -> None:
@@ -157,9 +156,7 @@ def test_a_mesh_is_refused_by_the_memory() -> None:
     one = refused[Mesh(8)]
     assert isinstance(one, Refusal)
     assert one.kind == "memory"
-    assert one.reason.startswith(
-        "needs 0.0321 GiB a device, which has 0.02 GiB, with 1 sequences a microbatch: weights "
-    )
+    assert re.search(r"\b0\.0321 GiB\b.*\b0\.02 GiB\b.*\b1 sequence.*\bweights\b", one.reason)
     assert one.bytes_needed > 0.02 * 2**30
 
 

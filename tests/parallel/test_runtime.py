@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -97,14 +98,14 @@ def test_autocast_is_bfloat16_only_when_the_recipe_says_so() -> None:
 
 def test_cuda_is_not_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match="set it to auto or cpu"):
+    with pytest.raises(RecipeError, match=r"train\.device\b.*\bcuda\b.*\bauto\b.*\bcpu\b"):
         Runtime("cuda", "float32")
 
 
 def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     Runtime("cpu", "float32")  # accelerate keeps the first answer of a process: one rank
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(DistributedError, match="started 2 ranks and this one sees 1"):
+    with pytest.raises(DistributedError, match=r"\b2 ranks\b.*\b1\b.*--processes\b.*\btorchrun\b"):
         Runtime("cpu", "float32")
 
 
@@ -126,11 +127,12 @@ def every_rank_writes(failing: int | None) -> tuple[str, str, int]:
 def test_what_a_rank_fails_with_is_said_by_the_main_one() -> None:
     assert on_ranks(2, every_rank_writes, None) == [("", "written by 0", 0), ("", "written by 1", 0)]
     main, other = on_ranks(2, every_rank_writes, 1)
-    assert main == ("RankError", "rank 1: no space left: free some", 4)
-    assert other == ("OtherRankError", "another rank failed", 4)
+    assert (main[0], main[2]) == ("RankError", 4)
+    assert re.search(r"\brank 1\b.*no space left: free some", main[1])
+    assert (other[0], other[2]) == ("OtherRankError", 4)
     main, other = on_ranks(2, every_rank_writes, 0)
     assert main == ("CheckpointError", "no space left: free some", 4)
-    assert other == ("OtherRankError", "another rank failed", 4)
+    assert (other[0], other[2]) == ("OtherRankError", 4)
 
 
 def steps_of_shards() -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def test_a_rank_that_is_stopped_is_killed_and_one_of_another_run_is_not(start: S
         process.send_signal(signal.SIGSTOP)
     assert stopped.wait(SECONDS) == -signal.SIGKILL
     code, words, _ = json.loads((tmp_path / "1").read_text())
-    assert (code, words[:42]) == (6, "rank 1 was stopped by a signal (SIGSTOP, p")
+    assert code == 6
+    assert re.search(r"\brank 1\b.*\bSIGSTOP\b", words)
     assert other.poll() is None
 
 
@@ -93,7 +95,7 @@ def test_a_rank_that_was_asked_to_end_does_not_wait_for_a_dead_one(start: Start,
     waits.send_signal(signal.SIGTERM)
     out, _ = waits.communicate(timeout=SECONDS)
     assert waits.returncode == 6
-    assert out == "lost: rank 1 was killed by signal 9 (SIGKILL: for want of memory, perhaps) asked: 15\n"
+    assert re.fullmatch(r"lost: .*\brank 1\b.*\bSIGKILL\b.* asked: 15\n", out)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 import torch
 from faulty_files import Crash, FaultyFiles, LossyFiles, crash
 from saved import MODEL, OPTIMIZER, equal, numbered, save_step, wanted
+from train_messages import naming
 
 from switchcli.errors import CheckpointError
 from switchcli.train.checkpoint import Checkpoint, find, latest, preflight, prune, save
@@ -186,8 +187,7 @@ def test_a_disk_that_refuses_any_operation_keeps_what_was_saved(tmp_path: Path, 
                 files = FaultyFiles(at, refuse, for_good=for_good)
                 message = refusal(scene, folder, files)
                 if message is not None:
-                    room = r"\([\d,]+ bytes needed, [\d,]+ free\)"
-                    assert re.fullmatch(rf"{folder}: .+ {room}: .+ untouched\.", message)
+                    assert re.match(rf"{folder}\b.*\d bytes\b.*\d.*--out\b", message)
                     assert for_good or all(PLAIN.fullmatch(path.name) for path in folder.iterdir())
                 if not files.struck:
                     break
@@ -205,7 +205,7 @@ def test_a_limit_on_the_size_of_files_is_met_as_a_full_disk_is(tmp_path: Path) -
     for limit in (0, 1, 100, 20_000, 40_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(CheckpointError, match=r"File too large \(40,011 bytes needed.*ulimit -f"):
+            with pytest.raises(CheckpointError, match=naming("File too large", "40,011 bytes", "ulimit -f")):
                 save(tmp_path, 8, model=big, optimizer={}, documents={"state.json": b'{"step": 8}'})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -293,11 +293,11 @@ def test_damage_to_any_file_is_detected(tmp_path: Path) -> None:
 def test_swapped_files_and_steps_are_detected(tmp_path: Path) -> None:
     one, two = save_step(tmp_path, 4), save_step(tmp_path, 8)
     swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
-    with pytest.raises(CheckpointError, match="none of the 2"):
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
         find(tmp_path, ignore)
     swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
     swap(one, two)
-    with pytest.raises(CheckpointError, match="none of the 2"):
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
         find(tmp_path, ignore)
 
 
@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_its_step_is_saved_anew(tmp_path: 
         warnings: list[str] = []
         assert is_intact(latest(tmp_path, warnings.append), 4)
         assert len(warnings) == 1
-        assert f"now {expected};" in warnings[0]
+        assert re.search(rf"{expected}(?![\w-])", warnings[0])
         assert (tmp_path / expected).exists()
         assert is_intact(latest(tmp_path, pytest.fail), 4)
 
@@ -324,10 +324,10 @@ def test_a_damaged_checkpoint_is_put_aside_and_its_step_is_saved_anew(tmp_path: 
 def test_no_run_starts_from_scratch_over_what_was_saved(tmp_path: Path) -> None:
     for step in (4, 8):
         damage(save_step(tmp_path, step))
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints verifies"):
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
         find(tmp_path, ignore)
     for _ in range(2):  # nor the second time
-        with pytest.raises(CheckpointError, match=r"none of the 2 .*bad-size.*--out") as caught:
+        with pytest.raises(CheckpointError, match=r"step-00000004\.bad-size.*step-00000008\.bad-size.*--out") as caught:
             latest(tmp_path, ignore)
         assert caught.value.exit_code == 4
 

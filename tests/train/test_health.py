@@ -1,12 +1,14 @@
 """Health of the sparse layers: what becomes a metric, a record, an alarm."""
 
 import math
+import re
 from collections.abc import Mapping
 
 import pytest
 import torch
 from tiny import DENSE, DROPPING, SPARSE, TARGET, a_model, rows
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from train_messages import naming
 
 from switchcli.data.batch import Batch
 from switchcli.model import dispatch
@@ -188,27 +190,24 @@ def test_nothing_is_said_of_routing_that_is_well_or_of_a_dense_model() -> None:
 
 def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
     (collapsed,) = alarms_of(an_output([GOOD], [a_report([1.0, 1.0, 96.0, 2.0])]))
-    assert collapsed == (
-        "decoder.second: the router has collapsed: expert 2 takes 96% of the tokens; raise "
-        "its router's balance_loss_coef or lower the learning rate"
-    )
+    assert re.search(naming("decoder.second", "expert 2", "96%", "balance_loss_coef"), collapsed)
+    assert re.search("learning.rate", collapsed)
 
 
 def test_experts_without_a_token_are_named_with_the_steps() -> None:
     two, one = (an_output([a_report([5.0, 0.0, 5.0, dead])], [GOOD]) for dead in (0.0, 5.0))
     assert alarms_of(*[two] * 9) == []
-    assert alarms_of(*[two] * 9, one) == ["encoder.first: no token in 100 steps for experts [1]"]
-    assert alarms_of(*[two] * 11) == ["encoder.first: no token in 100 steps for experts [1, 3]"]
+    for outputs, dead in (([*[two] * 9, one], "[1]"), ([two] * 11, "[1, 3]")):
+        (said,) = alarms_of(*outputs)
+        assert re.search(naming("encoder.first", "100 steps", dead), said)
     assert alarms_of(*[two] * 9, an_output([GOOD], [GOOD]), *[two] * 9) == []
 
 
 def test_a_layer_that_drops_half_of_its_tokens_is_named_with_the_way_out() -> None:
     few, many = (a_report([5.0, 5.0, 5.0, 5.0], dropped=dropped) for dropped in (9.0, 11.0))
     assert alarms_of(an_output([few], [GOOD])) == []
-    assert alarms_of(an_output([GOOD], [many])) == [
-        "decoder.second: 55% of the tokens found no slot; raise its router's capacity_factor, or "
-        "balance_loss_coef where it has one"
-    ]
+    (said,) = alarms_of(an_output([GOOD], [many]))
+    assert re.search(naming("decoder.second", "55%", "capacity_factor", "balance_loss_coef"), said)
 
 
 def test_an_alarm_rings_when_it_begins_and_again_when_it_comes_back() -> None:
@@ -225,7 +224,7 @@ def test_a_share_is_of_the_tokens_however_many_experts_each_of_them_asks() -> No
     """All tokens have the same first choice: second choices, or further rounds, hide it in the sum of the loads."""
     for load in ([99.0, 33.0, 33.0, 33.0], [100.0, 75.0, 50.0, 25.0]):
         (said,) = alarms_of(an_output([a_report(load, tokens=100.0)], [GOOD]))
-        assert "encoder.first: the router has collapsed: expert 0 takes" in said
+        assert re.search(naming("encoder.first", "expert 0", "balance_loss_coef"), said)
 
 
 def test_experts_that_all_take_nearly_all_tokens_are_no_collapse() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import NOISY, a_model, rows
 from torch import nn
+from train_messages import naming
 
 from switchcli.data.batch import Batch
 from switchcli.errors import NumericsError
@@ -192,7 +193,7 @@ def poisoned(run: Run, step: int) -> None:
 def test_a_gradient_that_is_no_number_ends_the_run_before_any_hook_sees_the_step() -> None:
     run, seen = Run(), []
     poisoned(run, 3)
-    with pytest.raises(NumericsError, match=r"step 3: .*sound\. Lower schedule\.learning_rate") as raised:
+    with pytest.raises(NumericsError, match=naming("step 3", "nan", "schedule.learning_rate")) as raised:
         run.fit(Save(1, lambda state: seen.append(state.step)))
     assert raised.value.exit_code == 5
     assert seen == [1, 2]
@@ -216,16 +217,18 @@ def test_the_message_names_the_router_or_else_the_loss_or_else_the_experts_gradi
     run = Run(a_model())
     layer = sparse_layers(run.model)["decoder.blocks.1.feed_forward.layer"]
     layer.router.register_forward_hook(lambda module, given, logits: logits * math.nan)
-    with pytest.raises(NumericsError, match=r"nan \(first in the router of decoder.blocks.1.*layer, on rank 0\)"):
+    with pytest.raises(NumericsError, match=naming("nan", "router", "decoder.blocks.1.feed_forward.layer", "rank 0")):
         run.fit()
     run = Run(a_model())
     run.model.decoder.register_forward_hook(lambda module, given, out: (out[0] * math.nan, out[1]))
-    with pytest.raises(NumericsError, match=r"first in neg_log_perplexity, on rank 0\)"):
+    with pytest.raises(NumericsError, match=naming("neg_log_perplexity", "rank 0")):
         run.fit()
     run = Run(a_model())
     layer = sparse_layers(run.model)["encoder.blocks.1.feed_forward.layer"]
     layer.experts.wi.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(2), math.inf))
-    with pytest.raises(NumericsError, match=r"inf \(first in .*encoder.blocks.1.*layer\.experts\.2\.wi, on rank 0\)"):
+    with pytest.raises(
+        NumericsError, match=naming("inf", "encoder.blocks.1.feed_forward.layer.experts.2.wi", "rank 0")
+    ):
         run.fit()
 
 

@@ -1,9 +1,8 @@
 """What training takes of memory, and running out of it."""
 
-import re
-
 import pytest
 import torch
+from train_messages import naming
 
 from switchcli.errors import OutOfMemory
 from switchcli.model.count import count
@@ -32,10 +31,7 @@ def test_what_does_not_learn_has_neither_gradient_nor_moments() -> None:
 
 def test_a_machine_without_room_says_what_is_needed() -> None:
     with (
-        pytest.raises(
-            OutOfMemory,
-            match=r"cpu has [\d,]+ bytes in all; .* take [\d,]+ bytes in all, .*lower train.microbatch_tokens",
-        ),
+        pytest.raises(OutOfMemory, match=r"\bcpu\b.* [\d,]+ bytes.* [\d,]+ bytes.*train\.microbatch_tokens"),
         explained(ModelSpec(), Adafactor(), CPU),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
@@ -44,7 +40,7 @@ def test_a_machine_without_room_says_what_is_needed() -> None:
 def test_a_device_without_room_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 1000))
     with (
-        pytest.raises(OutOfMemory, match=re.escape("cuda:0 has 1,000 bytes in all")),
+        pytest.raises(OutOfMemory, match=naming("cuda:0", "1,000 bytes", "train.microbatch_tokens")),
         explained(ModelSpec(), Adafactor(), torch.device("cuda:0")),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -64,7 +64,7 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: No space left .* \([\d,]+ bytes free\): free"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*No space left .*\d bytes.*--out"):
         folder.write_tokenizer("new")
     assert [path.name for path in folder.path.iterdir()] == ["tokenizer.json"]
     assert folder.tokenizer.read_text() == "old"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from parts import DOCUMENTS, Parts, assert_equal, unexpected
 from tiny import DENSE, NOISY, SPARSE, a_model
+from train_messages import naming
 
 from switchcli.errors import CheckpointError, NumericsError
 from switchcli.model.groups import Group, members
@@ -62,7 +63,7 @@ def test_a_number_that_is_lost_is_not_saved(tmp_path: Path) -> None:
     )
     moment[2, 0, 0] = math.inf
     parts.train(2)
-    with pytest.raises(NumericsError, match=rf"step 2: {name.replace('wi', '2.wi')} is not finite, on rank 0: nothing"):
+    with pytest.raises(NumericsError, match=naming("step 2", name.replace("wi", "2.wi"), "rank 0")):
         parts.saver.save(parts.state)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -72,7 +73,7 @@ def test_nor_is_a_metric_that_is_lost_without_harm(tmp_path: Path) -> None:
     parts = Parts(tmp_path, NOISY, AdamW(), seed=0)
     parts.train(1)
     parts.state.window["divergence"] = Mean(torch.tensor(math.nan), torch.tensor(1.0))
-    with pytest.raises(NumericsError, match="step 1: the metric divergence is not finite, on rank 0: nothing is saved"):
+    with pytest.raises(NumericsError, match=naming("step 1", "divergence", "rank 0")):
         parts.saver.save(parts.state)
 
 
@@ -93,7 +94,7 @@ def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(gro
     assert found.read("optimizer", slots).keys() == slots.keys()
     assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
     other = Parts(tmp_path, NOISY, AdamW(), seed=0)
-    with pytest.raises(CheckpointError, match=r"optimizer: .*the checkpoint has nothing of that name"):
+    with pytest.raises(CheckpointError, match=r"\boptimizer\b.*/step\b.*--out"):
         other.saver.restore(other.state, unexpected)
 
 
@@ -137,10 +138,10 @@ def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
 @pytest.mark.parametrize(
     ("there", "there_learned", "here", "message"),
     [
-        (AdamW(), "all", Adafactor(), "its optimizer is of another kind"),
-        (Adafactor(), "all", AdamW(), "its optimizer is of another kind"),
-        (Adafactor(), "all", Adafactor(min_dim_to_factor=8), r"/row: the checkpoint has nothing of that name"),
-        (AdamW(), "non_expert", AdamW(), r"router\.weight/step: the checkpoint has nothing of that name"),
+        (AdamW(), "all", Adafactor(), r"optimizer\b.*\bkind\b"),
+        (Adafactor(), "all", AdamW(), r"optimizer\b.*\bkind\b"),
+        (Adafactor(), "all", Adafactor(min_dim_to_factor=8), r"\boptimizer\b.*/row\b"),
+        (AdamW(), "non_expert", AdamW(), r"\boptimizer\b.*\brouter\.weight/step\b"),
     ],
 )
 def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
@@ -149,7 +150,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
     _, found = saved(tmp_path, there, there_learned)
     after = Parts(tmp_path / "other", NOISY, here, seed=1)
     before = {name: tensor.clone() for name, tensor in after.optimizer.state().items()}
-    with pytest.raises(CheckpointError, match=message + r".*: start\.optimizer=reset begins with a new one") as raised:
+    with pytest.raises(CheckpointError, match=message + r".*start\.optimizer=reset") as raised:
         carry_over(after.optimizer, found, range(NOISY.num_experts))
     assert "\n" not in str(raised.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.optimizer.state().items())
@@ -159,7 +160,7 @@ def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path:
     parts = Parts(tmp_path, NOISY, Adafactor(), seed=0)
     weights = logical_tensors(parts.model)
     path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": b"{}"})
-    with pytest.raises(CheckpointError, match=r"holds no optimizer state.*: start\.optimizer=reset begins with a new"):
+    with pytest.raises(CheckpointError, match=naming("step-00000000", "optimizer state", "start.optimizer=reset")):
         carry_over(parts.optimizer, checkpoint.Checkpoint.open(path), range(NOISY.num_experts))
 
 
@@ -191,7 +192,7 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
     parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
     parts.saver.save(parts.state)
     other = Parts(tmp_path, SPARSE, Adafactor(), seed=1, data=b'{"tokens_sha256": "other"}')
-    with pytest.raises(CheckpointError, match=r"step-00000000 was trained on other text than the recipe gives now"):
+    with pytest.raises(CheckpointError, match=naming("step-00000000", "text", "--out", "--no-resume")):
         other.saver.restore(other.state, unexpected)
 
 

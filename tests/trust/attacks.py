@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,7 +211,9 @@ def index(name: str) -> Attack:
         written = json.dumps({"weight_map": dict.fromkeys(names, name.format(Path.cwd()))})
         Path("theirs/model.safetensors.index.json").write_text(written)
         done = command(*CONVERT)
-        return blocked(done) or ("" if "no file of its folder" in done.err else f"was followed: {done.err}")
+        named = re.search(r"index\.json\b.*part\.safetensors\b", done.err)
+        looked_into = "shared.weight" in done.err  # only a file that was read can be said to lack it
+        return blocked(done) or ("" if named and not looked_into else f"was followed: {done.err}")
 
     return attack
 
@@ -320,7 +323,9 @@ def yaml(text: str, rule: str, sound: str = TINY) -> Attack:
     def attack() -> str:
         Path("evil.yaml").write_text(f"{sound}{text}")
         done = command("recipes", "validate", "evil.yaml")
-        return blocked(done, (2,)) or ("" if rule in done.err else f"refused for another reason: {done.err[-200:]}")
+        return blocked(done, (2,)) or (
+            "" if re.search(rule, done.err) else f"refused for another reason: {done.err[-200:]}"
+        )
 
     return attack
 
@@ -334,14 +339,14 @@ YAML: dict[str, Attack] = {
     "an anchor": yaml("description: &a word\n", "anchors"),
     "an alias of itself": yaml("description: &a [*a]\n", "anchors"),
     "merged keys": yaml("<<: {verb: pretrain}\n", "merge keys"),
-    "keys given twice": yaml("verb: pretrain\nverb: pretrain\n", "given twice"),
-    "a second document": yaml(f"---\n{TINY}", "a second document"),
-    "nesting without end": yaml("description: " + "[" * 100_000, "nested more than"),
-    "a million values": yaml("description: [" + "1," * 400_000 + "]", "more than the 10000"),
-    "five thousand unknown keys": yaml("".join(f"modle{n}: 1\n" for n in range(4900)), "no such key"),
-    "a word of a million letters": yaml("tasks: [" + "x" * 1_000_000 + "]\ntrain: {steps: 1}\n", "no such task", ""),
-    "a number of a million digits": yaml("description: " + "9" * 1_000_000, "more than 1000 digits"),
-    "no character": yaml('description: "\\ud800"\n', "half a surrogate"),
+    "keys given twice": yaml("verb: pretrain\nverb: pretrain\n", r"\bverb\b.*\btwice\b"),
+    "a second document": yaml(f"---\n{TINY}", r"\bdocument\b"),
+    "nesting without end": yaml("description: " + "[" * 100_000, r"\bnested\b.*\b32\b"),
+    "a million values": yaml("description: [" + "1," * 400_000 + "]", r"\b10000\b"),
+    "five thousand unknown keys": yaml("".join(f"modle{n}: 1\n" for n in range(4900)), r"\bmodle\d+\b"),
+    "a word of a million letters": yaml("tasks: [" + "x" * 1_000_000 + "]\ntrain: {steps: 1}\n", r"\btasks\b.*xxx", ""),
+    "a number of a million digits": yaml("description: " + "9" * 1_000_000, r"\b1000 digits\b"),
+    "no character": yaml('description: "\\ud800"\n', "surrogate"),
 }
 
 

@@ -1,6 +1,7 @@
 """Part k: experts and ranks without tokens, tokens that are counted, neighbours, padding, decoding, and collapse."""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -270,7 +271,7 @@ def decoding(count: int) -> Iterator[Row]:
 
 def collapse(seeds: int) -> Iterator[Row]:
     hostile = [alarm(seed, hostile=True) for seed in range(seeds)]
-    silent = [step for step, said in hostile if "the router has collapsed: expert 0" not in said]
+    silent = [step for step, said in hostile if not re.search(r"\bexpert 0\b.*balance_loss_coef", said)]
     latest = f"said after {max(step for step, _ in hostile)} steps at most"
     yield Row("k", f"routers that begin collapsed: no alarm in {ALARM_STEPS} steps", seeds, len(silent), latest)
     healthy = [said for _, said in (alarm(seed, hostile=False) for seed in range(seeds)) if said]

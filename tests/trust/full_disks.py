@@ -26,7 +26,7 @@ BLOCK = 4096
 LOG = 4000
 """More than a run says, which goes to a file as well."""
 NUMBERS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
-BYTES = re.compile(r"\([\d,]+ bytes (needed, [\d,]+ )?free\)|Input/output error")
+BYTES = re.compile(r"\b\d[\d,]* bytes\b|Input/output error")
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:

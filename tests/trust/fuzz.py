@@ -134,7 +134,7 @@ def misspelt_keys(folder: Path, count: int) -> Row:
         try:
             resolve.resolve(str(write(folder, text.write(tree))), [], schema)
         except RecipeError as error:
-            line = next((line for line in str(error).splitlines() if f"{wrong}: no such key" in line), "")
+            line = next((one for one in str(error).splitlines() if re.search(rf"\b{wrong}: .*\bkey\b", one)), "")
             named = re.search(r"Did you mean ([\w.]+)\?", line)
             with right.open("a") as file:
                 file.write("." * bool(named and named[1].split(".")[-1] == meant))

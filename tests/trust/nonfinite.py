@@ -54,16 +54,16 @@ STEPS, SAVE_EVERY, BATCH = 6, 2, 8
 NUMBERS = {"NaN": float("nan"), "infinity": float("inf"), "overflow": 3.4e38}
 """The last is finite in float32 alone, and its runs compute in bfloat16."""
 LAYER = "encoder.blocks.1.feed_forward.layer"
-AMONG = r"on rank (\d, )*{rank}\b"
+AMONG = r"\brank (\d, )*{rank}\b"
 """Where no number of the way forward is lost, all ranks that share the gradient have it and are named."""
-DIVIDED = rf"{AMONG}|in the gradient of \S+, on rank \d"
+DIVIDED = rf"{AMONG}|\bgradient of \S+ .*\brank \d"
 """Where they have each a part of it, those in whose parts it is."""
 WORDS = {
-    "embedding": rf"first in the router of {LAYER}, on rank {{rank}}\)",
-    "router": rf"first in the router of {LAYER}, on rank {{rank}}\)",
-    "gradient": rf"first in the gradient of {LAYER}\.experts\.{{expert}}\.wi, " + AMONG,
-    "loss": r"first in neg_log_perplexity, on rank {rank}\)",
-    "teacher": r"first in soft_cross_entropy, on rank {rank}\)",
+    "embedding": rf"\brouter\b.* {LAYER}\W.*\brank {{rank}}\b",
+    "router": rf"\brouter\b.* {LAYER}\W.*\brank {{rank}}\b",
+    "gradient": rf"\b{LAYER}\.experts\.{{expert}}\.wi\b.*" + AMONG,
+    "loss": r"\bneg_log_perplexity\b.*\brank {rank}\b",
+    "teacher": r"\bsoft_cross_entropy\b.*\brank {rank}\b",
 }
 """What is said of a number at each place."""
 PLACES = {
@@ -80,7 +80,7 @@ MESHES = {
     2: [ALONE, ParallelSpec(expert=2), *SHARDED],
     4: [ALONE, ParallelSpec(expert=2), ParallelSpec(expert=4), *SHARDED],
 }
-EVALUATED = "the held-out neg. log perplexity is"
+EVALUATED = r"\bheld-out\b"
 """What an evaluation says, which is of all ranks together."""
 
 

@@ -6,6 +6,7 @@ Each start is a fork of this process, which has imported everything; what runs i
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -78,7 +79,7 @@ def two(run: Path, recipe: Path, draw: random.Random) -> Trial:
     broken = ""
     if codes[loser] != 4 or codes[1 - loser] is not None or seconds > LOSER_SECONDS:
         broken = f"codes {codes} after {seconds:.1f} s: {said[-300:]}"
-    elif f"process {winner}, started" not in said or holder(run) != winner:
+    elif not re.search(rf"\bprocess {winner}\b", said) or holder(run) != winner:
         broken = f"process {winner} holds the lock, run.lock says {holder(run)}, the loser was told: {said}"
     time.sleep(draw.uniform(0, OFFSET_SECONDS))
     for child, code in zip(children, codes, strict=True):
