@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from switchcli import __version__, startup
-from switchcli.commands import checkpoints, data, ending, recipes, reports
+from switchcli.commands import checkpoints, data, exit, recipes, reports
 from switchcli.commands.arguments import (
     CheckedGroup,
     Checkpoint,
@@ -28,11 +28,11 @@ from switchcli.commands.arguments import (
 from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError, path_error
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
-from switchcli.report.text import safe_text
+from switchcli.report.safe_text import safe_text
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe
-    from switchcli.recipe.training import TrainingRecipe
+    from switchcli.recipe.training_rules import TrainingRecipe
 
 app = typer.Typer(
     cls=CheckedGroup,
@@ -72,17 +72,18 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
-    with ending.stoppable(ranks=True):
-        from switchcli.commands import pretrain, run, start
+    with exit.stoppable(ranks=True):
+        from switchcli.commands import pretrain
         from switchcli.recipe.schema import PretrainRecipe
+        from switchcli.runs import run_dir, warm_start
 
-        folder = out or run.default_out(recipe)
-        pretraining = start.resolved(recipe, overrides or [], model, folder, resume, ending.warn, PretrainRecipe)
+        folder = out or run_dir.default_out(recipe)
+        pretraining = warm_start.resolved(recipe, overrides or [], model, folder, resume, exit.warn, PretrainRecipe)
         if dry_run:
             _describe(pretraining.recipe, as_json)
             return
         _start_ranks(processes, pretraining.recipe, as_json)
-        _end(pretrain.pretrain(pretraining, run.Options(folder, resume, quiet)), as_json)
+        _end(pretrain.pretrain(pretraining, run_dir.Options(folder, resume, quiet)), as_json)
 
 
 @app.command()
@@ -98,16 +99,17 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
-    with ending.stoppable(ranks=True):
-        from switchcli.commands import finetune, run
+    with exit.stoppable(ranks=True):
+        from switchcli.commands import finetune
+        from switchcli.runs import run_dir
 
-        folder = out or run.default_out(recipe)
-        finetuning = finetune.resolved(recipe, overrides or [], model, folder, resume, ending.warn)
+        folder = out or run_dir.default_out(recipe)
+        finetuning = finetune.resolved(recipe, overrides or [], model, folder, resume, exit.warn)
         if dry_run:
             _describe(finetuning.recipe, as_json)
             return
         _start_ranks(processes, finetuning.recipe, as_json)
-        _end(finetune.finetune(finetuning, run.Options(folder, resume, quiet)), as_json)
+        _end(finetune.finetune(finetuning, run_dir.Options(folder, resume, quiet)), as_json)
 
 
 @app.command()
@@ -152,19 +154,21 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
-    with ending.stoppable(ranks=True):
-        from switchcli.commands import distill, run, teaching
+    with exit.stoppable(ranks=True):
+        from switchcli.commands import distill
+        from switchcli.runs import distilling as teaching
+        from switchcli.runs import run_dir
 
-        name, overrides = run.split(arguments or [])
+        name, overrides = run_dir.split(arguments or [])
         folder = out or distill.default_out(name, teacher)
         named = distill.Options(teacher, student, baseline)
-        distilling = distill.resolved(name, overrides, named, folder, resume, ending.warn)
+        distilling = distill.resolved(name, overrides, named, folder, resume, exit.warn)
         if dry_run:
             _describe(distilling.recipe, as_json)
             return
         _start_ranks(processes, distilling.recipe, as_json)
         act = teaching.ask if answers_only else teaching.distill
-        _end(act(distilling, run.Options(folder, resume, quiet)), as_json)
+        _end(act(distilling, run_dir.Options(folder, resume, quiet)), as_json)
 
 
 @app.command("eval")
@@ -179,10 +183,10 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Scores of tasks with intervals, held-out neg. log perplexity, routing health, capacity sweeps."""
-    with ending.stoppable(saves_nothing=True, ranks=True):
+    with exit.stoppable(saves_nothing=True, ranks=True):
         from switchcli.commands import evaluate
 
-        evaluating = evaluate.resolved(checkpoint, arguments or [], ending.warn)
+        evaluating = evaluate.resolved(checkpoint, arguments or [], exit.warn)
         _start_ranks(processes, evaluating.recipe, as_json)
         options = evaluate.Options(out or evaluate.default_out(checkpoint), quiet)
         evaluation = evaluate.measure(evaluating, options)
@@ -202,18 +206,18 @@ def _describe(recipe: "TrainingRecipe", as_json: bool) -> None:
 
 def _start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: bool) -> None:
     """Let as many ranks do the work as are asked for, and leave with their exit code; or go on in this process."""
-    from switchcli.commands import run
+    from switchcli.runs import run_dir
 
-    if (ended := run.ranks_elsewhere(processes, recipe)) is not None:
+    if (ended := run_dir.ranks_elsewhere(processes, recipe)) is not None:
         if as_json and ended.error is not None:
             print_json({"error": ended.error, "exit_code": ended.exit_code})
-        ending.leave_with(ended.exit_code)
+        exit.leave_with(ended.exit_code)
 
 
 def _end(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json and result:
         print_json(result)
-    ending.leave_rank()
+    exit.leave_rank()
 
 
 @app.command()
@@ -341,7 +345,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, bytes a device, bytes a collective, seconds a step: which mesh fits. No GPU is needed."""
-    with ending.stoppable(saves_nothing=True):
+    with exit.stoppable(saves_nothing=True):
         from switchcli.commands import plan
 
         options = plan.Options(devices, memory, flops, memory_bandwidth, bandwidth, network, node_devices)
@@ -378,11 +382,11 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except SwitchError as error:
-        ending.leave(error)
+        exit.leave(error)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
-            ending.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
+            exit.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
         if (known := path_error(error)) is not None:
-            ending.leave(known)
-        ending.leave_by_defect(error)
+            exit.leave(known)
+        exit.leave_by_defect(error)
         raise

@@ -47,17 +47,17 @@ ROOMS = {
 }
 PACKAGES_OF_ONE_FILE = {
     "switchcli/data/batch.py": "torch",
-    "switchcli/data/mixture.py": "torch",
-    "switchcli/data/stream.py": "torch",
-    "switchcli/data/corpus.py": "datasets huggingface_hub",
-    "switchcli/data/parquet.py": "pyarrow",
-    "switchcli/data/paths.py": "fsspec pyarrow",
-    "switchcli/data/refusals.py": "huggingface_hub",
-    "switchcli/data/tokenizer.py": "huggingface_hub",
-    "switchcli/interop/hub.py": "huggingface_hub",
-    "switchcli/doctor/huggingface.py": "transformers huggingface_hub",
+    "switchcli/data/task_mixture.py": "torch",
+    "switchcli/data/text_batches.py": "torch",
+    "switchcli/data/sources/corpus.py": "datasets huggingface_hub",
+    "switchcli/data/sources/parquet.py": "pyarrow",
+    "switchcli/data/sources/paths.py": "fsspec pyarrow",
+    "switchcli/data/sources/io_errors.py": "huggingface_hub",
+    "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
+    "switchcli/convert/hub.py": "huggingface_hub",
+    "switchcli/doctor/of_transformers.py": "transformers huggingface_hub",
 }
-READS_PICKLES = "switchcli/interop/pickled.py"
+READS_PICKLES = "switchcli/convert/pickled.py"
 
 
 class Module(NamedTuple):
@@ -278,13 +278,13 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (TRAIN, "from switchcli.recipe.schema import PretrainRecipe"),
             (TRAIN, "from . import loop"),
             (CLI, "from switchcli.train import loop"),
-            ("switchcli/tasks/a.py", "from switchcli.model import spec"),
+            ("switchcli/tasks/a.py", "from switchcli.model import config as spec"),
             ("switchcli/parallel/a.py", "from switchcli.data import batch"),
             ("switchcli/interop/a.py", "from switchcli.train import loop"),
             ("switchcli/doctor/a.py", "from switchcli.train import loop"),
         ],
         [
-            (TRAIN, "from switchcli.parallel.runtime import Runtime\nfrom switchcli.train.state import TrainState"),
+            (TRAIN, "from switchcli.distributed.context import Runtime\nfrom switchcli.train.state import TrainState"),
             (MODEL, "from switchcli import __version__\nfrom switchcli.spec import Spec"),
             (CLI, "from switchcli.commands import pretrain"),
         ],
@@ -302,7 +302,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("switchcli/commands/a.py", "import accelerate"),
             ("switchcli/doctor/probes.py", "def late():\n    import transformers"),
         ],
-        [("switchcli/data/stream.py", "import torch, numpy.random, os.path"), (TRAIN, "from torch import nn")],
+        [("switchcli/data/text_batches.py", "import torch, numpy.random, os.path"), (TRAIN, "from torch import nn")],
     ),
     ranks_are_known_in_parallel_alone: (
         [

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchcli.data.span_corruption import SpanCorruption
-from switchcli.model.count import count
-from switchcli.model.losses import auxiliary_loss
-from switchcli.model.reports import RoutingReport
-from switchcli.model.routing import Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.moe.losses import auxiliary_loss
+from switchcli.model.moe.router import Switch
+from switchcli.model.moe.stats import RoutingReport
 from switchcli.recipe.sizes import SIZES
-from switchcli.train.schedule import InverseSquareRoot
+from switchcli.train.schedules import InverseSquareRoot
 
 
 def sized(name: str, **changes: object) -> ModelSpec:
@@ -204,17 +204,17 @@ def test_every_row_of_the_table_says_where_and_by_which_test_and_both_exist() ->
 
 
 HEAD = "| what | done in | proved by | elsewhere |\n|---|---|---|---|\n"
-DONE, PROVED = "`switchcli/model/routing.py::Switch`", "`tests/test_paper.py::test_learning_rates_of_t5`"
+DONE, PROVED = "`switchcli/model/moe/router.py::Switch`", "`tests/test_paper.py::test_learning_rates_of_t5`"
 
 
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
         (f"| gate | {DONE} | {PROVED} | |", None),
-        (f"| gate | `switchcli/model/routing.py::TokenChoice.assign` | {PROVED} | as here |", None),
-        (f"| gate | `switchcli/train/objective.py::CHUNK` | {PROVED} | |", None),
-        (f"| gate | `switchcli/model/routing.py::Swich` | {PROVED} | |", "no switchcli/model/routing.py::Swich"),
-        (f"| gate | `switchcli/model/routing.py::Switch.jitters` | {PROVED} | |", "::Switch.jitters"),
+        (f"| gate | `switchcli/model/moe/router.py::TokenChoice.assign` | {PROVED} | as here |", None),
+        (f"| gate | `switchcli/train/loss.py::CHUNK` | {PROVED} | |", None),
+        (f"| gate | `switchcli/model/moe/router.py::Swich` | {PROVED} | |", "no switchcli/model/moe/router.py::Swich"),
+        (f"| gate | `switchcli/model/moe/router.py::Switch.jitters` | {PROVED} | |", "::Switch.jitters"),
         (f"| gate | `switchcli/model/router.py::Switch` | {PROVED} | |", "no switchcli/model/router.py"),
         (f"| gate | {DONE} | `tests/test_paper.py::test_of_nothing` | |", "::test_of_nothing"),
         (f"| gate | in the router | {PROVED} | |", "the second column"),

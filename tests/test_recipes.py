@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchcli.model.count import count
+from switchcli.model.flops import count
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import library, resolve
 from switchcli.recipe.schema import PretrainRecipe, standing_alone
-from switchcli.recipe.training import TrainingRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = sorted((ROOT / "recipes").rglob("*.runs"))

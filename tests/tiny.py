@@ -3,12 +3,12 @@
 import torch
 
 from switchcli.data.batch import Batch
-from switchcli.model.initialise import initialise
-from switchcli.model.routing import Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
-from switchcli.train.objective import StepLoss
+from switchcli.train.loss import StepLoss
 
 SOURCE, TARGET = 12, 9
 SHAPE = {"vocab_size": 37, "d_model": 16, "d_ff": 24, "d_kv": 5, "num_heads": 2, "num_layers": 2}

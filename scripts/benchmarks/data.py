@@ -20,26 +20,26 @@ import torch
 from machine import Job, Result, begin, shape
 
 from switchcli.data.batch import Batch
-from switchcli.data.chunks import Chunks
-from switchcli.data.corpus import Files, PythonStdlib
-from switchcli.data.objectives import Denoisers, ObjectiveSpec, PrefixLanguageModel
-from switchcli.data.pieces import Progress
-from switchcli.data.prepare import Means, Prepared, prepare
-from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.spec import DataSpec
-from switchcli.data.stream import TextStream
-from switchcli.data.text import TRAIN
+from switchcli.data.config import DataSpec
+from switchcli.data.dataset import Chunks
+from switchcli.data.objectives.denoisers import Denoisers, ObjectiveSpec, PrefixLanguageModel
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.pipeline import Means, Prepared, prepare
+from switchcli.data.prepare.prepared_text import TRAIN
+from switchcli.data.prepare.shards import Progress
+from switchcli.data.sources.corpus import Files, PythonStdlib
+from switchcli.data.text_batches import TextStream
 from switchcli.data.text_mixture import Mixture, Temperature
-from switchcli.data.tokenizer import Tokenizer, TrainedTokenizer
-from switchcli.model.initialise import initialise
-from switchcli.model.spec import ModelSpec
+from switchcli.data.tokenizer.tokenizer import Tokenizer, TrainedTokenizer
+from switchcli.distributed.context import Runtime
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
-from switchcli.train.loader import Loader
 from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatch, Microbatches, RealTokens
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
+from switchcli.train.optimizers import Adafactor
+from switchcli.train.prefetch import Loader
 
 DOCUMENT_CHARACTERS = 2000
 TEXTS = 8

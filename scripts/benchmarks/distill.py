@@ -10,15 +10,15 @@ import torch
 from machine import Job, Result, batch, begin, shape
 
 from switchcli.data.batch import Batch
-from switchcli.model.initialise import initialise
-from switchcli.model.moe import evaluate_by
+from switchcli.distributed.context import Runtime
+from switchcli.model.init import initialise
+from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
 from switchcli.train.distillation import Distillation, DistillSpec, Teacher
 from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import Objective, cross_entropy, summed_cross_entropy, whole_rows
 from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.objective import Objective, cross_entropy, summed_cross_entropy, whole_rows
-from switchcli.train.optimizer import Adafactor
+from switchcli.train.optimizers import Adafactor
 
 
 def distill(job: Job) -> Result:

@@ -12,14 +12,14 @@ import torch
 from machine import HEADS, PRECISIONS, SOURCE, VOCABULARY, Clock, Job, Result, plain, shape
 from torch import nn
 
-from switchcli.interop.names import EMBEDDINGS, HEAD, naming
+from switchcli.convert.weight_names import EMBEDDINGS, HEAD, naming
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate as decode
-from switchcli.model.moe import SwitchLayer, evaluating
-from switchcli.model.routing import Switch
+from switchcli.model.generation import generate as decode
+from switchcli.model.moe.layer import SwitchLayer, evaluating
+from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import CrossAttention, FeedForwardPart, SelfAttention, SwitchTransformer
 from switchcli.spec import EOS, PAD
-from switchcli.train.saver import logical_tensors
+from switchcli.train.checkpointer import logical_tensors
 
 LAYERS, EXPERTS, TOKENS = 4, 64, 64
 

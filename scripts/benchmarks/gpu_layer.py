@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from layer import padded
 from torch import nn
 
-from switchcli.model.experts import grouped_product
+from switchcli.model.config import ModelSpec
 from switchcli.model.layers import FeedForward
-from switchcli.model.moe import SwitchLayer
-from switchcli.model.routing import Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.model.moe.experts import grouped_product
+from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.router import Switch
 
 Call = Callable[[], object]
 Build = Callable[["Shape"], Call]

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from switchcli.data.batch import Batch
-from switchcli.model.count import FORWARD_AND_BACKWARD, count
-from switchcli.model.routing import Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.distributed.context import Runtime
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import FORWARD_AND_BACKWARD, count
+from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.sizes import SIZES
 from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
+from switchcli.train.optimizers import Adafactor
 
 GROUP = 16
 """Sequences that share a capacity, as in recipes/pretrain."""
@@ -114,7 +114,7 @@ def spec_of(name: str, tiny: bool) -> ModelSpec:
 
 
 def step_flops(spec: ModelSpec, batch: int, lengths: Lengths) -> int:
-    """FLOPs of one step by the formulas of the paper (model/count.py)."""
+    """FLOPs of one step by the formulas of the paper (model/flops.py)."""
     return FORWARD_AND_BACKWARD * batch * count(spec, lengths.source, lengths.target).flops
 
 

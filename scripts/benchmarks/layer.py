@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from machine import BATCH, D_FF, D_MODEL, PRECISIONS, SOURCE, TOKENS, Job, Result, bandwidth, begin, shape
 
-from switchcli.model.experts import Experts
 from switchcli.model.layers import FeedForward
-from switchcli.model.moe import SwitchLayer
-from switchcli.model.routing import Switch
+from switchcli.model.moe.experts import Experts
+from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.router import Switch
 
 
 def padded(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from switchcli.data.batch import Batch
-from switchcli.model.spec import ModelSpec
-from switchcli.parallel.runtime import Runtime
+from switchcli.distributed.context import Runtime
+from switchcli.model.config import ModelSpec
 
 D_MODEL, D_FF, HEADS, VOCABULARY = 768, 2048, 12, 32128
 BATCH, SOURCE, TARGET = 8, 512, 114

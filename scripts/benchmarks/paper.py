@@ -6,15 +6,15 @@ from collections.abc import Callable
 import torch
 from machine import BATCH, Clock, Job, Result, batch, plain, shape
 
-from switchcli.model.initialise import initialise
-from switchcli.model.routing import NoTokenLeftBehind, RouterSpec, Switch, TopK
-from switchcli.model.spec import ModelSpec
+from switchcli.distributed.context import Runtime
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.router import NoTokenLeftBehind, RouterSpec, Switch, TopK
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
+from switchcli.train.optimizers import Adafactor
 
 EXPERTS = 32
 

@@ -8,10 +8,10 @@ from machine import BATCH, D_MODEL, SOURCE, TARGET, Job, Result, batch, begin
 from step import our_model
 from torch import nn
 
-from switchcli.model.moe import SwitchLayer
+from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.transformer import Encoded, ModelOutput, SwitchTransformer
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
+from switchcli.train.loss import cross_entropy
+from switchcli.train.optimizers import Adafactor
 
 
 class Part(NamedTuple):

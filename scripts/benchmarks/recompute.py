@@ -7,12 +7,12 @@ from collections.abc import Callable
 from machine import Clock, Job, Result, batch, begin
 from step import our_model
 
+from switchcli.distributed.context import Runtime
 from switchcli.model.recompute import recompute_blocks
-from switchcli.parallel.runtime import Runtime
 from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
+from switchcli.train.optimizers import Adafactor
 
 
 def recompute(job: Job) -> Result:

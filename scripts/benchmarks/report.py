@@ -11,7 +11,7 @@ from pathlib import Path
 
 from machine import Job, Result
 
-from switchcli.recipe import text
+from switchcli.recipe import yaml_nodes
 
 RUNS, SEEDS, LINES, EVALUATE_EVERY = 50, 3, 10_000, 100
 """Runs, of so many seeds a recipe, with so many logged steps; an evaluation in every so many of them."""
@@ -44,7 +44,7 @@ def write(run: Path, place: int) -> None:
     kind, seed, draw = place // SEEDS, place % SEEDS, random.Random(place)
     recipe = {"verb": "pretrain", "model": {"num_experts": EXPERTS, "router": {"jitter": kind / 1000}}}
     recipe["train"] = {"steps": LINES, "batch_tokens": TOKENS, "seed": seed}
-    (run / "recipe.yaml").write_text(text.write(recipe), encoding="utf-8")
+    (run / "recipe.yaml").write_text(yaml_nodes.write(recipe), encoding="utf-8")
     (run / "tokenizer.json").write_text("{}", encoding="utf-8")
     with (run / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(1, LINES + 1):

@@ -8,17 +8,17 @@ import torch
 from machine import HEADS, Job, Result, begin, shape
 
 from switchcli.data.batch import Batch
-from switchcli.model.initialise import initialise
+from switchcli.distributed.layout import whole_weights
+from switchcli.distributed.signals import StopRequest
+from switchcli.model.init import initialise
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.layout import whole_weights
-from switchcli.parallel.signals import StopRequest
+from switchcli.train.checkpointer import DATA, Saver
+from switchcli.train.config import CheckpointSpec, TrainSpec
 from switchcli.train.loop import fit
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor, AdamW
-from switchcli.train.saver import DATA, Saver
-from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import CheckpointSpec, TrainSpec
+from switchcli.train.optimizers import Adafactor, AdamW
+from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 
 WIDTH, VOCABULARY, ROWS, SOURCE, TARGET = 512, 8192, 8, 128, 32

@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from machine import BATCH, SOURCE, TARGET, Clock, Job, Result, batch, plain, shape
 
-from switchcli.model.initialise import initial_weights
-from switchcli.model.spec import ModelSpec
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.mesh import ParallelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.mesh import ParallelSpec
-from switchcli.parallel.plan import Machine, flops_of, model_axes, plan
-from switchcli.parallel.plan_model import Mesh, Step, held
-from switchcli.parallel.runtime import Runtime
+from switchcli.planner.plan import Machine, flops_of, model_axes, plan
+from switchcli.planner.step import Mesh, Step, held
 from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
+from switchcli.train.optimizers import Adafactor
 
 EXPERTS_A_RANK = 4
 MESSAGE = 2**22

@@ -26,17 +26,17 @@ from machine import (
     shape,
 )
 
-from switchcli.model.initialise import initialise
-from switchcli.model.routing import Switch
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest
+from switchcli.model.init import initialise
+from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import StopRequest
+from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor, AdamW
-from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import TrainSpec
+from switchcli.train.optimizers import Adafactor, AdamW
+from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 
 

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from switchcli import credentials
 from switchcli.errors import RecipeError
-from switchcli.report.text import one_line
+from switchcli.report.safe_text import one_line
 
 A_CHECKPOINT = "A run's folder, one checkpoint's, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from switchcli.commands import ending
+from switchcli.commands import exit
 from switchcli.commands.arguments import A_CHECKPOINT, Checkpoint, Destination, Json, Measured, Overrides, Quiet
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
@@ -39,7 +39,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Into transformers' T5 or SwitchTransformers layout, or from it; whole or not at all."""
-    with ending.stoppable():
+    with exit.stoppable():
         from switchcli.commands import convert
 
         console = Console(quiet=quiet)
@@ -71,11 +71,11 @@ def upcycle(
     quiet: Quiet = False,
 ) -> None:
     """A Switch model that begins where a dense one ended: experts are copies of its feed-forwards."""
-    with ending.stoppable(saves_nothing=True):
+    with exit.stoppable(saves_nothing=True):
         from switchcli.commands import upcycle
 
         options = upcycle.Options(experts, gate, noise, seed)
-        result = upcycle.upcycle(dense, destination, overrides or [], options, ending.warn)
+        result = upcycle.upcycle(dense, destination, overrides or [], options, exit.warn)
         console = Console(quiet=quiet)
         for line in upcycle.said(result):
             console.message(line)
@@ -108,11 +108,11 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Fewer experts, for serving: those that held-out text asks for least are taken out of each sparse layer."""
-    with ending.stoppable(saves_nothing=True):
+    with exit.stoppable(saves_nothing=True):
         from switchcli.commands import prune
 
         options = prune.Options(experts, by, gate, sequences)
-        result = prune.prune(checkpoint, destination, arguments or [], options, Console(quiet=quiet), ending.warn)
+        result = prune.prune(checkpoint, destination, arguments or [], options, Console(quiet=quiet), exit.warn)
         if as_json:
             print_json(result)
         else:

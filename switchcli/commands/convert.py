@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from switchcli.commands import huggingface
-from switchcli.commands.load import open_model
-from switchcli.commands.place import free, free_for_checkpoint, place, place_checkpoint
-from switchcli.data.vocabulary import sentinel
+from switchcli.checkpoint import tensor_file
+from switchcli.checkpoint.fsops import DISK
+from switchcli.convert import config as configs
+from switchcli.convert import hub
+from switchcli.convert import tokenizer_files as tokenizers
+from switchcli.convert.config import Lengths
+from switchcli.convert.to_transformers import express, translate
+from switchcli.convert.weight_files import INDEX, SAFE, is_layout
+from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.interop import config as configs
-from switchcli.interop import hub
-from switchcli.interop import tokenizer as tokenizers
-from switchcli.interop.config import Lengths
-from switchcli.interop.express import express, translate
-from switchcli.interop.files import INDEX, SAFE, is_layout
-from switchcli.train import tensor_file
-from switchcli.train.fsops import DISK
-from switchcli.train.saver import logical_tensors
+from switchcli.runs import transformers_checkpoint
+from switchcli.runs.loading import open_model
+from switchcli.runs.new_folder import free, free_for_checkpoint, place, place_checkpoint
+from switchcli.train.checkpointer import logical_tensors
 
 _MAX_FILE_BYTES = 1 << 31
 
@@ -47,7 +47,7 @@ def to_switchcli(source: str, destination: Path, options: Options) -> dict[str, 
     if not is_layout(folder):
         raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
     destination = free_for_checkpoint(folder, destination)
-    recipe, tokenizer, weights = huggingface.read(folder, options.tokenizer, unpickle=options.unpickle)
+    recipe, tokenizer, weights = transformers_checkpoint.read(folder, options.tokenizer, unpickle=options.unpickle)
     return _result(source, destination, "switchcli", place_checkpoint(destination, recipe, tokenizer, weights), [])
 
 
@@ -69,7 +69,7 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
     config, losses = express(recipe.model, lengths, opened.path, recipe.train.router_dtype)
     for loss in losses:
         warn(loss)
-    wanted = logical_tensors(huggingface.empty(recipe.model))
+    wanted = logical_tensors(transformers_checkpoint.empty(recipe.model))
     small = {
         configs.NAME: configs.encode(config),
         "generation_config.json": configs.generation(),

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands import ending
+from switchcli.commands import exit
 from switchcli.commands.arguments import Json, Overrides, Quiet, Recipe
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
-from switchcli.report.text import one_line
+from switchcli.report.safe_text import one_line
 
 app = typer.Typer(help="What a run reads: text as ids, and tokenizers.", no_args_is_help=True)
 tokenizer = typer.Typer(help="Train a tokenizer, look at one, compare some.", no_args_is_help=True)
@@ -46,12 +46,12 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Cut a recipe's text into ids, once, with all processors; the same command goes on after a stop."""
-    with ending.stoppable():
+    with exit.stoppable():
         from switchcli.commands import preparation
 
         console = Console(quiet=quiet)
         options = preparation.Options(model, processes, share, check)
-        result = preparation.prepare(recipe, overrides or [], options, console, ending.warn)
+        result = preparation.prepare(recipe, overrides or [], options, console, exit.warn)
         if as_json:
             print_json(result)
         else:
@@ -68,7 +68,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train the vocabulary of a recipe's data.tokenizer (kind: train) on its training documents; write it as a file."""
-    with ending.stoppable(saves_nothing=True):
+    with exit.stoppable(saves_nothing=True):
         from switchcli.commands import tokenizers, vocabularies
 
         vocabularies.check_free(out, replace=force)
@@ -122,7 +122,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Tokens a byte, and the shares of unknown and of byte tokens, of each language or corpus."""
-    with ending.stoppable(saves_nothing=True):
+    with exit.stoppable(saves_nothing=True):
         from switchcli.commands import tokenizers
 
         compared = tokenizers.compare(arguments, on, text or [], Console(quiet=quiet))

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from switchcli.model.count import count
+from switchcli.model.flops import count
 from switchcli.recipe.resolve import dump
-from switchcli.recipe.training import TrainingRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
 
 
 def describe(recipe: TrainingRecipe) -> dict[str, Any]:

@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands import finetune, huggingface, run
-from switchcli.commands.load import Opened, open_model
-from switchcli.commands.start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
+from switchcli.commands import finetune
+from switchcli.convert.tokenizer_files import find
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.interop.tokenizer import find
-from switchcli.model.count import count
-from switchcli.model.inherit import FromTeacher, Inheritance, other_dimensions, plan
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.surgery.student import FromTeacher, Inheritance, other_dimensions, plan
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, Distils, OnTasks, OnText
 from switchcli.recipe.sizes import SIZES
-from switchcli.recipe.text import Node
-from switchcli.train.spec import FromCheckpoint
+from switchcli.recipe.yaml_nodes import Node
+from switchcli.runs import run_dir, transformers_checkpoint
+from switchcli.runs.loading import Opened, open_model
+from switchcli.runs.warm_start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
+from switchcli.train.config import FromCheckpoint
 
 TEACHER, STUDENT = "distill.teacher", "student.path"
 HOW_LONG = {"train", "optimizer", "schedule", "eval", "checkpoint"}
@@ -51,7 +52,11 @@ class Distilling(NamedTuple):
 
 def default_out(recipe: str | None, teacher: str | None) -> Path:
     """As of every verb; of a command without a recipe runs/distill/ and the teacher's place below runs/."""
-    return run.default_out(recipe) if recipe is not None else Path("runs") / "distill" / run.place(Path(teacher or "."))
+    return (
+        run_dir.default_out(recipe)
+        if recipe is not None
+        else Path("runs") / "distill" / run_dir.place(Path(teacher or "."))
+    )
 
 
 def resolved(
@@ -125,7 +130,7 @@ def inheritance(recipe: Recipe, teacher: ModelSpec) -> Inheritance | None:
     """What the student takes of its teacher's weights; None where it starts from something else."""
     if not isinstance(recipe.student, FromTeacher):
         return None
-    return plan(huggingface.empty(recipe.model), huggingface.empty(teacher), recipe.student)
+    return plan(transformers_checkpoint.empty(recipe.model), transformers_checkpoint.empty(teacher), recipe.student)
 
 
 def _check_said_once(options: Options, typed: Node) -> None:

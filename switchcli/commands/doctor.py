@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli.commands.load import load, on_the_hub, open_checkpoint, whereabouts
-from switchcli.doctor import huggingface, ours
+from switchcli.checkpoint import checkpoint
+from switchcli.convert.weight_files import is_layout
+from switchcli.doctor import of_transformers, ours
 from switchcli.doctor.probes import PROBES, Finding, Verdict, examine
 from switchcli.doctor.subject import Subject
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.interop.files import is_layout
 from switchcli.recipe import library
 from switchcli.recipe.resolve import resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
-from switchcli.train import checkpoint
+from switchcli.runs.loading import load, on_the_hub, open_checkpoint, whereabouts
 
 _STYLES: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
@@ -116,7 +116,7 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
     if overrides:
         raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
     if is_layout(path):
-        return huggingface.load(path)
+        return of_transformers.load(path)
     loaded = load(path, torch.device("cpu"), console.warning)
     return ours.Ours(loaded.model, initialised=False)
 

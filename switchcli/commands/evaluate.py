@@ -10,40 +10,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli import publish
-from switchcli.commands import texts
-from switchcli.commands.exams import exams_of, tell
-from switchcli.commands.load import Loaded, Opened, filled, open_model
 from switchcli.commands.pretrain import objective_of
-from switchcli.commands.run import check_alike, machine, place, split
-from switchcli.commands.scores import show_scores, show_texts, task_results
-from switchcli.data.mixture import InTurn
-from switchcli.data.prepare import Prepared
-from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.spec import DataSpec, TextSpec, TextsSpec
-from switchcli.data.verified import changed_data_explained
+from switchcli.data.config import DataSpec, TextSpec, TextsSpec
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.pipeline import Prepared
+from switchcli.data.prepare.verified import changed_data_explained
+from switchcli.data.task_mixture import InTurn
+from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
-from switchcli.model.routing import Policy
+from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
 from switchcli.report.console import Console
+from switchcli.runs import text_sets as texts
+from switchcli.runs.loading import Loaded, Opened, filled, open_model
+from switchcli.runs.run_dir import check_alike, machine, place, split
+from switchcli.runs.score_tables import show_scores, show_texts, task_results
+from switchcli.runs.task_sets import exams_of, tell
 from switchcli.tasks import reading, tokens
+from switchcli.tasks.config import tasks_of
 from switchcli.tasks.scores import Scores, is_right, score
-from switchcli.tasks.spec import tasks_of
 from switchcli.tasks.task import Answered
-from switchcli.train import health, memory
-from switchcli.train.evaluate import HeldOutText, evaluate_rows
+from switchcli.train import memory, router_health
+from switchcli.train.loss import Objective, SegmentsOf, cross_entropy, packed_cross_entropy, packed_rows, whole_rows
 from switchcli.train.metrics import Metrics, merge
-from switchcli.train.objective import (
-    Objective,
-    SegmentsOf,
-    cross_entropy,
-    packed_cross_entropy,
-    packed_rows,
-    whole_rows,
-)
 from switchcli.train.scoring import Answering
+from switchcli.train.validation import HeldOutText, evaluate_rows
 from switchcli.user_files import read_regular
 
 MAX_RESULT_BYTES = 2**28
@@ -306,7 +299,7 @@ class Measuring:
 
     def _figures(self, model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:
         """Neg. log perplexity and routing health over so many rows."""
-        figures = health.record(metrics, model.spec.routed_parts())
+        figures = router_health.record(metrics, model.spec.routed_parts())
         figures.pop("auxiliary_loss", None)  # of training alone
         return {"sequences": num_rows, **figures}
 

@@ -7,28 +7,28 @@ from typing import Any
 
 import torch
 
-from switchcli.commands import start
-from switchcli.commands.exams import exams_of, tell, tell_of_cut
-from switchcli.commands.measure import Text
-from switchcli.commands.mesh import runtime_of
-from switchcli.commands.run import Options, claim
-from switchcli.commands.start import Starting
-from switchcli.commands.training import NUM_SAMPLES, Training, Verb
 from switchcli.data.batch import Batch
-from switchcli.data.cache import default_cache
-from switchcli.data.mixture import InTurn, TaskStream
-from switchcli.data.packing import Lengths
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.objectives.example_packing import Lengths
+from switchcli.data.prepare.cache import default_cache
+from switchcli.data.task_mixture import InTurn, TaskStream
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import Runtime
 from switchcli.errors import DataError, RecipeError
-from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.schema import FinetuneRecipe, OnTasks
 from switchcli.report.console import Console
+from switchcli.runs import warm_start
+from switchcli.runs.data import Text
+from switchcli.runs.mesh_choice import runtime_of
+from switchcli.runs.run_dir import Options, claim
+from switchcli.runs.task_sets import exams_of, tell, tell_of_cut
+from switchcli.runs.trainer import NUM_SAMPLES, Training, Verb
+from switchcli.runs.warm_start import Starting
 from switchcli.tasks import reading, tokens
-from switchcli.tasks.spec import suites_of, tasks_of
+from switchcli.tasks.config import suites_of, tasks_of
 from switchcli.tasks.task import Task
 from switchcli.train import memory
-from switchcli.train.evaluate import HeldOutText
-from switchcli.train.objective import packed_cross_entropy
+from switchcli.train.loss import packed_cross_entropy
+from switchcli.train.validation import HeldOutText
 
 
 def resolved(
@@ -40,7 +40,7 @@ def resolved(
         RecipeError: there is nothing to train on, besides.
         DataError: `data.folder` lacks files of tasks.
     """
-    starting = start.resolved(name, overrides, model, out, resume, warn, FinetuneRecipe)
+    starting = warm_start.resolved(name, overrides, model, out, resume, warn, FinetuneRecipe)
     check_tasks(starting.recipe)
     return starting
 
@@ -70,8 +70,8 @@ def finetune(finetuning: Starting[FinetuneRecipe], options: Options) -> dict[str
     ):
         verb = Verb(
             packed_cross_entropy,
-            text=lambda: text_of(recipe, start.tokenizer_of(opened, folder, runtime), runtime, console),
-            begin=lambda weights, optimizer: start.begin(recipe.start, opened, weights, optimizer),
+            text=lambda: text_of(recipe, warm_start.tokenizer_of(opened, folder, runtime), runtime, console),
+            begin=lambda weights, optimizer: warm_start.begin(recipe.start, opened, weights, optimizer),
             update=recipe.update,
             scoring=recipe.scoring,
             num_figures=num_figures(recipe),

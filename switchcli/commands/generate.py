@@ -8,15 +8,15 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from switchcli.commands.load import Loaded, load
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import AllDone, locally, steps
-from switchcli.model.generate import generate as decode
-from switchcli.model.moe import evaluating
-from switchcli.model.routing import Policy
+from switchcli.model.generation import AllDone, locally, steps
+from switchcli.model.generation import generate as decode
+from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.runs.loading import Loaded, load
 from switchcli.spec import EOS, PAD
 
 HALF_A_CHARACTER = "\ufffd"

@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 
 from switchcli import publish
 from switchcli.commands.describe import describe
-from switchcli.commands.huggingface import empty
+from switchcli.distributed.mesh import ParallelSpec, check_world
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.model.count import FORWARD_AND_BACKWARD
-from switchcli.parallel.mesh import ParallelSpec, check_world
-from switchcli.parallel.plan import Fit, Machine, Plan, model_axes, plan
-from switchcli.parallel.plan_model import Mesh, Step, held
-from switchcli.parallel.plan_traffic import Collective
-from switchcli.recipe import library, resolve, text
+from switchcli.model.flops import FORWARD_AND_BACKWARD
+from switchcli.planner.plan import Fit, Machine, Plan, model_axes, plan
+from switchcli.planner.step import Mesh, Step, held
+from switchcli.planner.traffic import Collective
+from switchcli.recipe import library, resolve
+from switchcli.recipe import yaml_nodes as text
 from switchcli.recipe.schema import PretrainRecipe, standing_alone
 from switchcli.recipe.sizes import SIZES
-from switchcli.recipe.training import TrainingRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.html import HtmlTable, page
+from switchcli.report.html_page import HtmlTable, page
 from switchcli.report.units import binary, gib, number, parse_bytes, si
+from switchcli.runs.transformers_checkpoint import empty
 
 BATCH_TOKENS = 2**20
 """Of a size, which has no batch: the paper's."""

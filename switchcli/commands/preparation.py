@@ -7,15 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands import texts
 from switchcli.commands.pretrain import fits
-from switchcli.data.prepare import prepare_share
-from switchcli.data.text import PARTS, Text
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.prepare.pipeline import prepare_share
+from switchcli.data.prepare.prepared_text import PARTS, Text
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console
 from switchcli.report.units import binary
+from switchcli.runs import text_sets
 
 
 class Options(NamedTuple):
@@ -43,7 +43,7 @@ def prepare(
     tokenizer = None if options.model is None else _of_model(options.model, warn)
     if recipe.data.access == "stream":
         warn("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
-    means = texts.means(console)._replace(
+    means = text_sets.means(console)._replace(
         processes=options.processes, share=share, check=options.check, accept=partial(fits, recipe)
     )
     started = time.monotonic()
@@ -93,6 +93,6 @@ def _share(said: str | None) -> tuple[int, int]:
 
 
 def _of_model(model: str, warn: Callable[[str], None]) -> Tokenizer:
-    from switchcli.commands.load import open_model  # reads no weights, but takes torch
+    from switchcli.runs.loading import open_model  # reads no weights, but takes torch
 
     return open_model(Path(model), warn).tokenizer

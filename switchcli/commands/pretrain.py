@@ -4,28 +4,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from switchcli.commands import start, texts
-from switchcli.commands.measure import Text
-from switchcli.commands.mesh import runtime_of
-from switchcli.commands.run import Options, claim
-from switchcli.commands.start import Starting
-from switchcli.commands.training import NUM_SAMPLES, Training, Verb
+from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.batch import Batch
-from switchcli.data.prepare import Prepared
-from switchcli.data.spec import DataSpec
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.config import DataSpec
+from switchcli.data.prepare.pipeline import Prepared
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import Weights
 from switchcli.errors import RecipeError
-from switchcli.model.initialise import initial_weights
+from switchcli.model.init import initial_weights
 from switchcli.model.packing import segments_of
-from switchcli.parallel.layout import Weights
-from switchcli.parallel.runtime import Runtime
 from switchcli.recipe.schema import OnText, PretrainRecipe
 from switchcli.report.console import Console
+from switchcli.runs import text_sets, warm_start
+from switchcli.runs.data import Text
+from switchcli.runs.mesh_choice import runtime_of
+from switchcli.runs.run_dir import Options, claim
+from switchcli.runs.trainer import NUM_SAMPLES, Training, Verb
+from switchcli.runs.warm_start import Starting
 from switchcli.spec import PAD
 from switchcli.train import memory
-from switchcli.train.objective import Objective, cross_entropy, packed_cross_entropy
-from switchcli.train.optimizer import Optimizer
-from switchcli.train.run_folder import RunFolder
+from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
+from switchcli.train.optimizers import Optimizer
 
 
 def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[str, Any]:
@@ -46,14 +46,14 @@ def pretrain(pretraining: Starting[PretrainRecipe], options: Options) -> dict[st
         def text() -> Text:
             if recipe.start is None:
                 return text_of(recipe, lambda: _by_its_own(recipe, folder, console), runtime, console)
-            tokenizer = start.tokenizer_of(opened, folder, runtime)
+            tokenizer = warm_start.tokenizer_of(opened, folder, runtime)
             return text_of(recipe, lambda: cut_by(tokenizer, recipe, console), runtime, console)
 
         def begin(weights: Weights, optimizer: Optimizer) -> None:
             if recipe.start is None:
                 weights.fill(initial_weights(recipe.model, recipe.train.seed, weights.experts))
             else:
-                start.begin(recipe.start, opened, weights, optimizer)
+                warm_start.begin(recipe.start, opened, weights, optimizer)
 
         verb = Verb(objective_of(recipe.data), text, begin)
         result = Training(recipe, folder, runtime, console, verb).run()
@@ -65,8 +65,8 @@ def text_of(recipe: OnText, prepared: Callable[[], Prepared], runtime: Runtime, 
     """Rows of the recipe's text. Raises DataError as each part says."""
     found = runtime.on_main(prepared) or prepared()  # the main rank fills the cache that the others read
     data, rows_per_step = recipe.data, recipe.rows_per_step
-    read = (texts.live if data.access == "stream" else texts.prepared)(recipe, found, runtime, console)
-    held_out = texts.held_out(found, data.rows, recipe.eval.sequences)
+    read = (text_sets.live if data.access == "stream" else text_sets.prepared)(recipe, found, runtime, console)
+    held_out = text_sets.held_out(found, data.rows, recipe.eval.sequences)
 
     def check() -> None:
         found.check()  # of a stream what it is evaluated on
@@ -108,7 +108,7 @@ def fits(recipe: OnText, tokenizer: Tokenizer) -> None:
 
 def cut_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
     """The recipe's text as ids of a vocabulary that is there."""
-    return texts.found(recipe.data, recipe.eval.sequences, console, tokenizer, partial(fits, recipe))
+    return text_sets.found(recipe.data, recipe.eval.sequences, console, tokenizer, partial(fits, recipe))
 
 
 def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared:
@@ -116,6 +116,6 @@ def _by_its_own(recipe: OnText, folder: RunFolder, console: Console) -> Prepared
     if folder.tokenizer.exists():
         first = Tokenizer.read(folder.tokenizer)
         return cut_by(first, recipe, console)
-    found = texts.found(recipe.data, recipe.eval.sequences, console, accept=partial(fits, recipe))
+    found = text_sets.found(recipe.data, recipe.eval.sequences, console, accept=partial(fits, recipe))
     folder.write_tokenizer(found.tokenizer.to_json())
     return found

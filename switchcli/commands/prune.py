@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli.commands import evaluate
-from switchcli.commands.load import filled, unfilled
-from switchcli.commands.place import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
-from switchcli.commands.run import program
 from switchcli.commands.upcycle import with_experts
+from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, DataError, RecipeError
-from switchcli.model import pruning
-from switchcli.model.count import count
-from switchcli.model.pruning import By, Gate
-from switchcli.model.routing import Policy
-from switchcli.model.spec import STACKS, ModelSpec
-from switchcli.parallel.runtime import Runtime
+from switchcli.model.config import STACKS, ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.moe.router import Policy
+from switchcli.model.surgery import prune as pruning
+from switchcli.model.surgery.prune import By, Gate
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
+from switchcli.runs.loading import filled, unfilled
+from switchcli.runs.new_folder import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
+from switchcli.runs.run_dir import program
 from switchcli.train import memory
-from switchcli.train.saver import logical_tensors
+from switchcli.train.checkpointer import logical_tensors
 
 
 class Options(NamedTuple):

@@ -9,9 +9,9 @@ import typer
 
 from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.recipe import library, text
+from switchcli.recipe import library, yaml_nodes
 from switchcli.report.output import print_json
-from switchcli.report.text import one_line
+from switchcli.report.safe_text import one_line
 
 app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
 
@@ -81,7 +81,7 @@ def validate(
         print_json({"files": [{"file": file, "ok": not found, "errors": found} for file, found in errors.items()]})
     else:
         for file in (file for file, found in errors.items() if not found):
-            typer.echo(f"{text.name_of(file)}: ok")
+            typer.echo(f"{yaml_nodes.name_of(file)}: ok")
     if broken := [line for found in errors.values() for line in found]:
         raise RecipeError(*broken)
 
@@ -92,13 +92,13 @@ def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes a
     from switchcli.recipe.schema import RECIPES, editor_schema
 
     if verb not in RECIPES:
-        raise RecipeError(f"{text.name_of(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}")
+        raise RecipeError(f"{yaml_nodes.name_of(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}")
     print_json(editor_schema(verb))
 
 
 def _free_standing(source: Path, content: str) -> str:
     """The `content` of a copy of `source`, which need not lie beside what `source` extends."""
-    root = text.read_file(source).value
+    root = yaml_nodes.read_file(source).value
     if not isinstance(root, dict) or "extends" not in root:
         return content
     parent = library.locate(str(root["extends"].value), beside=source.parent).resolve()

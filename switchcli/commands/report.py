@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from switchcli import publish
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
-from switchcli.recipe import text
-from switchcli.report import charts, evidence, scores
+from switchcli.recipe import yaml_nodes as text
+from switchcli.report import charts, evidence, task_results
 from switchcli.report.charts import Figure, Table
-from switchcli.report.compare import compare
+from switchcli.report.comparison import compare
 from switchcli.report.console import Console
 from switchcli.report.evidence import Report
-from switchcli.report.html import Part, page
+from switchcli.report.html_page import Part, page
 from switchcli.report.runs import Run, read
 from switchcli.report.series import Series, differences, grouped
 
@@ -54,7 +54,7 @@ def report(folders: Sequence[Path], options: Options, warn: Warn) -> Report:
     comparison = compare(trained, base, options.quality, options.smooth) if trained else None
     found = Report(comparison, [one for one in every if one not in trained], ())
     notes = [note for run in runs for note in run.notes]
-    if not scores.by_tokens(found.holders):
+    if not task_results.by_tokens(found.holders):
         notes.append(
             "Held-out texts of runs or evaluations whose tokenizers differ, or are not known, are compared by bits a "
             "byte alone."

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands import ending
+from switchcli.commands import exit
 from switchcli.commands.arguments import Json, Quiet
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console
@@ -46,7 +46,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Compare runs: quality, speed-up, routing, rates; as tables, as a page, as figures."""
-    with ending.stoppable(saves_nothing=True):
+    with exit.stoppable(saves_nothing=True):
         from switchcli.commands import report
 
         options = report.Options(baseline, quality, smooth)

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.commands.evaluate import ROWS_EACH, Measuring, resolved
-from switchcli.commands.load import Opened, filled, open_model
 from switchcli.commands.report import write_each, write_page
-from switchcli.commands.run import machine
+from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.parallel.runtime import Runtime
-from switchcli.report import routing, routing_page
+from switchcli.report import routing_page, routing_tables
 from switchcli.report.console import Console
+from switchcli.runs.loading import Opened, filled, open_model
+from switchcli.runs.run_dir import machine
 from switchcli.train import memory
-from switchcli.train.survey import survey
+from switchcli.train.routing_report import survey
 
 
 def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
 def show(found: Mapping[str, Any]) -> None:
     """The tables on stdout."""
     console = Console(stream=sys.stdout)
-    for table in routing.tables(found):
+    for table in routing_tables.tables(found):
         console.rows(*table)
 
 

@@ -7,14 +7,14 @@ from typing import Any, Final, NamedTuple
 
 import typer
 
-from switchcli.data.document import Document
-from switchcli.data.files import Files
-from switchcli.data.measure import Count, measure
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.convert.tokenizer_files import find
+from switchcli.data.sources.document import Document
+from switchcli.data.sources.files import Files
+from switchcli.data.tokenizer.statistics import Count, measure
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
-from switchcli.interop.tokenizer import find
 from switchcli.report.console import Console
-from switchcli.report.text import one_line
+from switchcli.report.safe_text import one_line
 
 _TABLES: Final = (
     ("Tokens a byte of text", "tokens_per_byte", ".4f"),
@@ -124,7 +124,7 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
     tokenizers = [opened(name) for name in names]
     texts = _files(files)
     if recipe is not None:
-        from switchcli.data.prepare import documents
+        from switchcli.data.prepare.pipeline import documents
         from switchcli.data.text_mixture import Weighted
         from switchcli.recipe.schema import on_text
 

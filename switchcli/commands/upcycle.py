@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands.huggingface import empty
-from switchcli.commands.load import Opened, open_model
-from switchcli.commands.place import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
-from switchcli.commands.run import program
-from switchcli.commands.start import NEW
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.model.spec import STACKS
-from switchcli.model.upcycling import Gate, Upcycled, correction
+from switchcli.model.config import STACKS
+from switchcli.model.surgery.upcycle import Gate, Upcycled, correction
 from switchcli.recipe import resolve
-from switchcli.recipe.compare import differences
+from switchcli.recipe.differences import differences
 from switchcli.recipe.sizes import CUSTOM
-from switchcli.recipe.training import TrainingRecipe
-from switchcli.train.saver import logical_tensors
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.runs.loading import Opened, open_model
+from switchcli.runs.new_folder import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
+from switchcli.runs.run_dir import program
+from switchcli.runs.transformers_checkpoint import empty
+from switchcli.runs.warm_start import NEW
+from switchcli.train.checkpointer import logical_tensors
 
 MAY_CHANGE = ("model.sparse", *(f"model.{key}" for key in NEW[1:]), "train.")
 """How keys begin that leave the weights what they are."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.commands.tokenizers import facts
-from switchcli.data.prepare import documents
+from switchcli.data.prepare.pipeline import documents
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console

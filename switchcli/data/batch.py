@@ -27,7 +27,7 @@ class Answers(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """A batch with its answers, of a teacher that is not asked again (train/answers.py)."""
+    """A batch with its answers, of a teacher that is not asked again (train/teacher_cache.py)."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from switchcli.data.store import digest_of
-from switchcli.data.turns import Turns, apportioned
+from switchcli.data.mixture_schedule import Turns, apportioned
+from switchcli.data.prepare.store import digest_of
 from switchcli.errors import RecipeError
 from switchcli.spec import Spec
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.doctor.subject import Loss, Seen, Subject, Text, fits, precision, training, watching
-from switchcli.model.count import count
-from switchcli.model.initialise import initialise
-from switchcli.model.moe import Router, evaluating
-from switchcli.model.routing import Mode
-from switchcli.model.spec import STACKS, ModelSpec
+from switchcli.model.config import STACKS, ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.init import initialise
+from switchcli.model.moe.layer import Router, evaluating
+from switchcli.model.moe.router import Mode
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 

@@ -2,7 +2,8 @@
 
 Legend: B batch, S source, T target, V vocabulary, G groups, N tokens a group, E experts.
 
-An answer holds the routing reports of `switchcli.model.reports`, also where the model is not ours. Nothing here judges.
+An answer holds the routing reports of `switchcli.model.moe.stats`, also where the model is not ours. Nothing here
+judges.
 """
 
 from abc import ABC, abstractmethod
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 from switchcli.errors import OutOfMemory, machine_bytes
-from switchcli.model.reports import Reports
-from switchcli.model.routing import Mode
+from switchcli.model.moe.router import Mode
+from switchcli.model.moe.stats import Reports
 
 
 class Text(NamedTuple):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.axis import UNDIVIDED, Axis
+from switchcli.model.config import ModelSpec
 from switchcli.model.layers import compute_dtype, dropout, linear
-from switchcli.model.spec import ModelSpec
 
 MASKED = -1e9  # added to a logit: gives weight 0, but no NaN, as infinity would, to a row that may see nothing
 

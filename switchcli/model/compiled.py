@@ -6,7 +6,7 @@ torch's grouped product compiles in bfloat16 alone.
 
 from torch import nn
 
-from switchcli.model.moe import SwitchLayer
+from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.transformer import CrossAttention, FeedForwardPart, SelfAttention
 
 

@@ -11,7 +11,7 @@ from typing import Final, Self
 import torch
 from pydantic import Field, model_validator
 
-from switchcli.model.initialise import keyed_generator
+from switchcli.model.init import keyed_generator
 from switchcli.spec import MOST, Spec
 
 LARGEST_LOG_PENALTY: Final = 80.0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.axis import UNDIVIDED, Axis, part_of
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
 
 
 class RMSNorm(nn.Module):

@@ -15,14 +15,14 @@ from torch import nn
 
 from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias, shared_bias
 from switchcli.model.axis import UNDIVIDED
-from switchcli.model.cache import Cache, Past
+from switchcli.model.config import STACKS, ModelSpec, Stack
+from switchcli.model.kv_cache import Cache, Past
 from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
-from switchcli.model.losses import AuxiliaryLoss, auxiliary_loss
-from switchcli.model.moe import Router, SwitchLayer
+from switchcli.model.moe.layer import Router, SwitchLayer
+from switchcli.model.moe.losses import AuxiliaryLoss, auxiliary_loss
+from switchcli.model.moe.stats import Reports
+from switchcli.model.moe.switch_attention import SwitchAttention
 from switchcli.model.packing import Segments, between_segments, decoder_inputs
-from switchcli.model.reports import Reports
-from switchcli.model.spec import STACKS, ModelSpec, Stack
-from switchcli.model.switch_attention import SwitchAttention
 from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import PAD
 

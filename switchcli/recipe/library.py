@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 
 from switchcli.errors import RecipeError
-from switchcli.recipe.text import name_of, read_file
+from switchcli.recipe.yaml_nodes import name_of, read_file
 
 SUFFIXES = (".yaml", ".yml")
 

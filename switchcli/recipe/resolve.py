@@ -23,8 +23,8 @@ from pydantic import ValidationError
 
 from switchcli import credentials
 from switchcli.errors import RecipeError
-from switchcli.recipe import explain, library, sizes, text
-from switchcli.recipe.text import Node
+from switchcli.recipe import library, messages, sizes, yaml_nodes
+from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import Spec, check_place
 
 S = TypeVar("S", bound=Spec)
@@ -58,7 +58,7 @@ def load(name_or_path: str | None, overrides: Sequence[str] = (), below: Node | 
 
 def saved(document: bytes, where: str) -> Node:
     """The recipe that lies in a checkpoint, not yet validated: no other file is read for it. Raises RecipeError."""
-    root = text.read_bytes(document, where)
+    root = yaml_nodes.read_bytes(document, where)
     if not isinstance(root.value, dict) or "extends" in root.value:
         raise RecipeError(f"{root.where}: not the recipe of a run, which is a mapping of keys and extends nothing")
     return _layered([_of_today(root)], root._replace(value={}))
@@ -84,9 +84,9 @@ def validate(tree: Node, schema: type[S]) -> S:
     problems = [f"{size.where}: model.size: {problem}"] if size and problem else []
     try:
         # As JSON, for there alone pydantic's strict mode takes a list as a tuple and an integer as a float.
-        value = schema.model_validate_json(json.dumps(text.plain(tree)))
+        value = schema.model_validate_json(json.dumps(yaml_nodes.plain(tree)))
     except ValidationError as error:
-        problems += explain.lines(error, tree, schema)
+        problems += messages.lines(error, tree, schema)
     if problems:
         raise RecipeError(*problems)
     return value
@@ -97,8 +97,8 @@ def dump(spec: Spec) -> str:
 
     Raises RecipeError for one too large to be read again.
     """
-    written = text.write(spec.model_dump(mode="json"))
-    text.read(written, lambda line: f"the whole recipe, line {line}")
+    written = yaml_nodes.write(spec.model_dump(mode="json"))
+    yaml_nodes.read(written, lambda line: f"the whole recipe, line {line}")
     return written
 
 
@@ -142,7 +142,7 @@ def stated(tree: Node, dotted: str) -> Any:
         if value is None:
             return None
         tree = value
-    return text.plain(tree)
+    return yaml_nodes.plain(tree)
 
 
 def stated_place(tree: Node, dotted: str) -> Any:
@@ -176,7 +176,7 @@ def _files(path: Path) -> list[Node]:
     layers: list[Node] = []
     seen = {path.resolve()}
     while True:
-        root = text.read_file(path)
+        root = yaml_nodes.read_file(path)
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
         layers.insert(0, _of_today(root) if path.name == SAVED else root)
@@ -190,13 +190,13 @@ def _files(path: Path) -> list[Node]:
         except RecipeError as error:
             raise RecipeError(f"{extends.where}: extends: {error}") from error
         if path.resolve() in seen:
-            raise RecipeError(f"{extends.where}: extends: a circle: {text.shown(path)} extends this file")
+            raise RecipeError(f"{extends.where}: extends: a circle: {yaml_nodes.shown(path)} extends this file")
         seen.add(path.resolve())
 
 
 def _of_today(saved: Node) -> Node:
     """A recipe that a run saved, perhaps one of an earlier version: with the keys that are written now."""
-    for old, new in explain.RENAMED.items():
+    for old, new in messages.RENAMED.items():
         part, key = old.split(".")
         keys = saved.value.get(part) if isinstance(saved.value, dict) else None
         if keys and isinstance(keys.value, dict) and key in keys.value:
@@ -231,11 +231,11 @@ def _override(override: str) -> tuple[tuple[str, ...], Node]:
     path = tuple(dotted.split("."))
     if not separator or not all(path):
         raise RecipeError(f"{where}: must be KEY=VALUE with a dotted key, such as train.steps=1000")
-    if len(path) > text.MAX_DEPTH:
-        raise RecipeError(f"{where}: nested more than {text.MAX_DEPTH} deep")
+    if len(path) > yaml_nodes.MAX_DEPTH:
+        raise RecipeError(f"{where}: nested more than {yaml_nodes.MAX_DEPTH} deep")
     if path[0] == "extends":
         raise RecipeError(f"{where}: extends belongs in a file: name that recipe on the command line instead")
-    return path, text.read(value, lambda line: where)
+    return path, yaml_nodes.read(value, lambda line: where)
 
 
 def _nested(path: Sequence[str], value: Node) -> Node:
@@ -252,7 +252,7 @@ def _set(below: Node, path: Sequence[str], value: Node, done: tuple[str, ...] = 
     if isinstance(below.value, list):
         if not (key.isascii() and key.isdecimal()) or int(key) >= len(below.value):
             rule = f"the list has {len(below.value)} items, counted from 0"
-            raise RecipeError(f"{value.where}: {explain.dotted(done)}: no item {explain.dotted((key,))}: {rule}")
+            raise RecipeError(f"{value.where}: {messages.dotted(done)}: no item {messages.dotted((key,))}: {rule}")
         items = list(below.value)
         items[int(key)] = _set(items[int(key)], rest, value, (*done, key))
         return below._replace(value=items)

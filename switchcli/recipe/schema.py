@@ -8,21 +8,21 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.data.spec import DataSpec, TextSpec
+from switchcli.data.config import DataSpec, TextSpec
 from switchcli.errors import RecipeError
-from switchcli.model.groups import Group, check
-from switchcli.model.inherit import FromTeacher
-from switchcli.model.routing import Policy
+from switchcli.model.moe.router import Policy
+from switchcli.model.surgery.student import FromTeacher
+from switchcli.model.trainable import Group, check
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
-from switchcli.recipe.text import Node
-from switchcli.recipe.training import TrainingRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import Spec
-from switchcli.tasks.spec import TaskDataSpec, TaskSpec, names_twice
+from switchcli.tasks.config import TaskDataSpec, TaskSpec, names_twice
+from switchcli.train.config import Precision, StartSpec, StudentSpec
 from switchcli.train.distillation import DistillSpec
-from switchcli.train.schedule import Constant, InverseSquareRoot, ScheduleSpec
+from switchcli.train.schedules import Constant, InverseSquareRoot, ScheduleSpec
 from switchcli.train.scoring import ScoringSpec
-from switchcli.train.spec import Precision, StartSpec, StudentSpec
 
 
 class OnText(TrainingRecipe, ABC):

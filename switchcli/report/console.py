@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from switchcli.report.text import one_line, shortened
+from switchcli.report.safe_text import one_line, shortened
 from switchcli.report.units import clock, number, si
 
 T = TypeVar("T")

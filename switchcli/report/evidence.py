@@ -4,14 +4,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from switchcli.report import figures, scores
+from switchcli.report import figures, task_results
 from switchcli.report.charts import Figure, Table, Value
-from switchcli.report.compare import Comparison
-from switchcli.report.html import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
+from switchcli.report.comparison import Comparison
+from switchcli.report.html_page import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
 from switchcli.report.runs import HELD_OUT, Run, mapping
-from switchcli.report.scores import Figures
+from switchcli.report.safe_text import capital
 from switchcli.report.series import Series, Spread, differences
-from switchcli.report.text import capital
+from switchcli.report.task_results import Figures
 from switchcli.report.units import clock, si
 
 SAMPLES = 12
@@ -148,12 +148,12 @@ class Scored(NamedTuple):
 def scored(report: Report) -> Iterator[Scored]:
     """All that there is."""
     holders = report.holders
-    if found := scores.tasks(holders):
+    if found := task_results.tasks(holders):
         said = "Scores from 0 to 100, the mean over seeds (least to most)."
         yield Scored("tasks", "Tasks", "task", ".2f", found, said)
-    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if scores.by_tokens(holders) else {}
+    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if task_results.by_tokens(holders) else {}
     for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
-        if found := scores.texts(holders, figure):
+        if found := task_results.texts(holders, figure):
             said = "Held-out text of each language or corpus."
             yield Scored(f"texts_{figure}", title, "text", ".4f", found, said)
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table, Value
-from switchcli.report.compare import Comparison
+from switchcli.report.comparison import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run
+from switchcli.report.safe_text import capital
 from switchcli.report.series import Band, band, thinned
-from switchcli.report.text import capital
 
 POINTS = 360
 """Of a curve, at most."""

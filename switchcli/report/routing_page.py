@@ -8,8 +8,8 @@ from typing import Any
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table, Value
 from switchcli.report.figures import even_scale, shown_layer
-from switchcli.report.html import Charts, Folded, HtmlTable, Part, Section, Words
-from switchcli.report.routing import (
+from switchcli.report.html_page import Charts, Folded, HtmlTable, Part, Section, Words
+from switchcli.report.routing_tables import (
     EXPERT_HEADINGS,
     EXPERTS,
     bins,

@@ -4,7 +4,7 @@ T5 has no such task, and the Switch paper, which reports round 3, gives no forma
 `anli`, the same for each round, so that one can be trained on for another.
 """
 
-from switchcli.tasks.rows import labelled
+from switchcli.tasks.labelled_rows import labelled
 from switchcli.tasks.task import Source, Task
 
 LABELS = ("entailment", "neutral", "contradiction")

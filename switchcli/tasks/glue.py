@@ -10,8 +10,8 @@ import numpy as np
 
 from switchcli.tasks.columns import asked, text, value
 from switchcli.tasks.label_metrics import ACCURACY, PEARSON, REFERENT_ACCURACY, SPEARMAN, f1, matthews
+from switchcli.tasks.labelled_rows import SECRET, judged, labelled, prefixed, word_of
 from switchcli.tasks.pronoun import resolve
-from switchcli.tasks.rows import SECRET, judged, labelled, prefixed, word_of
 from switchcli.tasks.task import Example, Purpose, Row, Source, Task
 
 HUB = "nyu-mll/glue"

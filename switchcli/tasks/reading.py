@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from switchcli.data import paths as files
-from switchcli.data.corpus import hub_rows
-from switchcli.data.digests import Digests
-from switchcli.data.files import json_rows
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources import paths as files
+from switchcli.data.sources.corpus import hub_rows
+from switchcli.data.sources.files import json_rows
 from switchcli.errors import DataError
 from switchcli.tasks.task import Embedded, Example, Files, Purpose, Row, Source, Task
 

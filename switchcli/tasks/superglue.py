@@ -9,8 +9,8 @@ from reprlib import repr as short
 
 from switchcli.tasks.columns import answers, asked, text, texts, value
 from switchcli.tasks.label_metrics import ACCURACY, EXACT_MATCH_BY_UNIT, REFERENT_ACCURACY, f1, macro_f1, matthews
+from switchcli.tasks.labelled_rows import judged, labelled, prefixed, word_of
 from switchcli.tasks.pronoun import mark_first, mark_word
-from switchcli.tasks.rows import judged, labelled, prefixed, word_of
 from switchcli.tasks.task import Example, Purpose, Row, Source, Task
 from switchcli.tasks.text_metrics import exact_match, squad_em, squad_f1
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.digests import Digests
+from switchcli.data.prepare.digests import Digests
 
 Row = Mapping[str, Any]
 """One example by the column names that the set has on the Hugging Face hub."""

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.cache import cached
-from switchcli.data.digests import Digests
-from switchcli.data.draws import permutation
-from switchcli.data.packing import Lengths, Packed, pack, packed_as, store_of
-from switchcli.data.prepare import Track
-from switchcli.data.store import StoreWriter, TokenStore, facts_of, identity, seal
-from switchcli.data.text import num_bytes
-from switchcli.data.tokenizer import Tokenizer
-from switchcli.data.verified import IN_MEMORY_BYTES, Verified
+from switchcli.data.objectives.example_packing import Lengths, Packed, pack, packed_as, store_of
+from switchcli.data.prepare.cache import cached
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.prepare.pipeline import Track
+from switchcli.data.prepare.prepared_text import num_bytes
+from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, identity, seal
+from switchcli.data.prepare.verified import IN_MEMORY_BYTES, Verified
+from switchcli.data.rng import permutation
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, examples, fingerprint
 from switchcli.tasks.task import Example, Task

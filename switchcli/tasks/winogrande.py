@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from reprlib import repr as short
 
 from switchcli.tasks.columns import answers, asked, text, value
-from switchcli.tasks.rows import prefixed
+from switchcli.tasks.labelled_rows import prefixed
 from switchcli.tasks.task import Example, Purpose, Row, Source, Task
 from switchcli.tasks.text_metrics import exact_match
 

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from switchcli.data.batch import Batch
-from switchcli.model.moe import SwitchLayer, evaluating, sparse_layers
+from switchcli.distributed.context import Runtime
+from switchcli.model.config import STACKS, Stack
+from switchcli.model.moe.layer import SwitchLayer, evaluating, sparse_layers
+from switchcli.model.moe.router import Policy, TokenChoice
 from switchcli.model.packing import Segments, decoder_inputs
-from switchcli.model.routing import Policy, TokenChoice
-from switchcli.model.spec import STACKS, Stack
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
 from switchcli.spec import PAD
-from switchcli.train.objective import SegmentsOf
+from switchcli.train.loss import SegmentsOf
 
 
 class Pairs(NamedTuple):

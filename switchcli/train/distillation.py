@@ -21,19 +21,13 @@ from torch import nn
 from switchcli.data.batch import AnyBatch, Lesson
 from switchcli.model.axis import part_of
 from switchcli.model.layers import compute_dtype
-from switchcli.model.routing import Policy
+from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import MOST, PAD, Place, Spec
-from switchcli.train.answers import AnswersSpec
-from switchcli.train.objective import (
-    ChunkLoss,
-    SegmentsOf,
-    StepLoss,
-    step_loss,
-    summed_over_vocabulary,
-)
-from switchcli.train.spec import Precision
+from switchcli.train.config import Precision
+from switchcli.train.loss import ChunkLoss, SegmentsOf, StepLoss, step_loss, summed_over_vocabulary
+from switchcli.train.teacher_cache import AnswersSpec
 
 NUM_SUMS = 4  # of a chunk: what is minimised, hard, soft, and how far the student is from its teacher
 

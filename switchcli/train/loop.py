@@ -7,22 +7,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.parallelize import GradientNorm
+from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
-from switchcli.model.moe import experts_here, sparse_layers
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import StopRequest
-from switchcli.parallel.spread import GradientNorm
-from switchcli.train.evaluate import exact
-from switchcli.train.health import WHEN_LOST, lost_backward, lost_forward
-from switchcli.train.hooks import Hook
+from switchcli.model.moe.layer import experts_here, sparse_layers
+from switchcli.train.callbacks import Hook
+from switchcli.train.config import TrainSpec
+from switchcli.train.loss import Objective
 from switchcli.train.metrics import Mean, Metrics, merge
 from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.objective import Objective
-from switchcli.train.optimizer import Optimizer
-from switchcli.train.recovery import ENDS, Recovery
-from switchcli.train.schedule import ScheduleSpec
-from switchcli.train.spec import TrainSpec
+from switchcli.train.nonfinite import ENDS, Recovery
+from switchcli.train.optimizers import Optimizer
+from switchcli.train.router_health import WHEN_LOST, lost_backward, lost_forward
+from switchcli.train.schedules import ScheduleSpec
 from switchcli.train.state import TrainState
+from switchcli.train.validation import exact
 
 
 def fit(

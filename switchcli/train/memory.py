@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
+from switchcli.checkpoint.tensor_file import num_bytes
 from switchcli.errors import OUTSIDE, OutOfMemory, machine_bytes, where
-from switchcli.model.groups import Group, members
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.trainable import Group, members
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.optimizer import OptimizerSpec
-from switchcli.train.tensor_file import num_bytes
+from switchcli.train.optimizers import OptimizerSpec
 
 
 def needed(model: ModelSpec, optimizer: OptimizerSpec, group: Group = "all") -> int:

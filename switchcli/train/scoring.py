@@ -11,19 +11,19 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import Runtime
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate
-from switchcli.model.moe import evaluating
-from switchcli.model.routing import Policy
+from switchcli.model.generation import generate
+from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
 from switchcli.spec import MOST, Spec
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.suites import PAPER, SUITES, average
 from switchcli.tasks.task import Answered
 from switchcli.tasks.tokens import Scored
-from switchcli.train.hooks import Evaluation, Record
+from switchcli.train.callbacks import Evaluation, Record
 from switchcli.train.state import TrainState
 
 AVERAGE = "tasks/average"

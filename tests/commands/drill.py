@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 
 from switchcli.cli import main
-from switchcli.commands import distill, finetune, generate, pretrain, teaching  # noqa: F401  # so that a fork has them
+from switchcli.runs import distilling  # noqa: F401  # so that a fork has them
 
 CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "data_wait_fraction"}
 """What two runs need not have in common."""

@@ -16,7 +16,7 @@ from bad_inputs import CASES, CHECKPOINT, FILES, RECIPE, corpus, lay_out_bad
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.train.checkpoint import Checkpoint
+from switchcli.checkpoint.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_no_cuda(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPa
 def test_a_tracker_that_is_not_installed_is_missed_before_data_is_read(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.parallel.trackers.is_wandb_available", lambda: False)
+    monkeypatch.setattr("switchcli.distributed.trackers.is_wandb_available", lambda: False)
     done = switchcli("pretrain", recipe, "log.trackers=[wandb]", corpus("none.txt"))
     assert (done.code, done.out) == (RECIPE, "")
     assert re.fullmatch(r"error: .*\n", done.err)

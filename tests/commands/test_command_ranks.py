@@ -13,8 +13,8 @@ from conftest import SwitchCLI
 from messages import lacking
 
 from switchcli.cli import main
+from switchcli.distributed.launch import Ended
 from switchcli.errors import DataError, OtherRankError, RecipeError
-from switchcli.parallel.launch import Ended
 
 
 def two_ranks(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -23,7 +23,7 @@ def two_ranks(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.commands.run.launch", None)
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", None)
     done = switchcli("pretrain", "none.yaml", "--processes", 2)
     assert done.code == 2
     assert done.err.count("\n") == 1
@@ -34,8 +34,8 @@ def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypa
 def test_ranks_of_an_older_torch_say_how_long_a_save_may_take(
     seconds: int, noted: bool, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.commands.run.launch", lambda processes, arguments: Ended(0, None))
-    monkeypatch.setattr("switchcli.commands.run.saving_seconds", lambda: seconds)
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", lambda processes, arguments: Ended(0, None))
+    monkeypatch.setattr("switchcli.runs.run_dir.saving_seconds", lambda: seconds)
     done = switchcli("pretrain", recipe, "--processes", 2)
     assert done.code == 0
     assert (not lacking(done.err, "note: torch 30")) == noted
@@ -73,7 +73,7 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, 
 def test_a_mesh_that_is_not_of_these_ranks_starts_none(
     keys: list[str], words: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.commands.run.launch", None)
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", None)
     done = switchcli("pretrain", recipe, *keys, "--processes", 2)
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(r"error: .*\n", done.err)
@@ -85,7 +85,7 @@ def test_a_mesh_that_is_not_of_these_ranks_starts_none(
 def test_experts_that_cannot_be_shared_start_no_rank(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.commands.run.launch", None)
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", None)
     for keys, words in {
         "parallel.expert=3": "parallel.expert 3 model.num_experts 4 1 2",
         "parallel={data: 6, expert: 4}": "parallel.expert 4 parallel.data 6 2",
@@ -130,7 +130,7 @@ def test_a_run_whose_mesh_is_chosen_by_the_plan(recipe: str) -> None:
 
 
 def test_no_mesh_fits(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.commands.mesh.machine_bytes", lambda: 2**20)
+    monkeypatch.setattr("switchcli.runs.mesh_choice.machine_bytes", lambda: 2**20)
     done = switchcli("pretrain", recipe, "parallel=auto", "train.device=cpu")
     assert done.code == 2
     assert re.search(r"parallel\.auto: .* 1 ranks .* [\d.]+ GiB ", done.err)
@@ -165,7 +165,7 @@ def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
 
 
 def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.commands.run.launch", lambda processes, arguments: Ended(0, None))
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", lambda processes, arguments: Ended(0, None))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 4)
@@ -179,7 +179,7 @@ def test_the_launcher_prints_the_object_of_ranks_that_failed(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "switchcli.commands.run.launch", lambda processes, arguments: Ended(3, "none.txt: no such file")
+        "switchcli.runs.run_dir.launch", lambda processes, arguments: Ended(3, "none.txt: no such file")
     )
     done = switchcli("pretrain", recipe, "--processes", 2, "--json")
     assert (done.code, done.err) == (3, "")

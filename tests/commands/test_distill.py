@@ -17,11 +17,11 @@ from messages import lacking
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
-from switchcli.commands import teaching
-from switchcli.commands.load import load
+from switchcli.runs import distilling
+from switchcli.runs.loading import load
 from switchcli.train.distillation import Teacher
-from switchcli.train.lock import lock
 
 INTERRUPTED = 75
 
@@ -137,7 +137,7 @@ def test_the_noise_of_a_student_is_that_of_its_pretraining(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A teacher in training mode draws its own noise after the student's: with no share in the loss it changes none."""
-    monkeypatch.setattr(teaching.Distillation, "__call__", hard_part(teaching.Distillation.__call__))
+    monkeypatch.setattr(distilling.Distillation, "__call__", hard_part(distilling.Distillation.__call__))
     fresh = ("student.kind=fresh", "-q")
     assert switchcli("distill", "--teacher", trained, "distill.soft_fraction=0", *fresh, "--out", "a").code == 0
     assert switchcli("distill", "--teacher", trained, "distill.mode=training", *fresh, "--out", "b").code == 0
@@ -167,7 +167,7 @@ def test_kept_answers_of_all_tokens_teach_what_the_teacher_does(
     assert json.loads(asked.out)["bytes"] == sum(path.stat().st_size for path in Path("answers").iterdir())
     assert not Path("none").exists()
     assert not lacking(asked.err, "3 steps 8 rows 512 591kB")
-    monkeypatch.setattr(teaching, "filled", None)  # it is not made again
+    monkeypatch.setattr(distilling, "filled", None)  # it is not made again
     offline = switchcli(*command, *kept, "--out", "offline")
     assert offline.code == 0, offline.err
     one, other = (json.loads(done.out)["distillation"] for done in (online, offline))
@@ -265,7 +265,7 @@ class Stopped:
     """The objective of distillation, which at one call first sends this process a signal."""
 
     def __init__(self, at: int) -> None:
-        self.calls, self.at, self.call = 0, at, teaching.Distillation.__call__
+        self.calls, self.at, self.call = 0, at, distilling.Distillation.__call__
 
     def __get__(self, instance: Any, owner: type) -> Any:
         def call(model: torch.nn.Module, batch: Any) -> Any:
@@ -285,7 +285,7 @@ def test_stopped_it_ends_with_the_same_bits(
     assert switchcli(*command, "--out", "whole").code == 0
     for at in (3, 5):
         with monkeypatch.context() as patch:
-            patch.setattr(teaching.Distillation, "__call__", Stopped(at))
+            patch.setattr(distilling.Distillation, "__call__", Stopped(at))
             done = switchcli(*command, "--out", "parts")
             assert done.code == INTERRUPTED, done.err
     done = switchcli(*command, "--out", "parts")
@@ -296,7 +296,7 @@ def test_stopped_it_ends_with_the_same_bits(
 def test_stopped_while_the_teacher_is_asked_it_goes_on(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.train.answers.PART_BYTES", 1)
+    monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 1)
     command = ("distill", "--teacher", trained, "train.steps=6", "distill.answers.folder=answers", "--out", "a", "-q")
     ask, calls = Teacher.ask, []
 

@@ -172,7 +172,7 @@ def test_bad_input(arguments: list[str], code: int, words: str, here: Path, swit
 def test_control_characters_of_a_prediction_stay_harmless(
     here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from switchcli.data.tokenizer import Tokenizer
+    from switchcli.data.tokenizer.tokenizer import Tokenizer
 
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[2J red \u202e\x9b")
     done = switchcli("eval", "tuned", "--out", tmp_path)

@@ -17,9 +17,10 @@ from messages import lacking
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
 from switchcli.commands import finetune as verb
-from switchcli.train import checkpoint, scoring
+from switchcli.train import scoring
 
 STEPS = 9
 INTERRUPTED = 75
@@ -378,7 +379,7 @@ def test_a_run_whose_checkpoints_do_not_know_their_examples_is_resumed(
     trained: Path, tuning: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions up to 0.1 wrote such checkpoints."""
-    from switchcli.commands.training import Training
+    from switchcli.runs.trainer import Training
 
     command = ("finetune", tuning, "--model", trained, "--out", "a")
     with monkeypatch.context() as patch:

@@ -13,10 +13,10 @@ import pytest
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.data.tokenizer import Tokenizer
-from switchcli.model.routing import Switch
-from switchcli.train import manifest
-from switchcli.train.manifest import NAME
+from switchcli.checkpoint import manifest
+from switchcli.checkpoint.manifest import NAME
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.model.moe.router import Switch
 
 GAP = "the red <extra_id_0> is blue"
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.parallel import meeting
+from switchcli.distributed import rendezvous
 
 SECONDS = 5
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
@@ -60,19 +60,19 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
 def test_a_rank_that_meets_another_program_says_so(
     answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(meeting, "ANNOUNCING_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "ANNOUNCING_SECONDS", 0.1)
     monkeypatch.delenv("SWITCHCLI_REPORTS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as other:
         for name, value in {**TWO, "RANK": "1", "MASTER_PORT": str(other.getsockname()[1])}.items():
             monkeypatch.setenv(name, value)
-        with meeting.waiting_announced():
+        with rendezvous.waiting_announced():
             other.accept()[0].close()
             connection, _ = other.accept()  # that of the store
             with connection:
                 connection.sendall(answer)
-                time.sleep(meeting.ASKING_SECONDS + 0.5)
+                time.sleep(rendezvous.ASKING_SECONDS + 0.5)
     for thread in threading.enumerate():
-        if thread.name == meeting.ASKING:  # it ends when torch gives up, now that nobody answers
+        if thread.name == rendezvous.ASKING:  # it ends when torch gives up, now that nobody answers
             thread.join(30)
             assert not thread.is_alive()
     said = capsys.readouterr().err

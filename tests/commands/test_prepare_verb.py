@@ -15,9 +15,9 @@ from conftest import Done, SwitchCLI
 from drill import fingerprint
 from messages import lacking
 
-from switchcli.data.corpus import Corpus
-from switchcli.data.live import Pieces, pieces_of
-from switchcli.data.text import Counts
+from switchcli.data.prepare.prepared_text import Counts
+from switchcli.data.sources.corpus import Corpus
+from switchcli.data.streaming import Pieces, pieces_of
 
 MIXED = ("data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]",)
 INTERRUPTED = 75
@@ -68,7 +68,7 @@ def test_what_is_prepared_is_what_the_run_reads(
         assert row[1:5] == [f"{figure:,}" for figure in figures]
         assert f"{label}:{found['folder']}" in "".join(shown.out.split())
     assert switchcli("data", "prepare", *languages, "--quiet") == (0, "", "")
-    monkeypatch.setattr("switchcli.data.prepare.build", None)  # the run finds it made
+    monkeypatch.setattr("switchcli.data.prepare.pipeline.build", None)  # the run finds it made
     assert switchcli("pretrain", *languages, "--out", "run").code == 0
 
 
@@ -89,7 +89,7 @@ def test_machines_share_the_work_and_the_last_says_that_it_is_whole(
 
 
 def test_a_check_mends_what_is_damaged(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.data.text.CHECKED_AT_START", 1000)
+    monkeypatch.setattr("switchcli.data.prepare.prepared_text.CHECKED_AT_START", 1000)
     (text,) = json.loads(switchcli("data", "prepare", recipe, "--json").out)["texts"].values()
     tokens = Path(text["folder"]) / "piece-00000" / "train-000" / "tokens.npy"
     whole = tokens.read_bytes()
@@ -215,8 +215,8 @@ def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of texts that are far larger than a window."""
-    monkeypatch.setattr("switchcli.data.live.WINDOW_CHARACTERS", 4000)
-    monkeypatch.setattr("switchcli.data.live.LEAST_CHARACTERS", 1000)
+    monkeypatch.setattr("switchcli.data.streaming.WINDOW_CHARACTERS", 4000)
+    monkeypatch.setattr("switchcli.data.streaming.LEAST_CHARACTERS", 1000)
 
 
 def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
@@ -332,12 +332,12 @@ def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
     recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions up to 0.1 wrote such checkpoints."""
-    from switchcli.commands import texts
-    from switchcli.data.prepare import former_source
+    from switchcli.data.prepare.pipeline import former_source
+    from switchcli.runs import text_sets
 
     command = ("pretrain", *stream((recipe,)), "--out", "run")
     with monkeypatch.context() as patch:
-        patch.setattr(texts, "source", lambda data, tokenizer, means: former_source(data, tokenizer))
+        patch.setattr(text_sets, "source", lambda data, tokenizer, means: former_source(data, tokenizer))
         assert switchcli(*command, "train.steps=2").code == 0
     former = json.loads(Path("run/checkpoints/step-00000002/data.json").read_text())
     done = switchcli(*command, "train.steps=3")
@@ -458,7 +458,7 @@ def straight_and_damaged(recipe: str, damage: Damage, switchcli: SwitchCLI, monk
 def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("switchcli.data.prepare.prepared_text.IN_MEMORY_BYTES", 0)
     ended = straight_and_damaged(recipe, damage, switchcli, monkeypatch)
     assert ended.code == 3, ended.err
     assert "Traceback" not in ended.err
@@ -474,7 +474,7 @@ def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
 def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("switchcli.data.prepare.prepared_text.IN_MEMORY_BYTES", 0)
     ended = straight_and_damaged(recipe, damage, switchcli, monkeypatch)
     assert ended.code == 0, ended.err
     assert fingerprint(Path("run")) == fingerprint(Path("straight"))
@@ -495,7 +495,7 @@ def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
     from switchcli.commands import evaluate
 
     assert switchcli("pretrain", recipe, "train.steps=2", "--out", "run").code == 0
-    monkeypatch.setattr("switchcli.data.text.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("switchcli.data.prepare.prepared_text.IN_MEMORY_BYTES", 0)
     measure = evaluate.evaluate_rows
 
     def damaging(*arguments: Any) -> Any:
@@ -526,7 +526,7 @@ def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
         return [*found[:1], *((corpus, piece._replace(size=None)) for corpus, piece in found[1:])]
 
     with monkeypatch.context() as patch:
-        patch.setattr("switchcli.commands.texts.pieces_of", unsized)
+        patch.setattr("switchcli.runs.text_sets.pieces_of", unsized)
         done = switchcli(*command, "run", "data.mixture={kind: temperature}")
     assert done.code == 3
     assert not lacking(done.err, "error: data.mixture fr temperature mixture.kind=weighted access=prepared")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.commands import pretrain as verb
-from switchcli.commands.run import program
+from switchcli.runs.run_dir import program
 
 RESULT_KEYS = {
     "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",

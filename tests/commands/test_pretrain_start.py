@@ -7,8 +7,8 @@ import pytest
 import torch
 from messages import lacking
 
-from switchcli.commands.load import open_checkpoint
 from switchcli.errors import CheckpointError
+from switchcli.runs.loading import open_checkpoint
 
 
 def weights(path: Path):

@@ -9,7 +9,7 @@ import torch
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.commands.load import load
+from switchcli.runs.loading import load
 
 LAYERS = ["encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer"]
 

@@ -18,13 +18,14 @@ from drill import fingerprint
 from messages import lacking
 from typer.testing import CliRunner
 
+from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
 from switchcli.commands import pretrain as verb
-from switchcli.commands import run, training
 from switchcli.recipe import resolve
+from switchcli.runs import run_dir as run
+from switchcli.runs import trainer
 from switchcli.spec import Spec
-from switchcli.train import checkpoint
-from switchcli.train.lock import lock
 
 INTERRUPTED, CHECKPOINT = 75, 4
 STEPS = 13
@@ -143,7 +144,7 @@ def test_killed_about_a_save_it_ends_the_same(
 
 def test_stopped_after_the_last_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, "machine", lambda runtime: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(trainer, "machine", lambda runtime: signal.raise_signal(signal.SIGTERM))
         assert switchcli("pretrain", recipe, "--out", "run").code == INTERRUPTED
     assert not Path("run/result.json").exists()
     assert switchcli("pretrain", recipe, "--out", "run").code == 0
@@ -224,7 +225,7 @@ def test_a_run_whose_recipes_an_earlier_version_saved(
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "dump", dumped)
-        patch.setattr(training, "dump", dumped)
+        patch.setattr(trainer, "dump", dumped)
         assert switchcli("pretrain", recipe, "train.steps=4", "--out", "run").code == 0
     saved = [Path("run/recipe.yaml"), Path("run/checkpoints/step-00000004/recipe.yaml")]
     assert all("span_corruption" in path.read_text() and "objective" not in path.read_text() for path in saved)

@@ -11,9 +11,9 @@ import pytest
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.commands import load
-from switchcli.commands.run import default_out, program
-from switchcli.train.checkpoint import Checkpoint
+from switchcli.checkpoint.checkpoint import Checkpoint
+from switchcli.runs import loading
+from switchcli.runs.run_dir import default_out, program
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_program_is_called_as_it_can_be(
 def test_memory_is_asked_for_before_text_is_read(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.commands.texts.prepare", None)
+    monkeypatch.setattr("switchcli.runs.text_sets.prepare", None)
     done = switchcli("pretrain", recipe, "model.d_ff=1048576", "model.d_model=131072", "--out", "a")
     assert (done.code, done.out) == (1, "")
     assert re.match(r"error: out of memory: cpu .*\b[\d,]+ bytes\b.*\b[\d,]{18,}\b", done.err)
@@ -92,7 +92,7 @@ def test_the_bar_moves_at_each_step(recipe: str, switchcli: SwitchCLI, monkeypat
 def test_a_reader_takes_a_newer_checkpoint_where_the_run_has_just_removed_the_one_that_it_found(
     verb: list[str], trained: Path, tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, aside, find = tmp_path / "run", tmp_path / "aside", load.open_checkpoint
+    run, aside, find = tmp_path / "run", tmp_path / "aside", loading.open_checkpoint
     shutil.copytree(trained, run)
     monkeypatch.chdir(tmp_path)
 
@@ -105,7 +105,7 @@ def test_a_reader_takes_a_newer_checkpoint_where_the_run_has_just_removed_the_on
         shutil.move(gone.path, aside)
         return gone
 
-    monkeypatch.setattr(load, "open_checkpoint", found)
+    monkeypatch.setattr(loading, "open_checkpoint", found)
     done = switchcli(verb[0], run, *(["export"] if verb[0] == "convert" else []), *verb[1:])
     assert done.code == 0, done.err
     assert not aside.exists()

@@ -11,9 +11,9 @@ import pytest
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.data.document import is_held_out
-from switchcli.data.files import Files
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.sources.document import is_held_out
+from switchcli.data.sources.files import Files
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 TRAIN = ("data", "tokenizer", "train")
 SHOW = ("data", "tokenizer", "show")

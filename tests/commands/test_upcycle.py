@@ -10,7 +10,7 @@ import yaml
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.model.upcycling import Upcycled
+from switchcli.model.surgery.upcycle import Upcycled
 
 
 @pytest.fixture

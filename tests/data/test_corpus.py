@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from switchcli.data import python_stdlib
-from switchcli.data.corpus import PythonStdlib
-from switchcli.data.digests import Digests
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources import python_stdlib
+from switchcli.data.sources.corpus import PythonStdlib
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from switchcli.data import digests as module
-from switchcli.data.corpus import Hub, PythonStdlib
-from switchcli.data.digests import Digests, FileStat
-from switchcli.data.files import Files
+from switchcli.data.prepare.digests import Digests, FileStat
+from switchcli.data.prepare import digests as module
+from switchcli.data.sources.corpus import Hub, PythonStdlib
+from switchcli.data.sources.files import Files
 from switchcli.errors import DataError
 
 
@@ -204,7 +204,7 @@ def test_local_data_files_of_a_dataset_count_by_content(tmp_path: Path) -> None:
 
 def test_a_library_edited_in_place_counts_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ast.py").write_text("'''Trees.'''\n")
-    monkeypatch.setattr("switchcli.data.python_stdlib.library_root", lambda: tmp_path)
+    monkeypatch.setattr("switchcli.data.sources.python_stdlib.library_root", lambda: tmp_path)
     before = PythonStdlib().fingerprint(Digests())
     change_quietly(tmp_path / "ast.py", b"'''TREES.'''\n")
     assert PythonStdlib().fingerprint(Digests()) != before

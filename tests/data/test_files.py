@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from switchcli.data import files
-from switchcli.data.digests import Digests
-from switchcli.data.document import Piece, is_held_out
-from switchcli.data.files import Files
-from switchcli.data.paths import File
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources import files
+from switchcli.data.sources.document import Piece, is_held_out
+from switchcli.data.sources.files import Files
+from switchcli.data.sources.paths import File
 from switchcli.errors import DataError
 
 

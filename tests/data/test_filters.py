@@ -8,8 +8,8 @@ from data_errors import naming
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.data.document import Document
-from switchcli.data.filters import SHORT_LINE, Filters
+from switchcli.data.prepare.filters import SHORT_LINE, Filters
+from switchcli.data.sources.document import Document
 
 
 def filtered(filters: Filters, *texts: str) -> tuple[list[Document], Counter[str]]:

@@ -16,7 +16,7 @@ GROWTH_MEBIBYTES = {"files": 8, "hub": 64}
 """`datasets` has buffers that the smaller one does not fill."""
 READ = """\
 import sys
-from switchcli.data.corpus import Files, Hub
+from switchcli.data.sources.corpus import Files, Hub
 kind, path = sys.argv[1:]
 corpus = Files(paths=(path,)) if kind == "files" else Hub(path="json", data_files=path)
 size = sum(len(document.text) for document in corpus.documents())

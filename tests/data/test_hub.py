@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from switchcli.data import corpus as module
-from switchcli.data.corpus import Hub, Piece
-from switchcli.data.digests import Digests
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources import corpus as module
+from switchcli.data.sources.corpus import Hub, Piece
 from switchcli.errors import DataError
 
 TOKEN = "hf_SecretOfTheUser0123456789"

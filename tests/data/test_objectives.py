@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from switchcli.data.objectives import Denoiser, Denoisers, PrefixLanguageModel
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.objectives.denoisers import Denoiser, Denoisers, PrefixLanguageModel
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 
 FIRST_ID, EOS = 1000, 1  # raw ids are 1000 and on; sentinels are 900 and down

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.data.document import Document
-from switchcli.data.sample import sample
+from switchcli.data.sources.document import Document
+from switchcli.data.tokenizer.sample import sample
 
 SIZES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 60), min_size=1, max_size=5)
 

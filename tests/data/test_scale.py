@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from switchcli.data.chunks import Chunks
-from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.store import OFFSETS, TOKENS, StoreWriter, identity_of
-from switchcli.data.stream import TextStream
-from switchcli.data.text import HELD_OUT, TRAIN, open_text, seal_text
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.dataset import Chunks
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, open_text, seal_text
+from switchcli.data.prepare.store import OFFSETS, TOKENS, StoreWriter, identity_of
+from switchcli.data.text_batches import TextStream
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 MEBIBYTES = 6
 GROWTH_MEBIBYTES = 16
@@ -27,12 +27,12 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from switchcli.data import store, files
-from switchcli.data.chunks import Chunks
-from switchcli.data.corpus import Files
-from switchcli.data.prepare import Means, prepare
-from switchcli.data.spec import DataSpec
-from switchcli.data.text import TRAIN
-from switchcli.data.tokenizer import TrainedTokenizer
+from switchcli.data.dataset import Chunks
+from switchcli.data.sources.corpus import Files
+from switchcli.data.prepare.pipeline import Means, prepare
+from switchcli.data.config import DataSpec
+from switchcli.data.prepare.prepared_text import TRAIN
+from switchcli.data.tokenizer.tokenizer import TrainedTokenizer
 
 store.SHARD_TOKENS = 2**17
 files.PIECE_BYTES = 2**22

@@ -17,7 +17,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchcli.data.tokenizer import Tokenizer, TokenizerFile
+from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile
 from switchcli.errors import DataError
 
 ALPHABETS = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 
 T5 = [SpanCorruption(inputs_length=length) for length in (512, 256, 128)]

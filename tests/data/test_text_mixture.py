@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from switchcli.data.batch import Batch
-from switchcli.data.chunks import Chunks
-from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.store import Shard, TokenStore
-from switchcli.data.stream import TextStream
+from switchcli.data.dataset import Chunks
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.store import Shard, TokenStore
+from switchcli.data.text_batches import TextStream
 from switchcli.data.text_mixture import Mixing, Mixture, Temperature, Weighted
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
-from switchcli.train.loader import Loader
 from switchcli.train.microbatches import Microbatches
+from switchcli.train.prefetch import Loader
 
 TOKENS = [8_000, 1_000, 1]
 CORRUPTION = SpanCorruption(inputs_length=16)

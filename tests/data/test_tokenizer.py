@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from switchcli.data.document import Document
-from switchcli.data.python_stdlib import PythonStdlib
-from switchcli.data.tokenizer import HubTokenizer, Tokenizer, TokenizerFile, TrainedTokenizer
+from switchcli.data.sources.document import Document
+from switchcli.data.sources.python_stdlib import PythonStdlib
+from switchcli.data.tokenizer.tokenizer import HubTokenizer, Tokenizer, TokenizerFile, TrainedTokenizer
 from switchcli.errors import DataError
 
 TEXT = (
@@ -254,10 +254,12 @@ def test_a_panic_of_the_library_is_told_and_nothing_else_is_caught(monkeypatch: 
 
         return type("Fake", (), {"from_str": staticmethod(from_str)})
 
-    monkeypatch.setattr("switchcli.data.tokenizer.tokenizers.Tokenizer", fail(PanicException("index out of range")))
+    monkeypatch.setattr(
+        "switchcli.data.tokenizer.tokenizer.tokenizers.Tokenizer", fail(PanicException("index out of range"))
+    )
     with pytest.raises(DataError, match="index out of range"):
         Tokenizer.from_json("{}")
-    monkeypatch.setattr("switchcli.data.tokenizer.tokenizers.Tokenizer", fail(KeyboardInterrupt()))
+    monkeypatch.setattr("switchcli.data.tokenizer.tokenizer.tokenizers.Tokenizer", fail(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         Tokenizer.from_json("{}")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.data.files import Files
-from switchcli.data.tokenizer import Tokenizer
+from switchcli.data.sources.files import Files
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.recipe import resolve
 from switchcli.user_files import open_regular, read_regular

@@ -9,9 +9,9 @@ from time import sleep
 import numpy as np
 import pytest
 
-from switchcli.data import verified as module
-from switchcli.data.store import StoreWriter, TokenStore, facts_of, seal
-from switchcli.data.verified import Verified
+from switchcli.data.prepare import verified as module
+from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, seal
+from switchcli.data.prepare.verified import Verified
 from switchcli.errors import DataError
 
 

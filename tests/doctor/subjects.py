@@ -3,11 +3,11 @@
 import torch
 import transformers
 
-from switchcli.doctor.huggingface import HuggingFace
+from switchcli.doctor.of_transformers import HuggingFace
 from switchcli.doctor.ours import Ours, fresh
 from switchcli.doctor.probes import Finding, examine
 from switchcli.doctor.subject import Subject
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
 
 SHAPE = {"vocab_size": 211, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "sparse_every": 1}
 

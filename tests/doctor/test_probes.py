@@ -12,8 +12,8 @@ from switchcli.doctor import texts
 from switchcli.doctor.probes import PROBES
 from switchcli.doctor.subject import Subject
 from switchcli.model import transformer
-from switchcli.model.moe import Router, SwitchLayer
-from switchcli.model.routing import Routing, Switch, TokenChoice
+from switchcli.model.moe.layer import Router, SwitchLayer
+from switchcli.model.moe.router import Routing, Switch, TokenChoice
 
 Patch = pytest.MonkeyPatch
 SWITCH = {"kind": "switch"}

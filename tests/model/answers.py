@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from weights import OURS, copy_weights, switch, t5
 
+from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate
-from switchcli.model.initialise import initialise
-from switchcli.model.routing import Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.model.generation import generate
+from switchcli.model.init import initialise
+from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 

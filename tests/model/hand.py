@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from switchcli.model.reports import RoutingReport
-from switchcli.model.routing import Mode, Routing, RoutingRule
+from switchcli.model.moe.router import Mode, Routing, RoutingRule
+from switchcli.model.moe.stats import RoutingReport
 
 Table = list[list[float]]
 

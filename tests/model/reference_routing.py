@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.routing import ExpertChoice, Mode, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.moe.router import ExpertChoice, Mode, NoTokenLeftBehind, Switch, TopK
 
 Router = Switch | TopK | NoTokenLeftBehind | ExpertChoice
 Weights = Mapping[str, torch.Tensor]

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from switchcli.model.attention import MASKED, Attention, KeyValue, RelativePositionBias, attend, padding_bias
-from switchcli.model.initialise import initialise
-from switchcli.model.spec import ModelSpec
-from switchcli.model.switch_attention import SwitchAttention
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.switch_attention import SwitchAttention
 from switchcli.model.transformer import SwitchTransformer
 
 SPEC = ModelSpec(vocab_size=19, d_model=12, d_ff=8, d_kv=5, num_heads=3, num_layers=1)

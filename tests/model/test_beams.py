@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from reference_search import T5X, TRANSFORMERS, best_answer, log_p_after
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate, steps
-from switchcli.model.moe import SwitchLayer, evaluating
-from switchcli.model.routing import Switch
+from switchcli.model.generation import generate, steps
+from switchcli.model.moe.layer import SwitchLayer, evaluating
+from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 

@@ -14,7 +14,7 @@ from answers import SPEC, up_to_the_end
 from reference_search import T5X, TRANSFORMERS, Rules, best_answer, last_hidden, log_p_after
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate
+from switchcli.model.generation import generate
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 

@@ -10,8 +10,8 @@ from tiny import DENSE, SPARSE, a_model, rows
 from torch import nn
 
 from switchcli.model.compiled import compile_dense_parts
-from switchcli.model.moe import SwitchLayer
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.moe.layer import SwitchLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 

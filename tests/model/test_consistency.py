@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate
-from switchcli.model.initialise import initialise
-from switchcli.model.moe import SwitchLayer, evaluating
-from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Policy, Switch, TopK
-from switchcli.model.spec import ModelSpec
+from switchcli.model.generation import generate
+from switchcli.model.init import initialise
+from switchcli.model.moe.layer import SwitchLayer, evaluating
+from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Policy, Switch, TopK
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 

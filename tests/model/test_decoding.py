@@ -8,9 +8,9 @@ from answers import SPEC, a_model, some_inputs
 from pydantic import ValidationError
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate
-from switchcli.model.moe import evaluating
-from switchcli.model.routing import Switch
+from switchcli.model.generation import generate
+from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.router import Switch
 from switchcli.spec import PAD
 
 

@@ -6,7 +6,7 @@ from hand import route
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.model.routing import ExpertChoice, Mode
+from switchcli.model.moe.router import ExpertChoice, Mode
 
 RULE = ExpertChoice(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0)
 

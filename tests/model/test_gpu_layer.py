@@ -10,9 +10,9 @@ import pytest
 import torch
 from devices import DEVICES
 
-from switchcli.model.moe import SwitchLayer, evaluate_by
-from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Policy, RouterSpec, Switch, TopK
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.moe.layer import SwitchLayer, evaluate_by
+from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Policy, RouterSpec, Switch, TopK
 
 BARE = {"jitter": 0.0, "min_capacity": 1, "capacity_factor": 0.7}
 DROPLESS = {"jitter": 0.0, "capacity_factor": "dropless", "eval_capacity_factor": "dropless"}

@@ -20,10 +20,10 @@ from answers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.model.cache import ROOM
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate, steps
-from switchcli.model.moe import SwitchLayer, evaluating
+from switchcli.model.generation import generate, steps
+from switchcli.model.kv_cache import ROOM
+from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 

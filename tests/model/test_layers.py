@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from switchcli.model.initialise import initialise
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
 from switchcli.model.layers import RMSNorm, dropout
-from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import SPARSE, a_model, rows
 
-from switchcli.model.losses import Reduction, auxiliary_loss
-from switchcli.model.reports import RoutingReport
-from switchcli.model.routing import ExpertChoice, Switch, TopK
+from switchcli.model.moe.losses import Reduction, auxiliary_loss
+from switchcli.model.moe.router import ExpertChoice, Switch, TopK
+from switchcli.model.moe.stats import RoutingReport
 
 E, N = 4, 32
 

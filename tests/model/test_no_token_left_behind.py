@@ -6,7 +6,7 @@ from hand import route
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.model.routing import NoTokenLeftBehind, Switch
+from switchcli.model.moe.router import NoTokenLeftBehind, Switch
 
 RULE = NoTokenLeftBehind(capacity_factor=1.0, min_capacity=1, jitter=0.0)
 

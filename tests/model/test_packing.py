@@ -14,13 +14,13 @@ from tiny import NOISY, step_total
 from weights import OURS, copy_weights, pairs, slice_of, switch, t5
 
 from switchcli.data.batch import Batch
-from switchcli.model.initialise import initialise
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.router import NoTokenLeftBehind, Switch, TopK
 from switchcli.model.packing import segments_of
-from switchcli.model.routing import NoTokenLeftBehind, Switch, TopK
-from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
-from switchcli.train.objective import cross_entropy, packed_cross_entropy
+from switchcli.train.loss import cross_entropy, packed_cross_entropy
 
 RELATIVE = 1e-5
 FREE = {"capacity_factor": "dropless", "eval_capacity_factor": "dropless", "jitter": 0.0}

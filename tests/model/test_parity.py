@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from weights import OURS, copy_weights, pairs, slice_of, switch, t5
 
-from switchcli.model.initialise import initialise
-from switchcli.model.routing import Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
 
 RELATIVE = 1e-5

@@ -5,20 +5,20 @@ import torch
 import torch.nn.functional as F
 from tiny import NOISY, SPARSE, a_model, rows, step_total
 
-from switchcli.model.initialise import initialise
-from switchcli.model.moe import Router, SwitchLayer
-from switchcli.model.routing import NoTokenLeftBehind, RouterSpec, Switch
-from switchcli.model.spec import ModelSpec
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.layer import Router, SwitchLayer
+from switchcli.model.moe.router import NoTokenLeftBehind, RouterSpec, Switch
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import StopRequest
-from switchcli.train.hooks import Hook
+from switchcli.train.callbacks import Hook
+from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
-from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import TrainSpec
+from switchcli.train.optimizers import Adafactor
+from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 
 

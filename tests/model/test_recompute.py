@@ -9,11 +9,11 @@ import torch
 from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
 
 from switchcli.model.compiled import compile_dense_parts
-from switchcli.model.groups import freeze
+from switchcli.model.config import ModelSpec
+from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.packing import Segments
 from switchcli.model.recompute import recompute_blocks
-from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Switch, TopK
-from switchcli.model.spec import ModelSpec
+from switchcli.model.trainable import freeze
 from switchcli.model.transformer import ModelOutput, SwitchTransformer
 
 NOISE = {"dropout": 0.2, "expert_dropout": 0.4, "sparse_every": 1}

@@ -6,10 +6,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from switchcli.model.config import ModelSpec
 from switchcli.model.layers import FeedForward
-from switchcli.model.moe import SwitchLayer, evaluating
-from switchcli.model.routing import ExpertChoice, Mode, NoTokenLeftBehind, RouterSpec, Switch, TopK
-from switchcli.model.spec import ModelSpec
+from switchcli.model.moe.layer import SwitchLayer, evaluating
+from switchcli.model.moe.router import ExpertChoice, Mode, NoTokenLeftBehind, RouterSpec, Switch, TopK
 from switchcli.model.transformer import FeedForwardPart
 
 factors = st.floats(0.1, 4.0)

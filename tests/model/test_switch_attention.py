@@ -6,11 +6,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from switchcli.model.initialise import initialise
-from switchcli.model.moe import evaluating
-from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, RouterSpec, Switch, TopK
-from switchcli.model.spec import ModelSpec
-from switchcli.model.switch_attention import SwitchAttention
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, RouterSpec, Switch, TopK
+from switchcli.model.moe.switch_attention import SwitchAttention
 from switchcli.model.transformer import SwitchTransformer
 
 SHORT = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 1, "jitter": 0.0}

@@ -5,7 +5,7 @@ import torch
 from hand import one_row, route
 from pydantic import ValidationError
 
-from switchcli.model.routing import Mode, TopK
+from switchcli.model.moe.router import Mode, TopK
 
 KEEP = TopK(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0, keep_threshold=0.0)
 

@@ -14,7 +14,7 @@ from schemas import RECIPES, fields
 from switchcli.commands import describe
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import standing_alone
-from switchcli.recipe.training import TrainingRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.spec import MOST, Spec
 
 NO_SIZES = {"Files.where", "Hub.where"}

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from schemas import RECIPES, fields
 
 from switchcli import credentials
-from switchcli.data.tokenizer import HubTokenizer, TokenizerFile
+from switchcli.data.tokenizer.tokenizer import HubTokenizer, TokenizerFile
 from switchcli.spec import Place, Spec
 
 NO_PLACES = {

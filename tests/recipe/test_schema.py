@@ -6,11 +6,11 @@ import pytest
 import torch
 from recipe_errors import assert_line
 
-from switchcli.data.objectives import Denoisers
-from switchcli.data.span_corruption import SpanCorruption
-from switchcli.data.whole_documents import WholeDocuments
+from switchcli.data.objectives.denoisers import Denoisers
+from switchcli.data.objectives.packed_documents import WholeDocuments
+from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.errors import RecipeError
-from switchcli.model.routing import Switch, TopK
+from switchcli.model.moe.router import Switch, TopK
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import RECIPES, PretrainRecipe, editor_schema
 

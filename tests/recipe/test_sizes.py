@@ -5,8 +5,8 @@ import re
 import pytest
 from recipe_errors import naming
 
-from switchcli.model.count import count
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
 from switchcli.recipe.sizes import SIZES, problem
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from switchcli.report.console import Console
-from switchcli.report.text import one_line, shell_word
+from switchcli.report.safe_text import one_line, shell_word
 
 EVIL = "new\nerror: forged\x1b[31m\u2028\u2029\u202e\t\r\x85x"
 

@@ -13,9 +13,9 @@ from playwright.sync_api import Browser, Locator, Page
 from report_folders import a_run
 
 from switchcli.report.charts import Axis, Table, lines
-from switchcli.report.compare import compare
+from switchcli.report.comparison import compare
 from switchcli.report.evidence import Report, parts
-from switchcli.report.html import Charts, HtmlTable, page
+from switchcli.report.html_page import Charts, HtmlTable, page
 from switchcli.report.runs import Run, read
 from switchcli.report.series import grouped
 

@@ -7,7 +7,7 @@ from messages import lacking
 from surveys import a_survey
 
 from switchcli.report.console import PLAIN_WIDTH, Console
-from switchcli.report.routing import ROWS, shown, tables
+from switchcli.report.routing_tables import ROWS, shown, tables
 
 
 def printed(survey: dict[str, Any]) -> str:

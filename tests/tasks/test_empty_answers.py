@@ -11,9 +11,9 @@ import test_labelled_tasks
 import test_text_formats
 from sacrebleu import corpus_bleu
 
-from switchcli.tasks.library import METRICS, TASKS
+from switchcli.tasks.config import Own
+from switchcli.tasks.registry import METRICS, TASKS
 from switchcli.tasks.scores import score
-from switchcli.tasks.spec import Own
 from switchcli.tasks.task import Answered, Example, Task
 
 EMPTY = ("", " ", "the", ".")

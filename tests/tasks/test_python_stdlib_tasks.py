@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.data.digests import Digests
-from switchcli.tasks import python_stdlib
-from switchcli.tasks.python_stdlib import MODULES, TASKS, docstring_rows, module_rows, without_names
+from switchcli.data.prepare.digests import Digests
+from switchcli.tasks import stdlib_tasks
+from switchcli.tasks.stdlib_tasks import MODULES, TASKS, docstring_rows, module_rows, without_names
 from switchcli.tasks.task import Embedded, Row
 
 Rows = dict[str, list[Row]]
@@ -21,17 +21,17 @@ Rows = dict[str, list[Row]]
 def both(named: Iterable[tuple[str, Row]]) -> Rows:
     """The rows of each split, with the library read once."""
     found = list(named)
-    return {split: list(python_stdlib._of(split, found)) for split in ("train", "validation")}
+    return {split: list(stdlib_tasks._of(split, found)) for split in ("train", "validation")}
 
 
 @pytest.fixture(scope="module")
 def modules() -> Rows:
-    return both(python_stdlib._modules())
+    return both(stdlib_tasks._modules())
 
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(python_stdlib, "library_root", lambda: tmp_path)
+    monkeypatch.setattr(stdlib_tasks, "library_root", lambda: tmp_path)
     return tmp_path
 
 
@@ -159,7 +159,7 @@ def test_a_function_and_its_summary(library: Path) -> None:
 
 @pytest.mark.slow
 def test_the_functions_of_this_python() -> None:
-    rows = both(python_stdlib._functions())
+    rows = both(stdlib_tasks._functions())
     train, validation = rows["train"], rows["validation"]
     assert 2_000 <= len(train) <= 10_000
     assert 0.08 <= len(validation) / (len(train) + len(validation)) <= 0.12
@@ -176,7 +176,7 @@ def test_the_fingerprint_follows_the_library(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(source, Embedded)
     before = source.fingerprint(Digests())
     assert before == source.fingerprint(Digests())
-    monkeypatch.setattr(python_stdlib, "ALIKE_WORDS", 9)
+    monkeypatch.setattr(stdlib_tasks, "ALIKE_WORDS", 9)
     assert before != source.fingerprint(Digests())
 
 

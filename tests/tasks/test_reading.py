@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from switchcli.data import corpus
-from switchcli.data.digests import Digests
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources import corpus
 from switchcli.errors import DataError
 from switchcli.tasks import reading
-from switchcli.tasks.library import TASKS
-from switchcli.tasks.spec import Own
+from switchcli.tasks.config import Own
+from switchcli.tasks.registry import TASKS
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from switchcli.tasks import arc, closed_book_qa, python_stdlib, squad, summarization, translation
+from switchcli.tasks import arc, closed_book_qa, squad, stdlib_tasks, summarization, translation
 from switchcli.tasks.squad import spaced
 from switchcli.tasks.task import Example, Source, Task
 
-FAMILIES = (squad, closed_book_qa, arc, summarization, translation, python_stdlib)
+FAMILIES = (squad, closed_book_qa, arc, summarization, translation, stdlib_tasks)
 TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
 
 QUESTION = {"question": "Who wrote  «Emma»?", "id": "1"}

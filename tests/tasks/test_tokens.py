@@ -9,14 +9,14 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from switchcli.data.packing import Lengths
-from switchcli.data.tokenizer import Tokenizer
-from switchcli.data.vocabulary import Size, train_unigram
+from switchcli.data.objectives.example_packing import Lengths
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.data.tokenizer.train import Size, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, PAD
 from switchcli.tasks import tokens
-from switchcli.tasks.library import TASKS
-from switchcli.tasks.spec import Own
+from switchcli.tasks.config import Own
+from switchcli.tasks.registry import TASKS
 from switchcli.tasks.task import Task
 
 T = TypeVar("T")

@@ -7,20 +7,20 @@ import pytest
 import torch
 from tiny import a_model, rows
 
-from switchcli.model.groups import Group, freeze, trainable
-from switchcli.model.spec import ModelSpec
-from switchcli.parallel.layout import whole_weights
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import StopRequest
-from switchcli.train.fsops import DISK, Files
-from switchcli.train.hooks import Hook
+from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import whole_weights
+from switchcli.distributed.signals import StopRequest
+from switchcli.model.config import ModelSpec
+from switchcli.model.trainable import Group, freeze, trainable
+from switchcli.train.callbacks import Hook
+from switchcli.train.checkpointer import DATA, Saver
+from switchcli.train.config import CheckpointSpec, TrainSpec
 from switchcli.train.loop import fit
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Optimizer, OptimizerSpec
-from switchcli.train.saver import DATA, Saver
-from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import CheckpointSpec, TrainSpec
+from switchcli.train.optimizers import Optimizer, OptimizerSpec
+from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}', "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}

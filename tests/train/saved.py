@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchcli.train import manifest as manifests
-from switchcli.train.checkpoint import save
-from switchcli.train.fsops import DISK, Files
-from switchcli.train.manifest import Entry, Manifest
+from switchcli.checkpoint import manifest as manifests
+from switchcli.checkpoint.checkpoint import save
+from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.checkpoint.manifest import Entry, Manifest
 
 MODEL = {
     "embed.weight": torch.arange(12.0).reshape(4, 3),

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tiny import GROUPED, SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
-from switchcli.model.moe import sparse_layers
+from switchcli.distributed.context import Runtime
+from switchcli.model.config import ModelSpec
+from switchcli.model.moe.layer import sparse_layers
+from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Policy, RoutingRule, Switch, TopK
 from switchcli.model.packing import segments_of
-from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Policy, RoutingRule, Switch, TopK
-from switchcli.model.spec import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
 from switchcli.spec import EOS, PAD
 from switchcli.train.atlas import (
     Choices,
@@ -28,7 +28,7 @@ from switchcli.train.atlas import (
     observe,
     places_of,
 )
-from switchcli.train.objective import whole_rows
+from switchcli.train.loss import whole_rows
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
 ROUTERS: dict[str, tuple[RoutingRule, RoutingRule | None]] = {

@@ -13,11 +13,12 @@ from faulty_files import Crash, FaultyFiles, crash
 from parts import Parts, assert_equal, unexpected
 from tiny import NOISY
 
+from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.fsops import DISK, Files
 from switchcli.errors import CheckpointError, DistributedError, NumericsError
-from switchcli.train import checkpoint, saver
-from switchcli.train.fsops import DISK, Files
-from switchcli.train.hooks import Hook, Save
-from switchcli.train.optimizer import AdamW
+from switchcli.train import checkpointer
+from switchcli.train.callbacks import Hook, Save
+from switchcli.train.optimizers import AdamW
 from switchcli.train.state import TrainState
 
 STEPS = 4
@@ -243,7 +244,7 @@ def test_a_save_that_fails_as_training_does_is_told_of(tmp_path: Path) -> None:
 def test_nobody_waits_long_for_a_save_that_cannot_be_done(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "_LOST_SECONDS", 0.1)
+    monkeypatch.setattr(checkpointer, "_LOST_SECONDS", 0.1)
     disk = Watched()
     disk.open.clear()
     began = time.monotonic()

@@ -9,11 +9,9 @@ from tiny import DENSE, SPARSE, a_model, rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.data.batch import Batch, Lesson
-from switchcli.model.moe import evaluate_by
+from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import PAD
-from switchcli.train.answers import AnswersSpec
-from switchcli.train.asking import largest
 from switchcli.train.distillation import (
     AllProbabilities,
     Distillation,
@@ -24,7 +22,9 @@ from switchcli.train.distillation import (
     distilled_cross_entropy,
     gain_kept,
 )
-from switchcli.train.objective import cross_entropy, whole_rows
+from switchcli.train.loss import cross_entropy, whole_rows
+from switchcli.train.teacher_cache import AnswersSpec
+from switchcli.train.teacher_cache_writer import largest
 
 V, D, TEACHER_D = 11, 6, 4
 
@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_those_of_the_formula(rows: int, chunk: int, f: f
     q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
     expected = naive(student, q_NV, targets_N, f, T)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("switchcli.train.objective.CHUNK", chunk)
+        patch.setattr("switchcli.train.loss.CHUNK", chunk)
         found = distilled_cross_entropy(*factors(student), targets_N, AllProbabilities(*factors(teacher), T), f, T)
     torch.testing.assert_close(found[0], expected)
     gradients = (torch.autograd.grad(0.3 * loss, student) for loss in (found[0], expected))

@@ -1,6 +1,6 @@
 """The loop: what a step does and in which order, how it stops, how it fails, and that a run goes on as if never left.
 
-That its gradient is the one meant, on any number of ranks, is in tests/parallel/test_ranks.py.
+That its gradient is the one meant, on any number of ranks, is in tests/distributed/test_ranks.py.
 """
 
 import math
@@ -14,20 +14,20 @@ from torch import nn
 from train_messages import naming
 
 from switchcli.data.batch import Batch
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
-from switchcli.model.moe import sparse_layers
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import StopRequest
 from switchcli.spec import PAD
-from switchcli.train.hooks import Hook, Save
+from switchcli.train.callbacks import Hook, Save
+from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
+from switchcli.train.loss import StepLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import StepLoss, cross_entropy
-from switchcli.train.optimizer import Adafactor, Optimizer
-from switchcli.train.recovery import ENDS
-from switchcli.train.schedule import Linear
-from switchcli.train.spec import TrainSpec
+from switchcli.train.nonfinite import ENDS
+from switchcli.train.optimizers import Adafactor, Optimizer
+from switchcli.train.schedules import Linear
 from switchcli.train.state import TrainState
 
 STEPS = 6

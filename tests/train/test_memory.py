@@ -5,10 +5,10 @@ import torch
 from train_messages import naming
 
 from switchcli.errors import OutOfMemory
-from switchcli.model.count import count
-from switchcli.model.spec import ModelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
 from switchcli.train.memory import explained, needed
-from switchcli.train.optimizer import Adafactor, AdamW
+from switchcli.train.optimizers import Adafactor, AdamW
 
 CPU = torch.device("cpu")
 

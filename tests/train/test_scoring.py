@@ -7,16 +7,16 @@ import pytest
 import torch
 from tiny import SPARSE, a_model
 
-from switchcli.data.packing import Lengths
-from switchcli.data.tokenizer import Tokenizer
-from switchcli.data.vocabulary import Size, train_unigram
+from switchcli.data.objectives.example_packing import Lengths
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.data.tokenizer.train import Size, train_unigram
+from switchcli.distributed.context import Runtime
 from switchcli.model.decoding import Decoding
-from switchcli.model.generate import generate
-from switchcli.model.moe import evaluating
+from switchcli.model.generation import generate
+from switchcli.model.moe.layer import evaluating
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
+from switchcli.tasks.config import Own
 from switchcli.tasks.scores import Score, Scores
-from switchcli.tasks.spec import Own
 from switchcli.tasks.tokens import Scored, scored
 from switchcli.train.scoring import Answering, ScoringSpec, figures_of, suites_of
 

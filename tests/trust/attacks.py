@@ -26,10 +26,10 @@ from table import Row
 from tiny_run import RECIPE as TINY
 from tiny_run import write_text
 
-from switchcli.data.store import TokenStore, facts_of, seal
-from switchcli.data.verified import Verified
+from switchcli.checkpoint import manifest
+from switchcli.data.prepare.store import TokenStore, facts_of, seal
+from switchcli.data.prepare.verified import Verified
 from switchcli.errors import DataError
-from switchcli.train import manifest
 
 Attack = Callable[[], str]
 MODEL, OPTIMIZER = "model-00000.safetensors", "optimizer-00000.safetensors"

@@ -18,24 +18,24 @@ from tiny import SHAPE, SPARSE, a_model
 from tiny import rows as examples
 
 from switchcli.data.batch import Batch
-from switchcli.model.dispatch import Local, Rows
-from switchcli.model.initialise import initial_weights
-from switchcli.model.moe import evaluating, sparse_layers
-from switchcli.model.routing import ExpertChoice, NoTokenLeftBehind, Routing, RoutingRule, Switch, TopK
-from switchcli.model.spec import ModelSpec
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import here
+from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.signals import StopRequest
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initial_weights
+from switchcli.model.moe.dispatch import Local, Rows
+from switchcli.model.moe.layer import evaluating, sparse_layers
+from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Routing, RoutingRule, Switch, TopK
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.layout import here
-from switchcli.parallel.mesh import ALONE, ParallelSpec
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import StopRequest
 from switchcli.spec import PAD
-from switchcli.train.hooks import Log
+from switchcli.train.callbacks import Log
+from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
+from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import cross_entropy
-from switchcli.train.optimizer import Adafactor
-from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import TrainSpec
+from switchcli.train.optimizers import Adafactor
+from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 
 APART = {torch.float32: 1e-4, torch.float64: 1e-10}

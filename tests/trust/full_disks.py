@@ -16,8 +16,8 @@ from drill import ended, leftovers, start
 from table import Row, every
 from trial import PATIENCE, Trial, clear, said, strike_at, trials
 
-from switchcli.commands import training
-from switchcli.train.checkpoint import Checkpoint
+from switchcli.checkpoint.checkpoint import Checkpoint
+from switchcli.runs import trainer
 
 CHECKPOINT = 4
 FIRST = "begun"
@@ -77,7 +77,7 @@ def met(trial: Trial, run: Path, within: Callable[[], None], *, may_remove: bool
 
 def unforeseen() -> None:
     """In a fork: the disk fills after it was looked at."""
-    training.preflight = lambda *arguments: None
+    trainer.preflight = lambda *arguments: None
 
 
 def by_limits(trial: Trial, sizes: list[int]) -> Row:

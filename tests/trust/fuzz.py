@@ -21,9 +21,9 @@ from tiny_run import write_text
 
 from switchcli.commands import describe
 from switchcli.errors import RecipeError
-from switchcli.recipe import resolve, text
+from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, standing_alone
-from switchcli.recipe.training import TrainingRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
 
 A_TIME = 50
 """Recipes of one trial."""
@@ -73,7 +73,7 @@ def recipes_made_up(folder: Path, count: int) -> Row:
 
 
 def _resolved(folder: Path, tree: dict[str, Any], accepted: Path) -> None:
-    recipe = standing_alone(str(write(folder, text.write(tree))))
+    recipe = standing_alone(str(write(folder, yaml_nodes.write(tree))))
     again = write(folder, resolve.dump(recipe))
     assert resolve.resolve(str(again), [], type(recipe)) == recipe, "what is written is not what is read"
     assert resolve.dump(resolve.resolve(str(again), [], type(recipe))) == resolve.dump(recipe)
@@ -95,7 +95,9 @@ def recipes_run(folder: Path, count: int) -> Row:
         def one(tree: dict[str, Any]) -> None:
             with contextlib.suppress(RecipeError):
                 if not found:
-                    found.append(resolve.resolve(str(write(folder, text.write(_small(tree)))), [], PretrainRecipe))
+                    found.append(
+                        resolve.resolve(str(write(folder, yaml_nodes.write(_small(tree)))), [], PretrainRecipe)
+                    )
 
         one()
         write(folder, resolve.dump(found[0]))
@@ -117,7 +119,7 @@ def _small(tree: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model["num_experts"], int):
         model["num_experts"] = min(model["num_experts"], 8)
     return {
-        **text.plain(text.read(TINY, str)),
+        **yaml_nodes.plain(yaml_nodes.read(TINY, str)),
         **parts,
         "model": model,
         "train": {**parts.get("train", {}), **SMALL_RUN},
@@ -132,7 +134,7 @@ def misspelt_keys(folder: Path, count: int) -> Row:
     def trial(number: int) -> str:
         schema, tree, wrong, meant = tried[number]
         try:
-            resolve.resolve(str(write(folder, text.write(tree))), [], schema)
+            resolve.resolve(str(write(folder, yaml_nodes.write(tree))), [], schema)
         except RecipeError as error:
             line = next((one for one in str(error).splitlines() if re.search(rf"\b{wrong}: .*\bkey\b", one)), "")
             named = re.search(r"Did you mean ([\w.]+)\?", line)

@@ -24,17 +24,18 @@ from mutations import mutate_bytes, mutate_json, mutate_text
 from pyarrow import parquet
 from table import Row
 
-from switchcli.commands import load, report
-from switchcli.commands.huggingface import empty
-from switchcli.data.files import Files
-from switchcli.data.tokenizer import Tokenizer
-from switchcli.interop.files import is_layout
+from switchcli.checkpoint import manifest
+from switchcli.checkpoint.checkpoint import Checkpoint, find
+from switchcli.commands import report
+from switchcli.convert.weight_files import is_layout
+from switchcli.data.sources.files import Files
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.recipe.schema import standing_alone
 from switchcli.report import evidence
-from switchcli.report.html import page
-from switchcli.train import manifest
-from switchcli.train.checkpoint import Checkpoint, find
-from switchcli.train.saver import logical_tensors
+from switchcli.report.html_page import page
+from switchcli.runs import loading
+from switchcli.runs.transformers_checkpoint import empty
+from switchcli.train.checkpointer import logical_tensors
 from switchcli.train.state import TrainState
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def _documents(base: Base, folder: Path, draw: random.Random) -> str:
     name = draw.choice(["data.json", "recipe.yaml", "tokenizer.json"])
     mutate = mutate_text if name == "recipe.yaml" else mutate_json
     _seal(path, name, mutate((path / name).read_bytes(), draw))
-    return refused(partial(load.open_model, folder / "run", lambda text: None))
+    return refused(partial(loading.open_model, folder / "run", lambda text: None))
 
 
 def _bytes(base: Base, folder: Path, draw: random.Random) -> str:
@@ -140,7 +141,7 @@ def _tensors(base: Base, folder: Path, draw: random.Random) -> str:
     def use() -> None:
         found = Checkpoint.open(path)
         found.kinds("optimizer")
-        recipe, _ = load.documents(found)
+        recipe, _ = loading.documents(found)
         for tensor in found.read("model", logical_tensors(empty(recipe.model))).values():
             assert tensor.shape is not None
 
@@ -157,8 +158,8 @@ def _hugging_face(base: Base, folder: Path, draw: random.Random) -> str:
 
     def use() -> None:
         if is_layout(copy):
-            opened = load.open_model(copy, lambda text: None)
-            load.filled(opened, CPU)
+            opened = loading.open_model(copy, lambda text: None)
+            loading.filled(opened, CPU)
 
     return refused(use)
 

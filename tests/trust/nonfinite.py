@@ -29,26 +29,26 @@ from tiny import rows as sequences
 from torch import nn
 
 from switchcli.data.batch import Batch
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import here
+from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
-from switchcli.model.initialise import initial_weights
-from switchcli.model.moe import sparse_layers
+from switchcli.model.init import initial_weights
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.layout import here
-from switchcli.parallel.mesh import ALONE, ParallelSpec
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import StopRequest
+from switchcli.train.callbacks import HeldOut, Save
+from switchcli.train.checkpointer import Saver
+from switchcli.train.config import CheckpointSpec, NonfiniteSpec, TrainSpec
 from switchcli.train.distillation import Distillation, DistillSpec, Teacher
-from switchcli.train.evaluate import HeldOutText
-from switchcli.train.hooks import HeldOut, Save
 from switchcli.train.loop import fit
+from switchcli.train.loss import Objective, StepLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.objective import Objective, StepLoss, cross_entropy
-from switchcli.train.optimizer import Adafactor
-from switchcli.train.recovery import Recovery
-from switchcli.train.saver import Saver
-from switchcli.train.schedule import InverseSquareRoot
-from switchcli.train.spec import CheckpointSpec, NonfiniteSpec, TrainSpec
+from switchcli.train.nonfinite import Recovery
+from switchcli.train.optimizers import Adafactor
+from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
+from switchcli.train.validation import HeldOutText
 
 STEPS, SAVE_EVERY, BATCH = 6, 2, 8
 NUMBERS = {"NaN": float("nan"), "infinity": float("inf"), "overflow": 3.4e38}

@@ -20,16 +20,18 @@ from drill import ROUNDING, apart, fingerprint, leftovers, tensors
 from table import Row
 from trial import STEPS, Trial, clear, log_of, said, trials
 
+from switchcli.checkpoint import checkpoint
 from switchcli.cli import main
-from switchcli.commands import pretrain, training
-from switchcli.data import pieces
-from switchcli.model import generate
+from switchcli.commands import pretrain
+from switchcli.data.prepare import shards
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import STOPPING
+from switchcli.model import generation
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.parallel.runtime import Runtime
-from switchcli.parallel.signals import STOPPING
-from switchcli.train import checkpoint, loop
+from switchcli.runs import trainer as training
+from switchcli.train import loop
 from switchcli.train.distillation import Teacher
-from switchcli.train.optimizer import Optimizer
+from switchcli.train.optimizers import Optimizer
 
 FORCE = r"error: .*\bsaving\b.*\bcommand\b.*"
 SAVED = rf".*\bsaved\b.*\bstep NEWEST\b.*\b{STEPS}\b.*\bcommand\b.*"
@@ -79,7 +81,7 @@ POINTS = {
     "start: room made for the model": Point("pretrain", training, "preflight", (1, 1, 1), UNSAVED),
     "start: weights drawn": Point("pretrain", pretrain, "initial_weights", (1, 1, 1), UNSAVED),
     "start: ready to train": Point("pretrain", training.Training, "_loader", (1, 1, 1), f"{SAVED}|{UNSAVED}|{LEFT}"),
-    "data: text prepared": Point("pretrain", pieces, "seal", (1, 1, 1), UNSAVED, main_only=True, new_cache=True),
+    "data: text prepared": Point("pretrain", shards, "seal", (1, 1, 1), UNSAVED, main_only=True, new_cache=True),
     "data: batch made": Point("pretrain", training.Training, "_rows", (1, 4, 9)),
     "step: forward": Point("pretrain", *FORWARD, (1, 5, 11), training=True),
     "step: gradients there": Point("pretrain", loop, "_clip", (1, 3, 6)),
@@ -92,7 +94,7 @@ POINTS = {
     "teacher asked beforehand": Point(
         "distill", Teacher, "ask", (3, 6, 11), ASKED, 0, main_only=True, keys=(f"distill.answers.folder={ANSWERS}",)
     ),
-    "generation: answers to tasks": Point("finetune", generate, "_step", (2, 5, 9), more=0),
+    "generation: answers to tasks": Point("finetune", generation, "_step", (2, 5, 9), more=0),
     "generation: samples": Point(
         "pretrain", training, "answers", (1, 2, 1), main_only=True, keys=("log.sample_every_steps=2",)
     ),

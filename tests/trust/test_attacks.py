@@ -18,14 +18,16 @@ import torch
 from forked import Done, command
 
 from switchcli import credentials
-from switchcli.commands import ending, tokenizers, training
+from switchcli.checkpoint import manifest, tensor_file
+from switchcli.commands import exit, tokenizers
 from switchcli.commands import recipes as recipes_verb
-from switchcli.data import tokenizer
-from switchcli.interop import config as configs
-from switchcli.interop import files as interop_files
-from switchcli.recipe import resolve, text
-from switchcli.report import console, html
-from switchcli.train import manifest, tensor_file
+from switchcli.convert import config as configs
+from switchcli.convert import weight_files as interop_files
+from switchcli.data.tokenizer import tokenizer
+from switchcli.recipe import resolve
+from switchcli.recipe import yaml_nodes as text
+from switchcli.report import console, html_page
+from switchcli.runs import trainer
 
 ANY_NAME = re.compile(r".*", re.DOTALL)
 
@@ -68,7 +70,7 @@ def anything(self: manifest.Manifest, folder: Path, name: str) -> bytes:
     return (folder / name).read_bytes()
 
 
-LOAD, NP_LOAD, MACHINE, STORED = torch.load, np.load, training.machine, interop_files._stored
+LOAD, NP_LOAD, MACHINE, STORED = torch.load, np.load, trainer.machine, interop_files._stored
 UNPICKLE = [
     (manifest, "read_small", unpickling(manifest.read_small)),
     (tensor_file, "safe_open", unpickling(tensor_file.safe_open)),
@@ -79,7 +81,7 @@ UNPICKLE = [
     (np, "load", lambda path, **words: NP_LOAD(path, allow_pickle=True)),
 ]
 READS_RECIPES = (text, "_refuse", lambda source, where: None)
-SAYS = [(module, "one_line", same) for module in (console, ending, recipes_verb, tokenizers)]
+SAYS = [(module, "one_line", same) for module in (console, exit, recipes_verb, tokenizers)]
 GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] = {
     "no unpickling": (attacks.PICKLES, [name for name in attacks.PICKLES if name != "pytorch_model.bin"], UNPICKLE),
     "asking before": (
@@ -136,11 +138,11 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
         SAYS,
     ),
     "names of keys": (shown.TERMINALS, ["in the name of a recipe"], [*SAYS, (text, "name_of", str)]),
-    "escaped pages": (shown.PAGES, [*shown.PAGES][:2], [(html, "_text", same)]),
+    "escaped pages": (shown.PAGES, [*shown.PAGES][:2], [(html_page, "_text", same)]),
     "no environment": (
         shown.SECRETS,
         ["HF_TOKEN while training"],
-        [(training, "machine", lambda runtime: {**MACHINE(runtime), "environment": dict(os.environ)})],
+        [(trainer, "machine", lambda runtime: {**MACHINE(runtime), "environment": dict(os.environ)})],
     ),
     "no password": (
         shown.SECRETS,

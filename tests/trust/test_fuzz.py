@@ -13,9 +13,9 @@ import pytest
 import torch
 from forked import Done, faults, refused
 
+from switchcli.checkpoint.checkpoint import save
 from switchcli.errors import DataError
-from switchcli.recipe import explain
-from switchcli.train.checkpoint import save
+from switchcli.recipe import messages
 from switchcli.train.state import Saved, TrainState
 
 
@@ -65,8 +65,8 @@ def test_what_a_user_should_not_see_is_a_fault() -> None:
 
 
 def test_keys_that_are_not_named_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "_did_you_mean", lambda *arguments, **words: "")
-    monkeypatch.setattr(explain.difflib, "get_close_matches", lambda *arguments, **words: [])
+    monkeypatch.setattr(messages, "_did_you_mean", lambda *arguments, **words: "")
+    monkeypatch.setattr(messages.difflib, "get_close_matches", lambda *arguments, **words: [])
     assert fuzz.misspelt_keys(tmp_path, 20).lost > 10
 
 

@@ -22,7 +22,7 @@ from conftest import RECIPE, WORDS, lay_out_tuning
 from drill import ended, fingerprint, leftovers, start
 from faulty_files import FaultyFiles, LossyFiles, kill
 
-from switchcli.train.fsops import Disk, Files
+from switchcli.checkpoint.fsops import Disk, Files
 
 OPERATIONS = ("make_dir", "write", "sync", "rename", "remove_tree")
 REAL: Files = type("Real", (), {name: vars(Disk)[name] for name in OPERATIONS})()
@@ -54,8 +54,8 @@ class Trial(NamedTuple):
         by rank.
 
         They are a process group of their own. The first that fails has the others end by SIGTERM; None is one that
-        hangs. They do not see how others end (`switchcli/parallel/watch.py`): as forks, they have no environment of
-        their own to be known by. Ranks that do: part h, and a launcher's in part b.
+        hangs. They do not see how others end (`switchcli/distributed/monitor.py`): as forks, they have no environment
+        of their own to be known by. Ranks that do: part h, and a launcher's in part b.
         """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]

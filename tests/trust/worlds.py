@@ -23,9 +23,9 @@ from table import Row
 from torch import nn
 from trial import Trial, clear, said, trials
 
-from switchcli.commands.load import load
-from switchcli.model import experts, layers
-from switchcli.model.moe import sparse_layers
+from switchcli.model import layers
+from switchcli.model.moe import experts, sparse_layers
+from switchcli.runs.loading import load
 from switchcli.train import loop
 from switchcli.train.metrics import Metrics
 from switchcli.train.microbatches import Microbatch, RealTokens

@@ -21,12 +21,12 @@ LATE_SECONDS = 4
 
 
 def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
-    from switchcli.commands.training import Training
-    from switchcli.parallel import expert
-    from switchcli.parallel.runtime import Runtime
+    from switchcli.checkpoint.checkpoint import Saving
+    from switchcli.distributed import expert_parallel
+    from switchcli.distributed.context import Runtime
+    from switchcli.runs.trainer import Training
     from switchcli.train import loop
-    from switchcli.train.checkpoint import Saving
-    from switchcli.train.hooks import HeldOut
+    from switchcli.train.callbacks import HeldOut
 
     def act() -> None:
         if moment.exists():
@@ -53,7 +53,7 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
     places: dict[str, tuple[Any, str, int]] = {
         "start": (Runtime, "__init__", 1),
         "step": (loop, "accumulate_gradients", STEP),
-        "all-to-all": (expert, "_all_to_all", 100),
+        "all-to-all": (expert_parallel, "_all_to_all", 100),
         "save": (Saving, "write", 2),
         "evaluation": (HeldOut, "__call__", 2),
         "end": (Training, "_samples", 1),

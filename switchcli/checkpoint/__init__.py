@@ -1,0 +1,1 @@
+"""Checkpoints on disk: format, verification, file operations, locks. Knows nothing about recipes."""

@@ -1,0 +1,167 @@
+"""How a command ends before its time: by a signal, or by an error that a user can mend. No torch: it takes seconds."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from types import FrameType
+from typing import NoReturn
+
+from switchcli.distributed.launch import is_rank, join_srun, report
+from switchcli.distributed.monitor import Watch
+from switchcli.distributed.rendezvous import check_environment
+from switchcli.distributed.signals import stopping
+from switchcli.errors import UNKNOWN, Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
+from switchcli.report.console import Console
+from switchcli.report.output import print_json
+from switchcli.report.safe_text import one_line
+
+FORCED = "stopped at once, without saving: the same command goes on from the last save"
+AGAIN_SECONDS = 1.0
+"""After which a signal is given once more that has not ended the command: a library may swallow what it raises."""
+
+
+@contextmanager
+def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
+    """Within, a stopping signal ends the command at once, but in the training loop, which has its own handlers.
+
+    A command that `saves_nothing` on the way does not go on, but begins anew. One that may run on `ranks` watches them.
+
+    Raises:
+        Interrupted: from within, when the signal comes. All that was done is on the disk, or is done again the same.
+        InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
+    """
+    came: list[SwitchError] = []
+    heeded = False
+    again = [threading.Timer(0, lambda: None)]
+
+    def asked(number: int) -> SwitchError:
+        name = signal.Signals(number).name
+        if saves_nothing:
+            return InterruptedByForce(f"stopped by {name}: nothing was written; run it again")
+        return Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
+
+    def unheeded() -> bool:
+        return not heeded and signal.getsignal(signal.SIGTERM) is stop
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal heeded
+        heeded = True
+        again[0].cancel()
+        again[0] = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+        again[0].daemon = True
+        again[0].start()
+        if any(isinstance(one, (SwitchError, KeyboardInterrupt)) for one in causes(sys.exception())):
+            return  # it is on its way out, and tidies up; if that is a library's doing, it is given again
+        if not came:
+            came.append(asked(number))
+        raise came[0]
+
+    def swallowed(what: "sys.UnraisableHookArgs") -> None:
+        if what.exc_value not in came:
+            hook(what)
+
+    previous = {number: signal.signal(number, stop) for number in stopping()}
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
+    try:
+        with _watched(came, asked, unheeded) if ranks else nullcontext():
+            try:
+                yield
+            except BaseException as error:
+                # Raised between two steps of a clean-up, or within a library, it may come out as another error.
+                if came and error is not came[0]:
+                    raise came[0] from error
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
+                raise InterruptedByForce(FORCED) from None
+    finally:
+        again[0].cancel()
+        sys.unraisablehook = hook
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _watched(
+    came: Sequence[SwitchError], asked: Callable[[int], SwitchError], unheeded: Callable[[], bool]
+) -> Iterator[None]:
+    """Within, a rank watches the others of its machine: one that is lost is told of by which, and how.
+
+    What `came` is an end by a signal while nothing was saved: a launcher's, when a rank is lost. One that stays
+    `unheeded`, as where this rank waits for the others to start, ends it as `asked`, or for the rank that is lost.
+    """
+    join_srun(os.environ)
+    check_environment(os.environ)
+    if not is_rank() or sys.platform != "linux":
+        yield
+        return
+
+    def give_up(number: int) -> None:
+        error = LostRank(lost) if (lost := watch.lost()) else asked(number)
+        if not unheeded():
+            error.add_note(UNKNOWN)  # the main thread, which knows, is in a library
+        leave(error)
+
+    watch = Watch(give_up, unheeded)
+    try:
+        with watch.looking():
+            yield
+    except SwitchError as error:
+        if isinstance(error, LostRank) or (error in came and watch.lost()):
+            raise LostRank(watch.lost_soon() or str(error)) from error
+        raise
+
+
+def warn(text: str) -> None:
+    """An alarm in words, once: on the main rank."""
+    if os.environ.get("RANK", "0") == "0":
+        Console().warning(text)
+
+
+def leave_rank() -> None:
+    """End a rank that went well at once: where the interpreter takes the process groups down, a thread may abort."""
+    if is_rank():
+        sys.stdout.flush()
+        leave_with(0)
+
+
+def leave_with(code: int) -> NoReturn:
+    """End this process at once: a torch that is taken down takes seconds."""
+    with suppress(OSError):  # a full disk is why it leaves, perhaps
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def leave(error: SwitchError) -> NoReturn:
+    """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
+    rank, lines = os.environ.get("RANK", "0"), [*map(one_line, error.lines)]
+    if isinstance(error, LostRank):
+        lines = [one_line(f"{error}, {where(error)}: run the same command again to go on from the last save")]
+    words = "\n".join(lines)
+    launched = report(error, words)  # then it says that all were stopped, or one is lost
+    if not (launched and isinstance(error, (Interrupted, LostRank))) and (rank == "0" or not error.on_every_rank):
+        own = rank != "0" or (is_rank() and isinstance(error, OutOfMemory))
+        if own and not isinstance(error, LostRank):
+            lines[0] = f"rank {rank}: {lines[0]}"
+        if isinstance(error, Interrupted):
+            Console().message(words)
+        else:
+            Console().error(*lines)
+    if "--json" in sys.argv and rank == "0" and not launched:
+        with suppress(OSError):  # the exit code must not change because stdout is gone
+            print_json({"error": words, "exit_code": error.exit_code})
+    leave_with(error.exit_code)
+
+
+def leave_by_defect(error: Exception) -> None:
+    """The same for a rank that ends as nobody foresaw: what is known of where, and then the traceback."""
+    if is_rank():
+        words = f"rank {os.environ['RANK']}, {where(error)}: {type(error).__name__}: {error}".split("\n")[0]
+        Console().error(words)
+        traceback.print_exception(error)
+        report(SwitchError(words), words)
+        leave_with(SwitchError.exit_code)

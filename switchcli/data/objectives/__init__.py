@@ -1,0 +1,1 @@
+"""Pre-training objectives: what a model reads of a text, and what it has to predict."""

@@ -1,0 +1,350 @@
+"""Preparing data, once: a vocabulary is trained if asked for, and every text is cut into ids, piece by piece.
+
+A text is a folder of the cache, named by everything that it depends on: a folder for each piece, which appears whole or
+not at all, and a manifest of all of them when the last is there. So preparing goes on after a stop, and machines that
+see one cache can each make a share of the pieces.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from switchcli.data.config import DataSpec
+from switchcli.data.prepare.cache import ELSEWHERE, cached, make, sweep
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.prepare.distinct import write_distinct
+from switchcli.data.prepare.prepared_text import FORMAT, HELD_OUT, PARTS, TRAIN, Text, is_large, open_text, seal_text
+from switchcli.data.prepare.shards import Job, Progress, build, cut_up
+from switchcli.data.prepare.store import (
+    ShardFacts,
+    ShardWriter,
+    digest_of,
+    facts_of,
+    has_sizes,
+    is_true,
+    is_whole,
+    seal,
+)
+from switchcli.data.sources.corpus import Corpus
+from switchcli.data.sources.document import Document, is_held_out
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import DataError, disk_errors
+
+T = TypeVar("T")
+
+PROCESSES_FROM = 2**23
+"""Bytes of sources from which more than one process pays."""
+
+
+class Track(Protocol):
+    """A progress bar: yields the items, showing how many went by, of how many if that is known."""
+
+    def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
+
+
+class Shown(Protocol):
+    """Shows how far a preparation is, of so many pieces and bytes; within, the progress is told as it changes."""
+
+    def __call__(
+        self, label: str, pieces: int, size: int | None, /
+    ) -> AbstractContextManager[Callable[[Progress], None]]: ...
+
+
+class Means(NamedTuple):
+    """What preparing is done with."""
+
+    cache: Path
+    track: Track
+    show: Shown
+    processes: int | None = None
+    """At once; None: as many as there are processors, where it pays."""
+    share: tuple[int, int] = (0, 1)
+    """Number and count, of the machines that share the pieces."""
+    check: bool = False
+    """Compare all of what is there with its checksums."""
+    warn: Callable[[str], None] = lambda text: None
+    """Told of damage."""
+    accept: Callable[[Tokenizer], None] = lambda tokenizer: None
+    """Raises what is wrong with a tokenizer for the run, before its text is cut."""
+    digests: Digests | None = None
+    """Digests of the sources, one object for all that one command prepares; see `with_digests`."""
+
+
+class Prepared(NamedTuple):
+    """What training reads."""
+
+    tokenizer: Tokenizer
+    texts: Mapping[str, Text]
+    """By label; see `DataSpec.texts`."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of the ids themselves."""
+        if len(self.texts) == 1:
+            return next(iter(self.texts.values())).identity
+        return digest_of({label: text.identity for label, text in self.texts.items()})
+
+    def check(self) -> None:
+        """Raise DataError if something that was read of the texts is not what was prepared."""
+        for text in self.texts.values():
+            text.check()
+
+
+def with_digests(spec: DataSpec, means: Means) -> Means:
+    """Return `means` with the digests of the sources of `spec`, which further calls then share."""
+    if means.digests is not None:
+        return means
+    sampled = spec.access == "stream"
+    digests = Digests(means.cache, sampled=sampled, check=means.check, warn=means.warn, track=means.track)
+    return means._replace(digests=digests)
+
+
+def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) -> Prepared:
+    """The spec's texts as ids, from the cache where they are there already.
+
+    `tokenizer` takes the place of the spec's, for a model trained with it. Raises DataError for anything wrong with the
+    text or the tokenizer, and when no document, or every one, is held out; CheckpointError for the cache folder.
+    """
+    used, texts = prepare_share(spec, means, tokenizer)
+    whole = {label: text for label, text in texts.items() if text is not None}
+    assert len(whole) == len(texts), "all shares"
+    return Prepared(used, whole)
+
+
+def prepare_share(
+    spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, dict[str, Text | None]]:
+    """The same with this machine's share of the pieces alone: a text is None while others' are not there."""
+    means = with_digests(spec, means)
+    used = tokenizer or vocabulary(spec, means)
+    means.accept(used)
+    folder = means.cache / "tokenizers" / used.sha256[:32]
+    with cached(folder, lambda built: _write(built, used)):
+        file = folder / "tokenizer.json"
+    texts: dict[str, Text | None] = {}
+    for label, corpora in spec.texts().items():
+        before = sum(text.num_bytes for text in texts.values() if text is not None)
+        texts[label] = _text(label, corpora, spec, used, file, means, before)
+    return used, texts
+
+
+def vocabulary(spec: DataSpec, means: Means) -> Tokenizer:
+    """The spec's tokenizer; one that is trained, from the cache where it was trained before on the same text."""
+
+    def load() -> Tokenizer:
+        return spec.tokenizer.load(lambda: documents(spec, means.track, held_out=False))
+
+    if spec.tokenizer.kind != "train":
+        return load()
+    parts = [spec.tokenizer.fingerprint(), *_sources(spec, chain.from_iterable(spec.texts().values()), means)]
+    folder = means.cache / "vocabularies" / _digest(parts)
+    with cached(folder, lambda built: _write(built, load())):
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return Tokenizer.from_json(text, str(folder / "tokenizer.json"))
+
+
+def documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str, Iterator[Document]]:
+    """The documents of each text that are held out, or those that are not, read as they are asked for."""
+
+    def of(label: str, corpora: Sequence[Corpus]) -> Iterator[Document]:
+        found = chain.from_iterable(corpus.documents() for corpus in corpora)
+        for document in spec.filters(track(found, f"reading{_named(label)}", None), Counter()):
+            if is_held_out(document.identity, spec.held_out_fraction) == held_out:
+                yield document
+
+    return {label: of(label, corpora) for label, corpora in spec.texts().items()}
+
+
+def source(spec: DataSpec, tokenizer: Tokenizer, means: Means) -> str:
+    """Return a digest of all that the ids of a spec's texts depend on, whether they are prepared or not."""
+    return _digest([*_sources(spec, chain.from_iterable(spec.texts().values()), means), tokenizer.sha256])
+
+
+def former_source(spec: DataSpec, tokenizer: Tokenizer) -> str:
+    """Return `source` as versions up to 0.1 had it, from the files' paths, sizes and times.
+
+    A checkpoint of a stream holds it. A run goes on from such a checkpoint, and its next one holds `source`.
+    """
+    corpora = chain.from_iterable(spec.texts().values())
+    parts = ["2", *(corpus.former_fingerprint() for corpus in corpora), *_rules(spec), tokenizer.sha256]
+    return _digest(parts)
+
+
+def _write(folder: Path, tokenizer: Tokenizer) -> None:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    seal(folder, {})
+
+
+def _sources(spec: DataSpec, corpora: Iterable[Corpus], means: Means) -> list[str]:
+    """What documents depend on."""
+    digests = with_digests(spec, means).digests
+    assert digests is not None
+    return [str(FORMAT), *(corpus.fingerprint(digests) for corpus in corpora), *_rules(spec)]
+
+
+def _rules(spec: DataSpec) -> list[str]:
+    return [spec.filters.model_dump_json(), repr(spec.held_out_fraction)]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _text(
+    label: str, corpora: Sequence[Corpus], spec: DataSpec, tokenizer: Tokenizer, file: Path, means: Means, before: int
+) -> Text | None:
+    """One text, made where it is not there or not whole. None where others' pieces are missing. `before`: bytes of the
+    texts that come before it."""
+    key = _digest([*_sources(spec, corpora, means), tokenizer.sha256])
+    folder = means.cache / "tokens" / key
+    with disk_errors(means.cache, ELSEWHERE):
+        sweep(folder.parent)
+        facts = facts_of(folder)
+        if facts is None or not _is_sound(folder, facts, means, before):
+            sweep(folder)
+            jobs = [
+                Job(corpus, piece, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
+                for number, (corpus, piece) in enumerate((one, piece) for one in corpora for piece in one.pieces())
+            ]
+            begun = [piece for job in jobs if (piece := facts_of(job.folder)) is not None]
+            trusted = facts is None and not means.check and is_large(*begun, before=before)
+            number, count = means.share
+            mine = [job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)]
+            _make(mine, label, file, means)
+            if mine and _digest([*_sources(spec, corpora, means), tokenizer.sha256]) != key:
+                for job in mine:  # which of the two contents they hold is not known
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                raise DataError(
+                    f"data.corpora{_named(label)}: files changed while they were prepared: run the same command again "
+                    "when no other program writes to them"
+                )
+            if not all(_is_made(job, trusted=True, warn=means.warn) for job in jobs):  # those of other machines too
+                return None
+            _seal(folder, jobs, tokenizer)
+        text = open_text(folder, before)
+    if (duplicates := spec.duplicates) is not None:
+        whole, parts = text, [folder.name, duplicates.model_dump_json()]
+        folder = means.cache / "tokens" / _digest(parts)
+        with disk_errors(means.cache, ELSEWHERE):
+            facts = facts_of(folder)
+            if facts is None or not _is_sound(folder, facts, means, before):
+                if facts is not None:
+                    means.warn(_damaged(folder))
+                make(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built))
+            text = open_text(folder, before)
+    if not any(counts.documents for counts in text.counts.values()):
+        if not text.dropped:
+            raise corpora[0].no_text()
+        said = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
+        raise DataError(f"data{_named(label)}: nothing is left of the text: left out were {said}")
+    _check_split(label, text, spec.held_out_fraction)
+    return text
+
+
+def _is_made(job: Job, trusted: bool, warn: Callable[[str], None]) -> bool:
+    """Whether a piece is there; one that is damaged is told of."""
+    facts = facts_of(job.folder)
+    if facts is None or facts.get("piece") != job.piece.name:
+        return False
+    if (has_sizes if trusted else is_whole)(job.folder):
+        return True
+    warn(_damaged(job.folder))
+    return False
+
+
+def _damaged(folder: Path) -> str:
+    return f"{folder}: not what was prepared, cut or altered since: it is made anew"
+
+
+def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means, before: int) -> bool:
+    """Whether all of a text that was whole agrees with its checksums, which is looked at where it is soon done."""
+    if not is_large(facts, before=before):
+        return is_whole(folder)
+    if not means.check:
+        return True
+    files = facts["files"]
+    return all(is_true(folder / name, files[name]) for name in means.track(files, "comparing checksums", len(files)))
+
+
+def _make(jobs: Sequence[Job], label: str, file: Path, means: Means) -> None:
+    """Make the pieces of these jobs."""
+    if not jobs:
+        return
+    processors = _processors()
+    sizes = [job.piece.size for job in jobs]
+    size = None if None in sizes else sum(one or 0 for one in sizes)
+    pays = size is None or size >= PROCESSES_FROM
+    processes = min(means.processes or (processors if pays else 1), len(jobs))
+    with means.show(f"tokenising{_named(label)}", len(jobs), size) as show:
+        build(jobs, file, processes, max(1, processors // processes), show)
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no such call
+        return os.cpu_count() or 1
+
+
+def _named(label: str) -> str:
+    return f" {label}" if label else ""
+
+
+def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
+    """The manifest of a text whose pieces are all there."""
+    files: dict[str, object] = {}
+    dropped: Counter[str] = Counter()
+    shards: dict[str, list[ShardFacts]] = {part: [] for part in PARTS}
+    for job in jobs:
+        facts = facts_of(job.folder)
+        assert facts is not None, "was looked at"
+        dropped.update(facts["dropped"])
+        files |= {f"{job.folder.name}/{name}": said for name, said in facts["files"].items()}
+        for part, found in facts["shards"].items():
+            shards[part] += [{**one, "name": f"{job.folder.name}/{one['name']}"} for one in found]
+    seal_text(folder, shards, dropped, tokenizer.sha256, files)
+
+
+def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens: int) -> Prepared:
+    """Of each text the first held-out documents, `num_tokens` of them or a few more, and nothing to train on: what a
+    run is evaluated on that prepares no more."""
+    means = with_digests(spec, means)
+    texts = {}
+    found = documents(spec, means.track, held_out=True)
+    for label, corpora in spec.texts().items():
+        parts = [*_sources(spec, corpora, means), tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
+        folder = means.cache / "tokens" / _digest(parts)
+        with cached(folder, partial(_write_head, found[label], tokenizer, num_tokens)):
+            texts[label] = open_text(folder)
+    return Prepared(tokenizer, texts)
+
+
+def _write_head(found: Iterable[Document], tokenizer: Tokenizer, num_tokens: int, folder: Path) -> None:
+    folder.mkdir()
+    with ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as writer:
+        for document in found:
+            parts = [*cut_up(document.text)]
+            for number, (text, ids) in enumerate(zip(parts, tokenizer.encode_batch(parts), strict=True)):
+                writer.add(ids, len(text.encode()), starts_document=number == 0)
+            if sum(one["tokens"] for one in writer.shards) >= num_tokens:
+                break
+    seal_text(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256)
+
+
+def _check_split(label: str, text: Text, fraction: float) -> None:
+    num_train, num_held_out = (text.counts[part].documents for part in PARTS)
+    if not num_train or not num_held_out:
+        raise DataError(
+            f"data.held_out_fraction ({fraction}) of {num_train + num_held_out} documents{_named(label)} leaves "
+            f"{num_train} for training, {num_held_out} held out, both need one at least: change it, add text, or make "
+            "the documents smaller (sample_by: line)"
+        )

@@ -1,0 +1,109 @@
+"""Text: what was prepared of one text, as the manifest of its folder has it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from switchcli.data.prepare.store import OFFSETS, TOKENS, Shard, ShardFacts, TokenStore, digest_of, facts_of, seal
+from switchcli.data.prepare.verified import IN_MEMORY_BYTES, Verified
+
+FORMAT = 3  # raise when the same key would come to mean other ids
+TRAIN, HELD_OUT = "train", "held_out"
+PARTS = (TRAIN, HELD_OUT)
+CHECKED_AT_START = 2**30
+"""Bytes of all texts of a run, up to which they are read and compared with their digests before it, and prepared again
+where they differ. Every shard is compared when it is opened, whatever the size."""
+
+
+class Counts(NamedTuple):
+    """How much is in a part of a text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    """Of the text, as UTF-8."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+
+class Text(NamedTuple):
+    """One text as ids."""
+
+    shards: Mapping[str, tuple[Shard, ...]]
+    """By part."""
+    counts: Mapping[str, Counts]
+    dropped: Mapping[str, int]
+    """What was left out of it, by reason."""
+    identity: str
+    """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
+    folder: Path
+    num_bytes: int
+    """On disk."""
+    check: Callable[[], None]
+    """Raises DataError if a shard that was read is not what was prepared any more; see `Verified.check`."""
+
+
+def seal_text(
+    folder: Path,
+    shards: Mapping[str, Sequence[ShardFacts]],
+    dropped: Mapping[str, int],
+    tokenizer: str,
+    files: Mapping[str, object] | None = None,
+) -> None:
+    """Writes the manifest of a text whose shards, by part, lie in the folder; `files` if they were digested before."""
+    counts = {
+        part: {fact: sum(one[fact] for one in found) for fact in Counts._fields} for part, found in shards.items()
+    }
+    facts = {"format": FORMAT, "tokenizer": tokenizer, "dropped": dropped, "counts": counts, "shards": shards}
+    seal(folder, facts, files)
+
+
+def open_text(folder: Path, before: int = 0) -> Text:
+    """Return the text of a folder that was sealed. The shards are opened, and verified, when they are first read.
+
+    `before` are the bytes of the texts that come before it: together up to IN_MEMORY_BYTES are held in memory.
+    """
+    facts = facts_of(folder)
+    assert facts is not None, "sealed, or found whole"
+    files = facts["files"]
+    verified = Verified(folder, files, in_memory=before + num_bytes(facts) <= IN_MEMORY_BYTES)
+    named: dict[str, object] = {}
+    for part in PARTS:
+        for number, one in enumerate(facts["shards"][part]):
+            # The first shard's as if it were alone: a text of one shard has the identity that it had before shards.
+            place = f"{part}-{number}" if number else part
+            named |= {f"{place}/{name}": files[f"{one['name']}/{name}"] for name in (OFFSETS, TOKENS)}
+    return Text(
+        {
+            part: tuple(
+                Shard(
+                    one["documents"],
+                    one["tokens"],
+                    partial(TokenStore.open, verified, one["name"]),
+                    partial(TokenStore.glance, verified, one["name"]),
+                )
+                for one in facts["shards"][part]
+            )
+            for part in PARTS
+        },
+        {part: Counts(*(facts["counts"][part][fact] for fact in Counts._fields)) for part in PARTS},
+        facts["dropped"],
+        digest_of(named),
+        folder,
+        num_bytes(facts),
+        verified.check,
+    )
+
+
+def is_large(*facts: Mapping[str, Any], before: int = 0) -> bool:
+    """Whether comparing all of a text, or of these pieces of one, with its checksums takes long; `before` are the bytes
+    of other texts that were compared."""
+    return before + sum(map(num_bytes, facts)) > CHECKED_AT_START
+
+
+def num_bytes(facts: Mapping[str, Any]) -> int:
+    """Of all files that a manifest names."""
+    return sum(said["bytes"] for said in facts["files"].values())

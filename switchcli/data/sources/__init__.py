@@ -1,0 +1,1 @@
+"""Sources of documents: files, Parquet, the standard library of Python, datasets of a hub."""

@@ -1,0 +1,271 @@
+"""Live texts: rows cut from documents as they are read, for text that is not prepared: a hub's, or larger than a disk.
+
+The rows of a step are shared among `lanes`, a number of the recipe's. Each has pieces of every text to itself, other
+ones in each epoch, and reads them in order: a rank reads the lanes of its rows alone, and the rows are the same on any
+number of ranks. A lane takes a window of documents at a time, whose rows are made and shuffled as those of a prepared
+shard. Where it stands is a few numbers: to go on, the piece is read from its start but not looked into, up to the
+window, which is cut again.
+
+Legend  R rows  L raw tokens of a row
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchcli.data.batch import Batch
+from switchcli.data.config import DataSpec
+from switchcli.data.dataset import Window, counted
+from switchcli.data.objectives.example_packing import store_of_ids
+from switchcli.data.prepare.shards import cut_up
+from switchcli.data.prepare.store import Shard
+from switchcli.data.rng import SHARDS, permutation
+from switchcli.data.sources.corpus import Corpus
+from switchcli.data.sources.document import Document, Piece, is_held_out
+from switchcli.data.text_batches import Corruption
+from switchcli.data.text_mixture import Mixture
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import DataError, RecipeError
+
+WINDOW_CHARACTERS = 2**20
+"""Of all texts of a lane together, by their shares; it ends with the epoch."""
+LEAST_CHARACTERS = 2**14
+"""Of one text."""
+_MOST_EPOCHS = 64
+"""That a window takes of a text with less than a row: then there is none."""
+Pieces = Sequence[tuple[Corpus, Piece]]
+
+
+class Position(NamedTuple):
+    """Where a lane stands in a text."""
+
+    epoch: int = 0
+    """Of the pieces."""
+    place: int = 0
+    """Of the piece where the window begins, in the order of the epoch."""
+    row: int = 0
+    """Of the piece where the window begins."""
+    window: int = 0
+    """Its number."""
+    used: int = 0
+    """Rows of the window that were shown."""
+
+
+class LiveStream:
+    """Batches of rows that are read as training goes on, asked for in their order by one thread."""
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        pieces: Mapping[str, Pieces],
+        tokenizer: Tokenizer,
+        mixture: Mixture | None,
+        seed: int,
+        batch_rows: int,
+        place: tuple[int, int],
+        kept_steps: int,
+    ) -> None:
+        """`place`: this rank, and how many share the rows of a step; `kept_steps`: of how many of the last ones
+        `position` can tell.
+
+        Raises DataError as the objective says of the tokenizer; RecipeError where the ranks cannot share the lanes.
+        """
+        rank, ranks = place
+        if spec.lanes % ranks:
+            raise RecipeError(
+                f"data.lanes ({spec.lanes}) must be a multiple of the {ranks} ranks that share a batch: try "
+                f"{-(-spec.lanes // ranks) * ranks}, from the run's beginning"
+            )
+        self._corruption = Corruption(spec.rows, tokenizer, seed)
+        self._rows_a_lane, self._kept_steps = batch_rows // spec.lanes, kept_steps
+        mine = range(rank * spec.lanes // ranks, (rank + 1) * spec.lanes // ranks)
+        self._lanes = {lane: _Lane(lane, pieces, spec, tokenizer, mixture, seed) for lane in mine}
+        self._shape = (spec.lanes, len(pieces), len(Position._fields))
+        self._behind = {0: self._position()}
+
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
+        raw = []
+        for lane, reading in self._lanes.items():
+            begin, end = (
+                min(max(row - lane * self._rows_a_lane, 0), self._rows_a_lane) for row in (first, first + count)
+            )
+            if end > begin:
+                assert reading.next_row == step * self._rows_a_lane + begin, "rows are asked for in order"
+                raw.append(reading.raw(end - begin))
+        if all(reading.next_row == (step + 1) * self._rows_a_lane for reading in self._lanes.values()):
+            self._behind[step + 1] = self._position()
+            self._behind.pop(step - self._kept_steps, None)
+        return self._corruption.batch(np.concatenate(raw), step, first)
+
+    def position(self, step: int) -> list[int]:
+        """Where this rank's lanes stand after so many steps, one of the last; zeros for the lanes of others, so that
+        the sum over ranks is where all stand."""
+        return [int(number) for number in self._behind[step].ravel()]
+
+    def seek(self, step: int, position: Sequence[int]) -> None:
+        """Go on after so many steps, from where all lanes stood then."""
+        stood = np.array(position).reshape(self._shape)
+        for lane, reading in self._lanes.items():
+            reading.seek(step * self._rows_a_lane, stood[lane])
+        self._behind = {step: self._position()}
+
+    def _position(self) -> NDArray[np.int64]:
+        found = np.zeros(self._shape, dtype=np.int64)
+        for lane, reading in self._lanes.items():
+            found[lane] = [reader.position for reader in reading.readers]
+        return found
+
+
+class _Lane:
+    """One lane's rows of all texts, in the order of its own turns."""
+
+    def __init__(
+        self,
+        lane: int,
+        pieces: Mapping[str, Pieces],
+        spec: DataSpec,
+        tokenizer: Tokenizer,
+        mixture: Mixture | None,
+        seed: int,
+    ) -> None:
+        sizes = {
+            label: WINDOW_CHARACTERS if mixture is None else WINDOW_CHARACTERS * mixture.shares[label]
+            for label in pieces
+        }
+        self.readers = [
+            Reader(found, spec, tokenizer, lane, label, seed, max(LEAST_CHARACTERS, sizes[label]))
+            for label, found in pieces.items()
+        ]
+        self.next_row = 0
+        self._raw_length = spec.rows.raw_length
+        self._turns = None if mixture is None else mixture.turns[lane]
+
+    def raw(self, count: int) -> NDArray[np.int64]:
+        """The next `count` rows [count, L]."""
+        row_R = self.next_row + np.arange(count)
+        self.next_row += count
+        if self._turns is None:
+            return self.readers[0].raw(count)
+        raw_RL = np.empty((count, self._raw_length), dtype=np.int64)
+        text_R, _ = self._turns(row_R)
+        for text in np.unique(text_R):
+            mine_R = text_R == text
+            raw_RL[mine_R] = self.readers[text].raw(int(mine_R.sum()))
+        return raw_RL
+
+    def seek(self, next_row: int, positions: NDArray[np.int64]) -> None:
+        self.next_row = next_row
+        for reader, position in zip(self.readers, positions.tolist(), strict=True):
+            reader.seek(Position(*position))
+
+
+class Reader:
+    """The rows of one text in one lane, from a position on."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        spec: DataSpec,
+        tokenizer: Tokenizer,
+        lane: int,
+        label: str,
+        seed: int,
+        window_characters: float,
+    ) -> None:
+        # A lane without a piece of its own would have nothing: then all read all pieces, each its own documents.
+        self._alone = len(pieces) >= spec.lanes
+        self._pieces = pieces
+        self._spec, self._rows, self._tokenizer = spec, spec.rows, tokenizer
+        self._lane, self._label, self._window_characters = lane, label, window_characters
+        self._order_seed, self._seed = (_seed(f"{seed}/{label}"), _seed(f"{seed}/{lane}/{label}"))
+        self.position = self._next = Position()
+        self._window: Window | None = None
+        self._coming: Iterator[tuple[Position, Document | None]] | None = None
+
+    def raw(self, count: int) -> NDArray[np.int64]:
+        """The next `count` rows [count, L]."""
+        found = []
+        while count:
+            window = self._entered()
+            taken = min(count, window.num_rows - self.position.used)
+            found.append(window.raw(self.position.used + np.arange(taken)))
+            count -= taken
+            self.position = self.position._replace(used=self.position.used + taken)
+        return np.concatenate(found)
+
+    def seek(self, position: Position) -> None:
+        """Go on from there."""
+        self.position, self._window, self._coming = position, None, None
+
+    def _entered(self) -> Window:
+        if self._window is not None and self.position.used == self._window.num_rows:
+            self.position, self._window = self._next, None
+        if self._window is None:
+            if self._coming is None:
+                self._coming = self._documents(self.position)
+            self._window, self._next = self._read(self._coming)
+        return self._window
+
+    def _read(self, coming: Iterator[tuple[Position, Document | None]]) -> tuple[Window, Position]:
+        """The next window, and where the one after it begins."""
+        ids: list[NDArray[np.int64]] = []
+        waiting: list[list[str]] = []
+        size = 0
+        for behind, document in coming:  # without end
+            if document is not None:
+                waiting.append([*cut_up(document.text)])
+                size += len(document.text)
+                if size < self._window_characters:
+                    continue
+            elif behind.epoch - self.position.epoch > _MOST_EPOCHS:
+                break
+            ids += self._encoded(waiting)
+            waiting, size = [], 0
+            shard = counted(Shard.of(store_of_ids(ids)), self._rows, self._seed, 0)
+            if shard.num_rows:
+                number = self.position.window
+                return Window({0: shard}, self._rows, self._seed, number, 0), behind._replace(window=number + 1)
+        raise DataError(
+            f"data.corpora{f' ({self._label})' if self._label else ''}: no row of text to train on in the share of "
+            f"lane {self._lane + 1} of {self._spec.lanes}: take fewer data.lanes, or add text"
+        )
+
+    def _encoded(self, documents: Sequence[Sequence[str]]) -> list[NDArray[np.int64]]:
+        """The ids of each document, of which the parts are encoded apart."""
+        found = iter(self._tokenizer.encode_batch([part for parts in documents for part in parts]))
+        return [np.concatenate([next(found) for _ in parts]) for parts in documents]
+
+    def _documents(self, start: Position) -> Iterator[tuple[Position, Document | None]]:
+        """Training documents from a position on, without end, each with the position behind it; None at each end of
+        the lane's pieces, which in each epoch are others."""
+        epoch, place, row = start.epoch, start.place, start.row
+        dropped: Counter[str] = Counter()
+        while True:
+            order = permutation(len(self._pieces), self._order_seed, epoch, SHARDS).tolist()
+            mine = order[self._lane :: self._spec.lanes] if self._alone else order
+            for number in range(place, len(mine)):
+                corpus, piece = self._pieces[mine[number]]
+                for document in self._spec.filters(corpus.read(piece, row, dropped), dropped):
+                    if self._is_mine(document):
+                        yield Position(epoch, number, document.row + 1), document
+                row = 0
+            epoch, place = epoch + 1, 0
+            yield Position(epoch), None
+
+    def _is_mine(self, document: Document) -> bool:
+        mine = self._alone or document.row % self._spec.lanes == self._lane
+        return mine and not is_held_out(document.identity, self._spec.held_out_fraction)
+
+
+def pieces_of(corpora: Sequence[Corpus]) -> Pieces:
+    """Those of several corpora, in order. Raises DataError as they do."""
+    return [(corpus, piece) for corpus in corpora for piece in corpus.pieces()]
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())

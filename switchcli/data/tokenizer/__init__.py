@@ -1,0 +1,1 @@
+"""Tokenizers in T5's layout: load, train, measure."""

@@ -1,0 +1,1 @@
+"""Processes and devices: the mesh, expert, tensor and data parallelism, collectives, launching."""

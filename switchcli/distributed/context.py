@@ -1,0 +1,351 @@
+"""Runtime: this process among its ranks, its device and its precision. The only file that imports accelerate.
+
+accelerate holds device and ranks; what a step needs of it is this small interface, so that
+the loop reads the same on one process and on many. Control values (stop, counts) go over a group of host processes
+and never wait for a device.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, recursively_apply, send_to_device
+from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from switchcli.distributed import expert_parallel
+from switchcli.distributed import fsdp as shard
+from switchcli.distributed import parallelize as spread
+from switchcli.distributed.deterministic_reduce import Ordered
+from switchcli.distributed.layout import Cuts, Weights
+from switchcli.distributed.lost import lost_ranks_explained
+from switchcli.distributed.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
+from switchcli.distributed.parallelize import GradientNorm
+from switchcli.distributed.rank_group import HostGroup
+from switchcli.distributed.rendezvous import waiting_announced
+from switchcli.errors import DistributedError, RecipeError
+from switchcli.model.compiled import compile_dense_parts
+from switchcli.model.transformer import SwitchTransformer
+
+STEP_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others within a step before the run ends."""
+MAIN_TIMEOUT = timedelta(days=7)
+"""How long the others wait while the main rank does something alone: preparing data takes what it takes."""
+WRITE_TIMEOUT = timedelta(hours=1)
+"""How long a rank waits while the others write their share of a checkpoint."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """`rank` of `world` processes, each on its `device`; rank 0 is the main one, which prints, and writes what
+    has no shares."""
+
+    def __init__(
+        self,
+        device: Literal["auto", "cpu", "cuda"],
+        precision: Literal["float32", "bfloat16", "selective"],
+        parallel: ParallelSpec = ALONE,
+        choose: Callable[[], ParallelSpec] | None = None,
+    ) -> None:
+        """Join the ranks that a launcher started (RANK, WORLD_SIZE), or be the only one.
+
+        With `choose` the mesh is what that says on the main rank.
+
+        Raises:
+            RecipeError: no CUDA device, and one was asked for; or not the ranks that `parallel` is for.
+            DistributedError: the ranks do not find one another.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("train.device is cuda and this machine shows no CUDA device: set it to auto or cpu")
+        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        if on_cpu:
+            _keep_freed_memory()
+        with lost_ranks_explained(), waiting_announced():
+            _meet_again("gloo" if on_cpu else "nccl")
+            self._accelerator = _accelerator(on_cpu)
+        self.rank: int = self._accelerator.process_index
+        self.world: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.world:
+            raise DistributedError(
+                f"the launcher started {started} ranks and this one sees {self.world}: each would train alone; "
+                "start them with --processes, or with torchrun"
+            )
+        self._autocast = precision != "float32"
+        self._compiled = False
+        # `saving` is for saves alone, which may run in a thread of their own.
+        self._control, self._patient, self.saving = (
+            HostGroup(self.rank, self.world, timeout) for timeout in (STEP_TIMEOUT, MAIN_TIMEOUT, WRITE_TIMEOUT)
+        )
+        if choose is not None:
+            chosen = self.on_main(choose)
+            parallel = ParallelSpec.model_validate_json(
+                self._patient.gather(chosen.model_dump_json() if chosen else "")[0]
+            )
+        self.groups, self.parallel = Groups(), parallel
+        if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
+            self.on_main(lambda: check_world(parallel, self.world))
+            with lost_ranks_explained():
+                self.groups = groups_of(parallel, self.rank, self.world, STEP_TIMEOUT)
+        self._ordered = Ordered(self.groups.data) if parallel.reduction == "ordered" else None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's share of a batch."""
+        return 0 if self.groups.data is None else self.groups.data.place
+
+    @property
+    def data_ranks(self) -> int:
+        """Shares of a batch. Each is on `model_ranks` ranks."""
+        return 1 if self.groups.data is None else self.groups.data.size
+
+    @property
+    def model_ranks(self) -> int:
+        return 1 if self.groups.model is None else self.groups.model.size
+
+    @property
+    def mesh(self) -> dict[str, int | str]:
+        """The lengths of the axes, and how weights lie over the first."""
+        experts, shard = self.groups.experts, self.parallel.shard if self.data_ranks > 1 else "none"
+        expert_ranks = 1 if experts is None else experts.size
+        return {"data": self.data_ranks, "model": self.model_ranks, "expert": expert_ranks, "shard": shard}
+
+    def place(self, batch: T) -> T:
+        """The batch's tensors on this rank's device; nothing is copied when they are there."""
+        placed: T = send_to_device(batch, self.device, non_blocking=True)
+        return placed
+
+    def pinned(self, batch: T) -> T:
+        """The batch where the device copies it from without a wait; as it is where there is no such device."""
+        if self.device.type != "cuda":
+            return batch
+        held: T = recursively_apply(torch.Tensor.pin_memory, batch)
+        return held
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether a forward pass takes all ranks: each of them then does as many."""
+        sharded = self.groups.data is not None and self.parallel.shard != "none"
+        return sharded or self.groups.model is not None or self.groups.experts is not None
+
+    def spread(self, model: SwitchTransformer) -> Weights:
+        """Keep of `model`, which is on `meta`, what this rank holds, with memory on its device: not filled yet."""
+        with lost_ranks_explained():
+            return spread.spread(model, self.groups, self.parallel, self.device)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`).
+
+        Where they are summed in order, that does so by itself.
+        """
+        data = self.groups.data
+        if self._ordered is not None:
+            with lost_ranks_explained():
+                self._ordered.align(model)
+            return model
+        if data is None or isinstance(model, FSDPModule):
+            return model
+        if self.groups.experts is not None:
+            _leave_to_us(model, expert_parallel.expert_parameters(model))
+        devices = [self.device] if self.device.type == "cuda" else None
+        with lost_ranks_explained():
+            return DistributedDataParallel(
+                model, device_ids=devices, process_group=data.group, gradient_as_bucket_view=True
+            )
+
+    def drop_gathered(self, model: nn.Module) -> None:
+        """Forget whole weights that were made of shards, which are about to change."""
+        for unit in shard.units(model):
+            unit.reshard()
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile the dense parts of `model`, in place, before it is wrapped.
+
+        Raises:
+            RecipeError: torch finds no compiler for this device.
+        """
+        import torch._inductor.config  # these take seconds
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            torch.compile(torch.sin)(torch.ones(1, device=self.device))
+        except (TorchDynamoException, OSError) as error:
+            lines = str(error).splitlines()
+            reason = next((line.strip() for line in lines if "Error" in line), lines[0])
+            raise RecipeError(
+                f"train.compile: torch.compile does not work here ({reason}): it wants a C++ compiler, g++ say, and no "
+                "space in the path of torch; or take train.compile=false"
+            ) from error
+        torch._inductor.config.fallback_random = True  # else a compiled run has dropout masks of its own
+        compile_dense_parts(model)
+        self._compiled = True
+
+    def uncompiled(self) -> AbstractContextManager[object]:
+        """Within, what was compiled runs as it was written: decoding has other shapes at each step."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+
+    @property
+    def averaged_shares(self) -> int:
+        """Of how many shares of a batch `synchronise` makes gradients the average; of one where it sums them."""
+        return self.data_ranks if self._ordered is None else 1
+
+    def synchronise(self, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
+        """Around forward and backward of microbatch `position` of `count`, from 1: the step's last one averages the
+        gradients over the ranks, or ends their sum (`averaged_shares`).
+
+        Raises:
+            DistributedError: from within, when another rank is gone; as do the sums below.
+        """
+        last = position == count
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last or self.parallel.shard == "zero3")
+            model.set_reshard_after_backward(last or self.parallel.shard == "zero3")
+        elif isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return self._synchronised(model, position, count)
+
+    @contextmanager
+    def _synchronised(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
+        with lost_ranks_explained():
+            yield
+            if self._ordered is not None:
+                self._ordered.add(model, position, count)
+            elif position == count and (self.groups.experts is not None or isinstance(model, FSDPModule)):
+                experts = expert_parallel.expert_parameters(model).values()
+                replicas = self.groups.data if self.groups.experts is None else self.groups.replicas
+                expert_parallel.sum_over_replicas(experts, replicas, self.data_ranks)
+
+    def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts]) -> GradientNorm:
+        """The norm of the gradients of all ranks' parameters, each part counted once."""
+        return spread.gradient_norm(parameters, cuts, self.groups, self.device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Products in the recipe's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext()
+
+    def sum_over_ranks(self, values: Sequence[int]) -> list[int]:
+        """Host integers, summed position by position over all ranks."""
+        return self._control.sum(values)
+
+    def sum_when_all_are_there(self, values: Sequence[int]) -> list[int]:
+        """The same where ranks do work of their own between, which takes what it takes."""
+        return self._patient.sum(values)
+
+    def is_alike(self, value: str) -> bool:
+        """Whether all ranks have the same text; the same answer on each of them."""
+        digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
+        return self.sum_over_ranks([int(digest != self.from_main(digest))]) == [0]
+
+    def told(self, text: str) -> list[str]:
+        """The texts of all ranks, in order, on each of them."""
+        return self._control.gather(text)
+
+    def all_done(self, done_B: torch.Tensor) -> bool:
+        """Whether all of them are true on all ranks."""
+        return self.sum_over_ranks([int(not done_B.all())]) == [0]
+
+    def from_main(self, value: int) -> int:
+        """The main rank's value, on every rank; the others wait for it as long as it takes."""
+        return self._patient.from_main(value)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over the shares of a batch, on its device, in place."""
+        if self.groups.data is not None:
+            with lost_ranks_explained():
+                dist.all_reduce(tensor, group=self.groups.data.group)
+        return tensor
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """What `action` returns on the main rank, None on the others, which wait for it as long as it takes."""
+        return self._patient.on_main(action)
+
+    def on_every(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank, when it has on all."""
+        return self.saving.on_every(action)
+
+    def is_turn(self, number: int, of_expert: bool) -> bool:
+        """Whether something that several ranks have, number `number` of many, is this one's to write.
+
+        What is an expert's the ranks that hold other experts do not have.
+        """
+        if not of_expert or self.groups.experts is None:
+            return number % self.world == self.rank
+        place = self.rank % self.model_ranks
+        if self.groups.replicas is not None:
+            place += self.model_ranks * self.groups.replicas.place
+        return number % (self.world // self.groups.experts.size) == place
+
+    def close(self) -> None:
+        """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
+        self._accelerator.end_training()
+
+
+def _accelerator(on_cpu: bool) -> Accelerator:
+    try:
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",  # `autocast`: accelerate's own would copy the logits to float32
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)],
+        )
+    except ValueError as error:
+        raise RecipeError(f"an environment variable cannot be used by accelerate ({error}): unset it") from error
+
+
+def _meet_again(backend: str) -> None:
+    """Have ranks that torchrun started once more meet apart from those that ended.
+
+    The store of its agent outlives them, and torch 2.13 looks in it for the others where they were before. Agents of
+    several machines need not count alike: they must leave the store to the ranks.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get("GROUP_WORLD_SIZE") != "1":
+            raise DistributedError(
+                "started again by torchrun on several machines, the ranks would look for those that ended: set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts, as scripts/cluster/torchrun does"
+            )
+        store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
+        apart = PrefixStore(f"restart {restarts}", store)
+        dist.init_process_group(backend, store=apart, rank=rank, world_size=world, timeout=STEP_TIMEOUT)
+
+
+def _leave_to_us(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Tell DistributedDataParallel not to average these gradients, nor to copy the weights from rank to rank.
+
+    It goes by names, and passes over those of parameters that the model itself owns.
+    """
+    assert all("." in name for name in parameters)
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, list(parameters))  # type: ignore[no-untyped-call]
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones; elsewhere nothing changes.
+
+    By itself it gives each large tensor fresh pages and takes them back; to have them cleared costs more than to
+    compute the tensor. A float32 step of 247 M parameters took 0.81 of the time with memory kept (CPU time, 2+2 layers,
+    32 experts). What is freed in pieces that fit no later tensor is lost: that process grew from 2.9 to 3.7 GB.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: 2**31 - 1, the largest, is less than what a step frees

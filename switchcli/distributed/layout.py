@@ -1,0 +1,122 @@
+"""Which part of each weight is here, and how parts make a whole.
+
+A weight may be cut along the model axis (tensor.py) and along the data axis (shard.py), the latter along its first dim;
+both may fall on one dim. Stacked experts are a matter of their own: a rank holds some of them, each cut as others are.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from switchcli.distributed.gather import all_gather
+from switchcli.distributed.lost import lost_ranks_explained
+from switchcli.distributed.mesh import Shared
+from switchcli.model.moe.layer import experts_here
+from switchcli.model.transformer import SwitchTransformer
+
+
+class Cut(NamedTuple):
+    """A dim of a tensor, of which each of some ranks has a part."""
+
+    dim: int
+    ranks: Shared
+    lengths: tuple[int, ...]
+    """Of each rank's part; they may differ, and be 0."""
+
+
+Cuts = tuple[Cut, ...]
+"""In the order in which the whole is cut."""
+
+
+class Part(NamedTuple):
+    """What is here of a whole tensor."""
+
+    tensor: torch.Tensor
+    cuts: Cuts = ()
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        shape = list(self.tensor.shape)
+        for cut in reversed(self.cuts):
+            shape[cut.dim] = sum(cut.lengths)
+        return torch.Size(shape)
+
+    @property
+    def where(self) -> tuple[slice, ...]:
+        """Where in the whole it lies."""
+        start = [0] * self.tensor.ndim
+        for cut in self.cuts:
+            start[cut.dim] += sum(cut.lengths[: cut.ranks.place])
+        return tuple(slice(first, first + length) for first, length in zip(start, self.tensor.shape, strict=True))
+
+    @torch.no_grad()
+    def take(self, whole: torch.Tensor) -> None:
+        """Take the values, in place, from where it lies in another whole."""
+        self.tensor.copy_(whole[self.where])
+
+    def whole(self) -> torch.Tensor:
+        """All ranks' parts together, on each of them; the tensor itself where it is whole."""
+        whole = self.tensor
+        for cut in reversed(self.cuts):
+            whole = _gathered(whole, cut)
+        return whole
+
+
+def _gathered(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
+    most = max(cut.lengths)
+    front = tensor.movedim(cut.dim, 0)
+    padded = front.new_zeros(most, *front.shape[1:])
+    padded[: len(front)] = front
+    parts = front.new_empty(cut.ranks.size * most, *front.shape[1:])
+    all_gather(parts, padded, cut.ranks.group)
+    kept = [part[:length] for part, length in zip(torch.split(parts, most), cut.lengths, strict=True)]
+    return torch.cat(kept).movedim(0, cut.dim)
+
+
+def sum_parts(sums: Sequence[tuple[torch.Tensor, Cuts]]) -> None:
+    """Sum each tensor, in place, over the ranks of its cuts: those of the same ranks in one collective."""
+    for ranks in dict.fromkeys(cut.ranks for _, cuts in sums for cut in cuts):
+        tensors = [tensor for tensor, cuts in sums if any(cut.ranks == ranks for cut in cuts)]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with lost_ranks_explained():
+            dist.all_reduce(flat, group=ranks.group)
+        for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+
+def lost_dim(slot: str, ndim: int) -> int | None:
+    """The dim of a parameter of `ndim` dims that a slot of an optimizer lacks: means by row its last, by column the one
+    before."""
+    return {"row": ndim - 1, "column": ndim - 2}.get(slot)
+
+
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that are here, detached, as a view: of a shard, or of all."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Weights(NamedTuple):
+    """The parameters of a model as far as this rank holds them."""
+
+    parameters: Mapping[str, nn.Parameter]
+    cuts: Mapping[str, Cuts]
+    """By the parameter's name; absent of those that are whole."""
+    experts: range
+    """The numbers of the experts in each stack."""
+    num_experts: int
+    """Of a layer on all ranks."""
+
+    def fill(self, whole: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take from each whole weight what is here of it; of a stack the whole of these experts."""
+        for name, tensor in whole:
+            Part(here(self.parameters[name]), self.cuts.get(name, ())).take(tensor)
+
+
+def whole_weights(model: SwitchTransformer) -> Weights:
+    """Those of a model that is all here."""
+    return Weights(dict(model.named_parameters()), {}, experts_here(model), model.spec.num_experts)

@@ -1,0 +1,94 @@
+"""A model over the ranks of a mesh: what each of them holds of it, and the norm of a gradient that lies on all.
+
+Everything here comes from outside: the model is the same plain one, with other weights, dispatcher and axis.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from switchcli.distributed import expert_parallel, fsdp, tensor_parallel
+from switchcli.distributed.layout import Cut, Cuts, Weights, here
+from switchcli.distributed.lost import lost_ranks_explained
+from switchcli.distributed.mesh import Groups, ParallelSpec, Shared
+from switchcli.model.moe.layer import experts_here
+from switchcli.model.transformer import SwitchTransformer
+
+
+def spread(model: SwitchTransformer, groups: Groups, spec: ParallelSpec, device: torch.device) -> Weights:
+    """Keep of `model`, which is on `meta`, what this rank holds, and give it memory on `device`: not filled yet."""
+    if groups.experts is not None:
+        expert_parallel.spread_experts(model, groups.experts, spec.wire)
+    if groups.model is not None:
+        tensor_parallel.divide(model, groups.model, spec.wire)
+    if groups.data is not None and spec.shard != "none":
+        fsdp.shard_dense(model, groups.data, spec.shard, device.type)
+    model.to_empty(device=device)
+    fsdp.settle(model)
+    parameters = dict(model.named_parameters())
+    cuts = {name: each for name, parameter in parameters.items() if (each := _cuts_of(name, parameter, groups))}
+    return Weights(parameters, cuts, experts_here(model), model.spec.num_experts)
+
+
+def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:
+    cuts = []
+    dim = tensor_parallel.divided_dim(name)
+    if groups.model is not None and dim is not None:
+        cuts.append(Cut(dim, groups.model, (parameter.shape[dim],) * groups.model.size))
+    if isinstance(parameter, DTensor):
+        assert groups.data is not None
+        length, size = parameter.shape[0], groups.data.size
+        each = -(-length // size)  # the last ones may have less, or nothing
+        lengths = tuple(max(0, min(each, length - place * each)) for place in range(size))
+        assert here(parameter).shape[0] == lengths[groups.data.place]
+        cuts.append(Cut(0, groups.data, lengths))
+    return tuple(cuts)
+
+
+class GradientNorm(NamedTuple):
+    """Of a step, in float32: of all gradients, the same on every rank, and of what this rank has of each."""
+
+    total: torch.Tensor
+    own: dict[str, torch.Tensor]
+    """[1] by the name of the parameter, or [E] of stacked experts; in the order of the parameters."""
+
+
+def gradient_norm(
+    parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts], groups: Groups, device: torch.device
+) -> GradientNorm:
+    """The norm of the gradients of all ranks' parameters, each part counted once.
+
+    Squares are float64, which a float32 norm of any size has. Ranks that sum over other groups may round otherwise: the
+    main one's is taken.
+    """
+    gradients = {name: here(one.grad) for name, one in parameters.items() if one.grad is not None}
+    own = {
+        name: torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim)))  # of all experts at once
+        for name, gradient in gradients.items()
+        if ".experts." in name
+    }
+    others = [name for name in gradients if name not in own]
+    if others:
+        norms = torch._foreach_norm([gradients[name] for name in others])
+        own |= {name: norm.reshape(1) for name, norm in zip(others, norms, strict=True)}
+    parts: dict[tuple[Shared, ...], list[torch.Tensor]] = {}
+    for name, norm in own.items():
+        among = [cut.ranks for cut in cuts.get(name, ())]
+        if groups.experts is not None and ".experts." in name:
+            among.append(groups.experts)
+        parts.setdefault(tuple(among), []).append(norm)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for those, each in parts.items():
+        square = torch.cat(each).to(device).double().square().sum()
+        for ranks in those:
+            with lost_ranks_explained():
+                dist.all_reduce(square, group=ranks.group)
+        total += square
+    if any(parts):
+        with lost_ranks_explained():
+            dist.broadcast(total, src=0)
+    return GradientNorm(total.sqrt().float(), {name: own[name] for name in gradients})

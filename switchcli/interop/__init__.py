@@ -1,1 +1,0 @@
-"""Checkpoints of other systems, to and from ours."""

@@ -1,0 +1,41 @@
+"""Switch attention: experts give the queries, and one vector that serves as key and value (paper, Appendix A).
+
+Legend: B batch, S positions of x, T queries, H heads, K head size, D model.
+
+As in Mesh-TensorFlow one routed layer has a hidden vector and two outputs of H * K; the gate multiplies both, a dropped
+token has zeros for both, and the output projection stays dense. The query is divided by sqrt(K), which T5's own
+attention folds into its initial weights.
+"""
+
+import torch
+from torch import nn
+
+from switchcli.model.attention import KeyValue, attend
+from switchcli.model.config import ModelSpec, Stack
+from switchcli.model.layers import linear
+from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.stats import RoutingReport
+
+
+class SwitchAttention(nn.Module):
+    """Multi-head self-attention with routed queries, keys and values."""
+
+    def __init__(self, spec: ModelSpec, stack: Stack) -> None:
+        super().__init__()
+        width = spec.num_heads * spec.head_width
+        self.switch = SwitchLayer(spec, stack, 2 * width)
+        self.o = linear(width, spec.d_model)
+        self.num_heads = spec.num_heads
+        self.dropout = spec.dropout
+
+    def project(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, KeyValue, RoutingReport]:
+        """Queries [B, H, S, K], keys and values of the positions of x, and the report of the routed layer."""
+        y_BSO, report = self.switch(x_BSD, real_BS)
+        B, S, _ = y_BSO.shape
+        query_BHSK, shared_BHSK = y_BSO.view(B, S, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return query_BHSK * query_BHSK.shape[-1] ** -0.5, KeyValue(shared_BHSK, shared_BHSK), report
+
+    def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
+        """Softmax(q k + bias) v, by head, through the output projection: [B, T, D]."""
+        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, self.dropout if self.training else 0.0)
+        return self.o(mixed_BHTK.transpose(1, 2).flatten(2))

@@ -1,0 +1,1 @@
+"""Models made from other models: upcycled, pruned, or the student of a teacher."""

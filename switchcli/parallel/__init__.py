@@ -1,1 +1,0 @@
-"""Processes and devices: the only room that knows accelerate and ranks."""

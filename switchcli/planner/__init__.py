@@ -1,0 +1,1 @@
+"""Plan a run: parameters, FLOPs, memory, traffic and seconds of each mesh."""

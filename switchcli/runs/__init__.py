@@ -1,0 +1,1 @@
+"""Turn a recipe into a run: train, evaluate, distill, save and resume."""

@@ -1,0 +1,46 @@
+"""The ranks of a run in the mesh that its recipe says, or by `parallel: auto` in the fastest that the plan finds."""
+
+import os
+
+import torch
+
+from switchcli.commands.plan import plan_of
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.mesh import ParallelSpec
+from switchcli.errors import RecipeError, machine_bytes
+from switchcli.planner.plan import Machine
+from switchcli.recipe.training_rules import TrainingRecipe
+
+USABLE = 0.9
+"""Of a device's memory: the plan leaves out what kernels and fragments take."""
+
+
+def runtime_of(recipe: TrainingRecipe) -> Runtime:
+    """The ranks of a run, this one among them. Raises as `Runtime`, and RecipeError where no mesh fits."""
+    auto = recipe.parallel.auto
+    return Runtime(
+        recipe.train.device, recipe.train.precision, recipe.parallel, (lambda: fastest(recipe)) if auto else None
+    )
+
+
+def fastest(recipe: TrainingRecipe) -> ParallelSpec:
+    """The mesh that the plan finds fastest for the ranks that a launcher started, by the memory of this one's device.
+
+    Raises:
+        RecipeError: no mesh of so many devices fits.
+    """
+    ranks, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    cuda = recipe.train.device != "cpu" and torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // beside
+    plan = plan_of(recipe, Machine(ranks, int(USABLE * memory), node_devices=beside), fused=cuda)
+    at_once = not recipe.train.microbatch_tokens  # a run then takes its share at once, where a plan would cut it
+    for fit in plan.fits:
+        if not at_once or fit.microbatch * fit.mesh.data == recipe.rows_per_step:
+            data, expert, model, shard = fit.mesh
+            return ParallelSpec(data=data, model=model, expert=expert, shard=shard, wire=recipe.parallel.wire)
+    why = "" if plan.fits else f": {min(plan.refused, key=lambda one: (one.kind != 'memory', one.bytes_needed)).reason}"
+    way_out = "set train.microbatch_tokens" if at_once else "set a smaller train.microbatch_tokens"
+    raise RecipeError(
+        f"parallel.auto: no mesh of {ranks} ranks fits with {'the whole share' if at_once else 'microbatches'} of a "
+        f"batch{why}: {way_out}, or start more ranks (`switchcli plan` shows all meshes)"
+    )

@@ -1,0 +1,180 @@
+"""Prepared texts as what a run reads: chunks of each, how they are mixed, and the rows that it is evaluated on."""
+
+import resource
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+from switchcli.data.batch import Batch
+from switchcli.data.config import DataSpec, Rows
+from switchcli.data.dataset import Chunks, grouped
+from switchcli.data.prepare.cache import default_cache
+from switchcli.data.prepare.pipeline import (
+    Means,
+    Prepared,
+    former_source,
+    held_out_head,
+    prepare,
+    source,
+    vocabulary,
+    with_digests,
+)
+from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN
+from switchcli.data.prepare.store import digest_of
+from switchcli.data.streaming import LiveStream, pieces_of
+from switchcli.data.text_batches import TextStream, text_fraction
+from switchcli.data.text_mixture import Mixture
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import Runtime
+from switchcli.errors import DataError
+from switchcli.recipe.schema import OnText
+from switchcli.report.console import Console
+from switchcli.train.validation import HeldOutText
+
+HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds are then on the same batches
+
+
+def means(console: Console) -> Means:
+    """Preparing by the default cache, with all processors."""
+    return Means(default_cache(), console.track, console.preparing, warn=console.warning)
+
+
+class Read(NamedTuple):
+    """What the rows of a run come from."""
+
+    rows: Callable[[int, int, int], Batch]
+    """`rows(step, first, count)`."""
+    identity: str
+    """A digest of all that they depend on."""
+    mixture: Mixture | None
+    """None: of one text."""
+    stream: LiveStream | None = None
+    """Where they are read as training goes on."""
+    former_identity: str | None = None
+    """The identity that versions up to 0.1 gave to the same text: their checkpoints are accepted too."""
+    check: Callable[[], None] = lambda: None
+    """Raises DataError if the files of a stream are not those that `identity` names any more."""
+
+
+def found(
+    data: DataSpec,
+    sequences: int,
+    console: Console,
+    tokenizer: Tokenizer | None = None,
+    accept: Callable[[Tokenizer], None] = lambda tokenizer: None,
+) -> Prepared:
+    """The text as ids; of a stream that alone which `sequences` of evaluation take. `accept` raises what is wrong with
+    a tokenizer, before any text is cut. Raises DataError as each part says."""
+    using = with_digests(data, means(console)._replace(accept=accept))
+    if data.access == "prepared":
+        return prepare(data, using, tokenizer)
+    used = tokenizer or vocabulary(data, using)
+    accept(used)
+    return held_out_head(data, using, used, sequences * data.rows.raw_length)
+
+
+def prepared(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> Read:
+    """The rows of prepared text. Raises DataError for a text that is smaller than a row, RecipeError as `shares`."""
+    data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
+    _allow_many_files()  # two for each shard of the windows of each text
+    chunks = _chunks(text, TRAIN, data.rows, seed)
+    rows = recipe.train.steps * batch_rows
+    rows_per_epoch = [one.rows_per_epoch for one in chunks.values()]
+    tokens = [one.counts[TRAIN].tokens for one in text.texts.values()]
+    mixture = data.mixed(tokens, rows_per_epoch, rows, seed)
+    if runtime.is_main:
+        _tell(text, chunks, mixture, rows, console)
+    turns = None if mixture is None else mixture.turns[0]
+    stream = TextStream([*chunks.values()], text.tokenizer, data.rows, seed, batch_rows, turns)
+    identity = text.identity if mixture is None else digest_of({"text": text.identity, "mixture": mixture.identity})
+    return Read(stream.batch, identity, mixture)
+
+
+def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> Read:
+    """Rows that are read as training goes on; `text` is what the run is evaluated on. Raises DataError for a mixture
+    by sizes that are not known, RecipeError as `LiveStream`."""
+    data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
+    pieces = {label: pieces_of(corpora) for label, corpora in data.texts().items()}
+    sizes = {label: [piece.size for _, piece in each] for label, each in pieces.items()}
+    unknown = [label for label, each in sizes.items() if None in each]
+    if data.mixture.kind == "temperature" and unknown:
+        raise DataError(
+            f"data.mixture: how large {unknown[0]} is is not known before it is read, which a temperature needs: take "
+            "mixture.kind=weighted and a weight for each corpus, or access=prepared"
+        )
+    known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
+    mixture = data.mixed(known, known, recipe.train.steps * batch_rows, seed)
+    _allow_many_files()  # each lane keeps a piece of each text open
+    stream = LiveStream(
+        data,
+        pieces,
+        text.tokenizer,
+        mixture,
+        seed,
+        batch_rows,
+        (runtime.data_rank, runtime.data_ranks),
+        kept_steps=recipe.train.batches_ahead + 2,
+    )
+    bare, using = _bare(data), with_digests(data, means(console))
+    parts = {"mixture": mixture and mixture.identity, "lanes": data.lanes}
+    now, former = source(bare, text.tokenizer, using), former_source(bare, text.tokenizer)
+    assert using.digests is not None
+    return Read(
+        stream.batch,
+        digest_of({**parts, "text": now}),
+        mixture,
+        stream,
+        digest_of({**parts, "text": former}),
+        using.digests.check_unchanged,
+    )
+
+
+def _allow_many_files() -> None:
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+
+
+def _bare(data: DataSpec) -> DataSpec:
+    """The same whatever becomes of rows that cannot be read: a run may go on past one that ended it."""
+    corpora = [
+        corpus if corpus.kind == "python-stdlib" else corpus.model_copy(update={"unreadable": "refuse"})
+        for corpus in data.corpora
+    ]
+    return data.model_copy(update={"corpora": tuple(corpora)})
+
+
+def _chunks(text: Prepared, part: str, rows: Rows, seed: int) -> dict[str, Chunks]:
+    return {label: Chunks(grouped(one.shards[part]), rows, seed, label) for label, one in text.texts.items()}
+
+
+def held_out(text: Prepared, made_by: Rows, sequences: int) -> dict[str, HeldOutText]:
+    """The held-out rows of each text, `sequences` at most, and what they are worth in bytes."""
+    texts = {}
+    for label, chunks in _chunks(text, HELD_OUT, made_by, HELD_OUT_SEED).items():
+        stream = TextStream([chunks], text.tokenizer, made_by, HELD_OUT_SEED, sequences)
+        number = min(sequences, chunks.rows_per_epoch)
+        fraction = text_fraction(stream.batch(0, 0, number), text.tokenizer)
+        bytes_per_target = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
+        texts[label] = HeldOutText(partial(stream.batch, 0), number, bytes_per_target)
+    return texts
+
+
+def _tell(text: Prepared, chunks: Mapping[str, Chunks], mixture: Mixture | None, rows: int, console: Console) -> None:
+    """What is trained on: how much there is of each text, its share, and how often the run shows it."""
+    epochs = {label: rows / one.rows_per_epoch for label, one in chunks.items()}
+    if mixture is None:
+        ((label, one),) = text.texts.items()
+        documents, tokens, _ = one.counts[TRAIN]
+        console.message(
+            f"training text: {documents:,} documents, {tokens:,} tokens; the run is {epochs[label]:.3g} epochs"
+        )
+    else:
+        lines = []
+        for label, share in mixture.shares.items():
+            documents, tokens, _ = text.texts[label].counts[TRAIN]
+            lines.append([label, f"{documents:,}", f"{tokens:,}", f"{share:.2%}", f"{share * epochs[label]:.3g}"])
+        console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)
+    for label, one in text.texts.items():
+        if said := ", ".join(f"{number:,} {reason}" for reason, number in one.dropped.items() if number):
+            console.message(f"left out{f' of {label}' if label else ''}: {said}")

@@ -1,0 +1,72 @@
+"""A survey: one model's atlas, or two's and how far they differ, over texts by name, as JSON has it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from switchcli.data.batch import Batch
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import Runtime
+from switchcli.model.moe.router import Policy
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.train import atlas, expert_matching, specialization
+from switchcli.train.atlas import Counted, LayerCounts
+from switchcli.train.loss import SegmentsOf
+from switchcli.train.validation import HeldOutText, shared
+
+Track = Callable[[Sequence[Batch], str, int], Iterable[Batch]]
+"""Batches as they come, shown under a description with their number."""
+
+
+def survey(
+    models: Sequence[SwitchTransformer],
+    texts: Mapping[str, tuple[HeldOutText, SegmentsOf]],
+    rows_each: int,
+    policies: Sequence[Policy],
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    track: Track,
+) -> dict[str, Any]:
+    """What one model does with texts, or two with the same ones, `rows_each` rows a batch at least."""
+    groups = math.lcm(*(model.spec.group_sequences for model in models))
+    counted = {}
+    for name, (text, segments_of) in texts.items():
+        batches = shared(text.rows, text.num_rows, -(-rows_each // groups) * groups, 0, 1)
+        tracked = track(batches, f"reading {name}", len(batches))
+        counted[name] = atlas.count(models, tracked, segments_of, runtime, policies)
+    return {
+        "sequences": {name: text.num_rows for name, (text, _) in texts.items()},
+        "rare": specialization.LEAST,
+        "layers": [_layers(place, counted, tokenizer) for place in range(len(models))],
+        "drift": _drift(counted) if len(models) > 1 else None,
+    }
+
+
+def _layers(place: int, counted: Mapping[str, Counted], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The layers of one model, their tokens named."""
+    layers = {}
+    for name in next(iter(counted.values())).layers[place]:
+        each = {text: one.layers[place][name] for text, one in counted.items()}
+        found = specialization.figures(each, tokenizer.sentinels.tolist())
+        sentinels = [index for index in tokenizer.sentinels.tolist() if index in found["sentinels"]]
+        named = zip(tokenizer.pieces(sentinels), sentinels, strict=True)
+        found["sentinels"] = {piece: found["sentinels"][index] for piece, index in named}
+        for expert in found["experts"]:
+            for listed in ("by_lift", "by_count"):
+                pieces = tokenizer.pieces(int(one["id"]) for one in expert[listed])
+                expert[listed] = [{"piece": piece, **one} for piece, one in zip(pieces, expert[listed], strict=True)]
+        layers[name] = found
+    return layers
+
+
+def _drift(counted: Mapping[str, Counted]) -> dict[str, Any]:
+    layers = {}
+    for name in next(iter(counted.values())).together_EE:
+        together = [one.together_EE[name] for one in counted.values()]
+        one, other = (_total([each.layers[place][name] for each in counted.values()]) for place in (0, 1))
+        layers[name] = expert_matching.figures(sum(together[1:], start=together[0]), one, other)
+    return layers
+
+
+def _total(counts: Sequence[LayerCounts]) -> LayerCounts:
+    return sum(counts[1:], start=counts[0])

@@ -1,0 +1,453 @@
+"""Checkpoints: what is saved is what is read, in every kind of tensor, and what must not be read is refused."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, wanted
+from torch import Tensor
+from train_messages import naming
+
+from switchcli.checkpoint import checkpoint as checkpoints
+from switchcli.checkpoint import manifest as manifests
+from switchcli.checkpoint import tensor_file
+from switchcli.checkpoint.checkpoint import Checkpoint, find, latest, preflight, prune, save
+from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
+from switchcli.errors import CheckpointError
+
+
+def fail(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    assert path == checkpoints.path(tmp_path, 4) == tmp_path / "step-00000004"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    checkpoint = latest(tmp_path, fail)
+    assert checkpoint is not None
+    assert checkpoint.step == 4
+    assert checkpoint.document("recipe.yaml") == b"step: 4\n"
+    assert equal(checkpoint.read("model", wanted(MODEL)), numbered(MODEL, 4))
+    assert equal(checkpoint.read("optimizer", wanted(OPTIMIZER)), numbered(OPTIMIZER, 4))
+    assert list(checkpoint.read("model", wanted(MODEL))) == list(MODEL)
+    with pytest.raises(CheckpointError, match=naming("tokenizer.json")) as caught:
+        checkpoint.document("tokenizer.json")
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_the_library_reads_the_files_and_nothing_else_is_in_the_folder(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    read = safetensors.torch.load_file(path / "model-00000.safetensors")
+    assert equal(read, numbered(MODEL, 4))
+    assert sorted(p.name for p in path.iterdir()) == [
+        "MANIFEST",
+        "model-00000.safetensors",
+        "optimizer-00000.safetensors",
+        "recipe.yaml",
+        "state.json",
+    ]
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
+    first, second = save_step(tmp_path / "a", 4), save_step(tmp_path / "b", 4)
+    assert (first / "MANIFEST").read_bytes() == (second / "MANIFEST").read_bytes()
+
+
+def test_an_empty_optimizer_has_no_file(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": b'{"step": 1}'})
+    assert Checkpoint.open(path).read("optimizer", {}) == {}
+    assert not list(path.glob("optimizer-*"))
+
+
+DTYPES = st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8]
+)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    tensor = torch.randint(0, 256, shape).to(draw(DTYPES))
+    return tensor.transpose(0, -1) if draw(st.booleans()) and shape else tensor
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=9).filter(lambda name: name != "__metadata__"), tensors(), max_size=5)
+)
+def test_any_tensors_are_encoded_as_by_the_library(named: dict[str, Tensor]) -> None:
+    encoded = bytes(tensor_file.encode(named))
+    assert equal(safetensors.torch.load(encoded), named)
+    contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
+    assert encoded == safetensors.torch.save(contiguous)
+    assert tensor_file.encode(named, {"format": "pt"}) == safetensors.torch.save(contiguous, {"format": "pt"})
+
+
+def test_not_a_number_is_kept_bit_for_bit(tmp_path: Path) -> None:
+    odd = {"a": torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)}
+    path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": b'{"step": 1}'})
+    assert torch.equal(Checkpoint.open(path).read("model", odd)["a"].view(torch.int32), odd["a"].view(torch.int32))
+
+
+def test_tensors_are_spread_over_files_of_bounded_size() -> None:
+    named = {
+        name: torch.zeros(size, dtype=torch.uint8) for name, size in {"a": 3, "b": 9, "c": 2, "d": 2, "e": 1}.items()
+    }
+    assert [list(shard) for shard in tensor_file.shards(named, 4)] == [["a"], ["b"], ["c", "d"], ["e"]]
+    assert list(tensor_file.shards({}, 4)) == []
+
+
+def test_files_may_be_written_by_several(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": b'{"step": 1}'})
+    safetensors.torch.save_file({"experts.3.wi": torch.zeros(3)}, path / "model-00007.safetensors")
+    reseal(path)
+    read = Checkpoint.open(path).read("model", {"experts.3.wi": torch.empty(3), "a": torch.empty(2)})
+    assert list(read) == ["experts.3.wi", "a"]
+    assert torch.equal(read["a"], torch.ones(2))
+
+
+def test_a_step_is_saved_again_in_place_of_the_first(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    path = save(tmp_path, 4, model={"a": torch.ones(1)}, optimizer={}, documents={"state.json": b'{"step": 4}'})
+    assert torch.equal(Checkpoint.open(path).read("model", {"a": torch.ones(1)})["a"], torch.ones(1))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_may_be_copied_under_any_name_but_another_step(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    assert Checkpoint.open(path.rename(tmp_path / "mine")).step == 4
+    (tmp_path / "mine").rename(tmp_path / "step-00000008")
+    with pytest.raises(DamagedError, match=naming("step-00000008", "step 4")):
+        Checkpoint.open(tmp_path / "step-00000008")
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "held", "wants"),
+    [
+        ({"embed.weight": torch.empty(4, 4)}, "embed.weight", "float32 [4, 3]", "float32 [4, 4]"),
+        (
+            {"embed.weight": torch.empty(4, 3, dtype=torch.bfloat16)},
+            "embed.weight",
+            "float32 [4, 3]",
+            "bfloat16 [4, 3]",
+        ),
+        ({"head.weight": torch.empty(1)}, "head.weight", "", "float32 [1]"),
+        ({"embed.weight": None}, "embed.weight", "float32 [4, 3]", ""),
+        ({"ff.experts.2.wi": torch.empty(3, 2)}, "num_experts", "0..1", "0..2"),
+        ({"ff.experts.0.wi": None, "ff.experts.1.wi": None}, "num_experts", "0..1", ""),
+    ],
+)
+def test_another_architecture_is_refused_by_its_first_key(
+    tmp_path: Path, change: dict[str, Tensor | None], key: str, held: str, wants: str
+) -> None:
+    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
+    other = {name: tensor for name, tensor in (wanted(MODEL) | change).items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=naming(key, "--out")) as caught:
+        checkpoint.read("model", other)
+    for whose, what in (("checkpoint", held), ("recipe", wants)):
+        assert re.search(rf"{whose}\b[^,]* {re.escape(what)}", str(caught.value))
+    assert not isinstance(caught.value, DamagedError)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
+    with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/momentum"):
+        checkpoint.read("optimizer", {"embed.weight/momentum": torch.empty(4, 3)})
+
+
+def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
+    some = {name: tensor for name, tensor in wanted(OPTIMIZER).items() if "norm" not in name}
+    found = checkpoint.read("optimizer", some, some=True)
+    assert equal(found, {name: tensor for name, tensor in numbered(OPTIMIZER, 4).items() if name in some})
+    assert checkpoint.kinds("optimizer") == {name: tensor_file.kind_of(t) for name, t in OPTIMIZER.items()}
+    with pytest.raises(CheckpointError, match=naming("optimizer", "norm.weight/empty")):
+        checkpoint.read("optimizer", some)
+    for other in ({"embed.weight/row": torch.empty(5)}, {"embed.weight/momentum": torch.empty(4)}):
+        with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/.*: another way\.$"):
+            checkpoint.read("optimizer", some | other, some=True, way_out="another way.")
+
+
+def test_a_file_that_is_removed_while_it_is_opened_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that prunes; the library opens it once for its header and again for its tensors."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(tensor_file.encode({"weight": torch.ones(2)}))
+
+    def removed(*arguments: object, **named: object) -> object:
+        path.unlink()
+        return safetensors.safe_open(*arguments, **named)
+
+    monkeypatch.setattr(tensor_file, "safe_open", removed)
+    assert [*tensor_file.read_kinds(path)] == ["weight"]
+    with pytest.raises(FileNotFoundError):
+        tensor_file.read_kinds(path)
+
+
+def test_nothing_saved_is_none(tmp_path: Path) -> None:
+    assert latest(tmp_path / "absent", fail) is None
+    assert find(tmp_path / "absent", fail) is None
+    assert latest(tmp_path, fail) is None
+
+
+def test_a_reader_leaves_a_run_at_work_alone(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    for name in (".tmp-00000008-0000000a", ".old-00000008-0000000a", ".del-step-00000002-0000000a"):
+        (tmp_path / name).mkdir()
+    (save_step(tmp_path / "other", 8).rename(tmp_path / "step-00000008") / "state.json").unlink()
+    before = sorted(tmp_path.iterdir())
+    warnings: list[str] = []
+    found = find(tmp_path, warnings.append)
+    assert found is not None
+    assert found.step == 4
+    assert len(warnings) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_reader_never_meets_half_a_checkpoint(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    failures: list[str] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                if find(tmp_path, failures.append) is None:
+                    failures.append("none")
+            except CheckpointError as error:
+                failures.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for step in range(2, 40):
+        save_step(tmp_path, step)
+        prune(tmp_path, 2, keep_best=False)
+    done.set()
+    reader.join()
+    assert failures == []
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, held_out in {1: None, 2: -3.0, 3: -1.0, 4: -1.5, 5: None, 6: -2.0}.items():
+        save_step(tmp_path, step, None if held_out is None else {"score": held_out})
+    prune(tmp_path, 2, keep_best=True)
+    assert steps(tmp_path) == [3, 5, 6]
+    prune(tmp_path, 1, keep_best=False)
+    assert steps(tmp_path) == [6]
+    prune(tmp_path, 3, keep_best=True)
+    assert steps(tmp_path) == [6]
+    prune(tmp_path / "absent", 2, keep_best=True)
+
+
+def test_the_best_is_one_that_was_evaluated(tmp_path: Path) -> None:
+    for step in (100, 150, 200, 250, 300):
+        save_step(tmp_path, step, {"score": -1.0}, evaluated_step=100)
+        prune(tmp_path, 2, keep_best=True)
+    assert steps(tmp_path) == [100, 250, 300]
+
+
+def test_the_best_by_each_figure_is_kept(tmp_path: Path) -> None:
+    scores = {1: (9.0, 1.0), 2: (3.0, 7.0), 3: (9.0, 2.0), 4: (1.0, 6.5), 5: (0.0, 0.0), 6: (0.0, 0.0)}
+    for step, (cola, rte) in scores.items():
+        save_step(tmp_path, step, {"cola": cola, "rte": rte, **({"once": 1.0} if step == 4 else {})})
+    prune(tmp_path, 1, keep_best=True)
+    assert steps(tmp_path) == [2, 3, 4, 6]  # of equals the newest
+    prune(tmp_path, 1, keep_best=False)
+    assert steps(tmp_path) == [6]
+
+
+def test_the_best_of_checkpoints_of_version_0_1_is_kept_among_those_of_today(tmp_path: Path) -> None:
+    old = {1: (None, None), 2: (-1.0, 2), 3: (-1.0, 2), 4: (-2.0, 4)}
+    for step, (figure, evaluated) in old.items():
+        save_with(tmp_path, {"step": step, "held_out_neg_log_perplexity": figure, "held_out_step": evaluated})
+    for step in (5, 6):
+        save_step(tmp_path, step, {"held_out/neg_log_perplexity": -1.5})
+    prune(tmp_path, 1, keep_best=True)
+    assert steps(tmp_path) == [2, 6]
+
+
+def test_a_link_to_nothing_is_no_checkpoint(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    (tmp_path / "step-00000008").symlink_to(tmp_path / "absent")
+    for found in (find(tmp_path, fail), latest(tmp_path, fail)):
+        assert found is not None
+        assert found.step == 4
+
+
+def test_pruning_counts_only_what_can_be_read(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path, step)
+    (tmp_path / "step-00000003" / "MANIFEST").unlink()
+    prune(tmp_path, 2, keep_best=False)
+    assert steps(tmp_path) == [2, 3, 4]
+
+
+def test_steps_beyond_eight_digits_are_still_in_order(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save_step(tmp_path, step)
+    found = latest(tmp_path, fail)
+    assert found is not None
+    assert found.step == 100_000_000
+
+
+def test_preflight(tmp_path: Path) -> None:
+    preflight(tmp_path / "run", 1000)
+    assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(CheckpointError, match=naming(str(tmp_path / "run"), "1,000,000,000,000,000 bytes", "--out")):
+        preflight(tmp_path / "run", 10**15)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/run"):
+        preflight(tmp_path / "file" / "run", 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["../step-00000002/state.json", "/etc/passwd", "a/b", ".hidden", "", "MANIFEST", "a\n", "ä"]
+)
+def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    path = save_step(tmp_path, 4)
+    known = manifests.load(path)
+    entries = sorted([*known.entries, Entry(name, 1, "0" * 64)], key=lambda entry: entry.name)
+    (path / "MANIFEST").write_bytes(Manifest(4, tuple(entries)).encode())
+    with pytest.raises(DamagedError, match="MANIFEST"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("target", ["state.json", "model-00000.safetensors", "MANIFEST"])
+def test_links_pipes_and_folders_are_not_read(tmp_path: Path, target: str) -> None:
+    path = save_step(tmp_path, 4)
+    file = path / target
+    file.rename(tmp_path / "elsewhere")
+    for make in (lambda: file.symlink_to(tmp_path / "elsewhere"), lambda: os.mkfifo(file)):
+        make()
+        with pytest.raises(DamagedError, match=target):
+            Checkpoint.open(path)
+        file.unlink()
+    file.mkdir()
+    with pytest.raises(DamagedError, match=target):
+        Checkpoint.open(path)
+
+
+def test_files_that_the_manifest_does_not_name_are_ignored(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "model-00009.safetensors").write_bytes(b"garbage")
+    assert equal(Checkpoint.open(path).read("model", wanted(MODEL)), numbered(MODEL, 4))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage",
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        b"\x02" + b"\x00" * 7 + b"{}" + b"trailing",
+        tensor_file.encode({"embed.weight": torch.ones(4, 3)}),
+        safetensors.torch.save({"x": torch.ones(1, dtype=torch.int16)}),
+    ],
+    ids=["empty", "garbage", "length", "trailing", "twice", "dtype"],
+)
+def test_a_sealed_file_that_is_not_sound_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "model-00001.safetensors").write_bytes(content)
+    reseal(path)
+    with pytest.raises(DamagedError, match="model-00001"):
+        Checkpoint.open(path).read("model", wanted(MODEL))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            b"",
+            b"[]",
+            b"nonsense",
+            b"[" * 100_000,
+            b"\xff",
+            b"{}",
+            b'{"step": 3}',
+            b'{"step": "4"}',
+            b'{"step": 1e400}',
+        ),
+        *(b'{"step": 4, "best": [1]}', b'{"step": 4, "window": {"loss": [1]}}', b'{"step": 4, "figures": {"a": NaN}}'),
+        *(b'{"step": 4, "targets_seen": 9223372036854775808}', b'{"step": 4, "position": [-1]}'),
+    ],
+)
+def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "state.json").write_bytes(content)
+    reseal(path)
+    with pytest.raises(DamagedError, match=r"state\.json"):
+        Checkpoint.open(path)
+
+
+def test_what_a_later_version_adds_to_a_state_is_no_damage(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "state.json").write_bytes(b'{"step": 4, "other": 1}')
+    reseal(path)
+    assert Checkpoint.open(path).step == 4
+
+
+def test_a_manifest_must_be_in_its_one_form(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 4)
+    body = json.loads((path / "MANIFEST").read_bytes().splitlines()[0])
+
+    def seal(text: str) -> None:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (path / "MANIFEST").write_text(f"{text}\n{digest}\n")
+
+    for text in (
+        json.dumps(body),
+        json.dumps(body | {"more": 1}),
+        "[]",
+        "1",
+        "",
+        "{",
+        json.dumps(body | {"step": "4"}),
+    ):
+        seal(text)
+        with pytest.raises(DamagedError, match="MANIFEST"):
+            Checkpoint.open(path)
+    seal(json.dumps(body | {"format": "switchcli checkpoint 2"}))
+    with pytest.raises(
+        CheckpointError, match=naming("MANIFEST", "switchcli checkpoint 1", "switchcli checkpoint 2")
+    ) as caught:
+        Checkpoint.open(path)
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_step(tmp_path, 4)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifests, "_descriptor", refuse)
+    with pytest.raises(CheckpointError, match=naming("MANIFEST", "Permission denied", "readable")):
+        latest(tmp_path, fail)
+    assert path.exists()
+
+
+def test_what_was_found_is_read_to_the_end_when_the_run_removes_it_meanwhile(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    found = find(tmp_path, print)
+    assert found is not None
+    tensors = found.read("model", wanted(MODEL))
+    shutil.rmtree(found.path)
+    assert equal(dict(tensors), numbered(MODEL, 1))
+    with pytest.raises(FileNotFoundError):
+        found.read("model", wanted(MODEL))

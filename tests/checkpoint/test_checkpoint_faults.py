@@ -1,0 +1,361 @@
+"""Checkpoints under every fault: a kill, a full disk, a power cut at each file operation; damage to each file."""
+
+import errno
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_files import Crash, FaultyFiles, LossyFiles, crash
+from saved import MODEL, OPTIMIZER, equal, numbered, save_step, wanted
+from train_messages import naming
+
+from switchcli.checkpoint.checkpoint import Checkpoint, find, latest, preflight, prune, save
+from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.errors import CheckpointError
+
+HERE = Path(__file__).parent
+PLAIN = re.compile(r"step-\d{8}")
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+def is_intact(checkpoint: Checkpoint | None, step: int | None = None) -> bool:
+    """Every tensor and document is of the checkpoint's own step."""
+    assert checkpoint is not None
+    return (
+        step in (None, checkpoint.step)
+        and equal(checkpoint.read("model", wanted(MODEL)), numbered(MODEL, checkpoint.step))
+        and equal(checkpoint.read("optimizer", wanted(OPTIMIZER)), numbered(OPTIMIZER, checkpoint.step))
+        and checkpoint.document("recipe.yaml") == f"step: {checkpoint.step}\n".encode()
+    )
+
+
+def damage(path: Path) -> None:
+    (path / "state.json").write_bytes(b"{}")
+
+
+# What a run does to its folder after the saves of two steps, and the step that must be there whatever happens.
+
+
+def save_a_new_step(folder: Path, files: Files) -> None:
+    save_step(folder, 12, files=files)
+
+
+def save_a_step_again(folder: Path, files: Files) -> None:
+    save_step(folder, 8, {"score": -1.0}, files=files)
+
+
+def save_and_prune(folder: Path, files: Files) -> None:
+    save_step(folder, 12, files=files)
+    prune(folder, 1, keep_best=False, files=files)
+
+
+def recover(folder: Path, files: Files) -> None:
+    damage(folder / "step-00000008")
+    shutil.copytree(folder / "step-00000004", folder / ".tmp-00000012-0000000a")
+    (folder / "step-00000004").rename(folder / ".old-00000004-0000000a")
+    latest(folder, ignore, files=files)
+
+
+SCENES = {save_a_new_step: 8, save_a_step_again: 8, save_and_prune: 8, recover: 4}
+
+
+@contextmanager
+def prepared(folder: Path) -> Iterator[Path]:
+    for step in (4, 8):
+        save_step(folder, step)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def assert_recovered(folder: Path, at_least: int) -> None:
+    found = latest(folder, ignore)
+    assert found is not None
+    assert found.step >= at_least
+    assert is_intact(found)
+    assert all(path.name.startswith("step-") for path in folder.iterdir())
+    save_step(folder, found.step + 4)
+    assert is_intact(latest(folder, ignore), found.step + 4)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_crash_at_any_operation_loses_nothing(tmp_path: Path, scene: Callable[[Path, Files], None]) -> None:
+    points = 0
+    while True:
+        with prepared(tmp_path / "run") as folder:
+            files = FaultyFiles(points, crash)
+            try:
+                scene(folder, files)
+            except Crash:
+                pass
+            else:
+                break
+            assert_recovered(folder, SCENES[scene])
+        points += 1
+    assert points >= 5
+
+
+def test_a_crash_in_the_first_save_leaves_nothing_or_all(tmp_path: Path) -> None:
+    for at in range(100):
+        files = FaultyFiles(at, crash)
+        folder = tmp_path / str(at)
+        try:
+            save_step(folder, 4, files=files)
+        except Crash:
+            found = latest(folder, ignore)
+            assert found is None or is_intact(found, 4)
+        else:
+            assert at >= 10
+            return
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_power_cut_at_any_operation_loses_nothing(tmp_path: Path, scene: Callable[[Path, Files], None]) -> None:
+    points = 0
+    while True:
+        with prepared(tmp_path / "run") as folder:
+            disk = LossyFiles()
+            files = FaultyFiles(points, crash, disk=disk)
+            try:
+                scene(folder, files)
+            except Crash:
+                disk.lose_power()
+                assert_recovered(folder, SCENES[scene])
+            else:
+                disk.lose_power()
+                assert_recovered(folder, SCENES[scene])
+                break
+        points += 1
+
+
+class Careless(LossyFiles):
+    """A disk that leaves out one sync, number `left_out`."""
+
+    def __init__(self, left_out: int) -> None:
+        super().__init__()
+        self.count, self._left_out = 0, left_out
+
+    def sync(self, path: Path) -> None:
+        self.count += 1
+        if self.count != self._left_out + 1:
+            super().sync(path)
+
+
+def test_a_save_that_syncs_too_little_is_lost_with_the_power(tmp_path: Path) -> None:
+    """What the tests of power cuts hang on: without any one of its syncs a save leaves no checkpoint."""
+    for left_out in range(100):
+        folder, disk = tmp_path / str(left_out), Careless(left_out)
+        save_step(folder, 4, files=disk)
+        disk.lose_power()
+        if disk.count <= left_out:
+            assert is_intact(find(folder, pytest.fail), 4)
+            assert left_out >= 7
+            return
+        with suppress(CheckpointError):
+            assert find(folder, ignore) is None
+
+
+def refusal(scene: Callable[[Path, Files], None], folder: Path, files: Files) -> str | None:
+    try:
+        scene(folder, files)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_any_operation_keeps_what_was_saved(tmp_path: Path, number: int, for_good: bool) -> None:
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number))
+
+    for scene in (save_a_new_step, save_a_step_again):
+        at = 0
+        while True:
+            with prepared(tmp_path / "run") as folder:
+                files = FaultyFiles(at, refuse, for_good=for_good)
+                message = refusal(scene, folder, files)
+                if message is not None:
+                    assert re.match(rf"{folder}\b.*\d bytes\b.*\d.*--out\b", message)
+                    assert for_good or all(PLAIN.fullmatch(path.name) for path in folder.iterdir())
+                if not files.struck:
+                    break
+                if scene is save_a_new_step or not for_good:
+                    assert is_intact(find(folder, pytest.fail))
+                assert_recovered(folder, 8)
+            at += 1
+        assert at >= 10
+
+
+def test_a_limit_on_the_size_of_files_is_met_as_a_full_disk_is(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    big = {"a": torch.zeros(10_000)}
+    for limit in (0, 1, 100, 20_000, 40_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(CheckpointError, match=naming("File too large", "40,011 bytes", "ulimit -f")):
+                save(tmp_path, 8, model=big, optimizer={}, documents={"state.json": b'{"step": 8}'})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert is_intact(latest(tmp_path, pytest.fail), 4)
+
+
+KILLED = """
+import os, sys, shutil
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from faulty_files import FaultyFiles, kill
+from saved import save_step
+from switchcli.checkpoint.checkpoint import prune
+step = int(sys.argv[3])
+for at in range(1000):
+    folder = Path(sys.argv[1]) / str(at)
+    save_step(folder, 4)
+    save_step(folder, 8)
+    child = os.fork()
+    if child == 0:
+        files = FaultyFiles(at, kill)
+        save_step(folder, step, {"score": -1.0}, files=files)
+        prune(folder, 1, keep_best=False, files=files)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_process_killed_at_any_operation_loses_nothing(tmp_path: Path, step: int) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(HERE), str(step)], check=True)
+    folders = list(tmp_path.iterdir())
+    assert len(folders) >= 15
+    for folder in folders:
+        assert_recovered(folder, 8)
+
+
+def flips(path: Path, count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
+    content = path.read_bytes()
+    for _ in range(count):
+        flipped = bytearray(content)
+        place = rng.randrange(len(content))
+        flipped[place] ^= 1 << rng.randrange(8)
+        yield f"bit flipped in byte {place}", bytes(flipped)
+
+
+def other_damage(path: Path) -> Iterator[tuple[str, bytes | None]]:
+    content = path.read_bytes()
+    for share in (0.0, 0.25, 0.5, 0.999):
+        yield f"cut to {share}", content[: int(len(content) * share)]
+    yield "zeros", bytes(len(content))
+    yield "longer", content + b"\n"
+    yield "deleted", None
+    yield "of the step before", (path.parent.parent / "step-00000004" / path.name).read_bytes()
+
+
+def count_damage_detected(folder: Path, flips_a_file: int) -> int:
+    """Damage every file of the newest of two checkpoints in each way: the one before must be found, exact."""
+    for step in (4, 8):
+        save_step(folder, step)
+    rng = random.Random(0)
+    cases = 0
+    for path in sorted((folder / "step-00000008").iterdir()):
+        content = path.read_bytes()
+        for what, damaged in (*flips(path, flips_a_file, rng), *other_damage(path)):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            warnings: list[str] = []
+            found = find(folder, warnings.append)
+            assert is_intact(found, 4), f"{path.name}: {what}"
+            assert path.name in warnings[0] or "MANIFEST" in warnings[0]
+            path.write_bytes(content)
+            cases += 1
+    assert is_intact(find(folder, pytest.fail), 8)
+    return cases
+
+
+def test_damage_to_any_file_is_detected(tmp_path: Path) -> None:
+    assert count_damage_detected(tmp_path, 20) == 5 * 28
+
+
+def test_swapped_files_and_steps_are_detected(tmp_path: Path) -> None:
+    one, two = save_step(tmp_path, 4), save_step(tmp_path, 8)
+    swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
+        find(tmp_path, ignore)
+    swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
+    swap(one, two)
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
+        find(tmp_path, ignore)
+
+
+def swap(one: Path, two: Path) -> None:
+    aside = one.with_name("aside")
+    DISK.rename(one, aside)
+    DISK.rename(two, one)
+    DISK.rename(aside, two)
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_its_step_is_saved_anew(tmp_path: Path) -> None:
+    for expected in ("step-00000008.bad-size", "step-00000008.bad-size-1"):
+        for step in (4, 8):
+            save_step(tmp_path, step)
+        damage(tmp_path / "step-00000008")
+        warnings: list[str] = []
+        assert is_intact(latest(tmp_path, warnings.append), 4)
+        assert len(warnings) == 1
+        assert re.search(rf"{expected}(?![\w-])", warnings[0])
+        assert (tmp_path / expected).exists()
+        assert is_intact(latest(tmp_path, pytest.fail), 4)
+
+
+def test_no_run_starts_from_scratch_over_what_was_saved(tmp_path: Path) -> None:
+    for step in (4, 8):
+        damage(save_step(tmp_path, step))
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
+        find(tmp_path, ignore)
+    for _ in range(2):  # nor the second time
+        with pytest.raises(CheckpointError, match=r"step-00000004\.bad-size.*step-00000008\.bad-size.*--out") as caught:
+            latest(tmp_path, ignore)
+        assert caught.value.exit_code == 4
+
+
+def test_a_save_that_reads_back_wrong_is_no_checkpoint(tmp_path: Path) -> None:
+    class Forgetful:
+        """A disk that loses the last byte of what it was given."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(DISK, name)
+
+        def write(self, path: Path, content: bytes) -> None:
+            DISK.write(path, content[:-1])
+
+    save_step(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"\.tmp-00000008"):
+        save_step(tmp_path, 8, files=Forgetful())  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    tmp_path.chmod(0o555)
+    try:
+        for attempt in (lambda: save_step(tmp_path, 8), lambda: preflight(tmp_path, 1)):
+            with pytest.raises(CheckpointError, match=r"Permission denied .* --out"):
+                attempt()
+    finally:
+        tmp_path.chmod(0o755)
+    assert is_intact(latest(tmp_path, pytest.fail), 4)

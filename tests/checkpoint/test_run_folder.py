@@ -1,0 +1,70 @@
+"""RunFolder: its files are written whole or not at all, and an earlier run is set aside, never mixed with."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.errors import CheckpointError
+
+
+def a_folder(path: Path) -> RunFolder:
+    path.mkdir()
+    return RunFolder(path)
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "run")
+    folder.write_recipe("verb: pretrain\n")
+    folder.write_tokenizer("{}")
+    folder.write_result({"step": 3})
+    assert sorted(path.name for path in folder.path.iterdir()) == ["recipe.yaml", "result.json", "tokenizer.json"]
+    assert folder.recipe.read_text() == "verb: pretrain\n"
+    assert json.loads(folder.result.read_text()) == {"step": 3}
+
+
+def test_runs_are_set_aside_one_after_another(tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = a_folder(tmp_path / "run")
+        folder.write_recipe("")
+        assert folder.set_aside() == tmp_path / f"run.before-{number}"
+    assert not folder.path.exists()
+    assert (tmp_path / "run.before-2" / "recipe.yaml").exists()
+
+
+def test_checkpoints_without_a_recipe_are_a_run_too(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "run")
+    folder.checkpoints.mkdir()
+    assert folder.set_aside() == tmp_path / "run.before-1"
+
+
+def test_a_folder_without_a_run_stays(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "run")
+    (folder.path / "notes.txt").write_text("mine")
+    assert folder.set_aside() is None
+    assert RunFolder(tmp_path / "absent").set_aside() is None
+
+
+def test_what_the_disk_refuses_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent/recipe\.yaml: .*No such file.*--out") as caught:
+        RunFolder(tmp_path / "absent").write_recipe("")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_folder(tmp_path / "run")
+    folder.write_tokenizer("old")
+
+    def refuse(descriptor: int) -> None:
+        (temporary,) = set(folder.path.iterdir()) - {folder.tokenizer}
+        assert temporary.read_text() == "new"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*No space left .*\d bytes.*--out"):
+        folder.write_tokenizer("new")
+    assert [path.name for path in folder.path.iterdir()] == ["tokenizer.json"]
+    assert folder.tokenizer.read_text() == "old"

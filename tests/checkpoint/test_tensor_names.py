@@ -1,0 +1,110 @@
+"""Stacked parameters and whole logical tensors: the names, the views, and that nothing is lost either way."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from switchcli.checkpoint.tensor_names import expert_numbers, parts, split
+from switchcli.distributed.layout import Cut
+from switchcli.distributed.mesh import Shared
+
+WI = "encoder.blocks.1.feed_forward.experts.wi"
+
+
+def test_an_expert_weight_is_named_by_its_global_number() -> None:
+    named = {
+        WI: torch.arange(12.0).reshape(2, 3, 2),
+        "encoder.embed.weight": torch.ones(4),
+        f"{WI}/row": torch.ones(2, 3),
+    }
+    logical = split(named, range(6, 8))
+    assert set(logical) == {
+        "encoder.blocks.1.feed_forward.experts.6.wi",
+        "encoder.blocks.1.feed_forward.experts.7.wi",
+        "encoder.blocks.1.feed_forward.experts.6.wi/row",
+        "encoder.blocks.1.feed_forward.experts.7.wi/row",
+        "encoder.embed.weight",
+    }
+    assert torch.equal(logical["encoder.blocks.1.feed_forward.experts.7.wi"], named[WI][1])
+    assert expert_numbers(logical) == [6, 7]
+
+
+def test_splitting_copies_nothing() -> None:
+    stacked = torch.randn(4, 3, 2)
+    parts = split({"experts.wi": stacked}, range(4))
+    assert all(part.is_contiguous() for part in parts.values())
+    assert {part.untyped_storage().data_ptr() for part in parts.values()} == {stacked.untyped_storage().data_ptr()}
+
+
+def test_a_slot_that_is_not_stacked_keeps_the_stacked_name() -> None:
+    state = {"a.experts.wi/step": torch.tensor(3), "a.experts.wi/other": torch.ones(5)}
+    assert split(state, range(4)) == state
+
+
+@pytest.mark.parametrize("name", ["a.experts", "a.my_experts.wi", "a.experts_norm.weight", "router.weight/experts.x"])
+def test_other_names_are_left_alone(name: str) -> None:
+    assert list(split({name: torch.ones(4, 2)}, range(4))) == [name]
+
+
+def test_our_own_mistakes_are_asserted() -> None:
+    with pytest.raises(AssertionError, match="not stacked over 4"):
+        split({"a.experts.wi": torch.ones(3, 2)}, range(4))
+    with pytest.raises(AssertionError, match="number already"):
+        split({"a.experts.0.wi": torch.ones(4, 2)}, range(4))
+
+
+PARTS = st.sampled_from(["encoder", "blocks", "0", "11", "feed_forward", "attention"])
+PATHS = st.lists(PARTS, max_size=3).map(lambda parts: "".join(f"{part}." for part in parts))
+TAILS = st.sampled_from(["wi", "wo", "wi.weight", "wi/row", "wo/column", "wi/step"])
+
+
+@st.composite
+def named_tensors(draw: st.DrawFn) -> tuple[dict[str, Tensor], int, int]:
+    num_experts = draw(st.integers(1, 9))
+    named: dict[str, Tensor] = {}
+    for path, tail, sparse in draw(st.lists(st.tuples(PATHS, TAILS, st.booleans()), max_size=8)):
+        shape = draw(st.lists(st.integers(0, 3), max_size=2))
+        lead = [num_experts] if sparse and not tail.endswith("/step") else []
+        named[f"{path}{'experts.' if sparse else ''}{tail}"] = torch.randn(
+            [] if tail.endswith("/step") else lead + shape
+        )
+    return named, num_experts, draw(st.integers(0, 99))
+
+
+@settings(deadline=None)
+@given(named_tensors())
+def test_what_is_written_into_logical_tensors_is_in_those_that_they_are_views_of(
+    case: tuple[dict[str, Tensor], int, int],
+) -> None:
+    named, num_experts, first = case
+    numbers = range(first, first + num_experts)
+    logical = split(named, numbers)
+    assert sum(t.numel() for t in logical.values()) == sum(t.numel() for t in named.values())
+    others = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
+    for name, part in parts(others, {}, numbers).items():
+        part.tensor.copy_(logical[name])
+    assert all(torch.equal(others[name], named[name]) for name in named)
+
+
+def test_the_cuts_of_a_stack_are_those_of_each_expert() -> None:
+    ranks = Shared(None, 2, 1)
+    cuts = {"a.experts.wi": (Cut(1, ranks, (3, 3)),), "b": (Cut(1, ranks, (2, 2)), Cut(0, ranks, (3, 2)))}
+    found = parts({"a.experts.wi": torch.ones(2, 3, 5), "b": torch.ones(2, 2)}, cuts, range(4, 6))
+    expert, dense = found["a.experts.5.wi"], found["b"]
+    assert expert.whole_shape == (6, 5)
+    assert expert.where == (slice(3, 6), slice(0, 5))
+    assert dense.whole_shape == (5, 4)
+    assert dense.where == (slice(3, 5), slice(2, 4))
+
+
+def test_any_number_of_ranks_gives_the_same_tensors() -> None:
+    whole = {"experts.wi": torch.randn(8, 2)}
+    expected = split(whole, range(8))
+    for held in (1, 2, 4):
+        found: dict[str, Tensor] = {}
+        for first in range(0, 8, held):
+            found |= split({"experts.wi": whole["experts.wi"][first : first + held]}, range(first, first + held))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

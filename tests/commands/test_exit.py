@@ -1,0 +1,172 @@
+"""How a command ends by a signal, wherever that comes in between."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from switchcli.commands.exit import AGAIN_SECONDS, stoppable
+from switchcli.distributed.signals import STOPPING, StopRequest
+from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, where
+
+ON_ITS_WAY_OUT = """
+import time
+from switchcli.commands import exit as ending
+from switchcli.errors import DataError
+from switchcli.distributed.monitor import WAITING_SECONDS
+try:
+    with ending.stoppable(ranks=True):
+        try:
+            time.sleep(1.5)
+            raise DataError("mine")
+        finally:
+            print("here", flush=True)
+            until = time.monotonic() + 2 * WAITING_SECONDS
+            while time.monotonic() < until:
+                time.sleep(0.1)
+            print("tidied", flush=True)
+except DataError as error:
+    ending.leave(error)
+"""
+IN_A_LIBRARY = """
+import ctypes
+from switchcli.commands import exit as ending
+from switchcli.errors import Interrupted
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+try:
+    with ending.stoppable(ranks=True):
+        print("here", flush=True)
+        lock(mutex)  # for ever
+except Interrupted as error:  # the signal came just before
+    ending.leave(error)
+"""
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize(("saves_nothing", "kind"), [(False, Interrupted), (True, InterruptedByForce)])
+def test_a_signal_ends_it(number: signal.Signals, saves_nothing: bool, kind: type[SwitchError]) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(kind, match=number.name), stoppable(saves_nothing):
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_what_a_clean_up_makes_of_it_is_the_signals_doing() -> None:
+    """Between closing a file and noting that, a signal makes many a library close it twice."""
+
+    def tidy() -> None:
+        descriptor = os.open(os.devnull, os.O_RDONLY)
+        try:
+            os.close(descriptor)
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            os.close(descriptor)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+        tidy()
+
+
+def unraisable(action: Callable[[], None]) -> None:
+    """As a caller in C has it that cannot fail."""
+
+    class Dying:
+        def __del__(self) -> None:
+            action()
+
+    Dying()
+
+
+def refused(action: Callable[[], None]) -> None:
+    """As a library has it that tries something."""
+    with suppress(Exception):
+        action()
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ValueError, match="mine"), stoppable():
+        raise ValueError("mine")
+    with pytest.raises(InterruptedByForce, match="without saving"), stoppable():
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "code", "then"), [(ON_ITS_WAY_OUT, DataError.exit_code, "tidied\n"), (IN_A_LIBRARY, 75, "")]
+)
+def test_a_rank_is_left_to_tidy_up_and_not_in_a_library(rank: str, code: int, then: str) -> None:
+    """However long the one takes, and from the first moment of a command."""
+    here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", rank], env={**os.environ, **here}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, then)
+
+
+@pytest.mark.parametrize("swallow", [unraisable, refused])
+def test_a_library_that_swallows_it_does_not_keep_the_command_going(
+    swallow: Callable[[Callable[[], None]], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Long enough for the signal to be given again; nor does the user see a traceback of it."""
+
+    def going_on() -> None:
+        swallow(lambda: signal.raise_signal(signal.SIGTERM))
+        time.sleep(3 * AGAIN_SECONDS)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+        going_on()
+    assert capfd.readouterr().err == ""
+
+
+def test_one_that_was_swallowed_before_training_stops_it() -> None:
+    with stoppable():
+        refused(lambda: signal.raise_signal(signal.SIGTERM))
+        with StopRequest() as stop:
+            time.sleep(2 * AGAIN_SECONDS)
+            assert stop.requested
+
+
+def test_a_clean_up_that_takes_long_is_not_cut_by_the_signal_that_is_given_again() -> None:
+    tidied: list[str] = []
+
+    def tidying() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(2.5 * AGAIN_SECONDS)
+            tidied.append("all of it")
+
+    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+        tidying()
+    assert tidied == ["all of it"]
+
+
+def test_a_signal_does_not_replace_the_error_that_a_command_ends_by() -> None:
+    """A launcher ends the rank so, for the failure that the rank is about to tell."""
+
+    def failing() -> None:
+        try:
+            raise DataError("mine")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(DataError, match="mine"), stoppable():
+        failing()
+
+
+def test_where_it_was_is_found_though_a_chain_of_errors_comes_back_to_its_beginning() -> None:
+    """As a library makes it that raises an error of its own from ours, which is raised from that in turn."""
+    first, second = Interrupted("stopped"), ValueError("its own")
+    second.__cause__, first.__cause__ = first, second
+    assert where(first) == "outside training"
+    second.add_note("after step 3")
+    assert where(first) == "after step 3"

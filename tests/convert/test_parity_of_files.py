@@ -1,0 +1,242 @@
+"""What transformers saved computes the same here; what is saved here computes the same there; weights bit for bit."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import theirs
+import torch
+import transformers
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from switchcli.checkpoint import checkpoint, tensor_file
+from switchcli.checkpoint.checkpoint import Checkpoint
+from switchcli.checkpoint.fsops import Disk
+from switchcli.cli import app
+from switchcli.commands import convert
+from switchcli.data.config import DataSpec
+from switchcli.data.tokenizer.tokenizer import TokenizerFile
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.router import Switch
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.recipe.resolve import dump
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.runs.loading import Loaded, load
+from switchcli.train.checkpointer import logical_tensors
+from switchcli.train.config import TrainSpec
+from switchcli.train.state import TrainState
+
+THEIRS: dict[str, Callable[[], torch.nn.Module]] = {
+    "T5 1.0": theirs.t5,
+    "T5 1.1": lambda: theirs.t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "T5, tied GEGLU": lambda: theirs.t5(feed_forward_proj="gated-gelu"),
+    "Switch": theirs.switch,
+    "Switch, untied": lambda: theirs.switch(tie_word_embeddings=False),
+    "Switch, every layer": lambda: theirs.switch(num_sparse_encoder_layers=4, num_sparse_decoder_layers=2),
+    "Switch, one layer": lambda: theirs.switch(num_sparse_encoder_layers=1, num_sparse_decoder_layers=0),
+    "Switch, encoder alone": lambda: theirs.switch(num_sparse_decoder_layers=3),
+    "Switch, by a step": lambda: theirs.switch(num_layers=5, encoder_sparse_step=2, num_sparse_encoder_layers=3),
+}
+OURS = {key: size for key, size in theirs.SHAPE.items() if key in ModelSpec.model_fields}
+
+
+def opened(folder: Path) -> Loaded:
+    return load(folder, torch.device("cpu"), pytest.fail)
+
+
+def run(*arguments: object) -> Any:
+    """`switchcli convert`; a failure is raised as the command raises it."""
+    done = CliRunner().invoke(app, ["convert", *map(str, arguments), "--quiet"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def from_pretrained(folder: Path) -> torch.nn.Module:
+    """By the class that config.json names, with no name missing and none left over."""
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def ours(folder: Path, spec: ModelSpec) -> Path:
+    """A checkpoint of random weights."""
+    model = SwitchTransformer(spec)
+    initialise(model, 5)
+    recipe = PretrainRecipe(
+        model=spec,
+        data=DataSpec(tokenizer=TokenizerFile(path="tokenizer.json")),
+        train=TrainSpec(steps=1, batch_tokens=512 * spec.group_sequences),
+    )
+    state = TrainState(step=7).to_json({})
+    documents = {"recipe.yaml": dump(recipe).encode(), "tokenizer.json": theirs.tokenizer().encode()}
+    return checkpoint.save(
+        folder, 7, model=logical_tensors(model), optimizer={}, documents={"state.json": state, **documents}
+    )
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint of ours, under logical names."""
+    found = Checkpoint.open(path)
+    return dict(found.read("model", logical_tensors(opened(path).model)))
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("case", THEIRS)
+def test_theirs_computes_the_same_here_and_comes_back_as_it_was(case: str, version: int, tmp_path: Path) -> None:
+    model = THEIRS[case]()
+    source = theirs.save(model, tmp_path / "theirs")
+    before = load_file(source / "model.safetensors")
+    if version == 4:
+        theirs.as_version_4(source)
+    theirs.assert_same_logits(opened(source).model, model)
+
+    run(source, tmp_path / "ours", "--to", "switchcli")
+    converted = opened(tmp_path / "ours")
+    theirs.assert_same_logits(converted.model, model)
+    assert converted.recipe.model == opened(source).recipe.model
+
+    run(tmp_path / "ours", tmp_path / "back", "--to", "huggingface")
+    after = load_file(tmp_path / "back/model.safetensors")
+    if case == "Switch, untied":
+        for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+            assert torch.equal(after.pop(name), before["shared.weight"])
+            before.pop(name, None)
+    assert_equal(after, before)
+    theirs.assert_same_logits(converted.model, from_pretrained(tmp_path / "back"))
+
+
+ROUTER = Switch(capacity_factor="dropless", eval_capacity_factor="dropless", jitter=0.0)
+SPECS = {
+    "relu": ModelSpec(**OURS),
+    "relu, untied": ModelSpec(**OURS, tie_embeddings=False),
+    "geglu": ModelSpec(**OURS, activation="geglu"),
+    "geglu, untied": ModelSpec(**OURS, activation="geglu", tie_embeddings=False),
+    "sparse": ModelSpec(**OURS, num_experts=4, router=ROUTER, balance_reduction="pooled"),
+    "sparse, untied": ModelSpec(**OURS, num_experts=4, router=ROUTER, tie_embeddings=False, balance_reduction="pooled"),
+    "sparse decoder": ModelSpec(
+        **OURS, num_experts=4, router=ROUTER, sparse_encoder_layers=(), balance_reduction="pooled"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_ours_computes_the_same_there_and_comes_back_as_it_was(case: str, tmp_path: Path) -> None:
+    source = ours(tmp_path, SPECS[case])
+    before = opened(source)
+    done = run(source, tmp_path / "theirs", "--to", "huggingface")
+    assert "warning" not in done.output
+    theirs.assert_same_logits(before.model, from_pretrained(tmp_path / "theirs"))
+
+    run(tmp_path / "theirs", tmp_path / "back", "--to", "switchcli")
+    assert_equal(weights(tmp_path / "back"), weights(source))
+    after = opened(tmp_path / "back").recipe.model
+    same = ("size", "router", "decoder_router", "sparse_encoder_layers", "sparse_decoder_layers", "sparse_every")
+    same += ("num_decoder_layers", "init_scale")
+    assert after.model_copy(update={name: getattr(SPECS[case], name) for name in same}) == SPECS[case]
+    assert after.sparse_layers("encoder") == SPECS[case].sparse_layers("encoder")
+    assert after.sparse_layers("decoder") == SPECS[case].sparse_layers("decoder")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_taken_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = theirs.switch().to(dtype)
+    source = theirs.save(model, tmp_path / "theirs")
+    run(source, tmp_path / "ours", "--to", "switchcli")
+    run(tmp_path / "ours", tmp_path / "back", "--to", "huggingface")
+    expected = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    assert_equal(load_file(tmp_path / "back/model.safetensors"), expected)
+
+
+def test_shards_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = theirs.switch()
+    source = theirs.save(model, tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 3
+    run(source, tmp_path / "ours", "--to", "switchcli")
+    theirs.assert_same_logits(opened(tmp_path / "ours").model, model)
+    monkeypatch.setattr(convert, "_MAX_FILE_BYTES", 20_000)
+    run(tmp_path / "ours", tmp_path / "back", "--to", "huggingface")
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
+    theirs.assert_same_logits(opened(tmp_path / "back").model, model)
+    theirs.assert_same_logits(opened(tmp_path / "ours").model, from_pretrained(tmp_path / "back"))
+
+
+def test_one_shard_is_encoded_at_a_time_and_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    before: list[weakref.ref[torch.Tensor]] = []
+
+    def encode(named: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+        assert not any(tensor() for tensor in before), "the shard before is still held"
+        before[:] = map(weakref.ref, named.values())
+        done.append("encode")
+        return tensor_file.encode(named, metadata)
+
+    def write(self: Disk, path: Path, content: bytes) -> None:
+        done.append("write")
+        path.write_bytes(content)
+
+    source = ours(tmp_path, SPECS["sparse"])
+    monkeypatch.setattr(convert, "_MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(convert, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
+    monkeypatch.setattr(Disk, "write", write)
+    run(source, tmp_path / "theirs", "--to", "huggingface")
+    assert done.count("encode") > 3
+    assert done[done.index("encode") :] == ["encode", "write"] * done.count("encode")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickles_are_read_when_asked_for(legacy: bool, tmp_path: Path) -> None:
+    model = theirs.switch()
+    source = theirs.save(model, tmp_path / "theirs")
+    theirs.as_version_4(source, pickled=True)
+    if legacy:
+        found = torch.load(source / "pytorch_model.bin", weights_only=True)
+        torch.save(found, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    run(source, tmp_path / "ours", "--to", "switchcli", "--unpickle")
+    theirs.assert_same_logits(opened(tmp_path / "ours").model, model)
+
+
+def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
+    config = transformers.T5Config(**theirs.SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    model = theirs.filled(transformers.T5ForConditionalGeneration(config))  # which version 5 ties even so
+    assert model.lm_head.weight is model.shared.weight
+    source = theirs.save(model, tmp_path / "theirs")
+    loaded = opened(source)
+    theirs.assert_same_logits(loaded.model, model)
+    assert not loaded.recipe.model.tie_embeddings
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    source = ours(tmp_path, SPECS["sparse"])
+    run(source, tmp_path / "theirs", "--to", "huggingface")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    text = "ab <extra_id_0> cd"
+    assert tokenizer(text).input_ids == [*opened(source).tokenizer.encode(text), 1]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    run(tmp_path / "theirs", tmp_path / "back", "--to", "switchcli")
+    assert opened(tmp_path / "back").tokenizer.encode(text) == opened(source).tokenizer.encode(text)
+
+
+def test_generate_answers_from_either_layout_as_transformers_does(tmp_path: Path) -> None:
+    model = theirs.switch()
+    source = theirs.save(model, tmp_path / "theirs")
+    run(source, tmp_path / "ours", "--to", "switchcli")
+    answers = [
+        CliRunner().invoke(
+            app, ["generate", str(path), "ab <extra_id_0> c", "--max-tokens", "6"], catch_exceptions=False
+        )
+        for path in (source, tmp_path / "ours")
+    ]
+    tokenizer = opened(source).tokenizer
+    ids = torch.tensor([[*tokenizer.encode("ab <extra_id_0> c"), 1]])
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert [answer.stdout for answer in answers] == [tokenizer.decode(expected[0].tolist()) + "\n"] * 2

@@ -1,0 +1,148 @@
+"""The tokenizer of a Hugging Face folder: its own files, a file or folder that it names, the local hub cache."""
+
+import json
+import os
+import shutil
+import string
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import theirs
+from typer.testing import CliRunner
+
+from switchcli.cli import app
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import DataError
+
+REPOSITORY = "google/some-model"
+
+
+def spiece() -> bytes:
+    """A SentencePiece model with the pieces of `theirs.tokenizer`."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    pieces = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("\u2581", -1.0, 1)]
+    pieces += [((string.ascii_letters + string.digits)[index], -2.0 - index, 1) for index in range(36)]
+    pieces += [(f"<extra_id_{index}>", 0.0, 4) for index in (2, 1, 0)]
+    return b"".join(
+        field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind]))
+        for text, score, kind in pieces
+    )
+
+
+@pytest.fixture(scope="module", params=["switch", "t5"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = theirs.switch() if request.param == "switch" else theirs.t5()
+    return theirs.save(model, tmp_path_factory.mktemp("made") / request.param)
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model without a tokenizer; the current folder is its parent."""
+    monkeypatch.chdir(tmp_path)
+    copy = Path(shutil.copytree(made, tmp_path / "theirs"))
+    (copy / "tokenizer.json").unlink()
+    return copy
+
+
+def configure(folder: Path, name: str, **keys: object) -> None:
+    path = folder / name
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **keys}))
+
+
+def own_spiece(folder: Path) -> None:
+    (folder / "spiece.model").write_bytes(spiece())
+
+
+def vocab_file(folder: Path) -> None:
+    (folder / "other.model").write_bytes(spiece())
+    configure(folder, "tokenizer_config.json", vocab_file="other.model", tokenizer_file=None)
+
+
+def absolute_vocab_file(folder: Path) -> None:
+    file = folder.parent / "elsewhere.model"
+    file.write_bytes(spiece())
+    configure(folder, "tokenizer_config.json", vocab_file=str(file))
+
+
+def local_folder(folder: Path) -> None:
+    base = folder.parent / "base"
+    base.mkdir()
+    (base / "spiece.model").write_bytes(spiece())
+    configure(folder, "config.json", _name_or_path=str(base))
+
+
+def relative_folder(folder: Path) -> None:
+    local_folder(folder)
+    configure(folder, "config.json", _name_or_path="")
+    configure(folder, "tokenizer_config.json", name_or_path="../base")
+
+
+def hub_cache(folder: Path) -> None:
+    snapshot = Path(os.environ["HF_HUB_CACHE"], f"models--{REPOSITORY.replace('/', '--')}")
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs/main").write_text("0" * 40)
+    (snapshot / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (snapshot / "snapshots" / ("0" * 40) / "spiece.model").write_bytes(spiece())
+    configure(folder, "config.json", _name_or_path=REPOSITORY)
+
+
+@pytest.fixture
+def own_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+
+
+WAYS = [own_spiece, vocab_file, absolute_vocab_file, local_folder, relative_folder, hub_cache]
+
+
+@pytest.mark.usefixtures("own_hub_cache")
+@pytest.mark.parametrize("give", WAYS)
+def test_a_folder_that_has_or_names_its_tokenizer_is_used_as_it_is(give: Callable[[Path], None], folder: Path) -> None:
+    give(folder)
+    for arguments in (
+        ["convert", "theirs", "ours", "--to", "switchcli"],
+        ["generate", "theirs", "ab <extra_id_0> c", "--max-tokens", "2"],
+        ["data", "tokenizer", "show", "theirs"],
+    ):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, f"{arguments}: {done.exception or done.output}"
+    wanted = Tokenizer.from_bytes(spiece(), "spiece.model")
+    (converted,) = Path("ours").rglob("tokenizer.json")
+    assert Tokenizer.read(converted).sha256 == wanted.sha256
+
+
+@pytest.mark.usefixtures("own_hub_cache")
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"name_or_path": REPOSITORY},
+        {"name_or_path": "x" * 300, "vocab_file": "y" * 5000},
+        {"name_or_path": 5, "vocab_file": ["a"]},
+        {"name_or_path": "a\0b", "vocab_file": "a\0b"},
+        {"vocab_file": "/dev/zero", "tokenizer_file": "/dev/stdin"},
+    ],
+)
+def test_a_folder_without_one_is_refused_with_the_option_and_without_the_network(
+    keys: dict[str, object], folder: Path
+) -> None:
+    configure(folder, "tokenizer_config.json", **keys)
+    done = CliRunner().invoke(app, ["convert", "theirs", "ours", "--to", "switchcli"])
+    assert isinstance(done.exception, DataError), done.exception
+    assert "--tokenizer" in str(done.exception)
+    assert "spiece.model" in str(done.exception)
+    assert not Path("ours").exists()
+
+
+def test_the_own_file_comes_first(folder: Path) -> None:
+    local_folder(folder)
+    (folder / "tokenizer.json").write_text(theirs.tokenizer(30))
+    done = CliRunner().invoke(app, ["data", "tokenizer", "show", "theirs", "--json"])
+    assert json.loads(done.output)["vocab_size"] == 33

@@ -1,0 +1,990 @@
+"""Preparation: the same ids as encoding each document, by any processes and machines; what is whole stays whole."""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tokenizers
+from data_errors import naming
+from tokenizers import models
+
+from switchcli.data.config import DataSpec
+from switchcli.data.prepare.cache import default_cache, make, sweep
+from switchcli.data.prepare.dedup import Duplicates
+from switchcli.data.prepare.distinct import write_distinct
+from switchcli.data.prepare.filters import Filters
+from switchcli.data.prepare.pipeline import Means, Prepared, Track, store
+from switchcli.data.prepare import pipeline as module
+from switchcli.data.prepare import prepared_text as text_module
+from switchcli.data.prepare import shards as pieces
+from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, Text
+from switchcli.data.prepare.shards import Progress
+from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, is_whole, seal
+from switchcli.data.prepare.verified import Verified
+from switchcli.data.sources import files
+from switchcli.data.sources.corpus import Files
+from switchcli.data.sources.document import is_held_out
+from switchcli.data.text_mixture import Weighted
+from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer
+from switchcli.errors import CheckpointError, DataError, OutOfMemory
+
+NUM_FILES = 6
+FRACTION = 0.1
+CHARACTERS = "0123456789 abcdefghijklmnopqrstuvwxyz"
+
+
+class Shows:
+    """Progress as it was told; `then` may do something about it."""
+
+    def __init__(self, then: Callable[[Progress], None] = lambda done: None) -> None:
+        self.told: list[tuple[str, int, int | None]] = []
+        """Labels, pieces and bytes of what was begun."""
+        self.done: list[Progress] = []
+        self._then = then
+
+    @contextmanager
+    def __call__(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[[Progress], None]]:
+        self.told.append((label, pieces, size))
+
+        def show(done: Progress) -> None:
+            self.done.append(done)
+            self._then(done)
+
+        yield show
+
+    @property
+    def num_pieces(self) -> int:
+        return sum(pieces for _, pieces, _ in self.told)
+
+
+class Corpus(NamedTuple):
+    """Where a spec's text lies."""
+
+    spec: DataSpec
+    cache: Path
+
+    def means(self, show: Shows | None = None, track: Track | None = None, processes: int | None = 1) -> Means:
+        return Means(self.cache, track or untracked, show or Shows(), processes)
+
+    def prepare(self, show: Shows | None = None, processes: int | None = 1) -> Text:
+        (text,) = module.prepare(self.spec, self.means(show, processes=processes)).texts.values()
+        return text
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of the pieces that are whole."""
+        return [path.parent for path in sorted(self.cache.glob("tokens/*/piece-*/manifest.json"))]
+
+
+def untracked(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
+    return iter(items)
+
+
+def letters() -> Tokenizer:
+    """A character is an id: nothing here hangs on how a vocabulary is trained."""
+    vocabulary = [*((piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")), *((one, -1.0) for one in CHARACTERS)]
+    inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    inner.add_special_tokens(["<extra_id_0>"])
+    return Tokenizer.from_json(inner.to_str())
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("letters.json").write_text(letters().to_json())
+    return tmp_path
+
+
+@pytest.fixture
+def corpus(here: Path) -> Corpus:
+    """A text in as many pieces as files: small ones of one corpus would share a piece."""
+    for number in range(NUM_FILES):
+        lines = (f"line {index} of file {number} tells of {index * index}\n" for index in range(60))
+        Path(f"{number}.txt").write_text("".join(lines))
+    corpora = tuple(Files(paths=(f"{number}.txt",), sample_by="line") for number in range(NUM_FILES))
+    tokenizer = TokenizerFile(path="letters.json")
+    return Corpus(DataSpec(corpora=corpora, tokenizer=tokenizer, held_out_fraction=FRACTION), here / "cache")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def documents(shards: Iterable[store.Shard]) -> list[list[int]]:
+    found = []
+    for shard in shards:
+        opened = shard.open()
+        found += [ids.tolist() for ids in np.split(opened.tokens, opened.offsets[1:-1])]
+    return found
+
+
+def test_shards_hold_each_document_in_its_part(corpus: Corpus) -> None:
+    text, tokenizer = corpus.prepare(), letters()
+    for part, held_out in ((TRAIN, False), (HELD_OUT, True)):
+        wanted = [
+            document.text
+            for one in corpus.spec.corpora
+            for document in one.documents()
+            if is_held_out(document.identity, FRACTION) == held_out
+        ]
+        assert documents(text.shards[part]) == [tokenizer.encode(text) for text in wanted]
+        size = sum(len(text.encode()) for text in wanted)
+        assert text.counts[part] == (len(wanted), size, size)  # a token a character
+        assert len(text.shards[part]) == NUM_FILES
+        assert all(shard.open().tokens.dtype == np.uint16 for shard in text.shards[part])
+        for shard in text.shards[part]:
+            assert (shard.num_documents, shard.num_tokens) == (shard.open().num_documents, shard.open().num_tokens)
+    assert 15 < text.counts[HELD_OUT].documents < 60
+    assert text.dropped == {}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_agree_on_every_byte(corpus: Corpus, processes: int) -> None:
+    first, alone = Shows(), corpus.prepare()
+    other = corpus._replace(cache=corpus.cache.with_name("other"))
+    text = other.prepare(first, processes)
+    assert text.identity == alone.identity
+    assert contents(other.cache) == contents(corpus.cache)
+    size = sum(Path(f"{number}.txt").stat().st_size for number in range(NUM_FILES))
+    assert first.told == [("tokenising", NUM_FILES, size)]
+    assert first.done[-1] == (NUM_FILES, size, sum(counts.tokens for counts in text.counts.values()))
+
+
+def test_one_shard_has_the_identity_that_it_had_before_there_were_shards(here: Path) -> None:
+    Path("text.txt").write_text("".join(f"line {index} tells of {index**3}\n" for index in range(80)))
+    spec = DataSpec(corpora=(Files(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
+    text = module.prepare(spec, Means(here / "cache", untracked, Shows()), letters())
+    assert text.identity == "f67c3da04d964c1d5c0bd77241a066342d1ae0f5901e416d1b67dd9a13004fdc"
+
+
+def test_a_vocabulary_is_trained_on_what_is_not_held_out_and_once(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[str] = []
+    seen: list[str] = []
+
+    def track(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
+        labels.append(label)
+        return iter(items)
+
+    trained = TrainedTokenizer(vocab_size=200)
+    spec = corpus.spec.model_copy(update={"tokenizer": trained})
+    load = TrainedTokenizer.load
+
+    def noted(self: TrainedTokenizer, found: Callable[[], dict[str, Iterable[store.Any]]]) -> Tokenizer:
+        texts = {label: list(of_text) for label, of_text in found().items()}
+        seen.extend(document.identity for of_text in texts.values() for document in of_text)
+        return load(self, lambda: texts)
+
+    monkeypatch.setattr(TrainedTokenizer, "load", noted)
+    first = module.prepare(spec, corpus.means(track=track))
+    assert labels == ["reading"]
+    assert len(seen) == first.texts[""].counts[TRAIN].documents
+    assert not any(is_held_out(identity, FRACTION) for identity in seen)
+    shows = Shows()
+    again = module.prepare(spec, corpus.means(shows, track))
+    assert (again.tokenizer.sha256, again.identity) == (first.tokenizer.sha256, first.identity)
+    assert (labels, shows.told) == (["reading"], [])
+
+
+def test_the_second_time_makes_nothing(corpus: Corpus) -> None:
+    first, shows = corpus.prepare(), Shows()
+    assert corpus.prepare(shows).identity == first.identity
+    assert shows.told == []
+
+
+def test_the_identity_is_of_the_text_alone(corpus: Corpus) -> None:
+    first, path = corpus.prepare(), Path("0.txt")
+    os.utime(path, ns=(0, 0))
+    shows = Shows()
+    assert corpus.prepare(shows).identity == first.identity
+    assert shows.told == [], "a file with the same content is not prepared again"
+    moved = corpus._replace(cache=corpus.cache.with_name("moved"))
+    assert moved.prepare().identity == first.identity
+    path.write_text(path.read_text().replace("line 7 ", "line 8 "))
+    assert corpus.prepare().identity != first.identity
+    other = corpus.spec.model_copy(update={"held_out_fraction": 0.2})
+    assert corpus._replace(spec=other).prepare().identity != first.identity
+
+
+def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(corpus: Corpus) -> None:
+    spec, used = corpus.spec, letters()
+    other = TrainedTokenizer(vocab_size=180).load(lambda: {"": spec.corpora[0].documents()})
+    one = spec.corpora[0].model_copy
+    changes: list[tuple[dict[str, object], Tokenizer]] = [
+        ({}, used),
+        ({}, other),
+        ({"held_out_fraction": 0.2}, used),
+        ({"filters": Filters(min_characters=5)}, used),
+        ({"corpora": (one(update={"sample_by": "paragraph"}), *spec.corpora[1:])}, used),
+        ({"duplicates": Duplicates(kind="exact")}, used),
+        ({"duplicates": Duplicates(kind="near")}, used),
+    ]
+    same: list[dict[str, object]] = [
+        {"corpora": (one(update={"weight": 3.0, "language": "en"}), *spec.corpora[1:])},
+        {"objective": spec.objective.model_copy(update={"inputs_length": 64})},
+    ]
+
+    def folder(update: dict[str, object], tokenizer: Tokenizer) -> Path:
+        (text,) = module.prepare(spec.model_copy(update=update), corpus.means(), tokenizer).texts.values()
+        return text.folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_check_split", lambda *_: None)  # paragraphs are few
+        folders = {folder(*change) for change in changes}
+    assert len(folders) == len(changes)
+    assert {folder(update, used) for update in same} <= folders
+
+
+# Stops
+
+
+def stop_after(number: int, stop: Callable[[], None]) -> Shows:
+    def then(done: Progress) -> None:
+        if done.pieces >= number:
+            stop()
+
+    return Shows(then)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_whole_stays_whole_after_a_stop_and_is_not_made_again(corpus: Corpus) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        corpus.prepare(stop_after(2, interrupt))
+    first = corpus.folders
+    assert [folder.name for folder in first] == ["piece-00000", "piece-00001"]
+    assert {path.name for path in first[0].parent.iterdir()} == {"piece-00000", "piece-00001"}, "nothing half done"
+    times = [(folder / "manifest.json").stat().st_mtime_ns for folder in first]
+    (first[0].parent / ".partial-killed").mkdir()  # what SIGKILL leaves harms nothing
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - 2
+    assert [(folder / "manifest.json").stat().st_mtime_ns for folder in first] == times
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_a_piece_that_was_damaged_before_the_text_was_whole_is_made_again(corpus: Corpus) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        corpus.prepare(stop_after(3, interrupt))
+    flip(corpus.folders[1] / "train-000" / "tokens.npy")
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - 2
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_of_a_large_text_that_is_not_whole_yet_a_check_finds_the_damaged_piece_and_tells_of_it(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.prepare(stop_after(3, interrupt))
+    folder, told, shows = corpus.folders[1], list[str](), Shows()
+    before = contents(folder)
+    flip(folder / "train-000" / "tokens.npy")
+    mine = corpus.means(shows)._replace(share=(2, 6), warn=told.append)
+    module.prepare_share(corpus.spec, mine)
+    assert (shows.told, told) == ([], []), "the pieces that are there are not read again after every stop"
+    means = corpus.means(shows)._replace(check=True, warn=told.append)
+    (text,) = module.prepare(corpus.spec, means).texts.values()
+    assert shows.num_pieces == NUM_FILES - 2
+    (line,) = told
+    assert line.startswith(f"{folder}: ")
+    assert contents(folder) == before
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_folder_of_another_piece_is_made_anew(corpus: Corpus, whole: bool) -> None:
+    """As where one was copied to a place of another: it is true of itself."""
+    straight = corpus._replace(cache=corpus.cache.with_name("straight")).prepare()
+    if whole:
+        corpus.prepare()
+        (corpus.folders[0].parent / "manifest.json").unlink()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            corpus.prepare(stop_after(3, interrupt))
+    first, second = corpus.folders[:2]
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    assert is_whole(second)
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == (1 if whole else NUM_FILES - 2)
+    assert text.identity == straight.identity
+    assert contents(text.folder) == contents(straight.folder)
+
+
+def test_the_folder_of_another_piece_is_no_share_of_another_machine(corpus: Corpus) -> None:
+    """It is left to that machine, and no text is put together of it."""
+    corpus.prepare()
+    first, second = corpus.folders[:2]
+    (first.parent / "manifest.json").unlink()
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    shares = [corpus.means(Shows())._replace(share=(number, NUM_FILES)) for number in range(NUM_FILES)]
+    assert module.prepare_share(corpus.spec, shares[0])[1][""] is None
+    text = module.prepare_share(corpus.spec, shares[1])[1][""]
+    assert text is not None
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many languages, each small, no more is compared than of one large text."""
+    corpora = tuple(one.model_copy(update={"language": str(n)}) for n, one in enumerate(corpus.spec.corpora))
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()})
+    texts = module.prepare(spec, corpus.means()).texts
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 3 * texts["0"].num_bytes + 100)
+    for number in (0, 5):
+        flip(texts[str(number)].folder / "piece-00000/train-000/tokens.npy")
+    shows = Shows()
+    again = module.prepare(spec, corpus.means(shows)).texts
+    assert [label for label, *_ in shows.told] == ["tokenising 0"]
+    with pytest.raises(DataError, match=r"tokens\.npy: .*prepare RECIPE --check"):
+        again["5"].shards[TRAIN][0].open()
+
+
+def test_what_is_wrong_with_a_tokenizer_is_told_before_any_text_is_cut(corpus: Corpus) -> None:
+    def refuse(tokenizer: Tokenizer) -> None:
+        raise DataError(f"of {tokenizer.vocab_size} pieces")
+
+    shows = Shows()
+    with pytest.raises(DataError, match=f"of {letters().vocab_size} pieces"):
+        module.prepare(corpus.spec, corpus.means(shows)._replace(accept=refuse))
+    assert shows.told == []
+    assert not (corpus.cache / "tokens").exists()
+
+
+def kill() -> None:
+    """The workers, and wait until they are gone."""
+    for process in active_children():
+        process.kill()
+        process.join()
+
+
+def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
+    with pytest.raises(OutOfMemory, match=r"\bkilled\b.*--processes\b") as raised:
+        corpus.prepare(stop_after(1, kill), processes=2)
+    assert raised.value.exit_code == 1
+    whole = len(corpus.folders)
+    assert 1 <= whole < NUM_FILES
+    assert all(is_whole(folder) for folder in corpus.folders)
+    shows = Shows()
+    text = corpus.prepare(shows, processes=2)
+    assert shows.num_pieces == NUM_FILES - whole
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutOfMemory, match="--processes"):  # with a job that they have not read
+        corpus.prepare(stop_after(0, kill), processes=2)
+    share_out = pieces._share_out
+
+    def killed(*given: Any) -> None:
+        kill()
+        share_out(*given)
+
+    monkeypatch.setattr(pieces, "_share_out", killed)
+    with pytest.raises(OutOfMemory, match="--processes"):  # before they are sent one
+        corpus.prepare(processes=2)
+
+
+def test_what_one_process_meets_ends_all(corpus: Corpus) -> None:
+    Path("3.txt").write_bytes(b"fine\ncaf\xe9\n")
+    with pytest.raises(DataError, match=naming("3.txt:2 0xe9 8 UTF-8")):
+        corpus.prepare(processes=2)
+    assert not active_children()
+    assert all(is_whole(folder) for folder in corpus.folders)
+    assert not list(corpus.cache.glob("tokens/*/.partial-*"))
+
+
+MAIN = """\
+import resource
+import sys
+from contextlib import contextmanager
+from multiprocessing import active_children
+from pathlib import Path
+from switchcli.data.prepare.pipeline import Means, prepare
+from switchcli.data.config import DataSpec
+
+@contextmanager
+def show(label, pieces, size):
+    yield lambda done: print(done.pieces, *(process.pid for process in active_children()), flush=True)
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+    spec = DataSpec.model_validate_json(Path("spec.json").read_text(), strict=False)
+    print(prepare(spec, Means(Path("cache"), lambda items, *_: iter(items), show, 2)).identity)
+"""
+
+
+def started(limit: int = -1) -> subprocess.Popen[str]:
+    """The preparation of spec.json, with a limit on the size of a file."""
+    Path("main.py").write_text(MAIN)
+    command = [sys.executable, "main.py", str(limit)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_killed_it_leaves_whole_pieces_and_no_worker_behind(corpus: Corpus) -> None:
+    lines = "".join(f"line {index} tells of {index * index}\n" for index in range(8_000))
+    for number in range(NUM_FILES):
+        Path(f"{number}.txt").write_text(f"file {number}\n{lines}")
+    Path("spec.json").write_text(corpus.spec.model_dump_json())
+    with started() as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            whole, *workers = map(int, line.split())
+            if whole:
+                break
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "the workers go on for nobody"
+        time.sleep(0.05)
+    assert len(workers) == 2
+    assert 1 <= len(corpus.folders) < NUM_FILES
+    before = len(corpus.folders)
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - before
+    assert text.counts[TRAIN].documents + text.counts[HELD_OUT].documents == NUM_FILES * 8_001
+
+
+# Machines
+
+
+def test_machines_with_one_cache_make_a_share_each_and_the_last_puts_them_together(corpus: Corpus) -> None:
+    shows = [Shows() for _ in range(3)]
+    means = [corpus.means(show)._replace(share=(number, 3)) for number, show in enumerate(shows)]
+    for number in (1, 0):
+        _, texts = module.prepare_share(corpus.spec, means[number])
+        assert texts == {"": None}
+    assert [folder.name[-1] for folder in corpus.folders] == ["0", "1", "3", "4"]
+    _, texts = module.prepare_share(corpus.spec, means[2])
+    assert [show.num_pieces for show in shows] == [2, 2, 2]
+    alone = corpus._replace(cache=corpus.cache.with_name("alone"))
+    assert texts[""] is not None
+    assert texts[""].identity == alone.prepare().identity
+    assert contents(corpus.cache) == contents(alone.cache)
+    again = Shows()
+    assert module.prepare_share(corpus.spec, corpus.means(again)._replace(share=(0, 3)))[1][""] is not None
+    assert again.told == []
+
+
+def test_two_at_once_agree(corpus: Corpus) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: corpus.prepare(), range(2))
+    assert first.identity == second.identity
+    (folder,) = (corpus.cache / "tokens").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json",
+        *(f"piece-{number:05}" for number in range(NUM_FILES)),
+    }
+
+
+def test_the_loser_of_a_race_takes_the_winners(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    winner = corpus.prepare()
+    folder = corpus.folders[2]
+    before = folder.stat().st_ino
+    monkeypatch.setattr(module, "is_whole", lambda folder: folder.name != "piece-00002" and folder.name[0] == "p")
+    shows = Shows()
+    assert corpus.prepare(shows).identity == winner.identity
+    assert (shows.num_pieces, folder.stat().st_ino) == (1, before)
+
+
+@pytest.mark.parametrize("host", ["gpu", "gpu[1]"])
+def test_what_the_killed_leave_is_removed_on_their_own_machine_alone(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in (f"{host}-1", host):
+        with making(tmp_path / "text", node) as child:
+            child.kill()
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(platform, "node", lambda: host)
+    sweep(tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert f"{host}-1+" in left.name
+
+
+def test_two_processes_of_one_number_on_machines_of_one_name_leave_each_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers that share a cache: in each, the process is number 1 of the host `trainer`."""
+    monkeypatch.setattr(platform, "node", lambda: "trainer")
+    with making(tmp_path / "text", "trainer") as child:
+        sweep(tmp_path)
+        make(tmp_path / "other", lambda folder: (folder.mkdir(), store.seal(folder, {})))
+        child.communicate("go on\n")
+    assert child.returncode == 0
+    assert (tmp_path / "text" / "ids").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "text"]
+
+
+MAKE = """
+import os, platform, sys
+from pathlib import Path
+platform.node = lambda: sys.argv[2]
+os.getpid = lambda: 2**22 + 1  # a number that no process has here
+from switchcli.data.prepare.cache import make
+from switchcli.data.prepare.store import seal
+def build(folder):
+    folder.mkdir()
+    print("building", flush=True)
+    sys.stdin.readline()
+    (folder / "ids").write_text("first")
+    seal(folder, {})
+make(Path(sys.argv[1]), build)
+"""
+
+
+@contextmanager
+def making(folder: Path, node: str) -> Iterator["subprocess.Popen[str]"]:
+    """A process of a machine named `node` that builds a folder, and waits for a line on its stdin in the middle."""
+    command = [sys.executable, "-c", MAKE, str(folder), node]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "building\n"
+        yield child
+
+
+# Damage
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-2])
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flip": lambda folder: flip(folder / "piece-00002/train-000/tokens.npy"),
+    "cut": lambda folder: cut(folder / "piece-00002/held_out-000/tokens.npy"),
+    "offsets": lambda folder: flip(folder / "piece-00002/train-000/offsets.npy"),
+    "lost": lambda folder: (folder / "piece-00002/train-000/offsets.npy").unlink(),
+    "lost piece": lambda folder: shutil.rmtree(folder / "piece-00002"),
+}
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "altered": lambda folder: _alter(folder / "manifest.json"),
+    "not json": lambda folder: _write(folder / "manifest.json", "[1]"),
+    "lost": lambda folder: (folder / "manifest.json").unlink(),
+    "foreign": lambda folder: _write(folder / "manifest.json", (folder / "piece-00001/manifest.json").read_text()),
+}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _alter(path: Path) -> None:
+    path.write_text(path.read_text().replace("tokens", "t0kens", 1))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_piece_is_made_anew_and_no_other(corpus: Corpus, damage: str) -> None:
+    text = corpus.prepare()
+    before = contents(text.folder)
+    DAMAGES[damage](text.folder)
+    shows = Shows()
+    assert corpus.prepare(shows).identity == text.identity
+    assert shows.num_pieces == 1
+    assert contents(text.folder) == before
+
+
+@pytest.mark.parametrize("damage", MANIFESTS)
+@pytest.mark.parametrize("of_piece", [False, True])
+def test_a_lost_or_foreign_manifest_is_written_anew(corpus: Corpus, damage: str, of_piece: bool) -> None:
+    text = corpus.prepare()
+    before = contents(text.folder)
+    MANIFESTS[damage](text.folder)
+    if of_piece:
+        (text.folder / "piece-00002/manifest.json").write_text((text.folder / "piece-00001/manifest.json").read_text())
+    shows = Shows()
+    assert corpus.prepare(shows).identity == text.identity
+    assert shows.num_pieces == of_piece
+    assert contents(text.folder) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_large_text_damage_is_told_at_the_first_use_and_mended_by_a_check(
+    corpus: Corpus, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    text = corpus.prepare()
+    before = contents(text.folder)
+    DAMAGES[damage](text.folder)
+    shows = Shows()
+    again = corpus.prepare(shows)
+    assert (again.identity, shows.told) == (text.identity, [])
+    part = HELD_OUT if damage == "cut" else TRAIN
+    for number in (0, 1, 3, 4, 5):
+        again.shards[part][number].open()
+    with pytest.raises(DataError, match=rf"piece-00002/{part}-000/\w+\.npy: .*prepare RECIPE --check") as raised:
+        again.shards[part][2].open()
+    assert str(text.folder) in str(raised.value)
+    module.prepare(corpus.spec, corpus.means(shows)._replace(check=True))
+    assert shows.num_pieces == 1
+    assert contents(text.folder) == before
+    again.shards[part][2].open()
+
+
+def test_a_large_text_is_not_read_before_it_is_used(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.prepare()
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    read: list[Path] = []
+    identity_of = store.identity_of
+
+    def noted(path: Path) -> dict[str, object]:
+        read.append(path)
+        return identity_of(path)
+
+    monkeypatch.setattr(store, "identity_of", noted)
+    text = corpus.prepare()
+    assert [path.name for path in read] == ["tokenizer.json"]
+    text.shards[TRAIN][1].open()
+    flip(text.folder / "piece-00002/train-000/tokens.npy")
+    with pytest.raises(DataError, match="piece-00002"):
+        text.shards[TRAIN][2].open()
+
+
+# Disks
+
+
+def test_a_cache_that_is_no_folder(corpus: Corpus) -> None:
+    Path("file").write_text("")
+    with pytest.raises(CheckpointError, match=r"\bfile: .*Not a directory\b.*\bSWITCHCLI_CACHE\b"):
+        corpus._replace(cache=Path("file")).prepare()
+
+
+@pytest.mark.parametrize("where", ["in a shard", "at its end", "at the end of a full one"])
+def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    room = 3000
+
+    def fill(size: int) -> None:
+        nonlocal room
+        room -= size
+        if room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    add, save = StoreWriter.add, np.save
+
+    def add_while_there_is_room(self: StoreWriter, ids: np.ndarray, *, starts_document: bool) -> None:
+        fill(len(ids))
+        add(self, ids, starts_document=starts_document)
+
+    def save_while_there_is_room(path: Path, array: np.ndarray, allow_pickle: bool) -> None:
+        fill(500)
+        save(path, array, allow_pickle=allow_pickle)
+
+    if where == "at the end of a full one":
+        monkeypatch.setattr(store, "SHARD_TOKENS", 400)
+    with monkeypatch.context() as patch:
+        if where == "in a shard":
+            patch.setattr(StoreWriter, "add", add_while_there_is_room)
+        else:
+            patch.setattr(store.np, "save", save_while_there_is_room)
+        with pytest.raises(
+            CheckpointError, match=r"cache: .*No space left on device\b.*\b[\d,]+ bytes free\b.*\bSWITCHCLI_CACHE\b"
+        ):
+            corpus.prepare()
+    first = corpus.folders
+    if where != "at the end of a full one":
+        assert [folder.name for folder in first] == ["piece-00000", "piece-00001", "piece-00002"][: len(first)] != []
+    assert all(is_whole(folder) for folder in first)
+    assert not list(corpus.cache.glob("tokens/*/.partial-*"))
+    shows = Shows()
+    text = corpus.prepare(shows)
+    assert shows.num_pieces == NUM_FILES - len(first)
+    assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def test_a_limit_that_processes_meet_is_told_with_the_way_out(corpus: Corpus) -> None:
+    path = Path("4.txt")
+    path.write_text(path.read_text() * 20)
+    Path("spec.json").write_text(corpus.spec.model_dump_json())
+    with started(limit=20_000) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "CheckpointError" in err.splitlines()[-1]
+    assert "(ulimit -f)" in err.splitlines()[-1]
+    assert all(is_whole(folder) for folder in corpus.folders)
+    assert "piece-00004" not in [folder.name for folder in corpus.folders]
+    with started() as process:
+        out, _ = process.communicate(timeout=120)
+    identity = out.splitlines()[-1]
+    assert identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+# Texts
+
+
+def test_long_documents_are_encoded_in_parts_and_stay_documents(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = " ".join(f"word{index}" for index in range(300)) + "x" * 3000
+    Path("0.txt").write_text(f"{document}\nshort\n")
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 512)
+    text, parts = corpus.prepare(), [*pieces.cut_up(document)]
+    assert len(parts) > 8
+    assert "".join(parts).replace(" ", "") == document.replace(" ", "")
+    (long,) = (ids for part in PARTS for ids in documents(text.shards[part]) if len(ids) > 1000)
+    assert long == [index for part in parts for index in letters().encode(part)]
+    assert sum(text.counts[part].documents for part in PARTS) == 2 + (NUM_FILES - 1) * 60
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)
+    assert list(pieces.cut_up("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
+    assert list(pieces.cut_up("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
+
+
+def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = corpus.spec.model_copy(update={"tokenizer": TrainedTokenizer(vocab_size=200)})
+    whole = module.prepare(trained, corpus.means())
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)
+    monkeypatch.setattr(pieces, "CHUNK_CHARACTERS", 64)
+    other = corpus._replace(cache=corpus.cache.with_name("parts"))
+    assert module.prepare(trained, other.means(), whole.tokenizer).identity == whole.identity
+
+
+def test_full_shards_are_closed_and_a_document_is_in_one(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = corpus.prepare()
+    monkeypatch.setattr(store, "SHARD_TOKENS", 400)
+    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)  # at a space, which is left out
+    small = corpus._replace(cache=corpus.cache.with_name("small")).prepare()
+    assert len(small.shards[TRAIN]) > 3 * NUM_FILES
+    space = letters().encode(" ")[0]
+    for part in PARTS:
+        found, wanted = documents(small.shards[part]), documents(whole.shards[part])
+        assert [[ids for ids in one if ids != space] for one in found] == [
+            [ids for ids in one if ids != space] for one in wanted
+        ]
+    assert all(shard.num_tokens < 400 + 60 for shard in small.shards[TRAIN])
+
+
+def test_languages_are_texts_of_their_own(corpus: Corpus) -> None:
+    labelled = [("de", 2.0), ("fr", 1.0), ("de", 1.0), (None, 1.0), ("fr", 1.0), (None, 1.0)]
+    corpora = tuple(
+        one.model_copy(update={"language": language, "weight": weight})
+        for one, (language, weight) in zip(corpus.spec.corpora, labelled, strict=True)
+    )
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()})
+    shows = Shows()
+    prepared = module.prepare(spec, corpus.means(shows))
+    assert [*prepared.texts] == ["de", "fr", "corpus-4", "corpus-6"]
+    assert [(label, number) for label, number, _ in shows.told] == [
+        ("tokenising de", 2), ("tokenising fr", 2), ("tokenising corpus-4", 1), ("tokenising corpus-6", 1),
+    ]  # fmt: skip
+    for label, numbers in (("de", (0, 2)), ("fr", (1, 4)), ("corpus-4", (3,))):
+        alone = spec.model_copy(update={"corpora": tuple(corpora[one] for one in numbers)})
+        (text,) = module.prepare(alone, corpus.means()).texts.values()
+        assert text.identity == prepared.texts[label].identity
+    assert prepared.identity not in {text.identity for text in prepared.texts.values()}
+    swapped = spec.model_copy(update={"corpora": (*corpora[1:], corpora[0])})
+    assert module.prepare(swapped, corpus.means()).texts["fr"].identity == prepared.texts["fr"].identity
+    again = Shows()
+    assert module.prepare(spec, corpus.means(again)).identity == prepared.identity
+    assert again.told == []
+
+
+def test_what_is_dropped_is_counted(corpus: Corpus) -> None:
+    Path("0.txt").write_bytes(b"short\n" + b"caf\xe9 au lait\n" + b"long enough to stay here\n" * 3 + b"tiny\n")
+    Path("1.txt").write_bytes(b"\xff\n" + b"another of the long lines\n" + b"a\n")
+    corpora = tuple(one.model_copy(update={"unreadable": "skip"}) for one in corpus.spec.corpora)
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "filters": Filters(min_characters=10)})
+    text = corpus._replace(spec=spec).prepare(processes=2)
+    assert text.dropped == {"not UTF-8": 2, "shorter than min_characters": 3}
+    kept = sum(text.counts[part].documents for part in PARTS)
+    assert kept == 4 + (NUM_FILES - 2) * 60
+
+
+def test_filters_that_leave_nothing_say_what_they_left_out(corpus: Corpus) -> None:
+    Path("0.txt").write_bytes(b"caf\xe9\n" * 1200)
+    corpora = tuple(one.model_copy(update={"unreadable": "skip"}) for one in corpus.spec.corpora)
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "filters": Filters(min_characters=1000)})
+    with pytest.raises(DataError) as raised:
+        corpus._replace(spec=spec).prepare()
+    assert str(raised.value).startswith("data: ")
+    assert "1,200 not UTF-8" in str(raised.value)
+    assert "300 shorter than min_characters" in str(raised.value)
+    for number in range(NUM_FILES):
+        Path(f"{number}.txt").write_text("\n")
+    with pytest.raises(DataError, match=naming("data.corpora text")) as raised:
+        corpus.prepare()
+    assert not any(reason in str(raised.value) for reason in ("UTF-8", "min_characters"))
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus, kind: str) -> None:
+    def text(number: int) -> str:
+        draw = np.random.default_rng(number)
+        return " ".join("".join(draw.choice([*CHARACTERS[11:]], 5)) for _ in range(30))
+
+    first, second = (f"{text(number)}\n" for number in range(200)), (f"{text(number)}\n" for number in range(150, 300))
+    Path("0.txt").write_text("".join(first))
+    Path("1.txt").write_text("".join(second))
+    corpora = corpus.spec.corpora[:2]
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "duplicates": Duplicates(kind=kind)})
+    if kind == "near":  # where one in a hundred letters is another, equal texts can be on two sides
+        changed = Path("1.txt").read_text().splitlines()
+        Path("1.txt").write_text("".join(f"{line[:75]}x{line[76:]}\n" for line in changed))
+    whole = corpus._replace(spec=spec.model_copy(update={"duplicates": None})).prepare()
+    found = corpus._replace(spec=spec).prepare()
+    assert found.dropped == {f"{kind} duplicates": 50}
+    trained, held_out = (documents(found.shards[part]) for part in (TRAIN, HELD_OUT))
+    assert len(trained) + len(held_out) == 300
+    assert {part: len(documents(found.shards[part])) for part in PARTS} == {
+        part: found.counts[part].documents for part in PARTS
+    }
+    beginnings = [tuple(ids[:75]) for ids in (*trained, *held_out)]
+    assert len({*beginnings}) == 300
+    all_held_out = {tuple(ids[:75]) for ids in documents(whole.shards[HELD_OUT])}
+    assert {tuple(ids[:75]) for ids in held_out} == all_held_out
+    in_training = {tuple(ids[:75]) for ids in documents(whole.shards[TRAIN])}
+    assert (in_training & all_held_out != set()) is (kind == "near"), "the case that matters is there"
+    assert not {tuple(ids[:75]) for ids in trained} & all_held_out
+    assert sum(counts.tokens for counts in found.counts.values()) == sum(map(len, (*trained, *held_out)))
+
+
+def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = corpus.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    distinct = corpus._replace(spec=spec)
+    text = distinct.prepare()
+    before = contents(text.folder)
+    flip(text.folder / "train-00000" / "tokens.npy")
+    assert distinct.prepare().identity == text.identity
+    assert contents(text.folder) == before
+    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
+    flip(text.folder / "train-00000" / "tokens.npy")
+    again = distinct.prepare()
+    with pytest.raises(DataError, match=r"train-00000/tokens\.npy: .*prepare RECIPE --check"):
+        again.shards[TRAIN][0].open()
+    told: list[str] = []
+    module.prepare(spec, distinct.means()._replace(check=True, warn=told.append))
+    assert contents(text.folder) == before
+    (line,) = told
+    assert line.startswith(f"{text.folder}: ")
+
+
+def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) -> None:
+    for number in range(1, NUM_FILES):
+        Path(f"{number}.txt").write_text(Path("0.txt").read_text())
+    text = corpus._replace(spec=corpus.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})).prepare()
+    assert text.counts[TRAIN].documents + text.counts[HELD_OUT].documents == 60
+    assert [shard.num_tokens for shard in text.shards[TRAIN]][1:] == [0] * (NUM_FILES - 1)
+    assert all(len(shard.open().tokens) == shard.num_tokens for part in PARTS for shard in text.shards[part])
+
+
+def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    with StoreWriter(tmp_path / "text" / "one", 8) as writer:
+        writer.add_all(np.zeros(0, dtype=np.uint16), np.zeros(3, dtype=np.int64))
+    shard: store.ShardFacts = {"name": "one", "documents": 3, "tokens": 0, "bytes": 9}
+    text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "")
+    write_distinct(text_module.open_text(tmp_path / "text"), Duplicates(), letters(), tmp_path / "distinct")
+    assert text_module.open_text(tmp_path / "distinct").counts[TRAIN] == (0, 0, 0)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
+    with pytest.raises(DataError, match=naming("data.held_out_fraction 360 sample_by:")):
+        corpus._replace(spec=corpus.spec.model_copy(update={"held_out_fraction": fraction})).prepare()
+
+
+# Files
+
+
+@pytest.mark.parametrize(("count", "processors"), [(3, 3), (None, 1)])
+def test_processors_where_a_system_does_not_say_which_may_be_used(
+    count: int | None, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert module._processors() == processors
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> None:
+    with StoreWriter(tmp_path / "store", 2**16 + 1) as writer:
+        writer.add(np.array([2**16, 5]), starts_document=True)
+        writer.add(np.array([], dtype=np.int64), starts_document=True)
+        writer.add(np.array([7]), starts_document=True)
+        writer.add(np.array([8]), starts_document=False)
+    seal(tmp_path, {})
+    facts = facts_of(tmp_path)
+    assert facts is not None
+    found = TokenStore.open(Verified(tmp_path, facts["files"], in_memory=in_memory), "store")
+    assert (found.tokens.dtype, found.tokens.tolist()) == (np.uint32, [2**16, 5, 7, 8])
+    assert found.offsets.tolist() == [0, 2, 4]
+    assert (found.num_documents, found.num_tokens) == (2, 4)
+
+
+def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
+    text = corpus.prepare()
+    facts = json.loads(json.loads((text.folder / "manifest.json").read_text())["manifest"])
+    assert facts == facts_of(text.folder)
+    assert facts["tokenizer"] == letters().sha256
+    for part in PARTS:
+        assert facts["counts"][part] == text.counts[part]._asdict()
+        assert [shard["name"] for shard in facts["shards"][part]] == [
+            f"piece-{number:05}/{part}-000" for number in range(NUM_FILES)
+        ]
+    assert set(facts["files"]) == {name for name in contents(text.folder) if name.endswith(".npy")}
+
+
+def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold its lines in order, wherever it is cut."""
+    Path("text.txt").write_text("".join(f"line {index} tells of {index**3}\n" for index in range(300)))
+    spec = DataSpec(corpora=(Files(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
+    tokenizer = letters()
+
+    def prepared(name: str) -> Prepared:
+        return module.prepare(spec, Means(here / name, untracked, Shows(), 1), tokenizer)
+
+    whole = prepared("whole").texts[""]
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    cut_up = prepared("cut").texts[""]
+    assert len(cut_up.shards[TRAIN]) == -(-Path("text.txt").stat().st_size // 1000)
+    for part in PARTS:
+        assert documents(cut_up.shards[part]) == documents(whole.shards[part])
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCHCLI_CACHE", "/somewhere")
+    assert default_cache() == Path("/somewhere")
+    monkeypatch.delenv("SWITCHCLI_CACHE")
+    assert default_cache() == Path.home() / ".cache" / "switchcli"

@@ -1,0 +1,426 @@
+"""LiveStream: the same batches on any ranks and from any step on, every training document once, nothing read twice."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from data_errors import naming
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from switchcli.data import streaming as module
+from switchcli.data.batch import Batch
+from switchcli.data.config import DataSpec
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare import shards as parts_module
+from switchcli.data.sources.corpus import Files
+from switchcli.data.sources.document import Document, Piece, is_held_out
+from switchcli.data.streaming import LiveStream, pieces_of
+from switchcli.data.text_mixture import Mixture, Weighted
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import DataError, RecipeError
+from switchcli.spec import EOS
+from switchcli.train.microbatches import Microbatches
+
+ROWS = SpanCorruption(inputs_length=8)
+LENGTH = ROWS.raw_length
+LANES, BATCH, MICROBATCH = 4, 8, 2
+STEPS = 60
+WORDS_A_DOCUMENT = 20
+FILES = {"a": 6, "b": 2}
+"""Files of each text: more than there are lanes, and fewer."""
+DOCUMENTS = 15
+HELD_OUT = 0.15
+SHARES = {"a": 0.7, "b": 0.3}
+WINDOW = 600
+NUM_WORDS = sum(FILES.values()) * DOCUMENTS * WORDS_A_DOCUMENT
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """As windows are beside texts that are far larger than one."""
+    patch.setattr(module, "WINDOW_CHARACTERS", WINDOW)
+    patch.setattr(module, "LEAST_CHARACTERS", WINDOW // 10)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files whose words are numbers, none of which comes twice."""
+    folder, word = tmp_path_factory.mktemp("live"), 0
+    for label, number in FILES.items():
+        for file in range(number):
+            lines = []
+            for _ in range(DOCUMENTS):
+                lines.append(" ".join(map(str, range(word, word + WORDS_A_DOCUMENT))))
+                word += WORDS_A_DOCUMENT
+            (folder / f"{label}{file}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def words() -> Tokenizer:
+    """The id of a word is its number and 3."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {str(word): word + 3 for word in range(NUM_WORDS)}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens([f"<extra_id_{index}>" for index in range(4)])
+    return Tokenizer.from_json(inner.to_str())
+
+
+TOKENIZER = words()
+
+
+def a_spec(folder: Path, lanes: int = LANES) -> DataSpec:
+    corpora = tuple(
+        Files(paths=(str(folder / f"{label}{file}.txt"),), sample_by="line", language=label)
+        for label, number in FILES.items()
+        for file in range(number)
+    )
+    return DataSpec(
+        corpora=corpora, mixture=Weighted(), objective=ROWS, access="stream", lanes=lanes, held_out_fraction=HELD_OUT
+    )
+
+
+def a_reader(spec: DataSpec, lane: int, label: str, pieces: module.Pieces | None = None) -> module.Reader:
+    return module.Reader(pieces or pieces_of(spec.texts()[label]), spec, TOKENIZER, lane, label, 0, WINDOW)
+
+
+class Run:
+    """The stream of a run on some ranks, step after step as its loaders ask for it."""
+
+    def __init__(self, spec: DataSpec, world: int = 1, seed: int = 5, labels: Sequence[str] = ("a", "b")) -> None:
+        pieces = {label: pieces_of(corpora) for label, corpora in spec.texts().items() if label in labels}
+        mixture = Mixture({label: SHARES[label] for label in labels}, seed, spec.lanes) if len(labels) > 1 else None
+        self.streams = [
+            LiveStream(spec, pieces, TOKENIZER, mixture, seed, BATCH, (rank, world), kept_steps=4)
+            for rank in range(world)
+        ]
+        self._batches = [
+            Microbatches(stream.batch, BATCH, MICROBATCH, 1, rank, world) for rank, stream in enumerate(self.streams)
+        ]
+
+    def step(self, step: int) -> Batch:
+        made = [micro.batch for batches in self._batches for micro in batches(step)]
+        return Batch(*(torch.cat([batch[field] for batch in made]) for field in range(2)))
+
+    def position(self, step: int) -> list[int]:
+        return np.sum([stream.position(step) for stream in self.streams], axis=0).tolist()
+
+    def seek(self, step: int, position: list[int]) -> None:
+        for stream in self.streams:
+            stream.seek(step, position)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(a, b, strict=True))
+
+
+def texts(batch: Batch) -> list[list[int]]:
+    """The words of each row."""
+    sentinels, rows = set(TOKENIZER.sentinels.tolist()), []
+    for inputs, targets in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), strict=True):
+        hidden: dict[int, list[int]] = {}
+        for index in targets:
+            if index in sentinels:
+                hidden[index] = []
+            elif index > 1:
+                hidden[list(hidden)[-1]].append(index)
+        rows.append([word - 3 for index in inputs if index > 1 for word in hidden.get(index, [index])])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> Iterator[tuple[list[Batch], list[list[int]]]]:
+    """The batches of a run on one rank that never stops, and where it stands after each number of steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        run = Run(a_spec(folder))
+        positions, batches = [run.position(0)], []
+        for step in range(STEPS):
+            batches.append(run.step(step))
+            positions.append(run.position(step + 1))
+        yield batches, positions
+
+
+Straight = tuple[list[Batch], list[list[int]]]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_same_batches_and_stand_where_one_does(world: int, folder: Path, straight: Straight) -> None:
+    run = Run(a_spec(folder), world)
+    assert run.position(0) == straight[1][0]
+    for step, batch in enumerate(straight[0]):
+        assert equal(run.step(step), batch)
+        assert run.position(step + 1) == straight[1][step + 1]
+
+
+def test_the_run_that_is_compared_with_goes_over_epochs_and_windows(straight: Straight) -> None:
+    last = np.array(straight[1][-1]).reshape(LANES, 2, -1)
+    assert (last[:, :, 0].max(0) >= 1).all(), "epochs"
+    assert (last[:, 0, 3] >= 3).all(), "windows"
+    assert {batch.inputs_BS.shape for batch in straight[0]} == {(BATCH, ROWS.inputs_length)}
+    assert len({str(texts(batch)) for batch in straight[0]}) == STEPS
+
+
+@settings(max_examples=25)
+@given(data=st.data(), stops=st.lists(st.integers(1, 20), min_size=1, max_size=3))
+def test_from_any_step_on_any_ranks_it_goes_on_as_if_never_stopped(
+    data: st.DataObject, stops: list[int], folder: Path, straight: Straight
+) -> None:
+    step, position = 0, straight[1][0]
+    for length in stops:
+        run = Run(a_spec(folder), data.draw(st.sampled_from([1, 2, 4])))
+        run.seek(step, position)
+        ahead = data.draw(st.integers(0, 2))  # a loader is some steps further than the one that is saved
+        for later in range(step, step + length + ahead):
+            if later < STEPS:
+                assert equal(run.step(later), straight[0][later])
+        step = min(step + length, STEPS)
+        position = run.position(step)
+        assert position == straight[1][step]
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_from_each_step_the_next_batches_are_the_same(step: int, folder: Path, straight: Straight) -> None:
+    run = Run(a_spec(folder), 2)
+    run.seek(step, straight[1][step])
+    for later in range(step, min(step + 3, STEPS)):
+        assert equal(run.step(later), straight[0][later])
+
+
+def training_documents(spec: DataSpec, label: str) -> list[str]:
+    found = (document for corpus in spec.texts()[label] for document in corpus.documents())
+    return [document.text for document in found if not is_held_out(document.identity, HELD_OUT)]
+
+
+@pytest.mark.parametrize("label", FILES)
+def test_every_training_document_comes_once_an_epoch_and_no_held_out_one_ever(label: str, folder: Path) -> None:
+    spec, epochs = a_spec(folder), 5
+    documents = training_documents(spec, label)
+    assert len(documents) < FILES[label] * DOCUMENTS
+    training = {int(word) for document in documents for word in document.split()}
+    counts: Counter[int] = Counter()
+    windows = 0
+    for lane in range(LANES):
+        reader = a_reader(spec, lane, label)
+        while reader.position.epoch < epochs:
+            counts.update((reader.raw(1) - 3).ravel().tolist())
+        windows += reader.position.window
+    assert set(counts) == training
+    tails = sum(max(0, epochs - counts[word]) for word in training)
+    again = sum(max(0, counts[word] - epochs) for word in training)
+    assert max(counts.values()) <= epochs + 2  # a lane of the smaller text is less than a window
+    assert tails <= windows * (LENGTH - 1), "the rest of a window that is less than a row"
+    assert again <= LANES * (WINDOW // 60 * WORDS_A_DOCUMENT + LENGTH), "what of the next epoch was in the last window"
+
+
+@pytest.mark.parametrize("label", FILES)
+def test_documents_are_parted_among_the_lanes(label: str, folder: Path) -> None:
+    """Each is read by one lane, with fewer pieces than lanes and with more: no lane is without."""
+    spec = a_spec(folder)
+    seen = []
+    for lane in range(LANES):
+        found = islice(a_reader(spec, lane, label)._documents(module.Position()), 2 * FILES[label] * DOCUMENTS)
+        seen.append([document.text for position, document in found if document is not None and position.epoch == 0])
+        assert len(seen[-1]) == len({*seen[-1]}) > 0
+    assert sorted(text for lane in seen for text in lane) == sorted(training_documents(spec, label))
+
+
+def test_epochs_go_through_the_pieces_in_other_orders(folder: Path) -> None:
+    spec = a_spec(folder, lanes=1)
+    orders: dict[int, list[str]] = {}
+    for position, document in islice(a_reader(spec, 0, "a")._documents(module.Position()), 8 * FILES["a"] * DOCUMENTS):
+        if document is None:
+            continue
+        file = document.name.rpartition(":")[0]
+        order = orders.setdefault(position.epoch, [])
+        if file not in order:
+            order.append(file)
+    whole = [order for order in orders.values() if len(order) == FILES["a"]]
+    assert len({tuple(order) for order in whole}) > len(whole) / 2 > 3
+
+
+def test_rows_are_mixed_as_intended(straight: Straight) -> None:
+    first_of_b = FILES["a"] * DOCUMENTS * WORDS_A_DOCUMENT
+    rows = [row for batch in straight[0] for row in texts(batch)]
+    for steps in (10, STEPS):
+        shown = sum(row[0] >= first_of_b for row in rows[: steps * BATCH])
+        assert shown / (steps * BATCH) == Mixture(SHARES, 5, LANES).shown(steps * BATCH)["b"]
+    assert shown / len(rows) == pytest.approx(0.3, abs=0.01)
+
+
+class Reads:
+    """What was asked of corpora: pieces with the row from which, and the rows that were looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[tuple[str, int]] = []
+        self.rows: list[tuple[str, int]] = []
+        read = Files.read
+
+        def noted(corpus: Files, piece: Piece, start: int = 0, dropped: Any = None) -> Iterator[Document]:
+            self.begun.append((piece.name, start))
+            for document in read(corpus, piece, start, dropped):
+                self.rows.append((piece.name, document.row))
+                yield document
+
+        monkeypatch.setattr(Files, "read", noted)
+
+
+def test_going_on_reads_from_the_window_that_it_stands_in(
+    folder: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, step = a_spec(folder), 40
+    run, reads = Run(spec), Reads(monkeypatch)
+    assert reads.begun == []
+    run.seek(step, straight[1][step])
+    assert reads.begun == []
+    assert equal(run.step(step), straight[0][step])
+    begins = {0, *np.array(straight[1][step]).reshape(LANES, 2, -1)[:, :, 2].ravel().tolist()}
+    assert {start for _, start in reads.begun} <= begins
+    assert any(start for _, start in reads.begun)
+    # Two windows of WINDOW characters a lane and text at most, of documents of some 80.
+    assert len(reads.rows) <= LANES * 2 * 2 * (WINDOW // 60 + 2) * 2
+
+
+def test_a_rank_reads_its_own_lanes_alone_which_have_other_pieces_in_other_epochs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Reads(monkeypatch)
+    run = Run(a_spec(folder), world=2, labels=("a",))
+    of_rank: list[set[str]] = []
+    for rank, stream in enumerate(run.streams):
+        reads.begun.clear()
+        mine = slice(rank * LANES // 2, (rank + 1) * LANES // 2)
+        step = 0
+        while not np.array(stream.position(step)).reshape(LANES, -1)[mine, 0].any():
+            of_rank[rank:] = [{name for name, _ in reads.begun}]
+            stream.batch(step, rank * BATCH // 2, BATCH // 2)
+            step += 1
+        for later in range(step, 400):
+            stream.batch(later, rank * BATCH // 2, BATCH // 2)
+        assert {Path(name).stem for name, _ in reads.begun} == {f"a{number}" for number in range(FILES["a"])}
+    assert not of_rank[0] & of_rank[1]
+    assert of_rank[0], "in the first epoch"
+    assert of_rank[1]
+
+
+def test_rows_are_asked_for_in_order(folder: Path) -> None:
+    run = Run(a_spec(folder))
+    run.step(0)
+    with pytest.raises(AssertionError, match="in order"):
+        run.step(2)
+
+
+def test_seeds_differ(folder: Path, straight: Straight) -> None:
+    assert not equal(Run(a_spec(folder), seed=6).step(0), straight[0][0])
+
+
+def test_ranks_that_cannot_share_the_lanes_are_refused_with_a_number(folder: Path) -> None:
+    with pytest.raises(RecipeError, match=naming("data.lanes 4 3 6")):
+        Run(a_spec(folder), world=3)
+
+
+def lines_in_files(folder: Path, files: Sequence[int], lanes: int = LANES) -> tuple[DataSpec, module.Pieces]:
+    """A stream of files of so many documents, whose words are numbers, none of which comes twice."""
+    ends = np.cumsum([0, *files])
+    for file, (begin, end) in enumerate(pairwise(ends.tolist())):
+        lines = [" ".join(str(5 * line + word) for word in range(5)) for line in range(begin, end)]
+        (folder / f"{file}.txt").write_text("\n".join(lines) + "\n")
+    corpora = tuple(Files(paths=(str(folder / f"{file}.txt"),), sample_by="line") for file in range(len(files)))
+    spec = DataSpec(corpora=corpora, objective=ROWS, access="stream", lanes=lanes, held_out_fraction=1e-9)
+    return spec, pieces_of(corpora)
+
+
+def test_a_lane_whose_piece_is_empty_goes_on_with_that_of_the_next_epoch(tmp_path: Path) -> None:
+    spec, pieces = lines_in_files(tmp_path, [27, 27, 0, 27])
+    stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
+    shown = Counter(word for step in range(80) for row in texts(stream.batch(step, 0, BATCH)) for word in row)
+    assert set(shown) == set(range(5 * 81))
+
+
+@pytest.mark.parametrize(("files", "lane"), [([0, 0, 0, 0], 1), ([3], 4)])
+def test_a_lane_without_a_row_in_any_epoch_is_told_of(files: list[int], lane: int, tmp_path: Path) -> None:
+    """All pieces are empty, or there are fewer than lanes, and fewer documents too."""
+    spec, pieces = lines_in_files(tmp_path, files)
+    stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
+    with pytest.raises(DataError, match=naming(f"data.corpora {lane} 4 data.lanes")):
+        stream.batch(0, 0, BATCH)
+
+
+def test_no_lane_shows_its_documents_twice_as_often_as_another_where_one_piece_is_very_small(tmp_path: Path) -> None:
+    """As a corpus has it whose last piece is what was left over."""
+    files = [60, 60, 60, 2]
+    spec, pieces = lines_in_files(tmp_path, files)
+    readers = [a_reader(spec, lane, "", pieces) for lane in range(LANES)]
+    shown = Counter((np.concatenate([reader.raw(800) for reader in readers]) - 3).ravel().tolist())
+    epochs = [reader.position.epoch for reader in readers]
+    assert min(epochs) > 10
+    assert max(epochs) <= 2 * min(epochs)
+    of_small = [shown[word] for word in range(5 * sum(files[:3]), 5 * sum(files))]
+    of_others = [shown[word] for word in range(5 * sum(files[:3]))]
+    assert max(of_small) <= 2 * np.mean(of_others)
+    assert max(of_others) <= 2 * min(of_others)
+
+
+class Rows:
+    """A corpus of documents that notes how many rows were gone through, those before the first asked for too."""
+
+    def __init__(self, documents: int) -> None:
+        self.documents, self.passed = documents, 0
+        self.begun: list[str] = []
+
+    def read(self, piece: Piece, start: int = 0, dropped: Any = None) -> Iterator[Document]:
+        self.begun.append(piece.name)
+        for row in range(self.documents):
+            self.passed += 1
+            if row >= start:
+                text = " ".join(str((row * 20 + word) % NUM_WORDS) for word in range(20))
+                yield Document(f"{piece.name}:{row}", text, f"{piece.name}:{row}", row)
+
+
+def test_a_stream_goes_through_each_row_of_a_piece_once_while_it_goes_on(folder: Path) -> None:
+    spec, rows = a_spec(folder, lanes=1), Rows(600)
+    pieces = [(cast("Files", rows), Piece(f"piece {number}", None)) for number in range(4)]
+    reader = a_reader(spec, 0, "a", pieces)
+    stood, passed = [reader.position], [0]
+    while reader.position.epoch == 0:
+        reader.raw(1)
+        stood.append(reader.position)
+        passed.append(rows.passed)
+    assert reader.position.window > 200, "windows of an epoch"
+    assert passed[-1] <= 4 * 600 + 2 * WINDOW // 20
+    middle = next(number for number, one in enumerate(stood) if one.place == 2 and one.row > 300)
+    wanted = reader = a_reader(spec, 0, "a", pieces)
+    wanted.raw(middle)
+    following = wanted.raw(3)
+    rows.passed, rows.begun = 0, []
+    reader = a_reader(spec, 0, "a", pieces)
+    reader.seek(stood[middle])
+    np.testing.assert_array_equal(reader.raw(3), following)
+    assert len(rows.begun) == 1, "the piece that it stands in"
+    assert rows.passed <= stood[middle].row + 2 * WINDOW // 20
+
+
+def test_a_document_of_many_parts_is_one_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "PART_CHARACTERS", 16)
+    objective = SpanCorruption(inputs_length=64)
+    spec = a_spec(folder, lanes=1).model_copy(update={"objective": objective, "packing": "documents"})
+    documents = training_documents(spec, "b")
+    assert min(len([*parts_module.cut_up(text)]) for text in documents) > 3
+    reader = a_reader(spec, 0, "b")
+    found = []
+    while reader.position.epoch == 0:
+        (row,) = reader.raw(1).tolist()
+        ends = [-1, *(place for place, index in enumerate(row) if index == EOS)]
+        found += [[word - 3 for word in row[begin + 1 : end]] for begin, end in pairwise(ends)]
+    assert {tuple(words) for words in found} == {tuple(map(int, text.split())) for text in documents}

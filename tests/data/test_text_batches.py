@@ -1,0 +1,192 @@
+"""The stream: a function of (seed, step), any split of the rows, every token once an epoch."""
+
+from collections import Counter
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from data_errors import naming
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from switchcli.data import dataset as windows
+from switchcli.data.batch import Batch
+from switchcli.data.config import Rows
+from switchcli.data.dataset import Chunks
+from switchcli.data.objectives.denoisers import Denoisers, PrefixLanguageModel
+from switchcli.data.objectives.packed_documents import WholeDocuments
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.store import Shard, TokenStore
+from switchcli.data.text_batches import TextStream
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import DataError
+from switchcli.spec import EOS
+
+CORRUPTION = SpanCorruption(inputs_length=16)
+ROWS: list[Rows] = [
+    *(SpanCorruption(inputs_length=length) for length in (16, 128, 256, 512)),
+    PrefixLanguageModel(inputs_length=20, targets_length=20, text_length=20),
+    Denoisers(inputs_length=64),
+    WholeDocuments(SpanCorruption(inputs_length=32)),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW_SHARDS", 2)
+
+
+LENGTHS = [1, 50, 3, 17, 200, 2, 9, 31, 44]
+
+
+class _Sentinels:
+    """As much of a tokenizer as the stream looks at."""
+
+    def __init__(self, number: int) -> None:
+        self.sentinels: NDArray[np.int64] = 60_000 - np.arange(number)
+
+    def encode(self, text: str) -> list[int]:
+        return [55_000 + ord(character) for character in text]
+
+
+class Stream(TextStream):
+    """A text in some shards; token number i of all is 100 + i."""
+
+    def __init__(
+        self, lengths: list[int] = LENGTHS, *, seed: int = 3, batch: int = 8, rows: Rows = CORRUPTION, shards: int = 1
+    ) -> None:
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        tokens = (100 + np.arange(offsets[-1])).astype(np.uint16)
+        stores = []
+        for edge, end in pairwise(len(lengths) * number // shards for number in range(shards + 1)):
+            within = offsets[edge : end + 1]
+            stores.append(TokenStore(tokens[within[0] : within[-1]], within - within[0]))
+        chunks = Chunks([*map(Shard.of, stores)], rows, seed)
+        self.rows_per_epoch = chunks.rows_per_epoch
+        super().__init__([chunks], cast("Tokenizer", _Sentinels(100)), rows, seed, batch)
+
+
+def raw(batch: Batch) -> list[list[int]]:
+    """The raw rows, from inputs and targets."""
+    rows = []
+    for inputs, targets in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), strict=True):
+        hidden: dict[int, list[int]] = {}
+        for index in targets[:-1]:
+            if index > 50_000:
+                hidden[index] = []
+            else:
+                hidden[list(hidden)[-1]].append(index)
+        rows.append([token for index in inputs if index > 1 for token in hidden.get(index, [index])])
+    return rows
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.inputs_BS, b.inputs_BS) and torch.equal(a.targets_BT, b.targets_BT)
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=lambda rows: f"{type(rows).__name__} {rows.inputs_length}")
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**63), step=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 7)), shards=st.integers(1, 6)
+)
+def test_any_split_of_the_rows_gives_the_same_batch(
+    rows: Rows, seed: int, step: int, cuts: set[int], shards: int
+) -> None:
+    lengths = [12 * length for length in LENGTHS]
+    whole = Stream(lengths, seed=seed, rows=rows, shards=shards).batch(step, 0, 8)
+    assert whole.inputs_BS.shape == (8, rows.inputs_length)
+    assert whole.targets_BT.shape == (8, rows.targets_length)
+    assert whole.inputs_BS.dtype == whole.targets_BT.dtype == torch.int64
+    edges = [0, *sorted(cuts), 8]
+    asked = Stream(lengths, seed=seed, rows=rows, shards=shards)
+    parts = [asked.batch(step, first, last - first) for first, last in pairwise(edges)]
+    assert equal(whole, Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    used = Stream()
+    for step in (9, 0, 4, 31):
+        used.batch(step, 2, 5)
+    assert equal(used.batch(5, 0, 8), Stream().batch(5, 0, 8))
+    assert not equal(used.batch(5, 0, 8), used.batch(6, 0, 8))
+    assert not equal(used.batch(5, 0, 8), Stream(seed=4).batch(5, 0, 8))
+
+
+def test_an_epoch_shows_every_chunk_once_and_the_next_in_another_order() -> None:
+    rows_per_epoch = Stream().rows_per_epoch
+    assert rows_per_epoch == sum(LENGTHS) // CORRUPTION.raw_length
+    epochs = []
+    for epoch in range(2):
+        rows = raw(Stream(batch=rows_per_epoch).batch(epoch, 0, rows_per_epoch))
+        counts = Counter(token for row in rows for token in row)
+        assert set(counts.values()) == {1}, "no token twice"
+        assert len(counts) == rows_per_epoch * CORRUPTION.raw_length, "all but the tail"
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) != sorted(epochs[1]), "documents were put end to end in another order"
+
+
+def test_documents_lie_end_to_end() -> None:
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+    starts, ends = set((100 + offsets[:-1]).tolist()), set((99 + offsets[1:]).tolist())
+    rows_per_epoch = Stream().rows_per_epoch
+    for row in raw(Stream(batch=rows_per_epoch).batch(0, 0, rows_per_epoch)):
+        for a, b in pairwise(row):
+            assert b == a + 1 or (a in ends and b in starts)
+
+
+def test_a_long_document_does_not_fill_a_batch() -> None:
+    rows = raw(Stream([2000, 2000, 2000], batch=12).batch(0, 0, 12))
+    assert len({(row[0] - 100) // 2000 for row in rows}) == 3
+
+
+def test_a_batch_may_hold_rows_of_two_epochs() -> None:
+    per_epoch = Stream().rows_per_epoch
+    across = Stream(batch=per_epoch + 2)
+    first_epoch = raw(Stream(batch=per_epoch).batch(0, 0, per_epoch))
+    second_epoch = raw(Stream(batch=per_epoch).batch(1, 0, per_epoch))
+    assert raw(across.batch(0, 0, per_epoch + 2)) == first_epoch + second_epoch[:2]
+
+
+def test_whole_documents_share_rows_and_every_epoch_shows_each_token_once() -> None:
+    starts = 100 + np.concatenate([[0], np.cumsum(LENGTHS)])
+    rows = WholeDocuments(SpanCorruption(inputs_length=32))
+    per_epoch = Stream(rows=rows).rows_per_epoch
+    epochs = []
+    for epoch in range(2):
+        batch = Stream(rows=rows, batch=per_epoch).batch(epoch, 0, per_epoch)
+        shown = []
+        for row in zip(batch.inputs_BS, batch.targets_BT, strict=True):
+            ends = [torch.nonzero(ids == EOS).flatten().tolist() for ids in row]
+            assert len(ends[0]) == len(ends[1]) > 0
+            parts = [ids.tensor_split([end + 1 for end in end_X]) for ids, end_X in zip(row, ends, strict=True)]
+            for inputs, targets in zip(parts[0][:-1], parts[1][:-1], strict=True):
+                (text,) = raw(Batch(inputs[None], targets[None]))
+                assert text == list(range(text[0], text[0] + len(text)))
+                assert np.searchsorted(starts, text[0], "right") == np.searchsorted(starts, text[-1], "right")
+                shown.append(text)
+            assert not any(part[-1].any() for part in parts)
+        tokens = sorted(token for text in shown for token in text)
+        assert tokens == list(range(101, int(starts[-1]))), "all but the document of one token"
+        epochs.append(shown)
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]), "the same rows in another order"
+
+
+def test_sentinels_are_used_in_order() -> None:
+    corruption = SpanCorruption(inputs_length=64)
+    inputs = Stream(rows=corruption).batch(0, 0, 1).inputs_BS[0].tolist()
+    assert [index for index in inputs if index > 50_000] == [60_000, 59_999, 59_998]
+
+
+def test_too_little_text_or_too_few_sentinels() -> None:
+    with pytest.raises(DataError, match=naming("8 2 17 inputs_length")):
+        Stream([5, 3])
+    long = SpanCorruption(inputs_length=4096)
+    with pytest.raises(DataError, match=naming("data.objective 227 100 inputs_length noise_density mean_span_length")):
+        Stream([5000], rows=long)
+    with pytest.raises(DataError, match=naming("3 3 2 inputs_length")):
+        Stream([1, 1, 1], rows=WholeDocuments(CORRUPTION))

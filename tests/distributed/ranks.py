@@ -1,0 +1,70 @@
+"""Run a function on several ranks: processes of this machine that find one another as a launcher's would."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from switchcli.distributed.mesh import ParallelSpec
+
+SECONDS = 120
+MESHES = {
+    "data 2": (2, ParallelSpec()),
+    "data 4": (4, ParallelSpec()),
+    "expert 2": (2, ParallelSpec(expert=2)),
+    "expert 2, twice": (4, ParallelSpec(expert=2)),
+    "expert 4": (4, ParallelSpec(expert=4)),
+    "model 2": (2, ParallelSpec(model=2)),
+    "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
+    "zero2 2": (2, ParallelSpec(shard="zero2")),
+    "zero3 2": (2, ParallelSpec(shard="zero3")),
+    "zero3 4, expert 2": (4, ParallelSpec(expert=2, shard="zero3")),
+    "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
+}
+"""Ranks, and how a model lies over them."""
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> list[Any]:
+    """What `function(*arguments)` returns on each of `world` ranks, in order; it must be importable by its name.
+
+    The processes are forked from a server that has imported torch and has no threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "torch._dynamo"])  # what ranks import, the slow part of a start
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    ends, processes = [], []
+    for rank in range(world):
+        here, there = context.Pipe(duplex=False)
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        process = context.Process(target=_rank, args=(environment, there, function, arguments), daemon=True)
+        process.start()
+        there.close()
+        ends.append(here)
+        processes.append(process)
+    try:
+        return [_answer(rank, end) for rank, end in enumerate(ends)]
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _answer(rank: int, end: Connection) -> Any:
+    assert end.poll(SECONDS), f"rank {rank} has not answered after {SECONDS} s"
+    failure, result = end.recv()
+    assert failure is None, f"rank {rank}: {failure}"
+    return result
+
+
+def _rank(environment: dict[str, int], end: Connection, function: Callable[..., Any], arguments: tuple[Any]) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="localhost")
+    try:
+        end.send((None, function(*arguments)))
+    except BaseException:
+        end.send((traceback.format_exc(), None))
+        raise

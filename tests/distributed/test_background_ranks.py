@@ -1,0 +1,110 @@
+"""Saves in the background of two ranks: the bytes of the foreground's, and one rank's full disk ends both."""
+
+import errno
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import NOISY, rows
+
+from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.fsops import DISK
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.signals import StopRequest
+from switchcli.errors import SwitchError
+from switchcli.model.init import initial_weights
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.train import loop
+from switchcli.train.callbacks import Save
+from switchcli.train.checkpointer import DATA, Saver
+from switchcli.train.config import CheckpointSpec, TrainSpec
+from switchcli.train.loss import cross_entropy
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.optimizers import Adafactor
+from switchcli.train.schedules import InverseSquareRoot
+from switchcli.train.state import TrainState
+
+STEPS, EVERY = 24, 8
+FULL = (".tmp-00000016", "model")
+"""The save that does not fit, on one rank, and its files."""
+
+
+class SlowDisk:
+    """Takes many steps for a save. If it is `full`, it takes no file of one step's weights."""
+
+    def __init__(self, seconds: float, full: bool) -> None:
+        self._seconds, self._full = seconds, full
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(DISK, name)
+
+    def write(self, path: Path, content: bytes | memoryview) -> None:
+        time.sleep(self._seconds)
+        if self._full and path.parent.name.startswith(FULL[0]) and path.name.startswith(FULL[1]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        DISK.write(path, content)
+
+
+def warn(message: str) -> None:
+    raise AssertionError(message)
+
+
+def trained(folder: Path, background: bool, full_on: int | None, parallel: ParallelSpec) -> tuple[str, str, int, int]:
+    """How a run ends on this rank: kind, words and code of its error, and the step that it has reached."""
+    torch.set_num_threads(1)
+    loop.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignment]  # no clock in state.json
+    runtime = Runtime("cpu", "float32", parallel)
+    with torch.device("meta"):
+        model = SwitchTransformer(NOISY)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(NOISY, 0, weights.experts))
+    state, optimizer = TrainState(), Adafactor(min_dim_to_factor=8).build(weights.parameters, weights.cuts)
+    settings = CheckpointSpec(keep_last=9, background=background)
+    disk = SlowDisk(0.02 * (1 + runtime.rank), runtime.rank == full_on)
+    saver = Saver(folder, weights, optimizer, runtime, {DATA: b"{}"}, settings, disk)
+    batches, stop = Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks), StopRequest()
+    hooks = [Save(EVERY, saver.save)]
+    spec = TrainSpec(steps=STEPS, batch_tokens=1)
+    wrapped, schedule = runtime.wrap(model), InverseSquareRoot()
+    try:
+        with saver.beside_training(stop.request, warn):
+            if not loop.fit(
+                state, wrapped, lambda step: cross_entropy, batches, optimizer, schedule, runtime, hooks, spec, stop
+            ):
+                saver.save(state)
+    except SwitchError as error:
+        return type(error).__name__, str(error), error.exit_code, state.step
+    return "", "", 0, state.step
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("parallel", [ALONE, ParallelSpec(expert=2)], ids=["data", "experts"])
+def test_two_ranks_write_the_bytes_of_the_foreground(parallel: ParallelSpec, tmp_path: Path) -> None:
+    for background in (False, True):
+        folder = tmp_path / str(background)
+        assert on_ranks(2, trained, folder, background, None, parallel) == [("", "", 0, STEPS)] * 2
+        assert len(list(folder.glob("step-*/model-*"))) == 2 * STEPS // EVERY
+    assert content(tmp_path / "False") == content(tmp_path / "True")
+
+
+@pytest.mark.parametrize("full_on", [0, 1])
+def test_a_full_disk_of_one_rank_ends_both(full_on: int, tmp_path: Path) -> None:
+    main, other = on_ranks(2, trained, tmp_path, True, full_on, ALONE)
+    kind, words, code, step = main
+    assert (kind, code) == (("CheckpointError", 4), ("RankError", 4))[full_on]
+    assert "No space left on device" in words
+    assert ("rank 1" in words) == (full_on == 1)
+    assert (other[0], *other[2:]) == ("OtherRankError", 4, step)
+    assert 16 <= step <= STEPS
+    found = checkpoint.latest(tmp_path, warn)
+    assert found is not None
+    assert found.step == EVERY
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]

@@ -1,0 +1,170 @@
+"""One checkpoint at any mesh: it opens wherever it was written, goes on as if never left, and is exported alike."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+import torch
+from ranks import on_ranks
+from tiny import SOURCE, TARGET, rows
+
+from switchcli.checkpoint import checkpoint, tensor_file
+from switchcli.checkpoint.tensor_file import Kind
+from switchcli.convert.config import Lengths
+from switchcli.convert.to_transformers import express, translate
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import here
+from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.signals import StopRequest
+from switchcli.errors import CheckpointError
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initial_weights
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.planner.step import held
+from switchcli.runs import transformers_checkpoint
+from switchcli.train.checkpointer import DATA, Saver, logical_tensors
+from switchcli.train.config import CheckpointSpec, TrainSpec
+from switchcli.train.loop import fit
+from switchcli.train.loss import cross_entropy
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
+from switchcli.train.schedules import InverseSquareRoot
+from switchcli.train.state import TrainState
+from switchcli.train.validation import evaluate, shared
+
+DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
+OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
+LEFT_OUT = ("data 4", "zero3 2")
+MESHES = {"1": (1, ALONE), **{name: mesh for name, mesh in ranks.MESHES.items() if name not in LEFT_OUT}}
+NOISY = tiny.NOISY.model_copy(update=tiny.TO_DIVIDE)
+Figures = dict[str, Any]
+
+
+def warn(message: str) -> None:
+    raise AssertionError(message)
+
+
+def going_on(
+    folder: Path, steps: int, parallel: ParallelSpec, optimizer: OptimizerSpec, spec: ModelSpec = NOISY
+) -> Figures:
+    """Restore what is in `folder`, if anything, train up to `steps`, save. The figure found there, and that left."""
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", "float32", parallel)
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(spec, 0, weights.experts))
+    state, built = TrainState(), optimizer.build(weights.parameters, weights.cuts)
+    settings = CheckpointSpec(save_every_steps=1, keep_last=99, keep_best=False)
+    saver = Saver(folder, weights, built, runtime, DOCUMENTS, settings)
+    saver.restore(state, warn)
+    held_out = shared(lambda first, count: rows(99, first, count), 8, 2, runtime.data_rank, runtime.data_ranks)
+
+    def figure() -> float:
+        return float(evaluate(model, cross_entropy, held_out, runtime)["neg_log_perplexity"].value())
+
+    found = figure()
+    if state.step < steps:
+        fit(
+            state,
+            runtime.wrap(model),
+            lambda step: cross_entropy,
+            Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks),
+            built,
+            InverseSquareRoot(),
+            runtime,
+            [],
+            TrainSpec(steps=steps, batch_tokens=1),
+            StopRequest(),
+        )
+    saver.save(state)
+    return {
+        "found": found,
+        "left": figure(),
+        "held": sum(here(weight).numel() for weight in weights.parameters.values()),
+    }
+
+
+def at(mesh: str, *arguments: object) -> list[Figures]:
+    world, parallel = MESHES[mesh]
+    return on_ranks(world, going_on, *arguments[:2], parallel, *arguments[2:])
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights by their logical names, then the optimizer's."""
+    found = checkpoint.Checkpoint.open(checkpoint.path(folder, step))
+    return {
+        name: tensor
+        for group in ("model", "optimizer")
+        for name, tensor in found.read(
+            group, {name: on_meta(kind) for name, kind in found.kinds(group).items()}
+        ).items()
+    }
+
+
+def exported(folder: Path, step: int) -> bytes:
+    """The weights of a checkpoint as `switchcli convert --to huggingface` writes them."""
+    found = checkpoint.Checkpoint.open(checkpoint.path(folder, step))
+    config, _ = express(NOISY, Lengths(SOURCE, TARGET), found.path, torch.float32)
+    with torch.device("meta"):
+        wanted = logical_tensors(SwitchTransformer(NOISY))
+    return tensor_file.encode(translate(config, found.read("model", wanted)))
+
+
+def on_meta(kind: Kind) -> torch.Tensor:
+    return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_goes_from_mesh_to_mesh(optimizer: str, tmp_path: Path) -> None:
+    """All meshes in turn, two steps each, against one process all along."""
+    left = None
+    for turn, mesh in enumerate(MESHES, 1):
+        alone = going_on(tmp_path / "alone", 2 * turn, ALONE, OPTIMIZERS[optimizer])
+        for one in at(mesh, tmp_path / "moved", 2 * turn, OPTIMIZERS[optimizer]):
+            assert one["found"] == pytest.approx(one["found"] if left is None else left, abs=1e-6)
+            assert one["left"] == pytest.approx(alone["left"], abs=1e-5)
+        left = one["left"]
+    last = 2 * len(MESHES)
+    assert tensors(tmp_path / "moved", last).keys() == tensors(tmp_path / "alone", last).keys()
+
+
+@pytest.mark.slow
+def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Path) -> None:
+    going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
+    before, export = tensors(tmp_path, 2), exported(tmp_path, 2)
+    for mesh, (world, parallel) in MESHES.items():
+        own = held(dict(transformers_checkpoint.empty(NOISY).named_parameters()), {}, parallel.model)
+        experts, data = own.expert // parallel.expert, world // parallel.model
+        numbers = [one["held"] - experts for one in at(mesh, tmp_path, 2, OPTIMIZERS["adafactor"])]
+        if parallel.shard == "none":
+            assert set(numbers) == {own.dense}
+        else:
+            assert sum(numbers) == own.dense * parallel.model  # all shards of all parts
+            assert max(numbers) < 1.2 * own.dense / data
+        again = tensors(tmp_path, 2)
+        assert before.keys() == again.keys()
+        assert all(torch.equal(before[name], again[name]) for name in before)
+        assert exported(tmp_path, 2) == export
+        assert len([*tmp_path.glob("step-00000002/model-*")]) == world  # each wrote its share
+    opened = logical_tensors(SwitchTransformer(NOISY))
+    assert opened.keys() == {name for name in before if "/" not in name}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_experts_is_refused_on_every_rank(tmp_path: Path) -> None:
+    going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
+    for said in on_ranks(2, refused, tmp_path, NOISY.model_copy(update={"num_experts": 8})):
+        assert re.search(r"num_experts\b.*checkpoint\b[^,]* 0\.\.3\b.*recipe\b[^,]* 0\.\.7\b", said)
+
+
+def refused(folder: Path, spec: ModelSpec) -> str:
+    try:
+        going_on(folder, 2, ParallelSpec(expert=2), OPTIMIZERS["adafactor"], spec)
+    except CheckpointError as error:
+        return str(error)
+    return "taken"

@@ -1,0 +1,157 @@
+"""Runtime: failures of the main rank reach all, integers add up, precision is the recipe's."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import SPARSE, a_model, rows
+
+from switchcli.data.batch import Batch
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.mesh import ParallelSpec
+from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError, SwitchError
+from switchcli.model.init import initial_weights
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
+from switchcli.train.microbatches import Microbatch, RealTokens
+
+
+def full() -> str:
+    raise CheckpointError("the disk is full")
+
+
+def two_ranks() -> dict[str, object]:
+    runtime = Runtime("cpu", "float32")
+    try:
+        runtime.on_main(full)
+        failure: tuple[str, int] | None = None
+    except (CheckpointError, OtherRankError) as error:
+        failure = (type(error).__name__, error.exit_code)
+    model = a_model(seed=runtime.rank)
+    runtime.wrap(model)
+    return {
+        "failure": failure,
+        "after": runtime.on_main(lambda: runtime.rank + 41),
+        "sum": runtime.sum_over_ranks([1, runtime.rank, 2**40]),
+        "from main": runtime.from_main(7 - runtime.rank),
+        "tensor": runtime.all_reduce(torch.full((2,), 0.5 + runtime.rank, dtype=torch.float64)).tolist(),
+        "main": runtime.is_main,
+        "weight": model.embedding.detach().numpy(),
+    }
+
+
+def test_two_ranks_act_as_one() -> None:
+    main, other = on_ranks(2, two_ranks)
+    assert main["failure"] == ("CheckpointError", 4)
+    assert other["failure"] == ("OtherRankError", 4)  # the main rank's exit code, and no words
+    assert (main["after"], other["after"]) == (41, None)
+    assert main["sum"] == other["sum"] == [2, 1, 2**41]
+    assert main["from main"] == other["from main"] == 7
+    assert main["tensor"] == other["tensor"] == [2.0, 2.0]
+    assert (main["main"], other["main"]) == (True, False)
+    assert (main["weight"] == other["weight"]).all()  # wrapping hands out the main rank's weights
+
+
+def test_one_process_alone() -> None:
+    runtime = Runtime("auto", "float32")
+    assert (runtime.rank, runtime.world, runtime.is_main) == (0, 1, True)
+    assert runtime.sum_over_ranks([3, 4]) == [3, 4]
+    assert runtime.from_main(5) == 5
+    assert runtime.on_main(lambda: "done") == "done"
+    with pytest.raises(CheckpointError):
+        runtime.on_main(full)
+    batch = Batch(torch.ones(1, 2), torch.zeros(1, 3))
+    assert isinstance(runtime.place(batch), Batch)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
+    """In the main thread of a process of its own, as in a run: of other threads' memory glibc keeps less."""
+    script = """
+import resource
+import torch
+from switchcli.distributed.context import Runtime
+Runtime("cpu", "float32")
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+before = faults()
+for _ in range(10): torch.ones(2**24)
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**14  # 64 MiB: the pages of one of them
+
+
+def test_autocast_is_bfloat16_only_when_the_recipe_says_so() -> None:
+    x = torch.ones(2, 2)
+    with Runtime("cpu", "float32").autocast():
+        assert (x @ x).dtype == torch.float32
+    with Runtime("cpu", "bfloat16").autocast():
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_cuda_is_not_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"train\.device\b.*\bcuda\b.*\bauto\b.*\bcpu\b"):
+        Runtime("cuda", "float32")
+
+
+def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    Runtime("cpu", "float32")  # accelerate keeps the first answer of a process: one rank
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match=r"\b2 ranks\b.*\b1\b.*--processes\b.*\btorchrun\b"):
+        Runtime("cpu", "float32")
+
+
+def every_rank_writes(failing: int | None) -> tuple[str, str, int]:
+    """How a rank leaves `on_every`: by what it returned or raised, with which words and code."""
+    runtime = Runtime("cpu", "float32")
+
+    def write() -> str:
+        if runtime.rank == failing:
+            raise CheckpointError("no space left: free some")
+        return f"written by {runtime.rank}"
+
+    try:
+        return "", runtime.on_every(write), 0
+    except SwitchError as error:
+        return type(error).__name__, str(error), error.exit_code
+
+
+def test_what_a_rank_fails_with_is_said_by_the_main_one() -> None:
+    assert on_ranks(2, every_rank_writes, None) == [("", "written by 0", 0), ("", "written by 1", 0)]
+    main, other = on_ranks(2, every_rank_writes, 1)
+    assert (main[0], main[2]) == ("RankError", 4)
+    assert re.search(r"\brank 1\b.*no space left: free some", main[1])
+    assert (other[0], other[2]) == ("OtherRankError", 4)
+    main, other = on_ranks(2, every_rank_writes, 0)
+    assert main == ("CheckpointError", "no space left: free some", 4)
+    assert (other[0], other[2]) == ("OtherRankError", 4)
+
+
+def steps_of_shards() -> list[int]:
+    """Hooks on the weight that a sharded model returns with its output, after each of three steps."""
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", "float32", ParallelSpec(shard="zero3"))
+    with torch.device("meta"):
+        model = SwitchTransformer(SPARSE)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(SPARSE, 0, weights.experts))
+    found = []
+    for step in range(3):
+        batch = rows(step, 0, 2)
+        microbatches = [Microbatch(0, batch, RealTokens.of(batch))]
+        accumulate_gradients(model.train(), cross_entropy, microbatches, microbatches[0].real, runtime, "")
+        with torch.no_grad():
+            found.append(len(model(*rows(step, 0, 2)[:2]).vocabulary.weight_VD._backward_hooks or ()))
+    return found
+
+
+def test_no_hooks_pile_up_on_the_weight_of_the_softmax() -> None:
+    assert on_ranks(2, steps_of_shards) == [[0, 0, 0]] * 2

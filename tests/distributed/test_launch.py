@@ -1,0 +1,212 @@
+"""launch: the exit code of the rank that failed, and what it said; a rank that was killed."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from switchcli.distributed.launch import Ended, is_rank, join_srun, launch, report, saving_seconds
+from switchcli.errors import DataError, DistributedError, LostRank
+
+LAUNCH = """
+import os, signal, sys
+from switchcli.distributed.launch import launch
+os.chdir(sys.argv[1])  # `python -m switchcli` then finds what the test put there
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("heeded"))
+ended = launch(2, sys.argv[2:])
+print("told:", ended.error)
+sys.exit(ended.exit_code)
+"""
+RANK = """
+import os, signal, sys, time
+rank, what = os.environ["RANK"], sys.argv[1]
+print(f"rank {rank} of {os.environ['WORLD_SIZE']}", flush=True)
+if what == "kill" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what in ("fail", "die") and rank == "1":
+    print("the rule, the numbers, the way out", file=sys.stderr)
+    if what == "fail":
+        open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[4, "the rule"]')
+    sys.exit(4)
+if what == "twice":  # it saves for long; the main one has the launcher pressed on again meanwhile
+    came = []
+    def saving(number, frame):
+        came.append(number)
+        if rank == "0" and len(came) == 1:
+            time.sleep(0.5)
+            os.kill(os.getppid(), signal.SIGINT)
+        if len(came) == 2:
+            open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[130, "at once", ""]')
+            os._exit(130)
+    signal.signal(signal.SIGINT, saving)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open("ready" + rank, "w").close()
+    while not os.path.exists("ready1"):
+        time.sleep(0.01)
+    if rank == "0":
+        os.kill(os.getppid(), signal.SIGINT)
+if what == "fail":  # ended by the launcher, it says so, and is not the one to blame
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped", "after step 1"]')
+if what == "early":  # the main one dies of it, as nothing in it handles signals yet; the other does
+    if rank == "1":
+        def heed(number, frame):
+            open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped", "outside training"]')
+            os._exit(75)
+        signal.signal(signal.SIGTERM, heed)
+        os.kill(os.getppid(), signal.SIGTERM)
+if what != "end":
+    time.sleep(60)
+"""
+
+
+def launched(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Two ranks of a package called switchcli, in `folder`, that only does what it is told."""
+    ranks = folder / "switchcli"
+    ranks.mkdir()
+    (ranks / "__init__.py").touch()
+    (ranks / "__main__.py").write_text(RANK)
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCH, str(folder), what],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+
+@pytest.mark.parametrize("what", ["end", "fail", "die", "kill"])
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path: Path) -> None:
+    done = launched(what, tmp_path)
+    assert "rank 1 of 2" in done.stdout
+    if what == "end":
+        assert "rank 0 of 2" in done.stdout  # else it may be ended before it says so
+        assert done.returncode == 0
+        assert "told: None" in done.stdout
+    if what in ("fail", "die"):
+        assert "the rule, the numbers, the way out" in done.stderr
+    if what == "fail":
+        assert done.returncode == 4
+        assert "told: the rule\n" in done.stdout
+        assert "Traceback" not in done.stderr
+    if what == "die":
+        assert re.search(r"LostRank: .*\brank 1\b.*\b4\b", done.stderr)
+    if what == "kill":
+        assert re.search(r"LostRank: .*\brank 1\b.*\bSIGKILL\b", done.stderr)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
+def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
+    """As the first did: torch alone would wait for them, for minutes."""
+    begun = time.monotonic()
+    done = launched("twice", tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (130, "told: at once"), done.stderr
+    assert time.monotonic() - begun < 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
+def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = launched("early", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "heeded\n")
+    assert time.monotonic() - begun < 25
+
+
+@pytest.mark.parametrize("has_option", [True, False])
+def test_torchrun_gets_the_saving_time_only_where_it_takes_one(
+    has_option: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch 2.13's torchrun has `--shutdown-timeout`, that of torch 2.11 has not and waits 30 s."""
+    old, new = argparse.ArgumentParser(), argparse.ArgumentParser()
+    new.add_argument("--shutdown-timeout")
+    given: list[list[str]] = []
+
+    class Parser:
+        def parse_args(self, options: list[str]) -> None:
+            given.append(options)
+
+        def format_help(self) -> str:
+            return (new if has_option else old).format_help()
+
+    monkeypatch.setattr("torch.distributed.run.get_args_parser", Parser)
+    monkeypatch.setattr("torch.distributed.run.run", lambda _: None)
+    monkeypatch.setattr("logging.disable", lambda _: None)
+    monkeypatch.setenv("SWITCHCLI_REPORTS", str(tmp_path))
+    assert launch(2, ["pretrain"]) == Ended(0, None)
+    assert [option for option in given[0] if "shutdown" in option] == ["--shutdown-timeout=300"] * has_option
+    assert saving_seconds() == (300 if has_option else 30)
+
+
+def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert not is_rank()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert is_rank()
+
+
+def test_a_rank_reports_only_to_a_launcher_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SWITCHCLI_REPORTS", raising=False)
+    assert not report(DataError("why"), "why")
+    monkeypatch.setenv("SWITCHCLI_REPORTS", str(tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    assert not report(DistributedError("the launcher's own end"), "its end")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert report(DataError("why"), "why")
+    assert json.loads((tmp_path / "1").read_text()) == [3, "why", ""]
+    lost = LostRank("rank 0 has ended")
+    lost.add_note("after step 7")
+    assert report(lost, "why")
+    assert json.loads((tmp_path / "1").read_text()) == [6, "why", "after step 7"]
+
+
+SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-05,9],cpu1", "gpu03"), ("a-1,b", "a-1"), ("n1.site", "n1.site"), ("n[1,3]", "n1"), ("n[12]", "n12")],
+)
+def test_a_task_of_srun_is_a_rank(nodes: str, first: str) -> None:
+    environment = {**SRUN, "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "1234567"}
+    join_srun(environment)
+    assert environment.items() >= {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": first, "MASTER_PORT": "24567",
+    }.items()  # fmt: skip
+
+
+def test_where_the_tasks_meet_may_be_given_and_must_be_known() -> None:
+    environment = {**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "1", "SLURM_STEP_NODELIST": "b"}
+    join_srun(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("a", "1")
+    for nodes in ({}, {"SLURM_STEP_NODELIST": "rack[0-1]node[0-7]"}):
+        with pytest.raises(DistributedError, match=r"srun\b.*\b4 tasks\b.*\bMASTER_ADDR\b.*\bMASTER_PORT\b"):
+            join_srun({**SRUN, **nodes})
+    with pytest.raises(DistributedError, match=r"\bSLURM_JOB_ID\b.*'x'.*\bMASTER_PORT\b"):
+        join_srun({**SRUN, "SLURM_STEP_NODELIST": "a", "SLURM_JOB_ID": "x"})
+    with pytest.raises(DistributedError, match=r"srun\b.*\b2 tasks\b.*\bMASTER_ADDR\b"):
+        join_srun({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {**SRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},  # a shell that salloc gave
+    ],
+)
+def test_what_is_no_task_of_several_is_left_alone(environment: dict[str, str]) -> None:
+    before = dict(environment)
+    join_srun(environment)
+    assert environment == before

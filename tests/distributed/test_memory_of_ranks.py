@@ -1,0 +1,60 @@
+"""Experts that do not fit into one process train on four."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import SHAPE, rows
+
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.mesh import ParallelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.init import initial_weights
+from switchcli.model.moe.router import Switch
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
+from switchcli.train.microbatches import Microbatches, RealTokens
+from switchcli.train.optimizers import Adafactor
+
+MIB = 2**20
+LARGE = ModelSpec(
+    **{**SHAPE, "d_model": 256, "d_ff": 1024},
+    num_experts=128,
+    sparse_every=1,
+    router=Switch(capacity_factor=8.0, min_capacity=1),
+)
+ROOM = 1216 * MIB
+"""Of address space beyond what a rank takes before it has a model; half of it is for what threads of gloo reserve."""
+
+
+def trained(parallel: ParallelSpec) -> str:
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", "float32", parallel)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        with torch.device("meta"):
+            model = SwitchTransformer(LARGE)
+        weights = runtime.spread(model)
+        weights.fill(initial_weights(LARGE, 0, weights.experts))
+        optimizer = Adafactor().build(weights.parameters, weights.cuts)
+        batches = Microbatches(rows, 4, 1, 1, runtime.rank, runtime.world)
+        accumulate_gradients(runtime.wrap(model), cross_entropy, list(batches(0)), RealTokens(12, 9), runtime, "")
+        optimizer.step(1e-3)
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own size from Linux")
+def test_experts_that_one_rank_has_no_room_for_train_on_four() -> None:
+    expert_bytes = 4 * count(LARGE).expert
+    assert ROOM - 256 * MIB <= expert_bytes <= ROOM  # the weights alone would fit; their gradients do not
+    assert "can't allocate memory" in on_ranks(1, trained, ParallelSpec())[0]
+    assert on_ranks(4, trained, ParallelSpec(expert=4)) == ["trained"] * 4

@@ -1,0 +1,467 @@
+"""One recipe, one gradient: however a step's batch is cut into microbatches and spread over ranks, and experts with it.
+
+The tolerance is 2e-6 of the largest entry of each tensor: float32 keeps 6e-8 of a number, and sums of a few hundred
+terms in another order differ by a few times that; an entry that is itself near zero is what is left of larger terms.
+Where a model axis divides the sums of the forward pass too, each layer's input differs by its rounding.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from numpy.typing import NDArray
+from ranks import MESHES, on_ranks
+from tiny import DROPPING, TO_DIVIDE, a_model, rows
+from torch import nn
+
+from switchcli.data.batch import Answers, Batch, Lesson
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import Part, Weights, here
+from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.signals import StopRequest
+from switchcli.errors import NumericsError
+from switchcli.model.config import ModelSpec
+from switchcli.model.decoding import Decoding
+from switchcli.model.generation import generate
+from switchcli.model.init import initial_weights
+from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.losses import AuxiliaryLoss
+from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.recompute import recompute_blocks
+from switchcli.model.trainable import Group, freeze, members, trainable
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.spec import PAD
+from switchcli.train.callbacks import HeldOut, Hook, Log
+from switchcli.train.config import Precision, TrainSpec
+from switchcli.train.distillation import Distillation, DistillSpec, Teacher
+from switchcli.train.loop import fit
+from switchcli.train.loss import Objective, StepLoss, cross_entropy
+from switchcli.train.microbatches import Microbatches
+from switchcli.train.optimizers import Adafactor, AdamW, Optimizer, OptimizerSpec
+from switchcli.train.schedules import InverseSquareRoot
+from switchcli.train.state import TrainState
+from switchcli.train.validation import HeldOutText, evaluate, reduce, shared
+
+DENSE, GROUPED, NOISY, SPARSE = (
+    spec.model_copy(update=TO_DIVIDE) for spec in (tiny.DENSE, tiny.GROUPED, tiny.NOISY, tiny.SPARSE)
+)
+RELATIVE = 2e-6
+BATCH = 8
+OPTIMIZERS: dict[str, OptimizerSpec] = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
+CLIP = 0.05
+HERE = "experts that this rank holds"
+Arrays = dict[str, NDArray[Any]]
+
+
+class Recorder(Optimizer):
+    """Keeps the gradients that it is given, and moves nothing."""
+
+    def step(self, learning_rate: float) -> None:
+        self.seen = {
+            name: Part(here(parameter.grad), self.cuts.get(name, ())).whole().clone()
+            for name, parameter in self.parameters.items()
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class Keep(Hook):
+    """Keeps the metrics of the step, summed over ranks."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(1)
+        self.runtime = runtime
+
+    def __call__(self, state: TrainState) -> None:
+        self.metrics = reduce(state.window, self.runtime)
+
+
+def model_of(spec: ModelSpec, runtime: Runtime) -> tuple[SwitchTransformer, Weights]:
+    """What `a_model(spec)` is, as far as this rank holds it."""
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(spec, 0, weights.experts))
+    return model, weights
+
+
+def gradients(
+    spec: ModelSpec,
+    microbatch: int | None,
+    clip_norm: float | None,
+    group: Group = "all",
+    objective: Objective = cross_entropy,
+    precision: Precision = "float32",
+    collapsed: bool = False,
+    recomputed: bool = False,
+    parallel: ParallelSpec = ALONE,
+) -> Arrays:
+    """Of one step of `fit` on these ranks: every gradient and metric, by name.
+
+    `collapsed`: every token goes to the first expert. `recomputed`: blocks are computed again on the way back.
+    """
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", precision, parallel)
+    model, weights = model_of(spec, runtime)
+    for name, weight in weights.parameters.items():
+        if collapsed and "router" in name:
+            here(weight).zero_()
+    freeze(model, group)
+    if recomputed:
+        recompute_blocks(model)
+    optimizer, keep, state = Recorder(trainable(model), weights.cuts), Keep(runtime), TrainState()
+    fit(
+        state,
+        runtime.wrap(model),
+        lambda step: objective,
+        Microbatches(rows, BATCH, microbatch, 1, runtime.data_rank, runtime.data_ranks),
+        optimizer,
+        InverseSquareRoot(),
+        runtime,
+        [keep],
+        TrainSpec(steps=1, batch_tokens=1, clip_norm=clip_norm),
+        StopRequest(),
+    )
+    load = keep.metrics.pop("layer_load", None)  # tokens: their mean over forward passes depends on their number
+    metrics = {f"metric {name}": mean.value().float() for name, mean in keep.metrics.items()}
+    if load is not None:
+        metrics["layer_load"] = load.total
+    experts = torch.tensor([*weights.experts])
+    seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: experts, **optimizer.seen, **metrics}
+    return {name: tensor.numpy() for name, tensor in seen.items()}
+
+
+def of_kept_answers(model: nn.Module, batch: Batch) -> StepLoss:
+    """The loss of a student whose teacher's answers are kept: some of them on either half of the vocabulary."""
+    ids_BTK = (batch.targets_BT.unsqueeze(2) + torch.arange(5) * 7) % SPARSE.vocab_size
+    rest_BT = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
+    answers = Answers(ids_BTK, torch.full_like(ids_BTK, 0.15, dtype=torch.float32), rest_BT)
+    lesson = Lesson(batch.inputs_BS, batch.targets_BT, answers)
+    return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), None, lambda batch: None)(model, lesson)
+
+
+def distilled(model: nn.Module, batch: Batch) -> StepLoss:
+    """The loss of a student whose teacher every rank holds whole."""
+    teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32", 1.0)
+    return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, lambda batch: None)(model, batch)
+
+
+def naive(clip_norm: float | None = None) -> Arrays:
+    """Autograd on the loss as it is meant, one sequence at a time: no microbatches, no ranks, no shared code."""
+    model = a_model(SPARSE).train()
+    inputs_BS, targets_BT = rows(0, 0, BATCH)
+    total, count = torch.zeros(()), 0
+    balances = {"encoder": torch.zeros(()), "decoder": torch.zeros(())}
+    for row in range(BATCH):
+        output = model(inputs_BS[row : row + 1], targets_BT[row : row + 1])
+        log_probability_TV = output.logits_BTV[0].log_softmax(-1)
+        for position, target in enumerate(targets_BT[row].tolist()):
+            if target:
+                total, count = total - log_probability_TV[position, target], count + 1
+        # Each row is a group, and counts by its real tokens.
+        for stack, reports, ids in (
+            ("encoder", output.encoder_reports, inputs_BS[row]),
+            ("decoder", output.decoder_reports, targets_BT[row]),
+        ):
+            real = sum(token != PAD for token in ids.tolist())
+            balances[stack] = balances[stack] + real * sum(report.balance for report in reports)
+    num_inputs = sum(token != PAD for token in inputs_BS.flatten().tolist())
+    balance = balances["encoder"] / num_inputs + balances["decoder"] / count
+    (total / count + SPARSE.router.balance_loss_coef * balance).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (float(norm) + 1e-6))  # as torch has it
+    found = {name: gradient * factor for name, gradient in found.items()}
+    found["metric gradient_norm"] = norm
+    found["metric neg_log_perplexity"] = -total.detach() / count
+    found["targets"] = torch.tensor(float(count))
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def as_held(whole: Arrays, part: Arrays) -> Arrays:
+    """Of `whole` what the rank that has `part` holds."""
+    return {
+        name: array[part[HERE]] if ".experts." in name and HERE in part else array
+        for name, array in whole.items()
+        if name != HERE
+    }
+
+
+def assert_same(found: Arrays, expected: Arrays) -> None:
+    for name, array in as_held(expected, found).items():
+        largest = max(float(np.abs(array).max()), 1e-30)
+        assert float(np.abs(found[name] - array).max()) <= RELATIVE * largest, name
+
+
+@pytest.mark.parametrize("clip_norm", [None, CLIP])
+@pytest.mark.parametrize("microbatch", [1, 2, None])
+def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_its_targets(
+    microbatch: int | None, clip_norm: float | None
+) -> None:
+    found = gradients(SPARSE, microbatch, clip_norm)
+    assert found["metric dropped_fraction"] > 0.1
+    assert_same(found, naive(clip_norm))
+    if clip_norm is not None:
+        norm = np.sqrt(
+            sum(np.square(array).sum() for name, array in found.items() if "." in name or name == "embedding")
+        )
+        assert norm == pytest.approx(clip_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
+def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(group: Group) -> None:
+    found, whole = gradients(SPARSE, 2, None, group), gradients(SPARSE, 2, None)
+    learning = members(a_model(SPARSE), group).keys()
+    assert {name for name in found if name in dict(a_model(SPARSE).named_parameters())} == learning
+    assert_same(found, {name: whole[name] for name in learning})
+    norm = np.sqrt(sum(np.square(whole[name]).sum() for name in learning))
+    assert found["metric gradient_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
+    """Weights and all records of a run of 20 steps with dropout, jitter, clipping, logging and evaluation."""
+    steps = 20
+    runtime = Runtime("cpu", "float32", parallel)
+    (model, weights), state, records = model_of(NOISY, runtime), TrainState(), []
+    optimizer = spec.build(weights.parameters, weights.cuts)
+    batches = Microbatches(rows, BATCH, 2, 1, runtime.data_rank, runtime.data_ranks)
+    schedule = InverseSquareRoot()
+
+    def held_out(text: HeldOutText) -> list[Batch]:
+        return shared(text.rows, text.num_rows, 2, runtime.data_rank, runtime.data_ranks)
+
+    texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
+    parts = SPARSE.routed_parts()
+    hooks = [
+        Log(2, steps, schedule, 1, 1, runtime, records.append, print, state, parts, lambda step: {}, lambda: 0.0),
+        HeldOut(10, model, cross_entropy, texts, held_out, runtime, records.append),
+    ]
+    settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
+    fit(
+        state,
+        runtime.wrap(model),
+        lambda step: cross_entropy,
+        batches,
+        optimizer,
+        schedule,
+        runtime,
+        hooks,
+        settings,
+        StopRequest(),
+    )
+    clock = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left", "data_wait_fraction"}
+    for record in records:  # of nested figures the names are joined
+        layers = record.pop("layers", {})
+        record |= {f"{layer} {name}": value for layer, each in layers.items() for name, value in each.items()}
+    figures = {
+        f"record {name}": np.array([record[name] for record in records if name in record])
+        for name in {key for record in records for key in record} - clock
+    }
+    whole = {
+        name: Part(here(parameter), weights.cuts.get(name, ())).whole().numpy()
+        for name, parameter in weights.parameters.items()
+    }
+    return {HERE: np.array(weights.experts), **figures, **whole}
+
+
+def answered(parallel: ParallelSpec = ALONE) -> Arrays:
+    """Tokens that the model says step by step: the most probable, and those of a search."""
+    runtime = Runtime("cpu", "float32", parallel)
+    model, _ = model_of(SPARSE, runtime)
+    inputs_BS, found = rows(7, 0, 4).inputs_BS, {}
+    with evaluating(model, "dropless"):
+        for beams in (1, 3):
+            decoding = Decoding(max_tokens=6, beams=beams)
+            found[f"beams {beams}"] = generate(model, inputs_BS, decoding, all_done=runtime.all_done).numpy()
+    return found
+
+
+def evaluated(parallel: ParallelSpec = ALONE) -> Arrays:
+    """Metrics of a held-out set that the ranks cannot share evenly."""
+    runtime = Runtime("cpu", "float32", parallel)
+    batches = shared(lambda first, count: rows(5, first, count), 11, 2, runtime.data_rank, runtime.data_ranks)
+    metrics = evaluate(model_of(SPARSE, runtime)[0], cross_entropy, batches, runtime)
+    return {name: metrics[name].value().numpy() for name in ("neg_log_perplexity", "dropped_fraction")}
+
+
+def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = ALONE) -> tuple[int, int]:
+    """The step at which a run ends when one rank alone is asked to stop, or has a loss that is not a number; and how:
+    0 for a stop, else the exit code."""
+    runtime = Runtime("cpu", "float32", parallel)
+    (model, weights), stop, state = model_of(SPARSE, runtime), StopRequest(), TrainState()
+
+    def objective(module: nn.Module, batch: Batch) -> StepLoss:
+        loss = cross_entropy(module, batch)
+        if state.step == 1:
+            stop.requested = runtime.rank == stop_on
+            if runtime.rank == poison_on:
+                return loss._replace(
+                    auxiliary=AuxiliaryLoss(*(part._replace(total=part.total * math.nan) for part in loss.auxiliary))
+                )
+        return loss
+
+    try:
+        fit(
+            state,
+            runtime.wrap(model),
+            lambda step: objective,
+            Microbatches(rows, BATCH, None, 1, runtime.data_rank, runtime.data_ranks),
+            Adafactor().build(weights.parameters, weights.cuts),
+            InverseSquareRoot(),
+            runtime,
+            [Keep(runtime)],
+            TrainSpec(steps=9, batch_tokens=1),
+            stop,
+        )
+    except NumericsError as error:
+        return state.step, error.exit_code
+    return state.step, 0
+
+
+TOP_2 = SPARSE.model_copy(update={"activation": "geglu", "router": TopK(capacity_factor=0.6, min_capacity=1)})
+TRYING_AGAIN = SPARSE.model_copy(update={"router": NoTokenLeftBehind(capacity_factor=0.6, min_capacity=1)})
+CHOOSING = SPARSE.model_copy(update={"router": ExpertChoice(min_capacity=1), "decoder_router": DROPPING})
+ATTENTION = SPARSE.model_copy(update={"sparse": "both", "sparse_every": 1})
+DROPLESS = NOISY.model_copy(update={"router": Switch(capacity_factor="dropless")})
+
+CASES: dict[str, Callable[..., Arrays]] = {
+    "at once": partial(gradients, SPARSE, None, None),
+    "accumulated and clipped": partial(gradients, SPARSE, 1, CLIP),
+    "groups of two sequences": partial(gradients, GROUPED, None, CLIP),
+    "dense": partial(gradients, DENSE, None, CLIP),
+    "dropout and jitter": partial(gradients, NOISY, 2, CLIP),
+    "all but the experts": partial(gradients, SPARSE, None, CLIP, "non_expert"),
+    "the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert"),
+    "the dense feed-forwards alone": partial(gradients, GROUPED, None, None, "dense_feed_forward"),
+    "top-2 of experts with GEGLU": partial(gradients, TOP_2, 2, None),
+    "no token left behind": partial(gradients, TRYING_AGAIN, 2, None),
+    "experts that choose": partial(gradients, CHOOSING, 2, None),
+    "a Switch attention": partial(gradients, ATTENTION, None, CLIP),
+    "a slot for every token": partial(gradients, DROPLESS, 2, None),
+    "all tokens to one rank": partial(gradients, DROPLESS, 2, None, collapsed=True),
+    "computed again, noisy": partial(gradients, NOISY, 2, CLIP, recomputed=True),
+    "computed again, a slot for every token": partial(gradients, DROPLESS, 2, None, recomputed=True),
+    "computed again, a Switch attention": partial(gradients, ATTENTION, None, CLIP, recomputed=True),
+    "computed again, the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert", recomputed=True),
+    "computed again, distillation": partial(gradients, SPARSE, None, None, objective=distilled, recomputed=True),
+    "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
+    "kept answers": partial(gradients, SPARSE, None, None, objective=of_kept_answers),
+    "evaluation": evaluated,
+    "answers": answered,
+}
+
+
+ROUNDED = partial(gradients, DENSE, None, None, precision="selective")
+
+
+TOGETHER = (
+    "accumulated and clipped",
+    "dropout and jitter",
+    "top-2 of experts with GEGLU",
+    "a slot for every token",
+    "a Switch attention",
+    "computed again, noisy",
+    "distillation",
+    "evaluation",
+    "answers",
+)
+"""Where two kinds of axes meet on four ranks; each of them alone has all cases on two."""
+
+
+def fits(case: str, parallel: ParallelSpec) -> bool:
+    """A model axis does not divide the experts of an attention: the recipe refuses it."""
+    return parallel.model == 1 or "Switch attention" not in case
+
+
+def every_case(parallel: ParallelSpec, cases: Collection[str] = CASES) -> dict[str, Any]:
+    return {
+        **{name: CASES[name](parallel=parallel) for name in cases if fits(name, parallel)},
+        **{name: trained(optimizer, parallel) for name, optimizer in OPTIMIZERS.items()},
+        "rounded": ROUNDED(parallel=parallel),
+        "stopped": ended(stop_on=1, poison_on=None, parallel=parallel),
+        "poisoned": ended(stop_on=None, poison_on=1, parallel=parallel),
+    }
+
+
+@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
+def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Each rank's answer to all cases, from one start of the ranks."""
+    world, parallel = request.param
+    kinds = (parallel.expert > 1) + (parallel.model > 1) + (parallel.shard != "none")
+    return on_ranks(world, every_case, parallel, TOGETHER if kinds > 1 else tuple(CASES))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, Any]]) -> None:
+    if case not in answers[0]:
+        pytest.skip("on ranks where each axis alone has it, or a model axis and experts of an attention")
+    alone = CASES[case]()
+    for answer in answers:
+        assert_same(answer[case], alone)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("computed again")])
+def test_what_is_computed_again_is_the_same_bit_for_bit(case: str) -> None:
+    found, plain = (CASES[case](recomputed=recomputed) for recomputed in (True, False))
+    assert found.keys() == plain.keys()
+    assert all(np.array_equal(found[name], plain[name]) for name in plain)
+
+
+def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[str, Any]]) -> None:
+    """As far from those of float32 as one process's: a model axis rounds other sums, and a ReLU near zero, or a router
+    between two experts, then turns the other way, so that entries differ more than by a rounding."""
+    exact, alone = gradients(DENSE, None, None), ROUNDED()
+
+    def distance(found: Arrays) -> float:
+        difference = sum(float(np.square(found[name] - array).sum()) for name, array in exact.items() if "." in name)
+        return math.sqrt(
+            difference / sum(float(np.square(array).sum()) for name, array in exact.items() if "." in name)
+        )
+
+    assert 2**-9 < distance(alone) < 2**-5
+    for answer in answers:
+        assert distance(answer["rounded"]) < 1.5 * distance(alone)
+
+
+def test_a_rank_may_have_no_target_at_all() -> None:
+    targets_BT = rows(0, 0, BATCH).targets_BT
+    counts = (targets_BT != PAD).view(4, -1).sum(1).tolist()
+    assert counts[1] == 0  # of the second of 4 ranks, in the cases above
+    assert len(set(counts)) == 4
+
+
+def test_one_rank_that_stops_or_fails_takes_all_with_it_at_the_same_step(answers: list[dict[str, Any]]) -> None:
+    assert {answer["stopped"] for answer in answers} == {(2, 0)}
+    assert {answer["poisoned"] for answer in answers} == {(2, 5)}
+
+
+def test_noise_is_the_microbatchs_own() -> None:
+    one, other = gradients(NOISY, 2, None), gradients(NOISY, 4, None)
+    assert np.abs(one["embedding"] - other["embedding"]).max() > 1e-3 * np.abs(one["embedding"]).max()
+    assert_same(gradients(NOISY, 2, None), one)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_of_several_steps_has_the_same_records_and_weights_on_any_number_of_ranks(
+    optimizer: str, answers: list[dict[str, Any]]
+) -> None:
+    alone = trained(OPTIMIZERS[optimizer])
+    ours = answers[0][optimizer]
+    assert ours.keys() == alone.keys()
+    assert len(alone["record held_out/neg_log_perplexity"]) == 2
+    for name, array in as_held(alone, ours).items():
+        # Each step starts from the rounding of the one before, and both divide by the size of a gradient.
+        np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-5 * max(1, np.abs(array).max()), err_msg=name)
+    for answer in answers[1:]:
+        theirs = answer[optimizer]
+        assert not any(name.startswith("record") for name in theirs)  # the main rank alone writes
+        replica = np.array_equal(theirs[HERE], ours[HERE])
+        for name in theirs.keys() - {HERE}:
+            if replica or ".experts." not in name:
+                assert np.array_equal(theirs[name], ours[name]), name  # replicas stay bit-equal

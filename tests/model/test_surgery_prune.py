@@ -1,0 +1,194 @@
+"""Pruning against a reference: the whole model, to whose routers the experts taken out are impossible."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import SHAPE, rows
+
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialise
+from switchcli.model.moe.layer import Router, SwitchLayer, evaluating
+from switchcli.model.moe.router import NoTokenLeftBehind, TopK
+from switchcli.model.surgery.prune import By, Cut, Gate, cuts, probability_mass, prune, shares
+from switchcli.model.transformer import SwitchTransformer
+
+LARGE = {**SHAPE, "num_layers": 2, "init_scale": 8.0, "num_experts": 5}
+SPECS: dict[str, dict[str, Any]] = {
+    "switch": {},
+    "geglu, every block": {"sparse_every": 1, "activation": "geglu", "tie_embeddings": False},
+    "attention": {"sparse": "attention"},
+    "both": {"sparse": "both", "router": TopK()},
+    "raw top-2": {"router": TopK(renormalise=False)},
+    "no token left behind": {"router": NoTokenLeftBehind(k=2)},
+}
+LOAD = [3, 0, 9, 4, 4]
+
+
+def model_of(spec: ModelSpec, seed: int = 0) -> SwitchTransformer:
+    model = SwitchTransformer(spec)
+    initialise(model, seed)
+    return model
+
+
+Loads = Mapping[str, list[int]]
+
+
+def loads_of(spec: ModelSpec) -> Loads:
+    """Other experts in each layer."""
+    parts = spec.routed_parts()
+    return {part: LOAD[place % 5 :] + LOAD[: place % 5] for place, part in enumerate(parts)}
+
+
+def cuts_of(model: SwitchTransformer, loads: Loads, experts: int, gate: Gate = "raw") -> dict[str, Cut]:
+    with probability_mass(model) as mass:
+        logits(model)
+    return cuts(model, loads, mass, experts, gate)
+
+
+def pruned(
+    model: SwitchTransformer, loads: Loads, experts: int, by: By = "drop", gate: Gate = "raw"
+) -> SwitchTransformer:
+    into = model_of(model.spec.model_copy(update={"num_experts": experts}), seed=1)
+    prune(model, cuts_of(model, loads, experts, gate), into, by)
+    return into
+
+
+def only(kept_N: list[int]) -> Callable[..., torch.Tensor]:
+    """A hook of a router that hides all other experts."""
+
+    def hide(router: torch.nn.Module, inputs: Any, logits_GNE: torch.Tensor) -> torch.Tensor:
+        hidden_E = torch.ones(logits_GNE.shape[-1], dtype=torch.bool)
+        hidden_E[kept_N] = False
+        return logits_GNE.masked_fill(hidden_E, -torch.inf)
+
+    return hide
+
+
+@torch.no_grad()
+def logits(model: SwitchTransformer) -> torch.Tensor:
+    with evaluating(model, "dropless"):
+        return model(*rows(0, 0, 8)).logits_BTV
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_dropping_is_hiding_from_the_router(case: str) -> None:
+    model = model_of(ModelSpec(**{**LARGE, **SPECS[case]}))
+    before, loads = logits(model), loads_of(model.spec)
+    stay = cuts_of(model, loads, 3)
+    smaller = logits(pruned(model, loads, 3))
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+    assert len(routers) == len(loads)
+    for name, router in routers.items():
+        layer = name.removesuffix(".router").removesuffix(".switch")
+        router.register_forward_hook(only(stay[layer].kept))
+    assert torch.allclose(smaller, logits(model), rtol=1e-5, atol=1e-5)
+    assert (before - smaller).abs().max() > 1e-2
+
+
+def test_the_gates_of_those_kept_rise_by_what_the_others_had() -> None:
+    spec = ModelSpec(**LARGE)
+    model = model_of(spec)
+    layer = model.get_submodule("encoder.blocks.1.feed_forward.layer")
+    assert isinstance(layer, SwitchLayer)
+    row_D = layer.router.weight[0].detach()
+    with torch.no_grad():  # of experts 1, 3 and 4, each with less of the row of another, no token ever asks
+        layer.router.weight.copy_(torch.stack([row_D, 0.5 * row_D, -row_D, -0.5 * row_D, -0.2 * row_D]))
+    loads = {part: [5, 0, 4, 0, 0] for part in spec.routed_parts()}
+    smaller = pruned(model, loads, 2).get_submodule("encoder.blocks.1.feed_forward.layer")
+    x_BSD = torch.randn(2, 6, spec.d_model, generator=torch.Generator().manual_seed(0))
+    real_BS = torch.ones(2, 6, dtype=torch.bool)
+    with torch.no_grad(), evaluating(model, "dropless"):
+        layer.policy = smaller.policy = "dropless"  # type: ignore[assignment]
+        y_BSD, report = layer.eval()(x_BSD, real_BS)
+        z_BSD, _ = smaller.eval()(x_BSD, real_BS)
+        probability_BSE = layer.router(x_BSD).softmax(-1)
+    assert report.load_E[[1, 3, 4]].sum() == 0
+    rise_BS1 = 1 / probability_BSE[..., [0, 2]].sum(-1, keepdim=True)
+    assert (rise_BS1 > 1.2).any()
+    assert torch.allclose(z_BSD, y_BSD * rise_BS1, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_that_no_token_asks_for_change_nothing_where_gates_are_divided_by_their_sum() -> None:
+    model = model_of(ModelSpec(**LARGE, router=TopK()))
+    with torch.no_grad():  # of u, 0.9 u, -u, -0.9 u and 0 the last is never among the two largest
+        for module in model.modules():
+            if isinstance(module, Router):
+                u_D = module.weight[0].clone()
+                module.weight.copy_(torch.stack([u_D, 0.9 * u_D, -u_D, -0.9 * u_D, 0 * u_D]))
+    loads = {part: [1, 1, 1, 1, 0] for part in model.spec.routed_parts()}
+    assert torch.allclose(logits(pruned(model, loads, 4)), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str) -> None:
+    model = model_of(ModelSpec(**{**LARGE, **SPECS[case]}))
+    loads = loads_of(model.spec)
+    whole, smaller = (
+        {name: weight.detach() for name, weight in one.named_parameters()}
+        for one in (model, pruned(model, loads, 2, "merge"))
+    )
+    for name, weight in smaller.items():
+        layer = name.partition(".experts.")[0].removesuffix(".router.weight")
+        if layer.removesuffix(".switch") not in loads:
+            assert torch.equal(weight, whole[name])
+            continue
+        load = loads[layer.removesuffix(".switch")]
+        first, second = sorted(sorted(range(5), key=lambda expert: -load[expert])[:2])
+        rows_ED = whole[f"{layer}.router.weight"]
+        if name.endswith("router.weight"):
+            assert torch.equal(weight, rows_ED[[first, second]])
+            continue
+        members: dict[int, list[int]] = {first: [first], second: [second]}
+        for expert in set(range(5)) - members.keys():
+            alike = {to: torch.cosine_similarity(rows_ED[expert], rows_ED[to], dim=0) for to in members}
+            members[max(alike, key=lambda to: float(alike[to]))].append(expert)
+        for place, group in enumerate(members.values()):
+            total = sum(load[expert] for expert in group)
+            expected = sum(whole[name][expert] * (load[expert] / total) for expert in group)
+            assert torch.allclose(weight[place], torch.as_tensor(expected), atol=1e-6)
+
+
+def test_without_any_load_an_expert_stays_as_it_is() -> None:
+    share_NE = shares(torch.eye(3, 4), Cut([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
+    assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
+
+
+@given(load=st.lists(st.integers(0, 9), min_size=3, max_size=3), count=st.integers(1, 2))
+def test_the_most_loaded_are_kept_in_order_and_of_equals_the_first(load: list[int], count: int) -> None:
+    model = model_of(ModelSpec(**{**LARGE, "num_experts": 3, "sparse_decoder_layers": ()}))
+    (part,) = model.spec.routed_parts()
+    (found,) = cuts(model, {part: load}, {part: torch.ones(3, 3)}, count, "scaled").values()
+    gone = [expert for expert in range(3) if expert not in found.kept]
+    assert found.kept == sorted(set(found.kept))
+    assert all((load[stays], -stays) >= (load[goes], -goes) for stays in found.kept for goes in gone)
+    assert found.lost_fraction == pytest.approx(sum(load[expert] for expert in gone) / max(1, sum(load)))
+    assert float(found.wo) == pytest.approx(count / 3)
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: str) -> None:
+    model = model_of(ModelSpec(**{**LARGE, **SPECS[case]}))
+    loads = loads_of(model.spec)
+    seen: dict[str, torch.Tensor] = {}  # of each layer, p(x) of its real tokens
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda layer, inputs, output: seen.update({name: layer.router(inputs[0])[inputs[1]].softmax(-1)})
+
+    for name, module in model.named_modules():
+        if isinstance(module, SwitchLayer):
+            module.register_forward_hook(see(name.removesuffix(".switch")))
+    for name, found in cuts_of(model, loads, 3, "scaled").items():
+        if isinstance(model.spec.router, TopK) and model.spec.router.renormalise:
+            assert found.wo == 1
+            continue
+        keep_A = torch.isin(seen[name].argmax(-1), torch.tensor(found.kept))
+        assert float(found.wo) == pytest.approx(float(seen[name][keep_A][:, found.kept].sum(-1).mean()), rel=1e-5)
+    raw, scaled = (dict(pruned(model, loads, 3, gate=gate).named_parameters()) for gate in ("raw", "scaled"))
+    for name, weight in raw.items():
+        layer = name.partition(".experts.")[0].removesuffix(".switch")
+        factor = cuts_of(model, loads, 3, "scaled")[layer].wo if name.endswith("experts.wo") else torch.tensor(1.0)
+        assert torch.allclose(scaled[name], weight * factor.float())

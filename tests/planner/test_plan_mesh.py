@@ -1,0 +1,212 @@
+"""The planner's meshes: collectives by hand, refusals in words, the order by time."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.moe.router import Switch, TopK
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.planner.plan import Machine, Plan, Refusal, flops_of, meshes, model_axes, plan, portions
+from switchcli.planner.step import Held, Mesh, Step, held
+from switchcli.planner.traffic import Collective, collectives
+from switchcli.train.optimizers import Adafactor
+
+SHAPE: dict[str, Any] = {"vocab_size": 512, "d_model": 64, "d_ff": 256, "d_kv": 16, "num_heads": 4, "num_layers": 2}
+SPARSE = ModelSpec(**SHAPE, num_experts=8, sparse_every=1, router=Switch(capacity_factor=1.25))
+DENSE = ModelSpec(**SHAPE)
+STEP = Step(64, 512, 114)
+
+
+def held_of(spec: ModelSpec, model: int = 1) -> Held:
+    with torch.device("meta"):
+        weights = dict(SwitchTransformer(spec).named_parameters())
+    return held(weights, Adafactor().build(weights).state(), model)
+
+
+def calls(spec: ModelSpec, mesh: Mesh, microbatch: int, step: Step = STEP) -> dict[str, Collective]:
+    return {
+        f"{call.kind} {call.what}": call
+        for call in collectives(spec, step, mesh, held_of(spec, mesh.model), microbatch)
+    }
+
+
+def planned(spec: ModelSpec, devices: int, microbatch: int | None = None, step: Step = STEP, gib: float = 80) -> Plan:
+    machine = Machine(devices, int(gib * 2**30))
+    own = {model: held_of(spec, model) for model in model_axes(spec, devices)}
+    return plan(spec, step, machine, microbatch, own)
+
+
+def test_one_device_has_no_collective() -> None:
+    assert calls(SPARSE, Mesh(1), 64) == {}
+
+
+def test_data_parallel_reduces_every_gradient_once_a_step() -> None:
+    own = held_of(SPARSE)
+    found = calls(SPARSE, Mesh(8), 2)
+    assert found.keys() == {"all_reduce dense gradients", "all_reduce expert gradients"}
+    dense, expert = found.values()
+    assert (dense.calls, dense.ranks, dense.payload_bytes) == (1, 8, 4 * own.dense)
+    assert (expert.axis, expert.payload_bytes) == ("data", 4 * own.expert)
+    assert dense.wire_bytes == 2 * 7 * 4 * own.dense / 8
+
+
+def test_tokens_travel_four_times_a_layer_and_microbatch() -> None:
+    found = calls(SPARSE, Mesh(8, expert=8), 2)
+    there = found["all_to_all encoder tokens, there"]
+    capacity = int(512 * 1.25 / 8)
+    assert there.payload_bytes == 2 * 8 * 2 * capacity * 64  # bfloat16: E experts, G groups, C slots, D
+    assert (there.calls, there.axis, there.ranks) == (2 * 2 * 4, "expert", 8)  # two layers, four microbatches
+    assert there.wire_bytes == there.calls * there.payload_bytes * 7 / 8
+    back = found["all_to_all encoder tokens, back"]
+    assert (back.calls, back.payload_bytes) == (there.calls, there.payload_bytes)
+    assert "all_reduce expert gradients" not in found  # every expert is there once
+
+
+def test_experts_with_replicas_reduce_their_gradients_among_them() -> None:
+    call = calls(SPARSE, Mesh(8, expert=4), 2)["all_reduce expert gradients"]
+    assert (call.axis, call.ranks, call.payload_bytes) == ("replica", 2, held_of(SPARSE).expert)  # 4 bytes of a quarter
+
+
+@pytest.mark.parametrize("router", [Switch(min_capacity=1), TopK(min_capacity=1)], ids=["switch", "top_k"])
+def test_the_bytes_of_tokens_do_not_depend_on_the_number_of_experts(router: Any) -> None:
+    sizes = {}
+    for experts in (8, 16, 32, 64):
+        spec = SPARSE.model_copy(update={"num_experts": experts, "router": router})
+        sizes[experts] = calls(spec, Mesh(8, expert=8), 2)["all_to_all encoder tokens, there"].payload_bytes
+    assert set(sizes.values()) == {2 * 2 * 640 * 64}  # 1.25 * 512 slots of each sequence
+
+
+def test_without_a_capacity_a_row_for_each_choice_travels_after_the_counts() -> None:
+    for router, choices in ((Switch(capacity_factor="dropless"), 1), (TopK(capacity_factor="dropless", k=3), 3)):
+        found = calls(SPARSE.model_copy(update={"router": router}), Mesh(8, expert=8), 2)
+        assert found["all_to_all encoder tokens, there"].payload_bytes == 2 * choices * 2 * 512 * 64
+        counts = found["all_to_all encoder counts"]
+        assert (counts.calls, counts.payload_bytes) == (2 * 4, 8 * 8)
+
+
+def test_experts_of_attention_send_queries_and_keys_back() -> None:
+    found = calls(SPARSE.model_copy(update={"sparse": "both"}), Mesh(8, expert=8), 2)
+    there, back = (found[f"all_to_all encoder tokens of attention, {way}"].payload_bytes for way in ("there", "back"))
+    assert back / there == 2 * 64 / 64
+    assert "all_to_all encoder tokens of feed_forward, there" in found
+
+
+def test_the_model_axis_sums_each_attention_and_feed_forward_both_ways() -> None:
+    found = calls(DENSE, Mesh(2, model=2), 8)
+    encoder, decoder = found["all_reduce encoder layers"], found["all_reduce decoder layers"]
+    assert (encoder.calls, encoder.payload_bytes) == (2 * 2 * 2 * 4, 2 * 8 * 512 * 64)  # ways, parts, layers, times
+    assert (decoder.calls, decoder.payload_bytes) == (2 * 3 * 2 * 4, 2 * 8 * 114 * 64)
+    assert found["all_reduce loss"].payload_bytes == 4 * 8 * 114
+    assert all(call.axis in ("model", "data") for call in found.values())
+
+
+def test_zero_gathers_and_scatters() -> None:
+    own = held_of(DENSE)
+    for shard, gathers, scatters in (("zero2", 1, 1), ("zero3", 2 * 4, 4)):
+        found = collectives(DENSE, STEP, Mesh(8, shard=shard), own, 2)  # type: ignore[arg-type]
+        gathered = [call for call in found if call.kind == "all_gather"]
+        whole = sum(call.calls * call.payload_bytes * 8 for call in gathered)
+        root, blocks = 4 * own.units[0], 4 * (own.dense - own.units[0])
+        assert whole == pytest.approx(blocks * gathers + root * (1 if shard == "zero2" else 4), rel=1e-3)
+        scattered = sum(call.calls * call.payload_bytes for call in found if call.kind == "reduce_scatter")
+        assert scattered == scatters * 4 * own.dense
+        assert not [call for call in found if call.kind == "all_reduce"]
+
+
+def test_every_mesh_is_planned_or_refused() -> None:
+    found = planned(SPARSE, 16)
+    assert {fit.mesh for fit in found.fits} | {one.mesh for one in found.refused} == set(meshes(SPARSE, 16))
+    assert all(mesh.data * mesh.model == 16 and mesh.data % mesh.expert == 0 for mesh in meshes(SPARSE, 16))
+    assert [fit.step_seconds for fit in found.fits] == sorted(fit.step_seconds for fit in found.fits)
+
+
+def reason(found: Plan, **mesh: Any) -> str:
+    (only,) = {one.reason for one in found.refused if one.mesh._asdict().items() >= mesh.items()}
+    return only
+
+
+def test_a_mesh_is_refused_by_the_models_sizes() -> None:
+    found = planned(SPARSE, 16)
+    assert re.search(r"model\.num_experts \(8\).*\bexpert axis\b.*\b16\b", reason(found, expert=16))
+    assert re.search(r"model\.num_heads \(4\).*\bmodel axis\b.*\b8\b", reason(found, model=8))
+    odd = SPARSE.model_copy(update={"d_ff": 255, "vocab_size": 511})
+    assert re.search(r"model\.d_ff \(255\).*\bmodel axis\b.*\b2\b", reason(planned(odd, 2), model=2))
+    odd = SPARSE.model_copy(update={"vocab_size": 511})
+    assert re.search(r"model\.vocab_size \(511\).*\bmodel axis\b.*\b2\b", reason(planned(odd, 2), model=2))
+    both = SPARSE.model_copy(update={"sparse": "both"})
+    assert re.search(r"\bmodel axis \(2\).*\bexperts\b.*\battention\b", reason(planned(both, 2), model=2))
+
+
+def test_a_mesh_is_refused_by_the_batch() -> None:
+    too_many = reason(planned(DENSE, 128), data=128)
+    assert re.search(r"train\.batch_tokens\b.*\b64 sequences\b.*\b128 ranks\b", too_many)
+    grouped = SPARSE.model_copy(update={"router": Switch(group_sequences=8)})
+    no_groups = reason(planned(grouped, 16), data=16, expert=1)
+    assert re.search(r"\b4 sequences\b.*\b16 ranks\b.*\b8\b.*model\.router\.group_sequences", no_groups)
+    uneven = reason(planned(DENSE, 16, microbatch=3), data=16)
+    assert re.search(r"train\.microbatch_tokens\b.*\b3 sequences\b.*\b4\b.*\b16 ranks\b", uneven)
+
+
+def test_a_mesh_is_refused_by_the_memory() -> None:
+    refused = {one.mesh: one for one in planned(SPARSE, 8, gib=0.02).refused}
+    one = refused[Mesh(8)]
+    assert isinstance(one, Refusal)
+    assert one.kind == "memory"
+    assert re.search(r"\b0\.0321 GiB\b.*\b0\.02 GiB\b.*\b1 sequence.*\bweights\b", one.reason)
+    assert one.bytes_needed > 0.02 * 2**30
+
+
+def test_the_microbatch_is_the_most_that_fits() -> None:
+    roomy, tight = planned(DENSE, 1).fits[0], planned(DENSE, 1, gib=0.2).fits[0]
+    assert (roomy.microbatch, tight.bytes.total <= 0.2 * 2**30) == (64, True)
+    assert 1 <= tight.microbatch < 64
+    assert planned(DENSE, 1, microbatch=16).fits[0].microbatch == 16
+    assert portions(24, 4) == [24, 12, 8, 4]
+
+
+def test_products_are_those_of_the_formula_and_of_empty_slots() -> None:
+    assert flops_of(DENSE, STEP, Mesh(4), 4) == 3 * 16 * count(DENSE, 512, 114).flops
+    assert flops_of(DENSE, STEP, Mesh(2, model=2), 4) == flops_of(DENSE, STEP, Mesh(4), 4)
+    assert flops_of(SPARSE, STEP, Mesh(8, expert=8), 4) > flops_of(SPARSE, STEP, Mesh(8), 4)
+
+
+def test_what_is_computed_again_is_all_but_the_logits() -> None:
+    again, mesh = STEP._replace(recomputed=True), Mesh(4)
+    logits = 2 * 16 * DENSE.vocab_size * DENSE.d_model * 114
+    assert flops_of(DENSE, again, mesh, 4) == 4 * 16 * count(DENSE, 512, 114).flops - logits
+    for spec in (DENSE, SPARSE):
+        for mesh in (Mesh(8), Mesh(4, model=2), Mesh(8, expert=8)):
+            assert 1.25 < flops_of(spec, again, mesh, 4) / flops_of(spec, STEP, mesh, 4) < 4 / 3
+    tokens, layers = (
+        [calls(spec, mesh, 2, step)[name].calls for step in (STEP, again)]
+        for spec, mesh, name in (
+            (SPARSE, Mesh(8, expert=8), "all_to_all encoder tokens, there"),
+            (DENSE, Mesh(8, model=2), "all_reduce decoder layers"),
+        )
+    )
+    assert [2 * number for number in (tokens[1], layers[1])] == [3 * number for number in (tokens[0], layers[0])]
+
+
+def test_what_bounds_a_step_follows_the_rates() -> None:
+    own = {1: held_of(SPARSE)}
+    fast = {"flops": 1e30, "memory_bandwidth": 1e30, "bandwidth": 1e30, "network": 1e30}
+    for slow, rate, bound in (
+        ("flops", 1e3, {"compute"}),
+        ("memory_bandwidth", 1e3, {"memory"}),
+        ("bandwidth", 1e3, {"data axis", "expert axis", "replica axis"}),
+    ):
+        machine = Machine(8, 2**40, **(fast | {slow: rate}))
+        found = plan(SPARSE, STEP, machine, None, own | {model: held_of(SPARSE, model) for model in (2, 4)})
+        assert {fit.bound_by for fit in found.fits if fit.mesh.model == 1} <= bound
+
+
+def test_a_group_within_a_node_has_the_nodes_bandwidth() -> None:
+    machine = Machine(64, 2**40, bandwidth=300.0, network=25.0, node_devices=8)
+    mesh = Mesh(16, expert=2, model=4)
+    ways = (("model", 4, 300.0), ("expert", 2, 300.0), ("replica", 8, 25.0), ("data", 16, 25.0))
+    for axis, ranks, rate in ways:
+        assert machine.rate(Collective("all_reduce", axis, ranks, "", 1, 1), mesh) == rate  # type: ignore[arg-type]

@@ -1,0 +1,194 @@
+"""The bytes of every collective of a training step, counted as they run, against the planner's (paper section 5)."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_ranks import model_of
+from tiny import SOURCE, TARGET, rows
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.mesh import ParallelSpec, Wire
+from switchcli.model.config import ModelSpec
+from switchcli.model.moe.router import Switch, TopK
+from switchcli.model.recompute import recompute_blocks
+from switchcli.planner.step import Mesh, Step, held
+from switchcli.planner.traffic import collectives
+from switchcli.runs import transformers_checkpoint
+from switchcli.train.config import Precision
+from switchcli.train.loop import accumulate_gradients
+from switchcli.train.loss import cross_entropy
+from switchcli.train.microbatches import Microbatches, RealTokens
+
+BATCH, MICROBATCH = 8, 1
+SPARSE = tiny.SPARSE.model_copy(update={"vocab_size": 40, "d_kv": 4})
+"""Sizes that need no padding: torch shards with some, which the plan leaves out."""
+CAPACITY = 2.0
+Traffic = Counter[tuple[str, int]]
+"""Calls by kind and bytes of one."""
+
+
+def wider(num_experts: int, capacity_factor: float | str = CAPACITY, **more: Any) -> ModelSpec:
+    router = Switch(capacity_factor=capacity_factor, min_capacity=1, jitter=0.0)
+    return SPARSE.model_copy(update={"num_experts": num_experts, "router": router, **more})
+
+
+DENSE, EXPERTS = "sum of dense gradients", "sum of expert gradients"
+SPECS = {
+    "4 experts": wider(4),
+    "12 experts": wider(12),
+    "Switch attention": wider(4, sparse="both"),
+    "top-2": wider(4).model_copy(update={"router": TopK(min_capacity=1), "decoder_router": None}),
+    "dropout": wider(4, dropout=0.1),
+    "dropless": wider(4, "dropless"),
+}
+AGAIN = " computed again"
+NAMES = [*SPECS, *(name + AGAIN for name in ("12 experts", "Switch attention", "dropout", "dropless"))]
+
+
+def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32") -> Traffic:
+    """Of one step on this rank. The parts in which a gradient is summed are not the plan's: they count as one call."""
+    runtime = Runtime("cpu", precision, parallel)
+    plain = model_of(SPECS[name.removesuffix(AGAIN)], runtime)[0]
+    if name.endswith(AGAIN):
+        recompute_blocks(plain)
+    model = runtime.wrap(plain)
+    if isinstance(model, DistributedDataParallel):  # what it does, by way of Python
+        model.register_comm_hook(runtime.groups.data.group, allreduce_hook)
+    calls: Traffic = Counter()
+    sums = {DENSE: 0, EXPERTS: 0}
+    kinds = {  # the second name of each is that of torch 2.12 and older
+        "all_to_all_single": "all_to_all",
+        "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_single"
+        if hasattr(dist, "reduce_scatter_single")
+        else "reduce_scatter_tensor": "reduce_scatter",
+    }
+    all_reduce, before = dist.all_reduce, {name: getattr(dist, name) for name in kinds}
+
+    def counting(name: str) -> Any:
+        def call(*tensors: Any, **named: Any) -> Any:
+            given = (
+                named["input_tensor"] if "input_tensor" in named else named.get("input", tensors[1:2] and tensors[1])
+            )
+            calls[kinds[name], given.nbytes] += 1
+            return before[name](*tensors, **named)
+
+        return call
+
+    def counting_all_reduce(tensor: torch.Tensor, *how: Any, **named: Any) -> Any:
+        if runtime.groups.model is not None and named["group"] is runtime.groups.model.group:
+            calls["all_reduce", tensor.nbytes] += tensor.numel() > 1  # the sum of the loss is a number
+        else:
+            sums[DENSE if named.get("async_op") else EXPERTS] += tensor.nbytes
+        return all_reduce(tensor, *how, **named)
+
+    batches = Microbatches(rows, BATCH, MICROBATCH, 1, runtime.data_rank, runtime.data_ranks)
+    dist.all_reduce = counting_all_reduce
+    for kind in kinds:
+        setattr(dist, kind, counting(kind))
+    try:
+        accumulate_gradients(model, cross_entropy, list(batches(0)), RealTokens(36, 27), runtime, "")
+    finally:
+        dist.all_reduce = all_reduce
+        for kind in kinds:
+            setattr(dist, kind, before[kind])
+    calls.update({(name, size): 1 for name, size in sums.items() if size})
+    return +calls
+
+
+def every_spec(parallel: ParallelSpec) -> dict[str, Traffic]:
+    torch.set_num_threads(1)
+    return {name: counted(parallel, name) for name in NAMES if parallel.model == 1 or "att" not in name}
+
+
+def planned(mesh: Mesh, name: str, product_bytes: int = 4, wire_bytes: int | None = None) -> Traffic:
+    spec = SPECS[name.removesuffix(AGAIN)]
+    own = held(dict(transformers_checkpoint.empty(spec).named_parameters()), {}, mesh.model)
+    step = Step(BATCH, SOURCE, TARGET, product_bytes, fused=False, recomputed=name.endswith(AGAIN))
+    step, traffic = step._replace(wire_bytes=wire_bytes), Counter()
+    for call in collectives(spec, step, mesh, own, MICROBATCH):
+        kind = call.kind
+        if call.what == "expert gradients":
+            # DistributedDataParallel sums them with the others, unless experts are ours.
+            kind = DENSE if mesh.expert == 1 and mesh.shard == "none" else EXPERTS
+        elif call.what == "dense gradients" and kind == "all_reduce":
+            kind = DENSE
+        traffic[kind, call.payload_bytes] += call.calls
+    dense = {key: calls for key, calls in traffic.items() if key[0] == DENSE}
+    if len(dense) > 1:
+        traffic = traffic - Counter(dense) + Counter({(DENSE, sum(size for _, size in dense)): 1})
+    return traffic
+
+
+MESHES = {
+    "expert 2": (Mesh(2, 2), ParallelSpec(expert=2)),
+    "expert 2, twice": (Mesh(4, 2), ParallelSpec(expert=2)),
+    "expert 4": (Mesh(4, 4), ParallelSpec(expert=4)),
+    "model 2": (Mesh(1, 1, 2), ParallelSpec(model=2)),
+    "expert 2 x model 2": (Mesh(2, 2, 2), ParallelSpec(expert=2, model=2)),
+    "zero2 2": (Mesh(2, 1, 1, "zero2"), ParallelSpec(shard="zero2")),
+    "zero3 2 x model 2": (Mesh(2, 1, 2, "zero3"), ParallelSpec(model=2, shard="zero3")),
+    "zero3 2, expert 2": (Mesh(2, 2, 1, "zero3"), ParallelSpec(expert=2, shard="zero3")),
+}
+Seen = tuple[Mesh, list[dict[str, Traffic]]]
+
+
+@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
+def counts(request: pytest.FixtureRequest) -> Seen:
+    mesh, parallel = request.param
+    return mesh, on_ranks(mesh.data * mesh.model, every_spec, parallel)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "dropless" not in name])
+def test_what_is_planned_is_sent(name: str, counts: Seen) -> None:
+    mesh, seen = counts
+    if name not in seen[0]:
+        pytest.skip("a model axis does not divide the experts of an attention")
+    expected = planned(mesh, name)
+    if mesh.model > 1 and name == "12 experts" + AGAIN:
+        # Of a dense block without dropout torch does not compute the last sum again.
+        layers = {("all_reduce", length * MICROBATCH * SPARSE.d_model * 4) for length in (SOURCE, TARGET)}
+        for rank in seen:
+            assert (expected - rank[name]).keys() == layers
+            assert not rank[name] - expected
+        return
+    assert [rank[name] for rank in seen] == [expected] * len(seen)
+
+
+@pytest.mark.parametrize("name", ["4 experts", "12 experts"])
+def test_tokens_take_as_many_bytes_whatever_the_number_of_experts(name: str, counts: Seen) -> None:
+    """capacity_factor * tokens * d_model * 4: four times in each layer, where the capacity needs no rounding."""
+    mesh, seen = counts
+    layers, microbatches = 1, BATCH // MICROBATCH // mesh.data
+    encoder = "all_to_all", int(CAPACITY * SOURCE * MICROBATCH * SPARSE.d_model * 4)
+    assert all(rank[name][encoder] == 4 * layers * microbatches * (mesh.expert > 1) for rank in seen)
+
+
+@pytest.mark.parametrize("name", ["dropless", "dropless" + AGAIN])
+def test_without_a_capacity_the_plan_is_for_tokens_that_are_all_real(name: str, counts: Seen) -> None:
+    mesh, seen = counts
+    foreseen = planned(mesh, name)
+    for rank in seen:
+        sent = sum(size * calls for (kind, size), calls in rank[name].items() if kind == "all_to_all")
+        assert rank[name]["all_to_all", 8 * 4] >= foreseen["all_to_all", 8 * 4]  # the counts of 4 experts
+        assert sent <= sum(size * calls for (kind, size), calls in foreseen.items() if kind == "all_to_all")
+
+
+def in_bfloat16(parallel: ParallelSpec) -> Traffic:
+    torch.set_num_threads(1)
+    return counted(parallel, "dropout", "selective")
+
+
+@pytest.mark.parametrize("wire", ["compute", "float32"])
+@pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(2, 2, 2)], ids=str)
+def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(mesh: Mesh, wire: Wire) -> None:
+    parallel = ParallelSpec(expert=mesh.expert, model=mesh.model, wire=wire)
+    expected = planned(mesh, "dropout", 2, 4 if wire == "float32" else None)
+    assert on_ranks(mesh.data * mesh.model, in_bfloat16, parallel) == [expected] * mesh.data * mesh.model

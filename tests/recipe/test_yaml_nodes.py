@@ -1,0 +1,192 @@
+"""YAML as version 1.2 reads it, refusals with their line, and text that reads back equal."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recipe_errors import assert_line
+
+from switchcli.errors import RecipeError
+from switchcli.recipe import yaml_nodes
+
+
+def read(source):
+    return yaml_nodes.read(source, lambda line: f"f:{line}")
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("-.inf", float("-inf")),
+        ("012", 12),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("+7", 7),
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("1_000", "1_000"),
+        ("12:30:45", "12:30:45"),
+        ("2001-01-01", "2001-01-01"),
+        ("0b1", "0b1"),
+        ("True", True),
+        ("false", False),
+        ("tRue", "tRue"),
+        ("~", None),
+        ("", None),
+        ("'1'", "1"),
+        ('"null"', "null"),
+        ("=", "="),
+        ("<<", "<<"),
+        ("[1, [a], {b: c}]", [1, ["a"], {"b": "c"}]),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(source, value):
+    read_back = yaml_nodes.plain(read(source))
+    assert read_back == value
+    assert type(read_back) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("source", "where", "words"),
+    [
+        ("a: 1\nb: 2\na: 3", "f:3", "a f:1"),
+        ("a: 1\nb: &x 2", "f:2", "anchors &x"),
+        ("a: *x", "f:1", "aliases *x"),
+        ("? *x\n: 1", "f:1", "aliases *x"),
+        ("a: !!str 3", "f:1", "tags tag:yaml.org,2002:str"),
+        ("a: !python/object:os.system {}", "f:1", "tags !python/object:os.system"),
+        ("!x a: 1", "f:1", "tags !x"),
+        ("<<: {a: 1}", "f:1", "<< extends"),
+        ("a: 1\n2: 3", "f:2", "key quotes"),
+        ("no: 1\nnull: 2", "f:2", "key quotes"),
+        ("? [a]\n: 1", "f:1", "key quotes"),
+        ("a: 1\n---\nb: 1", "f:2", "'---'"),
+        ("[" * 33, "f:1", "32"),
+        ("[" * 3000, "f:1", "32"),
+        ("{a: " * 3000, "f:1", "32"),
+        ("a: 1\nb: [1", "f:2", "YAML ']'"),
+        ("a: b: c", "f:1", "YAML mapping"),
+        ("a: 1\n\tb: 2", "f:2", r"YAML '\t'"),
+        ("a: \x01", "f:1", r"'\x01'"),
+        ("a: 1\nb: \ud800", "f:2", r"'\ud800'"),
+        ('a: "\\ud800"', "f:1", "surrogate"),
+        ('a: "\\U00110000"', "f:1", "YAML escape"),
+        ('a: "\\UFFFFFFFF"', "f:1", "YAML escape"),
+        ("a: " + "9" * 5000, "f:1", "1000 digits"),
+        ("a: 0x" + "f" * 5000, "f:1", "1000 digits"),
+        ("- " * 3000, "f:1", "32"),
+        ("a:\n" + "- 1\n" * 10_000, "f:9999", "10000"),
+    ],
+)
+def test_what_a_recipe_needs_not_is_refused_by_line(source, where, words):
+    with pytest.raises(RecipeError) as raised:
+        read(source)
+    assert "\n" not in str(raised.value)
+    assert_line(str(raised.value), where, words)
+
+
+def test_a_node_knows_the_line_of_its_key():
+    root = read("# first\na:\n  b:\n    - 1\n    - c: 2\n")
+    assert root.value["a"].where == "f:2"
+    items = root.value["a"].value["b"]
+    assert items.where == "f:3"
+    assert [item.where for item in items.value] == ["f:4", "f:5"]
+
+
+def test_as_many_values_as_there_may_be_are_read():
+    assert len(read("- 1\n" * 9_999).value) == 9_999
+
+
+def test_nesting_of_32_is_read():
+    assert read("[" * 32 + "]" * 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "words"),
+    [
+        (b"a: 1\nb: \xff", "mine.yaml:2", "8 UTF-8"),
+        ("a: 1".encode("utf-16"), "mine.yaml:1", "0 UTF-8"),
+        (b"#" * (2**20 + 1), "mine.yaml", "1048576 bytes"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, monkeypatch, content, where, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as raised:
+        yaml_nodes.read_file(path)
+    assert_line(str(raised.value), where, words)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "folder")):
+        with pytest.raises(RecipeError) as raised:
+            yaml_nodes.read_file(path)
+        assert_line(str(raised.value), str(path), reason)
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):
+    path = tmp_path / "windows.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: two\r\n")
+    assert yaml_nodes.plain(yaml_nodes.read_file(path)) == {"a": 1, "b": "two"}
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(
+        [
+            "\x85",
+            "a\u2028b",
+            "\n",
+            "\r\n",
+            "\ufeff",
+            "\0",
+            "1e-4",
+            "no",
+            "012",
+            "~",
+            "null",
+            ".inf",
+            "<<",
+            "=",
+            "0x1",
+            "- a",
+            "a: b",
+            "#",
+            " a",
+            "1_0",
+            "%",
+        ]
+    )
+)
+keys = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda key: key != "<<")
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=10)
+
+
+@given(values)
+@settings(deadline=None)
+def test_what_is_written_reads_back_equal(value):
+    assert yaml_nodes.plain(read(yaml_nodes.write(value))) == value
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_any_text_is_read_or_refused(source):
+    try:
+        found = yaml_nodes.plain(read(source))
+    except RecipeError as error:
+        refused = str(error)
+    else:
+        assert repr(yaml_nodes.plain(read(yaml_nodes.write(found)))) == repr(found)
+        return
+    assert re.match(r"f:\d+: ", refused)  # the line, of whatever is wrong
