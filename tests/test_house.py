@@ -36,14 +36,17 @@ ROOMS = {
     "data": Room(1, "numpy tokenizers pydantic"),
     "report": Room(1, "rich tensorboard wandb numpy vl_convert"),
     "tasks": Room(2, "numpy pydantic sacrebleu rouge_score", rooms="data errors spec"),
-    "parallel": Room(2, "torch accelerate pydantic", rooms="model errors spec startup"),
-    "train": Room(3, "torch safetensors pydantic"),
-    "interop": Room(3, "torch safetensors pydantic"),
-    "doctor": Room(4, "torch safetensors", rooms="model interop errors spec"),
-    "recipe": Room(4, "yaml pydantic pydantic_core"),
-    "commands": Room(5, "torch pydantic typer"),
-    "cli": Room(6, "typer rich", rooms="commands recipe report errors spec startup __version__"),
-    "__main__": Room(7, rooms="cli startup"),
+    "distributed": Room(2, "torch accelerate pydantic", rooms="model errors spec startup"),
+    "checkpoint": Room(3, "torch safetensors pydantic"),
+    "planner": Room(3, "torch pydantic"),
+    "train": Room(4, "torch safetensors pydantic"),
+    "convert": Room(4, "torch safetensors pydantic"),
+    "doctor": Room(5, "torch safetensors", rooms="model convert errors spec"),
+    "recipe": Room(5, "yaml pydantic pydantic_core"),
+    "runs": Room(6, "torch pydantic"),
+    "commands": Room(7, "torch pydantic typer"),
+    "cli": Room(8, "typer rich", rooms="commands recipe report errors spec startup __version__"),
+    "__main__": Room(9, rooms="cli startup"),
 }
 PACKAGES_OF_ONE_FILE = {
     "switchcli/data/batch.py": "torch",
@@ -143,9 +146,9 @@ def packages_stay_in_their_rooms(module: Module) -> Iterator[Fault]:
             yield line, f"{module.path} imports {name}"
 
 
-def ranks_are_known_in_parallel_alone(module: Module) -> Iterator[Fault]:
-    """Only the room parallel uses torch.distributed: no other code depends on how many ranks there are."""
-    if module.room != "parallel":
+def ranks_are_known_in_distributed_alone(module: Module) -> Iterator[Fault]:
+    """Only the room distributed uses torch.distributed: no other code depends on how many ranks there are."""
+    if module.room != "distributed":
         yield from ((line, name) for line, name in mentions(module.tree) if within(name, {"torch.distributed"}))
 
 
@@ -279,8 +282,8 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (TRAIN, "from . import loop"),
             (CLI, "from switchcli.train import loop"),
             ("switchcli/tasks/a.py", "from switchcli.model import config as spec"),
-            ("switchcli/parallel/a.py", "from switchcli.data import batch"),
-            ("switchcli/interop/a.py", "from switchcli.train import loop"),
+            ("switchcli/distributed/a.py", "from switchcli.data import batch"),
+            ("switchcli/convert/a.py", "from switchcli.train import loop"),
             ("switchcli/doctor/a.py", "from switchcli.train import loop"),
         ],
         [
@@ -304,13 +307,13 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [("switchcli/data/text_batches.py", "import torch, numpy.random, os.path"), (TRAIN, "from torch import nn")],
     ),
-    ranks_are_known_in_parallel_alone: (
+    ranks_are_known_in_distributed_alone: (
         [
             (TRAIN, "import torch.distributed as dist"),
             (MODEL, "from torch import distributed"),
             (MODEL, "import torch\nrank = torch.distributed.get_rank()"),
         ],
-        [("switchcli/parallel/a.py", "import torch.distributed"), (TRAIN, "import torch.distributions")],
+        [("switchcli/distributed/a.py", "import torch.distributed"), (TRAIN, "import torch.distributions")],
     ),
     the_model_knows_no_machine: (
         [
@@ -328,7 +331,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (TRAIN, "import pickle"),
             (TRAIN, "from torch import load"),
             (TRAIN, SAFELY),
-            ("switchcli/interop/a.py", SAFELY),
+            ("switchcli/convert/a.py", SAFELY),
             (READS_PICKLES, "import pickle"),
             (READS_PICKLES, "torch.load(path)"),
             (READS_PICKLES, "torch.load(path, weights_only=False)"),

@@ -36,9 +36,9 @@ from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.fsops import DISK, Files
 from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
+from switchcli.checkpoint.saved_state import Saved
 from switchcli.checkpoint.tensor_names import expert_numbers
 from switchcli.errors import CheckpointError, disk_errors
-from switchcli.train.state import Saved
 
 Group = Literal["model", "optimizer"]
 

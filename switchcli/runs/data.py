@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.batch import AnyBatch, Batch
 from switchcli.data.streaming import LiveStream
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ from switchcli.train.loss import Objective
 from switchcli.train.metrics import Metrics, merge
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.scoring import Answering, ScoringSpec, figures_of
-from switchcli.train.state import HELD_OUT
 from switchcli.train.validation import HeldOutText, evaluate_rows, shared
 
 

@@ -14,6 +14,7 @@ from switchcli.checkpoint import tensor_names
 from switchcli.checkpoint.checkpoint import preflight
 from switchcli.checkpoint.lock import lock
 from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.commands import finetune, pretrain
 from switchcli.commands.distill import Distilling, facts, inheritance
 from switchcli.data.batch import AnyBatch, Lesson
@@ -43,7 +44,6 @@ from switchcli.train.distillation import Distillation, Teacher, compression, gai
 from switchcli.train.loss import Objective, packed_cross_entropy, packed_rows, whole_rows
 from switchcli.train.optimizers import Optimizer
 from switchcli.train.scoring import AVERAGE, ScoringSpec
-from switchcli.train.state import HELD_OUT
 from switchcli.train.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, AnswersSpec, AnswerStore, bytes_a_step
 from switchcli.train.teacher_cache_writer import Asking
 from switchcli.user_files import read_regular

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from switchcli.checkpoint.saved_state import Best
 from switchcli.report.console import Console
 from switchcli.tasks.scores import Score, Scores
 from switchcli.train.scoring import AVERAGE, figures_of, suites_of
-from switchcli.train.state import Best
 
 HEADINGS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
 

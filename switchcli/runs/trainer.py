@@ -11,6 +11,7 @@ import torch
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.commands.describe import describe
 from switchcli.commands.generate import answers
 from switchcli.data.batch import AnyBatch
@@ -44,7 +45,7 @@ from switchcli.train.nonfinite import Recovery
 from switchcli.train.optimizers import Optimizer
 from switchcli.train.prefetch import Loader
 from switchcli.train.scoring import AVERAGE, Answering, Exams, ScoringSpec
-from switchcli.train.state import HELD_OUT, TrainState
+from switchcli.train.state import TrainState
 
 NUM_SAMPLES = 2
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import Runtime
 from switchcli.errors import NumericsError
@@ -15,7 +16,7 @@ from switchcli.train import router_health
 from switchcli.train.loss import Objective
 from switchcli.train.metrics import Metrics, merge
 from switchcli.train.schedules import ScheduleSpec
-from switchcli.train.state import HELD_OUT, TrainState
+from switchcli.train.state import TrainState
 from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, reduce
 
 Record = Mapping[str, Any]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from switchcli.data.prepare.dedup import Duplicates, kept
 from switchcli.data.prepare import dedup as module
+from switchcli.data.prepare.dedup import Duplicates, kept
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=12)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from switchcli.data.prepare.digests import Digests, FileStat
 from switchcli.data.prepare import digests as module
+from switchcli.data.prepare.digests import Digests, FileStat
 from switchcli.data.sources.corpus import Hub, PythonStdlib
 from switchcli.data.sources.files import Files
 from switchcli.errors import DataError

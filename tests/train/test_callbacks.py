@@ -10,6 +10,7 @@ from tiny import a_model, rows
 from torch import nn
 from train_messages import naming
 
+from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import Runtime
 from switchcli.errors import NumericsError
@@ -18,7 +19,7 @@ from switchcli.train.callbacks import HeldOut, Log, Record, Save
 from switchcli.train.loss import StepLoss, cross_entropy
 from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import HELD_OUT, TrainState
+from switchcli.train.state import TrainState
 from switchcli.train.validation import HeldOutText
 
 EVEN = [10.0, 10.0, 10.0]

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from train_messages import naming
 
 from switchcli.data.batch import Batch
-from switchcli.model.moe.dispatch import rows_of
 from switchcli.model.moe import dispatch
+from switchcli.model.moe.dispatch import rows_of
 from switchcli.model.moe.losses import AuxiliaryLoss, StackLoss
 from switchcli.model.moe.router import RoutingRule, Switch, TopK
 from switchcli.model.moe.stats import RoutingReport

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from switchcli.checkpoint.saved_state import HELD_OUT, Best, Saved
 from switchcli.train.metrics import Mean, Metrics
-from switchcli.train.state import HELD_OUT, Best, Saved, TrainState
+from switchcli.train.state import TrainState
 
 CPU = torch.device("cpu")
 doubles = st.floats(allow_nan=False, allow_infinity=False)

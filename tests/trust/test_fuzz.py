@@ -14,9 +14,10 @@ import torch
 from forked import Done, faults, refused
 
 from switchcli.checkpoint.checkpoint import save
+from switchcli.checkpoint.saved_state import Saved
 from switchcli.errors import DataError
 from switchcli.recipe import messages
-from switchcli.train.state import Saved, TrainState
+from switchcli.train.state import TrainState
 
 
 @pytest.mark.slow
