@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import select
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -63,8 +65,17 @@ def _answer(rank: int, end: Connection) -> Any:
 
 def _rank(environment: dict[str, int], end: Connection, function: Callable[..., Any], arguments: tuple[Any]) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="localhost")
+    threading.Thread(target=_end_with_the_test, args=(end,), daemon=True).start()
     try:
         end.send((None, function(*arguments)))
     except BaseException:
         end.send((traceback.format_exc(), None))
         raise
+
+
+def _end_with_the_test(end: Connection) -> None:
+    """End this rank when nobody can read its answer any more: the test was killed, say by its time limit."""
+    poll = select.poll()
+    poll.register(end.fileno(), 0)  # POLLERR, which is always reported: the other end is closed
+    poll.poll()
+    os._exit(1)

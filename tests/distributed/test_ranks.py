@@ -389,7 +389,16 @@ def every_case(parallel: ParallelSpec, cases: Collection[str] = CASES) -> dict[s
     }
 
 
-@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
+ALWAYS = {"data 2", "expert 2", "model 2", "zero3 2"}
+"""The meshes of the fast tests: one of each kind, and those that shard Adafactor."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(mesh, id=name, marks=() if name in ALWAYS else pytest.mark.slow) for name, mesh in MESHES.items()
+    ],
+)
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Each rank's answer to all cases, from one start of the ranks."""
     world, parallel = request.param
