@@ -3,9 +3,9 @@
 import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,6 +24,8 @@ from switchcli.commands.arguments import (
     Quiet,
     Recipe,
     Resume,
+    default_out,
+    split,
 )
 from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError, path_error
 from switchcli.report.console import Console
@@ -31,8 +33,7 @@ from switchcli.report.output import print_json
 from switchcli.report.safe_text import safe_text
 
 if TYPE_CHECKING:
-    from switchcli.recipe.schema import EvalRecipe
-    from switchcli.recipe.training_rules import TrainingRecipe
+    pass
 
 app = typer.Typer(
     cls=CheckedGroup,
@@ -73,17 +74,10 @@ def pretrain(
 ) -> None:
     """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
     with exit.stoppable(ranks=True):
-        from switchcli.commands import pretrain
-        from switchcli.recipe.schema import PretrainRecipe
-        from switchcli.runs import run_dir, warm_start
+        from switchcli.commands import pretrain, training
 
-        folder = out or run_dir.default_out(recipe)
-        pretraining = warm_start.resolved(recipe, overrides or [], model, folder, resume, exit.warn, PretrainRecipe)
-        if dry_run:
-            _describe(pretraining.recipe, as_json)
-            return
-        _start_ranks(processes, pretraining.recipe, as_json)
-        _end(pretrain.pretrain(pretraining, run_dir.Options(folder, resume, quiet)), as_json)
+        out = out or default_out(recipe)
+        pretrain.run(recipe, overrides or [], model, training.Asked(out, resume, processes, dry_run, as_json, quiet))
 
 
 @app.command()
@@ -100,16 +94,10 @@ def finetune(
 ) -> None:
     """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
     with exit.stoppable(ranks=True):
-        from switchcli.commands import finetune
-        from switchcli.runs import run_dir
+        from switchcli.commands import finetune, training
 
-        folder = out or run_dir.default_out(recipe)
-        finetuning = finetune.resolved(recipe, overrides or [], model, folder, resume, exit.warn)
-        if dry_run:
-            _describe(finetuning.recipe, as_json)
-            return
-        _start_ranks(processes, finetuning.recipe, as_json)
-        _end(finetune.finetune(finetuning, run_dir.Options(folder, resume, quiet)), as_json)
+        out = out or default_out(recipe)
+        finetune.run(recipe, overrides or [], model, training.Asked(out, resume, processes, dry_run, as_json, quiet))
 
 
 @app.command()
@@ -155,20 +143,13 @@ def distill(
 ) -> None:
     """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
     with exit.stoppable(ranks=True):
-        from switchcli.commands import distill
-        from switchcli.runs import distilling as teaching
-        from switchcli.runs import run_dir
+        from switchcli.commands import distill, training
 
-        name, overrides = run_dir.split(arguments or [])
-        folder = out or distill.default_out(name, teacher)
-        named = distill.Options(teacher, student, baseline)
-        distilling = distill.resolved(name, overrides, named, folder, resume, exit.warn)
-        if dry_run:
-            _describe(distilling.recipe, as_json)
-            return
-        _start_ranks(processes, distilling.recipe, as_json)
-        act = teaching.ask if answers_only else teaching.distill
-        _end(act(distilling, run_dir.Options(folder, resume, quiet)), as_json)
+        name, given = split(arguments or [])
+        named = distill.Models(teacher, student, baseline)
+        out = out or distill.default_out(name, teacher)
+        asked = training.Asked(out, resume, processes, dry_run, as_json, quiet)
+        distill.run(name, given, named, answers_only, asked)
 
 
 @app.command("eval")
@@ -186,38 +167,7 @@ def evaluate(
     with exit.stoppable(saves_nothing=True, ranks=True):
         from switchcli.commands import evaluate
 
-        evaluating = evaluate.resolved(checkpoint, arguments or [], exit.warn)
-        _start_ranks(processes, evaluating.recipe, as_json)
-        options = evaluate.Options(out or evaluate.default_out(checkpoint), quiet)
-        evaluation = evaluate.measure(evaluating, options)
-        if evaluation is not None and not as_json:
-            evaluate.show(evaluation)
-        _end(evaluation.result if evaluation else {}, as_json)
-
-
-def _describe(recipe: "TrainingRecipe", as_json: bool) -> None:
-    from switchcli.commands import describe
-
-    if as_json:
-        print_json(describe.dry_run(recipe))
-    else:
-        typer.echo(safe_text(describe.text(recipe)), nl=False)
-
-
-def _start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: bool) -> None:
-    """Let as many ranks do the work as are asked for, and leave with their exit code; or go on in this process."""
-    from switchcli.runs import run_dir
-
-    if (ended := run_dir.ranks_elsewhere(processes, recipe)) is not None:
-        if as_json and ended.error is not None:
-            print_json({"error": ended.error, "exit_code": ended.exit_code})
-        exit.leave_with(ended.exit_code)
-
-
-def _end(result: Mapping[str, Any], as_json: bool) -> None:
-    if as_json and result:
-        print_json(result)
-    exit.leave_rank()
+        evaluate.run(checkpoint, arguments or [], out, processes, as_json, quiet)
 
 
 @app.command()
@@ -262,13 +212,13 @@ def generate(
         }
     )
     options = Options(decoding, batch, capacity, device)
-    warn = Console().warning
+    console = Console()
     if texts and len(texts) == 1 and beams == 1 and not as_json and sys.stdout.isatty():
-        for piece in stream(checkpoint, texts[0], options, warn):
+        for piece in stream(checkpoint, texts[0], options, console):
             typer.echo(_on_one_line(piece), nl=False)
         typer.echo()
         return
-    answered = run(checkpoint, texts or _lines(), options, warn)
+    answered = run(checkpoint, texts or _lines(), options, console)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "answers": [answer._asdict() for answer in answered]})
         return

@@ -2,7 +2,7 @@
 
 import torch
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialise
 from switchcli.model.moe.router import Switch
@@ -27,7 +27,7 @@ def a_model(spec: ModelSpec = SPARSE, seed: int = 0) -> SwitchTransformer:
     return model
 
 
-def rows(step: int, first: int, count: int) -> Batch:
+def _rows(step: int, first: int, count: int) -> Batch:
     """Sequences of very different lengths; two in eight, side by side, have no target. A function of step and row."""
     inputs_BS, targets_BT = torch.zeros(count, SOURCE, dtype=torch.int64), torch.zeros(count, TARGET, dtype=torch.int64)
     for row in range(first, first + count):
@@ -38,6 +38,18 @@ def rows(step: int, first: int, count: int) -> Batch:
             padded_L[:length] = torch.randint(2, SHAPE["vocab_size"], (length,), generator=generator)
             padded_L[length - 1 : length] = EOS
     return Batch(inputs_BS, targets_BT)
+
+
+class _Rows(BatchSource):
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        return _rows(step, first, count)
+
+    def __call__(self, step: int, first: int, count: int) -> Batch:
+        return _rows(step, first, count)
+
+
+rows = _Rows()
+"""`rows(step, first, count)`, and a source of batches for what takes one."""
 
 
 def step_total(loss: StepLoss) -> torch.Tensor:

@@ -170,10 +170,10 @@ def _loader(job: Job) -> Result:
 
         def call() -> None:
             first = next(ahead)
-            microbatches = Microbatches(stream.batch, rows, None, 1, 0, 1)
-            with Loader(microbatches, first + BATCHES, workers, 2, lambda micro: micro) as loader:
-                for step in range(first, first + BATCHES):
-                    loader(step)
+            microbatches = Microbatches(stream, rows, None, 1, 0, 1)
+            with Loader(microbatches, workers, 2, runtime) as loader:
+                for _ in loader.from_step(first, first + BATCHES):
+                    pass
 
         return call
 
@@ -196,8 +196,8 @@ def _loader(job: Job) -> Result:
 
 def _stream(text: Prepared, objective: ObjectiveSpec, rows: int) -> TextStream:
     chunks = [Chunks(one.shards[TRAIN], objective, 0) for one in text.texts.values()]
-    turns = None if len(chunks) == 1 else Mixture(dict.fromkeys(text.texts, 1 / len(chunks)), 0).turns[0]
-    return TextStream(chunks, text.tokenizer, objective, 0, rows, turns)
+    mixture = None if len(chunks) == 1 else Mixture(dict.fromkeys(text.texts, 1 / len(chunks)), 0)
+    return TextStream(chunks, text.tokenizer, objective, 0, rows, mixture)
 
 
 def _step(spec: ModelSpec, length: int, rows: int, runtime: Runtime) -> Callable[[], None]:

@@ -14,9 +14,9 @@ from switchcli.distributed.context import Runtime
 from switchcli.model.init import initialise
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.distillation import Distillation, DistillSpec, Teacher
+from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import Objective, cross_entropy, summed_cross_entropy, whole_rows
+from switchcli.train.loss import Objective, cross_entropy, summed_cross_entropy
 from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.optimizers import Adafactor
 
@@ -44,7 +44,7 @@ def distill(job: Job) -> Result:
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         precision = "float32" if job["precision"] == "float32" else "selective"
         teacher = Teacher(model, precision, 1.0)
-        calls["distilling"] = step(Distillation(DistillSpec(teacher=""), teacher, whole_rows))
+        calls["distilling"] = step(DistillationLoss(DistillSpec(teacher=""), teacher, packed=False))
         calls["the teacher's loss alone"] = lambda: _forward(model, here, runtime)
     if job["who"] != "all":
         calls = {job["who"]: calls[job["who"]]}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from machine import HEADS, Job, Result, begin, shape
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.layout import whole_weights
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.init import initialise
@@ -15,7 +15,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.checkpointer import DATA, Saver
 from switchcli.train.config import CheckpointSpec, TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import cross_entropy
+from switchcli.train.loss import Always, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW
 from switchcli.train.schedules import InverseSquareRoot
@@ -34,12 +34,12 @@ def saving(job: Job) -> Result:
     model = SwitchTransformer(spec).to(runtime.device)
     initialise(model, 0)
     built = {"adafactor": Adafactor(), "adamw": AdamW()}[job["optimizer"]].build(dict(model.named_parameters()))
-    state, batches = TrainState(), Microbatches(rows, ROWS, None, 1, 0, 1)
+    state, batches = TrainState(), Microbatches(Rows(), ROWS, None, 1, 0, 1)
 
     def train(steps: int) -> None:
         settings = TrainSpec(steps=state.step + steps, batch_tokens=1)
         schedule, stop = InverseSquareRoot(), StopRequest()
-        fit(state, model, lambda step: cross_entropy, batches, built, schedule, runtime, [], settings, stop)
+        fit(state, model, Always(cross_entropy), batches, built, schedule, runtime, [], settings, stop)
 
     still: dict[str, list[float]] = {name: [] for name in WAYS}
     whole: dict[str, list[float]] = {name: [] for name in ("none", *WAYS)}
@@ -74,9 +74,10 @@ def saving(job: Job) -> Result:
     }
 
 
-def rows(step: int, first: int, count: int) -> Batch:
-    draw = torch.Generator().manual_seed(step)
-    return Batch(
-        torch.randint(2, VOCABULARY, (count, SOURCE), generator=draw),
-        torch.randint(2, VOCABULARY, (count, TARGET), generator=draw),
-    )
+class Rows(BatchSource):
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        draw = torch.Generator().manual_seed(step)
+        return Batch(
+            torch.randint(2, VOCABULARY, (count, SOURCE), generator=draw),
+            torch.randint(2, VOCABULARY, (count, TARGET), generator=draw),
+        )

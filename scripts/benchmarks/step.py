@@ -26,14 +26,16 @@ from machine import (
     shape,
 )
 
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.init import initialise
 from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import cross_entropy
+from switchcli.train.loss import Always, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW
 from switchcli.train.schedules import InverseSquareRoot
@@ -58,26 +60,40 @@ def step(job: Job) -> Result:
     return {"seconds": seconds[1:], "peak": peak}
 
 
+class OneBatch(BatchSource):
+    """The same batch in every step."""
+
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        return batch()
+
+
+class Note(Callback):
+    """Notes the time after every step, when the device is done."""
+
+    def __init__(self, times: list[float], clock: Clock) -> None:
+        super().__init__(1)
+        self._times, self._clock = times, clock
+
+    def __call__(self, state: TrainState) -> None:
+        self._times.append(time.perf_counter() if self._clock(lambda: None) >= 0 else 0.0)
+
+
 def our_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
     model = our_model(job, runtime.device)
     optimizer = {"adafactor": Adafactor(), "adamw": AdamW()}[job["optimizer"]].build(dict(model.named_parameters()))
     times = [time.perf_counter()]
 
-    def on_step(number: int) -> None:
-        times.append(time.perf_counter() if clock(lambda: None) >= 0 else 0.0)
-
     fit(
         TrainState(),
         runtime.wrap(model),
-        lambda step: cross_entropy,
-        Microbatches(lambda step, first, count: batch(), BATCH, None, 1, 0, 1),
+        Always(cross_entropy),
+        Microbatches(OneBatch(), BATCH, None, 1, 0, 1),
         optimizer,
         InverseSquareRoot(learning_rate=1e-3),
         runtime,
-        [],
+        [Note(times, clock)],
         TrainSpec(steps=1 + job["rounds"], batch_tokens=TOKENS),
         StopRequest(),
-        on_step,
     )
     return [after - before for before, after in pairwise(times)]
 

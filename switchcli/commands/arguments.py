@@ -1,7 +1,7 @@
 """Arguments and options that several verbs have, with their help; and what is checked of those of every verb."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from switchcli import credentials
 from switchcli.errors import RecipeError
+from switchcli.recipe import library
 from switchcli.report.safe_text import one_line
 
 A_CHECKPOINT = "A run's folder, one checkpoint's, or a Hugging Face folder."
@@ -110,3 +111,19 @@ def _check_value(name: str, value: str) -> None:
         raise RecipeError(f"{name}: is empty: give a value, or leave it out")
     if found := credentials.problem(value):
         raise RecipeError(f"{name}: holds {found}: {credentials.FIX}")
+
+
+def default_out(recipe: str) -> Path:
+    """runs/NAME for a recipe that ships; for a file runs/STEM, or runs/FOLDER when it is a run's recipe.yaml."""
+    path = Path(recipe)
+    if recipe in library.names() and not path.is_file():
+        return Path("runs") / recipe
+    if path.name == "recipe.yaml":
+        path = path.resolve().parent
+    return Path("runs") / (path.stem if path.suffix in library.SUFFIXES else path.name)
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """`[RECIPE] [KEY=VALUE ...]`: the recipe, if there is one, and the rest."""
+    named = bool(arguments) and "=" not in arguments[0]
+    return (arguments[0] if named else None), list(arguments[named:])

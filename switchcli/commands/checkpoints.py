@@ -47,7 +47,7 @@ def convert(
         if to == "switchcli":
             result = convert.to_switchcli(source, destination, options)
         else:
-            result = convert.to_huggingface(Path(source), destination, options, console.warning)
+            result = convert.to_huggingface(Path(source), destination, options, console)
         console.message(f"{result['parameters']:,} parameters in {destination}")
         if as_json:
             print_json(result)
@@ -75,8 +75,8 @@ def upcycle(
         from switchcli.commands import upcycle
 
         options = upcycle.Options(experts, gate, noise, seed)
-        result = upcycle.upcycle(dense, destination, overrides or [], options, exit.warn)
         console = Console(quiet=quiet)
+        result = upcycle.upcycle(dense, destination, overrides or [], options, console)
         for line in upcycle.said(result):
             console.message(line)
         if as_json:
@@ -112,7 +112,7 @@ def prune(
         from switchcli.commands import prune
 
         options = prune.Options(experts, by, gate, sequences)
-        result = prune.prune(checkpoint, destination, arguments or [], options, Console(quiet=quiet), exit.warn)
+        result = prune.prune(checkpoint, destination, arguments or [], options, Console(quiet=quiet))
         if as_json:
             print_json(result)
         else:

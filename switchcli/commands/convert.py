@@ -1,7 +1,7 @@
 """`switchcli convert`: a checkpoint into the Hugging Face layout, or from there, whole or not at all."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from switchcli.convert.to_transformers import express, translate
 from switchcli.convert.weight_files import INDEX, SAFE, is_layout
 from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.report.console import Console
 from switchcli.runs import transformers_checkpoint
 from switchcli.runs.loading import open_model
 from switchcli.runs.new_folder import free, free_for_checkpoint, place, place_checkpoint
@@ -51,8 +52,8 @@ def to_switchcli(source: str, destination: Path, options: Options) -> dict[str, 
     return _result(source, destination, "switchcli", place_checkpoint(destination, recipe, tokenizer, weights), [])
 
 
-def to_huggingface(source: Path, destination: Path, options: Options, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Write one of our checkpoints as transformers' `from_pretrained` reads it; `warn` is told what gets lost.
+def to_huggingface(source: Path, destination: Path, options: Options, console: Console) -> dict[str, Any]:
+    """Write one of our checkpoints as transformers' `from_pretrained` reads it; a warning names what gets lost.
 
     Raises:
         CheckpointError: transformers has no such model, there is no whole checkpoint, or the disk refuses.
@@ -63,12 +64,12 @@ def to_huggingface(source: Path, destination: Path, options: Options, warn: Call
         raise RecipeError(f"{', '.join(given)}: of --to switchcli alone, and this is --to huggingface: leave it out")
     if is_layout(source):
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
-    opened = open_model(source, warn)
+    opened = open_model(source, console)
     destination, recipe, tokenizer = free(source, destination), opened.recipe, opened.tokenizer
     lengths = Lengths(recipe.inputs_length, recipe.targets_length)
     config, losses = express(recipe.model, lengths, opened.path, recipe.train.router_dtype)
     for loss in losses:
-        warn(loss)
+        console.warning(loss)
     wanted = logical_tensors(transformers_checkpoint.empty(recipe.model))
     small = {
         configs.NAME: configs.encode(config),

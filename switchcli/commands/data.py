@@ -51,7 +51,7 @@ def prepare(
 
         console = Console(quiet=quiet)
         options = preparation.Options(model, processes, share, check)
-        result = preparation.prepare(recipe, overrides or [], options, console, exit.warn)
+        result = preparation.prepare(recipe, overrides or [], options, console)
         if as_json:
             print_json(result)
         else:

@@ -3,21 +3,23 @@
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands import finetune
+from switchcli.commands import arguments, exit, training
 from switchcli.convert.tokenizer_files import find
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.surgery.student import FromTeacher, Inheritance, other_dimensions, plan
+from switchcli.model.surgery.student import FromTeacher, other_dimensions
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, Distils, OnTasks, OnText
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.runs import run_dir, transformers_checkpoint
+from switchcli.report.console import Console
+from switchcli.runs import finetuning, run_dir
+from switchcli.runs.distilling import Distillation, DistillJob, Recipe, ask
 from switchcli.runs.loading import Opened, open_model
 from switchcli.runs.warm_start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
 from switchcli.train.config import FromCheckpoint
@@ -26,12 +28,9 @@ TEACHER, STUDENT = "distill.teacher", "student.path"
 HOW_LONG = {"train", "optimizer", "schedule", "eval", "checkpoint"}
 """What a recipe may leave out where the teacher was trained on the like."""
 
-Recipe = DistillTextRecipe | DistillTasksRecipe
-Warn = Callable[[str], None]
 
-
-class Options(NamedTuple):
-    """The command line's own names for keys of the recipe."""
+class Models(NamedTuple):
+    """The models that the command line names, each as a key of the recipe."""
 
     teacher: str | None = None
     student: str | None = None
@@ -40,28 +39,30 @@ class Options(NamedTuple):
     """A checkpoint, or a figure."""
 
 
-class Distilling(NamedTuple):
-    """What a command line comes to."""
-
-    recipe: Recipe
-    teacher: Opened
-    student: Opened | None
-    """The checkpoint that the student starts from; None also where the run has begun."""
-    baseline: Opened | None
+def run(
+    recipe: str | None, overrides: Sequence[str], models: Models, answers_only: bool, asked: training.Asked
+) -> None:
+    """Resolve the recipe, with what the teacher says of it, and train; or with `answers_only` ask the teacher alone."""
+    job = resolve_job(recipe, overrides, models, asked.out, asked.resume, exit.console())
+    if not answers_only or asked.dry_run:
+        training.run(job, Distillation, asked)
+        return
+    training.start_ranks(asked.processes, job.recipe, asked.as_json)
+    training.end(ask(job, asked.quiet), asked.as_json)
 
 
 def default_out(recipe: str | None, teacher: str | None) -> Path:
     """As of every verb; of a command without a recipe runs/distill/ and the teacher's place below runs/."""
     return (
-        run_dir.default_out(recipe)
+        arguments.default_out(recipe)
         if recipe is not None
         else Path("runs") / "distill" / run_dir.place(Path(teacher or "."))
     )
 
 
-def resolved(
-    name: str | None, overrides: Sequence[str], options: Options, out: Path, resume: bool, warn: Warn
-) -> Distilling:
+def resolve_job(
+    name: str | None, overrides: Sequence[str], options: Models, out: Path, resume: bool, console: Console
+) -> DistillJob:
     """The recipe with what the teacher says of the keys that it leaves out.
 
     A run that has begun keeps teacher and student, even if the folders that are named have newer checkpoints by now.
@@ -83,7 +84,7 @@ def resolved(
             f"{out}: this run began with the teacher {begun.distill.teacher}, which is gone (a run keeps its last "
             "checkpoint.keep_last): bring it back, or --no-resume to begin anew"
         )
-    teacher = _open(TEACHER, said if begun is None else begun.distill.teacher, out, warn)
+    teacher = _open(TEACHER, said if begun is None else begun.distill.teacher, out, console)
     overrides = [*overrides, f"{TEACHER}={json.dumps(str(teacher.path))}"]
     if options.baseline is not None:
         overrides.append(f"distill.baseline={json.dumps(_figure(options.baseline))}")
@@ -100,7 +101,7 @@ def resolved(
         if begun is not None and isinstance(begun.student, FromCheckpoint) and is_within(begun.student.path, path):
             spec, path = begun.model, begun.student.path
         else:
-            student = _open_student(options.student, path, out, warn)
+            student = _open_student(options.student, path, out, console)
             spec, path = student.recipe.model, str(student.path)
         overrides += ["student.kind=checkpoint", f"{STUDENT}={json.dumps(path)}"]
     if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student reads by the vocabulary of its teacher
@@ -113,8 +114,8 @@ def resolved(
     else:
         recipe = resolve.validate(tree, DistillTasksRecipe)
     baseline = recipe.distill.baseline
-    opened = _open("--baseline", baseline, out, warn) if isinstance(baseline, str) else None
-    distilling = Distilling(recipe, teacher, student, opened)
+    opened = _open("--baseline", baseline, out, console) if isinstance(baseline, str) else None
+    distilling = DistillJob(recipe, teacher, student, opened)
     _check(distilling)
     return distilling
 
@@ -126,14 +127,7 @@ def dense(teacher: ModelSpec) -> ModelSpec:
     )
 
 
-def inheritance(recipe: Recipe, teacher: ModelSpec) -> Inheritance | None:
-    """What the student takes of its teacher's weights; None where it starts from something else."""
-    if not isinstance(recipe.student, FromTeacher):
-        return None
-    return plan(transformers_checkpoint.empty(recipe.model), transformers_checkpoint.empty(teacher), recipe.student)
-
-
-def _check_said_once(options: Options, typed: Node) -> None:
+def _check_said_once(options: Models, typed: Node) -> None:
     """Raise a RecipeError where the command line says two things of teacher or student."""
     if options.teacher is not None and resolve.stated(typed, TEACHER) is not None:
         raise RecipeError(f"{TEACHER}: there is --teacher too: leave one out")
@@ -161,19 +155,19 @@ def _figure(said: str) -> float | str:
     return figure
 
 
-def _open(key: str, path: str, out: Path, warn: Warn) -> Opened:
+def _open(key: str, path: str, out: Path, console: Console) -> Opened:
     try:
-        opened = open_model(Path(path), warn)
+        opened = open_model(Path(path), console)
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
     check_outside(key, opened.path, out)
     return opened
 
 
-def _open_student(option: str | None, path: str, out: Path, warn: Warn) -> Opened:
+def _open_student(option: str | None, path: str, out: Path, console: Console) -> Opened:
     if option is not None and not Path(path).exists() and (near := difflib.get_close_matches(path, SIZES, n=1)):
         raise RecipeError(f"--student {path}: no checkpoint there, and no size of that name. Did you mean {near[0]}?")
-    return _open(STUDENT if option is None else "--student", path, out, warn)
+    return _open(STUDENT if option is None else "--student", path, out, console)
 
 
 def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]:
@@ -203,7 +197,7 @@ def _tokenizer(teacher: Opened) -> str:
     return str((find(teacher.path) or teacher.path / "tokenizer.json").absolute())
 
 
-def _check(distilling: Distilling) -> None:
+def _check(distilling: DistillJob) -> None:
     """Raise a RecipeError where the student cannot learn from such a teacher."""
     recipe, teacher, student, baseline = distilling
     check_tokenizer(recipe, teacher.tokenizer)
@@ -234,7 +228,7 @@ def _check(distilling: Distilling) -> None:
         )
     _check_inheritance(recipe, teacher)
     if isinstance(recipe, DistillTasksRecipe):
-        finetune.check_tasks(recipe)
+        finetuning.check_tasks(recipe)
 
 
 def _check_inheritance(recipe: Recipe, teacher: Opened) -> None:
@@ -259,22 +253,3 @@ def _check_inheritance(recipe: Recipe, teacher: Opened) -> None:
             f"model: the teacher's weights do not fit a student of {said}: student.unfit=fresh copies those that do, "
             "student.kind=fresh starts from initial weights"
         )
-
-
-def facts(distilling: Distilling, teacher: str, text: str, batches: str) -> Mapping[str, str | int | float]:
-    """What kept answers depend on; with digests of the teacher, the text, and the batches."""
-    recipe = distilling.recipe
-    settings = recipe.distill
-    assert settings.answers is not None
-    return {
-        "format": 1,
-        "teacher": teacher,
-        "text": text,
-        "batches": batches,
-        "rows_per_step": recipe.rows_per_step,
-        "targets_length": recipe.targets_length,
-        "top_k": min(settings.answers.top_k, recipe.model.vocab_size),
-        "precision": settings.answers.precision,
-        "temperature": settings.temperature,
-        "capacity": settings.capacity,
-    }

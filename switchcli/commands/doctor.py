@@ -16,7 +16,7 @@ from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe import library
 from switchcli.recipe.resolve import resolve
 from switchcli.recipe.schema import PretrainRecipe
-from switchcli.report.console import Console
+from switchcli.report.console import Console, silent
 from switchcli.runs.loading import load, on_the_hub, open_checkpoint, whereabouts
 
 _STYLES: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
@@ -89,7 +89,7 @@ def verify(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             if path.exists()  # the run has not just pruned it
         }
     if not damage:
-        found = open_checkpoint(Path(name), lambda _: None)  # says that there is none, or that all were put aside
+        found = open_checkpoint(Path(name), silent())  # says that there is none, or that all were put aside
         damage = {str(found.path): None}  # or the run has saved another meanwhile
     loaded = next((path for path in damage if damage[path] is None), None)
     return {
@@ -117,7 +117,7 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
         raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
     if is_layout(path):
         return of_transformers.load(path)
-    loaded = load(path, torch.device("cpu"), console.warning)
+    loaded = load(path, torch.device("cpu"), console)
     return ours.Ours(loaded.model, initialised=False)
 
 

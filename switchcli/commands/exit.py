@@ -15,7 +15,7 @@ from switchcli.distributed.monitor import Watch
 from switchcli.distributed.rendezvous import check_environment
 from switchcli.distributed.signals import stopping
 from switchcli.errors import UNKNOWN, Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
-from switchcli.report.console import Console
+from switchcli.report.console import Console, silent
 from switchcli.report.output import print_json
 from switchcli.report.safe_text import one_line
 
@@ -115,10 +115,9 @@ def _watched(
         raise
 
 
-def warn(text: str) -> None:
-    """An alarm in words, once: on the main rank."""
-    if os.environ.get("RANK", "0") == "0":
-        Console().warning(text)
+def console() -> Console:
+    """Return the console of what a command does before its ranks meet: those other than the first print nothing."""
+    return Console() if os.environ.get("RANK", "0") == "0" else silent()
 
 
 def leave_rank() -> None:

@@ -1,6 +1,6 @@
 """`switchcli generate`: a checkpoint's answers to texts with gaps, or to a task's inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -8,14 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import AllDone, locally, steps
 from switchcli.model.generation import generate as decode
+from switchcli.model.generation import steps
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.console import Console
 from switchcli.runs.loading import Loaded, load
 from switchcli.spec import EOS, PAD
 
@@ -51,7 +50,7 @@ def decoding_of(settings: Mapping[str, float]) -> Decoding:
         raise RecipeError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
 
 
-def generate(path: Path, texts: Iterable[str], options: Options, warn: Callable[[str], None]) -> Iterator[Answer]:
+def generate(path: Path, texts: Iterable[str], options: Options, console: Console) -> Iterator[Answer]:
     """Answer the texts in their order, as soon as a batch of them is there; a blank one by nothing.
 
     What is drawn at random depends on the seed and on the number of a text, not on its batch.
@@ -61,12 +60,12 @@ def generate(path: Path, texts: Iterable[str], options: Options, warn: Callable[
         RecipeError: no CUDA device, and one was asked for.
         DataError: a text that is not UTF-8.
     """
-    loaded = _load(path, options, warn)
+    loaded = _load(path, options, console)
     first = 0
     for batch in _batches(texts, options.batch):
         outputs = [""] * len(batch)
         if any(map(str.strip, batch)):
-            inputs_BS = _inputs(loaded, batch, warn, first)
+            inputs_BS = _inputs(loaded, batch, console, first)
             with evaluating(loaded.model, options.policy):
                 rows_BT = decode(loaded.model, inputs_BS, options.decoding, first=first)
             outputs = [
@@ -77,10 +76,10 @@ def generate(path: Path, texts: Iterable[str], options: Options, warn: Callable[
         first += len(batch)
 
 
-def stream(path: Path, text: str, options: Options, warn: Callable[[str], None]) -> Iterator[str]:
+def stream(path: Path, text: str, options: Options, console: Console) -> Iterator[str]:
     """The answer to one text in pieces, as the tokens come. Raises as `generate`."""
-    loaded = _load(path, options, warn)
-    inputs_BS = _inputs(loaded, [text], warn)
+    loaded = _load(path, options, console)
+    inputs_BS = _inputs(loaded, [text], console)
     ids: list[int] = []
     shown = said = ""
     with evaluating(loaded.model, options.policy):
@@ -95,28 +94,14 @@ def stream(path: Path, text: str, options: Options, warn: Callable[[str], None])
         yield said.removeprefix(shown) if said.startswith(shown) else f"\n{said}"
 
 
-def answers(
-    model: SwitchTransformer,
-    tokenizer: Tokenizer,
-    inputs_BS: torch.Tensor,
-    max_tokens: int,
-    policy: Policy = "dropless",
-    all_done: AllDone = locally,
-) -> list[str]:
-    """The model's greedy answer to each row of ids, as text with the sentinels readable."""
-    with evaluating(model, policy):
-        rows_BT = decode(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
-    return [tokenizer.decode(row) for row in rows_BT.tolist()]
-
-
-def _load(path: Path, options: Options, warn: Callable[[str], None]) -> Loaded:
+def _load(path: Path, options: Options, console: Console) -> Loaded:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
     name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return load(path, torch.device(name), warn)
+    return load(path, torch.device(name), console)
 
 
-def _inputs(loaded: Loaded, texts: Sequence[str], warn: Callable[[str], None], first: int = 0) -> torch.Tensor:
+def _inputs(loaded: Loaded, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
     """int64 [texts, length of the longest], after `first` others; a blank text is a row of padding."""
     longest = loaded.recipe.inputs_length
     rows = []
@@ -127,7 +112,7 @@ def _inputs(loaded: Loaded, texts: Sequence[str], warn: Callable[[str], None], f
             raise DataError(f"text {number} is not UTF-8 (at its character {error.start}): convert it first") from error
         ids = [*loaded.tokenizer.encode(text), EOS] if text.strip() else []
         if len(ids) > longest:
-            warn(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
+            console.warning(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
             ids = [*ids[: longest - 1], EOS]
         rows.append(torch.tensor(ids, dtype=torch.int64))
     inputs_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)

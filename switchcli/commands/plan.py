@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli import publish
-from switchcli.commands.describe import describe
 from switchcli.distributed.mesh import ParallelSpec, check_world
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.model.flops import FORWARD_AND_BACKWARD
-from switchcli.planner.plan import Fit, Machine, Plan, model_axes, plan
-from switchcli.planner.step import Mesh, Step, held
+from switchcli.planner.plan import Fit, Machine, Plan
+from switchcli.planner.step import Mesh
 from switchcli.planner.traffic import Collective
 from switchcli.recipe import library, resolve
 from switchcli.recipe import yaml_nodes as text
@@ -22,7 +21,8 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.html_page import HtmlTable, page
 from switchcli.report.units import binary, gib, number, parse_bytes, si
-from switchcli.runs.transformers_checkpoint import empty
+from switchcli.runs.describe import describe
+from switchcli.runs.mesh_choice import plan_of
 
 BATCH_TOKENS = 2**20
 """Of a size, which has no batch: the paper's."""
@@ -98,27 +98,6 @@ def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
         fits = (one for one in found.fits if _is_said(one.mesh, said))
         found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))
     return Planned(name, recipe, machine, found)
-
-
-def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
-    """The plan of a recipe's step, whatever mesh it says; `fused`: by the kernels of a GPU."""
-    spec, train = recipe.model, recipe.train
-    step = Step(
-        recipe.rows_per_step,
-        recipe.inputs_length,
-        recipe.targets_length,
-        product_bytes=4 if train.precision == "float32" else 2,
-        router_bytes=train.router_dtype.itemsize,
-        fused=fused,
-        wire_bytes=4 if recipe.parallel.wire == "float32" else None,
-        recomputed=train.activation_checkpointing == "blocks",
-        ordered=recipe.parallel.reduction == "ordered",
-    )
-    microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
-    weights = dict(empty(spec).named_parameters())
-    state = recipe.optimizer.build(weights).state()
-    own = {model: held(weights, state, model) for model in model_axes(spec, machine.devices)}
-    return plan(spec, step, machine, microbatch, own)
 
 
 def _is_said(mesh: Mesh, said: ParallelSpec) -> bool:

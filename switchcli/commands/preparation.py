@@ -2,12 +2,11 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.commands.pretrain import fits
 from switchcli.data.prepare.pipeline import prepare_share
 from switchcli.data.prepare.prepared_text import PARTS, Text
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -16,6 +15,7 @@ from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console
 from switchcli.report.units import binary
 from switchcli.runs import text_sets
+from switchcli.runs.pretraining import fits
 
 
 class Options(NamedTuple):
@@ -28,9 +28,7 @@ class Options(NamedTuple):
     check: bool
 
 
-def prepare(
-    name: str, overrides: Sequence[str], options: Options, console: Console, warn: Callable[[str], None]
-) -> dict[str, Any]:
+def prepare(name: str, overrides: Sequence[str], options: Options, console: Console) -> dict[str, Any]:
     """Prepare what is not there yet, and say what is.
 
     Raises:
@@ -40,9 +38,9 @@ def prepare(
     """
     recipe = on_text(name, overrides)
     share = _share(options.share)
-    tokenizer = None if options.model is None else _of_model(options.model, warn)
+    tokenizer = None if options.model is None else _of_model(options.model, console)
     if recipe.data.access == "stream":
-        warn("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
+        console.warning("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
     means = text_sets.means(console)._replace(
         processes=options.processes, share=share, check=options.check, accept=partial(fits, recipe)
     )
@@ -92,7 +90,7 @@ def _share(said: str | None) -> tuple[int, int]:
     return int(found[1]) - 1, int(found[2])
 
 
-def _of_model(model: str, warn: Callable[[str], None]) -> Tokenizer:
+def _of_model(model: str, console: Console) -> Tokenizer:
     from switchcli.runs.loading import open_model  # reads no weights, but takes torch
 
-    return open_model(Path(model), warn).tokenizer
+    return open_model(Path(model), console).tokenizer

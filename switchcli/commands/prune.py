@@ -1,7 +1,7 @@
 """`switchcli prune`: a trained model with fewer experts, those that its own held-out text asks for least taken out."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from switchcli.model.surgery import prune as pruning
 from switchcli.model.surgery.prune import By, Gate
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
+from switchcli.runs.evaluator import Evaluator
 from switchcli.runs.loading import filled, unfilled
 from switchcli.runs.new_folder import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
 from switchcli.runs.run_dir import program
@@ -39,18 +40,17 @@ def prune(
     arguments: Sequence[str],
     options: Options,
     console: Console,
-    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the smaller model at `destination`, measured before and after on the same batches.
 
     Raises:
         CheckpointError: there is no sparse model at `checkpoint`, or the disk refuses.
-        RecipeError: as `evaluate.resolved`; or so many experts cannot be kept.
+        RecipeError: as `evaluate.resolve_job`; or so many experts cannot be kept.
         DataError: of what it is measured on.
         OutOfMemory: the device has no room.
     """
-    recipe, opened = evaluate.resolved(checkpoint, arguments, warn)
-    _check(opened.recipe.model, opened.path, options.experts, warn)
+    recipe, opened = evaluate.resolve_job(checkpoint, arguments, console)
+    _check(opened.recipe.model, opened.path, options.experts, console)
     policy, recipe = _measured_by(recipe, options.sequences)
     smaller = with_experts(opened, options.experts)
     destination = free_for_checkpoint(checkpoint, destination)
@@ -60,15 +60,15 @@ def prune(
     console.message(f"measuring {opened.path}")
     with memory.explained_of_evaluation(runtime.device):
         loaded = filled(opened, runtime.device)
-        measuring = evaluate.Measuring(loaded, recipe, runtime, console)
+        evaluator = Evaluator(loaded, recipe, runtime, console)
         with pruning.probability_mass(loaded.model) as mass:
-            before = measuring.held_out(loaded.model, policy).named()
+            before = evaluator.held_out(loaded.model, policy).named()
         if not before:
             raise DataError(f"{opened.path}: no labelled example in what it is measured on: name text or other tasks")
         cuts = pruning.cuts(loaded.model, _loads(before), mass, options.experts, options.gate)
         pruned = unfilled(smaller, runtime.device)
         pruning.prune(loaded.model, cuts, pruned, options.by)
-        after = measuring.held_out(pruned, policy).named()
+        after = evaluator.held_out(pruned, policy).named()
     recipe_of_it = going_on(smaller, destination)
     place_checkpoint(destination, recipe_of_it, opened.tokenizer, logical_tensors(pruned), data_of(opened))
     runtime.close()
@@ -111,7 +111,7 @@ def show(result: Mapping[str, Any]) -> None:
     console.message(f"Next: {program()} {result['next']}")
 
 
-def _check(spec: ModelSpec, path: Path, experts: int, warn: Callable[[str], None]) -> None:
+def _check(spec: ModelSpec, path: Path, experts: int, console: Console) -> None:
     """Raise unless so many experts can be kept of the model at `path`."""
     there = spec.num_experts
     if there == 1:
@@ -126,7 +126,7 @@ def _check(spec: ModelSpec, path: Path, experts: int, warn: Callable[[str], None
             f"--experts ({experts}) must be less than the {there} of {path}, or none is taken out: try {there // 2}"
         )
     if any(spec.sparse_layers(stack) and spec.router_of(stack).kind == "expert_choice" for stack in STACKS):
-        warn("expert_choice gives all experts of a layer the same load: the first ones are kept")
+        console.warning("expert_choice gives all experts of a layer the same load: the first ones are kept")
 
 
 def _measured_by(recipe: EvalRecipe, sequences: int | None) -> tuple[Policy, EvalRecipe]:

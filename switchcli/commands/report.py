@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,6 @@ from switchcli.report.html_page import Part, page
 from switchcli.report.runs import Run, read
 from switchcli.report.series import Series, differences, grouped
 
-Warn = Callable[[str], None]
-
 
 class Options(NamedTuple):
     """The options of `switchcli report`."""
@@ -30,7 +28,7 @@ class Options(NamedTuple):
     smooth: int = 1
 
 
-def report(folders: Sequence[Path], options: Options, warn: Warn) -> Report:
+def report(folders: Sequence[Path], options: Options, console: Console) -> Report:
     """What the folders hold; what cannot be read is warned of, and left out.
 
     Raises:
@@ -41,10 +39,10 @@ def report(folders: Sequence[Path], options: Options, warn: Warn) -> Report:
     for folder in folders:
         once.setdefault(os.path.realpath(folder), folder)
     files = [folder for folder in once.values() if folder.is_file()]
-    runs = [run for folder in once.values() if folder not in files and (run := _read(folder, warn)) is not None]
+    runs = [run for folder in once.values() if folder not in files and (run := _read(folder, console)) is not None]
     if not runs:
         for file in files:  # beside runs they are passed over: `runs/*` names logs too
-            warn(f"{file}: is no run: it is a file")
+            console.warning(f"{file}: is no run: it is a file")
         raise CheckpointError(
             "none of the folders is a run: name some that `switchcli pretrain`, `finetune`, `distill` or `eval` wrote"
         )
@@ -62,7 +60,7 @@ def report(folders: Sequence[Path], options: Options, warn: Warn) -> Report:
     if comparison is not None:
         notes = [*comparison.notes, *notes]
     for note in notes:
-        warn(note)
+        console.warning(note)
     return found._replace(notes=notes)
 
 
@@ -77,16 +75,16 @@ def _baseline(said: Path, once: Mapping[str, Path], trained: Sequence[Series]) -
     return name
 
 
-def _read(folder: Path, warn: Warn) -> Run | None:
+def _read(folder: Path, console: Console) -> Run | None:
     try:
         recipe = _recipe(folder / "recipe.yaml")
     except RecipeError as error:
-        warn(f"{error}: the recipe is left out")
+        console.warning(f"{error}: the recipe is left out")
         recipe = {}
     try:
         return read(folder, recipe)
     except CheckpointError as error:
-        warn(str(error))
+        console.warning(str(error))
         return None
 
 

@@ -53,7 +53,7 @@ def report(
         if routing:
             _routing(runs, options == report.Options(), html, figures, as_json, Console(quiet=quiet))
             return
-        found = report.report([*map(Path, runs)], options, Console(quiet=quiet).warning)
+        found = report.report([*map(Path, runs)], options, Console(quiet=quiet))
         if html is not None:
             report.write_html(found, html)
         if figures is not None:

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.commands.evaluate import ROWS_EACH, Measuring, resolved
+from switchcli.commands.evaluate import resolve_job
 from switchcli.commands.report import write_each, write_page
 from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report import routing_page, routing_tables
 from switchcli.report.console import Console
+from switchcli.runs.evaluator import ROWS_EACH, Evaluator
 from switchcli.runs.loading import Opened, filled, open_model
 from switchcli.runs.run_dir import machine
 from switchcli.train import memory
@@ -29,24 +30,24 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     paths = [Path(argument) for argument in arguments if _is_path(argument)]
     if not 1 <= len(paths) <= 2:
         raise RecipeError(f"--routing takes a checkpoint, or two to compare, and {len(paths)} are named")
-    opened = [open_model(path, console.warning) for path in paths]
+    opened = [open_model(path, console) for path in paths]
     for one in opened:
         if one.recipe.model.num_experts == 1:
             raise CheckpointError(f"{one.path}: a dense model has no routing: name one with experts")
     if len(opened) > 1:
         _check_comparable(*opened)
-    recipe, _ = resolved(paths[0], [argument for argument in arguments if not _is_path(argument)], console.warning)
+    recipe, _ = resolve_job(paths[0], [argument for argument in arguments if not _is_path(argument)], console)
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): an atlas is of one: name one alone")
     runtime = Runtime(recipe.device, recipe.precision)
     console.message(f"measuring {' and '.join(str(one.path) for one in opened)}")
     with memory.explained_of_evaluation(runtime.device):
         loaded = [filled(one, runtime.device) for one in opened]
-        measuring = Measuring(loaded[0], recipe, runtime, console)
+        evaluator = Evaluator(loaded[0], recipe, runtime, console)
         policies = [recipe.capacities[0] if recipe.capacities else one.recipe.eval.capacity for one in loaded]
         models = [one.model for one in loaded]
-        texts, tokenizer = measuring.rows(), loaded[0].tokenizer
-        found = survey(models, texts, ROWS_EACH, policies, runtime, tokenizer, console.track)
+        texts, tokenizer = evaluator.rows(), loaded[0].tokenizer
+        found = survey(models, texts, ROWS_EACH, policies, runtime, tokenizer, console)
         runtime.close()
         return {
             "recipe": recipe.model_dump(mode="json"),

@@ -1,6 +1,6 @@
 """`switchcli upcycle`: a Switch model that begins where a dense one ended (Komatsuzaki et al. 2022)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from switchcli.recipe import resolve
 from switchcli.recipe.differences import differences
 from switchcli.recipe.sizes import CUSTOM
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
 from switchcli.runs.loading import Opened, open_model
 from switchcli.runs.new_folder import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
 from switchcli.runs.run_dir import program
@@ -32,7 +33,7 @@ class Options(NamedTuple):
 
 
 def upcycle(
-    dense: Path, destination: Path, overrides: Sequence[str], options: Options, warn: Callable[[str], None]
+    dense: Path, destination: Path, overrides: Sequence[str], options: Options, console: Console
 ) -> dict[str, Any]:
     """Write the sparse model at `destination`, and say what it is.
 
@@ -41,7 +42,7 @@ def upcycle(
         RecipeError: the experts have no place in it, or a key would change what the weights are of.
     """
     experts, gate, noise, seed = options
-    opened = open_model(dense, warn)
+    opened = open_model(dense, console)
     if (there := opened.recipe.model.num_experts) > 1:
         raise CheckpointError(f"{opened.path}: has {there} experts already: name a dense model")
     if experts < 2:
@@ -58,7 +59,7 @@ def upcycle(
     stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     factors = {stack: spec.router_of(stack).eval_capacity_factor for stack in stacks}
     if gate == "scaled" and any(factor != "dropless" for factor in factors.values()):
-        warn(
+        console.warning(
             f"model.router.eval_capacity_factor ({factors[stacks[0]]}): new routers share tokens out unevenly, and one "
             "that is dropped is not as in the dense model: dropless keeps all"
         )

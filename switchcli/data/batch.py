@@ -1,6 +1,8 @@
-"""Batch: what travels from the data to the model; and Lesson, which brings a teacher's answers too."""
+"""Batch: what travels from the data to the model; Lesson, which brings a teacher's answers too; and their source."""
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,3 +37,28 @@ class Lesson(NamedTuple):
 
 
 AnyBatch = Batch | Lesson
+
+
+class BatchSource(ABC):
+    """The batches of a run: a pure function of the step, or of the step and a state that is saved with the run."""
+
+    @abstractmethod
+    def batch(self, step: int, first: int, count: int) -> AnyBatch:
+        """Return rows first..first+count of the batch of `step`."""
+
+    def state(self, step: int) -> list[int]:
+        """Return what this rank adds to the state after `step` steps; the sum over ranks is the state of all."""
+        return []
+
+    def resume(self, step: int, state: Sequence[int]) -> None:
+        """Go on after `step` steps from `state`, the sum over ranks of what `state(step)` returned."""
+        assert not state, "these batches follow from their step alone"
+
+    def record(self, step: int) -> Mapping[str, Any]:
+        """Return what a record of `step` says of the rows so far."""
+        return {}
+
+    @property
+    def in_order(self) -> bool:
+        """Whether batches must be asked for in the order of their steps, by one thread."""
+        return False

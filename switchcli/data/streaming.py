@@ -12,12 +12,12 @@ Legend  R rows  L raw tokens of a row
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.config import DataSpec
 from switchcli.data.dataset import Window, counted
 from switchcli.data.objectives.example_packing import store_of_ids
@@ -55,7 +55,7 @@ class Position(NamedTuple):
     """Rows of the window that were shown."""
 
 
-class LiveStream:
+class LiveStream(BatchSource):
     """Batches of rows that are read as training goes on, asked for in their order by one thread."""
 
     def __init__(
@@ -70,7 +70,7 @@ class LiveStream:
         kept_steps: int,
     ) -> None:
         """`place`: this rank, and how many share the rows of a step; `kept_steps`: of how many of the last ones
-        `position` can tell.
+        `state` can tell.
 
         Raises DataError as the objective says of the tokenizer; RecipeError where the ranks cannot share the lanes.
         """
@@ -82,6 +82,7 @@ class LiveStream:
             )
         self._corruption = Corruption(spec.rows, tokenizer, seed)
         self._rows_a_lane, self._kept_steps = batch_rows // spec.lanes, kept_steps
+        self._mixture, self._batch_rows = mixture, batch_rows
         mine = range(rank * spec.lanes // ranks, (rank + 1) * spec.lanes // ranks)
         self._lanes = {lane: _Lane(lane, pieces, spec, tokenizer, mixture, seed) for lane in mine}
         self._shape = (spec.lanes, len(pieces), len(Position._fields))
@@ -102,17 +103,24 @@ class LiveStream:
             self._behind.pop(step - self._kept_steps, None)
         return self._corruption.batch(np.concatenate(raw), step, first)
 
-    def position(self, step: int) -> list[int]:
+    def state(self, step: int) -> list[int]:
         """Where this rank's lanes stand after so many steps, one of the last; zeros for the lanes of others, so that
         the sum over ranks is where all stand."""
         return [int(number) for number in self._behind[step].ravel()]
 
-    def seek(self, step: int, position: Sequence[int]) -> None:
+    def resume(self, step: int, state: Sequence[int]) -> None:
         """Go on after so many steps, from where all lanes stood then."""
-        stood = np.array(position).reshape(self._shape)
+        stood = np.array(state).reshape(self._shape)
         for lane, reading in self._lanes.items():
             reading.seek(step * self._rows_a_lane, stood[lane])
         self._behind = {step: self._position()}
+
+    def record(self, step: int) -> Mapping[str, Any]:
+        return {"mixture": self._mixture.compared(step * self._batch_rows)} if self._mixture else {}
+
+    @property
+    def in_order(self) -> bool:
+        return True
 
     def _position(self) -> NDArray[np.int64]:
         found = np.zeros(self._shape, dtype=np.int64)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.mixture_schedule import Orders, Turns, apportioned
 from switchcli.data.objectives.example_packing import Packed
 from switchcli.data.rng import TASKS, TURNS, permutation
@@ -48,7 +48,7 @@ class Equal(Spec):
 MixtureSpec = Annotated[Proportional | Equal, Field(discriminator="kind")]
 
 
-class TaskStream:
+class TaskStream(BatchSource):
     """Rows of several packed tasks, `batch_rows` a step."""
 
     def __init__(self, tasks: Mapping[str, Packed], mixture: MixtureSpec, seed: int, batch_rows: int) -> None:

@@ -4,17 +4,18 @@
 Legend  R rows  L raw tokens of a chunk  K texts
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.config import Rows
 from switchcli.data.dataset import Chunks
-from switchcli.data.mixture_schedule import Turns
 from switchcli.data.rng import SPANS, WORDS, philox
+from switchcli.data.text_mixture import Mixture
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS, PAD
 
@@ -38,7 +39,7 @@ class Corruption:
         return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._num_draws]
 
 
-class TextStream:
+class TextStream(BatchSource):
     """`batch_rows` rows a step of prepared texts, without end."""
 
     def __init__(
@@ -48,21 +49,24 @@ class TextStream:
         rows: Rows,
         seed: int,
         batch_rows: int,
-        turns: Turns | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
-        """`turns` says which of several texts a row is of. Raises DataError as `Corruption`."""
-        assert len(texts) == 1 or turns is not None
-        self._texts, self._batch_rows, self._turns = texts, batch_rows, turns
+        """`mixture` says which of several texts a row is of. Raises DataError as `Corruption`."""
+        assert len(texts) == 1 or mixture is not None
+        self._texts, self._batch_rows, self._mixture = texts, batch_rows, mixture
         self._corruption, self._raw_length = Corruption(rows, tokenizer, seed), rows.raw_length
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
         return self._corruption.batch(self._raw(step * self._batch_rows + np.arange(first, first + count)), step, first)
 
+    def record(self, step: int) -> Mapping[str, Any]:
+        return {"mixture": self._mixture.compared(step * self._batch_rows)} if self._mixture else {}
+
     def _raw(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self._turns is None:
+        if self._mixture is None:
             return self._texts[0].raw(row_R)
-        text_R, nth_R = self._turns(row_R)
+        text_R, nth_R = self._mixture.turns[0](row_R)
         raw_RL = np.empty((len(row_R), self._raw_length), dtype=np.int64)
         for text in np.unique(text_R):
             mine_R = text_R == text

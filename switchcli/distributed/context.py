@@ -246,6 +246,10 @@ class Runtime:
         """Host integers, summed position by position over all ranks."""
         return self._control.sum(values)
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether it is true on some rank; the same answer on each of them."""
+        return self.sum_over_ranks([int(flag)]) != [0]
+
     def sum_when_all_are_there(self, values: Sequence[int]) -> list[int]:
         """The same where ranks do work of their own between, which takes what it takes."""
         return self._patient.sum(values)
@@ -277,6 +281,12 @@ class Runtime:
     def on_main(self, action: Callable[[], T]) -> T | None:
         """What `action` returns on the main rank, None on the others, which wait for it as long as it takes."""
         return self._patient.on_main(action)
+
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns on this rank. The main rank calls it first, so that it alone fills a cache, and
+        what it refuses is refused once."""
+        first = self.on_main(action)
+        return first if self.is_main else action()  # type: ignore[return-value]  # of the main rank it is no None
 
     def on_every(self, action: Callable[[], T]) -> T:
         """What `action` returns on this rank, when it has on all."""

@@ -22,6 +22,10 @@ def stopping() -> tuple[signal.Signals, ...]:
     return tuple(one for one in STOPPING if not (ignored and one == signal.SIGHUP))
 
 
+class StopTraining(Exception):
+    """A stop was requested on some rank. All ranks raise it together, and one place catches it and saves."""
+
+
 class StopRequest:
     """Within its `with`, `requested` turns true at the first stopping signal; a second SIGINT interrupts at once."""
 

@@ -5,6 +5,7 @@ and keeps nothing: the metrics file does (`switchcli.report.sinks`). Each text i
 and `rich.text.Text`, never through markup.
 """
 
+import io
 import math
 import sys
 import time
@@ -248,6 +249,11 @@ class Console:
             self._progress.remove_task(task)
             if not self._progress.tasks:
                 self._progress.stop()
+
+
+def silent() -> Console:
+    """Return a console that prints nothing, not even warnings and errors."""
+    return Console(stream=io.StringIO())
 
 
 class Training:

@@ -1,12 +1,12 @@
-"""The run of `switchcli distill`: a teacher that is asked in every step, or once with its answers kept on disk."""
+"""Distillation: the task of `switchcli distill`. A teacher is asked in every step, or once and its answers are kept."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,35 +15,35 @@ from switchcli.checkpoint.checkpoint import preflight
 from switchcli.checkpoint.lock import lock
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.checkpoint.saved_state import HELD_OUT
-from switchcli.commands import finetune, pretrain
-from switchcli.commands.distill import Distilling, facts, inheritance
-from switchcli.data.batch import AnyBatch, Lesson
+from switchcli.data.batch import AnyBatch, BatchSource, Lesson
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.layout import Weights
-from switchcli.distributed.signals import StopRequest
+from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import DistributedError, Interrupted, RecipeError
-from switchcli.model.config import STACKS
+from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import evaluate_by
-from switchcli.model.surgery.student import FromTeacher, inherited
+from switchcli.model.surgery.student import FromTeacher, Inheritance, inherited, plan
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.recipe.schema import DistillTasksRecipe, OnText
+from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, OnText
 from switchcli.report.console import Console
 from switchcli.report.sinks import write_whole
 from switchcli.report.units import si
-from switchcli.runs.data import Measure, Measured, Text, shares
-from switchcli.runs.loading import filled
+from switchcli.runs import finetuning, pretraining, transformers_checkpoint
+from switchcli.runs.data import Measure, Measured, TrainData, microbatch_rows
+from switchcli.runs.loading import Opened, filled
 from switchcli.runs.mesh_choice import runtime_of
-from switchcli.runs.run_dir import Options, check_alike, claim, machine
-from switchcli.runs.trainer import Training, Verb
+from switchcli.runs.run_dir import check_alike, machine
+from switchcli.runs.task import TrainingTask
+from switchcli.runs.trainer import Trainer
 from switchcli.train import memory
 from switchcli.train.checkpointer import fill
 from switchcli.train.config import FromCheckpoint
-from switchcli.train.distillation import Distillation, Teacher, compression, gain_kept
-from switchcli.train.loss import Objective, packed_cross_entropy, packed_rows, whole_rows
+from switchcli.train.distillation import DistillationLoss, Teacher, compression, gain_kept
+from switchcli.train.loss import Objective, packed_cross_entropy
 from switchcli.train.optimizers import Optimizer
-from switchcli.train.scoring import AVERAGE, ScoringSpec
+from switchcli.train.scoring import AVERAGE
 from switchcli.train.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, AnswersSpec, AnswerStore, bytes_a_step
 from switchcli.train.teacher_cache_writer import Asking
 from switchcli.user_files import read_regular
@@ -52,54 +52,34 @@ NOTES = "teacher.json"
 """Beside kept answers: what the teacher's own figures were."""
 
 
-def distill(distilling: Distilling, options: Options) -> dict[str, Any]:
-    """Train what is left of the run in `options.out`; its result, also in result.json, or {} off the main rank.
-
-    Raises:
-        Interrupted: stopped by a signal, after saving.
-        SwitchError: as each part says.
-    """
-    recipe, spec = distilling.recipe, distilling.teacher.recipe.model
-    runtime = runtime_of(recipe)
-    console = Console(quiet=options.quiet or not runtime.is_main)
-    online = bool(recipe.distill.soft_fraction) and recipe.distill.answers is None
-    with (
-        claim(options, recipe, runtime, console) as folder,
-        memory.explained(recipe.model, recipe.optimizer, runtime.device, teacher=spec if online else None),
-    ):
-        teaching = _Teaching(distilling, runtime, console)
-        verb = Verb(
-            teaching.hard,
-            lambda: teaching.text(folder),
-            teaching.begin,
-            scoring=teaching.scoring,
-            num_figures=finetune.num_figures(recipe) if isinstance(recipe, DistillTasksRecipe) else 1,
-            minimised=teaching.minimised,
-            flops_beside=count(spec, recipe.inputs_length, recipe.targets_length).flops if online else 0,
-            identity={"teacher_sha256": teaching.identity},
-            conclude=teaching.conclude,
-            show=teaching.show,
-        )
-        result = Training(recipe, folder, runtime, console, verb).run()
-        runtime.close()
-    return result
+Recipe = DistillTextRecipe | DistillTasksRecipe
 
 
-def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
+class DistillJob(NamedTuple):
+    """What a command line comes to."""
+
+    recipe: Recipe
+    teacher: Opened
+    student: Opened | None
+    """The checkpoint that the student starts from; None also where the run has begun."""
+    baseline: Opened | None
+
+
+def ask(job: DistillJob, quiet: bool) -> dict[str, Any]:
     """Have the teacher asked what the run will need, and keep its answers; no student is made, no run's folder touched.
 
     Raises:
         RecipeError: there is nowhere to keep them.
         Interrupted: stopped by a signal: what was answered is kept.
     """
-    recipe, settings = distilling.recipe, distilling.recipe.distill.answers
+    recipe, settings = job.recipe, job.recipe.distill.answers
     if settings is None or not recipe.distill.soft_fraction:
         raise RecipeError("--answers-only: needs distill.answers.folder, and a distill.soft_fraction above 0")
     runtime = runtime_of(recipe)
     check_alike(recipe, runtime)
-    console = Console(quiet=options.quiet or not runtime.is_main)
+    console = Console(quiet=quiet or not runtime.is_main)
     with memory.explained_of_evaluation(runtime.device):
-        _Teaching(distilling, runtime, console).text(None)
+        Distillation(job, None, runtime, console).build_data()
         runtime.close()
     size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
     steps = recipe.train.steps - recipe.distill.start_step
@@ -107,34 +87,35 @@ def ask(distilling: Distilling, options: Options) -> dict[str, Any]:
     return {"verb": recipe.verb, "answers": settings.folder, "steps": steps, "bytes": size} if runtime.is_main else {}
 
 
-class _Teaching:
-    """A teacher with a run of its student."""
+class Distillation(TrainingTask):
+    """Train a student on a teacher's probabilities, on text or on tasks."""
 
-    def __init__(self, distilling: Distilling, runtime: Runtime, console: Console) -> None:
-        self._distilling, self._runtime, self._console = distilling, runtime, console
-        self._recipe = recipe = distilling.recipe
+    def __init__(self, job: DistillJob, folder: RunFolder | None, runtime: Runtime, console: Console) -> None:
+        """`folder` is the run's; None where the teacher is asked and no student trained."""
+        self._job, self._folder, self._runtime, self._console = job, folder, runtime, console
+        self._recipe = recipe = job.recipe
         self._settings = recipe.distill
-        self.identity = distilling.teacher.identity()
-        if not runtime.is_alike(self.identity):
+        self._teacher_sha256 = job.teacher.identity()
+        self.identity = {"teacher_sha256": self._teacher_sha256}
+        if not runtime.is_alike(self._teacher_sha256):
             raise DistributedError(
                 f"the ranks found other checkpoints of the teacher at {self._settings.teacher}: name one by its step"
             )
-        self.hard = pretrain.objective_of(recipe.data) if isinstance(recipe, OnText) else packed_cross_entropy
-        self._segments = packed_rows if self.hard is packed_cross_entropy else whole_rows
-        self.scoring = recipe.scoring if isinstance(recipe, DistillTasksRecipe) else ScoringSpec()
-        self._microbatch: int = runtime.on_main(self._rows_at_a_time) or self._rows_at_a_time()
+        self.validation_loss = pretraining.loss_of(recipe.data) if isinstance(recipe, OnText) else packed_cross_entropy
+        self._packed = self.validation_loss is packed_cross_entropy
+        if isinstance(recipe, DistillTasksRecipe):
+            self.scoring, self.num_figures = recipe.scoring, finetuning.num_figures(recipe)
+        if self._settings.soft_fraction and self._settings.answers is None:
+            self.teacher = job.teacher.recipe.model
+        self._microbatch = runtime.main_first(self._rows_at_a_time)
         self._model: SwitchTransformer | None = None
         self._measure: Measure | None = None
-        self._distillation: Distillation | None = None
+        self._loss: DistillationLoss | None = None
 
     def _rows_at_a_time(self) -> int:
         """Rows that the teacher is asked about at a time: its groups must be whole in them."""
-
-        def none(step: int, first: int, count: int) -> AnyBatch:
-            raise AssertionError("only counted")
-
-        rows = shares(self._recipe, none, self._runtime).microbatch
-        spec, settings = self._distilling.teacher.recipe.model, self._settings
+        rows = microbatch_rows(self._recipe, self._runtime)
+        spec, settings = self._job.teacher.recipe.model, self._settings
         training = settings.mode == "training"
         mode = "training" if training else settings.capacity
         stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
@@ -149,49 +130,42 @@ class _Teaching:
             )
         return rows
 
-    def text(self, folder: RunFolder | None) -> Text:
+    def build_data(self) -> TrainData:
         """What the student trains on, with the teacher's answers where they are kept."""
         recipe, runtime, console = self._recipe, self._runtime, self._console
-        tokenizer = self._distilling.teacher.tokenizer
+        tokenizer, folder = self._job.teacher.tokenizer, self._folder
         if folder is not None:
             runtime.on_main(lambda: folder.write_tokenizer(tokenizer.to_json()))
         if isinstance(recipe, DistillTasksRecipe):
-            text = finetune.text_of(recipe, tokenizer, runtime, console)
+            data = finetuning.data_of(recipe, tokenizer, runtime, console)
         else:
-            text = pretrain.text_of(recipe, lambda: pretrain.cut_by(tokenizer, recipe, console), runtime, console)
-        self._measure = Measure(recipe, text, self.hard, self.scoring, self._microbatch, runtime)
+            prepared = runtime.main_first(lambda: pretraining.prepared_by(tokenizer, recipe, console))
+            data = pretraining.data_of(recipe, prepared, runtime, console)
+        self._measure = Measure(recipe, data, self.validation_loss, self.scoring, self._microbatch, runtime)
         start = self._settings.start_step
         if not self._settings.soft_fraction:
-            return text
+            return data
         if self._settings.answers is None:
             if not start:  # else it need not be there yet
                 self._loaded()
-            return text
-        store = self._answered(text, self._settings.answers)
+            return data
+        return data._replace(source=Lessons(data.source, self._answered(data, self._settings.answers), start))
 
-        def rows(step: int, first: int, count: int) -> AnyBatch:
-            batch = text.rows(step, first, count)
-            if step < start:
-                return batch
-            return Lesson(batch.inputs_BS, batch.targets_BT, store.read(step, first, count))
-
-        return text._replace(rows=rows)
-
-    def minimised(self, step: int) -> Objective:
+    def loss_at(self, step: int) -> Objective:
         """The targets alone before the start step and without a soft fraction; else the teacher's probabilities too."""
         if step < self._settings.start_step or not self._settings.soft_fraction:
-            return self.hard
-        if self._distillation is None:
+            return self.validation_loss
+        if self._loss is None:
             teacher = self._teacher() if self._settings.answers is None else None
-            self._distillation = Distillation(self._settings, teacher, self._segments)
-        return self._distillation
+            self._loss = DistillationLoss(self._settings, teacher, self._packed)
+        return self._loss
 
-    def begin(self, student: Weights, optimizer: Optimizer) -> None:
+    def init_weights(self, student: Weights, optimizer: Optimizer) -> None:
         """Fill the weights of a student that begins."""
-        recipe, teacher = self._recipe, self._distilling.teacher
+        recipe, teacher = self._recipe, self._job.teacher
         if isinstance(recipe.student, FromCheckpoint):
-            assert self._distilling.student is not None, "a run that has begun restores its own"
-            fill(student, self._distilling.student.weights())
+            assert self._job.student is not None, "a run that has begun restores its own"
+            fill(student, self._job.student.weights())
             return
         student.fill(initial_weights(recipe.model, recipe.train.seed, student.experts))
         plan = inheritance(recipe, teacher.recipe.model)
@@ -200,7 +174,7 @@ class _Teaching:
         weights, experts = teacher.weights(), teacher.recipe.model.num_experts
         used: Mapping[str, list[float]] = {}
         if plan.from_experts and recipe.student.experts == "most_used":
-            used = self._measured(Measure.held_out).load
+            used = self._measured(everything=False).load
         load = {name: torch.tensor(tokens) for name, tokens in used.items()}
 
         def weight_of(name: str) -> torch.Tensor:
@@ -214,14 +188,14 @@ class _Teaching:
         if recipe.student.unfit == "fresh":
             self._console.message(f"fresh: {', '.join(plan.fresh)}")
 
-    def conclude(self, training: Training) -> dict[str, Any]:
+    def results(self, trainer: Trainer) -> dict[str, Any]:
         """What the paper's tables say: the figures of teacher, student and dense baseline, and the gain kept."""
-        recipe, teacher, _, baseline = self._distilling
+        recipe, teacher, _, baseline = self._job
         name = AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
-        taught = self._measured(Measure.everything)
-        self._model = self._distillation = None  # room for the baseline
+        taught = self._measured(everything=True)
+        self._model = self._loss = None  # room for the baseline
         ours, theirs = (count(spec).parameters for spec in (recipe.model, teacher.recipe.model))
-        measured = training.measure.held_out(training.model)._replace(figures=training.state.figures)
+        measured = trainer.measure.held_out(trainer.model)._replace(figures=trainer.state.figures)
         result: dict[str, Any] = {
             "figure": name,
             "teacher": {"checkpoint": str(teacher.path), "parameters": theirs, **_shown(taught)},
@@ -233,7 +207,7 @@ class _Teaching:
             result["inherited"] = {**plan._asdict(), "from_experts": list(plan.from_experts)}
         figure = self._settings.baseline
         if baseline is not None:
-            of_baseline = training.measure.everything(filled(baseline, self._runtime.device).model)
+            of_baseline = trainer.measure.everything(filled(baseline, self._runtime.device).model)
             figure = of_baseline.figures[name]
             parameters = count(baseline.recipe.model).parameters
             result["baseline"] = {"checkpoint": str(baseline.path), "parameters": parameters, **_shown(of_baseline)}
@@ -264,7 +238,7 @@ class _Teaching:
 
     def _loaded(self) -> SwitchTransformer:
         if self._model is None:
-            self._model = filled(self._distilling.teacher, self._runtime.device).model
+            self._model = filled(self._job.teacher, self._runtime.device).model
             if self._recipe.train.compile:
                 self._runtime.compile(self._model)
         return self._model
@@ -275,14 +249,17 @@ class _Teaching:
             model.train()
         else:
             evaluate_by(model, self._settings.capacity)
-        return Teacher(model, self._distilling.teacher.recipe.train.precision, self._settings.temperature)
+        return Teacher(model, self._job.teacher.recipe.train.precision, self._settings.temperature)
 
-    def _measured(self, how: Callable[[Measure, SwitchTransformer], Measured]) -> Measured:
+    def _measured(self, everything: bool) -> Measured:
         """The teacher's own figures, as they were noted beside its answers, or had now."""
         assert self._measure is not None, "text comes first"
         settings = self._settings.answers
         noted = self._noted(settings) if settings is not None and self._settings.soft_fraction else None
-        return noted or how(self._measure, self._loaded())
+        if noted is not None:
+            return noted
+        model = self._loaded()
+        return self._measure.everything(model) if everything else self._measure.held_out(model)
 
     def _noted(self, settings: AnswersSpec) -> Measured | None:
         """The note beside the answers, where it is whole and of figures as this run has them."""
@@ -299,24 +276,26 @@ class _Teaching:
     def _measured_on(self) -> dict[str, Any]:
         """What the teacher's figures depend on besides itself."""
         assert self._measure is not None, "text comes first"
-        texts = self._measure.text.held_out.values()
+        texts = self._measure.data.held_out.values()
         digest = hashlib.sha256()
         for text in texts:
             for part in text.rows(0, text.num_rows):
                 digest.update(part.numpy().data)
-        for exam in self._measure.text.exams:
+        for exam in self._measure.data.exams:
             digest.update(repr([(example.input, example.targets) for example in exam.examples]).encode())
         scoring = self.scoring.model_dump(mode="json", include={"split", "examples", "decoding", "capacity"})
         return {"held_out": digest.hexdigest(), "capacity": self._recipe.eval.capacity, "scoring": scoring}
 
-    def _answered(self, text: Text, settings: AnswersSpec) -> AnswerStore:
+    def _answered(self, data: TrainData, settings: AnswersSpec) -> AnswerStore:
         """The teacher's answers to every step; those that lack are asked for now, and its figures noted.
 
         Where all is there nothing is written and no teacher needed.
         """
         recipe, runtime, console, folder = self._recipe, self._runtime, self._console, Path(settings.folder)
         rows, first, last = recipe.rows_per_step, self._settings.start_step, recipe.train.steps
-        known = facts(self._distilling, self.identity, text.identity, _digest(text.rows(0, 0, rows)).hexdigest())
+        known = facts(
+            self._job, self._teacher_sha256, data.identity, _digest(data.source.batch(0, 0, rows)).hexdigest()
+        )
         store, each = (
             AnswerStore(folder, rows),
             bytes_a_step(settings, rows, recipe.targets_length, recipe.model.vocab_size),
@@ -340,7 +319,7 @@ class _Teaching:
                     f"the ranks see other files in {folder}: keep it on a disk that all of them share"
                 )
             if parts:
-                self._ask(store, parts, each, text, settings)
+                self._ask(store, parts, each, data, settings)
             assert self._measure is not None
             measured = self._measure.everything(self._loaded())
             note = {"on": self._measured_on(), "hardware": machine(runtime)["hardware"], "measured": measured._asdict()}
@@ -348,7 +327,9 @@ class _Teaching:
         self._model = None  # it has said all
         return store
 
-    def _ask(self, store: AnswerStore, parts: list[range], step_bytes: int, text: Text, settings: AnswersSpec) -> None:
+    def _ask(
+        self, store: AnswerStore, parts: list[range], step_bytes: int, data: TrainData, settings: AnswersSpec
+    ) -> None:
         runtime, console, rows = self._runtime, self._console, self._recipe.rows_per_step
         steps = sum(map(len, parts))
         kept = min(settings.top_k, self._recipe.model.vocab_size)
@@ -357,16 +338,67 @@ class _Teaching:
             f"{si(steps * step_bytes)}B in {settings.folder}"
         )
         runtime.on_main(lambda: preflight(Path(settings.folder), steps * step_bytes, ELSEWHERE))
-        asking = Asking(self._teacher(), settings, text.rows, rows, self._microbatch, self._segments)
-        with StopRequest() as stop:
-            done = asking.fill(
-                store, parts, runtime, lambda turns: console.track(turns, "asking", len(turns)), lambda: stop.requested
-            )
-        if not done:
+        asking = Asking(self._teacher(), settings, data.source, rows, self._microbatch, self._packed)
+        try:
+            with StopRequest() as stop:
+                asking.fill(store, parts, runtime, console, stop)
+        except StopTraining as stopped:
             raise Interrupted(
                 f"stopped while the teacher was asked; what it said is in {settings.folder}: the same command goes on "
                 "from there"
-            )
+            ) from stopped
+
+
+class Lessons(BatchSource):
+    """Batches with the kept answers of a teacher, from the step on from which they count."""
+
+    def __init__(self, source: BatchSource, store: AnswerStore, start_step: int) -> None:
+        self._source, self._store, self._start_step = source, store, start_step
+
+    def batch(self, step: int, first: int, count: int) -> AnyBatch:
+        batch = self._source.batch(step, first, count)
+        if step < self._start_step:
+            return batch
+        return Lesson(batch.inputs_BS, batch.targets_BT, self._store.read(step, first, count))
+
+    def state(self, step: int) -> list[int]:
+        return self._source.state(step)
+
+    def resume(self, step: int, state: Sequence[int]) -> None:
+        self._source.resume(step, state)
+
+    def record(self, step: int) -> Mapping[str, Any]:
+        return self._source.record(step)
+
+    @property
+    def in_order(self) -> bool:
+        return self._source.in_order
+
+
+def inheritance(recipe: Recipe, teacher: ModelSpec) -> Inheritance | None:
+    """What the student takes of its teacher's weights; None where it starts from something else."""
+    if not isinstance(recipe.student, FromTeacher):
+        return None
+    return plan(transformers_checkpoint.empty(recipe.model), transformers_checkpoint.empty(teacher), recipe.student)
+
+
+def facts(job: DistillJob, teacher: str, text: str, batches: str) -> Mapping[str, str | int | float]:
+    """What kept answers depend on; with digests of the teacher, the text, and the batches."""
+    recipe = job.recipe
+    settings = recipe.distill
+    assert settings.answers is not None
+    return {
+        "format": 1,
+        "teacher": teacher,
+        "text": text,
+        "batches": batches,
+        "rows_per_step": recipe.rows_per_step,
+        "targets_length": recipe.targets_length,
+        "top_k": min(settings.answers.top_k, recipe.model.vocab_size),
+        "precision": settings.answers.precision,
+        "temperature": settings.temperature,
+        "capacity": settings.capacity,
+    }
 
 
 def _digest(batch: AnyBatch) -> "hashlib._Hash":

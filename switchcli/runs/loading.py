@@ -20,6 +20,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.schema import schema_of
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
 from switchcli.runs import transformers_checkpoint
 from switchcli.train.checkpointer import DATA, fill, logical_tensors
 
@@ -64,7 +65,7 @@ class Loaded(NamedTuple):
     model: SwitchTransformer
 
 
-def open_model(path: Path, warn: Callable[[str], None]) -> Opened:
+def open_model(path: Path, console: Console) -> Opened:
     """Open and verify the checkpoint at `path`.
 
     Raises:
@@ -74,24 +75,24 @@ def open_model(path: Path, warn: Callable[[str], None]) -> Opened:
     if is_layout(path):
         foreign, tokenizer, weights = transformers_checkpoint.read(path)
         return Opened(path, 0, foreign, tokenizer, lambda: weights, None)
-    found = open_checkpoint(path, warn)
+    found = open_checkpoint(path, console)
     try:
         recipe, tokenizer = documents(found)
         held = found.read("model", logical_tensors(transformers_checkpoint.empty(recipe.model)))
     except (SwitchError, OSError):
         if found.path.exists():
             raise
-        return open_model(path, warn)  # the run at work there has just removed it, so there are newer ones
+        return open_model(path, console)  # the run at work there has just removed it, so there are newer ones
     return Opened(found.path, found.step, recipe, tokenizer, lambda: held, found)
 
 
-def load(path: Path, device: torch.device, warn: Callable[[str], None]) -> Loaded:
+def load(path: Path, device: torch.device, console: Console) -> Loaded:
     """Open, verify and read the checkpoint at `path`.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
-    return filled(open_model(path, warn), device)
+    return filled(open_model(path, console), device)
 
 
 def filled(opened: Opened, device: torch.device) -> Loaded:
@@ -108,14 +109,14 @@ def unfilled(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
     return model.to_empty(device=device).eval()
 
 
-def open_checkpoint(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
+def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
     """The checkpoint of a run's folder, or of that name, in our layout. Raises CheckpointError when there is none."""
     folder, is_one = whereabouts(path)
     found = None
     if is_one:
         found = checkpoint.Checkpoint.open(folder)
     elif folder.is_dir():
-        found = checkpoint.find(folder, warn)
+        found = checkpoint.find(folder, console.warning)
     if found is None:
         hint = on_the_hub(str(path))
         raise CheckpointError(

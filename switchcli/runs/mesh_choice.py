@@ -4,12 +4,13 @@ import os
 
 import torch
 
-from switchcli.commands.plan import plan_of
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.mesh import ParallelSpec
 from switchcli.errors import RecipeError, machine_bytes
-from switchcli.planner.plan import Machine
+from switchcli.planner.plan import Machine, Plan, model_axes, plan
+from switchcli.planner.step import Step, held
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.runs.transformers_checkpoint import empty
 
 USABLE = 0.9
 """Of a device's memory: the plan leaves out what kernels and fragments take."""
@@ -32,15 +33,38 @@ def fastest(recipe: TrainingRecipe) -> ParallelSpec:
     ranks, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     cuda = recipe.train.device != "cpu" and torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // beside
-    plan = plan_of(recipe, Machine(ranks, int(USABLE * memory), node_devices=beside), fused=cuda)
+    found = plan_of(recipe, Machine(ranks, int(USABLE * memory), node_devices=beside), fused=cuda)
     at_once = not recipe.train.microbatch_tokens  # a run then takes its share at once, where a plan would cut it
-    for fit in plan.fits:
+    for fit in found.fits:
         if not at_once or fit.microbatch * fit.mesh.data == recipe.rows_per_step:
             data, expert, model, shard = fit.mesh
             return ParallelSpec(data=data, model=model, expert=expert, shard=shard, wire=recipe.parallel.wire)
-    why = "" if plan.fits else f": {min(plan.refused, key=lambda one: (one.kind != 'memory', one.bytes_needed)).reason}"
+    why = (
+        "" if found.fits else f": {min(found.refused, key=lambda one: (one.kind != 'memory', one.bytes_needed)).reason}"
+    )
     way_out = "set train.microbatch_tokens" if at_once else "set a smaller train.microbatch_tokens"
     raise RecipeError(
         f"parallel.auto: no mesh of {ranks} ranks fits with {'the whole share' if at_once else 'microbatches'} of a "
         f"batch{why}: {way_out}, or start more ranks (`switchcli plan` shows all meshes)"
     )
+
+
+def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
+    """The plan of a recipe's step, whatever mesh it says; `fused`: by the kernels of a GPU."""
+    spec, train = recipe.model, recipe.train
+    step = Step(
+        recipe.rows_per_step,
+        recipe.inputs_length,
+        recipe.targets_length,
+        product_bytes=4 if train.precision == "float32" else 2,
+        router_bytes=train.router_dtype.itemsize,
+        fused=fused,
+        wire_bytes=4 if recipe.parallel.wire == "float32" else None,
+        recomputed=train.activation_checkpointing == "blocks",
+        ordered=recipe.parallel.reduction == "ordered",
+    )
+    microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
+    weights = dict(empty(spec).named_parameters())
+    state = recipe.optimizer.build(weights).state()
+    own = {model: held(weights, state, model) for model in model_axes(spec, machine.devices)}
+    return plan(spec, step, machine, microbatch, own)

@@ -1,14 +1,14 @@
-"""What the training verbs share: options, claiming a run's folder, and the result that they leave."""
+"""The folder of a run: its name, its lock, and who may use it; ranks to start; hardware and versions."""
 
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,7 +20,6 @@ from switchcli.distributed.context import Runtime
 from switchcli.distributed.launch import SAVING_SECONDS, Ended, is_rank, launch, saving_seconds
 from switchcli.distributed.mesh import ALONE, check_world
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.recipe import library
 from switchcli.recipe.differences import differences
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import EvalRecipe
@@ -48,14 +47,6 @@ CHANGEABLE = (
 )
 """Keys that may change between two starts of one run: they do not touch what was trained so far, nor what a figure is
 measured on. The best checkpoint compares figures of all starts."""
-
-
-class Options(NamedTuple):
-    """The options of every training verb (cli.md: `--out`, `--resume`, ...)."""
-
-    out: Path
-    resume: bool
-    quiet: bool
 
 
 def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ended | None:
@@ -87,22 +78,6 @@ def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ende
     return launch(processes, sys.argv[1:])
 
 
-def default_out(recipe: str) -> Path:
-    """runs/NAME for a recipe that ships; for a file runs/STEM, or runs/FOLDER when it is a run's recipe.yaml."""
-    path = Path(recipe)
-    if recipe in library.names() and not path.is_file():
-        return Path("runs") / recipe
-    if path.name == "recipe.yaml":
-        path = path.resolve().parent
-    return Path("runs") / (path.stem if path.suffix in library.SUFFIXES else path.name)
-
-
-def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """`[RECIPE] [KEY=VALUE ...]`: the recipe, if there is one, and the rest."""
-    named = bool(arguments) and "=" not in arguments[0]
-    return (arguments[0] if named else None), list(arguments[named:])
-
-
 def place(checkpoint: Path) -> Path:
     """RUN, by the run's place below runs/; RUN-step-N for one checkpoint of it."""
     path, runs = checkpoint.resolve(), Path("runs").resolve()
@@ -123,34 +98,36 @@ def program() -> str:
 
 
 @contextmanager
-def claim(options: Options, recipe: TrainingRecipe, runtime: Runtime, console: Console) -> Iterator[RunFolder]:
+def lock_run_dir(
+    out: Path, resume: bool, recipe: TrainingRecipe, runtime: Runtime, console: Console
+) -> Iterator[RunFolder]:
     """The run's folder, locked, with its recipe written into it; all ranks go on together.
 
     Raises:
         CheckpointError: another run holds the folder, it cannot be written, or not all ranks see it.
         RecipeError: the folder holds a run of another recipe, or the ranks have different ones.
     """
-    folder = RunFolder(options.out)
+    folder = RunFolder(out)
     check_alike(recipe, runtime)
 
     def enter() -> None:
-        if not options.resume:
-            with lock(options.out):
+        if not resume:
+            with lock(out):
                 aside = folder.set_aside()
             if aside:
-                console.message(f"the run that was in {options.out} is now in {aside}")
-        held.enter_context(lock(options.out))
+                console.message(f"the run that was in {out} is now in {aside}")
+        held.enter_context(lock(out))
         folder.check_links()
         begun = checkpoint.find(folder.checkpoints, warn=lambda damage: None)
         if begun is not None:  # its own recipe: the folder's may have been edited
-            _check_same(saved_recipe(begun), recipe, options.out)
+            _check_same(saved_recipe(begun), recipe, out)
         folder.write_recipe(dump(recipe))
         if begun is None:  # a start that failed, say on its data, binds nobody to its recipe and its vocabulary
             folder.tokenizer.unlink(missing_ok=True)
 
     with ExitStack() as held:
         runtime.on_main(enter)
-        runtime.on_every(lambda: _check_shared(options.out))
+        runtime.on_every(lambda: _check_shared(out))
         yield folder
 
 

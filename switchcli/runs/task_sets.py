@@ -1,9 +1,11 @@
 """The tasks that a model is scored on, in training and by `eval`: read, and what has to be said of them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from switchcli.data.objectives.example_packing import Lengths
 from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import DataError
+from switchcli.report.console import Console
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import TaskDataSpec
 from switchcli.tasks.task import Task
@@ -12,37 +14,45 @@ from switchcli.train.scoring import ScoringSpec
 MANY_CUT = 0.25
 """Where more of the examples than this are cut, the rows are too short for the task."""
 
-Say = Callable[[str], None]
-
 
 def exams_of(
-    tasks: Collection[Task], data: TaskDataSpec, scoring: ScoringSpec, tokenizer: Tokenizer
+    tasks: Collection[Task], data: TaskDataSpec, scoring: ScoringSpec, tokenizer: Tokenizer, needed: bool = False
 ) -> tuple[tokens.Scored, ...]:
-    """Those of the tasks that have the split to score on. Raises DataError as `tokens.scored`."""
+    """Those of the tasks that have the split to score on.
+
+    Raises:
+        DataError: as `tokens.scored`; or with `needed` that no example has a label.
+    """
     lengths = Lengths(data.inputs_length, data.targets_length)
-    return tuple(
+    exams = tuple(
         tokens.scored(task, scoring.split, data.folder, tokenizer, lengths, scoring.examples)
         for task in tasks
         if reading.has(task, scoring.split)
     )
+    if needed and not any(exam.packed.num_rows for exam in exams):
+        raise DataError(
+            f"tasks: no labelled example of {', '.join(task.name for task in tasks)} in {scoring.split}: name a task "
+            f"that has some, or give {scoring.split}: to a task of your own"
+        )
+    return exams
 
 
-def tell(tasks: Collection[Task], exams: Sequence[tokens.Scored], split: str, say: Say, warn: Say) -> None:
+def tell(tasks: Collection[Task], exams: Sequence[tokens.Scored], split: str, console: Console) -> None:
     """How many examples of each task are scored, which inputs are cut, and which tasks are not scored at all."""
     asked = {exam.task.name: exam for exam in exams}
     for task in tasks:
         if task.name not in asked:
-            warn(f"{task.name}: has no {split} split: it is not scored")
+            console.warning(f"{task.name}: has no {split} split: it is not scored")
             continue
         exam = asked[task.name]
         count, length = len(exam.examples), exam.packed.lengths.inputs
         cut = f", {exam.num_cut:,} inputs longer than {length} tokens and cut" if exam.num_cut else ""
-        tell_of_cut(f"{task.name}: {count:,} examples to score{cut}", exam.num_cut / count, say, warn)
+        tell_of_cut(f"{task.name}: {count:,} examples to score{cut}", exam.num_cut / count, console)
 
 
-def tell_of_cut(text: str, share: float, say: Say, warn: Say) -> None:
+def tell_of_cut(text: str, share: float, console: Console) -> None:
     """A message, or a warning with the way out where more than `MANY_CUT` of the examples are cut."""
     if share > MANY_CUT:
-        warn(f"{text}: raise data.inputs_length or data.targets_length, if the model is to see the rest")
+        console.warning(f"{text}: raise data.inputs_length or data.targets_length, if the model is to see the rest")
     else:
-        say(text)
+        console.message(text)

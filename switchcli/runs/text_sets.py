@@ -6,10 +6,11 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import BatchSource
 from switchcli.data.config import DataSpec, Rows
 from switchcli.data.dataset import Chunks, grouped
 from switchcli.data.prepare.cache import default_cache
+from switchcli.data.prepare.digests import Digests
 from switchcli.data.prepare.pipeline import (
     Means,
     Prepared,
@@ -43,18 +44,13 @@ def means(console: Console) -> Means:
 class Read(NamedTuple):
     """What the rows of a run come from."""
 
-    rows: Callable[[int, int, int], Batch]
-    """`rows(step, first, count)`."""
+    source: BatchSource
     identity: str
-    """A digest of all that they depend on."""
-    mixture: Mixture | None
-    """None: of one text."""
-    stream: LiveStream | None = None
-    """Where they are read as training goes on."""
+    """A digest of all that the rows depend on."""
     former_identity: str | None = None
     """The identity that versions up to 0.1 gave to the same text: their checkpoints are accepted too."""
-    check: Callable[[], None] = lambda: None
-    """Raises DataError if the files of a stream are not those that `identity` names any more."""
+    files: Digests | None = None
+    """The files of a stream: their check raises DataError if they are not those that `identity` names any more."""
 
 
 def found(
@@ -85,10 +81,9 @@ def prepared(recipe: OnText, text: Prepared, runtime: Runtime, console: Console)
     mixture = data.mixed(tokens, rows_per_epoch, rows, seed)
     if runtime.is_main:
         _tell(text, chunks, mixture, rows, console)
-    turns = None if mixture is None else mixture.turns[0]
-    stream = TextStream([*chunks.values()], text.tokenizer, data.rows, seed, batch_rows, turns)
+    stream = TextStream([*chunks.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
     identity = text.identity if mixture is None else digest_of({"text": text.identity, "mixture": mixture.identity})
-    return Read(stream.batch, identity, mixture)
+    return Read(stream, identity)
 
 
 def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> Read:
@@ -119,15 +114,7 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
     bare, using = _bare(data), with_digests(data, means(console))
     parts = {"mixture": mixture and mixture.identity, "lanes": data.lanes}
     now, former = source(bare, text.tokenizer, using), former_source(bare, text.tokenizer)
-    assert using.digests is not None
-    return Read(
-        stream.batch,
-        digest_of({**parts, "text": now}),
-        mixture,
-        stream,
-        digest_of({**parts, "text": former}),
-        using.digests.check_unchanged,
-    )
+    return Read(stream, digest_of({**parts, "text": now}), digest_of({**parts, "text": former}), using.digests)
 
 
 def _allow_many_files() -> None:

@@ -1,7 +1,7 @@
 """The checkpoint that a run starts from: found beside the recipe that it completes, and put into the model."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ from switchcli.recipe.differences import differences
 from switchcli.recipe.schema import FinetuneRecipe, OnText, PretrainRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
+from switchcli.report.console import Console
 from switchcli.runs.loading import Opened, documents, open_model, saved_recipe
 from switchcli.train.checkpointer import carry_over, fill
 from switchcli.train.config import StartSpec
@@ -29,7 +30,7 @@ NEW = ("size", "dropout", "expert_dropout", "router", "decoder_router", "balance
 """Keys of `model` that a run may set anew: the weights are the same whatever they say."""
 
 
-class Starting(NamedTuple, Generic[R]):
+class TrainJob(NamedTuple, Generic[R]):
     """What a command line comes to."""
 
     recipe: R
@@ -37,15 +38,15 @@ class Starting(NamedTuple, Generic[R]):
     """None: from scratch, or the run in the folder has begun and goes on with its own checkpoints."""
 
 
-def resolved(
+def resolve_job(
     name: str,
     overrides: Sequence[str],
     model: str | None,
     out: Path,
     resume: bool,
-    warn: Callable[[str], None],
+    console: Console,
     schema: type[R],
-) -> Starting[R]:
+) -> TrainJob[R]:
     """The recipe with what the checkpoint that it starts from, if it does, says of the model.
 
     A run that has begun keeps its start, even if the folder that `model` names has newer checkpoints by now.
@@ -59,14 +60,14 @@ def resolved(
     resolve.check_verb(tree, schema)
     said = model or resolve.stated_place(tree, KEY)
     if said is None and not schema.model_fields["start"].is_required():
-        return Starting(resolve.validate(tree, schema), None)
+        return TrainJob(resolve.validate(tree, schema), None)
     if not isinstance(said, str):
         raise RecipeError(f"{KEY}: missing: name the model to start from by --model CHECKPOINT")
     begun = _begun(out, said, schema) if resume else None
     if begun is not None and begun.start is not None:
         spec, path, start = begun.model, begun.start.checkpoint, None
     else:
-        start = _open(said, None if model else tree, warn)
+        start = _open(said, None if model else tree, console)
         spec, path = start.recipe.model, str(start.path)
         check_outside(KEY, start.path, out)
     below = resolve.layer({"model": spec.model_dump(mode="json")}, f"the checkpoint {path}")
@@ -80,7 +81,7 @@ def resolved(
         raise CheckpointError(
             f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
         )
-    return Starting(recipe, start)
+    return TrainJob(recipe, start)
 
 
 def begin(settings: StartSpec, start: Opened | None, weights: Weights, optimizer: Optimizer) -> None:
@@ -133,10 +134,10 @@ def check_outside(key: str, path: Path, out: Path) -> None:
         raise RecipeError(f"{key} ({path}): lies within the run's own folder {out}: give another folder by --out")
 
 
-def _open(said: str, tree: Node | None, warn: Callable[[str], None]) -> Opened:
+def _open(said: str, tree: Node | None, console: Console) -> Opened:
     """The checkpoint to start from; `tree` is the recipe that names it, if the command line does not."""
     try:
-        return open_model(Path(said), warn)
+        return open_model(Path(said), console)
     except CheckpointError as error:
         if tree is None:
             raise

@@ -23,7 +23,7 @@ from switchcli.model.moe.router import Policy, TokenChoice
 from switchcli.model.packing import Segments, decoder_inputs
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
-from switchcli.train.loss import SegmentsOf
+from switchcli.train.loss import segments
 
 
 class Pairs(NamedTuple):
@@ -122,7 +122,7 @@ class Counted(NamedTuple):
 def count(
     models: Sequence[SwitchTransformer],
     batches: Iterable[Batch],
-    segments_of: SegmentsOf,
+    packed: bool,
     runtime: Runtime,
     policies: Sequence[Policy],
 ) -> Counted:
@@ -135,7 +135,7 @@ def count(
         for model, policy, sums, chosen_AE in zip(models, policies, layers, kept, strict=True):
             note = partial(_note, sums, chosen_AE if len(models) > 1 else None)
             with runtime.autocast():
-                observe(model, placed, segments_of(placed), policy, note)
+                observe(model, placed, segments(placed, packed), policy, note)
         if len(models) > 1:
             one_AE, other_AE = kept
             for name in one_AE:

@@ -2,22 +2,25 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import nn
 
 from switchcli.checkpoint.saved_state import HELD_OUT
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.model.moe.router import Policy
+from switchcli.report.console import Console
 from switchcli.train import router_health
 from switchcli.train.loss import Objective
 from switchcli.train.metrics import Metrics, merge
+from switchcli.train.prefetch import Loader
 from switchcli.train.schedules import ScheduleSpec
 from switchcli.train.state import TrainState
-from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, reduce
+from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, reduce, shared
 
 Record = Mapping[str, Any]
 """Figures by name, and under `layers` those of each sparse layer."""
@@ -27,7 +30,15 @@ REPORTED = ("neg_log_perplexity", "dropped_fraction")
 """What a held-out evaluation reports: the figures that rows of padding do not touch."""
 
 
-class Hook(ABC):
+class MetricsLog(ABC):
+    """Where the records of a run go."""
+
+    @abstractmethod
+    def write(self, record: Record) -> None:
+        """Write one record. Called on the main rank alone."""
+
+
+class Callback(ABC):
     """Called with the state after every `every_steps`-th step, and after the last if it is for the end too."""
 
     of_weights = True
@@ -44,8 +55,8 @@ class Hook(ABC):
     def __call__(self, state: TrainState) -> None: ...
 
 
-class Log(Hook):
-    """Reduces the window's metrics to numbers, hands them to `write` on the main rank, and empties the window."""
+class LogCallback(Callback):
+    """Reduces the window's metrics to numbers, writes them to the log on the main rank, and empties the window."""
 
     of_weights = False
 
@@ -57,19 +68,19 @@ class Log(Hook):
         tokens_per_step: int,
         flops_per_step: int,
         runtime: Runtime,
-        write: Callable[[Record], None],
-        warn: Callable[[str], None],
+        log: MetricsLog,
+        console: Console,
         state: TrainState,
         layers: Sequence[str],
-        shown: Callable[[int], Record],
-        seconds_waited: Callable[[], float],
+        source: BatchSource,
+        loader: Loader,
     ) -> None:
         """`tokens_per_step` counts encoder inputs, `flops_per_step` forward and backward; both over all ranks.
 
         The FLOPs are the model's: what activation checkpointing computes again is none of them.
 
-        `layers` names the sparse layers in the order of the model's reports. `shown` says what the rows of the steps
-        so far were of, `seconds_waited` how long steps waited for their batches.
+        `layers` names the sparse layers in the order of the model's reports. `source` is what the batches come from,
+        `loader` what steps wait for.
         """
         super().__init__(every_steps)
         self._total_steps = total_steps
@@ -77,15 +88,15 @@ class Log(Hook):
         self._tokens = tokens_per_step
         self._flops = flops_per_step
         self._runtime = runtime
-        self._write = write
+        self._log = log
         self._since = (state.step, state.seconds)
         self._layers = layers
-        self._shown = shown
-        self._seconds_waited = seconds_waited
-        self._waited = seconds_waited()
-        self._warn = warn
+        self._source = source
+        self._loader = loader
+        self._waited = loader.seconds_waited
+        self._console = console
         self._starving, self._told = 0, False
-        self._alarms = router_health.Alarms(layers, warn)
+        self._alarms = router_health.Alarms(layers, console)
 
     def __call__(self, state: TrainState) -> None:
         if not state.window:  # all of its steps were left out
@@ -98,10 +109,10 @@ class Log(Hook):
         steps = state.step - self._since[0]
         seconds_per_step = (state.seconds - self._since[1]) / steps
         self._since = (state.step, state.seconds)
-        waiting = (self._seconds_waited() - self._waited) / seconds_per_step / steps
-        self._waited = self._seconds_waited()
+        waiting = (self._loader.seconds_waited - self._waited) / seconds_per_step / steps
+        self._waited = self._loader.seconds_waited
         self._tell_of_waiting(waiting)
-        self._write(
+        self._log.write(
             {
                 "step": state.step,
                 **router_health.record(metrics, self._layers),
@@ -112,7 +123,7 @@ class Log(Hook):
                 "flops_per_second": self._flops / seconds_per_step,
                 "data_wait_fraction": waiting,
                 "seconds_left": (self._total_steps - state.step) * seconds_per_step,
-                **self._shown(state.step),
+                **self._source.record(state.step),
             }
         )
 
@@ -121,26 +132,26 @@ class Log(Hook):
         self._starving = self._starving + 1 if fraction > STARVING else 0
         if self._starving == 2 and not self._told:
             self._told = True
-            self._warn(
+            self._console.warning(
                 f"{fraction:.0%} of a step is spent waiting for its batch: raise train.batches_ahead; of prepared text "
                 "train.workers, or put it on a faster disk ($SWITCHCLI_CACHE); of a stream take data.access=prepared"
             )
 
 
-class Evaluation(Hook):
-    """Notes figures in the state, `figure` among them; or ends in between, for a stop, and notes nothing."""
+class EvaluationCallback(Callback):
+    """Notes figures in the state, `figure` among them. A stop ends it in between by StopTraining: it notes nothing."""
 
     def __init__(self, every_steps: int, figure: str) -> None:
         super().__init__(every_steps)
         self._figure = figure
 
-    def owed(self, state: TrainState, last_step: int) -> bool:
+    def is_pending(self, state: TrainState, last_step: int) -> bool:
         """Whether the weights as they are should have been evaluated, and were not."""
         noted = state.evaluated_step == state.step and self._figure in state.figures
         return state.step > 0 and self.due(state.step, last_step) and not noted
 
 
-class HeldOut(Evaluation):
+class ValidationCallback(EvaluationCallback):
     """Evaluates on the same held-out batches each time, and notes the neg. log perplexity in the state."""
 
     def __init__(
@@ -149,33 +160,32 @@ class HeldOut(Evaluation):
         model: nn.Module,
         objective: Objective,
         texts: Mapping[str, HeldOutText],
-        batches: Callable[[HeldOutText], Sequence[Batch]],
+        rows_each: int,
         runtime: Runtime,
-        write: Callable[[Record], None],
-        policy: Policy = "paper",
-        stop: Callable[[], bool] = lambda: False,
+        log: MetricsLog,
+        policy: Policy,
+        stop: StopRequest,
     ) -> None:
-        """`model` is the plain one; `batches` gives this rank's share; `policy` is how capacity is counted; on any
-        rank `stop` ends it between two batches."""
+        """`model` is the plain one; a batch has `rows_each` rows; `policy` is how capacity is counted. A `stop` on any
+        rank ends it between two batches."""
         super().__init__(every_steps, HELD_OUT)
         self._model = model
         self._objective = objective
         self._texts = texts
-        self._batches = batches
+        self._rows_each = rows_each
         self._runtime = runtime
-        self._write = write
+        self._log = log
         self._policy = policy
-        self._stop, self._stopped = stop, False
+        self._stop = stop
 
     def __call__(self, state: TrainState) -> None:
         metrics: Metrics = {}
         each: list[tuple[HeldOutText, Metrics]] = []
         texts = {}
         for label, text in self._texts.items():
-            batches = self._until_stopped(self._batches(text))
+            shares = shared(text, self._rows_each, self._runtime.data_rank, self._runtime.data_ranks)
+            batches = self._until_stopped(shares)
             found = evaluate(self._model, self._objective, batches, self._runtime, self._policy)
-            if self._stopped:
-                return
             texts[label] = text.figures(found)
             metrics = merge(metrics, found)
             each.append((text, found))
@@ -190,33 +200,27 @@ class HeldOut(Evaluation):
         state.bits_per_byte = bits_per_byte(each)
         if self._runtime.is_main:
             apart = {"texts": state.texts} if len(self._texts) > 1 else {}
-            self._write({"step": state.step, **figures, **state.bits(), **apart})
+            self._log.write({"step": state.step, **figures, **state.bits(), **apart})
 
     def _until_stopped(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            self._stopped = any(self._runtime.sum_over_ranks([int(self._stop())]))
-            if self._stopped:
-                return
+            if self._runtime.any_rank(self._stop.requested):
+                raise StopTraining
             yield batch
 
 
-class Save(Hook):
+class Saves(Protocol):
+    """What can save a run."""
+
+    def save(self, state: TrainState) -> None: ...
+
+
+class SaveCallback(Callback):
     """Saves the run. A stop calls it too."""
 
-    def __init__(self, every_steps: int, save: Callable[[TrainState], None]) -> None:
+    def __init__(self, every_steps: int, run: Saves) -> None:
         super().__init__(every_steps)
-        self._save = save
+        self._run = run
 
     def __call__(self, state: TrainState) -> None:
-        self._save(state)
-
-
-class Sample(Hook):
-    """Shows what the model makes of a few texts; at the end the run shows them anyway."""
-
-    def __init__(self, every_steps: int, show: Callable[[], object]) -> None:
-        super().__init__(every_steps, at_end=False)
-        self._show = show
-
-    def __call__(self, state: TrainState) -> None:
-        self._show()
+        self._run.save(state)

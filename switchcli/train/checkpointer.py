@@ -5,7 +5,7 @@ A save is two parts: what it takes from the run, on the main thread, and what it
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import astuple
@@ -18,8 +18,10 @@ from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
 from switchcli.checkpoint.fsops import DISK, Files
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.layout import Part, Weights, here, whole_weights
+from switchcli.distributed.signals import StopRequest
 from switchcli.errors import CheckpointError, DistributedError, NumericsError, OtherRankError, RankError
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.console import Console
 from switchcli.train.config import CheckpointSpec
 from switchcli.train.optimizers import Optimizer
 from switchcli.train.router_health import WHEN_LOST
@@ -67,7 +69,7 @@ class Saver:
         self._former_text = former_text
         self._thread = ThreadPoolExecutor(1, "save")
         self._under_way: Future[None] | None = None
-        self._failed: Callable[[], None] = lambda: None
+        self._stop = StopRequest()
         self.step: int | None = None
         """That of the newest checkpoint, written or under way or read."""
 
@@ -101,7 +103,7 @@ class Saver:
         contents = checkpoint.encoded(model, optimizer, runtime.rank, runtime.world)
         if self._settings.background:
             self._under_way = self._thread.submit(self._write, saving, list(contents), documents)
-            self._under_way.add_done_callback(lambda done: self._failed() if done.exception() else None)
+            self._under_way.add_done_callback(lambda done: self._stop.request() if done.exception() else None)
         else:
             self._write(saving, contents, documents)
 
@@ -123,12 +125,12 @@ class Saver:
             last.result()
 
     @contextmanager
-    def beside_training(self, failed: Callable[[], None], warn: Callable[[str], None]) -> Iterator[None]:
-        """Around training: left when no save is under way. `failed` is called, in any thread, as soon as one fails.
+    def beside_training(self, stop: StopRequest, console: Console) -> Iterator[None]:
+        """Around training: left when no save is under way. The run is asked to `stop` as soon as one fails.
 
         If training fails, the save under way, of a step that was sound, is done all the same, unless a rank is lost.
         """
-        self._failed = failed
+        self._stop = stop
         try:
             yield
         except Exception as error:
@@ -137,7 +139,7 @@ class Saver:
                 wait([last], _LOST_SECONDS if isinstance(error, DistributedError) else None)
                 failure = last.exception(0) if last.done() else None
                 if failure is not None and not isinstance(failure, (OtherRankError, DistributedError)):
-                    warn(f"the save under way failed as well: {failure}")
+                    console.warning(f"the save under way failed as well: {failure}")
             raise
         self.wait()
 
@@ -174,13 +176,13 @@ class Saver:
                 share[name] = whole.cpu() if part.cuts else whole
         return share
 
-    def restore(self, state: TrainState, warn: Callable[[str], None]) -> bool:
+    def restore(self, state: TrainState, console: Console) -> bool:
         """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none.
 
         Raises:
             CheckpointError: the checkpoint is of another architecture, optimizer or text.
         """
-        newest = self._runtime.on_main(lambda: checkpoint.latest(self._folder, warn))
+        newest = self._runtime.on_main(lambda: checkpoint.latest(self._folder, console.warning))
         step = self._runtime.from_main(-1 if newest is None else newest.step)
         if step < 0:
             return False

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from a teacher's probabilities beside the targets (section 4.2).
+"""DistillationLoss: a student learns from a teacher's probabilities beside the targets (section 4.2).
 
     loss = (1 - f) hard + f T**2 soft       soft = -sum over the vocabulary of q log p, a sum over targets as hard is
 
@@ -26,7 +26,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import MOST, PAD, Place, Spec
 from switchcli.train.config import Precision
-from switchcli.train.loss import ChunkLoss, SegmentsOf, StepLoss, step_loss, summed_over_vocabulary
+from switchcli.train.loss import ChunkLoss, StepLoss, segments, step_loss, summed_over_vocabulary
 from switchcli.train.teacher_cache import AnswersSpec
 
 NUM_SUMS = 4  # of a chunk: what is minimised, hard, soft, and how far the student is from its teacher
@@ -140,22 +140,22 @@ class Teacher:
         self._precision, self._temperature = precision, temperature
 
     @torch.no_grad()
-    def ask(self, batch: AnyBatch, segments: SegmentsOf) -> AllProbabilities:
+    def ask(self, batch: AnyBatch, packed: bool) -> AllProbabilities:
         """Its probabilities of every target. The student's noise is drawn before the teacher's, if that has any."""
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
-            output = self.model(batch.inputs_BS, batch.targets_BT, segments(batch))
+            output = self.model(batch.inputs_BS, batch.targets_BT, segments(batch, packed))
             return AllProbabilities(output.hidden_BTD.flatten(0, 1), output.vocabulary, self._temperature)
 
 
-class Distillation:
+class DistillationLoss:
     """The objective of a student: of `teacher`'s answers to the batch, or of those that the batch brings."""
 
-    def __init__(self, settings: DistillSpec, teacher: Teacher | None, segments: SegmentsOf) -> None:
-        """`segments` says which examples share a row."""
-        self._settings, self._teacher, self._segments = settings, teacher, segments
+    def __init__(self, settings: DistillSpec, teacher: Teacher | None, packed: bool) -> None:
+        """`packed`: several examples share a row of a batch."""
+        self._settings, self._teacher, self._packed = settings, teacher, packed
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
-        output = model(batch.inputs_BS, batch.targets_BT, self._segments(batch))
+        output = model(batch.inputs_BS, batch.targets_BT, segments(batch, self._packed))
         targets_N = batch.targets_BT.flatten()
         sums_M = distilled_cross_entropy(
             output.hidden_BTD.flatten(0, 1),
@@ -172,7 +172,7 @@ class Distillation:
 
     def _soft_targets(self, batch: AnyBatch) -> SoftTargets:
         if self._teacher is not None:
-            return self._teacher.ask(batch, self._segments)
+            return self._teacher.ask(batch, self._packed)
         assert isinstance(batch, Lesson), "without a teacher the batch brings its answers"
         return TopProbabilities(*(kept.flatten(0, 1) for kept in batch.answers))
 

@@ -1,24 +1,26 @@
-"""The one training loop. It does not know which verb runs: objective, batches and hooks are given to it."""
+"""The one training loop. It does not know which verb runs: objective, batches and callbacks are given to it."""
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.parallelize import GradientNorm
-from switchcli.distributed.signals import StopRequest
+from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.model.moe.layer import experts_here, sparse_layers
-from switchcli.train.callbacks import Hook
+from switchcli.report.console import Training
+from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
-from switchcli.train.loss import Objective
+from switchcli.train.loss import LossSchedule, Objective
 from switchcli.train.metrics import Mean, Metrics, merge
-from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.nonfinite import ENDS, Recovery
+from switchcli.train.microbatches import Microbatch, Microbatches, RealTokens
+from switchcli.train.nonfinite import ENDS, NonFiniteHandler
 from switchcli.train.optimizers import Optimizer
+from switchcli.train.prefetch import Loader
 from switchcli.train.router_health import WHEN_LOST, lost_backward, lost_forward
 from switchcli.train.schedules import ScheduleSpec
 from switchcli.train.state import TrainState
@@ -28,60 +30,62 @@ from switchcli.train.validation import exact
 def fit(
     state: TrainState,
     model: nn.Module,
-    objective: Callable[[int], Objective],
-    batches: Callable[[int], Sequence[Microbatch]],
+    losses: LossSchedule,
+    loader: Loader | Microbatches,
     optimizer: Optimizer,
     schedule: ScheduleSpec,
     runtime: Runtime,
-    hooks: Sequence[Hook],
+    callbacks: Sequence[Callback],
     settings: TrainSpec,
     stop: StopRequest,
-    on_step: Callable[[int], None] = lambda step: None,
-    recovery: Recovery = ENDS,
-) -> bool:
+    progress: Training | None = None,
+    nonfinite: NonFiniteHandler = ENDS,
+) -> None:
     """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
 
-    Returns whether the run is complete: False when `stop` was requested on any rank, after a whole step on all of them.
-    `batches` gives this rank's microbatches of a step, `objective` what is minimised at it. `on_step` is called with
-    the number of steps taken after each one, the hooks after those that they are due at; neither is called for the stop
-    itself. `recovery` is asked whether to go on where a number is not finite: a step left out counts as one taken.
+    `loader` gives this rank's microbatches of each step, `losses` what is minimised at it. `progress` is moved after
+    each step, the callbacks are called after the steps that they are due at; not for a stop. `nonfinite` is asked
+    whether to go on where a number is not finite: a step left out counts as one taken.
 
     Raises:
-        NumericsError: the gradient is not finite; every rank raises, and no hook has seen the step. Or a hook's.
+        StopTraining: `stop` was requested on some rank; every rank raises, after the same whole step.
+        NumericsError: the gradient is not finite; every rank raises, and no callback has seen the step. Or a callback
+            raises it.
         DistributedError: another rank is gone.
     """
     model.train()
     unchecked: list[tuple[int, GradientNorm, Metrics]] = []
-    while state.step < settings.steps:
-        started = time.perf_counter()
-        microbatches = batches(state.step)
+    started = time.perf_counter()
+    for step, microbatches in loader.from_step(state.step, settings.steps):
+        assert step == state.step, "a step that is left out counts as one taken"
         own = [sum(counts) for counts in zip(*(micro.real for micro in microbatches), strict=True)]
         stopping, *counted = runtime.sum_over_ranks([int(stop.requested), *own])
         real = RealTokens(*(count // runtime.model_ranks for count in counted))  # ranks of a model axis share a batch
         if stopping:
-            break
-        learning_rate = schedule(state.step, settings.steps)
-        seed = f"{settings.seed}/{state.step}"
-        metrics = accumulate_gradients(model, objective(state.step), microbatches, real, runtime, seed)
+            _check_all(unchecked, model, runtime)  # what is saved after a stop has been looked at
+            raise StopTraining
+        learning_rate = schedule(step, settings.steps)
+        seed = f"{settings.seed}/{step}"
+        metrics = accumulate_gradients(model, losses.loss_at(step), microbatches, real, runtime, seed)
         norm = _clip(optimizer, settings.clip_norm, runtime)
-        lost = _lost(state.step + 1, norm, metrics, model, runtime) if recovery.before_updates else None
+        lost = _lost(step + 1, norm, metrics, model, runtime) if nonfinite.before_updates else None
         if lost:
-            recovery(lost, state, state.step + 1, updated=False)
+            nonfinite(lost, state, step + 1, updated=False)
         else:
             optimizer.step(learning_rate)
             _note(state, real.targets, metrics, norm)
             unchecked.append((state.step, norm, metrics))
         optimizer.zero_grad()
 
-        due = [hook for hook in hooks if hook.due(state.step, settings.steps)]
-        while len(unchecked) > (0 if due else 1):  # one step late unless a hook is due: no wait for the device
+        due = [callback for callback in callbacks if callback.due(state.step, settings.steps)]
+        while len(unchecked) > (0 if due else 1):  # one step late unless a callback is due: no wait for the device
             _check_finite(*unchecked.pop(0), model, runtime)
         state.seconds += time.perf_counter() - started
-        on_step(state.step)
-        call(due, state, recovery)
-    for one in unchecked:  # what is saved after a stop, or shown at the end, has been looked at
-        _check_finite(*one, model, runtime)
-    return state.step >= settings.steps
+        if progress is not None:
+            progress.advance(state.step)
+        call(due, state, nonfinite)
+        started = time.perf_counter()
+    _check_all(unchecked, model, runtime)  # what is shown at the end has been looked at
 
 
 def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientNorm) -> None:
@@ -92,16 +96,16 @@ def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientN
     state.window = merge(state.window, exact({**metrics, **of_norm}))
 
 
-def call(hooks: Sequence[Hook], state: TrainState, recovery: Recovery) -> None:
-    """Call them in order, and again where one met a number that is not finite and `recovery` has the run go on."""
+def call(callbacks: Sequence[Callback], state: TrainState, nonfinite: NonFiniteHandler) -> None:
+    """Call them in order, and again where one met a number that is not finite and `nonfinite` has the run go on."""
     try:
-        for hook in hooks:
-            hook(state)
+        for callback in callbacks:
+            callback(state)
     except NumericsError as error:
-        recovery(error, state, state.step, updated=True)
-        for hook in hooks:
-            if hook.of_weights:
-                hook(state)
+        nonfinite(error, state, state.step, updated=True)
+        for callback in callbacks:
+            if callback.of_weights:
+                callback(state)
 
 
 def accumulate_gradients(
@@ -150,6 +154,11 @@ def _clip(optimizer: Optimizer, clip_norm: float | None, runtime: Runtime) -> Gr
     if clip_norm is not None:
         optimizer.scale_gradients((clip_norm / (norm.total + 1e-6)).clamp(max=1.0))  # as torch has it
     return norm
+
+
+def _check_all(unchecked: Sequence[tuple[int, GradientNorm, Metrics]], model: nn.Module, runtime: Runtime) -> None:
+    for one in unchecked:
+        _check_finite(*one, model, runtime)
 
 
 def _check_finite(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, runtime: Runtime) -> None:

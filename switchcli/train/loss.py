@@ -4,6 +4,7 @@ Legend: B batch, T target, V vocabulary (the part of it that is here), D model, 
 chunk, M sums.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -40,17 +41,27 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss: ...
 
 
-SegmentsOf = Callable[[AnyBatch], Segments | None]
-"""Which examples share a row of a batch (model/packing.py); None where each has its own."""
+class LossSchedule(ABC):
+    """Which loss a run minimizes at each step."""
+
+    @abstractmethod
+    def loss_at(self, step: int) -> Objective:
+        """Return the loss of `step`, counted from 0."""
 
 
-def whole_rows(batch: AnyBatch) -> None:
-    """Rows of one example each."""
+class Always(LossSchedule):
+    """One loss at every step."""
+
+    def __init__(self, loss: Objective) -> None:
+        self._loss = loss
+
+    def loss_at(self, step: int) -> Objective:
+        return self._loss
 
 
-def packed_rows(batch: AnyBatch) -> Segments:
-    """Rows of several examples, which do not see one another."""
-    return segments_of(batch.inputs_BS, batch.targets_BT)
+def segments(batch: AnyBatch, packed: bool) -> Segments | None:
+    """Return which examples share a row of a packed batch (model/packing.py); None where each has its own row."""
+    return segments_of(batch.inputs_BS, batch.targets_BT) if packed else None
 
 
 def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
@@ -60,7 +71,7 @@ def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
 
 def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
     """The same where rows are packed: of each example as if it were alone in its row."""
-    return _loss_of(model(batch.inputs_BS, batch.targets_BT, packed_rows(batch)), batch.targets_BT)
+    return _loss_of(model(batch.inputs_BS, batch.targets_BT, segments(batch, packed=True)), batch.targets_BT)
 
 
 def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:

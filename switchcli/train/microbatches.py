@@ -1,10 +1,10 @@
 """Which rows of a step's batch this rank takes, and in which portions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple, Self
 
-from switchcli.data.batch import AnyBatch
+from switchcli.data.batch import AnyBatch, BatchSource
 from switchcli.errors import RecipeError
 from switchcli.spec import PAD
 
@@ -38,7 +38,7 @@ class Microbatches:
 
     def __init__(
         self,
-        rows: Callable[[int, int, int], AnyBatch],
+        source: BatchSource,
         batch: int,
         microbatch: int | None,
         group: int,
@@ -46,39 +46,52 @@ class Microbatches:
         world: int,
         length: int = 1,
     ) -> None:
-        """`rows(step, first, count)` gives sequences of a step's batch.
-
-        `batch`, `microbatch` and `group`, those that are routed together, count sequences of `length` tokens.
+        """`batch`, `microbatch` and `group`, those that are routed together, count sequences of `length` tokens.
 
         Raises:
-            RecipeError: the batch cannot be shared out evenly.
+            RecipeError: as `rows_of_microbatch`.
         """
-        if batch % world:
-            more = (batch // world + 1) * world
-            raise RecipeError(
-                f"train.batch_tokens ({batch * length}) holds {batch} sequences, which {world} ranks cannot share "
-                f"evenly: try {more * length}, or fewer ranks"
-            )
-        self.microbatch = microbatch or batch // world
-        if (batch // world) % self.microbatch:
-            raise RecipeError(
-                f"train.microbatch_tokens ({self.microbatch * length}) must divide the {batch // world * length} "
-                f"tokens that each of {world} ranks takes a step: set it to "
-                f"{math.gcd(self.microbatch, batch // world) * length}, say"
-            )
-        if self.microbatch % group:
-            raise RecipeError(
-                f"a microbatch of {self.microbatch} sequences (on {world} ranks) does not hold whole groups of "
-                f"model.router.group_sequences ({group}): let each rank take a multiple of {group * length} tokens"
-            )
+        self.microbatch = rows_of_microbatch(batch, microbatch, group, world, length)
         self.count = batch // world // self.microbatch
-        self._rows = rows
+        self._source = source
         self._first = rank * self.count
 
     def __call__(self, step: int) -> list[Microbatch]:
         """This rank's microbatches of a step, in order."""
         return [self._made(step, number) for number in range(self._first, self._first + self.count)]
 
+    def from_step(self, first: int, last: int) -> Iterator[tuple[int, list[Microbatch]]]:
+        """Yield each step from `first` up to `last`, exclusive, with its microbatches."""
+        for step in range(first, last):
+            yield step, self(step)
+
     def _made(self, step: int, number: int) -> Microbatch:
-        batch = self._rows(step, number * self.microbatch, self.microbatch)
+        batch = self._source.batch(step, number * self.microbatch, self.microbatch)
         return Microbatch(number, batch, RealTokens.of(batch))
+
+
+def rows_of_microbatch(batch: int, microbatch: int | None, group: int, world: int, length: int = 1) -> int:
+    """Return how many rows a microbatch has: `microbatch`, or if absent the whole share of a rank.
+
+    Raises:
+        RecipeError: the batch cannot be shared out evenly.
+    """
+    if batch % world:
+        more = (batch // world + 1) * world
+        raise RecipeError(
+            f"train.batch_tokens ({batch * length}) holds {batch} sequences, which {world} ranks cannot share "
+            f"evenly: try {more * length}, or fewer ranks"
+        )
+    rows = microbatch or batch // world
+    if (batch // world) % rows:
+        raise RecipeError(
+            f"train.microbatch_tokens ({rows * length}) must divide the {batch // world * length} "
+            f"tokens that each of {world} ranks takes a step: set it to "
+            f"{math.gcd(rows, batch // world) * length}, say"
+        )
+    if rows % group:
+        raise RecipeError(
+            f"a microbatch of {rows} sequences (on {world} ranks) does not hold whole groups of "
+            f"model.router.group_sequences ({group}): let each rank take a multiple of {group * length} tokens"
+        )
+    return rows

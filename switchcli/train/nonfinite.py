@@ -1,29 +1,37 @@
-"""Recovery: what a run does when a number is not finite, as `train.nonfinite` asks; the same on every rank."""
+"""NonFiniteHandler: what a run does when a number is not finite, as `train.nonfinite` asks; the same on every rank."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from switchcli.errors import NumericsError
+from switchcli.report.console import Console, silent
 from switchcli.train.config import NonfiniteSpec
 from switchcli.train.state import TrainState
 
 
-class Recovery:
+class Rewindable(Protocol):
+    """A run that can go back to its newest checkpoint."""
+
+    def restore(self, state: TrainState) -> bool:
+        """Take weights, optimizer and state from the newest checkpoint. Return whether there is one."""
+
+    def note_skipped(self, record: Mapping[str, Any]) -> None:
+        """Write the record of steps that were left out."""
+
+
+class NonFiniteHandler:
     """Has a run go on from a NumericsError, or end by it."""
 
     def __init__(
         self,
         settings: NonfiniteSpec,
-        restore: Callable[[TrainState], bool] = lambda state: False,
-        warn: Callable[[str], None] = lambda text: None,
-        write: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        run: Rewindable | None = None,
+        console: Console | None = None,
     ) -> None:
-        """`restore` takes weights, optimizer and state from the newest checkpoint; it says whether there is one. What
-        is left out is told to `warn` in words and to `write` as a record."""
+        """`run` may be left out where the policy is to stop. A warning names the steps that are left out."""
         self._settings = settings
-        self._restore = restore
-        self._warn = warn
-        self._write = write
+        self._run = run
+        self._console = console or silent()
 
     @property
     def before_updates(self) -> bool:
@@ -38,7 +46,7 @@ class Recovery:
             NumericsError: `error`: the recipe, or what there is, allows no going on.
         """
         policy, at_most = self._settings.policy, self._settings.at_most
-        if policy == "stop" or (policy == "skip" and updated):
+        if self._run is None or policy == "stop" or (policy == "skip" and updated):
             raise error
         left_out, seconds, first = state.left_out, state.seconds, step
         if len(left_out) >= at_most:
@@ -47,19 +55,20 @@ class Recovery:
             )
             raise NumericsError(f"{error.found}, {others}", error.mend)
         if policy == "roll_back":
-            if not self._restore(state):
+            if not self._run.restore(state):
                 raise error
             first = state.step + 1
         state.left_out, state.seconds = [*left_out, (first, step)], seconds
         state.step = step
-        self._write({"step": step, "left_out": state.left_out})  # all: going back takes the records since then
+        # All of them: going back takes the records since then.
+        self._run.note_skipped({"step": step, "left_out": state.left_out})
         weights = f"with the weights of step {first - 1} and " if policy == "roll_back" else ""
         those = f"step {step}" if first == step else f"steps {first} to {step}"
-        self._warn(
+        self._console.warning(
             f"{error.found}: going on {weights}without the batches of {those} (time {len(state.left_out)} of at most "
             f"{at_most}: train.nonfinite)"
         )
 
 
-ENDS = Recovery(NonfiniteSpec(policy="stop"))
+ENDS = NonFiniteHandler(NonfiniteSpec(policy="stop"))
 """Of a run that goes on from none."""

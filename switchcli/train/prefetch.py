@@ -1,12 +1,13 @@
 """Loader: threads that make the next batches while the model computes: the same ones, only sooner."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from switchcli.train.microbatches import Microbatch
+from switchcli.distributed.context import Runtime
+from switchcli.train.microbatches import Microbatch, Microbatches
 
 
 class Loader:
@@ -15,33 +16,28 @@ class Loader:
     Making them is reading, and numpy, which mostly leave the interpreter to others: threads do, and share one cache.
     """
 
-    def __init__(
-        self,
-        make: Callable[[int], Iterable[Microbatch]],
-        last_step: int,
-        workers: int,
-        ahead: int,
-        pinned: Callable[[Microbatch], Microbatch],
-    ) -> None:
-        """`make` gives a step's microbatches, `pinned` puts one where the device copies it from without a wait."""
-        self._make, self._pinned, self._last_step, self._ahead = make, pinned, last_step, ahead
+    def __init__(self, microbatches: Microbatches, workers: int, ahead: int, runtime: Runtime) -> None:
+        """`workers` threads, 0 for none, make the microbatches of up to `ahead` steps after the one asked for."""
+        self._microbatches, self._ahead, self._runtime = microbatches, ahead, runtime
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
-        self._begun: dict[int, Future[list[Microbatch]]] = {}
         self.seconds_waited = 0.0
         """By those who asked, in all."""
 
-    def __call__(self, step: int) -> list[Microbatch]:
-        """The microbatches of a step, in order. Raises what making them raises."""
-        started = time.perf_counter()
-        if self._pool is None:
-            made = self._made(step)
-        else:
-            for wanted in range(step, min(step + self._ahead, self._last_step - 1) + 1):
-                if wanted not in self._begun:
-                    self._begun[wanted] = self._pool.submit(self._made, wanted)
-            made = self._begun.pop(step).result()
-        self.seconds_waited += time.perf_counter() - started
-        return made
+    def from_step(self, first: int, last: int) -> Iterator[tuple[int, list[Microbatch]]]:
+        """Yield each step from `first` up to `last`, exclusive, with its microbatches, in memory from which the
+        device copies without a wait. Raises what making them raises."""
+        begun: dict[int, Future[list[Microbatch]]] = {}
+        for step in range(first, last):
+            started = time.perf_counter()
+            if self._pool is None:
+                made = self._made(step)
+            else:
+                for wanted in range(step, min(step + self._ahead, last - 1) + 1):
+                    if wanted not in begun:
+                        begun[wanted] = self._pool.submit(self._made, wanted)
+                made = begun.pop(step).result()
+            self.seconds_waited += time.perf_counter() - started
+            yield step, made
 
     def __enter__(self) -> Self:
         return self
@@ -53,4 +49,4 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
 
     def _made(self, step: int) -> list[Microbatch]:
-        return [self._pinned(micro) for micro in self._make(step)]
+        return [self._runtime.pinned(micro) for micro in self._microbatches(step)]

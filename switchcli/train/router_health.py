@@ -3,13 +3,14 @@
 Legend: L sparse layers, E experts.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from switchcli.checkpoint import tensor_names
 from switchcli.model.transformer import ModelOutput
+from switchcli.report.console import Console
 from switchcli.train.metrics import Mean, Metrics
 
 MANY_DROPPED = 0.5
@@ -94,9 +95,9 @@ def lost_backward(norms: Mapping[str, torch.Tensor], experts: range) -> str:
 class Alarms:
     """Says in words, when it begins, what is wrong with the routing of a layer."""
 
-    def __init__(self, layers: Sequence[str], warn: Callable[[str], None]) -> None:
+    def __init__(self, layers: Sequence[str], console: Console) -> None:
         self._layers = layers
-        self._warn = warn
+        self._console = console
         self._ringing: set[tuple[str, str]] = set()
         self._idle: dict[str, torch.Tensor] = {}
 
@@ -125,5 +126,5 @@ class Alarms:
             if dead:
                 alarms[layer, "dead"] = f"{layer}: no token in {int(idle_E[dead].min())} steps for experts {dead}"
         for which in sorted(alarms.keys() - self._ringing):
-            self._warn(alarms[which])
+            self._console.warning(alarms[which])
         self._ringing = set(alarms)

@@ -1,39 +1,35 @@
 """A survey: one model's atlas, or two's and how far they differ, over texts by name, as JSON has it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from switchcli.data.batch import Batch
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import Runtime
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.console import Console
 from switchcli.train import atlas, expert_matching, specialization
 from switchcli.train.atlas import Counted, LayerCounts
-from switchcli.train.loss import SegmentsOf
 from switchcli.train.validation import HeldOutText, shared
-
-Track = Callable[[Sequence[Batch], str, int], Iterable[Batch]]
-"""Batches as they come, shown under a description with their number."""
 
 
 def survey(
     models: Sequence[SwitchTransformer],
-    texts: Mapping[str, tuple[HeldOutText, SegmentsOf]],
+    texts: Mapping[str, tuple[HeldOutText, bool]],
     rows_each: int,
     policies: Sequence[Policy],
     runtime: Runtime,
     tokenizer: Tokenizer,
-    track: Track,
+    console: Console,
 ) -> dict[str, Any]:
     """What one model does with texts, or two with the same ones, `rows_each` rows a batch at least."""
     groups = math.lcm(*(model.spec.group_sequences for model in models))
     counted = {}
-    for name, (text, segments_of) in texts.items():
-        batches = shared(text.rows, text.num_rows, -(-rows_each // groups) * groups, 0, 1)
-        tracked = track(batches, f"reading {name}", len(batches))
-        counted[name] = atlas.count(models, tracked, segments_of, runtime, policies)
+    for name, (text, packed) in texts.items():
+        batches = shared(text, -(-rows_each // groups) * groups, 0, 1)
+        tracked = console.track(batches, f"reading {name}", len(batches))
+        counted[name] = atlas.count(models, tracked, packed, runtime, policies)
     return {
         "sequences": {name: text.num_rows for name, (text, _) in texts.items()},
         "rare": specialization.LEAST,

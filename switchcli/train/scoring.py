@@ -5,7 +5,7 @@ A batch is the same whatever the number of ranks, so the answers are too.
 Legend: B batch, S source, T target, X examples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate
+from switchcli.model.generation import AllDone, generate, locally
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -23,7 +24,7 @@ from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.suites import PAPER, SUITES, average
 from switchcli.tasks.task import Answered
 from switchcli.tasks.tokens import Scored
-from switchcli.train.callbacks import Evaluation, Record
+from switchcli.train.callbacks import EvaluationCallback, MetricsLog
 from switchcli.train.state import TrainState
 
 AVERAGE = "tasks/average"
@@ -54,7 +55,7 @@ class ScoringSpec(Spec):
         return self
 
 
-class Answering:
+class TaskPredictor:
     """A model that answers the examples of tasks, with the other ranks."""
 
     def __init__(
@@ -71,22 +72,26 @@ class Answering:
         self._settings = settings
         self._capacity = capacity
 
-    def __call__(self, exam: Scored, stop: Callable[[], bool] = lambda: False) -> tuple[Answered, ...] | None:
-        """Every example with the model's answer, in order; the same on every rank. None when one of them is to stop."""
+    def __call__(self, exam: Scored, stop: StopRequest | None = None) -> tuple[Answered, ...]:
+        """Every example with the model's answer, in order; the same on every rank.
+
+        Raises:
+            StopTraining: a stop was requested on some rank.
+        """
         runtime, decoding = self._runtime, self._settings.decoding
         batches = list(exam.batches(self._settings.batch_examples))
         tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=runtime.device)
         rounds = -(-len(batches) // runtime.data_ranks)
 
-        def stopped() -> bool:
-            return any(runtime.sum_over_ranks([int(stop())]))
+        def is_stopping() -> bool:
+            return stop is not None and stop.requested
 
         def all_done(done_B: torch.Tensor) -> bool:
-            going, stopping = runtime.sum_over_ranks([int(not done_B.all()), int(stop())])
+            going, stopping = runtime.sum_over_ranks([int(not done_B.all()), int(is_stopping())])
             return stopping > 0 or going == 0
 
-        if stopped():
-            return None
+        if runtime.any_rank(is_stopping()):
+            raise StopTraining
         with evaluating(self._model, self._capacity), runtime.uncompiled(), runtime.autocast():
             for turn in range(rounds):
                 mine = turn * runtime.data_ranks + runtime.data_rank
@@ -94,8 +99,8 @@ class Answering:
                 numbers = batches[min(mine, len(batches) - 1)]
                 inputs_BS = runtime.place(torch.from_numpy(exam.padded(numbers)))
                 answers_BT = generate(self._model, inputs_BS, decoding, all_done=all_done)
-                if stopped():
-                    return None
+                if runtime.any_rank(is_stopping()):
+                    raise StopTraining
                 if mine < len(batches):
                     tokens_XT[torch.from_numpy(numbers), : answers_BT.shape[1]] = answers_BT.int()
         everything = runtime.all_reduce(tokens_XT).tolist()
@@ -103,50 +108,43 @@ class Answering:
         return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
 
 
-class Exams(Evaluation):
+class TaskEvalCallback(EvaluationCallback):
     """Scores the model on every task, notes the figures in the state, and writes them."""
 
     def __init__(
         self,
         every_steps: int,
-        answering: Answering,
+        predictor: TaskPredictor,
         exams: Sequence[Scored],
         runtime: Runtime,
-        write: Callable[[Record], None],
-        stop: Callable[[], bool],
+        log: MetricsLog,
+        stop: StopRequest,
     ) -> None:
-        """`stop` ends it between two tokens, with no figure: `owed` then says that it is to be done again."""
+        """A `stop` on any rank ends it between two tokens, with no figure: it is pending then."""
         super().__init__(every_steps, AVERAGE)
         self._stop = stop
-        self._answering = answering
+        self._predictor = predictor
         self._exams = exams
         self._runtime = runtime
-        self._write = write
+        self._log = log
         self.answered: dict[str, tuple[Answered, ...]] = {}
         """The last answers, by the name of the task."""
 
-    def ask(self) -> bool:
-        """Have every example answered; False when it was stopped."""
+    def predict(self) -> None:
+        """Have every example answered. Raises StopTraining when it was stopped: there are no answers then."""
         self.answered = {}
-        for exam in self._exams:
-            answered = self._answering(exam, self._stop)
-            if answered is None:
-                self.answered = {}
-                return False
-            self.answered[exam.task.name] = answered
-        return True
+        self.answered = {exam.task.name: self._predictor(exam, self._stop) for exam in self._exams}
 
     def scores(self, draws: int) -> dict[str, Scores]:
         """Of the last answers, with intervals from so many draws."""
         return {exam.task.name: score(exam.task, self.answered[exam.task.name], draws) for exam in self._exams}
 
     def __call__(self, state: TrainState) -> None:
-        if not self.ask():
-            return
+        self.predict()
         figures = figures_of(self.scores(draws=0))
         state.note(figures)
         if self._runtime.is_main:
-            self._write({"step": state.step, **figures})
+            self._log.write({"step": state.step, **figures})
 
 
 def figures_of(scores: Mapping[str, Scores]) -> dict[str, float]:
@@ -164,3 +162,17 @@ def suites_of(scores: Mapping[str, Scores]) -> dict[str, float]:
     values = {name: one.score.value for name, one in scores.items() if one.score is not None}
     means = {suite.name: suite.mean(values) for suite in SUITES if suite is not PAPER}  # Table 5 has none
     return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def answers(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    inputs_BS: torch.Tensor,
+    max_tokens: int,
+    policy: Policy = "dropless",
+    all_done: AllDone = locally,
+) -> list[str]:
+    """The model's greedy answer to each row of ids, as text with the sentinels readable."""
+    with evaluating(model, policy):
+        rows_BT = generate(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
+    return [tokenizer.decode(row) for row in rows_BT.tolist()]

@@ -3,18 +3,17 @@
 Legend: N targets, V vocabulary, K kept probabilities.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from switchcli.data.batch import Answers, AnyBatch
+from switchcli.data.batch import Answers, AnyBatch, BatchSource
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest, StopTraining
+from switchcli.report.console import Console
 from switchcli.train.distillation import AllProbabilities, Teacher
-from switchcli.train.loss import CHUNK, SegmentsOf
+from switchcli.train.loss import CHUNK
 from switchcli.train.teacher_cache import AnswersSpec, AnswerStore, id_dtype
-
-Rows = Callable[[int, int, int], AnyBatch]
-Track = Callable[[list[range]], Iterator[range]]
 
 
 class Asking:
@@ -24,48 +23,48 @@ class Asking:
         self,
         teacher: Teacher,
         settings: AnswersSpec,
-        rows: Rows,
+        source: BatchSource,
         rows_per_step: int,
         microbatch: int,
-        segments: SegmentsOf,
+        packed: bool,
     ) -> None:
-        """`rows(step, first, count)` gives sequences; `microbatch` of them are asked about at a time."""
-        self._teacher, self._settings, self._segments = teacher, settings, segments
-        self._rows, self._rows_per_step, self._microbatch = rows, rows_per_step, microbatch
+        """`microbatch` rows are asked about at a time."""
+        self._teacher, self._settings, self._packed = teacher, settings, packed
+        self._source, self._rows_per_step, self._microbatch = source, rows_per_step, microbatch
 
     def fill(
-        self, store: AnswerStore, parts: list[range], runtime: Runtime, track: Track, stop: Callable[[], bool]
-    ) -> bool:
-        """Add the answers to all `parts`, the ranks in turn; False when one of them is to stop.
+        self, store: AnswerStore, parts: list[range], runtime: Runtime, console: Console, stop: StopRequest
+    ) -> None:
+        """Add the answers to all `parts`, the ranks in turn. A rank may take long over a part: the others wait.
 
-        A rank may take long over a part: the others wait.
+        Raises:
+            StopTraining: a stop was requested on some rank.
         """
         turns = [range(start, min(start + runtime.world, len(parts))) for start in range(0, len(parts), runtime.world)]
-        for turn in track(turns):
-            if turn.start + runtime.rank in turn and not stop():
+        for turn in console.track(turns, "asking", len(turns)):
+            if turn.start + runtime.rank in turn and not stop.requested:
                 steps = parts[turn.start + runtime.rank]
                 answers = [*self._answers(steps, runtime, stop)]
                 if answers:
                     done = range(steps.start, steps.start + len(answers))
                     store.add(done, Answers(*(torch.cat(each) for each in zip(*answers, strict=True))))
-            if any(runtime.sum_when_all_are_there([int(stop())])):
-                return False
-        return True
+            if any(runtime.sum_when_all_are_there([int(stop.requested)])):
+                raise StopTraining
 
-    def _answers(self, steps: range, runtime: Runtime, stop: Callable[[], bool]) -> Iterator[Answers]:
+    def _answers(self, steps: range, runtime: Runtime, stop: StopRequest) -> Iterator[Answers]:
         """To all rows of each of these steps, until it is to stop."""
         for step in steps:
             parts = []
             for first in range(0, self._rows_per_step, self._microbatch):
-                if stop():
+                if stop.requested:
                     return
-                batch = self._rows(step, first, min(self._microbatch, self._rows_per_step - first))
+                batch = self._source.batch(step, first, min(self._microbatch, self._rows_per_step - first))
                 parts.append(self._answer(runtime.place(batch)))
             yield Answers(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def _answer(self, batch: AnyBatch) -> Answers:
         shape = batch.targets_BT.shape
-        probabilities = self._teacher.ask(batch, self._segments)
+        probabilities = self._teacher.ask(batch, self._packed)
         kept = largest(probabilities, shape.numel(), self._settings)
         return Answers(*(part.view(*shape, *part.shape[1:]).cpu() for part in kept))
 

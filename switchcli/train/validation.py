@@ -75,7 +75,7 @@ def evaluate_rows(
 ) -> Metrics:
     """The same on a text that the ranks share, at least `rows_each` a batch: in whole groups of this very model."""
     group = model.spec.group_sequences
-    batches = shared(text.rows, text.num_rows, -(-rows_each // group) * group, runtime.data_rank, runtime.data_ranks)
+    batches = shared(text, -(-rows_each // group) * group, runtime.data_rank, runtime.data_ranks)
     return evaluate(model, objective, batches, runtime, policy)
 
 
@@ -91,17 +91,17 @@ def exact(metrics: Metrics) -> Metrics:
     return {name: Mean(mean.total.double(), mean.weight.double()) for name, mean in metrics.items()}
 
 
-def shared(rows: Callable[[int, int], Batch], sequences: int, rows_each: int, rank: int, world: int) -> list[Batch]:
-    """This rank's batches of an evaluation on `sequences` rows, `rows_each` a batch, the same number on every rank.
+def shared(text: HeldOutText, rows_each: int, rank: int, world: int) -> list[Batch]:
+    """This rank's batches of an evaluation on `text`, `rows_each` rows a batch, the same number on every rank.
 
-    `rows(first, count)` gives sequences. What is missing at the end is filled with padding: it is neither routed nor
+    What is missing at the end is filled with padding: it is neither routed nor
     counted, and every batch has one shape.
     """
-    each = -(-sequences // (rows_each * world))
+    each = -(-text.num_rows // (rows_each * world))
     batches = []
     for first in range(rank * each * rows_each, (rank + 1) * each * rows_each, rows_each):
-        count = max(0, min(rows_each, sequences - first))
-        batch = rows(first, count) if count else rows(0, 1)
+        count = max(0, min(rows_each, text.num_rows - first))
+        batch = text.rows(first, count) if count else text.rows(0, 1)
         inputs_BS, targets_BT = (F.pad(ids[:count], (0, 0, 0, rows_each - count), value=PAD) for ids in batch[:2])
         batches.append(Batch(inputs_BS, targets_BT))
     return batches

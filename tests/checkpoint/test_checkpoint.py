@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
+from messages import naming
 from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, wanted
 from torch import Tensor
-from train_messages import naming
 
 from switchcli.checkpoint import checkpoint as checkpoints
 from switchcli.checkpoint import manifest as manifests

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_files import Crash, FaultyFiles, LossyFiles, crash
+from messages import naming
 from saved import MODEL, OPTIMIZER, equal, numbered, save_step, wanted
-from train_messages import naming
 
 from switchcli.checkpoint.checkpoint import Checkpoint, find, latest, preflight, prune, save
 from switchcli.checkpoint.fsops import DISK, Files
@@ -238,7 +238,7 @@ for at in range(1000):
 
 @pytest.mark.parametrize("step", [8, 12])
 def test_a_process_killed_at_any_operation_loses_nothing(tmp_path: Path, step: int) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(HERE), str(step)], check=True)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(HERE.parent), str(step)], check=True)
     folders = list(tmp_path.iterdir())
     assert len(folders) >= 15
     for folder in folders:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from train_messages import naming
+from messages import naming
 
 from switchcli.checkpoint.lock import lock
 from switchcli.errors import CheckpointError

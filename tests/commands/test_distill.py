@@ -21,7 +21,7 @@ from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
 from switchcli.runs import distilling
 from switchcli.runs.loading import load
-from switchcli.train.distillation import Teacher
+from switchcli.train.distillation import DistillationLoss, Teacher
 
 INTERRUPTED = 75
 
@@ -137,7 +137,7 @@ def test_the_noise_of_a_student_is_that_of_its_pretraining(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A teacher in training mode draws its own noise after the student's: with no share in the loss it changes none."""
-    monkeypatch.setattr(distilling.Distillation, "__call__", hard_part(distilling.Distillation.__call__))
+    monkeypatch.setattr(DistillationLoss, "__call__", hard_part(DistillationLoss.__call__))
     fresh = ("student.kind=fresh", "-q")
     assert switchcli("distill", "--teacher", trained, "distill.soft_fraction=0", *fresh, "--out", "a").code == 0
     assert switchcli("distill", "--teacher", trained, "distill.mode=training", *fresh, "--out", "b").code == 0
@@ -265,7 +265,7 @@ class Stopped:
     """The objective of distillation, which at one call first sends this process a signal."""
 
     def __init__(self, at: int) -> None:
-        self.calls, self.at, self.call = 0, at, distilling.Distillation.__call__
+        self.calls, self.at, self.call = 0, at, DistillationLoss.__call__
 
     def __get__(self, instance: Any, owner: type) -> Any:
         def call(model: torch.nn.Module, batch: Any) -> Any:
@@ -285,7 +285,7 @@ def test_stopped_it_ends_with_the_same_bits(
     assert switchcli(*command, "--out", "whole").code == 0
     for at in (3, 5):
         with monkeypatch.context() as patch:
-            patch.setattr(distilling.Distillation, "__call__", Stopped(at))
+            patch.setattr(DistillationLoss, "__call__", Stopped(at))
             done = switchcli(*command, "--out", "parts")
             assert done.code == INTERRUPTED, done.err
     done = switchcli(*command, "--out", "parts")

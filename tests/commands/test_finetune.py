@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
-from switchcli.commands import finetune as verb
+from switchcli.runs import finetuning as verb
 from switchcli.train import scoring
 
 STEPS = 9
@@ -314,7 +314,7 @@ def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
 ) -> None:
     """Scoring takes longer than a scheduler waits: the step is saved at once, and the next start has the scores."""
     command = ["finetune", tuning, "--model", trained, f"train.steps={STEPS}", "--out", "run"]
-    asked = scoring.Answering.__call__
+    asked = scoring.TaskPredictor.__call__
 
     def stop_at(self: Any, exam: Any, stop: Any) -> Any:
         if (metrics("run")[-1]["step"], exam.task.name) == (at, "last"):
@@ -322,7 +322,7 @@ def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
         return asked(self, exam, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.Answering, "__call__", stop_at)
+        patch.setattr(scoring.TaskPredictor, "__call__", stop_at)
         done = switchcli(*command)
     assert done.code == INTERRUPTED
     assert not lacking(done.err, f"saved step {at} {STEPS} same command")
@@ -379,11 +379,11 @@ def test_a_run_whose_checkpoints_do_not_know_their_examples_is_resumed(
     trained: Path, tuning: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions up to 0.1 wrote such checkpoints."""
-    from switchcli.runs.trainer import Training
+    from switchcli.runs.trainer import Trainer
 
     command = ("finetune", tuning, "--model", trained, "--out", "a")
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_evaluation", lambda self: {})
+        patch.setattr(Trainer, "_evaluation", lambda self: {})
         assert switchcli(*command, "train.steps=2").code == 0
     done = switchcli(*command, "train.steps=3")
     assert done.code == 0, done.err

@@ -351,7 +351,7 @@ def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
 def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have_read_it(
     recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from switchcli.commands import pretrain as verb
+    from switchcli.runs import pretraining as verb
 
     calls, objective = 0, verb.cross_entropy
 
@@ -425,7 +425,7 @@ def run_and_damage(
     switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch, command: Sequence[str], step: int, damage: Damage
 ) -> Done:
     """Run a training and damage all shards of the cache while it takes a step."""
-    from switchcli.commands import pretrain as verb
+    from switchcli.runs import pretraining as verb
 
     done = False
     objective = verb.cross_entropy
@@ -492,11 +492,11 @@ def test_damage_to_the_file_of_a_small_text_does_not_reach_a_run_that_holds_it(
 def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from switchcli.commands import evaluate
+    from switchcli.runs import evaluator
 
     assert switchcli("pretrain", recipe, "train.steps=2", "--out", "run").code == 0
     monkeypatch.setattr("switchcli.data.prepare.prepared_text.IN_MEMORY_BYTES", 0)
-    measure = evaluate.evaluate_rows
+    measure = evaluator.evaluate_rows
 
     def damaging(*arguments: Any) -> Any:
         found = measure(*arguments)
@@ -504,7 +504,7 @@ def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
             rotate(path)
         return found
 
-    monkeypatch.setattr(evaluate, "evaluate_rows", damaging)
+    monkeypatch.setattr(evaluator, "evaluate_rows", damaging)
     ended = switchcli("eval", "run", "--out", "scores")
     assert ended.code == 3, ended.err
     assert not Path("scores/result.json").exists()
@@ -574,7 +574,7 @@ def test_stopped_on_two_ranks_it_ends_on_one_as_on_two_that_never_stopped(
 def test_a_stream_that_is_stopped_goes_on_the_same(
     stop: int, languages: tuple[str, ...], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from switchcli.commands import pretrain as verb
+    from switchcli.runs import pretraining as verb
 
     assert switchcli("pretrain", *stream(languages), "--out", "straight").code == 0
     calls, objective = 0, verb.cross_entropy

@@ -14,7 +14,7 @@ from messages import lacking
 from typer.testing import CliRunner
 
 from switchcli.cli import app
-from switchcli.commands import pretrain as verb
+from switchcli.runs import pretraining as verb
 from switchcli.runs.run_dir import program
 
 RESULT_KEYS = {

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
-from switchcli.commands import pretrain as verb
 from switchcli.recipe import resolve
+from switchcli.runs import pretraining as verb
 from switchcli.runs import run_dir as run
 from switchcli.runs import trainer
 from switchcli.spec import Spec

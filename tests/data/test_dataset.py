@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from data_errors import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import naming_words
 from numpy.typing import NDArray
 
 from switchcli.data import dataset as module
@@ -201,7 +201,7 @@ def test_rows_of_whole_documents_are_counted_by_a_glance_and_shards_opened_when_
 def test_small_shards_together_show_what_each_alone_would_leave_over() -> None:
     rows, documents = SpanCorruption(inputs_length=512), [120, 1, 379]
     text = [Shard.of(store(documents, 100 + 500 * number)) for number in range(1000)]
-    with pytest.raises(DataError, match=naming("500000 3000 568 inputs_length")):
+    with pytest.raises(DataError, match=naming_words("500000 3000 568 inputs_length")):
         Chunks(text, rows, 0)
     found = Chunks(grouped(text), rows, 0)
     assert found.rows_per_epoch == 500_000 // 568
@@ -279,5 +279,5 @@ def test_threads_that_ask_at_once_get_the_same_rows(rows: SpanCorruption | Whole
 def test_less_than_a_row_is_refused_by_name(
     text: list[list[int]], rows: SpanCorruption | WholeDocuments, words: str
 ) -> None:
-    with pytest.raises(DataError, match=naming(words)):
+    with pytest.raises(DataError, match=naming_words(words)):
         Chunks([*map(Shard.of, stores(text))], rows, 0, "de")

@@ -16,9 +16,9 @@ from typing import Any
 import fsspec
 import pyarrow
 import pytest
-from data_errors import naming
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import naming_words
 from pyarrow import parquet
 
 from switchcli.data.prepare.digests import Digests
@@ -96,17 +96,17 @@ def test_a_name_with_brackets_is_a_file_if_there_is_one(tmp_path: Path) -> None:
 )
 def test_faults_are_told_in_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=naming(words)) as caught:
+    with pytest.raises(DataError, match=naming_words(words)) as caught:
         texts(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_files_folders_and_globs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path}/none.txt path")):
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path}/none.txt path")):
         texts(tmp_path / "none.txt")
-    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path}/*.txt pattern")):
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path}/*.txt pattern")):
         texts(tmp_path / "*.txt")
-    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path} folder {tmp_path}/*.txt")):
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path} folder {tmp_path}/*.txt")):
         texts(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_a_later_piece_names_bytes_and_its_faults_lines(tmp_path: Path, monkeypa
     assert [piece.name for piece in corpus.pieces()][:2] == [f"{path}#0", f"{path}#1"]
     assert [document.name for document in corpus.read(first)] == [f"{path}:1"]
     assert [document.name for document in corpus.read(second)] == [f"{path}@14"]
-    with pytest.raises(DataError, match=naming("x.jsonl:4 JSON")):
+    with pytest.raises(DataError, match=naming_words("x.jsonl:4 JSON")):
         [list(corpus.read(piece)) for piece in later]
 
 
@@ -220,7 +220,7 @@ def test_small_files_are_one_piece_and_large_ones_stay_in_order(
     ]
     assert [one.row for one in corpus.read(pieces[0])] == [0, 1]
     (tmp_path / "a.txt").write_text("longer")
-    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path}/none.txt again")):
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path}/none.txt again")):
         list(corpus.read(Piece(f"{tmp_path}/none.txt", 3)))
 
 
@@ -314,7 +314,7 @@ def test_what_is_not_to_be_had_elsewhere(
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     store.pipe("/c/a.txt", b"one")
-    with pytest.raises(DataError, match=naming(words)) as caught:
+    with pytest.raises(DataError, match=naming_words(words)) as caught:
         Files(paths=(url,)).pieces()
     assert "\n" not in str(caught.value)
 
@@ -349,9 +349,9 @@ def test_parquet_columns(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", columns)
     assert texts(path, field="body") == ["a", "b", "c"]
     assert texts(path, field="body", where={"lang": ("de",), "n": (1,)}) == ["a"]
-    with pytest.raises(DataError, match=naming("x.parquet:1 'text' body lang n `field`")):
+    with pytest.raises(DataError, match=naming_words("x.parquet:1 'text' body lang n `field`")):
         texts(path)
-    with pytest.raises(DataError, match=naming("x.parquet:1 'n' int `field`")):
+    with pytest.raises(DataError, match=naming_words("x.parquet:1 'n' int `field`")):
         texts(path, field="n")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 is not all there is")
     with pytest.raises(DataError, match=r"x\.parquet: .*\(.+\)"):
@@ -360,11 +360,11 @@ def test_parquet_columns(tmp_path: Path) -> None:
 
 def test_a_missing_column_is_told_whatever_the_others_hold(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", {"image": [b"\xff\xd8", b"\0"], "lang": ["de", "fr"]})
-    with pytest.raises(DataError, match=naming("x.parquet:1 'text' image lang `field`")):
+    with pytest.raises(DataError, match=naming_words("x.parquet:1 'text' image lang `field`")):
         texts(path)
-    with pytest.raises(DataError, match=naming("x.parquet:2 'text' image lang `field`")):
+    with pytest.raises(DataError, match=naming_words("x.parquet:2 'text' image lang `field`")):
         texts(path, where={"lang": ("fr",)})
-    with pytest.raises(DataError, match=naming("x.parquet:1 'n' image lang `where`")):
+    with pytest.raises(DataError, match=naming_words("x.parquet:1 'n' image lang `where`")):
         texts(path, field="lang", where={"n": (1,)})
     assert counted(Path(path), unreadable="skip") == ([], {"no field": 2})
     assert texts(path, field="lang") == ["de", "fr"]
@@ -394,7 +394,7 @@ def test_unreadable_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     binary = pyarrow.array([b"a", b"caf\xe9", None, b"z"], pyarrow.binary())
     path = table(tmp_path / "x.parquet", {"text": pyarrow.Array.from_buffers(pyarrow.string(), 4, binary.buffers())})
     assert counted(Path(path), unreadable="skip") == (["a", "z"], {"not UTF-8": 1, "no text": 1})
-    with pytest.raises(DataError, match=naming("x.parquet:2 0xe9 3 UTF-8")):
+    with pytest.raises(DataError, match=naming_words("x.parquet:2 0xe9 3 UTF-8")):
         texts(path)
 
 
@@ -404,10 +404,10 @@ def test_rows_are_wanted_by_a_column(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines))
     assert counted(path, where={"lang": ("de", "it"), "n": (1,)}) == (["a"], {"where lang": 2, "where n": 1})
-    with pytest.raises(DataError, match=naming("x.jsonl:1 'other' text lang n `where`")):
+    with pytest.raises(DataError, match=naming_words("x.jsonl:1 'other' text lang n `where`")):
         texts(path, where={"other": ("de",)})
     (tmp_path / "x.txt").write_text("plain")
-    with pytest.raises(DataError, match=naming("data.corpora where x.txt columns")):
+    with pytest.raises(DataError, match=naming_words("data.corpora where x.txt columns")):
         texts(tmp_path / "x.txt", where={"lang": ("de",)})
 
 
@@ -439,7 +439,7 @@ def test_a_corpus_of_each_language(tmp_path: Path) -> None:
     ],
 )
 def test_languages_and_weights_are_checked(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=naming(words)):
+    with pytest.raises(ValueError, match=naming_words(words)):
         Files.model_validate(options)
 
 

@@ -4,9 +4,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from data_errors import naming
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import naming_words
 
 from switchcli.data.prepare.filters import SHORT_LINE, Filters
 from switchcli.data.sources.document import Document
@@ -66,5 +66,5 @@ def test_the_first_of_each_line_stays_in_order(lines: list[str]) -> None:
     ],
 )
 def test_lengths_that_no_document_has(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=naming(words)):
+    with pytest.raises(ValueError, match=naming_words(words)):
         Filters.model_validate(options)

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import datasets.load
 import pytest
-from data_errors import naming
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from messages import naming_words
 
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import corpus as module
@@ -101,7 +101,7 @@ def test_pieces_share_out_the_shards(monkeypatch: pytest.MonkeyPatch, most: int)
         assert list(corpus.read(piece, 2)) == documents[2:]
     if most == 3:
         assert [piece.name for piece in pieces] == ["shards 0-2", "shards 3-4", "shards 5-6"]
-    with pytest.raises(DataError, match=naming("data.corpora some/name 9 `revision`")):
+    with pytest.raises(DataError, match=naming_words("data.corpora some/name 9 `revision`")):
         list(corpus.read(Piece("shard 9", None)))
 
 
@@ -185,7 +185,7 @@ def test_a_token_of_any_look_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_rows_without_text(monkeypatch: pytest.MonkeyPatch, found: list[dict[str, Any]], words: str) -> None:
     monkeypatch.setattr("datasets.load_dataset", _Dataset(found))
-    with pytest.raises(DataError, match=naming(words)):
+    with pytest.raises(DataError, match=naming_words(words)):
         list(Hub(path="some/name").documents())
 
 
@@ -220,7 +220,7 @@ def test_a_folder_is_read_by_datasets_itself(tmp_path: Path, monkeypatch: pytest
     assert [(document.text, document.row) for document in corpus.read(first, 3)] == [
         ("0 3", 3), ("1 0", 4), ("1 1", 5), ("1 2", 6), ("1 3", 7)
     ]  # fmt: skip
-    with pytest.raises(DataError, match=naming(f"data.corpora {tmp_path} path name split revision")):
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path} path name split revision")):
         Hub(path=str(tmp_path), data_files="de/*").pieces()
 
 

@@ -6,9 +6,9 @@ from typing import cast
 import numpy as np
 import pytest
 import slow
-from data_errors import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import naming_words
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -82,7 +82,7 @@ def test_every_place_that_fits_is_equally_likely(lengths: tuple[int, int, int | 
 
 
 def test_a_text_that_cannot_be_parted() -> None:
-    with pytest.raises(ValidationError, match=naming("text_length 12 11 inputs_length 8 targets_length 5")):
+    with pytest.raises(ValidationError, match=naming_words("text_length 12 11 inputs_length 8 targets_length 5")):
         PrefixLanguageModel(inputs_length=8, targets_length=5, text_length=12)
 
 
@@ -176,7 +176,7 @@ def test_denoisers_are_taken_by_their_rates() -> None:
     ],
 )
 def test_a_tokenizer_that_will_not_do(spec: Denoisers, of: Tokenizer, words: str) -> None:
-    with pytest.raises(DataError, match=naming(words)):
+    with pytest.raises(DataError, match=naming_words(words)):
         spec.build(of)
 
 
@@ -192,5 +192,5 @@ def test_a_tokenizer_that_will_not_do(spec: Denoisers, of: Tokenizer, words: str
     ],
 )
 def test_denoisers_that_cannot_be(keys: dict[str, object], words: str) -> None:
-    with pytest.raises(ValidationError, match=naming(words)):
+    with pytest.raises(ValidationError, match=naming_words(words)):
         Denoisers.model_validate(keys)

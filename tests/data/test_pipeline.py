@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tokenizers
-from data_errors import naming
+from messages import naming_words
 from tokenizers import models
 
 from switchcli.data.config import DataSpec
@@ -408,7 +408,7 @@ def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: 
 
 def test_what_one_process_meets_ends_all(corpus: Corpus) -> None:
     Path("3.txt").write_bytes(b"fine\ncaf\xe9\n")
-    with pytest.raises(DataError, match=naming("3.txt:2 0xe9 8 UTF-8")):
+    with pytest.raises(DataError, match=naming_words("3.txt:2 0xe9 8 UTF-8")):
         corpus.prepare(processes=2)
     assert not active_children()
     assert all(is_whole(folder) for folder in corpus.folders)
@@ -841,7 +841,7 @@ def test_filters_that_leave_nothing_say_what_they_left_out(corpus: Corpus) -> No
     assert "300 shorter than min_characters" in str(raised.value)
     for number in range(NUM_FILES):
         Path(f"{number}.txt").write_text("\n")
-    with pytest.raises(DataError, match=naming("data.corpora text")) as raised:
+    with pytest.raises(DataError, match=naming_words("data.corpora text")) as raised:
         corpus.prepare()
     assert not any(reason in str(raised.value) for reason in ("UTF-8", "min_characters"))
 
@@ -921,7 +921,7 @@ def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
-    with pytest.raises(DataError, match=naming("data.held_out_fraction 360 sample_by:")):
+    with pytest.raises(DataError, match=naming_words("data.held_out_fraction 360 sample_by:")):
         corpus._replace(spec=corpus.spec.model_copy(update={"held_out_fraction": fraction})).prepare()
 
 

@@ -6,9 +6,9 @@ from typing import cast
 import numpy as np
 import pytest
 import slow
-from data_errors import naming
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from messages import naming_words
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -143,7 +143,7 @@ def test_every_segmentation_is_equally_likely() -> None:
 
 def test_refuses_more_spans_than_text_can_part() -> None:
     with pytest.raises(
-        ValidationError, match=naming("noise_density 0.8 mean_span_length 1.0 noise_density mean_span_length")
+        ValidationError, match=naming_words("noise_density 0.8 mean_span_length 1.0 noise_density mean_span_length")
     ):
         SpanCorruption(noise_density=0.8, mean_span_length=1.0)
 
@@ -168,5 +168,7 @@ def test_a_tokenizer_with_exactly_enough_sentinels_is_accepted() -> None:
     raw, draws = FIRST_ID + np.arange(141).reshape(1, -1), np.arange(139, dtype=np.uint64).reshape(1, -1)
     inputs, _ = spec.build(cast("Tokenizer", _Tokenizer(7)))(raw, draws)
     assert np.isin(inputs, 900 - np.arange(7)).sum() == 7
-    with pytest.raises(DataError, match=naming("data.objective 7 6 inputs_length noise_density mean_span_length")):
+    with pytest.raises(
+        DataError, match=naming_words("data.objective 7 6 inputs_length noise_density mean_span_length")
+    ):
         spec.build(cast("Tokenizer", _Tokenizer(6)))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from data_errors import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import naming_words
 from tokenizers import models, pre_tokenizers
 
 from switchcli.data import streaming as module
@@ -114,11 +114,11 @@ class Run:
         return Batch(*(torch.cat([batch[field] for batch in made]) for field in range(2)))
 
     def position(self, step: int) -> list[int]:
-        return np.sum([stream.position(step) for stream in self.streams], axis=0).tolist()
+        return np.sum([stream.state(step) for stream in self.streams], axis=0).tolist()
 
     def seek(self, step: int, position: list[int]) -> None:
         for stream in self.streams:
-            stream.seek(step, position)
+            stream.resume(step, position)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -180,7 +180,7 @@ def test_from_any_step_on_any_ranks_it_goes_on_as_if_never_stopped(
     step, position = 0, straight[1][0]
     for length in stops:
         run = Run(a_spec(folder), data.draw(st.sampled_from([1, 2, 4])))
-        run.seek(step, position)
+        run.resume(step, position)
         ahead = data.draw(st.integers(0, 2))  # a loader is some steps further than the one that is saved
         for later in range(step, step + length + ahead):
             if later < STEPS:
@@ -193,7 +193,7 @@ def test_from_any_step_on_any_ranks_it_goes_on_as_if_never_stopped(
 @pytest.mark.parametrize("step", range(STEPS))
 def test_from_each_step_the_next_batches_are_the_same(step: int, folder: Path, straight: Straight) -> None:
     run = Run(a_spec(folder), 2)
-    run.seek(step, straight[1][step])
+    run.resume(step, straight[1][step])
     for later in range(step, min(step + 3, STEPS)):
         assert equal(run.step(later), straight[0][later])
 
@@ -282,7 +282,7 @@ def test_going_on_reads_from_the_window_that_it_stands_in(
     spec, step = a_spec(folder), 40
     run, reads = Run(spec), Reads(monkeypatch)
     assert reads.begun == []
-    run.seek(step, straight[1][step])
+    run.resume(step, straight[1][step])
     assert reads.begun == []
     assert equal(run.step(step), straight[0][step])
     begins = {0, *np.array(straight[1][step]).reshape(LANES, 2, -1)[:, :, 2].ravel().tolist()}
@@ -302,7 +302,7 @@ def test_a_rank_reads_its_own_lanes_alone_which_have_other_pieces_in_other_epoch
         reads.begun.clear()
         mine = slice(rank * LANES // 2, (rank + 1) * LANES // 2)
         step = 0
-        while not np.array(stream.position(step)).reshape(LANES, -1)[mine, 0].any():
+        while not np.array(stream.state(step)).reshape(LANES, -1)[mine, 0].any():
             of_rank[rank:] = [{name for name, _ in reads.begun}]
             stream.batch(step, rank * BATCH // 2, BATCH // 2)
             step += 1
@@ -326,7 +326,7 @@ def test_seeds_differ(folder: Path, straight: Straight) -> None:
 
 
 def test_ranks_that_cannot_share_the_lanes_are_refused_with_a_number(folder: Path) -> None:
-    with pytest.raises(RecipeError, match=naming("data.lanes 4 3 6")):
+    with pytest.raises(RecipeError, match=naming_words("data.lanes 4 3 6")):
         Run(a_spec(folder), world=3)
 
 
@@ -353,7 +353,7 @@ def test_a_lane_without_a_row_in_any_epoch_is_told_of(files: list[int], lane: in
     """All pieces are empty, or there are fewer than lanes, and fewer documents too."""
     spec, pieces = lines_in_files(tmp_path, files)
     stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
-    with pytest.raises(DataError, match=naming(f"data.corpora {lane} 4 data.lanes")):
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {lane} 4 data.lanes")):
         stream.batch(0, 0, BATCH)
 
 

@@ -7,9 +7,9 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from data_errors import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import naming_words
 from numpy.typing import NDArray
 
 from switchcli.data import dataset as windows
@@ -183,10 +183,12 @@ def test_sentinels_are_used_in_order() -> None:
 
 
 def test_too_little_text_or_too_few_sentinels() -> None:
-    with pytest.raises(DataError, match=naming("8 2 17 inputs_length")):
+    with pytest.raises(DataError, match=naming_words("8 2 17 inputs_length")):
         Stream([5, 3])
     long = SpanCorruption(inputs_length=4096)
-    with pytest.raises(DataError, match=naming("data.objective 227 100 inputs_length noise_density mean_span_length")):
+    with pytest.raises(
+        DataError, match=naming_words("data.objective 227 100 inputs_length noise_density mean_span_length")
+    ):
         Stream([5000], rows=long)
-    with pytest.raises(DataError, match=naming("3 3 2 inputs_length")):
+    with pytest.raises(DataError, match=naming_words("3 3 2 inputs_length")):
         Stream([1, 1, 1], rows=WholeDocuments(CORRUPTION))

@@ -2,14 +2,15 @@
 
 import re
 from collections import Counter
+from itertools import chain
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from data_errors import naming
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from messages import naming_words
 from numpy.typing import NDArray
 
 from switchcli.data.batch import Batch
@@ -19,6 +20,7 @@ from switchcli.data.prepare.store import Shard, TokenStore
 from switchcli.data.text_batches import TextStream
 from switchcli.data.text_mixture import Mixing, Mixture, Temperature, Weighted
 from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import Runtime
 from switchcli.errors import RecipeError
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.prefetch import Loader
@@ -96,7 +98,7 @@ def test_capped_shares_are_those_of_filling_up_slowly(
 
 def test_the_way_out_of_too_little_text_is_one() -> None:
     mixing = Weighted(max_epochs=2.0)
-    with pytest.raises(RecipeError, match=naming("data.mixture.max_epochs 2 30 100 train.steps")) as raised:
+    with pytest.raises(RecipeError, match=naming_words("data.mixture.max_epochs 2 30 100 train.steps")) as raised:
         mixing.shares([1, 1], [1.0, 1.0], [20, 10], 100)
     (found,) = re.findall(r"\b\d+\.\d+", str(raised.value))
     shares = Weighted(max_epochs=float(found)).shares([1, 1], [1.0, 1.0], [20, 10], 100)
@@ -135,7 +137,7 @@ def test_after_ten_thousand_rows_every_share_is_as_intended_within_a_hundredth(n
 def test_a_share_of_less_than_a_row_of_the_longest_turn_is_refused_by_name() -> None:
     least = 2.0**-20
     assert Mixture({"a": 1 - 2 * least, "b": 2 * least}, 0).shown(10**6)["b"] > 0
-    with pytest.raises(RecipeError, match=naming("data.mixture b 9.5e-07 1,048,576 language")):
+    with pytest.raises(RecipeError, match=naming_words("data.mixture b 9.5e-07 1,048,576 language")):
         Mixture({"a": 1 - 0.999 * least, "b": 0.999 * least}, 0)
 
 
@@ -206,8 +208,8 @@ def a_text(number: int) -> Chunks:
 
 
 def stream(shares: dict[str, float]) -> TextStream:
-    texts, turns = [a_text(number) for number in range(len(shares))], Mixture(shares, seed=3).turns[0]
-    return TextStream(texts, cast("Tokenizer", _Sentinels()), CORRUPTION, 3, BATCH, turns)
+    texts, mixture = [a_text(number) for number in range(len(shares))], Mixture(shares, seed=3)
+    return TextStream(texts, cast("Tokenizer", _Sentinels()), CORRUPTION, 3, BATCH, mixture)
 
 
 def texts_shown(batch: Batch) -> list[int]:
@@ -239,10 +241,12 @@ def test_examples_are_the_same_on_any_ranks_and_with_any_workers(world: int, wor
     alone = stream(shares)
     loaders = []
     for rank in range(world):
-        batches = Microbatches(stream(shares).batch, BATCH, MICROBATCH, 1, rank, world)
-        loaders.append(Loader(batches, 60, workers, 3, lambda micro: micro))
-    for step in (*range(8), *range(30, 36), 59):  # from the beginning, and where a run is resumed
-        made = [micro for loader in loaders for micro in loader(step)]
+        batches = Microbatches(stream(shares), BATCH, MICROBATCH, 1, rank, world)
+        loaders.append(Loader(batches, workers, 3, Runtime("cpu", "float32")))
+    steps = [(0, 8), (30, 36), (59, 60)]  # from the beginning, and where a run is resumed
+    each = [chain(*(loader.from_step(*some) for some in steps)) for loader in loaders]
+    for coming in zip(*each, strict=True):
+        ((step,), made) = {step for step, _ in coming}, [micro for _, micros in coming for micro in micros]
         assert [micro.number for micro in made] == list(range(BATCH // MICROBATCH))
         whole = alone.batch(step, 0, BATCH)
         for field in range(2):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from data_errors import naming
 from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import naming_words
 from pydantic import ValidationError
 
 from switchcli.data.sources.document import Document
@@ -151,7 +151,7 @@ WORDS_OF_A_LANGUAGE = {"large": words_of("abcdefghij", 1), "small": words_of("kl
 
 
 def test_a_vocabulary_without_room_for_pieces_is_refused() -> None:
-    with pytest.raises(ValidationError, match=naming("vocab_size 359 359")):
+    with pytest.raises(ValidationError, match=naming_words("vocab_size 359 359")):
         TrainedTokenizer(vocab_size=359, byte_fallback=True)
     with pytest.raises(DataError, match=r"data\.tokenizer\.vocab_size.*\b360\b.*\b256\b.*\b3\d\d\b"):
         TrainedTokenizer(vocab_size=360, byte_fallback=True).load(lambda: {"": DOCUMENTS})
@@ -180,10 +180,10 @@ def test_odd_texts_train_too(text: str) -> None:
 
 
 def test_training_faults() -> None:
-    with pytest.raises(DataError, match=naming("data.corpora text held_out_fraction")):
+    with pytest.raises(DataError, match=naming_words("data.corpora text held_out_fraction")):
         train(256, [])
     many = "".join(chr(index) for index in range(0x4E00, 0x4E00 + 300))
-    with pytest.raises(DataError, match=naming("data.tokenizer.vocab_size 256 301 404 character_coverage")):
+    with pytest.raises(DataError, match=naming_words("data.tokenizer.vocab_size 256 301 404 character_coverage")):
         train(256, [Document("many", many, "many", 0)])
     assert train(404, [Document("many", many, "many", 0)]).vocab_size == 404
 
@@ -211,7 +211,7 @@ def test_saved_truncation_and_padding_are_ignored(tokenizer: Tokenizer) -> None:
     "text", ["", "[]", "{}", "null", '{"model": 3}', '{"version": "1.0", "model": {"type": "Unigram", "vocab": 1}}']
 )
 def test_what_is_no_tokenizer_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match=naming("mine.json tokenizer.json tokenizers")):
+    with pytest.raises(DataError, match=naming_words("mine.json tokenizer.json tokenizers")):
         Tokenizer.from_json(text, "mine.json")
 
 
@@ -233,14 +233,14 @@ def test_what_fails_at_a_text_is_told(tokenizer: Tokenizer, changes: dict[str, d
         found |= {"added_tokens": [], "normalizer": None, "pre_tokenizer": None}
         changes["model"]["vocab"] |= {"<pad>": 0, "</s>": 1, "<unk>": 2, "<extra_id_0>": 3}
     for use in (lambda t: t.encode("a b\u0301"), lambda t: t.encode_batch(["a b\u0301"])):
-        with pytest.raises(DataError, match=naming(words)):
+        with pytest.raises(DataError, match=naming_words(words)):
             use(Tokenizer.from_json(json.dumps(found | changes)))
 
 
 def test_other_layouts_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=naming("<extra_id_0> kind: train")):
+    with pytest.raises(DataError, match=naming_words("<extra_id_0> kind: train")):
         Tokenizer.from_json(tokenizer.to_json().replace("<extra_id_", "<other_"))
-    with pytest.raises(DataError, match=naming("0 '<p>' '<pad>' kind: train")):
+    with pytest.raises(DataError, match=naming_words("0 '<p>' '<pad>' kind: train")):
         Tokenizer.from_json(tokenizer.to_json().replace("<pad>", "<p>"))
 
 
@@ -265,13 +265,13 @@ def test_a_panic_of_the_library_is_told_and_nothing_else_is_caught(monkeypatch: 
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=naming("data.tokenizer.path none.json No such file spiece.model")):
+    with pytest.raises(DataError, match=naming_words("data.tokenizer.path none.json No such file spiece.model")):
         TokenizerFile(path=str(tmp_path / "none.json")).fingerprint()
-    with pytest.raises(DataError, match=naming(f"data.tokenizer.path {tmp_path} folder spiece.model")):
+    with pytest.raises(DataError, match=naming_words(f"data.tokenizer.path {tmp_path} folder spiece.model")):
         TokenizerFile(path=str(tmp_path)).load(dict)
     for content, words in ((b'{"\xe9"}', "UTF-8"), (b"\xe9", "SentencePiece spiece.model kind: train")):
         (tmp_path / "latin.json").write_bytes(content)
-        with pytest.raises(DataError, match=naming(f"latin.json tokenizer.json {words}")):
+        with pytest.raises(DataError, match=naming_words(f"latin.json tokenizer.json {words}")):
             TokenizerFile(path=str(tmp_path / "latin.json")).load(dict)
 
 
@@ -295,6 +295,6 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_p
     assert HubTokenizer(path="google/mt5", revision="v1").load(dict).sha256 == tokenizer.sha256
     assert asked[1:] == [("google/mt5", "tokenizer.json", "v1"), ("google/mt5", "spiece.model", "v1")]
     with pytest.raises(
-        DataError, match=naming("no/where tokenizer.json spiece.model [token] path revision kind: file")
+        DataError, match=naming_words("no/where tokenizer.json spiece.model [token] path revision kind: file")
     ):
         HubTokenizer(path="no/where").load(dict)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from doubles import NoWarnings
+from doubles import trained as trained_to_the_end
 from ranks import on_ranks
 from tiny import NOISY, rows
 
@@ -20,10 +22,10 @@ from switchcli.errors import SwitchError
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train import loop
-from switchcli.train.callbacks import Save
+from switchcli.train.callbacks import SaveCallback
 from switchcli.train.checkpointer import DATA, Saver
 from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loss import cross_entropy
+from switchcli.train.loss import Always, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor
 from switchcli.train.schedules import InverseSquareRoot
@@ -68,13 +70,13 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     disk = SlowDisk(0.02 * (1 + runtime.rank), runtime.rank == full_on)
     saver = Saver(folder, weights, optimizer, runtime, {DATA: b"{}"}, settings, disk)
     batches, stop = Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks), StopRequest()
-    hooks = [Save(EVERY, saver.save)]
+    hooks = [SaveCallback(EVERY, saver)]
     spec = TrainSpec(steps=STEPS, batch_tokens=1)
     wrapped, schedule = runtime.wrap(model), InverseSquareRoot()
     try:
-        with saver.beside_training(stop.request, warn):
-            if not loop.fit(
-                state, wrapped, lambda step: cross_entropy, batches, optimizer, schedule, runtime, hooks, spec, stop
+        with saver.beside_training(stop, NoWarnings()):
+            if not trained_to_the_end(
+                state, wrapped, Always(cross_entropy), batches, optimizer, schedule, runtime, hooks, spec, stop
             ):
                 saver.save(state)
     except SwitchError as error:

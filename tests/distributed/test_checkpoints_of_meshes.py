@@ -8,6 +8,7 @@ import pytest
 import ranks
 import tiny
 import torch
+from doubles import NoWarnings
 from ranks import on_ranks
 from tiny import SOURCE, TARGET, rows
 
@@ -28,12 +29,12 @@ from switchcli.runs import transformers_checkpoint
 from switchcli.train.checkpointer import DATA, Saver, logical_tensors
 from switchcli.train.config import CheckpointSpec, TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import cross_entropy
+from switchcli.train.loss import Always, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
 from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
-from switchcli.train.validation import evaluate, shared
+from switchcli.train.validation import HeldOutText, evaluate, shared
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
 OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
@@ -60,8 +61,10 @@ def going_on(
     state, built = TrainState(), optimizer.build(weights.parameters, weights.cuts)
     settings = CheckpointSpec(save_every_steps=1, keep_last=99, keep_best=False)
     saver = Saver(folder, weights, built, runtime, DOCUMENTS, settings)
-    saver.restore(state, warn)
-    held_out = shared(lambda first, count: rows(99, first, count), 8, 2, runtime.data_rank, runtime.data_ranks)
+    saver.restore(state, NoWarnings())
+    held_out = shared(
+        HeldOutText(lambda first, count: rows(99, first, count), 8), 2, runtime.data_rank, runtime.data_ranks
+    )
 
     def figure() -> float:
         return float(evaluate(model, cross_entropy, held_out, runtime)["neg_log_perplexity"].value())
@@ -71,7 +74,7 @@ def going_on(
         fit(
             state,
             runtime.wrap(model),
-            lambda step: cross_entropy,
+            Always(cross_entropy),
             Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks),
             built,
             InverseSquareRoot(),

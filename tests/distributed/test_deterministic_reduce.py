@@ -21,9 +21,9 @@ from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import Group, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.config import TrainSpec
-from switchcli.train.distillation import Distillation, DistillSpec, Teacher
+from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loop import accumulate_gradients, fit
-from switchcli.train.loss import Objective, cross_entropy
+from switchcli.train.loss import Always, Objective, cross_entropy
 from switchcli.train.microbatches import Microbatches, RealTokens
 from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
 from switchcli.train.schedules import InverseSquareRoot
@@ -98,7 +98,7 @@ def trained(
     fit(
         TrainState(),
         runtime.wrap(model),
-        lambda step: objective,
+        Always(objective),
         Microbatches(rows, 24, 2, 1, runtime.data_rank, runtime.data_ranks),
         built,
         InverseSquareRoot(),
@@ -113,7 +113,7 @@ def trained(
 
 def distilled(model: nn.Module, batch: Any) -> Any:
     teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32", 1.0)
-    return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, lambda batch: None)(model, batch)
+    return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, packed=False)(model, batch)
 
 
 RUNS = {

@@ -14,35 +14,37 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from doubles import Records
+from doubles import trained as trained_to_the_end
 from numpy.typing import NDArray
-from ranks import MESHES, on_ranks
+from ranks import MESHES, model_of, on_ranks
 from tiny import DROPPING, TO_DIVIDE, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Answers, Batch, Lesson
 from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Part, Weights, here
+from switchcli.distributed.layout import Part, here
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
-from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Switch, TopK
 from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import Group, freeze, members, trainable
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.console import silent
 from switchcli.spec import PAD
-from switchcli.train.callbacks import HeldOut, Hook, Log
+from switchcli.train.callbacks import Callback, LogCallback, ValidationCallback
 from switchcli.train.config import Precision, TrainSpec
-from switchcli.train.distillation import Distillation, DistillSpec, Teacher
+from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loop import fit
-from switchcli.train.loss import Objective, StepLoss, cross_entropy
+from switchcli.train.loss import Always, Objective, StepLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW, Optimizer, OptimizerSpec
+from switchcli.train.prefetch import Loader
 from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 from switchcli.train.validation import HeldOutText, evaluate, reduce, shared
@@ -71,7 +73,7 @@ class Recorder(Optimizer):
         return {}
 
 
-class Keep(Hook):
+class Keep(Callback):
     """Keeps the metrics of the step, summed over ranks."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -80,15 +82,6 @@ class Keep(Hook):
 
     def __call__(self, state: TrainState) -> None:
         self.metrics = reduce(state.window, self.runtime)
-
-
-def model_of(spec: ModelSpec, runtime: Runtime) -> tuple[SwitchTransformer, Weights]:
-    """What `a_model(spec)` is, as far as this rank holds it."""
-    with torch.device("meta"):
-        model = SwitchTransformer(spec)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(spec, 0, weights.experts))
-    return model, weights
 
 
 def gradients(
@@ -119,7 +112,7 @@ def gradients(
     fit(
         state,
         runtime.wrap(model),
-        lambda step: objective,
+        Always(objective),
         Microbatches(rows, BATCH, microbatch, 1, runtime.data_rank, runtime.data_ranks),
         optimizer,
         InverseSquareRoot(),
@@ -143,13 +136,13 @@ def of_kept_answers(model: nn.Module, batch: Batch) -> StepLoss:
     rest_BT = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
     answers = Answers(ids_BTK, torch.full_like(ids_BTK, 0.15, dtype=torch.float32), rest_BT)
     lesson = Lesson(batch.inputs_BS, batch.targets_BT, answers)
-    return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), None, lambda batch: None)(model, lesson)
+    return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), None, packed=False)(model, lesson)
 
 
 def distilled(model: nn.Module, batch: Batch) -> StepLoss:
     """The loss of a student whose teacher every rank holds whole."""
     teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32", 1.0)
-    return Distillation(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, lambda batch: None)(model, batch)
+    return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, packed=False)(model, batch)
 
 
 def naive(clip_norm: float | None = None) -> Arrays:
@@ -228,33 +221,31 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
     """Weights and all records of a run of 20 steps with dropout, jitter, clipping, logging and evaluation."""
     steps = 20
     runtime = Runtime("cpu", "float32", parallel)
-    (model, weights), state, records = model_of(NOISY, runtime), TrainState(), []
+    (model, weights), state, log, stop = model_of(NOISY, runtime), TrainState(), Records(), StopRequest()
     optimizer = spec.build(weights.parameters, weights.cuts)
     batches = Microbatches(rows, BATCH, 2, 1, runtime.data_rank, runtime.data_ranks)
-    schedule = InverseSquareRoot()
-
-    def held_out(text: HeldOutText) -> list[Batch]:
-        return shared(text.rows, text.num_rows, 2, runtime.data_rank, runtime.data_ranks)
+    schedule, loader = InverseSquareRoot(), Loader(batches, 0, 0, runtime)
 
     texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
     parts = SPARSE.routed_parts()
     hooks = [
-        Log(2, steps, schedule, 1, 1, runtime, records.append, print, state, parts, lambda step: {}, lambda: 0.0),
-        HeldOut(10, model, cross_entropy, texts, held_out, runtime, records.append),
+        LogCallback(2, steps, schedule, 1, 1, runtime, log, silent(), state, parts, rows, loader),
+        ValidationCallback(10, model, cross_entropy, texts, 2, runtime, log, "paper", stop),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
     fit(
         state,
         runtime.wrap(model),
-        lambda step: cross_entropy,
+        Always(cross_entropy),
         batches,
         optimizer,
         schedule,
         runtime,
         hooks,
         settings,
-        StopRequest(),
+        stop,
     )
+    records = log.written
     clock = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left", "data_wait_fraction"}
     for record in records:  # of nested figures the names are joined
         layers = record.pop("layers", {})
@@ -285,7 +276,9 @@ def answered(parallel: ParallelSpec = ALONE) -> Arrays:
 def evaluated(parallel: ParallelSpec = ALONE) -> Arrays:
     """Metrics of a held-out set that the ranks cannot share evenly."""
     runtime = Runtime("cpu", "float32", parallel)
-    batches = shared(lambda first, count: rows(5, first, count), 11, 2, runtime.data_rank, runtime.data_ranks)
+    batches = shared(
+        HeldOutText(lambda first, count: rows(5, first, count), 11), 2, runtime.data_rank, runtime.data_ranks
+    )
     metrics = evaluate(model_of(SPARSE, runtime)[0], cross_entropy, batches, runtime)
     return {name: metrics[name].value().numpy() for name in ("neg_log_perplexity", "dropped_fraction")}
 
@@ -307,10 +300,10 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
         return loss
 
     try:
-        fit(
+        trained_to_the_end(
             state,
             runtime.wrap(model),
-            lambda step: objective,
+            Always(objective),
             Microbatches(rows, BATCH, None, 1, runtime.data_rank, runtime.data_ranks),
             Adafactor().build(weights.parameters, weights.cuts),
             InverseSquareRoot(),

@@ -6,9 +6,10 @@ from ranks import on_ranks
 from tiny import SPARSE, a_model, rows
 
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest
 from switchcli.model.moe.layer import evaluate_by
+from switchcli.report.console import silent
 from switchcli.train.distillation import Teacher
-from switchcli.train.loss import whole_rows
 from switchcli.train.teacher_cache import AnswersSpec, AnswerStore
 from switchcli.train.teacher_cache_writer import Asking
 
@@ -22,8 +23,8 @@ def ask(folder: Path) -> list[str]:
     model = a_model(SPARSE, seed=2)
     evaluate_by(model, "dropless")
     settings = AnswersSpec(folder=str(folder), top_k=5)
-    asking = Asking(Teacher(model, "float32", 1.0), settings, rows, ROWS, 2, whole_rows)
-    assert asking.fill(store, store.missing(0, STEPS, BYTES), runtime, iter, lambda: False)
+    asking = Asking(Teacher(model, "float32", 1.0), settings, rows, ROWS, 2, packed=False)
+    asking.fill(store, store.missing(0, STEPS, BYTES), runtime, silent(), StopRequest())
     return sorted(path.name for path in folder.iterdir())
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from doubles import Source
 from tiny import NOISY, SPARSE, a_model, rows, step_total
 
 from switchcli.distributed.context import Runtime
@@ -12,10 +13,10 @@ from switchcli.model.init import initialise
 from switchcli.model.moe.layer import Router, SwitchLayer
 from switchcli.model.moe.router import NoTokenLeftBehind, RouterSpec, Switch
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.callbacks import Hook
+from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import cross_entropy
+from switchcli.train.loss import Always, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor
 from switchcli.train.schedules import InverseSquareRoot
@@ -103,7 +104,7 @@ def test_the_loss_is_summed_in_float32_and_every_gradient_reaches_a_float32_mast
             assert parameter.grad.abs().max() > 0, name
 
 
-class Losses(Hook):
+class Losses(Callback):
     """The mean loss of each ten steps."""
 
     def __init__(self) -> None:
@@ -120,8 +121,8 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
     fit(
         state,
         model,
-        lambda step: cross_entropy,
-        Microbatches(lambda step, first, count: rows(step % 2, first, count), 8, None, 1, 0, 1),
+        Always(cross_entropy),
+        Microbatches(Source(lambda step, first, count: rows(step % 2, first, count)), 8, None, 1, 0, 1),
         Adafactor().build(dict(model.named_parameters())),
         InverseSquareRoot(learning_rate=0.005),
         Runtime("cpu", precision),

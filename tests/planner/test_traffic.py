@@ -7,8 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
-from test_ranks import model_of
+from ranks import model_of, on_ranks
 from tiny import SOURCE, TARGET, rows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel

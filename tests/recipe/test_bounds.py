@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from annotated_types import Le, Lt
+from messages import assert_line
 from pydantic import BaseModel
-from recipe_errors import assert_line
 from schemas import RECIPES, fields
 
-from switchcli.commands import describe
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import standing_alone
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.runs import describe
 from switchcli.spec import MOST, Spec
 
 NO_SIZES = {"Files.where", "Hub.where"}

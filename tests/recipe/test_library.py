@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from recipe_errors import assert_line
+from messages import assert_line
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import library

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from messages import assert_line
 from pydantic import Field, model_validator
-from recipe_errors import assert_line
 
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import dump, resolve

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from recipe_errors import assert_line
+from messages import assert_line
 
 from switchcli.data.objectives.denoisers import Denoisers
 from switchcli.data.objectives.packed_documents import WholeDocuments

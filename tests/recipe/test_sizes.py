@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from recipe_errors import naming
+from messages import naming_words
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
@@ -54,5 +54,5 @@ def test_a_small_switch_size_has_the_flops_of_the_dense_one(name):
 
 def test_an_unknown_size_has_a_way_out():
     assert problem("tiny") is problem("custom") is None
-    assert re.match(naming("t5-bass t5-base"), problem("t5-bass"))
-    assert re.match(naming(f"gpt {' '.join(SIZES)}"), problem("gpt"))
+    assert re.match(naming_words("t5-bass t5-base"), problem("t5-bass"))
+    assert re.match(naming_words(f"gpt {' '.join(SIZES)}"), problem("gpt"))

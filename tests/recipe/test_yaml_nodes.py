@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipe_errors import assert_line
+from messages import assert_line
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import yaml_nodes

@@ -28,7 +28,6 @@ from switchcli.train.atlas import (
     observe,
     places_of,
 )
-from switchcli.train.loss import whole_rows
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
 ROUTERS: dict[str, tuple[RoutingRule, RoutingRule | None]] = {
@@ -108,7 +107,7 @@ def routed_by(router: RoutingRule, decoder: RoutingRule | None, sparse: str = "b
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, runtime: Runtime) -> None:
     model, batch = a_model(routed_by(*ROUTERS[kind])).eval(), rows(0, 0, 8)
-    (found,), together = count([model], [batch], whole_rows, runtime, [policy])
+    (found,), together = count([model], [batch], False, runtime, [policy])
     assert together == {}
     for layer in sparse_layers(model).values():
         layer.policy = policy
@@ -140,7 +139,7 @@ def test_padding_is_not_counted_and_a_decoder_reads_its_targets_one_later(runtim
             naive[stack].update((reads[place], place) for place, token in enumerate(row) if token != PAD)
     for stack, places in read.items():
         assert Counter(zip(places.token_A.tolist(), places.position_A.tolist(), strict=True)) == naive[stack]
-    (found,), _ = count([a_model().eval()], [batch], whole_rows, runtime, ["paper"])
+    (found,), _ = count([a_model().eval()], [batch], False, runtime, ["paper"])
     sources, targets = (int((ids != PAD).sum()) for ids in batch)
     assert [int(one.num_tokens) for one in found.values()] == [sources, targets]
 
@@ -173,7 +172,7 @@ def by_hand(spec: ModelSpec) -> SwitchTransformer:
 
 @pytest.mark.parametrize("spec", [SPARSE, BOTH, GROUPED])
 def test_a_router_that_sends_token_t_to_expert_t_mod_e_is_shown_to_do_so(spec: ModelSpec, runtime: Runtime) -> None:
-    (found,), _ = count([by_hand(spec)], [rows(0, 0, 8), rows(0, 8, 8)], whole_rows, runtime, ["dropless"])
+    (found,), _ = count([by_hand(spec)], [rows(0, 0, 8), rows(0, 8, 8)], False, runtime, ["dropless"])
     assert len(found) == len(spec.routed_parts())
     for name, counts in found.items():
         assert {token % 4 == expert for token, expert in as_counter(counts.tokens, 4)} == {True}
@@ -196,7 +195,7 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(runtime: Runtim
     def fails(name: str, places: Places, choices: Choices) -> NoReturn:
         raise KeyError(name)
 
-    count([model], [batch], whole_rows, runtime, [0.5])
+    count([model], [batch], False, runtime, [0.5])
     with pytest.raises(KeyError):
         observe(model, batch, None, "paper", fails)
     assert all(module.training and not module._forward_hooks for module in model.modules())
@@ -214,8 +213,8 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(runtime: Runtim
 def test_two_models_are_counted_together_on_the_same_tokens(runtime: Runtime) -> None:
     one, other = a_model(BOTH, 0).eval(), a_model(BOTH, 1).eval()
     batches = [rows(0, 0, 4), rows(0, 4, 4)]
-    (mine, theirs), together = count([one, other], batches, whole_rows, runtime, ["dropless", "dropless"])
-    (alone,), _ = count([other], batches, whole_rows, runtime, ["dropless"])
+    (mine, theirs), together = count([one, other], batches, False, runtime, ["dropless", "dropless"])
+    (alone,), _ = count([other], batches, False, runtime, ["dropless"])
     experts: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
         for model in (one, other):
@@ -231,7 +230,7 @@ def test_two_models_are_counted_together_on_the_same_tokens(runtime: Runtime) ->
         assert both_EE.sum(1).tolist() == mine[name].chosen_E.tolist()
         assert both_EE.sum(0).tolist() == theirs[name].chosen_E.tolist()
         assert same(theirs[name], alone[name])
-    (same_twice, _), diagonal = count([one, one], batches, whole_rows, runtime, ["paper", "paper"])
+    (same_twice, _), diagonal = count([one, one], batches, False, runtime, ["paper", "paper"])
     for name, both_EE in diagonal.items():
         assert torch.equal(both_EE, both_EE.diag().diag())
         assert torch.equal(both_EE.diag().long(), same_twice[name].chosen_E)

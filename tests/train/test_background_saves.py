@@ -3,21 +3,22 @@
 import errno
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Timer
 from types import SimpleNamespace
 
 import pytest
+from doubles import Do, KeepingConsole, NoWarnings
 from faulty_files import Crash, FaultyFiles, crash
-from parts import Parts, assert_equal, unexpected
+from parts import Parts, assert_equal
 from tiny import NOISY
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.fsops import DISK, Files
 from switchcli.errors import CheckpointError, DistributedError, NumericsError
+from switchcli.report.console import Console
 from switchcli.train import checkpointer
-from switchcli.train.callbacks import Hook, Save
+from switchcli.train.callbacks import Callback, SaveCallback
 from switchcli.train.optimizers import AdamW
 from switchcli.train.state import TrainState
 
@@ -58,25 +59,14 @@ class Watched:
         self._disk.remove_tree(path)
 
 
-class Do(Hook):
-    """Does something after every step."""
-
-    def __init__(self, what: Callable[[TrainState], None]) -> None:
-        super().__init__(1)
-        self._what = what
-
-    def __call__(self, state: TrainState) -> None:
-        self._what(state)
-
-
 def parts_of(folder: Path, files: Files, background: bool = True) -> Parts:
     return Parts(folder, NOISY, AdamW(), seed=0, background=background, files=files)
 
 
-def run(parts: Parts, *others: Hook, steps: int = STEPS) -> None:
+def run(parts: Parts, *others: Callback, steps: int = STEPS) -> None:
     """As a verb does it: a save after every step, and one more after a stop."""
-    with parts.saver.beside_training(parts.stop.request, unexpected):
-        if not parts.train(steps, [Save(1, parts.saver.save), *others]):
+    with parts.saver.beside_training(parts.stop, NoWarnings()):
+        if not parts.train(steps, [SaveCallback(1, parts.saver), *others]):
             parts.saver.save(parts.state)
 
 
@@ -119,7 +109,7 @@ def test_what_is_written_is_of_its_step_however_far_training_has_gone_on(tmp_pat
     soon.saver.save(soon.state)
     assert content(tmp_path / "late") == content(tmp_path / "soon")
     again = Parts(tmp_path / "late", NOISY, AdamW(), seed=1)
-    assert again.saver.restore(again.state, unexpected)
+    assert again.saver.restore(again.state, NoWarnings())
     assert_equal(again, soon)
     again.train(STEPS)
     assert_equal(again, late)
@@ -145,8 +135,8 @@ def test_the_next_save_waits_for_the_last(tmp_path: Path) -> None:
 def test_training_that_is_stopped_or_done_has_saved(tmp_path: Path) -> None:
     for name, at in (("stopped", 3), ("done", STEPS)):
         parts = parts_of(tmp_path / name, DISK)
-        run(parts, Do(lambda state, at=at, parts=parts: parts.stop.request() if state.step == at else None))
-        found = checkpoint.latest(tmp_path / name, unexpected)
+        run(parts, Do(1, lambda state, at=at, parts=parts: parts.stop.request() if state.step == at else None))
+        found = checkpoint.latest(tmp_path / name, pytest.fail)
         assert found is not None
         assert found.step == at
 
@@ -168,7 +158,7 @@ def outcome(parts: Parts, folder: Path) -> tuple[str, int | None]:
         run(parts, steps=3)
     except CheckpointError as error:
         said = re.sub(r"[\d,]+", "", str(error).replace(str(folder), ""))
-    found = checkpoint.latest(folder, unexpected)
+    found = checkpoint.latest(folder, pytest.fail)
     return said, found and found.step
 
 
@@ -193,8 +183,8 @@ def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
         while state.step == 2 and not parts.stop.requested and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    with parts.saver.beside_training(parts.stop.request, unexpected):
-        assert parts.train(STEPS, [Save(2, parts.saver.save), Do(until_it_failed)]) is False
+    with parts.saver.beside_training(parts.stop, NoWarnings()):
+        assert parts.train(STEPS, [SaveCallback(2, parts.saver), Do(1, until_it_failed)]) is False
         assert parts.state.step == 2
         with pytest.raises(CheckpointError, match="No space left on device"):
             parts.saver.save(parts.state)
@@ -209,16 +199,16 @@ def test_a_crash_at_any_operation_leaves_a_run_that_goes_on_the_same(tmp_path: P
         with pytest.raises(Crash):
             run(parts_of(folder, FaultyFiles(at, crash)), steps=3)
         again = parts_of(folder, DISK)
-        assert again.saver.restore(again.state, unexpected)
+        assert again.saver.restore(again.state, NoWarnings())
         run(again)
         assert_equal(again, straight)
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def failing(parts: Parts, error: BaseException, warn: Callable[[str], None]) -> None:
+def failing(parts: Parts, error: BaseException, console: Console) -> None:
     """A save of the first step is under way when training fails."""
-    with parts.saver.beside_training(parts.stop.request, warn):
-        parts.train(1, [Save(1, parts.saver.save)])
+    with parts.saver.beside_training(parts.stop, console):
+        parts.train(1, [SaveCallback(1, parts.saver)])
         raise error
 
 
@@ -227,15 +217,15 @@ def test_a_save_under_way_is_done_when_training_fails(tmp_path: Path) -> None:
     disk.open.clear()
     Timer(0.2, disk.open.set).start()
     with pytest.raises(NumericsError, match="NaN"):
-        failing(parts_of(tmp_path, disk), NumericsError("step 2: NaN", "mend it"), unexpected)
+        failing(parts_of(tmp_path, disk), NumericsError("step 2: NaN", "mend it"), NoWarnings())
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_a_save_that_fails_as_training_does_is_told_of(tmp_path: Path) -> None:
-    warnings: list[str] = []
+    console = KeepingConsole()
     with pytest.raises(NumericsError, match="NaN"):
-        failing(parts_of(tmp_path, FaultyFiles(4, full)), NumericsError("step 2: NaN", "mend it"), warnings.append)
-    (warning,) = warnings
+        failing(parts_of(tmp_path, FaultyFiles(4, full)), NumericsError("step 2: NaN", "mend it"), console)
+    (warning,) = console.warnings
     assert re.search(r"\bsave\b", warning)
     assert "No space left on device" in warning
 
@@ -250,7 +240,7 @@ def test_nobody_waits_long_for_a_save_that_cannot_be_done(
     began = time.monotonic()
     parts = parts_of(tmp_path, disk)
     with pytest.raises(type(error)):
-        failing(parts, error, unexpected)
+        failing(parts, error, NoWarnings())
     assert time.monotonic() - began < 30
     assert not list(tmp_path.iterdir())
     disk.open.set()

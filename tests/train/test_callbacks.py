@@ -3,25 +3,29 @@
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from doubles import Do, KeepingConsole, Records, StopAfter
+from messages import naming
 from tiny import a_model, rows
 from torch import nn
-from train_messages import naming
 
 from switchcli.checkpoint.saved_state import HELD_OUT
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.spec import PAD
-from switchcli.train.callbacks import HeldOut, Log, Record, Save
-from switchcli.train.loss import StepLoss, cross_entropy
+from switchcli.train.callbacks import LogCallback, Record, SaveCallback, ValidationCallback
+from switchcli.train.loss import Objective, StepLoss, cross_entropy
 from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 from switchcli.train.validation import HeldOutText
 
+NO_STOP = StopRequest()
 EVEN = [10.0, 10.0, 10.0]
 
 
@@ -39,27 +43,35 @@ def window(load: list[list[float]] | None = None) -> Metrics:
     return {**metrics, "layer_load": Mean(double(load), double(4.0)), "layer_dropped_fraction": dropped}
 
 
+class Mixed(BatchSource):
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        raise AssertionError("nothing is trained")
+
+    def record(self, step: int) -> Record:
+        return {"mixture": {"de": step / 100}}
+
+
 class Written:
     """A Log with what it wrote and what it warned of."""
 
     def __init__(self, state: TrainState, every_steps: int = 10) -> None:
-        self.records: list[Record] = []
-        self.warnings: list[str] = []
-        self.seconds_waited = 2.0
-        """By steps for their batches, from the start on."""
-        self.log = Log(
+        log, console = Records(), KeepingConsole()
+        self.records, self.warnings = log.written, console.warnings
+        self.loader = SimpleNamespace(seconds_waited=2.0)
+        """Its seconds: by steps for their batches, from the start on."""
+        self.log = LogCallback(
             every_steps=every_steps,
             total_steps=100,
             schedule=InverseSquareRoot(),
             tokens_per_step=512,
             flops_per_step=10**6,
             runtime=Runtime("cpu", "float32"),
-            write=self.records.append,
-            warn=self.warnings.append,
+            log=log,
+            console=console,
             state=state,
             layers=("first", "second"),
-            shown=lambda step: {"mixture": {"de": step / 100}},
-            seconds_waited=lambda: self.seconds_waited,
+            source=Mixed(),
+            loader=self.loader,
         )
 
     def after(self, load: list[list[float]] | None) -> list[str]:
@@ -71,7 +83,7 @@ class Written:
 
 @pytest.mark.parametrize(("step", "due"), [(1, False), (5, True), (10, True), (12, True), (11, False)])
 def test_a_hook_is_due_every_so_many_steps_and_after_the_last(step: int, due: bool) -> None:
-    assert Save(5, lambda state: None).due(step, 12) is due
+    assert Do(5, lambda state: None).due(step, 12) is due
 
 
 def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
@@ -80,7 +92,7 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
     state.step, state.seconds, state.targets_seen = 30, 9.0, 777
     loads = {"first": [3, 0], "second": [1, 2]}
     state.window = window([[float(tokens) for tokens in load] for load in loads.values()])
-    written.seconds_waited += 0.25
+    written.loader.seconds_waited += 0.25
     written.log(state)
     assert state.window == {}
     assert written.records == [
@@ -148,7 +160,7 @@ def test_steps_that_wait_for_their_batches_in_two_windows_on_end_are_told_of_onc
     written = Written(TrainState())
     told = []
     for number, fraction in enumerate(fractions, 1):
-        written.seconds_waited += fraction  # of the second that each window takes
+        written.loader.seconds_waited += fraction  # of the second that each window takes
         if warnings := written.after([EVEN, EVEN]):
             told.append((number, *warnings))
     assert [record["data_wait_fraction"] for record in written.records] == pytest.approx(fractions)
@@ -161,11 +173,14 @@ def test_steps_that_wait_for_their_batches_in_two_windows_on_end_are_told_of_onc
         assert re.search(naming(share, "train.batches_ahead", "train.workers", "data.access=prepared"), warning)
 
 
-def a_held_out(model: nn.Module, records: list[Record], texts: dict[str, HeldOutText]) -> HeldOut:
-    def batches(text: HeldOutText) -> list[Batch]:
-        return [text.rows(first, 2) for first in range(0, text.num_rows, 2)]
-
-    return HeldOut(5, model, cross_entropy, texts, batches, Runtime("cpu", "float32"), records.append)
+def a_validation(
+    model: nn.Module,
+    log: Records,
+    texts: dict[str, HeldOutText],
+    stop: StopRequest | StopAfter = NO_STOP,
+    loss: Objective = cross_entropy,
+) -> ValidationCallback:
+    return ValidationCallback(5, model, loss, texts, 2, Runtime("cpu", "float32"), log, "paper", stop)
 
 
 ONE = {"": HeldOutText(lambda first, count: rows(9, first, count), 4, 2.5)}
@@ -174,10 +189,10 @@ FR = HeldOutText(lambda first, count: rows(8, first, count), 2, None)
 
 
 def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
-    state, records = TrainState(step=5), []
-    a_held_out(a_model(), records, ONE)(state)
+    state, log = TrainState(step=5), Records()
+    a_validation(a_model(), log, ONE)(state)
     assert -4.5 < state.figures[HELD_OUT] < -3.0  # about ln 37 at the start
-    assert records == [
+    assert log.written == [
         {
             "step": 5,
             "held_out/neg_log_perplexity": state.figures[HELD_OUT],
@@ -190,12 +205,12 @@ def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
 
 
 def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
-    state, records, model = TrainState(step=5), [], a_model()
-    a_held_out(model, records, {"de": DE, "fr": FR})(state)
+    state, log, model = TrainState(step=5), Records(), a_model()
+    a_validation(model, log, {"de": DE, "fr": FR})(state)
     alone = {}
     for label, text in (("de", DE), ("fr", FR)):
         other = TrainState(step=5)
-        a_held_out(model, [], {"": text})(other)
+        a_validation(model, Records(), {"": text})(other)
         alone[label] = other.texts[""]
     assert state.texts == alone
     assert alone["de"].keys() == {"neg_log_perplexity", "bits_per_byte"}
@@ -205,7 +220,7 @@ def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
     values = [figures["neg_log_perplexity"] for figures in alone.values()]
     mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
     assert state.figures[HELD_OUT] == pytest.approx(mean, rel=1e-6)
-    (record,) = records
+    (record,) = log.written
     assert record["texts"] == state.texts
     assert "held_out/bits_per_byte" not in record  # of one of them the bytes are not known
 
@@ -213,38 +228,30 @@ def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
 @pytest.mark.parametrize("seen", [0, 1, 2])
 def test_a_stop_ends_an_evaluation_between_two_batches_and_notes_nothing(seen: int) -> None:
     """Of the first text, or in the second."""
-    asked: list[int] = []
-
-    def stop() -> bool:
-        asked.append(0)
-        return len(asked) > seen
-
-    def batches(text: HeldOutText) -> list[Batch]:
-        return [text.rows(first, 2) for first in range(0, text.num_rows, 2)]
-
+    stop, log = StopAfter(seen), Records()
     before = TrainState(step=4, figures={HELD_OUT: -2.0}, evaluated_step=4, texts={"de": {}}, bits_per_byte=1.0)
-    state, records = replace(before, step=5), []
-    texts, runtime = {"de": DE, "fr": FR}, Runtime("cpu", "float32")
-    held_out = HeldOut(5, a_model(), cross_entropy, texts, batches, runtime, records.append, stop=stop)
-    held_out(state)
-    assert (len(asked), records, state) == (seen + 1, [], replace(before, step=5))
-    assert held_out.owed(state, 20)
-    assert not held_out.owed(before, 20)  # not due
-    again = HeldOut(5, a_model(), cross_entropy, texts, batches, runtime, records.append)
+    state, texts = replace(before, step=5), {"de": DE, "fr": FR}
+    validation = a_validation(a_model(), log, texts, stop)
+    with pytest.raises(StopTraining):
+        validation(state)
+    assert (stop.looked, log.written, state) == (seen + 1, [], replace(before, step=5))
+    assert validation.is_pending(state, 20)
+    assert not validation.is_pending(before, 20)  # not due
+    again = a_validation(a_model(), log, texts)
     again(state)
-    assert (state.evaluated_step, len(records)) == (5, 1)
-    assert not again.owed(state, 20)
+    assert (state.evaluated_step, len(log.written)) == (5, 1)
+    assert not again.is_pending(state, 20)
 
 
 def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -> None:
-    model, state, records = a_model(), TrainState(step=5, figures={HELD_OUT: -2.0}), []
+    model, state, log = a_model(), TrainState(step=5, figures={HELD_OUT: -2.0}), Records()
     with torch.no_grad():
         model.embedding.fill_(math.nan)
     with pytest.raises(NumericsError, match=naming("step 5", "held-out", "nan")) as raised:
-        a_held_out(model, records, ONE)(state)
+        a_validation(model, log, ONE)(state)
     assert raised.value.exit_code == 5
     assert state.figures[HELD_OUT] == -2.0
-    assert records == []
+    assert log.written == []
 
 
 def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
@@ -252,12 +259,11 @@ def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
         return StepLoss(torch.zeros(()), None, {"neg_log_perplexity": Mean(double(0.0), double(0.0))})
 
     state = TrainState(step=5)
-    batches = [rows(0, 0, 1)]
-    HeldOut(5, a_model(), nothing, ONE, lambda text: batches, Runtime("cpu", "float32"), lambda record: None)(state)
+    a_validation(a_model(), Records(), ONE, loss=nothing)(state)
     assert state.figures[HELD_OUT] == 0.0
 
 
 def test_save_is_handed_the_state() -> None:
     saved, state = [], TrainState(step=5)
-    Save(5, saved.append)(state)
+    SaveCallback(5, SimpleNamespace(save=saved.append))(state)
     assert saved == [state]

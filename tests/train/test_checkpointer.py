@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import DOCUMENTS, Parts, assert_equal, unexpected
+from doubles import NoWarnings
+from messages import naming
+from parts import DOCUMENTS, Parts, assert_equal
 from tiny import DENSE, NOISY, SPARSE, a_model
-from train_messages import naming
 
 from switchcli.checkpoint import checkpoint, tensor_names
 from switchcli.distributed.layout import whole_weights
@@ -45,7 +46,7 @@ def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
     before.state.note({"cola": -1.25, "rte": 81.0})
     before.saver.save(before.state)
     after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
-    assert after.saver.restore(after.state, unexpected)
+    assert after.saver.restore(after.state, NoWarnings())
     assert_equal(before, after)
     assert after.state.seconds == before.state.seconds
     before.train(4)
@@ -85,7 +86,7 @@ def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(gro
     learning, start = members(parts.model, group), a_model(NOISY, seed=0)
     for name, parameter in start.named_parameters():
         assert torch.equal(parameter, parts.model.get_parameter(name)) != (name in learning), name
-    found = checkpoint.find(tmp_path, unexpected)
+    found = checkpoint.find(tmp_path, pytest.fail)
     assert found is not None
     fill(whole_weights(start), found.read("model", logical_tensors(start)))
     for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
@@ -95,13 +96,13 @@ def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(gro
     assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
     other = Parts(tmp_path, NOISY, AdamW(), seed=0)
     with pytest.raises(CheckpointError, match=r"\boptimizer\b.*/step\b.*--out"):
-        other.saver.restore(other.state, unexpected)
+        other.saver.restore(other.state, NoWarnings())
 
 
 def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
     parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
     parts.saver.save(parts.state)
-    found = checkpoint.latest(tmp_path, unexpected)
+    found = checkpoint.latest(tmp_path, pytest.fail)
     assert found is not None
     for name, content in DOCUMENTS.items():
         assert found.document(name) == content
@@ -115,7 +116,7 @@ def saved(folder: Path, optimizer: OptimizerSpec, group: Group = "all") -> tuple
     parts = Parts(folder, NOISY, optimizer, seed=0, group=group)
     parts.train(2)
     parts.saver.save(parts.state)
-    found = checkpoint.find(folder, unexpected)
+    found = checkpoint.find(folder, pytest.fail)
     assert found is not None
     return parts, found
 
@@ -166,7 +167,7 @@ def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path:
 
 def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
     parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
-    assert parts.saver.restore(parts.state, unexpected) is False
+    assert parts.saver.restore(parts.state, NoWarnings()) is False
     assert parts.state == TrainState()
 
 
@@ -184,7 +185,7 @@ def test_another_architecture_is_refused_in_words(tmp_path: Path) -> None:
     for changes in ({"d_ff": 25}, {"num_experts": 5}, {"num_layers": 4}, {"tie_embeddings": False}, {"num_experts": 1}):
         other = Parts(tmp_path, SPARSE.model_copy(update=changes), Adafactor(), seed=1)
         with pytest.raises(CheckpointError) as raised:
-            other.saver.restore(other.state, unexpected)
+            other.saver.restore(other.state, NoWarnings())
         assert "\n" not in str(raised.value)
 
 
@@ -193,7 +194,7 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
     parts.saver.save(parts.state)
     other = Parts(tmp_path, SPARSE, Adafactor(), seed=1, data=b'{"tokens_sha256": "other"}')
     with pytest.raises(CheckpointError, match=naming("step-00000000", "text", "--out", "--no-resume")):
-        other.saver.restore(other.state, unexpected)
+        other.saver.restore(other.state, NoWarnings())
 
 
 def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

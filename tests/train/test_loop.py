@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from doubles import Do, LossAt, Source, trained
+from messages import naming
 from tiny import NOISY, a_model, rows
 from torch import nn
-from train_messages import naming
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import Runtime
@@ -20,9 +21,8 @@ from switchcli.errors import NumericsError
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
-from switchcli.train.callbacks import Hook, Save
+from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
-from switchcli.train.loop import fit
 from switchcli.train.loss import StepLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.nonfinite import ENDS
@@ -43,26 +43,26 @@ class Run:
         self.optimizer: Optimizer = Adafactor(min_dim_to_factor=8).build(dict(self.model.named_parameters()))
         self.stop = StopRequest()
         self.objective: Callable[[nn.Module, Batch], StepLoss] = cross_entropy
-        self.recovery = ENDS
+        self.nonfinite = ENDS
         self.steps_seen: list[int] = []
 
-    def fit(self, *hooks: Hook, steps: int = STEPS, seed: int = 3, clip_norm: float | None = 1.0) -> bool:
+    def fit(self, *hooks: Callback, steps: int = STEPS, seed: int = 3, clip_norm: float | None = 1.0) -> bool:
         def noted(step: int, first: int, count: int) -> Batch:
             self.steps_seen.append(step)
             return rows(step, first, count)
 
-        return fit(
+        return trained(
             self.state,
             self.model,
-            lambda step: self.objective,
-            Microbatches(noted, 4, 2, 1, 0, 1),
+            LossAt(lambda step: self.objective),
+            Microbatches(Source(noted), 4, 2, 1, 0, 1),
             self.optimizer,
             SCHEDULE,
             Runtime("cpu", "float32"),
             hooks,
             TrainSpec(steps=steps, batch_tokens=1, seed=seed, clip_norm=clip_norm),
             self.stop,
-            recovery=self.recovery,
+            nonfinite=self.nonfinite,
         )
 
 
@@ -101,8 +101,8 @@ def test_hooks_are_called_in_their_order_after_the_steps_that_they_are_due_at() 
     calls: list[tuple[str, int]] = []
     run = Run()
     run.fit(
-        Save(2, lambda state: calls.append(("a", state.step))),
-        Save(3, lambda state: calls.append(("b", state.step))),
+        Do(2, lambda state: calls.append(("a", state.step))),
+        Do(3, lambda state: calls.append(("b", state.step))),
         steps=7,
     )
     assert calls == [("a", 2), ("b", 3), ("a", 4), ("a", 6), ("b", 6), ("a", 7), ("b", 7)]
@@ -121,7 +121,7 @@ def test_the_window_gathers_what_the_steps_said_in_float64() -> None:
 def test_a_run_that_is_left_and_taken_up_again_is_bit_equal_to_one_that_is_not() -> None:
     straight, first = Run(), Run()
     straight.fit()
-    assert first.fit(Save(1, lambda state: setattr(first.stop, "requested", state.step == 3))) is False
+    assert first.fit(Do(1, lambda state: setattr(first.stop, "requested", state.step == 3))) is False
     assert first.state.step == 3
     torch.manual_seed(1234)  # no generator carries over
     second = Run()
@@ -170,7 +170,7 @@ def test_a_finished_run_has_nothing_left_to_do() -> None:
     run = Run()
     run.state.step = STEPS
     run.stop.requested = True
-    assert run.fit(Save(1, lambda state: pytest.fail("no step, no hook"))) is True
+    assert run.fit(Do(1, lambda state: pytest.fail("no step, no hook"))) is True
 
 
 def test_the_model_is_put_into_training() -> None:
@@ -194,7 +194,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_any_hook_sees_the_step
     run, seen = Run(), []
     poisoned(run, 3)
     with pytest.raises(NumericsError, match=naming("step 3", "nan", "schedule.learning_rate")) as raised:
-        run.fit(Save(1, lambda state: seen.append(state.step)))
+        run.fit(Do(1, lambda state: seen.append(state.step)))
     assert raised.value.exit_code == 5
     assert seen == [1, 2]
 
@@ -204,7 +204,7 @@ def test_it_ends_the_run_also_when_no_hook_is_due(every_steps: int) -> None:
     run, seen = Run(), []
     poisoned(run, 3)
     with pytest.raises(NumericsError, match="step 3"):
-        run.fit(Save(every_steps, lambda state: seen.append(state.step)))
+        run.fit(Do(every_steps, lambda state: seen.append(state.step)))
     assert seen == []
     assert run.state.step <= 4  # it is looked at one step late at most
     run = Run()
@@ -244,7 +244,7 @@ def test_a_stop_does_not_hand_out_a_step_that_is_lost() -> None:
 
     run.objective = stopping
     with pytest.raises(NumericsError, match="step 3"):
-        run.fit(Save(100, lambda state: None))
+        run.fit(Do(100, lambda state: None))
 
 
 def test_a_step_without_any_target_moves_by_the_balance_loss_alone() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from train_messages import naming
+from messages import naming
 
 from switchcli.errors import OutOfMemory
 from switchcli.model.config import ModelSpec

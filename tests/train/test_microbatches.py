@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from doubles import Source
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,10 @@ def test_ranks_share_the_same_microbatches_and_take_each_once(
     world: int, each: int, microbatch: int, step: int
 ) -> None:
     batch = world * each * microbatch
-    alone = list(Microbatches(numbered, batch, microbatch, 1, 0, 1)(step))
-    shared = [one for rank in range(world) for one in Microbatches(numbered, batch, microbatch, 1, rank, world)(step)]
+    alone = list(Microbatches(Source(numbered), batch, microbatch, 1, 0, 1)(step))
+    shared = [
+        one for rank in range(world) for one in Microbatches(Source(numbered), batch, microbatch, 1, rank, world)(step)
+    ]
     assert [one.number for one in shared] == [one.number for one in alone] == list(range(world * each))
     for ours, theirs in zip(shared, alone, strict=True):
         assert torch.equal(ours.batch.inputs_BS, theirs.batch.inputs_BS)
@@ -33,7 +36,7 @@ def test_ranks_share_the_same_microbatches_and_take_each_once(
 
 
 def test_without_a_size_a_rank_takes_its_share_at_once() -> None:
-    batches = Microbatches(numbered, 12, None, 2, rank=2, world=3)
+    batches = Microbatches(Source(numbered), 12, None, 2, rank=2, world=3)
     assert (batches.microbatch, batches.count) == (4, 1)
     (only,) = batches(0)
     assert only.number == 2
@@ -54,4 +57,4 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_way_out(
     batch: int, microbatch: int | None, group: int, world: int, words: str
 ) -> None:
     with pytest.raises(RecipeError, match=words):
-        Microbatches(numbered, batch, microbatch, group, 0, world)
+        Microbatches(Source(numbered), batch, microbatch, group, 0, world)

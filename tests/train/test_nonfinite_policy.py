@@ -4,29 +4,43 @@ That all ranks do the same, at every place where a number may be lost, is in tes
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
+from doubles import Do, KeepingConsole
+from messages import naming
 from parts import idle
 from test_loop import Run, poisoned, weights
-from train_messages import naming
 
 from switchcli.errors import NumericsError
-from switchcli.train.callbacks import Save
 from switchcli.train.config import NonfiniteSpec
-from switchcli.train.nonfinite import Recovery
+from switchcli.train.nonfinite import NonFiniteHandler
 from switchcli.train.state import TrainState
 
 ERROR = NumericsError("step 5: it is lost", "mend it")
+
+
+def handler(
+    policy: str,
+    said: list[str],
+    restore: Callable[[TrainState], bool] = lambda state: False,
+    note_skipped: Callable[[Mapping[str, object]], None] = lambda record: None,
+    **settings: int,
+) -> NonFiniteHandler:
+    """A handler whose warnings are added to `said`."""
+    console, run = KeepingConsole(), SimpleNamespace(restore=restore, note_skipped=note_skipped)
+    console.warnings = said
+    return NonFiniteHandler(NonfiniteSpec.model_validate({"policy": policy, **settings}), run, console)
 
 
 def test_a_run_that_skips_a_step_is_the_run_without_its_batch() -> None:
     run, like, seen, said = Run(), Run(), list[int](), list[str]()
     poisoned(run, 3)
     records: list[Mapping[str, object]] = []
-    run.recovery = Recovery(NonfiniteSpec(policy="skip"), warn=said.append, write=records.append)
-    assert run.fit(Save(1, lambda state: seen.append(state.step)))
+    run.nonfinite = handler("skip", said, note_skipped=records.append)
+    assert run.fit(Do(1, lambda state: seen.append(state.step)))
     idle(like.optimizer, like.state, range(3, 4))
     like.fit()
     assert torch.equal(weights(run), weights(like))
@@ -56,8 +70,8 @@ def test_a_run_that_rolls_back_is_the_run_without_the_batches_since_its_checkpoi
         return True
 
     poisoned(run, 4)
-    run.recovery = Recovery(NonfiniteSpec(policy="roll_back"), restore, said.append)
-    assert run.fit(Save(2, save))
+    run.nonfinite = handler("roll_back", said, restore)
+    assert run.fit(Do(2, save))
     idle(like.optimizer, like.state, range(3, 5))
     like.fit()
     assert torch.equal(weights(run), weights(like))
@@ -66,8 +80,8 @@ def test_a_run_that_rolls_back_is_the_run_without_the_batches_since_its_checkpoi
     assert re.search(r"step 2\b.*steps 3\b.*\b4\b.*train\.nonfinite", said[0])
 
 
-class Noted(Save):
-    """A hook that is not of the weights."""
+class Noted(Do):
+    """A callback that is not of the weights."""
 
     of_weights = False
 
@@ -86,12 +100,12 @@ def test_hooks_that_are_of_the_weights_are_called_again_where_one_meets_such_a_n
         state.step = 2
         return True
 
-    run.recovery = Recovery(NonfiniteSpec(policy="roll_back"), restore)
+    run.nonfinite = handler("roll_back", [], restore)
     noted, evaluated = (
         Noted(2, lambda state: others.append(("log", state.step))),
-        Save(2, lambda state: others.append(("evaluation", state.step))),
+        Do(2, lambda state: others.append(("evaluation", state.step))),
     )
-    assert run.fit(noted, evaluated, Save(2, look))
+    assert run.fit(noted, evaluated, Do(2, look))
     assert calls == [2, 4, 4, 6]
     assert [step for name, step in others if name == "log"] == [2, 4, 6]
     assert [step for name, step in others if name == "evaluation"] == [2, 4, 4, 6]
@@ -103,18 +117,18 @@ def test_hooks_that_are_of_the_weights_are_called_again_where_one_meets_such_a_n
 def test_what_cannot_be_gone_on_from_ends_the_run(policy: str, updated: bool) -> None:
     """An update that is made cannot be skipped, and without a checkpoint there is nothing to go back to."""
     state = TrainState(step=4)
-    recovery = Recovery(NonfiniteSpec.model_validate({"policy": policy}))
+    nonfinite = handler(policy, [])
     with pytest.raises(NumericsError, match="step 5: it is lost: mend it"):
-        recovery(ERROR, state, 5, updated)
+        nonfinite(ERROR, state, 5, updated)
     assert state == TrainState(step=4)
 
 
 def test_a_run_that_is_lost_too_often_ends_and_says_how_often() -> None:
-    state, recovery = TrainState(step=4), Recovery(NonfiniteSpec(policy="skip", at_most=2))
+    state, nonfinite = TrainState(step=4), handler("skip", [], at_most=2)
     for step in (5, 6):
-        recovery(ERROR, state, step, updated=False)
+        nonfinite(ERROR, state, step, updated=False)
     assert state.step == 6
     for at_most in (2, 1):  # which may have been lowered meanwhile
-        recovery = Recovery(NonfiniteSpec(policy="skip", at_most=at_most))
+        nonfinite = handler("skip", [], at_most=at_most)
         with pytest.raises(NumericsError, match=rf"step 5\b.*\b2\b.*train\.nonfinite\.at_most\b\D+{at_most}\b"):
-            recovery(ERROR, state, 7, updated=False)
+            nonfinite(ERROR, state, 7, updated=False)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from doubles import KeepingConsole
+from messages import naming
 from tiny import DENSE, DROPPING, SPARSE, TARGET, a_model, rows
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from train_messages import naming
 
 from switchcli.data.batch import Batch
 from switchcli.model.moe import dispatch
@@ -171,11 +172,11 @@ def test_the_record_has_numbers_by_the_name_of_the_layer() -> None:
 
 def alarms_of(*outputs: ModelOutput) -> list[str]:
     """What is said when each output is a window of ten steps."""
-    said: list[str] = []
-    alarms = Alarms(NAMES, said.append)
+    console = KeepingConsole()
+    alarms = Alarms(NAMES, console)
     for output in outputs:
         alarms(routing_metrics(output), 10)
-    return said
+    return console.warnings
 
 
 GOOD = a_report([5.0, 5.0, 5.0, 5.0])
@@ -183,9 +184,9 @@ GOOD = a_report([5.0, 5.0, 5.0, 5.0])
 
 def test_nothing_is_said_of_routing_that_is_well_or_of_a_dense_model() -> None:
     assert alarms_of(an_output([GOOD], [a_report([1.0, 2.0, 3.0, 14.0])])) == []
-    said: list[str] = []
-    Alarms((), said.append)({}, 10)
-    assert said == []
+    console = KeepingConsole()
+    Alarms((), console)({}, 10)
+    assert console.warnings == []
 
 
 def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles import StopAfter
 from tiny import SPARSE, a_model
 
 from switchcli.data.objectives.example_packing import Lengths
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.data.tokenizer.train import Size, train_unigram
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopTraining
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
@@ -18,7 +20,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.tasks.config import Own
 from switchcli.tasks.scores import Score, Scores
 from switchcli.tasks.tokens import Scored, scored
-from switchcli.train.scoring import Answering, ScoringSpec, figures_of, suites_of
+from switchcli.train.scoring import ScoringSpec, TaskPredictor, figures_of, suites_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_each_answer_is_the_one_it_has_alone(
     size: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: Scored
 ) -> None:
     settings = ScoringSpec(batch_examples=size, decoding=Decoding(max_tokens=9, beams=beams))
-    answered = Answering(model, tokenizer, Runtime("cpu", "float32"), settings, "dropless")(exam)
+    answered = TaskPredictor(model, tokenizer, Runtime("cpu", "float32"), settings, "dropless")(exam)
     assert [one.example for one in answered] == list(exam.examples)
     for number, one in enumerate(answered):
         ids = torch.from_numpy(exam.padded(torch.tensor([number]).numpy()))
@@ -60,15 +62,11 @@ def test_each_answer_is_the_one_it_has_alone(
 def test_a_stop_ends_an_exam_between_two_tokens(
     tokens: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: Scored
 ) -> None:
-    asked: list[int] = []
-
-    def stop() -> bool:
-        asked.append(0)
-        return len(asked) > tokens
-
+    stop = StopAfter(tokens)
     settings = ScoringSpec(batch_examples=11, decoding=Decoding(max_tokens=20, beams=beams))
-    assert Answering(model, tokenizer, Runtime("cpu", "float32"), settings, "dropless")(exam, stop) is None
-    assert len(asked) == tokens + 1 + (tokens > 0)  # it looks again at the end of a batch
+    with pytest.raises(StopTraining):
+        TaskPredictor(model, tokenizer, Runtime("cpu", "float32"), settings, "dropless")(exam, stop)
+    assert stop.looked == tokens + 1 + (tokens > 0)  # it looks again at the end of a batch
 
 
 def scores(name: str, value: float | None) -> Scores:

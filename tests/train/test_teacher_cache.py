@@ -6,19 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_files import Crash, FaultyFiles
+from messages import naming
 from tiny import SPARSE, TARGET, a_model, rows
-from train_messages import naming
 
 from switchcli.data.batch import Answers
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import CheckpointError
 from switchcli.model.moe.layer import evaluate_by
+from switchcli.report.console import silent
 from switchcli.train.distillation import Teacher
-from switchcli.train.loss import whole_rows
 from switchcli.train.teacher_cache import AnswersSpec, AnswerStore, bytes_a_step, id_dtype
 from switchcli.train.teacher_cache_writer import Asking, largest
 
 ROWS, STEPS = 4, 6
+NO_STOP = StopRequest()
 FACTS = {"teacher": "one", "text": "a", "batches": "b", "top_k": 5, "temperature": 1.0}
 SPEC = AnswersSpec(folder="unused", top_k=5, precision="float32")
 
@@ -29,9 +31,25 @@ def teacher() -> Teacher:
     return Teacher(model, "float32", 1.0)
 
 
-def fill(store: AnswerStore, parts: list[range], runtime: Runtime, stop=lambda: False) -> bool:
-    asking = Asking(teacher(), SPEC, rows, ROWS, 2, whole_rows)
-    return asking.fill(store, parts, runtime, iter, stop)
+class StopWhenTwo:
+    """A stop that is requested when two parts are written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def requested(self) -> bool:
+        return len(list(self._folder.glob("steps*"))) == 2
+
+
+def fill(store: AnswerStore, parts: list[range], runtime: Runtime, stop: StopRequest | StopWhenTwo = NO_STOP) -> bool:
+    """Whether all was answered: False after a stop."""
+    asking = Asking(teacher(), SPEC, rows, ROWS, 2, packed=False)
+    try:
+        asking.fill(store, parts, runtime, silent(), stop)
+    except StopTraining:
+        return False
+    return True
 
 
 def opened(folder: Path, facts: dict = FACTS) -> AnswerStore:
@@ -48,7 +66,7 @@ def filled(folder: Path, steps: int = STEPS) -> AnswerStore:
 
 def expected(step: int, first: int, count: int) -> Answers:
     batch = rows(step, first, count)
-    kept = largest(teacher().ask(batch, whole_rows), batch.targets_BT.numel(), SPEC)
+    kept = largest(teacher().ask(batch, packed=False), batch.targets_BT.numel(), SPEC)
     return Answers(*(part.view(count, TARGET, *part.shape[1:]) for part in kept))
 
 
@@ -104,7 +122,7 @@ def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 1)
     store, runtime = opened(tmp_path / "a"), Runtime("cpu", "float32")
-    assert not fill(store, store.missing(0, STEPS, 1), runtime, lambda: len(list((tmp_path / "a").glob("steps*"))) == 2)
+    assert not fill(store, store.missing(0, STEPS, 1), runtime, StopWhenTwo(tmp_path / "a"))
     left = store.missing(0, STEPS, 1)
     assert left == [range(step, step + 1) for step in range(2, STEPS)]
     assert fill(store, left, runtime)

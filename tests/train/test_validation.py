@@ -49,7 +49,7 @@ def test_ranks_share_every_row_once_in_batches_of_one_shape(sequences: int, rows
         rows_B1 = torch.arange(first + 1, first + count + 1).unsqueeze(1)
         return Batch(rows_B1, rows_B1.expand(-1, 2))
 
-    each = [shared(numbered, sequences, rows_each, rank, world) for rank in range(world)]
+    each = [shared(HeldOutText(numbered, sequences), rows_each, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in each}) == 1
     assert all(batch.inputs_BS.shape == (rows_each, 1) for batches in each for batch in batches)
     assert all(batch.targets_BT.shape == (rows_each, 2) for batches in each for batch in batches)
@@ -60,7 +60,8 @@ def test_ranks_share_every_row_once_in_batches_of_one_shape(sequences: int, rows
 def test_rows_of_padding_change_no_reported_figure(runtime: Runtime) -> None:
     model = a_model()
     exactly, padded = (
-        evaluate(model, cross_entropy, shared(lambda f, c: rows(0, f, c), 6, each, 0, 1), runtime) for each in (6, 4)
+        evaluate(model, cross_entropy, shared(HeldOutText(lambda f, c: rows(0, f, c), 6), each, 0, 1), runtime)
+        for each in (6, 4)
     )
     for name in ("neg_log_perplexity", "dropped_fraction"):
         assert padded[name].value().item() == pytest.approx(exactly[name].value().item(), rel=1e-6)
@@ -70,7 +71,7 @@ def test_rows_of_a_text_are_evaluated_in_whole_groups(runtime: Runtime) -> None:
     model = a_model(GROUPED)
     text = HeldOutText(lambda first, count: rows(0, first, count), 5)
     found = evaluate_rows(model, cross_entropy, text, 3, runtime)["neg_log_perplexity"]
-    wanted = evaluate(model, cross_entropy, shared(text.rows, 5, 4, 0, 1), runtime)["neg_log_perplexity"]
+    wanted = evaluate(model, cross_entropy, shared(text._replace(num_rows=5), 4, 0, 1), runtime)["neg_log_perplexity"]
     assert torch.equal(found.total, wanted.total)
     assert found.weight == int((rows(0, 0, 5).targets_BT != PAD).sum())
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from doubles import KeepingConsole, Records, Source, trained
 from ranks import on_ranks
 from table import Row
 from test_consistency import a_model as a_sharp_model
@@ -29,12 +30,13 @@ from switchcli.model.moe.layer import evaluating, sparse_layers
 from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Routing, RoutingRule, Switch, TopK
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
-from switchcli.train.callbacks import Log
+from switchcli.train.callbacks import LogCallback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import cross_entropy
+from switchcli.train.loss import Always, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor
+from switchcli.train.prefetch import Loader
 from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
 
@@ -103,8 +105,8 @@ def steps_without_tokens(parallel: ParallelSpec) -> list[str]:
         fit(
             state,
             runtime.wrap(model),
-            lambda step: cross_entropy,
-            Microbatches(given, 8, None, 1, runtime.data_rank, runtime.data_ranks),
+            Always(cross_entropy),
+            Microbatches(Source(given), 8, None, 1, runtime.data_rank, runtime.data_ranks),
             Adafactor().build(weights.parameters, weights.cuts),
             InverseSquareRoot(),
             runtime,
@@ -295,20 +297,22 @@ def alarm(seed: int, hostile: bool) -> tuple[int, str]:
     if hostile:
         collapsed(model)
 
-    def warn(text: str) -> None:
-        said.append(text)
-        stop.request()
+    class Heard(KeepingConsole):
+        def warning(self, text: str) -> None:
+            said.append(text)
+            stop.request()
 
     runtime, schedule = Runtime("cpu", "float32"), InverseSquareRoot()
     layers = spec.routed_parts()
-    log = Log(
-        10, ALARM_STEPS, schedule, 1, 1, runtime, lambda record: None, warn, state, layers, lambda step: {}, lambda: 0.0
-    )
-    fit(
+    source = Source(examples)
+    batches = Microbatches(source, 8, None, 1, 0, 1)
+    loader = Loader(batches, 0, 0, runtime)
+    log = LogCallback(10, ALARM_STEPS, schedule, 1, 1, runtime, Records(), Heard(), state, layers, source, loader)
+    trained(
         state,
         model,
-        lambda step: cross_entropy,
-        Microbatches(examples, 8, None, 1, 0, 1),
+        Always(cross_entropy),
+        batches,
         Adafactor().build(dict(model.named_parameters())),
         schedule,
         runtime,

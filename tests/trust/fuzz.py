@@ -19,11 +19,11 @@ from table import Row
 from tiny_run import RECIPE as TINY
 from tiny_run import write_text
 
-from switchcli.commands import describe
 from switchcli.errors import RecipeError
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, standing_alone
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.runs import describe
 
 A_TIME = 50
 """Recipes of one trial."""

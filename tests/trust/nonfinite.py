@@ -9,19 +9,20 @@ but finite, which bfloat16 makes infinite, may also do no harm.
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
+from doubles import KeepingConsole, LossAt, NoWarnings, Records, Source
 from drill import ROUNDING, apart
-from parts import DOCUMENTS, idle, unexpected
+from parts import DOCUMENTS, idle
 from ranks import on_ranks
 from table import Row
 from tiny import SPARSE, a_model
@@ -37,14 +38,14 @@ from switchcli.errors import NumericsError
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.callbacks import HeldOut, Save
+from switchcli.train.callbacks import SaveCallback, ValidationCallback
 from switchcli.train.checkpointer import Saver
 from switchcli.train.config import CheckpointSpec, NonfiniteSpec, TrainSpec
-from switchcli.train.distillation import Distillation, DistillSpec, Teacher
+from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loop import fit
 from switchcli.train.loss import Objective, StepLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.nonfinite import Recovery
+from switchcli.train.nonfinite import NonFiniteHandler
 from switchcli.train.optimizers import Adafactor
 from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
@@ -132,10 +133,11 @@ class Run:
         self.objective: Objective = cross_entropy
         if fault.place == "teacher":
             asked = Teacher(self.teacher, "float32", 1.0)
-            self.objective = Distillation(DistillSpec(teacher="teacher"), asked, lambda batch: None)
-        self.saver.restore(self.state, unexpected)
-        self.warnings: list[str] = []
-        self.recovery = Recovery(NonfiniteSpec(policy=policy), self._back, self.warnings.append)
+            self.objective = DistillationLoss(DistillSpec(teacher="teacher"), asked, packed=False)
+        self.saver.restore(self.state, NoWarnings())
+        console = KeepingConsole()
+        self.warnings = console.warnings
+        self.nonfinite = NonFiniteHandler(NonfiniteSpec(policy=policy), self, console)
         idle(self.optimizer, self.state, without)
         if policy == "roll_back":
             self.saver.save(self.state)
@@ -149,10 +151,13 @@ class Run:
         }
         return {name: here(tensor).double().numpy() for name, tensor in tensors.items()}
 
-    def _back(self, state: TrainState) -> bool:
+    def note_skipped(self, record: Mapping[str, Any]) -> None:
+        """The state has it too."""
+
+    def restore(self, state: TrainState) -> bool:
         """As a training verb goes back."""
         self.runtime.drop_gathered(self.model)
-        return self.saver.restore(state, unexpected)
+        return self.saver.restore(state, NoWarnings())
 
     def _put(self, fault: Fault) -> None:
         number, inner = NUMBERS[fault.number], self.objective
@@ -188,27 +193,29 @@ class Run:
 
     def train(self) -> None:
         runtime = self.runtime
-        evaluation = HeldOut(
+        evaluation = ValidationCallback(
             SAVE_EVERY,
             self.model,
             cross_entropy,
             {"text": HeldOutText(partial(sequences, STEPS), 2 * runtime.data_ranks)},
-            lambda text: [text.rows(2 * runtime.data_rank, 2)],
+            2,
             runtime,
-            lambda record: None,
+            Records(),
+            "paper",
+            StopRequest(),
         )
         fit(
             self.state,
             runtime.wrap(self.model),
-            lambda step: self.objective,
-            Microbatches(sequences, BATCH, 2, 1, runtime.data_rank, runtime.data_ranks),
+            LossAt(lambda step: self.objective),
+            Microbatches(Source(sequences), BATCH, 2, 1, runtime.data_rank, runtime.data_ranks),
             self.optimizer,
             InverseSquareRoot(),
             runtime,
-            [evaluation, Save(SAVE_EVERY, self.saver.save)],
+            [evaluation, SaveCallback(SAVE_EVERY, self.saver)],
             TrainSpec(steps=STEPS, batch_tokens=1),
             StopRequest(),
-            recovery=self.recovery,
+            nonfinite=self.nonfinite,
         )
 
 

@@ -22,13 +22,13 @@ from trial import STEPS, Trial, clear, log_of, said, trials
 
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import main
-from switchcli.commands import pretrain
 from switchcli.data.prepare import shards
+from switchcli.data.text_batches import TextStream
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.signals import STOPPING
 from switchcli.model import generation
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.runs import trainer as training
+from switchcli.runs import pretraining, trainer
 from switchcli.train import loop
 from switchcli.train.distillation import Teacher
 from switchcli.train.optimizers import Optimizer
@@ -76,13 +76,13 @@ class Point(NamedTuple):
 
 FORWARD = (SwitchTransformer, "forward")
 POINTS = {
-    "start: recipe resolved": Point("pretrain", pretrain, "claim", (1, 1, 1), UNSAVED),
+    "start: recipe resolved": Point("pretrain", trainer, "lock_run_dir", (1, 1, 1), UNSAVED),
     "start: the others wait for this rank": Point("pretrain", Runtime, "__init__", (1, 1, 1), UNSAVED, late=4.0),
-    "start: room made for the model": Point("pretrain", training, "preflight", (1, 1, 1), UNSAVED),
-    "start: weights drawn": Point("pretrain", pretrain, "initial_weights", (1, 1, 1), UNSAVED),
-    "start: ready to train": Point("pretrain", training.Training, "_loader", (1, 1, 1), f"{SAVED}|{UNSAVED}|{LEFT}"),
+    "start: room made for the model": Point("pretrain", trainer, "preflight", (1, 1, 1), UNSAVED),
+    "start: weights drawn": Point("pretrain", pretraining, "initial_weights", (1, 1, 1), UNSAVED),
+    "start: ready to train": Point("pretrain", trainer.Trainer, "_loader", (1, 1, 1), f"{SAVED}|{UNSAVED}|{LEFT}"),
     "data: text prepared": Point("pretrain", shards, "seal", (1, 1, 1), UNSAVED, main_only=True, new_cache=True),
-    "data: batch made": Point("pretrain", training.Training, "_rows", (1, 4, 9)),
+    "data: batch made": Point("pretrain", TextStream, "batch", (1, 4, 9)),
     "step: forward": Point("pretrain", *FORWARD, (1, 5, 11), training=True),
     "step: gradients there": Point("pretrain", loop, "_clip", (1, 3, 6)),
     "step: weights changed": Point("pretrain", Optimizer, "zero_grad", (1, 4, 6)),
@@ -96,9 +96,9 @@ POINTS = {
     ),
     "generation: answers to tasks": Point("finetune", generation, "_step", (2, 5, 9), more=0),
     "generation: samples": Point(
-        "pretrain", training, "answers", (1, 2, 1), main_only=True, keys=("log.sample_every_steps=2",)
+        "pretrain", trainer, "answers", (1, 2, 1), main_only=True, keys=("log.sample_every_steps=2",)
     ),
-    "generation: samples at the end": Point("pretrain", training, "answers", (1, 1, 1), UNSAVED, main_only=True),
+    "generation: samples at the end": Point("pretrain", trainer, "answers", (1, 1, 1), UNSAVED, main_only=True),
 }
 
 
@@ -136,7 +136,7 @@ def install(strike: Strike, notes: Path) -> None:
     """In the process of a run: have it struck. `notes` gets the step that the run is at, and when; then a line for each
     call that follows."""
     point, calls, state = POINTS[strike.phase], count(1), []
-    real, restored = getattr(point.owner, point.name), training.TrainState
+    real, restored = getattr(point.owner, point.name), trainer.TrainState
 
     def noted_state(*arguments: Any) -> Any:
         state.append(restored(*arguments))
@@ -154,7 +154,7 @@ def install(strike: Strike, notes: Path) -> None:
                 strike.send()
         return real(*arguments, **named)
 
-    training.TrainState = noted_state  # type: ignore[assignment, misc]
+    trainer.TrainState = noted_state  # type: ignore[assignment, misc]
     setattr(point.owner, point.name, struck)
 
 

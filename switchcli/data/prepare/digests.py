@@ -106,7 +106,7 @@ class Digests:
             _append(record, {names[path]: one for path, one in found.items() if before.get(names[path]) != one})
         return [f"{kind}:{self._known[names[path]].digest}" for path in paths]
 
-    def check_unchanged(self) -> None:
+    def check(self) -> None:
         """Raise DataError if the content of a file whose digest was returned is another now. Reads changed files."""
         names = [*self._known]
         if names:

@@ -24,9 +24,9 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
     from switchcli.checkpoint.checkpoint import Saving
     from switchcli.distributed import expert_parallel
     from switchcli.distributed.context import Runtime
-    from switchcli.runs.trainer import Training
+    from switchcli.runs.trainer import Trainer
     from switchcli.train import loop
-    from switchcli.train.callbacks import HeldOut
+    from switchcli.train.callbacks import ValidationCallback
 
     def act() -> None:
         if moment.exists():
@@ -55,8 +55,8 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
         "step": (loop, "accumulate_gradients", STEP),
         "all-to-all": (expert_parallel, "_all_to_all", 100),
         "save": (Saving, "write", 2),
-        "evaluation": (HeldOut, "__call__", 2),
-        "end": (Training, "_samples", 1),
+        "evaluation": (ValidationCallback, "__call__", 2),
+        "end": (Trainer, "sample", 1),
     }
     owner, name, count = places[phase]
     setattr(owner, name, before(getattr(owner, name), act, count))

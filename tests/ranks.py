@@ -10,7 +10,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import Weights
 from switchcli.distributed.mesh import ParallelSpec
+from switchcli.model.config import ModelSpec
+from switchcli.model.init import initial_weights
+from switchcli.model.transformer import SwitchTransformer
 
 SECONDS = 120
 MESHES = {
@@ -27,6 +34,15 @@ MESHES = {
     "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
 }
 """Ranks, and how a model lies over them."""
+
+
+def model_of(spec: ModelSpec, runtime: Runtime) -> tuple[SwitchTransformer, Weights]:
+    """What `a_model(spec)` is, as far as this rank holds it."""
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+    weights = runtime.spread(model)
+    weights.fill(initial_weights(spec, 0, weights.experts))
+    return model, weights
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> list[Any]:

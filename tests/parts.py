@@ -3,8 +3,8 @@
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-import pytest
 import torch
+from doubles import trained
 from tiny import a_model, rows
 
 from switchcli.checkpoint.fsops import DISK, Files
@@ -13,11 +13,10 @@ from switchcli.distributed.layout import whole_weights
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import Group, freeze, trainable
-from switchcli.train.callbacks import Hook
+from switchcli.train.callbacks import Callback
 from switchcli.train.checkpointer import DATA, Saver
 from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loop import fit
-from switchcli.train.loss import cross_entropy
+from switchcli.train.loss import Always, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Optimizer, OptimizerSpec
 from switchcli.train.schedules import InverseSquareRoot
@@ -56,11 +55,11 @@ class Parts:
             files,
         )
 
-    def train(self, steps: int, hooks: Sequence[Hook] = ()) -> bool:
-        return fit(
+    def train(self, steps: int, hooks: Sequence[Callback] = ()) -> bool:
+        return trained(
             self.state,
             self.model,
-            lambda step: cross_entropy,
+            Always(cross_entropy),
             Microbatches(rows, 4, 2, 1, 0, 1),
             self.optimizer,
             InverseSquareRoot(),
@@ -79,10 +78,6 @@ def idle(optimizer: Optimizer, state: TrainState, steps: Container[int]) -> None
     """Have those steps, from 1, change nothing: it is a run that has not their batches."""
     update = optimizer.step
     optimizer.step = lambda rate: None if state.step + 1 in steps else update(rate)  # type: ignore[method-assign]
-
-
-def unexpected(warning: str) -> None:
-    pytest.fail(warning)
 
 
 def assert_equal(one: Parts, other: Parts) -> None:

@@ -1,0 +1,98 @@
+"""Pretraining: the task of `switchcli pretrain`, on plain text; and what every run on text shares."""
+
+from functools import partial
+
+from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.data.batch import Batch
+from switchcli.data.config import DataSpec
+from switchcli.data.prepare.pipeline import Prepared
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import Weights
+from switchcli.errors import RecipeError
+from switchcli.model.init import initial_weights
+from switchcli.model.packing import segments_of
+from switchcli.recipe.schema import OnText, PretrainRecipe
+from switchcli.report.console import Console
+from switchcli.runs import text_sets, warm_start
+from switchcli.runs.data import NUM_SAMPLES, TrainData
+from switchcli.runs.task import TrainingTask
+from switchcli.runs.warm_start import TrainJob
+from switchcli.spec import PAD
+from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
+from switchcli.train.optimizers import Optimizer
+
+
+class Pretraining(TrainingTask):
+    """Train on plain text, from scratch or from a checkpoint."""
+
+    def __init__(self, job: TrainJob[PretrainRecipe], folder: RunFolder, runtime: Runtime, console: Console) -> None:
+        self._job, self._folder, self._runtime, self._console = job, folder, runtime, console
+        self.validation_loss = loss_of(job.recipe.data)
+
+    def build_data(self) -> TrainData:
+        recipe, runtime, console = self._job.recipe, self._runtime, self._console
+        if recipe.start is None:
+            prepared = runtime.main_first(self._prepared)
+        else:
+            tokenizer = warm_start.tokenizer_of(self._job.start, self._folder, runtime)
+            prepared = runtime.main_first(lambda: prepared_by(tokenizer, recipe, console))
+        return data_of(recipe, prepared, runtime, console)
+
+    def init_weights(self, weights: Weights, optimizer: Optimizer) -> None:
+        recipe = self._job.recipe
+        if recipe.start is None:
+            weights.fill(initial_weights(recipe.model, recipe.train.seed, weights.experts))
+        else:
+            warm_start.begin(recipe.start, self._job.start, weights, optimizer)
+
+    def _prepared(self) -> Prepared:
+        """The text by the vocabulary that the run began with: one that is trained again need not be the same."""
+        recipe, folder, console = self._job.recipe, self._folder, self._console
+        if folder.tokenizer.exists():
+            return prepared_by(Tokenizer.read(folder.tokenizer), recipe, console)
+        found = text_sets.found(recipe.data, recipe.eval.sequences, console, accept=partial(fits, recipe))
+        folder.write_tokenizer(found.tokenizer.to_json())
+        return found
+
+
+def data_of(recipe: OnText, prepared: Prepared, runtime: Runtime, console: Console) -> TrainData:
+    """Rows of the recipe's text. Raises DataError as each part says."""
+    read_of = text_sets.live if recipe.data.access == "stream" else text_sets.prepared
+    read = read_of(recipe, prepared, runtime, console)
+    held_out = text_sets.held_out(prepared, recipe.data.rows, recipe.eval.sequences)
+    return TrainData(
+        prepared.tokenizer,
+        read.identity,
+        read.source,
+        held_out,
+        _first_of_each(next(iter(held_out.values())).rows(0, NUM_SAMPLES)),
+        former_identity=read.former_identity,
+        checked=(prepared, *([read.files] if read.files else [])),  # of a stream, `prepared` is what is held out
+    )
+
+
+def loss_of(data: DataSpec) -> Objective:
+    """What is minimised, by how rows are packed."""
+    return packed_cross_entropy if data.packing == "documents" else cross_entropy
+
+
+def _first_of_each(batch: Batch) -> Batch:
+    """The first text of each row alone."""
+    return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segments_of(*batch), strict=True)))
+
+
+def fits(recipe: OnText, tokenizer: Tokenizer) -> None:
+    """Raise a RecipeError for a vocabulary that is larger than the model's, a DataError for one that will not do for
+    what is asked of the text."""
+    pieces, rows = tokenizer.vocab_size, recipe.model.vocab_size
+    if pieces > rows:
+        raise RecipeError(
+            f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
+        )
+    recipe.data.rows.build(tokenizer)
+
+
+def prepared_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
+    """The recipe's text as ids of a vocabulary that is there."""
+    return text_sets.found(recipe.data, recipe.eval.sequences, console, tokenizer, partial(fits, recipe))

@@ -1,0 +1,103 @@
+"""Test doubles: small implementations of what training is given, made of functions and lists."""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from switchcli.data.batch import Batch, BatchSource
+from switchcli.distributed.signals import StopTraining
+from switchcli.report.console import Console
+from switchcli.train.callbacks import Callback, MetricsLog
+from switchcli.train.loop import fit
+from switchcli.train.loss import LossSchedule, Objective
+from switchcli.train.state import TrainState
+
+
+class KeepingConsole(Console):
+    """Keeps messages and warnings in lists, and prints nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(stream=io.StringIO())
+        self.messages: list[str] = []
+        self.warnings: list[str] = []
+
+    def message(self, text: str = "", style: str = "") -> None:
+        self.messages.append(text)
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+class NoWarnings(Console):
+    """Fails the test at the first warning."""
+
+    def __init__(self) -> None:
+        super().__init__(stream=io.StringIO())
+
+    def warning(self, text: str) -> None:
+        pytest.fail(text)
+
+
+class Source(BatchSource):
+    """Batches of a function of step, first row and number of rows."""
+
+    def __init__(self, rows: Callable[[int, int, int], Batch]) -> None:
+        self._rows = rows
+
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        return self._rows(step, first, count)
+
+
+class Records(MetricsLog):
+    """Keeps the records in a list."""
+
+    def __init__(self) -> None:
+        self.written: list[dict[str, Any]] = []
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.written.append(dict(record))
+
+
+class LossAt(LossSchedule):
+    """The loss that a function of the step returns."""
+
+    def __init__(self, loss_at: Callable[[int], Objective]) -> None:
+        self._loss_at = loss_at
+
+    def loss_at(self, step: int) -> Objective:
+        return self._loss_at(step)
+
+
+class StopAfter:
+    """A stop request that is there from look number `looks` on, counted from 0."""
+
+    def __init__(self, looks: int) -> None:
+        self.looked = 0
+        self._looks = looks
+
+    @property
+    def requested(self) -> bool:
+        self.looked += 1
+        return self.looked > self._looks
+
+
+class Do(Callback):
+    """Calls a function after every so many steps, and after the last."""
+
+    def __init__(self, every_steps: int, what: Callable[[TrainState], None]) -> None:
+        super().__init__(every_steps)
+        self._what = what
+
+    def __call__(self, state: TrainState) -> None:
+        self._what(state)
+
+
+def trained(*arguments: Any, **keywords: Any) -> bool:
+    """`fit`, and whether it trained to the end: False after a stop."""
+    try:
+        fit(*arguments, **keywords)
+    except StopTraining:
+        return False
+    return True
