@@ -262,6 +262,28 @@ def text_is_no_markup(module: Module) -> Iterator[Fault]:
             yield node.lineno, "markup="
 
 
+ROUTER = "switchcli/model/moe/router.py"
+KINDS = {"switch", "top_k", "no_token_left_behind", "expert_choice"}
+ROUTERS = {"Switch", "TopK", "NoTokenLeftBehind", "ExpertChoice", "TokenChoice"}
+
+
+def routers_describe_themselves(module: Module) -> Iterator[Fault]:
+    """No code outside the router's file checks its kind: a new router then has the right FLOPs, plan and upcycling."""
+    if module.path == ROUTER:
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(dotted(side).endswith(".kind") for side in sides) and KINDS & {
+                constant.value for side in sides for constant in ast.walk(side) if isinstance(constant, ast.Constant)
+            }:
+                yield node.lineno, "compares the kind of a router"
+        elif isinstance(node, ast.Call) and dotted(node.func) == "isinstance":
+            classes = {dotted(name) for name in ast.walk(node.args[1])}
+            if found := ROUTERS & classes:
+                yield node.lineno, f"asks whether a router is {', '.join(sorted(found))}"
+
+
 def modules_say_what_they_are(module: Module) -> Iterator[Fault]:
     """Each module begins with a docstring: what the file is, and what it is not."""
     if not ast.get_docstring(module.tree):
@@ -392,6 +414,17 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (DATA, "Console(markup=True)"),
         ],
         [(DATA, "f'{x}[E, D] [{y}] [0/1]'"), (DATA, "Console(markup=False)")],
+    ),
+    routers_describe_themselves: (
+        [
+            (MODEL, "router.k if router.kind == 'top_k' else 1"),
+            (MODEL, "if spec.router_of(stack).kind in ('switch', 'top_k'): pass"),
+            (DATA, "isinstance(layer.rule, TokenChoice | ExpertChoice)"),
+        ],
+        [
+            (ROUTER, "router.kind == 'top_k'"),
+            (MODEL, "corpus.kind == 'files'\nrouter.experts_per_token\nisinstance(x, Batch)"),
+        ],
     ),
     modules_say_what_they_are: ([(DATA, "x = 1")], [(DATA, '"""What it is."""')]),
 }

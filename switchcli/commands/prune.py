@@ -125,7 +125,7 @@ def _check(spec: ModelSpec, path: Path, experts: int, console: Console) -> None:
         raise RecipeError(
             f"--experts ({experts}) must be less than the {there} of {path}, or none is taken out: try {there // 2}"
         )
-    if any(spec.sparse_layers(stack) and spec.router_of(stack).kind == "expert_choice" for stack in STACKS):
+    if any(spec.sparse_layers(stack) and spec.router_of(stack).experts_choose for stack in STACKS):
         console.warning("expert_choice gives all experts of a layer the same load: the first ones are kept")
 
 

@@ -6,7 +6,7 @@ trains otherwise, or drops other tokens where a queue overflows.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -93,15 +93,16 @@ def _number(layers: tuple[int, ...], blocks: int) -> int | None:
 
 
 def _switch(router: RouterSpec) -> Switch:
-    assert isinstance(router, Switch)
-    return router
+    """The router as the one that transformers has; `_impossible` has refused the others."""
+    assert router.is_in_transformers
+    return cast("Switch", router)
 
 
 def _impossible(spec: ModelSpec, stacks: list[Stack]) -> str | None:
     """Why transformers has no such sparse model."""
     for stack in stacks:
-        if (kind := spec.router_of(stack).kind) != "switch":
-            return f"the {stack}'s router is of kind {kind}, where transformers has switch alone"
+        if not (router := spec.router_of(stack)).is_in_transformers:
+            return f"the {stack}'s router is of kind {router.kind}, where transformers has switch alone"
     if spec.sparse != "feed_forward":
         return f"sparse ({spec.sparse}) routes attention, where transformers routes feed-forwards alone"
     if spec.activation != "relu":

@@ -36,7 +36,7 @@ class Ours(Subject):
         self.rows = spec.group_sequences
         self.slots = None
         routers = [spec.router_of(stack) for stack in STACKS if spec.sparse_layers(stack)]
-        chosen = [router.balance_loss_coef for router in routers if router.kind != "expert_choice"]
+        chosen = [router.balance_loss_coef for router in routers if router.has_load_balancing_loss]
         self.balance_coef = min(chosen, default=None)
 
     def look(self, text: Text, mode: Mode = "paper", autocast: bool = False) -> Seen:

@@ -110,8 +110,8 @@ class ModelSpec(Spec):
         for stack in STACKS:
             router = self.router_of(stack)
             key = "decoder_router" if stack == "decoder" and self.decoder_router else "router"
-            if self.sparse_layers(stack) and router.kind == "top_k" and router.k > self.num_experts:
-                raise ValueError(f"{key}.k ({router.k}) must be at most num_experts ({self.num_experts})")
+            if self.sparse_layers(stack) and (reason := router.misfit(self.num_experts)):
+                raise ValueError(f"{key}.{reason}")
         reason = self.router_of("decoder").sees_the_future()
         if self.sparse_layers("decoder") and reason:
             raise ValueError(

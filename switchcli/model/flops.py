@@ -52,7 +52,7 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
         + 2 * spec.relative_attention_num_buckets * spec.num_heads
     )
     routers = {stack: spec.router_of(stack) for stack in STACKS}
-    experts_met = {stack: expert * (router.k if router.kind == "top_k" else 1) for stack, router in routers.items()}
+    experts_met = {stack: expert * router.experts_per_token for stack, router in routers.items()}
     met = {
         stack: blocks[stack] * spec.num_blocks(stack) + sparse[stack] * (experts_met[stack] - replaced)
         for stack in STACKS

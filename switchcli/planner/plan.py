@@ -171,8 +171,7 @@ def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
     for stack in STACKS:
         if layers := len(spec.sparse_layers(stack)):
             tokens = step.length(stack) * sequences
-            rule = spec.router_of(stack)
-            chosen = tokens * (rule.k if rule.kind == "top_k" else 1)
+            chosen = tokens * spec.router_of(stack).experts_per_token
             rows = slots(spec, stack, step, microbatch, mesh.expert).rows * sequences / microbatch
             forward += 2 * layers * (rows - chosen) * counted.expert / experts
             routing += 2 * layers * len(output_widths(spec)) * tokens * spec.num_experts * spec.d_model

@@ -19,7 +19,7 @@ from switchcli.data.batch import Batch
 from switchcli.distributed.context import Runtime
 from switchcli.model.config import STACKS, Stack
 from switchcli.model.moe.layer import SwitchLayer, evaluating, sparse_layers
-from switchcli.model.moe.router import Policy, TokenChoice
+from switchcli.model.moe.router import Policy
 from switchcli.model.packing import Segments, decoder_inputs
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
@@ -206,7 +206,7 @@ def choices_of(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.Tens
     assert layer.mode != "training"
     with torch.autocast(logits_GNE.device.type, enabled=False):
         held_AE = seated(layer.mode)
-        chosen_AE = seated("dropless") if isinstance(layer.rule, TokenChoice) else held_AE
+        chosen_AE = held_AE if layer.rule.experts_choose else seated("dropless")
         return Choices(logits_GNE[real_GN].float().softmax(-1), chosen_AE, held_AE)
 
 

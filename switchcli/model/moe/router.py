@@ -58,6 +58,37 @@ class RoutingRule(Spec, ABC):
     z_loss_coef: float = Field(default=0.0, ge=0.0)
     """Coefficient of the router z-loss: 1e-3 in ST-MoE, none in the paper."""
 
+    # What a router says of itself, so that FLOPs, plan, upcycling, pruning and export need not know its kind.
+
+    experts_choose: ClassVar[bool] = False
+    """Experts choose tokens: loads are equal by construction, and a token may be taken by several experts or none."""
+    has_load_balancing_loss: ClassVar[bool] = True
+    """`balance_loss_coef` weighs a load-balancing loss."""
+    is_in_transformers: ClassVar[bool] = False
+    """transformers' SwitchTransformers has this router."""
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that a token is meant to pass: what FLOPs are counted by."""
+        return 1
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        """The weights of a token's experts add up to 1 whatever the router says."""
+        return False
+
+    def dense_equivalent_scale(self, num_experts: int) -> float:
+        """Return 1 over the sum of a token's weights when all experts are equally probable.
+
+        By it the output of identical experts is multiplied to be that of one dense layer; under expert choice on the
+        mean over the tokens alone.
+        """
+        return 1.0 if self.gates_sum_to_one else num_experts / self.experts_per_token
+
+    def misfit(self, num_experts: int) -> str | None:
+        """Return why the router cannot do with so many experts, beginning with its key; None where it can."""
+        return None
+
     @abstractmethod
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
         """Give every slot its token.
@@ -199,6 +230,7 @@ class Switch(TokenChoice):
     """
 
     kind: Literal["switch"] = "switch"
+    is_in_transformers: ClassVar[bool] = True
 
     def num_choices(self, num_experts: int) -> int:
         return 1
@@ -238,6 +270,17 @@ class TopK(TokenChoice):
                 "router; take kind: switch, which keeps the raw probability, or k: 2"
             )
         return self
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.k
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        return self.renormalise
+
+    def misfit(self, num_experts: int) -> str | None:
+        return f"k ({self.k}) must be at most num_experts ({num_experts})" if self.k > num_experts else None
 
     def num_choices(self, num_experts: int) -> int:
         return self.k
@@ -297,6 +340,11 @@ class ExpertChoice(RoutingRule):
     eval_capacity_factor: Factor = 1.25
     """The same for evaluation, under either policy."""
     balance_loss_coef: ClassVar[float] = 0.0
+    experts_choose: ClassVar[bool] = True
+    has_load_balancing_loss: ClassVar[bool] = False
+
+    def dense_equivalent_scale(self, num_experts: int) -> float:
+        return num_experts / self.capacity_factor
 
     def together(self, mode: Mode) -> int:
         return self.group_sequences

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.model.moe.layer import SwitchLayer, SwitchOutput, sparse_layers
-from switchcli.model.moe.router import RoutingRule, TopK
+from switchcli.model.moe.router import RoutingRule
 from switchcli.model.transformer import SwitchTransformer
 
 By = Literal["drop", "merge"]
@@ -55,7 +55,7 @@ def _cut(rule: RoutingRule, load_E: Sequence[int], mass_EE: torch.Tensor, num_ke
     lost = sum(load_E) - sum(load_E[expert] for expert in kept)
     mass_NE = mass_EE[kept]
     wo = mass_NE[:, kept].sum() / mass_NE.sum()
-    if gate == "raw" or (isinstance(rule, TopK) and rule.renormalise) or not mass_NE.any():
+    if gate == "raw" or rule.gates_sum_to_one or not mass_NE.any():
         wo = torch.ones_like(wo)
     return Cut(load_E, kept, lost / max(1, sum(load_E)), wo)
 

@@ -42,13 +42,12 @@ def correction(router: RouterSpec, num_experts: int, gate: Gate) -> Correction:
     Gates that are divided by their own sum add up to 1 as they are. Under expert choice a token is taken by no expert
     or by several, so that only the mean over the tokens is right.
     """
-    if router.kind == "top_k" and router.renormalise:
+    if router.gates_sum_to_one:
         return Correction(1.0, 1.0, exact=True)
     if gate == "raw":
         return Correction(1.0, 1.0, exact=False)
-    if router.kind == "expert_choice":
-        return Correction(num_experts / router.capacity_factor, RANKED, exact=False)
-    return Correction(num_experts / (router.k if router.kind == "top_k" else 1), UNIFORM, exact=True)
+    scale, chosen = router.dense_equivalent_scale(num_experts), router.experts_choose
+    return Correction(scale, RANKED if chosen else UNIFORM, exact=not chosen)
 
 
 @final
