@@ -6,10 +6,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import ConfigDict, Field
 
+from switchcli.metric_names import HELD_OUT
 from switchcli.spec import Spec
-
-HELD_OUT = "held_out/neg_log_perplexity"
-"""The one figure of pre-training."""
 
 
 class Best(NamedTuple):

@@ -15,6 +15,7 @@ from switchcli.data.config import TextSpec
 from switchcli.data.prepare.verified import changed_data_explained
 from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.metric_names import DROPPED_FRACTION, NEG_LOG_PERPLEXITY
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
 from switchcli.report.console import Console
@@ -30,7 +31,7 @@ from switchcli.train import memory
 from switchcli.user_files import read_regular
 
 MAX_RESULT_BYTES = 2**28
-SHOWN = ("neg_log_perplexity", "sequences", "dropped_fraction", "balance", "dead_experts")
+SHOWN = (NEG_LOG_PERPLEXITY, "sequences", DROPPED_FRACTION, "balance", "dead_experts")
 
 
 class EvalJob(NamedTuple):

@@ -9,6 +9,7 @@ from switchcli.commands import evaluate
 from switchcli.commands.upcycle import with_experts
 from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, DataError, RecipeError
+from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.router import Policy
@@ -72,7 +73,7 @@ def prune(
     recipe_of_it = going_on(smaller, destination)
     place_checkpoint(destination, recipe_of_it, opened.tokenizer, logical_tensors(pruned), data_of(opened))
     runtime.close()
-    figure = "neg_log_perplexity"
+    figure = NEG_LOG_PERPLEXITY
     return {
         "source": str(opened.path),
         "destination": str(destination),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
 from switchcli.report.series import Series, Spread, differences, spread
 from switchcli.report.speed import Speed, Yardstick, partner, speed, yardstick
@@ -43,7 +44,7 @@ class Row(NamedTuple):
             "going_on": self.going_on,
             **self.sizes,
             **{name: _json(getattr(self, name)) for name in ("steps", "final", "over", "at_common")},
-            **{name: _json(getattr(self, name)) for name in ("tokens_per_second", "dropped")},
+            **{name: _json(getattr(self, name)) for name in (TOKENS_PER_SECOND, "dropped")},
             "reached": self.speed.reached,
             "to_quality": {name: {"cost": _json(cost), "speed_up": _json(times)} for name, cost, times in costs},
         }
@@ -120,13 +121,13 @@ def _row(one: Series, base: Series, measure: Yardstick, quality: float | None, c
 
 
 def _rate(run: Run) -> float | None:
-    curve = run.curves.get("tokens_per_second")
+    curve = run.curves.get(TOKENS_PER_SECOND)
     logged = None if curve is None else float(np.median(curve.values))
-    return logged if (whole := run.number("tokens_per_second")) is None else whole
+    return logged if (whole := run.number(TOKENS_PER_SECOND)) is None else whole
 
 
 def _dropped(run: Run) -> float | None:
-    curve = run.curves.get("dropped_fraction")
+    curve = run.curves.get(DROPPED_FRACTION)
     return None if curve is None else float(curve.values[-max(1, len(curve.values) // 10) :].mean())
 
 

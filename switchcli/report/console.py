@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from switchcli.metric_names import FLOPS_PER_SECOND, HELD_OUT, NEG_LOG_PERPLEXITY, TASK_PREFIX, TOKENS_PER_SECOND
 from switchcli.report.safe_text import one_line, shortened
 from switchcli.report.units import clock, number, si
 
@@ -46,9 +47,9 @@ def _percent(fraction: float) -> str:
 
 
 COLUMNS = (
-    Column("neg_log_perplexity", "neg log ppl", 11, "{:.4f}".format),
-    Column("tokens_per_second", "tokens/s", 8, si),
-    Column("flops_per_second", "FLOP/s", 6, si),
+    Column(NEG_LOG_PERPLEXITY, "neg log ppl", 11, "{:.4f}".format),
+    Column(TOKENS_PER_SECOND, "tokens/s", 8, si),
+    Column(FLOPS_PER_SECOND, "FLOP/s", 6, si),
     Column("learning_rate", "lr", 8, "{:.2e}".format),
     Column("gradient_norm", "grad norm", 9, "{:.3g}".format),
     Column("seconds_left", "time left", 9, clock),
@@ -268,7 +269,7 @@ class Training:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """The line of one logged step. An absent figure is `-`; unknown ones are left to the metrics file."""
-        if "neg_log_perplexity" in metrics:
+        if NEG_LOG_PERPLEXITY in metrics:
             columns = _columns(metrics)
             if self._rows % _ROWS_BETWEEN_HEADERS == 0 or columns != self._shown:
                 self._console.message(_heading(columns, self._steps), "bold")
@@ -276,12 +277,12 @@ class Training:
             self._rows += 1
             self._console.message(_row(columns, self._steps, metrics))
         if tasks := {
-            name.removeprefix("tasks/"): score for name, score in metrics.items() if name.startswith("tasks/")
+            name.removeprefix(TASK_PREFIX): score for name, score in metrics.items() if name.startswith(TASK_PREFIX)
         }:
             said = "  ".join(f"{name} {score:.1f}" for name, score in tasks.items())
             self._console.message(f"{_step(self._steps, metrics)}  {said}", "bold")
-        if "held_out/neg_log_perplexity" in metrics:
-            held_out = metrics["held_out/neg_log_perplexity"]
+        if HELD_OUT in metrics:
+            held_out = metrics[HELD_OUT]
             self._console.message(f"{_step(self._steps, metrics)}  held-out neg. log perplexity {held_out:.4f}", "bold")
 
 

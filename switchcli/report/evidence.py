@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY
 from switchcli.report import figures, task_results
 from switchcli.report.charts import Figure, Table, Value
 from switchcli.report.comparison import Comparison
 from switchcli.report.html_page import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
-from switchcli.report.runs import HELD_OUT, Run, mapping
+from switchcli.report.runs import Run, mapping
 from switchcli.report.safe_text import capital
 from switchcli.report.series import Series, Spread, differences
 from switchcli.report.task_results import Figures
@@ -151,7 +152,7 @@ def scored(report: Report) -> Iterator[Scored]:
     if found := task_results.tasks(holders):
         said = "Scores from 0 to 100, the mean over seeds (least to most)."
         yield Scored("tasks", "Tasks", "task", ".2f", found, said)
-    titles = {"neg_log_perplexity": "Neg. log perplexity by text"} if task_results.by_tokens(holders) else {}
+    titles = {NEG_LOG_PERPLEXITY: "Neg. log perplexity by text"} if task_results.by_tokens(holders) else {}
     for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
         if found := task_results.texts(holders, figure):
             said = "Held-out text of each language or corpus."

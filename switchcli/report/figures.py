@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from switchcli.metric_names import DROPPED_FRACTION, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table, Value
 from switchcli.report.comparison import Comparison
@@ -44,7 +45,7 @@ def training(found: Comparison) -> list[Figure]:
     if found.tokenizers > 1:
         return []
     said = "Of the batches learned from, since the logged step before."
-    return _against(found, "training", "training neg. log perplexity", said, _of("neg_log_perplexity"))
+    return _against(found, "training", "training neg. log perplexity", said, _of(NEG_LOG_PERPLEXITY))
 
 
 def routing(found: Comparison) -> list[Figure]:
@@ -55,7 +56,7 @@ def routing(found: Comparison) -> list[Figure]:
         "the mean over layers: at 0 a router is sure, at 100 % it knows nothing."
     )
     return [
-        *_by_step(found, "dropped", "dropped tokens", dropped, _of("dropped_fraction"), "~%"),
+        *_by_step(found, "dropped", "dropped tokens", dropped, _of(DROPPED_FRACTION), "~%"),
         *_by_step(found, "entropy", "router entropy", entropy, _entropy, "~%"),
     ]
 
@@ -63,7 +64,7 @@ def routing(found: Comparison) -> list[Figure]:
 def rates(found: Comparison) -> list[Figure]:
     """Tokens a second, by step."""
     said = "Encoder input tokens a second of training, the time of evaluations and saves left out."
-    return _by_step(found, "tokens_per_second", "tokens/s", said, _of("tokens_per_second"), "~s")
+    return _by_step(found, TOKENS_PER_SECOND, "tokens/s", said, _of(TOKENS_PER_SECOND), "~s")
 
 
 def loads(found: Comparison) -> Iterator[tuple[str, list[Figure]]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from switchcli.metric_names import DROPPED_FRACTION
 from switchcli.report.figures import shown_layer
 from switchcli.report.html_page import HtmlTable
 from switchcli.report.safe_text import one_line
@@ -40,7 +41,7 @@ def summary(atlas: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable
         (
             shown_layer(name),
             si(layer["tokens"]),
-            percent(layer["dropped_fraction"]),
+            percent(layer[DROPPED_FRACTION]),
             str(layer["load"].count(0)),
             f"{layer['confidence']:.2f}",
             f"{layer['entropy']:.2f}",

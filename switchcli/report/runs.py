@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.errors import CheckpointError, disk_errors
+from switchcli.metric_names import DROPPED_FRACTION, FLOPS_PER_SECOND, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
 from switchcli.report.sinks import parse, read_lines, step_of
 
 Floats = NDArray[np.float64]
-HELD_OUT = "held_out/neg_log_perplexity"
-BITS = "held_out/bits_per_byte"
-LOGGED = {"neg_log_perplexity", "dropped_fraction", "seconds", "tokens_per_second", "flops_per_second"}
+LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", TOKENS_PER_SECOND, FLOPS_PER_SECOND}
 """What is kept of a logged step, beside its evaluations' figures, which have a `/` in their names."""
 LAYER_LINES = 600
 """Logged steps of a run, evenly spread, that its layers' figures are taken from."""
@@ -117,7 +116,7 @@ class Run(NamedTuple):
     @property
     def flops_per_step(self) -> float:
         """Forward and backward, a teacher's too; NaN where nothing was logged."""
-        if not {"flops_per_second", "tokens_per_second"} <= self.curves.keys():
+        if not {FLOPS_PER_SECOND, TOKENS_PER_SECOND} <= self.curves.keys():
             return math.nan
         flops, tokens = (float(self.curves[f"{what}_per_second"].values[-1]) for what in ("flops", "tokens"))
         return float(np.round(flops / tokens * self.batch_tokens)) if tokens else math.nan

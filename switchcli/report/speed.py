@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switchcli.report.runs import BITS, HELD_OUT, Curve, Run
+from switchcli.metric_names import HELD_OUT, HELD_OUT_BITS
+from switchcli.report.runs import Curve, Run
 from switchcli.report.series import Series, Spread, smoothed, spread
 
 
@@ -42,7 +43,7 @@ class Yardstick(NamedTuple):
 def yardstick(tokenizers: int, evaluations: int) -> Yardstick:
     """What runs of so many tokenizers can be compared by: of several, only by bits a byte."""
     if tokenizers > 1:
-        return Yardstick(BITS, "held-out bits a byte", -1, evaluations)
+        return Yardstick(HELD_OUT_BITS, "held-out bits a byte", -1, evaluations)
     return Yardstick(HELD_OUT, "held-out neg. log perplexity", 1, evaluations)
 
 

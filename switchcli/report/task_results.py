@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.report.runs import Run, mapping
 from switchcli.report.series import Spread, spread
 
@@ -23,8 +24,8 @@ def texts(holders: Holders, figure: str) -> Figures:
 
 def by_tokens(holders: Holders) -> bool:
     """Whether the neg. log perplexities of the texts say something of one another: all by one tokenizer."""
-    found = texts(holders, "neg_log_perplexity")
-    by = {run.tokenizer for label in found for run in holders[label] if _texts(run, "neg_log_perplexity")}
+    found = texts(holders, NEG_LOG_PERPLEXITY)
+    by = {run.tokenizer for label in found for run in holders[label] if _texts(run, NEG_LOG_PERPLEXITY)}
     return len(found) < 2 or (len(by) == 1 and None not in by)
 
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
-from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import Runtime
+from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.tasks.scores import score
@@ -85,7 +85,7 @@ class Measure(NamedTuple):
                     model, self.objective, text, self.microbatch, self.runtime, self.recipe.eval.capacity
                 )
                 metrics = merge(metrics, found)
-        figure = float(metrics["neg_log_perplexity"].value())
+        figure = float(metrics[NEG_LOG_PERPLEXITY].value())
         rows = sum(text.num_rows for text in self.data.held_out.values())
         rate = rows * self.recipe.inputs_length / (time.perf_counter() - started)
         layers = router_health.record(metrics, model.spec.routed_parts()).get("layers", {})

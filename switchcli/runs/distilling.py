@@ -14,12 +14,12 @@ from switchcli.checkpoint import tensor_names
 from switchcli.checkpoint.checkpoint import preflight
 from switchcli.checkpoint.lock import lock
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.batch import AnyBatch, BatchSource, Lesson
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.layout import Weights
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import DistributedError, Interrupted, RecipeError
+from switchcli.metric_names import HELD_OUT, TASKS_AVERAGE, TOKENS_PER_SECOND
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights
@@ -43,7 +43,6 @@ from switchcli.train.config import FromCheckpoint
 from switchcli.train.distillation import DistillationLoss, Teacher, compression, gain_kept
 from switchcli.train.loss import Objective, packed_cross_entropy
 from switchcli.train.optimizers import Optimizer
-from switchcli.train.scoring import AVERAGE
 from switchcli.train.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, AnswersSpec, AnswerStore, bytes_a_step
 from switchcli.train.teacher_cache_writer import Asking
 from switchcli.user_files import read_regular
@@ -191,7 +190,7 @@ class Distillation(TrainingTask):
     def results(self, trainer: Trainer) -> dict[str, Any]:
         """What the paper's tables say: the figures of teacher, student and dense baseline, and the gain kept."""
         recipe, teacher, _, baseline = self._job
-        name = AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
+        name = TASKS_AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
         taught = self._measured(everything=True)
         self._model = self._loss = None  # room for the baseline
         ours, theirs = (count(spec).parameters for spec in (recipe.model, teacher.recipe.model))
@@ -223,7 +222,7 @@ class Distillation(TrainingTask):
         name, rows = said["figure"], {}
         for who in ("teacher", "student", "baseline"):
             if who in said:
-                speed, parameters = said[who].get("tokens_per_second"), said[who].get("parameters")
+                speed, parameters = said[who].get(TOKENS_PER_SECOND), said[who].get("parameters")
                 about = [f"{parameters:,} parameters"] if parameters else []
                 about += [f"{si(speed)} tokens/s forward"] if speed else []
                 rows[f"{who} ({', '.join(about)})" if about else who] = said[who]["figures"][name]
@@ -408,4 +407,4 @@ def _digest(batch: AnyBatch) -> "hashlib._Hash":
 
 
 def _shown(measured: Measured) -> dict[str, Any]:
-    return {"figures": measured.figures, "tokens_per_second": measured.tokens_per_second}
+    return {"figures": measured.figures, TOKENS_PER_SECOND: measured.tokens_per_second}

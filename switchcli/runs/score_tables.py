@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from switchcli.checkpoint.saved_state import Best
+from switchcli.metric_names import NEG_LOG_PERPLEXITY, TASKS_AVERAGE, suite_score, task_score
 from switchcli.report.console import Console
 from switchcli.tasks.scores import Score, Scores
-from switchcli.train.scoring import AVERAGE, figures_of, suites_of
+from switchcli.train.scoring import figures_of, suites_of
 
 HEADINGS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
 
@@ -14,9 +15,9 @@ HEADINGS = ("task", "score", "95 % interval", "chance", "majority", "examples", 
 def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> dict[str, Any]:
     """What result.json says of tasks: each one's scores, and the best of a run with its step; averages."""
     best = best or {}
-    each = {name: {**one.to_json(), **_best(best, f"tasks/{name}")} for name, one in scores.items()}
-    average = {"score": figures_of(scores).get(AVERAGE), **_best(best, AVERAGE)}
-    suites = {name: {"score": mean, **_best(best, f"suites/{name}")} for name, mean in suites_of(scores).items()}
+    each = {name: {**one.to_json(), **_best(best, task_score(name))} for name, one in scores.items()}
+    average = {"score": figures_of(scores).get(TASKS_AVERAGE), **_best(best, TASKS_AVERAGE)}
+    suites = {name: {"score": mean, **_best(best, suite_score(name))} for name, mean in suites_of(scores).items()}
     return {"tasks": each, "average": average, "suites": suites}
 
 
@@ -25,22 +26,22 @@ def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[st
     headings = HEADINGS + (("best", "at step") if best else ())
     console.rows("scores", headings, _rows(scores, best or {}))
     means = suites_of(scores)
-    if len(scores) > 1 and AVERAGE in (figures := figures_of(scores)):
-        means = {**means, "average": figures[AVERAGE]}
+    if len(scores) > 1 and TASKS_AVERAGE in (figures := figures_of(scores)):
+        means = {**means, "average": figures[TASKS_AVERAGE]}
     for name, mean in means.items():
         console.message(f"{name}: {mean:.2f}", "bold")
 
 
 def show_texts(console: Console, texts: Mapping[str, Mapping[str, float]]) -> None:
     """A table with a row a text that is measured by itself."""
-    figures = {"neg_log_perplexity": "neg. log perplexity", "bits_per_byte": "bits a byte"}
+    figures = {NEG_LOG_PERPLEXITY: "neg. log perplexity", "bits_per_byte": "bits a byte"}
     rows = ([name, *(f"{one[key]:.4f}" if key in one else "-" for key in figures)] for name, one in texts.items())
     console.rows("held-out texts", ("", *figures.values()), rows)
 
 
 def _rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[str]]:
     for name, one in scores.items():
-        found = best.get(f"tasks/{name}")
+        found = best.get(task_score(name))
         peak = [] if not best else ["-", "-"] if found is None else [f"{found.figure:.2f}", f"{found.step:,}"]
         if one.score is None:
             yield [name, "secret", "", "", "", f"{one.num_unlabelled:,}", "", *peak]

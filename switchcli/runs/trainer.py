@@ -10,12 +10,12 @@ import torch
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.prepare.verified import changed_data_explained
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.distributed.trackers import Trackers
 from switchcli.errors import Interrupted, RecipeError
+from switchcli.metric_names import FIRST_HELD_OUT, HELD_OUT, TASKS_AVERAGE, TOKENS_PER_SECOND
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.generation import locally
 from switchcli.model.recompute import recompute_blocks
@@ -41,7 +41,7 @@ from switchcli.train.loop import call, fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.nonfinite import NonFiniteHandler
 from switchcli.train.prefetch import Loader
-from switchcli.train.scoring import AVERAGE, TaskEvalCallback, TaskPredictor, answers
+from switchcli.train.scoring import TaskEvalCallback, TaskPredictor, answers
 from switchcli.train.state import TrainState
 
 
@@ -307,7 +307,7 @@ class Trainer:
             "run": str(self.folder.path),
             "step": state.step,
             HELD_OUT: state.figures.get(HELD_OUT),
-            "held_out/first_neg_log_perplexity": state.first_figures.get(HELD_OUT),
+            FIRST_HELD_OUT: state.first_figures.get(HELD_OUT),
             **state.bits(),
             **({"texts": state.texts} if len(self.data.held_out) > 1 else {}),
             **{key: facts[key] for key in facts if "parameters" in key},
@@ -316,7 +316,7 @@ class Trainer:
             "target_tokens": state.targets_seen,
             **({"left_out": state.left_out} if state.left_out else {}),
             "seconds": state.seconds,
-            "tokens_per_second": tokens / state.seconds,
+            TOKENS_PER_SECOND: tokens / state.seconds,
             "mesh": self.runtime.mesh,
             **(task_results(scores, state.best) if scores else {}),
             **concluded,
@@ -355,12 +355,12 @@ class Trainer:
             "done",
             {
                 "held-out neg. log perplexity": result[HELD_OUT],
-                "before training": result["held_out/first_neg_log_perplexity"],
+                "before training": result[FIRST_HELD_OUT],
                 "parameters": f"{result['parameters']:,}",
                 "of them met by a token": f"{result['active_parameters']:,}",
                 **({"steps left out": f"{lost:,} of {state.step:,}"} if lost else {}),
                 "input tokens": f"{result['input_tokens']:,}",
-                "tokens/s": result["tokens_per_second"],
+                "tokens/s": result[TOKENS_PER_SECOND],
             },
         )
         if lost and lost == state.step:
@@ -382,7 +382,7 @@ class Trainer:
 
     def _best(self) -> Path | None:
         """The checkpoint with the best average of the tasks, where it is kept and not the last."""
-        best = self.state.best.get(AVERAGE)
+        best = self.state.best.get(TASKS_AVERAGE)
         if best is None or best.step == self.state.step or not self.recipe.checkpoint.keep_best:
             return None
         return checkpoint.path(self.folder.checkpoints, best.step)

@@ -7,11 +7,18 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
+from switchcli.metric_names import (
+    DROPPED_FRACTION,
+    FLOPS_PER_SECOND,
+    HELD_OUT,
+    HELD_OUT_PREFIX,
+    NEG_LOG_PERPLEXITY,
+    TOKENS_PER_SECOND,
+)
 from switchcli.model.moe.router import Policy
 from switchcli.report.console import Console
 from switchcli.train import router_health
@@ -26,7 +33,7 @@ Record = Mapping[str, Any]
 """Figures by name, and under `layers` those of each sparse layer."""
 STARVING = 0.1
 """Share of a step spent waiting for its batch from which a warning says so."""
-REPORTED = ("neg_log_perplexity", "dropped_fraction")
+REPORTED = (NEG_LOG_PERPLEXITY, DROPPED_FRACTION)
 """What a held-out evaluation reports: the figures that rows of padding do not touch."""
 
 
@@ -119,8 +126,8 @@ class LogCallback(Callback):
                 "learning_rate": self._schedule(state.step - 1, self._total_steps),
                 "targets_seen": state.targets_seen,
                 "seconds": state.seconds,
-                "tokens_per_second": self._tokens / seconds_per_step,
-                "flops_per_second": self._flops / seconds_per_step,
+                TOKENS_PER_SECOND: self._tokens / seconds_per_step,
+                FLOPS_PER_SECOND: self._flops / seconds_per_step,
                 "data_wait_fraction": waiting,
                 "seconds_left": (self._total_steps - state.step) * seconds_per_step,
                 **self._source.record(state.step),
@@ -190,7 +197,7 @@ class ValidationCallback(EvaluationCallback):
             metrics = merge(metrics, found)
             each.append((text, found))
         state.texts = texts
-        figures = {f"held_out/{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
+        figures = {f"{HELD_OUT_PREFIX}{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
         figure = figures[HELD_OUT]
         if not math.isfinite(figure):
             raise NumericsError(

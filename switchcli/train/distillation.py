@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from switchcli.data.batch import AnyBatch, Lesson
+from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.axis import part_of
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.router import Policy
@@ -167,7 +168,7 @@ class DistillationLoss:
         )
         target_sum = sums_M[0]
         _, hard, soft, divergence = sums_M.detach()
-        sums = {"neg_log_perplexity": -hard, "soft_cross_entropy": soft, "teacher_divergence": divergence}
+        sums = {NEG_LOG_PERPLEXITY: -hard, "soft_cross_entropy": soft, "teacher_divergence": divergence}
         return step_loss(output, batch.targets_BT, target_sum, sums)
 
     def _soft_targets(self, batch: AnyBatch) -> SoftTargets:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from switchcli.data.batch import AnyBatch
+from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.packing import Segments, segments_of
@@ -76,7 +77,7 @@ def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
 
 def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
     target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary, targets_BT.flatten())
-    return step_loss(output, targets_BT, target_sum, {"neg_log_perplexity": -target_sum.detach()})
+    return step_loss(output, targets_BT, target_sum, {NEG_LOG_PERPLEXITY: -target_sum.detach()})
 
 
 def step_loss(

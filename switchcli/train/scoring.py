@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.signals import StopRequest, StopTraining
+from switchcli.metric_names import TASKS_AVERAGE, suite_score, task_score
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import AllDone, generate, locally
 from switchcli.model.moe.layer import evaluating
@@ -26,8 +27,6 @@ from switchcli.tasks.task import Answered
 from switchcli.tasks.tokens import Scored
 from switchcli.train.callbacks import EvaluationCallback, MetricsLog
 from switchcli.train.state import TrainState
-
-AVERAGE = "tasks/average"
 
 
 class ScoringSpec(Spec):
@@ -121,7 +120,7 @@ class TaskEvalCallback(EvaluationCallback):
         stop: StopRequest,
     ) -> None:
         """A `stop` on any rank ends it between two tokens, with no figure: it is pending then."""
-        super().__init__(every_steps, AVERAGE)
+        super().__init__(every_steps, TASKS_AVERAGE)
         self._stop = stop
         self._predictor = predictor
         self._exams = exams
@@ -152,9 +151,9 @@ def figures_of(scores: Mapping[str, Scores]) -> dict[str, float]:
     values = {name: one.score.value for name, one in scores.items() if one.score is not None}
     if not values:
         return {}
-    each = {f"tasks/{name}": value for name, value in values.items()}
-    suites = {f"suites/{name}": mean for name, mean in suites_of(scores).items()}
-    return {**each, **suites, AVERAGE: average(values)}
+    each = {task_score(name): value for name, value in values.items()}
+    suites = {suite_score(name): mean for name, mean in suites_of(scores).items()}
+    return {**each, **suites, TASKS_AVERAGE: average(values)}
 
 
 def suites_of(scores: Mapping[str, Scores]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from switchcli.metric_names import DROPPED_FRACTION
 from switchcli.train.atlas import LayerCounts, Pairs, summed
 
 TOP = 10
@@ -84,7 +85,7 @@ def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[
     is_sentinel_X = torch.isin(counts.tokens.key_X // num_experts, torch.tensor(sentinels))
     return {
         "tokens": num_tokens,
-        "dropped_fraction": int(counts.dropped) / max(1, num_tokens),
+        DROPPED_FRACTION: int(counts.dropped) / max(1, num_tokens),
         "confidence": float(counts.confidence) / max(1, num_tokens),
         "entropy": float(counts.entropy) / max(1, num_tokens),
         "load": counts.chosen_E.tolist(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from switchcli.checkpoint.saved_state import Best, Saved
+from switchcli.metric_names import HELD_OUT_BITS
 from switchcli.train.metrics import Mean, Metrics
 
 
@@ -56,7 +57,7 @@ class TrainState:
 
     def bits(self) -> dict[str, float]:
         """Of a record: bits a byte where they are known."""
-        return {} if self.bits_per_byte is None else {"held_out/bits_per_byte": self.bits_per_byte}
+        return {} if self.bits_per_byte is None else {HELD_OUT_BITS: self.bits_per_byte}
 
     def to_json(self, window: Metrics) -> bytes:
         """The state with the window of all ranks, `window`, in place of this rank's."""

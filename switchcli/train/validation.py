@@ -10,6 +10,7 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import Runtime
+from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -29,8 +30,8 @@ class HeldOutText(NamedTuple):
 
     def figures(self, metrics: Metrics) -> dict[str, float]:
         """What is said of it: its neg. log perplexity and, where that is known, bits a byte."""
-        figure, bits = float(metrics["neg_log_perplexity"].value()), bits_per_byte([(self, metrics)])
-        return {"neg_log_perplexity": figure, **({} if bits is None else {"bits_per_byte": bits})}
+        figure, bits = float(metrics[NEG_LOG_PERPLEXITY].value()), bits_per_byte([(self, metrics)])
+        return {NEG_LOG_PERPLEXITY: figure, **({} if bits is None else {"bits_per_byte": bits})}
 
 
 def bits_per_byte(found: Iterable[tuple[HeldOutText, Metrics]]) -> float | None:
@@ -40,7 +41,7 @@ def bits_per_byte(found: Iterable[tuple[HeldOutText, Metrics]]) -> float | None:
     """
     nats = size = 0.0
     for text, metrics in found:
-        total, weight = metrics["neg_log_perplexity"]
+        total, weight = metrics[NEG_LOG_PERPLEXITY]
         if text.bytes_per_target is None:
             return None
         nats -= float(total)

@@ -8,10 +8,11 @@ import pytest
 from messages import lacking
 from report_folders import TOKENS, a_run
 
+from switchcli.metric_names import HELD_OUT
 from switchcli.report import figures
 from switchcli.report.comparison import Comparison, compare
 from switchcli.report.evidence import Facts, Report, parts, quality_table
-from switchcli.report.runs import HELD_OUT, Curve, Run, read
+from switchcli.report.runs import Curve, Run, read
 from switchcli.report.series import grouped
 
 

@@ -9,8 +9,10 @@ from messages import lacking
 from report_folders import FLOPS, LAYERS, TOKENS, a_run, logged
 
 from switchcli.errors import CheckpointError
+from switchcli.metric_names import HELD_OUT
+from switchcli.metric_names import HELD_OUT_BITS as BITS
 from switchcli.report import runs
-from switchcli.report.runs import BITS, HELD_OUT, read
+from switchcli.report.runs import read
 
 RECIPE = {"train": {"steps": 100, "batch_tokens": TOKENS, "seed": 3}}
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from messages import lacking
 from report_folders import FLOPS, a_run
 
+from switchcli.metric_names import HELD_OUT
+from switchcli.metric_names import HELD_OUT_BITS as BITS
 from switchcli.report.comparison import compare
-from switchcli.report.runs import BITS, HELD_OUT, Curve, Run, read
+from switchcli.report.runs import Curve, Run, read
 from switchcli.report.series import Spread, grouped
 from switchcli.report.speed import first_step
 

@@ -12,11 +12,11 @@ from messages import naming
 from tiny import a_model, rows
 from torch import nn
 
-from switchcli.checkpoint.saved_state import HELD_OUT
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
+from switchcli.metric_names import HELD_OUT
 from switchcli.spec import PAD
 from switchcli.train.callbacks import LogCallback, Record, SaveCallback, ValidationCallback
 from switchcli.train.loss import Objective, StepLoss, cross_entropy

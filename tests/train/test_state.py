@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.checkpoint.saved_state import HELD_OUT, Best, Saved
+from switchcli.checkpoint.saved_state import Best, Saved
+from switchcli.metric_names import HELD_OUT
 from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.state import TrainState
 

@@ -1,0 +1,26 @@
+"""Names of metrics, in records, checkpoints, result.json and reports: a contract with scripts that read them."""
+
+NEG_LOG_PERPLEXITY = "neg_log_perplexity"
+DROPPED_FRACTION = "dropped_fraction"
+TOKENS_PER_SECOND = "tokens_per_second"
+FLOPS_PER_SECOND = "flops_per_second"
+
+HELD_OUT_PREFIX = "held_out/"
+"""Before the name of a metric on held-out text."""
+HELD_OUT = f"{HELD_OUT_PREFIX}{NEG_LOG_PERPLEXITY}"
+FIRST_HELD_OUT = "held_out/first_neg_log_perplexity"
+"""Before the first step."""
+HELD_OUT_BITS = "held_out/bits_per_byte"
+
+TASK_PREFIX = "tasks/"
+TASKS_AVERAGE = f"{TASK_PREFIX}average"
+
+
+def task_score(task: str) -> str:
+    """Return the name of a task's score."""
+    return f"{TASK_PREFIX}{task}"
+
+
+def suite_score(suite: str) -> str:
+    """Return the name of the average of a benchmark."""
+    return f"suites/{suite}"
