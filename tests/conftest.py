@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+TESTS = Path(__file__).resolve().parent
+LONGEST_FIRST: tuple[str, ...] = ()
+"""The files that take longest, by their CPU time."""
+
 # Before torch and the hub's client are imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,6 +42,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker of pytest-timeout where it is not installed."""
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): not applied, as pytest-timeout is not installed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow the cases that a test's `fast` marker does not name, and put the files that take longest first.
+
+    A worker of xdist that is given a long file last keeps the others waiting.
+    """
+    for item in items:
+        if (fast := item.get_closest_marker("fast")) and item.callspec.id not in fast.args:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).as_posix(), len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -105,6 +105,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", pytest.param("quickstart", marks=pytest.mark.slow)])
 def test_every_verb_runs_where_few_packages_are_installed(name: str, tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt")
@@ -155,4 +156,4 @@ def test_pytest_reads_the_configuration_without_the_plugin_for_timeouts() -> Non
     command = [sys.executable, "-m", "pytest", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_schedule.py" in done.stdout
+    assert "test_schedules.py" in done.stdout

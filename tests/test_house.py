@@ -7,7 +7,9 @@ Rules for the whole tree, whatever the language of a file, are in test_tree.py.
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +84,7 @@ def module(path: str, text: str) -> Module:
     return Module(path, text, ast.parse(text))
 
 
+@cache
 def package() -> list[Module]:
     paths = sorted((ROOT / "switchcli").rglob("*.py"))
     return [module(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
@@ -452,3 +455,14 @@ def test_every_folder_is_a_room_and_a_package() -> None:
     assert {module.room for module in package()} <= ROOMS.keys(), (
         "a new room: give it a layer and its packages in ROOMS"
     )
+
+
+def test_no_two_files_have_one_name() -> None:
+    """But for configurations, and verbs whose engine has the verb's name."""
+    verbs, engines = Counter[str](), Counter[str]()
+    for module in package():
+        name = Path(module.path).name
+        if name not in ("__init__.py", "config.py"):
+            (verbs if module.room == "commands" else engines)[name] += 1
+    assert [name for name, count in engines.items() if count > 1] == []
+    assert sorted(verbs.keys() & engines.keys()) == ["data.py", "plan.py", "prune.py", "upcycle.py"]

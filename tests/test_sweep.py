@@ -89,6 +89,7 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path
     assert again.returncode == 1
 
 
+@pytest.mark.slow
 def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     (tmp_path / "out/blocked.log").mkdir(parents=True)
     path = tmp_path / "runs"
@@ -122,6 +123,7 @@ def test_a_run_that_none_makes_is_asked_for_before_any_begins(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
     path = tmp_path / "runs"
     path.write_text(

@@ -12,8 +12,8 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.output import print_json
 from switchcli.report.safe_text import safe_text
 from switchcli.runs import describe, run_dir
-from switchcli.runs.task import TrainingTask
 from switchcli.runs.trainer import train
+from switchcli.runs.training_task import TrainingTask
 
 
 class Asked(NamedTuple):

@@ -35,8 +35,8 @@ from switchcli.runs.data import Measure, Measured, TrainData, microbatch_rows
 from switchcli.runs.loading import Opened, filled
 from switchcli.runs.mesh_choice import runtime_of
 from switchcli.runs.run_dir import check_alike, machine
-from switchcli.runs.task import TrainingTask
 from switchcli.runs.trainer import Trainer
+from switchcli.runs.training_task import TrainingTask
 from switchcli.train import memory
 from switchcli.train.checkpointer import fill
 from switchcli.train.config import FromCheckpoint

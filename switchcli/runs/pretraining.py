@@ -16,7 +16,7 @@ from switchcli.recipe.schema import OnText, PretrainRecipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets, warm_start
 from switchcli.runs.data import NUM_SAMPLES, TrainData
-from switchcli.runs.task import TrainingTask
+from switchcli.runs.training_task import TrainingTask
 from switchcli.runs.warm_start import TrainJob
 from switchcli.spec import PAD
 from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy

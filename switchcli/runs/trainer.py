@@ -32,7 +32,7 @@ from switchcli.runs.describe import describe
 from switchcli.runs.mesh_choice import runtime_of
 from switchcli.runs.run_dir import lock_run_dir, machine, program
 from switchcli.runs.score_tables import show_scores, show_texts, task_results
-from switchcli.runs.task import TrainingTask
+from switchcli.runs.training_task import TrainingTask
 from switchcli.tasks.scores import Scores
 from switchcli.train import memory
 from switchcli.train.callbacks import Callback, LogCallback, MetricsLog, Record, SaveCallback, ValidationCallback

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import SwitchCLI, lay_out_tuning
+from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -253,7 +254,7 @@ def test_a_dense_student_is_served_by_transformers(trained: Path, here: Path, sw
     tokenizer = transformers.AutoTokenizer.from_pretrained("served")
     inputs = tokenizer(["the red <extra_id_0> is not alpha", "blue walk"], return_tensors="pt", padding=True)
     targets = tokenizer(["<extra_id_0> gamma", "run"], return_tensors="pt", padding=True).input_ids
-    ours = load(Path("a"), torch.device("cpu"), print).model
+    ours = load(Path("a"), torch.device("cpu"), NoWarnings()).model
     with torch.no_grad():
         expected = theirs(**inputs, labels=targets).logits
         found = ours(inputs.input_ids, targets).logits_BTV
@@ -277,6 +278,7 @@ class Stopped:
         return call
 
 
+@pytest.mark.fast("online")
 @pytest.mark.parametrize("answers", [[], ["distill.answers.folder=answers"]], ids=["online", "offline"])
 def test_stopped_it_ends_with_the_same_bits(
     answers: list[str], trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
     assert len(routers) == sum(probe.of_routers for probe in PROBES)
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", run)
     assert done.code == 0

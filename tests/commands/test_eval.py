@@ -107,6 +107,7 @@ def test_text_that_is_named(here: Path, text: Path, switchcli: SwitchCLI, tmp_pa
     assert one["tasks"].keys() == {"colour", "last"}
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     assert switchcli("convert", "tuned", tmp_path / "theirs", "--to", "huggingface").code == 0
     assert switchcli("convert", tmp_path / "theirs", tmp_path / "ours", "--to", "switchcli").code == 0
@@ -196,6 +197,7 @@ def test_the_runs_settings_hold_unless_others_are_given(here: Path, switchcli: S
         assert result["passes"][0]["capacity"]["tasks"] == capacity
 
 
+@pytest.mark.slow
 def test_a_task_of_the_runs_own_by_its_name(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     overrides = ["tasks=[last, python_modules]", "scoring.examples=3"]
     done = switchcli("eval", "tuned", *overrides, "--out", tmp_path / "a", "--json")

@@ -108,6 +108,7 @@ def straight(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return fingerprint(folder / "run")
 
 
+@pytest.mark.fast("stops1")
 @pytest.mark.parametrize("stops", [[0], [1, 4], [3, 4, 7]])
 def test_stopped_it_ends_with_the_same_bits(
     stops: list[int],
@@ -303,6 +304,7 @@ def test_a_recipe_of_another_verb(trained: Path, tuning: str, switchcli: SwitchC
     assert (done.code, done.err.count("\n")) == (2, 1)
 
 
+@pytest.mark.fast("8")
 @pytest.mark.parametrize("at", [4, 8, 9])
 def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
     at: int,
@@ -347,6 +349,7 @@ def test_a_key_of_a_schedule_leaves_its_kind(trained: Path, tuning: str, switchc
     assert (schedule["kind"], schedule["learning_rate"]) == ("constant", 0.02)
 
 
+@pytest.mark.fast("eval.sequences")
 @pytest.mark.parametrize("key", ["eval.sequences", "eval.capacity", "scoring.examples", "scoring.decoding.beams"])
 def test_what_the_best_checkpoint_is_chosen_by_does_not_change_within_a_run(
     key: str, trained: Path, tuning: str, switchcli: SwitchCLI

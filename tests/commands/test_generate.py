@@ -165,6 +165,7 @@ def test_no_cuda(run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatc
     assert switchcli("generate", run, GAP, "--device", "tpu").code == 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
     command = shlex.join([sys.executable, "-m", "switchcli", "generate", str(run), GAP, GAP]) + " | head -n 0"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -272,6 +273,7 @@ def test_a_pipe_has_each_answer_before_the_next_line(run: Path) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_lines_that_are_not_utf8_are_refused(run: Path) -> None:
     command = [sys.executable, "-X", "utf8", "-m", "switchcli", "generate", str(run)]
     done = subprocess.run(command, input=b"caf\xe9 \n", capture_output=True, check=False)

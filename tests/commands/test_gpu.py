@@ -26,6 +26,8 @@ from accelerate.state import AcceleratorState
 from conftest import SwitchCLI
 from devices import DEVICES, on_devices
 
+pytestmark = pytest.mark.slow
+
 BOUND = {"float32": 1e-4, "bfloat16": 0.02, "selective": 0.02}
 QUIET = ("model.dropout=0", "model.router.jitter=0", "log.every_steps=1")
 """Nothing random in a step."""

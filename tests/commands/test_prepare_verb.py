@@ -454,6 +454,7 @@ def straight_and_damaged(recipe: str, damage: Damage, switchcli: SwitchCLI, monk
     return run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
 
 
+@pytest.mark.fast("flip")
 @pytest.mark.parametrize("damage", [rotate, rotate_quietly, flip, truncate])
 def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -470,6 +471,7 @@ def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}
 
 
+@pytest.mark.fast("replace")
 @pytest.mark.parametrize("damage", [touch, remove, replace])
 def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -480,6 +482,7 @@ def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     assert fingerprint(Path("run")) == fingerprint(Path("straight"))
 
 
+@pytest.mark.fast("truncate")
 @pytest.mark.parametrize("damage", [rotate, flip, truncate, remove])
 def test_damage_to_the_file_of_a_small_text_does_not_reach_a_run_that_holds_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -569,6 +572,7 @@ def test_stopped_on_two_ranks_it_ends_on_one_as_on_two_that_never_stopped(
     assert bool(states[0]["position"]) is (access == "stream")
 
 
+@pytest.mark.fast("3")
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_stream_that_is_stopped_goes_on_the_same(

@@ -8,11 +8,12 @@ import torch
 from messages import lacking
 
 from switchcli.errors import CheckpointError
+from switchcli.report.console import silent
 from switchcli.runs.loading import open_checkpoint
 
 
 def weights(path: Path):
-    found = open_checkpoint(path, warn=lambda damage: None)
+    found = open_checkpoint(path, silent())
     empty = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in found.kinds("model").items()}
     return found.read("model", empty)
 

@@ -65,6 +65,7 @@ def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
     assert switch["to_quality"]["flops"]["speed_up"] == {"mean": 1, "least": 1, "most": 1}
 
 
+@pytest.mark.slow
 def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     done = switchcli("report", *runs, "--html", "page.html", "--figures", "figures", "--smooth", 3, "--quiet")
     assert done.code == 0, done.err

@@ -108,6 +108,7 @@ class Killed(BaseException):
     """The end of a process: what comes after it never happens."""
 
 
+@pytest.mark.fast("False-True-0", "True-False-1")
 @pytest.mark.parametrize("moment", [0, 1, 2])
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("background", [False, True])

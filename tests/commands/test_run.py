@@ -3,7 +3,6 @@
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from conftest import SwitchCLI
 from messages import lacking
 
 from switchcli.checkpoint.checkpoint import Checkpoint
+from switchcli.commands.arguments import default_out
+from switchcli.report.console import Console
 from switchcli.runs import loading
-from switchcli.runs.run_dir import default_out, program
+from switchcli.runs.run_dir import program
 
 
 @pytest.mark.parametrize(
@@ -96,12 +97,12 @@ def test_a_reader_takes_a_newer_checkpoint_where_the_run_has_just_removed_the_on
     shutil.copytree(trained, run)
     monkeypatch.chdir(tmp_path)
 
-    def found(path: Path, warn: Callable[[str], None]) -> Checkpoint:
+    def found(path: Path, console: Console) -> Checkpoint:
         """The first time it is gone as soon as it was found; then there is one again."""
         if aside.exists():
             shutil.move(aside, run / "checkpoints" / "step-00000002")
-            return find(path, warn)
-        gone = find(path, warn)
+            return find(path, console)
+        gone = find(path, console)
         shutil.move(gone.path, aside)
         return gone
 

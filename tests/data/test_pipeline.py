@@ -26,11 +26,12 @@ from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards as pieces
+from switchcli.data.prepare import store
 from switchcli.data.prepare.cache import default_cache, make, sweep
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.distinct import write_distinct
 from switchcli.data.prepare.filters import Filters
-from switchcli.data.prepare.pipeline import Means, Prepared, Track, store
+from switchcli.data.prepare.pipeline import Means, Prepared, Track
 from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, Text
 from switchcli.data.prepare.shards import Progress
 from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, is_whole, seal

@@ -106,7 +106,7 @@ class Run:
             for rank in range(world)
         ]
         self._batches = [
-            Microbatches(stream.batch, BATCH, MICROBATCH, 1, rank, world) for rank, stream in enumerate(self.streams)
+            Microbatches(stream, BATCH, MICROBATCH, 1, rank, world) for rank, stream in enumerate(self.streams)
         ]
 
     def step(self, step: int) -> Batch:
@@ -116,7 +116,7 @@ class Run:
     def position(self, step: int) -> list[int]:
         return np.sum([stream.state(step) for stream in self.streams], axis=0).tolist()
 
-    def seek(self, step: int, position: list[int]) -> None:
+    def resume(self, step: int, position: list[int]) -> None:
         for stream in self.streams:
             stream.resume(step, position)
 

@@ -34,6 +34,7 @@ SOUND = {
 }
 
 
+@pytest.mark.fast("switch", "expert choice", "attention", "dense")
 @pytest.mark.parametrize("case", SOUND)
 def test_our_models_are_sound(case: str) -> None:
     subject = ours(**SOUND[case])
@@ -187,6 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = 
 }
 
 
+@pytest.mark.fast("renormalised gate", "collapsed", "rows are mixed", "no balance loss")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_model_is_found_by_its_probe_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, verdict, named, also_warned = BROKEN[case]

@@ -62,6 +62,7 @@ def test_padding_on_the_left_takes_the_slots(fresh: dict[str, Finding]) -> None:
     assert left > right > 0
 
 
+@pytest.mark.slow
 def test_decoding_differs_only_where_a_queue_is_full() -> None:
     assert cached_decoding(theirs(d_model=32, expert_capacity=600)).verdict == "pass"
     subject = theirs()

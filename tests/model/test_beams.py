@@ -33,6 +33,7 @@ def t5_score(log_probability: float, length: int, alpha: float) -> float:
     return log_probability / ((5 + length) / 6) ** alpha
 
 
+@pytest.mark.fast("2-t5-1.0", "3-switch", "4-t5-1.1")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("beams", [2, 3, 4, 8])
 def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:

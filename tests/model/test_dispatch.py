@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
+from switchcli.model.moe import dispatch
 from switchcli.model.moe.dispatch import Local, rows_of
 from switchcli.model.moe.experts import grouped_product
-from switchcli.model.moe.layer import SwitchLayer, dispatch
+from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.moe.router import NoTokenLeftBehind, RouterSpec, Switch, TopK
 
 NUM_GROUPS, NUM_TOKENS, NUM_EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 6, 7

@@ -133,6 +133,7 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
     return seen.means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [SPARSE, NOISY], ids=["plain", "noise"])
 def test_fifty_steps_in_selective_precision_track_those_in_float32(spec: ModelSpec) -> None:
     """Within 0.02 nats of a loss that falls by more than half a nat.

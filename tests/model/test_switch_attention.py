@@ -150,6 +150,7 @@ def earlier_changes(router: RouterSpec, mode: str, sparse: str = "both") -> floa
     return largest
 
 
+@pytest.mark.fast("training-both", "paper-attention", "dropless-feed_forward")
 @pytest.mark.parametrize("sparse", ["feed_forward", "attention", "both"])
 @pytest.mark.parametrize("mode", ["training", "paper", "dropless"])
 def test_switch_routing_by_position_does_not_see_the_future(mode: str, sparse: str) -> None:

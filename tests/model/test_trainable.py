@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from test_count import on_meta, shapes
+from test_flops import on_meta, shapes
 from tiny import DENSE, SPARSE, a_model, rows, step_total
 from torch.utils.flop_counter import FlopCounterMode
 

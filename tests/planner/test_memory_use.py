@@ -125,6 +125,7 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
     return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
 
 
+@pytest.mark.fast("dense-4-2", "switch-2-2")
 @pytest.mark.parametrize("microbatch", [2, 8])
 @pytest.mark.parametrize("product_bytes", [4, 2])
 @pytest.mark.parametrize("name", ["dense", "geglu", "switch", "top_k", "experts in both"])
@@ -135,6 +136,7 @@ def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, mi
     assert (0.9 if microbatch < step.sequences else 0.75) <= peak(spec, step, microbatch) / planned <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product_bytes", [4, 2])
 @pytest.mark.parametrize(("name", "most"), [("dense", 0.6), ("top_k", 0.85)])
 def test_the_peak_falls_where_blocks_are_computed_again_and_is_within_the_plan(
@@ -172,6 +174,7 @@ def peaks(parallel: ParallelSpec) -> dict[tuple[str, int], int]:
     }
 
 
+@pytest.mark.fast("expert 2", "ordered, 1")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_peak_of_a_rank_is_within_the_plan(mesh: str) -> None:
     where, parallel = MESHES[mesh]
@@ -204,6 +207,13 @@ def test_activations_are_what_autograd_keeps(model: str, shape: tuple[int, int, 
     assert predicted(spec, step) == pytest.approx(seen, rel=TOLERANCE)
 
 
+@pytest.mark.fast(
+    "switch-(8, 24, 12)-float32",
+    "geglu, dropout-(8, 24, 12)-bfloat16",
+    "top_k-(8, 24, 12)-bfloat16",
+    "expert choice-(8, 24, 12)-float32",
+    "experts in both-(8, 24, 12)-float32",
+)
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(4, 64, 30), (8, 24, 12)], ids=str)
 @pytest.mark.parametrize("model", MODELS)

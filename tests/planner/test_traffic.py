@@ -139,7 +139,13 @@ MESHES = {
 Seen = tuple[Mesh, list[dict[str, Traffic]]]
 
 
-@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(mesh, id=name, marks=pytest.mark.slow if name != "expert 2" else ())
+        for name, mesh in MESHES.items()
+    ],
+)
 def counts(request: pytest.FixtureRequest) -> Seen:
     mesh, parallel = request.param
     return mesh, on_ranks(mesh.data * mesh.model, every_spec, parallel)

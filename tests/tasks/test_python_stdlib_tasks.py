@@ -182,7 +182,7 @@ def test_the_fingerprint_follows_the_library(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_naming_the_tasks_is_fast() -> None:
     """No metric library is imported, and no file of the library is read, before the first answer or row."""
-    names = "python_stdlib, squad, closed_book_qa, arc, summarization, translation, scores, suites"
+    names = "stdlib_tasks, squad, closed_book_qa, arc, summarization, translation, scores, suites"
     script = f"import sys\nfrom switchcli.tasks import {names}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"sacrebleu", "rouge_score", "nltk", "torch", "datasets", "tokenizers"} & set(done.stdout.split())

@@ -14,7 +14,7 @@ from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import PAD
 from switchcli.train.distillation import (
     AllProbabilities,
-    Distillation,
+    DistillationLoss,
     DistillSpec,
     Teacher,
     TopProbabilities,
@@ -148,7 +148,7 @@ def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
     evaluate_by(model, spec.capacity)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     batch = rows(0, 0, 4)
-    loss = Distillation(spec, Teacher(model, "float32", spec.temperature), packed=False)(student, batch)
+    loss = DistillationLoss(spec, Teacher(model, "float32", spec.temperature), packed=False)(student, batch)
     loss.target_sum.backward()
     found = {name: weight.grad.clone() for name, weight in student.named_parameters()}
     student.zero_grad()
@@ -174,7 +174,7 @@ def test_padding_and_what_is_behind_it_count_in_neither_part() -> None:
     evaluate_by(teacher.model, "dropless")
     one, both = rows(0, 0, 1), rows(0, 0, 4)
     empty = Batch(both.inputs_BS, torch.cat([both.targets_BT[:1], torch.zeros_like(both.targets_BT[1:])]))
-    losses = [Distillation(spec, teacher, packed=False)(student, batch) for batch in (one, empty)]
+    losses = [DistillationLoss(spec, teacher, packed=False)(student, batch) for batch in (one, empty)]
     torch.testing.assert_close(losses[0].target_sum, losses[1].target_sum)
 
 
@@ -189,7 +189,7 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
     batch, model, student = rows(0, 0, 4), a_model(SPARSE, seed=2).eval(), a_model(DENSE, seed=1)
     teacher = Teacher(model, "float32", 1.0)
     num_targets, V = batch.targets_BT.numel(), DENSE.vocab_size
-    alone, both = flops(cross_entropy), flops(Distillation(settings(), teacher, packed=False))
+    alone, both = flops(cross_entropy), flops(DistillationLoss(settings(), teacher, packed=False))
     with FlopCounterMode(display=False) as counter:
         teacher.ask(batch, packed=False).log(slice(None))
     forward = counter.get_total_flops()
@@ -233,7 +233,7 @@ def test_a_lesson_brings_the_answers_that_the_teacher_would_give() -> None:
     kept = largest(teacher.ask(batch, packed=False), batch.targets_BT.numel(), AnswersSpec(folder="f", top_k=37))
     shape = batch.targets_BT.shape
     lesson = Lesson(*batch, type(kept)(*(part.view(*shape, *part.shape[1:]) for part in kept)))
-    online = Distillation(spec, teacher, packed=False)(student, batch)
-    offline = Distillation(spec, None, packed=False)(student, lesson)
+    online = DistillationLoss(spec, teacher, packed=False)(student, batch)
+    offline = DistillationLoss(spec, None, packed=False)(student, lesson)
     # float16 keeps 2**-11 of a probability.
     torch.testing.assert_close(online.target_sum, offline.target_sum, rtol=2**-11, atol=0.0)

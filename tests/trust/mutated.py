@@ -32,6 +32,7 @@ from switchcli.data.sources.files import Files
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.recipe.schema import standing_alone
 from switchcli.report import evidence
+from switchcli.report.console import silent
 from switchcli.report.html_page import page
 from switchcli.runs import loading
 from switchcli.runs.transformers_checkpoint import empty
@@ -158,7 +159,7 @@ def _hugging_face(base: Base, folder: Path, draw: random.Random) -> str:
 
     def use() -> None:
         if is_layout(copy):
-            opened = loading.open_model(copy, lambda text: None)
+            opened = loading.open_model(copy, silent())
             loading.filled(opened, CPU)
 
     return refused(use)
