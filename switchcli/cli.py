@@ -10,22 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from switchcli import __version__, startup
-from switchcli.commands import checkpoints, data, exit, recipes, reports
+from switchcli.commands import checkpoints, data, distill, exit, finetune, pretrain, recipes, reports
 from switchcli.commands.arguments import (
     CheckedGroup,
     Checkpoint,
-    DryRun,
     Json,
     Measured,
-    Model,
-    Out,
     Overrides,
     Processes,
     Quiet,
-    Recipe,
-    Resume,
-    default_out,
-    split,
 )
 from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError, path_error
 from switchcli.report.console import Console
@@ -60,96 +53,9 @@ def _root(
 ) -> None: ...
 
 
-@app.command()
-def pretrain(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    model: Model = None,
-    out: Out = None,
-    resume: Resume = True,
-    processes: Processes = 1,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
-    with exit.stoppable(ranks=True):
-        from switchcli.commands import pretrain, training
-
-        out = out or default_out(recipe)
-        pretrain.run(recipe, overrides or [], model, training.Asked(out, resume, processes, dry_run, as_json, quiet))
-
-
-@app.command()
-def finetune(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    model: Model = None,
-    out: Out = None,
-    resume: Resume = True,
-    processes: Processes = 1,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
-    with exit.stoppable(ranks=True):
-        from switchcli.commands import finetune, training
-
-        out = out or default_out(recipe)
-        finetune.run(recipe, overrides or [], model, training.Asked(out, resume, processes, dry_run, as_json, quiet))
-
-
-@app.command()
-def distill(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE ...]",
-            help="What to train on and for how long; absent: as the teacher was.",
-            show_default=False,
-        ),
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="CHECKPOINT", help="What to learn from.", show_default=False)
-    ] = None,
-    student: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE|CHECKPOINT",
-            help="What learns; absent: the dense model with the teacher's FLOPs a token.",
-            show_default=False,
-        ),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CHECKPOINT|FIGURE",
-            help="The dense model over which the teacher has its gain, for the share of it that is kept.",
-            show_default=False,
-        ),
-    ] = None,
-    answers_only: Annotated[
-        bool, typer.Option("--answers-only", help="Ask the teacher, keep its answers, and stop (distill.answers).")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder; runs/RECIPE or runs/distill/TEACHER when absent.")
-    ] = None,
-    resume: Resume = True,
-    processes: Processes = 1,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
-    with exit.stoppable(ranks=True):
-        from switchcli.commands import distill, training
-
-        name, given = split(arguments or [])
-        named = distill.Models(teacher, student, baseline)
-        out = out or distill.default_out(name, teacher)
-        asked = training.Asked(out, resume, processes, dry_run, as_json, quiet)
-        distill.run(name, given, named, answers_only, asked)
+app.command()(pretrain.pretrain)
+app.command()(finetune.finetune)
+app.command()(distill.distill)
 
 
 @app.command("eval")

@@ -1,7 +1,7 @@
 """Arguments and options that several verbs have, with their help; and what is checked of those of every verb."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
@@ -61,14 +61,6 @@ class CheckedGroup(TyperGroup):
         super().__init__(**settings)
         _check_values_of(self)
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with _plain_usage_errors():
-            return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _plain_usage_errors():
-            return super().invoke(ctx)
-
 
 @contextmanager
 def _plain_usage_errors() -> Iterator[None]:
@@ -79,9 +71,26 @@ def _plain_usage_errors() -> Iterator[None]:
         raise
 
 
+def _plainly(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `parse` with its usage errors in one line."""
+
+    def plain(*arguments: Any, **named: Any) -> Any:
+        with _plain_usage_errors():
+            return parse(*arguments, **named)
+
+    return plain
+
+
 def _check_values_of(command: Any) -> None:
-    """Let the parameters of a command, and of those below it, refuse values as `CheckedGroup` says."""
-    for inner in command.commands.values() if isinstance(command, TyperGroup) else ():
+    """Let a command, and those below it, refuse values and tell of wrong usage as `CheckedGroup` says.
+
+    What parses is wrapped, and not what runs: no frame of these lies below a command that runs.
+    """
+    command.parse_args = _plainly(command.parse_args)
+    is_group = isinstance(command, TyperGroup)
+    if is_group:
+        command.resolve_command = _plainly(command.resolve_command)
+    for inner in command.commands.values() if is_group else ():
         _check_values_of(inner)
     for parameter in command.params:
         if parameter.name != _TEXTS:

@@ -1,255 +1,72 @@
-"""`switchcli distill`: a student from a teacher, on text or on tasks (section 4.2): what a command line comes to."""
+"""`switchcli distill`: a student from a teacher, on text or on tasks (section 4.2). No torch until it runs."""
 
-import difflib
-import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated
 
-from switchcli.commands import arguments, exit, training
-from switchcli.convert.tokenizer_files import find
-from switchcli.errors import CheckpointError, RecipeError
-from switchcli.model.config import ModelSpec
-from switchcli.model.flops import count
-from switchcli.model.surgery.student import FromTeacher, other_dimensions
-from switchcli.recipe import resolve
-from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, Distils, OnTasks, OnText
-from switchcli.recipe.sizes import SIZES
-from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.console import Console
-from switchcli.runs import finetuning, run_dir
-from switchcli.runs.distilling import Distillation, DistillJob, Recipe, ask
-from switchcli.runs.loading import Opened, open_model
-from switchcli.runs.warm_start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
-from switchcli.train.config import FromCheckpoint
+import typer
 
-TEACHER, STUDENT = "distill.teacher", "student.path"
-HOW_LONG = {"train", "optimizer", "schedule", "eval", "checkpoint"}
-"""What a recipe may leave out where the teacher was trained on the like."""
+from switchcli.commands import exit
+from switchcli.commands.arguments import DryRun, Json, Processes, Quiet, Resume, default_out, split
 
 
-class Models(NamedTuple):
-    """The models that the command line names, each as a key of the recipe."""
-
-    teacher: str | None = None
-    student: str | None = None
-    """A size, or a checkpoint."""
-    baseline: str | None = None
-    """A checkpoint, or a figure."""
-
-
-def run(
-    recipe: str | None, overrides: Sequence[str], models: Models, answers_only: bool, asked: training.Asked
+def distill(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE ...]",
+            help="What to train on and for how long; absent: as the teacher was.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="What to learn from.", show_default=False)
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|CHECKPOINT",
+            help="What learns; absent: the dense model with the teacher's FLOPs a token.",
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT|FIGURE",
+            help="The dense model over which the teacher has its gain, for the share of it that is kept.",
+            show_default=False,
+        ),
+    ] = None,
+    answers_only: Annotated[
+        bool, typer.Option("--answers-only", help="Ask the teacher, keep its answers, and stop (distill.answers).")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; runs/RECIPE or runs/distill/TEACHER when absent.")
+    ] = None,
+    resume: Resume = True,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Resolve the recipe, with what the teacher says of it, and train; or with `answers_only` ask the teacher alone."""
-    job = resolve_job(recipe, overrides, models, asked.out, asked.resume, exit.console())
-    if not answers_only or asked.dry_run:
-        training.run(job, Distillation, asked)
-        return
-    training.start_ranks(asked.processes, job.recipe, asked.as_json)
-    training.end(ask(job, asked.quiet), asked.as_json)
+    """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
+    with exit.stoppable(ranks=True):
+        from switchcli.commands import training
+        from switchcli.runs import distill_job, run_dir, trainer
+        from switchcli.runs.distilling import Distillation, ask
 
-
-def default_out(recipe: str | None, teacher: str | None) -> Path:
-    """As of every verb; of a command without a recipe runs/distill/ and the teacher's place below runs/."""
-    return (
-        arguments.default_out(recipe)
-        if recipe is not None
-        else Path("runs") / "distill" / run_dir.place(Path(teacher or "."))
-    )
-
-
-def resolve_job(
-    name: str | None, overrides: Sequence[str], options: Models, out: Path, resume: bool, console: Console
-) -> DistillJob:
-    """The recipe with what the teacher says of the keys that it leaves out.
-
-    A run that has begun keeps teacher and student, even if the folders that are named have newer checkpoints by now.
-
-    Raises:
-        RecipeError: no teacher is named, or the student cannot be its student.
-        CheckpointError: a checkpoint is not there.
-        DataError: of the tasks.
-    """
-    tree, typed = resolve.load(name, overrides), resolve.load(None, overrides)
-    _check_said_once(options, typed)
-    if resolve.stated(tree, "verb") is not None:  # one that does not say may be that of a pre-training too
-        resolve.check_verb(tree, DistillTextRecipe)
-    begun = recipe_of_run(out) if resume else None
-    said = _said(options.teacher, tree, TEACHER, "name the model to learn from by --teacher CHECKPOINT")
-    begun = begun if isinstance(begun, Distils) and is_within(begun.distill.teacher, said) else None
-    if begun is not None and not Path(begun.distill.teacher).exists():
-        raise CheckpointError(
-            f"{out}: this run began with the teacher {begun.distill.teacher}, which is gone (a run keeps its last "
-            "checkpoint.keep_last): bring it back, or --no-resume to begin anew"
-        )
-    teacher = _open(TEACHER, said if begun is None else begun.distill.teacher, out, console)
-    overrides = [*overrides, f"{TEACHER}={json.dumps(str(teacher.path))}"]
-    if options.baseline is not None:
-        overrides.append(f"distill.baseline={json.dumps(_figure(options.baseline))}")
-
-    spec, student = dense(teacher.recipe.model), None
-    path = resolve.stated_place(tree, STUDENT)
-    if options.student in SIZES:
-        if path is not None:
-            raise RecipeError(
-                f"--student {options.student}: a size, and the recipe's {STUDENT} is a checkpoint: leave one out"
-            )
-        overrides.append(f"model.size={options.student}")
-    elif (path := options.student or path) is not None:
-        if begun is not None and isinstance(begun.student, FromCheckpoint) and is_within(begun.student.path, path):
-            spec, path = begun.model, begun.student.path
-        else:
-            student = _open_student(options.student, path, out, console)
-            spec, path = student.recipe.model, str(student.path)
-        overrides += ["student.kind=checkpoint", f"{STUDENT}={json.dumps(path)}"]
-    if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student reads by the vocabulary of its teacher
-        overrides.append(f"data.tokenizer={json.dumps({'kind': 'file', 'path': _tokenizer(teacher)})}")
-    below = resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
-    tree = resolve.load(name, overrides, below)
-    recipe: Recipe
-    if resolve.stated(tree, "tasks") is None:
-        recipe = resolve.validate(tree, DistillTextRecipe)
-    else:
-        recipe = resolve.validate(tree, DistillTasksRecipe)
-    baseline = recipe.distill.baseline
-    opened = _open("--baseline", baseline, out, console) if isinstance(baseline, str) else None
-    distilling = DistillJob(recipe, teacher, student, opened)
-    _check(distilling)
-    return distilling
-
-
-def dense(teacher: ModelSpec) -> ModelSpec:
-    """The dense model of a sparse one's shape: of top-1 feed-forwards it has the FLOPs a token."""
-    return teacher.model_copy(
-        update={"size": "custom", "num_experts": 1, "sparse_encoder_layers": None, "sparse_decoder_layers": None}
-    )
-
-
-def _check_said_once(options: Models, typed: Node) -> None:
-    """Raise a RecipeError where the command line says two things of teacher or student."""
-    if options.teacher is not None and resolve.stated(typed, TEACHER) is not None:
-        raise RecipeError(f"{TEACHER}: there is --teacher too: leave one out")
-    kind = resolve.stated(typed, "student.kind")
-    if options.student is not None and options.student not in SIZES and kind not in (None, "checkpoint"):
-        raise RecipeError(
-            f"student.kind ({kind}): --student {options.student} is a checkpoint to start from: leave one out"
-        )
-
-
-def _said(option: str | None, tree: Node, key: str, way_out: str) -> str:
-    said = option or resolve.stated_place(tree, key)
-    if not isinstance(said, str):
-        raise RecipeError(f"{key}: missing: {way_out}")
-    return said
-
-
-def _figure(said: str) -> float | str:
-    try:
-        figure = float(said)
-    except ValueError:
-        return said
-    if not math.isfinite(figure):
-        raise RecipeError(f"--baseline ({said}): must be a checkpoint, or a finite figure")
-    return figure
-
-
-def _open(key: str, path: str, out: Path, console: Console) -> Opened:
-    try:
-        opened = open_model(Path(path), console)
-    except CheckpointError as error:
-        raise CheckpointError(f"{key}: {error}") from error
-    check_outside(key, opened.path, out)
-    return opened
-
-
-def _open_student(option: str | None, path: str, out: Path, console: Console) -> Opened:
-    if option is not None and not Path(path).exists() and (near := difflib.get_close_matches(path, SIZES, n=1)):
-        raise RecipeError(f"--student {path}: no checkpoint there, and no size of that name. Did you mean {near[0]}?")
-    return _open(STUDENT if option is None else "--student", path, out, console)
-
-
-def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]:
-    """What the teacher says of the keys that the recipe `tree` leaves out."""
-    own = teacher.recipe
-    on_tasks = resolve.stated(tree, "tasks") is not None
-    on_text = resolve.stated(tree, "data.corpora") is not None
-    if not (teacher.is_of_a_run or on_tasks or on_text):
-        raise RecipeError(
-            f"{TEACHER} ({teacher.path}): says nothing of how it was trained: name a RECIPE, or what to train on "
-            "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
-        )
-    below: dict[str, Any] = {"model": student.model_dump(mode="json")}
-    if teacher.is_of_a_run and isinstance(own, OnTasks) and not on_text:
-        below |= own.model_dump(mode="json", include={*HOW_LONG, "tasks", "data", "scoring"})
-    elif teacher.is_of_a_run and isinstance(own, OnText) and not on_tasks:
-        below |= own.model_dump(mode="json", include={*HOW_LONG, "data"})
-    elif on_tasks:
-        below["data"] = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
-    below.get("train", {}).pop("device", None)  # of the machine that the teacher was trained on
-    if "tasks" not in below and not on_tasks:
-        below.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer(teacher)}
-    return below
-
-
-def _tokenizer(teacher: Opened) -> str:
-    return str((find(teacher.path) or teacher.path / "tokenizer.json").absolute())
-
-
-def _check(distilling: DistillJob) -> None:
-    """Raise a RecipeError where the student cannot learn from such a teacher."""
-    recipe, teacher, student, baseline = distilling
-    check_tokenizer(recipe, teacher.tokenizer)
-    ours, theirs = recipe.model, teacher.recipe.model
-    if student is not None:
-        check_shape(student.recipe.model, ours, str(student.path))
-    for what, other in (("student", student), ("baseline", baseline)):
-        if other is not None and other.tokenizer.sha256 != teacher.tokenizer.sha256:
-            raise RecipeError(
-                f"--{what} {other.path}: reads by another tokenizer than the teacher {teacher.path}, so that the one's "
-                "probabilities say nothing to the other: take models that were trained with the same tokenizer.json"
-            )
-    if ours.vocab_size != theirs.vocab_size:
-        raise RecipeError(
-            f"model.vocab_size: the student has {ours.vocab_size}, its teacher {theirs.vocab_size}: probabilities of "
-            "one vocabulary say nothing of another: leave it out, or take a --student of that many rows"
-        )
-    if theirs.num_experts == ours.num_experts == 1 and not other_dimensions(ours, theirs):
-        raise RecipeError(
-            f"--teacher {teacher.path}: a dense model (num_experts: 1), of which the dense student is a copy: name a "
-            "sparse teacher, or a smaller student by --student"
-        )
-    larger, smaller = count(ours).parameters, count(theirs).parameters
-    if larger > smaller:
-        raise RecipeError(
-            f"model: a student of {larger:,} parameters is larger than its teacher {teacher.path}, of {smaller:,}: "
-            "take a smaller --student, or a smaller model.num_experts"
-        )
-    _check_inheritance(recipe, teacher)
-    if isinstance(recipe, DistillTasksRecipe):
-        finetuning.check_tasks(recipe)
-
-
-def _check_inheritance(recipe: Recipe, teacher: Opened) -> None:
-    """Raise a RecipeError where the teacher has not what the student is to take."""
-    student, ours, theirs = recipe.student, recipe.model, teacher.recipe.model
-    if not isinstance(student, FromTeacher):
-        return
-    if theirs.num_experts == 1 and student.experts != "fresh":
-        raise RecipeError(
-            f"student.experts ({student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has none: "
-            "leave it out, or name a sparse teacher"
-        )
-    if student.experts == "most_used" and ours.num_experts > theirs.num_experts:
-        raise RecipeError(
-            f"model.num_experts: a student of {ours.num_experts} cannot take the most used of {theirs.num_experts}: "
-            "take fewer, or student.experts=mean"
-        )
-    unlike = other_dimensions(ours, theirs)
-    if unlike and student.unfit == "refuse":
-        said = ", ".join(f"{name} {own} (the teacher's is {his})" for name, own, his in unlike)
-        raise RecipeError(
-            f"model: the teacher's weights do not fit a student of {said}: student.unfit=fresh copies those that do, "
-            "student.kind=fresh starts from initial weights"
-        )
+        recipe, overrides = split(arguments or [])
+        if out is None:
+            below = Path("runs") / "distill" / run_dir.place(Path(teacher or "."))
+            out = below if recipe is None else default_out(recipe)
+        models = distill_job.Models(teacher, student, baseline)
+        job = distill_job.resolve_job(recipe, overrides, models, out, resume, exit.console())
+        if training.described(job.recipe, dry_run, as_json):
+            return
+        training.start_ranks(processes, job.recipe, as_json)
+        if answers_only:
+            training.end(ask(job, quiet), as_json)
+            return
+        with trainer.opened(job, Distillation, out, resume, quiet) as run:
+            result = run.run()
+        training.end(result, as_json)

@@ -1,15 +1,44 @@
-"""`switchcli finetune`: a trained model on text-to-text tasks (section 4.1)."""
+"""`switchcli finetune`: a trained model on text-to-text tasks (section 4.1). No torch until it runs."""
 
-from collections.abc import Sequence
+from switchcli.commands import exit
+from switchcli.commands.arguments import (
+    DryRun,
+    Json,
+    Model,
+    Out,
+    Overrides,
+    Processes,
+    Quiet,
+    Recipe,
+    Resume,
+    default_out,
+)
 
-from switchcli.commands import exit, training
-from switchcli.recipe.schema import FinetuneRecipe
-from switchcli.runs import warm_start
-from switchcli.runs.finetuning import Finetuning, check_tasks
 
+def finetune(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    model: Model = None,
+    out: Out = None,
+    resume: Resume = True,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
+    with exit.stoppable(ranks=True):
+        from switchcli.commands import training
+        from switchcli.recipe.schema import FinetuneRecipe
+        from switchcli.runs import trainer, warm_start
+        from switchcli.runs.finetuning import Finetuning, check_tasks
 
-def run(recipe: str, overrides: Sequence[str], model: str | None, asked: training.Asked) -> None:
-    """Resolve the recipe, with what the checkpoint `model` says of it, and train."""
-    job = warm_start.resolve_job(recipe, overrides, model, asked.out, asked.resume, exit.console(), FinetuneRecipe)
-    check_tasks(job.recipe)
-    training.run(job, Finetuning, asked)
+        out = out or default_out(recipe)
+        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, exit.console(), FinetuneRecipe)
+        check_tasks(job.recipe)
+        if training.described(job.recipe, dry_run, as_json):
+            return
+        training.start_ranks(processes, job.recipe, as_json)
+        with trainer.opened(job, Finetuning, out, resume, quiet) as run:
+            result = run.run()
+        training.end(result, as_json)

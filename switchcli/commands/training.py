@@ -1,8 +1,7 @@
-"""What the training verbs do with a resolved job: describe it, start ranks, train, print the result."""
+"""What verbs do with a resolved job: describe it, start ranks, print the result."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import typer
 
@@ -12,36 +11,17 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.output import print_json
 from switchcli.report.safe_text import safe_text
 from switchcli.runs import describe, run_dir
-from switchcli.runs.trainer import train
-from switchcli.runs.training_task import TrainingTask
 
 
-class Asked(NamedTuple):
-    """How a training verb is to run: the options that all of them have."""
-
-    out: Path
-    resume: bool
-    processes: int
-    dry_run: bool
-    as_json: bool
-    quiet: bool
-
-
-def run(job: Any, task_type: type[TrainingTask], asked: Asked) -> None:
-    """Train, or describe the run; `job` has the recipe, and what else `task_type` takes."""
-    if asked.dry_run:
-        show_recipe(job.recipe, asked.as_json)
-        return
-    start_ranks(asked.processes, job.recipe, asked.as_json)
-    end(train(job, task_type, asked.out, asked.resume, asked.quiet), asked.as_json)
-
-
-def show_recipe(recipe: TrainingRecipe, as_json: bool) -> None:
-    """Print what the recipe comes to."""
+def described(recipe: TrainingRecipe, dry_run: bool, as_json: bool) -> bool:
+    """Print what the recipe comes to, if that is all that is asked for; return whether it is."""
+    if not dry_run:
+        return False
     if as_json:
         print_json(describe.dry_run(recipe))
     else:
         typer.echo(safe_text(describe.text(recipe)), nl=False)
+    return True
 
 
 def start_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, as_json: bool) -> None:

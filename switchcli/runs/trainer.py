@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,14 @@ from switchcli.train.scoring import TaskEvalCallback, TaskPredictor, answers
 from switchcli.train.state import TrainState
 
 
-def train(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool) -> dict[str, Any]:
-    """Train what is left of the run in `out`; its result, also in result.json, or {} off the main rank.
+@contextmanager
+def opened(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool) -> Iterator["Trainer"]:
+    """Yield the trainer of the run in `out`, which is locked: as a new run, or as its newest checkpoint has it.
 
-    `job` is what a command line comes to: its `recipe`, and what else a `task_type` takes.
+    `job` is what a command line comes to: its `recipe`, and what else a `task_type` takes. Within, running out of
+    memory is explained.
 
     Raises:
-        Interrupted: stopped by a signal, after saving.
         SwitchError: as each part says.
     """
     recipe: TrainingRecipe = job.recipe
@@ -60,9 +62,8 @@ def train(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quie
     with lock_run_dir(out, resume, recipe, runtime, console) as folder:
         task = task_type(job, folder, runtime, console)
         with memory.explained(recipe.model, recipe.optimizer, runtime.device, task.update, task.teacher):
-            result = Trainer(recipe, task, folder, runtime, console).run()
+            yield Trainer(recipe, task, folder, runtime, console)
         runtime.close()
-    return result
 
 
 class RunLog(MetricsLog):
@@ -163,59 +164,58 @@ class Trainer:
         Raises:
             Interrupted: stopped by a signal, after saving.
         """
-        try:
-            with changed_data_explained(self.data.check):
-                return self._run()
-        except Exception as error:
-            error.add_note(f"after step {self.state.step}")  # for `where`
-            raise
-
-    def _run(self) -> dict[str, Any]:
-        recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
-        # The evaluation before the first step is done again by a run that goes on from step 0: its record goes as well.
-        self._rewind(state.step or -1)
-        nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
-        with (
-            StopRequest() as stop,
-            self.saver.beside_training(stop, self.console),
-            self._loader() as loader,
-            self.console.training(steps, state.step) as progress,
-        ):
-            log = RunLog(self.metrics, self.trackers, progress)
-            validation, task_eval = self._validation(log, stop), self._task_eval(log, stop)
-            save = SaveCallback(recipe.checkpoint.save_every_steps, self)
-            evaluations = [validation, *([task_eval] if task_eval else [])]
-            samples = SampleCallback(recipe.log.sample_every_steps or steps, self)
-            try:
-                if state.step == 0:
-                    validation(state)
-                pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, steps)]
-                if pending or (state.step == 0 and recipe.train.nonfinite.policy == "roll_back"):
-                    call([*pending, save], state, nonfinite)  # it was stopped in the middle; or what to go back to
-                fit(
-                    state,
-                    self.runtime.wrap(self.model),
-                    self.task,
-                    loader,
-                    self.optimizer,
-                    recipe.schedule,
-                    self.runtime,
-                    [self._log(log, loader), *evaluations, save, samples],
-                    recipe.train,
-                    stop,
-                    progress,
-                    nonfinite,
+        with self._explained():
+            recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
+            # A run that goes on from step 0 does the evaluation before the first step again: its record goes as well.
+            self._rewind(state.step or -1)
+            nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
+            with (
+                StopRequest() as stop,
+                self.saver.beside_training(stop, self.console),
+                self._loader() as loader,
+                self.console.training(steps, state.step) as progress,
+            ):
+                log = RunLog(self.metrics, self.trackers, progress)
+                validation, task_eval = self._validation(log, stop), self._task_eval(log, stop)
+                save = SaveCallback(recipe.checkpoint.save_every_steps, self)
+                evaluations = [validation, *([task_eval] if task_eval else [])]
+                samples = SampleCallback(recipe.log.sample_every_steps or steps, self)
+                try:
+                    if state.step == 0:
+                        validation(state)
+                    pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, steps)]
+                    if pending or (state.step == 0 and recipe.train.nonfinite.policy == "roll_back"):
+                        call([*pending, save], state, nonfinite)  # it was stopped in the middle; or what to go back to
+                    fit(
+                        state,
+                        self.runtime.wrap(self.model),
+                        self.task,
+                        loader,
+                        self.optimizer,
+                        recipe.schedule,
+                        self.runtime,
+                        [self._log(log, loader), *evaluations, save, samples],
+                        recipe.train,
+                        stop,
+                        progress,
+                        nonfinite,
+                    )
+                    if task_eval and not task_eval.answered:  # the run was complete when it began again
+                        task_eval.predict()
+                    is_stopped = self.runtime.any_rank(stop.requested)  # what is to come may take long
+                except StopTraining:
+                    is_stopped = True
+                    if self.saver.step != state.step:  # or a save failed, which says so at the end of this
+                        call([save], state, nonfinite)
+            self.trackers.close()
+            if is_stopped:
+                raise Interrupted(
+                    f"stopped and saved at step {state.step} of {steps}: the same command goes on from there"
                 )
-                if task_eval and not task_eval.answered:  # the run was complete when it began again
-                    task_eval.predict()
-                is_stopped = self.runtime.any_rank(stop.requested)  # what is to come may take long
-            except StopTraining:
-                is_stopped = True
-                if self.saver.step != state.step:  # or a save failed, which says so at the end of this
-                    call([save], state, nonfinite)
-        self.trackers.close()
-        if is_stopped:
-            raise Interrupted(f"stopped and saved at step {state.step} of {steps}: the same command goes on from there")
+            return self._conclude(task_eval)
+
+    def _conclude(self, task_eval: TaskEvalCallback | None) -> dict[str, Any]:
+        """The result of a model that is trained."""
         concluded = self.task.results(self)
         self.runtime.on_every(self.data.check)  # before the figures that it measured are written
         scores = self.runtime.on_main(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}
@@ -223,6 +223,16 @@ class Trainer:
         result = self.runtime.on_main(lambda: self._finish(scores, concluded, samples_shown)) or {}
         self.runtime.on_main(lambda: self._show(result, scores))
         return result
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Within, an error says after which step it came, and data that changed is named as its cause."""
+        try:
+            with changed_data_explained(self.data.check):
+                yield
+        except Exception as error:
+            error.add_note(f"after step {self.state.step}")  # for `where`
+            raise
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, based on the data that it names, or none."""
