@@ -32,6 +32,8 @@ def read(path: Path) -> dict[str, Tensor]:
         # What `weights_only` does not allow is an error of the module pickle, which is imported nowhere.
         if isinstance(error, RuntimeError | ValueError | EOFError | OSError) or type(error).__name__ in _REFUSED:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if type(error).__name__ == "UnpicklingError":  # torch's words advise to run what the file holds
+                reason = "it holds other objects, or is damaged"
             raise CheckpointError(f"{path}: not a file of tensors alone ({reason}): take a safetensors file") from error
         raise
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
