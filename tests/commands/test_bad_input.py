@@ -114,6 +114,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", ["checkpoint.background=false", "checkpoint.background=true"])
 def test_a_full_disk_loses_nothing(saves: str, recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "--out", "a").code == 0
@@ -151,6 +152,7 @@ exec "$0" -m switchcli pretrain tiny.yaml --out shut/run
 """
 
 
+@pytest.mark.slow
 def test_a_read_only_file_system(recipe: str) -> None:
     Path("shut").mkdir()
     user = ["unshare", "--user", "--map-root-user", "--mount"]

@@ -155,6 +155,7 @@ def hard_part(call):
     return without_the_teacher
 
 
+@pytest.mark.fast("mean")
 @pytest.mark.parametrize("experts", ["fresh", "mean", "most_used"])
 def test_kept_answers_of_all_tokens_teach_what_the_teacher_does(
     experts: str, trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch

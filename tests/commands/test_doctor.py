@@ -197,6 +197,7 @@ def test_the_files_of_a_run_are_verified_as_loading_does(recipe: str, switchcli:
     assert switchcli("doctor", FILES, "a").code == 0
 
 
+@pytest.mark.slow
 def test_files_without_a_manifest_and_no_files(run: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     lost = tmp_path / "checkpoints/step-00000002"
     shutil.copytree(run / "checkpoints/step-00000002", lost)

@@ -85,6 +85,7 @@ def test_a_pre_trained_run_is_measured_on_its_text(
     assert one["tasks"] == {}
 
 
+@pytest.mark.slow
 def test_a_raw_model_is_told_to_be_one(trained: Path, here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     done = switchcli(
         "eval",
@@ -126,6 +127,7 @@ def rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_path: Path) -> None:
     written = []

@@ -62,6 +62,7 @@ def test_a_run_end_to_end(trained: Path, tuning: str, switchcli: SwitchCLI) -> N
         assert seen in done.err
 
 
+@pytest.mark.slow
 def test_the_same_command_and_the_folders_own_recipe_go_on(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     first = switchcli("finetune", tuning, "--model", trained, "--out", "a", "--quiet")
     assert first.code == 0, first.err

@@ -260,6 +260,7 @@ def test_pieces_are_whole_characters_that_cannot_act_on_the_terminal(
     assert switchcli("generate", run, GAP, *options).out == "a\u00e9\\x1b[2J  other\n"
 
 
+@pytest.mark.slow
 def test_a_pipe_has_each_answer_before_the_next_line(run: Path) -> None:
     command = [sys.executable, "-m", "switchcli", "generate", str(run), "--max-tokens", "3"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:

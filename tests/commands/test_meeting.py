@@ -56,6 +56,7 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
     assert time.monotonic() - began < SECONDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", b""])
 def test_a_rank_that_meets_another_program_says_so(
     answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -246,6 +246,7 @@ def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switch
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}, "but for the lines of the first end"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_goes_on_with_its_own_files_alone(recipe: str, text: Path, switchcli: SwitchCLI) -> None:
     Path("texts").mkdir()
@@ -347,6 +348,7 @@ def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
     assert switchcli(*command, "train.steps=4").code == 0, "the new checkpoint knows them by content"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have_read_it(
     recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch

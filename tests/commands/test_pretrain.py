@@ -68,6 +68,7 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
         assert sample["target"].startswith("<extra_id_0>")
 
 
+@pytest.mark.slow
 def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli: SwitchCLI) -> None:
     plain = switchcli("pretrain", recipe, "train.steps=6", "--out", "a")
     shown = switchcli("pretrain", recipe, "train.steps=6", "log.sample_every_steps=2", "--out", "b")
@@ -188,6 +189,7 @@ def test_more_steps_go_on_from_there(recipe: str, switchcli: SwitchCLI) -> None:
     assert [record["step"] for record in metrics("a") if "learning_rate" in record] == [2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli: SwitchCLI) -> None:
     """Such a rate makes the weights too large for the next step, which finds that out."""
     huge = ["schedule.kind=constant", "schedule.learning_rate=1e30", "--out", "runs/a", "--json"]

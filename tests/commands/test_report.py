@@ -268,6 +268,7 @@ def test_held_out_texts_that_differ_are_told(runs: list[str], switchcli: SwitchC
     assert not lacking(" ".join(done.err.split()), "held-out text series data.corpora")
 
 
+@pytest.mark.slow
 def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str], switchcli: SwitchCLI) -> None:
     for seed in range(2):
         file = Path(f"dense-{seed}/result.json")

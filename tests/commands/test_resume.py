@@ -63,6 +63,7 @@ def signals_at(monkeypatch: pytest.MonkeyPatch, at: dict[int, list[signal.Signal
     monkeypatch.setattr(verb, "cross_entropy", Signals(at))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "background", "stops"),
     [(signal.SIGTERM, False, [1, 2, 3, 4]), (signal.SIGINT, False, [5, 6, 11]), (signal.SIGUSR1, True, [0, 7])],

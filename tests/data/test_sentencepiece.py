@@ -120,6 +120,7 @@ PLAIN = sorted(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(text=st.lists(st.sampled_from([*PLAIN, *ODD, " ", " "]), max_size=20).map("".join))
 def test_odd_characters(model: Model, text: str) -> None:

@@ -88,6 +88,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [ALONE, ParallelSpec(expert=2)], ids=["data", "experts"])
 def test_two_ranks_write_the_bytes_of_the_foreground(parallel: ParallelSpec, tmp_path: Path) -> None:
     for background in (False, True):

@@ -70,6 +70,7 @@ def test_one_process_alone() -> None:
     assert isinstance(runtime.place(batch), Batch)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
     """In the main thread of a process of its own, as in a run: of other threads' memory glibc keeps less."""

@@ -148,7 +148,9 @@ def on_one() -> Any:
     return on_ranks(1, every, ORDERED)[0]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def answers(request: pytest.FixtureRequest) -> list[Any]:
     """What each rank has, from one start of them."""
     return on_ranks(request.param, every, ORDERED)

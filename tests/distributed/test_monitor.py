@@ -58,6 +58,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_killed_and_one_of_another_run_is_not(start: Start, tmp_path: Path) -> None:
     other, stopped, _ = start(1, port=2), start(1), start(0)
     for process in (other, stopped):

@@ -382,21 +382,22 @@ def every_case(parallel: ParallelSpec, cases: Collection[str] = CASES) -> dict[s
     }
 
 
-ALWAYS = {"data 2", "expert 2", "model 2", "zero3 2"}
-"""The meshes of the fast tests: one of each kind, and those that shard Adafactor."""
+ALWAYS = ("data 2", "expert 2", "model 2", "zero3 2")
+"""The meshes of the fast tests, by the cases of `TOGETHER`: one of each kind, and those that shard Adafactor."""
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(mesh, id=name, marks=() if name in ALWAYS else pytest.mark.slow) for name, mesh in MESHES.items()
+        *(pytest.param((*MESHES[name], TOGETHER), id=f"{name}, some cases") for name in ALWAYS),
+        *(pytest.param((*mesh, None), id=name, marks=pytest.mark.slow) for name, mesh in MESHES.items()),
     ],
 )
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Each rank's answer to all cases, from one start of the ranks."""
-    world, parallel = request.param
+    world, parallel, cases = request.param
     kinds = (parallel.expert > 1) + (parallel.model > 1) + (parallel.shard != "none")
-    return on_ranks(world, every_case, parallel, TOGETHER if kinds > 1 else tuple(CASES))
+    return on_ranks(world, every_case, parallel, cases or (TOGETHER if kinds > 1 else tuple(CASES)))
 
 
 @pytest.mark.parametrize("case", CASES)

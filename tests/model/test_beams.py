@@ -82,6 +82,7 @@ def scored(model: SwitchTransformer, inputs_S: torch.Tensor, answer: list[int], 
     return t5_score(float(log_p_TV.gather(1, torch.tensor(answer).unsqueeze(1)).sum()), len(answer), alpha)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
 def test_as_many_beams_as_there_are_answers_find_the_best_of_all(length_penalty: float) -> None:
     spec = SPEC.model_copy(update={"vocab_size": 5})

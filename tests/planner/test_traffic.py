@@ -191,6 +191,7 @@ def in_bfloat16(parallel: ParallelSpec) -> Traffic:
     return counted(parallel, "dropout", "selective")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", ["compute", "float32"])
 @pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(2, 2, 2)], ids=str)
 def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(mesh: Mesh, wire: Wire) -> None:

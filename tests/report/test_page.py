@@ -94,6 +94,7 @@ def opened(browser: Browser, file: Path, size: dict[str, int], scheme: str) -> t
     return tab, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_it_draws_fits_and_says_nothing(browser: Browser, report: Path, size: dict[str, int], scheme: str) -> None:
