@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import theirs
 import torch
+from doubles import NoWarnings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -234,7 +235,7 @@ def test_what_is_not_whole_is_refused_and_nothing_is_written(case: str, folder: 
     assert not missing(words, said), said
     assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
     with pytest.raises(CheckpointError) as refusal:
-        load(folder, torch.device("cpu"), pytest.fail)
+        load(folder, torch.device("cpu"), NoWarnings())
     assert not missing(words, str(refusal.value))
 
 
@@ -311,7 +312,7 @@ def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
     for source, name, to in [(folder, "step-7", "switchcli"), (tmp_path / "step-7", "step-00000007", "huggingface")]:
         done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / name), "--to", to])
         assert done.exit_code == 0
-        assert load(tmp_path / name, torch.device("cpu"), pytest.fail).step == 0
+        assert load(tmp_path / name, torch.device("cpu"), NoWarnings()).step == 0
 
 
 def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
@@ -357,7 +358,7 @@ def test_a_name_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     files += ["model.safetensors.index.json", "model.fp16.safetensors", "model_2.safetensors", "spiece.model"]
     wanted = [*files[:5], "spiece.model"]
     assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked[0][2])] == wanted
-    assert load(Path("ours"), torch.device("cpu"), pytest.fail).step == 0
+    assert load(Path("ours"), torch.device("cpu"), NoWarnings()).step == 0
 
 
 def test_pickles_of_the_hub_are_downloaded_only_when_asked_for(

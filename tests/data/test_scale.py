@@ -26,7 +26,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-from switchcli.data import store, files
+from switchcli.data.prepare import store
+from switchcli.data.sources import files
 from switchcli.data.dataset import Chunks
 from switchcli.data.sources.corpus import Files
 from switchcli.data.prepare.pipeline import Means, prepare

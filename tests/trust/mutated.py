@@ -113,7 +113,7 @@ def _documents(base: Base, folder: Path, draw: random.Random) -> str:
     name = draw.choice(["data.json", "recipe.yaml", "tokenizer.json"])
     mutate = mutate_text if name == "recipe.yaml" else mutate_json
     _seal(path, name, mutate((path / name).read_bytes(), draw))
-    return refused(partial(loading.open_model, folder / "run", lambda text: None))
+    return refused(partial(loading.open_model, folder / "run", silent()))
 
 
 def _bytes(base: Base, folder: Path, draw: random.Random) -> str:
@@ -181,7 +181,7 @@ def _run(base: Base, folder: Path, draw: random.Random) -> str:
     file.write_bytes(content)
 
     def use() -> None:
-        found = report.report([run], report.Options(), lambda text: None)
+        found = report.report([run], report.Options(), silent())
         page("mutated", evidence.parts(found)).encode()
         json.dumps(report.to_json(found), allow_nan=False)
         report.write_figures(found._replace(comparison=None), folder / "figures")

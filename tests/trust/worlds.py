@@ -24,7 +24,8 @@ from torch import nn
 from trial import Trial, clear, said, trials
 
 from switchcli.model import layers
-from switchcli.model.moe import experts, sparse_layers
+from switchcli.model.moe import experts
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.runs.loading import load
 from switchcli.train import loop
 from switchcli.train.metrics import Metrics
