@@ -26,6 +26,7 @@ from trial import Trial, clear, said, trials
 from switchcli.model import layers
 from switchcli.model.moe import experts
 from switchcli.model.moe.layer import sparse_layers
+from switchcli.report.console import silent
 from switchcli.runs.loading import load
 from switchcli.train import loop
 from switchcli.train.metrics import Metrics
@@ -244,7 +245,7 @@ def rates(run: Path) -> list[float]:
 @torch.no_grad()
 def agreement(one: Path, other: Path) -> float:
     """The share of tokens, of all sparse layers, that have the same first expert."""
-    models = [load(run, torch.device("cpu"), print).model for run in (one, other)]
+    models = [load(run, torch.device("cpu"), silent()).model for run in (one, other)]
     draw = torch.Generator().manual_seed(0)
     tokens = [torch.randint(2, models[0].spec.vocab_size, (64, length), generator=draw) for length in (32, 16)]
     first: list[list[torch.Tensor]] = [[], []]
