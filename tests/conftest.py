@@ -13,8 +13,33 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-LONGEST_FIRST: tuple[str, ...] = ()
-"""The files that take longest, by their CPU time."""
+LONGEST_FIRST = (
+    "distributed/test_ranks.py",
+    "planner/test_memory_use.py",
+    "commands/test_prepare_verb.py",
+    "commands/test_resume.py",
+    "commands/test_cluster.py",
+    "commands/test_distill.py",
+    "distributed/test_checkpoints_of_meshes.py",
+    "commands/test_command_ranks.py",
+    "trust/test_odd_paths.py",
+    "test_few_packages.py",
+    "trust/test_rank_deaths.py",
+    "trust/test_links.py",
+    "commands/test_lost_ranks.py",
+    "trust/test_all_signals.py",
+    "commands/test_finetune.py",
+    "planner/test_traffic.py",
+    "distributed/test_deterministic_reduce.py",
+    "commands/test_eval.py",
+    "trust/test_stops.py",
+    "commands/test_pretrain.py",
+    "distributed/test_monitor.py",
+    "trust/test_nonfinite.py",
+    "trust/test_environments.py",
+    "model/test_compiled.py",
+)
+"""The files that take longest, the longest first."""
 
 # Before torch and the hub's client are imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
