@@ -118,7 +118,8 @@ def test_answers_are_the_cpus(device: str, name: str, how: str) -> None:
         expected = generate(model, inputs_BS, DECODING[how])
         found = generate(model.to(device), inputs_BS.to(device), DECODING[how])
     assert found.cpu().tolist() == expected.tolist()
-    assert len({tuple(row) for row in expected.tolist()}) > 1
+    if how != "beams":  # without a length penalty EOS alone may win everywhere: the weights are drawn by torch
+        assert len({tuple(row) for row in expected.tolist()}) > 1
 
 
 @pytest.mark.parametrize("name", ANSWERING)
