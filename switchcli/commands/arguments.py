@@ -1,7 +1,7 @@
 """Arguments and options that several verbs have, with their help; and what is checked of those of every verb."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
@@ -64,6 +64,7 @@ class CheckedGroup(TyperGroup):
 
 @contextmanager
 def _plain_usage_errors() -> Iterator[None]:
+    """Within, or within a function that this decorates, errors of usage are one line."""
     try:
         yield
     except _USAGE_ERROR as error:
@@ -71,25 +72,15 @@ def _plain_usage_errors() -> Iterator[None]:
         raise
 
 
-def _plainly(parse: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `parse` with its usage errors in one line."""
-
-    def plain(*arguments: Any, **named: Any) -> Any:
-        with _plain_usage_errors():
-            return parse(*arguments, **named)
-
-    return plain
-
-
 def _check_values_of(command: Any) -> None:
     """Let a command, and those below it, refuse values and tell of wrong usage as `CheckedGroup` says.
 
     What parses is wrapped, and not what runs: no frame of these lies below a command that runs.
     """
-    command.parse_args = _plainly(command.parse_args)
+    command.parse_args = _plain_usage_errors()(command.parse_args)
     is_group = isinstance(command, TyperGroup)
     if is_group:
-        command.resolve_command = _plainly(command.resolve_command)
+        command.resolve_command = _plain_usage_errors()(command.resolve_command)
     for inner in command.commands.values() if is_group else ():
         _check_values_of(inner)
     for parameter in command.params:

@@ -11,8 +11,7 @@ from torch import Tensor
 from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.fsops import DISK
 from switchcli.convert import config as configs
-from switchcli.convert import hub
-from switchcli.convert import tokenizer_files as tokenizers
+from switchcli.convert import hub, tokenizer_files
 from switchcli.convert.config import Lengths
 from switchcli.convert.to_transformers import express, translate
 from switchcli.convert.weight_files import INDEX, SAFE, is_layout
@@ -74,7 +73,7 @@ def to_huggingface(source: Path, destination: Path, options: Options, console: C
     small = {
         configs.NAME: configs.encode(config),
         "generation_config.json": configs.generation(),
-        **tokenizers.documents(
+        **tokenizer_files.documents(
             tokenizer.to_json(), [sentinel(number) for number in range(len(tokenizer.sentinels))], recipe.inputs_length
         ),
     }

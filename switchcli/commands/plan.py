@@ -13,8 +13,7 @@ from switchcli.model.flops import FORWARD_AND_BACKWARD
 from switchcli.planner.plan import Fit, Machine, Plan
 from switchcli.planner.step import Mesh
 from switchcli.planner.traffic import Collective
-from switchcli.recipe import library, resolve
-from switchcli.recipe import yaml_nodes as text
+from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, standing_alone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
@@ -126,13 +125,15 @@ def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
     if not Path(name).suffix and not Path(name).exists() and name not in library.names():
         near = difflib.get_close_matches(name, [*SIZES, *library.names()], n=1)
         hint = f"Did you mean {near[0]}?" if near else "`switchcli recipes list` shows the recipes that ship."
-        raise RecipeError(f"{text.name_of(name)}: no such size or recipe. {hint}")
+        raise RecipeError(f"{yaml_nodes.name_of(name)}: no such size or recipe. {hint}")
     recipe = standing_alone(name, overrides)
     if not isinstance(recipe, TrainingRecipe):
-        raise RecipeError(f"{text.name_of(name)}: a recipe of `switchcli eval` trains nothing: name one that does")
+        raise RecipeError(
+            f"{yaml_nodes.name_of(name)}: a recipe of `switchcli eval` trains nothing: name one that does"
+        )
     tree = resolve.load(name, overrides)
     if recipe.verb != "pretrain" and resolve.stated(tree, "model.d_model") is None:
-        raise RecipeError(f"{text.name_of(name)}: its model is a checkpoint's: say which, by model.size=NAME")
+        raise RecipeError(f"{yaml_nodes.name_of(name)}: its model is a checkpoint's: say which, by model.size=NAME")
     return recipe
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from switchcli import publish
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
-from switchcli.recipe import yaml_nodes as text
+from switchcli.recipe import yaml_nodes
 from switchcli.report import charts, evidence, task_results
 from switchcli.report.charts import Figure, Table
 from switchcli.report.comparison import compare
@@ -91,7 +91,7 @@ def _read(folder: Path, console: Console) -> Run | None:
 def _recipe(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    found = text.plain(text.read_file(path))
+    found = yaml_nodes.plain(yaml_nodes.read_file(path))
     return found if isinstance(found, Mapping) else {}
 
 

@@ -24,9 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from switchcli.distributed import expert_parallel
-from switchcli.distributed import fsdp as shard
-from switchcli.distributed import parallelize as spread
+from switchcli.distributed import expert_parallel, fsdp, parallelize
 from switchcli.distributed.deterministic_reduce import Ordered
 from switchcli.distributed.layout import Cuts, Weights
 from switchcli.distributed.lost import lost_ranks_explained
@@ -150,7 +148,7 @@ class Runtime:
     def spread(self, model: SwitchTransformer) -> Weights:
         """Keep of `model`, which is on `meta`, what this rank holds, with memory on its device: not filled yet."""
         with lost_ranks_explained():
-            return spread.spread(model, self.groups, self.parallel, self.device)
+            return parallelize.spread(model, self.groups, self.parallel, self.device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`).
@@ -174,7 +172,7 @@ class Runtime:
 
     def drop_gathered(self, model: nn.Module) -> None:
         """Forget whole weights that were made of shards, which are about to change."""
-        for unit in shard.units(model):
+        for unit in fsdp.units(model):
             unit.reshard()
 
     def compile(self, model: nn.Module) -> None:
@@ -236,7 +234,7 @@ class Runtime:
 
     def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts]) -> GradientNorm:
         """The norm of the gradients of all ranks' parameters, each part counted once."""
-        return spread.gradient_norm(parameters, cuts, self.groups, self.device)
+        return parallelize.gradient_norm(parameters, cuts, self.groups, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Products in the recipe's precision."""

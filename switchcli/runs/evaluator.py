@@ -76,7 +76,6 @@ class Evaluator:
         self.tasks = tasks_of(recipe.tasks)
         learned = tasks_of(own.tasks) if isinstance(own, OnTasks) else {}
         self._never_seen([name for name in self.tasks if name not in learned])
-
         self.exams = runtime.main_first(
             lambda: exams_of(self.tasks.values(), recipe.data, recipe.scoring, loaded.tokenizer)
         )

@@ -92,7 +92,6 @@ def data_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
         _tell(stream.rates, found, tasks, console)
         tell(tasks, exams, recipe.scoring.split, console)
     held_out = InTurn([exam.packed for exam in exams if exam.packed.num_rows])
-
     return TrainData(
         tokenizer,
         hashlib.sha256("\n".join(one.identity for one in found.values()).encode()).hexdigest(),

@@ -23,8 +23,7 @@ from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
 from switchcli.recipe import resolve
 from switchcli.runs import pretraining as verb
-from switchcli.runs import run_dir as run
-from switchcli.runs import trainer
+from switchcli.runs import run_dir, trainer
 from switchcli.spec import Spec
 
 INTERRUPTED, CHECKPOINT = 75, 4
@@ -226,7 +225,7 @@ def test_a_run_whose_recipes_an_earlier_version_saved(
         return yaml.safe_dump({**keys, "data": {**keys["data"], "span_corruption": objective}}, sort_keys=False)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "dump", dumped)
+        patch.setattr(run_dir, "dump", dumped)
         patch.setattr(trainer, "dump", dumped)
         assert switchcli("pretrain", recipe, "train.steps=4", "--out", "run").code == 0
     saved = [Path("run/recipe.yaml"), Path("run/checkpoints/step-00000004/recipe.yaml")]

@@ -25,8 +25,7 @@ from tokenizers import models
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import prepared_text as text_module
-from switchcli.data.prepare import shards as pieces
-from switchcli.data.prepare import store
+from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import default_cache, make, sweep
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.distinct import write_distinct
@@ -396,13 +395,13 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
 def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemory, match="--processes"):  # with a job that they have not read
         corpus.prepare(stop_after(0, kill), processes=2)
-    share_out = pieces._share_out
+    share_out = shards._share_out
 
     def killed(*given: Any) -> None:
         kill()
         share_out(*given)
 
-    monkeypatch.setattr(pieces, "_share_out", killed)
+    monkeypatch.setattr(shards, "_share_out", killed)
     with pytest.raises(OutOfMemory, match="--processes"):  # before they are sent one
         corpus.prepare(processes=2)
 
@@ -757,16 +756,16 @@ def test_long_documents_are_encoded_in_parts_and_stay_documents(
 ) -> None:
     document = " ".join(f"word{index}" for index in range(300)) + "x" * 3000
     Path("0.txt").write_text(f"{document}\nshort\n")
-    monkeypatch.setattr(pieces, "PART_CHARACTERS", 512)
-    text, parts = corpus.prepare(), [*pieces.cut_up(document)]
+    monkeypatch.setattr(shards, "PART_CHARACTERS", 512)
+    text, parts = corpus.prepare(), [*shards.cut_up(document)]
     assert len(parts) > 8
     assert "".join(parts).replace(" ", "") == document.replace(" ", "")
     (long,) = (ids for part in PARTS for ids in documents(text.shards[part]) if len(ids) > 1000)
     assert long == [index for part in parts for index in letters().encode(part)]
     assert sum(text.counts[part].documents for part in PARTS) == 2 + (NUM_FILES - 1) * 60
-    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)
-    assert list(pieces.cut_up("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
-    assert list(pieces.cut_up("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
+    monkeypatch.setattr(shards, "PART_CHARACTERS", 16)
+    assert list(shards.cut_up("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
+    assert list(shards.cut_up("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
 
 
 def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
@@ -774,8 +773,8 @@ def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
 ) -> None:
     trained = corpus.spec.model_copy(update={"tokenizer": TrainedTokenizer(vocab_size=200)})
     whole = module.prepare(trained, corpus.means())
-    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)
-    monkeypatch.setattr(pieces, "CHUNK_CHARACTERS", 64)
+    monkeypatch.setattr(shards, "PART_CHARACTERS", 16)
+    monkeypatch.setattr(shards, "CHUNK_CHARACTERS", 64)
     other = corpus._replace(cache=corpus.cache.with_name("parts"))
     assert module.prepare(trained, other.means(), whole.tokenizer).identity == whole.identity
 
@@ -783,7 +782,7 @@ def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
 def test_full_shards_are_closed_and_a_document_is_in_one(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = corpus.prepare()
     monkeypatch.setattr(store, "SHARD_TOKENS", 400)
-    monkeypatch.setattr(pieces, "PART_CHARACTERS", 16)  # at a space, which is left out
+    monkeypatch.setattr(shards, "PART_CHARACTERS", 16)  # at a space, which is left out
     small = corpus._replace(cache=corpus.cache.with_name("small")).prepare()
     assert len(small.shards[TRAIN]) > 3 * NUM_FILES
     space = letters().encode(" ")[0]

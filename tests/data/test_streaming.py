@@ -19,7 +19,7 @@ from switchcli.data import streaming as module
 from switchcli.data.batch import Batch
 from switchcli.data.config import DataSpec
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare import shards as parts_module
+from switchcli.data.prepare import shards
 from switchcli.data.sources.corpus import Files
 from switchcli.data.sources.document import Document, Piece, is_held_out
 from switchcli.data.streaming import LiveStream, pieces_of
@@ -412,11 +412,11 @@ def test_a_stream_goes_through_each_row_of_a_piece_once_while_it_goes_on(folder:
 
 
 def test_a_document_of_many_parts_is_one_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module, "PART_CHARACTERS", 16)
+    monkeypatch.setattr(shards, "PART_CHARACTERS", 16)
     objective = SpanCorruption(inputs_length=64)
     spec = a_spec(folder, lanes=1).model_copy(update={"objective": objective, "packing": "documents"})
     documents = training_documents(spec, "b")
-    assert min(len([*parts_module.cut_up(text)]) for text in documents) > 3
+    assert min(len([*shards.cut_up(text)]) for text in documents) > 3
     reader = a_reader(spec, 0, "b")
     found = []
     while reader.position.epoch == 0:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from messages import naming_words
 from numpy.typing import NDArray
 
-from switchcli.data import dataset as windows
+from switchcli.data import dataset
 from switchcli.data.batch import Batch
 from switchcli.data.config import Rows
 from switchcli.data.dataset import Chunks
@@ -36,7 +36,7 @@ ROWS: list[Rows] = [
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW_SHARDS", 2)
+    monkeypatch.setattr(dataset, "WINDOW_SHARDS", 2)
 
 
 LENGTHS = [1, 50, 3, 17, 200, 2, 9, 31, 44]

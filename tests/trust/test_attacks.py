@@ -22,10 +22,9 @@ from switchcli.checkpoint import manifest, tensor_file
 from switchcli.commands import exit, tokenizers
 from switchcli.commands import recipes as recipes_verb
 from switchcli.convert import config as configs
-from switchcli.convert import weight_files as interop_files
+from switchcli.convert import weight_files
 from switchcli.data.tokenizer import tokenizer
-from switchcli.recipe import resolve
-from switchcli.recipe import yaml_nodes as text
+from switchcli.recipe import resolve, yaml_nodes
 from switchcli.report import console, html_page
 from switchcli.runs import trainer
 
@@ -70,24 +69,24 @@ def anything(self: manifest.Manifest, folder: Path, name: str) -> bytes:
     return (folder / name).read_bytes()
 
 
-LOAD, NP_LOAD, MACHINE, STORED = torch.load, np.load, trainer.machine, interop_files._stored
+LOAD, NP_LOAD, MACHINE, STORED = torch.load, np.load, trainer.machine, weight_files._stored
 UNPICKLE = [
     (manifest, "read_small", unpickling(manifest.read_small)),
     (tensor_file, "safe_open", unpickling(tensor_file.safe_open)),
-    (interop_files, "safe_open", unpickling(interop_files.safe_open)),
+    (weight_files, "safe_open", unpickling(weight_files.safe_open)),
     (configs, "document", unpickling(configs.document)),
     (tokenizer, "read_file", unpickling(tokenizer.read_file)),
     (torch, "load", lambda path, **words: LOAD(path, **{**words, "weights_only": False, "mmap": False})),
     (np, "load", lambda path, **words: NP_LOAD(path, allow_pickle=True)),
 ]
-READS_RECIPES = (text, "_refuse", lambda source, where: None)
+READS_RECIPES = (yaml_nodes, "_refuse", lambda source, where: None)
 SAYS = [(module, "one_line", same) for module in (console, exit, recipes_verb, tokenizers)]
 GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] = {
     "no unpickling": (attacks.PICKLES, [name for name in attacks.PICKLES if name != "pytorch_model.bin"], UNPICKLE),
     "asking before": (
         attacks.PICKLES,
         ["pytorch_model.bin"],
-        [*UNPICKLE, (interop_files, "_stored", lambda folder, unpickle: STORED(folder, True))],
+        [*UNPICKLE, (weight_files, "_stored", lambda folder, unpickle: STORED(folder, True))],
     ),
     "plain names in a manifest": (
         attacks.PATHS,
@@ -112,14 +111,14 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
     "plain names in an index": (
         attacks.PATHS,
         ["../ in an index", "an absolute path in an index"],
-        [(interop_files, "_FILE_NAME", ANY_NAME)],
+        [(weight_files, "_FILE_NAME", ANY_NAME)],
     ),
     "YAML": (
         attacks.YAML,
         ["a tag of YAML's own", "a tag that calls", "an anchor", "an alias of itself"],
         [READS_RECIPES],
     ),
-    "digits": (attacks.YAML, ["a number of a million digits"], [(text, "MAX_DIGITS", 10**9)]),
+    "digits": (attacks.YAML, ["a number of a million digits"], [(yaml_nodes, "MAX_DIGITS", 10**9)]),
     "ids": (attacks.TOKENIZERS, ["ids by the billion"], [(tokenizer, "_MAX_IDS", 2**40)]),
     "words for what a tokenizer cannot do": (
         attacks.TOKENIZERS,
@@ -137,7 +136,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
         ],
         SAYS,
     ),
-    "names of keys": (shown.TERMINALS, ["in the name of a recipe"], [*SAYS, (text, "name_of", str)]),
+    "names of keys": (shown.TERMINALS, ["in the name of a recipe"], [*SAYS, (yaml_nodes, "name_of", str)]),
     "escaped pages": (shown.PAGES, [*shown.PAGES][:2], [(html_page, "_text", same)]),
     "no environment": (
         shown.SECRETS,
