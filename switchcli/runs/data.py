@@ -1,4 +1,4 @@
-"""What a run trains on, and how the figures of its model, or of another that reads by its vocabulary, are had."""
+"""The data of a run, and measuring its model, or another with its vocabulary, on the held-out part."""
 
 import time
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ NUM_SAMPLES = 2
 
 
 class Checked(Protocol):
-    """What can tell whether data that was read is what it was prepared from."""
+    """Data that can be compared with what it was prepared from."""
 
     def check(self) -> None:
         """Raise DataError if it is not, or may not be."""
@@ -54,7 +54,7 @@ class TrainData(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A model on what a run is evaluated on."""
+    """The figures of one model."""
 
     figures: dict[str, float]
     """By name, as in the state: better when higher."""
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """How the figures of a run's model are had, or of any other that reads by its vocabulary."""
+    """Measures a run's model, or any other with its vocabulary, on what the run is evaluated on."""
 
     recipe: TrainingRecipe
     data: TrainData
@@ -76,7 +76,7 @@ class Measure(NamedTuple):
     runtime: Runtime
 
     def held_out(self, model: SwitchTransformer) -> Measured:
-        """Neg. log perplexity, rate and load; on every rank. What was compiled runs as it was written."""
+        """Return neg. log perplexity, rate and load, on every rank. Compiled parts run as they were written."""
         started = time.perf_counter()
         metrics: Metrics = {}
         with self.runtime.uncompiled():
@@ -92,7 +92,7 @@ class Measure(NamedTuple):
         return Measured({HELD_OUT: figure}, rate, {name: figures["load"] for name, figures in layers.items()})
 
     def everything(self, model: SwitchTransformer) -> Measured:
-        """The same with the scores of all tasks."""
+        """Return what `held_out` does, with the scores of all tasks."""
         measured = self.held_out(model)
         predictor = TaskPredictor(model, self.data.tokenizer, self.runtime, self.scoring, self.scoring.capacity)
         scores = {exam.task.name: score(exam.task, predictor(exam), 0) for exam in self.data.exams}

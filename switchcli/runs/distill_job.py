@@ -41,7 +41,7 @@ class Models(NamedTuple):
 def resolve_job(
     name: str | None, overrides: Sequence[str], models: Models, out: Path, resume: bool, console: Console
 ) -> DistillJob:
-    """The recipe with what the teacher says of the keys that it leaves out.
+    """Resolve the recipe, with what the teacher says of the keys that it leaves out.
 
     A run that has begun keeps teacher and student, even if the folders that are named have newer checkpoints by now.
 
@@ -99,7 +99,7 @@ def resolve_job(
 
 
 def dense(teacher: ModelSpec) -> ModelSpec:
-    """The dense model of a sparse one's shape: of top-1 feed-forwards it has the FLOPs a token."""
+    """Return the dense model of a sparse one's shape. With top-1 feed-forwards both have the same FLOPs a token."""
     return teacher.model_copy(
         update={"size": "custom", "num_experts": 1, "sparse_encoder_layers": None, "sparse_decoder_layers": None}
     )
@@ -149,7 +149,7 @@ def _open_student(option: str | None, path: str, out: Path, console: Console) ->
 
 
 def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]:
-    """What the teacher says of the keys that the recipe `tree` leaves out."""
+    """Return what the teacher says of the keys that the recipe `tree` leaves out."""
     own = teacher.recipe
     on_tasks = resolve.stated(tree, "tasks") is not None
     on_text = resolve.stated(tree, "data.corpora") is not None

@@ -112,7 +112,7 @@ class Distillation(TrainingTask):
         self._loss: DistillationLoss | None = None
 
     def _rows_at_a_time(self) -> int:
-        """Rows that the teacher is asked about at a time: its groups must be whole in them."""
+        """Return the rows that the teacher is asked about at a time: its groups must be whole in them."""
         rows = microbatch_rows(self._recipe, self._runtime)
         spec, settings = self._job.teacher.recipe.model, self._settings
         training = settings.mode == "training"
@@ -130,7 +130,7 @@ class Distillation(TrainingTask):
         return rows
 
     def build_data(self) -> TrainData:
-        """What the student trains on, with the teacher's answers where they are kept."""
+        """Return what the student trains on, with the teacher's answers where they are kept."""
         recipe, runtime, console = self._recipe, self._runtime, self._console
         tokenizer, folder = self._job.teacher.tokenizer, self._folder
         if folder is not None:
@@ -151,7 +151,7 @@ class Distillation(TrainingTask):
         return data._replace(source=Lessons(data.source, self._answered(data, self._settings.answers), start))
 
     def loss_at(self, step: int) -> Objective:
-        """The targets alone before the start step and without a soft fraction; else the teacher's probabilities too."""
+        """Return the loss of the targets alone before the start step or without a soft fraction, else the mixed one."""
         if step < self._settings.start_step or not self._settings.soft_fraction:
             return self.validation_loss
         if self._loss is None:
@@ -188,7 +188,7 @@ class Distillation(TrainingTask):
             self._console.message(f"fresh: {', '.join(plan.fresh)}")
 
     def results(self, trainer: Trainer) -> dict[str, Any]:
-        """What the paper's tables say: the figures of teacher, student and dense baseline, and the gain kept."""
+        """Return what the paper's tables say: teacher, student, dense baseline, and the share of the gain kept."""
         recipe, teacher, _, baseline = self._job
         name = TASKS_AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
         taught = self._measured(everything=True)

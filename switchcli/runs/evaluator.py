@@ -37,13 +37,13 @@ class HeldOut(NamedTuple):
     """Neg. log perplexity and routing health."""
 
     tasks: dict[str, dict[str, Any]]
-    """Of each task's targets."""
+    """By task, on its targets."""
     text: dict[str, Any] | None
     texts: dict[str, dict[str, Any]]
-    """Of each language, or corpus without one, where the text is several."""
+    """By language, or by corpus without one, where there are several texts."""
 
     def named(self) -> dict[str, dict[str, Any]]:
-        """What was measured, once."""
+        """Return each text and task once, by name."""
         return {**(self.texts or ({"text": self.text} if self.text else {})), **self.tasks}
 
 
@@ -57,13 +57,13 @@ class Pass(NamedTuple):
     answered: dict[str, tuple[Answered, ...]]
 
     def to_json(self) -> dict[str, Any]:
-        """All but the answers."""
+        """Return all but the answers."""
         figures = {"held_out": self.held_out.tasks, "text": self.held_out.text, "texts": self.held_out.texts}
         return {"capacity": self.capacity, **task_results(self.scores), **figures}
 
 
 def exam_rows(exam: tokens.Scored) -> HeldOutText:
-    """The labelled examples of a task as text."""
+    """Return the labelled examples of a task as text."""
     return HeldOutText(InTurn([exam.packed]).rows, exam.packed.num_rows)
 
 
@@ -91,19 +91,19 @@ class Evaluator:
             self._prepared.check()
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
-        """For text and for tasks."""
+        """Return each pair of policies to measure under: for text, and for tasks."""
         if self._recipe.capacities is not None:
             return [(capacity, capacity) for capacity in self._recipe.capacities]
         return [(self._loaded.recipe.eval.capacity, self._recipe.scoring.capacity)]
 
     def rows(self) -> dict[str, tuple[HeldOutText, bool]]:
-        """What the model is measured on, by name, and whether its rows are packed."""
+        """Return what the model is measured on, by name, and whether its rows are packed."""
         packed = self._objective is packed_cross_entropy
         held_out = {label or "text": (text, packed) for label, text in self._texts.items()}
         return held_out | {exam.task.name: (exam_rows(exam), True) for exam in self.exams if exam.packed.num_rows}
 
     def under(self, text: Policy, tasks: Policy) -> Pass:
-        """Everything with the routers counting capacity so."""
+        """Measure everything with the routers counting capacity by `text` and `tasks`."""
         loaded, recipe = self._loaded, self._recipe
         predictor = TaskPredictor(loaded.model, loaded.tokenizer, self._runtime, recipe.scoring, tasks)
         tracked = self._console.track(self.exams, "answering", len(self.exams))

@@ -57,12 +57,12 @@ def check_tasks(recipe: OnTasks) -> None:
 
 
 def num_figures(recipe: OnTasks) -> int:
-    """Of tasks, of suites; their average, and the held-out neg. log perplexity."""
+    """Count the scores of tasks and suites, their average, and the held-out neg. log perplexity."""
     return len(tasks_of(recipe.tasks)) + len(suites_of(recipe.tasks)) + 2
 
 
 def data_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Console) -> TrainData:
-    """Training rows, held-out rows and exams of the recipe's tasks. Raises DataError as each part says."""
+    """Return training rows, held-out rows and scored examples of the recipe's tasks. Raises DataError."""
     tasks = tasks_of(recipe.tasks).values()
     lengths = Lengths(recipe.inputs_length, recipe.targets_length)
 
@@ -106,7 +106,7 @@ def data_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
 def _tell(
     rates: Mapping[str, float], found: Mapping[str, tokens.Training], tasks: Collection[Task], console: Console
 ) -> None:
-    """What is trained on."""
+    """Print what is trained on."""
     for task in tasks:
         if task.name not in found:
             console.message(f"{task.name}: has no split to train on: it is scored alone")

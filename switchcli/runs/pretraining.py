@@ -47,7 +47,7 @@ class Pretraining(TrainingTask):
             warm_start.begin(recipe.start, self._job.start, weights, optimizer)
 
     def _prepared(self) -> Prepared:
-        """The text by the vocabulary that the run began with: one that is trained again need not be the same."""
+        """Return the text as IDs of the vocabulary that the run began with: one trained again need not be the same."""
         recipe, folder, console = self._job.recipe, self._folder, self._console
         if folder.tokenizer.exists():
             return prepared_by(Tokenizer.read(folder.tokenizer), recipe, console)
@@ -57,7 +57,7 @@ class Pretraining(TrainingTask):
 
 
 def data_of(recipe: OnText, prepared: Prepared, runtime: Runtime, console: Console) -> TrainData:
-    """Rows of the recipe's text. Raises DataError as each part says."""
+    """Return the rows of the recipe's text. Raises DataError as each part says."""
     read_of = text_sets.live if recipe.data.access == "stream" else text_sets.prepared
     read = read_of(recipe, prepared, runtime, console)
     held_out = text_sets.held_out(prepared, recipe.data.rows, recipe.eval.sequences)
@@ -73,12 +73,12 @@ def data_of(recipe: OnText, prepared: Prepared, runtime: Runtime, console: Conso
 
 
 def loss_of(data: DataSpec) -> Objective:
-    """What is minimised, by how rows are packed."""
+    """Return the loss of rows that are packed as `data` says."""
     return packed_cross_entropy if data.packing == "documents" else cross_entropy
 
 
 def _first_of_each(batch: Batch) -> Batch:
-    """The first text of each row alone."""
+    """Return the first text of each row alone."""
     return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segments_of(*batch), strict=True)))
 
 
@@ -94,5 +94,5 @@ def fits(recipe: OnText, tokenizer: Tokenizer) -> None:
 
 
 def prepared_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
-    """The recipe's text as ids of a vocabulary that is there."""
+    """Return the recipe's text as IDs of `tokenizer`. Raises as `fits`, and DataError."""
     return text_sets.found(recipe.data, recipe.eval.sequences, console, tokenizer, partial(fits, recipe))

@@ -144,7 +144,7 @@ class Trainer:
             recompute_blocks(self.model)
 
     def _evaluation(self) -> dict[str, str]:
-        """The identity of the tasks' examples. Held-out text is a part of the text's own identity."""
+        """Return the digest of the tasks' examples. Held-out text is a part of the text's own identity."""
         if not self.data.exams:
             return {}
         examples = json.dumps([(exam.task.name, exam.examples) for exam in self.data.exams])
@@ -215,7 +215,7 @@ class Trainer:
             return self._conclude(task_eval)
 
     def _conclude(self, task_eval: TaskEvalCallback | None) -> dict[str, Any]:
-        """The result of a model that is trained."""
+        """Return the result of a trained model, and print it."""
         concluded = self.task.results(self)
         self.runtime.on_every(self.data.check)  # before the figures that it measured are written
         scores = self.runtime.on_main(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}

@@ -1,4 +1,4 @@
-"""What is minimised: the cross-entropy of the targets, and the losses that the sparse layers return.
+"""Losses: the cross-entropy of the targets, and the losses that the sparse layers return.
 
 Legend: B batch, T target, V vocabulary (the part of it that is here), D model, N targets of all sequences, C those of a
 chunk, M sums.
