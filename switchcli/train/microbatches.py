@@ -18,7 +18,8 @@ class RealTokens(NamedTuple):
     @classmethod
     def of(cls, batch: AnyBatch) -> Self:
         """Count those of a batch in the host's memory."""
-        return cls(int((batch.inputs_BS != PAD).sum()), int((batch.targets_BT != PAD).sum()))
+        assert PAD == 0, "count_nonzero is four times as fast as a comparison and a sum"
+        return cls(int(batch.inputs_BS.count_nonzero()), int(batch.targets_BT.count_nonzero()))
 
 
 class Microbatch(NamedTuple):
