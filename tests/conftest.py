@@ -49,12 +49,13 @@ if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it, and the
     from hypothesis import HealthCheck, settings
 
     settings.register_profile(
-        "switchcli",
+        "all",
         deadline=None,
         derandomize=bool(os.environ.get("CI")),
         suppress_health_check=[HealthCheck.too_slow],
     )
-    settings.load_profile("switchcli")
+    settings.register_profile("fast", settings.get_profile("all"), max_examples=25)
+    settings.load_profile("fast")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

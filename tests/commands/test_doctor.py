@@ -84,6 +84,7 @@ def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
     assert not lacking(refused.err, f"{run} KEY=VALUE model.num_experts=2")
 
 
+@pytest.mark.slow
 def test_a_hugging_face_configuration_fails(configuration: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", configuration)
     assert done.code == 1
@@ -115,6 +116,7 @@ def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
         assert bool(finding["advice"]) == (finding["verdict"] in ("warn", "fail"))
 
 
+@pytest.mark.slow
 def test_a_name_cannot_act_on_the_terminal(configuration: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     evil = tmp_path / "a\x1b[2J[bold]"
     evil.symlink_to(configuration)
@@ -150,6 +152,7 @@ def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_papers_bfloat16_arm_fails_by_its_routers_precision(switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", "quickstart/switch", "train.precision=bfloat16", "--json")
     failed = [finding["probe"] for finding in json.loads(done.out)["findings"] if finding["verdict"] == "fail"]

@@ -79,6 +79,7 @@ def test_a_blank_line_read_has_an_empty_answer(
     assert done.out.splitlines() == ["words", "", "words", ""]
 
 
+@pytest.mark.slow
 def test_what_a_model_says_cannot_act_on_the_terminal(
     run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_text_that_is_not_utf8_is_refused(run: Path, switchcli: SwitchCLI) -> 
 TEXTS = f"{GAP}\n\na green <extra_id_0>\nthe <extra_id_0> of alpha is <extra_id_1> not\n \n{GAP}\n"
 
 
+@pytest.mark.fast("options0")
 @pytest.mark.parametrize("options", [(), ("--beams", 3), ("--temperature", 1.5, "--top-p", 0.95, "--seed", 7)])
 def test_lines_answered_together_have_the_answers_that_they_have_alone(
     options: tuple[object, ...], run: Path, switchcli: SwitchCLI

@@ -166,6 +166,7 @@ def test_a_recipe_of_tasks_has_nothing_to_prepare(tuning: str, switchcli: Switch
     assert not lacking(done.err, f"{tuning} text pretrain distill")
 
 
+@pytest.mark.slow
 def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", *languages, "train.steps=6", "--out", "run", "--json")
     assert done.code == 0, done.err
@@ -196,6 +197,7 @@ def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, 
     assert not lacking(shown.out, "expert most tokens")
 
 
+@pytest.mark.slow
 def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
     recipe: str, text: Path, switchcli: SwitchCLI
 ) -> None:
@@ -223,6 +225,7 @@ def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
     return (*languages, "data.access=stream", "data.lanes=4", "train.steps=9", "train.microbatch_tokens=64")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", *stream(languages), "--out", "run", "--json")
@@ -312,6 +315,7 @@ def test_a_run_is_not_resumed_on_a_text_that_changed_and_kept_its_size_and_time(
     assert switchcli(*command, "train.steps=3").code == 0, "the former text is there again, with another time"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_is_not_resumed_on_a_file_that_changed_and_kept_its_size_and_time(
     recipe: str, own_text: Path, switchcli: SwitchCLI
@@ -328,6 +332,7 @@ def test_a_stream_is_not_resumed_on_a_file_that_changed_and_kept_its_size_and_ti
     assert done.code == 0, f"a copy with the same content is the same text: {done.err}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
     recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -473,7 +478,7 @@ def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}
 
 
-@pytest.mark.fast("replace")
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [touch, remove, replace])
 def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -484,7 +489,7 @@ def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     assert fingerprint(Path("run")) == fingerprint(Path("straight"))
 
 
-@pytest.mark.fast("truncate")
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [rotate, flip, truncate, remove])
 def test_damage_to_the_file_of_a_small_text_does_not_reach_a_run_that_holds_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch

@@ -220,6 +220,7 @@ def test_no_resume_sets_the_old_run_aside(recipe: str, switchcli: SwitchCLI) -> 
     assert len(metrics("a")) == 3
 
 
+@pytest.mark.fast("train.seed=1")
 @pytest.mark.parametrize(
     "key", ["train.seed=1", "model.d_model=16", "optimizer={kind: adamw}", "data.held_out_fraction=0.2"]
 )

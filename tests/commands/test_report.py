@@ -326,6 +326,7 @@ def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: Switc
     assert "&lt;extra_id_0&gt;" in text  # the samples
 
 
+@pytest.mark.slow
 def test_it_imports_no_torch(runs: list[str]) -> None:
     script = "import sys; from switchcli.cli import app; app(sys.argv[1:], standalone_mode=False)\n"
     script += "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"

@@ -92,6 +92,7 @@ def test_stopped_several_times_it_ends_the_same(
     assert fingerprint(Path("run")) == straight
 
 
+@pytest.mark.slow
 def test_blocks_may_be_computed_again_from_one_start_to_the_next(
     straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +109,7 @@ class Killed(BaseException):
     """The end of a process: what comes after it never happens."""
 
 
-@pytest.mark.fast("False-True-0", "True-False-1")
+@pytest.mark.fast("True-False-1")
 @pytest.mark.parametrize("moment", [0, 1, 2])
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("background", [False, True])
@@ -213,6 +214,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(recipe: str, switchcli:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_recipes_an_earlier_version_saved(
     straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,11 +37,13 @@ def seen_by_torch(folder: Path, arguments: list[str], **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.fast("pretrain", "eval")
 @pytest.mark.parametrize("verb", VERBS)
 def test_threads_of_openmp_sleep_soon_at_a_barrier(verb: str, tmp_path: Path) -> None:
     assert seen_by_torch(tmp_path, VERBS[verb]) == "10000"
 
 
+@pytest.mark.fast("OMP_WAIT_POLICY")
 @pytest.mark.parametrize("variable", SPINNING)
 def test_a_user_who_says_how_long_threads_spin_is_obeyed(variable: str, tmp_path: Path) -> None:
     expected = "200" if variable == "GOMP_SPINCOUNT" else "default"

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from messages import naming_words
 from numpy.typing import NDArray
@@ -100,7 +100,6 @@ def test_an_epoch_shows_every_token_once_but_for_the_tails_of_shards(
     assert (shown // SPACING == shown[:, :1] // SPACING).all(), "a row is of one shard"
 
 
-@settings(max_examples=60)
 @given(seed=numbers, first=st.integers(0, 2**30), cuts=st.sets(st.integers(1, 199)), rows=st.sampled_from([0, 1]))
 def test_any_split_of_the_rows_gives_the_same_ones(seed: int, first: int, cuts: set[int], rows: int) -> None:
     made_by = (CORRUPTION, WHOLE)[rows]
@@ -258,6 +257,7 @@ def test_a_row_of_the_millionth_epoch_is_had_as_soon_as_the_first() -> None:
     assert late < 0.1
 
 
+@pytest.mark.fast("rows0")
 @pytest.mark.parametrize("rows", [CORRUPTION, WHOLE])
 def test_threads_that_ask_at_once_get_the_same_rows(rows: SpanCorruption | WholeDocuments) -> None:
     asked = [start + np.arange(32) for start in range(0, 3000, 24)]

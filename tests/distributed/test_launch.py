@@ -82,7 +82,7 @@ def launched(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.fast("fail", "kill")
+@pytest.mark.fast("kill")
 @pytest.mark.parametrize("what", ["end", "fail", "die", "kill"])
 def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path: Path) -> None:
     done = launched(what, tmp_path)

@@ -34,7 +34,7 @@ SOUND = {
 }
 
 
-@pytest.mark.fast("switch", "expert choice", "attention", "dense")
+@pytest.mark.fast("switch", "expert choice", "dense")
 @pytest.mark.parametrize("case", SOUND)
 def test_our_models_are_sound(case: str) -> None:
     subject = ours(**SOUND[case])
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = 
 }
 
 
-@pytest.mark.fast("renormalised gate", "collapsed", "rows are mixed", "no balance loss")
+@pytest.mark.fast("collapsed", "renormalised gate")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_model_is_found_by_its_probe_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, verdict, named, also_warned = BROKEN[case]
@@ -203,6 +203,7 @@ def test_every_probe_is_shown_to_fail() -> None:
     assert {probe.name for probe in PROBES} == {name for _, _, named, _ in BROKEN.values() for name in named}
 
 
+@pytest.mark.slow
 def test_a_trained_router_may_be_confident_but_not_certain() -> None:
     subject = ours()
     for router in subject.routers:
@@ -215,6 +216,7 @@ def test_a_trained_router_may_be_confident_but_not_certain() -> None:
     assert findings(subject)["router confidence"].verdict == "warn"
 
 
+@pytest.mark.slow
 def test_drawn_tokens_that_a_trained_model_drops_are_a_warning() -> None:
     """It was trained on text: what it does with drawn ones, its routers having specialised, is no verdict."""
     subject = ours(router={**SWITCH, "capacity_factor": 0.3, "eval_capacity_factor": 0.3})

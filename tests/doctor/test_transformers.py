@@ -27,6 +27,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_finding_of_a_fresh_one(fresh: dict[str, Finding]) -> None:
     verdicts = {name: finding.verdict for name, finding in fresh.items() if finding.verdict != "pass"}
     verdicts.pop("router balance", None)  # of random routers, as it falls

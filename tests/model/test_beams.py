@@ -17,7 +17,7 @@ from answers import (
     twins,
     up_to_the_end,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference_search import T5X, TRANSFORMERS, best_answer, log_p_after
 
@@ -33,7 +33,7 @@ def t5_score(log_probability: float, length: int, alpha: float) -> float:
     return log_probability / ((5 + length) / 6) ** alpha
 
 
-@pytest.mark.fast("2-t5-1.0", "3-switch", "4-t5-1.1")
+@pytest.mark.fast("3-switch", "2-t5-1.0")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("beams", [2, 3, 4, 8])
 def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
@@ -57,7 +57,6 @@ def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
         assert expected[row] == best_answer(after, beams, 0.0, 15, TRANSFORMERS)
 
 
-@settings(max_examples=30)
 @given(
     beams=st.integers(2, 5),
     max_tokens=st.integers(1, 7),
@@ -123,6 +122,7 @@ def test_inputs_have_the_same_answers_alone_without_a_capacity(group_sequences: 
     assert not any(together[2] + alone[2])
 
 
+@pytest.mark.slow
 def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> None:
     grouped = ROOMY.model_copy(update={"group_sequences": 3})
     decoding = Decoding(max_tokens=30, beams=4, length_penalty=0.6)

@@ -110,6 +110,14 @@ DECODING = {
 }
 
 
+@pytest.mark.fast(
+    "dense-greedy-cpu",
+    "switch-beams with a penalty-cpu",
+    "groups-nucleus-cpu",
+    "top_k-greedy-cpu",
+    "no_token_left_behind-beams-cpu",
+    "expert_choice-sampling-cpu",
+)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "how"), [*itertools.product(ANSWERING, DECODING)])
 def test_answers_are_the_cpus(device: str, name: str, how: str) -> None:
@@ -122,6 +130,7 @@ def test_answers_are_the_cpus(device: str, name: str, how: str) -> None:
         assert len({tuple(row) for row in expected.tolist()}) > 1
 
 
+@pytest.mark.fast("groups")
 @pytest.mark.parametrize("name", ANSWERING)
 def test_no_choice_of_those_answers_is_a_near_tie(name: str) -> None:
     """Weights moved by 1e-5 of their size, far more than another order of sums moves a logit, change no answer."""

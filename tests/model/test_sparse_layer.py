@@ -3,7 +3,7 @@
 import pytest
 import reference_routing as reference
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
@@ -42,7 +42,6 @@ def a_layer(router: RouterSpec, seed: int, num_outputs: int = 4, **shape: object
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
-@settings(max_examples=80)
 @given(data=st.data())
 def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.DataObject) -> None:
     router = data.draw(ROUTERS[kind])

@@ -3,7 +3,7 @@
 import pytest
 import reference_routing as reference
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
@@ -54,7 +54,6 @@ def in_a_loop(
     return torch.stack(rows), logits_GNE
 
 
-@settings(max_examples=40)
 @given(
     router=st.sampled_from([Switch(**SHORT), NoTokenLeftBehind(**SHORT), TopK(**SHORT, keep_threshold=0.0)]),
     activation=st.sampled_from(["relu", "geglu"]),
@@ -150,7 +149,7 @@ def earlier_changes(router: RouterSpec, mode: str, sparse: str = "both") -> floa
     return largest
 
 
-@pytest.mark.fast("training-both", "paper-attention", "dropless-feed_forward")
+@pytest.mark.fast("paper-attention")
 @pytest.mark.parametrize("sparse", ["feed_forward", "attention", "both"])
 @pytest.mark.parametrize("mode", ["training", "paper", "dropless"])
 def test_switch_routing_by_position_does_not_see_the_future(mode: str, sparse: str) -> None:
@@ -158,6 +157,7 @@ def test_switch_routing_by_position_does_not_see_the_future(mode: str, sparse: s
     assert earlier_changes(Switch(**SHORT), mode, sparse) < 1e-5
 
 
+@pytest.mark.fast("router2")
 @pytest.mark.parametrize(
     "router", [TopK(**SHORT, keep_threshold=0.0), NoTokenLeftBehind(**SHORT), Switch(**SHORT, overflow="random")]
 )
@@ -166,6 +166,7 @@ def test_no_router_that_a_decoder_may_have_sees_the_future_where_nothing_is_drop
     assert earlier_changes(router, "dropless") < 1e-5
 
 
+@pytest.mark.fast("top_k-paper")
 @pytest.mark.parametrize(
     ("router", "mode"),
     [
@@ -180,6 +181,7 @@ def test_short_of_slots_a_later_first_choice_goes_before_an_earlier_second_one(r
     assert earlier_changes(router, mode) > 1e-3
 
 
+@pytest.mark.fast("probability")
 @pytest.mark.parametrize(
     ("router", "reason"),
     [

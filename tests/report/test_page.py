@@ -226,6 +226,7 @@ def test_a_page_without_charts_has_no_script() -> None:
     assert "<td>&lt;i&gt;</td>" in text
 
 
+@pytest.mark.slow
 def test_one_library_and_one_table_serve_several_charts() -> None:
     harm, values = "</script><script>window.hacked = 1</script><!--", [1 / 3, 2.0]
     table = Table("t", {"series": [harm] * 2, "step": [0, 1], "value": values, "least": values, "most": values})

@@ -44,6 +44,7 @@ def all_rows(rows: Callable[..., Iterator[Row]]) -> list[Row]:
     return [*rows("train"), *rows("validation")]
 
 
+@pytest.mark.slow
 def test_there_is_something_to_learn(modules: Rows) -> None:
     train, validation = (Counter(row["module"] for row in modules[split]) for split in ("train", "validation"))
     assert 2_000 <= train.total() <= 10_000

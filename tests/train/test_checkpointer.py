@@ -24,6 +24,14 @@ from switchcli.train.state import TrainState
 GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
 
 
+@pytest.mark.fast(
+    "spec0-all-factored",
+    "spec1-all-adamw",
+    "spec2-all-adafactor",
+    "spec3-non_expert-factored",
+    "spec4-expert-adamw",
+    "spec5-dense_feed_forward-adafactor",
+)
 @pytest.mark.parametrize(
     "optimizer", [Adafactor(min_dim_to_factor=8), Adafactor(), AdamW()], ids=["factored", "adafactor", "adamw"]
 )
@@ -121,6 +129,7 @@ def saved(folder: Path, optimizer: OptimizerSpec, group: Group = "all") -> tuple
     return parts, found
 
 
+@pytest.mark.fast("adafactor-all", "adafactor-expert", "adamw-non_expert", "adamw-dense_feed_forward")
 @pytest.mark.parametrize("group", ["all", "non_expert", "expert", "dense_feed_forward"])
 @pytest.mark.parametrize("optimizer", [Adafactor(min_dim_to_factor=8), AdamW()], ids=["adafactor", "adamw"])
 def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(

@@ -41,6 +41,7 @@ def exam(tokenizer: Tokenizer, tmp_path: Path) -> Scored:
     return scored(task, "validation", None, tokenizer, Lengths(32, 16), None)
 
 
+@pytest.mark.fast("1-11", "3-4")
 @pytest.mark.parametrize("size", [1, 4, 11, 50])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_answer_is_the_one_it_has_alone(

@@ -152,6 +152,16 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
 """By the guard: the attacks that succeed when it is taken out, and how it is."""
 
 
+@pytest.mark.fast(
+    "no unpickling-weights",
+    "plain names in a manifest-../ in a manifest",
+    "no links-weights that are a link",
+    "YAML-a tag that calls",
+    "one_line-in names and words of runs",
+    "no password-a password in a URL",
+    "ids-ids by the billion",
+    "plain names in an index-../ in an index",
+)
 @pytest.mark.parametrize(
     ("guard", "name"), [(guard, name) for guard, (_, names, _) in GUARDS.items() for name in names]
 )
