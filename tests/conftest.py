@@ -17,6 +17,8 @@ LONGEST_FIRST = (
     "distributed/test_ranks.py",
     "planner/test_memory_use.py",
     "commands/test_prepare_verb.py",
+    "checkpoint/test_checkpoint_faults.py",
+    "data/test_pipeline.py",
     "commands/test_resume.py",
     "commands/test_cluster.py",
     "commands/test_distill.py",
@@ -38,6 +40,7 @@ LONGEST_FIRST = (
     "trust/test_nonfinite.py",
     "trust/test_environments.py",
     "model/test_compiled.py",
+    "report/test_page.py",
 )
 """The files that take longest, the longest first."""
 
