@@ -1,8 +1,7 @@
 """Runs killed or stopped at random moments and started again until they are done, against one that never stopped.
 
-`python drill.py kill|stop FOLDER TIMES SEED VERB ARGUMENTS` prints a JSON report. Each start is a fork of one process
-that has imported everything, which saves the seconds that importing torch takes; what runs in it is the command's entry
-point.
+Each start is a fork of one process that has imported everything, which saves the seconds that importing torch takes.
+What runs in it is the command's entry point.
 """
 
 import hashlib
@@ -216,12 +215,3 @@ def drill(
         "differing": differing,
         "exit_codes": codes,
     }
-
-
-SIGNALS = {"kill": (signal.SIGKILL,), "stop": (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as for SIGTERM: no traceback of this file in a fork's first moment
-    how, folder, times, seed, *command = sys.argv[1:]
-    report = drill(SIGNALS[how], command, Path(folder), int(times), int(seed))
-    sys.stdout.write(json.dumps(report) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import RECIPE, SwitchCLI, lay_out
+from conftest import SwitchCLI, lay_out
 from drill import fingerprint
 from messages import lacking
 from typer.testing import CliRunner
@@ -182,24 +182,6 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
                 return
         time.sleep(0.01)
     raise AssertionError(f"step {step} was not reached")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "background"), [("kill", True), ("stop", False), ("stop", True)])
-def test_twenty_strikes_at_random_moments(how: str, background: bool, text: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(
-        RECIPE.replace("text.txt", str(text))
-        .replace("steps: 2,", "steps: 30,")
-        .replace("save_every_steps: 4", f"save_every_steps: 1, background: {str(background).lower()}")
-    )
-    drill = [sys.executable, str(Path(__file__).parent / "drill.py"), how, str(tmp_path), "20", "0"]
-    drill += ["pretrain", str(recipe)]
-    report = json.loads(subprocess.run(drill, stdout=subprocess.PIPE, check=True).stdout)
-    assert report["strikes"] >= 20, report
-    assert report["differing"] == [], report
-    if how == "kill":
-        assert report["in_saves"] >= 4, report
 
 
 @pytest.mark.slow

@@ -126,8 +126,7 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
 
 
 @pytest.mark.fast("switch-2-2")
-@pytest.mark.parametrize("microbatch", [2, 8])
-@pytest.mark.parametrize("product_bytes", [4, 2])
+@pytest.mark.parametrize(("product_bytes", "microbatch"), [(4, 8), (2, 2)])
 @pytest.mark.parametrize("name", ["dense", "geglu", "switch", "top_k", "experts in both"])
 def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, microbatch: int) -> None:
     """The plan holds all gradients and all activations at once: of a single microbatch some are gone by then."""
@@ -137,8 +136,7 @@ def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, mi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("product_bytes", [4, 2])
-@pytest.mark.parametrize(("name", "most"), [("dense", 0.6), ("top_k", 0.85)])
+@pytest.mark.parametrize(("name", "most", "product_bytes"), [("dense", 0.6, 4), ("top_k", 0.85, 2)])
 def test_the_peak_falls_where_blocks_are_computed_again_and_is_within_the_plan(
     name: str, most: float, product_bytes: int
 ) -> None:
@@ -209,7 +207,7 @@ def test_activations_are_what_autograd_keeps(model: str, shape: tuple[int, int, 
 
 @pytest.mark.fast("top_k-(8, 24, 12)-bfloat16", "expert choice-(8, 24, 12)-float32")
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(4, 64, 30), (8, 24, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 24, 12)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_of_blocks_that_are_computed_again_it_keeps_the_inputs_and_one_whole(
     model: str, shape: tuple[int, int, int], bfloat16: bool
