@@ -26,6 +26,7 @@ LONGEST_FIRST = (
     "commands/test_command_ranks.py",
     "trust/test_odd_paths.py",
     "test_few_packages.py",
+    "test_adding.py",
     "trust/test_rank_deaths.py",
     "trust/test_links.py",
     "commands/test_lost_ranks.py",

@@ -60,6 +60,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/doctor/of_transformers.py": "transformers huggingface_hub",
 }
 READS_PICKLES = "switchcli/convert/pickled.py"
+COLLECTS_TASKS = "switchcli/tasks/registry.py"
 
 
 class Module(NamedTuple):
@@ -156,7 +157,8 @@ def the_model_knows_no_machine(module: Module) -> Iterator[Fault]:
 def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
     """No pickle and nothing that uses it, no eval, no shell: a checkpoint, a recipe or a text can then run no code.
 
-    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there.
+    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there. One
+    other file imports modules by name: those that lie in its own package, which no input of a user can choose.
     """
     pickles = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
     pickles |= {"torch.distributed.checkpoint", "accelerate.load_checkpoint_and_dispatch"}
@@ -167,6 +169,10 @@ def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
         tree = ast.parse(module.text)
         for call in filter(_reads_tensors_alone, calls(tree)):
             call.func = ast.Name("read_tensors_alone", lineno=call.lineno)
+    if module.path == COLLECTS_TASKS:
+        tree = ast.parse(module.text)
+        for call in filter(_imports_a_task_module, calls(tree)):
+            call.func = ast.Name("import_task_module", lineno=call.lineno)
     for line, name in mentions(tree):
         if within(name, pickles | code | yaml) or name.endswith((".load_state", ".save_state")):
             yield line, name
@@ -185,6 +191,15 @@ def _reads_tensors_alone(call: ast.Call) -> bool:
     alone = words.get("weights_only")
     literal = isinstance(alone, ast.Constant) and alone.value is True and len(call.args) == 1
     return dotted(call.func) == "torch.load" and literal and None not in words and "pickle_module" not in words
+
+
+def _imports_a_task_module(call: ast.Call) -> bool:
+    """`importlib.import_module(f"switchcli.tasks.{name}")`, with that literal beginning."""
+    if dotted(call.func) != "importlib.import_module" or len(call.args) != 1 or call.keywords:
+        return False
+    name = call.args[0]
+    start = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else None
+    return isinstance(start, ast.Constant) and start.value == "switchcli.tasks."
 
 
 def yaml_is_read_safely(module: Module) -> Iterator[Fault]:
@@ -241,24 +256,41 @@ def text_is_no_markup(module: Module) -> Iterator[Fault]:
 
 
 ROUTER = "switchcli/model/moe/router.py"
-KINDS = {"switch", "top_k", "no_token_left_behind", "expert_choice"}
-ROUTERS = {"Switch", "TopK", "NoTokenLeftBehind", "ExpertChoice", "TokenChoice"}
+
+
+@cache
+def routers() -> tuple[set[str], set[str]]:
+    """The classes of the router's file that are specs, and their kinds."""
+    text = (ROOT / ROUTER).read_text(encoding="utf-8")
+    classes, kinds = {"RoutingRule"}, set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and classes & {dotted(base) for base in node.bases}:
+            classes.add(node.name)
+            kinds |= {
+                part.value.value
+                for part in node.body
+                if isinstance(part, ast.AnnAssign)
+                and dotted(part.target) == "kind"
+                and isinstance(part.value, ast.Constant)
+            }
+    return classes, kinds
 
 
 def routers_describe_themselves(module: Module) -> Iterator[Fault]:
     """No code outside the router's file checks its kind: a new router then has the right FLOPs, plan and upcycling."""
     if module.path == ROUTER:
         return
+    classes, kinds = routers()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
-            if any(dotted(side).endswith(".kind") for side in sides) and KINDS & {
+            if any(dotted(side).endswith(".kind") for side in sides) and kinds & {
                 constant.value for side in sides for constant in ast.walk(side) if isinstance(constant, ast.Constant)
             }:
                 yield node.lineno, "compares the kind of a router"
         elif isinstance(node, ast.Call) and dotted(node.func) == "isinstance":
-            classes = {dotted(name) for name in ast.walk(node.args[1])}
-            if found := ROUTERS & classes:
+            found = classes & {dotted(name) for name in ast.walk(node.args[1])}
+            if found:
                 yield node.lineno, f"asks whether a router is {', '.join(sorted(found))}"
 
 
@@ -327,6 +359,11 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (DATA, "load_dataset(path, trust_remote_code=True)"),
             (DATA, "eval(text)"),
             (DATA, "import importlib\nimportlib.import_module(name)"),
+            (DATA, "importlib.import_module(f'switchcli.tasks.{name}')"),
+            (COLLECTS_TASKS, "importlib.import_module(name)"),
+            (COLLECTS_TASKS, "importlib.import_module(f'{name}')"),
+            (COLLECTS_TASKS, "importlib.import_module(f'.{name}', package)"),
+            (COLLECTS_TASKS, "from importlib import import_module"),
             (DATA, "subprocess.run(line, shell=True)"),
             (DATA, "yaml.unsafe_load(text)"),
         ],
@@ -336,6 +373,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
                 "model.eval()\neval: int = 1\nre.compile(x)\nnp.load(x, allow_pickle=False)\nmodel.load_state_dict(x)",
             ),
             (READS_PICKLES, SAFELY),
+            (COLLECTS_TASKS, "import importlib\nimportlib.import_module(f'switchcli.tasks.{name}')"),
         ],
     ),
     yaml_is_read_safely: (

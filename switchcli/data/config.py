@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.data.objectives.denoisers import Denoisers, ObjectiveSpec, PrefixLanguageModel
+from switchcli.data.objectives.denoisers import ObjectiveSpec, TextObjective
 from switchcli.data.objectives.packed_documents import WholeDocuments
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.dedup import Duplicates
@@ -16,7 +16,7 @@ from switchcli.data.text_mixture import Joined, Mixture, TextMixtureSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec, TrainedTokenizer
 from switchcli.spec import MOST, Spec
 
-Rows = SpanCorruption | PrefixLanguageModel | Denoisers | WholeDocuments
+Rows = TextObjective | WholeDocuments
 """What a row of a batch is made by."""
 
 
@@ -24,9 +24,9 @@ class TextsSpec(Spec, ABC):
     """Which text, and what becomes of it before it is cut into ids."""
 
     corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)] = (PythonStdlib(),)
-    """Each by its `kind`: python-stdlib, files, hub."""
+    """Where the text comes from, each by its `kind`."""
     mixture: TextMixtureSpec = Joined()
-    """By its `kind`: joined (one text), weighted, temperature. Texts that are mixed are measured apart."""
+    """How the corpora are mixed, by its `kind`; `joined` makes one text of them. Mixed texts are measured apart."""
     filters: Filters = Filters()
     duplicates: Duplicates | None = None
     """Leave out documents that an earlier one is the same as, or nearly; of prepared text."""
@@ -59,7 +59,7 @@ class TextsSpec(Spec, ABC):
 
     @model_validator(mode="after")
     def _weights_count(self) -> Self:
-        if self.mixture.kind != "weighted" and any(corpus.weight != 1.0 for corpus in self.corpora):
+        if not self.mixture.uses_weights and any(corpus.weight != 1.0 for corpus in self.corpora):
             raise ValueError(
                 f"a weight of a corpus counts in a mixture of kind weighted alone, and it is {self.mixture.kind}: take "
                 "mixture.kind=weighted, or leave the weight out"
@@ -73,7 +73,7 @@ class DataSpec(TextsSpec):
     tokenizer: TokenizerSpec = TrainedTokenizer()
     """By its `kind`: train, file, hub."""
     objective: ObjectiveSpec = SpanCorruption()
-    """By its `kind`: span_corruption, prefix_lm, denoisers."""
+    """What a model is given of a text, and what it has to say of it, by its `kind`."""
     packing: Literal["windows", "documents"] = "windows"
     """Documents end to end, cut into rows; or rows of whole documents, which do not see one another."""
     lanes: int = Field(default=8, ge=1, le=MOST["ranks"])

@@ -6,7 +6,7 @@ Legend  K texts
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,17 @@ class Joined(Spec):
     """No mixture: the corpora are one text, in proportion to their size."""
 
     kind: Literal["joined"] = "joined"
+    uses_weights: ClassVar[bool] = False
+    uses_sizes: ClassVar[bool] = False
 
 
 class Mixing(Spec, ABC):
     """Each language, or corpus without one, by itself."""
 
+    uses_weights: ClassVar[bool] = False
+    """The shares depend on the `weight` of each corpus; otherwise a recipe that gives one is refused."""
+    uses_sizes: ClassVar[bool] = True
+    """The shares depend on the size of each text, so a stream of texts of unknown size is refused."""
     max_epochs: float | None = Field(default=None, gt=0.0)
     """How often a run shows a text at most: what a small one may not have goes to the others, in proportion."""
 
@@ -70,6 +76,8 @@ class Weighted(Mixing):
     """By the `weight` of each corpus."""
 
     kind: Literal["weighted"] = "weighted"
+    uses_weights: ClassVar[bool] = True
+    uses_sizes: ClassVar[bool] = False
 
     def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return weights

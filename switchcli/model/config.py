@@ -59,7 +59,7 @@ class ModelSpec(Spec):
     """What a sparse block routes: its feed-forward, the queries, keys and values of its self-attention (Appendix A), or
     both. Experts of an attention have d_ff hidden units too."""
     router: RouterSpec = Switch()
-    """By its `kind`: switch, top_k, no_token_left_behind, expert_choice."""
+    """The router of the sparse layers, by its `kind`."""
     decoder_router: RouterSpec | None = None
     """The decoder's; absent: `router`."""
     balance_reduction: Reduction = "sum"

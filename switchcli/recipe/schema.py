@@ -29,7 +29,7 @@ class OnText(TrainingRecipe, ABC):
     """A run on plain text."""
 
     schedule: ScheduleSpec = InverseSquareRoot()
-    """By its `kind`: inverse_square_root, constant, cosine, linear."""
+    """The learning rate of each step, by the schedule's `kind`."""
     data: DataSpec = DataSpec()
 
     @property
@@ -59,7 +59,7 @@ class OnTasks(TrainingRecipe, ABC):
     """A run on text-to-text tasks, scored on them."""
 
     schedule: ScheduleSpec = Constant()
-    """By its `kind`: constant, inverse_square_root, cosine, linear."""
+    """The learning rate of each step, by the schedule's `kind`."""
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     """Names of tasks and suites, or tasks of your own (`kind: files`)."""
     data: TaskDataSpec = TaskDataSpec()

@@ -28,9 +28,9 @@ class TrainingRecipe(Spec, ABC):
     model: ModelSpec = ModelSpec()
     train: TrainSpec
     optimizer: OptimizerSpec = Adafactor()
-    """By its `kind`: adafactor, adamw."""
+    """The optimizer, by its `kind`."""
     schedule: ScheduleSpec
-    """By its `kind`: inverse_square_root, constant, cosine, linear."""
+    """The learning rate of each step, by the schedule's `kind`."""
     log: LogSpec = LogSpec()
     eval: EvalSpec = EvalSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
@@ -137,13 +137,8 @@ class TrainingRecipe(Spec, ABC):
             yield f"parallel.expert ({ranks}) must divide parallel.data ({data}): try {math.gcd(data, ranks)}."
 
     def _schedule_rules(self) -> Iterator[str]:
-        schedule, steps = self.schedule, self.train.steps
-        # T5's inverse square root may stay in its constant part: its warm-up is no ramp.
-        if schedule.kind != "inverse_square_root" and schedule.warmup_steps > steps:
-            yield (
-                f"schedule.warmup_steps ({schedule.warmup_steps}) must be at most train.steps ({steps}): "
-                f"try {steps // 10}."
-            )
+        if misfit := self.schedule.misfit(self.train.steps):
+            yield f"schedule.{misfit}"
 
 
 def _round_up(number: int, unit: int) -> int:

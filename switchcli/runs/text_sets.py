@@ -23,6 +23,7 @@ from switchcli.data.prepare.pipeline import (
 )
 from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN
 from switchcli.data.prepare.store import digest_of
+from switchcli.data.sources.records import TextRows
 from switchcli.data.streaming import LiveStream, pieces_of
 from switchcli.data.text_batches import TextStream, text_fraction
 from switchcli.data.text_mixture import Mixture
@@ -93,10 +94,10 @@ def live(recipe: OnText, text: Prepared, runtime: Runtime, console: Console) -> 
     pieces = {label: pieces_of(corpora) for label, corpora in data.texts().items()}
     sizes = {label: [piece.size for _, piece in each] for label, each in pieces.items()}
     unknown = [label for label, each in sizes.items() if None in each]
-    if data.mixture.kind == "temperature" and unknown:
+    if data.mixture.uses_sizes and unknown:
         raise DataError(
-            f"data.mixture: how large {unknown[0]} is is not known before it is read, which a temperature needs: take "
-            "mixture.kind=weighted and a weight for each corpus, or access=prepared"
+            f"data.mixture: how large {unknown[0]} is is not known before it is read, which a {data.mixture.kind} "
+            "needs: take mixture.kind=weighted and a weight for each corpus, or access=prepared"
         )
     known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
     mixture = data.mixed(known, known, recipe.train.steps * batch_rows, seed)
@@ -125,7 +126,7 @@ def _allow_many_files() -> None:
 def _bare(data: DataSpec) -> DataSpec:
     """The same whatever becomes of rows that cannot be read: a run may go on past one that ended it."""
     corpora = [
-        corpus if corpus.kind == "python-stdlib" else corpus.model_copy(update={"unreadable": "refuse"})
+        corpus.model_copy(update={"unreadable": "refuse"}) if isinstance(corpus, TextRows) else corpus
         for corpus in data.corpora
     ]
     return data.model_copy(update={"corpora": tuple(corpora)})

@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from switchcli.data.task_mixture import MixtureSpec, Proportional
 from switchcli.spec import MOST, Place, Spec
-from switchcli.tasks.registry import COUNT_RIGHT_ANSWERS, METRICS, NEEDS_LABELS, SUITES, TASKS
+from switchcli.tasks.registry import METRICS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
-from switchcli.tasks.task import Example, Files, Purpose, Row, Task
+from switchcli.tasks.task import Example, Files, LabelMetric, Purpose, Row, Task
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _NAME = r"^[A-Za-z0-9_.-]+$"
@@ -78,36 +78,33 @@ class Own(Spec):
             raise ValueError(f"input ({self.input!r}) has a brace that is no {{field}}: braces are for fields alone")
         if not _FIELD.search(self.input):
             raise ValueError(f"input ({self.input!r}) must hold a field of the rows, such as {{text}}")
-        for metric in self.metrics:
-            if metric not in METRICS:
-                near = difflib.get_close_matches(metric, METRICS, n=1)
+        for name in self.metrics:
+            if name not in METRICS:
+                near = difflib.get_close_matches(name, METRICS, n=1)
                 hint = f"Did you mean {near[0]}?" if near else f"The metrics are {', '.join(METRICS)}"
-                raise ValueError(f"metrics ({metric}): no such metric. {hint}")
-            if metric in NEEDS_LABELS and len(self.labels) != (NEEDS_LABELS[metric] or max(2, len(self.labels))):
-                need = NEEDS_LABELS[metric] or "two or more"
+                raise ValueError(f"metrics ({name}): no such metric. {hint}")
+            metric = METRICS[name]
+            if isinstance(metric, LabelMetric) and not metric.accepts(len(self.labels)):
                 raise ValueError(
-                    f"metrics ({metric}): needs {need} labels, and there are {len(self.labels)}: name them"
+                    f"metrics ({name}): needs {metric.needs} labels, and there are {len(self.labels)}: name them"
                 )
         return self
 
     def tasks(self) -> tuple[Task, ...]:
         fields = dict.fromkeys([*_FIELD.findall(self.input), self.target])
+        metrics = tuple(METRICS[name].of_labels(self.labels)._replace(name=name) for name in self.metrics)
+        chances = [100 / len(self.labels) if self.labels and metric.has_even_chance else 0.0 for metric in metrics]
         return (
             Task(
                 self.name,
                 Files(self.train, self.validation, self.test, self.model_dump_json()),
                 tuple(fields),
                 self._examples,
-                tuple(METRICS[name](self.labels)._replace(name=name) for name in self.metrics),
-                self._chance(),
+                metrics,
+                sum(chances) / len(chances),
                 self.labels,
             ),
         )
-
-    def _chance(self) -> float:
-        """Of labels drawn at random, taken as equally frequent; 0 for metrics that do not count right answers."""
-        each = [100 / len(self.labels) if self.labels and name in COUNT_RIGHT_ANSWERS else 0.0 for name in self.metrics]
-        return sum(each) / len(each)
 
     def _examples(self, row: Row, purpose: Purpose) -> Iterator[Example]:
         filled = _FIELD.sub(lambda field: _text(row[field[1]], field[1]), self.input)

@@ -6,12 +6,13 @@ correlation of a constant, is 0. Scores of free text are not here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import Answered, Metric
+from switchcli.tasks.task import Answered, LabelMetric, Metric
 from switchcli.tasks.text_metrics import by_unit
 
 Numbers = NDArray[np.float64]
@@ -46,9 +47,15 @@ def _all_right(answered: Sequence[Answered]) -> Numbers:
     return _column([all(map(_is_right, unit)) for unit in by_unit(answered)])
 
 
-ACCURACY = Metric("accuracy", lambda answered: _column([_is_right(answer) for answer in answered]), _share)
+ACCURACY = Metric(
+    "accuracy",
+    lambda answered: _column([_is_right(answer) for answer in answered]),
+    _share,
+    is_exact=True,
+    has_even_chance=True,
+)
 """The share of answers that are the target."""
-EXACT_MATCH_BY_UNIT = Metric("em", _all_right, _share)
+EXACT_MATCH_BY_UNIT = Metric("em", _all_right, _share, is_exact=True)
 """The share of units whose answers are all right (MultiRC: of questions)."""
 
 
@@ -75,7 +82,7 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
         hits, too_many, too_few = units.sum(axis=0)
         return _ratio(2 * hits, 2 * hits + too_many + too_few)
 
-    return Metric(name, measure, combine)
+    return Metric(name, measure, combine, has_even_chance=True)
 
 
 def _counts(labels: tuple[str, ...], answered: Sequence[Answered]) -> Numbers:
@@ -94,7 +101,7 @@ def macro_f1(labels: tuple[str, ...]) -> Metric:
         hits, right, said = units.sum(axis=0).reshape(3, -1)[:, : len(labels)]
         return float(np.mean([_ratio(2 * hit, both) for hit, both in zip(hits, right + said, strict=True)]))
 
-    return Metric("macro_f1", lambda answered: _counts(labels, answered), combine)
+    return Metric("macro_f1", lambda answered: _counts(labels, answered), combine, has_even_chance=True)
 
 
 def matthews(labels: tuple[str, ...]) -> Metric:
@@ -178,7 +185,20 @@ def _judged(answered: Sequence[Answered]) -> Numbers:
     return _column([said == answer.example.label for said, answer in zip(found, answered, strict=True)])
 
 
-REFERENT_ACCURACY = Metric("accuracy", _judged, _share)
+REFERENT_ACCURACY = Metric("accuracy", _judged, _share, is_exact=True)
 """Whether the answer names the target is a judgement, `True` or `False`: the share that agrees with `Example.label`.
 
 An answer without words, or with determiners only, agrees with neither."""
+
+
+METRICS: Mapping[str, Metric | LabelMetric] = MappingProxyType(
+    {
+        "accuracy": ACCURACY,
+        "f1": LabelMetric(lambda labels: f1(*labels), needs=2),  # the second label is the positive one
+        "macro_f1": LabelMetric(macro_f1),
+        "matthews": LabelMetric(matthews),
+        "pearson": PEARSON,
+        "spearman": SPEARMAN,
+    }
+)
+"""Metrics that a user's own task may name."""

@@ -1,54 +1,48 @@
-"""Every task and metric that ships, by name. A new family adds its tuple here."""
+"""Every task, metric and suite that ships, by name, collected from the modules of this package.
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Final
+A module contributes its TASKS (`tuple[Task, ...]`), METRICS (metrics by the name that a recipe gives them) and SUITES
+(`tuple[Suite, ...]`). So a new family of tasks is one new file. The order is alphabetical by module, then the module's.
+"""
 
-from switchcli.tasks import (
-    anli,
-    arc,
-    closed_book_qa,
-    glue,
-    label_metrics,
-    squad,
-    stdlib_tasks,
-    summarization,
-    superglue,
-    text_metrics,
-    translation,
-    winogrande,
-)
-from switchcli.tasks import suites as benchmarks
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType, ModuleType
+from typing import Final, TypeVar
+
+from switchcli import tasks
 from switchcli.tasks.suites import Suite
-from switchcli.tasks.task import Metric, Task
+from switchcli.tasks.task import LabelMetric, Metric, Task
 
-_FAMILIES = (
-    *(glue, superglue, squad, anli, winogrande, arc, closed_book_qa, summarization, translation),
-    stdlib_tasks,
-)
-TASKS: Final[Mapping[str, Task]] = MappingProxyType({task.name: task for family in _FAMILIES for task in family.TASKS})
-SUITES: Final[Mapping[str, Suite]] = MappingProxyType({suite.name: suite for suite in benchmarks.SUITES})
+T = TypeVar("T")
 
-METRICS: Final[Mapping[str, Callable[[tuple[str, ...]], Metric]]] = MappingProxyType(
-    {
-        "exact_match": lambda labels: text_metrics.exact_match,
-        "accuracy": lambda labels: label_metrics.ACCURACY,
-        "f1": lambda labels: label_metrics.f1(*labels),
-        "macro_f1": label_metrics.macro_f1,
-        "matthews": label_metrics.matthews,
-        "pearson": lambda labels: label_metrics.PEARSON,
-        "spearman": lambda labels: label_metrics.SPEARMAN,
-        "squad_em": lambda labels: text_metrics.squad_em,
-        "squad_f1": lambda labels: text_metrics.squad_f1,
-        "trivia_em": lambda labels: text_metrics.trivia_em,
-        "rouge1": lambda labels: text_metrics.rouge1,
-        "rouge2": lambda labels: text_metrics.rouge2,
-        "rouge_lsum": lambda labels: text_metrics.rouge_lsum,
-        "bleu": lambda labels: text_metrics.bleu,
-    }
+_READERS: Final = {"registry", "config"}
+"""Modules that use what is collected here, so they cannot contribute to it."""
+
+
+def _modules() -> Iterator[ModuleType]:
+    for name in sorted(module.name for module in pkgutil.iter_modules(tasks.__path__)):
+        if name not in _READERS:
+            yield importlib.import_module(f"switchcli.tasks.{name}")
+
+
+def _by_name(found: Iterable[tuple[str, T]]) -> Mapping[str, T]:
+    by_name: dict[str, T] = {}
+    for name, value in found:
+        assert name not in by_name, f"switchcli.tasks: two definitions have the name {name}: rename one of them"
+        by_name[name] = value
+    return MappingProxyType(by_name)
+
+
+_MODULES: Final = tuple(_modules())
+TASKS: Final[Mapping[str, Task]] = _by_name(
+    (task.name, task) for module in _MODULES for task in getattr(module, "TASKS", ())
 )
-"""What a task of one's own may name, given its labels."""
-COUNT_RIGHT_ANSWERS: Final = {"accuracy", "exact_match", "squad_em", "trivia_em", "f1", "macro_f1"}
-"""Metrics that labels drawn at random score 100 / k by, where they are equally frequent."""
-NEEDS_LABELS: Final[Mapping[str, int | None]] = MappingProxyType({"f1": 2, "macro_f1": None, "matthews": None})
-"""Metrics over labels, and how many of them: f1 takes the second for positive."""
+SUITES: Final[Mapping[str, Suite]] = _by_name(
+    (suite.name, suite) for module in _MODULES for suite in getattr(module, "SUITES", ())
+)
+METRICS: Final[Mapping[str, Metric | LabelMetric]] = _by_name(
+    item for module in _MODULES for item in getattr(module, "METRICS", {}).items()
+)
+"""Metrics that a user's own task may name."""
+assert not TASKS.keys() & SUITES.keys(), "a task and a suite have the same name, and a recipe names both in one list"

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from switchcli.tasks.task import Answered, Metric, Task
 
 PERCENTILES = (2.5, 97.5)
-EXACT = ("accuracy", "em", "exact_match", "squad_em", "trivia_em")
-"""Metrics by which one answer is right or wrong."""
 
 
 class Score(NamedTuple):
@@ -89,8 +87,8 @@ def score(task: Task, answered: Sequence[Answered], draws: int = 1000, seed: int
 
 
 def is_right(task: Task, answer: Answered) -> bool | None:
-    """Whether an answer is right by itself, by the task's accuracy or exact match; None where neither is a metric."""
-    exact = next((metric for metric in (*task.metrics, *task.beside) if metric.name in EXACT), None)
+    """Return whether an answer by itself is right, by the task's first exact metric; None if the task has none."""
+    exact = next((metric for metric in (*task.metrics, *task.beside) if metric.is_exact), None)
     if exact is None:
         return None
     return exact.combine(exact.measure([answer])) == 100.0

@@ -3,7 +3,7 @@
 Tasks are named here and defined in the files of their families.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Union
 
 
@@ -58,9 +58,12 @@ PAPER = Suite(
 SUITES: tuple[Suite, ...] = (GLUE, SUPER_GLUE, CLOSED_BOOK_QA, PAPER)
 
 
-def average(scores: Mapping[str, float]) -> float:
-    """The mean over any tasks, one at least, as the benchmarks count: MNLI once, what helps to train alone not."""
-    helpers = {name for suite in SUITES for name in suite.trained_too}
+def average(scores: Mapping[str, float], suites: Iterable[Suite]) -> float:
+    """Return the mean of one or more tasks' scores, by the benchmarks' rules.
+
+    MNLI counts once. Tasks that `suites` only train on (`trained_too`) do not count, unless there are no others.
+    """
+    helpers = {name for suite in suites for name in suite.trained_too}
     counted = [name for name in scores if name not in helpers] or list(scores)
     whole = [MNLI] if set(MNLI.tasks()) <= set(counted) else []
     alone = [name for name in counted if not whole or name not in MNLI.tasks()]

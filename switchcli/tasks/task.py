@@ -1,6 +1,6 @@
 """Task: where its rows come from, how a row becomes texts, and how answers are scored (T5's text-to-text format).
 
-A task is a value and holds no data. A family of tasks is one file beside this one; `library` names them all.
+A task is a value and holds no data. A family of tasks is one file beside this one; `registry` finds them all.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +46,27 @@ class Metric(NamedTuple):
     """[units, numbers] of labelled answers, one at least; a prediction may be any text."""
     combine: Callable[[NDArray[np.float64]], float]
     """The score of units, each perhaps several times."""
+    is_exact: bool = False
+    """Each answer by itself is right (100) or wrong (0)."""
+    has_even_chance: bool = False
+    """Answers drawn at random from k labels score 100 / k, if the labels are equally frequent."""
+
+    def of_labels(self, labels: tuple[str, ...]) -> "Metric":
+        """Return the metric itself, since it does not depend on the labels."""
+        return self
+
+
+class LabelMetric(NamedTuple):
+    """A metric that is computed from the labels of a task, so it needs some."""
+
+    of_labels: Callable[[tuple[str, ...]], Metric]
+    """Return the metric of a task with these labels."""
+    needs: int | Literal["two or more"] = "two or more"
+    """The number of labels it needs."""
+
+    def accepts(self, num_labels: int) -> bool:
+        """Return whether a task with `num_labels` labels may use the metric; 0 means free text."""
+        return num_labels >= 2 if isinstance(self.needs, str) else num_labels == self.needs
 
 
 class Source(NamedTuple):

@@ -9,7 +9,8 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,8 @@ def mean_of(name: str, best: Callable[[Sequence[str], str], float]) -> Metric:
 
 def exact_match_of(normal: Callable[[str], str]) -> Metric:
     """The share of answers that are a target after `normal`."""
-    return mean_of("em", lambda targets, prediction: normal(prediction) in map(normal, targets))
+    metric = mean_of("em", lambda targets, prediction: normal(prediction) in map(normal, targets))
+    return metric._replace(is_exact=True, has_even_chance=True)
 
 
 def f1_of(normal: Callable[[str], str]) -> Metric:
@@ -150,3 +152,17 @@ def _bleu_combine(numbers: Numbers) -> float:
 
 bleu = Metric("bleu", _bleu_measure, _bleu_combine)
 """BLEU of the whole set by sacrebleu with T5's settings: tokenizer `intl`, case kept, exponential smoothing."""
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "exact_match": exact_match,
+        "squad_em": squad_em,
+        "squad_f1": squad_f1,
+        "trivia_em": trivia_em,
+        "rouge1": rouge1,
+        "rouge2": rouge2,
+        "rouge_lsum": rouge_lsum,
+        "bleu": bleu,
+    }
+)
+"""Metrics that a user's own task may name."""

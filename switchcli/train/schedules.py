@@ -5,6 +5,7 @@ Nothing is stepped and nothing is saved: after a resume the rate is what the ste
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -12,7 +13,19 @@ from pydantic import Field
 from switchcli.spec import MOST, Spec
 
 
-class InverseSquareRoot(Spec):
+class Schedule(Spec, ABC):
+    """What every schedule has."""
+
+    @abstractmethod
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Return the learning rate of `step`, counted from 0, in a run of `total_steps`."""
+
+    def misfit(self, total_steps: int) -> str | None:
+        """Return why the schedule does not fit a run of `total_steps`, beginning with its key; None if it fits."""
+        return None
+
+
+class InverseSquareRoot(Schedule):
     """T5: learning_rate * sqrt(warmup / max(step, warmup)): constant first, then falling. No linear ramp.
 
     With the defaults this is 1 / sqrt(max(step, 10,000)): 0.01 until step 10,000, 0.005 at 40,000.
@@ -32,7 +45,7 @@ class InverseSquareRoot(Spec):
         return rate * min(1.0, (total_steps - step) / ramp_steps) if ramp_steps else rate
 
 
-class Constant(Spec):
+class Constant(Schedule):
     """One rate, as T5 is fine-tuned, after a linear warm-up from 0 if one is asked for (T5X has 1,000 steps)."""
 
     kind: Literal["constant"] = "constant"
@@ -42,8 +55,11 @@ class Constant(Spec):
     def __call__(self, step: int, total_steps: int) -> float:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
+    def misfit(self, total_steps: int) -> str | None:
+        return _too_long(self.warmup_steps, total_steps)
 
-class Cosine(Spec):
+
+class Cosine(Schedule):
     """Linear warm-up from 0, then half a cosine down to `final_fraction` of the peak at the last step."""
 
     kind: Literal["cosine"] = "cosine"
@@ -58,8 +74,11 @@ class Cosine(Spec):
         cosine = 0.5 * (1 + math.cos(math.pi * _progress(step, self.warmup_steps, total_steps)))
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
 
+    def misfit(self, total_steps: int) -> str | None:
+        return _too_long(self.warmup_steps, total_steps)
 
-class Linear(Spec):
+
+class Linear(Schedule):
     """Linear warm-up from 0, then a straight line to `final_fraction` of the peak at the last step."""
 
     kind: Literal["linear"] = "linear"
@@ -73,6 +92,16 @@ class Linear(Spec):
             return self.learning_rate * (step + 1) / self.warmup_steps
         left = 1 - _progress(step, self.warmup_steps, total_steps)
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * left)
+
+    def misfit(self, total_steps: int) -> str | None:
+        return _too_long(self.warmup_steps, total_steps)
+
+
+def _too_long(warmup_steps: int, total_steps: int) -> str | None:
+    """Return why a warm-up from 0 does not fit a run: it would end below its peak. None if it fits."""
+    if warmup_steps <= total_steps:
+        return None
+    return f"warmup_steps ({warmup_steps}) must be at most train.steps ({total_steps}): try {total_steps // 10}."
 
 
 def _progress(step: int, warmup_steps: int, total_steps: int) -> float:

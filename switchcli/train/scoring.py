@@ -21,8 +21,9 @@ from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import MOST, Spec
+from switchcli.tasks.registry import SUITES
 from switchcli.tasks.scores import Scores, score
-from switchcli.tasks.suites import PAPER, SUITES, average
+from switchcli.tasks.suites import PAPER, average
 from switchcli.tasks.task import Answered
 from switchcli.tasks.tokens import Scored
 from switchcli.train.callbacks import EvaluationCallback, MetricsLog
@@ -153,13 +154,13 @@ def figures_of(scores: Mapping[str, Scores]) -> dict[str, float]:
         return {}
     each = {task_score(name): value for name, value in values.items()}
     suites = {suite_score(name): mean for name, mean in suites_of(scores).items()}
-    return {**each, **suites, TASKS_AVERAGE: average(values)}
+    return {**each, **suites, TASKS_AVERAGE: average(values, SUITES.values())}
 
 
 def suites_of(scores: Mapping[str, Scores]) -> dict[str, float]:
     """The averages of the benchmarks all of whose tasks were scored."""
     values = {name: one.score.value for name, one in scores.items() if one.score is not None}
-    means = {suite.name: suite.mean(values) for suite in SUITES if suite is not PAPER}  # Table 5 has none
+    means = {suite.name: suite.mean(values) for suite in SUITES.values() if suite is not PAPER}  # Table 5 has none
     return {name: mean for name, mean in means.items() if mean is not None}
 
 

@@ -188,4 +188,6 @@ class Denoisers(Spec):
         return np.searchsorted(ends_D / ends_D[-1], (draws >> np.uint64(11)) * 2.0**-53, side="right")
 
 
-ObjectiveSpec = Annotated[SpanCorruption | PrefixLanguageModel | Denoisers, Field(discriminator="kind")]
+TextObjective = SpanCorruption | PrefixLanguageModel | Denoisers
+ObjectiveSpec = Annotated[TextObjective, Field(discriminator="kind")]
+"""The objectives that a recipe can name by `kind`."""

@@ -43,7 +43,10 @@ class Routing(NamedTuple):
 
 
 class RoutingRule(Spec, ABC):
-    """What every router has: capacities, groups, noise, losses."""
+    """What every router has: capacities, groups, noise, losses.
+
+    Each router also has `capacity_factor` and `balance_loss_coef`, as keys or as constants of the class.
+    """
 
     eval_capacity_factor: Factor | Literal["dropless"] = 2.0
     """As `capacity_factor`, for evaluation; 2.0 is Mesh-TensorFlow's default, the paper has none."""

@@ -1,0 +1,930 @@
+"""What CONTRIBUTING says is to be touched "To add something" is enough: each row is performed in a copy, and run.
+
+A row of that table has the number of files that it touches, and names them; NAME stands for any name. A performance
+adds text to the copy's files by `Tree`, which notes them, and then runs commands in a fork with the copy's own package.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import pytest
+from tiny_run import RECIPE, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+FROM_THE_ROOT = ("recipes", "tests", "pyproject.toml")
+"""Where a path of the table begins with none of these, it is one in switchcli/."""
+SECONDS = 120
+"""Until a fork that does not end is killed."""
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    num_files: int
+    patterns: tuple[str, ...]
+    """Paths of the files from the root of the tree."""
+
+
+def rows() -> dict[str, Row]:
+    """Return the rows of CONTRIBUTING's table by what is to be added."""
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## To add something\n")[1].split("\n## ")[0]
+    found = {}
+    for line in [line for line in section.splitlines() if line.startswith("|")][2:]:
+        what, number, touch = (cell.strip() for cell in line.strip("|").split("|"))
+        paths = re.findall(r"`([\w/.]+(?:/|\.\w+))`", touch)
+        rooted = [path if path.startswith(FROM_THE_ROOT) else f"switchcli/{path}" for path in paths]
+        found[what] = Row(int(number), tuple(path.replace("NAME", "*") for path in rooted))
+    return found
+
+
+class Tree:
+    """A copy of the tree, and which of its files were touched."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.touched: set[str] = set()
+        shutil.copytree(ROOT / "switchcli", root / "switchcli")
+        shutil.copytree(ROOT / "recipes", root / "recipes")
+        shutil.copy2(ROOT / "pyproject.toml", root)
+        (root / "tests").mkdir()
+        for name in ("test_house.py", "test_recipes.py"):
+            shutil.copy2(ROOT / "tests" / name, root / "tests")
+
+    def create(self, path: str, text: str) -> None:
+        """Write a new file."""
+        assert not (self.root / path).exists()
+        (self.root / path).parent.mkdir(exist_ok=True)
+        self._write(path, text)
+
+    def insert(self, path: str, text: str, *, after: str = "", before: str = "") -> None:
+        """Add text where the one match of a regular expression ends, or where it begins."""
+        old = (self.root / path).read_text(encoding="utf-8")
+        places = [match.end() if after else match.start() for match in re.finditer(after or before, old, re.MULTILINE)]
+        assert len(places) == 1, f"{path}: {after or before} is there {len(places)} times"
+        self._write(path, old[: places[0]] + text + old[places[0] :])
+
+    def _write(self, path: str, text: str) -> None:
+        (self.root / path).write_text(text, encoding="utf-8")
+        self.touched.add(path)
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def command(*arguments: object, code: int = 0) -> Done:
+    """Run `switchcli ARGUMENTS` in this process, which must end with this exit code."""
+    from switchcli.cli import main
+
+    before = sys.argv, sys.stdin, sys.stdout, sys.stderr, os._exit
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    sys.argv, sys.stdin, sys.stdout, sys.stderr = ["switchcli", *map(str, arguments)], io.StringIO(), out, err
+    os._exit = _leave  # type: ignore[assignment]
+    ended: str | int | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        ended = end.code
+    finally:
+        sys.argv, sys.stdin, sys.stdout, sys.stderr, os._exit = before
+        for stream in (out, err):
+            stream.flush()
+    done = Done(int(ended or 0), *(stream.buffer.getvalue().decode() for stream in (out, err)))  # type: ignore[attr-defined]
+    assert done.code == code, f"{' '.join(map(str, arguments))}: exit code {done.code}: {done.out}{done.err}"
+    return done
+
+
+class Fork:
+    """What a performance runs its copy by; commands are run in the folder of tiny.yaml and tune.yaml."""
+
+    def __init__(self, tree: Tree, here: Path) -> None:
+        self.root = tree.root
+        self.out, self.sparse, self.dense = here / tree.root.name, here / "sparse", here / "dense"
+
+    def __call__(self, *arguments: object, code: int = 0) -> Done:
+        """Run `switchcli ARGUMENTS`, which must end with this exit code."""
+        return command(*arguments, code=code)
+
+    def pretrain(self, *overrides: str) -> Done:
+        """Train two steps into `out`."""
+        return self("pretrain", "tiny.yaml", *overrides, "log.every_steps=1", "--out", self.out)
+
+    def scores(self, checkpoint: Path, *overrides: str) -> dict[str, Any]:
+        """Evaluate a checkpoint, and return what is said of each task."""
+        done = self("eval", checkpoint, *overrides, "scoring.draws=10", "--out", f"{self.out}-eval", "--json")
+        return done.json["passes"][0]["tasks"]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    def module(self, path: str) -> ModuleType:
+        """Import a file of the copy that is in no package."""
+        return imported(self.root / path)
+
+
+def imported(path: Path) -> ModuleType:
+    """Import a file that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _leave(code: int) -> NoReturn:
+    raise SystemExit(code)
+
+
+# A router
+
+
+def add_router(tree: Tree) -> None:
+    router = '''
+class Pair(TokenChoice):
+    """The two most probable experts of each token, weighted by their probabilities."""
+
+    kind: Literal["pair"] = "pair"
+
+    @property
+    def experts_per_token(self) -> int:
+        return 2
+
+    def num_choices(self, num_experts: int) -> int:
+        return 2
+
+    def _places(self, num_choices: int) -> int:
+        return 2
+
+    def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
+        return gate_GNK
+
+    def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
+        return torch.ones_like(placed_GN)
+
+
+'''
+    tree.insert("switchcli/model/moe/router.py", router, before="^def _switch_unless_said")
+    tree.insert("switchcli/model/moe/router.py", "Pair | ", after=r"^RouterSpec = Annotated\[\s*")
+
+
+def use_router(run: Fork) -> None:
+    run.pretrain("model.router.kind=pair")
+    assert any("balance" in record for record in run.records())
+    kinds = {"switch": "switch", "pair": "pair", "top-2": "top_k"}
+    flops = {
+        name: run("pretrain", "tiny.yaml", f"model.router.kind={kind}", "--dry-run", "--json").json[
+            "flops_per_sequence"
+        ]
+        for name, kind in kinds.items()
+    }
+    assert flops["pair"] == flops["top-2"] > flops["switch"]
+    assert (
+        run("plan", "tiny.yaml", "model.router.kind=pair", "--devices", "1", "--json").json["flops_per_sequence"]
+        == flops["pair"]
+    )
+    run("doctor", run.out)
+    made = f"{run.out}-upcycled"
+    upcycled = run("upcycle", run.dense, made, "--experts", "4", "model.router={kind: pair}", "--json").json
+    assert upcycled["corrections"]["encoder"]["wo"] * upcycled["corrections"]["encoder"]["router"] != 1
+    run("convert", run.out, f"{run.out}-converted", "--to", "huggingface", code=4)
+
+
+# Tasks and metrics
+
+
+def add_task(tree: Tree) -> None:
+    tree.create(
+        "switchcli/tasks/parity.py",
+        '''"""Parity: is a number odd or even?"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from switchcli.tasks.columns import asked, text
+from switchcli.tasks.label_metrics import ACCURACY
+from switchcli.tasks.suites import Suite
+from switchcli.tasks.task import Embedded, Example, Purpose, Row, Task
+
+
+def _rows(split: Literal["train", "validation"]) -> Iterator[Row]:
+    for number in range(0 if split == "train" else 1, 40, 2):
+        yield {"number": str(number // 2), "parity": ("even", "odd")[number // 2 % 2]}
+
+
+def _examples(row: Row, purpose: Purpose) -> Iterator[Example]:
+    return asked(f"parity: {text(row, 'number')}", (text(row, "parity"),), purpose)
+
+
+TASKS: tuple[Task, ...] = (
+    Task(
+        "parity",
+        Embedded(_rows, lambda digests: "parity 1"),
+        ("number", "parity"),
+        _examples,
+        (ACCURACY,),
+        chance=50.0,
+        labels=("odd", "even"),
+    ),
+)
+SUITES = (Suite("arithmetic", ("parity",)),)
+''',
+    )
+
+
+def use_task(run: Fork) -> None:
+    run("finetune", "tune.yaml", "tasks=[arithmetic]", "--model", run.sparse, "--out", run.out)
+    assert any({"tasks/parity", "suites/arithmetic"} <= record.keys() for record in run.records())
+    assert run.scores(run.sparse, "tasks=[parity]", "scoring.decoding.max_tokens=2")["parity"]["chance"] == 50
+    assert "Did you mean parity?" in run("eval", run.sparse, "tasks=[parety]", code=2).err
+
+
+def add_metric(tree: Tree) -> None:
+    tree.create(
+        "switchcli/tasks/length_metrics.py",
+        '''"""Metrics of the length of an answer."""
+
+from switchcli.tasks.task import LabelMetric, Metric
+from switchcli.tasks.text_metrics import mean_of
+
+
+def _longest(labels: tuple[str, ...]) -> Metric:
+    most = max(map(len, labels))
+    return mean_of("longest", lambda targets, prediction: len(prediction) >= most)
+
+
+METRICS = {
+    "same_length": mean_of("same_length", lambda targets, prediction: len(prediction) in map(len, targets))._replace(
+        is_exact=True, has_even_chance=True
+    ),
+    "longest": LabelMetric(_longest, needs=2),
+}
+''',
+    )
+
+
+def use_metric(run: Fork) -> None:
+    own = "tasks.0.metrics=[same_length, longest]"
+    run("finetune", "tune.yaml", own, "--model", run.sparse, "--out", run.out)
+    scores = run.scores(run.out)["own"]
+    assert scores["metrics"].keys() == {"same_length", "longest"}
+    assert scores["chance"] == 25
+    for labels in ("[red]", "[]"):
+        changed = ("tune.yaml", own, f"tasks.0.labels={labels}", "--model", run.sparse, "--dry-run")
+        assert "longest" in run("finetune", *changed, code=2).err
+
+
+# Training
+
+
+def add_optimizer(tree: Tree) -> None:
+    optimizer = '''
+class Momentum(Spec):
+    """Gradient descent with momentum."""
+
+    kind: Literal["momentum"] = "momentum"
+    decay: float = Field(default=0.9, ge=0.0, lt=1.0)
+
+    def build(self, parameters: Named, cuts: CutsOf = WHOLE) -> Optimizer:
+        return _Momentum(self, parameters, cuts)
+
+
+class _Momentum(Optimizer):
+    def __init__(self, spec: Momentum, parameters: Named, cuts: CutsOf) -> None:
+        super().__init__(parameters, cuts)
+        self.spec = spec
+        self._mean = {name: torch.zeros_like(here(weight)) for name, weight in self.parameters.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {f"{name}/mean": mean for name, mean in self._mean.items()}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                mean = self._mean[name].lerp_(here(parameter.grad), 1.0 - self.spec.decay)
+                here(parameter).sub_(mean, alpha=learning_rate)
+
+
+'''
+    tree.insert("switchcli/train/optimizers.py", optimizer, before="^OptimizerSpec = ")
+    tree.insert("switchcli/train/optimizers.py", "Momentum | ", after=r"^OptimizerSpec = Annotated\[\s*")
+
+
+def use_optimizer(run: Fork) -> None:
+    run.pretrain("optimizer.kind=momentum")
+    resumed = run.pretrain("optimizer.kind=momentum", "train.steps=3")
+    assert "step" in resumed.err
+    assert run.records()[-1]["step"] == 3
+    run("plan", "tiny.yaml", "optimizer.kind=momentum", "--devices", "1")
+
+
+def add_schedule(tree: Tree) -> None:
+    schedule = '''
+class Halving(Schedule):
+    """A rate that halves with each step."""
+
+    kind: Literal["halving"] = "halving"
+    learning_rate: float = Field(default=0.25, gt=0.0)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.learning_rate * 0.5**step
+
+
+'''
+    tree.insert("switchcli/train/schedules.py", schedule, before="^def _progress")
+    tree.insert("switchcli/train/schedules.py", "Halving | ", after=r"^ScheduleSpec = Annotated\[\s*")
+
+
+def use_schedule(run: Fork) -> None:
+    run.pretrain("schedule.kind=halving")
+    rates = [record["learning_rate"] for record in run.records() if "learning_rate" in record]
+    assert rates == [0.25, 0.125]
+
+
+def add_training_metric(tree: Tree) -> None:
+    metric = '        "routed_tokens": Mean(tokens_L.sum(), one),\n'
+    tree.insert("switchcli/train/router_health.py", metric, after=r'^        "balance": .*\n')
+
+
+def use_training_metric(run: Fork) -> None:
+    run.pretrain()
+    assert all(record["routed_tokens"] > 0 for record in run.records() if "balance" in record)
+
+
+def add_loss(tree: Tree) -> None:
+    loss = '''
+
+def tripled(model: nn.Module, batch: AnyBatch) -> StepLoss:
+    """Three times the cross-entropy."""
+    loss = cross_entropy(model, batch)
+    return loss._replace(target_sum=3 * loss.target_sum, metrics={**loss.metrics, "tripled": Mean(*(torch.ones(2)))})
+'''
+    tree.insert("switchcli/train/loss.py", loss, after=r"\Z")
+    pretraining = "switchcli/runs/pretraining.py"
+    tree.insert(pretraining, "tripled, ", after=r"^from switchcli.train.loss import ")
+    tree.insert(pretraining, "    return tripled\n", after=r'^def loss_of\(.*\n    """.*\n')
+
+
+def use_loss(run: Fork) -> None:
+    run.pretrain("model.num_experts=1")
+    tripled = [record for record in run.records() if "tripled" in record]
+    assert [record["tripled"] for record in tripled] == [1, 1]
+    norm = tripled[0]["gradient_norm"]
+    dense = [json.loads(line) for line in (run.dense / "metrics.jsonl").read_text().splitlines()]
+    plain = next(record["gradient_norm"] for record in dense if record["step"] == 1 and "gradient_norm" in record)
+    assert norm == pytest.approx(3 * plain, rel=1e-5)
+
+
+# Data
+
+
+def add_corpus(tree: Tree) -> None:
+    tree.create(
+        "switchcli/data/sources/numerals.py",
+        '''"""Numerals: a corpus of numbers, written out."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.document import CorpusSpec, Document, Piece
+from switchcli.errors import DataError
+
+
+class Numerals(CorpusSpec):
+    """Numbers from 0, a line of ten each."""
+
+    kind: Literal["numerals"] = "numerals"
+    count: int = 300
+
+    def pieces(self) -> tuple[Piece, ...]:
+        return (Piece("numerals", 50 * self.count),)
+
+    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+        for row in range(start, self.count):
+            text = " ".join(str(7 * row + place) for place in range(20))
+            yield Document(f"numerals {row}", text, text, row)
+
+    def fingerprint(self, digests: Digests) -> str:
+        return f"numerals {self.count}"
+
+    def no_text(self) -> DataError:
+        return DataError("data.corpora: numerals: count is 0")
+''',
+    )
+    imported = "from switchcli.data.sources.numerals import Numerals\n"
+    tree.insert("switchcli/data/sources/corpus.py", imported, before="^from switchcli.data.sources.paths import")
+    tree.insert("switchcli/data/sources/corpus.py", "Numerals | ", after=r"^Corpus = Annotated\[\s*")
+
+
+def use_corpus(run: Fork) -> None:
+    run.pretrain("data.corpora=[{kind: numerals}]")
+    run("pretrain", "tiny.yaml", "data.corpora=[{kind: numerals}]", "data.access=stream", "--out", f"{run.out}-stream")
+
+
+def add_mixture(tree: Tree) -> None:
+    mixture = '''
+class Squared(Mixing):
+    """By the square of each corpus's `weight`."""
+
+    kind: Literal["squared"] = "squared"
+    uses_weights: ClassVar[bool] = True
+    uses_sizes: ClassVar[bool] = False
+
+    def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return weights**2
+
+
+'''
+    tree.insert("switchcli/data/text_mixture.py", mixture, before="^TextMixtureSpec = ")
+    tree.insert("switchcli/data/text_mixture.py", "Squared | ", after=r"^TextMixtureSpec = Annotated\[\s*")
+
+
+def use_mixture(run: Fork) -> None:
+    text = "kind: files, paths: [text.txt], sample_by: line"
+    corpora = f"data.corpora=[{{{text}, language: a, weight: 3}}, {{{text}, language: b}}]"
+    run.pretrain(corpora, "data.mixture.kind=squared")
+    [mixture] = {record["mixture"]["a"]["intended"] for record in run.records() if "mixture" in record}
+    assert mixture == pytest.approx(0.9)
+    run("pretrain", "tiny.yaml", corpora, "data.mixture.kind=temperature", "--dry-run", code=2)
+
+
+def add_objective(tree: Tree) -> None:
+    objective = '''
+class Echo(Spec):
+    """A text is given, and is to be said again."""
+
+    kind: Literal["echo"] = "echo"
+    inputs_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
+
+    @property
+    def targets_length(self) -> int:
+        return self.inputs_length
+
+    @property
+    def raw_length(self) -> int:
+        return self.inputs_length - 1
+
+    @property
+    def num_draws(self) -> int:
+        return 1
+
+    def build(self, tokenizer: Tokenizer) -> Corrupt:
+        return self.corrupt
+
+    def corrupt(self, raw_RL: Ids, draws: Draws) -> tuple[Ids, Ids]:
+        """Inputs and targets [R, inputs_length] of raw ids [R, raw_length]."""
+        rows, length = len(raw_RL), self.raw_length
+        echoed = laid_out(raw_RL.ravel(), np.full(rows, length), np.arange(rows), (rows, self.inputs_length))
+        return echoed, echoed
+
+
+'''
+    tree.insert("switchcli/data/objectives/denoisers.py", objective, before="^TextObjective = ")
+    tree.insert("switchcli/data/objectives/denoisers.py", "Echo | ", after="^TextObjective = ")
+
+
+def use_objective(run: Fork) -> None:
+    run.pretrain("data.objective={kind: echo, inputs_length: 32}")
+    [sample, *_] = json.loads((run.out / "result.json").read_text())["samples"]
+    assert sample["input"] == sample["target"]
+
+
+# Recipes
+
+
+def add_size(tree: Tree) -> None:
+    size = '    "atomic": Size(16, 32, 8, 2, 1, num_experts=2, sparse_every=1),\n'
+    tree.insert("switchcli/recipe/sizes.py", size, after=r"^SIZES: .*\n")
+
+
+def use_size(run: Fork) -> None:
+    run("plan", "atomic", "--devices", "1")
+    written = run("pretrain", "tiny.yaml", "model.size=atomic", "--dry-run", "--json").json["recipe"]["model"]
+    assert (written["d_model"], written["num_experts"]) == (16, 2)
+    enum = run("recipes", "schema", "pretrain").json["$defs"]["ModelSpec"]["properties"]["size"]["enum"]
+    assert "atomic" in enum
+
+
+def add_recipe(tree: Tree) -> None:
+    tree.create(
+        "recipes/pretrain/longer.yaml",
+        "description: The quickstart, longer\nextends: quickstart/switch\ntrain: {steps: 900}\n",
+    )
+
+
+def use_recipe(run: Fork) -> None:
+    assert "pretrain/longer" in run("recipes", "list").out
+    assert run("recipes", "validate", "pretrain/longer").out == "pretrain/longer: ok\n"
+    found = run.module("tests/test_recipes.py")
+    folder = run.out
+    folder.mkdir()
+    found.test_a_shipped_recipe_resolves_and_builds("pretrain/longer", folder)
+
+
+def add_table(tree: Tree) -> None:
+    folder = "recipes/paper/table12"
+    tree.create(f"{folder}/full.runs", "argmax  pretrain paper/table11/full model.router.jitter=0\n")
+    tree.create(f"{folder}/small.runs", "argmax  pretrain paper/small model.router.jitter=0\n")
+    tree.create(f"{folder}/README.md", "# Table 12\n\n    scripts/sweep recipes/paper/table12/small.runs\n")
+    line = "| [Table 12](table12/README.md) | nothing | nothing | agrees |\n"
+    tree.insert("recipes/paper/README.md", line, before=r"^\| \[Figures 1, 4\]")
+
+
+def use_table(run: Fork) -> None:
+    found = run.module("tests/test_recipes.py")
+    folder = run.root / "recipes/paper/table12"
+    assert {folder / "full.runs", folder / "small.runs"} <= {*found.LISTS}
+    found.test_a_table_of_the_paper_has_its_runs_at_full_scale_its_results_and_a_line_in_the_summary(folder)
+    sweep = imported(ROOT / "scripts/sweep.py")
+    for name in ("full.runs", "small.runs"):
+        found.test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(folder / name, sweep)
+
+
+# Reports
+
+
+def add_column(tree: Tree) -> None:
+    column = '    Column("targets_seen", "targets", 7, si),\n'
+    tree.insert("switchcli/report/console.py", column, after=r"^COLUMNS = \(\n")
+
+
+def use_column(run: Fork) -> None:
+    assert re.search(r"step +targets ", run.pretrain().err)
+
+
+def add_figure(tree: Tree) -> None:
+    figure = '''
+def gradients(found: Comparison) -> list[Figure]:
+    """The norm of the gradient, by step."""
+    return _by_step(found, "gradients", "gradient norm", "Before clipping.", _of("gradient_norm"), "~s")
+
+
+'''
+    tree.insert("switchcli/report/figures.py", figure, before="^def loads")
+    section = """        if curves := figures.gradients(found):
+            yield Section("Gradients", [Charts(curves)])
+"""
+    tree.insert("switchcli/report/runs.py", '"gradient_norm", ', after=r"^LOGGED = \{")
+    tree.insert("switchcli/report/evidence.py", section, before=r"^        if curves := figures.routing\(found\):")
+
+
+def use_figure(run: Fork) -> None:
+    page = Path(f"{run.out}.html")
+    run("report", run.sparse, run.dense, "--html", page)
+    written = page.read_text(encoding="utf-8")
+    assert "Gradients" in written
+    assert "Gradient norm" in written
+
+
+def add_probe(tree: Tree) -> None:
+    probe = '''
+def embedding_scale(subject: Subject) -> Answer:
+    """The standard deviation of the first weight."""
+    scale = float(next(iter(subject.parameters.values())).detach().std())
+    return Answer("pass", f"{scale:.2g}", scale)
+
+
+'''
+    tree.insert("switchcli/doctor/probes.py", probe, before=r"^class Probe\(")
+    line = '    Probe("embedding scale", embedding_scale, of_routers=False),\n'
+    tree.insert("switchcli/doctor/probes.py", line, after=r"^PROBES: Final = \(\n")
+
+
+def use_probe(run: Fork) -> None:
+    diagnosis = run("doctor", run.sparse, "--json").json
+    assert "embedding scale" in [finding["probe"] for finding in diagnosis["findings"]]
+
+
+# Verbs
+
+
+def add_verb(tree: Tree) -> None:
+    tree.create(
+        "switchcli/commands/count.py",
+        '''"""`switchcli count`: the parameters of a checkpoint."""
+
+from switchcli.commands.arguments import Checkpoint, Json
+from switchcli.report.output import print_json
+
+
+def count(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Count the parameters of a checkpoint."""
+    from switchcli.report.console import silent
+    from switchcli.runs.loading import open_model
+
+    weights = open_model(checkpoint, silent()).weights()
+    print_json({"parameters": sum(weight.numel() for weight in weights.values())})
+''',
+    )
+    name_in_cli(tree, "count")
+
+
+def name_in_cli(tree: Tree, verb: str) -> None:
+    """Have the command line know a verb whose function is `commands/VERB.py`'s."""
+    tree.insert("switchcli/cli.py", f"{verb}, ", after="^from switchcli.commands import ")
+    tree.insert(
+        "switchcli/cli.py", f"app.command()({verb}.{verb})\n", before=r"^app\.command\(\)\(pretrain\.pretrain\)"
+    )
+
+
+def use_verb(run: Fork) -> None:
+    assert "Usage" in run("count", "--help").out
+    assert "count" in run("--help").out
+    result = json.loads((run.sparse / "result.json").read_text())
+    assert run("count", run.sparse, "--json").json == {"parameters": result["parameters"]}
+
+
+def add_training_verb(tree: Tree) -> None:
+    tree.create(
+        "switchcli/commands/rehearse.py",
+        '''"""`switchcli rehearse`: pre-training whose result says so."""
+
+from switchcli.commands import exit
+from switchcli.commands.arguments import (
+    DryRun,
+    Json,
+    Model,
+    Out,
+    Overrides,
+    Processes,
+    Quiet,
+    Recipe,
+    Resume,
+    default_out,
+)
+
+
+def rehearse(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    model: Model = None,
+    out: Out = None,
+    resume: Resume = True,
+    processes: Processes = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train as `pretrain` does, and say so."""
+    with exit.stoppable(ranks=True):
+        from switchcli.commands import training
+        from switchcli.recipe.schema import RehearseRecipe
+        from switchcli.runs import trainer, warm_start
+        from switchcli.runs.rehearsing import Rehearsing
+
+        out = out or default_out(recipe)
+        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, exit.console(), RehearseRecipe)
+        if training.described(job.recipe, dry_run, as_json):
+            return
+        training.start_ranks(processes, job.recipe, as_json)
+        with trainer.opened(job, Rehearsing, out, resume, quiet) as run:
+            result = run.run()
+        training.end(result, as_json)
+''',
+    )
+    name_in_cli(tree, "rehearse")
+    tree.create(
+        "switchcli/runs/rehearsing.py",
+        '''"""Rehearsing: the task of `switchcli rehearse`."""
+
+from typing import TYPE_CHECKING, Any
+
+from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import Weights
+from switchcli.report.console import Console
+from switchcli.runs.data import TrainData
+from switchcli.runs.pretraining import Pretraining
+from switchcli.runs.training_task import TrainingTask
+from switchcli.train.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from switchcli.runs.trainer import Trainer
+
+
+class Rehearsing(TrainingTask):
+    """Pretraining, and a word in the result."""
+
+    def __init__(self, job: Any, folder: RunFolder, runtime: Runtime, console: Console) -> None:
+        self._pretraining = Pretraining(job, folder, runtime, console)
+        self.validation_loss = self._pretraining.validation_loss
+
+    def build_data(self) -> TrainData:
+        return self._pretraining.build_data()
+
+    def init_weights(self, weights: Weights, optimizer: Optimizer) -> None:
+        self._pretraining.init_weights(weights, optimizer)
+
+    def results(self, trainer: "Trainer") -> dict[str, Any]:
+        return {"rehearsed": self._pretraining.results(trainer) == {}}
+''',
+    )
+    recipe = '''
+class RehearseRecipe(OnText):
+    """One run of `switchcli rehearse`."""
+
+    verb: Literal["rehearse"] = "rehearse"
+    """The command that runs this recipe."""
+    start: StartSpec | None = None
+    """Absent: from scratch."""
+
+
+'''
+    tree.insert("switchcli/recipe/schema.py", recipe, before="^RECIPES: ")
+    tree.insert("switchcli/recipe/schema.py", '"rehearse": RehearseRecipe, ', before='"pretrain": PretrainRecipe')
+
+
+def use_training_verb(run: Fork) -> None:
+    assert "Usage" in run("rehearse", "--help").out
+    assert run("rehearse", "tiny.yaml", "verb=rehearse", "--out", run.out, "--json").json["rehearsed"] is True
+    run("rehearse", run.out / "recipe.yaml", "train.steps=3", "--out", run.out)
+    run("eval", run.out, "text.sequences=4", "--out", f"{run.out}-eval")
+    run("generate", run.out, "red", "--max-tokens", "2")
+    run("recipes", "validate", run.out / "recipe.yaml")
+    assert run("recipes", "schema", "rehearse").json["properties"]["verb"]["const"] == "rehearse"
+    assert "rehearse" in run("pretrain", run.out / "recipe.yaml", "--dry-run", code=2).err
+    run("rehearse", run.sparse / "recipe.yaml", "--dry-run", code=2)
+
+
+# A dependency
+
+
+def add_dependency(tree: Tree) -> None:
+    tree.insert("pyproject.toml", '    "einops>=0.8,<1",\n', after=r"^dependencies = \[\n")
+    tree.insert("tests/test_house.py", "einops ", after=r'^    "model": Room\(1, "')
+
+
+def use_dependency(run: Fork) -> None:
+    text = "from einops import rearrange"
+    house = run.module("tests/test_house.py")
+    assert [*house.packages_stay_in_their_rooms(house.module("switchcli/model/a.py", text))] == []
+    assert [*house.packages_stay_in_their_rooms(house.module("switchcli/data/a.py", text))]
+    project = tomllib.loads((run.root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert [one for one in project["dependencies"] if one.startswith("einops") and "<" in one]
+
+
+class Addition(NamedTuple):
+    """How a row is performed, and what shows that it works."""
+
+    add: Callable[[Tree], None]
+    use: Callable[[Fork], None]
+
+
+ADDITIONS = {
+    "a router": Addition(add_router, use_router),
+    "a family of tasks, a suite": Addition(add_task, use_task),
+    "a metric of tasks": Addition(add_metric, use_metric),
+    "an optimizer": Addition(add_optimizer, use_optimizer),
+    "a schedule": Addition(add_schedule, use_schedule),
+    "a training metric": Addition(add_training_metric, use_training_metric),
+    "a loss": Addition(add_loss, use_loss),
+    "a kind of corpus": Addition(add_corpus, use_corpus),
+    "a way to mix texts": Addition(add_mixture, use_mixture),
+    "a pre-training objective": Addition(add_objective, use_objective),
+    "a figure in the console's line": Addition(add_column, use_column),
+    "a size": Addition(add_size, use_size),
+    "a recipe": Addition(add_recipe, use_recipe),
+    "a table of the paper": Addition(add_table, use_table),
+    "a figure of a report": Addition(add_figure, use_figure),
+    "a probe of `doctor`": Addition(add_probe, use_probe),
+    "a verb": Addition(add_verb, use_verb),
+    "a verb that trains": Addition(add_training_verb, use_training_verb),
+    "a dependency": Addition(add_dependency, use_dependency),
+}
+
+TUNING = """\
+tasks:
+  - {kind: files, name: own, train: [train.jsonl], validation: [train.jsonl], input: "say {text}", target: label,
+     labels: [red, green], metrics: [accuracy]}
+data: {inputs_length: 32, targets_length: 32}
+train: {steps: 2, batch_tokens: 128, device: cpu}
+eval: {every_steps: 2, sequences: 4}
+scoring: {batch_examples: 8, draws: 10, decoding: {max_tokens: 4}}
+checkpoint: {save_every_steps: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of tiny.yaml and tune.yaml, with two runs, which nobody writes into.
+
+    They are made in this process: so the forks find what training imports of other packages.
+    """
+    folder = tmp_path_factory.mktemp("adding")
+    write_text(folder / "text.txt")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "tune.yaml").write_text(TUNING)
+    (folder / "train.jsonl").write_text('{"text": "which", "label": "red"}\n' * 16)
+    with contextlib.chdir(folder):
+        for name, experts in (("sparse", 4), ("dense", 1)):
+            overrides = (f"model.num_experts={experts}", "log.every_steps=1")
+            command("pretrain", "tiny.yaml", *overrides, "--out", folder / name)
+    return folder
+
+
+def perform(tree: Tree, use: Callable[[Fork], None], here: Path) -> None:
+    """Call `use` in a fork whose package is the copy's. An error there is one here."""
+    told = tree.root / "error.txt"
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(SECONDS)
+            for name in [name for name in sys.modules if name.split(".")[0] == "switchcli"]:
+                del sys.modules[name]
+            sys.dont_write_bytecode = True
+            sys.path.insert(0, str(tree.root))
+            os.environ["PYTHONPATH"] = str(tree.root)
+            os.chdir(here)
+            import switchcli
+
+            assert Path(switchcli.__file__).is_relative_to(tree.root)
+            use(Fork(tree, here))
+        except BaseException:  # noqa: BLE001 - the test reports it
+            told.write_text(traceback.format_exc())
+        finally:
+            os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0, f"killed: exit code {code}"
+    if told.exists():
+        pytest.fail(told.read_text(), pytrace=False)
+
+
+def test_each_row_of_the_table_is_performed() -> None:
+    assert rows().keys() == ADDITIONS.keys()
+
+
+@pytest.mark.fast(
+    *("a router", "a family of tasks, a suite", "a metric of tasks", "an optimizer"),
+    *("a recipe", "a table of the paper", "a verb", "a verb that trains", "a dependency"),
+)
+@pytest.mark.parametrize("what", ADDITIONS)
+def test_what_the_table_says_is_to_be_touched_is_enough(
+    what: str, here: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tree = Tree(tmp_path_factory.mktemp("tree"))
+    ADDITIONS[what].add(tree)
+    row = rows()[what]
+    assert len(tree.touched) == row.num_files
+    assert [path for path in tree.touched if not any(fnmatch(path, pattern) for pattern in row.patterns)] == []
+    perform(tree, ADDITIONS[what].use, here)
+
+
+def test_a_performance_that_touches_more_is_found(tmp_path: Path) -> None:
+    """A router's row allows its own file alone, and an insertion that is ambiguous or has no place is an error."""
+    tree = Tree(tmp_path)
+    tree.create("switchcli/tasks/other.py", "")
+    [pattern] = rows()["a router"].patterns
+    assert not any(fnmatch(path, pattern) for path in tree.touched)
+    for places in ("^from ", "no such text"):
+        with pytest.raises(AssertionError, match="is there"):
+            tree.insert("switchcli/cli.py", "x", after=places)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("switchcli/tasks/other.py", "from switchcli.tasks.anli import TASKS\n"),
+        ("switchcli/tasks/other.py", "from switchcli.tasks.text_metrics import METRICS\n"),
+        (
+            "switchcli/tasks/other.py",
+            'from switchcli.tasks.suites import Suite\n\nSUITES = (Suite("rte", ("rte",)),)\n',
+        ),
+    ],
+    ids=["task", "metric", "suite"],
+)
+def test_two_definitions_of_one_name_are_an_error(path: str, text: str, here: Path, tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.create(path, text)
+
+    def use(run: Fork) -> None:
+        with pytest.raises(AssertionError, match="name"):
+            importlib.import_module("switchcli.tasks.registry")
+
+    perform(tree, use, here)
