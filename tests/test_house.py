@@ -47,8 +47,8 @@ ROOMS = {
     "doctor": Room(5, "torch safetensors", rooms="model convert errors spec metric_names"),
     "recipe": Room(5, "yaml pydantic pydantic_core"),
     "runs": Room(6, "torch pydantic"),
-    "commands": Room(7, "torch pydantic typer"),
-    "cli": Room(8, "typer rich", rooms="commands recipe report errors spec startup __version__"),
+    "commands": Room(7, "pydantic typer"),
+    "cli": Room(8, "typer", rooms="commands errors startup __version__"),
     "__main__": Room(9, rooms="cli startup"),
 }
 PACKAGES_OF_ONE_FILE = {
