@@ -1,32 +1,25 @@
-"""The command line: the verbs, and errors as exit codes. No verb imports what computes until it runs."""
+"""The command line: finds the verbs, and turns errors into exit codes. No verb imports what computes until it runs."""
 
 import errno
+import importlib
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from switchcli import __version__, startup
-from switchcli.commands import (
-    _exit,
-    convert,
-    data,
-    distill,
-    doctor,
-    eval,
-    finetune,
-    generate,
-    plan,
-    pretrain,
-    prune,
-    recipes,
-    report,
-    upcycle,
-)
+from switchcli import __version__, commands, startup
+from switchcli.commands import _exit
 from switchcli.commands._options import CheckedGroup
 from switchcli.errors import CheckpointError, RecipeError, SwitchError, path_error
+
+ORDER = (
+    *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
+    *("recipes", "data", "convert", "upcycle", "prune", "report"),
+)
+"""The verbs as `--help` lists them. A verb that is not named here comes after these."""
 
 app = typer.Typer(
     cls=CheckedGroup,
@@ -49,11 +42,16 @@ def _root(
 ) -> None: ...
 
 
-for verb in (
-    *(pretrain, finetune, distill, eval, generate, doctor, plan),
-    *(recipes, data, convert, upcycle, prune, report),
-):
-    app.add_typer(verb.app)
+def _add_verbs() -> None:
+    """Add the `app` of each module of commands/ that has one. What begins with an underscore is not imported."""
+    found = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
+    for name in (*ORDER, *(name for name in found if name not in ORDER)):
+        verb = getattr(importlib.import_module(f"switchcli.commands.{name}"), "app", None)
+        if verb is not None:
+            app.add_typer(verb)
+
+
+_add_verbs()
 
 
 def _require_working_directory() -> None:

@@ -64,6 +64,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/doctor/of_transformers.py": "transformers huggingface_hub",
 }
 READS_PICKLES = "switchcli/convert/pickled.py"
+FINDS_VERBS = "switchcli/cli.py"
 
 
 class Module(NamedTuple):
@@ -175,17 +176,22 @@ def the_model_knows_no_machine(module: Module) -> Iterator[Fault]:
 def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
     """No pickle and nothing that uses it, no eval, no shell: a checkpoint, a recipe or a text can then run no code.
 
-    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there.
+    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there. One
+    file imports modules by their names, to find the verbs: those of the package commands, alone.
     """
     pickles = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
     pickles |= {"torch.distributed.checkpoint", "accelerate.load_checkpoint_and_dispatch"}
-    code = {"importlib.import_module", "runpy", "os.system", "os.popen"}
+    code = {"importlib.import_module", "pkgutil.resolve_name", "runpy", "os.system", "os.popen"}
     yaml = {"yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all"}
     tree = module.tree
     if module.path == READS_PICKLES:
         tree = ast.parse(module.text)
         for call in filter(_reads_tensors_alone, calls(tree)):
             call.func = ast.Name("read_tensors_alone", lineno=call.lineno)
+    if module.path == FINDS_VERBS:
+        tree = ast.parse(module.text)
+        for call in filter(_imports_a_verb, calls(tree)):
+            call.func = ast.Name("import_a_verb", lineno=call.lineno)
     for line, name in mentions(tree):
         if within(name, pickles | code | yaml) or name.endswith((".load_state", ".save_state")):
             yield line, name
@@ -204,6 +210,13 @@ def _reads_tensors_alone(call: ast.Call) -> bool:
     alone = words.get("weights_only")
     literal = isinstance(alone, ast.Constant) and alone.value is True and len(call.args) == 1
     return dotted(call.func) == "torch.load" and literal and None not in words and "pickle_module" not in words
+
+
+def _imports_a_verb(call: ast.Call) -> bool:
+    """`importlib.import_module(f"switchcli.commands.{name}")`: whatever the name, it is a module of that package."""
+    parts = call.args[0].values if len(call.args) == 1 and isinstance(call.args[0], ast.JoinedStr) else []
+    literal = isinstance(parts[0], ast.Constant) and parts[0].value == "switchcli.commands." if parts else False
+    return dotted(call.func) == "importlib.import_module" and literal and not call.keywords
 
 
 def yaml_is_read_safely(module: Module) -> Iterator[Fault]:
@@ -297,6 +310,7 @@ def modules_say_what_they_are(module: Module) -> Iterator[Fault]:
 # Each rule with snippets that break it, and with one that nearly does
 
 MODEL, DATA, TRAIN, CLI = (f"switchcli/{name}.py" for name in ("model/a", "data/a", "train/a", "cli"))
+A_VERB = "import_module(f'switchcli.commands.{name}')"
 SAFELY = "torch.load(path, map_location='cpu', weights_only=True)"
 SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     rooms_import_down: (
@@ -378,6 +392,13 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (DATA, "load_dataset(path, trust_remote_code=True)"),
             (DATA, "eval(text)"),
             (DATA, "import importlib\nimportlib.import_module(name)"),
+            (DATA, "from importlib import import_module"),
+            (DATA, f"importlib.{A_VERB}"),
+            (CLI, "importlib.import_module(name)"),
+            (CLI, "importlib.import_module(f'{name}.commands.')"),
+            (CLI, "from importlib import import_module"),
+            (CLI, "load = importlib.import_module"),
+            (CLI, "pkgutil.resolve_name(name)"),
             (DATA, "subprocess.run(line, shell=True)"),
             (DATA, "yaml.unsafe_load(text)"),
         ],
@@ -387,6 +408,8 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
                 "model.eval()\neval: int = 1\nre.compile(x)\nnp.load(x, allow_pickle=False)\nmodel.load_state_dict(x)",
             ),
             (READS_PICKLES, SAFELY),
+            (CLI, f"import importlib, pkgutil\nimportlib.{A_VERB}"),
+            (DATA, "from importlib.metadata import version"),
         ],
     ),
     yaml_is_read_safely: (
