@@ -629,10 +629,15 @@ def add_verb(tree: Tree) -> None:
         "switchcli/commands/count.py",
         '''"""`switchcli count`: the parameters of a checkpoint."""
 
-from switchcli.commands.arguments import Checkpoint, Json
+import typer
+
+from switchcli.commands._options import Checkpoint, Json
 from switchcli.report.output import print_json
 
+app = typer.Typer()
 
+
+@app.command()
 def count(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Count the parameters of a checkpoint."""
     from switchcli.report.console import silent
@@ -641,15 +646,6 @@ def count(checkpoint: Checkpoint, as_json: Json = False) -> None:
     weights = open_model(checkpoint, silent()).weights()
     print_json({"parameters": sum(weight.numel() for weight in weights.values())})
 ''',
-    )
-    name_in_cli(tree, "count")
-
-
-def name_in_cli(tree: Tree, verb: str) -> None:
-    """Have the command line know a verb whose function is `commands/VERB.py`'s."""
-    tree.insert("switchcli/cli.py", f"{verb}, ", after="^from switchcli.commands import ")
-    tree.insert(
-        "switchcli/cli.py", f"app.command()({verb}.{verb})\n", before=r"^app\.command\(\)\(pretrain\.pretrain\)"
     )
 
 
@@ -665,8 +661,10 @@ def add_training_verb(tree: Tree) -> None:
         "switchcli/commands/rehearse.py",
         '''"""`switchcli rehearse`: pre-training whose result says so."""
 
-from switchcli.commands import exit
-from switchcli.commands.arguments import (
+import typer
+
+from switchcli.commands import _exit
+from switchcli.commands._options import (
     DryRun,
     Json,
     Model,
@@ -679,7 +677,10 @@ from switchcli.commands.arguments import (
     default_out,
 )
 
+app = typer.Typer()
 
+
+@app.command()
 def rehearse(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -692,23 +693,22 @@ def rehearse(
     quiet: Quiet = False,
 ) -> None:
     """Train as `pretrain` does, and say so."""
-    with exit.stoppable(ranks=True):
-        from switchcli.commands import training
+    with _exit.stoppable(ranks=True):
+        from switchcli.commands import _job
         from switchcli.recipe.schema import RehearseRecipe
         from switchcli.runs import trainer, warm_start
         from switchcli.runs.rehearsing import Rehearsing
 
         out = out or default_out(recipe)
-        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, exit.console(), RehearseRecipe)
-        if training.described(job.recipe, dry_run, as_json):
+        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), RehearseRecipe)
+        if _job.described(job.recipe, dry_run, as_json):
             return
-        training.start_ranks(processes, job.recipe, as_json)
+        _job.start_ranks(processes, job.recipe, as_json)
         with trainer.opened(job, Rehearsing, out, resume, quiet) as run:
             result = run.run()
-        training.end(result, as_json)
+        _job.end(result, as_json)
 ''',
     )
-    name_in_cli(tree, "rehearse")
     tree.create(
         "switchcli/runs/rehearsing.py",
         '''"""Rehearsing: the task of `switchcli rehearse`."""
@@ -756,8 +756,9 @@ class RehearseRecipe(OnText):
 
 
 '''
-    tree.insert("switchcli/recipe/schema.py", recipe, before="^RECIPES: ")
+    tree.insert("switchcli/recipe/schema.py", recipe, before="^StartedRecipe = ")
     tree.insert("switchcli/recipe/schema.py", '"rehearse": RehearseRecipe, ', before='"pretrain": PretrainRecipe')
+    tree.insert("switchcli/recipe/schema.py", "RehearseRecipe | ", after="^StartedRecipe = ")
 
 
 def use_training_verb(run: Fork) -> None:
@@ -777,14 +778,14 @@ def use_training_verb(run: Fork) -> None:
 
 def add_dependency(tree: Tree) -> None:
     tree.insert("pyproject.toml", '    "einops>=0.8,<1",\n', after=r"^dependencies = \[\n")
-    tree.insert("tests/test_house.py", "einops ", after=r'^    "model": Room\(1, "')
+    tree.insert("tests/test_house.py", "einops ", after=r'^    "model": "')
 
 
 def use_dependency(run: Fork) -> None:
     text = "from einops import rearrange"
     house = run.module("tests/test_house.py")
-    assert [*house.packages_stay_in_their_rooms(house.module("switchcli/model/a.py", text))] == []
-    assert [*house.packages_stay_in_their_rooms(house.module("switchcli/data/a.py", text))]
+    assert [*house.packages_of_others_stay_where_they_are_listed(house.module("switchcli/model/a.py", text))] == []
+    assert [*house.packages_of_others_stay_where_they_are_listed(house.module("switchcli/data/a.py", text))]
     project = tomllib.loads((run.root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert [one for one in project["dependencies"] if one.startswith("einops") and "<" in one]
 

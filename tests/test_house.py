@@ -25,7 +25,7 @@ PACKAGES = {
     "__init__": "",
     "__main__": "",
     "cli": "typer",
-    "commands": "torch pydantic typer",
+    "commands": "pydantic typer",
     "runs": "torch pydantic",
     "recipe": "yaml pydantic pydantic_core",
     "doctor": "torch safetensors",
@@ -60,7 +60,8 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/doctor/of_transformers.py": "transformers huggingface_hub",
 }
 READS_PICKLES = "switchcli/convert/pickled.py"
-COLLECTS_TASKS = "switchcli/tasks/registry.py"
+FINDS_MODULES = {"switchcli/tasks/registry.py": "switchcli.tasks.", "switchcli/cli.py": "switchcli.commands."}
+"""The files that import modules by their names, and the package that these modules are in."""
 
 
 class Module(NamedTuple):
@@ -157,22 +158,23 @@ def the_model_knows_no_machine(module: Module) -> Iterator[Fault]:
 def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
     """No pickle and nothing that uses it, no eval, no shell: a checkpoint, a recipe or a text can then run no code.
 
-    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there. One
-    other file imports modules by name: those that lie in its own package, which no input of a user can choose.
+    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there. Two
+    files import modules by their names, to find the tasks and the verbs: those of one package of ours alone.
     """
     pickles = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
     pickles |= {"torch.distributed.checkpoint", "accelerate.load_checkpoint_and_dispatch"}
-    code = {"importlib.import_module", "runpy", "os.system", "os.popen"}
+    code = {"importlib.import_module", "pkgutil.resolve_name", "runpy", "os.system", "os.popen"}
     yaml = {"yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all"}
     tree = module.tree
     if module.path == READS_PICKLES:
         tree = ast.parse(module.text)
         for call in filter(_reads_tensors_alone, calls(tree)):
             call.func = ast.Name("read_tensors_alone", lineno=call.lineno)
-    if module.path == COLLECTS_TASKS:
+    if module.path in FINDS_MODULES:
         tree = ast.parse(module.text)
-        for call in filter(_imports_a_task_module, calls(tree)):
-            call.func = ast.Name("import_task_module", lineno=call.lineno)
+        for call in calls(tree):
+            if _imports_from(FINDS_MODULES[module.path], call):
+                call.func = ast.Name("import_from_our_package", lineno=call.lineno)
     for line, name in mentions(tree):
         if within(name, pickles | code | yaml) or name.endswith((".load_state", ".save_state")):
             yield line, name
@@ -193,13 +195,11 @@ def _reads_tensors_alone(call: ast.Call) -> bool:
     return dotted(call.func) == "torch.load" and literal and None not in words and "pickle_module" not in words
 
 
-def _imports_a_task_module(call: ast.Call) -> bool:
-    """`importlib.import_module(f"switchcli.tasks.{name}")`, with that literal beginning."""
-    if dotted(call.func) != "importlib.import_module" or len(call.args) != 1 or call.keywords:
-        return False
-    name = call.args[0]
-    start = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else None
-    return isinstance(start, ast.Constant) and start.value == "switchcli.tasks."
+def _imports_from(package: str, call: ast.Call) -> bool:
+    """`importlib.import_module(f"PACKAGE.{name}")`: whatever the name, it is a module of that package."""
+    parts = call.args[0].values if len(call.args) == 1 and isinstance(call.args[0], ast.JoinedStr) else []
+    literal = isinstance(parts[0], ast.Constant) and parts[0].value == package if parts else False
+    return dotted(call.func) == "importlib.import_module" and literal and not call.keywords
 
 
 def yaml_is_read_safely(module: Module) -> Iterator[Fault]:
@@ -297,6 +297,8 @@ def routers_describe_themselves(module: Module) -> Iterator[Fault]:
 # Each rule with snippets that break it, and with one that nearly does
 
 MODEL, DATA, TRAIN, CLI = (f"switchcli/{name}.py" for name in ("model/a", "data/a", "train/a", "cli"))
+A_TASK = "import_module(f'switchcli.tasks.{name}')"
+A_VERB = "import_module(f'switchcli.commands.{name}')"
 SAFELY = "torch.load(path, map_location='cpu', weights_only=True)"
 SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     packages_of_others_stay_where_they_are_listed: (
@@ -359,11 +361,18 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (DATA, "load_dataset(path, trust_remote_code=True)"),
             (DATA, "eval(text)"),
             (DATA, "import importlib\nimportlib.import_module(name)"),
-            (DATA, "importlib.import_module(f'switchcli.tasks.{name}')"),
-            (COLLECTS_TASKS, "importlib.import_module(name)"),
-            (COLLECTS_TASKS, "importlib.import_module(f'{name}')"),
-            (COLLECTS_TASKS, "importlib.import_module(f'.{name}', package)"),
-            (COLLECTS_TASKS, "from importlib import import_module"),
+            (DATA, f"importlib.{A_TASK}"),
+            (DATA, "from importlib import import_module"),
+            (DATA, f"importlib.{A_VERB}"),
+            (CLI, f"importlib.{A_TASK}"),
+            (CLI, "importlib.import_module(name)"),
+            (CLI, "importlib.import_module(f'{name}.commands.')"),
+            (CLI, "importlib.import_module(f'.{name}', package)"),
+            (CLI, "from importlib import import_module"),
+            (CLI, "load = importlib.import_module"),
+            (CLI, "pkgutil.resolve_name(name)"),
+            ("switchcli/tasks/registry.py", "importlib.import_module(name)"),
+            ("switchcli/tasks/registry.py", f"importlib.{A_VERB}"),
             (DATA, "subprocess.run(line, shell=True)"),
             (DATA, "yaml.unsafe_load(text)"),
         ],
@@ -373,7 +382,9 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
                 "model.eval()\neval: int = 1\nre.compile(x)\nnp.load(x, allow_pickle=False)\nmodel.load_state_dict(x)",
             ),
             (READS_PICKLES, SAFELY),
-            (COLLECTS_TASKS, "import importlib\nimportlib.import_module(f'switchcli.tasks.{name}')"),
+            (CLI, f"import importlib, pkgutil\nimportlib.{A_VERB}"),
+            ("switchcli/tasks/registry.py", f"import importlib\nimportlib.{A_TASK}"),
+            (DATA, "from importlib.metadata import version"),
         ],
     ),
     yaml_is_read_safely: (

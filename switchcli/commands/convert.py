@@ -1,123 +1,60 @@
-"""`switchcli convert`: a checkpoint into the Hugging Face layout, or from there, whole or not at all."""
+"""`switchcli convert`: a checkpoint to or from the Hugging Face layout. No torch until it runs."""
 
-import json
-from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal
 
-from torch import Tensor
+import typer
 
-from switchcli.checkpoint import tensor_file
-from switchcli.checkpoint.fsops import DISK
-from switchcli.convert import config as configs
-from switchcli.convert import hub, tokenizer_files
-from switchcli.convert.config import Lengths
-from switchcli.convert.to_transformers import express, translate
-from switchcli.convert.weight_files import INDEX, SAFE, is_layout
-from switchcli.data.tokenizer.train import sentinel
-from switchcli.errors import CheckpointError, RecipeError
+from switchcli.commands import _exit
+from switchcli.commands._options import Destination, Json, Quiet
+from switchcli.errors import RecipeError
 from switchcli.report.console import Console
-from switchcli.runs import transformers_checkpoint
-from switchcli.runs.loading import open_model
-from switchcli.runs.new_folder import free, free_for_checkpoint, place, place_checkpoint
-from switchcli.train.checkpointer import logical_tensors
+from switchcli.report.output import print_json
 
-_MAX_FILE_BYTES = 1 << 31
+app = typer.Typer()
 
 
-class Options(NamedTuple):
-    """The options of an import."""
-
-    tokenizer: Path | None = None
-    revision: str = "main"
-    unpickle: bool = False
-
-
-def to_switchcli(source: str, destination: Path, options: Options) -> dict[str, Any]:
-    """Write a folder, or a repository of the hub, as one of our checkpoints, and say what it is.
-
-    Raises:
-        CheckpointError: it is no whole model of ours, or the disk refuses.
-        DataError: no tokenizer.
-    """
-    folder = Path(source)
-    if not folder.exists() and hub.is_name(source):
-        folder = hub.download(source, options.revision, unpickle=options.unpickle)
-    if not is_layout(folder):
-        raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
-    destination = free_for_checkpoint(folder, destination)
-    recipe, tokenizer, weights = transformers_checkpoint.read(folder, options.tokenizer, unpickle=options.unpickle)
-    return _result(source, destination, "switchcli", place_checkpoint(destination, recipe, tokenizer, weights), [])
-
-
-def to_huggingface(source: Path, destination: Path, options: Options, console: Console) -> dict[str, Any]:
-    """Write one of our checkpoints as transformers' `from_pretrained` reads it; a warning names what gets lost.
-
-    Raises:
-        CheckpointError: transformers has no such model, there is no whole checkpoint, or the disk refuses.
-        RecipeError: an option of an import is given.
-    """
-    given = [f"--{name}" for name, value in options._asdict().items() if value != Options._field_defaults[name]]
-    if given:
-        raise RecipeError(f"{', '.join(given)}: of --to switchcli alone, and this is --to huggingface: leave it out")
-    if is_layout(source):
-        raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
-    opened = open_model(source, console)
-    destination, recipe, tokenizer = free(source, destination), opened.recipe, opened.tokenizer
-    lengths = Lengths(recipe.inputs_length, recipe.targets_length)
-    config, losses = express(recipe.model, lengths, opened.path, recipe.train.router_dtype)
-    for loss in losses:
-        console.warning(loss)
-    wanted = logical_tensors(transformers_checkpoint.empty(recipe.model))
-    small = {
-        configs.NAME: configs.encode(config),
-        "generation_config.json": configs.generation(),
-        **tokenizer_files.documents(
-            tokenizer.to_json(), [sentinel(number) for number in range(len(tokenizer.sentinels))], recipe.inputs_length
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="A run's or checkpoint's folder, a Hugging Face folder or hub name.", show_default=False),
+    ],
+    destination: Destination,
+    to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.", show_default=False)],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model's tokenizer.json or spiece.model, if SOURCE neither has nor names one.", show_default=False
         ),
-    }
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Commit, tag or branch of a hub name.")] = "main",
+    unpickle: Annotated[
+        bool,
+        typer.Option(
+            "--unpickle",
+            help="Read pytorch_model.bin too: a pickle, which can run code (read with weights_only=True).",
+        ),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Into transformers' T5 or SwitchTransformers layout, or from it; whole or not at all."""
+    with _exit.stoppable():
+        from switchcli.runs import conversion
 
-    def write(temporary: Path) -> Path:
-        new = temporary / "new"
-        DISK.make_dir(new)
-        shards = _shards(translate(config, opened.weights()))
-        for name, content in chain(small.items(), shards):
-            DISK.write(new / name, content)
-            DISK.sync(new / name)
-            del content  # before the next is encoded
-        DISK.sync(new)
-        return new
-
-    place(destination, tensor_file.num_bytes(wanted.values()), write)
-    parameters = sum(tensor.numel() for tensor in wanted.values())
-    return _result(str(source), destination, "huggingface", parameters, losses)
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memoryview]]:
-    """Name and content of each file of weights, and of their index when there are several.
-
-    One is encoded at a time, and its tensors let go: `tensors` should be held by nobody else.
-    """
-    shards = list(tensor_file.shards(tensors, _MAX_FILE_BYTES))
-    stem, suffix = SAFE.split(".")
-    names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [SAFE]
-    else:
-        files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": tensor_file.num_bytes(tensors.values())}, "weight_map": files}
-        yield f"{SAFE}{INDEX}", (json.dumps(index, indent=2) + "\n").encode()
-    del tensors
-    for name in names:
-        yield name, tensor_file.encode(shards.pop(0), {"format": "pt"})  # version 4 reads no file that does not say so
-
-
-def _result(source: str, destination: Path, to: str, parameters: int, losses: list[str]) -> dict[str, Any]:
-    return {
-        "source": source,
-        "destination": str(destination),
-        "to": to,
-        "parameters": parameters,
-        "warnings": losses,
-    }
+        console = Console(quiet=quiet)
+        if to == "switchcli":
+            result = conversion.to_switchcli(
+                source, destination, tokenizer=tokenizer, revision=revision, unpickle=unpickle
+            )
+        else:
+            given = {"--tokenizer": tokenizer is not None, "--revision": revision != "main", "--unpickle": unpickle}
+            if names := [name for name, is_given in given.items() if is_given]:
+                raise RecipeError(
+                    f"{', '.join(names)}: of --to switchcli alone, and this is --to huggingface: leave it out"
+                )
+            result = conversion.to_huggingface(Path(source), destination, console)
+        console.message(f"{result['parameters']:,} parameters in {destination}")
+        if as_json:
+            print_json(result)

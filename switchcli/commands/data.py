@@ -1,22 +1,19 @@
 """`switchcli data`: text as ids before a run, and tokenizers. No torch until a recipe is read."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
-from switchcli.commands import exit
-from switchcli.commands.arguments import Json, Overrides, Quiet, Recipe
+from switchcli.commands import _exit, tokenizers
+from switchcli.commands._options import Json, Overrides, Quiet, Recipe
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
-from switchcli.report.safe_text import one_line
+from switchcli.report.units import binary
 
-app = typer.Typer(help="What a run reads: text as ids, and tokenizers.", no_args_is_help=True)
-tokenizer = typer.Typer(help="Train a tokenizer, look at one, compare some.", no_args_is_help=True)
-app.add_typer(tokenizer, name="tokenizer")
-
-A_TOKENIZER = "A tokenizer.json, a spiece.model, or the folder of a run, a checkpoint or a Hugging Face model."
+app = typer.Typer(name="data", help="What a run reads: text as ids, and tokenizers.", no_args_is_help=True)
+app.add_typer(tokenizers.group)
 
 
 @app.command()
@@ -46,87 +43,36 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Cut a recipe's text into ids, once, with all processors; the same command goes on after a stop."""
-    with exit.stoppable():
-        from switchcli.commands import preparation
+    with _exit.stoppable():
+        from switchcli.runs import text_preparation
 
-        console = Console(quiet=quiet)
-        options = preparation.Options(model, processes, share, check)
-        result = preparation.prepare(recipe, overrides or [], options, console)
+        result = text_preparation.prepare(
+            recipe,
+            overrides or [],
+            Console(quiet=quiet),
+            model=model,
+            processes=processes,
+            share=share,
+            check=check,
+        )
         if as_json:
             print_json(result)
         else:
-            preparation.show(result, Console(quiet=quiet, stream=sys.stdout))
+            _show(result, Console(quiet=quiet, stream=sys.stdout))
 
 
-@tokenizer.command()
-def train(
-    recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="The new file.", show_default=False)],
-    overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train the vocabulary of a recipe's data.tokenizer (kind: train) on its training documents; write it as a file."""
-    with exit.stoppable(saves_nothing=True):
-        from switchcli.commands import tokenizers, vocabularies
+def _show(result: Mapping[str, Any], console: Console) -> None:
+    """Print how much there is of each text."""
+    from switchcli.data.prepare.prepared_text import PARTS
 
-        vocabularies.check_free(out, replace=force)
-        found = vocabularies.train(recipe, overrides or [], out, Console(quiet=quiet))
-        if as_json:
-            print_json(found)
-        else:
-            tokenizers.show(found)
-            typer.echo(f"\n{one_line(f'in a recipe: data.tokenizer={{kind: file, path: {out}}}')}")
-
-
-@tokenizer.command()
-def show(
-    name: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=A_TOKENIZER, show_default=False)],
-    texts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[TEXT ...]", help="Cut into pieces; <extra_id_0> is a sentinel.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """How many ids there are of what, and the pieces of each TEXT."""
-    from switchcli.commands import tokenizers
-
-    used = tokenizers.opened(name)
-    found, cut = tokenizers.facts(name, used), tokenizers.cut(used, texts or [])
-    if as_json:
-        print_json({**found, "texts": cut})
-    else:
-        tokenizers.show(found)
-        tokenizers.show_cut(cut)
-
-
-@tokenizer.command()
-def compare(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TOKENIZER [TOKENIZER ...] [KEY=VALUE ...]",
-            help=f"{A_TOKENIZER} Then keys of the recipe to set.",
-            show_default=False,
-        ),
-    ],
-    on: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Measure on its held-out documents.", show_default=False)
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="Measure on this text as well; may be repeated.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Tokens a byte, and the shares of unknown and of byte tokens, of each language or corpus."""
-    with exit.stoppable(saves_nothing=True):
-        from switchcli.commands import tokenizers
-
-        compared = tokenizers.compare(arguments, on, text or [], Console(quiet=quiet))
-        if as_json:
-            print_json(compared.to_json())
-        else:
-            tokenizers.show_compared(compared)
+    there = {label or "text": text for label, text in result["texts"].items() if text is not None}
+    rows = []
+    for label, text in there.items():
+        train, held_out = (text[part] for part in PARTS)
+        figures = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
+        rows.append([label, *(f"{figure:,}" for figure in figures), binary(train["bytes"] + held_out["bytes"])])
+    console.rows("prepared", ("", "documents", "tokens", "held out", "tokens", "text"), rows)
+    for label, text in there.items():
+        if said := ", ".join(f"{number:,} {reason}" for reason, number in text["dropped"].items() if number):
+            console.message(f"left out of {label}: {said}")
+        console.message(f"{label}: {text['folder']}")

@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands import exit
-from switchcli.commands.arguments import DryRun, Json, Processes, Quiet, Resume, default_out, split
+from switchcli.commands import _exit
+from switchcli.commands._options import DryRun, Json, Processes, Quiet, Resume, default_out, split
+
+app = typer.Typer()
 
 
+@app.command()
 def distill(
     arguments: Annotated[
         list[str] | None,
@@ -50,8 +53,8 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
-    with exit.stoppable(ranks=True):
-        from switchcli.commands import training
+    with _exit.stoppable(ranks=True):
+        from switchcli.commands import _job
         from switchcli.runs import distill_job, run_dir, trainer
         from switchcli.runs.distilling import Distillation, ask
 
@@ -60,13 +63,13 @@ def distill(
             below = Path("runs") / "distill" / run_dir.place(Path(teacher or "."))
             out = below if recipe is None else default_out(recipe)
         models = distill_job.Models(teacher, student, baseline)
-        job = distill_job.resolve_job(recipe, overrides, models, out, resume, exit.console())
-        if training.described(job.recipe, dry_run, as_json):
+        job = distill_job.resolve_job(recipe, overrides, models, out, resume, _exit.console())
+        if _job.described(job.recipe, dry_run, as_json):
             return
-        training.start_ranks(processes, job.recipe, as_json)
+        _job.start_ranks(processes, job.recipe, as_json)
         if answers_only:
-            training.end(ask(job, quiet), as_json)
+            _job.end(ask(job, quiet), as_json)
             return
         with trainer.opened(job, Distillation, out, resume, quiet) as run:
             result = run.run()
-        training.end(result, as_json)
+        _job.end(result, as_json)

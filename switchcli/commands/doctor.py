@@ -1,65 +1,68 @@
-"""`switchcli doctor`: is this Switch model sound?"""
+"""`switchcli doctor`: whether a Switch model is sound, and a checkpoint's files are whole. No torch until it runs."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
-from switchcli.checkpoint import checkpoint
-from switchcli.convert.weight_files import is_layout
-from switchcli.doctor import of_transformers, ours
-from switchcli.doctor.probes import PROBES, Finding, Verdict, examine
-from switchcli.doctor.subject import Subject
-from switchcli.errors import RecipeError, disk_errors
-from switchcli.recipe import library
-from switchcli.recipe.resolve import resolve
-from switchcli.recipe.schema import PretrainRecipe
-from switchcli.report.console import Console, silent
-from switchcli.runs.loading import load, on_the_hub, open_checkpoint, whereabouts
+from switchcli.commands._options import Json, Overrides
+from switchcli.errors import CheckpointError, RecipeError
+from switchcli.report.console import Console
+from switchcli.report.output import print_json
 
-_STYLES: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+if TYPE_CHECKING:
+    from switchcli.runs.diagnosis import Diagnosis
+
+app = typer.Typer()
+
+_STYLES = MappingProxyType({"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"})
 
 
-class Diagnosis(NamedTuple):
-    """What the probes found of a model."""
+@app.command()
+def doctor(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|RECIPE",
+            help="A run's folder, one checkpoint's, a Hugging Face folder; or a recipe, for its initial weights.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    checkpoint_files: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-files",
+            help="Read the files of a checkpoint, or of all of a run, through instead: exit code 4 if one is damaged.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Is this Switch model sound? Router gradient, precision, padding, balance, dead experts; exit code 1 if not."""
+    from switchcli.runs import diagnosis
 
-    model: str
-    code: str
-    initialised: bool
-    layers: int
-    experts: int
-    findings: tuple[Finding, ...]
-
-    @property
-    def sound(self) -> bool:
-        return not self.count("fail")
-
-    def count(self, verdict: Verdict) -> int:
-        return sum(finding.verdict == verdict for finding in self.findings)
-
-    def to_json(self) -> dict[str, Any]:
-        findings = [finding._asdict() for finding in self.findings]
-        return {**self._asdict(), "sound": self.sound, "findings": findings}
-
-
-def doctor(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
-    """Probe a checkpoint, a Hugging Face folder, or the initial weights of a recipe.
-
-    Raises:
-        CheckpointError: a folder that holds no model that can be opened.
-        RecipeError: no such recipe, or transformers is not installed.
-        OutOfMemory: the model does not fit this machine.
-    """
-    subject = _subject(name, overrides, console)
-    findings = tuple(console.track(examine(subject), "probing", total=len(PROBES)))
-    layers = 0 if subject.dense else len(subject.layers)
-    return Diagnosis(name, subject.code, subject.initialised, layers, subject.num_experts, findings)
+    if checkpoint_files:
+        if overrides:
+            raise RecipeError(f"--checkpoint-files takes no KEY=VALUE ({overrides[0]}): leave it out")
+        verified = diagnosis.verify(model)
+        if as_json:
+            print_json(verified)
+        else:
+            _show_files(verified)
+        raise typer.Exit(0 if verified["whole"] else CheckpointError.exit_code)
+    found = diagnosis.diagnose(model, overrides or [], Console())
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _show(found)
+    if not found.sound:
+        raise typer.Exit(1)
 
 
-def show(diagnosis: Diagnosis) -> None:
-    """The findings on stdout, a line each, and below it what to do about those that did not pass."""
+def _show(diagnosis: "Diagnosis") -> None:
+    """Print a line for each probe on stdout, and below it what to do if the model did not pass."""
     console = Console(stream=sys.stdout)
     weights = "initial weights" if diagnosis.initialised else "trained weights"
     sparse = f"{diagnosis.layers} sparse layers of {diagnosis.experts} experts" if diagnosis.layers else "a dense model"
@@ -74,58 +77,9 @@ def show(diagnosis: Diagnosis) -> None:
     console.message(f"{ending}: {failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning", "bold")
 
 
-def verify(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What loading finds of the files of a checkpoint, or of each of a run, newest first; nothing is changed.
-
-    Raises CheckpointError where there is none.
-    """
-    if overrides:
-        raise RecipeError(f"--checkpoint-files takes no KEY=VALUE ({overrides[0]}): leave it out")
-    folder, is_one = whereabouts(Path(name))
-    with disk_errors(folder, "name another"):
-        damage = {
-            str(path): None if isinstance(found, checkpoint.Checkpoint) else str(found)
-            for path, found in checkpoint.verdicts([folder] if is_one else checkpoint.steps(folder))
-            if path.exists()  # the run has not just pruned it
-        }
-    if not damage:
-        found = open_checkpoint(Path(name), silent())  # says that there is none, or that all were put aside
-        damage = {str(found.path): None}  # or the run has saved another meanwhile
-    loaded = next((path for path in damage if damage[path] is None), None)
-    return {
-        "folder": name,
-        "whole": loaded is not None and not any(damage.values()),
-        "loaded": loaded,
-        "damage": damage,
-    }
-
-
-def show_files(verified: dict[str, Any]) -> None:
-    """A line a checkpoint on stdout, and which of them loading takes."""
+def _show_files(verified: Mapping[str, Any]) -> None:
+    """Print a line for each checkpoint on stdout, and which of them loading takes."""
     console, loaded = Console(stream=sys.stdout), verified["loaded"]
     for path, damage in verified["damage"].items():
         console.message(f"damaged  {damage}" if damage else f"whole    {path}", "bold red" if damage else "green")
     console.message(f"loading takes {loaded}" if loaded else "none is whole: loading refuses", "bold")
-
-
-def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
-    path = Path(name)
-    if not path.is_dir() or name in library.names():
-        recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
-        return ours.fresh(recipe.model, recipe.train.seed, recipe.train.router_dtype)
-    if overrides:
-        raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
-    if is_layout(path):
-        return of_transformers.load(path)
-    loaded = load(path, torch.device("cpu"), console)
-    return ours.Ours(loaded.model, initialised=False)
-
-
-def _recipe(name: str) -> Path:
-    try:
-        return library.locate(name)
-    except RecipeError as error:
-        if Path(name).exists():
-            raise
-        hint = on_the_hub(name)
-        raise RecipeError(f"{error} No checkpoint is there either{hint and f': {hint}'}.") from error

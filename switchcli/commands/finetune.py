@@ -1,7 +1,9 @@
 """`switchcli finetune`: a trained model on text-to-text tasks (section 4.1). No torch until it runs."""
 
-from switchcli.commands import exit
-from switchcli.commands.arguments import (
+import typer
+
+from switchcli.commands import _exit
+from switchcli.commands._options import (
     DryRun,
     Json,
     Model,
@@ -14,7 +16,10 @@ from switchcli.commands.arguments import (
     default_out,
 )
 
+app = typer.Typer()
 
+
+@app.command()
 def finetune(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -27,18 +32,18 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
-    with exit.stoppable(ranks=True):
-        from switchcli.commands import training
+    with _exit.stoppable(ranks=True):
+        from switchcli.commands import _job
         from switchcli.recipe.schema import FinetuneRecipe
         from switchcli.runs import trainer, warm_start
         from switchcli.runs.finetuning import Finetuning, check_tasks
 
         out = out or default_out(recipe)
-        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, exit.console(), FinetuneRecipe)
+        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), FinetuneRecipe)
         check_tasks(job.recipe)
-        if training.described(job.recipe, dry_run, as_json):
+        if _job.described(job.recipe, dry_run, as_json):
             return
-        training.start_ranks(processes, job.recipe, as_json)
+        _job.start_ranks(processes, job.recipe, as_json)
         with trainer.opened(job, Finetuning, out, resume, quiet) as run:
             result = run.run()
-        training.end(result, as_json)
+        _job.end(result, as_json)

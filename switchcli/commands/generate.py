@@ -1,47 +1,84 @@
-"""`switchcli generate`: a checkpoint's answers to texts with gaps, or to a task's inputs."""
+"""`switchcli generate`: a checkpoint's answers to texts with gaps, or to a task's inputs. No torch until it runs."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from pathlib import Path
-from typing import Literal, NamedTuple
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from pydantic import ValidationError
+import typer
 
+from switchcli.commands._options import Checkpoint, Json
 from switchcli.errors import DataError, RecipeError
-from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate as decode
-from switchcli.model.generation import steps
-from switchcli.model.moe.layer import evaluating
-from switchcli.model.moe.router import Policy
 from switchcli.report.console import Console
-from switchcli.runs.loading import Loaded, load
-from switchcli.spec import EOS, PAD
+from switchcli.report.output import print_json
+from switchcli.report.safe_text import safe_text
 
-HALF_A_CHARACTER = "\ufffd"
-"""What a text ends in while bytes of its last character are still to come."""
+if TYPE_CHECKING:
+    from switchcli.model.decoding import Decoding
 
-
-class Answer(NamedTuple):
-    """A text and what the model says to it."""
-
-    input: str
-    output: str
+app = typer.Typer()
 
 
-class Options(NamedTuple):
-    """How texts are answered."""
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search with so many; 1 is greedy.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(min=0.0, help="Of beam search: more favours longer answers (T5's alpha).")
+    ] = 0.6,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Draw tokens at random, the more evenly the higher; 0 takes the likeliest.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest tokens that have this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Lines answered together: faster, once so many are there.")] = 1,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    capacity: Annotated[
+        Literal["paper", "dropless"],
+        typer.Option(help="Slots an expert: by eval_capacity_factor, or one for every token."),
+    ] = "dropless",
+    as_json: Json = False,
+) -> None:
+    """Fill in the gaps of texts, a line each: "The capital of <extra_id_0> is Paris." """
+    if texts and not all(map(str.strip, texts)):
+        raise DataError("a TEXT is empty: write some, with <extra_id_0> where the model is to fill in")
+    from switchcli.runs import text_generation
 
-    decoding: Decoding
-    batch: int
-    """Texts that are answered together."""
-    policy: Policy
-    """How the routers count capacity: `dropless` makes an answer independent of the texts beside it."""
-    device: Literal["auto", "cpu", "cuda"]
+    decoding = _decoding(
+        {
+            "max_tokens": max_tokens,
+            "beams": beams,
+            "length_penalty": length_penalty,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+    )
+    console = Console()
+    loaded = text_generation.load_on(checkpoint, device, console)
+    if texts and len(texts) == 1 and beams == 1 and not as_json and sys.stdout.isatty():
+        for piece in text_generation.stream(loaded, texts[0], decoding, capacity, console):
+            typer.echo(_on_one_line(piece), nl=False)
+        typer.echo()
+        return
+    answers = text_generation.generate(loaded, texts or _lines(), decoding, capacity, batch, console)
+    if as_json:
+        print_json({"checkpoint": str(checkpoint), "answers": [answer._asdict() for answer in answers]})
+        return
+    for answer in answers:
+        typer.echo(_on_one_line(answer.output))
 
 
-def decoding_of(settings: Mapping[str, float]) -> Decoding:
-    """Raises RecipeError when the options contradict one another."""
+def _decoding(settings: dict[str, Any]) -> "Decoding":
+    """Return how tokens are chosen. Raises RecipeError when the options contradict one another."""
+    from pydantic import ValidationError
+
+    from switchcli.model.decoding import Decoding
+
     try:
         return Decoding.model_validate(settings)
     except ValidationError as error:
@@ -50,77 +87,14 @@ def decoding_of(settings: Mapping[str, float]) -> Decoding:
         raise RecipeError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
 
 
-def generate(path: Path, texts: Iterable[str], options: Options, console: Console) -> Iterator[Answer]:
-    """Answer the texts in their order, as soon as a batch of them is there; a blank one by nothing.
-
-    What is drawn at random depends on the seed and on the number of a text, not on its batch.
-
-    Raises:
-        CheckpointError: as `load`.
-        RecipeError: no CUDA device, and one was asked for.
-        DataError: a text that is not UTF-8.
-    """
-    loaded = _load(path, options, console)
-    first = 0
-    for batch in _batches(texts, options.batch):
-        outputs = [""] * len(batch)
-        if any(map(str.strip, batch)):
-            inputs_BS = _inputs(loaded, batch, console, first)
-            with evaluating(loaded.model, options.policy):
-                rows_BT = decode(loaded.model, inputs_BS, options.decoding, first=first)
-            outputs = [
-                loaded.tokenizer.decode(row) if text.strip() else ""
-                for text, row in zip(batch, rows_BT.tolist(), strict=True)
-            ]
-        yield from map(Answer, batch, outputs)
-        first += len(batch)
+def _on_one_line(text: str) -> str:
+    return safe_text(text).replace("\n", " ")
 
 
-def stream(path: Path, text: str, options: Options, console: Console) -> Iterator[str]:
-    """The answer to one text in pieces, as the tokens come. Raises as `generate`."""
-    loaded = _load(path, options, console)
-    inputs_BS = _inputs(loaded, [text], console)
-    ids: list[int] = []
-    shown = said = ""
-    with evaluating(loaded.model, options.policy):
-        for token_B in steps(loaded.model, inputs_BS, options.decoding):
-            ids += token_B.tolist()
-            said = loaded.tokenizer.decode(ids)
-            whole = said.rstrip(HALF_A_CHARACTER)
-            if whole.startswith(shown) and whole != shown:
-                yield whole.removeprefix(shown)
-                shown = whole
-    if said != shown:
-        yield said.removeprefix(shown) if said.startswith(shown) else f"\n{said}"
-
-
-def _load(path: Path, options: Options, console: Console) -> Loaded:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
-    name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return load(path, torch.device(name), console)
-
-
-def _inputs(loaded: Loaded, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
-    """int64 [texts, length of the longest], after `first` others; a blank text is a row of padding."""
-    longest = loaded.recipe.inputs_length
-    rows = []
-    for number, text in enumerate(texts, first + 1):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"text {number} is not UTF-8 (at its character {error.start}): convert it first") from error
-        ids = [*loaded.tokenizer.encode(text), EOS] if text.strip() else []
-        if len(ids) > longest:
-            console.warning(f"the text has {len(ids)} tokens, the model was trained on {longest}: its end is cut off")
-            ids = [*ids[: longest - 1], EOS]
-        rows.append(torch.tensor(ids, dtype=torch.int64))
-    inputs_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    return inputs_BS.to(loaded.model.embedding.device)
-
-
-def _batches(texts: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
-    """`size` texts at a time, and the rest; none waits for more than its own batch."""
-    texts = iter(texts)
-    while batch := tuple(islice(texts, size)):
-        yield batch
+def _lines() -> Iterator[str]:
+    """Yield the lines of stdin, each as soon as it is there. Raises DataError for what is no text."""
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not {error.encoding} ({error.reason}): convert it first") from error

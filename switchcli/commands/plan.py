@@ -1,30 +1,28 @@
-"""`switchcli plan`: what a recipe or a size takes on so many devices, and which meshes fit it. No device is needed."""
+"""`switchcli plan`: what a recipe or a size takes on given devices, and which meshes fit. No torch until it runs."""
 
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from switchcli import publish
-from switchcli.distributed.mesh import ParallelSpec, check_world
+from switchcli.commands import _exit
+from switchcli.commands._options import Json, Overrides
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.model.flops import FORWARD_AND_BACKWARD
-from switchcli.planner.plan import Fit, Machine, Plan
-from switchcli.planner.step import Mesh
-from switchcli.planner.traffic import Collective
-from switchcli.recipe import library, resolve, yaml_nodes
-from switchcli.recipe.schema import PretrainRecipe, standing_alone
-from switchcli.recipe.sizes import SIZES
-from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.html_page import HtmlTable, page
+from switchcli.report.output import print_json
 from switchcli.report.units import binary, gib, number, parse_bytes, si
-from switchcli.runs.describe import describe
-from switchcli.runs.mesh_choice import plan_of
 
-BATCH_TOKENS = 2**20
-"""Of a size, which has no batch: the paper's."""
+if TYPE_CHECKING:
+    from switchcli.planner.plan import Fit, Machine
+    from switchcli.planner.traffic import Collective
+    from switchcli.report.html_page import HtmlTable
+    from switchcli.runs.planning import Planned
+
+app = typer.Typer()
+
 ROWS = 12
 """Meshes that people are shown; --json and --html have all."""
 
@@ -36,137 +34,65 @@ _FIT_HEADINGS = (
 _CALL_HEADINGS = ("what", "kind", "axis", "ranks", "calls a step", "each", "sent a step")
 
 
-class Options(NamedTuple):
-    """The options of `switchcli plan`, as they are written."""
+@app.command()
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|SIZE", help="A recipe, or a size such as switch-c.", show_default=False)
+    ],
+    devices: Annotated[int, typer.Option(help="How many there are.")] = 8,
+    overrides: Overrides = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one device.")] = "80GiB",
+    flops: Annotated[float, typer.Option(help="FLOP/s that a device reaches.")] = 312e12,
+    memory_bandwidth: Annotated[float, typer.Option(help="Bytes a second of its own memory.")] = 2e12,
+    bandwidth: Annotated[float, typer.Option(help="Bytes a second that a device sends within a node.")] = 300e9,
+    network: Annotated[float, typer.Option(help="Bytes a second that a device sends to other nodes.")] = 25e9,
+    node_devices: Annotated[int, typer.Option(help="Devices of a node.")] = 8,
+    html: Annotated[Path | None, typer.Option(help="Write a page with every mesh.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, bytes a device, bytes a collective, seconds a step: which mesh fits. No GPU is needed."""
+    with _exit.stoppable(saves_nothing=True):
+        from switchcli.runs import planning
 
-    devices: int
-    memory: str
-    flops: float
-    memory_bandwidth: float
-    bandwidth: float
-    network: float
-    node_devices: int
-
-
-class Planned(NamedTuple):
-    """A plan, and of what."""
-
-    name: str
-    recipe: TrainingRecipe
-    machine: Machine
-    plan: Plan
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            **describe(self.recipe),
-            "flops_per_step": _flops_per_step(self.recipe),
-            "activation_checkpointing": self.recipe.train.activation_checkpointing,
-            "machine": self.machine._asdict(),
-            "fits": [_fit_to_json(fit, self.recipe) for fit in self.plan.fits],
-            "refused": [
-                {**refusal.mesh._asdict(), "kind": refusal.kind, "reason": refusal.reason}
-                for refusal in self.plan.refused
-            ],
-        }
+        rates = {"flops": flops, "memory_bandwidth": memory_bandwidth, "bandwidth": bandwidth, "network": network}
+        machine = _machine(devices, memory, rates, node_devices)
+        planned = planning.plan_step(recipe, overrides or [], machine)
+        if html is not None:
+            _write_html(planned, html)
+        if as_json:
+            print_json(planned.to_json())
+        else:
+            _show(planned)
 
 
-def _fit_to_json(fit: Fit, recipe: TrainingRecipe) -> dict[str, Any]:
-    return {
-        **fit.mesh._asdict(),
-        "microbatch_tokens": fit.microbatch * recipe.inputs_length,
-        "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
-        "collectives": [{**call._asdict(), "wire_bytes": call.wire_bytes} for call in fit.collectives],
-        "seconds": {**fit.seconds, "step": fit.step_seconds},
-        "bound_by": fit.bound_by,
-    }
+def _machine(devices: int, memory: str, rates: dict[str, float], node_devices: int) -> "Machine":
+    """Return the devices that the options describe. Raises RecipeError for an option that describes none."""
+    from switchcli.planner.plan import Machine
 
-
-def planned(name: str, overrides: Sequence[str], options: Options) -> Planned:
-    """Resolve the recipe or the size, and plan its step.
-
-    Raises:
-        RecipeError: no such recipe or size, a key or an option that breaks a rule, a mesh that is not of the devices.
-    """
-    machine = _machine(options)
-    recipe = _recipe(name, overrides)
-    said = recipe.parallel
-    check_world(said, machine.devices)
-    found = plan_of(recipe, machine, fused=recipe.train.device != "cpu")
-    if not said.is_open:
-        fits = (one for one in found.fits if _is_said(one.mesh, said))
-        found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))
-    return Planned(name, recipe, machine, found)
-
-
-def _is_said(mesh: Mesh, said: ParallelSpec) -> bool:
-    """Whether the recipe leaves that mesh open."""
-    shard = said.shard if mesh.data > 1 else "none"
-    return (said.expert, said.model, shard) == mesh[1:] and said.data in (None, mesh.data)
-
-
-def _machine(options: Options) -> Machine:
-    if options.devices < 1:
-        raise RecipeError(f"--devices ({options.devices}) must be at least 1")
-    if options.node_devices < 1:
-        raise RecipeError(f"--node-devices ({options.node_devices}) must be at least 1")
-    if (memory := parse_bytes(options.memory)) is None:
-        raise RecipeError(f"--memory ({options.memory!r}) is no size: write it as 80GiB, 24GB or 512MiB")
-    rates = {name: getattr(options, name) for name in ("flops", "memory_bandwidth", "bandwidth", "network")}
+    if devices < 1:
+        raise RecipeError(f"--devices ({devices}) must be at least 1")
+    if node_devices < 1:
+        raise RecipeError(f"--node-devices ({node_devices}) must be at least 1")
+    if (memory_bytes := parse_bytes(memory)) is None:
+        raise RecipeError(f"--memory ({memory!r}) is no size: write it as 80GiB, 24GB or 512MiB")
     for name, rate in rates.items():
         if not 0 < rate < float("inf"):
             raise RecipeError(f"--{name.replace('_', '-')} ({rate:g}) must be more than 0, and a number: try 3e11")
-    return Machine(options.devices, memory, **rates, node_devices=options.node_devices)
+    return Machine(devices, memory_bytes, **rates, node_devices=node_devices)
 
 
-def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
-    if name in SIZES:
-        return _of_size(name, overrides)
-    if not Path(name).suffix and not Path(name).exists() and name not in library.names():
-        near = difflib.get_close_matches(name, [*SIZES, *library.names()], n=1)
-        hint = f"Did you mean {near[0]}?" if near else "`switchcli recipes list` shows the recipes that ship."
-        raise RecipeError(f"{yaml_nodes.name_of(name)}: no such size or recipe. {hint}")
-    recipe = standing_alone(name, overrides)
-    if not isinstance(recipe, TrainingRecipe):
-        raise RecipeError(
-            f"{yaml_nodes.name_of(name)}: a recipe of `switchcli eval` trains nothing: name one that does"
-        )
-    tree = resolve.load(name, overrides)
-    if recipe.verb != "pretrain" and resolve.stated(tree, "model.d_model") is None:
-        raise RecipeError(f"{yaml_nodes.name_of(name)}: its model is a checkpoint's: say which, by model.size=NAME")
-    return recipe
-
-
-def _of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
-    """A size in the paper's batch and in bfloat16, in the smallest groups that hold a token for each expert."""
-    below: dict[str, Any] = {"train": {"steps": 1, "batch_tokens": BATCH_TOKENS, "precision": "selective"}}
-    where, keys = f"the size {name}", [f"model.size={name}", *overrides]
-    rows = resolve.load(None, [key for key in overrides if key.startswith("data.")], resolve.layer(below, where))
-    length = resolve.validate(rows, PretrainRecipe).targets_length
-    experts = resolve.stated(resolve.load(None, keys), "model.num_experts")
-    sequences = 1
-    while isinstance(experts, int) and sequences * length < experts:
-        sequences *= 2
-    below["model"] = {"router": {"group_sequences": sequences}}
-    tree = resolve.load(None, keys, resolve.layer(below, where))
-    return resolve.validate(tree, PretrainRecipe)
-
-
-def _flops_per_step(recipe: TrainingRecipe) -> int:
-    """The model's: what activation checkpointing computes again is in the seconds alone."""
-    return FORWARD_AND_BACKWARD * recipe.rows_per_step * int(describe(recipe)["flops_per_sequence"])
-
-
-def show(planned: Planned) -> None:
-    """The plan on stdout, for people."""
+def _show(planned: "Planned") -> None:
+    """Print the plan on stdout."""
     console = Console(stream=sys.stdout)
     console.table(planned.name, _figures(planned))
     for table in _tables(planned, ROWS):
         console.rows(*table)
 
 
-def write_html(planned: Planned, file: Path) -> None:
-    """The same as one page, with every mesh."""
+def _write_html(planned: "Planned", file: Path) -> None:
+    """Write the plan as a page, with every mesh."""
+    from switchcli.report.html_page import HtmlTable, page
+
     figures = HtmlTable(
         "Model and batch", ("", ""), [(key, _written(value)) for key, value in _figures(planned).items()]
     )
@@ -179,7 +105,9 @@ def _written(value: str | float) -> str:
     return value if isinstance(value, str) else number(value)
 
 
-def _figures(planned: Planned) -> dict[str, str | float]:
+def _figures(planned: "Planned") -> dict[str, str | float]:
+    from switchcli.runs.describe import describe
+
     found, machine = describe(planned.recipe), planned.machine
     return {
         "parameters": found["parameters"],
@@ -187,7 +115,7 @@ def _figures(planned: Planned) -> dict[str, str | float]:
         "outside the experts": found["dense_parameters"],
         "that a token meets": found["active_parameters"],
         "FLOPs a sequence, forward": si(found["flops_per_sequence"]),
-        "FLOPs a step, forward and backward": si(_flops_per_step(planned.recipe)),
+        "FLOPs a step, forward and backward": si(planned.flops_per_step),
         "activation checkpointing": planned.recipe.train.activation_checkpointing,
         "sequences a step": found["sequences_per_step"],
         "tokens of a sequence": f"{found['inputs_length']:,} + {found['targets_length']:,}",
@@ -197,8 +125,10 @@ def _figures(planned: Planned) -> dict[str, str | float]:
     }
 
 
-def _tables(planned: Planned, most: int | None) -> Iterator[HtmlTable]:
-    """Of meshes and reasons at most so many."""
+def _tables(planned: "Planned", most: int | None) -> Iterator["HtmlTable"]:
+    """Yield the tables, of at most so many meshes and reasons."""
+    from switchcli.report.html_page import HtmlTable
+
     fits, refused = planned.plan
     if fits:
         title = f"Meshes that fit, the fastest first: GiB a device, seconds a step{_more(fits, most)}"
@@ -221,7 +151,7 @@ def _more(rows: Sequence[Any], most: int | None) -> str:
     return "" if most is None or len(rows) <= most else f": {most} of {len(rows)}, --json has all"
 
 
-def _fit_row(fit: Fit) -> tuple[str, ...]:
+def _fit_row(fit: "Fit") -> tuple[str, ...]:
     mesh, taken = fit.mesh, fit.bytes
     buffers = taken.copies + taken.dispatch + taken.vocabulary
     sizes = (taken.weights, taken.gradients, taken.optimizer, taken.activations, buffers, taken.total)
@@ -229,6 +159,6 @@ def _fit_row(fit: Fit) -> tuple[str, ...]:
     return (*place, *map(gib, sizes), f"{fit.step_seconds:.3g}", fit.bound_by)
 
 
-def _call_row(call: Collective) -> tuple[str, ...]:
+def _call_row(call: "Collective") -> tuple[str, ...]:
     numbers = (f"{call.ranks:,}", f"{call.calls:,}", binary(call.payload_bytes), binary(call.wire_bytes))
     return (call.what, call.kind, call.axis, *numbers)

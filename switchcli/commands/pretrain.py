@@ -1,7 +1,9 @@
 """`switchcli pretrain`: a recipe into a trained, evaluated, resumable model, on plain text. No torch until it runs."""
 
-from switchcli.commands import exit
-from switchcli.commands.arguments import (
+import typer
+
+from switchcli.commands import _exit
+from switchcli.commands._options import (
     DryRun,
     Json,
     Model,
@@ -14,7 +16,10 @@ from switchcli.commands.arguments import (
     default_out,
 )
 
+app = typer.Typer()
 
+
+@app.command()
 def pretrain(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -27,17 +32,17 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
-    with exit.stoppable(ranks=True):
-        from switchcli.commands import training
+    with _exit.stoppable(ranks=True):
+        from switchcli.commands import _job
         from switchcli.recipe.schema import PretrainRecipe
         from switchcli.runs import trainer, warm_start
         from switchcli.runs.pretraining import Pretraining
 
         out = out or default_out(recipe)
-        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, exit.console(), PretrainRecipe)
-        if training.described(job.recipe, dry_run, as_json):
+        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), PretrainRecipe)
+        if _job.described(job.recipe, dry_run, as_json):
             return
-        training.start_ranks(processes, job.recipe, as_json)
+        _job.start_ranks(processes, job.recipe, as_json)
         with trainer.opened(job, Pretraining, out, resume, quiet) as run:
             result = run.run()
-        training.end(result, as_json)
+        _job.end(result, as_json)

@@ -13,7 +13,7 @@ from switchcli.recipe import library, yaml_nodes
 from switchcli.report.output import print_json
 from switchcli.report.safe_text import one_line
 
-app = typer.Typer(help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
+app = typer.Typer(name="recipes", help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Errors that another name on the same disk does not avoid."""

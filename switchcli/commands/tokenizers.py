@@ -1,21 +1,24 @@
-"""`switchcli data tokenizer`: what a tokenizer is, how it cuts a text, and how some compare. No torch, no network."""
+"""`switchcli data tokenizer`: train a tokenizer, look at one, compare some. No torch until a recipe is read."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from switchcli.convert.tokenizer_files import find
-from switchcli.data.sources.document import Document
-from switchcli.data.sources.files import Files
-from switchcli.data.tokenizer.statistics import Count, measure
-from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.errors import DataError, RecipeError
+from switchcli.commands import _exit
+from switchcli.commands._options import Json, Overrides, Quiet, Recipe
 from switchcli.report.console import Console
+from switchcli.report.output import print_json
 from switchcli.report.safe_text import one_line
 
+if TYPE_CHECKING:
+    from switchcli.runs.vocabularies import Compared
+
+group = typer.Typer(name="tokenizer", help="Train a tokenizer, look at one, compare some.", no_args_is_help=True)
+
+A_TOKENIZER = "A tokenizer.json, a spiece.model, or the folder of a run, a checkpoint or a Hugging Face model."
 _TABLES: Final = (
     ("Tokens a byte of text", "tokens_per_byte", ".4f"),
     ("Tokens that are unknown", "unknown", ".2%"),
@@ -23,30 +26,82 @@ _TABLES: Final = (
 )
 
 
-def opened(name: Path) -> Tokenizer:
-    """The tokenizer of a file, or of the folder of a run, a checkpoint or a Hugging Face model. Raises DataError."""
-    if not name.is_dir():
-        return Tokenizer.read(name)
-    file = find(name)
-    if file is None:
-        raise DataError(f"{name}: no tokenizer.json or spiece.model in this folder: name a run's, or a file")
-    return Tokenizer.read(file)
+@group.command()
+def train(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="The new file.", show_default=False)],
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the vocabulary of a recipe's data.tokenizer (kind: train) on its training documents; write it as a file."""
+    with _exit.stoppable(saves_nothing=True):
+        from switchcli.runs import vocabularies
+
+        vocabularies.check_free(out, replace=force)
+        found = vocabularies.train(recipe, overrides or [], out, Console(quiet=quiet))
+        if as_json:
+            print_json(found)
+        else:
+            _show(found)
+            typer.echo(f"\n{one_line(f'in a recipe: data.tokenizer={{kind: file, path: {out}}}')}")
 
 
-def facts(name: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How many ids there are of what, and the digest by which runs know the tokenizer."""
-    return {
-        "tokenizer": str(name),
-        "vocab_size": tokenizer.vocab_size,
-        "pieces": tokenizer.vocab_size - len(tokenizer.sentinels) - int(tokenizer.is_byte_V.sum()) - 3,
-        "sentinels": len(tokenizer.sentinels),
-        "byte_fallback": bool(tokenizer.is_byte_V.any()),
-        "sha256": tokenizer.sha256,
-    }
+@group.command()
+def show(
+    name: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=A_TOKENIZER, show_default=False)],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT ...]", help="Cut into pieces; <extra_id_0> is a sentinel.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How many ids there are of what, and the pieces of each TEXT."""
+    from switchcli.runs import vocabularies
+
+    used = vocabularies.opened(name)
+    found, cut = vocabularies.facts(name, used), vocabularies.cut(used, texts or [])
+    if as_json:
+        print_json({**found, "texts": cut})
+    else:
+        _show(found)
+        _show_cut(cut)
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """Facts on stdout, for people."""
+@group.command()
+def compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TOKENIZER [TOKENIZER ...] [KEY=VALUE ...]",
+            help=f"{A_TOKENIZER} Then keys of the recipe to set.",
+            show_default=False,
+        ),
+    ],
+    on: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Measure on its held-out documents.", show_default=False)
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Measure on this text as well; may be repeated.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tokens a byte, and the shares of unknown and of byte tokens, of each language or corpus."""
+    with _exit.stoppable(saves_nothing=True):
+        from switchcli.runs import vocabularies
+
+        compared = vocabularies.compare(arguments, on, text or [], Console(quiet=quiet))
+        if as_json:
+            print_json(compared.to_json())
+        else:
+            _show_compared(compared)
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    """Print the facts about a tokenizer on stdout."""
     rows = {
         key.replace("_", " "): ("no", "yes")[value] if isinstance(value, bool) else value
         for key, value in found.items()
@@ -55,101 +110,15 @@ def show(found: Mapping[str, Any]) -> None:
     Console(stream=sys.stdout).table(found["tokenizer"], rows)
 
 
-def cut(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
-    """The ids and pieces of each text, as of a prompt."""
-    ids = ((text, tokenizer.encode(text)) for text in texts)
-    return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids]
-
-
-def show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
+def _show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
     for one in texts:
         typer.echo(f"\n{one_line(one['text'])}")
         typer.echo(f"pieces  {' '.join(map(one_line, one['pieces']))}")
         typer.echo(f"ids     {' '.join(map(str, one['ids']))}")
 
 
-class Row(NamedTuple):
-    """One text, and what each tokenizer makes of it."""
-
-    name: str
-    documents: int
-    bytes: int
-    measured: tuple[Count, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        measured = [
-            {
-                "tokens": one.tokens,
-                "tokens_per_byte": one.tokens / self.bytes if self.bytes else None,
-                "unknown": one.unknown / max(one.tokens, 1),
-                "byte_fallback": one.in_bytes / max(one.tokens, 1),
-            }
-            for one in self.measured
-        ]
-        return {"text": self.name, "documents": self.documents, "bytes": self.bytes, "measured": measured}
-
-
-class Compared(NamedTuple):
-    """Tokenizers side by side."""
-
-    tokenizers: tuple[Mapping[str, Any], ...]
-    """Facts of each, in the order of each row's `measured`."""
-    rows: tuple[Row, ...]
-
-    @property
-    def total(self) -> Row:
-        columns = zip(*(row.measured for row in self.rows), strict=True)
-        sums = tuple(Count(*map(sum, zip(*column, strict=True))) for column in columns)
-        return Row("total", sum(row.documents for row in self.rows), sum(row.bytes for row in self.rows), sums)
-
-    def to_json(self) -> dict[str, Any]:
-        rows = [row.to_json() for row in self.rows]
-        return {"tokenizers": list(self.tokenizers), "rows": rows, "total": self.total.to_json()}
-
-
-def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], console: Console) -> Compared:
-    """Measures the tokenizers that `arguments` name on the recipe's held-out documents, with its keys set as the other
-    arguments say, and on the files.
-
-    Raises:
-        RecipeError: there is no text to measure on, or no tokenizer.
-        DataError: a tokenizer or a text cannot be read, or no text is held out.
-    """
-    overrides = [one for one in arguments if "=" in one and not Path(one).exists()]
-    names = [Path(one) for one in arguments if one not in overrides]
-    if not names:
-        raise RecipeError("compare: no TOKENIZER is named: name a tokenizer.json, a spiece.model or a run's folder")
-    if recipe is None and (overrides or not files):
-        raise RecipeError("compare: name the recipe to measure on by --on RECIPE, or files by --text FILE")
-    tokenizers = [opened(name) for name in names]
-    texts = _files(files)
-    if recipe is not None:
-        from switchcli.data.prepare.pipeline import documents
-        from switchcli.data.text_mixture import Weighted
-        from switchcli.recipe.schema import on_text
-
-        apart = on_text(recipe, overrides).data.model_copy(update={"mixture": Weighted()})
-        texts = {**documents(apart, console.track, held_out=True), **texts}
-    rows = tuple(Row(name, *measure(documents, tokenizers)) for name, documents in texts.items())
-    compared = Compared(tuple(map(facts, names, tokenizers)), rows)
-    if not compared.total.bytes:
-        raise DataError(f"{recipe}: no document is held out: take a larger data.held_out_fraction")
-    return compared
-
-
-def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
-    """By the files' names, in full where two have the same. Raises DataError for what is no file."""
-    if none := [path for path in paths if not Path(path).is_file()]:
-        raise DataError(f"--text {none[0]}: no such file (from {Path.cwd()}): fix the path")
-    stems = [Path(path).stem for path in paths]
-    return {
-        path if stems.count(stem) > 1 else stem: Files(paths=(path,), sample_by="line").documents()
-        for path, stem in zip(paths, stems, strict=True)
-    }
-
-
-def show_compared(compared: Compared) -> None:
-    """Tables on stdout, for people: the tokenizers, and for each measure a row a text."""
+def _show_compared(compared: "Compared") -> None:
+    """Print a table of the tokenizers on stdout, and for each measure a table with a row for each text."""
     console = Console(stream=sys.stdout)
     columns = ("vocab_size", "pieces", "sentinels")
     rows = [

@@ -1,107 +1,58 @@
-"""`switchcli upcycle`: a Switch model that begins where a dense one ended (Komatsuzaki et al. 2022)."""
+"""`switchcli upcycle`: a Switch model that begins where a dense one ended. No torch until it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
 
-from switchcli.errors import CheckpointError, RecipeError
-from switchcli.model.config import STACKS
-from switchcli.model.surgery.upcycle import Gate, Upcycled, correction
-from switchcli.recipe import resolve
-from switchcli.recipe.differences import differences
-from switchcli.recipe.sizes import CUSTOM
-from switchcli.recipe.training_rules import TrainingRecipe
+import typer
+
+from switchcli.commands import _exit
+from switchcli.commands._options import A_CHECKPOINT, Destination, Json, Overrides, Quiet
 from switchcli.report.console import Console
-from switchcli.runs.loading import Opened, open_model
-from switchcli.runs.new_folder import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
-from switchcli.runs.run_dir import program
-from switchcli.runs.transformers_checkpoint import empty
-from switchcli.runs.warm_start import NEW
-from switchcli.train.checkpointer import logical_tensors
+from switchcli.report.output import print_json
 
-MAY_CHANGE = ("model.sparse", *(f"model.{key}" for key in NEW[1:]), "train.")
-"""How keys begin that leave the weights what they are."""
+app = typer.Typer()
 
 
-class Options(NamedTuple):
-    """The options of `switchcli upcycle`."""
-
-    experts: int
-    gate: Gate
-    noise: float
-    seed: int
-
-
+@app.command()
 def upcycle(
-    dense: Path, destination: Path, overrides: Sequence[str], options: Options, console: Console
-) -> dict[str, Any]:
-    """Write the sparse model at `destination`, and say what it is.
+    dense: Annotated[Path, typer.Argument(help=f"A dense model. {A_CHECKPOINT}", show_default=False)],
+    destination: Destination,
+    experts: Annotated[int, typer.Option(help="Experts in each sparse layer.", show_default=False)],
+    overrides: Overrides = None,
+    gate: Annotated[
+        Literal["scaled", "raw"],
+        typer.Option(help="Make up for gates below 1, so that nothing is lost at first; or copy as it is."),
+    ] = "scaled",
+    noise: Annotated[
+        float, typer.Option(help="Normal noise on each expert's weights, as a multiple of their root mean square.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of routers and noise.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A Switch model that begins where a dense one ended: experts are copies of its feed-forwards."""
+    with _exit.stoppable(saves_nothing=True):
+        from switchcli.runs import upcycling
 
-    Raises:
-        CheckpointError: `dense` is no dense model, or the disk refuses.
-        RecipeError: the experts have no place in it, or a key would change what the weights are of.
-    """
-    experts, gate, noise, seed = options
-    opened = open_model(dense, console)
-    if (there := opened.recipe.model.num_experts) > 1:
-        raise CheckpointError(f"{opened.path}: has {there} experts already: name a dense model")
-    if experts < 2:
-        raise RecipeError(f"--experts ({experts}) must be at least 2: a model of one expert is the dense one")
-    if not 0 <= noise <= 1:
-        raise RecipeError(f"--noise ({noise}) must be from 0 to 1: 0.01 is a hundredth of the weights' size")
-    recipe = with_experts(opened, experts, overrides)
-    spec = recipe.model
-    if spec.sparse != "feed_forward":
-        raise RecipeError(
-            f"model.sparse ({spec.sparse}): a dense model has nothing that experts of an attention could be copies of: "
-            "model.sparse=feed_forward"
+        console = Console(quiet=quiet)
+        result = upcycling.upcycle(
+            dense, destination, overrides or [], console, experts=experts, gate=gate, noise=noise, seed=seed
         )
-    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
-    factors = {stack: spec.router_of(stack).eval_capacity_factor for stack in stacks}
-    if gate == "scaled" and any(factor != "dropless" for factor in factors.values()):
-        console.warning(
-            f"model.router.eval_capacity_factor ({factors[stacks[0]]}): new routers share tokens out unevenly, and one "
-            "that is dropped is not as in the dense model: dropless keeps all"
-        )
-    destination = free_for_checkpoint(dense, destination)
-    weights = Upcycled(opened.weights(), logical_tensors(empty(spec)), spec, gate, noise, seed)
-    parameters = place_checkpoint(
-        destination, going_on(recipe, destination), opened.tokenizer, weights, data_of(opened)
-    )
-    found = {stack: correction(spec.router_of(stack), experts, gate) for stack in stacks}
-    exactly = not noise and recipe.train.precision != "bfloat16"  # whose routers' gates are rounded
-    return {
-        "source": str(opened.path),
-        "destination": str(destination),
-        "parameters": parameters,
-        **options._asdict(),
-        "layers": spec.routed_parts(),
-        "next": next_command(recipe, destination),
-        "corrections": {stack: {**one._asdict(), "exact": one.exact and exactly} for stack, one in found.items()},
-    }
+        for line in _summary(result):
+            console.message(line)
+        if as_json:
+            print_json(result)
 
 
-def said(result: dict[str, Any]) -> list[str]:
-    """Lines that say what was done: one of the whole, one of each stack, and the next command."""
-    lines = [f"{result['parameters']:,} parameters in {result['destination']}"]
+def _summary(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line about the whole model, one about each stack, and the next command."""
+    from switchcli.runs.run_dir import program
+
+    yield f"{result['parameters']:,} parameters in {result['destination']}"
     for stack, one in result["corrections"].items():
         layers = sum(layer.startswith(stack) for layer in result["layers"])
         begins = "as the dense model, where no token is dropped" if one["exact"] else "otherwise than the dense model"
         factors = f"wo times {one['wo']:g}, fresh routers times {one['router']:g}"
-        lines.append(f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {begins}")
-    return [*lines, f"Next: {program()} {result['next']}"]
-
-
-def with_experts(opened: Opened, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
-    """The recipe of a checkpoint with so many experts. Raises RecipeError by its rules, and for what has to stay."""
-    where = f"{opened.path} with {experts} experts"
-    model = opened.recipe.model.model_copy(update={"num_experts": experts, "size": CUSTOM})
-    same = opened.recipe.model_copy(update={"model": model, "description": where})
-    tree = resolve.load(None, overrides, resolve.layer(same.model_dump(mode="json"), where))
-    recipe = resolve.validate(tree, type(opened.recipe))
-    for key, old, new in differences(same, recipe):
-        if not key.startswith(MAY_CHANGE):
-            raise RecipeError(
-                f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(MAY_CHANGE)}"
-            )
-    return recipe
+        yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {begins}"
+    yield f"Next: {program()} {result['next']}"

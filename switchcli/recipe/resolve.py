@@ -29,8 +29,6 @@ from switchcli.spec import Spec, check_place
 
 S = TypeVar("S", bound=Spec)
 
-VERBS = ("pretrain", "finetune", "distill", "eval")
-"""Those that take a recipe."""
 SAVED = "recipe.yaml"
 """The name of those that runs save: one of an earlier version goes on being read."""
 
@@ -116,9 +114,17 @@ def verb_of(tree: Node) -> str | None:
 def check_verb(tree: Node, schema: type[Spec]) -> None:
     """Raise RecipeError for a recipe of another verb, rather than a list of keys that this one does not have."""
     verb, own = verb_of(tree), schema.model_fields["verb"].default if "verb" in schema.model_fields else None
-    if own and verb in VERBS and verb != own:
+    if own and verb and verb != own and verb in _verbs(Spec):
         place = tree.value["verb"] if isinstance(tree.value, dict) and "verb" in tree.value else tree
         raise RecipeError(f"{place.where}: verb: a recipe of `switchcli {verb}`, where one of {own} is needed")
+
+
+def _verbs(spec: type[Spec]) -> Iterator[str]:
+    """Yield the verbs that take a recipe: the values that the subclasses of `spec` have for the key `verb`."""
+    for schema in spec.__subclasses__():
+        if "verb" in schema.model_fields:
+            yield schema.model_fields["verb"].default
+        yield from _verbs(schema)
 
 
 def _with_kinds(tree: Node, schema: type[Spec]) -> Node:

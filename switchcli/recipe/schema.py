@@ -173,6 +173,8 @@ class EvalRecipe(Spec):
         return self
 
 
+StartedRecipe = PretrainRecipe | FinetuneRecipe
+"""The recipes whose key `start` may name a checkpoint to start from."""
 RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
     {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillTextRecipe, "eval": EvalRecipe}
 )

@@ -8,8 +8,12 @@ are read by lightness: neither needs colour vision.
 import csv
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from switchcli import publish
+from switchcli.errors import disk_errors
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ((1, 0), (7, 3), (2, 2), (9, 3, 2, 3), (4, 2))
@@ -192,6 +196,24 @@ def png(figure: Figure) -> bytes:
     import vl_convert
 
     return vl_convert.vegalite_to_png(_alone(figure), scale=2, allowed_base_urls=[])
+
+
+def write_files(figures: Iterable[Figure], tables: Iterable[Table], folder: Path) -> None:
+    """Publish each figure as NAME.svg and NAME.png, its numbers and each further table as NAME.csv.
+
+    Figures of one table share a file: held_out.csv for held_out_steps, _tokens, _wall_time and _flops, training.csv for
+    training_steps and so on. No file is replaced before all are written. Raises CheckpointError where the disk refuses.
+    """
+    contents: dict[str, str | bytes] = {}
+    with disk_errors(folder, "give another folder by --figures"):  # before figures are drawn, which takes seconds
+        folder.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        contents[f"{figure.name}.svg"] = svg(figure)
+        contents[f"{figure.name}.png"] = png(figure)
+        contents[f"{figure.table.name}.csv"] = figure.table.csv()
+    contents |= {f"{table.name}.csv": table.csv() for table in tables}
+    with disk_errors(folder, "give another folder by --figures"):
+        publish.write_files(folder, contents)
 
 
 @functools.cache

@@ -254,6 +254,48 @@ def every_figure(report: Report) -> Iterator[Figure]:
             yield from (one._replace(title=f"{label}: {one.title}") for one in maps)
 
 
+def every_table(report: Report) -> Iterator[Table]:
+    """Yield the tables that belong to no figure, for files: scores, all series, and what their recipes differ in."""
+    yield from (one.table() for one in scored(report))
+    if (found := report.comparison) is not None:
+        rows = [row.flat() for row in found.rows]
+        yield Table("runs", {key: [row[key] for row in rows] for key in rows[0]})
+        yield difference_file(found)
+
+
+def title(report: Report) -> str:
+    """Return the title of the page: how many runs, series and evaluations it is of."""
+    counts = {"run": len(report.trained), "evaluation": len(report.evaluations)}
+    counted = [f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count]
+    if report.comparison is not None and len(report.comparison.series) > 1:
+        counted[0] += f" in {len(report.comparison.series)} series"
+    return f"switchcli report: {', '.join(counted)}"
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """Return the comparison, the rows of its tables and the notes, for scripts."""
+    comparison = report.comparison
+    rows = [] if comparison is None else [row.to_json() for row in comparison.rows]
+    by_name = {one.name: one.to_json() for one in scored(report)}
+    compared: dict[str, Any] = {}
+    if comparison is not None:
+        compared = {
+            "baseline": comparison.baseline.label,
+            "measure": comparison.measure.figure,
+            "common_step": comparison.common_step,
+            "differences": {
+                key: dict(zip([one.label for one in comparison.series], _finite(values), strict=True))
+                for key, values in differences(comparison.series).items()
+            },
+        }
+    return {**compared, "series": rows, "tables": by_name, "notes": [*report.notes]}
+
+
+def _finite(values: Sequence[Any]) -> Any:
+    """Return the values as JSON holds them: a number that is not finite becomes text."""
+    return json.loads(json.dumps(values), parse_constant=str)
+
+
 def _facts(found: Comparison) -> list[tuple[str, str]]:
     """The best series, where all have come to, and the fastest over the baseline."""
     measure, base = found.measure, found.baseline.label

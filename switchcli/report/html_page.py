@@ -14,6 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from switchcli import publish
+from switchcli.errors import disk_errors
 from switchcli.report import charts
 from switchcli.report.charts import Figure
 from switchcli.report.safe_text import safe_text
@@ -136,6 +138,14 @@ def page(title: str, parts: Iterable[Part]) -> str:
     ]
     lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def write_page(file: Path, title: str, parts: Iterable[Part]) -> None:
+    """Publish a page as `file`, whose folder is made. Raises CheckpointError where the disk refuses."""
+    text = page(title, parts)
+    with disk_errors(file, "give another file by --html"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        publish.write_file(file, text)
 
 
 def _html(parts: Iterable[Part]) -> str:

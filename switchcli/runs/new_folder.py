@@ -12,7 +12,7 @@ from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.recipe.resolve import dump
-from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe
+from switchcli.recipe.schema import StartedRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.loading import Opened
@@ -81,7 +81,7 @@ def place_checkpoint(
 
 def going_on(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
     """The recipe of a run that starts from the checkpoint, where it is of a verb that has a start."""
-    if not isinstance(recipe, PretrainRecipe | FinetuneRecipe):
+    if not isinstance(recipe, StartedRecipe):
         return recipe
     return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), optimizer="reset")})
 
@@ -89,7 +89,7 @@ def going_on(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
 def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:
     """What a user would run next: to train it further, or to ask it where its verb has no start."""
     file = shell_words(checkpoint / "recipe.yaml")
-    if isinstance(recipe, PretrainRecipe | FinetuneRecipe):
+    if isinstance(recipe, StartedRecipe):
         return f"{recipe.verb} {file} --out FOLDER"
     return f"eval {shell_words(checkpoint)}"
 

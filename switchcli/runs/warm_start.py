@@ -14,7 +14,7 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.differences import differences
-from switchcli.recipe.schema import FinetuneRecipe, OnText, PretrainRecipe
+from switchcli.recipe.schema import OnText, StartedRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
@@ -23,7 +23,7 @@ from switchcli.train.checkpointer import carry_over, fill
 from switchcli.train.config import StartSpec
 from switchcli.train.optimizers import Optimizer
 
-R = TypeVar("R", PretrainRecipe, FinetuneRecipe)
+R = TypeVar("R", bound=StartedRecipe)
 
 KEY = "start.checkpoint"
 NEW = ("size", "dropout", "expert_dropout", "router", "decoder_router", "balance_reduction", "init_scale")

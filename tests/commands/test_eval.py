@@ -236,7 +236,7 @@ def test_out_of_memory_is_told_with_a_way_out(
 
 
 def test_where_it_is_written(trained: Path) -> None:
-    from switchcli.commands.evaluate import default_out
+    from switchcli.runs.eval_job import default_out
 
     assert default_out(trained) == Path("runs/eval/run")
     assert default_out(trained / "checkpoints/step-00000002") == Path("runs/eval/run-step-00000002")

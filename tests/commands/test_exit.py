@@ -10,13 +10,13 @@ from contextlib import suppress
 
 import pytest
 
-from switchcli.commands.exit import AGAIN_SECONDS, stoppable
+from switchcli.commands._exit import AGAIN_SECONDS, stoppable
 from switchcli.distributed.signals import STOPPING, StopRequest
 from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, where
 
 ON_ITS_WAY_OUT = """
 import time
-from switchcli.commands import exit as ending
+from switchcli.commands import _exit as ending
 from switchcli.errors import DataError
 from switchcli.distributed.monitor import WAITING_SECONDS
 try:
@@ -35,7 +35,7 @@ except DataError as error:
 """
 IN_A_LIBRARY = """
 import ctypes
-from switchcli.commands import exit as ending
+from switchcli.commands import _exit as ending
 from switchcli.errors import Interrupted
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)

@@ -5,35 +5,30 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from conftest import SwitchCLI
 
 from switchcli import __version__
+from switchcli.cli import app
+
+VERBS = [
+    *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
+    *("recipes", "data", "convert", "upcycle", "prune", "report"),
+]
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "pretrain",
-        "finetune",
-        "eval",
-        "generate",
-        "convert",
-        "distill",
-        "upcycle",
-        "prune",
-        "doctor",
-        "plan",
-        "report",
-        "recipes",
-        "data",
-    ],
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_is_listed(verb: str, switchcli: SwitchCLI) -> None:
     for option in ("--help", "-h"):
         done = switchcli(verb, option)
         assert (done.code, done.err) == (0, "")
         assert "Usage" in done.out
     assert verb in switchcli("--help").out
+
+
+def test_verbs_are_listed_in_the_order_of_a_users_work() -> None:
+    listed = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert listed[: len(VERBS)] == VERBS
 
 
 def test_version(switchcli: SwitchCLI) -> None:

@@ -11,7 +11,7 @@ from conftest import SwitchCLI
 from messages import lacking
 
 from switchcli.checkpoint.checkpoint import Checkpoint
-from switchcli.commands.arguments import default_out
+from switchcli.commands._options import default_out
 from switchcli.report.console import Console
 from switchcli.runs import loading
 from switchcli.runs.run_dir import program

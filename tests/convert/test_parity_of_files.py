@@ -18,7 +18,6 @@ from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.checkpoint.fsops import Disk
 from switchcli.cli import app
-from switchcli.commands import convert
 from switchcli.data.config import DataSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerFile
 from switchcli.model.config import ModelSpec
@@ -27,6 +26,7 @@ from switchcli.model.moe.router import Switch
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
+from switchcli.runs import conversion
 from switchcli.runs.loading import Loaded, load
 from switchcli.train.checkpointer import logical_tensors
 from switchcli.train.config import TrainSpec
@@ -166,7 +166,7 @@ def test_shards_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(list(source.glob("*.safetensors"))) > 3
     run(source, tmp_path / "ours", "--to", "switchcli")
     theirs.assert_same_logits(opened(tmp_path / "ours").model, model)
-    monkeypatch.setattr(convert, "_MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(conversion, "_MAX_FILE_BYTES", 20_000)
     run(tmp_path / "ours", tmp_path / "back", "--to", "huggingface")
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
     theirs.assert_same_logits(opened(tmp_path / "back").model, model)
@@ -188,8 +188,8 @@ def test_one_shard_is_encoded_at_a_time_and_let_go(tmp_path: Path, monkeypatch: 
         path.write_bytes(content)
 
     source = ours(tmp_path, SPECS["sparse"])
-    monkeypatch.setattr(convert, "_MAX_FILE_BYTES", 20_000)
-    monkeypatch.setattr(convert, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
+    monkeypatch.setattr(conversion, "_MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(conversion, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
     monkeypatch.setattr(Disk, "write", write)
     run(source, tmp_path / "theirs", "--to", "huggingface")
     assert done.count("encode") > 3

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from switchcli.commands.exit import stoppable
+from switchcli.commands._exit import stoppable
 from switchcli.data.prepare import shards
 from switchcli.distributed.signals import STOPPING, StopRequest
 

@@ -10,9 +10,10 @@ from browser import chromium, needs_chromium
 from messages import lacking
 from surveys import LAYERS, a_survey
 
-from switchcli.commands.routing import write_figures, write_html
 from switchcli.report import charts
-from switchcli.report.routing_page import EXPERTS_SHOWN, every_figure, title
+from switchcli.report.charts import write_files
+from switchcli.report.html_page import write_page
+from switchcli.report.routing_page import EXPERTS_SHOWN, every_figure, parts, title, token_tables
 
 
 def test_the_maps_show_what_was_counted() -> None:
@@ -65,7 +66,7 @@ def test_the_title_names_the_run_from_within_it(tmp_path: Path, monkeypatch: pyt
 
 def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path) -> None:
     survey = a_survey(pieces=["</script><script>alert(1)</script>", "<b>&\u202e"])
-    write_html(survey, tmp_path / "page.html")
+    write_page(tmp_path / "page.html", title(survey), parts(survey))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert set(re.findall('data-figure="([^"]+)"', page)) == {figure.name for figure in every_figure(survey)}
     assert re.search(r"<title>.*\bone, step 10\b.*\btwo, step 10\b.*</title>", page)
@@ -76,7 +77,7 @@ def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path
 
 def test_figures_are_files(tmp_path: Path) -> None:
     survey = {**a_survey(pieces=['a,"b', "\n"]), "drift": None}
-    write_figures(survey, tmp_path / "figures")
+    write_files(every_figure(survey), token_tables(survey), tmp_path / "figures")
     figures = [*every_figure(survey)]
     drawn = {f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")}
     written = {path.name for path in (tmp_path / "figures").iterdir()}
@@ -98,7 +99,7 @@ def test_figures_are_files(tmp_path: Path) -> None:
 @needs_chromium
 def test_a_browser_draws_every_map_with_a_cell_for_each_count_and_has_nothing_to_say(tmp_path: Path) -> None:
     survey = a_survey(pieces=["</script><script>window.ran = true</script>"])
-    write_html(survey, tmp_path / "page.html")
+    write_page(tmp_path / "page.html", title(survey), parts(survey))
     figures = {figure.name: figure for figure in every_figure(survey)}
     with chromium() as browser:
         tab = browser.new_page()

@@ -97,7 +97,8 @@ def _verbs(group: typer.Typer, words: str = "") -> Iterator[tuple[str, Callable[
         yield f"{words} {one.name or one.callback.__name__}".strip(), inspect.unwrap(one.callback)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
-        name = inner.name if isinstance(inner.name, str) else ""
+        name = inner.typer_instance.info.name
+        name = name if isinstance(name, str) else ""
         yield from _verbs(inner.typer_instance, f"{words} {name}".strip())
 
 

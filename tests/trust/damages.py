@@ -13,7 +13,7 @@ import safetensors.numpy
 from table import Row
 from trial import STEPS, Trial, clear, log_of, said, trials
 
-from switchcli.commands.doctor import verify
+from switchcli.runs.diagnosis import verify
 
 OLDER, NEWEST = f"step-{STEPS - 2:08d}", f"step-{STEPS:08d}"
 CHECKPOINT = 4
@@ -52,7 +52,7 @@ def the_one_before_is_used(trial: Trial, times: int) -> Row:
 
 def _fault(trial: Trial, run: Path, damage: Damage) -> str:
     """What is wrong with how doctor and the run take it."""
-    verdict = verify(str(run), [])
+    verdict = verify(str(run))
     told = verdict["damage"].get(f"{run}/checkpoints/{NEWEST}") or ""
     if Path(verdict["loaded"] or "").name != OLDER or not any(name in told for name in damage.named):
         return f"doctor says {verdict}"
@@ -76,7 +76,7 @@ def none_is_whole(trial: Trial, times: int) -> Row:
         older.do(run / "checkpoints" / OLDER)
         before = digest(run)
         codes = [trial.run(run), trial.run(run)]
-        verdict = verify(str(run), [])
+        verdict = verify(str(run))
         named = all(name in said(run) for name in (NEWEST, OLDER, "--out"))
         refused = named and verdict["loaded"] is None
         if codes != [CHECKPOINT] * 2 or not refused or digest(run) != before:

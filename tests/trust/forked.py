@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from switchcli.cli import main
-from switchcli.commands import convert, evaluate, generate, report  # noqa: F401  # for the forks
 from switchcli.errors import SwitchError
-from switchcli.runs import finetuning, trainer  # noqa: F401  # for the forks
+from switchcli.runs import (  # noqa: F401  # for the forks
+    conversion,
+    eval_job,
+    finetuning,
+    run_comparison,
+    text_generation,
+    trainer,
+)
 
 CPU_SECONDS = 5.0
 """Of one trial on what is tiny or refused: more is a hang. Its own seconds, so that a busy machine does not count."""

@@ -26,15 +26,16 @@ from table import Row
 
 from switchcli.checkpoint import manifest
 from switchcli.checkpoint.checkpoint import Checkpoint, find
-from switchcli.commands import report
 from switchcli.convert.weight_files import is_layout
 from switchcli.data.sources.files import Files
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.recipe.schema import standing_alone
 from switchcli.report import evidence
+from switchcli.report.charts import write_files
 from switchcli.report.console import silent
 from switchcli.report.html_page import page
 from switchcli.runs import loading
+from switchcli.runs.run_comparison import compare_runs
 from switchcli.runs.transformers_checkpoint import empty
 from switchcli.train.checkpointer import logical_tensors
 from switchcli.train.state import TrainState
@@ -181,10 +182,11 @@ def _run(base: Base, folder: Path, draw: random.Random) -> str:
     file.write_bytes(content)
 
     def use() -> None:
-        found = report.report([run], report.Options(), silent())
+        found = compare_runs([run], silent())
         page("mutated", evidence.parts(found)).encode()
-        json.dumps(report.to_json(found), allow_nan=False)
-        report.write_figures(found._replace(comparison=None), folder / "figures")
+        json.dumps(evidence.to_json(found), allow_nan=False)
+        scores = found._replace(comparison=None)
+        write_files(evidence.every_figure(scores), evidence.every_table(scores), folder / "figures")
 
     return refused(use)
 

@@ -18,7 +18,7 @@ from drill import ended, fingerprint, leftovers, newest, start
 from table import Row
 from trial import trials
 
-from switchcli.commands import evaluate  # noqa: F401  # so that a fork has it
+from switchcli.runs import eval_job  # noqa: F401  # so that a fork has it
 
 SECONDS = {True: 3600.0, False: 30.0}
 LIVES = {True: (20.0, 90.0), False: (2.0, 6.0)}

@@ -20,7 +20,7 @@ from conftest import RECIPE, WORDS
 from drill import ended, newest, start
 from table import Row
 
-from switchcli.commands import convert, evaluate, report  # noqa: F401  # so that a fork has them
+from switchcli.runs import conversion, eval_job, run_comparison  # noqa: F401  # so that a fork has them
 
 OFFSET_SECONDS = 0.5
 """Between the two starts, at most."""

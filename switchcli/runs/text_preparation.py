@@ -1,11 +1,11 @@
-"""`switchcli data prepare`: a recipe's text as ids, before the run that reads them, by one machine or several."""
+"""A recipe's text as ids, before the run that reads them, by one machine or several."""
 
 import re
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from switchcli.data.prepare.pipeline import prepare_share
 from switchcli.data.prepare.prepared_text import PARTS, Text
@@ -13,23 +13,24 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console
-from switchcli.report.units import binary
 from switchcli.runs import text_sets
 from switchcli.runs.pretraining import fits
 
 
-class Options(NamedTuple):
-    """The options of `switchcli data prepare`."""
+def prepare(
+    name: str,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    model: str | None,
+    processes: int | None,
+    share: str | None,
+    check: bool,
+) -> dict[str, Any]:
+    """Prepare the text that is not there yet, and return what there is of each.
 
-    model: str | None
-    """The checkpoint whose vocabulary is to be used."""
-    processes: int | None
-    share: str | None
-    check: bool
-
-
-def prepare(name: str, overrides: Sequence[str], options: Options, console: Console) -> dict[str, Any]:
-    """Prepare what is not there yet, and say what is.
+    `model` is the checkpoint whose vocabulary is used instead of the recipe's. This machine makes the `share` I/N, and
+    with `check` compares what is there with its checksums.
 
     Raises:
         RecipeError: the recipe is not one of text; the share is none.
@@ -37,19 +38,19 @@ def prepare(name: str, overrides: Sequence[str], options: Options, console: Cons
         CheckpointError: the disk refuses; what was whole by then stays.
     """
     recipe = on_text(name, overrides)
-    share = _share(options.share)
-    tokenizer = None if options.model is None else _of_model(options.model, console)
+    number, of = _share(share)
+    tokenizer = None if model is None else _of_model(model, console)
     if recipe.data.access == "stream":
         console.warning("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
     means = text_sets.means(console)._replace(
-        processes=options.processes, share=share, check=options.check, accept=partial(fits, recipe)
+        processes=processes, share=(number, of), check=check, accept=partial(fits, recipe)
     )
     started = time.monotonic()
     used, found = prepare_share(recipe.data, means, tokenizer)
     missing = [label for label, text in found.items() if text is None]
     if missing:
         console.message(
-            f"share {share[0] + 1} of {share[1]} is done; the pieces of other machines are not all there: the last to "
+            f"share {number + 1} of {of} is done; the pieces of other machines are not all there: the last to "
             "be done, or the run itself, puts them together"
         )
     return {
@@ -59,21 +60,6 @@ def prepare(name: str, overrides: Sequence[str], options: Options, console: Cons
         "texts": {label: text and _facts(text) for label, text in found.items()},
         "seconds": time.monotonic() - started,
     }
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """How much there is of each text."""
-    there = {label or "text": text for label, text in result["texts"].items() if text is not None}
-    rows = []
-    for label, text in there.items():
-        train, held_out = (text[part] for part in PARTS)
-        figures = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
-        rows.append([label, *(f"{figure:,}" for figure in figures), binary(train["bytes"] + held_out["bytes"])])
-    console.rows("prepared", ("", "documents", "tokens", "held out", "tokens", "text"), rows)
-    for label, text in there.items():
-        if said := ", ".join(f"{number:,} {reason}" for reason, number in text["dropped"].items() if number):
-            console.message(f"left out of {label}: {said}")
-        console.message(f"{label}: {text['folder']}")
 
 
 def _facts(text: Text) -> dict[str, Any]:

@@ -1,28 +1,23 @@
-"""`switchcli eval`: what a checkpoint is worth: scores of tasks, held-out neg. log perplexity, routing health."""
+"""The job of `switchcli eval`: what its command line asks for, the measurement, and the folder of its result."""
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli import publish
-from switchcli.commands import exit, training
-from switchcli.commands.arguments import split
 from switchcli.data.config import TextSpec
 from switchcli.data.prepare.verified import changed_data_explained
 from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
-from switchcli.metric_names import DROPPED_FRACTION, NEG_LOG_PERPLEXITY
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
 from switchcli.report.console import Console
 from switchcli.runs.evaluator import TEXT_KEYS, Evaluator, Pass
 from switchcli.runs.loading import Opened, filled, open_model
 from switchcli.runs.run_dir import check_alike, machine, place
-from switchcli.runs.score_tables import show_scores, show_texts
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.tasks.scores import is_right
@@ -31,7 +26,6 @@ from switchcli.train import memory
 from switchcli.user_files import read_regular
 
 MAX_RESULT_BYTES = 2**28
-SHOWN = (NEG_LOG_PERPLEXITY, "sequences", DROPPED_FRACTION, "balance", "dead_experts")
 
 
 class EvalJob(NamedTuple):
@@ -41,20 +35,8 @@ class EvalJob(NamedTuple):
     opened: Opened
 
 
-def run(
-    checkpoint: Path, arguments: Sequence[str], out: Path | None, processes: int, as_json: bool, quiet: bool
-) -> None:
-    """Measure the checkpoint and print the figures."""
-    job = resolve_job(checkpoint, arguments, exit.console())
-    training.start_ranks(processes, job.recipe, as_json)
-    evaluation = measure(job, out or default_out(checkpoint), quiet)
-    if evaluation is not None and not as_json:
-        show(evaluation)
-    training.end(evaluation.result if evaluation else {}, as_json)
-
-
-def resolve_job(checkpoint: Path, arguments: Sequence[str], console: Console) -> EvalJob:
-    """The checkpoint, and the recipe of `[RECIPE] [KEY=VALUE ...]` with what the checkpoint's run says of the rest.
+def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], console: Console) -> EvalJob:
+    """Return the checkpoint, and the recipe `name` with `overrides`; the checkpoint's run says what both leave out.
 
     Raises:
         CheckpointError: there is none.
@@ -63,7 +45,6 @@ def resolve_job(checkpoint: Path, arguments: Sequence[str], console: Console) ->
     """
     opened = open_model(checkpoint, console)
     below = _defaults(opened)
-    name, overrides = split(arguments)
     tree = resolve.load(name, overrides)
     resolve.check_verb(tree, EvalRecipe)  # before the checkpoint's tasks lie beneath it
     said = resolve.stated(tree, "tasks")
@@ -156,33 +137,6 @@ def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
     evaluation = runtime.on_main(write)
     runtime.close()
     return evaluation
-
-
-def show(evaluation: Evaluation) -> None:
-    """The figures on stdout."""
-    console = Console(stream=sys.stdout)
-    for one in evaluation.passes:
-        counted = ", ".join(f"{what} {capacity}" for what, capacity in one.capacity.items())
-        console.message()
-        console.message(f"capacity: {counted}", "bold")
-        if one.scores:
-            show_scores(console, one.scores)
-        texts = one.held_out.texts
-        for name, figures in {"text": one.held_out.text, **one.held_out.tasks}.items():
-            if figures is not None:
-                console.table(f"held-out {name}", {key: figures[key] for key in SHOWN if key in figures})
-        if texts:
-            show_texts(console, texts)
-            layers = next(iter(texts.values())).get("layers", {})
-            used = ([name, *map(_most_used, figures.get("layers", {}).values())] for name, figures in texts.items())
-            if layers:
-                console.rows("the expert that most of its tokens go to, and their share", ("", *layers), used)
-
-
-def _most_used(layer: Mapping[str, Any]) -> str:
-    load = layer["load"]
-    most = max(load)
-    return f"{load.index(most)} ({most / max(1, sum(load)):.0%})"
 
 
 def _lines(exam: tokens.Scored, answered: Sequence[Answered]) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,13 @@
-"""`switchcli report --routing`: what each expert of a checkpoint takes, and how far two checkpoints differ in it."""
+"""What each expert of a checkpoint takes, and how far two checkpoints differ in it."""
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.commands.evaluate import resolve_job
-from switchcli.commands.report import write_each, write_page
 from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.report import routing_page, routing_tables
 from switchcli.report.console import Console
+from switchcli.runs.eval_job import resolve_job
 from switchcli.runs.evaluator import ROWS_EACH, Evaluator
 from switchcli.runs.loading import Opened, filled, open_model
 from switchcli.runs.run_dir import machine
@@ -18,8 +15,8 @@ from switchcli.train import memory
 from switchcli.train.routing_report import survey
 
 
-def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
-    """The atlas of `CHECKPOINT [CHECKPOINT] [KEY=VALUE ...]`, on the first one's text, as JSON has it.
+def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Return the routing of one or two checkpoints, on the first one's text, as a JSON object.
 
     Raises:
         CheckpointError: there is none, it is dense, or the two cannot be compared.
@@ -27,7 +24,6 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
         DataError: of the text.
         OutOfMemory: the device has no room.
     """
-    paths = [Path(argument) for argument in arguments if _is_path(argument)]
     if not 1 <= len(paths) <= 2:
         raise RecipeError(f"--routing takes a checkpoint, or two to compare, and {len(paths)} are named")
     opened = [open_model(path, console) for path in paths]
@@ -36,7 +32,7 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
             raise CheckpointError(f"{one.path}: a dense model has no routing: name one with experts")
     if len(opened) > 1:
         _check_comparable(*opened)
-    recipe, _ = resolve_job(paths[0], [argument for argument in arguments if not _is_path(argument)], console)
+    recipe, _ = resolve_job(paths[0], None, overrides, console)
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): an atlas is of one: name one alone")
     runtime = Runtime(recipe.device, recipe.precision)
@@ -66,28 +62,6 @@ def surveyed(arguments: Sequence[str], console: Console) -> dict[str, Any]:
             "drift": found["drift"],
             **machine(runtime),
         }
-
-
-def show(found: Mapping[str, Any]) -> None:
-    """The tables on stdout."""
-    console = Console(stream=sys.stdout)
-    for table in routing_tables.tables(found):
-        console.rows(*table)
-
-
-def write_html(found: Mapping[str, Any], file: Path) -> None:
-    """The page."""
-    write_page(file, routing_page.title(found), routing_page.parts(found))
-
-
-def write_figures(found: Mapping[str, Any], folder: Path) -> None:
-    """Each figure as NAME.svg, NAME.png and NAME.csv, and the tokens of the experts as tokens_0.csv, tokens_1.csv."""
-    write_each(routing_page.every_figure(found), routing_page.token_tables(found), folder)
-
-
-def _is_path(argument: str) -> bool:
-    """And no KEY=VALUE: what is there as a folder is one."""
-    return "=" not in argument or Path(argument).is_dir()
 
 
 def _check_comparable(one: Opened, other: Opened) -> None:

@@ -1,11 +1,11 @@
-"""What verbs do with a resolved job: describe it, start ranks, print the result."""
+"""What the verbs that train or evaluate do with a resolved job: describe it, start ranks, print the result."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import typer
 
-from switchcli.commands import exit
+from switchcli.commands import _exit
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.output import print_json
@@ -29,11 +29,11 @@ def start_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, as_json: bo
     if (ended := run_dir.ranks_elsewhere(processes, recipe)) is not None:
         if as_json and ended.error is not None:
             print_json({"error": ended.error, "exit_code": ended.exit_code})
-        exit.leave_with(ended.exit_code)
+        _exit.leave_with(ended.exit_code)
 
 
 def end(result: Mapping[str, Any], as_json: bool) -> None:
     """Print the result, if it is asked for, and leave the ranks."""
     if as_json and result:
         print_json(result)
-    exit.leave_rank()
+    _exit.leave_rank()

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs have, with their help; and what is checked of those of every verb."""
+"""Arguments and options that several verbs have, with their help; and the checks of the values of every verb."""
 
 import re
 from collections.abc import Iterator, Sequence

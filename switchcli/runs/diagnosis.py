@@ -1,0 +1,103 @@
+"""Whether a Switch model is sound: the probes, and the files of a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from switchcli.checkpoint import checkpoint
+from switchcli.convert.weight_files import is_layout
+from switchcli.doctor import of_transformers, ours
+from switchcli.doctor.probes import PROBES, Finding, Verdict, examine
+from switchcli.doctor.subject import Subject
+from switchcli.errors import RecipeError, disk_errors
+from switchcli.recipe import library
+from switchcli.recipe.resolve import resolve
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.report.console import Console, silent
+from switchcli.runs.loading import load, on_the_hub, open_checkpoint, whereabouts
+
+
+class Diagnosis(NamedTuple):
+    """What the probes found of a model."""
+
+    model: str
+    code: str
+    initialised: bool
+    layers: int
+    experts: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        return not self.count("fail")
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(finding.verdict == verdict for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        findings = [finding._asdict() for finding in self.findings]
+        return {**self._asdict(), "sound": self.sound, "findings": findings}
+
+
+def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
+    """Probe a checkpoint, a Hugging Face folder, or the initial weights of a recipe.
+
+    Raises:
+        CheckpointError: a folder that holds no model that can be opened.
+        RecipeError: no such recipe, or transformers is not installed.
+        OutOfMemory: the model does not fit this machine.
+    """
+    subject = _subject(name, overrides, console)
+    findings = tuple(console.track(examine(subject), "probing", total=len(PROBES)))
+    layers = 0 if subject.dense else len(subject.layers)
+    return Diagnosis(name, subject.code, subject.initialised, layers, subject.num_experts, findings)
+
+
+def verify(name: str) -> dict[str, Any]:
+    """Return what loading finds in the files of a checkpoint, or of each of a run, newest first; change nothing.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder, is_one = whereabouts(Path(name))
+    with disk_errors(folder, "name another"):
+        damage = {
+            str(path): None if isinstance(found, checkpoint.Checkpoint) else str(found)
+            for path, found in checkpoint.verdicts([folder] if is_one else checkpoint.steps(folder))
+            if path.exists()  # the run has not just pruned it
+        }
+    if not damage:
+        found = open_checkpoint(Path(name), silent())  # says that there is none, or that all were put aside
+        damage = {str(found.path): None}  # or the run has saved another meanwhile
+    loaded = next((path for path in damage if damage[path] is None), None)
+    return {
+        "folder": name,
+        "whole": loaded is not None and not any(damage.values()),
+        "loaded": loaded,
+        "damage": damage,
+    }
+
+
+def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
+    path = Path(name)
+    if not path.is_dir() or name in library.names():
+        recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
+        return ours.fresh(recipe.model, recipe.train.seed, recipe.train.router_dtype)
+    if overrides:
+        raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
+    if is_layout(path):
+        return of_transformers.load(path)
+    loaded = load(path, torch.device("cpu"), console)
+    return ours.Ours(loaded.model, initialised=False)
+
+
+def _recipe(name: str) -> Path:
+    try:
+        return library.locate(name)
+    except RecipeError as error:
+        if Path(name).exists():
+            raise
+        hint = on_the_hub(name)
+        raise RecipeError(f"{error} No checkpoint is there either{hint and f': {hint}'}.") from error
