@@ -74,7 +74,7 @@ def largest(probabilities: AllProbabilities, num_targets: int, settings: Answers
     """The K largest of each of N targets and what the others add up to: [N, K], [N, K], [N]."""
     chunks = []
     for start in range(0, num_targets, CHUNK):
-        q_CV = probabilities.log(slice(start, start + CHUNK)).exp_()
+        q_CV = probabilities.log_probs(slice(start, start + CHUNK)).exp_()
         vocabulary = q_CV.shape[1]
         q_CK, ids_CK = q_CV.topk(min(settings.top_k, vocabulary))
         whole = settings.top_k >= vocabulary

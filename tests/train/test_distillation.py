@@ -17,7 +17,6 @@ from switchcli.train.distillation import (
     DistillationLoss,
     DistillSpec,
     Teacher,
-    TopProbabilities,
     compression,
     distilled_cross_entropy,
     gain_kept,
@@ -109,7 +108,7 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
     answers = largest(all_of_them, rows, AnswersSpec(folder="f", top_k=kept, precision="float32"))
     # Kept in float32, the probabilities are 2**-24 off: so are the loss and its gradient.
     close = {"rtol": 1e-6, "atol": 1e-6}
-    found = distilled_cross_entropy(*factors(student), targets_N, TopProbabilities(*answers), f, T)
+    found = distilled_cross_entropy(*factors(student), targets_N, answers, f, T)
     expected = lumped(student, teacher, targets_N, kept, f, T)
     torch.testing.assert_close(found[0], expected, **close)
     gradients = (torch.autograd.grad(loss, student) for loss in (found[0], expected))
@@ -136,7 +135,7 @@ def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() 
         rights = torch.autograd.grad(expected, exact, retain_graph=True)
         for gradient, right in zip(torch.autograd.grad(found[0], student), rights, strict=True):
             assert (gradient - right).abs().max() <= tolerance * right.abs().max()
-    log_q_NV = soft_targets.log(slice(None))
+    log_q_NV = soft_targets.log_probs(slice(None))
     assert log_q_NV.dtype == torch.float32
     torch.testing.assert_close(log_q_NV.exp().double(), q_NV, rtol=1e-5, atol=1e-7)
 
@@ -191,7 +190,7 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
     num_targets, V = batch.targets_BT.numel(), DENSE.vocab_size
     alone, both = flops(cross_entropy), flops(DistillationLoss(settings(), teacher, packed=False))
     with FlopCounterMode(display=False) as counter:
-        teacher.ask(batch, packed=False).log(slice(None))
+        teacher.ask(batch, packed=False).log_probs(slice(None))
     forward = counter.get_total_flops()
     dots = 2 * 2 * num_targets * V  # the cross-entropy's and the entropy's sums over the vocabulary
     assert both == alone + forward + dots
