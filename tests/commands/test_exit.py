@@ -135,6 +135,7 @@ def test_one_that_was_swallowed_before_training_stops_it() -> None:
             assert stop.requested
 
 
+@pytest.mark.slow
 def test_a_clean_up_that_takes_long_is_not_cut_by_the_signal_that_is_given_again() -> None:
     tidied: list[str] = []
 

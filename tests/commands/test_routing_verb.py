@@ -135,6 +135,7 @@ def test_a_folder_in_the_hugging_face_layout_is_shown_on_text_that_is_named(
     assert {layer["changed"] for layer in drift.values()} == {0.0}
 
 
+@pytest.mark.slow
 def test_what_has_no_atlas_is_refused_in_one_line(
     trained: Path, dense: Path, recipe: str, switchcli: SwitchCLI
 ) -> None:

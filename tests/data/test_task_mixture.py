@@ -32,6 +32,7 @@ def shown(stream: TaskStream, steps: int, rows: int) -> Counter[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixture", "rates"),
     [

@@ -154,5 +154,6 @@ def steps_of_shards() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_no_hooks_pile_up_on_the_weight_of_the_softmax() -> None:
     assert on_ranks(2, steps_of_shards) == [[0, 0, 0]] * 2

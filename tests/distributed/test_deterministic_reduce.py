@@ -172,6 +172,7 @@ def test_weights_and_state_are_the_same_on_any_number_of_ranks(on_one: Any, answ
             assert runs[name] == tensors, name
 
 
+@pytest.mark.slow
 def test_the_other_way_they_are_not(on_one: Any) -> None:
     for fast in on_ranks(2, as_it_comes):
         assert fast.keys() == on_one[1]["adamw"].keys()

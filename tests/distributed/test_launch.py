@@ -103,6 +103,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path
         assert re.search(r"LostRank: .*\brank 1\b.*\bSIGKILL\b", done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
 def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
     """As the first did: torch alone would wait for them, for minutes."""
@@ -112,6 +113,7 @@ def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
 def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path) -> None:
     begun = time.monotonic()

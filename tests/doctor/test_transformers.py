@@ -58,6 +58,7 @@ def test_the_router_is_saturated_at_initialisation(fresh: dict[str, Finding]) ->
     assert max(float(one.std()) for one in logits) == pytest.approx(28, abs=5)
 
 
+@pytest.mark.slow
 def test_padding_on_the_left_takes_the_slots(fresh: dict[str, Finding]) -> None:
     assert fresh["padding"].value > 0.01
     left, right = map(int, re.findall(r" (\d+) ", fresh["padding"].figure))

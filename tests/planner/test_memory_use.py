@@ -172,7 +172,7 @@ def peaks(parallel: ParallelSpec) -> dict[tuple[str, int], int]:
     }
 
 
-@pytest.mark.fast("ordered, 1")
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_peak_of_a_rank_is_within_the_plan(mesh: str) -> None:
     where, parallel = MESHES[mesh]

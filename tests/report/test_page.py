@@ -172,6 +172,7 @@ def axis(plot: Locator) -> list[float]:
     return plot.evaluate("(one) => one.view.scale('x').domain()")
 
 
+@pytest.mark.slow
 def test_ctrl_and_the_wheel_zoom_and_the_wheel_alone_scrolls(browser: Browser, report: Path) -> None:
     tab, _ = opened(browser, report, DESKTOP, "light")
     plot = tab.locator(".plot").first
@@ -199,6 +200,7 @@ def test_ctrl_and_the_wheel_zoom_and_the_wheel_alone_scrolls(browser: Browser, r
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_a_click_on_a_series_hides_it_in_every_chart(browser: Browser, report: Path) -> None:
     tab, _ = opened(browser, report, DESKTOP, "light")
 

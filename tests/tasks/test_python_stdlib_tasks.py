@@ -54,6 +54,7 @@ def test_there_is_something_to_learn(modules: Rows) -> None:
     assert train.most_common(1)[0][1] / train.total() < 0.15, "no module is a good guess"
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_on_and_validated_on(modules: Rows) -> None:
     def starts(rows: list[Row]) -> set[str]:
         return {" ".join(re.findall("[a-z]+", without_names(row["docstring"]).lower())[:8]) for row in rows}

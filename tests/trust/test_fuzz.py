@@ -26,6 +26,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
         assert not row.lost, row
 
 
+@pytest.mark.slow
 def test_what_ends_a_trial_is_counted_and_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forked, "CPU_SECONDS", 0.2)
 
