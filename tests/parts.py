@@ -55,7 +55,7 @@ class Parts:
             files,
         )
 
-    def train(self, steps: int, hooks: Sequence[Callback] = ()) -> bool:
+    def train(self, steps: int, callbacks: Sequence[Callback] = ()) -> bool:
         return trained(
             self.state,
             self.model,
@@ -64,7 +64,7 @@ class Parts:
             self.optimizer,
             InverseSquareRoot(),
             self.runtime,
-            hooks,
+            callbacks,
             TrainSpec(steps=steps, batch_tokens=1),
             self.stop,
         )

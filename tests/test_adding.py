@@ -719,7 +719,7 @@ from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import Runtime
 from switchcli.distributed.layout import Weights
 from switchcli.report.console import Console
-from switchcli.runs.data import TrainData
+from switchcli.runs.train_data import TrainData
 from switchcli.runs.pretraining import Pretraining
 from switchcli.runs.training_task import TrainingTask
 from switchcli.train.optimizers import Optimizer

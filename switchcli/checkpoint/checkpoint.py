@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, verified before use, the one before taken when the newest is damaged.
 
     checkpoints/step-00001000/
-      model-00000.safetensors ...       whole logical tensors (see logical.py), at most 2 GiB a file
+      model-00000.safetensors ...       whole logical tensors (see tensor_names.py), at most 2 GiB a file
       optimizer-00000.safetensors ...
       recipe.yaml tokenizer.json state.json ...     the documents given
       MANIFEST

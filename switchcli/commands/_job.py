@@ -26,7 +26,7 @@ def described(recipe: TrainingRecipe, dry_run: bool, as_json: bool) -> bool:
 
 def start_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, as_json: bool) -> None:
     """Let as many ranks do the work as are asked for, and leave with their exit code; or go on in this process."""
-    if (ended := run_dir.ranks_elsewhere(processes, recipe)) is not None:
+    if (ended := run_dir.ranks_elsewhere(processes, recipe, _exit.console())) is not None:
         if as_json and ended.error is not None:
             print_json({"error": ended.error, "exit_code": ended.exit_code})
         _exit.leave_with(ended.exit_code)

@@ -9,7 +9,7 @@ import typer
 
 from switchcli.commands import _exit
 from switchcli.commands._options import Checkpoint, Json, Measured, Processes, Quiet, split
-from switchcli.metric_names import DROPPED_FRACTION, NEG_LOG_PERPLEXITY
+from switchcli.metric_names import BALANCE, DEAD_EXPERTS, DROPPED_FRACTION, NEG_LOG_PERPLEXITY
 from switchcli.report.console import Console
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-SHOWN = (NEG_LOG_PERPLEXITY, "sequences", DROPPED_FRACTION, "balance", "dead_experts")
+SHOWN = (NEG_LOG_PERPLEXITY, "sequences", DROPPED_FRACTION, BALANCE, DEAD_EXPERTS)
 
 
 @app.command("eval")

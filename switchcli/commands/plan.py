@@ -136,14 +136,7 @@ def _tables(planned: "Planned", most: int | None) -> Iterator["HtmlTable"]:
         if calls := [*map(_call_row, fits[0].collectives)]:
             yield HtmlTable(f"Collectives of {fits[0].mesh}, on each device", _CALL_HEADINGS, calls)
     if refused:
-        # The ways to shard one mesh are one line, of the way that needs least.
-        lines: dict[object, tuple[str, int]] = {}
-        for one in sorted(refused, key=lambda one: (one.kind == "memory", one.bytes_needed)):
-            key = one.mesh._replace(shard="none") if one.kind == "memory" else one.reason
-            words = f"{one.mesh}: {one.reason}" if one.kind == "memory" else one.reason
-            first, meshes = lines.get(key, (words, 0))
-            lines[key] = (first, meshes + 1)
-        rows = [(words, str(meshes)) for words, meshes in lines.values()]
+        rows = [(reason, str(meshes)) for reason, meshes in planned.plan.reasons()]
         yield HtmlTable(f"Refused{_more(rows, most)}", ("why", "meshes"), rows[:most])
 
 

@@ -1,22 +1,16 @@
 """`switchcli recipes`: the recipes that ship, and whether one is sound. Results go to stdout, errors are raised."""
 
-import errno
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from switchcli import publish
-from switchcli.errors import RecipeError, disk_errors
+from switchcli.errors import RecipeError
 from switchcli.recipe import library, yaml_nodes
 from switchcli.report.output import print_json
 from switchcli.report.safe_text import one_line
 
 app = typer.Typer(name="recipes", help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
-
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Errors that another name on the same disk does not avoid."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -51,19 +45,7 @@ def copy(
     as_json: Json = False,
 ) -> None:
     """Copy a recipe that ships, to change it. What it extends is then named as it ships."""
-    source = library.named(name)
-    content = source.read_text(encoding="utf-8")
-    target = file / source.name if file.is_dir() else file
-    copied = _free_standing(source, content)
-    with disk_errors(target, "give another name"):
-        try:
-            publish.write_file(target, copied, replace=False)
-        except FileExistsError as error:
-            raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
-        except OSError as error:
-            if error.errno in OF_THE_DISK:
-                raise
-            raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
+    target = library.copy(name, file)
     if as_json:
         print_json({"name": name, "file": str(target)})
     else:
@@ -94,16 +76,6 @@ def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes a
     if verb not in RECIPES:
         raise RecipeError(f"{yaml_nodes.name_of(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}")
     print_json(editor_schema(verb))
-
-
-def _free_standing(source: Path, content: str) -> str:
-    """The `content` of a copy of `source`, which need not lie beside what `source` extends."""
-    root = yaml_nodes.read_file(source).value
-    if not isinstance(root, dict) or "extends" not in root:
-        return content
-    parent = library.locate(str(root["extends"].value), beside=source.parent).resolve()
-    name = parent.relative_to(library.folder().resolve()).with_suffix("").as_posix()
-    return re.sub(r"(?m)^extends *:.*?(\s+#.*)?$", lambda line: f"extends: {name}{line[1] or ''}", content)
 
 
 def _errors(file: str) -> list[str]:

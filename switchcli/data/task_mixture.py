@@ -1,5 +1,5 @@
 """Mixtures of tasks: how often each is shown, and the rows of a run by that. A task's own rows come in epochs, each in
-an order of its own, that go on from turn to turn (turns.py).
+an order of its own, that go on from turn to turn (mixture_schedule.py).
 """
 
 from collections.abc import Mapping, Sequence

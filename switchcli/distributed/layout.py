@@ -1,7 +1,8 @@
 """Which part of each weight is here, and how parts make a whole.
 
-A weight may be cut along the model axis (tensor.py) and along the data axis (shard.py), the latter along its first dim;
-both may fall on one dim. Stacked experts are a matter of their own: a rank holds some of them, each cut as others are.
+A weight may be cut along the model axis (tensor_parallel.py) and along the data axis (fsdp.py), the latter along its
+first dim; both may fall on one dim. Stacked experts are a matter of their own: a rank holds some of them, each cut as
+others are.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -76,6 +76,19 @@ class Plan(NamedTuple):
     """The fastest first."""
     refused: tuple[Refusal, ...]
 
+    def reasons(self) -> list[tuple[str, int]]:
+        """Return why meshes are refused, and how many for each reason; memory last, what needs least of it first.
+
+        The ways to shard one mesh that does not fit in memory are one reason: that of the way which needs least.
+        """
+        counts: dict[object, tuple[str, int]] = {}
+        for one in sorted(self.refused, key=lambda one: (one.kind == "memory", one.bytes_needed)):
+            key = one.mesh._replace(shard="none") if one.kind == "memory" else one.reason
+            words = f"{one.mesh}: {one.reason}" if one.kind == "memory" else one.reason
+            first, meshes = counts.get(key, (words, 0))
+            counts[key] = (first, meshes + 1)
+        return list(counts.values())
+
 
 def plan(spec: ModelSpec, step: Step, machine: Machine, microbatch: int | None, held_by: Mapping[int, Held]) -> Plan:
     """Every mesh of the machine's devices. `held_by` has `held` for each model axis of `model_axes`.

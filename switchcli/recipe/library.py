@@ -4,12 +4,17 @@ No torch is imported here: listing and showing are quick.
 """
 
 import difflib
+import errno
+import re
 from pathlib import Path
 
-from switchcli.errors import RecipeError
+from switchcli import publish
+from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.yaml_nodes import name_of, read_file
 
 SUFFIXES = (".yaml", ".yml")
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors that another name on the same disk does not avoid."""
 
 
 def folder() -> Path:
@@ -69,3 +74,35 @@ def _hint(name: str) -> str:
     name = name.removeprefix("recipes/")
     near = [ours for ours in names() if ours.endswith(f"/{name}")] or difflib.get_close_matches(name, names(), n=1)
     return f" Did you mean {min(near, key=len)}?" if near else " `switchcli recipes list` shows those that ship."
+
+
+def copy(name: str, target: Path) -> Path:
+    """Write a copy of the shipped recipe `name` to `target`, a new file or a folder for it, and return the new file.
+
+    Raises:
+        RecipeError: no such recipe, or the file is there already or cannot be written.
+        CheckpointError: the disk is full or broken.
+    """
+    source = named(name)
+    target = target / source.name if target.is_dir() else target
+    with disk_errors(target, "give another name"):
+        try:
+            publish.write_file(target, _free_standing(source), replace=False)
+        except FileExistsError as error:
+            raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
+        except OSError as error:
+            if error.errno in OF_THE_DISK:
+                raise
+            raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
+    return target
+
+
+def _free_standing(source: Path) -> str:
+    """Return the text of `source` with the recipe that it extends named as it ships."""
+    root = read_file(source).value
+    content = source.read_text(encoding="utf-8")
+    if not isinstance(root, dict) or "extends" not in root:
+        return content
+    parent = locate(str(root["extends"].value), beside=source.parent).resolve()
+    name = parent.relative_to(folder().resolve()).with_suffix("").as_posix()
+    return re.sub(r"(?m)^extends *:.*?(\s+#.*)?$", lambda line: f"extends: {name}{line[1] or ''}", content)

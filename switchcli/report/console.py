@@ -18,7 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from switchcli.metric_names import FLOPS_PER_SECOND, HELD_OUT, NEG_LOG_PERPLEXITY, TASK_PREFIX, TOKENS_PER_SECOND
+from switchcli.metric_names import (
+    BALANCE,
+    DEAD_EXPERTS,
+    FLOPS_PER_SECOND,
+    GRADIENT_NORM,
+    HELD_OUT,
+    LEARNING_RATE,
+    NEG_LOG_PERPLEXITY,
+    TASK_PREFIX,
+    TEACHER_DIVERGENCE,
+    TOKENS_PER_SECOND,
+)
 from switchcli.report.safe_text import one_line, shortened
 from switchcli.report.units import clock, number, si
 
@@ -50,16 +61,16 @@ COLUMNS = (
     Column(NEG_LOG_PERPLEXITY, "neg log ppl", 11, "{:.4f}".format),
     Column(TOKENS_PER_SECOND, "tokens/s", 8, si),
     Column(FLOPS_PER_SECOND, "FLOP/s", 6, si),
-    Column("learning_rate", "lr", 8, "{:.2e}".format),
-    Column("gradient_norm", "grad norm", 9, "{:.3g}".format),
+    Column(LEARNING_RATE, "lr", 8, "{:.2e}".format),
+    Column(GRADIENT_NORM, "grad norm", 9, "{:.3g}".format),
     Column("seconds_left", "time left", 9, clock),
 )
-TEACHER_COLUMNS = (Column("teacher_divergence", "to teacher", 10, "{:.4f}".format),)
+TEACHER_COLUMNS = (Column(TEACHER_DIVERGENCE, "to teacher", 10, "{:.4f}".format),)
 SPARSE_COLUMNS = (
     Column("encoder_dropped_fraction", "enc drop", 8, _percent),
     Column("decoder_dropped_fraction", "dec drop", 8, _percent),
-    Column("balance", "balance", 7, "{:.3f}".format),
-    Column("dead_experts", "dead", 4, "{:.0f}".format),
+    Column(BALANCE, "balance", 7, "{:.3f}".format),
+    Column(DEAD_EXPERTS, "dead", 4, "{:.0f}".format),
 )
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY
+from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, NEG_LOG_PERPLEXITY
 from switchcli.report import figures, task_results
 from switchcli.report.charts import Figure, Table, Value
 from switchcli.report.comparison import Comparison
@@ -153,7 +153,7 @@ def scored(report: Report) -> Iterator[Scored]:
         said = "Scores from 0 to 100, the mean over seeds (least to most)."
         yield Scored("tasks", "Tasks", "task", ".2f", found, said)
     titles = {NEG_LOG_PERPLEXITY: "Neg. log perplexity by text"} if task_results.by_tokens(holders) else {}
-    for figure, title in {**titles, "bits_per_byte": "Bits a byte by text"}.items():
+    for figure, title in {**titles, BITS_PER_BYTE: "Bits a byte by text"}.items():
         if found := task_results.texts(holders, figure):
             said = "Held-out text of each language or corpus."
             yield Scored(f"texts_{figure}", title, "text", ".4f", found, said)

@@ -31,10 +31,10 @@ from switchcli.report.console import Console
 from switchcli.report.sinks import write_whole
 from switchcli.report.units import si
 from switchcli.runs import finetuning, pretraining, transformers_checkpoint
-from switchcli.runs.data import Measure, Measured, TrainData, microbatch_rows
 from switchcli.runs.loading import Opened, filled
 from switchcli.runs.mesh_choice import runtime_of
 from switchcli.runs.run_dir import check_alike, machine
+from switchcli.runs.train_data import Measure, Measured, TrainData, microbatch_rows
 from switchcli.runs.trainer import Trainer
 from switchcli.runs.training_task import TrainingTask
 from switchcli.train import memory

@@ -9,6 +9,7 @@ from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import Prepared
 from switchcli.data.task_mixture import InTurn
 from switchcli.distributed.context import Runtime
+from switchcli.metric_names import AUXILIARY_LOSS
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
@@ -141,7 +142,7 @@ class Evaluator:
     def _figures(self, model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:
         """Neg. log perplexity and routing health over so many rows."""
         figures = router_health.record(metrics, model.spec.routed_parts())
-        figures.pop("auxiliary_loss", None)  # of training alone
+        figures.pop(AUXILIARY_LOSS, None)  # of training alone
         return {"sequences": num_rows, **figures}
 
     def _held_out_texts(self) -> dict[str, HeldOutText]:

@@ -17,8 +17,8 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.schema import FinetuneRecipe, OnTasks
 from switchcli.report.console import Console
 from switchcli.runs import warm_start
-from switchcli.runs.data import NUM_SAMPLES, TrainData
 from switchcli.runs.task_sets import exams_of, tell, tell_of_cut
+from switchcli.runs.train_data import NUM_SAMPLES, TrainData
 from switchcli.runs.training_task import TrainingTask
 from switchcli.runs.warm_start import TrainJob
 from switchcli.tasks import reading, tokens

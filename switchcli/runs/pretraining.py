@@ -15,7 +15,7 @@ from switchcli.model.packing import segments_of
 from switchcli.recipe.schema import OnText, PretrainRecipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets, warm_start
-from switchcli.runs.data import NUM_SAMPLES, TrainData
+from switchcli.runs.train_data import NUM_SAMPLES, TrainData
 from switchcli.runs.training_task import TrainingTask
 from switchcli.runs.warm_start import TrainJob
 from switchcli.spec import PAD

@@ -49,7 +49,7 @@ CHANGEABLE = (
 measured on. The best checkpoint compares figures of all starts."""
 
 
-def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ended | None:
+def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> Ended | None:
     """Start this very command as `processes` ranks and say how they ended; None when this process does the work.
 
     Raises:
@@ -71,9 +71,9 @@ def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe) -> Ende
             "train.device=cpu"
         )
     if (seconds := saving_seconds()) < SAVING_SECONDS:
-        sys.stderr.write(
+        console.message(
             f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
-            f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s\n"
+            f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
         )
     return launch(processes, sys.argv[1:])
 

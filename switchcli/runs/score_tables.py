@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from switchcli.checkpoint.saved_state import Best
-from switchcli.metric_names import NEG_LOG_PERPLEXITY, TASKS_AVERAGE, suite_score, task_score
+from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY, TASKS_AVERAGE, suite_score, task_score
 from switchcli.report.console import Console
 from switchcli.tasks.scores import Score, Scores
 from switchcli.train.scoring import figures_of, suites_of
@@ -34,7 +34,7 @@ def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[st
 
 def show_texts(console: Console, texts: Mapping[str, Mapping[str, float]]) -> None:
     """A table with a row a text that is measured by itself."""
-    figures = {NEG_LOG_PERPLEXITY: "neg. log perplexity", "bits_per_byte": "bits a byte"}
+    figures = {NEG_LOG_PERPLEXITY: "neg. log perplexity", BITS_PER_BYTE: "bits a byte"}
     rows = ([name, *(f"{one[key]:.4f}" if key in one else "-" for key in figures)] for name, one in texts.items())
     console.rows("held-out texts", ("", *figures.values()), rows)
 

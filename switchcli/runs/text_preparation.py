@@ -14,6 +14,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.schema import on_text
 from switchcli.report.console import Console
 from switchcli.runs import text_sets
+from switchcli.runs.loading import open_model
 from switchcli.runs.pretraining import fits
 
 
@@ -77,6 +78,4 @@ def _share(said: str | None) -> tuple[int, int]:
 
 
 def _of_model(model: str, console: Console) -> Tokenizer:
-    from switchcli.runs.loading import open_model  # reads no weights, but takes torch
-
     return open_model(Path(model), console).tokenizer

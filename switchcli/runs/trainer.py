@@ -28,11 +28,11 @@ from switchcli.report.console import Console
 from switchcli.report.console import Training as Progress
 from switchcli.report.safe_text import shell_words, shortened
 from switchcli.report.sinks import JsonLines
-from switchcli.runs.data import Measure, microbatch_rows
 from switchcli.runs.describe import describe
 from switchcli.runs.mesh_choice import runtime_of
 from switchcli.runs.run_dir import lock_run_dir, machine, program
 from switchcli.runs.score_tables import show_scores, show_texts, task_results
+from switchcli.runs.train_data import Measure, microbatch_rows
 from switchcli.runs.training_task import TrainingTask
 from switchcli.tasks.scores import Scores
 from switchcli.train import memory

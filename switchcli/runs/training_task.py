@@ -11,7 +11,7 @@ from switchcli.distributed.layout import Weights
 from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import Group
 from switchcli.report.console import Console
-from switchcli.runs.data import TrainData
+from switchcli.runs.train_data import TrainData
 from switchcli.train.loss import LossSchedule, Objective
 from switchcli.train.optimizers import Optimizer
 from switchcli.train.scoring import ScoringSpec

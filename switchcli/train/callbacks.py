@@ -14,8 +14,10 @@ from switchcli.errors import NumericsError
 from switchcli.metric_names import (
     DROPPED_FRACTION,
     FLOPS_PER_SECOND,
+    GRADIENT_NORM,
     HELD_OUT,
     HELD_OUT_PREFIX,
+    LEARNING_RATE,
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
@@ -112,7 +114,7 @@ class LogCallback(Callback):
         state.window = {}
         if not self._runtime.is_main:
             return
-        self._alarms(metrics, steps=int(metrics["gradient_norm"].weight) // self._runtime.data_ranks)
+        self._alarms(metrics, steps=int(metrics[GRADIENT_NORM].weight) // self._runtime.data_ranks)
         steps = state.step - self._since[0]
         seconds_per_step = (state.seconds - self._since[1]) / steps
         self._since = (state.step, state.seconds)
@@ -123,7 +125,7 @@ class LogCallback(Callback):
             {
                 "step": state.step,
                 **router_health.record(metrics, self._layers),
-                "learning_rate": self._schedule(state.step - 1, self._total_steps),
+                LEARNING_RATE: self._schedule(state.step - 1, self._total_steps),
                 "targets_seen": state.targets_seen,
                 "seconds": state.seconds,
                 TOKENS_PER_SECOND: self._tokens / seconds_per_step,

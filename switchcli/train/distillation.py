@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from switchcli.data.batch import Answers, AnyBatch, Lesson
-from switchcli.metric_names import NEG_LOG_PERPLEXITY
+from switchcli.metric_names import NEG_LOG_PERPLEXITY, SOFT_CROSS_ENTROPY, TEACHER_DIVERGENCE
 from switchcli.model.axis import Axis, part_of
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.router import Policy
@@ -123,7 +123,7 @@ class DistillationLoss:
         )
         target_sum = sums_M[0]
         _, hard, soft, divergence = sums_M.detach()
-        sums = {NEG_LOG_PERPLEXITY: -hard, "soft_cross_entropy": soft, "teacher_divergence": divergence}
+        sums = {NEG_LOG_PERPLEXITY: -hard, SOFT_CROSS_ENTROPY: soft, TEACHER_DIVERGENCE: divergence}
         return step_loss(output, batch.targets_BT, target_sum, sums)
 
     def _answers(self, batch: AnyBatch) -> AllProbabilities | Answers:
@@ -221,6 +221,7 @@ class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient_CV, ctx.gradient_CV = ctx.gradient_CV, None  # overwritten: there is no second backward pass
+        assert gradient_CV is not None, "the gradient can be taken once"
         return gradient_CV.mul_(ctx.real_C1 * scale_M[0]), None, None, None, None, None
 
 

@@ -11,6 +11,7 @@ from switchcli.distributed.context import Runtime
 from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
+from switchcli.metric_names import GRADIENT_NORM
 from switchcli.model.moe.layer import experts_here, sparse_layers
 from switchcli.report.console import Training
 from switchcli.train.callbacks import Callback
@@ -92,7 +93,7 @@ def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientN
     """One more step was taken, on `num_targets`."""
     state.step += 1
     state.targets_seen += num_targets
-    of_norm = {"gradient_norm": Mean(norm.total, torch.ones_like(norm.total))}
+    of_norm = {GRADIENT_NORM: Mean(norm.total, torch.ones_like(norm.total))}
     state.window = merge(state.window, exact({**metrics, **of_norm}))
 
 

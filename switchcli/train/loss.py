@@ -102,6 +102,7 @@ def cross_entropy_sum(logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabula
     """Return the sum over real targets of -log softmax(logits)[target]: a scalar, in nats, float32 or float64.
 
     `targets_C` is int64; `PAD` is no target. Where the vocabulary is split over ranks, the result is this rank's part.
+    The gradient can be taken once.
     """
     log_p_C: torch.Tensor = _TargetLogProbability.apply(logits_CV, targets_C, vocabulary)  # type: ignore[no-untyped-call]
     return -(log_p_C * (targets_C != PAD)).sum()
@@ -128,6 +129,7 @@ class _TargetLogProbability(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_C: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         log_p_CV, log_p_C1, place = ctx.log_p_CV, ctx.log_p_C1, ctx.place
+        assert log_p_CV is not None, "the gradient can be taken once"
         ctx.log_p_CV = None  # overwritten below: there is no second backward pass
         at_target_C1 = log_p_C1.expm1()
         if place.is_here is not None:
@@ -163,6 +165,7 @@ class _SumInChunks(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, loss: LogitsLoss, learns: bool
     ) -> torch.Tensor:
+        assert len(hidden_ND), "no targets"
         dtype = compute_dtype(hidden_ND)
         exact = at_least_float32(hidden_ND)
         weight_VD = vocabulary_VD.to(dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from switchcli.checkpoint import tensor_names
+from switchcli.metric_names import AUXILIARY_LOSS, BALANCE, DEAD_EXPERTS
 from switchcli.model.transformer import ModelOutput
 from switchcli.report.console import Console
 from switchcli.train.metrics import Mean, Metrics
@@ -47,7 +48,7 @@ def routing_metrics(output: ModelOutput) -> Metrics:
     return {
         f"{AUXILIARY}encoder": Mean(output.auxiliary.encoder.total.detach(), output.auxiliary.encoder.tokens),
         f"{AUXILIARY}decoder": Mean(output.auxiliary.decoder.total.detach(), output.auxiliary.decoder.tokens),
-        "balance": Mean(balance_L.sum(), tokens_L.sum()),
+        BALANCE: Mean(balance_L.sum(), tokens_L.sum()),
         **{
             f"{stack}dropped_fraction": Mean(dropped_L[part].sum(), tokens_L[part].sum())
             for stack, part in stacks.items()
@@ -67,7 +68,7 @@ def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]
     flat = {name: float(mean.value()) for name, mean in metrics.items() if not name.startswith((LAYER, AUXILIARY))}
     parts = [float(mean.value()) for name, mean in metrics.items() if name.startswith(AUXILIARY)]
     if parts:
-        flat["auxiliary_loss"] = sum(parts)
+        flat[AUXILIARY_LOSS] = sum(parts)
     load = metrics.get(f"{LAYER}load")
     if load is None:
         return flat
@@ -76,7 +77,7 @@ def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]
     }
     each["load"] = load.total.long().tolist()
     named = {layer: {name: values[place] for name, values in each.items()} for place, layer in enumerate(layers)}
-    return {**flat, "dead_experts": float((load.total == 0).sum()), "layers": named}
+    return {**flat, DEAD_EXPERTS: float((load.total == 0).sum()), "layers": named}
 
 
 def lost_forward(metrics: Mapping[str, Mean], layers: Iterable[str]) -> str:

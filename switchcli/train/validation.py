@@ -10,7 +10,7 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import Runtime
-from switchcli.metric_names import NEG_LOG_PERPLEXITY
+from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -31,7 +31,7 @@ class HeldOutText(NamedTuple):
     def figures(self, metrics: Metrics) -> dict[str, float]:
         """What is said of it: its neg. log perplexity and, where that is known, bits a byte."""
         figure, bits = float(metrics[NEG_LOG_PERPLEXITY].value()), bits_per_byte([(self, metrics)])
-        return {NEG_LOG_PERPLEXITY: figure, **({} if bits is None else {"bits_per_byte": bits})}
+        return {NEG_LOG_PERPLEXITY: figure, **({} if bits is None else {BITS_PER_BYTE: bits})}
 
 
 def bits_per_byte(found: Iterable[tuple[HeldOutText, Metrics]]) -> float | None:

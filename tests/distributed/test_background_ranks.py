@@ -70,13 +70,13 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     disk = SlowDisk(0.02 * (1 + runtime.rank), runtime.rank == full_on)
     saver = Saver(folder, weights, optimizer, runtime, {DATA: b"{}"}, settings, disk)
     batches, stop = Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks), StopRequest()
-    hooks = [SaveCallback(EVERY, saver)]
+    callbacks = [SaveCallback(EVERY, saver)]
     spec = TrainSpec(steps=STEPS, batch_tokens=1)
     wrapped, schedule = runtime.wrap(model), InverseSquareRoot()
     try:
         with saver.beside_training(stop, NoWarnings()):
             if not trained_to_the_end(
-                state, wrapped, Always(cross_entropy), batches, optimizer, schedule, runtime, hooks, spec, stop
+                state, wrapped, Always(cross_entropy), batches, optimizer, schedule, runtime, callbacks, spec, stop
             ):
                 saver.save(state)
     except SwitchError as error:

@@ -228,7 +228,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
 
     texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
     parts = SPARSE.routed_parts()
-    hooks = [
+    callbacks = [
         LogCallback(2, steps, schedule, 1, 1, runtime, log, silent(), state, parts, rows, loader),
         ValidationCallback(10, model, cross_entropy, texts, 2, runtime, log, "paper", stop),
     ]
@@ -241,7 +241,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE) -> Arrays:
         optimizer,
         schedule,
         runtime,
-        hooks,
+        callbacks,
         settings,
         stop,
     )

@@ -82,7 +82,7 @@ class Written:
 
 
 @pytest.mark.parametrize(("step", "due"), [(1, False), (5, True), (10, True), (12, True), (11, False)])
-def test_a_hook_is_due_every_so_many_steps_and_after_the_last(step: int, due: bool) -> None:
+def test_a_callback_is_due_every_so_many_steps_and_after_the_last(step: int, due: bool) -> None:
     assert Do(5, lambda state: None).due(step, 12) is due
 
 

@@ -46,7 +46,7 @@ class Run:
         self.nonfinite = ENDS
         self.steps_seen: list[int] = []
 
-    def fit(self, *hooks: Callback, steps: int = STEPS, seed: int = 3, clip_norm: float | None = 1.0) -> bool:
+    def fit(self, *callbacks: Callback, steps: int = STEPS, seed: int = 3, clip_norm: float | None = 1.0) -> bool:
         def noted(step: int, first: int, count: int) -> Batch:
             self.steps_seen.append(step)
             return rows(step, first, count)
@@ -59,7 +59,7 @@ class Run:
             self.optimizer,
             SCHEDULE,
             Runtime("cpu", "float32"),
-            hooks,
+            callbacks,
             TrainSpec(steps=steps, batch_tokens=1, seed=seed, clip_norm=clip_norm),
             self.stop,
             nonfinite=self.nonfinite,
@@ -97,7 +97,7 @@ def test_every_step_is_taken_once_with_its_own_data_and_rate() -> None:
     assert run.state.seconds > 0.0
 
 
-def test_hooks_are_called_in_their_order_after_the_steps_that_they_are_due_at() -> None:
+def test_callbacks_are_called_in_their_order_after_the_steps_that_they_are_due_at() -> None:
     calls: list[tuple[str, int]] = []
     run = Run()
     run.fit(
@@ -170,7 +170,7 @@ def test_a_finished_run_has_nothing_left_to_do() -> None:
     run = Run()
     run.state.step = STEPS
     run.stop.requested = True
-    assert run.fit(Do(1, lambda state: pytest.fail("no step, no hook"))) is True
+    assert run.fit(Do(1, lambda state: pytest.fail("no step, no callback"))) is True
 
 
 def test_the_model_is_put_into_training() -> None:
@@ -190,7 +190,7 @@ def poisoned(run: Run, step: int) -> None:
     run.objective = objective
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_before_any_hook_sees_the_step() -> None:
+def test_a_gradient_that_is_no_number_ends_the_run_before_any_callback_sees_the_step() -> None:
     run, seen = Run(), []
     poisoned(run, 3)
     with pytest.raises(NumericsError, match=naming("step 3", "nan", "schedule.learning_rate")) as raised:
@@ -200,7 +200,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_any_hook_sees_the_step
 
 
 @pytest.mark.parametrize("every_steps", [4, 100])
-def test_it_ends_the_run_also_when_no_hook_is_due(every_steps: int) -> None:
+def test_it_ends_the_run_also_when_no_callback_is_due(every_steps: int) -> None:
     run, seen = Run(), []
     poisoned(run, 3)
     with pytest.raises(NumericsError, match="step 3"):

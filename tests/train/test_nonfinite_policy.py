@@ -86,7 +86,7 @@ class Noted(Do):
     of_weights = False
 
 
-def test_hooks_that_are_of_the_weights_are_called_again_where_one_meets_such_a_number() -> None:
+def test_callbacks_that_are_of_the_weights_are_called_again_where_one_meets_such_a_number() -> None:
     """With the weights of before: an evaluation that was of the lost ones is of these now, and is saved with them."""
     run, calls, back, others = Run(), list[int](), list[int](), list[tuple[str, int]]()
 
