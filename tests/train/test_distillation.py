@@ -102,7 +102,9 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
     answers = largest(all_of_them, rows, AnswersSpec(folder="f", top_k=kept, precision="float32"))
     # Kept in float32, the probabilities are 2**-24 off: so are the loss and its gradient.
     close = {"rtol": 1e-6, "atol": 1e-6}
-    found = distilled_cross_entropy(*factors(student), targets_N, answers, f, T)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.train.loss.CHUNK", 4)
+        found = distilled_cross_entropy(*factors(student), targets_N, answers, f, T)
     q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
     ids_NK = q_NV.topk(kept).indices
     q_NK, p_NK = lumped(q_NV, ids_NK), lumped((student[0] @ student[1].mT / T).softmax(-1), ids_NK)
@@ -200,7 +202,19 @@ def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
-    assert loss.metrics["neg_log_perplexity"].value().item() == pytest.approx(-hard.item() / int(real_BT.sum()))
+    divergence = soft + torch.xlogy(q_BTV, q_BTV)[real_BT].sum()
+    sums = {"neg_log_perplexity": -hard, "soft_cross_entropy": soft, "teacher_divergence": divergence}
+    for name, total in sums.items():
+        assert loss.metrics[name].value().item() == pytest.approx(total.item() / int(real_BT.sum()), rel=1e-5), name
+
+
+def test_a_teacher_is_asked_in_its_own_precision() -> None:
+    model, batch = a_model(DENSE, seed=2).eval(), rows(0, 0, 4)
+    exact, rounded = (
+        Teacher(model, precision, 1.0).ask(batch, packed=False).log_probs(slice(None))
+        for precision in ("float32", "selective")
+    )
+    assert 2**-12 < (rounded - exact).abs().max() < 2**-4
 
 
 def test_padding_and_what_is_behind_it_count_in_neither_part() -> None:
@@ -250,6 +264,7 @@ def test_a_soft_fraction_is_a_fraction(wrong: float) -> None:
 def test_a_teacher_with_noise_has_no_answers_to_keep() -> None:
     with pytest.raises(ValueError, match=r"mode \(training\)[^\[]*answers[^\[]*evaluation"):
         settings(mode="training", answers={"folder": "a"})
+    assert settings(answers={"folder": "a"}).answers is not None
 
 
 def test_the_share_of_the_gain_is_that_of_table_6() -> None:
