@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -324,8 +325,20 @@ def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None
     known = manifests.load(path)
     entries = sorted([*known.entries, Entry(name, 1, "0" * 64)], key=lambda entry: entry.name)
     (path / "MANIFEST").write_bytes(Manifest(4, tuple(entries)).encode())
-    with pytest.raises(DamagedError, match="MANIFEST"):
+    with pytest.raises(DamagedError, match="MANIFEST") as caught:
         Checkpoint.open(path)
+    assert caught.value.why == "manifest"
+
+
+@pytest.mark.parametrize("change", [lambda entries: [entries[0], *entries], lambda entries: entries[::-1]])
+def test_each_file_is_named_once_and_in_order(
+    tmp_path: Path, change: Callable[[tuple[Entry, ...]], Sequence[Entry]]
+) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "MANIFEST").write_bytes(Manifest(4, tuple(change(manifests.load(path).entries))).encode())
+    with pytest.raises(DamagedError, match="MANIFEST") as caught:
+        Checkpoint.open(path)
+    assert caught.value.why == "manifest"
 
 
 @pytest.mark.parametrize("target", ["state.json", "model-00000.safetensors", "MANIFEST"])
@@ -335,8 +348,9 @@ def test_links_pipes_and_folders_are_not_read(tmp_path: Path, target: str) -> No
     file.rename(tmp_path / "elsewhere")
     for make in (lambda: file.symlink_to(tmp_path / "elsewhere"), lambda: os.mkfifo(file)):
         make()
-        with pytest.raises(DamagedError, match=target):
+        with pytest.raises(DamagedError, match=target) as caught:
             Checkpoint.open(path)
+        assert caught.value.why == "link"
         file.unlink()
     file.mkdir()
     with pytest.raises(DamagedError, match=target):

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import slow
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from switchcli.data.objectives.example_packing import store_of
@@ -55,6 +55,7 @@ def slowly_packed(lengths: list[int], objective: SpanCorruption) -> list[list[tu
     return rows
 
 
+@example([3] * 20, SpanCorruption(inputs_length=20, noise_density=0.5, mean_span_length=1.0))
 @given(LENGTHS, OBJECTIVES)
 def test_rows_are_those_of_a_slow_packing(lengths: list[int], objective: SpanCorruption) -> None:
     pieces = WholeDocuments(objective).pack(np.array(lengths, dtype=np.int64))

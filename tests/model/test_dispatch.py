@@ -90,6 +90,18 @@ def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_prod
     assert torch.equal(rounded_AD, sent_AD.bfloat16())
 
 
+def test_rows_beyond_the_filled_slots_belong_to_the_last_expert_and_have_no_weight() -> None:
+    """Off the CPU the filled slots are not counted. A grouped product leaves rows of no expert uninitialized."""
+    layer, x_GND = a_layer(1.25), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
+    routing = layer.rule.assign(layer.router(x_GND), torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool), "training")
+    counted, foreseen = (rows_of(routing, NUM_TOKENS, exact=exact) for exact in (True, False))
+    num_rows = len(counted.source_A)
+    assert num_rows < len(foreseen.source_A) == foreseen.end_E[-1]
+    assert torch.equal(foreseen.end_E[:-1], counted.end_E[:-1])
+    assert torch.equal(foreseen.weight_A[:num_rows], counted.weight_A)
+    assert not foreseen.weight_A[num_rows:].any()
+
+
 @pytest.mark.parametrize(("router", "places"), [(Switch(), 1), (TopK(k=2), 2), (NoTokenLeftBehind(k=4), 1)], ids=str)
 def test_no_more_rows_are_foreseen_than_tokens_can_fill(router: RouterSpec, places: int) -> None:
     """Where rows are not counted, those foreseen are computed."""

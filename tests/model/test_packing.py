@@ -20,6 +20,7 @@ from switchcli.model.moe.router import NoTokenLeftBehind, Switch, TopK
 from switchcli.model.packing import segments_of
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
+from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loss import cross_entropy, packed_cross_entropy
 
 RELATIVE = 1e-5
@@ -126,6 +127,14 @@ def test_so_they_are_in_rows_of_one_in_full_rows_and_beside_empty_ones(
     name: str, rows: list[list[Example]], tail: int
 ) -> None:
     assert_packed_is_alone(a_model(MODELS[name]), rows, tail)
+
+
+def test_a_student_and_its_teacher_see_packed_examples_alone() -> None:
+    student, teacher = a_model(MODELS["dense"]), Teacher(a_model(MODELS["dense"], seed=4).eval(), "float32", 1.0)
+    rows = texts([[(7, 4), (5, 3)], [(4, 6)]])
+    together, alone = (DistillationLoss(DistillSpec(teacher="t"), teacher, packed=packed) for packed in (True, False))
+    total = sum(alone(student, example).target_sum.item() for row in rows for example in row)
+    assert together(student, packed(rows, 1)).target_sum.item() == pytest.approx(total, rel=RELATIVE)
 
 
 def test_without_segments_packed_examples_would_see_one_another() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import DENSE, SPARSE, a_model, rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchcli.data.batch import Batch, Lesson
+from switchcli.data.batch import Answers, Batch, Lesson
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.vocabulary import Vocabulary
 from switchcli.spec import PAD
@@ -18,6 +18,7 @@ from switchcli.train.distillation import (
     DistillSpec,
     Teacher,
     compression,
+    distillation_loss,
     distilled_cross_entropy,
     gain_kept,
 )
@@ -81,17 +82,10 @@ def test_loss_and_gradients_are_those_of_the_formula(rows: int, chunk: int, f: f
     torch.testing.assert_close(found[1], naive(student, q_NV, targets_N, 0.0, 1.0))
 
 
-def lumped(student, teacher, targets_N: torch.Tensor, kept: int, f: float, T: float) -> torch.Tensor:
-    """The formula over the teacher's K most probable tokens and one outcome for all others."""
-    q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
-    p_NV = (student[0] @ student[1].mT / T).softmax(-1)
-    ids_NK = q_NV.topk(kept).indices
-    top_q, top_p = q_NV.gather(1, ids_NK), p_NV.gather(1, ids_NK)
-    soft_N = -(top_q * top_p.log()).sum(1)
-    if kept < V:
-        soft_N = soft_N - (1 - top_q.sum(1)) * (1 - top_p.sum(1)).log()
-    hard = naive(student, q_NV, targets_N, 0.0, T)
-    return (1 - f) * hard + f * T**2 * soft_N[targets_N != PAD].sum()
+def lumped(probability_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+    """The probabilities of K tokens and, unless these are all, that of any other token: [N, K + 1]."""
+    kept_NK = probability_NV.gather(1, ids_NK)
+    return torch.cat([kept_NK, 1 - kept_NK.sum(1, keepdim=True)], 1) if ids_NK.shape[1] < V else kept_NK
 
 
 @given(
@@ -108,16 +102,60 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
     answers = largest(all_of_them, rows, AnswersSpec(folder="f", top_k=kept, precision="float32"))
     # Kept in float32, the probabilities are 2**-24 off: so are the loss and its gradient.
     close = {"rtol": 1e-6, "atol": 1e-6}
-    found = distilled_cross_entropy(*factors(student), targets_N, answers, f, T)
-    expected = lumped(student, teacher, targets_N, kept, f, T)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.train.loss.CHUNK", 4)
+        found = distilled_cross_entropy(*factors(student), targets_N, answers, f, T)
+    q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
+    ids_NK = q_NV.topk(kept).indices
+    q_NK, p_NK = lumped(q_NV, ids_NK), lumped((student[0] @ student[1].mT / T).softmax(-1), ids_NK)
+    real_N = targets_N != PAD
+    soft = -(q_NK * p_NK.log())[real_N].sum()
+    expected = (1 - f) * naive(student, q_NV, targets_N, 0.0, T) + f * T**2 * soft
     torch.testing.assert_close(found[0], expected, **close)
     gradients = (torch.autograd.grad(loss, student) for loss in (found[0], expected))
     torch.testing.assert_close(*gradients, **close)
+    torch.testing.assert_close(found[3], soft + torch.xlogy(q_NK, q_NK)[real_N].sum(), **close)
     if kept == V:
         online = distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)
         torch.testing.assert_close(found, online, **close)
     else:
         assert found[3] <= distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)[3] + 1e-6
+
+
+def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_loss() -> None:
+    """Each is rounded when it is kept."""
+    student, _, _ = a_case(2)
+    answers = Answers(torch.tensor([[3, 1], [0, 7]]), torch.tensor([[0.5, 0.2], [0.6, 0.3]]), torch.tensor([0.2, 0.3]))
+    targets_N = torch.tensor([4, 7])
+    assert torch.autograd.gradcheck(
+        lambda *pair: distilled_cross_entropy(*factors(pair), targets_N, answers, 0.25, 2.0)[0], student
+    )
+
+
+def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
+    student, teacher, targets_N = a_case(9)
+    logits_NV = (student[0] @ student[1].mT).detach().requires_grad_()
+    every, vocabulary = slice(None), Vocabulary(student[1])
+    q = AllProbabilities(*factors(teacher), 2.0).here(every, vocabulary.axis)
+    found = distillation_loss(logits_NV, targets_N, q, 0.25, 2.0, vocabulary)[0]
+    expected = naive((logits_NV, torch.eye(V, dtype=torch.float64)), q.q_CV, targets_N, 0.25, 2.0)
+    gradients = (torch.autograd.grad(0.3 * loss, logits_NV) for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_kept_probability_of_zero_adds_nothing() -> None:
+    """A small probability is 0 in float16."""
+    logits_CV, targets_C = torch.randn(1, V, dtype=torch.float64), torch.tensor([4])
+    vocabulary = Vocabulary(torch.empty(V, 1))
+    one, both = (
+        distillation_loss(logits_CV, targets_C, answers, 1.0, 1.0, vocabulary)
+        for answers in (
+            Answers(torch.tensor([[4]]), torch.tensor([[1.0]]), torch.tensor([0.0])),
+            Answers(torch.tensor([[4, 2]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.0])),
+        )
+    )
+    torch.testing.assert_close(both, one)
+    torch.testing.assert_close(one[3], one[1])
 
 
 def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() -> None:
@@ -164,7 +202,19 @@ def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
-    assert loss.metrics["neg_log_perplexity"].value().item() == pytest.approx(-hard.item() / int(real_BT.sum()))
+    divergence = soft + torch.xlogy(q_BTV, q_BTV)[real_BT].sum()
+    sums = {"neg_log_perplexity": -hard, "soft_cross_entropy": soft, "teacher_divergence": divergence}
+    for name, total in sums.items():
+        assert loss.metrics[name].value().item() == pytest.approx(total.item() / int(real_BT.sum()), rel=1e-5), name
+
+
+def test_a_teacher_is_asked_in_its_own_precision() -> None:
+    model, batch = a_model(DENSE, seed=2).eval(), rows(0, 0, 4)
+    exact, rounded = (
+        Teacher(model, precision, 1.0).ask(batch, packed=False).log_probs(slice(None))
+        for precision in ("float32", "selective")
+    )
+    assert 2**-12 < (rounded - exact).abs().max() < 2**-4
 
 
 def test_padding_and_what_is_behind_it_count_in_neither_part() -> None:
@@ -214,6 +264,7 @@ def test_a_soft_fraction_is_a_fraction(wrong: float) -> None:
 def test_a_teacher_with_noise_has_no_answers_to_keep() -> None:
     with pytest.raises(ValueError, match=r"mode \(training\)[^\[]*answers[^\[]*evaluation"):
         settings(mode="training", answers={"folder": "a"})
+    assert settings(answers={"folder": "a"}).answers is not None
 
 
 def test_the_share_of_the_gain_is_that_of_table_6() -> None:

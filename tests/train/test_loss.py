@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from switchcli.data.batch import Batch
 from switchcli.model.config import ModelSpec
 from switchcli.model.vocabulary import Vocabulary
-from switchcli.train.loss import cross_entropy, summed_cross_entropy
+from switchcli.train.loss import cross_entropy, cross_entropy_sum, sum_in_chunks, summed_cross_entropy
 
 
 @pytest.mark.parametrize("spec", [SPARSE, DENSE], ids=["sparse", "dense"])
@@ -98,6 +98,30 @@ def test_its_gradients_are_its_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
+    hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float64)
+    logits_NV = (hidden_ND @ vocabulary_VD.mT).detach().requires_grad_()
+    found = cross_entropy_sum(logits_NV, targets_N, Vocabulary(vocabulary_VD))
+    expected = F.cross_entropy(logits_NV, targets_N, ignore_index=0, reduction="sum")
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(0.3 * loss, logits_NV) for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_of_several_sums_the_first_alone_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.train.loss.CHUNK", 3)
+    hidden_ND, vocabulary_VD, _ = factors(8, torch.float64)
+
+    def squares_and_sum(logits_CV: torch.Tensor, _: slice) -> torch.Tensor:
+        return torch.stack([logits_CV.square().sum(), logits_CV.sum()])
+
+    found = sum_in_chunks(squares_and_sum, hidden_ND, Vocabulary(vocabulary_VD))
+    expected = squares_and_sum(hidden_ND @ vocabulary_VD.mT, slice(None))
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(one, (hidden_ND, vocabulary_VD)) for one in (found.sum(), expected[0]))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_the_gradient_of_one_factor_alone_is_as_with_both_and_the_other_is_not_made(wanted: int) -> None:
     *both, targets_N = factors(8, torch.float32)
@@ -129,6 +153,18 @@ def test_in_float32_and_under_autocast_it_is_exact_within_the_rounding_of_the_pr
             assert (gradient - right).abs().max() <= tolerance * right.abs().max()
 
 
+def test_under_autocast_the_logits_are_rounded_and_the_products_of_a_loss_are_not() -> None:
+    hidden_ND, vocabulary_VD, _ = factors(8, torch.float32)
+
+    def squares(logits_CV: torch.Tensor, _: slice) -> torch.Tensor:
+        return (logits_CV.float().square() @ torch.ones(11, 1)).sum(0)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sum_in_chunks(squares, hidden_ND, Vocabulary(vocabulary_VD))
+    expected = squares(hidden_ND.bfloat16() @ vocabulary_VD.bfloat16().mT, slice(None))
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_gradient_of_a_bfloat16_vocabulary_is_rounded_once_and_not_with_every_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -144,7 +180,8 @@ def test_the_gradient_of_a_bfloat16_vocabulary_is_rounded_once_and_not_with_ever
 
 def test_without_gradients_it_only_sums() -> None:
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         found = summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N)
     assert not found.requires_grad
+    assert counter.get_total_flops() == 2 * 8 * 6 * 11  # the logits alone
     torch.testing.assert_close(found, plain(hidden_ND, vocabulary_VD, targets_N).detach())

@@ -208,6 +208,15 @@ def test_a_gradient_of_zero_or_none_moves_nothing_and_makes_no_nan(spec: Optimiz
         assert torch.equal(parameter, starts[name]), name
 
 
+@pytest.mark.parametrize("spec", [Adafactor(), AdamW(weight_decay=0.1)])
+def test_a_learning_rate_of_zero_moves_nothing(spec: OptimizerSpec) -> None:
+    named = parameters()
+    starts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    run(spec.build(named), [0.0, 0.0])
+    for name, parameter in named.items():
+        assert torch.equal(parameter, starts[name]), name
+
+
 def test_a_weight_of_zero_still_moves_by_the_smallest_scale() -> None:
     weight = torch.nn.Parameter(torch.zeros(4))
     weight.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
