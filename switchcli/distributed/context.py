@@ -43,6 +43,18 @@ MAIN_TIMEOUT = timedelta(days=7)
 WRITE_TIMEOUT = timedelta(hours=1)
 """How long a rank waits while the others write their share of a checkpoint."""
 
+IGNORED = (
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+"""Variables of `accelerate launch` that accelerate does not see here, since the recipe decides."""
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 T = TypeVar("T")
@@ -69,7 +81,11 @@ class Runtime:
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("train.device is cuda and this machine shows no CUDA device: set it to auto or cpu")
-        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        on_cpu = (
+            device == "cpu"
+            or not torch.cuda.is_available()
+            or (device == "auto" and is_on(os.environ, "ACCELERATE_USE_CPU"))
+        )
         if on_cpu:
             _keep_freed_memory()
         with lost_ranks_explained(), waiting_announced():
@@ -308,6 +324,7 @@ class Runtime:
 
 
 def _accelerator(on_cpu: bool) -> Accelerator:
+    ignored = {name: os.environ.pop(name) for name in IGNORED if name in os.environ}
     try:
         return Accelerator(
             cpu=on_cpu,
@@ -316,6 +333,13 @@ def _accelerator(on_cpu: bool) -> Accelerator:
         )
     except ValueError as error:
         raise RecipeError(f"an environment variable cannot be used by accelerate ({error}): unset it") from error
+    finally:
+        os.environ.update(ignored)
+
+
+def is_on(environment: Mapping[str, str], name: str) -> bool:
+    """Return whether a flag of accelerate is set to one of the words that it takes for true."""
+    return environment.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
 def _meet_again(backend: str) -> None:

@@ -1,7 +1,7 @@
 """Ranks of one command: started here as torchrun would, or found where srun started them. No torch until they start.
 
-accelerate's own launcher starts a single process on a machine without a GPU whatever number it is given; torch's,
-which it builds on, does not. `Runtime` finds its ranks as it finds those of any launcher.
+`accelerate launch --cpu` starts a single process whatever number it is given (accelerate 1.15); torch's launcher does
+not. `Runtime` finds its ranks as it finds those of any launcher.
 """
 
 import json

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from switchcli import publish
 from switchcli.data.config import TextSpec
 from switchcli.data.prepare.verified import changed_data_explained
-from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
 from switchcli.report.console import Console
 from switchcli.runs.evaluator import TEXT_KEYS, Evaluator, Pass
 from switchcli.runs.loading import Opened, filled, open_model
+from switchcli.runs.mesh_choice import runtime_of
 from switchcli.runs.run_dir import check_alike, machine, place
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import tasks_of
@@ -101,7 +101,7 @@ def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
     """
     recipe, opened = job
     folder = out.resolve()  # of a link the folder that it names is replaced, not the link
-    runtime = Runtime(recipe.device, recipe.precision)
+    runtime = runtime_of(recipe)
     check_alike(recipe, runtime)
     console = Console(quiet=quiet or not runtime.is_main)
     console.message(f"evaluator {opened.path}")

@@ -9,19 +9,28 @@ from switchcli.distributed.mesh import ParallelSpec
 from switchcli.errors import RecipeError, machine_bytes
 from switchcli.planner.plan import Machine, Plan, model_axes, plan
 from switchcli.planner.step import Step, held
+from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.runs import accelerate_settings
 from switchcli.runs.transformers_checkpoint import empty
 
 USABLE = 0.9
 """Of a device's memory: the plan leaves out what kernels and fragments take."""
 
 
-def runtime_of(recipe: TrainingRecipe) -> Runtime:
-    """The ranks of a run, this one among them. Raises as `Runtime`, and RecipeError where no mesh fits."""
-    auto = recipe.parallel.auto
-    return Runtime(
-        recipe.train.device, recipe.train.precision, recipe.parallel, (lambda: fastest(recipe)) if auto else None
-    )
+def runtime_of(recipe: TrainingRecipe | EvalRecipe) -> Runtime:
+    """Return this process among the ranks of a run or an evaluation, after warnings about accelerate's settings.
+
+    Raises as `Runtime`, and RecipeError where no mesh fits.
+    """
+    if isinstance(recipe, EvalRecipe):
+        runtime = Runtime(recipe.device, recipe.precision)
+    else:
+        choose = (lambda: fastest(recipe)) if recipe.parallel.auto else None
+        runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel, choose)
+    accelerate_settings.warn_about_settings(recipe, runtime)
+    accelerate_settings.warn_about_ranks(runtime)
+    return runtime
 
 
 def fastest(recipe: TrainingRecipe) -> ParallelSpec:

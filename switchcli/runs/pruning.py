@@ -14,6 +14,7 @@ from switchcli.model.surgery import prune as pruning
 from switchcli.model.surgery.prune import By, Gate
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
+from switchcli.runs.accelerate_settings import warn_about_settings
 from switchcli.runs.eval_job import resolve_job
 from switchcli.runs.evaluator import Evaluator
 from switchcli.runs.loading import filled, unfilled
@@ -52,6 +53,7 @@ def prune(
     smaller = with_experts(opened, experts)
     destination = free_for_checkpoint(checkpoint, destination)
     runtime = Runtime(recipe.device, recipe.precision)
+    warn_about_settings(recipe, runtime)
     if runtime.world > 1:
         raise RecipeError(f"prune works in one process, and there are {runtime.world} ranks: start it by itself")
     console.message(f"measuring {opened.path}")

@@ -7,6 +7,7 @@ from typing import Any
 from switchcli.distributed.context import Runtime
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
+from switchcli.runs.accelerate_settings import warn_about_settings
 from switchcli.runs.eval_job import resolve_job
 from switchcli.runs.evaluator import ROWS_EACH, Evaluator
 from switchcli.runs.loading import Opened, filled, open_model
@@ -36,6 +37,7 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): an atlas is of one: name one alone")
     runtime = Runtime(recipe.device, recipe.precision)
+    warn_about_settings(recipe, runtime)
     console.message(f"measuring {' and '.join(str(one.path) for one in opened)}")
     with memory.explained_of_evaluation(runtime.device):
         loaded = [filled(one, runtime.device) for one in opened]
