@@ -256,6 +256,17 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     prune(tmp_path / "absent", 2, keep_best=True)
 
 
+def test_a_checkpoint_that_is_a_link_is_not_pruned(tmp_path: Path) -> None:
+    save_step(tmp_path / "elsewhere", 1)
+    folder = tmp_path / "checkpoints"
+    for step in (2, 3):
+        save_step(folder, step)
+    checkpoints.path(folder, 1).symlink_to(checkpoints.path(tmp_path / "elsewhere", 1))
+    prune(folder, 1, keep_best=False)
+    assert steps(folder) == [1, 3]
+    assert steps(tmp_path / "elsewhere") == [1]
+
+
 def test_the_best_is_one_that_was_evaluated(tmp_path: Path) -> None:
     for step in (100, 150, 200, 250, 300):
         save_step(tmp_path, step, {"score": -1.0}, evaluated_step=100)
