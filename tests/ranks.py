@@ -67,6 +67,8 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> li
     try:
         return [_answer(rank, end) for rank, end in enumerate(ends)]
     finally:
+        for end in ends:
+            end.close()  # a rank that has answered ends now, and not while another is still in its last collective
         for process in processes:
             process.join(5)
             process.kill()
@@ -81,9 +83,11 @@ def _answer(rank: int, end: Connection) -> Any:
 
 def _rank(environment: dict[str, int], end: Connection, function: Callable[..., Any], arguments: tuple[Any]) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="localhost")
-    threading.Thread(target=_end_with_the_test, args=(end,), daemon=True).start()
+    watcher = threading.Thread(target=_end_with_the_test, args=(end,), daemon=True)
+    watcher.start()
     try:
         end.send((None, function(*arguments)))
+        watcher.join()
     except BaseException:
         end.send((traceback.format_exc(), None))
         raise
