@@ -367,7 +367,7 @@ def use_schedule(run: Fork) -> None:
 
 def add_training_metric(tree: Tree) -> None:
     metric = '        "routed_tokens": Mean(tokens_L.sum(), one),\n'
-    tree.insert("switchcli/train/router_health.py", metric, after=r'^        BALANCE: .*\n')
+    tree.insert("switchcli/train/router_health.py", metric, after=r"^        BALANCE: .*\n")
 
 
 def use_training_metric(run: Fork) -> None:
