@@ -15,7 +15,8 @@ from tiny_run import RECIPE, write_text
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("torch", "accelerate", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "numpy")
 HIDDEN = ("datasets", "pyarrow", "pandas", "sacrebleu", "rouge_score", "nltk", "vl_convert", "transformers")
-HIDDEN += ("sentencepiece", "tensorboard", "wandb", "hypothesis", "pytest_timeout", "playwright", "multiprocess")
+HIDDEN += ("sentencepiece", "google", "tensorboard", "wandb", "hypothesis", "pytest_timeout", "playwright")
+HIDDEN += ("multiprocess",)
 HIDE = """
 import importlib.metadata, io, json, os, sys
 

@@ -1,5 +1,6 @@
 """`switchcli data tokenizer`: train, show, compare; for people, for scripts, and what they refuse."""
 
+import io
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from conftest import SwitchCLI
 from messages import lacking
 
@@ -126,6 +128,31 @@ def test_show_refuses_what_is_none(tmp_path: Path, switchcli: SwitchCLI) -> None
         done = switchcli(*SHOW, tmp_path / name)
         assert (done.code, done.out) == (3, "")
         assert not lacking(done.err, f"{tmp_path / name} {words}")
+
+
+def test_a_run_with_a_spiece_model_goes_on_and_answers_without_the_extra(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = io.BytesIO()
+    layout = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "vocab_size": 60, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path("text.txt").read_text().splitlines()), model_writer=model, minloglevel=2, **layout
+    )
+    Path("spiece.model").write_bytes(model.getvalue())
+    pretrain = ("pretrain", recipe, "data.tokenizer={kind: file, path: spiece.model}", "--quiet")
+    assert switchcli(*pretrain, "--out", "run").code == 0
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    assert switchcli(*pretrain, "train.steps=4", "--out", "run").code == 0
+    assert json.loads(Path("run/result.json").read_text())["step"] == 4
+    assert switchcli("eval", "run", "device=cpu", "--out", "scores", "--json").code == 0
+    assert switchcli("generate", "run", "the red <extra_id_0>", "--max-tokens", "3", "--device", "cpu").code == 0
+    for refused in (
+        (*SHOW, "spiece.model"),
+        (*pretrain, "--out", "other"),
+    ):
+        done = switchcli(*refused)
+        assert done.code == 2
+        assert not lacking(done.err, "spiece.model pip install 'switchcli[sentencepiece]'")
 
 
 def test_compare_counts_by_text(file: str, recipe: str, switchcli: SwitchCLI) -> None:

@@ -1,4 +1,4 @@
-"""A `spiece.model` read by us gives the ids that SentencePiece gives; what is no such file is refused in words.
+"""A `spiece.model`, converted, gives the ids that SentencePiece gives; what is no such file is refused in words.
 
 Left out of the equality, as the module says: special pieces spelt out, marks out of Unicode's order or on a character
 that is rewritten, a line break of two characters where spaces are kept, and ways to cut a line that are equally likely
@@ -8,17 +8,19 @@ but for the rounding of float32.
 import io
 import random
 import struct
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import sentencepiece
+from google.protobuf import runtime_version
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile
-from switchcli.errors import DataError
+from switchcli.errors import DataError, RecipeError
 
 ALPHABETS = {
     "latin": "abcdefghijklmnopqrstuvwxyzéüßñçøąő",
@@ -207,9 +209,9 @@ def test_what_is_unknown_is_one_across_words_where_spaces_are_unknown() -> None:
 
 FAULTS = {
     "empty": (b"", r"\b0\b.*\bunknown\b"),
-    "text": (b"hello, this is text", "protocol buffer"),
+    "text": (b"hello, this is text", "kind: train"),
     "BPE": (SMALL + field(2, field(3, 2)), r"\bBPE\b.*\bUnigram\b"),
-    "another type": (SMALL + field(2, field(3, 9)), r"\b9\b.*\bUnigram\b"),
+    "another type": (SMALL + field(2, field(3, 9)), r"\bmodel_type\b.*\b9\b"),
     "a layout of another": (
         piece("<unk>", type_=2) + piece("<s>", type_=3) + piece("</s>", type_=3),
         "'<unk>'.*'<pad>'",
@@ -218,18 +220,24 @@ FAULTS = {
     "spaces without a mark": (SMALL + field(3, field(5, 0)), r"\bspaces\b"),
     "no bytes": (SMALL + field(2, field(35, 1)), r"\bbyte_fallback\b.*\b256\b"),
     "no score": (SMALL + piece("b", float("nan")), r"'b'.*\bnan\b"),
-    "a score of 8 bytes": (SMALL + field(1, field(1, b"b") + number(2 << 3 | 1) + bytes(8)), r"\bscore\b.*\b8 bytes\b"),
+    "a score of 8 bytes": (SMALL + field(1, field(1, b"b") + number(2 << 3 | 1) + bytes(8)), r"\bscore\b.*\b0\b"),
     "an empty piece": (SMALL + piece(""), "\\(.*''.*\\)"),
-    "an unused piece": (SMALL + piece("b", type_=5), r"'b'.*\b0\.0\b.*\b5\b"),
+    "an unused piece": (SMALL + piece("b", type_=5), r"'b'.*\b0\.0\b.*\bUNUSED\b"),
     "a piece twice": (SMALL + piece("a"), r"\bpiece\b.*\btwice\b"),
     "no UTF-8": (SMALL + field(1, field(1, b"\xff")), "UTF-8"),
-    "a number for a piece": (SMALL + field(1, 7), r"\bnumber\b.*\bbytes\b"),
-    "bytes for a type": (SMALL + field(1, field(1, b"b") + field(3, b"x")), r"\bbytes\b.*\bnumber\b"),
-    "a field of 2^60 bytes": (SMALL + number(2 << 3 | 2) + number(2**60), r"\bcut\b"),
-    "an endless number": (SMALL + b"\xff" * 30, "protocol buffer"),
+    "a number for a piece": (SMALL + field(1, 7), r"\bpieces\b.*\b7\b"),
+    "bytes for a type": (SMALL + field(1, field(1, b"b") + field(3, b"x")), r"\btype\b.*\bb'x'"),
+    "a field of 2^60 bytes": (SMALL + number(2 << 3 | 2) + number(2**60), "kind: train"),
+    "an endless number": (SMALL + b"\xff" * 30, "kind: train"),
     "a charsmap of 4 GiB": (SMALL + field(3, field(2, b"\xff\xff\xff\x7f" + bytes(8))), "charsmap"),
     "a charsmap cut": (SMALL + field(3, field(2, b"\x00")), r"\bcharsmap\b.*\bcut\b"),
     "a charsmap that leaves its array": (charsmap([0x7FFFFC00] + [0] * 255, b"a\0"), r"\bcharsmap\b.*\bout"),
+    "a charsmap whose root is a value": (charsmap([0xFFFFFC00] + [0] * 255, b"a\0"), r"\bcharsmap\b.*\bout"),
+    "a replacement that begins within a character": (
+        charsmap([0x100 | 1 << 10, 0x80000001] + [0] * 254, "é\0".encode()),
+        r"\bcharsmap\b.*\bout",
+    ),
+    "a replacement that is not UTF-8": (charsmap([0] * 256, b"\xff\0"), "utf-8"),
     "a replacement that is not there": (
         charsmap([0x100 | 1 << 10, 0x80000009] + [0] * 254, b"a\0"),
         r"\bcharsmap\b.*\bout",
@@ -243,6 +251,30 @@ def test_what_is_no_such_model_is_refused(data: bytes, said: str) -> None:
         Tokenizer.from_bytes(data, "mine.model")
     assert str(caught.value).startswith("mine.model: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_more_than_32_mib_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(DataError, match=r"mine\.model: .*\b33,554,434 bytes\b"):
+        Tokenizer.from_bytes(b"\n\0" * (2**24 + 1), "mine.model")
+
+
+PARSER = "sentencepiece.sentencepiece_model_pb2"
+
+
+@pytest.mark.parametrize("missing", [PARSER, "google.protobuf.runtime_version"])
+def test_a_missing_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(RecipeError, match=r"^mine\.model: .*\bpip install 'switchcli\[sentencepiece\]'") as caught:
+        Tokenizer.from_bytes(SMALL, "mine.model")
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_protobuf_that_is_too_old_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, PARSER, raising=False)
+    monkeypatch.setattr(runtime_version, "MAJOR", 5)
+    with pytest.raises(RecipeError, match=r"runtime 5\..*\bpip install 'switchcli\[sentencepiece\]'"):
+        Tokenizer.from_bytes(SMALL, "mine.model")
 
 
 @settings(deadline=None, max_examples=300)

@@ -1,10 +1,6 @@
-"""A Unigram model of SentencePiece (`spiece.model`) as a tokenizer of `tokenizers`, read without either's own library.
+"""A Unigram model of SentencePiece (`spiece.model`) as a tokenizer of `tokenizers`.
 
-The file is a protocol buffer, ModelProto of sentencepiece_model.proto. What is read of it:
-
-    1 pieces           1 piece, 2 score, 3 type
-    2 trainer_spec     3 model_type, 24 treat_whitespace_as_suffix, 35 byte_fallback
-    3 normalizer_spec  2 precompiled_charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces
+sentencepiece and protobuf parse the file. They are an extra: runs and checkpoints hold a tokenizer.json instead.
 
 A text gets the ids that SentencePiece gives it, but where
 - it spells out a special or a byte piece (`<unk>`, `<0x41>`), which is then taken for one;
@@ -16,107 +12,139 @@ A text gets the ids that SentencePiece gives it, but where
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from struct import unpack
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from switchcli.data.tokenizer.train import BYTES, NUM_SENTINELS, SPACE, sentinel, sentinel_tokens
-from switchcli.errors import DataError
+from switchcli.errors import DataError, RecipeError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of pieces; 5 is one that is not used
-_UNIGRAM: Final = 1
-_MODEL_TYPES: Final = {_UNIGRAM: "Unigram", 2: "BPE", 3: "word", 4: "character"}
 _SENTINEL: Final = re.compile(rf"{SPACE}?(<extra_id_\d{{1,6}}>)")
 _UNMOVED: Final = {  # shadda, dagesh, shin dot, sin dot: written before vowels that Unicode's order puts before them
     mark: chr(0x10FFF0 + index) for index, mark in enumerate("\u0651\u05bc\u05c1\u05c2")
 }
-_MAX_CHARSMAP_BYTES: Final = 2**22  # SentencePiece's own have some 2^18, its largest vocabularies 2^18 pieces
+_MAX_BYTES: Final = 2**25  # a million pieces take some 2^24
 _MAX_PIECES: Final = 2**21
+_MAX_CHARSMAP_BYTES: Final = 2**22  # SentencePiece's own have some 2^18
 
 
 class _Broken(Exception):
     """Why a file is no model that can be used."""
 
 
-class _Piece(NamedTuple):
-    text: str
-    score: float
-    type: int
-
-
-_Value = int | bytes
-_Message = Mapping[int, _Value]  # the last value of each field: what counts where a field is given twice
-
-
 def read_model(data: bytes, where: str) -> Tokenizer:
-    """The tokenizer of a `spiece.model`; its sentinels are the model's, or `<extra_id_99>` ... `<extra_id_0>` after it.
+    """Return the tokenizer of a `spiece.model`.
+
+    Its sentinels are the model's, or `<extra_id_99>` ... `<extra_id_0>` after its last id.
 
     Raises:
         DataError: naming `where`, for a file that is cut or something else, and for models that are not Unigram.
+        RecipeError: the extra `sentencepiece` is not installed.
     """
+    message_class = _message_class(where)
+    from google.protobuf.message import DecodeError
+
     try:
-        return _tokenizer(*_parts(data))
-    except _Broken as error:
+        if len(data) > _MAX_BYTES:
+            raise _Broken(f"{len(data):,} bytes, more than {_MAX_BYTES:,}")
+        return _tokenizer(message_class.FromString(data))
+    except (_Broken, DecodeError, UnicodeDecodeError) as error:
         raise DataError(
             f"{where}: neither a tokenizer.json nor a SentencePiece model that can be used ({error}): take the "
             "tokenizer.json or spiece.model of a T5, or train a vocabulary (kind: train)"
         ) from error
 
 
-def _tokenizer(pieces: list[_Piece], trainer: _Message, normalizer: _Message) -> Tokenizer:
-    if (kind := trainer.get(3, _UNIGRAM)) != _UNIGRAM:
-        raise _Broken(f"its model is of type {_MODEL_TYPES.get(_int(kind), kind)}, only Unigram is read")
-    if trainer.get(24, 0) or not normalizer.get(5, 1):
+def _message_class(where: str) -> Any:
+    """Return sentencepiece's ModelProto. RecipeError where a package is missing or protobuf is older than it needs."""
+    try:
+        from google.protobuf.runtime_version import VersionError
+
+        try:
+            from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        except VersionError as error:
+            raise ImportError(str(error)) from error
+    except ImportError as error:
+        raise RecipeError(
+            f"{where}: not a tokenizer.json, and SentencePiece models need packages that are not installed ({error}): "
+            "pip install 'switchcli[sentencepiece]', or use a tokenizer.json"
+        ) from error
+    return ModelProto
+
+
+def _tokenizer(model: Any) -> Tokenizer:
+    if len(model.pieces) > _MAX_PIECES:
+        raise _Broken(f"more than {_MAX_PIECES:,} pieces")
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    _check_fields((model, trainer, normalizer, *model.pieces))
+    if trainer.model_type != trainer.UNIGRAM:
+        raise _Broken(f"its model is of type {trainer.ModelType.Name(trainer.model_type)}, only Unigram is read")
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise _Broken("it marks spaces after words, or not at all")
-    byte_fallback = bool(trainer.get(35, 0))
-    if byte_fallback and [piece.text for piece in pieces if piece.type == _BYTE] != list(BYTES):
-        raise _Broken("byte_fallback without the 256 pieces <0x00> ... <0xFF>")
-    unknown = [index for index, piece in enumerate(pieces) if piece.type == _UNKNOWN]
+    pieces = [_piece(piece) for piece in model.pieces]
+    texts = {text for text, _ in pieces}
+    if len(texts) != len(pieces):
+        raise _Broken("a piece is there twice")
+    unknown = [index for index, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN]
     if len(unknown) != 1:
         raise _Broken(f"{len(unknown)} pieces for what is unknown, there must be one")
-    scored = [(piece.text, _score(piece)) for piece in pieces]
-    tokenizer = Tokenizer(models.Unigram(scored, unk_id=unknown[0], byte_fallback=byte_fallback))
-    prefix, trim = bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
-    rules = _charsmap(_bytes(normalizer.get(2, b"")))
-    tokenizer.normalizer = normalizers.Sequence([*rules, *_spaces(prefix, trim)])
-    texts = {piece.text for piece in pieces}
+    if trainer.byte_fallback and [piece.piece for piece in model.pieces if piece.type == piece.BYTE] != list(BYTES):
+        raise _Broken("byte_fallback without the 256 pieces <0x00> ... <0xFF>")
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=unknown[0], byte_fallback=trainer.byte_fallback))
+    tokenizer.normalizer = normalizers.Sequence([*_charsmap(normalizer.precompiled_charsmap), *_spaces(normalizer)])
     if SPACE in texts and not any(SPACE in text[1:] for text in texts):  # words part there: the same ids, found faster
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    strip = [decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    own = [piece.text for piece in pieces if _SENTINEL.fullmatch(piece.text)]
+    own = [text for text, _ in pieces if _SENTINEL.fullmatch(text)]
     tokenizer.add_special_tokens(sentinel_tokens(own or map(sentinel, reversed(range(NUM_SENTINELS)))))
     return tokenizer
 
 
-def _score(piece: _Piece) -> float:
-    """As SentencePiece weighs it: what the user defined wins over all else, the longer the more."""
-    return (len(piece.text.encode()) - 1) / 10 if piece.type == _USER_DEFINED else piece.score
+def _check_fields(messages: Iterable[Any]) -> None:
+    """Refuse a known field whose value has another type or is not in its enumeration: the parser skips it."""
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    for message in messages:
+        for field in UnknownFieldSet(message):
+            if known := message.DESCRIPTOR.fields_by_number.get(field.field_number):
+                raise _Broken(f"{known.full_name} cannot be {field.data!r:.40}")
 
 
-def _spaces(prefix: bool, trim: bool) -> Iterator[normalizers.Normalizer]:
+def _piece(piece: Any) -> tuple[str, float]:
+    """Return text and score. A sentinel loses its mark for a space.
+
+    SentencePiece prefers pieces that the user defined to all others, and long ones to short ones.
+    """
+    text, score = piece.piece, float(f"{piece.score:.9g}")  # all digits of a float32: more would change in JSON
+    if not isinstance(text, str):
+        raise _Broken(f"text that is not UTF-8: {text!r:.40}")
+    if not text or not math.isfinite(score) or piece.type == piece.UNUSED:
+        raise _Broken(f"a piece {text!r} of score {score} and type {piece.Type.Name(piece.type)}")
+    found = _SENTINEL.fullmatch(text)
+    text = found[1] if found else text
+    return text, (len(text.encode()) - 1) / 10 if piece.type == piece.USER_DEFINED else score
+
+
+def _spaces(normalizer: Any) -> Iterator[normalizers.Normalizer]:
     """Spaces at the ends and repeated ones go, each that is left gets its mark, and the text begins with one."""
+    trim = normalizer.remove_extra_whitespaces
     if trim:
         yield normalizers.Replace(Regex(r"\A +"), "")
         yield normalizers.Replace(Regex(" {2,}"), " ")
     yield normalizers.Replace(" ", SPACE)
     if trim:
         yield normalizers.Replace(Regex(rf"{SPACE}+\z"), "")
-    if prefix:
+    if normalizer.add_dummy_prefix:
         yield normalizers.Prepend(SPACE)
 
 
-# The rules for characters
-
-
 def _charsmap(data: bytes) -> list[normalizers.Normalizer]:
-    """What rewrites characters.
+    """Return what rewrites characters by a precompiled charsmap.
 
     `tokenizers` takes the shortest rule that fits the beginning of a letter and its marks, where SentencePiece takes
     the longest: composed before, they are one character to both. SentencePiece reorders no marks, which composing
@@ -134,113 +162,24 @@ def _charsmap(data: bytes) -> list[normalizers.Normalizer]:
 
 
 def _check_charsmap(data: bytes) -> None:
-    """No walk through the charsmap leaves it, which `tokenizers` would find out too late.
+    """Refuse a charsmap on which `tokenizers` would panic while it rewrites a text.
 
-    It is the length in bytes of a trie, the trie as a double array of units, and the replacements that its leaves
-    point to, each ended by a NUL.
+    A charsmap is the length of a trie in bytes, the trie as a double array of 32-bit units, and replacements in UTF-8,
+    each ended by a NUL. A unit's bit 31 marks a value: the rest is where a replacement begins. In other units bit 8
+    says that the first child is a value, and the children of unit i are at `base(i) ^ byte`.
     """
     size = int.from_bytes(data[:4], "little")
     replacements = data[4 + size :]
     if len(data) > _MAX_CHARSMAP_BYTES or not size or size % 4 or not replacements.endswith(b"\0"):
         raise _Broken("its charsmap is cut, or none")
-    _text(replacements)
+    replacements.decode("utf-8")
     begins = np.frombuffer(replacements, np.uint8) & 0xC0 != 0x80  # not within a character
     units = np.frombuffer(data, "<u4", size // 4, offset=4).astype(np.int64)
-    bases = np.arange(len(units)) ^ ((units >> 10) << ((units & 0x200) >> 6))  # a child lies at base ^ its byte
-    seen = np.zeros(len(units), bool)
-    level = np.zeros(1, np.int64)
-    while level.size:
-        seen[level] = True
-        if (bases[level] | 0xFF).max() >= len(units):
-            raise _Broken("its charsmap points out of itself")
-        ends = units[bases[level[units[level] & 0x100 != 0]]] & 0x7FFFFFFF
-        if (ends >= len(begins)).any() or not begins[ends].all():
-            raise _Broken("its charsmap points out of itself")
-        below = [_children(units, part) for part in np.array_split(bases[level], len(level) // 2**12 + 1)]
-        level = np.unique(np.concatenate(below))
-        level = level[~seen[level]]
-
-
-def _children(units: NDArray[np.int64], bases: NDArray[np.int64]) -> NDArray[np.int64]:
-    byte = np.arange(1, 256)
-    places = bases[:, None] ^ byte
-    return places[units[places] & 0x800000FF == byte]
-
-
-# The wire format of protocol buffers
-
-
-def _parts(data: bytes) -> tuple[list[_Piece], _Message, _Message]:
-    """The pieces, trainer_spec and normalizer_spec."""
-    pieces: list[_Piece] = []
-    specs: dict[int, dict[int, _Value]] = {2: {}, 3: {}}
-    for field, value in _fields(data):
-        if field == 1:
-            if len(pieces) == _MAX_PIECES:
-                raise _Broken(f"more than {_MAX_PIECES:,} pieces")
-            pieces.append(_piece(dict(_fields(_bytes(value)))))
-        elif field in specs:
-            specs[field].update(_fields(_bytes(value)))
-    if len({piece.text for piece in pieces}) != len(pieces):
-        raise _Broken("a piece is there twice")
-    return pieces, specs[2], specs[3]
-
-
-def _piece(message: _Message) -> _Piece:
-    text, written = _text(_bytes(message.get(1, b""))), _bytes(message.get(2, bytes(4)))
-    if len(written) != 4:
-        raise _Broken(f"a score of {len(written)} bytes")
-    score = float(f"{unpack('<f', written)[0]:.9g}")  # what a float32 says: more digits come out of JSON as other ones
-    kind = _int(message.get(3, _NORMAL))
-    if not text or not math.isfinite(score) or kind not in (_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE):
-        raise _Broken(f"a piece {text!r} of score {score} and type {kind}")
-    found = _SENTINEL.fullmatch(text)
-    return _Piece(found[1] if found else text, score, kind)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, _Value]]:
-    """Number and value of each field of a message: numbers from varints, bytes of all else."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        wire = key & 7
-        if wire == 0:
-            number, at = _varint(data, at)
-            yield key >> 3, number
-            continue
-        if wire not in (1, 2, 5):
-            raise _Broken("no protocol buffer")
-        size, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
-        if size > len(data) - at:
-            raise _Broken("it is cut")
-        yield key >> 3, data[at : at + size]
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it has ended: seven bits a byte, the lowest first."""
-    value = 0
-    for shift, byte in enumerate(data[at : at + 10]):
-        value |= (byte & 0x7F) << 7 * shift
-        if byte < 0x80:
-            return value, at + shift + 1
-    raise _Broken("it is cut, or no protocol buffer")
-
-
-def _int(value: _Value) -> int:
-    if isinstance(value, bytes):
-        raise _Broken("bytes where a number belongs")
-    return value
-
-
-def _bytes(value: _Value) -> bytes:
-    if isinstance(value, int):
-        raise _Broken("a number where bytes belong")
-    return value
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _Broken(f"text that is not UTF-8: {error.reason}") from error
+    bases = np.arange(len(units)) ^ ((units >> 10) << ((units & 0x200) >> 6))
+    is_node = units < 2**31
+    is_node[0] = True  # a search follows the root whatever its bits are
+    if (bases[is_node] | 0xFF).max() >= len(units):
+        raise _Broken("its charsmap points out of itself")
+    values = units[bases[is_node & (units & 0x100 != 0)]] & 0x7FFFFFFF
+    if (values >= len(begins)).any() or not begins[values].all():
+        raise _Broken("its charsmap points out of itself")
