@@ -30,6 +30,7 @@ MESHES = {
     "expert 2 x model 2": (4, ParallelSpec(expert=2, model=2)),
     "zero2 2": (2, ParallelSpec(shard="zero2")),
     "zero3 2": (2, ParallelSpec(shard="zero3")),
+    "zero2 4, expert 2": (4, ParallelSpec(expert=2, shard="zero2")),
     "zero3 4, expert 2": (4, ParallelSpec(expert=2, shard="zero3")),
     "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
 }

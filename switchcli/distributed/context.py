@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.distributed import expert_parallel, fsdp, parallelize
 from switchcli.distributed.deterministic_reduce import Ordered
+from switchcli.distributed.expert_parallel import ExpertGradients
 from switchcli.distributed.layout import Cuts, Weights
 from switchcli.distributed.lost import lost_ranks_explained
 from switchcli.distributed.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
@@ -117,6 +118,7 @@ class Runtime:
             with lost_ranks_explained():
                 self.groups = groups_of(parallel, self.rank, self.world, STEP_TIMEOUT)
         self._ordered = Ordered(self.groups.data) if parallel.reduction == "ordered" else None
+        self._expert_gradients: ExpertGradients | None = None
 
     @property
     def is_main(self) -> bool:
@@ -176,10 +178,15 @@ class Runtime:
             with lost_ranks_explained():
                 self._ordered.align(model)
             return model
-        if data is None or isinstance(model, FSDPModule):
+        if data is None:
             return model
-        if self.groups.experts is not None:
-            _leave_to_us(model, expert_parallel.expert_parameters(model))
+        if self.groups.experts is not None or isinstance(model, FSDPModule):
+            own = expert_parallel.expert_parameters(model)
+            if not fsdp.shards_experts(model):
+                self._expert_gradients = ExpertGradients(own.values(), self.groups.replicas, data.size)
+            if isinstance(model, FSDPModule):
+                return model
+            _leave_to_us(model, own)
         devices = [self.device] if self.device.type == "cuda" else None
         with lost_ranks_explained():
             return DistributedDataParallel(
@@ -240,13 +247,11 @@ class Runtime:
     @contextmanager
     def _synchronised(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
         with lost_ranks_explained():
-            yield
+            experts = self._expert_gradients if position == count else None
+            with nullcontext() if experts is None else experts.averaged():
+                yield
             if self._ordered is not None:
                 self._ordered.add(model, position, count)
-            elif position == count and (self.groups.experts is not None or isinstance(model, FSDPModule)):
-                experts = expert_parallel.expert_parameters(model).values()
-                replicas = self.groups.data if self.groups.experts is None else self.groups.replicas
-                expert_parallel.sum_over_replicas(experts, replicas, self.data_ranks)
 
     def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts]) -> GradientNorm:
         """The norm of the gradients of all ranks' parameters, each part counted once."""
@@ -305,18 +310,6 @@ class Runtime:
     def on_every(self, action: Callable[[], T]) -> T:
         """What `action` returns on this rank, when it has on all."""
         return self.saving.on_every(action)
-
-    def is_turn(self, number: int, of_expert: bool) -> bool:
-        """Whether something that several ranks have, number `number` of many, is this one's to write.
-
-        What is an expert's the ranks that hold other experts do not have.
-        """
-        if not of_expert or self.groups.experts is None:
-            return number % self.world == self.rank
-        place = self.rank % self.model_ranks
-        if self.groups.replicas is not None:
-            place += self.model_ranks * self.groups.replicas.place
-        return number % (self.world // self.groups.experts.size) == place
 
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""

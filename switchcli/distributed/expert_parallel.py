@@ -12,7 +12,8 @@ rows there are and send those.
 What an empty slot carries is some token's row: it weighs 0 on the way back, and so in the gradient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -161,14 +162,47 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def sum_over_replicas(parameters: Iterable[nn.Parameter], replicas: Shared | None, world: int) -> None:
-    """The experts' gradients summed over all tokens of all ranks, over the number of ranks: as other weights' are.
+class ExpertGradients:
+    """Averages the gradients of experts that are not sharded, as DistributedDataParallel does those of other weights.
 
-    A rank's experts have met the tokens of all ranks of their group: what is missing are those of the other replicas.
+    A rank's experts have met the tokens of all ranks of their group; those of the other replicas are missing. The sum
+    over all tokens of all ranks is divided by the number of ranks. Each gradient is sent off as soon as it is complete,
+    while the backward pass goes on: a stacked weight is as large as a bucket.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for gradient in gradients:
-        if replicas is not None:
+
+    def __init__(self, parameters: Iterable[nn.Parameter], replicas: Shared | None, world: int) -> None:
+        """`parameters` that do not learn are left out. `world` counts the ranks of the data axis."""
+        self._replicas, self._world = replicas, world
+        self._is_last = False
+        self._sent: list[tuple[torch.Tensor, dist.Work | None]] = []
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._send)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Around the last backward pass of a step; the gradients are averages when it is left. Collective.
+
+        Raises:
+            LostRank: another rank is gone.
+        """
+        self._sent.clear()  # of a step that failed
+        self._is_last = True
+        try:
             with lost_ranks_explained():
-                dist.all_reduce(gradient, group=replicas.group)
-        gradient.div_(world)
+                yield
+                for _, work in self._sent:
+                    if work is not None:
+                        work.wait()
+        finally:
+            self._is_last = False
+        if self._sent:
+            torch._foreach_div_([gradient for gradient, _ in self._sent], self._world)
+        self._sent.clear()
+
+    def _send(self, parameter: torch.Tensor) -> None:
+        if self._is_last and parameter.grad is not None:
+            work = None
+            if self._replicas is not None:
+                work = dist.all_reduce(parameter.grad, group=self._replicas.group, async_op=True)
+            self._sent.append((parameter.grad, work))

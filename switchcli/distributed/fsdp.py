@@ -1,27 +1,44 @@
-"""Weights outside the experts in shards over the data axis, by torch's fully_shard (ZeRO, Rajbhandari et al. 2020).
+"""Weights in shards over ranks that would hold the same, by torch's fully_shard (ZeRO, Rajbhandari et al. 2020).
 
-A block is a unit, and what is in no block one more: the embeddings, the position biases, the last norms. `zero3`
-gathers a block's weights when it computes; the last unit stays whole from the forward pass to the end of the way back,
-and under `zero2` all of them do. Gradients are scattered as they come; under `zero2` once a step. All in float32.
+The dense weights of a block are a unit, and those in no block one more: the embeddings, the position biases, the last
+norms. They are sharded over the data axis. The experts of a layer are a unit too, over their replicas. `zero3` gathers
+a unit's weights when it computes; those in no block stay whole from the forward pass to the end of the backward pass,
+and under `zero2` all units do. Gradients are reduced and scattered as they come, while the backward pass goes on; under
+`zero2` once a step. All in float32.
 """
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard as ShardDim
 
 from switchcli.distributed.expert_parallel import expert_parameters
-from switchcli.distributed.mesh import Shard, Shared
+from switchcli.distributed.mesh import Groups, Shard, Shared, even_dim
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import DecoderBlock, EncoderBlock, SwitchTransformer
 
 
-def shard_dense(model: SwitchTransformer, ranks: Shared, shard: Shard, device: str) -> None:
-    """Keep this rank's shard of every weight that is no expert's, in place."""
-    mesh = DeviceMesh.from_group(ranks.group, device, mesh_dim_names=("data",))
-    experts = set(expert_parameters(model).values())
+def shard_weights(model: SwitchTransformer, groups: Groups, shard: Shard, device: str) -> None:
+    """Keep this rank's shard of every weight, in place; of experts none if `even_dim` finds none."""
+    assert groups.data is not None
+    is_zero3 = shard == "zero3"
+    experts = expert_parameters(model)
+    dim = None if groups.replicas is None else even_dim([one.shape for one in experts.values()], groups.replicas.size)
+    if groups.replicas is not None and dim is not None:
+        mesh, placement = _mesh(groups.replicas, device), ShardDim(dim)
+        for layer in sparse_layers(model).values():
+            unit = fully_shard(
+                layer.experts, mesh=mesh, reshard_after_forward=is_zero3, shard_placement_fn=lambda _: placement
+            )
+            unit.set_gradient_divide_factor(groups.data.size)  # not by the number of replicas: see ExpertGradients
+            if dim == 0:
+                count = len(layer.experts.here) // groups.replicas.size
+                layer.experts.here = layer.experts.here[groups.replicas.place * count :][:count]
+    mesh, ignored = _mesh(groups.data, device), set(expert_parameters(model).values())
     blocks = [module for module in model.modules() if isinstance(module, EncoderBlock | DecoderBlock)]
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=shard == "zero3", ignored_params=experts)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=experts)
+        fully_shard(block, mesh=mesh, reshard_after_forward=is_zero3, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
     for unit in units(model):
         unit.set_force_sum_reduction_for_comms(device == "cpu")  # gloo cannot sum what it scales
     register_fsdp_forward_method(model, "encode")  # what decoding step by step calls besides `forward`
@@ -30,11 +47,20 @@ def shard_dense(model: SwitchTransformer, ranks: Shared, shard: Shard, device: s
             register_fsdp_forward_method(block, "source")
 
 
+def _mesh(ranks: Shared, device: str) -> DeviceMesh:
+    return DeviceMesh.from_group(ranks.group, device, mesh_dim_names=("shard",))
+
+
 def settle(model: nn.Module) -> None:
     """Have torch make its own of the memory that the shards were given: from now on they stay where they are."""
     for unit in units(model):
         unit.unshard()
         unit.reshard()
+
+
+def shards_experts(model: nn.Module) -> bool:
+    """Return whether experts are among what is sharded."""
+    return any(isinstance(layer.experts, FSDPModule) for layer in sparse_layers(model).values())
 
 
 def units(model: nn.Module) -> list[FSDPModule]:

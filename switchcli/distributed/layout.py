@@ -95,6 +95,11 @@ def lost_dim(slot: str, ndim: int) -> int | None:
     return {"row": ndim - 1, "column": ndim - 2}.get(slot)
 
 
+def is_stacked(name: str) -> bool:
+    """Return whether the parameter `name` holds one slice an expert along dim 0."""
+    return ".experts." in f".{name}"
+
+
 def here(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a tensor that are here, detached, as a view: of a shard, or of all."""
     tensor = tensor.detach()
@@ -111,6 +116,9 @@ class Weights(NamedTuple):
     """The numbers of the experts in each stack."""
     num_experts: int
     """Of a layer on all ranks."""
+    holder: int = 0
+    """This rank's number among the `num_holders` ranks that hold the same experts, or parts of them."""
+    num_holders: int = 1
 
     def fill(self, whole: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take from each whole weight what is here of it; of a stack the whole of these experts."""

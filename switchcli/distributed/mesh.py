@@ -6,7 +6,7 @@ group of `expert` ranks, neighbours on it, holds all of them once, and the group
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Self
 
@@ -36,8 +36,10 @@ class ParallelSpec(Spec):
     expert: int = Field(default=1, ge=1, le=MOST["ranks"])
     """Ranks of the data axis among which the experts of each sparse layer are shared; a divisor of both."""
     shard: Shard = "none"
-    """Of the weights outside the experts, over the data axis. `zero2`: optimizer state, and gradients after the last
-    microbatch; `zero3`: the weights too, of which a block at a time is gathered, and what is in no block for a step."""
+    """What ranks that hold the same weights divide among them: of experts their replicas, of all else the data axis.
+    `zero2`: optimizer state, and gradients after the last microbatch; `zero3`: the weights too, which are gathered a
+    block at a time, and those in no block for a whole step. Experts stay undivided if neither their number nor the
+    widths of their weights are multiples of the number of replicas."""
     wire: Wire = "compute"
     """What tokens on their way to experts, and the sums of a model axis, travel in: as products are computed, or, where
     that is bfloat16, twice as many bytes, and sums that are not rounded to it in between."""
@@ -94,6 +96,14 @@ def divides_experts(spec: ModelSpec, model: int) -> bool:
     return model == 1 or spec.num_experts == 1 or spec.sparse == "feed_forward"
 
 
+def even_dim(shapes: Collection[Sequence[int]], ranks: int) -> int | None:
+    """Return the dim along which stacked expert weights of these shapes are sharded over `ranks`; None: not at all.
+
+    Dim 0 counts experts, so that each stays whole on one rank. FSDP pads no other dim, so all must be multiples.
+    """
+    return next((dim for dim in (0, 1) if all(shape[dim] % ranks == 0 for shape in shapes)), None)
+
+
 class Shared(NamedTuple):
     """A set of ranks that do something together, and this rank's place among them."""
 
@@ -112,7 +122,7 @@ class Groups(NamedTuple):
     experts: Shared | None = None
     """Of `data` those that hold all experts between them."""
     replicas: Shared | None = None
-    """Of `data` those that hold the same experts."""
+    """Of `data` those that hold the same experts: all of them where `experts` is None."""
 
 
 def check_world(spec: ParallelSpec, world: int) -> None:
@@ -157,8 +167,9 @@ def groups_of(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> 
         ranks = next(ranks for ranks in partition if rank in ranks)
         return Shared(made, len(ranks), ranks.index(rank))
 
+    data = mine([list(range(place, world, model)) for place in range(model)])
     return Groups(
-        data=mine([list(range(place, world, model)) for place in range(model)]),
+        data=data,
         model=mine([list(range(first, first + model)) for first in range(0, world, model)]),
         experts=mine(
             [
@@ -167,5 +178,5 @@ def groups_of(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> 
                 for place in range(model)
             ]
         ),
-        replicas=mine([list(range(place, world, group)) for place in range(group)]) if expert > 1 else None,
+        replicas=mine([list(range(place, world, group)) for place in range(group)]) if expert > 1 else data,
     )

@@ -66,7 +66,7 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
     count = step.sequences // mesh.data // microbatch
     several = count > 1
     weights, gradients, state = _dense_bytes(mesh, own, several)
-    of_experts = FLOAT * experts
+    expert_weights, of_experts, expert_state = _expert_bytes(mesh, own, several)
     if step.ordered:
         at_once = max(min(mesh.data, 2), (count & -count).bit_length())
         gradients, of_experts = at_once * gradients, at_once * of_experts
@@ -81,9 +81,9 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
         copies += largest * (FLOAT + (step.product_bytes if step.product_bytes < FLOAT else 0))
     rows = spec.vocab_size // mesh.model
     return Bytes(
-        weights=weights + FLOAT * experts,
+        weights=weights + expert_weights,
         gradients=gradients + of_experts,
-        optimizer=state + own.expert_state // mesh.expert,
+        optimizer=state + expert_state,
         copies=copies,
         activations=kept(spec, step, mesh, microbatch).total + _passing(spec, step, mesh, microbatch),
         dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
@@ -93,20 +93,36 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
 
 
 def _dense_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
-    """Weights, gradients and optimizer state outside the experts.
+    """Weights, gradients and optimizer state outside the experts; what is in no block is gathered for a whole pass."""
+    shards = 1 if mesh.shard == "none" else mesh.data
+    first, *blocks = own.units
+    gathered = FLOAT * (first + 2 * max(blocks)), FLOAT * max(own.units)
+    return _sharded(FLOAT * own.dense, own.dense_state, shards, gathered, mesh, several)
 
-    As torch's fully_shard has it: zero2 keeps a shard beside the whole weights; zero3 gathers a block at a time, and
-    the next one ahead, and what is in no block for the whole pass. Gradients are whole until they are scattered: those
-    of a block, but under zero2, which scatters once a step, all of them where there are `several` microbatches.
+
+def _expert_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
+    """The same of the experts."""
+    unit = FLOAT * max(own.expert_units, default=0) // mesh.expert
+    whole, state = FLOAT * own.expert // mesh.expert, own.expert_state // mesh.expert
+    return _sharded(whole, state, own.expert_shards(mesh), (2 * unit, unit), mesh, several)
+
+
+def _sharded(
+    whole: int, state: int, shards: int, gathered: tuple[int, int], mesh: Mesh, several: bool
+) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state of which a rank keeps one of so many shards, by fully_shard.
+
+    zero2 keeps a shard beside the whole weights; zero3 gathers a unit at a time, and the next one ahead. Gradients are
+    whole until they are scattered: those of a unit, but under zero2, which scatters once a step, all of them where
+    there are `several` microbatches. `gathered`: of weights, at most, under zero3; and of gradients.
     """
-    whole = FLOAT * own.dense
-    if mesh.shard == "none":
-        return whole, whole, own.dense_state
-    shard, state = -(-whole // mesh.data), -(-own.dense_state // mesh.data)
-    scattered = shard + FLOAT * max(own.units)
+    if shards == 1:
+        return whole, whole, state
+    shard, state = -(-whole // shards), -(-state // shards)
+    scattered = shard + gathered[1]
     if mesh.shard == "zero2":
         return shard + whole, whole if several else scattered, state
-    return shard + FLOAT * (own.units[0] + 2 * max(own.units[1:])), scattered, state
+    return shard + gathered[0], scattered, state
 
 
 def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:

@@ -7,14 +7,15 @@ d_ff (of experts too) and the vocabulary. Names and shapes are those of the mode
 takes memory, of a trillion parameters neither.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from switchcli.distributed.layout import lost_dim
-from switchcli.distributed.mesh import Shard
+from switchcli.distributed.layout import is_stacked, lost_dim
+from switchcli.distributed.mesh import Shard, even_dim
 from switchcli.distributed.tensor_parallel import divided_dim
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.moe.router import RouterSpec
@@ -28,7 +29,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 class Mesh(NamedTuple):
     """`data` x `model` devices. Experts lie over groups of `expert` ranks of the data axis; each has data / expert
-    replicas. `shard` says how the weights outside the experts lie over the data axis."""
+    replicas. `shard` says how ranks divide weights that each of them would hold."""
 
     data: int
     expert: int = 1
@@ -84,9 +85,18 @@ class Held(NamedTuple):
     """Of the dense weights that autocast copies to bfloat16, and autograd keeps until the way back."""
     units: tuple[int, ...]
     """The dense ones by what ZeRO gathers at a time: what is in no block first, then each block."""
+    expert_units: tuple[int, ...]
+    """The same of the experts: each sparse layer's, all of them."""
+    expert_shapes: tuple[tuple[int, int], ...]
+    """The first two dims of the stacked weights, each pair once."""
     dense_state: int
     """Bytes of optimizer state."""
     expert_state: int
+
+    def expert_shards(self, mesh: Mesh) -> int:
+        """Return among how many replicas the experts of a rank are divided; 1 where each replica has all of them."""
+        shapes = [(count // mesh.expert, width) for count, width in self.expert_shapes]
+        return mesh.replicas if mesh.shard != "none" and even_dim(shapes, mesh.replicas) is not None else 1
 
 
 def held(weights: Tensors, state: Tensors, model: int) -> Held:
@@ -94,13 +104,16 @@ def held(weights: Tensors, state: Tensors, model: int) -> Held:
 
     Which moments are factored is decided by the whole weight, so that the update is the same at any sharding.
     """
-    units: dict[str, int] = {"": 0}
+    units, expert_units, shapes = {"": 0}, Counter[str](), dict[tuple[int, int], None]()
     sums = dict.fromkeys(("dense", "expert", "products", "dense_state", "expert_state"), 0)
     for name, weight in weights.items():
         dim = divided_dim(name)
-        numel = weight.numel() // (1 if dim is None else model)
-        sums["expert" if ".experts." in name else "dense"] += numel
-        if ".experts." in name:
+        parts = 1 if dim is None else model
+        numel = weight.numel() // parts
+        sums["expert" if is_stacked(name) else "dense"] += numel
+        if is_stacked(name):
+            expert_units[name.rpartition(".")[0]] += numel
+            shapes[weight.shape[0], weight.shape[1] // (parts if dim == 1 else 1)] = None
             continue
         stack, _, rest = name.partition(".blocks.")
         unit = f"{stack}.{rest.split('.')[0]}" if rest else ""
@@ -112,8 +125,10 @@ def held(weights: Tensors, state: Tensors, model: int) -> Held:
         dim = divided_dim(owner)
         if owner in weights and tensor.ndim and dim not in (None, lost_dim(slot, weights[owner].ndim)):
             num_bytes //= model
-        sums["expert_state" if ".experts." in name else "dense_state"] += num_bytes
-    return Held(units=tuple(units.values()), **sums)
+        sums["expert_state" if is_stacked(name) else "dense_state"] += num_bytes
+    return Held(
+        units=tuple(units.values()), expert_units=tuple(expert_units.values()), expert_shapes=tuple(shapes), **sums
+    )
 
 
 class Slots(NamedTuple):

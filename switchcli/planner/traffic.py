@@ -58,20 +58,28 @@ def _gradients(mesh: Mesh, own: Held, microbatches: int) -> Iterator[Collective]
     block again gathers nothing more: it is there for its way back.
     """
     data = mesh.data
+    reduced = 1 if mesh.shard != "zero3" else microbatches  # times a step; zero3 gathers twice as often
     if mesh.shard == "none":
         yield Collective("all_reduce", "data", data, "dense gradients", 1, FLOAT * own.dense)
     else:
-        each = 1 if mesh.shard == "zero2" else microbatches
-        gathers = Counter({own.units[0]: each})
-        gathers.update([*own.units[1:]] * (each if mesh.shard == "zero2" else 2 * each))
+        gathers = Counter({own.units[0]: reduced})
+        gathers.update([*own.units[1:]] * (reduced if mesh.shard == "zero2" else 2 * reduced))
         for unit, count in gathers.items():
             shard = -(-FLOAT * unit // data)
             yield Collective("all_gather", "data", data, "dense weights", count, shard)
         for unit, count in Counter(own.units).items():
-            yield Collective("reduce_scatter", "data", data, "dense gradients", count * each, FLOAT * unit)
+            yield Collective("reduce_scatter", "data", data, "dense gradients", count * reduced, FLOAT * unit)
     axis: Axis = "data" if mesh.expert == 1 else "replica"
-    experts = FLOAT * own.expert // mesh.expert
-    yield Collective("all_reduce", axis, mesh.replicas, "expert gradients", 1, experts)
+    shards = own.expert_shards(mesh)
+    if shards == 1:
+        experts = FLOAT * own.expert // mesh.expert
+        yield Collective("all_reduce", axis, mesh.replicas, "expert gradients", 1, experts)
+        return
+    for unit, layers in Counter(own.expert_units).items():
+        payload, count = FLOAT * unit // mesh.expert, layers * reduced
+        gathered = count if mesh.shard == "zero2" else 2 * count
+        yield Collective("all_gather", axis, mesh.replicas, "expert weights", gathered, payload // shards)
+        yield Collective("reduce_scatter", axis, mesh.replicas, "expert gradients", count, payload)
 
 
 def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:

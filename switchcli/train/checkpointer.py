@@ -170,10 +170,16 @@ class Saver:
         A tensor in parts comes together on all of its ranks, one after another, and stays in the memory of one host.
         """
         share = {}
-        for number, (name, part) in enumerate(parts.items()):
+        passed = {True: 0, False: 0}  # counted apart: ranks hold different experts, and the same other tensors
+        for name, part in parts.items():
             whole = part.whole()
-            if self._runtime.is_turn(number, of_expert=bool(tensor_names.expert_numbers([name]))):
+            is_expert = bool(tensor_names.expert_numbers([name]))
+            place, ranks = self._runtime.rank, self._runtime.world
+            if is_expert:
+                place, ranks = self._weights.holder, self._weights.num_holders
+            if passed[is_expert] % ranks == place:
                 share[name] = whole.cpu() if part.cuts else whole
+            passed[is_expert] += 1
         return share
 
     def restore(self, state: TrainState, console: Console) -> bool:

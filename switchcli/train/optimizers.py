@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from switchcli.distributed.layout import Cuts, Part, here, lost_dim, sum_parts
+from switchcli.distributed.layout import Cuts, Part, here, is_stacked, lost_dim, sum_parts
 from switchcli.spec import MOST, Spec
 
 Named = Mapping[str, torch.nn.Parameter]
@@ -109,11 +109,6 @@ class AdamW(Spec):
 
 
 OptimizerSpec = Annotated[Adafactor | AdamW, Field(discriminator="kind")]
-
-
-def is_stacked(name: str) -> bool:
-    """Whether the parameter `name` holds one slice an expert along dim 0."""
-    return ".experts." in f".{name}"
 
 
 class _Adafactor(Optimizer):

@@ -24,7 +24,7 @@ from switchcli.errors import CheckpointError
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.planner.step import held
+from switchcli.planner.step import Mesh, held
 from switchcli.runs import transformers_checkpoint
 from switchcli.train.checkpointer import DATA, Saver, logical_tensors
 from switchcli.train.config import CheckpointSpec, TrainSpec
@@ -142,7 +142,10 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Pa
     before, export = tensors(tmp_path, 2), exported(tmp_path, 2)
     for mesh, (world, parallel) in MESHES.items():
         own = held(dict(transformers_checkpoint.empty(NOISY).named_parameters()), {}, parallel.model)
-        experts, data = own.expert // parallel.expert, world // parallel.model
+        data = world // parallel.model
+        divided = own.expert_shards(Mesh(data, parallel.expert, parallel.model, parallel.shard))
+        assert divided == (1 if parallel.shard == "none" else data // parallel.expert)
+        experts = own.expert // parallel.expert // divided
         numbers = [one["held"] - experts for one in at(mesh, tmp_path, 2, OPTIMIZERS["adafactor"])]
         if parallel.shard == "none":
             assert set(numbers) == {own.dense}

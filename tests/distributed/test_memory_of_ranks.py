@@ -1,14 +1,16 @@
-"""Experts that do not fit into one process train on four."""
+"""What experts take on a rank: those that do not fit into one process train on four, and replicas divide them."""
 
 import resource
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from ranks import on_ranks
-from tiny import SHAPE, rows
+from ranks import model_of, on_ranks
+from tiny import SHAPE, SPARSE, rows
 
 from switchcli.distributed.context import Runtime
+from switchcli.distributed.layout import here, is_stacked
 from switchcli.distributed.mesh import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
@@ -18,7 +20,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatches, RealTokens
-from switchcli.train.optimizers import Adafactor
+from switchcli.train.optimizers import Adafactor, AdamW
 
 MIB = 2**20
 LARGE = ModelSpec(
@@ -58,3 +60,24 @@ def test_experts_that_one_rank_has_no_room_for_train_on_four() -> None:
     assert ROOM - 256 * MIB <= expert_bytes <= ROOM  # the weights alone would fit; their gradients do not
     assert "can't allocate memory" in on_ranks(1, trained, ParallelSpec())[0]
     assert on_ranks(4, trained, ParallelSpec(expert=4)) == ["trained"] * 4
+
+
+def expert_bytes(parallel: ParallelSpec) -> int:
+    """Bytes of the gradients and of AdamW's state of the experts on this rank, after one step."""
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu", "float32", parallel)
+    model, weights = model_of(SPARSE, runtime)
+    optimizer = AdamW().build(weights.parameters, weights.cuts)
+    batches = Microbatches(rows, 8, 1, 1, runtime.rank, runtime.world)
+    accumulate_gradients(runtime.wrap(model), cross_entropy, list(batches(0)), RealTokens(36, 27), runtime, "")
+    gradients = {name: here(weight.grad) for name, weight in weights.parameters.items() if weight.grad is not None}
+    optimizer.step(1e-3)
+    tensors = {**gradients, **{name: state for name, state in optimizer.state().items() if state.ndim}}
+    return sum(tensor.nbytes for name, tensor in tensors.items() if is_stacked(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_replicas_divide_gradients_and_optimizer_state_of_experts(shard: Literal["zero2", "zero3"]) -> None:
+    whole = on_ranks(4, expert_bytes, ParallelSpec(expert=2))
+    assert on_ranks(4, expert_bytes, ParallelSpec(expert=2, shard=shard)) == [size // 2 for size in whole]

@@ -1,6 +1,7 @@
 """The planner's bytes: against what autograd keeps, what the optimizer builds, and the paper's table of parameters."""
 
 import itertools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,6 +156,7 @@ MESHES = {
     "zero2 2": (Mesh(2, 1, 1, "zero2"), ParallelSpec(shard="zero2")),
     "zero3 2": (Mesh(2, 1, 1, "zero3"), ParallelSpec(shard="zero3")),
     "zero3 2, expert 2": (Mesh(2, 2, 1, "zero3"), ParallelSpec(expert=2, shard="zero3")),
+    "zero2 4, expert 2": (Mesh(4, 2, 1, "zero2"), ParallelSpec(expert=2, shard="zero2")),
     "expert 2 x model 2": (Mesh(2, 2, 2), ParallelSpec(expert=2, model=2)),
     "ordered, 1": (Mesh(1), ORDERED),
     "ordered, 2": (Mesh(2), ORDERED),
@@ -166,9 +168,11 @@ SHARED = Step(8, 64, 24, product_bytes=4, fused=False)
 
 def peaks(parallel: ParallelSpec) -> dict[tuple[str, int], int]:
     torch.set_num_threads(1)
+    rows = SHARED.sequences * parallel.model // int(os.environ["WORLD_SIZE"])  # of each rank
     return {
         (name, microbatch): peak(ModelSpec(**{**SMALL, **MODELS[name]}), SHARED, microbatch, parallel)
         for name, microbatch in (("dense", 2), ("switch", 4), ("switch that drops", 2))[parallel.expert > 1 :]
+        if microbatch <= rows
     }
 
 

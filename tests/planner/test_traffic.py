@@ -85,7 +85,7 @@ def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32")
         if runtime.groups.model is not None and named["group"] is runtime.groups.model.group:
             calls["all_reduce", tensor.nbytes] += tensor.numel() > 1  # the sum of the loss is a number
         else:
-            sums[DENSE if named.get("async_op") else EXPERTS] += tensor.nbytes
+            sums[EXPERTS if tensor.ndim == 3 else DENSE] += tensor.nbytes  # stacks; buckets are flat
         return all_reduce(tensor, *how, **named)
 
     batches = Microbatches(rows, BATCH, MICROBATCH, 1, runtime.data_rank, runtime.data_ranks)
@@ -114,7 +114,7 @@ def planned(mesh: Mesh, name: str, product_bytes: int = 4, wire_bytes: int | Non
     step, traffic = step._replace(wire_bytes=wire_bytes), Counter()
     for call in collectives(spec, step, mesh, own, MICROBATCH):
         kind = call.kind
-        if call.what == "expert gradients":
+        if call.what == "expert gradients" and kind == "all_reduce":
             # DistributedDataParallel sums them with the others, unless experts are ours.
             kind = DENSE if mesh.expert == 1 and mesh.shard == "none" else EXPERTS
         elif call.what == "dense gradients" and kind == "all_reduce":
@@ -135,6 +135,7 @@ MESHES = {
     "zero2 2": (Mesh(2, 1, 1, "zero2"), ParallelSpec(shard="zero2")),
     "zero3 2 x model 2": (Mesh(2, 1, 2, "zero3"), ParallelSpec(model=2, shard="zero3")),
     "zero3 2, expert 2": (Mesh(2, 2, 1, "zero3"), ParallelSpec(expert=2, shard="zero3")),
+    "zero2 4, expert 2": (Mesh(4, 2, 1, "zero2"), ParallelSpec(expert=2, shard="zero2")),
 }
 Seen = tuple[Mesh, list[dict[str, Traffic]]]
 

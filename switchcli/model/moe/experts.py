@@ -30,7 +30,7 @@ class Experts(nn.Module):
         self.num_experts = E
         """Of the whole layer."""
         self.here = range(E)
-        """The numbers of those that are here: of all of them, unless `keep` was called."""
+        """The numbers of the experts whose weights this process stores: all of them unless others store the rest."""
         self.axis = UNDIVIDED
         """Of the hidden units."""
 
