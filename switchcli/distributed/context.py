@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.distributed import expert_parallel, fsdp, parallelize
 from switchcli.distributed.deterministic_reduce import Ordered
+from switchcli.distributed.launch import is_rank
 from switchcli.distributed.layout import Cuts, Weights
 from switchcli.distributed.lost import lost_ranks_explained
 from switchcli.distributed.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
@@ -351,8 +352,7 @@ def _meet(backend: str) -> None:
     torch 2.13 looks in it for the others where they were before. Agents of several machines need not count alike: they
     must leave the store to the ranks.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if world == 1:
+    if not is_rank() or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
         return
     os.environ.setdefault("MASTER_PORT", "29500")
     meeting = partial(dist.init_process_group, backend, timeout=STEP_TIMEOUT)
@@ -363,8 +363,9 @@ def _meet(backend: str) -> None:
                 "started again by torchrun on several machines, the ranks would look for those that ended: set "
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts, as scripts/cluster/torchrun does"
             )
-        store, _, _ = next(rendezvous("env://", timeout=STEP_TIMEOUT))
-        meeting = partial(meeting, store=PrefixStore(f"restart {restarts}", store), rank=rank, world_size=world)
+        store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
+        apart = PrefixStore(f"restart {restarts}", store)
+        meeting = partial(meeting, store=apart, rank=rank, world_size=world)
     interruptible(meeting)
 
 
