@@ -36,7 +36,7 @@ def end_with_launcher() -> None:
     Call this first in a rank: until then nothing ends it with its launcher. A process that is no such rank is left
     alone. The kernel sends the signal on Linux only; elsewhere a launcher that dies later leaves its ranks running.
     """
-    launcher = os.environ.pop(LAUNCHER, None)  # not for the processes that this rank starts
+    launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
     if sys.platform == "linux":

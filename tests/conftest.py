@@ -37,7 +37,6 @@ LONGEST_FIRST = (
     "commands/test_eval.py",
     "trust/test_stops.py",
     "commands/test_pretrain.py",
-    "distributed/test_monitor.py",
     "trust/test_nonfinite.py",
     "trust/test_environments.py",
     "model/test_compiled.py",

@@ -58,6 +58,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/tokenizer/sentencepiece.py": "google sentencepiece",
     "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
     "switchcli/convert/hub.py": "huggingface_hub",
+    "switchcli/distributed/launch.py": "psutil",
     "switchcli/doctor/of_transformers.py": "transformers huggingface_hub",
 }
 READS_PICKLES = "switchcli/convert/pickled.py"

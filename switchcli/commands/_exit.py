@@ -5,16 +5,15 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from switchcli.distributed.launch import is_rank, join_srun, report
-from switchcli.distributed.monitor import Watch
 from switchcli.distributed.rendezvous import check_environment
 from switchcli.distributed.signals import stopping
-from switchcli.errors import UNKNOWN, Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
+from switchcli.errors import Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
 from switchcli.report.console import Console, silent
 from switchcli.report.output import print_json
 from switchcli.report.safe_text import one_line
@@ -28,14 +27,16 @@ AGAIN_SECONDS = 1.0
 def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
     """Within, a stopping signal ends the command at once, but in the training loop, which has its own handlers.
 
-    A command that `saves_nothing` on the way does not go on, but begins anew. One that may run on `ranks` watches them.
+    A command that `saves_nothing` on the way does not go on, but begins anew. One that may run on `ranks` finds out
+    here whether it is one of several.
 
     Raises:
         Interrupted: from within, when the signal comes. All that was done is on the disk, or is done again the same.
         InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
+        RecipeError: environment variables by which ranks cannot meet.
+        DistributedError: tasks of srun that do not know where to meet.
     """
     came: list[SwitchError] = []
-    heeded = False
     again = [threading.Timer(0, lambda: None)]
 
     def asked(number: int) -> SwitchError:
@@ -44,12 +45,7 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
             return InterruptedByForce(f"stopped by {name}: nothing was written; run it again")
         return Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
 
-    def unheeded() -> bool:
-        return not heeded and signal.getsignal(signal.SIGTERM) is stop
-
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal heeded
-        heeded = True
         again[0].cancel()
         again[0] = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
         again[0].daemon = True
@@ -67,52 +63,22 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
     previous = {number: signal.signal(number, stop) for number in stopping()}
     hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
-        with _watched(came, asked, unheeded) if ranks else nullcontext():
-            try:
-                yield
-            except BaseException as error:
-                # Raised between two steps of a clean-up, or within a library, it may come out as another error.
-                if came and error is not came[0]:
-                    raise came[0] from error
-                if not isinstance(error, KeyboardInterrupt):
-                    raise
-                raise InterruptedByForce(FORCED) from None
+        if ranks:
+            join_srun(os.environ)
+            check_environment(os.environ)
+        yield
+    except BaseException as error:
+        # Raised between two steps of a clean-up, or within a library, it may come out as another error.
+        if came and error is not came[0]:
+            raise came[0] from error
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        raise InterruptedByForce(FORCED) from None
     finally:
         again[0].cancel()
         sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _watched(
-    came: Sequence[SwitchError], asked: Callable[[int], SwitchError], unheeded: Callable[[], bool]
-) -> Iterator[None]:
-    """Within, a rank watches the others of its machine: one that is lost is told of by which, and how.
-
-    What `came` is an end by a signal while nothing was saved: a launcher's, when a rank is lost. One that stays
-    `unheeded`, as where this rank waits for the others to start, ends it as `asked`, or for the rank that is lost.
-    """
-    join_srun(os.environ)
-    check_environment(os.environ)
-    if not is_rank() or sys.platform != "linux":
-        yield
-        return
-
-    def give_up(number: int) -> None:
-        error = LostRank(lost) if (lost := watch.lost()) else asked(number)
-        if not unheeded():
-            error.add_note(UNKNOWN)  # the main thread, which knows, is in a library
-        leave(error)
-
-    watch = Watch(give_up, unheeded)
-    try:
-        with watch.looking():
-            yield
-    except SwitchError as error:
-        if isinstance(error, LostRank) or (error in came and watch.lost()):
-            raise LostRank(watch.lost_soon() or str(error)) from error
-        raise
 
 
 def console() -> Console:
@@ -143,8 +109,7 @@ def leave(error: SwitchError) -> NoReturn:
     words = "\n".join(lines)
     launched = report(error, words)  # then it says that all were stopped, or one is lost
     if not (launched and isinstance(error, (Interrupted, LostRank))) and (rank == "0" or not error.on_every_rank):
-        own = rank != "0" or (is_rank() and isinstance(error, OutOfMemory))
-        if own and not isinstance(error, LostRank):
+        if rank != "0" or (is_rank() and isinstance(error, OutOfMemory)):
             lines[0] = f"rank {rank}: {lines[0]}"
         if isinstance(error, Interrupted):
             Console().message(words)

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -27,12 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 from switchcli.distributed import expert_parallel, fsdp, parallelize
 from switchcli.distributed.deterministic_reduce import Ordered
 from switchcli.distributed.expert_parallel import ExpertGradients
+from switchcli.distributed.launch import is_rank
 from switchcli.distributed.layout import Cuts, Weights
 from switchcli.distributed.lost import lost_ranks_explained
 from switchcli.distributed.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
 from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.rank_group import HostGroup
 from switchcli.distributed.rendezvous import waiting_announced
+from switchcli.distributed.signals import interruptible
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.model.compiled import compile_dense_parts
 from switchcli.model.transformer import SwitchTransformer
@@ -90,7 +93,7 @@ class Runtime:
         if on_cpu:
             _keep_freed_memory()
         with lost_ranks_explained(), waiting_announced():
-            _meet_again("gloo" if on_cpu else "nccl")
+            _meet("gloo" if on_cpu else "nccl")
             self._accelerator = _accelerator(on_cpu)
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
@@ -335,12 +338,17 @@ def is_on(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
-def _meet_again(backend: str) -> None:
-    """Have ranks that torchrun started once more meet apart from those that ended.
+def _meet(backend: str) -> None:
+    """Have several ranks meet; a signal ends a rank that waits for another. accelerate takes the group that is there.
 
-    The store of its agent outlives them, and torch 2.13 looks in it for the others where they were before. Agents of
-    several machines need not count alike: they must leave the store to the ranks.
+    Ranks that torchrun started once more meet apart from those that ended. The store of its agent outlives them, and
+    torch 2.13 looks in it for the others where they were before. Agents of several machines need not count alike: they
+    must leave the store to the ranks.
     """
+    if not is_rank() or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_PORT", "29500")
+    meeting = partial(dist.init_process_group, backend, timeout=STEP_TIMEOUT)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         if os.environ.get("GROUP_WORLD_SIZE") != "1":
@@ -350,7 +358,8 @@ def _meet_again(backend: str) -> None:
             )
         store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
         apart = PrefixStore(f"restart {restarts}", store)
-        dist.init_process_group(backend, store=apart, rank=rank, world_size=world, timeout=STEP_TIMEOUT)
+        meeting = partial(meeting, store=apart, rank=rank, world_size=world)
+    interruptible(meeting)
 
 
 def _leave_to_us(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -1,37 +1,40 @@
-"""Ranks of one command: started here as torchrun would, or found where srun started them. No torch until they start.
+"""Ranks of one command: started here by torchrun, or found where srun started them. No torch until they start.
 
-`accelerate launch --cpu` starts a single process whatever number it is given (accelerate 1.15); torch's launcher does
-not. `Runtime` finds its ranks as it finds those of any launcher.
+torchrun watches its ranks: it ends the others when one fails, forwards signals and collects error files. This module
+chooses its options, and says in one line why the ranks ended.
+
+`accelerate launch --cpu` starts a single process whatever number it is given (accelerate 1.15); torchrun does not.
+`Runtime` finds its ranks as it finds those of any launcher.
 """
 
 import json
 import logging
 import os
 import re
-import select
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
-from typing import NamedTuple
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
 
 from switchcli import errors
-from switchcli.distributed.signals import signals_read, stopping
+from switchcli.distributed.signals import stopping
 from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
 from switchcli.startup import LAUNCHER
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
 TORCHRUN_SAVING_SECONDS = 30
-"""SAVING_SECONDS with the torchrun of torch 2.12 and older, which has no option for it."""
-REPORT_SECONDS = 30
-"""How long `launch` waits for the main rank's report after it was stopped several times over."""
-REPORTS = "SWITCHCLI_REPORTS"
-"""The environment variable by which `launch` names its ranks the folder for their reports."""
+"""SAVING_SECONDS with the torchrun of torch 2.12 and older, which has no option for it. After the failure of a rank,
+torchrun of every version gives the others as long to end."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""The environment variable that gives a rank of torchrun the path of its error file."""
 
 
 class Ended(NamedTuple):
@@ -44,7 +47,7 @@ class Ended(NamedTuple):
 
 
 def launch(processes: int, arguments: Sequence[str]) -> Ended:
-    """Run `python -m switchcli ARGUMENTS` as `processes` ranks.
+    """Run `python -m switchcli ARGUMENTS` as `processes` ranks, by torchrun.
 
     A rank that fails ends the others; the code is that of the rank that failed first, as it printed why.
 
@@ -58,33 +61,29 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
 
     logging.disable(logging.CRITICAL)  # the ranks say themselves why they end
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    forwarded = (*stopping(), signal.SIGQUIT)
-    own = {number: signal.getsignal(number) for number in forwarded}
-    with tempfile.TemporaryDirectory() as reports:
-        os.environ.update({REPORTS: reports, LAUNCHER: str(os.getpid())})
+    os.environ[LAUNCHER] = str(os.getpid())
+    with tempfile.TemporaryDirectory() as logs:
         options = [
             "--standalone",
             f"--nproc-per-node={processes}",
             *([f"--shutdown-timeout={SAVING_SECONDS}"] if _takes_shutdown_timeout() else []),
-            f"--signals-to-handle={','.join(one.name for one in forwarded)}",
-            f"--log-dir={reports}",  # else a folder of its own stays
+            "--signals-to-handle=SIGQUIT",  # the others are handled here
+            f"--log-dir={logs}",  # for the error files; a folder of torchrun's own would stay
             "-m",
             "switchcli",
             *arguments,
         ]
         try:
-            with _second_ctrl_c_handed_on():
+            with _signals_forwarded():
                 run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
         except ChildFailedError as failure:
-            in_order = sorted(failure.failures.items(), key=lambda item: item[1].timestamp)
-            return _first_of({rank: one.exitcode for rank, one in in_order}, reports)
+            return _first_of(failure.failures, _reports(logs))
         except SignalException as stopped:
-            # torch forwarded the signal and forgets how the ranks took it; the main one tells.
-            if told := _awaited(reports, forwarded):
-                return _said(told)
-            others = [one for rank in range(processes) if (one := _reported(reports, rank))]
-            if all(one.where in ("", errors.OUTSIDE) for one in others):  # it came before all could heed it
-                signal.signal(stopped.sigval, own[stopped.sigval])
+            # torchrun drops the exit codes of ranks that it has stopped.
+            told = _reports(logs)
+            if 0 in told:
+                return _said(told[0])
+            if all(one.where in ("", errors.OUTSIDE) for one in told.values()):  # it came before all could handle it
                 signal.raise_signal(stopped.sigval)
             raise DistributedError("stopped, and no word of how the ranks ended: the same command goes on") from None
         finally:
@@ -105,46 +104,53 @@ def _takes_shutdown_timeout() -> bool:
 
 
 @contextmanager
-def _second_ctrl_c_handed_on() -> Iterator[None]:
-    """Within, a second SIGINT reaches the ranks, in a session of their own, as one: torch would ask them again to save,
-    and wait. On Linux alone."""
+def _signals_forwarded() -> Iterator[None]:
+    """Within, have torchrun forward the first stopping signal to the ranks and wait until they end.
 
-    def hand_on(signals: int) -> None:
-        seen = 0
-        while select.select([signals], [], []) and (numbers := os.read(signals, 64)):
-            seen += numbers.count(signal.SIGINT)
-            for pid in children(os.getpid()) if signal.SIGINT in numbers and seen > 1 else ():
-                with suppress(OSError):
-                    os.kill(pid, signal.SIGINT)
-        os.close(signals)
-
-    if sys.platform != "linux":
-        yield
-        return
-    with signals_read() as signals:
-        Thread(target=hand_on, args=(signals,), name="second Ctrl-C", daemon=True).start()
-        yield
-
-
-def children(parent: int) -> set[int]:
-    """The processes that it has started and that have not been waited for; on Linux."""
-    found: set[int] = set()
-    for path in Path(f"/proc/{parent}/task").glob("*/children"):
-        with suppress(OSError):
-            found |= {*map(int, path.read_text().split())}
-    return found
-
-
-def _first_of(ended: Mapping[int, int], reports: str) -> Ended:
-    """Whose end was that of all, of ranks in the order in which they were seen to end, with their exit codes.
-
-    One that was killed comes before those that lost it, and torch ends the rest by SIGTERM.
+    A Ctrl-C after that goes to the ranks as well, which then leave at once. Other signals after the first are dropped:
+    torchrun's own handlers would cut its wait short.
     """
-    told = {rank: one for rank in ended if (one := _reported(reports, rank))}
-    follow = {rank for rank, code in ended.items() if (told[rank].where if rank in told else code == -signal.SIGTERM)}
-    rank = min(ended, key=lambda one: (one in follow, ended[one] >= 0))
-    if rank not in told or (ended[rank] < 0 and rank not in follow):
-        lost = LostRank(told[rank].error if rank in told else f"rank {rank} {how_ended(ended[rank])}")
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    asked = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            raise SignalException("stopped", signal.Signals(number))  # which torchrun catches
+        if number == signal.SIGINT:
+            for rank in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (*stopping(), signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _first_of(failures: Mapping[int, "ProcessFailure"], told: Mapping[int, Ended]) -> Ended:
+    """Return how the rank ended that made all end, from torchrun's account of each rank and what the ranks reported.
+
+    A rank follows another if it says so, or if torchrun ended it: by SIGTERM, and by SIGKILL where that was in vain.
+
+    Raises:
+        DistributedError: as `launch` says.
+        Interrupted: as `launch` says.
+    """
+    in_order = sorted(failures.items(), key=lambda item: item[1].timestamp)
+    codes = {rank: failure.exitcode for rank, failure in in_order}
+    deadline = in_order[0][1].timestamp + TORCHRUN_SAVING_SECONDS  # both in whole seconds
+    hung = {rank for rank, one in in_order if one.exitcode == -signal.SIGKILL and one.timestamp >= deadline}
+    follow = hung | {rank for rank in codes if (told[rank].where if rank in told else codes[rank] == -signal.SIGTERM)}
+    rank = min(codes, key=lambda one: (one in follow, codes[one] >= 0))
+    if rank not in told or (codes[rank] < 0 and rank not in follow):
+        how = "was stopped or hung, and was killed" if rank in hung else how_ended(codes[rank])
+        lost = LostRank(f"rank {rank} {how}")
         lost.add_note(min((one.where for one in told.values() if one.where), default=errors.UNKNOWN))  # a step first
         raise lost
     return _said(told[0] if 0 in told and 0 not in follow else told[rank])  # the main one's words are those of all
@@ -165,38 +171,25 @@ def how_ended(code: int) -> str:
 
 
 def report(error: SwitchError, words: str) -> bool:
-    """Leave why this rank ends for the `launch` that started it; False when none did."""
-    if REPORTS not in os.environ or not is_rank():
-        return False
-    place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
-    return report_of(int(os.environ["RANK"]), Ended(error.exit_code, words, place))
+    """Write why this rank ends to its error file, if torchrun started it. torchrun shows the words in its summary.
+
+    Return whether `launch` started it, which then says for all ranks that they were stopped, or that one is lost.
+    """
+    if error_file := os.environ.get(ERROR_FILE):
+        place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
+        told = {"message": words, "timestamp": int(time.time()), "exit_code": error.exit_code, "where": place}
+        path = Path(error_file)
+        partial = path.with_suffix(".partial")  # torchrun fails on a file that is not complete
+        with suppress(OSError):  # the launcher is gone, or the disk is full
+            partial.write_text(json.dumps(told), encoding="utf-8")
+            partial.replace(path)
+    return LAUNCHER in os.environ
 
 
-def report_of(rank: int, told: Ended) -> bool:
-    """The same of a rank that cannot say it itself."""
-    if REPORTS not in os.environ:
-        return False
-    try:
-        (Path(os.environ[REPORTS]) / str(rank)).write_text(json.dumps(told), encoding="utf-8")
-    except OSError:  # the launcher is gone
-        return False
-    return True
-
-
-def _awaited(reports: str, forwarded: Sequence[signal.Signals]) -> Ended | None:
-    """Return what the main rank reports, if it does soon; another of the `forwarded` signals does not end the wait."""
-    for number in forwarded:
-        signal.signal(number, signal.SIG_IGN)
-    until, gone = time.monotonic() + REPORT_SECONDS, False
-    while (ended := _reported(reports, 0)) is None and not gone and time.monotonic() < until:
-        time.sleep(0.05)
-        gone = sys.platform == "linux" and not children(os.getpid())
-    return ended
-
-
-def _reported(reports: str, rank: int) -> Ended | None:
-    path = Path(reports) / str(rank)
-    return Ended(*json.loads(told)) if path.is_file() and (told := path.read_text(encoding="utf-8")) else None
+def _reports(logs: str) -> dict[int, Ended]:
+    """Return what the ranks have reported, by rank: torchrun gives each a folder named by its rank."""
+    told = {int(path.parent.name): json.loads(path.read_text("utf-8")) for path in Path(logs).rglob("error.json")}
+    return {rank: Ended(one["exit_code"], one["message"], one["where"]) for rank, one in told.items()}
 
 
 def is_rank() -> bool:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from switchcli.distributed.gather import all_gather
 from switchcli.distributed.lost import lost_ranks_explained
+from switchcli.distributed.signals import interruptible
 from switchcli.errors import OtherRankError, RankError, SwitchError
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class HostGroup:
         self._rank, self._world, self._group = rank, world, None
         if world > 1:
             with lost_ranks_explained():
-                self._group = dist.new_group(backend="gloo", timeout=timeout)
+                self._group = interruptible(lambda: dist.new_group(backend="gloo", timeout=timeout))
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """The integers, summed position by position over all ranks."""

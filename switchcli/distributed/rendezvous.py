@@ -14,6 +14,7 @@ from datetime import timedelta
 from threading import Event, Thread
 
 from switchcli.errors import RecipeError
+from switchcli.startup import LAUNCHER
 
 RESOLVING_SECONDS = 3.0
 """How long a name is looked up again that is not known: that of a machine that starts may be known a moment later."""
@@ -81,9 +82,9 @@ def _resolve(address: str) -> None:
 def waiting_announced() -> Iterator[None]:
     """Within, while this rank meets the others, say on stderr what it waits for if that takes ANNOUNCING_SECONDS.
 
-    The first rank of each machine says so. Ranks of `--processes` do not: their launcher knows how they are.
+    The first rank of each machine says so. Ranks of `--processes` do not: their launcher knows whether one has ended.
     """
-    if "SWITCHCLI_REPORTS" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if LAUNCHER in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     met = Event()

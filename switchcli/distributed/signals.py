@@ -1,11 +1,12 @@
 """Signals that ask a run to stop. A handler sets a flag and nothing else; the loop reads it between two steps."""
 
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+T = TypeVar("T")
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 """The signals that stop a run after a save.
@@ -54,15 +55,9 @@ class StopRequest:
         self.requested = True
 
 
-@contextmanager
-def signals_read() -> Iterator[int]:
-    """A descriptor that gives the number of each signal that comes within, a byte each, and ends after: for another
-    thread, which closes it, as no handler runs until a library returns to Python. For signals that are handled there,
-    and Linux."""
-    reads, writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    try:
-        yield reads
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(writes)
+def interruptible(action: Callable[[], T]) -> T:
+    """Return what `action` returns, or raise what it raises. It runs in a thread of its own.
+
+    While it waits in a library, handlers of signals run in this thread and may raise; `action` is then left alone.
+    """
+    return ThreadPoolExecutor(1).submit(action).result()

@@ -62,7 +62,7 @@ def test_a_rank_that_meets_another_program_says_so(
     answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "ANNOUNCING_SECONDS", 0.1)
-    monkeypatch.delenv("SWITCHCLI_REPORTS", raising=False)
+    monkeypatch.delenv("SWITCHCLI_LAUNCHER", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as other:
         for name, value in {**TWO, "RANK": "1", "MASTER_PORT": str(other.getsockname()[1])}.items():
             monkeypatch.setenv(name, value)
@@ -98,32 +98,53 @@ def port() -> str:
         return str(free.getsockname()[1])
 
 
+def meeting(rank: str, port: str) -> dict[str, str]:
+    """The environment of one of three ranks."""
+    here = {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, **here}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
 @pytest.mark.parametrize(
     ("rank", "words"),
     [("0", "1 3 ranks rank 2 missing"), ("1", "rank 0 not answer")],
 )
-def test_a_rank_says_what_it_waits_for_and_ends_with_its_launcher(
+def test_a_rank_says_what_it_waits_for_and_ends_when_it_is_asked(
     rank: str, words: str, recipe: str, port: str, tmp_path: Path
 ) -> None:
-    here = {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "switchcli", "pretrain", recipe, "train.device=cpu", "--out", tmp_path / "run"]
+    with subprocess.Popen(command, env=meeting(rank, port), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            said = process.stderr.readline()
+            process.send_signal(signal.SIGUSR1)
+            assert process.wait(6 * SECONDS) == 75
+        finally:
+            process.kill()
+    assert said.startswith("warning: ")
+    assert not lacking(said, f"'127.0.0.1' port {port} {words}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
+def test_a_rank_that_waits_for_others_ends_with_its_launcher(recipe: str, port: str, tmp_path: Path) -> None:
+    arguments = ["pretrain", recipe, "train.device=cpu", "--out", str(tmp_path / "run")]
     with subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, "pretrain", recipe, "train.device=cpu", "--out", str(tmp_path / "run")],
-        env={**os.environ, **here},
+        [sys.executable, "-c", LAUNCHER, *arguments],
+        env=meeting("0", port),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
     ) as launcher:
         assert launcher.stdout is not None
-        assert launcher.stderr is not None
         try:
             process = int(launcher.stdout.readline())
-            said = launcher.stderr.readline()
+            deadline = time.monotonic() + 12 * SECONDS
+            while not _listens(port):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
         finally:
             launcher.kill()
-    assert said.startswith("warning: ")
-    assert not lacking(said, f"'127.0.0.1' port {port} {words}")
     try:
         deadline = time.monotonic() + 6 * SECONDS
         while Path(f"/proc/{process}").exists() and "Z" not in _state(process):
@@ -132,6 +153,11 @@ def test_a_rank_says_what_it_waits_for_and_ends_with_its_launcher(
     finally:
         if Path(f"/proc/{process}").exists():
             os.kill(process, signal.SIGKILL)
+
+
+def _listens(port: str) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", int(port))) == 0
 
 
 def _state(process: int) -> str:

@@ -24,45 +24,56 @@ print("told:", ended.error)
 sys.exit(ended.exit_code)
 """
 RANK = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 rank, what = os.environ["RANK"], sys.argv[1]
+def report(code, words, where=""):
+    told = {"message": words, "timestamp": int(time.time()), "exit_code": code, "where": where}
+    open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").write(json.dumps(told))
 print(f"rank {rank} of {os.environ['WORLD_SIZE']}", flush=True)
 if what == "kill" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-if what in ("fail", "die") and rank == "1":
+if what in ("fail", "die", "hang") and rank == "1":
+    if what == "hang":  # until the other has had time to ignore SIGTERM
+        time.sleep(2)
     print("the rule, the numbers, the way out", file=sys.stderr)
-    if what == "fail":
-        open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[4, "the rule"]')
+    if what != "die":
+        report(4, "the rule")
     sys.exit(4)
-if what == "twice":  # it saves for long; the main one has the launcher pressed on again meanwhile
+if what == "hang":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if what in ("SIGTERM", "SIGINT", "SIGUSR1", "twice"):  # saves, which takes long for "twice"
     came = []
     def saving(number, frame):
         came.append(number)
+        if what != "twice":
+            report(75, f"saved at {signal.Signals(number).name}", "after step 1")
+            os._exit(75)
         if rank == "0" and len(came) == 1:
             time.sleep(0.5)
+            os.kill(os.getppid(), signal.SIGHUP)
             os.kill(os.getppid(), signal.SIGINT)
         if len(came) == 2:
-            open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[130, "at once", ""]')
+            report(130, "at once")
             os._exit(130)
-    signal.signal(signal.SIGINT, saving)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(one, signal.SIG_IGN if what == "twice" and one == signal.SIGTERM else saving)
     open("ready" + rank, "w").close()
     while not os.path.exists("ready1"):
         time.sleep(0.01)
     if rank == "0":
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getppid(), signal.SIGINT if what == "twice" else signal.Signals[what])
 if what == "fail":  # ended by the launcher, it says so, and is not the one to blame
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped", "after step 1"]')
+    report(75, "stopped", "after step 1")
 if what == "early":  # the main one dies of it, as nothing in it handles signals yet; the other does
     if rank == "1":
         def heed(number, frame):
-            open(os.path.join(os.environ["SWITCHCLI_REPORTS"], rank), "w").write('[75, "stopped", "outside training"]')
+            report(75, "stopped", "outside training")
             os._exit(75)
         signal.signal(signal.SIGTERM, heed)
         os.kill(os.getppid(), signal.SIGTERM)
-if what != "end":
-    time.sleep(60)
+for _ in range(0 if what == "end" else 600):  # a signal just before a long sleep would be handled after it
+    time.sleep(0.1)
 """
 
 
@@ -103,10 +114,16 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path
         assert re.search(r"LostRank: .*\brank 1\b.*\bSIGKILL\b", done.stderr)
 
 
+@pytest.mark.fast("SIGUSR1")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_the_launcher_reaches_the_ranks_which_save(name: str, tmp_path: Path) -> None:
+    done = launched(name, tmp_path)
+    assert re.search(rf"Interrupted: saved at {name}$", done.stderr, re.M), done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
 def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
-    """As the first did: torch alone would wait for them, for minutes."""
+    """It ends them at once, also after another signal. torchrun alone would wait for them, for minutes."""
     begun = time.monotonic()
     done = launched("twice", tmp_path)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (130, "told: at once"), done.stderr
@@ -114,7 +131,13 @@ def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a launcher does not know its ranks")
+def test_a_rank_that_hangs_when_another_fails_is_killed_and_not_blamed(tmp_path: Path) -> None:
+    """torchrun gives it 30 s."""
+    done = launched("hang", tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (4, "told: the rule"), done.stderr
+
+
+@pytest.mark.slow
 def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path) -> None:
     begun = time.monotonic()
     done = launched("early", tmp_path)
@@ -124,7 +147,7 @@ def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path
 
 @pytest.mark.parametrize("has_option", [True, False])
 def test_torchrun_gets_the_saving_time_only_where_it_takes_one(
-    has_option: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    has_option: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch 2.13's torchrun has `--shutdown-timeout`, that of torch 2.11 has not and waits 30 s."""
     old, new = argparse.ArgumentParser(), argparse.ArgumentParser()
@@ -141,7 +164,6 @@ def test_torchrun_gets_the_saving_time_only_where_it_takes_one(
     monkeypatch.setattr("torch.distributed.run.get_args_parser", Parser)
     monkeypatch.setattr("torch.distributed.run.run", lambda _: None)
     monkeypatch.setattr("logging.disable", lambda _: None)
-    monkeypatch.setenv("SWITCHCLI_REPORTS", str(tmp_path))
     assert launch(2, ["pretrain"]) == Ended(0, None)
     assert [option for option in given[0] if "shutdown" in option] == ["--shutdown-timeout=300"] * has_option
     assert saving_seconds() == (300 if has_option else 30)
@@ -155,21 +177,26 @@ def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_rank()
 
 
-def test_a_rank_reports_only_to_a_launcher_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SWITCHCLI_REPORTS", raising=False)
+def test_a_rank_of_torchrun_reports_why_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun reads `message` and `timestamp`."""
+    file = tmp_path / "error.json"
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.delenv("SWITCHCLI_LAUNCHER", raising=False)
     assert not report(DataError("why"), "why")
-    monkeypatch.setenv("SWITCHCLI_REPORTS", str(tmp_path))
-    monkeypatch.delenv("RANK", raising=False)
-    assert not report(DistributedError("the launcher's own end"), "its end")
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert report(DataError("why"), "why")
-    assert json.loads((tmp_path / "1").read_text()) == [3, "why", ""]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert not report(DataError("why"), "why")
+    told = json.loads(file.read_text())
+    assert (told["message"], told["exit_code"], told["where"]) == ("why", 3, "")
+    assert abs(told["timestamp"] - time.time()) < 60
+    monkeypatch.setenv("SWITCHCLI_LAUNCHER", "1")
     lost = LostRank("rank 0 has ended")
     lost.add_note("after step 7")
     assert report(lost, "why")
-    assert json.loads((tmp_path / "1").read_text()) == [6, "why", "after step 7"]
+    told = json.loads(file.read_text())
+    assert (told["exit_code"], told["where"]) == (6, "after step 7")
+    assert [*tmp_path.iterdir()] == [file]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    assert report(lost, "why")
 
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}

@@ -1,4 +1,4 @@
-"""Part h: one of four ranks killed, raising, stopped, out of memory or slow in each phase of a run that shares experts.
+"""Part h: one of four ranks killed, raising, out of memory or slow in each phase of a run that shares experts.
 
 A fault is planted from outside (`planted/sitecustomize.py`): the command is the user's, and every rank a process of its
 own. All must be over in time, the first error name rank, cause and step, and the same command again end as a run that
@@ -39,13 +39,17 @@ FAULTS = {
     "exit": (5, 6, r"rank {rank}\b.*\bcode 3\b.*{where}\b.*\bcommand\b"),
     "raise": (5, 1, r"rank {rank}\b.*{where}\b.*\bValueError: planted"),
     "file": (5, 1, r"rank {rank}\b.*{where}\b.*\bFileNotFoundError: planted"),
-    "stop": (50, 6, r"rank {rank}\b.*\bSIGSTOP\b.*{where}\b.*\bcommand\b"),
     "memory": (5, 1, r"rank {rank}\b.*{where}\b.*(train\.microbatch_tokens|\bmemory\b)"),
     "slow": (PATIENCE_SECONDS, 0, None),
 }
 """What happens to it; the seconds within which nothing may be left, the exit code, and the first error."""
 QUICK = [fault for fault, (seconds, _, _) in FAULTS.items() if seconds <= 5]
-SHORT = [("file", "all-to-all", 1), ("stop", "save", 3)]
+SHORT = [("file", "all-to-all", 1), ("kill", "save", 3), ("kill", "start", 0)]
+SUMMARY = {
+    "kill": r"rank +: {rank} .*\n +exitcode +: -9 .*\bSIGKILL\b",
+    "exit": r"rank +: {rank} .*\n +exitcode +: 3 ",
+}
+"""How torchrun's own summary names a rank that ends without a word."""
 
 
 class Trial(NamedTuple):
@@ -135,10 +139,14 @@ def trial(run: Path, fault: str, phase: str, rank: int, straight: Path, torchrun
     lines = err.splitlines()
     said = [line for line in lines if (line.startswith("error: ") if torchrun else not line.startswith("warning: "))]
     words = first and r"error: .*\b" + first.format(rank=rank, where=PHASES[phase])
+    if torchrun and fault in SUMMARY:
+        words, said = SUMMARY[fault].format(rank=rank), re.findall(r"rank +: .*\n +exitcode.*", err)
+    else:
+        said = said[:1]
     broken = ""
     if code != wanted or seconds > limit or ranks_of(str(run)):
         broken = f"exit code {code} after {seconds:.1f} s, left {ranks_of(str(run))}: {said[:1]}"
-    elif words and not (said and re.match(words, said[0])):
+    elif words and not any(re.match(words, one) for one in said):
         broken = f"says {said[:1]}"
     elif words and not torchrun and json.loads(out)["exit_code"] != wanted:
         broken = f"prints {out}"

@@ -45,7 +45,7 @@ STOPPED, FORCED, RANK = 75, 130, 6
 FORCED_SECONDS = 10
 """From a second Ctrl-C to the end: seconds on a machine that has other things to do."""
 LATE_SECONDS = 10
-"""From a signal to the end of ranks that wait for a late one: 2 s, on a machine that has nothing else to do."""
+"""From a signal to the end of ranks that wait for a late one: at once, on a machine that has nothing else to do."""
 ANSWERS = "kept-answers"
 """The folder of a teacher's answers: each run that is struck has its own."""
 STRIKE = "TRUST_STRIKE"

@@ -54,8 +54,7 @@ class Trial(NamedTuple):
         by rank.
 
         They are a process group of their own. The first that fails has the others end by SIGTERM; None is one that
-        hangs. They do not see how others end (`switchcli/distributed/monitor.py`): as forks, they have no environment
-        of their own to be known by. Ranks that do: part h, and a launcher's in part b.
+        hangs.
         """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]

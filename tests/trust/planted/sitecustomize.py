@@ -42,8 +42,6 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
             raise ValueError("planted")
         elif fault == "file":
             raise FileNotFoundError("planted")
-        elif fault == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
         elif fault == "memory":
             exhaust()
         elif fault == "slow":
