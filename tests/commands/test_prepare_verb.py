@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from conftest import Done, SwitchCLI
+from damage import array_bytes
 from drill import fingerprint
 from messages import lacking
 
 from switchcli.data.prepare.prepared_text import Counts
+from switchcli.data.prepare.store import TOKENS
 from switchcli.data.sources.corpus import Corpus
 from switchcli.data.streaming import Pieces, pieces_of
 
@@ -91,9 +93,10 @@ def test_machines_share_the_work_and_the_last_says_that_it_is_whole(
 def test_a_check_mends_what_is_damaged(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.data.prepare.prepared_text.CHECKED_AT_START", 1000)
     (text,) = json.loads(switchcli("data", "prepare", recipe, "--json").out)["texts"].values()
-    tokens = Path(text["folder"]) / "piece-00000" / "train-000" / "tokens.npy"
+    tokens = Path(text["folder"]) / "piece-00000" / "train-000.arrow"
     whole = tokens.read_bytes()
-    tokens.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    last = array_bytes(tokens)[TOKENS].stop - 1
+    tokens.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
     assert switchcli("data", "prepare", recipe).code == 0
     assert tokens.read_bytes() != whole
     lost = switchcli("pretrain", recipe, "--out", "run")
@@ -391,15 +394,19 @@ Damage = Callable[[Path], None]
 
 def rotate(path: Path) -> None:
     """Exchange two halves of the ids: each is still an id."""
-    content = path.read_bytes()
-    start, middle = 128, 128 + (len(content) - 128) // 4 * 2
-    path.write_bytes(content[:start] + content[middle:] + content[start:middle])
+    content = bytearray(path.read_bytes())
+    tokens = array_bytes(path)[TOKENS]
+    middle = tokens.start + (tokens.stop - tokens.start) // 4 * 2
+    content[tokens] = content[middle : tokens.stop] + content[tokens.start : middle]
+    path.write_bytes(content)
 
 
 def flip(path: Path) -> None:
     """Change high bytes, so that ids are beyond the vocabulary."""
     content = bytearray(path.read_bytes())
-    content[129::2] = bytes(byte ^ 0x80 for byte in content[129::2])
+    tokens = array_bytes(path)[TOKENS]
+    high = slice(tokens.start + 1, tokens.stop, 2)
+    content[high] = bytes(byte ^ 0x80 for byte in content[high])
     path.write_bytes(content)
 
 
@@ -441,7 +448,7 @@ def run_and_damage(
         nonlocal done
         if arguments[0].training and Path("run/checkpoints", f"step-{step - 1:08d}").is_dir() and not done:
             done = True
-            for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*/tokens.npy"):
+            for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*.arrow"):
                 damage(path)
         return objective(*arguments)
 
@@ -470,7 +477,7 @@ def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     ended = straight_and_damaged(recipe, damage, switchcli, monkeypatch)
     assert ended.code == 3, ended.err
     assert "Traceback" not in ended.err
-    assert "tokens.npy" in ended.err
+    assert ".arrow" in ended.err
     assert max(path.name for path in Path("run/checkpoints").iterdir()) == "step-00000004"
     again = switchcli("pretrain", recipe, *DAMAGED)
     assert again.code == 0, again.err
@@ -510,7 +517,7 @@ def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
 
     def damaging(*arguments: Any) -> Any:
         found = measure(*arguments)
-        for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*/tokens.npy"):
+        for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*.arrow"):
             rotate(path)
         return found
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tokenizers
+from damage import array_bytes
 from messages import naming_words
 from tokenizers import models
 
@@ -33,7 +34,7 @@ from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.pipeline import Means, Prepared, Track
 from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, Text
 from switchcli.data.prepare.shards import Progress
-from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, is_whole, seal
+from switchcli.data.prepare.store import OFFSETS, TOKENS, StoreWriter, TokenStore, facts_of, is_whole, seal
 from switchcli.data.prepare.verified import Verified
 from switchcli.data.sources import files
 from switchcli.data.sources.corpus import Files
@@ -284,7 +285,7 @@ def test_what_is_whole_stays_whole_after_a_stop_and_is_not_made_again(corpus: Co
 def test_a_piece_that_was_damaged_before_the_text_was_whole_is_made_again(corpus: Corpus) -> None:
     with pytest.raises(KeyboardInterrupt):
         corpus.prepare(stop_after(3, interrupt))
-    flip(corpus.folders[1] / "train-000" / "tokens.npy")
+    flip(corpus.folders[1] / "train-000.arrow")
     shows = Shows()
     text = corpus.prepare(shows)
     assert shows.num_pieces == NUM_FILES - 2
@@ -299,7 +300,7 @@ def test_of_a_large_text_that_is_not_whole_yet_a_check_finds_the_damaged_piece_a
         corpus.prepare(stop_after(3, interrupt))
     folder, told, shows = corpus.folders[1], list[str](), Shows()
     before = contents(folder)
-    flip(folder / "train-000" / "tokens.npy")
+    flip(folder / "train-000.arrow")
     mine = corpus.means(shows)._replace(share=(2, 6), warn=told.append)
     module.prepare_share(corpus.spec, mine)
     assert (shows.told, told) == ([], []), "the pieces that are there are not read again after every stop"
@@ -354,11 +355,11 @@ def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.Monke
     texts = module.prepare(spec, corpus.means()).texts
     monkeypatch.setattr(text_module, "CHECKED_AT_START", 3 * texts["0"].num_bytes + 100)
     for number in (0, 5):
-        flip(texts[str(number)].folder / "piece-00000/train-000/tokens.npy")
+        flip(texts[str(number)].folder / "piece-00000/train-000.arrow")
     shows = Shows()
     again = module.prepare(spec, corpus.means(shows)).texts
     assert [label for label, *_ in shows.told] == ["tokenising 0"]
-    with pytest.raises(DataError, match=r"tokens\.npy: .*prepare RECIPE --check"):
+    with pytest.raises(DataError, match=r"\.arrow: .*prepare RECIPE --check"):
         again["5"].shards[TRAIN][0].open()
 
 
@@ -577,9 +578,10 @@ def making(folder: Path, node: str) -> Iterator["subprocess.Popen[str]"]:
 # Damage
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, array: str = TOKENS) -> None:
+    """Change the last number of one of the two arrays of an Arrow file."""
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[array_bytes(path)[array].stop - 1] ^= 1
     path.unlink()
     path.write_bytes(content)
 
@@ -591,10 +593,10 @@ def cut(path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flip": lambda folder: flip(folder / "piece-00002/train-000/tokens.npy"),
-    "cut": lambda folder: cut(folder / "piece-00002/held_out-000/tokens.npy"),
-    "offsets": lambda folder: flip(folder / "piece-00002/train-000/offsets.npy"),
-    "lost": lambda folder: (folder / "piece-00002/train-000/offsets.npy").unlink(),
+    "flip": lambda folder: flip(folder / "piece-00002/train-000.arrow"),
+    "cut": lambda folder: cut(folder / "piece-00002/held_out-000.arrow"),
+    "offsets": lambda folder: flip(folder / "piece-00002/train-000.arrow", OFFSETS),
+    "lost": lambda folder: (folder / "piece-00002/train-000.arrow").unlink(),
     "lost piece": lambda folder: shutil.rmtree(folder / "piece-00002"),
 }
 MANIFESTS: dict[str, Callable[[Path], None]] = {
@@ -652,7 +654,7 @@ def test_of_a_large_text_damage_is_told_at_the_first_use_and_mended_by_a_check(
     part = HELD_OUT if damage == "cut" else TRAIN
     for number in (0, 1, 3, 4, 5):
         again.shards[part][number].open()
-    with pytest.raises(DataError, match=rf"piece-00002/{part}-000/\w+\.npy: .*prepare RECIPE --check") as raised:
+    with pytest.raises(DataError, match=rf"piece-00002/{part}-000\.arrow: .*prepare RECIPE --check") as raised:
         again.shards[part][2].open()
     assert str(text.folder) in str(raised.value)
     module.prepare(corpus.spec, corpus.means(shows)._replace(check=True))
@@ -675,7 +677,7 @@ def test_a_large_text_is_not_read_before_it_is_used(corpus: Corpus, monkeypatch:
     text = corpus.prepare()
     assert [path.name for path in read] == ["tokenizer.json"]
     text.shards[TRAIN][1].open()
-    flip(text.folder / "piece-00002/train-000/tokens.npy")
+    flip(text.folder / "piece-00002/train-000.arrow")
     with pytest.raises(DataError, match="piece-00002"):
         text.shards[TRAIN][2].open()
 
@@ -701,15 +703,15 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
         if room < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    add, save = StoreWriter.add, np.save
+    add, write = StoreWriter.add, StoreWriter._write
 
     def add_while_there_is_room(self: StoreWriter, ids: np.ndarray, *, starts_document: bool) -> None:
         fill(len(ids))
         add(self, ids, starts_document=starts_document)
 
-    def save_while_there_is_room(path: Path, array: np.ndarray, allow_pickle: bool) -> None:
+    def write_while_there_is_room(self: StoreWriter) -> None:
         fill(500)
-        save(path, array, allow_pickle=allow_pickle)
+        write(self)
 
     if where == "at the end of a full one":
         monkeypatch.setattr(store, "SHARD_TOKENS", 400)
@@ -717,7 +719,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
         if where == "in a shard":
             patch.setattr(StoreWriter, "add", add_while_there_is_room)
         else:
-            patch.setattr(store.np, "save", save_while_there_is_room)
+            patch.setattr(StoreWriter, "_write", write_while_there_is_room)
         with pytest.raises(
             CheckpointError, match=r"cache: .*No space left on device\b.*\b[\d,]+ bytes free\b.*\bSWITCHCLI_CACHE\b"
         ):
@@ -888,13 +890,13 @@ def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
     distinct = corpus._replace(spec=spec)
     text = distinct.prepare()
     before = contents(text.folder)
-    flip(text.folder / "train-00000" / "tokens.npy")
+    flip(text.folder / "train-00000.arrow")
     assert distinct.prepare().identity == text.identity
     assert contents(text.folder) == before
     monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
-    flip(text.folder / "train-00000" / "tokens.npy")
+    flip(text.folder / "train-00000.arrow")
     again = distinct.prepare()
-    with pytest.raises(DataError, match=r"train-00000/tokens\.npy: .*prepare RECIPE --check"):
+    with pytest.raises(DataError, match=r"train-00000\.arrow: .*prepare RECIPE --check"):
         again.shards[TRAIN][0].open()
     told: list[str] = []
     module.prepare(spec, distinct.means()._replace(check=True, warn=told.append))
@@ -914,10 +916,10 @@ def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) ->
 
 def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
-    with StoreWriter(tmp_path / "text" / "one", 8) as writer:
+    with StoreWriter(tmp_path / "text", "one", 8) as writer:
         writer.add_all(np.zeros(0, dtype=np.uint16), np.zeros(3, dtype=np.int64))
     shard: store.ShardFacts = {"name": "one", "documents": 3, "tokens": 0, "bytes": 9}
-    text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "")
+    text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "", writer.arrays)
     write_distinct(text_module.open_text(tmp_path / "text"), Duplicates(), letters(), tmp_path / "distinct")
     assert text_module.open_text(tmp_path / "distinct").counts[TRAIN] == (0, 0, 0)
 
@@ -942,7 +944,7 @@ def test_processors_where_a_system_does_not_say_which_may_be_used(
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> None:
-    with StoreWriter(tmp_path / "store", 2**16 + 1) as writer:
+    with StoreWriter(tmp_path, "store", 2**16 + 1) as writer:
         writer.add(np.array([2**16, 5]), starts_document=True)
         writer.add(np.array([], dtype=np.int64), starts_document=True)
         writer.add(np.array([7]), starts_document=True)
@@ -956,6 +958,29 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> No
     assert (found.num_documents, found.num_tokens) == (2, 4)
 
 
+def test_the_files_are_those_of_datasets(corpus: Corpus) -> None:
+    from datasets import Dataset
+
+    text = corpus.prepare()
+    for part in PARTS:
+        files = sorted(text.folder.glob(f"piece-*/{part}-*.arrow"))
+        assert [ids for file in files for ids in Dataset.from_file(str(file))["ids"]] == documents(text.shards[part])
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path, OFFSETS), cut, Path.unlink])
+def test_an_index_that_changed_is_found_without_reading_the_tokens(
+    corpus: Corpus, damage: Callable[[Path], None]
+) -> None:
+    text = corpus.prepare()
+    path = text.folder / "piece-00002" / "train-000.arrow"
+    flip(path, TOKENS)
+    before = text.shards[TRAIN][2].glance()
+    assert before.num_documents == text.shards[TRAIN][2].num_documents
+    damage(path)
+    with pytest.raises(DataError, match=str(path)):
+        text.shards[TRAIN][2].glance()
+
+
 def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
     text = corpus.prepare()
     facts = json.loads(json.loads((text.folder / "manifest.json").read_text())["manifest"])
@@ -966,7 +991,10 @@ def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
         assert [shard["name"] for shard in facts["shards"][part]] == [
             f"piece-{number:05}/{part}-000" for number in range(NUM_FILES)
         ]
-    assert set(facts["files"]) == {name for name in contents(text.folder) if name.endswith(".npy")}
+    assert set(facts["files"]) == {name for name in contents(text.folder) if name.endswith(".arrow")}
+    assert set(facts["arrays"]) == {
+        name.replace(".arrow", f"/{array}") for name in facts["files"] for array in (TOKENS, OFFSETS)
+    }
 
 
 def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

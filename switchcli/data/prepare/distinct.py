@@ -24,14 +24,16 @@ def write_distinct(text: Text, duplicates: Duplicates, tokenizer: Tokenizer, fol
         scratch = folder / f"signatures-{number}.npy"
         np.save(scratch, duplicates.signatures(store.take(slice(None)), store.offsets), allow_pickle=False)
         keys.append(np.load(scratch, mmap_mode="r", allow_pickle=False))
+    arrays: dict[str, object] = {}
     facts: dict[str, list[ShardFacts]] = {TRAIN: [], HELD_OUT: []}
     dropped = Counter(text.dropped)
     for (part, shard), stays_D in zip(shards, kept(keys), strict=True):
         store = shard.open()
         length_D = np.diff(store.offsets)
         name = f"{part}-{len(facts[part]):05}"
-        with StoreWriter(folder / name, tokenizer.vocab_size) as writer:
+        with StoreWriter(folder, name, tokenizer.vocab_size) as writer:
             writer.add_all(store.take(np.flatnonzero(np.repeat(stays_D, length_D))), length_D[stays_D])
+        arrays |= writer.arrays
         tokens = int(length_D[stays_D].sum())
         counts = text.counts[part]
         num_bytes = round(tokens * counts.bytes / max(counts.tokens, 1))  # on average: a document's own are not kept
@@ -40,4 +42,4 @@ def write_distinct(text: Text, duplicates: Duplicates, tokenizer: Tokenizer, fol
     text.check()
     for scratch in folder.glob("signatures-*.npy"):
         scratch.unlink()
-    seal_text(folder, facts, dropped, tokenizer.sha256)
+    seal_text(folder, facts, dropped, tokenizer.sha256, arrays)

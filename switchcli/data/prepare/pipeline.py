@@ -20,7 +20,17 @@ from switchcli.data.config import DataSpec
 from switchcli.data.prepare.cache import ELSEWHERE, cached, make, sweep
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.prepare.distinct import write_distinct
-from switchcli.data.prepare.prepared_text import FORMAT, HELD_OUT, PARTS, TRAIN, Text, is_large, open_text, seal_text
+from switchcli.data.prepare.prepared_text import (
+    FORMAT,
+    HELD_OUT,
+    LAYOUT,
+    PARTS,
+    TRAIN,
+    Text,
+    is_large,
+    open_text,
+    seal_text,
+)
 from switchcli.data.prepare.shards import Job, Progress, build, cut_up
 from switchcli.data.prepare.store import (
     ShardFacts,
@@ -203,7 +213,7 @@ def _text(
 ) -> Text | None:
     """One text, made where it is not there or not whole. None where others' pieces are missing. `before`: bytes of the
     texts that come before it."""
-    key = _digest([*_sources(spec, corpora, means), tokenizer.sha256])
+    key = _digest([*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT])
     folder = means.cache / "tokens" / key
     with disk_errors(means.cache, ELSEWHERE):
         sweep(folder.parent)
@@ -219,7 +229,7 @@ def _text(
             number, count = means.share
             mine = [job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)]
             _make(mine, label, file, means)
-            if mine and _digest([*_sources(spec, corpora, means), tokenizer.sha256]) != key:
+            if mine and _digest([*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT]) != key:
                 for job in mine:  # which of the two contents they hold is not known
                     shutil.rmtree(job.folder, ignore_errors=True)
                 raise DataError(
@@ -302,6 +312,7 @@ def _named(label: str) -> str:
 def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
     """The manifest of a text whose pieces are all there."""
     files: dict[str, object] = {}
+    arrays: dict[str, object] = {}
     dropped: Counter[str] = Counter()
     shards: dict[str, list[ShardFacts]] = {part: [] for part in PARTS}
     for job in jobs:
@@ -309,9 +320,10 @@ def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
         assert facts is not None, "was looked at"
         dropped.update(facts["dropped"])
         files |= {f"{job.folder.name}/{name}": said for name, said in facts["files"].items()}
+        arrays |= {f"{job.folder.name}/{name}": said for name, said in facts["arrays"].items()}
         for part, found in facts["shards"].items():
             shards[part] += [{**one, "name": f"{job.folder.name}/{one['name']}"} for one in found]
-    seal_text(folder, shards, dropped, tokenizer.sha256, files)
+    seal_text(folder, shards, dropped, tokenizer.sha256, arrays, files)
 
 
 def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens: int) -> Prepared:
@@ -321,7 +333,7 @@ def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens
     texts = {}
     found = documents(spec, means.track, held_out=True)
     for label, corpora in spec.texts().items():
-        parts = [*_sources(spec, corpora, means), tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
+        parts = [*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT, f"the first {num_tokens} held-out tokens"]
         folder = means.cache / "tokens" / _digest(parts)
         with cached(folder, partial(_write_head, found[label], tokenizer, num_tokens)):
             texts[label] = open_text(folder)
@@ -337,7 +349,7 @@ def _write_head(found: Iterable[Document], tokenizer: Tokenizer, num_tokens: int
                 writer.add(ids, len(text.encode()), starts_document=number == 0)
             if sum(one["tokens"] for one in writer.shards) >= num_tokens:
                 break
-    seal_text(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256)
+    seal_text(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256, writer.arrays)
 
 
 def _check_split(label: str, text: Text, fraction: float) -> None:

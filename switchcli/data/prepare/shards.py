@@ -200,7 +200,10 @@ def _build(job: Job, tokenizer: Tokenizer, count: Callable[[int], None]) -> None
                     writer.add(ids, len(part.text.encode()), starts_document=part.starts_document)
                     count(len(ids))
         shards = {TRAIN: train.shards, HELD_OUT: held_out.shards}
-        seal(folder, {"format": FORMAT, "piece": job.piece.name, "dropped": dropped, "shards": shards})
+        arrays = train.arrays | held_out.arrays
+        seal(
+            folder, {"format": FORMAT, "piece": job.piece.name, "dropped": dropped, "shards": shards, "arrays": arrays}
+        )
 
     with disk_errors(job.folder.parents[2], ELSEWHERE):
         make(job.folder, write)
