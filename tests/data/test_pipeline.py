@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -160,7 +160,7 @@ def test_processes_agree_on_every_byte(corpus: Corpus, processes: int) -> None:
     other = corpus._replace(cache=corpus.cache.with_name("other"))
     text = other.prepare(first, processes)
     assert text.identity == alone.identity
-    assert contents(other.cache) == contents(corpus.cache)
+    assert contents(other.cache / "tokens") == contents(corpus.cache / "tokens")
     size = sum(Path(f"{number}.txt").stat().st_size for number in range(NUM_FILES))
     assert first.told == [("tokenising", NUM_FILES, size)]
     assert first.done[-1] == (NUM_FILES, size, sum(counts.tokens for counts in text.counts.values()))
@@ -381,6 +381,10 @@ def kill() -> None:
         process.join()
 
 
+def leave(*given: object) -> None:
+    os._exit(1)
+
+
 def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
     with pytest.raises(OutOfMemory, match=r"\bkilled\b.*--processes\b") as raised:
         corpus.prepare(stop_after(1, kill), processes=2)
@@ -397,14 +401,8 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
 def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemory, match="--processes"):  # with a job that they have not read
         corpus.prepare(stop_after(0, kill), processes=2)
-    share_out = shards._share_out
-
-    def killed(*given: Any) -> None:
-        kill()
-        share_out(*given)
-
-    monkeypatch.setattr(shards, "_share_out", killed)
-    with pytest.raises(OutOfMemory, match="--processes"):  # before they are sent one
+    monkeypatch.setattr(shards, "_start_worker", leave)
+    with pytest.raises(OutOfMemory, match="--processes"):  # before they have read one
         corpus.prepare(processes=2)
 
 
@@ -493,7 +491,7 @@ def test_machines_with_one_cache_make_a_share_each_and_the_last_puts_them_togeth
     alone = corpus._replace(cache=corpus.cache.with_name("alone"))
     assert texts[""] is not None
     assert texts[""].identity == alone.prepare().identity
-    assert contents(corpus.cache) == contents(alone.cache)
+    assert contents(corpus.cache / "tokens") == contents(alone.cache / "tokens")
     again = Shows()
     assert module.prepare_share(corpus.spec, corpus.means(again)._replace(share=(0, 3)))[1][""] is not None
     assert again.told == []
