@@ -9,9 +9,10 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +34,7 @@ CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 """Equal to `parallel.signals.STOPPING`, which this package cannot import."""
 _SECONDS_BETWEEN_LOOKS = 0.2
+_JOBS_AHEAD = 2  # for each process: a text may have more pieces than the queues of a pool can hold
 
 
 class Job(NamedTuple):
@@ -92,25 +94,30 @@ def _build_in_processes(
     context = multiprocessing.get_context("spawn")  # the threads of this process do not survive a fork
     written = context.RawArray("q", len(jobs))  # each job writes to its own number alone: no lock is needed
     others, pieces, size = {*multiprocessing.active_children()}, 0, 0
+    waiting, pending = iter(enumerate(jobs)), dict[Future[None], Job]()
     executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
     try:
-        with _stopping_blocked():
-            pending = {executor.submit(_build_in_worker, *each): each[1] for each in enumerate(jobs)}
-        while pending:
+        while True:
+            with _stopping_blocked():  # `submit` starts the processes
+                for number, job in islice(waiting, _JOBS_AHEAD * processes - len(pending)):
+                    pending[executor.submit(_build_in_worker, number, job)] = job
+            if not pending:
+                break
             done, _ = wait(pending, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
             for future in done:
                 future.result()
                 job = pending.pop(future)
                 pieces, size = pieces + 1, size + (job.piece.size or 0)
             show(Progress(pieces, size, sum(written)))
-    except BrokenProcessPool:
-        raise OutOfMemory(
-            "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it again, "
-            "with fewer --processes if it comes again"
-        ) from None
-    except BaseException:
+    except BaseException as error:
+        # The executor itself would send SIGTERM, which they block, and wait until they are done with their jobs.
         for process in {*multiprocessing.active_children()} - others:
             process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise OutOfMemory(
+                "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it "
+                "again, with fewer --processes if it comes again"
+            ) from None
         raise
     finally:
         executor.shutdown()

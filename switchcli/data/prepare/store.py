@@ -100,7 +100,11 @@ class Shard(NamedTuple):
 
 
 class StoreWriter:
-    """Writes a TokenStore of a length not known beforehand; used in a `with`. It holds the tokens in memory."""
+    """Writes a TokenStore of a length not known beforehand; used in a `with`.
+
+    It holds the tokens in memory until the end: 2 bytes each, or 4 with a vocabulary of more than 2**16. A
+    `ShardWriter` begins a new store after SHARD_TOKENS: then this is 32 MiB, or 64, and the rest of the last document.
+    """
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         """The file is called `name`.arrow, in `folder`."""
@@ -139,7 +143,10 @@ class StoreWriter:
         lengths = np.array(self._lengths, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
         tokens = np.frombuffer(self._tokens, self._dtype)
-        ids = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))  # neither is copied
+        # From buffers, which are not copied: `pa.array` would import pandas.
+        values = pa.Array.from_buffers(pa.from_numpy_dtype(self._dtype), len(tokens), [None, pa.py_buffer(tokens)])
+        ids_type, buffers = pa.large_list(values.type), [None, pa.py_buffer(offsets)]
+        ids = pa.Array.from_buffers(ids_type, len(offsets) - 1, buffers, children=[values])
         batch = pa.record_batch([ids], names=[IDS])
         with (
             (self._folder / f"{self._name}{ARROW}").open("wb") as file,
