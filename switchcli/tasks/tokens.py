@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from switchcli.data.objectives.example_packing import Lengths, Packed, pack, packed_as, store_of
 from switchcli.data.prepare.cache import cached
-from switchcli.data.prepare.digests import Digests
-from switchcli.data.prepare.pipeline import Track
+from switchcli.data.prepare.digests import Digests, Track
 from switchcli.data.prepare.prepared_text import LAYOUT, num_bytes
 from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, identity, seal
 from switchcli.data.prepare.verified import IN_MEMORY_BYTES, Verified

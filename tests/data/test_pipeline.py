@@ -21,6 +21,7 @@ import pytest
 import tokenizers
 from damage import array_bytes
 from messages import naming_words
+from numpy.typing import NDArray
 from tokenizers import models
 
 from switchcli.data.config import DataSpec
@@ -29,9 +30,10 @@ from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import default_cache, make, sweep
 from switchcli.data.prepare.dedup import Duplicates
-from switchcli.data.prepare.distinct import write_distinct
+from switchcli.data.prepare.digests import Track
+from switchcli.data.prepare.distinct import find_distinct, write_distinct
 from switchcli.data.prepare.filters import Filters
-from switchcli.data.prepare.pipeline import Means, Prepared, Track
+from switchcli.data.prepare.pipeline import Means, Prepared
 from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, Text
 from switchcli.data.prepare.shards import Progress
 from switchcli.data.prepare.store import OFFSETS, TOKENS, StoreWriter, TokenStore, facts_of, is_whole, seal
@@ -246,7 +248,7 @@ def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(cor
         return text.folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_check_split", lambda *_: None)  # paragraphs are few
+        patch.setattr(module, "_check_text", lambda *_: None)  # paragraphs are few
         folders = {folder(*change) for change in changes}
     assert len(folders) == len(changes)
     assert {folder(update, used) for update in same} <= folders
@@ -396,6 +398,21 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
     text = corpus.prepare(shows, processes=2)
     assert shows.num_pieces == NUM_FILES - whole
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
+
+
+def kill_one() -> None:
+    active_children()[0].kill()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_others_at_once(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (4, 5):
+        lines = (f"line {index} of {number} tells of {index * index}\n" for index in range(200_000))
+        Path(f"{number}.txt").write_text("".join(lines))
+    with pytest.raises(OutOfMemory, match="--processes"):
+        corpus.prepare(stop_after(4, kill_one), processes=2)
+    assert not active_children()
+    assert [folder.name for folder in corpus.folders] == [f"piece-{number:05}" for number in range(4)]
 
 
 def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -881,6 +898,126 @@ def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus,
     assert sum(counts.tokens for counts in found.counts.values()) == sum(map(len, (*trained, *held_out)))
 
 
+def test_duplicates_change_no_identity_of_a_single_text(here: Path) -> None:
+    Path("text.txt").write_text("".join(f"line {index % 60} tells of {(index % 60) ** 3}\n" for index in range(80)))
+    corpora = (Files(paths=("text.txt",), sample_by="line"),)
+    spec = DataSpec(corpora=corpora, held_out_fraction=FRACTION, duplicates=Duplicates(kind="exact"))
+    text = module.prepare(spec, Means(here / "cache", untracked, Shows()), letters()).texts[""]
+    assert text.dropped == {"exact duplicates": 20}
+    assert text.identity == "9a1e74cf302c6fa189f51ae82e381d35b6ccf7caa60021bf37a1c1f901a14434"
+
+
+@pytest.fixture
+def mixture(corpus: Corpus) -> Corpus:
+    """Three texts of two files each that share lines, and repeat some of their own. Other lines are nearly the same."""
+    draw = np.random.default_rng(3)
+    lines = [" ".join("".join(draw.choice([*CHARACTERS[11:]], 5)) for _ in range(30)) for _ in range(300)]
+    for number in range(NUM_FILES):
+        chosen = [lines[index] for index in 80 * (number // 2) + draw.integers(0, 140, 60)]
+        chosen[::7] = [f"{line[:75]}x{line[76:]}" for line in chosen[::7]]
+        Path(f"{number}.txt").write_text("".join(f"{line}\n" for line in chosen))
+    corpora = tuple(
+        one.model_copy(update={"language": "abc"[number // 2]}) for number, one in enumerate(corpus.spec.corpora)
+    )
+    return corpus._replace(spec=corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()}))
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_each(
+    mixture: Corpus, kind: str
+) -> None:
+    duplicates = Duplicates.model_validate({"kind": kind})
+    whole = module.prepare(mixture.spec, mixture.means()).texts
+    labels: list[tuple[str, int | None]] = []
+
+    def track(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
+        labels.append((label, total))
+        return iter(items)
+
+    spec = mixture.spec.model_copy(update={"duplicates": duplicates})
+    found = module.prepare(spec, mixture.means(track=track)).texts
+    earlier: list[NDArray[np.uint64]] = []
+    for label, text in whole.items():
+        dropped = 0
+        alone = {tuple(ids) for part in PARTS for ids in documents(text.shards[part])}
+        for part in (HELD_OUT, TRAIN):
+            wanted = []
+            for ids in documents(text.shards[part]):
+                (keys,) = duplicates.signatures(np.array(ids, dtype=np.uint16), np.array([0, len(ids)]))
+                if any((keys == other).any() for other in earlier):
+                    dropped += 1
+                else:
+                    wanted.append(ids)
+                earlier.append(keys)
+            assert [ids for ids in documents(found[label].shards[part]) if ids] == wanted
+        assert found[label].dropped == {f"{kind} duplicates": dropped}
+        assert (dropped > 120 - len(alone)) is (kind == "near" or label != "a"), "the case that matters is there"
+    assert [total for _, total in labels] == [12, 14 if kind == "near" else 1, 4, 4, 4]
+    first = spec.model_copy(update={"corpora": spec.corpora[:2]})
+    assert module.prepare(first, mixture.means()).texts["a"].identity == found["a"].identity
+    labels.clear()
+    assert module.prepare(spec, mixture.means(track=track)).texts.keys() == found.keys()
+    assert labels == [], "all is there"
+
+
+def test_what_a_text_of_a_mixture_keeps_hangs_on_the_texts_before_it(mixture: Corpus) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    first = module.prepare(spec, mixture.means()).texts
+    swapped = spec.model_copy(update={"corpora": (*spec.corpora[2:4], *spec.corpora[:2], *spec.corpora[4:])})
+    second = module.prepare(swapped, mixture.means()).texts
+    assert all(first[label].identity != second[label].identity for label in "ab")
+    assert first["b"].counts[TRAIN].documents < second["b"].counts[TRAIN].documents
+    Path("0.txt").write_text("a line of its own\n" * 2 + Path("0.txt").read_text())
+    assert module.prepare(spec, mixture.means()).texts["c"].folder != first["c"].folder
+
+
+def test_of_a_mixture_without_duplicates_the_damaged_text_alone_is_made_anew(mixture: Corpus) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    first = module.prepare(spec, mixture.means())
+    before = {label: contents(text.folder) for label, text in first.texts.items()}
+    inodes = [first.texts[label].folder.stat().st_ino for label in "ac"]
+    flip(first.texts["b"].folder / "train-00000.arrow")
+    told: list[str] = []
+    again = module.prepare(spec, mixture.means()._replace(warn=told.append))
+    assert again.identity == first.identity
+    assert {label: contents(text.folder) for label, text in again.texts.items()} == before
+    assert [again.texts[label].folder.stat().st_ino for label in "ac"] == inodes
+    (line,) = told
+    assert line.startswith(f"{first.texts['b'].folder}: ")
+
+
+def test_the_machine_that_makes_the_last_piece_leaves_out_the_duplicates_of_all_texts(
+    mixture: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    first, second = (mixture.means()._replace(share=(number, 2)) for number in range(2))
+    make = module._make
+    calls = 0
+
+    def others_are_faster(*given: object) -> None:
+        """The other machine is done with its share while this one makes its pieces of the last text."""
+        nonlocal calls
+        calls += 1
+        make(*given)  # type: ignore[arg-type]
+        if calls == 2:
+            assert [label for label, text in module.prepare_share(spec, second)[1].items() if text is None] == ["c"]
+
+    monkeypatch.setattr(module, "_make", others_are_faster)
+    texts = module.prepare_share(spec, first)[1]
+    alone = mixture._replace(cache=mixture.cache.with_name("alone"))
+    assert {label: text and text.identity for label, text in texts.items()} == {
+        label: text.identity for label, text in module.prepare(spec, alone.means()).texts.items()
+    }
+
+
+def test_a_text_of_a_mixture_that_holds_nothing_new_is_told_of(mixture: Corpus) -> None:
+    for number in (2, 3):
+        Path(f"{number}.txt").write_text(Path(f"{number - 2}.txt").read_text())
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    with pytest.raises(DataError, match=naming_words("data b 120 exact duplicates")):
+        module.prepare(spec, mixture.means())
+
+
 def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -918,7 +1055,9 @@ def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
         writer.add_all(np.zeros(0, dtype=np.uint16), np.zeros(3, dtype=np.int64))
     shard: store.ShardFacts = {"name": "one", "documents": 3, "tokens": 0, "bytes": 9}
     text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "", writer.arrays)
-    write_distinct(text_module.open_text(tmp_path / "text"), Duplicates(), letters(), tmp_path / "distinct")
+    text = text_module.open_text(tmp_path / "text")
+    (stays,) = find_distinct([text], Duplicates(), tmp_path, untracked)
+    write_distinct(text, stays, "near duplicates", letters(), tmp_path / "distinct", untracked)
     assert text_module.open_text(tmp_path / "distinct").counts[TRAIN] == (0, 0, 0)
 
 
@@ -938,6 +1077,14 @@ def test_processors_where_a_system_does_not_say_which_may_be_used(
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert module._processors() == processors
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_error_of_the_system_and_of_no_other_kind(tmp_path: Path) -> None:
+    (tmp_path / "store.arrow").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as raised, StoreWriter(tmp_path, "store", 8) as writer:
+        writer.add(np.arange(8), starts_document=True)
+    assert raised.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
