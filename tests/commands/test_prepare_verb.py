@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,29 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of texts that are far larger than a window."""
     monkeypatch.setattr("switchcli.data.streaming.WINDOW_CHARACTERS", 4000)
     monkeypatch.setattr("switchcli.data.streaming.LEAST_CHARACTERS", 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_all_processes_stops_them_and_the_same_command_goes_on(
+    number: signal.Signals, recipe: str, own_cache: Path, switchcli: SwitchCLI
+) -> None:
+    corpora = []
+    for name in ("first", "second", "third"):
+        lines = (f"line {index} of the {name} file tells of {index * index}\n" for index in range(100_000))
+        Path(f"{name}.txt").write_text("".join(lines if name == "third" else [*lines][:300]))
+        corpora.append(f"{{kind: files, paths: [{name}.txt], sample_by: line}}")
+    keys = (recipe, f"data.corpora=[{', '.join(corpora)}]", "data.tokenizer.max_characters=100000")
+    command = [sys.executable, "-m", "switchcli", "data", "prepare", *keys, "--processes", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while process.poll() is None and not list(own_cache.glob("tokens/*/piece-*/manifest.json")):
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, err = process.communicate()
+    assert process.returncode == INTERRUPTED
+    assert "Traceback" not in err
+    again = switchcli("data", "prepare", *keys)
+    assert again.code == 0, again.err
 
 
 def stream(languages: tuple[str, ...]) -> tuple[str, ...]:

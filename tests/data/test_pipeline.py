@@ -1103,6 +1103,28 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> No
     assert (found.num_documents, found.num_tokens) == (2, 4)
 
 
+USE_STORE = """
+import sys
+from pathlib import Path
+import numpy as np
+from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, seal
+from switchcli.data.prepare.verified import Verified
+with StoreWriter(Path(), "store", 8) as writer:
+    writer.add(np.arange(8), starts_document=True)
+seal(Path(), {})
+found = TokenStore.open(Verified(Path(), facts_of(Path())["files"], in_memory=True), "store")
+assert found.tokens.tolist() == [*range(8)]
+assert not found.tokens.flags.owndata
+print(*{"pandas", "datasets"} & sys.modules.keys())
+"""
+
+
+def test_writing_and_reading_a_store_imports_neither_pandas_nor_datasets(tmp_path: Path) -> None:
+    """Each process of a run does so: pandas would take longer than all else at its start."""
+    done = subprocess.run([sys.executable, "-c", USE_STORE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
 def test_the_files_are_those_of_datasets(corpus: Corpus) -> None:
     from datasets import Dataset
 

@@ -95,7 +95,8 @@ def _build_in_processes(
     written = context.RawArray("q", len(jobs))  # each job writes to its own number alone: no lock is needed
     others, pieces, size = {*multiprocessing.active_children()}, 0, 0
     waiting, pending = iter(enumerate(jobs)), dict[Future[None], Job]()
-    executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
+    with _stopping_blocked():  # starts the resource tracker of multiprocessing: it needs the mask too
+        executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
     try:
         while True:
             with _stopping_blocked():  # `submit` starts the processes

@@ -168,8 +168,9 @@ def _read(content: Any, path: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:
         with pa.ipc.open_stream(pa.py_buffer(content)) as stream:
             ids = stream.read_next_batch().column(IDS)
         ids.validate(full=True)  # no document reaches beyond the tokens
-        tokens, offsets = (one.to_numpy(zero_copy_only=True) for one in (ids.values, ids.offsets))
-    except (pa.ArrowException, OSError, AttributeError, StopIteration) as error:
+        arrays: tuple[NDArray[Any], NDArray[Any]] = np.from_dlpack(ids.values), np.from_dlpack(ids.offsets)
+        tokens, offsets = arrays  # `to_numpy` would import pandas
+    except (pa.ArrowException, OSError, AttributeError, LookupError, StopIteration) as error:
         raise changed(path) from error
     if tokens.dtype not in (np.uint16, np.uint32) or offsets.dtype != np.int64 or offsets[-1] != len(tokens):
         raise changed(path)
