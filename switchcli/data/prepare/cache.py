@@ -55,7 +55,7 @@ def make(folder: Path, build: Callable[[Path], None]) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Within: a new folder in `parent`. It is removed at the end, that of a killed process by `sweep`."""
+    """Make a new folder in `parent` and remove it at the end. `sweep` removes the one that a killed process left."""
     parent.mkdir(parents=True, exist_ok=True)
     with publish.locked_folder(parent, _prefix()) as scratch:
         yield scratch

@@ -125,7 +125,7 @@ def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) ->
 def prepare_share(
     spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None
 ) -> tuple[Tokenizer, dict[str, Text | None]]:
-    """The same with this machine's share of the pieces alone: a text is None while others' are not there.
+    """Do as `prepare` with this machine's share of the pieces: a text is None while others' are not there.
 
     Without duplicates a text depends on those before it, and is None while one of them is.
     """

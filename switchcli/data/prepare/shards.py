@@ -126,7 +126,7 @@ def _build_in_processes(
 
 @contextmanager
 def _stopping_blocked() -> Iterator[None]:
-    """Within, signals wait. Processes that are started inherit this: a terminal signals all, and this one decides."""
+    """Let signals wait. Processes that are started inherit this: a terminal signals all, and this one decides."""
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
