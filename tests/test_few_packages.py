@@ -13,8 +13,8 @@ import pytest
 from tiny_run import RECIPE, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-FEW = ("torch", "accelerate", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "numpy")
-HIDDEN = ("datasets", "pyarrow", "pandas", "sacrebleu", "rouge_score", "nltk", "vl_convert", "transformers")
+FEW = ("torch", "accelerate", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "numpy", "pyarrow")
+HIDDEN = ("datasets", "pandas", "sacrebleu", "rouge_score", "nltk", "vl_convert", "transformers")
 HIDDEN += ("sentencepiece", "google", "tensorboard", "wandb", "hypothesis", "pytest_timeout", "playwright")
 HIDDEN += ("multiprocess",)
 HIDE = """

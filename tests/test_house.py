@@ -51,6 +51,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/batch.py": "torch",
     "switchcli/data/task_mixture.py": "torch",
     "switchcli/data/text_batches.py": "torch",
+    "switchcli/data/prepare/store.py": "pyarrow",
     "switchcli/data/sources/corpus.py": "datasets huggingface_hub",
     "switchcli/data/sources/parquet.py": "pyarrow",
     "switchcli/data/sources/paths.py": "fsspec pyarrow",

@@ -29,7 +29,8 @@ class TextsSpec(Spec, ABC):
     """How the corpora are mixed, by its `kind`; `joined` makes one text of them. Mixed texts are measured apart."""
     filters: Filters = Filters()
     duplicates: Duplicates | None = None
-    """Leave out documents that an earlier one is the same as, or nearly; of prepared text."""
+    """Leave out documents that an earlier one is the same as, or nearly; of prepared text. Of several texts of a
+    mixture that hold the same document, the first keeps it."""
     access: Literal["prepared", "stream"] = "prepared"
     """Cut into ids once, before the first step; or read as training goes on: for text of which a run sees a part. What
     a stream is measured on is the beginning of its held-out part."""

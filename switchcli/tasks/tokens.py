@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from switchcli.data.objectives.example_packing import Lengths, Packed, pack, packed_as, store_of
 from switchcli.data.prepare.cache import cached
-from switchcli.data.prepare.digests import Digests
-from switchcli.data.prepare.pipeline import Track
-from switchcli.data.prepare.prepared_text import num_bytes
+from switchcli.data.prepare.digests import Digests, Track
+from switchcli.data.prepare.prepared_text import LAYOUT, num_bytes
 from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, identity, seal
 from switchcli.data.prepare.verified import IN_MEMORY_BYTES, Verified
 from switchcli.data.rng import permutation
@@ -57,15 +56,15 @@ def training(
     is called with a line for each file that changed since the split was prepared.
     """
     digests = Digests(cache, track=track, warn=warn)
-    parts = [str(FORMAT), task.name, fingerprint(task, "train", folder, digests), tokenizer.sha256]
+    parts = [str(FORMAT), task.name, fingerprint(task, "train", folder, digests), tokenizer.sha256, LAYOUT]
     place = cache / "tasks" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def build(built: Path) -> None:
         built.mkdir()
         found = examples(task, "train", "training", folder)
         with (
-            StoreWriter(built / INPUTS, tokenizer.vocab_size) as inputs,
-            StoreWriter(built / TARGETS, tokenizer.vocab_size) as targets,
+            StoreWriter(built, INPUTS, tokenizer.vocab_size) as inputs,
+            StoreWriter(built, TARGETS, tokenizer.vocab_size) as targets,
         ):
             starts = range(0, len(found), CHUNK_EXAMPLES)
             for start in track(starts, f"tokenising {task.name}, in thousands", len(starts)):
@@ -76,7 +75,8 @@ def training(
                 ):
                     for ids in tokenizer.encode_batch(texts):
                         writer.add(np.append(ids, EOS), starts_document=True)
-        seal(built, {"format": FORMAT, "task": task.name, "examples": len(found)})
+        arrays = inputs.arrays | targets.arrays
+        seal(built, {"format": FORMAT, "task": task.name, "examples": len(found), "arrays": arrays})
 
     with cached(place, build):
         facts = facts_of(place)

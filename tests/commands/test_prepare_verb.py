@@ -6,16 +6,19 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Done, SwitchCLI
+from damage import array_bytes
 from drill import fingerprint
 from messages import lacking
 
 from switchcli.data.prepare.prepared_text import Counts
+from switchcli.data.prepare.store import TOKENS
 from switchcli.data.sources.corpus import Corpus
 from switchcli.data.streaming import Pieces, pieces_of
 
@@ -91,9 +94,10 @@ def test_machines_share_the_work_and_the_last_says_that_it_is_whole(
 def test_a_check_mends_what_is_damaged(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.data.prepare.prepared_text.CHECKED_AT_START", 1000)
     (text,) = json.loads(switchcli("data", "prepare", recipe, "--json").out)["texts"].values()
-    tokens = Path(text["folder"]) / "piece-00000" / "train-000" / "tokens.npy"
+    tokens = Path(text["folder"]) / "piece-00000" / "train-000.arrow"
     whole = tokens.read_bytes()
-    tokens.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    last = array_bytes(tokens)[TOKENS].stop - 1
+    tokens.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
     assert switchcli("data", "prepare", recipe).code == 0
     assert tokens.read_bytes() != whole
     lost = switchcli("pretrain", recipe, "--out", "run")
@@ -219,6 +223,29 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of texts that are far larger than a window."""
     monkeypatch.setattr("switchcli.data.streaming.WINDOW_CHARACTERS", 4000)
     monkeypatch.setattr("switchcli.data.streaming.LEAST_CHARACTERS", 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_all_processes_stops_them_and_the_same_command_goes_on(
+    number: signal.Signals, recipe: str, own_cache: Path, switchcli: SwitchCLI
+) -> None:
+    corpora = []
+    for name in ("first", "second", "third"):
+        lines = (f"line {index} of the {name} file tells of {index * index}\n" for index in range(100_000))
+        Path(f"{name}.txt").write_text("".join(lines if name == "third" else [*lines][:300]))
+        corpora.append(f"{{kind: files, paths: [{name}.txt], sample_by: line}}")
+    keys = (recipe, f"data.corpora=[{', '.join(corpora)}]", "data.tokenizer.max_characters=100000")
+    command = [sys.executable, "-m", "switchcli", "data", "prepare", *keys, "--processes", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while process.poll() is None and not list(own_cache.glob("tokens/*/piece-*/manifest.json")):
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, err = process.communicate()
+    assert process.returncode == INTERRUPTED
+    assert "Traceback" not in err
+    again = switchcli("data", "prepare", *keys)
+    assert again.code == 0, again.err
 
 
 def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
@@ -391,15 +418,19 @@ Damage = Callable[[Path], None]
 
 def rotate(path: Path) -> None:
     """Exchange two halves of the ids: each is still an id."""
-    content = path.read_bytes()
-    start, middle = 128, 128 + (len(content) - 128) // 4 * 2
-    path.write_bytes(content[:start] + content[middle:] + content[start:middle])
+    content = bytearray(path.read_bytes())
+    tokens = array_bytes(path)[TOKENS]
+    middle = tokens.start + (tokens.stop - tokens.start) // 4 * 2
+    content[tokens] = content[middle : tokens.stop] + content[tokens.start : middle]
+    path.write_bytes(content)
 
 
 def flip(path: Path) -> None:
     """Change high bytes, so that ids are beyond the vocabulary."""
     content = bytearray(path.read_bytes())
-    content[129::2] = bytes(byte ^ 0x80 for byte in content[129::2])
+    tokens = array_bytes(path)[TOKENS]
+    high = slice(tokens.start + 1, tokens.stop, 2)
+    content[high] = bytes(byte ^ 0x80 for byte in content[high])
     path.write_bytes(content)
 
 
@@ -441,7 +472,7 @@ def run_and_damage(
         nonlocal done
         if arguments[0].training and Path("run/checkpoints", f"step-{step - 1:08d}").is_dir() and not done:
             done = True
-            for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*/tokens.npy"):
+            for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*.arrow"):
                 damage(path)
         return objective(*arguments)
 
@@ -470,7 +501,7 @@ def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     ended = straight_and_damaged(recipe, damage, switchcli, monkeypatch)
     assert ended.code == 3, ended.err
     assert "Traceback" not in ended.err
-    assert "tokens.npy" in ended.err
+    assert ".arrow" in ended.err
     assert max(path.name for path in Path("run/checkpoints").iterdir()) == "step-00000004"
     again = switchcli("pretrain", recipe, *DAMAGED)
     assert again.code == 0, again.err
@@ -510,7 +541,7 @@ def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
 
     def damaging(*arguments: Any) -> Any:
         found = measure(*arguments)
-        for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*/tokens.npy"):
+        for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*.arrow"):
             rotate(path)
         return found
 

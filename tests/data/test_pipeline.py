@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tokenizers
+from damage import array_bytes
 from messages import naming_words
+from numpy.typing import NDArray
 from tokenizers import models
 
 from switchcli.data.config import DataSpec
@@ -28,12 +30,13 @@ from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import default_cache, make, sweep
 from switchcli.data.prepare.dedup import Duplicates
-from switchcli.data.prepare.distinct import write_distinct
+from switchcli.data.prepare.digests import Track
+from switchcli.data.prepare.distinct import find_distinct, write_distinct
 from switchcli.data.prepare.filters import Filters
-from switchcli.data.prepare.pipeline import Means, Prepared, Track
+from switchcli.data.prepare.pipeline import Means, Prepared
 from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, Text
 from switchcli.data.prepare.shards import Progress
-from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, is_whole, seal
+from switchcli.data.prepare.store import OFFSETS, TOKENS, StoreWriter, TokenStore, facts_of, is_whole, seal
 from switchcli.data.prepare.verified import Verified
 from switchcli.data.sources import files
 from switchcli.data.sources.corpus import Files
@@ -159,7 +162,7 @@ def test_processes_agree_on_every_byte(corpus: Corpus, processes: int) -> None:
     other = corpus._replace(cache=corpus.cache.with_name("other"))
     text = other.prepare(first, processes)
     assert text.identity == alone.identity
-    assert contents(other.cache) == contents(corpus.cache)
+    assert contents(other.cache / "tokens") == contents(corpus.cache / "tokens")
     size = sum(Path(f"{number}.txt").stat().st_size for number in range(NUM_FILES))
     assert first.told == [("tokenising", NUM_FILES, size)]
     assert first.done[-1] == (NUM_FILES, size, sum(counts.tokens for counts in text.counts.values()))
@@ -245,7 +248,7 @@ def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(cor
         return text.folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_check_split", lambda *_: None)  # paragraphs are few
+        patch.setattr(module, "_check_text", lambda *_: None)  # paragraphs are few
         folders = {folder(*change) for change in changes}
     assert len(folders) == len(changes)
     assert {folder(update, used) for update in same} <= folders
@@ -284,7 +287,7 @@ def test_what_is_whole_stays_whole_after_a_stop_and_is_not_made_again(corpus: Co
 def test_a_piece_that_was_damaged_before_the_text_was_whole_is_made_again(corpus: Corpus) -> None:
     with pytest.raises(KeyboardInterrupt):
         corpus.prepare(stop_after(3, interrupt))
-    flip(corpus.folders[1] / "train-000" / "tokens.npy")
+    flip(corpus.folders[1] / "train-000.arrow")
     shows = Shows()
     text = corpus.prepare(shows)
     assert shows.num_pieces == NUM_FILES - 2
@@ -299,7 +302,7 @@ def test_of_a_large_text_that_is_not_whole_yet_a_check_finds_the_damaged_piece_a
         corpus.prepare(stop_after(3, interrupt))
     folder, told, shows = corpus.folders[1], list[str](), Shows()
     before = contents(folder)
-    flip(folder / "train-000" / "tokens.npy")
+    flip(folder / "train-000.arrow")
     mine = corpus.means(shows)._replace(share=(2, 6), warn=told.append)
     module.prepare_share(corpus.spec, mine)
     assert (shows.told, told) == ([], []), "the pieces that are there are not read again after every stop"
@@ -354,11 +357,11 @@ def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.Monke
     texts = module.prepare(spec, corpus.means()).texts
     monkeypatch.setattr(text_module, "CHECKED_AT_START", 3 * texts["0"].num_bytes + 100)
     for number in (0, 5):
-        flip(texts[str(number)].folder / "piece-00000/train-000/tokens.npy")
+        flip(texts[str(number)].folder / "piece-00000/train-000.arrow")
     shows = Shows()
     again = module.prepare(spec, corpus.means(shows)).texts
     assert [label for label, *_ in shows.told] == ["tokenising 0"]
-    with pytest.raises(DataError, match=r"tokens\.npy: .*prepare RECIPE --check"):
+    with pytest.raises(DataError, match=r"\.arrow: .*prepare RECIPE --check"):
         again["5"].shards[TRAIN][0].open()
 
 
@@ -380,6 +383,10 @@ def kill() -> None:
         process.join()
 
 
+def leave(*given: object) -> None:
+    os._exit(1)
+
+
 def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None:
     with pytest.raises(OutOfMemory, match=r"\bkilled\b.*--processes\b") as raised:
         corpus.prepare(stop_after(1, kill), processes=2)
@@ -393,17 +400,26 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
 
+def kill_one() -> None:
+    active_children()[0].kill()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_others_at_once(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (4, 5):
+        lines = (f"line {index} of {number} tells of {index * index}\n" for index in range(200_000))
+        Path(f"{number}.txt").write_text("".join(lines))
+    with pytest.raises(OutOfMemory, match="--processes"):
+        corpus.prepare(stop_after(4, kill_one), processes=2)
+    assert not active_children()
+    assert [folder.name for folder in corpus.folders] == [f"piece-{number:05}" for number in range(4)]
+
+
 def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemory, match="--processes"):  # with a job that they have not read
         corpus.prepare(stop_after(0, kill), processes=2)
-    share_out = shards._share_out
-
-    def killed(*given: Any) -> None:
-        kill()
-        share_out(*given)
-
-    monkeypatch.setattr(shards, "_share_out", killed)
-    with pytest.raises(OutOfMemory, match="--processes"):  # before they are sent one
+    monkeypatch.setattr(shards, "_start_worker", leave)
+    with pytest.raises(OutOfMemory, match="--processes"):  # before they have read one
         corpus.prepare(processes=2)
 
 
@@ -492,7 +508,7 @@ def test_machines_with_one_cache_make_a_share_each_and_the_last_puts_them_togeth
     alone = corpus._replace(cache=corpus.cache.with_name("alone"))
     assert texts[""] is not None
     assert texts[""].identity == alone.prepare().identity
-    assert contents(corpus.cache) == contents(alone.cache)
+    assert contents(corpus.cache / "tokens") == contents(alone.cache / "tokens")
     again = Shows()
     assert module.prepare_share(corpus.spec, corpus.means(again)._replace(share=(0, 3)))[1][""] is not None
     assert again.told == []
@@ -577,9 +593,10 @@ def making(folder: Path, node: str) -> Iterator["subprocess.Popen[str]"]:
 # Damage
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, array: str = TOKENS) -> None:
+    """Change the last number of one of the two arrays of an Arrow file."""
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[array_bytes(path)[array].stop - 1] ^= 1
     path.unlink()
     path.write_bytes(content)
 
@@ -591,10 +608,10 @@ def cut(path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flip": lambda folder: flip(folder / "piece-00002/train-000/tokens.npy"),
-    "cut": lambda folder: cut(folder / "piece-00002/held_out-000/tokens.npy"),
-    "offsets": lambda folder: flip(folder / "piece-00002/train-000/offsets.npy"),
-    "lost": lambda folder: (folder / "piece-00002/train-000/offsets.npy").unlink(),
+    "flip": lambda folder: flip(folder / "piece-00002/train-000.arrow"),
+    "cut": lambda folder: cut(folder / "piece-00002/held_out-000.arrow"),
+    "offsets": lambda folder: flip(folder / "piece-00002/train-000.arrow", OFFSETS),
+    "lost": lambda folder: (folder / "piece-00002/train-000.arrow").unlink(),
     "lost piece": lambda folder: shutil.rmtree(folder / "piece-00002"),
 }
 MANIFESTS: dict[str, Callable[[Path], None]] = {
@@ -652,7 +669,7 @@ def test_of_a_large_text_damage_is_told_at_the_first_use_and_mended_by_a_check(
     part = HELD_OUT if damage == "cut" else TRAIN
     for number in (0, 1, 3, 4, 5):
         again.shards[part][number].open()
-    with pytest.raises(DataError, match=rf"piece-00002/{part}-000/\w+\.npy: .*prepare RECIPE --check") as raised:
+    with pytest.raises(DataError, match=rf"piece-00002/{part}-000\.arrow: .*prepare RECIPE --check") as raised:
         again.shards[part][2].open()
     assert str(text.folder) in str(raised.value)
     module.prepare(corpus.spec, corpus.means(shows)._replace(check=True))
@@ -675,7 +692,7 @@ def test_a_large_text_is_not_read_before_it_is_used(corpus: Corpus, monkeypatch:
     text = corpus.prepare()
     assert [path.name for path in read] == ["tokenizer.json"]
     text.shards[TRAIN][1].open()
-    flip(text.folder / "piece-00002/train-000/tokens.npy")
+    flip(text.folder / "piece-00002/train-000.arrow")
     with pytest.raises(DataError, match="piece-00002"):
         text.shards[TRAIN][2].open()
 
@@ -701,15 +718,15 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
         if room < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    add, save = StoreWriter.add, np.save
+    add, write = StoreWriter.add, StoreWriter._write
 
     def add_while_there_is_room(self: StoreWriter, ids: np.ndarray, *, starts_document: bool) -> None:
         fill(len(ids))
         add(self, ids, starts_document=starts_document)
 
-    def save_while_there_is_room(path: Path, array: np.ndarray, allow_pickle: bool) -> None:
+    def write_while_there_is_room(self: StoreWriter) -> None:
         fill(500)
-        save(path, array, allow_pickle=allow_pickle)
+        write(self)
 
     if where == "at the end of a full one":
         monkeypatch.setattr(store, "SHARD_TOKENS", 400)
@@ -717,7 +734,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
         if where == "in a shard":
             patch.setattr(StoreWriter, "add", add_while_there_is_room)
         else:
-            patch.setattr(store.np, "save", save_while_there_is_room)
+            patch.setattr(StoreWriter, "_write", write_while_there_is_room)
         with pytest.raises(
             CheckpointError, match=r"cache: .*No space left on device\b.*\b[\d,]+ bytes free\b.*\bSWITCHCLI_CACHE\b"
         ):
@@ -881,6 +898,126 @@ def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus,
     assert sum(counts.tokens for counts in found.counts.values()) == sum(map(len, (*trained, *held_out)))
 
 
+def test_duplicates_change_no_identity_of_a_single_text(here: Path) -> None:
+    Path("text.txt").write_text("".join(f"line {index % 60} tells of {(index % 60) ** 3}\n" for index in range(80)))
+    corpora = (Files(paths=("text.txt",), sample_by="line"),)
+    spec = DataSpec(corpora=corpora, held_out_fraction=FRACTION, duplicates=Duplicates(kind="exact"))
+    text = module.prepare(spec, Means(here / "cache", untracked, Shows()), letters()).texts[""]
+    assert text.dropped == {"exact duplicates": 20}
+    assert text.identity == "9a1e74cf302c6fa189f51ae82e381d35b6ccf7caa60021bf37a1c1f901a14434"
+
+
+@pytest.fixture
+def mixture(corpus: Corpus) -> Corpus:
+    """Three texts of two files each that share lines, and repeat some of their own. Other lines are nearly the same."""
+    draw = np.random.default_rng(3)
+    lines = [" ".join("".join(draw.choice([*CHARACTERS[11:]], 5)) for _ in range(30)) for _ in range(300)]
+    for number in range(NUM_FILES):
+        chosen = [lines[index] for index in 80 * (number // 2) + draw.integers(0, 140, 60)]
+        chosen[::7] = [f"{line[:75]}x{line[76:]}" for line in chosen[::7]]
+        Path(f"{number}.txt").write_text("".join(f"{line}\n" for line in chosen))
+    corpora = tuple(
+        one.model_copy(update={"language": "abc"[number // 2]}) for number, one in enumerate(corpus.spec.corpora)
+    )
+    return corpus._replace(spec=corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()}))
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_each(
+    mixture: Corpus, kind: str
+) -> None:
+    duplicates = Duplicates.model_validate({"kind": kind})
+    whole = module.prepare(mixture.spec, mixture.means()).texts
+    labels: list[tuple[str, int | None]] = []
+
+    def track(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
+        labels.append((label, total))
+        return iter(items)
+
+    spec = mixture.spec.model_copy(update={"duplicates": duplicates})
+    found = module.prepare(spec, mixture.means(track=track)).texts
+    earlier: list[NDArray[np.uint64]] = []
+    for label, text in whole.items():
+        dropped = 0
+        alone = {tuple(ids) for part in PARTS for ids in documents(text.shards[part])}
+        for part in (HELD_OUT, TRAIN):
+            wanted = []
+            for ids in documents(text.shards[part]):
+                (keys,) = duplicates.signatures(np.array(ids, dtype=np.uint16), np.array([0, len(ids)]))
+                if any((keys == other).any() for other in earlier):
+                    dropped += 1
+                else:
+                    wanted.append(ids)
+                earlier.append(keys)
+            assert [ids for ids in documents(found[label].shards[part]) if ids] == wanted
+        assert found[label].dropped == {f"{kind} duplicates": dropped}
+        assert (dropped > 120 - len(alone)) is (kind == "near" or label != "a"), "the case that matters is there"
+    assert [total for _, total in labels] == [12, 14 if kind == "near" else 1, 4, 4, 4]
+    first = spec.model_copy(update={"corpora": spec.corpora[:2]})
+    assert module.prepare(first, mixture.means()).texts["a"].identity == found["a"].identity
+    labels.clear()
+    assert module.prepare(spec, mixture.means(track=track)).texts.keys() == found.keys()
+    assert labels == [], "all is there"
+
+
+def test_what_a_text_of_a_mixture_keeps_hangs_on_the_texts_before_it(mixture: Corpus) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    first = module.prepare(spec, mixture.means()).texts
+    swapped = spec.model_copy(update={"corpora": (*spec.corpora[2:4], *spec.corpora[:2], *spec.corpora[4:])})
+    second = module.prepare(swapped, mixture.means()).texts
+    assert all(first[label].identity != second[label].identity for label in "ab")
+    assert first["b"].counts[TRAIN].documents < second["b"].counts[TRAIN].documents
+    Path("0.txt").write_text("a line of its own\n" * 2 + Path("0.txt").read_text())
+    assert module.prepare(spec, mixture.means()).texts["c"].folder != first["c"].folder
+
+
+def test_of_a_mixture_without_duplicates_the_damaged_text_alone_is_made_anew(mixture: Corpus) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    first = module.prepare(spec, mixture.means())
+    before = {label: contents(text.folder) for label, text in first.texts.items()}
+    inodes = [first.texts[label].folder.stat().st_ino for label in "ac"]
+    flip(first.texts["b"].folder / "train-00000.arrow")
+    told: list[str] = []
+    again = module.prepare(spec, mixture.means()._replace(warn=told.append))
+    assert again.identity == first.identity
+    assert {label: contents(text.folder) for label, text in again.texts.items()} == before
+    assert [again.texts[label].folder.stat().st_ino for label in "ac"] == inodes
+    (line,) = told
+    assert line.startswith(f"{first.texts['b'].folder}: ")
+
+
+def test_the_machine_that_makes_the_last_piece_leaves_out_the_duplicates_of_all_texts(
+    mixture: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    first, second = (mixture.means()._replace(share=(number, 2)) for number in range(2))
+    make = module._make
+    calls = 0
+
+    def others_are_faster(*given: object) -> None:
+        """The other machine is done with its share while this one makes its pieces of the last text."""
+        nonlocal calls
+        calls += 1
+        make(*given)  # type: ignore[arg-type]
+        if calls == 2:
+            assert [label for label, text in module.prepare_share(spec, second)[1].items() if text is None] == ["c"]
+
+    monkeypatch.setattr(module, "_make", others_are_faster)
+    texts = module.prepare_share(spec, first)[1]
+    alone = mixture._replace(cache=mixture.cache.with_name("alone"))
+    assert {label: text and text.identity for label, text in texts.items()} == {
+        label: text.identity for label, text in module.prepare(spec, alone.means()).texts.items()
+    }
+
+
+def test_a_text_of_a_mixture_that_holds_nothing_new_is_told_of(mixture: Corpus) -> None:
+    for number in (2, 3):
+        Path(f"{number}.txt").write_text(Path(f"{number - 2}.txt").read_text())
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    with pytest.raises(DataError, match=naming_words("data b 120 exact duplicates")):
+        module.prepare(spec, mixture.means())
+
+
 def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -888,13 +1025,13 @@ def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
     distinct = corpus._replace(spec=spec)
     text = distinct.prepare()
     before = contents(text.folder)
-    flip(text.folder / "train-00000" / "tokens.npy")
+    flip(text.folder / "train-00000.arrow")
     assert distinct.prepare().identity == text.identity
     assert contents(text.folder) == before
     monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
-    flip(text.folder / "train-00000" / "tokens.npy")
+    flip(text.folder / "train-00000.arrow")
     again = distinct.prepare()
-    with pytest.raises(DataError, match=r"train-00000/tokens\.npy: .*prepare RECIPE --check"):
+    with pytest.raises(DataError, match=r"train-00000\.arrow: .*prepare RECIPE --check"):
         again.shards[TRAIN][0].open()
     told: list[str] = []
     module.prepare(spec, distinct.means()._replace(check=True, warn=told.append))
@@ -914,11 +1051,13 @@ def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) ->
 
 def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
-    with StoreWriter(tmp_path / "text" / "one", 8) as writer:
+    with StoreWriter(tmp_path / "text", "one", 8) as writer:
         writer.add_all(np.zeros(0, dtype=np.uint16), np.zeros(3, dtype=np.int64))
     shard: store.ShardFacts = {"name": "one", "documents": 3, "tokens": 0, "bytes": 9}
-    text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "")
-    write_distinct(text_module.open_text(tmp_path / "text"), Duplicates(), letters(), tmp_path / "distinct")
+    text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "", writer.arrays)
+    text = text_module.open_text(tmp_path / "text")
+    (stays,) = find_distinct([text], Duplicates(), tmp_path, untracked)
+    write_distinct(text, stays, "near duplicates", letters(), tmp_path / "distinct", untracked)
     assert text_module.open_text(tmp_path / "distinct").counts[TRAIN] == (0, 0, 0)
 
 
@@ -940,9 +1079,17 @@ def test_processors_where_a_system_does_not_say_which_may_be_used(
     assert module._processors() == processors
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_error_of_the_system_and_of_no_other_kind(tmp_path: Path) -> None:
+    (tmp_path / "store.arrow").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as raised, StoreWriter(tmp_path, "store", 8) as writer:
+        writer.add(np.arange(8), starts_document=True)
+    assert raised.value.errno == errno.ENOSPC
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> None:
-    with StoreWriter(tmp_path / "store", 2**16 + 1) as writer:
+    with StoreWriter(tmp_path, "store", 2**16 + 1) as writer:
         writer.add(np.array([2**16, 5]), starts_document=True)
         writer.add(np.array([], dtype=np.int64), starts_document=True)
         writer.add(np.array([7]), starts_document=True)
@@ -956,6 +1103,51 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> No
     assert (found.num_documents, found.num_tokens) == (2, 4)
 
 
+USE_STORE = """
+import sys
+from pathlib import Path
+import numpy as np
+from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, seal
+from switchcli.data.prepare.verified import Verified
+with StoreWriter(Path(), "store", 8) as writer:
+    writer.add(np.arange(8), starts_document=True)
+seal(Path(), {})
+found = TokenStore.open(Verified(Path(), facts_of(Path())["files"], in_memory=True), "store")
+assert found.tokens.tolist() == [*range(8)]
+assert not found.tokens.flags.owndata
+print(*{"pandas", "datasets"} & sys.modules.keys())
+"""
+
+
+def test_writing_and_reading_a_store_imports_neither_pandas_nor_datasets(tmp_path: Path) -> None:
+    """Each process of a run does so: pandas would take longer than all else at its start."""
+    done = subprocess.run([sys.executable, "-c", USE_STORE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+def test_the_files_are_those_of_datasets(corpus: Corpus) -> None:
+    from datasets import Dataset
+
+    text = corpus.prepare()
+    for part in PARTS:
+        files = sorted(text.folder.glob(f"piece-*/{part}-*.arrow"))
+        assert [ids for file in files for ids in Dataset.from_file(str(file))["ids"]] == documents(text.shards[part])
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path, OFFSETS), cut, Path.unlink])
+def test_an_index_that_changed_is_found_without_reading_the_tokens(
+    corpus: Corpus, damage: Callable[[Path], None]
+) -> None:
+    text = corpus.prepare()
+    path = text.folder / "piece-00002" / "train-000.arrow"
+    flip(path, TOKENS)
+    before = text.shards[TRAIN][2].glance()
+    assert before.num_documents == text.shards[TRAIN][2].num_documents
+    damage(path)
+    with pytest.raises(DataError, match=str(path)):
+        text.shards[TRAIN][2].glance()
+
+
 def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
     text = corpus.prepare()
     facts = json.loads(json.loads((text.folder / "manifest.json").read_text())["manifest"])
@@ -966,7 +1158,10 @@ def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
         assert [shard["name"] for shard in facts["shards"][part]] == [
             f"piece-{number:05}/{part}-000" for number in range(NUM_FILES)
         ]
-    assert set(facts["files"]) == {name for name in contents(text.folder) if name.endswith(".npy")}
+    assert set(facts["files"]) == {name for name in contents(text.folder) if name.endswith(".arrow")}
+    assert set(facts["arrays"]) == {
+        name.replace(".arrow", f"/{array}") for name in facts["files"] for array in (TOKENS, OFFSETS)
+    }
 
 
 def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ from time import sleep
 
 import numpy as np
 import pytest
+from damage import array_bytes
 
 from switchcli.data.prepare import verified as module
-from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, seal
+from switchcli.data.prepare.store import TOKENS, StoreWriter, TokenStore, facts_of, seal
 from switchcli.data.prepare.verified import Verified
 from switchcli.errors import DataError
 
@@ -18,18 +19,20 @@ from switchcli.errors import DataError
 @pytest.fixture
 def mapped(tmp_path: Path) -> tuple[Verified, TokenStore, Path]:
     """A store whose tokens are mapped, with the file that holds them."""
-    with StoreWriter(tmp_path / "store", 100) as writer:
+    with StoreWriter(tmp_path, "store", 100) as writer:
         writer.add(np.arange(100), starts_document=True)
     seal(tmp_path, {})
     facts = facts_of(tmp_path)
     assert facts is not None
     found = Verified(tmp_path, facts["files"], in_memory=False)
-    return found, TokenStore.open(found, "store"), tmp_path / "store" / "tokens.npy"
+    return found, TokenStore.open(found, "store"), tmp_path / "store.arrow"
 
 
 def reverse(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-200] + content[-200:][::-1])
+    content = bytearray(path.read_bytes())
+    tokens = array_bytes(path)[TOKENS]
+    content[tokens] = content[tokens][::-1]
+    path.write_bytes(content)
 
 
 def test_a_changed_file_is_found_by_each_check_until_its_content_is_back(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import shown
 import torch
 from bad_inputs import lay_out_bad
@@ -27,7 +27,7 @@ from tiny_run import RECIPE as TINY
 from tiny_run import write_text
 
 from switchcli.checkpoint import manifest
-from switchcli.data.prepare.store import TokenStore, facts_of, seal
+from switchcli.data.prepare.store import IDS, TokenStore, facts_of, seal
 from switchcli.data.prepare.verified import Verified
 from switchcli.errors import DataError
 
@@ -116,17 +116,20 @@ def torch_file(name: str, *options: str) -> Attack:
 
 
 def objects_in_the_cache() -> str:
-    """Python's objects where a prepared text has numbers."""
-    folder = Path("store")
-    folder.mkdir()
-    for name in ("tokens.npy", "offsets.npy"):
-        np.save(folder / name, np.array([Runs()], dtype=object), allow_pickle=True)
+    """A pickle where a prepared text has numbers, and an Arrow file whose type is one."""
+    Path("pickle.arrow").write_bytes(pickle.dumps(Runs()))
+    kind = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Runs())}
+    ids = pa.array([[1, 2, 3]], pa.large_list(pa.uint16()))
+    schema = pa.schema([pa.field(IDS, ids.type, metadata=kind)])
+    with pa.OSFile("type.arrow", "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        stream.write_batch(pa.record_batch([ids], schema=schema))
     seal(Path(), {})
     facts = facts_of(Path())
     assert facts is not None
-    for in_memory in (True, False):
-        with contextlib.suppress(DataError):
-            TokenStore.open(Verified(Path(), facts["files"], in_memory=in_memory), "store")
+    for name in ("pickle", "type"):
+        for in_memory in (True, False):
+            with contextlib.suppress(DataError):
+                TokenStore.open(Verified(Path(), facts["files"], in_memory=in_memory), name)
     return blocked(Done(2, "", ""))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import attacks
-import numpy as np
 import pytest
 import shown
 import torch
@@ -23,6 +22,7 @@ from switchcli.commands import _exit, tokenizers
 from switchcli.commands import recipes as recipes_verb
 from switchcli.convert import config as configs
 from switchcli.convert import weight_files
+from switchcli.data.prepare import store
 from switchcli.data.tokenizer import tokenizer
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.report import console, html_page
@@ -69,7 +69,7 @@ def anything(self: manifest.Manifest, folder: Path, name: str) -> bytes:
     return (folder / name).read_bytes()
 
 
-LOAD, NP_LOAD, MACHINE, STORED = torch.load, np.load, trainer.machine, weight_files._stored
+LOAD, READ, MACHINE, STORED = torch.load, store._read, trainer.machine, weight_files._stored
 UNPICKLE = [
     (manifest, "read_small", unpickling(manifest.read_small)),
     (tensor_file, "safe_open", unpickling(tensor_file.safe_open)),
@@ -77,7 +77,7 @@ UNPICKLE = [
     (configs, "document", unpickling(configs.document)),
     (tokenizer, "read_file", unpickling(tokenizer.read_file)),
     (torch, "load", lambda path, **words: LOAD(path, **{**words, "weights_only": False, "mmap": False})),
-    (np, "load", lambda path, **words: NP_LOAD(path, allow_pickle=True)),
+    (store, "_read", lambda content, path: unpickling(lambda path: READ(content, path))(path)),
 ]
 READS_RECIPES = (yaml_nodes, "_refuse", lambda source, where: None)
 SAYS = [(module, "one_line", same) for module in (console, _exit, recipes_verb, tokenizers)]

@@ -48,10 +48,17 @@ def make(folder: Path, build: Callable[[Path], None]) -> None:
 
     Callers `sweep` the parent before: once, and not for each of its many pieces.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with publish.locked_folder(folder.parent, _prefix()) as scratch:
+    with scratch_folder(folder.parent) as scratch:
         build(scratch / "built")
         _publish(scratch, folder)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a new folder in `parent` and remove it at the end. `sweep` removes the one that a killed process left."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with publish.locked_folder(parent, _prefix()) as scratch:
+        yield scratch
 
 
 def sweep(folder: Path) -> None:

@@ -6,7 +6,7 @@ duplicates, whoever compares them (`kept`). Near ones are found by MinHash (Brod
 Legend  T tokens  D documents  B bands  M minima of a band
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple
 
@@ -50,18 +50,21 @@ class Duplicates(Spec):
         return keys_BD.T
 
 
-def kept(signatures: Sequence[Keys]) -> list[NDArray[np.bool_]]:
+def kept(
+    signatures: Sequence[Keys], track: Callable[[range], Iterable[int]] = lambda bands: bands
+) -> list[NDArray[np.bool_]]:
     """Of each piece [D], whether its documents stay: those that share no key, in the same band, with an earlier one.
 
     It does not matter whether that earlier one stays: so a document's fate depends on no order of comparing, nor on
     how documents are shared out among pieces. Arrays may be memory-mapped: `KEYS_AT_ONCE` keys are held at once.
+    `track` shows progress over the bands.
     """
     starts = np.cumsum([0, *(len(piece) for piece in signatures)])
     stays = np.ones(starts[-1], dtype=np.bool_)
     if len(stays):
         num_ranges = -(-len(stays) // KEYS_AT_ONCE)
         edges = [index * 2**64 // num_ranges for index in range(num_ranges + 1)]
-        for band in range(signatures[0].shape[1]):
+        for band in track(range(signatures[0].shape[1])):
             for low, high in pairwise(edges):
                 stays[_repeats([piece[:, band] for piece in signatures], starts, low, high - 1)] = False
     return [stays[first:end] for first, end in pairwise(starts)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
 from switchcli.data.sources.io_errors import refusals
 from switchcli.errors import DataError
@@ -32,7 +32,13 @@ _STATS_AT_ONCE: Final = 16
 _SHOWN_FROM: Final = 2**30
 """Bytes to read from which a progress bar is shown."""
 
-Track = Callable[[Iterable[Path], str, int | None], Iterator[Path]]
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """A progress bar: yields the items, showing how many went by, of how many if that is known."""
+
+    def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
 
 
 class FileStat(NamedTuple):

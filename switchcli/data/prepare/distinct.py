@@ -1,43 +1,70 @@
-"""A text without its duplicates: made of one that is prepared, from its ids alone."""
+"""Texts without their duplicates: made of texts that are prepared, from their ids alone."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from switchcli.data.prepare.dedup import Duplicates, kept
+from switchcli.data.prepare.digests import Track
 from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, Text, seal_text
-from switchcli.data.prepare.store import ShardFacts, StoreWriter
+from switchcli.data.prepare.store import Shard, ShardFacts, StoreWriter
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 
-def write_distinct(text: Text, duplicates: Duplicates, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the documents of `text` of which no earlier one is a duplicate, in shards as they were.
+def find_distinct(
+    texts: Sequence[Text], duplicates: Duplicates, scratch: Path, track: Track
+) -> list[list[NDArray[np.bool_]]]:
+    """Return for each text which documents are no duplicate of an earlier one, as a mask [D] for each of its shards.
 
-    The held-out ones come first: what a model is measured on, it was not trained on.
+    Documents are in order of their texts: the first text keeps one that several have. In each text the held-out ones
+    come first: what a model is measured on, it was not trained on. The masks are in the order of `_shards`.
+
+    `scratch` is a folder for the keys: 8 bytes a document, 112 for near duplicates. Raises DataError for a shard that
+    is not what was prepared.
+    """
+    shards = [shard for text in texts for _, shard in _shards(text)]
+    keys = []
+    for number, shard in enumerate(track(shards, "looking for duplicates, in shards", len(shards))):
+        store = shard.open()
+        file = scratch / f"{number}.npy"
+        np.save(file, duplicates.signatures(store.take(slice(None)), store.offsets), allow_pickle=False)
+        keys.append(np.load(file, mmap_mode="r", allow_pickle=False))
+    for text in texts:
+        text.check()
+    masks = iter(kept(keys, lambda bands: track(bands, "comparing their keys, in bands", len(bands))))
+    return [[next(masks) for _ in _shards(text)] for text in texts]
+
+
+def write_distinct(
+    text: Text, stays: Sequence[NDArray[np.bool_]], reason: str, tokenizer: Tokenizer, folder: Path, track: Track
+) -> None:
+    """Write the documents of `text` that stay, in shards as they were. `stays` is from `find_distinct`.
+
+    The others count as dropped for the `reason`. Raises DataError for a shard that is not what was prepared.
     """
     folder.mkdir()
-    shards = [(part, shard) for part in (HELD_OUT, TRAIN) for shard in text.shards[part]]
-    keys = []
-    for number, (_, shard) in enumerate(shards):
-        store = shard.open()
-        scratch = folder / f"signatures-{number}.npy"
-        np.save(scratch, duplicates.signatures(store.take(slice(None)), store.offsets), allow_pickle=False)
-        keys.append(np.load(scratch, mmap_mode="r", allow_pickle=False))
+    arrays: dict[str, object] = {}
     facts: dict[str, list[ShardFacts]] = {TRAIN: [], HELD_OUT: []}
     dropped = Counter(text.dropped)
-    for (part, shard), stays_D in zip(shards, kept(keys), strict=True):
+    shards = track(_shards(text), "leaving duplicates out, in shards", len(stays))
+    for (part, shard), stays_D in zip(shards, stays, strict=True):
         store = shard.open()
         length_D = np.diff(store.offsets)
         name = f"{part}-{len(facts[part]):05}"
-        with StoreWriter(folder / name, tokenizer.vocab_size) as writer:
+        with StoreWriter(folder, name, tokenizer.vocab_size) as writer:
             writer.add_all(store.take(np.flatnonzero(np.repeat(stays_D, length_D))), length_D[stays_D])
+        arrays |= writer.arrays
         tokens = int(length_D[stays_D].sum())
         counts = text.counts[part]
         num_bytes = round(tokens * counts.bytes / max(counts.tokens, 1))  # on average: a document's own are not kept
         facts[part].append({"name": name, "documents": int(stays_D.sum()), "tokens": tokens, "bytes": num_bytes})
-        dropped[f"{duplicates.kind} duplicates"] += int((~stays_D).sum())
+        dropped[reason] += int((~stays_D).sum())
     text.check()
-    for scratch in folder.glob("signatures-*.npy"):
-        scratch.unlink()
-    seal_text(folder, facts, dropped, tokenizer.sha256)
+    seal_text(folder, facts, dropped, tokenizer.sha256, arrays)
+
+
+def _shards(text: Text) -> list[tuple[str, Shard]]:
+    return [(part, shard) for part in (HELD_OUT, TRAIN) for shard in text.shards[part]]

@@ -14,13 +14,25 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from switchcli.data.config import DataSpec
-from switchcli.data.prepare.cache import ELSEWHERE, cached, make, sweep
-from switchcli.data.prepare.digests import Digests
-from switchcli.data.prepare.distinct import write_distinct
-from switchcli.data.prepare.prepared_text import FORMAT, HELD_OUT, PARTS, TRAIN, Text, is_large, open_text, seal_text
+from switchcli.data.prepare.cache import ELSEWHERE, cached, make, scratch_folder, sweep
+from switchcli.data.prepare.dedup import Duplicates
+from switchcli.data.prepare.digests import Digests, Track
+from switchcli.data.prepare.distinct import find_distinct, write_distinct
+from switchcli.data.prepare.prepared_text import (
+    FORMAT,
+    HELD_OUT,
+    LAYOUT,
+    PARTS,
+    TRAIN,
+    Text,
+    is_large,
+    num_bytes,
+    open_text,
+    seal_text,
+)
 from switchcli.data.prepare.shards import Job, Progress, build, cut_up
 from switchcli.data.prepare.store import (
     ShardFacts,
@@ -37,16 +49,8 @@ from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
 
-T = TypeVar("T")
-
 PROCESSES_FROM = 2**23
 """Bytes of sources from which more than one process pays."""
-
-
-class Track(Protocol):
-    """A progress bar: yields the items, showing how many went by, of how many if that is known."""
-
-    def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
 
 
 class Shown(Protocol):
@@ -121,7 +125,10 @@ def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) ->
 def prepare_share(
     spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None
 ) -> tuple[Tokenizer, dict[str, Text | None]]:
-    """The same with this machine's share of the pieces alone: a text is None while others' are not there."""
+    """Do as `prepare` with this machine's share of the pieces: a text is None while others' are not there.
+
+    Without duplicates a text depends on those before it, and is None while one of them is.
+    """
     means = with_digests(spec, means)
     used = tokenizer or vocabulary(spec, means)
     means.accept(used)
@@ -129,9 +136,25 @@ def prepare_share(
     with cached(folder, lambda built: _write(built, used)):
         file = folder / "tokenizer.json"
     texts: dict[str, Text | None] = {}
-    for label, corpora in spec.texts().items():
-        before = sum(text.num_bytes for text in texts.values() if text is not None)
-        texts[label] = _text(label, corpora, spec, used, file, means, before)
+
+    def make_missing() -> None:
+        for label, corpora in spec.texts().items():
+            if texts.get(label) is None:
+                before = sum(text.num_bytes for text in texts.values() if text is not None)
+                texts[label] = _text(label, corpora, spec, used, file, means, before)
+
+    make_missing()
+    if (duplicates := spec.duplicates) is not None:
+        make_missing()  # meanwhile another machine may have made the last piece of one
+        whole: dict[str, Text] = {}
+        for label, text in texts.items():
+            if text is None:
+                break
+            whole[label] = text
+        distinct = _distinct_texts(whole, duplicates, used, means)
+        for label, text in distinct.items():
+            _check_text(label, text, spec)
+        return used, {label: distinct.get(label) for label in texts}
     return used, texts
 
 
@@ -203,7 +226,7 @@ def _text(
 ) -> Text | None:
     """One text, made where it is not there or not whole. None where others' pieces are missing. `before`: bytes of the
     texts that come before it."""
-    key = _digest([*_sources(spec, corpora, means), tokenizer.sha256])
+    key = _digest([*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT])
     folder = means.cache / "tokens" / key
     with disk_errors(means.cache, ELSEWHERE):
         sweep(folder.parent)
@@ -219,7 +242,7 @@ def _text(
             number, count = means.share
             mine = [job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)]
             _make(mine, label, file, means)
-            if mine and _digest([*_sources(spec, corpora, means), tokenizer.sha256]) != key:
+            if mine and _digest([*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT]) != key:
                 for job in mine:  # which of the two contents they hold is not known
                     shutil.rmtree(job.folder, ignore_errors=True)
                 raise DataError(
@@ -230,23 +253,44 @@ def _text(
                 return None
             _seal(folder, jobs, tokenizer)
         text = open_text(folder, before)
-    if (duplicates := spec.duplicates) is not None:
-        whole, parts = text, [folder.name, duplicates.model_dump_json()]
-        folder = means.cache / "tokens" / _digest(parts)
-        with disk_errors(means.cache, ELSEWHERE):
-            facts = facts_of(folder)
-            if facts is None or not _is_sound(folder, facts, means, before):
-                if facts is not None:
-                    means.warn(_damaged(folder))
-                make(folder, lambda built: write_distinct(whole, duplicates, tokenizer, built))
-            text = open_text(folder, before)
-    if not any(counts.documents for counts in text.counts.values()):
-        if not text.dropped:
-            raise corpora[0].no_text()
-        said = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
-        raise DataError(f"data{_named(label)}: nothing is left of the text: left out were {said}")
-    _check_split(label, text, spec.held_out_fraction)
+    _check_text(label, text, spec)
     return text
+
+
+def _distinct_texts(
+    whole: Mapping[str, Text], duplicates: Duplicates, tokenizer: Tokenizer, means: Means
+) -> dict[str, Text]:
+    """Return the texts without documents of which an earlier one, of any of them, is a duplicate.
+
+    They are made where they are not there or not whole. A folder is named by the text and those before it, on which it
+    depends too.
+    """
+    folders: dict[str, Path] = {}
+    for label in whole:
+        names = [whole[earlier].folder.name for earlier in (*folders, label)]
+        folders[label] = means.cache / "tokens" / _digest([*names, duplicates.model_dump_json()])
+    with disk_errors(means.cache, ELSEWHERE):
+        missing, before = list[str](), 0
+        for label, folder in folders.items():
+            facts = facts_of(folder)
+            if facts is not None and _is_sound(folder, facts, means, before):
+                before += num_bytes(facts)
+                continue
+            if facts is not None:
+                means.warn(_damaged(folder))
+            missing.append(label)
+        if missing:
+            read = [*whole][: [*whole].index(missing[-1]) + 1]
+            with scratch_folder(means.cache / "tokens") as scratch:
+                masks = find_distinct([whole[label] for label in read], duplicates, scratch, means.track)
+            stays, reason = dict(zip(read, masks, strict=True)), f"{duplicates.kind} duplicates"
+            for label in missing:
+                write = partial(write_distinct, whole[label], stays[label], reason, tokenizer, track=means.track)
+                make(folders[label], write)
+        texts: dict[str, Text] = {}
+        for label, folder in folders.items():
+            texts[label] = open_text(folder, before=sum(text.num_bytes for text in texts.values()))
+    return texts
 
 
 def _is_made(job: Job, trusted: bool, warn: Callable[[str], None]) -> bool:
@@ -302,6 +346,7 @@ def _named(label: str) -> str:
 def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
     """The manifest of a text whose pieces are all there."""
     files: dict[str, object] = {}
+    arrays: dict[str, object] = {}
     dropped: Counter[str] = Counter()
     shards: dict[str, list[ShardFacts]] = {part: [] for part in PARTS}
     for job in jobs:
@@ -309,9 +354,10 @@ def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
         assert facts is not None, "was looked at"
         dropped.update(facts["dropped"])
         files |= {f"{job.folder.name}/{name}": said for name, said in facts["files"].items()}
+        arrays |= {f"{job.folder.name}/{name}": said for name, said in facts["arrays"].items()}
         for part, found in facts["shards"].items():
             shards[part] += [{**one, "name": f"{job.folder.name}/{one['name']}"} for one in found]
-    seal_text(folder, shards, dropped, tokenizer.sha256, files)
+    seal_text(folder, shards, dropped, tokenizer.sha256, arrays, files)
 
 
 def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens: int) -> Prepared:
@@ -321,7 +367,7 @@ def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens
     texts = {}
     found = documents(spec, means.track, held_out=True)
     for label, corpora in spec.texts().items():
-        parts = [*_sources(spec, corpora, means), tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
+        parts = [*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT, f"the first {num_tokens} held-out tokens"]
         folder = means.cache / "tokens" / _digest(parts)
         with cached(folder, partial(_write_head, found[label], tokenizer, num_tokens)):
             texts[label] = open_text(folder)
@@ -337,14 +383,20 @@ def _write_head(found: Iterable[Document], tokenizer: Tokenizer, num_tokens: int
                 writer.add(ids, len(text.encode()), starts_document=number == 0)
             if sum(one["tokens"] for one in writer.shards) >= num_tokens:
                 break
-    seal_text(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256)
+    seal_text(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256, writer.arrays)
 
 
-def _check_split(label: str, text: Text, fraction: float) -> None:
+def _check_text(label: str, text: Text, spec: DataSpec) -> None:
+    """Raise DataError for a text without documents, or without any of them in one of its parts."""
     num_train, num_held_out = (text.counts[part].documents for part in PARTS)
+    if not num_train and not num_held_out:
+        if not text.dropped:
+            raise spec.texts()[label][0].no_text()
+        said = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
+        raise DataError(f"data{_named(label)}: nothing is left of the text: left out were {said}")
     if not num_train or not num_held_out:
         raise DataError(
-            f"data.held_out_fraction ({fraction}) of {num_train + num_held_out} documents{_named(label)} leaves "
-            f"{num_train} for training, {num_held_out} held out, both need one at least: change it, add text, or make "
-            "the documents smaller (sample_by: line)"
+            f"data.held_out_fraction ({spec.held_out_fraction}) of {num_train + num_held_out} documents{_named(label)} "
+            f"leaves {num_train} for training, {num_held_out} held out, both need one at least: change it, add text, "
+            "or make the documents smaller (sample_by: line)"
         )

@@ -9,6 +9,9 @@ from switchcli.data.prepare.store import OFFSETS, TOKENS, Shard, ShardFacts, Tok
 from switchcli.data.prepare.verified import IN_MEMORY_BYTES, Verified
 
 FORMAT = 3  # raise when the same key would come to mean other ids
+LAYOUT = "arrow"
+"""A part of the names of folders in the cache, but of no checkpoint: change it when the same ids are stored in a new
+way."""
 TRAIN, HELD_OUT = "train", "held_out"
 PARTS = (TRAIN, HELD_OUT)
 CHECKED_AT_START = 2**30
@@ -51,13 +54,24 @@ def seal_text(
     shards: Mapping[str, Sequence[ShardFacts]],
     dropped: Mapping[str, int],
     tokenizer: str,
+    arrays: Mapping[str, object],
     files: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes the manifest of a text whose shards, by part, lie in the folder; `files` if they were digested before."""
+    """Write the manifest of a text whose shards, by part, lie in the folder.
+
+    `arrays` are their sizes and digests as `ShardWriter` has them; `files` those of the files, if they were digested.
+    """
     counts = {
         part: {fact: sum(one[fact] for one in found) for fact in Counts._fields} for part, found in shards.items()
     }
-    facts = {"format": FORMAT, "tokenizer": tokenizer, "dropped": dropped, "counts": counts, "shards": shards}
+    facts = {
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "dropped": dropped,
+        "counts": counts,
+        "shards": shards,
+        "arrays": arrays,
+    }
     seal(folder, facts, files)
 
 
@@ -68,14 +82,14 @@ def open_text(folder: Path, before: int = 0) -> Text:
     """
     facts = facts_of(folder)
     assert facts is not None, "sealed, or found whole"
-    files = facts["files"]
-    verified = Verified(folder, files, in_memory=before + num_bytes(facts) <= IN_MEMORY_BYTES)
+    arrays = facts["arrays"]
+    verified = Verified(folder, facts["files"], in_memory=before + num_bytes(facts) <= IN_MEMORY_BYTES)
     named: dict[str, object] = {}
     for part in PARTS:
         for number, one in enumerate(facts["shards"][part]):
             # The first shard's as if it were alone: a text of one shard has the identity that it had before shards.
             place = f"{part}-{number}" if number else part
-            named |= {f"{place}/{name}": files[f"{one['name']}/{name}"] for name in (OFFSETS, TOKENS)}
+            named |= {f"{place}/{name}": arrays[f"{one['name']}/{name}"] for name in (OFFSETS, TOKENS)}
     return Text(
         {
             part: tuple(
@@ -83,7 +97,7 @@ def open_text(folder: Path, before: int = 0) -> Text:
                     one["documents"],
                     one["tokens"],
                     partial(TokenStore.open, verified, one["name"]),
-                    partial(TokenStore.glance, verified, one["name"]),
+                    partial(TokenStore.glance, verified, one["name"], arrays[f"{one['name']}/{OFFSETS}"]),
                 )
                 for one in facts["shards"][part]
             )

@@ -6,29 +6,35 @@ Several processes are given pieces one by one; each writes whole folders, so tha
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import connection
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from switchcli.data.prepare.cache import ELSEWHERE, PARTIAL, make, sweep
+from switchcli.data.prepare.cache import ELSEWHERE, make, sweep
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.prepared_text import FORMAT, HELD_OUT, TRAIN
-from switchcli.data.prepare.store import TOKENS, ShardWriter, seal, token_type
+from switchcli.data.prepare.store import ShardWriter, seal
 from switchcli.data.sources.corpus import Corpus, Piece
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.errors import OutOfMemory, SwitchError, disk_errors
+from switchcli.errors import OutOfMemory, disk_errors
+
+if TYPE_CHECKING:
+    from ctypes import Array, c_int64
 
 PART_CHARACTERS = 2**16  # longer documents are encoded in parts: the tokenizer holds many times its text in memory
 CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 """Equal to `parallel.signals.STOPPING`, which this package cannot import."""
 _SECONDS_BETWEEN_LOOKS = 0.2
+_JOBS_AHEAD = 2  # for each process: a text may have more pieces than the queues of a pool can hold
 
 
 class Job(NamedTuple):
@@ -75,108 +81,86 @@ def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, sh
             show(done)
         return
     try:
-        with _workers(processes, tokenizer, threads) as workers:
-            _share_out(jobs, workers, token_type(used.vocab_size).itemsize, show)
+        _build_in_processes(jobs, tokenizer, processes, threads, show)
     finally:
         for folder in {job.folder.parent for job in jobs}:
             sweep(folder)
 
 
-class _Worker(NamedTuple):
-    """A process, and what it is told and tells by."""
-
-    process: BaseProcess
-    pipe: "Connection[Job, _Built]"
-
-
-class _Built(NamedTuple):
-    """What a worker did: the tokens of a piece, or why it could not."""
-
-    tokens: int
-    error: SwitchError | None
+def _build_in_processes(
+    jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, show: Callable[[Progress], None]
+) -> None:
+    """Build in a pool of processes. The first error ends all of them."""
+    context = multiprocessing.get_context("spawn")  # the threads of this process do not survive a fork
+    written = context.RawArray("q", len(jobs))  # each job writes to its own number alone: no lock is needed
+    others, pieces, size = {*multiprocessing.active_children()}, 0, 0
+    waiting, pending = iter(enumerate(jobs)), dict[Future[None], Job]()
+    with _stopping_blocked():  # starts the resource tracker of multiprocessing: it needs the mask too
+        executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
+    try:
+        while True:
+            with _stopping_blocked():  # `submit` starts the processes
+                for number, job in islice(waiting, _JOBS_AHEAD * processes - len(pending)):
+                    pending[executor.submit(_build_in_worker, number, job)] = job
+            if not pending:
+                break
+            done, _ = wait(pending, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                job = pending.pop(future)
+                pieces, size = pieces + 1, size + (job.piece.size or 0)
+            show(Progress(pieces, size, sum(written)))
+    except BaseException as error:
+        # The executor itself would send SIGTERM, which they block, and wait until they are done with their jobs.
+        for process in {*multiprocessing.active_children()} - others:
+            process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise OutOfMemory(
+                "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it "
+                "again, with fewer --processes if it comes again"
+            ) from None
+        raise
+    finally:
+        executor.shutdown()
 
 
 @contextmanager
-def _workers(number: int, tokenizer: Path, threads: int) -> Iterator[list[_Worker]]:
-    """Processes that wait for jobs; afterwards they are gone, and what they were at with them."""
-    context = multiprocessing.get_context("spawn")  # the threads of this process do not survive a fork
-    workers: list[_Worker] = []
+def _stopping_blocked() -> Iterator[None]:
+    """Let signals wait. Processes that are started inherit this: a terminal signals all, and this one decides."""
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
-        # A terminal sends its signals to all: this process decides. The mask is inherited.
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-        try:
-            for _ in range(number):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, tokenizer, threads), daemon=True)
-                process.start()
-                theirs.close()
-                workers.append(_Worker(process, ours))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-        yield workers
+        yield
     finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
-def _share_out(
-    jobs: Sequence[Job], workers: Sequence[_Worker], token_bytes: int, show: Callable[[Progress], None]
-) -> None:
-    """Give each worker the next job when it is done with one, until all are whole; raise what a worker met."""
-    left, whole, size, tokens = list(jobs[::-1]), 0, 0, 0
-    folders = {job.folder.parent for job in jobs}
-    at: dict[Connection[Job, _Built], Job] = {}
-    try:
-        for worker in workers:
-            at[worker.pipe] = left.pop()
-            worker.pipe.send(at[worker.pipe])
-        while at:
-            ready = connection.wait([*at], timeout=_SECONDS_BETWEEN_LOOKS)
-            for pipe in [one for one in at if one in ready]:
-                built, job = pipe.recv(), at.pop(pipe)
-                if built.error is not None:
-                    raise built.error
-                whole, size, tokens = whole + 1, size + (job.piece.size or 0), tokens + built.tokens
-                if left:
-                    at[pipe] = left.pop()
-                    pipe.send(at[pipe])
-            show(Progress(whole, size, tokens + sum(map(_bytes_under_way, folders)) // token_bytes))
-    except (EOFError, ConnectionError):
-        raise OutOfMemory(
-            "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it again, "
-            "with fewer --processes if it comes again"
-        ) from None
+class _Worker:
+    """What a process of the pool builds with."""
+
+    tokenizer: Tokenizer
+    written: "Array[c_int64]"
+    """Tokens of each job that are written."""
 
 
-def _bytes_under_way(folder: Path) -> int:
-    """About how much is written of pieces that are not whole."""
-    total = 0
-    for path in folder.glob(f"{PARTIAL}*/built/*/{TOKENS}"):
-        with suppress(FileNotFoundError):  # it is whole by now
-            total += path.stat().st_size
-    return total
-
-
-def _work(pipe: "Connection[_Built, Job]", tokenizer: Path, threads: int) -> None:
-    """A worker: jobs as they come, until nobody is there to send any."""
+def _start_worker(tokenizer: Path, threads: int, written: "Array[c_int64]") -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
-    used, parent = _read(tokenizer), multiprocessing.parent_process()
-    with suppress(EOFError, ConnectionError):
-        while True:
-            job, tokens = pipe.recv(), 0
+    _Worker.tokenizer, _Worker.written = _read(tokenizer), written
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-            def count(more: int) -> None:
-                nonlocal tokens
-                tokens += more
-                if parent is not None and not parent.is_alive():
-                    os._exit(1)
 
-            try:
-                _build(job, used, count)
-                pipe.send(_Built(tokens, None))
-            except SwitchError as error:
-                pipe.send(_Built(0, error))
+def _exit_with_parent() -> None:
+    """Wait until the process that started this one is gone, and leave too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _build_in_worker(number: int, job: Job) -> None:
+    def count(tokens: int) -> None:
+        _Worker.written[number] += tokens
+
+    _build(job, _Worker.tokenizer, count)
 
 
 def _read(tokenizer: Path) -> Tokenizer:
@@ -200,7 +184,10 @@ def _build(job: Job, tokenizer: Tokenizer, count: Callable[[int], None]) -> None
                     writer.add(ids, len(part.text.encode()), starts_document=part.starts_document)
                     count(len(ids))
         shards = {TRAIN: train.shards, HELD_OUT: held_out.shards}
-        seal(folder, {"format": FORMAT, "piece": job.piece.name, "dropped": dropped, "shards": shards})
+        arrays = train.arrays | held_out.arrays
+        seal(
+            folder, {"format": FORMAT, "piece": job.piece.name, "dropped": dropped, "shards": shards, "arrays": arrays}
+        )
 
     with disk_errors(job.folder.parents[2], ELSEWHERE):
         make(job.folder, write)

@@ -1,10 +1,14 @@
-"""TokenStore: documents as ids on disk, end to end in an array; and the folder that proves itself whole.
+"""TokenStore: documents as token ids in an Arrow file; and the folder that proves itself whole.
+
+An Arrow file holds one record batch with one column, `ids`: a list of token ids for each document. It is a stream of
+Arrow's IPC format, which `datasets.Dataset.from_file` opens too.
 
 A folder is written elsewhere, sealed with a manifest of sizes and digests, and only then renamed into place, which is
 `prepare`'s work.
 """
 
 import hashlib
+import io
 import json
 from array import array
 from collections.abc import Callable, Iterable, Mapping
@@ -18,9 +22,14 @@ from numpy.typing import NDArray
 
 from switchcli import publish
 from switchcli.data.prepare import verified
-from switchcli.data.prepare.verified import MappedFile, Verified
+from switchcli.data.prepare.verified import MappedFile, Verified, changed
 
-MANIFEST, TOKENS, OFFSETS = "manifest.json", "tokens.npy", "offsets.npy"
+MANIFEST, ARROW, IDS = "manifest.json", ".arrow", "ids"
+TOKENS, OFFSETS = "tokens.npy", "offsets.npy"
+"""The names of a store's two arrays in `arrays` of a manifest.
+
+Versions up to 0.1 kept each in a NumPy file. The digests are still those of such files, so that the same ids keep the
+identity that checkpoints recorded."""
 SHARD_TOKENS = 2**24
 SHARD_DOCUMENTS = 2**20
 
@@ -39,15 +48,25 @@ class TokenStore(NamedTuple):
 
     @classmethod
     def open(cls, verified: Verified, name: str) -> Self:
-        """Open the store of that name in a sealed folder. Raises DataError if its files are not what was sealed."""
-        tokens, mapped = verified.open(f"{name}/{TOKENS}")
-        offsets = verified.load(f"{name}/{OFFSETS}")
-        return cls(tokens, offsets, None if mapped is None else (verified, mapped))
+        """Open the store of that name in a sealed folder. Raises DataError if its file is not what was sealed."""
+        content, mapped = verified.open(f"{name}{ARROW}")
+        tokens, offsets = _read(content, verified.path(f"{name}{ARROW}"))
+        if mapped is None:
+            return cls(tokens, offsets)
+        return cls(tokens, offsets.copy(), (verified, mapped))  # only `take` may read the mapping from now on
 
     @classmethod
-    def glance(cls, verified: Verified, name: str) -> Self:
-        """Open the index alone: a store without tokens. Raises DataError as `open`."""
-        return cls(np.zeros(0, np.uint16), verified.load(f"{name}/{OFFSETS}"))
+    def glance(cls, verified: Verified, name: str, identity: object) -> Self:
+        """Open the index alone: a store without tokens. `identity` is that of the offsets, as the manifest has it.
+
+        The tokens are neither read nor compared. Raises DataError as `open`.
+        """
+        path = verified.path(f"{name}{ARROW}")
+        _, offsets = _read(verified.map(f"{name}{ARROW}"), path)
+        offsets = offsets.copy()
+        if _array_identity(offsets) != identity:
+            raise changed(path)
+        return cls(np.zeros(0, np.uint16), offsets)
 
     def take(self, places: NDArray[np.int64] | slice) -> NDArray[np.uint16] | NDArray[np.uint32]:
         """Return a copy of the tokens at some places. Raises DataError if the file that holds them is cut."""
@@ -81,28 +100,32 @@ class Shard(NamedTuple):
 
 
 class StoreWriter:
-    """Writes a TokenStore piece by piece, of a length not known beforehand; used in a `with`."""
+    """Writes a TokenStore of a length not known beforehand; used in a `with`.
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        folder.mkdir()
-        self._folder = folder
+    It holds the tokens in memory until the end: 2 bytes each, or 4 with a vocabulary of more than 2**16. A
+    `ShardWriter` begins a new store after SHARD_TOKENS: then this is 32 MiB, or 64, and the rest of the last document.
+    """
+
+    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
+        """The file is called `name`.arrow, in `folder`."""
+        self._folder, self._name = folder, name
         self._dtype = token_type(vocab_size)
         self._lengths = array("q")
-        self._file = (folder / TOKENS).open("wb")
-        self._write_header(0)
-        self._start = self._file.tell()
+        self._tokens = bytearray()
+        self.arrays: dict[str, object] = {}
+        """Size and digest of the two arrays by their names, at the end; see TOKENS."""
 
     def add(self, ids: NDArray[np.int64], *, starts_document: bool) -> None:
         """Appends ids to the last document, or as a new one."""
         if starts_document:
             self._lengths.append(0)
         self._lengths[-1] += len(ids)
-        self._file.write(ids.astype(self._dtype).tobytes())
+        self._tokens += ids.astype(self._dtype).data
 
     def add_all(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
         """Appends documents of these lengths, end to end."""
         self._lengths.extend(lengths.tolist())
-        self._file.write(tokens.astype(self._dtype).tobytes())
+        self._tokens += tokens.astype(self._dtype).data
 
     def __enter__(self) -> Self:
         return self
@@ -110,18 +133,48 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            if kind is None:
-                lengths = np.array(self._lengths, dtype=np.int64)
-                offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
-                np.save(self._folder / OFFSETS, offsets, allow_pickle=False)
-                self._file.seek(0)
-                self._write_header(int(offsets[-1]))
-                assert self._file.tell() == self._start, "numpy leaves room for the length in the header"
+        if kind is None:
+            self._write()
 
-    def _write_header(self, length: int) -> None:
-        header = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (length,)}
-        npy.write_array_header_1_0(self._file, header)
+    def _write(self) -> None:
+        """Write the file, without documents that have no tokens."""
+        import pyarrow as pa
+
+        lengths = np.array(self._lengths, dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
+        tokens = np.frombuffer(self._tokens, self._dtype)
+        # From buffers, which are not copied: `pa.array` would import pandas.
+        values = pa.Array.from_buffers(pa.from_numpy_dtype(self._dtype), len(tokens), [None, pa.py_buffer(tokens)])
+        ids_type, buffers = pa.large_list(values.type), [None, pa.py_buffer(offsets)]
+        ids = pa.Array.from_buffers(ids_type, len(offsets) - 1, buffers, children=[values])
+        batch = pa.record_batch([ids], names=[IDS])
+        with (
+            (self._folder / f"{self._name}{ARROW}").open("wb") as file,
+            pa.ipc.new_stream(file, batch.schema) as stream,
+        ):
+            stream.write_batch(batch)
+        found = {OFFSETS: offsets, TOKENS: tokens}
+        self.arrays = {f"{self._name}/{name}": _array_identity(one) for name, one in found.items()}
+
+
+def _read(content: Any, path: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the tokens and the offsets of an Arrow file as arrays over `content`, a buffer; nothing is copied.
+
+    Raises DataError, naming `path`, for other content.
+    """
+    import pyarrow as pa
+
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(content)) as stream:
+            ids = stream.read_next_batch().column(IDS)
+        ids.validate(full=True)  # no document reaches beyond the tokens
+        arrays: tuple[NDArray[Any], NDArray[Any]] = np.from_dlpack(ids.values), np.from_dlpack(ids.offsets)
+        tokens, offsets = arrays  # `to_numpy` would import pandas
+    except (pa.ArrowException, OSError, AttributeError, LookupError, StopIteration) as error:
+        raise changed(path) from error
+    if tokens.dtype not in (np.uint16, np.uint32) or offsets.dtype != np.int64 or offsets[-1] != len(tokens):
+        raise changed(path)
+    return tokens, offsets
 
 
 ShardFacts = dict[str, Any]
@@ -136,13 +189,15 @@ class ShardWriter:
         self._folder, self._part, self._vocab_size = folder, part, vocab_size
         self._writer: StoreWriter | None = None
         self.shards: list[ShardFacts] = []
+        self.arrays: dict[str, object] = {}
+        """Size and digest of the arrays of all shards, at the end; see `StoreWriter`."""
 
     def add(self, ids: NDArray[np.int64], num_bytes: int, *, starts_document: bool) -> None:
         """Appends ids of so many bytes of text to the last document, or as a new one."""
         if self._writer is None or (starts_document and self._is_full()):
             self._close()
             name = f"{self._part}-{len(self.shards):03}"
-            self._writer = StoreWriter(self._folder / name, self._vocab_size)
+            self._writer = StoreWriter(self._folder, name, self._vocab_size)
             self.shards.append({"name": name, "documents": 0, "tokens": 0, "bytes": 0})
         self._writer.add(ids, starts_document=starts_document)
         for fact, more in (("documents", int(starts_document)), ("tokens", len(ids)), ("bytes", num_bytes)):
@@ -168,6 +223,7 @@ class ShardWriter:
         writer, self._writer = self._writer, None  # where closing fails, it is not closed again
         if writer is not None:
             writer.__exit__(kind, error, trace)
+            self.arrays |= writer.arrays
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -215,10 +271,10 @@ def has_sizes(folder: Path) -> bool:
 
 
 def identity(folder: Path, parts: Iterable[str]) -> str:
-    """A digest of the files of some parts of a sealed folder, by what its manifest says of them."""
+    """A digest of the arrays of some stores of a sealed folder, by what its manifest says of them."""
     facts = facts_of(folder)
     assert facts is not None, "sealed"
-    return digest_of({name: said for name, said in facts["files"].items() if name.split("/")[0] in parts})
+    return digest_of({name: said for name, said in facts["arrays"].items() if name.split("/")[0] in parts})
 
 
 def digest_of(files: Mapping[str, object]) -> str:
@@ -238,6 +294,15 @@ def is_true(path: Path, identity: object) -> bool:
         return identity_of(path) == identity
     except FileNotFoundError:
         return False
+
+
+def _array_identity(values: NDArray[Any]) -> dict[str, object]:
+    """Size and digest of a NumPy file (.npy) that holds the array."""
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(values))
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(values.data)
+    return {"bytes": len(header.getvalue()) + values.nbytes, "sha256": digest.hexdigest()}
 
 
 def _digest(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Arrays of a sealed folder that hold verified content only: in memory, or mapped and checked again before each save.
+"""Files of a sealed folder with verified content only: in memory, or mapped and checked again before each save.
 
 A mapped file may change while a run reads it. Three things guard against that: its content is compared with its digest
 when it is mapped; its size is compared before each read, because reading a mapping beyond the end of its file ends the
@@ -7,7 +7,6 @@ a successful check is what was prepared.
 """
 
 import hashlib
-import io
 import mmap
 import os
 import threading
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from switchcli.data.prepare.digests import FileStat
@@ -33,8 +31,6 @@ CHECKED_MEBIBYTES: Final = 1024
 _MOST_USED: Final = 32
 """Mapped files of a text that may wait for a check; each keeps two file descriptors open. A check of one is a call of
 fstat."""
-_HEADER_BYTES: Final = 1024
-"""More than the header of a file takes."""
 _WRITE_SECONDS: Final = 0.05
 """A write that already shows in a file's time is done after this."""
 
@@ -52,16 +48,10 @@ class MappedFile:
         weakref.finalize(self, os.close, self._handle)
         self._verify()
 
-    def array(self) -> NDArray[Any]:
-        """Map the array that the file holds, read only."""
-        header = io.BytesIO(os.pread(self._handle, _HEADER_BYTES, 0))
+    def content(self) -> mmap.mmap:
+        """Map the file, read only. Raises DataError if the system refuses."""
         try:
-            npy.read_magic(header)
-            (length,), _, dtype = npy.read_array_header_1_0(header)
-            if dtype.kind != "u":
-                raise changed(self._path)
-            content = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
-            return np.frombuffer(content, dtype, length, header.tell())  # numpy's own memmap indexes slowly
+            return mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
         except (ValueError, OSError) as error:
             raise changed(self._path) from error
 
@@ -94,18 +84,47 @@ class MappedFile:
 
 
 class Verified:
-    """The arrays of a sealed folder. Threads may read at the same time."""
+    """The files of a sealed folder. Threads may read at the same time."""
 
     def __init__(self, folder: Path, files: Mapping[str, object], *, in_memory: bool) -> None:
         """`files` gives the size and digest of each file by its name, as the folder's manifest has them."""
         self._folder, self._files, self._in_memory = folder, files, in_memory
-        self._held: dict[str, NDArray[Any]] = {}
+        self._held: dict[str, bytes] = {}
         self._used: set[MappedFile] = set()
         self._lock, self._checking = threading.Lock(), threading.Lock()
 
-    def load(self, name: str) -> NDArray[Any]:
-        """Read an array into memory, from the very bytes that were verified. Raises DataError for other bytes."""
-        path = self._folder / name
+    def path(self, name: str) -> Path:
+        """Return where a file lies."""
+        return self._folder / name
+
+    def open(self, name: str) -> tuple[bytes | mmap.mmap, MappedFile | None]:
+        """Return a file's content in memory, the same at each call; or mapped, with its file.
+
+        Arrays over a mapping are read by `take` only. Raises DataError if the content is not what was sealed.
+        """
+        if not self._in_memory:
+            mapped = MappedFile(self.path(name), self._files[name])
+            return mapped.content(), mapped
+        if name not in self._held:
+            self._held[name] = self._load(name)
+        return self._held[name], None
+
+    def map(self, name: str) -> mmap.mmap:
+        """Map a file of which the size alone is compared. Raises DataError if it is another, or there is no file."""
+        path = self.path(name)
+        try:
+            with path.open("rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise changed(path) from error
+        expected = self._files[name]
+        if not isinstance(expected, Mapping) or len(content) != expected.get("bytes"):
+            raise changed(path)
+        return content
+
+    def _load(self, name: str) -> bytes:
+        """Read a file, and verify the very bytes that are returned."""
+        path = self.path(name)
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -114,23 +133,7 @@ class Verified:
             self._files[name]
         ):
             raise changed(path)
-        try:
-            found: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise changed(path) from error
-        return found
-
-    def open(self, name: str) -> tuple[NDArray[Any], MappedFile | None]:
-        """Return an array in memory, the same at each call; or a mapped one with its file. Raises DataError as `load`.
-
-        A mapped array is read by `take` only.
-        """
-        if not self._in_memory:
-            mapped = MappedFile(self._folder / name, self._files[name])
-            return mapped.array(), mapped
-        if name not in self._held:
-            self._held[name] = self.load(name)
-        return self._held[name], None
+        return content
 
     def take(self, array: NDArray[Any], mapped: MappedFile, places: NDArray[np.int64] | slice) -> NDArray[Any]:
         """Return a copy of some places of a mapped array. Raises DataError if its file is cut."""

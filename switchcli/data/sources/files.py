@@ -1,5 +1,10 @@
 """A corpus in files: text, JSON Lines or Parquet, here or elsewhere, streamed. Every fault is told with file and line.
 
+The builders of `datasets` read the same formats, but draw other bounds: a lone carriage return ends a line, a byte
+order mark stays in the text, and exactly two line feeds part paragraphs. Their JSON builder infers types: a text that
+looks like a date becomes one. Files are read here, since other documents would change the ids of existing runs, and
+since an error has to name the file and the line.
+
 Its pieces are ranges of bytes of a large file, or several small files, so that many processes share out either.
 """
 
