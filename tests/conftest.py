@@ -74,11 +74,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as slow the cases that a test's `fast` marker does not name, and put the files that take longest first.
 
-    A worker of xdist that is given a long file last keeps the others waiting.
+    A worker of xdist that is given a long file last keeps the others waiting. Where slow tests run too, those marked
+    `repeated` are left out: slow ones include what they do.
     """
+    if "slow or not slow" in config.getoption("markexpr"):
+        items[:] = [item for item in items if not item.get_closest_marker("repeated")]
     for item in items:
         if (fast := item.get_closest_marker("fast")) and item.callspec.id not in fast.args:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.slow)
