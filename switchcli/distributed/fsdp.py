@@ -30,7 +30,9 @@ def shard_weights(model: SwitchTransformer, groups: Groups, shard: Shard, device
             unit = fully_shard(
                 layer.experts, mesh=mesh, reshard_after_forward=is_zero3, shard_placement_fn=lambda _: placement
             )
-            unit.set_gradient_divide_factor(groups.data.size)  # not by the number of replicas: see ExpertGradients
+            # Not by the number of replicas, see ExpertGradients: a plain sum, which is then divided, on every device.
+            unit.set_gradient_divide_factor(groups.data.size)
+            unit.set_force_sum_reduction_for_comms(True)
             if dim == 0:
                 count = len(layer.experts.here) // groups.replicas.size
                 layer.experts.here = layer.experts.here[groups.replicas.place * count :][:count]
@@ -39,8 +41,9 @@ def shard_weights(model: SwitchTransformer, groups: Groups, shard: Shard, device
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=is_zero3, ignored_params=ignored)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
-    for unit in units(model):
-        unit.set_force_sum_reduction_for_comms(device == "cpu")  # gloo cannot sum what it scales
+    if device == "cpu":  # gloo has no average
+        for unit in units(model):
+            unit.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "encode")  # what decoding step by step calls besides `forward`
     for block in blocks:
         if isinstance(block, DecoderBlock):

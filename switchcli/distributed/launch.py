@@ -107,28 +107,32 @@ def _takes_shutdown_timeout() -> bool:
 def _signals_forwarded() -> Iterator[None]:
     """Within, have torchrun forward the first stopping signal to the ranks and wait until they end.
 
-    A Ctrl-C after that goes to the ranks as well, which then leave at once. Other signals after the first are dropped:
-    torchrun's own handlers would cut its wait short.
+    Signals after the first go to the ranks as well, which leave at once at a second Ctrl-C: torchrun's own handlers
+    would cut its wait short, as its handler of SIGQUIT still does.
     """
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    asked = False
+    asked = ended = False
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if ended:
+            return
         if not asked:
             asked = True
             raise SignalException("stopped", signal.Signals(number))  # which torchrun catches
-        if number == signal.SIGINT:
-            for rank in psutil.Process().children():
-                with suppress(psutil.NoSuchProcess):
-                    rank.send_signal(number)
+        for rank in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (*stopping(), signal.SIGQUIT)}
+    previous = {number: signal.getsignal(number) for number in (*stopping(), signal.SIGQUIT)}
     try:
+        for number in previous:
+            signal.signal(number, forward)
         yield
     finally:
+        ended = True
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -147,7 +151,7 @@ def _first_of(failures: Mapping[int, "ProcessFailure"], told: Mapping[int, Ended
     deadline = in_order[0][1].timestamp + TORCHRUN_SAVING_SECONDS  # both in whole seconds
     hung = {rank for rank, one in in_order if one.exitcode == -signal.SIGKILL and one.timestamp >= deadline}
     follow = hung | {rank for rank in codes if (told[rank].where if rank in told else codes[rank] == -signal.SIGTERM)}
-    rank = min(codes, key=lambda one: (one in follow, codes[one] >= 0))
+    rank = min(codes, key=lambda one: (one in follow, codes[one] == -signal.SIGTERM, codes[one] >= 0))
     if rank not in told or (codes[rank] < 0 and rank not in follow):
         how = "was stopped or hung, and was killed" if rank in hung else how_ended(codes[rank])
         lost = LostRank(f"rank {rank} {how}")
@@ -173,8 +177,9 @@ def how_ended(code: int) -> str:
 def report(error: SwitchError, words: str) -> bool:
     """Write why this rank ends to its error file, if torchrun started it. torchrun shows the words in its summary.
 
-    Return whether `launch` started it, which then says for all ranks that they were stopped, or that one is lost.
+    Return whether `launch` started it and has its words, to say for all ranks that they were stopped, or one is lost.
     """
+    written = False
     if error_file := os.environ.get(ERROR_FILE):
         place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
         told = {"message": words, "timestamp": int(time.time()), "exit_code": error.exit_code, "where": place}
@@ -183,7 +188,8 @@ def report(error: SwitchError, words: str) -> bool:
         with suppress(OSError):  # the launcher is gone, or the disk is full
             partial.write_text(json.dumps(told), encoding="utf-8")
             partial.replace(path)
-    return LAUNCHER in os.environ
+            written = True
+    return LAUNCHER in os.environ and written
 
 
 def _reports(logs: str) -> dict[int, Ended]:

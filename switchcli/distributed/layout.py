@@ -1,8 +1,9 @@
 """Which part of each weight is here, and how parts make a whole.
 
-A weight may be cut along the model axis (tensor_parallel.py) and along the data axis (fsdp.py), the latter along its
-first dim; both may fall on one dim. Stacked experts are a matter of their own: a rank holds some of them, each cut as
-others are.
+A dense weight may be cut along the model axis (tensor_parallel.py) and, along its first dim, over the data axis
+(fsdp.py); both cuts may fall on one dim. Of stacked experts a rank holds some, by the expert axis and, where replicas
+divide them, by its replica. Each of these may be cut along the model axis, and over replicas that cannot divide the
+number of experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -8,12 +8,14 @@ group of `expert` ranks, neighbours on it, holds all of them once, and the group
 import math
 from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 
+from switchcli.distributed.signals import interruptible
 from switchcli.errors import RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.spec import MOST, Spec
@@ -163,7 +165,7 @@ def groups_of(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> 
     def mine(partition: list[list[int]]) -> Shared | None:
         if len(partition[0]) == 1:
             return None
-        made, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)  # type: ignore[no-untyped-call]
+        made, _ = interruptible(partial(dist.new_subgroups_by_enumeration, partition, timeout=timeout))
         ranks = next(ranks for ranks in partition if rank in ranks)
         return Shared(made, len(ranks), ranks.index(rank))
 

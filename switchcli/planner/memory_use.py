@@ -101,7 +101,7 @@ def _dense_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
 
 
 def _expert_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
-    """The same of the experts."""
+    """Weights, gradients and optimizer state of the experts."""
     unit = FLOAT * max(own.expert_units, default=0) // mesh.expert
     whole, state = FLOAT * own.expert // mesh.expert, own.expert_state // mesh.expert
     return _sharded(whole, state, own.expert_shards(mesh), (2 * unit, unit), mesh, several)

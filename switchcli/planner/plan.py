@@ -205,7 +205,7 @@ def _seconds(
     """A weight is read forward (perhaps twice) and backward and its gradient written in each microbatch; the optimizer
     reads both twice and writes the weight."""
     experts, microbatches = own.expert / mesh.expert, step.sequences // mesh.data // microbatch
-    updated = experts + own.dense / (1 if mesh.shard == "none" else mesh.data)
+    updated = experts / own.expert_shards(mesh) + own.dense / (1 if mesh.shard == "none" else mesh.data)
     moved = FLOAT * ((3 + step.recomputed) * microbatches * (own.dense + experts) + 5 * updated)
     seconds = {
         "compute": flops_of(spec, step, mesh, microbatch) / machine.flops,

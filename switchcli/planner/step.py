@@ -86,7 +86,7 @@ class Held(NamedTuple):
     units: tuple[int, ...]
     """The dense ones by what ZeRO gathers at a time: what is in no block first, then each block."""
     expert_units: tuple[int, ...]
-    """The same of the experts: each sparse layer's, all of them."""
+    """Parameters of the experts of each sparse layer, all of them: what ZeRO gathers at a time, times `Mesh.expert`."""
     expert_shapes: tuple[tuple[int, int], ...]
     """The first two dims of the stacked weights, each pair once."""
     dense_state: int

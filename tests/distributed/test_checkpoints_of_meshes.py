@@ -162,6 +162,22 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_experts_of_which_each_replica_has_a_part_are_whole_in_a_checkpoint(tmp_path: Path) -> None:
+    """Two replicas cannot divide three experts."""
+    three = NOISY.model_copy(update={"num_experts": 3})
+    for steps, shard in ((2, "zero2"), (4, "zero3")):
+        parallel = ParallelSpec(shard=shard)  # type: ignore[arg-type] # of the two names above
+        alone = going_on(tmp_path / "alone", steps, ALONE, OPTIMIZERS["adamw"], three)
+        for one in on_ranks(2, going_on, tmp_path / "moved", steps, parallel, OPTIMIZERS["adamw"], three):
+            assert one["left"] == pytest.approx(alone["left"], abs=1e-5)
+        whole, parts = (tensors(tmp_path / folder, steps) for folder in ("alone", "moved"))
+        assert {name: one.shape for name, one in whole.items()} == {name: one.shape for name, one in parts.items()}
+        assert all(torch.allclose(whole[name], parts[name], rtol=0, atol=1e-5) for name in whole if "/" not in name)
+    left = one["left"]
+    assert going_on(tmp_path / "moved", 4, ALONE, OPTIMIZERS["adamw"], three)["found"] == pytest.approx(left, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_other_experts_is_refused_on_every_rank(tmp_path: Path) -> None:
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
     for said in on_ranks(2, refused, tmp_path, NOISY.model_copy(update={"num_experts": 8})):

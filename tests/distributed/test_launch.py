@@ -39,8 +39,15 @@ if what in ("fail", "die", "hang") and rank == "1":
     if what != "die":
         report(4, "the rule")
     sys.exit(4)
-if what == "hang":
+if what == "hang" or (what == "suspended" and rank == "1"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open("ready" + rank, "w").close()
+if what in ("suspended", "late") and rank == "0":  # asked to stop, or told by a library that another rank is gone
+    while what == "suspended" and not os.path.exists("ready1"):
+        time.sleep(0.01)
+    code = 75 if what == "late" else 6
+    report(code, "saved", "after step 1")
+    sys.exit(code)
 if what in ("SIGTERM", "SIGINT", "SIGUSR1", "twice"):  # saves, which takes long for "twice"
     came = []
     def saving(number, frame):
@@ -57,6 +64,7 @@ if what in ("SIGTERM", "SIGINT", "SIGUSR1", "twice"):  # saves, which takes long
             os._exit(130)
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(one, signal.SIG_IGN if what == "twice" and one == signal.SIGTERM else saving)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     open("ready" + rank, "w").close()
     while not os.path.exists("ready1"):
         time.sleep(0.01)
@@ -138,6 +146,16 @@ def test_a_rank_that_hangs_when_another_fails_is_killed_and_not_blamed(tmp_path:
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_suspended_while_the_others_find_one_gone_is_the_one_that_is_named(tmp_path: Path) -> None:
+    assert re.search(r"LostRank: .*\brank 1\b.*\bhung\b", launched("suspended", tmp_path).stderr)
+
+
+def test_a_rank_that_is_ended_by_another_that_has_saved_is_not_lost(tmp_path: Path) -> None:
+    """It gets torchrun's SIGTERM on its way out, when nothing in it handles signals any more."""
+    assert re.search(r"Interrupted: saved$", launched("late", tmp_path).stderr, re.M)
+
+
+@pytest.mark.slow
 def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path) -> None:
     begun = time.monotonic()
     done = launched("early", tmp_path)
@@ -196,7 +214,7 @@ def test_a_rank_of_torchrun_reports_why_it_ends(tmp_path: Path, monkeypatch: pyt
     assert (told["exit_code"], told["where"]) == (6, "after step 7")
     assert [*tmp_path.iterdir()] == [file]
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
-    assert report(lost, "why")
+    assert not report(lost, "why")
 
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
