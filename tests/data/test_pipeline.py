@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -958,6 +959,27 @@ def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_
     labels.clear()
     assert module.prepare(spec, mixture.means(track=track)).texts.keys() == found.keys()
     assert labels == [], "all is there"
+
+
+@contextmanager
+def few_files(number: int) -> Iterator[None]:
+    """Let this process open about so many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/dev/fd").iterdir()]) + number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_search_for_duplicates_keeps_few_files_open(mixture: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates()})
+    expected = module.prepare(spec, mixture.means()).identity
+    shutil.rmtree(mixture.cache)
+    monkeypatch.setattr(text_module, "IN_MEMORY_BYTES", 0)
+    module.prepare(mixture.spec, mixture.means())
+    with few_files(10):  # there are 12 shards
+        assert module.prepare(spec, mixture.means()).identity == expected
 
 
 def test_what_a_text_of_a_mixture_keeps_hangs_on_the_texts_before_it(mixture: Corpus) -> None:
