@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
@@ -421,6 +422,37 @@ def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: 
         corpus.prepare(stop_after(0, kill), processes=2)
     monkeypatch.setattr(shards, "_start_worker", leave)
     with pytest.raises(OutOfMemory, match="--processes"):  # before they have read one
+        corpus.prepare(processes=2)
+
+
+class UnreadableError(Exception):
+    """An error that cannot be unpickled, as that of a library may be."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+def raise_unreadable(*given: object) -> None:
+    raise UnreadableError("one", "two")
+
+
+def test_a_result_that_cannot_be_unpickled_is_not_called_a_lack_of_memory(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_build_in_worker", raise_unreadable)
+    with pytest.raises(BrokenProcessPool) as raised:
+        corpus.prepare(processes=2)
+    assert "missing 1 required positional argument: 'second'" in str(raised.value.__cause__)
+    assert not active_children()
+
+
+def start_without_tokenizer(tokenizer: Path, *given: object) -> None:
+    shards._start_worker(tokenizer.with_name("lost.json"), *given)  # type: ignore[arg-type]
+
+
+def test_processes_that_cannot_read_the_tokenizer_say_so(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_start_worker", start_without_tokenizer)
+    with pytest.raises(CheckpointError, match="No such file or directory"):
         corpus.prepare(processes=2)
 
 
