@@ -1202,6 +1202,28 @@ def test_an_index_that_changed_is_found_without_reading_the_tokens(
         text.shards[TRAIN][2].glance()
 
 
+def test_an_index_on_a_bad_sector_is_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = corpus.prepare()
+
+    def fail(*given: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"train-000\.arrow"):
+        text.shards[TRAIN][2].glance()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+@pytest.mark.parametrize("size", [0, 1, 10**5])
+def test_an_array_is_identified_by_the_numpy_file_that_would_hold_it(
+    tmp_path: Path, dtype: type[np.integer], size: int
+) -> None:
+    """Earlier versions kept each array in such a file, and their checkpoints hold digests of these identities."""
+    values = np.arange(size).astype(dtype)
+    np.save(tmp_path / "values.npy", values)
+    assert store._array_identity(values) == store.identity_of(tmp_path / "values.npy")
+
+
 def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
     text = corpus.prepare()
     facts = json.loads(json.loads((text.folder / "manifest.json").read_text())["manifest"])
