@@ -135,13 +135,15 @@ def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
 def test_the_tasks_of_a_slurm_array_prepare_a_share_each(recipe: str, job: dict[str, str], tmp_path: Path) -> None:
     corpora = ", ".join("{kind: files, paths: [text.txt], sample_by: line}" for _ in range(2))
     command = [CLUSTER / "slurm-prepare", recipe, f"data.corpora=[{corpora}]", "--json"]
-    array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SWITCHCLI_CACHE": str(tmp_path / "cache")}
+    array = {f"SLURM_ARRAY_TASK_{name}": value for name, value in {"MIN": "1", "MAX": "2", "COUNT": "2"}.items()}
+    array["SWITCHCLI_CACHE"] = str(tmp_path / "cache")
     whole = []
     for task in ("1", "2"):
         environment = {**job, **array, "SLURM_ARRAY_TASK_ID": task}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         whole.append(json.loads(done.stdout)["whole"])
     assert whole == [False, True]
-    for change in ({"SWITCHCLI_CACHE": ""}, {"SLURM_ARRAY_TASK_MIN": "0"}):
+    odd = {"SLURM_ARRAY_TASK_MAX": "3"}  # --array 1,3 or 1-3:2
+    for change in ({"SWITCHCLI_CACHE": ""}, {"SLURM_ARRAY_TASK_MIN": "0"}, odd):
         environment = {**job, **array, "SLURM_ARRAY_TASK_ID": "1", **change}
         assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0

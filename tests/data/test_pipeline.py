@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
@@ -420,6 +422,37 @@ def test_workers_killed_at_their_start_are_told_of(corpus: Corpus, monkeypatch: 
         corpus.prepare(stop_after(0, kill), processes=2)
     monkeypatch.setattr(shards, "_start_worker", leave)
     with pytest.raises(OutOfMemory, match="--processes"):  # before they have read one
+        corpus.prepare(processes=2)
+
+
+class UnreadableError(Exception):
+    """An error that cannot be unpickled, as that of a library may be."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+def raise_unreadable(*given: object) -> None:
+    raise UnreadableError("one", "two")
+
+
+def test_a_result_that_cannot_be_unpickled_is_not_called_a_lack_of_memory(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_build_in_worker", raise_unreadable)
+    with pytest.raises(BrokenProcessPool) as raised:
+        corpus.prepare(processes=2)
+    assert "missing 1 required positional argument: 'second'" in str(raised.value.__cause__)
+    assert not active_children()
+
+
+def start_without_tokenizer(tokenizer: Path, *given: object) -> None:
+    shards._start_worker(tokenizer.with_name("lost.json"), *given)  # type: ignore[arg-type]
+
+
+def test_processes_that_cannot_read_the_tokenizer_say_so(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_start_worker", start_without_tokenizer)
+    with pytest.raises(CheckpointError, match="No such file or directory"):
         corpus.prepare(processes=2)
 
 
@@ -960,6 +993,27 @@ def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_
     assert labels == [], "all is there"
 
 
+@contextmanager
+def few_files(number: int) -> Iterator[None]:
+    """Let this process open about so many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/dev/fd").iterdir()]) + number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_search_for_duplicates_keeps_few_files_open(mixture: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = mixture.spec.model_copy(update={"duplicates": Duplicates()})
+    expected = module.prepare(spec, mixture.means()).identity
+    shutil.rmtree(mixture.cache)
+    monkeypatch.setattr(text_module, "IN_MEMORY_BYTES", 0)
+    module.prepare(mixture.spec, mixture.means())
+    with few_files(10):  # there are 12 shards
+        assert module.prepare(spec, mixture.means()).identity == expected
+
+
 def test_what_a_text_of_a_mixture_keeps_hangs_on_the_texts_before_it(mixture: Corpus) -> None:
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
     first = module.prepare(spec, mixture.means()).texts
@@ -1146,6 +1200,28 @@ def test_an_index_that_changed_is_found_without_reading_the_tokens(
     damage(path)
     with pytest.raises(DataError, match=str(path)):
         text.shards[TRAIN][2].glance()
+
+
+def test_an_index_on_a_bad_sector_is_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = corpus.prepare()
+
+    def fail(*given: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"train-000\.arrow"):
+        text.shards[TRAIN][2].glance()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+@pytest.mark.parametrize("size", [0, 1, 10**5])
+def test_an_array_is_identified_by_the_numpy_file_that_would_hold_it(
+    tmp_path: Path, dtype: type[np.integer], size: int
+) -> None:
+    """Earlier versions kept each array in such a file, and their checkpoints hold digests of these identities."""
+    values = np.arange(size).astype(dtype)
+    np.save(tmp_path / "values.npy", values)
+    assert store._array_identity(values) == store.identity_of(tmp_path / "values.npy")
 
 
 def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:

@@ -36,10 +36,15 @@ class Duplicates(Spec):
 
     kind: Literal["exact", "near"] = "near"
 
+    @property
+    def num_keys(self) -> int:
+        """The number of keys of each document (B)."""
+        return 1 if self.kind == "exact" else BANDS
+
     def signatures(self, ids_T: Ids, offsets: NDArray[np.int64]) -> Keys:
         """Keys [D, B] of documents end to end, each from an offset [D + 1] to the next; of any lengths, none too.
 
-        Column by column in memory (Fortran order), and so in a file by `np.save`: `kept` reads it column by column.
+        Column by column in memory (Fortran order): `kept` reads it column by column.
         """
         if self.kind == "exact":
             return _sums(ids_T, offsets)[:, None]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +26,18 @@ def find_distinct(
     `scratch` is a folder for the keys: 8 bytes a document, 112 for near duplicates. Raises DataError for a shard that
     is not what was prepared.
     """
-    shards = [shard for text in texts for _, shard in _shards(text)]
-    keys = []
-    for number, shard in enumerate(track(shards, "looking for duplicates, in shards", len(shards))):
-        store = shard.open()
-        file = scratch / f"{number}.npy"
-        np.save(file, duplicates.signatures(store.take(slice(None)), store.offsets), allow_pickle=False)
-        keys.append(np.load(file, mmap_mode="r", allow_pickle=False))
-    for text in texts:
-        text.check()
+    shards = [(text, shard) for text in texts for _, shard in _shards(text)]
+    file = scratch / "keys"
+    ends = [0]
+    with file.open("wb") as keys_file:
+        for text, shard in track(shards, "looking for duplicates, in shards", len(shards)):
+            store = shard.open()
+            keys_BD = duplicates.signatures(store.take(slice(None)), store.offsets).T
+            keys_file.write(np.ascontiguousarray(keys_BD).data)
+            ends.append(ends[-1] + keys_BD.size)
+            text.check()  # now, not at the end: a shard that was not checked since it was read is held open
+    all_keys = np.memmap(file, np.uint64, "r") if ends[-1] else np.zeros(0, np.uint64)  # an empty file has no mapping
+    keys = [all_keys[first:end].reshape(duplicates.num_keys, -1).T for first, end in pairwise(ends)]
     masks = iter(kept(keys, lambda bands: track(bands, "comparing their keys, in bands", len(bands))))
     return [[next(masks) for _ in _shards(text)] for text in texts]
 

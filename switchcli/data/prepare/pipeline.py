@@ -117,9 +117,9 @@ def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) ->
     text or the tokenizer, and when no document, or every one, is held out; CheckpointError for the cache folder.
     """
     used, texts = prepare_share(spec, means, tokenizer)
-    whole = {label: text for label, text in texts.items() if text is not None}
-    assert len(whole) == len(texts), "all shares"
-    return Prepared(used, whole)
+    complete = {label: text for label, text in texts.items() if text is not None}
+    assert len(complete) == len(texts), "all shares"
+    return Prepared(used, complete)
 
 
 def prepare_share(
@@ -127,7 +127,7 @@ def prepare_share(
 ) -> tuple[Tokenizer, dict[str, Text | None]]:
     """Do as `prepare` with this machine's share of the pieces: a text is None while others' are not there.
 
-    Without duplicates a text depends on those before it, and is None while one of them is.
+    With `data.duplicates` a text depends on those before it, and is None while one of them is.
     """
     means = with_digests(spec, means)
     used = tokenizer or vocabulary(spec, means)
@@ -146,12 +146,12 @@ def prepare_share(
     make_missing()
     if (duplicates := spec.duplicates) is not None:
         make_missing()  # meanwhile another machine may have made the last piece of one
-        whole: dict[str, Text] = {}
+        complete: dict[str, Text] = {}
         for label, text in texts.items():
             if text is None:
                 break
-            whole[label] = text
-        distinct = _distinct_texts(whole, duplicates, used, means)
+            complete[label] = text
+        distinct = _distinct_texts(complete, duplicates, used, means)
         for label, text in distinct.items():
             _check_text(label, text, spec)
         return used, {label: distinct.get(label) for label in texts}
@@ -258,7 +258,7 @@ def _text(
 
 
 def _distinct_texts(
-    whole: Mapping[str, Text], duplicates: Duplicates, tokenizer: Tokenizer, means: Means
+    complete: Mapping[str, Text], duplicates: Duplicates, tokenizer: Tokenizer, means: Means
 ) -> dict[str, Text]:
     """Return the texts without documents of which an earlier one, of any of them, is a duplicate.
 
@@ -266,8 +266,8 @@ def _distinct_texts(
     depends too.
     """
     folders: dict[str, Path] = {}
-    for label in whole:
-        names = [whole[earlier].folder.name for earlier in (*folders, label)]
+    for label in complete:
+        names = [complete[earlier].folder.name for earlier in (*folders, label)]
         folders[label] = means.cache / "tokens" / _digest([*names, duplicates.model_dump_json()])
     with disk_errors(means.cache, ELSEWHERE):
         missing, before = list[str](), 0
@@ -280,12 +280,12 @@ def _distinct_texts(
                 means.warn(_damaged(folder))
             missing.append(label)
         if missing:
-            read = [*whole][: [*whole].index(missing[-1]) + 1]
+            read = [*complete][: [*complete].index(missing[-1]) + 1]
             with scratch_folder(means.cache / "tokens") as scratch:
-                masks = find_distinct([whole[label] for label in read], duplicates, scratch, means.track)
+                masks = find_distinct([complete[label] for label in read], duplicates, scratch, means.track)
             stays, reason = dict(zip(read, masks, strict=True)), f"{duplicates.kind} duplicates"
             for label in missing:
-                write = partial(write_distinct, whole[label], stays[label], reason, tokenizer, track=means.track)
+                write = partial(write_distinct, complete[label], stays[label], reason, tokenizer, track=means.track)
                 make(folders[label], write)
         texts: dict[str, Text] = {}
         for label, folder in folders.items():

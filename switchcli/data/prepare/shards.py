@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 PART_CHARACTERS = 2**16  # longer documents are encoded in parts: the tokenizer holds many times its text in memory
 CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
-"""Equal to `parallel.signals.STOPPING`, which this package cannot import."""
+"""Equal to `distributed.signals.STOPPING`, which this package cannot import."""
 _SECONDS_BETWEEN_LOOKS = 0.2
 _JOBS_AHEAD = 2  # for each process: a text may have more pieces than the queues of a pool can hold
 
@@ -114,7 +115,7 @@ def _build_in_processes(
         # The executor itself would send SIGTERM, which they block, and wait until they are done with their jobs.
         for process in {*multiprocessing.active_children()} - others:
             process.kill()
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error, BrokenProcessPool) and error.__cause__ is None:  # the cause: a result cannot be unpickled
             raise OutOfMemory(
                 "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it "
                 "again, with fewer --processes if it comes again"
@@ -137,14 +138,15 @@ def _stopping_blocked() -> Iterator[None]:
 class _Worker:
     """What a process of the pool builds with."""
 
-    tokenizer: Tokenizer
+    tokenizer: Path
+    """Its tokenizer.json."""
     written: "Array[c_int64]"
     """Tokens of each job that are written."""
 
 
 def _start_worker(tokenizer: Path, threads: int, written: "Array[c_int64]") -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
-    _Worker.tokenizer, _Worker.written = _read(tokenizer), written
+    _Worker.tokenizer, _Worker.written = tokenizer, written  # a job reads it: an error here would lose its message
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -160,11 +162,16 @@ def _build_in_worker(number: int, job: Job) -> None:
     def count(tokens: int) -> None:
         _Worker.written[number] += tokens
 
-    _build(job, _Worker.tokenizer, count)
+    _build(job, _read_once(_Worker.tokenizer), count)
 
 
 def _read(tokenizer: Path) -> Tokenizer:
     return Tokenizer.from_json(tokenizer.read_text(encoding="utf-8"), str(tokenizer))
+
+
+@cache
+def _read_once(tokenizer: Path) -> Tokenizer:
+    return _read(tokenizer)
 
 
 def _build(job: Job, tokenizer: Tokenizer, count: Callable[[int], None]) -> None:

@@ -30,6 +30,8 @@ TOKENS, OFFSETS = "tokens.npy", "offsets.npy"
 
 Versions up to 0.1 kept each in a NumPy file. The digests are still those of such files, so that the same ids keep the
 identity that checkpoints recorded."""
+_ARROW_HEADER_BYTES = 2**12
+"""More than Arrow writes before the offsets: the schema and where the arrays begin, 360 bytes with pyarrow 26."""
 SHARD_TOKENS = 2**24
 SHARD_DOCUMENTS = 2**20
 
@@ -56,14 +58,14 @@ class TokenStore(NamedTuple):
         return cls(tokens, offsets.copy(), (verified, mapped))  # only `take` may read the mapping from now on
 
     @classmethod
-    def glance(cls, verified: Verified, name: str, identity: object) -> Self:
+    def glance(cls, verified: Verified, name: str, identity: Mapping[str, Any]) -> Self:
         """Open the index alone: a store without tokens. `identity` is that of the offsets, as the manifest has it.
 
         The tokens are neither read nor compared. Raises DataError as `open`.
         """
         path = verified.path(f"{name}{ARROW}")
-        _, offsets = _read(verified.map(f"{name}{ARROW}"), path)
-        offsets = offsets.copy()
+        content = verified.head(f"{name}{ARROW}", identity["bytes"] + _ARROW_HEADER_BYTES)
+        offsets = _read(content, path)[1].copy()  # the rest of the content is freed
         if _array_identity(offsets) != identity:
             raise changed(path)
         return cls(np.zeros(0, np.uint16), offsets)
@@ -153,8 +155,8 @@ class StoreWriter:
             pa.ipc.new_stream(file, batch.schema) as stream,
         ):
             stream.write_batch(batch)
-        found = {OFFSETS: offsets, TOKENS: tokens}
-        self.arrays = {f"{self._name}/{name}": _array_identity(one) for name, one in found.items()}
+        arrays = {OFFSETS: offsets, TOKENS: tokens}
+        self.arrays = {f"{self._name}/{name}": _array_identity(values) for name, values in arrays.items()}
 
 
 def _read(content: Any, path: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -100,8 +100,8 @@ def _tokenizer(model: Any) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    own = [text for text, _ in pieces if _SENTINEL.fullmatch(text)]
-    tokenizer.add_special_tokens(sentinel_tokens(own or map(sentinel, reversed(range(NUM_SENTINELS)))))
+    sentinels = [text for text, _ in pieces if _SENTINEL.fullmatch(text)]
+    tokenizer.add_special_tokens(sentinel_tokens(sentinels or map(sentinel, reversed(range(NUM_SENTINELS)))))
     return tokenizer
 
 
@@ -125,8 +125,8 @@ def _piece(piece: Any) -> tuple[str, float]:
         raise _Broken(f"text that is not UTF-8: {text!r:.40}")
     if not text or not math.isfinite(score) or piece.type == piece.UNUSED:
         raise _Broken(f"a piece {text!r} of score {score} and type {piece.Type.Name(piece.type)}")
-    found = _SENTINEL.fullmatch(text)
-    text = found[1] if found else text
+    if sentinel_match := _SENTINEL.fullmatch(text):
+        text = sentinel_match[1]
     return text, (len(text.encode()) - 1) / 10 if piece.type == piece.USER_DEFINED else score
 
 
