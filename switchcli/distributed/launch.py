@@ -146,12 +146,19 @@ def _first_of(failures: Mapping[int, "ProcessFailure"], told: Mapping[int, Ended
         DistributedError: as `launch` says.
         Interrupted: as `launch` says.
     """
-    in_order = sorted(failures.items(), key=lambda item: item[1].timestamp)
-    codes = {rank: failure.exitcode for rank, failure in in_order}
-    deadline = in_order[0][1].timestamp + TORCHRUN_SAVING_SECONDS  # both in whole seconds
-    hung = {rank for rank, one in in_order if one.exitcode == -signal.SIGKILL and one.timestamp >= deadline}
+    # torchrun rounds times down to seconds; those in the error files are exact.
+    times = {rank: one.error_file_data.get("timestamp", one.timestamp) for rank, one in failures.items()}
+    codes = {rank: failures[rank].exitcode for rank in sorted(times, key=times.__getitem__)}
+    deadline = min(times.values()) + TORCHRUN_SAVING_SECONDS - 1
+    hung = {rank for rank, code in codes.items() if code == -signal.SIGKILL and times[rank] >= deadline}
     follow = hung | {rank for rank in codes if (told[rank].where if rank in told else codes[rank] == -signal.SIGTERM)}
-    rank = min(codes, key=lambda one: (one in follow, codes[one] == -signal.SIGTERM, codes[one] >= 0))
+
+    def order(rank: int) -> int:
+        if rank in follow:
+            return 2 if rank in hung else 3 if rank in told else 4
+        return 0 if codes[rank] < 0 else 1
+
+    rank = min(codes, key=order)  # of several the earliest
     if rank not in told or (codes[rank] < 0 and rank not in follow):
         how = "was stopped or hung, and was killed" if rank in hung else how_ended(codes[rank])
         lost = LostRank(f"rank {rank} {how}")
@@ -182,7 +189,7 @@ def report(error: SwitchError, words: str) -> bool:
     written = False
     if error_file := os.environ.get(ERROR_FILE):
         place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
-        told = {"message": words, "timestamp": int(time.time()), "exit_code": error.exit_code, "where": place}
+        told = {"message": words, "timestamp": time.time(), "exit_code": error.exit_code, "where": place}
         path = Path(error_file)
         partial = path.with_suffix(".partial")  # torchrun fails on a file that is not complete
         with suppress(OSError):  # the launcher is gone, or the disk is full

@@ -24,10 +24,10 @@ print("told:", ended.error)
 sys.exit(ended.exit_code)
 """
 RANK = """
-import json, os, signal, sys, time
+import glob, json, os, signal, sys, time
 rank, what = os.environ["RANK"], sys.argv[1]
 def report(code, words, where=""):
-    told = {"message": words, "timestamp": int(time.time()), "exit_code": code, "where": where}
+    told = {"message": words, "timestamp": time.time(), "exit_code": code, "where": where}
     open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").write(json.dumps(told))
 print(f"rank {rank} of {os.environ['WORLD_SIZE']}", flush=True)
 if what == "kill" and rank == "1":
@@ -73,6 +73,18 @@ if what in ("SIGTERM", "SIGINT", "SIGUSR1", "twice"):  # saves, which takes long
 if what == "fail":  # ended by the launcher, it says so, and is not the one to blame
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     report(75, "stopped", "after step 1")
+if what == "asked" and rank == "0":  # sees that the other is gone
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open("ready0", "w").close()
+    while not glob.glob(os.environ["TORCHELASTIC_ERROR_FILE"].replace("/0/error", "/1/error")):
+        time.sleep(0.001)
+    report(6, "cannot be reached", "after step 0")
+    os._exit(6)
+if what in ("asked", "asked alone") and rank == "1":
+    while what == "asked" and not os.path.exists("ready0"):
+        time.sleep(0.01)
+    report(75, "stopped", "outside training")
+    os._exit(75)
 if what == "early":  # the main one dies of it, as nothing in it handles signals yet; the other does
     if rank == "1":
         def heed(number, frame):
@@ -136,6 +148,14 @@ def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
     done = launched("twice", tmp_path)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (130, "told: at once"), done.stderr
     assert time.monotonic() - begun < 50
+
+
+@pytest.mark.fast("asked")
+@pytest.mark.parametrize("what", ["asked", "asked alone"])
+def test_a_rank_that_was_asked_to_stop_speaks_for_all(what: str, tmp_path: Path) -> None:
+    """Also for one that cannot reach it any more, and for one that torchrun ends before it handles signals."""
+    done = launched(what, tmp_path)
+    assert re.search(r"Interrupted: stopped$", done.stderr, re.M), done.stderr
 
 
 @pytest.mark.slow
