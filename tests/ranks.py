@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import random
 import select
 import socket
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -53,9 +55,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> li
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "torch._dynamo"])  # what ranks import, the slow part of a start
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = _free_port()
     ends, processes = [], []
     for rank in range(world):
         here, there = context.Pipe(duplex=False)
@@ -73,6 +73,15 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> li
         for process in processes:
             process.join(5)
             process.kill()
+
+
+def _free_port() -> int:
+    """Return a port that nothing listens at, below those that the system gives to connections in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("localhost", port))
+            return port
 
 
 def _answer(rank: int, end: Connection) -> Any:
