@@ -25,7 +25,7 @@ AGAIN_SECONDS = 1.0
 
 @contextmanager
 def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
-    """Within, a stopping signal ends the command at once, but in the training loop, which has its own handlers.
+    """Have a stopping signal end the command at once, except in the training loop, which has its own handlers.
 
     A command that `saves_nothing` on the way does not go on, but begins anew. One that may run on `ranks` finds out
     here whether it is one of several.
@@ -122,7 +122,7 @@ def leave(error: SwitchError) -> NoReturn:
 
 
 def leave_by_defect(error: Exception) -> None:
-    """The same for a rank that ends as nobody foresaw: what is known of where, and then the traceback."""
+    """Print where an unexpected error ended this rank, and the traceback, and leave at once. One process returns."""
     if is_rank():
         words = f"rank {os.environ['RANK']}, {where(error)}: {type(error).__name__}: {error}".split("\n")[0]
         Console().error(words)

@@ -72,13 +72,13 @@ class DataSpec(TextsSpec):
     """Text, the vocabulary that cuts it into ids, and what is asked of them."""
 
     tokenizer: TokenizerSpec = TrainedTokenizer()
-    """By its `kind`: train, file, hub."""
+    """The vocabulary. `kind` is train, file or hub."""
     objective: ObjectiveSpec = SpanCorruption()
     """What a model is given of a text, and what it has to say of it, by its `kind`."""
     packing: Literal["windows", "documents"] = "windows"
     """Documents end to end, cut into rows; or rows of whole documents, which do not see one another."""
     lanes: int = Field(default=8, ge=1, le=MOST["ranks"])
-    """Of a stream: how many parts of a batch are read apart; the most ranks that can share it."""
+    """How many parts of a batch a stream reads apart; at most so many ranks can share it."""
 
     @property
     def rows(self) -> Rows:

@@ -224,12 +224,12 @@ class Runtime:
         self._compiled = True
 
     def uncompiled(self) -> AbstractContextManager[object]:
-        """Within, what was compiled runs as it was written: decoding has other shapes at each step."""
+        """Run compiled parts eagerly within this context: decoding has other shapes at each step."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     @property
     def averaged_shares(self) -> int:
-        """Of how many shares of a batch `synchronise` makes gradients the average; of one where it sums them."""
+        """The number of shares of a batch over which `synchronise` averages gradients; 1 if it sums them."""
         return self.data_ranks if self._ordered is None else 1
 
     def synchronise(self, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
@@ -273,7 +273,7 @@ class Runtime:
         return self.sum_over_ranks([int(flag)]) != [0]
 
     def sum_when_all_are_there(self, values: Sequence[int]) -> list[int]:
-        """The same where ranks do work of their own between, which takes what it takes."""
+        """Host integers, summed over all ranks. It waits for ranks that still work by themselves, however long."""
         return self._patient.sum(values)
 
     def is_alike(self, value: str) -> bool:

@@ -36,7 +36,7 @@ def shard_weights(model: SwitchTransformer, groups: Groups, shard: Shard, device
             if dim == 0:
                 count = len(layer.experts.here) // groups.replicas.size
                 layer.experts.here = layer.experts.here[groups.replicas.place * count :][:count]
-    mesh, ignored = _mesh(groups.data, device), set(expert_parameters(model).values())
+    mesh, ignored = _mesh(groups.data, device), set(experts.values())  # those that stay whole
     blocks = [module for module in model.modules() if isinstance(module, EncoderBlock | DecoderBlock)]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=is_zero3, ignored_params=ignored)

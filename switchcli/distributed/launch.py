@@ -105,7 +105,7 @@ def _takes_shutdown_timeout() -> bool:
 
 @contextmanager
 def _signals_forwarded() -> Iterator[None]:
-    """Within, have torchrun forward the first stopping signal to the ranks and wait until they end.
+    """Have torchrun forward the first stopping signal to the ranks and wait until they end.
 
     Signals after the first go to the ranks as well, which leave at once at a second Ctrl-C: torchrun's own handlers
     would cut its wait short, as its handler of SIGQUIT still does.

@@ -27,11 +27,11 @@ class Cut(NamedTuple):
     dim: int
     ranks: Shared
     lengths: tuple[int, ...]
-    """Of each rank's part; they may differ, and be 0."""
+    """The length of each rank's part along `dim`; lengths may differ and be 0."""
 
 
 Cuts = tuple[Cut, ...]
-"""In the order in which the whole is cut."""
+"""The cuts of one tensor, in the order in which the whole is cut."""
 
 
 class Part(NamedTuple):
@@ -112,11 +112,11 @@ class Weights(NamedTuple):
 
     parameters: Mapping[str, nn.Parameter]
     cuts: Mapping[str, Cuts]
-    """By the parameter's name; absent of those that are whole."""
+    """The cuts of each parameter that is cut, by name."""
     experts: range
     """The numbers of the experts in each stack."""
     num_experts: int
-    """Of a layer on all ranks."""
+    """Experts of a layer on all ranks."""
     holder: int = 0
     """This rank's number among the `num_holders` ranks that hold the same experts, or parts of them."""
     num_holders: int = 1
@@ -128,5 +128,5 @@ class Weights(NamedTuple):
 
 
 def whole_weights(model: SwitchTransformer) -> Weights:
-    """Those of a model that is all here."""
+    """Return the weights of a model that this process holds completely."""
     return Weights(dict(model.named_parameters()), {}, experts_here(model), model.spec.num_experts)

@@ -118,13 +118,13 @@ class Groups(NamedTuple):
     """The ranks that this one does something with; None where it would be alone."""
 
     data: Shared | None = None
-    """Those that have other shares of the batch, and the same part of the model."""
+    """Ranks with other shares of the batch and the same part of the model."""
     model: Shared | None = None
-    """Those that have the same share of the batch, and other parts of the model."""
+    """Ranks with the same share of the batch and other parts of the model."""
     experts: Shared | None = None
-    """Of `data` those that hold all experts between them."""
+    """Ranks of `data` that hold all experts between them."""
     replicas: Shared | None = None
-    """Of `data` those that hold the same experts: all of them where `experts` is None."""
+    """Ranks of `data` that hold the same experts: all of `data` if `experts` is None."""
 
 
 def check_world(spec: ParallelSpec, world: int) -> None:

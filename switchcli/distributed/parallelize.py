@@ -65,7 +65,7 @@ def _is_divided(name: str, parameter: nn.Parameter) -> bool:
 
 
 class GradientNorm(NamedTuple):
-    """Of a step, in float32: of all gradients, the same on every rank, and of what this rank has of each."""
+    """Norms of a step's gradients, float32: of all of them, equal on every rank, and of this rank's part of each."""
 
     total: torch.Tensor
     own: dict[str, torch.Tensor]

@@ -80,7 +80,7 @@ def _resolve(address: str) -> None:
 
 @contextmanager
 def waiting_announced() -> Iterator[None]:
-    """Within, while this rank meets the others, say on stderr what it waits for if that takes ANNOUNCING_SECONDS.
+    """Say on stderr what this rank waits for, if meeting the others takes ANNOUNCING_SECONDS.
 
     The first rank of each machine says so. Ranks of `--processes` do not: their launcher knows whether one has ended.
     """

@@ -28,7 +28,7 @@ class StopTraining(Exception):
 
 
 class StopRequest:
-    """Within its `with`, `requested` turns true at the first stopping signal; a second SIGINT interrupts at once."""
+    """Sets `requested` at the first stopping signal within its `with`; a second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -23,7 +23,7 @@ CHUNK = 1024
 
 
 class Bytes(NamedTuple):
-    """Of one device at the end of a forward pass."""
+    """What one device holds at the end of a forward pass, in bytes."""
 
     weights: int
     gradients: int
@@ -93,7 +93,10 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
 
 
 def _dense_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
-    """Weights, gradients and optimizer state outside the experts; what is in no block is gathered for a whole pass."""
+    """Return the bytes of weights, gradients and optimizer state outside the experts, see `_sharded`.
+
+    zero3 gathers what is in no block for a whole pass.
+    """
     shards = 1 if mesh.shard == "none" else mesh.data
     first, *blocks = own.units
     gathered = FLOAT * (first + 2 * max(blocks)), FLOAT * max(own.units)
@@ -101,7 +104,7 @@ def _dense_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
 
 
 def _expert_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
-    """Weights, gradients and optimizer state of the experts."""
+    """Return the bytes of weights, gradients and optimizer state of the experts, see `_sharded`."""
     unit = FLOAT * max(own.expert_units, default=0) // mesh.expert
     whole, state = FLOAT * own.expert // mesh.expert, own.expert_state // mesh.expert
     return _sharded(whole, state, own.expert_shards(mesh), (2 * unit, unit), mesh, several)
@@ -110,11 +113,14 @@ def _expert_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
 def _sharded(
     whole: int, state: int, shards: int, gathered: tuple[int, int], mesh: Mesh, several: bool
 ) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state of which a rank keeps one of so many shards, by fully_shard.
+    """Return the bytes of weights, gradients and optimizer state on a rank that keeps one of `shards` shards.
 
-    zero2 keeps a shard beside the whole weights; zero3 gathers a unit at a time, and the next one ahead. Gradients are
-    whole until they are scattered: those of a unit, but under zero2, which scatters once a step, all of them where
-    there are `several` microbatches. `gathered`: of weights, at most, under zero3; and of gradients.
+    As in torch's fully_shard: zero2 keeps a shard beside the whole weights; zero3 gathers a unit at a time, and the
+    next one ahead. Gradients are whole until they are scattered: those of a unit; but all of them under zero2, which
+    scatters once a step, if there are `several` microbatches.
+
+    `whole` and `state` are the bytes of all weights and of their optimizer state. `gathered` are the bytes of weights
+    that zero3 gathers at most, and of gradients that are whole at most.
     """
     if shards == 1:
         return whole, whole, state
@@ -175,7 +181,7 @@ def kept(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> Kept:
 
 
 def _block(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> Kept:
-    """Of one block."""
+    """Return what autograd keeps of one block, in bytes."""
     norms = attention = feed_forward = routers = experts = 0
     source, target, tokens = (microbatch * length for length in (step.source, step.target, step.length(stack)))
     for part, readers in (("attention", 3), ("feed_forward", _inputs(spec))):

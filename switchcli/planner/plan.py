@@ -49,7 +49,7 @@ class Fit(NamedTuple):
     bytes: Bytes
     collectives: tuple[Collective, ...]
     seconds: dict[str, float]
-    """By what takes them: compute, memory, and the collectives of each axis."""
+    """Seconds of compute, of memory, and of the collectives of each axis."""
 
     @property
     def step_seconds(self) -> float:

@@ -24,7 +24,7 @@ FLOAT = 4
 """Bytes of a weight, of its gradient, and of an element of the residual stream."""
 
 Tensors = Mapping[str, torch.Tensor]
-"""By name; on `meta`."""
+"""Tensors on `meta`, by name."""
 
 
 class Mesh(NamedTuple):
@@ -54,14 +54,14 @@ class Step(NamedTuple):
     product_bytes: int = 2
     """Bytes of an element in the type of products: 4 is float32, 2 bfloat16."""
     router_bytes: int = FLOAT
-    """The same of the routers' products: 2 in the paper's bfloat16 arm alone."""
+    """Bytes of an element in the type of the routers' products: 2 in the paper's bfloat16 arm only."""
     fused: bool = True
-    """As on CUDA: attention keeps no [B, H, N, S], a norm keeps its input alone. False: as on a CPU."""
+    """Attention keeps no [B, H, N, S] and a norm keeps its input only, as on CUDA. False: as on a CPU."""
     recomputed: bool = False
     """Blocks keep their inputs alone and are computed again on the way back (`train.activation_checkpointing`)."""
 
     wire_bytes: int | None = None
-    """Of an element of tokens on their way, and of sums over the model axis: as in products where it is None."""
+    """Bytes of an element of dispatched tokens and of sums over the model axis; None: those of products."""
     ordered: bool = False
     """Gradients are added up by `parallel.reduction: ordered`."""
 
@@ -80,18 +80,19 @@ class Held(NamedTuple):
     dense: int
     """Parameters outside the experts."""
     expert: int
-    """Of all experts."""
+    """Parameters of all experts."""
     products: int
-    """Of the dense weights that autocast copies to bfloat16, and autograd keeps until the way back."""
+    """Parameters that autocast copies to bfloat16, and autograd keeps until the backward pass: dense weights."""
     units: tuple[int, ...]
-    """The dense ones by what ZeRO gathers at a time: what is in no block first, then each block."""
+    """Dense parameters that ZeRO gathers at a time: those in no block first, then those of each block."""
     expert_units: tuple[int, ...]
     """Parameters of the experts of each sparse layer, all of them: what ZeRO gathers at a time, times `Mesh.expert`."""
     expert_shapes: tuple[tuple[int, int], ...]
     """The first two dims of the stacked weights, each pair once."""
     dense_state: int
-    """Bytes of optimizer state."""
+    """Bytes of optimizer state outside the experts."""
     expert_state: int
+    """Bytes of optimizer state of all experts."""
 
     def expert_shards(self, mesh: Mesh) -> int:
         """Return among how many replicas the experts of a rank are divided; 1 where each replica has all of them."""
@@ -132,7 +133,7 @@ def held(weights: Tensors, state: Tensors, model: int) -> Held:
 
 
 class Slots(NamedTuple):
-    """Of one sparse layer and one microbatch."""
+    """Slots and rows of one sparse layer in one microbatch."""
 
     capacity: int
     """C: slots of each expert in a group."""

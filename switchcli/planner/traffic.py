@@ -112,7 +112,7 @@ def _forward(step: Step) -> int:
 
 
 def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
-    """Of [tokens, D] for each attention and feed-forward, forward and backward; of the vocabulary.
+    """Yield the sums over the model axis: [tokens, D] of each attention and feed-forward both ways, and the loss.
 
     The gradient of the encoder's output is summed once for all cross-attentions. Embeddings are float32, as are two
     numbers a target, the largest logit and the sum, and the gradients of what experts' outputs are weighed with.

@@ -71,7 +71,7 @@ class Saver:
         self._under_way: Future[None] | None = None
         self._stop = StopRequest()
         self.step: int | None = None
-        """That of the newest checkpoint, written or under way or read."""
+        """The step of the newest checkpoint: written, under way or read."""
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept.
@@ -170,16 +170,17 @@ class Saver:
         A tensor in parts comes together on all of its ranks, one after another, and stays in the memory of one host.
         """
         share = {}
-        passed = {True: 0, False: 0}  # counted apart: ranks hold different experts, and the same other tensors
+        # Experts are counted apart: ranks may hold different numbers of them, and hold the same other tensors.
+        counts = {True: 0, False: 0}
         for name, part in parts.items():
             whole = part.whole()
             is_expert = bool(tensor_names.expert_numbers([name]))
-            place, ranks = self._runtime.rank, self._runtime.world
+            writer, num_writers = self._runtime.rank, self._runtime.world
             if is_expert:
-                place, ranks = self._weights.holder, self._weights.num_holders
-            if passed[is_expert] % ranks == place:
+                writer, num_writers = self._weights.holder, self._weights.num_holders
+            if counts[is_expert] % num_writers == writer:
                 share[name] = whole.cpu() if part.cuts else whole
-            passed[is_expert] += 1
+            counts[is_expert] += 1
         return share
 
     def restore(self, state: TrainState, console: Console) -> bool:
@@ -279,7 +280,7 @@ def parts_of(weights: Weights) -> dict[str, Part]:
 
 
 def slots_of(optimizer: Optimizer, experts: range) -> dict[str, Part]:
-    """The same of the optimizer's state."""
+    """What is here of the optimizer's state, under its logical names, as views."""
     return tensor_names.parts(optimizer.state(), optimizer.state_cuts(), experts)
 
 

@@ -231,11 +231,11 @@ class _Whole(NamedTuple):
     """Dim 0 counts experts, each with statistics of its own."""
 
     def along(self, dim: int) -> Cuts:
-        """Those of a dim, counted from the last."""
+        """Return the cuts along a dim, which is negative: counted from the last."""
         return tuple(cut for cut in self.cuts if cut.dim - len(self.shape) == dim)
 
     def rms(self, square_sum: torch.Tensor) -> torch.Tensor:
-        """Of each expert, or of the one weight."""
+        """Return the root mean square [E] of each expert, or [1] of the one weight, from sums of squares."""
         return (square_sum / math.prod(self.shape[self.experts :])).sqrt_()
 
 
@@ -246,7 +246,7 @@ def _rms(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Of each slice of dim 0; rows first, as in `_rms`."""
+    """Sum of squares of each slice of dim 0; by rows first, as in `_rms`."""
     return torch.linalg.vector_norm(tensor, dim=-1).square_().view(len(tensor), -1).sum(1)
 
 

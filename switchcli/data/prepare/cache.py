@@ -31,7 +31,7 @@ def default_cache() -> Path:
 
 @contextmanager
 def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
-    """Within, `folder` is there and whole: what `build` makes, and seals, at the path that it is given, once.
+    """Have `folder` in the cache, whole: if it is not, `build` makes and seals it at the path that it is given.
 
     Raises:
         CheckpointError: what the disk refuses, from within too.

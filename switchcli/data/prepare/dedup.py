@@ -58,7 +58,7 @@ class Duplicates(Spec):
 def kept(
     signatures: Sequence[Keys], track: Callable[[range], Iterable[int]] = lambda bands: bands
 ) -> list[NDArray[np.bool_]]:
-    """Of each piece [D], whether its documents stay: those that share no key, in the same band, with an earlier one.
+    """Return for each piece a mask [D] of the documents that share no key, in the same band, with an earlier one.
 
     It does not matter whether that earlier one stays: so a document's fate depends on no order of comparing, nor on
     how documents are shared out among pieces. Arrays may be memory-mapped: `KEYS_AT_ONCE` keys are held at once.

@@ -74,7 +74,7 @@ class Means(NamedTuple):
     check: bool = False
     """Compare all of what is there with its checksums."""
     warn: Callable[[str], None] = lambda text: None
-    """Told of damage."""
+    """Receives one line about each damaged folder."""
     accept: Callable[[Tokenizer], None] = lambda tokenizer: None
     """Raises what is wrong with a tokenizer for the run, before its text is cut."""
     digests: Digests | None = None
@@ -86,7 +86,7 @@ class Prepared(NamedTuple):
 
     tokenizer: Tokenizer
     texts: Mapping[str, Text]
-    """By label; see `DataSpec.texts`."""
+    """The texts by label; see `DataSpec.texts`."""
 
     @property
     def identity(self) -> str:
@@ -207,7 +207,7 @@ def _write(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _sources(spec: DataSpec, corpora: Iterable[Corpus], means: Means) -> list[str]:
-    """What documents depend on."""
+    """Return all that documents depend on, as strings to digest."""
     digests = with_digests(spec, means).digests
     assert digests is not None
     return [str(FORMAT), *(corpus.fingerprint(digests) for corpus in corpora), *_rules(spec)]
@@ -224,8 +224,10 @@ def _digest(parts: Iterable[str]) -> str:
 def _text(
     label: str, corpora: Sequence[Corpus], spec: DataSpec, tokenizer: Tokenizer, file: Path, means: Means, before: int
 ) -> Text | None:
-    """One text, made where it is not there or not whole. None where others' pieces are missing. `before`: bytes of the
-    texts that come before it."""
+    """Return one text, made if it is not there or not whole; None if pieces of other machines are missing.
+
+    `before` counts the bytes of the texts that come before it.
+    """
     key = _digest([*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT])
     folder = means.cache / "tokens" / key
     with disk_errors(means.cache, ELSEWHERE):
@@ -344,7 +346,7 @@ def _named(label: str) -> str:
 
 
 def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
-    """The manifest of a text whose pieces are all there."""
+    """Write the manifest of a text whose pieces are all there."""
     files: dict[str, object] = {}
     arrays: dict[str, object] = {}
     dropped: Counter[str] = Counter()
@@ -361,8 +363,10 @@ def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
 
 
 def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens: int) -> Prepared:
-    """Of each text the first held-out documents, `num_tokens` of them or a few more, and nothing to train on: what a
-    run is evaluated on that prepares no more."""
+    """Return of each text the first held-out documents, of `num_tokens` tokens or a few more, and none to train on.
+
+    A run that streams its text is evaluated on them.
+    """
     means = with_digests(spec, means)
     texts = {}
     found = documents(spec, means.track, held_out=True)

@@ -25,7 +25,7 @@ class Counts(NamedTuple):
     documents: int
     tokens: int
     bytes: int
-    """Of the text, as UTF-8."""
+    """Bytes of the text in UTF-8."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -36,7 +36,7 @@ class Text(NamedTuple):
     """One text as ids."""
 
     shards: Mapping[str, tuple[Shard, ...]]
-    """By part."""
+    """The shards of each part."""
     counts: Mapping[str, Counts]
     dropped: Mapping[str, int]
     """What was left out of it, by reason."""
@@ -44,7 +44,7 @@ class Text(NamedTuple):
     """A digest of the ids themselves: the same text, cut the same, has the same on any machine."""
     folder: Path
     num_bytes: int
-    """On disk."""
+    """Bytes on the disk."""
     check: Callable[[], None]
     """Raises DataError if a shard that was read is not what was prepared any more; see `Verified.check`."""
 
@@ -119,5 +119,5 @@ def is_large(*facts: Mapping[str, Any], before: int = 0) -> bool:
 
 
 def num_bytes(facts: Mapping[str, Any]) -> int:
-    """Of all files that a manifest names."""
+    """Return the bytes of all files that a manifest names."""
     return sum(said["bytes"] for said in facts["files"].values())

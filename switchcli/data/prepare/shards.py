@@ -39,7 +39,7 @@ _JOBS_AHEAD = 2  # for each process: a text may have more pieces than the queues
 
 
 class Job(NamedTuple):
-    """A piece, and where its ids go."""
+    """A piece, and the folder for its ids."""
 
     corpus: Corpus
     piece: Piece
@@ -228,7 +228,7 @@ def cut_up(text: str) -> Iterator[str]:
 
 
 def chunks(found: Iterable[Part]) -> Iterator[list[Part]]:
-    """As many as are encoded at once."""
+    """Group parts into lists of about CHUNK_CHARACTERS characters, which are encoded at once."""
     chunk: list[Part] = []
     size = 0
     for part in found:

@@ -97,7 +97,7 @@ class Shard(NamedTuple):
 
     @classmethod
     def of(cls, store: TokenStore) -> Self:
-        """Of a store that is open."""
+        """Return the shard of a store that is open."""
         return cls(store.num_documents, store.num_tokens, lambda: store, lambda: store)
 
 
@@ -262,7 +262,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def has_sizes(folder: Path) -> bool:
-    """The same by the files' sizes alone."""
+    """Return whether the manifest is there and gives the sizes of the folder's files. Digests are not compared."""
     facts = facts_of(folder)
     try:
         return facts is not None and all(

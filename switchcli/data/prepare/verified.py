@@ -173,7 +173,7 @@ class Verified:
 
 @contextmanager
 def changed_data_explained(check: Callable[[], None]) -> Iterator[None]:
-    """Within, raise the error of `check` instead of one that bad data may have caused: of an index, say, or a NaN."""
+    """Raise the error of `check` in place of an error that bad data may have caused, such as an IndexError or a NaN."""
     try:
         yield
     except Exception as error:

@@ -28,11 +28,11 @@ class Experts(nn.Module):
         self.wo = nn.Parameter(torch.empty(E, num_outputs, hidden))
         self.dropout = spec.experts_dropout
         self.num_experts = E
-        """Of the whole layer."""
+        """Experts of the whole layer."""
         self.here = range(E)
         """The numbers of the experts whose weights this process stores: all of them unless others store the rest."""
         self.axis = UNDIVIDED
-        """Of the hidden units."""
+        """The processes among which the hidden units are divided."""
 
     def keep(self, part: int, parts: int) -> None:
         """Hold part number `part` alone, of `parts` equal ones; a divisor of the experts."""
@@ -83,7 +83,7 @@ def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.T
 
 
 def _few_rows(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
-    """The same for a decoding step on a CPU: experts without rows cost nothing, nor does the cast of their weights."""
+    """Compute `grouped_product` for a decoding step on a CPU. Weights of experts without rows are not even cast."""
     y_AF = x_AD.new_empty(len(x_AD), weight_EFD.shape[1])
     begin = 0
     for expert in end_E.diff(prepend=end_E.new_zeros(1)).nonzero().squeeze(1):
