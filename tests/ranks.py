@@ -55,7 +55,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> li
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "torch._dynamo"])  # what ranks import, the slow part of a start
-    port = _free_port()
+    port = free_port()
     ends, processes = [], []
     for rank in range(world):
         here, there = context.Pipe(duplex=False)
@@ -75,7 +75,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> li
             process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port that nothing listens at, below those that the system gives to connections in the meantime."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)

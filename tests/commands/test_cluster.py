@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from drill import kill_one
 from messages import lacking
+from ranks import free_port
 
 CLUSTER = Path(__file__).parents[2] / "scripts" / "cluster"
 KEYS = ("train.steps=4", "train.batch_tokens=512", "parallel.expert=4", "-q", "--out", "run")
@@ -40,22 +40,16 @@ def job(recipe: str, tmp_path: Path) -> dict[str, str]:
     (tools / "switchcli").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m switchcli "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_PORT": a_port()}
+    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_PORT": str(free_port())}
 
 
 def figure() -> float:
     return json.loads(Path("run/result.json").read_text())["held_out/neg_log_perplexity"]
 
 
-def a_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return str(listener.getsockname()[1])
-
-
 def two_machines(*arguments: str) -> list["subprocess.Popen[str]"]:
     """Two agents of two ranks each."""
-    machine = {"PYTHON": sys.executable, "HEAD": "localhost", "PORT": a_port(), "NODES": "2", "RANKS": "2"}
+    machine = {"PYTHON": sys.executable, "HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "RANKS": "2"}
     command = [CLUSTER / "torchrun", *arguments]
     environment = {**os.environ, **machine}
     return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import SwitchCLI
 from messages import lacking
+from ranks import free_port
 
 from switchcli.cli import main
 from switchcli.distributed.launch import Ended
@@ -141,9 +141,7 @@ def test_no_mesh_fits(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
     """Each started by hand, as on two machines."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "switchcli", "pretrain", recipe, "--out", "run", "-q", *keys],
