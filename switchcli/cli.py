@@ -5,15 +5,16 @@ import importlib
 import os
 import pkgutil
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from switchcli import __version__, commands, startup
 from switchcli.commands import _exit
 from switchcli.commands._options import CheckedGroup
-from switchcli.errors import CheckpointError, RecipeError, SwitchError, path_error
+from switchcli.errors import CheckpointError, RecipeError, RenamedWarning, SwitchError, path_error
 
 ORDER = (
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
@@ -63,6 +64,17 @@ def _require_working_directory() -> None:
         ) from error
 
 
+_show_other_warning = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Print a warning about the user's recipe as a line of ours; leave those of libraries to Python."""
+    if issubclass(category, RenamedWarning):
+        _exit.console().warning(str(message))
+    else:
+        _show_other_warning(message, category, *place, **more)
+
+
 def main() -> None:
     """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
     startup.limit_spinning(os.environ)
@@ -71,6 +83,7 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by the shell: `>&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of the process
     startup.make_stderr_lenient()
+    warnings.showwarning = _show_warning
     try:
         try:
             _require_working_directory()
@@ -78,11 +91,13 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except SwitchError as error:
-        _exit.leave(error)
+        _exit.exit_with_error(error)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
-            _exit.leave(CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there"))
+            _exit.exit_with_error(
+                CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there")
+            )
         if (known := path_error(error)) is not None:
-            _exit.leave(known)
-        _exit.leave_by_defect(error)
+            _exit.exit_with_error(known)
+        _exit.exit_with_traceback(error)
         raise

@@ -49,7 +49,7 @@ _MAX_URLS: Final = 64
 """URLs in one path: chains and parameters have a few. Each is searched to the end of the path."""
 
 
-def problem(place: str) -> str | None:
+def find_credentials(place: str) -> str | None:
     """Say which credentials a path or URL holds; None if there are none.
 
     A path without a scheme holds none: `me@home/token.txt` is a file.
@@ -65,11 +65,11 @@ def problem(place: str) -> str | None:
     return next(filter(None, map(_problem, urls)), None)
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """Return `text` with each URL that holds credentials replaced by its scheme and `[hidden]`."""
 
     def hide(found: re.Match[str]) -> str:
-        return f"{found[1]}{HIDDEN}" if problem(found[0]) else found[0]
+        return f"{found[1]}{HIDDEN}" if find_credentials(found[0]) else found[0]
 
     if "%3a%2f" in text.lower():
         text = re.sub(r"()\S+", lambda found: hide(found) if "%3a%2f" in found[0].lower() else found[0], text)

@@ -30,6 +30,10 @@ class SwitchError(Exception):
         return tuple(map(str, self.args))
 
 
+class RenamedWarning(FutureWarning):
+    """A recipe uses the name that a key or a value had in an earlier version."""
+
+
 class OutOfMemory(SwitchError):
     """The device or the machine has no room for a tensor."""
 
@@ -70,7 +74,7 @@ class DistributedError(SwitchError):
     exit_code = 6
 
 
-class LostRank(DistributedError):
+class LostRankError(DistributedError):
     """Another rank is gone: which, and how, in a few words; `where` says after which step."""
 
 
@@ -174,13 +178,13 @@ UNKNOWN = "at a step that is not known"
 """The note of an error that cannot say it."""
 
 
-def where(error: BaseException | None) -> str:
+def training_location(error: BaseException | None) -> str:
     """After which step of training, by a note of the error or of what it came of; or that it was outside."""
-    notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+    notes = [note for one in cause_chain(error) for note in getattr(one, "__notes__", ())]
     return next((note for note in notes if note.startswith(("after step", UNKNOWN))), OUTSIDE)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it came of; an end of the chain that comes back to its beginning, too."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:

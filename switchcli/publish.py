@@ -42,7 +42,7 @@ def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
     A replaced file hands on its permissions, and its owner may read and write the new one. A target that is a link, a
     folder or a device is refused.
     """
-    remove_dead(path)
+    remove_stale(path)
     if not replace and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     check_file(path)
@@ -60,7 +60,7 @@ def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
 def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
     """Publish several files in a folder, as `write_file`: none is renamed before all are written and synced."""
     prefix = _prefix(folder)
-    remove_dead_of(folder, form_of(prefix))
+    remove_stale_in(folder, temporary_name_pattern(prefix))
     for name in contents:
         check_file(folder / name)
     with locked_folder(folder, prefix) as temporary:
@@ -103,7 +103,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
     Leftovers of earlier publications of the target are removed first (`remove_dead`).
     """
-    remove_dead(target)
+    remove_stale(target)
     with locked_folder(target.parent, _prefix(target), target) as folder:
         yield folder
 
@@ -160,20 +160,20 @@ def _new_folder(parent: Path, prefix: str) -> tuple[Path, int]:
 # Leftovers
 
 
-def remove_dead(target: Path) -> None:
+def remove_stale(target: Path) -> None:
     """Remove the temporary files and folders of publications of `target` whose process is gone.
 
     A folder that such a process was replacing comes back. What the system refuses to remove stays.
     """
-    remove_dead_of(target.parent, form_of(_prefix(target)), target)
+    remove_stale_in(target.parent, temporary_name_pattern(_prefix(target)), target)
 
 
-def form_of(prefix: str) -> re.Pattern[str]:
+def temporary_name_pattern(prefix: str) -> re.Pattern[str]:
     """The names of temporary files and folders with this prefix."""
     return re.compile(re.escape(prefix) + _RANDOM)
 
 
-def remove_dead_of(parent: Path, form: re.Pattern[str], target: Path | None = None) -> None:
+def remove_stale_in(parent: Path, form: re.Pattern[str], target: Path | None = None) -> None:
     """Remove the temporary files and folders in `parent` with names of this form whose process is gone."""
     with suppress(OSError):
         for path in sorted(path for path in parent.iterdir() if form.fullmatch(path.name)):

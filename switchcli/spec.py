@@ -53,7 +53,7 @@ def check_place(place: str) -> str:
         raise ValueError("is empty: name a file, a folder or a URL")
     if "\0" in place:
         raise ValueError("holds a NUL character, which no path can hold: remove it")
-    if found := credentials.problem(place):
+    if found := credentials.find_credentials(place):
         raise ValueError(f"holds {found}: {credentials.FIX}")
     return place
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.checkpoint.fsops import DISK, FileOperations
 
 
 class Crash(BaseException):
@@ -21,7 +21,9 @@ class FaultyFiles:
     A write that is struck has written half of its bytes before.
     """
 
-    def __init__(self, at: int, strike: Callable[[], None], *, for_good: bool = True, disk: Files = DISK) -> None:
+    def __init__(
+        self, at: int, strike: Callable[[], None], *, for_good: bool = True, disk: FileOperations = DISK
+    ) -> None:
         self.count = 0
         self._disk = disk
         self._at, self._strike, self._for_good = at, strike, for_good
@@ -77,7 +79,7 @@ class Undo(NamedTuple):
 class LossyFiles:
     """A disk with a cache: `lose_power` takes back all that was not synced."""
 
-    def __init__(self, disk: Files = DISK) -> None:
+    def __init__(self, disk: FileOperations = DISK) -> None:
         self._disk = disk
         self._undo: list[Undo] = []
 

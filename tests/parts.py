@@ -7,16 +7,16 @@ import torch
 from doubles import trained
 from tiny import a_model, rows
 
-from switchcli.checkpoint.fsops import DISK, Files
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import whole_weights
+from switchcli.checkpoint.fsops import DISK, FileOperations
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import unsharded_weights
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
-from switchcli.model.trainable import Group, freeze, trainable
+from switchcli.model.trainable import TrainableSet, freeze, trainable
 from switchcli.train.callbacks import Callback
-from switchcli.train.checkpointer import DATA, Saver
+from switchcli.train.checkpointer import DATA, Checkpointer
 from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loss import Always, cross_entropy
+from switchcli.train.loss import FixedLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Optimizer, OptimizerSpec
 from switchcli.train.schedules import InverseSquareRoot
@@ -33,23 +33,23 @@ class Parts:
         optimizer: OptimizerSpec,
         seed: int,
         data: bytes = b'{"tokens_sha256": "one"}',
-        group: Group = "all",
+        group: TrainableSet = "all",
         background: bool = False,
-        files: Files = DISK,
+        files: FileOperations = DISK,
     ) -> None:
         self.model = a_model(spec, seed)
         freeze(self.model, group)
         self.optimizer = optimizer.build(trainable(self.model))
-        self.runtime = Runtime("cpu", "float32")
+        self.context = DistributedContext("cpu", "float32")
         self.state = TrainState()
         self.stop = StopRequest()
         settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False, background=background)
         documents = DOCUMENTS | {DATA: data}
-        self.saver = Saver(
+        self.saver = Checkpointer(
             folder,
-            whole_weights(self.model),
+            unsharded_weights(self.model),
             self.optimizer,
-            self.runtime,
+            self.context,
             documents,
             settings,
             files,
@@ -59,18 +59,22 @@ class Parts:
         return trained(
             self.state,
             self.model,
-            Always(cross_entropy),
+            FixedLoss(cross_entropy),
             Microbatches(rows, 4, 2, 1, 0, 1),
             self.optimizer,
             InverseSquareRoot(),
-            self.runtime,
+            self.context,
             callbacks,
             TrainSpec(steps=steps, batch_tokens=1),
             self.stop,
         )
 
     def everything(self) -> dict[str, torch.Tensor]:
-        window = {f"window {name} {i}": part for name, mean in self.state.window.items() for i, part in enumerate(mean)}
+        window = {
+            f"window {name} {i}": part
+            for name, mean in self.state.metrics_since_log.items()
+            for i, part in enumerate(mean)
+        }
         return {**dict(self.model.named_parameters()), **self.optimizer.state(), **window}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Weights
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.mesh import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
@@ -39,12 +39,12 @@ MESHES = {
 """Ranks, and how a model lies over them."""
 
 
-def model_of(spec: ModelSpec, runtime: Runtime) -> tuple[SwitchTransformer, Weights]:
+def model_of(spec: ModelSpec, context: DistributedContext) -> tuple[SwitchTransformer, ModelWeights]:
     """What `a_model(spec)` is, as far as this rank holds it."""
     with torch.device("meta"):
         model = SwitchTransformer(spec)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(spec, 0, weights.experts))
+    weights = context.parallelize(model)
+    weights.load_full(initial_weights(spec, 0, weights.experts))
     return model, weights
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint.checkpoint import save
-from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.checkpoint.manifest import Entry, Manifest
 
 MODEL = {
@@ -44,13 +44,13 @@ def save_step(
     figures: Mapping[str, float] | None = None,
     *,
     evaluated_step: int | None = None,
-    files: Files = DISK,
+    files: FileOperations = DISK,
 ) -> Path:
     evaluated = step if evaluated_step is None else evaluated_step
     return save_with(folder, {"step": step, "figures": figures or {}, "evaluated_step": evaluated}, files)
 
 
-def save_with(folder: Path, state: Mapping[str, Any], files: Files = DISK) -> Path:
+def save_with(folder: Path, state: Mapping[str, Any], files: FileOperations = DISK) -> Path:
     step = state["step"]
     documents = {"state.json": json.dumps(state).encode(), "recipe.yaml": f"step: {step}\n".encode()}
     return save(

@@ -164,7 +164,7 @@ def _leave(code: int) -> NoReturn:
 
 def add_router(tree: Tree) -> None:
     router = '''
-class Pair(TokenChoice):
+class Pair(TokenChoiceRouter):
     """The two most probable experts of each token, weighted by their probabilities."""
 
     kind: Literal["pair"] = "pair"
@@ -308,12 +308,12 @@ class Momentum(Spec):
     kind: Literal["momentum"] = "momentum"
     decay: float = Field(default=0.9, ge=0.0, lt=1.0)
 
-    def build(self, parameters: Named, cuts: CutsOf = WHOLE) -> Optimizer:
+    def build(self, parameters: Named, cuts: Layouts = WHOLE) -> Optimizer:
         return _Momentum(self, parameters, cuts)
 
 
 class _Momentum(Optimizer):
-    def __init__(self, spec: Momentum, parameters: Named, cuts: CutsOf) -> None:
+    def __init__(self, spec: Momentum, parameters: Named, cuts: Layouts) -> None:
         super().__init__(parameters, cuts)
         self.spec = spec
         self._mean = {name: torch.zeros_like(here(weight)) for name, weight in self.parameters.items()}
@@ -716,7 +716,7 @@ def rehearse(
 from typing import TYPE_CHECKING, Any
 
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import Weights
 from switchcli.report.console import Console
 from switchcli.runs.train_data import TrainData
@@ -731,8 +731,8 @@ if TYPE_CHECKING:
 class Rehearsing(TrainingTask):
     """Pretraining, and a word in the result."""
 
-    def __init__(self, job: Any, folder: RunFolder, runtime: Runtime, console: Console) -> None:
-        self._pretraining = Pretraining(job, folder, runtime, console)
+    def __init__(self, job: Any, folder: RunFolder, context: DistributedContext, console: Console) -> None:
+        self._pretraining = Pretraining(job, folder, context, console)
         self.validation_loss = self._pretraining.validation_loss
 
     def build_data(self) -> TrainData:

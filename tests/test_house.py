@@ -265,7 +265,7 @@ ROUTER = "switchcli/model/moe/router.py"
 def routers() -> tuple[set[str], set[str]]:
     """The classes of the router's file that are specs, and their kinds."""
     text = (ROOT / ROUTER).read_text(encoding="utf-8")
-    classes, kinds = {"RoutingRule"}, set()
+    classes, kinds = {"Router"}, set()
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef) and classes & {dotted(base) for base in node.bases}:
             classes.add(node.name)
@@ -423,7 +423,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             (MODEL, "router.k if router.kind == 'top_k' else 1"),
             (MODEL, "if spec.router_of(stack).kind in ('switch', 'top_k'): pass"),
-            (DATA, "isinstance(layer.rule, TokenChoice | ExpertChoice)"),
+            (DATA, "isinstance(layer.rule, TokenChoiceRouter | ExpertChoiceRouter)"),
         ],
         [
             (ROUTER, "router.kind == 'top_k'"),

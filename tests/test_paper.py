@@ -18,8 +18,8 @@ from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.losses import auxiliary_loss
-from switchcli.model.moe.router import Switch
-from switchcli.model.moe.stats import RoutingReport
+from switchcli.model.moe.router import SwitchRouter
+from switchcli.model.moe.stats import RouterStats
 from switchcli.recipe.sizes import SIZES
 from switchcli.train.schedules import InverseSquareRoot
 
@@ -84,14 +84,14 @@ def test_flops_do_not_depend_on_the_number_of_experts() -> None:
 @pytest.mark.parametrize(("inputs", "raw", "targets"), [(512, 568, 114), (256, 284, 58), (128, 141, 29), (64, 70, 14)])
 def test_span_corruption_of_t5(inputs: int, raw: int, targets: int) -> None:
     corruption = SpanCorruption(inputs_length=inputs)
-    assert (corruption.raw_length, corruption.targets_length) == (raw, targets)
+    assert (corruption.raw_tokens_per_row, corruption.targets_length) == (raw, targets)
 
 
 def test_a_chunk_of_568_hides_85_tokens_in_28_spans() -> None:
     corruption = SpanCorruption(inputs_length=512, noise_density=0.15, mean_span_length=3.0)
     assert corruption.num_sentinels == 28
     assert corruption.num_noise == 85
-    assert corruption.raw_length - 85 + 28 + 1 == corruption.inputs_length
+    assert corruption.raw_tokens_per_row - 85 + 28 + 1 == corruption.inputs_length
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.01), (9_999, 0.01), (40_000, 0.005)])
@@ -105,16 +105,16 @@ def test_learning_rates_of_t5(step: int, rate: float) -> None:
 )
 def test_expert_capacity_of_equation_3(factor: float, capacity: int) -> None:
     """Six tokens on three experts: two slots each at a factor of 1.0, and half as many again at 1.5."""
-    router = Switch(capacity_factor=factor, min_capacity=1)
+    router = SwitchRouter(capacity_factor=factor, min_capacity=1)
     assert router.capacity(6, 3, mode="training") == capacity
     logits_GNE = torch.tensor([[0, 0, 0, 1, 1, 2]]).eq(torch.arange(3)[:, None, None]).float().permute(1, 2, 0)
-    dropped = router.assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), mode="training").report.dropped
+    dropped = router.assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), mode="training").stats.dropped
     assert dropped == max(0, 3 - capacity)  # three of the six choose the first expert
 
 
-def auxiliary(report: RoutingReport) -> float:
+def auxiliary(report: RouterStats) -> float:
     """alpha * loss of one layer, as the paper sets alpha."""
-    loss = auxiliary_loss([(Switch(), (report,)), (Switch(), ())], "sum")
+    loss = auxiliary_loss([(SwitchRouter(), (report,)), (SwitchRouter(), ())], "sum")
     assert loss is not None
     return loss.mean().item()
 
@@ -123,13 +123,13 @@ def auxiliary(report: RoutingReport) -> float:
 def test_the_balance_loss_is_alpha_at_uniform_routing(num_experts: int) -> None:
     tokens = 2 * num_experts
     choice_GNE = torch.nn.functional.one_hot(torch.arange(tokens) % num_experts, num_experts).float().unsqueeze(0)
-    report = Switch().assign(1e-3 * choice_GNE, torch.ones(1, tokens, dtype=torch.bool), mode="training").report
+    report = SwitchRouter().assign(1e-3 * choice_GNE, torch.ones(1, tokens, dtype=torch.bool), mode="training").stats
     assert auxiliary(report) == pytest.approx(0.01, rel=1e-5)
 
 
 def test_the_balance_loss_of_a_collapse_is_alpha_times_experts_times_the_probability() -> None:
     logits_GNE = torch.tensor([4.0, 0.0, 0.0, 0.0]).expand(1, 9, 4)
-    report = Switch().assign(logits_GNE, torch.ones(1, 9, dtype=torch.bool), mode="training").report
+    report = SwitchRouter().assign(logits_GNE, torch.ones(1, 9, dtype=torch.bool), mode="training").stats
     assert auxiliary(report) == pytest.approx(0.01 * 4 * logits_GNE.softmax(-1)[0, 0, 0].item())
 
 
@@ -141,7 +141,7 @@ def test_switch_base_has_a_balance_loss_of_twelve_alphas() -> None:
 
 
 def test_a_router_has_the_papers_settings_and_mesh_tensorflows_where_the_paper_has_none() -> None:
-    router = Switch()
+    router = SwitchRouter()
     assert (router.capacity_factor, router.eval_capacity_factor, router.min_capacity) == (1.25, 2.0, 4)
     assert (router.balance_loss_coef, router.z_loss_coef, router.overflow) == (0.01, 0.0, "position")
     assert (router.jitter, router.input_dropout, router.sample_temperature) == (0.01, 0.0, None)
@@ -204,18 +204,18 @@ def test_every_row_of_the_table_says_where_and_by_which_test_and_both_exist() ->
 
 
 HEAD = "| what | done in | proved by | elsewhere |\n|---|---|---|---|\n"
-DONE, PROVED = "`switchcli/model/moe/router.py::Switch`", "`tests/test_paper.py::test_learning_rates_of_t5`"
+DONE, PROVED = "`switchcli/model/moe/router.py::SwitchRouter`", "`tests/test_paper.py::test_learning_rates_of_t5`"
 
 
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
         (f"| gate | {DONE} | {PROVED} | |", None),
-        (f"| gate | `switchcli/model/moe/router.py::TokenChoice.assign` | {PROVED} | as here |", None),
+        (f"| gate | `switchcli/model/moe/router.py::TokenChoiceRouter.assign` | {PROVED} | as here |", None),
         (f"| gate | `switchcli/train/loss.py::CHUNK` | {PROVED} | |", None),
         (f"| gate | `switchcli/model/moe/router.py::Swich` | {PROVED} | |", "no switchcli/model/moe/router.py::Swich"),
-        (f"| gate | `switchcli/model/moe/router.py::Switch.jitters` | {PROVED} | |", "::Switch.jitters"),
-        (f"| gate | `switchcli/model/router.py::Switch` | {PROVED} | |", "no switchcli/model/router.py"),
+        (f"| gate | `switchcli/model/moe/router.py::SwitchRouter.jitters` | {PROVED} | |", "::SwitchRouter.jitters"),
+        (f"| gate | `switchcli/model/router.py::SwitchRouter` | {PROVED} | |", "no switchcli/model/router.py"),
         (f"| gate | {DONE} | `tests/test_paper.py::test_of_nothing` | |", "::test_of_nothing"),
         (f"| gate | in the router | {PROVED} | |", "the second column"),
         (f"| gate | {PROVED} | {PROVED} | |", "the second column"),

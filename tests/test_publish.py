@@ -114,13 +114,13 @@ def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path: Path, w
     with held(words, str(target), "") as process:
         (temporary,) = names(tmp_path)
         assert publish.TEMPORARY.fullmatch(temporary)
-        publish.remove_dead(target)
-        publish.remove_dead(tmp_path / "other")
+        publish.remove_stale(target)
+        publish.remove_stale(tmp_path / "other")
         assert names(tmp_path) == [temporary]
         process.kill()
-    publish.remove_dead(tmp_path / "other")
+    publish.remove_stale(tmp_path / "other")
     assert names(tmp_path) == [temporary]
-    publish.remove_dead(target)
+    publish.remove_stale(target)
     assert names(tmp_path) == []
 
 
@@ -130,7 +130,7 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
     (target / "file").write_text("old")
     with held(HOLD, str(target), "target.rename(folder / 'old')"):
         assert not target.exists()
-    publish.remove_dead(target)
+    publish.remove_stale(target)
     assert names(tmp_path) == ["target"]
     assert (target / "file").read_text() == "old"
 
@@ -175,7 +175,7 @@ def test_only_dead_leftovers_of_the_exact_form_are_removed(tmp_path: Path) -> No
     (taken / "picture").write_text("mine")
     before = names(target.parent)
     (target.parent / f"{prefix}{'4' * 16}").mkdir()  # of a process that died before it had a lock
-    publish.remove_dead(target)
+    publish.remove_stale(target)
     assert names(target.parent) == before
     assert names(outside) == ["file", "lock"]
 
@@ -187,7 +187,7 @@ def test_a_link_within_a_leftover_is_removed_and_not_followed(tmp_path: Path) ->
     planted = f"(folder / 'a').symlink_to({str(outside)!r}); (folder / 'old').symlink_to({str(outside)!r})"
     with held(HOLD, str(target), planted):
         pass
-    publish.remove_dead(target)
+    publish.remove_stale(target)
     assert names(tmp_path) == ["outside"]
     assert names(outside) == ["file"]
 

@@ -8,16 +8,16 @@ import torch
 from switchcli.model.flops import count
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import library, resolve
-from switchcli.recipe.schema import PretrainRecipe, standing_alone
+from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = sorted((ROOT / "recipes").rglob("*.runs"))
 
 
-@pytest.mark.parametrize("name", library.names())
+@pytest.mark.parametrize("name", library.recipe_names())
 def test_a_shipped_recipe_resolves_and_builds(name, tmp_path):
-    recipe = standing_alone(name)
+    recipe = resolve_standalone(name)
     assert library.description(name)
     assert recipe.verb == (resolve.stated(resolve.load(name), "verb") or "pretrain")
     (tmp_path / "recipe.yaml").write_text(resolve.dump(recipe), encoding="utf-8")
@@ -66,7 +66,7 @@ def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path, sweep)
     for run in runs:
         verb, name, *rest = run.arguments
         keys = [argument for argument in rest if sweep.is_key(argument)]
-        assert standing_alone(name, keys).verb == verb
+        assert resolve_standalone(name, keys).verb == verb
         for needed in (argument.removeprefix("out/") for argument in rest if argument.startswith("out/")):
             assert made[needed] < run.stage, f"{run.name}: {needed} is not made before it"
 

@@ -35,7 +35,7 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
     path.write_text(
         "# what stands after # is not read\n"
         "teacher pretrain quickstart/switch train.seed=0,1  # nor this\n\n---\n"
-        "student distill r --teacher {out}/teacher-{train.seed} 'student={kind: fresh}' train.seed=0,1\n"
+        "student distill r --teacher {out}/teacher-{train.seed} 'student={kind: random_init}' train.seed=0,1\n"
         "scores eval {out}/teacher-0\n"
     )
     runs = sweep.runs_of([str(path), "train.steps=5"], Path("runs/t"))
@@ -49,7 +49,7 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
     assert runs[3].arguments[2:] == (
         "--teacher",
         "runs/t/teacher-1",
-        "student={kind: fresh}",
+        "student={kind: random_init}",
         "train.seed=1",
         "train.steps=5",
     )

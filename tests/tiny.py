@@ -4,15 +4,15 @@ import torch
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import Switch
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
 from switchcli.train.loss import StepLoss
 
 SOURCE, TARGET = 12, 9
 SHAPE = {"vocab_size": 37, "d_model": 16, "d_ff": 24, "d_kv": 5, "num_heads": 2, "num_layers": 2}
-DROPPING = Switch(capacity_factor=0.6, min_capacity=1, jitter=0.0)
+DROPPING = SwitchRouter(capacity_factor=0.6, min_capacity=1, jitter=0.0)
 SPARSE = ModelSpec(**SHAPE, num_experts=4, router=DROPPING)
 GROUPED = SPARSE.model_copy(update={"router": DROPPING.model_copy(update={"group_sequences": 2})})
 NOISY = SPARSE.model_copy(update={"dropout": 0.2, "router": DROPPING.model_copy(update={"jitter": 0.1})})
@@ -23,7 +23,7 @@ TO_DIVIDE = {"vocab_size": 38}
 
 def a_model(spec: ModelSpec = SPARSE, seed: int = 0) -> SwitchTransformer:
     model = SwitchTransformer(spec)
-    initialise(model, seed)
+    initialize(model, seed)
     return model
 
 

@@ -21,19 +21,19 @@ from machine import Job, Result, begin, shape
 
 from switchcli.data.batch import Batch
 from switchcli.data.config import DataSpec
-from switchcli.data.dataset import Chunks
+from switchcli.data.dataset import TokenDataset
 from switchcli.data.objectives.denoisers import Denoisers, ObjectiveSpec, PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.pipeline import Means, Prepared, prepare
+from switchcli.data.prepare.pipeline import PrepareContext, PreparedTexts, prepare
 from switchcli.data.prepare.prepared_text import TRAIN
-from switchcli.data.prepare.shards import Progress
-from switchcli.data.sources.corpus import Files, PythonStdlib
-from switchcli.data.text_batches import TextStream
-from switchcli.data.text_mixture import Mixture, Temperature
+from switchcli.data.prepare.shards import PrepareProgress
+from switchcli.data.sources.corpus import FilesCorpus, PythonStdlib
+from switchcli.data.text_batches import PreparedTextSource
+from switchcli.data.text_mixture import TemperatureMixing, TextMixture
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TrainedTokenizer
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
+from switchcli.model.init import initialize
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import cross_entropy
@@ -94,12 +94,14 @@ def _tokenizer_file(folder: Path) -> Path:
 
 
 def _specs(folder: Path) -> dict[str, DataSpec]:
-    corpora = tuple(Files(paths=(str(path),)) for path in _paths(folder))
-    return {"joined": DataSpec(corpora=corpora), "mixture": DataSpec(corpora=corpora, mixture=Temperature())}
+    corpora = tuple(FilesCorpus(paths=(str(path),)) for path in _paths(folder))
+    return {"joined": DataSpec(corpora=corpora), "mixture": DataSpec(corpora=corpora, mixture=TemperatureMixing())}
 
 
-def _prepared(spec: DataSpec, folder: Path, cache: Path, processes: int | None) -> Prepared:
-    return prepare(spec, Means(cache, _untracked, _unshown, processes), Tokenizer.read(_tokenizer_file(folder)))
+def _prepared(spec: DataSpec, folder: Path, cache: Path, processes: int | None) -> PreparedTexts:
+    return prepare(
+        spec, PrepareContext(cache, _untracked, _unshown, processes), Tokenizer.read(_tokenizer_file(folder))
+    )
 
 
 def _untracked(items: Iterable[Any], label: str, total: int | None) -> Iterator[Any]:
@@ -107,7 +109,7 @@ def _untracked(items: Iterable[Any], label: str, total: int | None) -> Iterator[
 
 
 @contextmanager
-def _unshown(label: str, pieces: int, size: int | None) -> Iterator[Callable[[Progress], None]]:
+def _unshown(label: str, pieces: int, size: int | None) -> Iterator[Callable[[PrepareProgress], None]]:
     yield lambda progress: None
 
 
@@ -158,7 +160,7 @@ def _ids(batch: dict[str, list[str]], tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _loader(job: Job) -> Result:
     """Seconds of a batch of each way, and of a step of the model, in turn."""
-    runtime, clock = begin(job)
+    context, clock = begin(job)
     spec, length = MODELS[job["model"]]
     rows, folder = BATCH_TOKENS // length, Path(job["folder"])
     texts = {name: _prepared(made_of, folder, folder / "cache", None) for name, made_of in _specs(folder).items()}
@@ -171,14 +173,14 @@ def _loader(job: Job) -> Result:
         def call() -> None:
             first = next(ahead)
             microbatches = Microbatches(stream, rows, None, 1, 0, 1)
-            with Loader(microbatches, workers, 2, runtime) as loader:
+            with Loader(microbatches, workers, 2, context) as loader:
                 for _ in loader.from_step(first, first + BATCHES):
                     pass
 
         return call
 
     calls = {
-        "the model": _step(spec, length, rows, runtime),
+        "the model": _step(spec, length, rows, context),
         "one thread": batches("joined", spans),
         "1 worker": batches("joined", spans, 1),
         "2 workers": batches("joined", spans, 2),
@@ -194,26 +196,26 @@ def _loader(job: Job) -> Result:
     }
 
 
-def _stream(text: Prepared, objective: ObjectiveSpec, rows: int) -> TextStream:
-    chunks = [Chunks(one.shards[TRAIN], objective, 0) for one in text.texts.values()]
-    mixture = None if len(chunks) == 1 else Mixture(dict.fromkeys(text.texts, 1 / len(chunks)), 0)
-    return TextStream(chunks, text.tokenizer, objective, 0, rows, mixture)
+def _stream(text: PreparedTexts, objective: ObjectiveSpec, rows: int) -> PreparedTextSource:
+    chunks = [TokenDataset(one.shards[TRAIN], objective, 0) for one in text.texts.values()]
+    mixture = None if len(chunks) == 1 else TextMixture(dict.fromkeys(text.texts, 1 / len(chunks)), 0)
+    return PreparedTextSource(chunks, text.tokenizer, objective, 0, rows, mixture)
 
 
-def _step(spec: ModelSpec, length: int, rows: int, runtime: Runtime) -> Callable[[], None]:
+def _step(spec: ModelSpec, length: int, rows: int, context: DistributedContext) -> Callable[[], None]:
     """Forward, backward and Adafactor on rows of span corruption's lengths."""
     with torch.device("meta"):
         model = SwitchTransformer(spec)
-    model = model.to_empty(device=runtime.device).train()
-    initialise(model, 0)
+    model = model.to_empty(device=context.device).train()
+    initialize(model, 0)
     optimizer = Adafactor().build(dict(model.named_parameters()))
     lengths = (length, SpanCorruption(inputs_length=length).targets_length)
-    here = runtime.place(Batch(*(torch.randint(2, spec.vocab_size, (rows, each)) for each in lengths)))
+    here = context.to_device(Batch(*(torch.randint(2, spec.vocab_size, (rows, each)) for each in lengths)))
 
     real = RealTokens.of(here)
 
     def call() -> None:
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, runtime, "")
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, context, "")
         optimizer.step(1e-3)
         optimizer.zero_grad()
 

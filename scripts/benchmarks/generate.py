@@ -12,12 +12,12 @@ import torch
 from machine import HEADS, PRECISIONS, SOURCE, VOCABULARY, Clock, Job, Result, plain, shape
 from torch import nn
 
-from switchcli.convert.weight_names import EMBEDDINGS, HEAD, naming
+from switchcli.convert.weight_names import EMBEDDINGS, HEAD, transformers_names
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate as decode
 from switchcli.model.moe.layer import SwitchLayer, evaluating
-from switchcli.model.moe.router import Switch
-from switchcli.model.transformer import CrossAttention, FeedForwardPart, SelfAttention, SwitchTransformer
+from switchcli.model.moe.router import SwitchRouter
+from switchcli.model.transformer import CrossAttention, FeedForwardSublayer, SelfAttention, SwitchTransformer
 from switchcli.spec import EOS, PAD
 from switchcli.train.checkpointer import logical_tensors
 
@@ -60,7 +60,7 @@ def our_model(job: Job, device: torch.device) -> SwitchTransformer:
     """Weights by which tokens differ and go to different experts, and by which EOS never comes."""
     width = job["d_model"]
     head = {"num_heads": HEADS * width // 768, "d_model": width, "d_ff": 2048 if width == 768 else 4 * width}
-    spec = shape(EXPERTS, **head, num_layers=LAYERS, dropout=0.0, router=Switch(eval_capacity_factor="dropless"))
+    spec = shape(EXPERTS, **head, num_layers=LAYERS, dropout=0.0, router=SwitchRouter(eval_capacity_factor="dropless"))
     with torch.device("meta"):
         model = SwitchTransformer(spec).to(PRECISIONS[job["precision"]])
     model = model.to_empty(device=device).eval().requires_grad_(False)
@@ -93,7 +93,7 @@ def their_model(model: SwitchTransformer) -> Any:
     )
     with torch.device("meta"):
         theirs = transformers.SwitchTransformersForConditionalGeneration(config)
-    their_name = naming("switch_transformers", gated=False)
+    their_name = transformers_names("switch_transformers", gated=False)
     tensors = {their_name(name): tensor for name, tensor in logical_tensors(model).items()}
     tensors |= dict.fromkeys((*EMBEDDINGS, HEAD), model.embedding)
     theirs.load_state_dict(tensors, strict=True, assign=True)
@@ -118,7 +118,7 @@ def parts_of_a_step(model: SwitchTransformer, ours: Callable[[], None], clock: C
     for module in model.decoder.modules():
         if isinstance(module, SelfAttention | CrossAttention):
             watch(module, "self-attention" if isinstance(module, SelfAttention) else "cross-attention")
-        elif isinstance(module, FeedForwardPart):
+        elif isinstance(module, FeedForwardSublayer):
             watch(module, "sparse" if isinstance(module.layer, SwitchLayer) else "dense")
     whole = clock(ours)
     for hook in hooks:

@@ -19,7 +19,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.layers import FeedForward
 from switchcli.model.moe.experts import grouped_product
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 
 Call = Callable[[], object]
 Build = Callable[["Shape"], Call]
@@ -38,7 +38,7 @@ class Shape:
         self.d_model, self.d_ff = (32, 64) if tiny else (768, 3072)
         self.sequences, self.length, self.group = (4, 24, 2) if tiny else (128, 512, 16)
         self.tokens = self.sequences * self.length
-        router = Switch(group_sequences=self.group, jitter=0.0)
+        router = SwitchRouter(group_sequences=self.group, jitter=0.0)
         self.spec = ModelSpec(
             d_model=self.d_model, d_ff=self.d_ff, num_heads=4, num_layers=2, num_experts=experts, dropout=0.0,
             router=router,

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.sizes import SIZES
 from switchcli.train.loop import accumulate_gradients
@@ -109,7 +109,7 @@ def spec_of(name: str, tiny: bool) -> ModelSpec:
     keys = {**SIZES[name]._asdict(), "vocab_size": 32128}
     if tiny:
         keys |= TINY
-    router = Switch(group_sequences=GROUP)
+    router = SwitchRouter(group_sequences=GROUP)
     return ModelSpec(**keys, router=router, dropout=0.1)
 
 
@@ -149,7 +149,7 @@ def fill(model: nn.Module) -> None:
 
 
 def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.device) -> Stepper:
-    runtime = Runtime(job["device"], "selective")
+    context = DistributedContext(job["device"], "selective")
     with torch.device("meta"):
         model = SwitchTransformer(spec)
     model = model.to_empty(device=device).train()
@@ -160,8 +160,8 @@ def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.d
 
     def one(batch: int) -> None:
         real = RealTokens(batch * lengths.source, batch * lengths.target)  # no token is padding
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, held(batch), real)], real, runtime, "0")
-        norm = runtime.gradient_norm(optimizer.parameters, optimizer.cuts).total
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, held(batch), real)], real, context, "0")
+        norm = context.gradient_norm(optimizer.parameters, optimizer.cuts).total
         optimizer.step(1e-4)
         optimizer.zero_grad()
         before.append(norm)
@@ -172,7 +172,7 @@ def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.d
         before.clear()
         optimizer.zero_grad()
 
-    compile_it = (lambda: runtime.compile(model)) if job["who"] == "compiled" else nothing
+    compile_it = (lambda: context.compile(model)) if job["who"] == "compiled" else nothing
     return Stepper(one, clean, compile_it, {"optimizer": "adafactor"})
 
 

@@ -10,7 +10,7 @@ from machine import BATCH, D_FF, D_MODEL, PRECISIONS, SOURCE, TOKENS, Job, Resul
 from switchcli.model.layers import FeedForward
 from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 
 
 def padded(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,10 +70,12 @@ def layer(job: Job) -> Result:
     from transformers.models.switch_transformers import modeling_switch_transformers as theirs
     from transformers.models.switch_transformers.configuration_switch_transformers import SwitchTransformersConfig
 
-    runtime, clock = begin(job)
-    dtype, device, E = PRECISIONS[job["precision"]], runtime.device, job["experts"]
+    context, clock = begin(job)
+    dtype, device, E = PRECISIONS[job["precision"]], context.device, job["experts"]
     with torch.device(device):
-        specs = [shape(E, dropout=0.0, router=Switch(capacity_factor=1.25, group_sequences=n)) for n in (BATCH, 1)]
+        specs = [
+            shape(E, dropout=0.0, router=SwitchRouter(capacity_factor=1.25, group_sequences=n)) for n in (BATCH, 1)
+        ]
         ours, grouped = (SwitchLayer(spec, "encoder", D_MODEL) for spec in specs)
         dense = FeedForward(specs[0])
         config = SwitchTransformersConfig(
@@ -95,7 +97,7 @@ def layer(job: Job) -> Result:
         def call() -> None:
             for tensor in (x_BSD, *ours.parameters(), *grouped.parameters(), *dense.parameters(), *loop.parameters()):
                 tensor.grad = None
-            with runtime.autocast():
+            with context.autocast():
                 y = forward()
             y.backward(gradient_BSD.to(y.dtype).expand(y.shape) if y.shape == x_BSD.shape else torch.ones_like(y))
 
@@ -110,7 +112,7 @@ def layer(job: Job) -> Result:
         "its products alone": products_alone(ours.experts, dtype),
     }
     seconds = clock.in_turn(ways, job["rounds"])
-    report = ours(x_BSD, real_BS).report
+    report = ours(x_BSD, real_BS).stats
     moved = 2 * 4 * sum(parameter.numel() for parameter in ours.experts.parameters())
     return {
         "seconds": seconds,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
 
 D_MODEL, D_FF, HEADS, VOCABULARY = 768, 2048, 12, 32128
@@ -64,10 +64,10 @@ def plain(job: Job) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def begin(job: Job) -> tuple[Runtime, Clock]:
+def begin(job: Job) -> tuple[DistributedContext, Clock]:
     plain(job)
-    runtime = Runtime(job["device"], "float32" if job["precision"] == "float32" else "selective")
-    return runtime, Clock(runtime.device)
+    context = DistributedContext(job["device"], "float32" if job["precision"] == "float32" else "selective")
+    return context, Clock(context.device)
 
 
 def bandwidth(device: torch.device, clock: Clock) -> float:
@@ -78,8 +78,8 @@ def bandwidth(device: torch.device, clock: Clock) -> float:
 
 def ceilings(job: Job) -> Result:
     """Products of an expert's rows with a weight that is read from memory each time, and the copy."""
-    runtime, clock = begin(job)
-    dtype, device = PRECISIONS[job["precision"]], runtime.device
+    context, clock = begin(job)
+    dtype, device = PRECISIONS[job["precision"]], context.device
     speed = {}
     for rows in (TOKENS, 512, 128, 32):
         weights = torch.randn(TOKENS // rows, D_FF, D_MODEL, device=device).to(dtype)

@@ -12,8 +12,8 @@ def optimizer(job: Job) -> Result:
     """Seconds of an update of one weight [64, 2048, 768] in float32, and of the norm of its gradient."""
     import transformers
 
-    runtime, clock = begin(job)
-    weight = torch.nn.Parameter(0.02 * torch.randn(EXPERTS, D_FF, D_MODEL, device=runtime.device))
+    context, clock = begin(job)
+    weight = torch.nn.Parameter(0.02 * torch.randn(EXPERTS, D_FF, D_MODEL, device=context.device))
     weight.grad = 0.001 * torch.randn_like(weight)
     named = {"layer.experts.wi": weight}
     ours, adamw = Adafactor().build(named), AdamW().build(named)

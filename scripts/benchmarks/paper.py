@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from machine import BATCH, Clock, Job, Result, batch, plain, shape
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import NoTokenLeftBehind, RouterSpec, Switch, TopK
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import cross_entropy
@@ -29,39 +29,39 @@ def contestants() -> dict[str, ModelSpec]:
     return {
         "dense": shape(1, num_layers=2, dropout=0.0),
         "dense-large": shape(1, num_layers=4, dropout=0.0, d_model=1024, d_ff=2816, num_heads=16),
-        **{f"switch-{factor}": sparse(Switch(capacity_factor=factor, **whole)) for factor in factors},
-        **{f"moe-{factor}": sparse(TopK(capacity_factor=factor, **whole)) for factor in factors},
-        "next-1.0": sparse(NoTokenLeftBehind(capacity_factor=1.0, **whole)),
-        "attention-1.25": sparse(Switch(**whole), sparse="attention"),
-        "both-1.25": sparse(Switch(**whole), sparse="both"),
-        "argmax": sparse(Switch(jitter=0.0, **whole)),
-        "sample": sparse(Switch(jitter=0.0, sample_temperature=1.0, **whole)),
-        "input-dropout": sparse(Switch(jitter=0.0, input_dropout=0.1, **whole)),
+        **{f"switch-{factor}": sparse(SwitchRouter(capacity_factor=factor, **whole)) for factor in factors},
+        **{f"moe-{factor}": sparse(TopKRouter(capacity_factor=factor, **whole)) for factor in factors},
+        "next-1.0": sparse(NoTokenLeftBehindRouter(capacity_factor=1.0, **whole)),
+        "attention-1.25": sparse(SwitchRouter(**whole), sparse="attention"),
+        "both-1.25": sparse(SwitchRouter(**whole), sparse="both"),
+        "argmax": sparse(SwitchRouter(jitter=0.0, **whole)),
+        "sample": sparse(SwitchRouter(jitter=0.0, sample_temperature=1.0, **whole)),
+        "input-dropout": sparse(SwitchRouter(jitter=0.0, input_dropout=0.1, **whole)),
     }
 
 
 def paper(job: Job) -> Result:
     """Seconds of steps of each of `what`, and of a CPU's those of its own threads: others may use it as well."""
     device = plain(job)
-    runtime = Runtime(job["device"], job["precision"])
+    context = DistributedContext(job["device"], job["precision"])
     clock = Clock(device, time.perf_counter if device.type == "cuda" else time.process_time)
     specs = contestants()
     router_dtype = torch.bfloat16 if job["precision"] == "bfloat16" else torch.float32
-    calls = {what: a_step(specs[what], runtime, router_dtype) for what in job["what"]}
+    calls = {what: a_step(specs[what], context, router_dtype) for what in job["what"]}
     return {"seconds": clock.in_turn(calls, job["rounds"])}
 
 
-def a_step(spec: ModelSpec, runtime: Runtime, router_dtype: torch.dtype) -> Callable[[], None]:
+def a_step(spec: ModelSpec, context: DistributedContext, router_dtype: torch.dtype) -> Callable[[], None]:
     with torch.device("meta"):
         model = SwitchTransformer(spec, router_dtype)
-    model = model.to_empty(device=runtime.device).train()
-    initialise(model, 0)
+    model = model.to_empty(device=context.device).train()
+    initialize(model, 0)
     optimizer = Adafactor().build(dict(model.named_parameters()))
     here = batch()
     real = RealTokens.of(here)
 
     def call() -> None:
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, runtime, "")
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, context, "")
         optimizer.step(1e-3)
         model.zero_grad()
 

@@ -9,7 +9,7 @@ from step import our_model
 from torch import nn
 
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.transformer import Encoded, ModelOutput, SwitchTransformer
+from switchcli.model.transformer import EncoderOutput, ModelOutput, SwitchTransformer
 from switchcli.train.loss import cross_entropy
 from switchcli.train.optimizers import Adafactor
 
@@ -24,13 +24,13 @@ class Part(NamedTuple):
 
 def parts(job: Job) -> Result:
     """Forward and backward of each kind of part by itself, times its number; the optimizer, and a whole step beside."""
-    runtime, clock = begin(job)
-    model, placed = our_model(job, runtime.device), batch(runtime.device)
+    context, clock = begin(job)
+    model, placed = our_model(job, context.device), batch(context.device)
 
     def both_ways(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def call() -> None:
             model.zero_grad()
-            with runtime.autocast():
+            with context.autocast():
                 y = forward()
             y.backward(torch.ones_like(y))
 
@@ -67,7 +67,7 @@ def parts_of(model: SwitchTransformer) -> Iterator[Part]:
         for kind, sparse in (("dense", False), ("sparse", True)):
             fed = [b.feed_forward for b in blocks if isinstance(b.feed_forward.layer, SwitchLayer) == sparse]
             yield Part(f"{name} {kind} feed-forward", len(fed), lambda fed=fed, x=x, real=real: fed[0](x, real)[0])
-    encoded: Encoded = model.encode(batch(device).inputs_BS)
+    encoded: EncoderOutput = model.encode(batch(device).inputs_BS)
     memory_BSD = encoded.hidden_BSD.detach().requires_grad_()
     cross: Any = model.decoder.blocks[0].get_submodule("cross_attention")
     yield Part(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from machine import Clock, Job, Result, batch, begin
 from step import our_model
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.recompute import recompute_blocks
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import cross_entropy
@@ -20,18 +20,18 @@ def recompute(job: Job) -> Result:
 
     On a CPU those of its own threads: steps are long, and what else a machine does falls on one or the other.
     """
-    runtime, clock = begin(job)
-    if runtime.device.type == "cpu":
-        clock = Clock(runtime.device, time.process_time)
+    context, clock = begin(job)
+    if context.device.type == "cpu":
+        clock = Clock(context.device, time.process_time)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    calls = {what: a_step(job, runtime, what) for what in job["what"]}
+    calls = {what: a_step(job, context, what) for what in job["what"]}
     seconds = clock.in_turn(calls, job["rounds"])
     return {"seconds": seconds, "peak": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
 
 
-def a_step(job: Job, runtime: Runtime, what: str) -> Callable[[], None]:
+def a_step(job: Job, context: DistributedContext, what: str) -> Callable[[], None]:
     """Forward, backward and Adafactor."""
-    model = our_model(job, runtime.device)
+    model = our_model(job, context.device)
     if what == "blocks":
         recompute_blocks(model)
     optimizer = Adafactor().build(dict(model.named_parameters()))
@@ -39,7 +39,7 @@ def a_step(job: Job, runtime: Runtime, what: str) -> Callable[[], None]:
     def call() -> None:
         here = batch()
         real = RealTokens.of(here)
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, runtime, "")
+        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, context, "")
         optimizer.step(1e-3)
         model.zero_grad()
 

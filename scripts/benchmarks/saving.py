@@ -8,14 +8,14 @@ import torch
 from machine import HEADS, Job, Result, begin, shape
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.distributed.layout import whole_weights
+from switchcli.distributed.layout import unsharded_weights
 from switchcli.distributed.signals import StopRequest
-from switchcli.model.init import initialise
+from switchcli.model.init import initialize
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.checkpointer import DATA, Saver
+from switchcli.train.checkpointer import DATA, Checkpointer
 from switchcli.train.config import CheckpointSpec, TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import Always, cross_entropy
+from switchcli.train.loss import FixedLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW
 from switchcli.train.schedules import InverseSquareRoot
@@ -29,27 +29,27 @@ WAYS = {"in the foreground": False, "in the background": True}
 
 def saving(job: Job) -> Result:
     """Seconds that training stands still for a save, and of that with the steps after it; 54 M parameters."""
-    runtime, _ = begin(job)
+    context, _ = begin(job)
     spec = shape(8, d_model=WIDTH, d_ff=2 * WIDTH, d_kv=WIDTH // HEADS, vocab_size=VOCABULARY)
-    model = SwitchTransformer(spec).to(runtime.device)
-    initialise(model, 0)
+    model = SwitchTransformer(spec).to(context.device)
+    initialize(model, 0)
     built = {"adafactor": Adafactor(), "adamw": AdamW()}[job["optimizer"]].build(dict(model.named_parameters()))
     state, batches = TrainState(), Microbatches(Rows(), ROWS, None, 1, 0, 1)
 
     def train(steps: int) -> None:
         settings = TrainSpec(steps=state.step + steps, batch_tokens=1)
         schedule, stop = InverseSquareRoot(), StopRequest()
-        fit(state, model, Always(cross_entropy), batches, built, schedule, runtime, [], settings, stop)
+        fit(state, model, FixedLoss(cross_entropy), batches, built, schedule, context, [], settings, stop)
 
     still: dict[str, list[float]] = {name: [] for name in WAYS}
     whole: dict[str, list[float]] = {name: [] for name in ("none", *WAYS)}
     with tempfile.TemporaryDirectory() as folder:
         savers = {
-            name: Saver(
+            name: Checkpointer(
                 Path(folder, name),
-                whole_weights(model),
+                unsharded_weights(model),
                 built,
-                runtime,
+                context,
                 {DATA: b"{}"},
                 CheckpointSpec(background=background),
             )

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from machine import BATCH, SOURCE, TARGET, Clock, Job, Result, batch, plain, shape
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.plan import Machine, flops_of, model_axes, plan
-from switchcli.planner.step import Mesh, Step, held
+from switchcli.planner.step import Mesh, Step, rank_weights
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatch, RealTokens
@@ -32,14 +32,14 @@ MESSAGE = 2**22
 def scaling(job: Job) -> Result:
     """Seconds of steps, of their all-to-alls and of the sum of the gradients, on the main rank."""
     plain(job)
-    runtime = Runtime(job["device"], "float32", ParallelSpec(expert=job["ranks"]))
-    spec, clock = _spec(job), Clock(runtime.device)
+    context = DistributedContext(job["device"], "float32", ParallelSpec(expert=job["ranks"]))
+    spec, clock = _spec(job), Clock(context.device)
     with torch.device("meta"):
         model = SwitchTransformer(spec)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(spec, 0, weights.experts))
-    wrapped, optimizer = runtime.wrap(model.train()), Adafactor().build(weights.parameters, weights.cuts)
-    here = runtime.place(batch())
+    weights = context.parallelize(model)
+    weights.load_full(initial_weights(spec, 0, weights.experts))
+    wrapped, optimizer = context.wrap(model.train()), Adafactor().build(weights.parameters, weights.layouts)
+    here = context.to_device(batch())
     taken = {"all-to-all": 0.0}
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,13 +53,13 @@ def scaling(job: Job) -> Result:
 
     def step() -> None:
         own = RealTokens.of(here)
-        real = RealTokens(own.inputs * runtime.world, own.targets * runtime.world)
-        accumulate_gradients(wrapped, cross_entropy, [Microbatch(0, here, own)], real, runtime, "0")
+        real = RealTokens(own.inputs * context.world, own.targets * context.world)
+        accumulate_gradients(wrapped, cross_entropy, [Microbatch(0, here, own)], real, context, "0")
         optimizer.step(1e-3)
         optimizer.zero_grad()
 
     def apart() -> None:
-        with runtime.synchronise(wrapped, 1, 2):
+        with context.synchronize_gradients(wrapped, 1, 2):
             cross_entropy(wrapped, here).target_sum.backward()
         optimizer.step(1e-3)
         optimizer.zero_grad()
@@ -72,7 +72,7 @@ def scaling(job: Job) -> Result:
         seconds["step"].append(clock(step))
         seconds["all-to-all"].append(taken["all-to-all"])
         seconds["without the sum of gradients"].append(clock(apart))
-    return {"seconds": seconds, "bytes_per_second": _bandwidth(runtime, clock)}
+    return {"seconds": seconds, "bytes_per_second": _bandwidth(context, clock)}
 
 
 def estimate(job: Job, one_rank: float, bytes_per_second: float) -> float:
@@ -80,7 +80,7 @@ def estimate(job: Job, one_rank: float, bytes_per_second: float) -> float:
     spec, ranks = _spec(job), job["ranks"]
     with torch.device("meta"):
         weights = dict(SwitchTransformer(spec).named_parameters())
-    own = {model: held(weights, {}, model) for model in model_axes(spec, ranks)}
+    own = {model: rank_weights(weights, {}, model) for model in model_axes(spec, ranks)}
     alone = _spec({**job, "ranks": 1})
     rate = flops_of(alone, Step(BATCH, SOURCE, TARGET, product_bytes=4, fused=False), Mesh(1), BATCH) / one_rank
     machine = Machine(ranks, 2**50, rate, 1e15, bytes_per_second, bytes_per_second)
@@ -93,11 +93,11 @@ def _spec(job: Job) -> ModelSpec:
     return shape(EXPERTS_A_RANK * job["ranks"], num_layers=2)
 
 
-def _bandwidth(runtime: Runtime, clock: Clock) -> float:
+def _bandwidth(context: DistributedContext, clock: Clock) -> float:
     """Bytes that leave a rank in a second."""
-    if runtime.world == 1:
+    if context.world == 1:
         return 0.0
-    sent, received = (torch.ones(MESSAGE, device=runtime.device) for _ in range(2))
+    sent, received = (torch.ones(MESSAGE, device=context.device) for _ in range(2))
     dist.all_to_all_single(received, sent)
     seconds = min(clock(lambda: dist.all_to_all_single(received, sent)) for _ in range(5))
-    return 4 * MESSAGE * (runtime.world - 1) / runtime.world / seconds
+    return 4 * MESSAGE * (context.world - 1) / context.world / seconds

@@ -27,15 +27,15 @@ from machine import (
 )
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import Switch
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import Always, cross_entropy
+from switchcli.train.loss import FixedLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW
 from switchcli.train.schedules import InverseSquareRoot
@@ -48,8 +48,8 @@ def step(job: Job) -> Result:
     Ours keeps freed memory on a CPU, as any run of it does; theirs has torch as it comes.
     """
     if job["who"] == "switchcli":
-        runtime, clock = begin(job)
-        seconds, device = our_steps(job, runtime, clock), runtime.device
+        context, clock = begin(job)
+        seconds, device = our_steps(job, context, clock), context.device
     else:
         device = plain(job)
         seconds = their_steps(job, device, Clock(device))
@@ -78,19 +78,19 @@ class Note(Callback):
         self._times.append(time.perf_counter() if self._clock(lambda: None) >= 0 else 0.0)
 
 
-def our_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
-    model = our_model(job, runtime.device)
+def our_steps(job: Job, context: DistributedContext, clock: Clock) -> list[float]:
+    model = our_model(job, context.device)
     optimizer = {"adafactor": Adafactor(), "adamw": AdamW()}[job["optimizer"]].build(dict(model.named_parameters()))
     times = [time.perf_counter()]
 
     fit(
         TrainState(),
-        runtime.wrap(model),
-        Always(cross_entropy),
+        context.wrap(model),
+        FixedLoss(cross_entropy),
         Microbatches(OneBatch(), BATCH, None, 1, 0, 1),
         optimizer,
         InverseSquareRoot(learning_rate=1e-3),
-        runtime,
+        context,
         [Note(times, clock)],
         TrainSpec(steps=1 + job["rounds"], batch_tokens=TOKENS),
         StopRequest(),
@@ -99,11 +99,11 @@ def our_steps(job: Job, runtime: Runtime, clock: Clock) -> list[float]:
 
 
 def our_model(job: Job, device: torch.device) -> SwitchTransformer:
-    router = Switch(capacity_factor="dropless", group_sequences=1)
+    router = SwitchRouter(capacity_factor="dropless", group_sequences=1)
     with torch.device("meta"):
         model = SwitchTransformer(shape(job["experts"], num_layers=job["layers"], router=router))
     model = model.to_empty(device=device).train()
-    initialise(model, 0)
+    initialize(model, 0)
     return model
 
 

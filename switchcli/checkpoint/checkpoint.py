@@ -34,13 +34,13 @@ from torch import Tensor
 from switchcli import publish
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file
-from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
-from switchcli.checkpoint.saved_state import Saved
+from switchcli.checkpoint.saved_state import SavedState
 from switchcli.checkpoint.tensor_names import expert_numbers
 from switchcli.errors import CheckpointError, disk_errors
 
-Group = Literal["model", "optimizer"]
+TensorGroup = Literal["model", "optimizer"]
 
 STEP: Final = re.compile(r"step-[0-9]{8,}")
 """Names that a checkpoint of that very step alone may bear."""
@@ -81,13 +81,13 @@ class Checkpoint:
         """A document that was given to `save`."""
         return self.manifest.read(self.path, name)
 
-    def kinds(self, group: Group) -> dict[str, tensor_file.Kind]:
+    def tensor_specs(self, group: TensorGroup) -> dict[str, tensor_file.TensorSpec]:
         """Dtype and shape of every tensor of a group, by its logical name; nothing but headers is read."""
         return {name: kind for kinds in self._files(group).values() for name, kind in kinds.items()}
 
     def read(
         self,
-        group: Group,
+        group: TensorGroup,
         wanted: Mapping[str, Tensor],
         *,
         num_experts: int | None = None,
@@ -106,16 +106,16 @@ class Checkpoint:
         if difference is not None:
             raise CheckpointError(f"{self.path}: {group}: {difference}: {way_out}")
         places = {key: self.path / name for name, kinds in files.items() for key in kinds}
-        return tensor_file.Tensors({key: places[key] for key in wanted})
+        return tensor_file.LazyTensors({key: places[key] for key in wanted})
 
-    def _files(self, group: Group) -> dict[str, dict[str, tensor_file.Kind]]:
+    def _files(self, group: TensorGroup) -> dict[str, dict[str, tensor_file.TensorSpec]]:
         """What each file of a group holds; no tensor twice."""
-        files: dict[str, dict[str, tensor_file.Kind]] = {}
+        files: dict[str, dict[str, tensor_file.TensorSpec]] = {}
         seen: set[str] = set()
         for name in self.manifest.names():
             if name.startswith(f"{group}-") and name.endswith(".safetensors"):
                 try:
-                    files[name] = tensor_file.read_kinds(self.path / name)
+                    files[name] = tensor_file.read_tensor_specs(self.path / name)
                 except ValueError as error:
                     raise DamagedError(self.path / name, "header", str(error)) from error
                 if twice := files[name].keys() & seen:
@@ -124,7 +124,7 @@ class Checkpoint:
         return files
 
 
-def path(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / _name(step)
 
@@ -136,7 +136,7 @@ def save(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     documents: Mapping[str, bytes],
-    files: Files = DISK,
+    files: FileOperations = DISK,
 ) -> Path:
     """Save a step under `folder`, replacing an earlier save of it, and return the new checkpoint's folder.
 
@@ -145,32 +145,32 @@ def save(
     state.json. Raises CheckpointError when the disk refuses; every checkpoint there was is then still there.
     """
     needed = tensor_file.num_bytes(chain(model.values(), optimizer.values())) + sum(map(len, documents.values()))
-    saving = Saving(folder, step, secrets.randbits(UNIQUE_BITS), needed, files)
+    saving = CheckpointWriter(folder, step, secrets.randbits(UNIQUE_BITS), needed, files)
     try:
         saving.begin()
-        return saving.finish(saving.write(encoded(model, optimizer)), documents)
+        return saving.finish(saving.write(encode_files(model, optimizer)), documents)
     finally:
-        saving.clear()
+        saving.clean_up()
 
 
-def encoded(
+def encode_files(
     model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], part: int = 0, parts: int = 1
 ) -> Iterator[tuple[str, memoryview]]:
     """Name and content of each file of tensors, a copy made when it is asked for: part `part` of a save in `parts`."""
-    groups: dict[Group, Mapping[str, Tensor]] = {"model": model, "optimizer": optimizer}
+    groups: dict[TensorGroup, Mapping[str, Tensor]] = {"model": model, "optimizer": optimizer}
     for group, named in groups.items():
-        for number, shard in enumerate(tensor_file.shards(named, _MAX_FILE_BYTES)):
+        for number, shard in enumerate(tensor_file.group_by_bytes(named, _MAX_FILE_BYTES)):
             yield f"{group}-{part + parts * number:05d}.safetensors", tensor_file.encode(shard)
 
 
 @final
-class Saving:
+class CheckpointWriter:
     """A save of a step by one process, or by several, each with tensors of its own: `save` is all its parts in order.
 
     Its methods raise a CheckpointError when the disk refuses.
     """
 
-    def __init__(self, folder: Path, step: int, unique: int, num_bytes: int, files: Files = DISK) -> None:
+    def __init__(self, folder: Path, step: int, unique: int, num_bytes: int, files: FileOperations = DISK) -> None:
         """`unique` is a number of `UNIQUE_BITS`, the same in all processes, that no other save of the folder has.
 
         `num_bytes` are those of the whole checkpoint.
@@ -183,7 +183,7 @@ class Saving:
         """Make the folder that is written to: one process, before any other goes on."""
         with self._refusals():
             publish.check_folder(self._folder)
-            publish.check_folder(path(self._folder, self._step))
+            publish.check_folder(checkpoint_path(self._folder, self._step))
             self._files.make_dir(self._folder)
             self._files.sync(self._folder.parent)
             self._files.make_dir(self._temporary)
@@ -198,7 +198,7 @@ class Saving:
     def finish(self, entries: Sequence[Entry], documents: Mapping[str, bytes]) -> Path:
         """Make a checkpoint of the files that all processes wrote and these documents: one process, the last step."""
         assert "state.json" in documents
-        files, final_path = self._files, path(self._folder, self._step)
+        files, final_path = self._files, checkpoint_path(self._folder, self._step)
         with self._refusals():
             written = [_write(self._temporary / name, content, files) for name, content in documents.items()]
             Manifest(self._step, tuple(written)).verify(self._temporary)
@@ -216,7 +216,7 @@ class Saving:
     def _refusals(self) -> AbstractContextManager[None]:
         return disk_errors(self._folder, _ELSEWHERE, self._num_bytes)
 
-    def clear(self) -> None:
+    def clean_up(self) -> None:
         """After `finish`, or a failure: what was replaced comes back if need be, what is left over goes.
 
         A disk that refuses this too leaves it to `latest`. One process, when no other writes any more.
@@ -225,7 +225,7 @@ class Saving:
             _sweep(self._folder, self._files)
 
 
-def latest(folder: Path, warn: Callable[[str], None], *, files: Files = DISK) -> Checkpoint | None:
+def latest(folder: Path, warn: Callable[[str], None], *, files: FileOperations = DISK) -> Checkpoint | None:
     """The newest checkpoint that verifies, to go on from; None when nothing was ever saved here.
 
     Leftovers of killed saves are removed. A damaged checkpoint is renamed to `step-N.bad-<why>`, with a warning, and
@@ -244,13 +244,13 @@ def latest(folder: Path, warn: Callable[[str], None], *, files: Files = DISK) ->
         return _newest(folder, put_aside)
 
 
-def find(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def latest_read_only(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """As `latest`, for a reader while a run may be at work in the folder: nothing is renamed or removed."""
     with disk_errors(folder, _ELSEWHERE):
         return _newest(folder, lambda path, damage: warn(f"{damage} The one before it is tried."))
 
 
-def verdicts(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | DamagedError]]:
+def verify_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | DamagedError]]:
     """Each of these checkpoints, read through when it is asked for, or what is wrong with it."""
     for path in paths:
         try:
@@ -259,7 +259,7 @@ def verdicts(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | Damaged
             yield path, damage
 
 
-def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK) -> None:
+def prune(folder: Path, keep_last: int, *, keep_best: bool, files: FileOperations = DISK) -> None:
     """Remove all but the last `keep_last` (>= 1) checkpoints and, if asked, the best by each figure of its own step.
 
     Two is the recipe's default: with one, damage to the newest leaves nothing to go back to. Checkpoints whose manifest
@@ -269,9 +269,9 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
     with disk_errors(folder, _ELSEWHERE):
         publish.check_folder(folder)
         figures: dict[Path, Mapping[str, float]] = {}
-        for path in steps(folder):
+        for path in saved_checkpoints(folder):
             with suppress(CheckpointError):
-                figures[path] = _state(path, manifests.load(path)).own_figures()
+                figures[path] = _state(path, manifests.load(path)).metrics_at_step()
         best: dict[str, Path] = {}
         for path, own in figures.items():
             for name, figure in own.items():
@@ -284,7 +284,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: Files = DISK)
         _sweep(folder, files)
 
 
-def preflight(folder: Path, bytes_needed: int, elsewhere: str = _ELSEWHERE, *, files: Files = DISK) -> None:
+def preflight(folder: Path, bytes_needed: int, elsewhere: str = _ELSEWHERE, *, files: FileOperations = DISK) -> None:
     """Check before training that `folder` can be written to and its disk has this much room. Raises CheckpointError."""
     probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
     with disk_errors(folder, elsewhere, bytes_needed):
@@ -301,7 +301,7 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def steps(folder: Path) -> list[Path]:
+def saved_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder by name alone, newest first."""
     if not folder.exists():
         return []
@@ -311,7 +311,7 @@ def steps(folder: Path) -> list[Path]:
 
 def _newest(folder: Path, damaged: Callable[[Path, DamagedError], None]) -> Checkpoint | None:
     """The newest that verifies; `damaged` is told of each before it that does not."""
-    for path, found in verdicts(steps(folder)):
+    for path, found in verify_all(saved_checkpoints(folder)):
         if isinstance(found, Checkpoint):
             return found
         if not path.exists():  # the run has just pruned it, so there are newer ones
@@ -325,9 +325,9 @@ def _newest(folder: Path, damaged: Callable[[Path, DamagedError], None]) -> Chec
     return None
 
 
-def _state(path: Path, manifest: Manifest) -> Saved:
+def _state(path: Path, manifest: Manifest) -> SavedState:
     try:
-        state = Saved.read(manifest.read(path, "state.json"))
+        state = SavedState.read(manifest.read(path, "state.json"))
     except (ValueError, RecursionError) as error:
         raise DamagedError(path / "state.json", "state", "is no state of a run") from error
     if state.step != manifest.step:
@@ -335,14 +335,14 @@ def _state(path: Path, manifest: Manifest) -> Saved:
     return state
 
 
-def _write(path: Path, content: bytes | memoryview, files: Files) -> Entry:
+def _write(path: Path, content: bytes | memoryview, files: FileOperations) -> Entry:
     """Write and sync a file. The digest is of the bytes in memory, so that it vouches for the way to the disk too."""
     files.write(path, content)
     files.sync(path)
     return Entry(path.name, len(content), sha256(content).hexdigest())
 
 
-def _sweep(folder: Path, files: Files) -> None:
+def _sweep(folder: Path, files: FileOperations) -> None:
     """Undo what a kill left: a checkpoint that its successor has not replaced yet comes back, the rest goes.
 
     Folders with names of the exact form alone: no links, and nothing in a folder that is a link itself.
@@ -371,7 +371,10 @@ def _free_name(path: Path) -> Path:
 
 
 def _difference(
-    group: Group, held: Mapping[str, tensor_file.Kind], wanted: Mapping[str, Tensor], num_experts: int | None
+    group: TensorGroup,
+    held: Mapping[str, tensor_file.TensorSpec],
+    wanted: Mapping[str, Tensor],
+    num_experts: int | None,
 ) -> str | None:
     """The first way in which a checkpoint is not of the model's architecture."""
     have, want = expert_numbers(held), expert_numbers(wanted)
@@ -382,7 +385,7 @@ def _difference(
     if group == "model" and have != want:
         return f"num_experts: the checkpoint has {_experts(have)}, the recipe {_experts(want)}"
     for name, tensor in wanted.items():
-        kind = tensor_file.kind_of(tensor)
+        kind = tensor_file.tensor_spec(tensor)
         if held.get(name) != kind:
             have_kind = held.get(name, "nothing of that name")
             return f"{name}: the checkpoint has {have_kind}, the recipe wants {kind}"

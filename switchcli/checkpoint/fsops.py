@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Protocol, final
 
 
-class Files(Protocol):
+class FileOperations(Protocol):
     """What a save may do to a disk. Every method raises OSError when the system refuses."""
 
     def make_dir(self, path: Path) -> None:
@@ -30,7 +30,7 @@ class Files(Protocol):
 
 
 @final
-class Disk:
+class DiskOperations:
     """The real disk."""
 
     def make_dir(self, path: Path) -> None:
@@ -57,4 +57,4 @@ class Disk:
             path.unlink()
 
 
-DISK: Final[Files] = Disk()
+DISK: Final[FileOperations] = DiskOperations()

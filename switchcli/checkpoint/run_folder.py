@@ -8,7 +8,7 @@ from typing import Any
 
 from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.report.sinks import write_whole
+from switchcli.report.sinks import publish_file
 
 
 class RunFolder:
@@ -31,15 +31,15 @@ class RunFolder:
                 publish.check_folder(folder)
 
     def write_recipe(self, text: str) -> None:
-        write_whole(self.recipe, text)
+        publish_file(self.recipe, text)
 
     def write_tokenizer(self, text: str) -> None:
-        write_whole(self.tokenizer, text)
+        publish_file(self.tokenizer, text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        write_whole(self.result, json.dumps(result, indent=1) + "\n")
+        publish_file(self.result, json.dumps(result, indent=1) + "\n")
 
-    def set_aside(self) -> Path | None:
+    def archive(self) -> Path | None:
         """Rename the folder of an earlier run, so that a new run can begin here. Return its new name, or None.
 
         Where the run folder is a link, the folder that it names is renamed, and the link stays: the new run will be

@@ -27,7 +27,7 @@ _DTYPES: Final = {
 """In the order in which the library puts them into a file: each tensor then lies at a multiple of its items' size."""
 
 
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a tensor is before its values: its dtype and shape."""
 
     dtype: torch.dtype
@@ -37,9 +37,9 @@ class Kind(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-def kind_of(tensor: Tensor) -> Kind:
+def tensor_spec(tensor: Tensor) -> TensorSpec:
     """The kind of a tensor on any device, `meta` too."""
-    return Kind(tensor.dtype, tuple(tensor.shape))
+    return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -73,15 +73,15 @@ def encode(named: Mapping[str, Tensor], metadata: dict[str, str] | None = None) 
     return content.numpy().data
 
 
-def read_kinds(path: Path) -> dict[str, Kind]:
+def read_tensor_specs(path: Path) -> dict[str, TensorSpec]:
     """Name and kind of each tensor of a file, from its header alone. Raises ValueError when the file is not sound."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, TensorSpec] = {}
     held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # it may be removed between the library's two ways to open it
     try:
         with safe_open(f"/dev/fd/{held}", framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118 (not a mapping)
                 header = stream.get_slice(name)
-                kinds[name] = Kind(_DTYPES[header.get_dtype()], tuple(header.get_shape()))
+                kinds[name] = TensorSpec(_DTYPES[header.get_dtype()], tuple(header.get_shape()))
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     except KeyError as error:
@@ -92,7 +92,7 @@ def read_kinds(path: Path) -> dict[str, Kind]:
 
 
 @final
-class Tensors(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """Tensors in files, which may be removed meanwhile: each is read whenever it is asked for, into memory of its own
     on the CPU, and none is kept."""
 
@@ -109,7 +109,7 @@ class Tensors(Mapping[str, Tensor]):
         tensor: Tensor = self._file(name).get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor.clone()
 
-    def part(self, name: str, index: tuple[slice, ...]) -> Tensor:
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """What lies there of a tensor; no more of it is read."""
         if not index:
             return self[name]
@@ -129,7 +129,7 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def shards(named: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+def group_by_bytes(named: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     """The tensors in the order given, in runs of at most max_bytes; a larger tensor is alone."""
     shard: dict[str, Tensor] = {}
     room = max_bytes

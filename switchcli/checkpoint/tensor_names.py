@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from switchcli.distributed.layout import Cuts, Part
+from switchcli.distributed.layout import Layout, LocalPart
 
 _STACKED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<tail>[^/]+(?P<slot>/.*)?)")
 _NUMBERED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<expert>0|[1-9][0-9]*)\.(?P<tail>.+)")
 
 
-def split(named: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
+def split_experts(named: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
     """Whole logical tensors of what one process holds, as views of the tensors given.
 
     `experts` are the global numbers of those in each stack here, as many as its first dimension. A parameter with
@@ -43,18 +43,18 @@ def split(named: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
     return logical
 
 
-def parts(named: Mapping[str, Tensor], cuts: Mapping[str, Cuts], experts: range) -> dict[str, Part]:
+def logical_parts(named: Mapping[str, Tensor], cuts: Mapping[str, Layout], experts: range) -> dict[str, LocalPart]:
     """The same, each with the cuts by which it is a part of the logical tensor; `cuts` by the names of `named`."""
-    found: dict[str, Part] = {}
+    found: dict[str, LocalPart] = {}
     for name, tensor in named.items():
         own = cuts.get(name, ())
-        for logical, piece in split({name: tensor}, experts).items():
+        for logical, piece in split_experts({name: tensor}, experts).items():
             shift = tensor.ndim - piece.ndim  # a stack's first dim is gone
-            found[logical] = Part(piece, tuple(cut._replace(dim=cut.dim - shift) for cut in own))
+            found[logical] = LocalPart(piece, tuple(cut._replace(dim=cut.dim - shift) for cut in own))
     return found
 
 
-def whole(logical: Mapping[str, Tensor], name: str, num_experts: int) -> Tensor:
+def stack_experts(logical: Mapping[str, Tensor], name: str, num_experts: int) -> Tensor:
     """The tensor of a name in the model: stacked, where it is an expert's."""
     match = _STACKED.fullmatch(name)
     if match is None:

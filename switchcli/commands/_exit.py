@@ -10,10 +10,18 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from switchcli.distributed.launch import is_rank, join_srun, report
+from switchcli.distributed.launch import is_rank, join_srun, write_error_file
 from switchcli.distributed.rendezvous import check_environment
-from switchcli.distributed.signals import stopping
-from switchcli.errors import Interrupted, InterruptedByForce, LostRank, OutOfMemory, SwitchError, causes, where
+from switchcli.distributed.signals import stop_signals
+from switchcli.errors import (
+    Interrupted,
+    InterruptedByForce,
+    LostRankError,
+    OutOfMemory,
+    SwitchError,
+    cause_chain,
+    training_location,
+)
 from switchcli.report.console import Console, silent
 from switchcli.report.output import print_json
 from switchcli.report.safe_text import one_line
@@ -24,7 +32,7 @@ AGAIN_SECONDS = 1.0
 
 
 @contextmanager
-def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
+def interruptible(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
     """Have a stopping signal end the command at once, except in the training loop, which has its own handlers.
 
     A command that `saves_nothing` on the way does not go on, but begins anew. One that may run on `ranks` finds out
@@ -50,7 +58,7 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
         again[0] = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
         again[0].daemon = True
         again[0].start()
-        if any(isinstance(one, (SwitchError, KeyboardInterrupt)) for one in causes(sys.exception())):
+        if any(isinstance(one, (SwitchError, KeyboardInterrupt)) for one in cause_chain(sys.exception())):
             return  # it is on its way out, and tidies up; if that is a library's doing, it is given again
         if not came:
             came.append(asked(number))
@@ -60,7 +68,7 @@ def stoppable(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None
         if what.exc_value not in came:
             hook(what)
 
-    previous = {number: signal.signal(number, stop) for number in stopping()}
+    previous = {number: signal.signal(number, stop) for number in stop_signals()}
     hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         if ranks:
@@ -86,14 +94,14 @@ def console() -> Console:
     return Console() if os.environ.get("RANK", "0") == "0" else silent()
 
 
-def leave_rank() -> None:
+def exit_rank() -> None:
     """End a rank that went well at once: where the interpreter takes the process groups down, a thread may abort."""
     if is_rank():
         sys.stdout.flush()
-        leave_with(0)
+        exit_with(0)
 
 
-def leave_with(code: int) -> NoReturn:
+def exit_with(code: int) -> NoReturn:
     """End this process at once: a torch that is taken down takes seconds."""
     with suppress(OSError):  # a full disk is why it leaves, perhaps
         sys.stdout.flush()
@@ -101,14 +109,16 @@ def leave_with(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave(error: SwitchError) -> NoReturn:
+def exit_with_error(error: SwitchError) -> NoReturn:
     """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
     rank, lines = os.environ.get("RANK", "0"), [*map(one_line, error.lines)]
-    if isinstance(error, LostRank):
-        lines = [one_line(f"{error}, {where(error)}: run the same command again to go on from the last save")]
+    if isinstance(error, LostRankError):
+        lines = [
+            one_line(f"{error}, {training_location(error)}: run the same command again to go on from the last save")
+        ]
     words = "\n".join(lines)
-    launched = report(error, words)  # then it says that all were stopped, or one is lost
-    if not (launched and isinstance(error, (Interrupted, LostRank))) and (rank == "0" or not error.on_every_rank):
+    launched = write_error_file(error, words)  # then it says that all were stopped, or one is lost
+    if not (launched and isinstance(error, (Interrupted, LostRankError))) and (rank == "0" or not error.on_every_rank):
         if rank != "0" or (is_rank() and isinstance(error, OutOfMemory)):
             lines[0] = f"rank {rank}: {lines[0]}"
         if isinstance(error, Interrupted):
@@ -118,14 +128,14 @@ def leave(error: SwitchError) -> NoReturn:
     if "--json" in sys.argv and rank == "0" and not launched:
         with suppress(OSError):  # the exit code must not change because stdout is gone
             print_json({"error": words, "exit_code": error.exit_code})
-    leave_with(error.exit_code)
+    exit_with(error.exit_code)
 
 
-def leave_by_defect(error: Exception) -> None:
+def exit_with_traceback(error: Exception) -> None:
     """Print where an unexpected error ended this rank, and the traceback, and leave at once. One process returns."""
     if is_rank():
-        words = f"rank {os.environ['RANK']}, {where(error)}: {type(error).__name__}: {error}".split("\n")[0]
+        words = f"rank {os.environ['RANK']}, {training_location(error)}: {type(error).__name__}: {error}".split("\n")[0]
         Console().error(words)
         traceback.print_exception(error)
-        report(SwitchError(words), words)
-        leave_with(SwitchError.exit_code)
+        write_error_file(SwitchError(words), words)
+        exit_with(SwitchError.exit_code)

@@ -109,21 +109,21 @@ def _check_value(name: str, value: str) -> None:
             return
     if not value:
         raise RecipeError(f"{name}: is empty: give a value, or leave it out")
-    if found := credentials.problem(value):
+    if found := credentials.find_credentials(value):
         raise RecipeError(f"{name}: holds {found}: {credentials.FIX}")
 
 
 def default_out(recipe: str) -> Path:
     """runs/NAME for a recipe that ships; for a file runs/STEM, or runs/FOLDER when it is a run's recipe.yaml."""
     path = Path(recipe)
-    if recipe in library.names() and not path.is_file():
+    if recipe in library.recipe_names() and not path.is_file():
         return Path("runs") / recipe
     if path.name == "recipe.yaml":
         path = path.resolve().parent
     return Path("runs") / (path.stem if path.suffix in library.SUFFIXES else path.name)
 
 
-def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """`[RECIPE] [KEY=VALUE ...]`: the recipe, if there is one, and the rest."""
     named = bool(arguments) and "=" not in arguments[0]
     return (arguments[0] if named else None), list(arguments[named:])

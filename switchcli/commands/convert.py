@@ -40,7 +40,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Into transformers' T5 or SwitchTransformers layout, or from it; whole or not at all."""
-    with _exit.stoppable():
+    with _exit.interruptible():
         from switchcli.runs import conversion
 
         console = Console(quiet=quiet)

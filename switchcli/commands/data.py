@@ -43,7 +43,7 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Cut a recipe's text into ids, once, with all processors; the same command goes on after a stop."""
-    with _exit.stoppable():
+    with _exit.interruptible():
         from switchcli.runs import text_preparation
 
         result = text_preparation.prepare(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from switchcli.commands import _exit
-from switchcli.commands._options import DryRun, Json, Processes, Quiet, Resume, default_out, split
+from switchcli.commands._options import DryRun, Json, Processes, Quiet, Resume, default_out, split_arguments
 
 app = typer.Typer()
 
@@ -41,7 +41,10 @@ def distill(
         ),
     ] = None,
     answers_only: Annotated[
-        bool, typer.Option("--answers-only", help="Ask the teacher, keep its answers, and stop (distill.answers).")
+        bool,
+        typer.Option(
+            "--cache-only", "--answers-only", help="Ask the teacher, keep its answers, and stop (distill.cache)."
+        ),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; runs/RECIPE or runs/distill/TEACHER when absent.")
@@ -53,23 +56,23 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
-    with _exit.stoppable(ranks=True):
+    with _exit.interruptible(ranks=True):
         from switchcli.commands import _job
         from switchcli.runs import distill_job, run_dir, trainer
-        from switchcli.runs.distilling import Distillation, ask
+        from switchcli.runs.distilling import Distillation, fill_teacher_cache
 
-        recipe, overrides = split(arguments or [])
+        recipe, overrides = split_arguments(arguments or [])
         if out is None:
-            below = Path("runs") / "distill" / run_dir.place(Path(teacher or "."))
+            below = Path("runs") / "distill" / run_dir.run_name(Path(teacher or "."))
             out = below if recipe is None else default_out(recipe)
         models = distill_job.Models(teacher, student, baseline)
         job = distill_job.resolve_job(recipe, overrides, models, out, resume, _exit.console())
-        if _job.described(job.recipe, dry_run, as_json):
+        if _job.print_dry_run(job.recipe, dry_run, as_json):
             return
         _job.start_ranks(processes, job.recipe, as_json)
         if answers_only:
-            _job.end(ask(job, quiet), as_json)
+            _job.finish(fill_teacher_cache(job, quiet), as_json)
             return
-        with trainer.opened(job, Distillation, out, resume, quiet) as run:
+        with trainer.open_trainer(job, Distillation, out, resume, quiet) as run:
             result = run.run()
-        _job.end(result, as_json)
+        _job.finish(result, as_json)

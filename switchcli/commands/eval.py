@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchcli.commands import _exit
-from switchcli.commands._options import Checkpoint, Json, Measured, Processes, Quiet, split
+from switchcli.commands._options import Checkpoint, Json, Measured, Processes, Quiet, split_arguments
 from switchcli.metric_names import BALANCE, DEAD_EXPERTS, DROPPED_FRACTION, NEG_LOG_PERPLEXITY
 from switchcli.report.console import Console
 
 if TYPE_CHECKING:
-    from switchcli.runs.evaluator import Pass
+    from switchcli.runs.evaluator import EvalPass
 
 app = typer.Typer()
 
@@ -32,11 +32,11 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Scores of tasks with intervals, held-out neg. log perplexity, routing health, capacity sweeps."""
-    with _exit.stoppable(saves_nothing=True, ranks=True):
+    with _exit.interruptible(saves_nothing=True, ranks=True):
         from switchcli.commands import _job
         from switchcli.runs import eval_job
 
-        recipe, overrides = split(arguments or [])
+        recipe, overrides = split_arguments(arguments or [])
         job = eval_job.resolve_job(checkpoint, recipe, overrides, _exit.console())
         _job.start_ranks(processes, job.recipe, as_json)
         evaluation = eval_job.measure(job, out or eval_job.default_out(checkpoint), quiet)
@@ -44,10 +44,10 @@ def evaluate(
             console = Console(stream=sys.stdout)
             for measured in evaluation.passes:
                 _show(measured, console)
-        _job.end(evaluation.result if evaluation else {}, as_json)
+        _job.finish(evaluation.result if evaluation else {}, as_json)
 
 
-def _show(measured: "Pass", console: Console) -> None:
+def _show(measured: "EvalPass", console: Console) -> None:
     """Print the figures measured under one capacity."""
     from switchcli.runs.score_tables import show_scores, show_texts
 

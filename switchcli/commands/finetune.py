@@ -32,7 +32,7 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train a model that is there on text-to-text tasks; the same command goes on after a stop."""
-    with _exit.stoppable(ranks=True):
+    with _exit.interruptible(ranks=True):
         from switchcli.commands import _job
         from switchcli.recipe.schema import FinetuneRecipe
         from switchcli.runs import trainer, warm_start
@@ -41,9 +41,9 @@ def finetune(
         out = out or default_out(recipe)
         job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), FinetuneRecipe)
         check_tasks(job.recipe)
-        if _job.described(job.recipe, dry_run, as_json):
+        if _job.print_dry_run(job.recipe, dry_run, as_json):
             return
         _job.start_ranks(processes, job.recipe, as_json)
-        with trainer.opened(job, Finetuning, out, resume, quiet) as run:
+        with trainer.open_trainer(job, Finetuning, out, resume, quiet) as run:
             result = run.run()
-        _job.end(result, as_json)
+        _job.finish(result, as_json)

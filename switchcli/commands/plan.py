@@ -51,7 +51,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, bytes a device, bytes a collective, seconds a step: which mesh fits. No GPU is needed."""
-    with _exit.stoppable(saves_nothing=True):
+    with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import planning
 
         rates = {"flops": flops, "memory_bandwidth": memory_bandwidth, "bandwidth": bandwidth, "network": network}
@@ -121,7 +121,7 @@ def _figures(planned: "Planned") -> dict[str, str | float]:
         "tokens of a sequence": f"{found['inputs_length']:,} + {found['targets_length']:,}",
         "sequences of a routing group": planned.recipe.model.group_sequences,
         "devices": f"{machine.devices:,} of {gib(machine.memory_bytes)} GiB",
-        "meshes that fit": f"{len(planned.plan.fits)} of {len(planned.plan.fits) + len(planned.plan.refused)}",
+        "meshes that fit": f"{len(planned.plan.fits)} of {len(planned.plan.fits) + len(planned.plan.rejected)}",
     }
 
 
@@ -153,5 +153,5 @@ def _fit_row(fit: "Fit") -> tuple[str, ...]:
 
 
 def _call_row(call: "Collective") -> tuple[str, ...]:
-    numbers = (f"{call.ranks:,}", f"{call.calls:,}", binary(call.payload_bytes), binary(call.wire_bytes))
+    numbers = (f"{call.ranks:,}", f"{call.calls:,}", binary(call.payload_bytes), binary(call.network_bytes))
     return (call.what, call.kind, call.axis, *numbers)

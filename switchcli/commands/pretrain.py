@@ -32,7 +32,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Train by span corruption, from scratch or from a --model; the same command goes on after a stop."""
-    with _exit.stoppable(ranks=True):
+    with _exit.interruptible(ranks=True):
         from switchcli.commands import _job
         from switchcli.recipe.schema import PretrainRecipe
         from switchcli.runs import trainer, warm_start
@@ -40,9 +40,9 @@ def pretrain(
 
         out = out or default_out(recipe)
         job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), PretrainRecipe)
-        if _job.described(job.recipe, dry_run, as_json):
+        if _job.print_dry_run(job.recipe, dry_run, as_json):
             return
         _job.start_ranks(processes, job.recipe, as_json)
-        with trainer.opened(job, Pretraining, out, resume, quiet) as run:
+        with trainer.open_trainer(job, Pretraining, out, resume, quiet) as run:
             result = run.run()
-        _job.end(result, as_json)
+        _job.finish(result, as_json)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from switchcli.commands import _exit
-from switchcli.commands._options import Checkpoint, Destination, Json, Measured, Quiet, split
+from switchcli.commands._options import Checkpoint, Destination, Json, Measured, Quiet, split_arguments
 from switchcli.report.console import Console
 from switchcli.report.output import print_json
 
@@ -39,10 +39,10 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Fewer experts, for serving: those that held-out text asks for least are taken out of each sparse layer."""
-    with _exit.stoppable(saves_nothing=True):
+    with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import pruning
 
-        recipe, overrides = split(arguments or [])
+        recipe, overrides = split_arguments(arguments or [])
         result = pruning.prune(
             checkpoint,
             destination,
@@ -62,7 +62,7 @@ def prune(
 
 def _show(result: Mapping[str, Any]) -> None:
     """Print the figures before and after, and what each layer has lost, on stdout."""
-    from switchcli.runs.run_dir import program
+    from switchcli.runs.run_dir import program_name
 
     console = Console(stream=sys.stdout)
     headings = ("", "before", "after")
@@ -80,4 +80,4 @@ def _show(result: Mapping[str, Any]) -> None:
         ),
     )
     console.message()
-    console.message(f"Next: {program()} {result['next']}")
+    console.message(f"Next: {program_name()} {result['next']}")

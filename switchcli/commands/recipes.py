@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command("list")
 def list_recipes(as_json: Json = False) -> None:
     """Name and description of each recipe that ships."""
-    rows = [(name, library.description(name)) for name in library.names()]
+    rows = [(name, library.description(name)) for name in library.recipe_names()]
     if as_json:
         print_json({"recipes": [{"name": name, "description": described} for name, described in rows]})
         return
@@ -30,7 +30,7 @@ def list_recipes(as_json: Json = False) -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Such as quickstart/switch.")], as_json: Json = False) -> None:
     """Print the file of a recipe that ships."""
-    path = library.named(name)
+    path = library.recipe_file(name)
     content = path.read_text(encoding="utf-8")
     if as_json:
         print_json({"name": name, "path": str(path), "text": content})
@@ -45,7 +45,7 @@ def copy(
     as_json: Json = False,
 ) -> None:
     """Copy a recipe that ships, to change it. What it extends is then named as it ships."""
-    target = library.copy(name, file)
+    target = library.copy_recipe(name, file)
     if as_json:
         print_json({"name": name, "file": str(target)})
     else:
@@ -63,7 +63,7 @@ def validate(
         print_json({"files": [{"file": file, "ok": not found, "errors": found} for file, found in errors.items()]})
     else:
         for file in (file for file, found in errors.items() if not found):
-            typer.echo(f"{yaml_nodes.name_of(file)}: ok")
+            typer.echo(f"{yaml_nodes.display_key(file)}: ok")
     if broken := [line for found in errors.values() for line in found]:
         raise RecipeError(*broken)
 
@@ -74,16 +74,18 @@ def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes a
     from switchcli.recipe.schema import RECIPES, editor_schema
 
     if verb not in RECIPES:
-        raise RecipeError(f"{yaml_nodes.name_of(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}")
+        raise RecipeError(
+            f"{yaml_nodes.display_key(verb)}: no such recipe schema: there is one for {', '.join(RECIPES)}"
+        )
     print_json(editor_schema(verb))
 
 
 def _errors(file: str) -> list[str]:
     """Everything wrong with `file`, one line each, by the schema of the verb that it names."""
-    from switchcli.recipe.schema import standing_alone
+    from switchcli.recipe.schema import resolve_standalone
 
     try:
-        standing_alone(file)
+        resolve_standalone(file)
     except RecipeError as error:
         return [one_line(line) for line in error.lines]
     return []

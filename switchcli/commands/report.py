@@ -52,7 +52,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Compare runs: quality, speed-up, routing, rates; as tables, as a page, as figures."""
-    with _exit.stoppable(saves_nothing=True):
+    with _exit.interruptible(saves_nothing=True):
         console = Console(quiet=quiet)
         if routing:
             if (baseline, quality, smooth) != (None, None, 1):

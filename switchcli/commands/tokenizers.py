@@ -14,7 +14,7 @@ from switchcli.report.output import print_json
 from switchcli.report.safe_text import one_line
 
 if TYPE_CHECKING:
-    from switchcli.runs.vocabularies import Compared
+    from switchcli.runs.vocabularies import TokenizerComparison
 
 group = typer.Typer(name="tokenizer", help="Train a tokenizer, look at one, compare some.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train the vocabulary of a recipe's data.tokenizer (kind: train) on its training documents; write it as a file."""
-    with _exit.stoppable(saves_nothing=True):
+    with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import vocabularies
 
         vocabularies.check_free(out, replace=force)
@@ -60,8 +60,8 @@ def show(
     """How many ids there are of what, and the pieces of each TEXT."""
     from switchcli.runs import vocabularies
 
-    used = vocabularies.opened(name)
-    found, cut = vocabularies.facts(name, used), vocabularies.cut(used, texts or [])
+    used = vocabularies.open_tokenizer(name)
+    found, cut = vocabularies.tokenizer_facts(name, used), vocabularies.encode_texts(used, texts or [])
     if as_json:
         print_json({**found, "texts": cut})
     else:
@@ -90,7 +90,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Tokens a byte, and the shares of unknown and of byte tokens, of each language or corpus."""
-    with _exit.stoppable(saves_nothing=True):
+    with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import vocabularies
 
         compared = vocabularies.compare(arguments, on, text or [], Console(quiet=quiet))
@@ -117,7 +117,7 @@ def _show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
         typer.echo(f"ids     {' '.join(map(str, one['ids']))}")
 
 
-def _show_compared(compared: "Compared") -> None:
+def _show_compared(compared: "TokenizerComparison") -> None:
     """Print a table of the tokenizers on stdout, and for each measure a table with a row for each text."""
     console = Console(stream=sys.stdout)
     columns = ("vocab_size", "pieces", "sentinels")

@@ -32,7 +32,7 @@ def upcycle(
     quiet: Quiet = False,
 ) -> None:
     """A Switch model that begins where a dense one ended: experts are copies of its feed-forwards."""
-    with _exit.stoppable(saves_nothing=True):
+    with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import upcycling
 
         console = Console(quiet=quiet)
@@ -47,7 +47,7 @@ def upcycle(
 
 def _summary(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line about the whole model, one about each stack, and the next command."""
-    from switchcli.runs.run_dir import program
+    from switchcli.runs.run_dir import program_name
 
     yield f"{result['parameters']:,} parameters in {result['destination']}"
     for stack, one in result["corrections"].items():
@@ -55,4 +55,4 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
         begins = "as the dense model, where no token is dropped" if one["exact"] else "otherwise than the dense model"
         factors = f"wo times {one['wo']:g}, fresh routers times {one['router']:g}"
         yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {begins}"
-    yield f"Next: {program()} {result['next']}"
+    yield f"Next: {program_name()} {result['next']}"

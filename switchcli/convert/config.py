@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from switchcli.convert.weight_names import Kind
 from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.spec import EOS, MOST, PAD, Spec
 from switchcli.user_files import read_regular
 
@@ -48,7 +48,7 @@ _CLASSES: Final[Mapping[str, Kind]] = {
 }
 
 
-class Lengths(NamedTuple):
+class StackLengths(NamedTuple):
     """Tokens of the longest sequence of each stack for which capacities are to agree."""
 
     encoder: int
@@ -117,7 +117,7 @@ class T5Config(_Shape):
     def num_experts(self) -> int:
         return 1
 
-    def spec(self, lengths: Lengths) -> ModelSpec:
+    def spec(self, lengths: StackLengths) -> ModelSpec:
         """The same model in our words. A `ValueError` says what is wrong with it."""
         if self.dense_act_fn not in (None, "gelu_new" if self.gated else "relu"):
             raise ValueError(f"dense_act_fn ({self.dense_act_fn}) is not that of {self.feed_forward_proj}")
@@ -155,9 +155,9 @@ class SwitchConfig(_Shape):
             blocks, number, step = self.num_layers, self.num_sparse_encoder_layers, self.encoder_sparse_step
         else:
             blocks, number, step = self.decoder_layers, self.num_sparse_decoder_layers, self.decoder_sparse_step
-        return layout(blocks, step_of(blocks, number) if step is None else step)
+        return sparse_blocks(blocks, sparse_step(blocks, number) if step is None else step)
 
-    def spec(self, lengths: Lengths) -> ModelSpec:
+    def spec(self, lengths: StackLengths) -> ModelSpec:
         """The same model in our words, its capacities equal for sequences of up to `lengths`."""
         encoder, decoder = map(self.sparse_layers, STACKS)
         if not encoder and not decoder:
@@ -178,11 +178,11 @@ class SwitchConfig(_Shape):
             **where,
         )
 
-    def _router(self, length: int) -> Switch:
+    def _router(self, length: int) -> SwitchRouter:
         factor = self.expert_capacity * self.num_experts / length
         if length * factor < self.num_experts:  # by rounding: one slot must stay one
             factor = math.nextafter(factor, math.inf)
-        return Switch(
+        return SwitchRouter(
             capacity_factor=factor,
             eval_capacity_factor=factor,
             min_capacity=self.expert_capacity,
@@ -195,7 +195,7 @@ class SwitchConfig(_Shape):
 Config = T5Config | SwitchConfig
 
 
-def document(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """What is in the file `path`; nothing where it is no mapping. Raises CheckpointError when it cannot be read."""
     try:
         found = json.loads(read_regular(path, _MAX_BYTES))
@@ -206,7 +206,7 @@ def document(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def bound(found: Mapping[str, Any], path: Path) -> None:
+def check_sizes(found: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError where the sizes in `found`, of the file `path`, are far beyond any model."""
     sizes = {key: value for key in _SIZES if type(value := found.get(key)) is int}
     for key, size in sizes.items():
@@ -224,9 +224,9 @@ def bound(found: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def read(path: Path) -> Config:
+def read_config(path: Path) -> Config:
     """The configuration in the file `path`. Raises CheckpointError for what is no model of ours."""
-    found = document(path)
+    found = read_json(path)
     kind, names = found.get("model_type"), found.get("architectures")
     names = names if isinstance(names, list) else []
     named = [_CLASSES[name] for name in names if isinstance(name, str) and name in _CLASSES] if names else [kind]
@@ -235,14 +235,14 @@ def read(path: Path) -> Config:
             f"{path}: model_type {kind!r} with architectures {names!r}: switchcli reads "
             "T5ForConditionalGeneration (t5) and SwitchTransformersForConditionalGeneration (switch_transformers)"
         )
-    bound(found, path)
+    check_sizes(found, path)
     try:
         return T5Config.model_validate(found) if kind == "t5" else SwitchConfig.model_validate(found)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {_first(error)}") from error
 
 
-def spec_of(config: Config, lengths: Lengths, path: Path) -> ModelSpec:
+def to_model_spec(config: Config, lengths: StackLengths, path: Path) -> ModelSpec:
     """`config.spec(lengths)`. Raises CheckpointError, naming the file `path`, where our model has rules of its own."""
     try:
         return config.spec(lengths)
@@ -262,25 +262,25 @@ def _first(error: ValidationError) -> str:
     return f"{key}: {rule}{got}: switchcli can build no such model".removeprefix(": ")
 
 
-def encode(config: Config) -> bytes:
+def config_json(config: Config) -> bytes:
     """The text of config.json."""
     name = next(name for name, kind in _CLASSES.items() if kind == config.model_type)
     keys = {key: value for key, value in config.model_dump().items() if value is not None}
     return (json.dumps({"architectures": [name], **keys, "dtype": "float32"}, indent=2) + "\n").encode()
 
 
-def generation() -> bytes:
+def generation_config_json() -> bytes:
     """The text of generation_config.json: the ids by which transformers' `generate` begins and ends."""
     ids = {"decoder_start_token_id": PAD, "eos_token_id": EOS, "pad_token_id": PAD}
     return (json.dumps(ids, indent=2) + "\n").encode()
 
 
-def step_of(blocks: int, number: int) -> int:
+def sparse_step(blocks: int, number: int) -> int:
     """transformers' step between sparse blocks: 0 is for none, which `number` = 0 is not."""
     return blocks // number if number else blocks
 
 
-def layout(blocks: int, step: int) -> tuple[int, ...]:
+def sparse_blocks(blocks: int, step: int) -> tuple[int, ...]:
     """The sparse blocks that transformers makes of a step."""
     return tuple(block for block in range(blocks) if step and (step == 1 or block % step == 1))
 

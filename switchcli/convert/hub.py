@@ -16,7 +16,7 @@ _ALWAYS: Final = [config.NAME, *FILES, "tokenizer_config.json", *_WEIGHTS, f"{SA
 _PICKLED: Final = ["pytorch_model*.bin", f"{PICKLED}{INDEX}"]
 
 
-def is_name(source: str) -> bool:
+def is_repository_id(source: str) -> bool:
     """Whether a source can be a name on the hub, such as google/switch-base-8."""
     return _NAME.fullmatch(source) is not None
 

@@ -11,18 +11,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from switchcli.convert.config import Config, Lengths, SwitchConfig, T5Config, layout, step_of
-from switchcli.convert.weight_names import EMBEDDINGS, naming
+from switchcli.convert.config import Config, StackLengths, SwitchConfig, T5Config, sparse_blocks, sparse_step
+from switchcli.convert.weight_names import EMBEDDINGS, transformers_names
 from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.moe.router import Mode, RouterSpec, Switch
+from switchcli.model.moe.router import Mode, RouterSpec, SwitchRouter
 from switchcli.spec import PAD
 
 _MODES: tuple[Mode, Mode] = ("training", "paper")
 
 
-def express(
-    spec: ModelSpec, lengths: Lengths, where: Path, router_dtype: torch.dtype = torch.float32
+def transformers_config(
+    spec: ModelSpec, lengths: StackLengths, where: Path, router_dtype: torch.dtype = torch.float32
 ) -> tuple[Config, list[str]]:
     """The configuration of our model, and what transformers will do otherwise, a line each.
 
@@ -63,7 +63,10 @@ def express(
     for stack in STACKS:
         number = _number(spec.sparse_layers(stack), spec.num_blocks(stack))
         assert number is not None
-        steps |= {f"num_sparse_{stack}_layers": number, f"{stack}_sparse_step": step_of(spec.num_blocks(stack), number)}
+        steps |= {
+            f"num_sparse_{stack}_layers": number,
+            f"{stack}_sparse_step": sparse_step(spec.num_blocks(stack), number),
+        }
     config = SwitchConfig(
         **shape,
         **steps,
@@ -76,9 +79,9 @@ def express(
     return config, [*_other_drops(spec, routers, length, capacity), *_other_training(spec, routers)]
 
 
-def translate(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors, each expert's its own, under transformers' names."""
-    their_name = naming(config.model_type, config.gated)
+    their_name = transformers_names(config.model_type, config.gated)
     theirs = {their_name(name): tensor for name, tensor in tensors.items()}
     if isinstance(config, SwitchConfig) and not config.tie_word_embeddings:
         # Its stacks look up matrices of their own then. Copies, for safetensors refuses two names of one memory.
@@ -89,13 +92,13 @@ def translate(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def _number(layers: tuple[int, ...], blocks: int) -> int | None:
     """The num_sparse_*_layers that gives these blocks; None when none does. More than there are blocks gives none."""
     numbers = sorted(range(blocks + 2), key=lambda number: abs(number - len(layers)))
-    return next((number for number in numbers if layout(blocks, step_of(blocks, number)) == layers), None)
+    return next((number for number in numbers if sparse_blocks(blocks, sparse_step(blocks, number)) == layers), None)
 
 
-def _switch(router: RouterSpec) -> Switch:
+def _switch(router: RouterSpec) -> SwitchRouter:
     """The router as the one that transformers has; `_impossible` has refused the others."""
     assert router.is_in_transformers
-    return cast("Switch", router)
+    return cast("SwitchRouter", router)
 
 
 def _impossible(spec: ModelSpec, stacks: list[Stack]) -> str | None:
@@ -110,14 +113,14 @@ def _impossible(spec: ModelSpec, stacks: list[Stack]) -> str | None:
     for stack in STACKS:
         layers, blocks = spec.sparse_layers(stack), spec.num_blocks(stack)
         if _number(layers, blocks) is None:
-            layouts = dict.fromkeys(layout(blocks, step_of(blocks, number)) for number in range(blocks + 2))
+            layouts = dict.fromkeys(sparse_blocks(blocks, sparse_step(blocks, number)) for number in range(blocks + 2))
             choices = " or ".join(str(list(layout)) for layout in layouts)
             return f"the sparse blocks of the {stack} are {list(layers)}, where transformers can have {choices}"
     return None
 
 
 def _other_drops(
-    spec: ModelSpec, routers: Mapping[Stack, Switch], length: Mapping[Stack, int], capacity: int
+    spec: ModelSpec, routers: Mapping[Stack, SwitchRouter], length: Mapping[Stack, int], capacity: int
 ) -> Iterator[str]:
     """How tokens are dropped here and not there."""
     experts = spec.num_experts
@@ -142,7 +145,7 @@ def _other_drops(
             )
 
 
-def _other_training(spec: ModelSpec, routers: Mapping[Stack, Switch]) -> Iterator[str]:
+def _other_training(spec: ModelSpec, routers: Mapping[Stack, SwitchRouter]) -> Iterator[str]:
     """What transformers would train otherwise."""
     first = next(iter(routers.values()))
     if spec.balance_reduction != "pooled":

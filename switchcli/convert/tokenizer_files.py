@@ -30,7 +30,7 @@ _ENDED = {
 }
 
 
-def documents(tokenizer: str, sentinels: Sequence[str], max_length: int) -> dict[str, bytes]:
+def tokenizer_documents(tokenizer: str, sentinels: Sequence[str], max_length: int) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json; `tokenizer` is the text of a tokenizer.json in T5's layout."""
     inner = json.loads(tokenizer)
     if inner.get("post_processor") is None:
@@ -50,7 +50,7 @@ def documents(tokenizer: str, sentinels: Sequence[str], max_length: int) -> dict
     }
 
 
-def find(folder: Path) -> Path | None:
+def find_tokenizer(folder: Path) -> Path | None:
     """Return the file of the tokenizer that belongs to a folder in the Hugging Face layout; None if there is none.
 
     In this order: the folder's own tokenizer.json or spiece.model; a file that its tokenizer_config.json names; those

@@ -23,7 +23,7 @@ from torch import Tensor
 from switchcli.convert import config as configs
 from switchcli.convert import pickled
 from switchcli.convert.config import Config
-from switchcli.convert.weight_names import EMBEDDINGS, HEAD, UNUSED, naming
+from switchcli.convert.weight_names import EMBEDDINGS, HEAD, UNUSED, transformers_names
 from switchcli.errors import CheckpointError
 from switchcli.user_files import read_regular
 
@@ -36,7 +36,7 @@ _EXACT: Final = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch
 _WHOLE: Final = "take the whole folder as save_pretrained wrote it"
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor of a file, not yet read."""
 
     path: Path
@@ -46,10 +46,10 @@ class Stored(NamedTuple):
 
 
 @final
-class Weights(Mapping[str, Tensor]):
+class HuggingFaceWeights(Mapping[str, Tensor]):
     """Our model's tensors under our names, float32, on the CPU; each is read, and checked, whenever it is asked for."""
 
-    def __init__(self, places: Mapping[str, tuple[str, Stored]]) -> None:
+    def __init__(self, places: Mapping[str, tuple[str, StoredTensor]]) -> None:
         """`places` holds, by our name, theirs and where the tensor is."""
         self._places = places
 
@@ -64,12 +64,12 @@ class Weights(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def is_layout(folder: Path) -> bool:
+def is_hugging_face_folder(folder: Path) -> bool:
     """Whether a folder claims to be in this layout."""
     return (folder / configs.NAME).is_file()
 
 
-def open_weights(folder: Path, config: Config, wanted: Mapping[str, Tensor], *, unpickle: bool) -> Weights:
+def open_weights(folder: Path, config: Config, wanted: Mapping[str, Tensor], *, unpickle: bool) -> HuggingFaceWeights:
     """The tensors of `folder` under our names, which `wanted` gives with their shapes (tensors on `meta` will do).
 
     Raises:
@@ -77,7 +77,7 @@ def open_weights(folder: Path, config: Config, wanted: Mapping[str, Tensor], *, 
             embedding is none; or the weights are pickled and `unpickle` is False.
     """
     stored = _stored(folder, unpickle)
-    their_name = naming(config.model_type, config.gated)
+    their_name = transformers_names(config.model_type, config.gated)
     embedding = next((name for name in EMBEDDINGS if name in stored), EMBEDDINGS[0])
     names = {name: their_name(name) for name in wanted} | {"embedding": embedding}
     copies = [name for name in EMBEDDINGS if name in stored and name != embedding]
@@ -99,10 +99,10 @@ def open_weights(folder: Path, config: Config, wanted: Mapping[str, Tensor], *, 
                 f"{stored[copy].path}: {copy} is not {embedding}, and switchcli has one matrix for both: it cannot "
                 "compute what these weights do"
             )
-    return Weights({name: (theirs, stored[theirs]) for name, theirs in names.items()})
+    return HuggingFaceWeights({name: (theirs, stored[theirs]) for name, theirs in names.items()})
 
 
-def _check(folder: Path, stored: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> None:
+def _check(folder: Path, stored: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> None:
     """Raise CheckpointError unless a tensor is there with that shape, and of a type that float32 holds."""
     if name not in stored:
         raise CheckpointError(f"{folder}: {name}: not there, and {configs.NAME} wants it, {list(shape)}: {_WHOLE}")
@@ -117,7 +117,7 @@ def _check(folder: Path, stored: Mapping[str, Stored], name: str, shape: tuple[i
         )
 
 
-def _finite(name: str, place: Stored) -> Tensor:
+def _finite(name: str, place: StoredTensor) -> Tensor:
     try:
         tensor = place.read().float()
     except SafetensorError as error:
@@ -127,7 +127,7 @@ def _finite(name: str, place: Stored) -> Tensor:
     return tensor
 
 
-def _stored(folder: Path, unpickle: bool) -> dict[str, Stored]:
+def _stored(folder: Path, unpickle: bool) -> dict[str, StoredTensor]:
     """Every tensor of the folder by its name; safetensors come first, as with transformers."""
     for name, read in ((SAFE, _safe), (PICKLED, _pickled)):
         whole, index = folder / name, folder / f"{name}{INDEX}"
@@ -142,14 +142,14 @@ def _stored(folder: Path, unpickle: bool) -> dict[str, Stored]:
     raise CheckpointError(f"{folder}: no {SAFE} beside {configs.NAME}: {_WHOLE}")
 
 
-def _safe(path: Path) -> dict[str, Stored]:
+def _safe(path: Path) -> dict[str, StoredTensor]:
     try:
         stream: Any = safe_open(path, framework="pt")  # left open: its tensors are read when they are asked for
         found = {}
         for name in stream.keys():  # noqa: SIM118 (not a mapping)
             header = stream.get_slice(name)
             read = partial(stream.get_tensor, name)
-            found[name] = Stored(path, header.get_dtype(), tuple(header.get_shape()), read)
+            found[name] = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()), read)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}): copy it again") from error
     except OSError as error:
@@ -157,14 +157,14 @@ def _safe(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _pickled(path: Path) -> dict[str, Stored]:
+def _pickled(path: Path) -> dict[str, StoredTensor]:
     return {
-        name: Stored(path, str(tensor.dtype), tuple(tensor.shape), tensor.detach)
+        name: StoredTensor(path, str(tensor.dtype), tuple(tensor.shape), tensor.detach)
         for name, tensor in pickled.read(path).items()
     }
 
 
-def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """The tensors of all files that an index names, each in the file that it says."""
     try:
         files = json.loads(read_regular(index, _MAX_INDEX_BYTES))["weight_map"]
@@ -173,7 +173,7 @@ def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Stored]]
         raise CheckpointError(f"{index}: cannot be read ({error.strerror}): {_WHOLE}") from error
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of tensors (weight_map): {_WHOLE}") from error
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(file for _, file in pairs):
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise CheckpointError(f"{index}: names {file!r}, which is no file of its folder: do not use these weights")

@@ -44,7 +44,7 @@ _PARTS: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
 )
 
 
-def naming(kind: Kind, gated: bool) -> Callable[[str], str]:
+def transformers_names(kind: Kind, gated: bool) -> Callable[[str], str]:
     """From the name of one of our tensors, each expert's its own, to transformers' in a model of that kind.
 
     `gated` is said of the dense feed-forwards. The model must be one that transformers has (see `config`).

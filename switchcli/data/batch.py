@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     targets_BT: torch.Tensor
 
 
-class Answers(NamedTuple):
+class TeacherTopK(NamedTuple):
     """What a teacher found of each target: its K largest probabilities, whose they are, and the rest."""
 
     ids_BTK: torch.Tensor
@@ -28,15 +28,15 @@ class Answers(NamedTuple):
     """The probability of all others together."""
 
 
-class Lesson(NamedTuple):
+class DistillBatch(NamedTuple):
     """A batch with its answers, of a teacher that is not asked again (train/teacher_cache.py)."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor
-    answers: Answers
+    teacher: TeacherTopK
 
 
-AnyBatch = Batch | Lesson
+AnyBatch = Batch | DistillBatch
 
 
 class BatchSource(ABC):
@@ -50,7 +50,7 @@ class BatchSource(ABC):
         """Return what this rank adds to the state after `step` steps; the sum over ranks is the state of all."""
         return []
 
-    def resume(self, step: int, state: Sequence[int]) -> None:
+    def restore_state(self, step: int, state: Sequence[int]) -> None:
         """Go on after `step` steps from `state`, the sum over ranks of what `state(step)` returned."""
         assert not state, "these batches follow from their step alone"
 
@@ -59,6 +59,6 @@ class BatchSource(ABC):
         return {}
 
     @property
-    def in_order(self) -> bool:
+    def is_sequential(self) -> bool:
         """Whether batches must be asked for in the order of their steps, by one thread."""
         return False

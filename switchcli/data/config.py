@@ -7,16 +7,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.data.objectives.denoisers import ObjectiveSpec, TextObjective
-from switchcli.data.objectives.packed_documents import WholeDocuments
+from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.sources.corpus import Corpus, PythonStdlib
-from switchcli.data.text_mixture import Joined, Mixture, TextMixtureSpec
+from switchcli.data.text_mixture import JoinedTexts, TextMixture, TextMixtureSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec, TrainedTokenizer
 from switchcli.spec import MOST, Spec
 
-Rows = TextObjective | WholeDocuments
+RowObjective = TextObjective | WholeDocumentObjective
 """What a row of a batch is made by."""
 
 
@@ -25,7 +25,7 @@ class TextsSpec(Spec, ABC):
 
     corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)] = (PythonStdlib(),)
     """Where the text comes from, each by its `kind`."""
-    mixture: TextMixtureSpec = Joined()
+    mixture: TextMixtureSpec = JoinedTexts()
     """How the corpora are mixed, by its `kind`; `joined` makes one text of them. Mixed texts are measured apart."""
     filters: Filters = Filters()
     duplicates: Duplicates | None = None
@@ -40,10 +40,10 @@ class TextsSpec(Spec, ABC):
     def texts(self) -> dict[str, tuple[Corpus, ...]]:
         """What is mixed and measured apart, by label: a language, or a corpus without one; all together if joined."""
         if self.mixture.kind == "joined":
-            return {"": tuple(one for corpus in self.corpora for one in corpus.each())}
+            return {"": tuple(one for corpus in self.corpora for one in corpus.per_language())}
         found: dict[str, tuple[Corpus, ...]] = {}
         for number, corpus in enumerate(self.corpora, 1):
-            for one in corpus.each():
+            for one in corpus.per_language():
                 label = one.language or f"corpus-{number}"
                 found[label] = (*found.get(label, ()), one)
         return found
@@ -77,17 +77,17 @@ class DataSpec(TextsSpec):
     """What a model is given of a text, and what it has to say of it, by its `kind`."""
     packing: Literal["windows", "documents"] = "windows"
     """Documents end to end, cut into rows; or rows of whole documents, which do not see one another."""
-    lanes: int = Field(default=8, ge=1, le=MOST["ranks"])
+    stream_shards: int = Field(default=8, ge=1, le=MOST["ranks"])
     """How many parts of a batch a stream reads apart; at most so many ranks can share it."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowObjective:
         if self.packing == "documents":
             assert isinstance(self.objective, SpanCorruption)
-            return WholeDocuments(self.objective)
+            return WholeDocumentObjective(self.objective)
         return self.objective
 
-    def mixed(self, sizes: Sequence[int], rows_per_epoch: Sequence[int], rows: int, seed: int) -> Mixture | None:
+    def mixed(self, sizes: Sequence[int], rows_per_epoch: Sequence[int], rows: int, seed: int) -> TextMixture | None:
         """How the texts, of these sizes, are mixed in a run of so many rows; None for one text.
 
         Raises:
@@ -97,8 +97,8 @@ class DataSpec(TextsSpec):
             return None
         weights = [sum(corpus.weight for corpus in corpora) for corpora in self.texts().values()]
         shares = self.mixture.shares(sizes, weights, rows_per_epoch, rows)
-        lanes = self.lanes if self.access == "stream" else 1
-        return Mixture(dict(zip(self.texts(), shares.tolist(), strict=True)), seed, lanes)
+        lanes = self.stream_shards if self.access == "stream" else 1
+        return TextMixture(dict(zip(self.texts(), shares.tolist(), strict=True)), seed, lanes)
 
     @model_validator(mode="after")
     def _can_be_packed(self) -> Self:

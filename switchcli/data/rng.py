@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 SPANS: Final = 0
 DOCUMENTS: Final = 1
 CHUNKS: Final = 2
-TURNS: Final = 3
+ROW_SOURCES: Final = 3
 TASKS: Final = 4
 """The first of a purpose for each task."""
 SHARDS: Final = 2**20

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.data.mixture_schedule import Orders, Turns, apportioned
-from switchcli.data.objectives.example_packing import Packed
-from switchcli.data.rng import TASKS, TURNS, permutation
+from switchcli.data.mixture_schedule import MixtureSchedule, RandomOrders, largest_remainder
+from switchcli.data.objectives.example_packing import PackedExamples
+from switchcli.data.rng import ROW_SOURCES, TASKS, permutation
 from switchcli.spec import MOST, Spec
 
 _LEAST_ROWS = 1000
@@ -48,10 +48,10 @@ class Equal(Spec):
 MixtureSpec = Annotated[Proportional | Equal, Field(discriminator="kind")]
 
 
-class TaskStream(BatchSource):
+class TaskMixtureSource(BatchSource):
     """Rows of several packed tasks, `batch_rows` a step."""
 
-    def __init__(self, tasks: Mapping[str, Packed], mixture: MixtureSpec, seed: int, batch_rows: int) -> None:
+    def __init__(self, tasks: Mapping[str, PackedExamples], mixture: MixtureSpec, seed: int, batch_rows: int) -> None:
         self._tasks = tuple(tasks.values())
         self._batch_rows = batch_rows
         examples = np.array([len(packed.example_X) for packed in self._tasks])
@@ -60,7 +60,7 @@ class TaskStream(BatchSource):
         """Each task's share of the examples."""
         # A row of a task with short examples shows many of them, so that it takes fewer rows.
         share = np.array(list(self.rates.values())) * rows / examples
-        self._turns, self._orders = Turns(_shared_out(share / share.sum(), rows), seed), Orders(seed)
+        self._turns, self._orders = MixtureSchedule(_shared_out(share / share.sum(), rows), seed), RandomOrders(seed)
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Rows first..first+count of the step's batch: [count, S] and [count, T]."""
@@ -74,14 +74,14 @@ class TaskStream(BatchSource):
         return _gathered(self._tasks, task_R, row_R)
 
 
-class InTurn:
+class InterleavedRows:
     """Every row of several packed tasks once, in an order that is the same each time: for evaluation."""
 
-    def __init__(self, tasks: Sequence[Packed]) -> None:
+    def __init__(self, tasks: Sequence[PackedExamples]) -> None:
         self._tasks = tuple(tasks)
         self._end = np.cumsum([packed.num_rows for packed in tasks])
         self.num_rows = int(self._end[-1])
-        self._order = permutation(self.num_rows, 0, 0, TURNS)
+        self._order = permutation(self.num_rows, 0, 0, ROW_SOURCES)
 
     def rows(self, first: int, count: int) -> Batch:
         place_R = self._order[first : first + count]
@@ -91,7 +91,7 @@ class InTurn:
         )
 
 
-def _gathered(tasks: Sequence[Packed], task_R: NDArray[np.int64], row_R: NDArray[np.int64]) -> Batch:
+def _gathered(tasks: Sequence[PackedExamples], task_R: NDArray[np.int64], row_R: NDArray[np.int64]) -> Batch:
     """A batch of the rows of several tasks."""
     inputs, targets = (np.empty((len(row_R), length), dtype=np.int64) for length in tasks[0].lengths)
     for task in np.unique(task_R):
@@ -104,4 +104,4 @@ def _shared_out(shares: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray
     """Rows of each task in a turn: all of them once where the shares say so, else as near to the shares as it gets."""
     if np.allclose(shares * rows.sum(), rows):
         return rows
-    return apportioned(shares, max(int(rows.sum()), _LEAST_ROWS * len(rows)))
+    return largest_remainder(shares, max(int(rows.sum()), _LEAST_ROWS * len(rows)))

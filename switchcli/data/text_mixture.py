@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from switchcli.data.mixture_schedule import Turns, apportioned
+from switchcli.data.mixture_schedule import MixtureSchedule, largest_remainder
 from switchcli.data.prepare.store import digest_of
 from switchcli.errors import RecipeError
 from switchcli.spec import Spec
@@ -23,7 +23,7 @@ _MOST_ROWS = 2**20
 """Rows of a turn at most: its order is held in memory."""
 
 
-class Joined(Spec):
+class JoinedTexts(Spec):
     """No mixture: the corpora are one text, in proportion to their size."""
 
     kind: Literal["joined"] = "joined"
@@ -31,7 +31,7 @@ class Joined(Spec):
     uses_sizes: ClassVar[bool] = False
 
 
-class Mixing(Spec, ABC):
+class TextMixing(Spec, ABC):
     """Each language, or corpus without one, by itself."""
 
     uses_weights: ClassVar[bool] = False
@@ -72,7 +72,7 @@ class Mixing(Spec, ABC):
         return shares
 
 
-class Weighted(Mixing):
+class WeightedMixing(TextMixing):
     """By the `weight` of each corpus."""
 
     kind: Literal["weighted"] = "weighted"
@@ -83,7 +83,7 @@ class Weighted(Mixing):
         return weights
 
 
-class Temperature(Mixing):
+class TemperatureMixing(TextMixing):
     """By the size of each text, smoothed: p ~ tokens ** alpha (mT5: 0.3); of a stream by the bytes of its files."""
 
     kind: Literal["temperature"] = "temperature"
@@ -94,10 +94,10 @@ class Temperature(Mixing):
         return np.asarray((tokens / tokens.max()) ** self.alpha)
 
 
-TextMixtureSpec = Annotated[Joined | Weighted | Temperature, Field(discriminator="kind")]
+TextMixtureSpec = Annotated[JoinedTexts | WeightedMixing | TemperatureMixing, Field(discriminator="kind")]
 
 
-class Mixture:
+class TextMixture:
     """Shares that are settled: the rows of a run by text."""
 
     def __init__(self, shares: Mapping[str, float], seed: int, lanes: int = 1) -> None:
@@ -117,18 +117,18 @@ class Mixture:
                 "leave it out, or give it the language of another corpus"
             )
         rows = int(np.clip(np.ceil(_LEAST_ROWS / intended.min() - 1e-6), _LEAST_ROWS * len(intended), _MOST_ROWS))
-        each = apportioned(intended, rows)
+        each = largest_remainder(intended, rows)
         self.identity = digest_of({label: int(number) for label, number in zip(self.shares, each, strict=True)})
         """A digest of whose row each is, but for the seed."""
-        self.turns = tuple(Turns.evenly(each, seed + lane * 2**32) for lane in range(lanes))
+        self.turns = tuple(MixtureSchedule.spread_evenly(each, seed + lane * 2**32) for lane in range(lanes))
         """Of each lane."""
 
-    def shown(self, num_rows: int) -> dict[str, float]:
+    def shares_after(self, num_rows: int) -> dict[str, float]:
         """The share of each text in the first `num_rows` rows, those of whole steps."""
-        each = [turns.shown(num_rows // len(self.turns)) for turns in self.turns]
+        each = [turns.rows_per_source(num_rows // len(self.turns)) for turns in self.turns]
         return dict(zip(self.shares, (np.sum(each, axis=0) / max(1, num_rows)).tolist(), strict=True))
 
-    def compared(self, num_rows: int) -> dict[str, dict[str, float]]:
+    def compare_with_intended(self, num_rows: int) -> dict[str, dict[str, float]]:
         """The same beside what was intended."""
-        shown = self.shown(num_rows)
+        shown = self.shares_after(num_rows)
         return {label: {"shown": shown[label], "intended": share} for label, share in self.shares.items()}

@@ -1,4 +1,4 @@
-"""Runtime: this process among its ranks, its device and its precision. The only file that imports accelerate.
+"""DistributedContext: the rank, device and precision of this process. The only file that imports accelerate.
 
 accelerate holds device and ranks; what a step needs of it is this small interface, so that
 the loop reads the same on one process and on many. Control values (stop, counts) go over a group of host processes
@@ -26,16 +26,16 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.distributed import expert_parallel, fsdp, parallelize
-from switchcli.distributed.deterministic_reduce import Ordered
+from switchcli.distributed.deterministic_reduce import DeterministicReduce
 from switchcli.distributed.expert_parallel import ExpertGradients
 from switchcli.distributed.launch import is_rank
-from switchcli.distributed.layout import Cuts, Weights
-from switchcli.distributed.lost import lost_ranks_explained
-from switchcli.distributed.mesh import ALONE, Groups, ParallelSpec, check_world, groups_of
+from switchcli.distributed.layout import Layout, ModelWeights
+from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.mesh import ALONE, MeshGroups, ParallelSpec, build_groups, check_world
 from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.rank_group import HostGroup
-from switchcli.distributed.rendezvous import waiting_announced
-from switchcli.distributed.signals import interruptible
+from switchcli.distributed.rendezvous import announce_waiting
+from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.model.compiled import compile_dense_parts
 from switchcli.model.transformer import SwitchTransformer
@@ -64,7 +64,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 T = TypeVar("T")
 
 
-class Runtime:
+class DistributedContext:
     """`rank` of `world` processes, each on its `device`; rank 0 is the main one, which prints, and writes what
     has no shares."""
 
@@ -88,12 +88,12 @@ class Runtime:
         on_cpu = (
             device == "cpu"
             or not torch.cuda.is_available()
-            or (device == "auto" and is_on(os.environ, "ACCELERATE_USE_CPU"))
+            or (device == "auto" and is_set(os.environ, "ACCELERATE_USE_CPU"))
         )
         if on_cpu:
             _keep_freed_memory()
-        with lost_ranks_explained(), waiting_announced():
-            _meet("gloo" if on_cpu else "nccl")
+        with explain_lost_ranks(), announce_waiting():
+            _init_process_group("gloo" if on_cpu else "nccl")
             self._accelerator = _accelerator(on_cpu)
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
@@ -111,16 +111,16 @@ class Runtime:
             HostGroup(self.rank, self.world, timeout) for timeout in (STEP_TIMEOUT, MAIN_TIMEOUT, WRITE_TIMEOUT)
         )
         if choose is not None:
-            chosen = self.on_main(choose)
+            chosen = self.main_only(choose)
             parallel = ParallelSpec.model_validate_json(
-                self._patient.gather(chosen.model_dump_json() if chosen else "")[0]
+                self._patient.all_gather_text(chosen.model_dump_json() if chosen else "")[0]
             )
-        self.groups, self.parallel = Groups(), parallel
-        if self.is_alike(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
-            self.on_main(lambda: check_world(parallel, self.world))
-            with lost_ranks_explained():
-                self.groups = groups_of(parallel, self.rank, self.world, STEP_TIMEOUT)
-        self._ordered = Ordered(self.groups.data) if parallel.reduction == "ordered" else None
+        self.groups, self.parallel = MeshGroups(), parallel
+        if self.all_equal(repr(parallel)):  # else no group would form: who runs on ranks says that they differ
+            self.main_only(lambda: check_world(parallel, self.world))
+            with explain_lost_ranks():
+                self.groups = build_groups(parallel, self.rank, self.world, STEP_TIMEOUT)
+        self._ordered = DeterministicReduce(self.groups.data) if parallel.reduction == "ordered" else None
         self._expert_gradients: ExpertGradients | None = None
 
     @property
@@ -128,32 +128,32 @@ class Runtime:
         return self.rank == 0
 
     @property
-    def data_rank(self) -> int:
+    def dp_rank(self) -> int:
         """The number of this rank's share of a batch."""
-        return 0 if self.groups.data is None else self.groups.data.place
+        return 0 if self.groups.data is None else self.groups.data.rank
 
     @property
-    def data_ranks(self) -> int:
+    def dp_size(self) -> int:
         """Shares of a batch. Each is on `model_ranks` ranks."""
         return 1 if self.groups.data is None else self.groups.data.size
 
     @property
-    def model_ranks(self) -> int:
+    def tp_size(self) -> int:
         return 1 if self.groups.model is None else self.groups.model.size
 
     @property
     def mesh(self) -> dict[str, int | str]:
         """The lengths of the axes, and how weights lie over the first."""
-        experts, shard = self.groups.experts, self.parallel.shard if self.data_ranks > 1 else "none"
+        experts, shard = self.groups.experts, self.parallel.shard if self.dp_size > 1 else "none"
         expert_ranks = 1 if experts is None else experts.size
-        return {"data": self.data_ranks, "model": self.model_ranks, "expert": expert_ranks, "shard": shard}
+        return {"data": self.dp_size, "model": self.tp_size, "expert": expert_ranks, "shard": shard}
 
-    def place(self, batch: T) -> T:
+    def to_device(self, batch: T) -> T:
         """The batch's tensors on this rank's device; nothing is copied when they are there."""
         placed: T = send_to_device(batch, self.device, non_blocking=True)
         return placed
 
-    def pinned(self, batch: T) -> T:
+    def pin_memory(self, batch: T) -> T:
         """The batch where the device copies it from without a wait; as it is where there is no such device."""
         if self.device.type != "cuda":
             return batch
@@ -161,15 +161,15 @@ class Runtime:
         return held
 
     @property
-    def needs_all(self) -> bool:
+    def forward_is_collective(self) -> bool:
         """Whether a forward pass takes all ranks: each of them then does as many."""
         sharded = self.groups.data is not None and self.parallel.shard != "none"
         return sharded or self.groups.model is not None or self.groups.experts is not None
 
-    def spread(self, model: SwitchTransformer) -> Weights:
+    def parallelize(self, model: SwitchTransformer) -> ModelWeights:
         """Keep of `model`, which is on `meta`, what this rank holds, with memory on its device: not filled yet."""
-        with lost_ranks_explained():
-            return parallelize.spread(model, self.groups, self.parallel, self.device)
+        with explain_lost_ranks():
+            return parallelize.parallelize(model, self.groups, self.parallel, self.device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, its gradients averaged over the shares of a batch by its last backward pass (`synchronise`).
@@ -178,27 +178,27 @@ class Runtime:
         """
         data = self.groups.data
         if self._ordered is not None:
-            with lost_ranks_explained():
+            with explain_lost_ranks():
                 self._ordered.align(model)
             return model
         if data is None:
             return model
         if self.groups.experts is not None or isinstance(model, FSDPModule):
-            own = expert_parallel.expert_parameters(model)
-            if not fsdp.shards_experts(model):
+            own = expert_parallel.local_expert_parameters(model)
+            if not fsdp.experts_are_sharded(model):
                 self._expert_gradients = ExpertGradients(own.values(), self.groups.replicas, data.size)
             if isinstance(model, FSDPModule):
                 return model
             _leave_to_us(model, own)
         devices = [self.device] if self.device.type == "cuda" else None
-        with lost_ranks_explained():
+        with explain_lost_ranks():
             return DistributedDataParallel(
                 model, device_ids=devices, process_group=data.group, gradient_as_bucket_view=True
             )
 
-    def drop_gathered(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Forget whole weights that were made of shards, which are about to change."""
-        for unit in fsdp.units(model):
+        for unit in fsdp.fsdp_units(model):
             unit.reshard()
 
     def compile(self, model: nn.Module) -> None:
@@ -223,16 +223,16 @@ class Runtime:
         compile_dense_parts(model)
         self._compiled = True
 
-    def uncompiled(self) -> AbstractContextManager[object]:
+    def eager(self) -> AbstractContextManager[object]:
         """Run compiled parts eagerly within this context: decoding has other shapes at each step."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     @property
-    def averaged_shares(self) -> int:
+    def grad_divisor(self) -> int:
         """The number of shares of a batch over which `synchronise` averages gradients; 1 if it sums them."""
-        return self.data_ranks if self._ordered is None else 1
+        return self.dp_size if self._ordered is None else 1
 
-    def synchronise(self, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
+    def synchronize_gradients(self, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
         """Around forward and backward of microbatch `position` of `count`, from 1: the step's last one averages the
         gradients over the ranks, or ends their sum (`averaged_shares`).
 
@@ -245,18 +245,18 @@ class Runtime:
             model.set_reshard_after_backward(last or self.parallel.shard == "zero3")
         elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
-        return self._synchronised(model, position, count)
+        return self._gradient_sync(model, position, count)
 
     @contextmanager
-    def _synchronised(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
-        with lost_ranks_explained():
+    def _gradient_sync(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
+        with explain_lost_ranks():
             experts = self._expert_gradients if position == count else None
-            with nullcontext() if experts is None else experts.averaged():
+            with nullcontext() if experts is None else experts.averaging():
                 yield
             if self._ordered is not None:
                 self._ordered.add(model, position, count)
 
-    def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts]) -> GradientNorm:
+    def gradient_norm(self, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Layout]) -> GradientNorm:
         """The norm of the gradients of all ranks' parameters, each part counted once."""
         return parallelize.gradient_norm(parameters, cuts, self.groups, self.device)
 
@@ -272,18 +272,18 @@ class Runtime:
         """Whether it is true on some rank; the same answer on each of them."""
         return self.sum_over_ranks([int(flag)]) != [0]
 
-    def sum_when_all_are_there(self, values: Sequence[int]) -> list[int]:
+    def sum_without_timeout(self, values: Sequence[int]) -> list[int]:
         """Host integers, summed over all ranks. It waits for ranks that still work by themselves, however long."""
         return self._patient.sum(values)
 
-    def is_alike(self, value: str) -> bool:
+    def all_equal(self, value: str) -> bool:
         """Whether all ranks have the same text; the same answer on each of them."""
         digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
         return self.sum_over_ranks([int(digest != self.from_main(digest))]) == [0]
 
-    def told(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """The texts of all ranks, in order, on each of them."""
-        return self._control.gather(text)
+        return self._control.all_gather_text(text)
 
     def all_done(self, done_B: torch.Tensor) -> bool:
         """Whether all of them are true on all ranks."""
@@ -296,23 +296,23 @@ class Runtime:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over the shares of a batch, on its device, in place."""
         if self.groups.data is not None:
-            with lost_ranks_explained():
+            with explain_lost_ranks():
                 dist.all_reduce(tensor, group=self.groups.data.group)
         return tensor
 
-    def on_main(self, action: Callable[[], T]) -> T | None:
+    def main_only(self, action: Callable[[], T]) -> T | None:
         """What `action` returns on the main rank, None on the others, which wait for it as long as it takes."""
-        return self._patient.on_main(action)
+        return self._patient.main_only(action)
 
     def main_first(self, action: Callable[[], T]) -> T:
         """Return what `action` returns on this rank. The main rank calls it first, so that it alone fills a cache, and
         what it refuses is refused once."""
-        first = self.on_main(action)
+        first = self.main_only(action)
         return first if self.is_main else action()  # type: ignore[return-value]  # of the main rank it is no None
 
-    def on_every(self, action: Callable[[], T]) -> T:
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
         """What `action` returns on this rank, when it has on all."""
-        return self.saving.on_every(action)
+        return self.saving.on_all_ranks(action)
 
     def close(self) -> None:
         """Leave the ranks; only after a run that went well: a failed one must not wait for the others."""
@@ -333,12 +333,12 @@ def _accelerator(on_cpu: bool) -> Accelerator:
         os.environ.update(ignored)
 
 
-def is_on(environment: Mapping[str, str], name: str) -> bool:
+def is_set(environment: Mapping[str, str], name: str) -> bool:
     """Return whether a flag of accelerate is set to one of the words that it takes for true."""
     return environment.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
-def _meet(backend: str) -> None:
+def _init_process_group(backend: str) -> None:
     """Have several ranks meet; a signal ends a rank that waits for another. accelerate takes the group that is there.
 
     Ranks that torchrun started once more meet apart from those that ended. The store of its agent outlives them, and
@@ -359,7 +359,7 @@ def _meet(backend: str) -> None:
         store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
         apart = PrefixStore(f"restart {restarts}", store)
         meeting = partial(meeting, store=apart, rank=rank, world_size=world)
-    interruptible(meeting)
+    run_interruptibly(meeting)
 
 
 def _leave_to_us(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from switchcli.distributed.mesh import Shared
+from switchcli.distributed.mesh import RankGroup
 
 
-class Ordered:
+class DeterministicReduce:
     """The tree of a step. Between two steps it holds nothing."""
 
-    def __init__(self, ranks: Shared | None) -> None:
+    def __init__(self, ranks: RankGroup | None) -> None:
         """`ranks` have the other shares of a batch."""
         self._ranks = ranks
         self._sums: list[list[torch.Tensor]] = []
@@ -64,7 +64,7 @@ class Ordered:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _add_over(part: torch.Tensor, ranks: Shared, distance: int) -> None:
+def _add_over(part: torch.Tensor, ranks: RankGroup, distance: int) -> None:
     """Replace `part`, which is each rank's sum of `distance` ranks, by the sum of all of them.
 
     Two ranks add up a half each, which they do with further ranks too, before they tell each other: what leaves a rank
@@ -72,7 +72,7 @@ def _add_over(part: torch.Tensor, ranks: Shared, distance: int) -> None:
     """
     if distance == ranks.size:
         return
-    upper, middle = bool(ranks.place & distance), len(part) // 2
+    upper, middle = bool(ranks.rank & distance), len(part) // 2
     halves = part[:middle], part[middle:]
     own, other = halves[upper], halves[not upper]
     theirs = torch.empty_like(own)
@@ -83,9 +83,9 @@ def _add_over(part: torch.Tensor, ranks: Shared, distance: int) -> None:
     _swap(own, other, ranks, distance)
 
 
-def _swap(given: torch.Tensor, taken: torch.Tensor, ranks: Shared, distance: int) -> None:
+def _swap(given: torch.Tensor, taken: torch.Tensor, ranks: RankGroup, distance: int) -> None:
     """Send one tensor to the rank so far away in the tree, and receive another from it."""
-    partner = ranks.place ^ distance
+    partner = ranks.rank ^ distance
     calls = [
         dist.P2POp(call, tensor, group=ranks.group, group_peer=partner)
         for call, tensor in ((dist.isend, given), (dist.irecv, taken))

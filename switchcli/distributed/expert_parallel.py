@@ -21,15 +21,15 @@ import torch.distributed as dist
 from torch import nn
 
 from switchcli.distributed.gather import all_gather
-from switchcli.distributed.lost import lost_ranks_explained
-from switchcli.distributed.mesh import Shared, Wire, on_the_wire
+from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.mesh import CommDtype, RankGroup, to_comm_dtype
 from switchcli.model.layers import compute_dtype
-from switchcli.model.moe.dispatch import combine, rows_of
+from switchcli.model.moe.dispatch import filled_slots, weighted_scatter_add
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.moe.router import Routing
 
 
-class Way(NamedTuple):
+class AllToAllMeta(NamedTuple):
     """What this rank sent, and what it needs to have it back."""
 
     source_S: torch.Tensor
@@ -38,46 +38,46 @@ class Way(NamedTuple):
     """What its output is multiplied by, in the router's precision."""
     end_E: torch.Tensor
     """int32 [L]: the end of each of this rank's experts' rows."""
-    parts: "Parts"
+    parts: "SplitSizes"
     order_A: torch.Tensor | None
     """int64: the place of each row in what arrived; None where that is [R, L, rows] of equal size."""
 
 
-class Parts(NamedTuple):
+class SplitSizes(NamedTuple):
     """How many rows go to each rank of the group, and come from it; None: as many to and from each."""
 
     sent: list[int] | None
     received: list[int] | None
 
-    def back(self) -> "Parts":
-        return Parts(self.received, self.sent)
+    def swapped(self) -> "SplitSizes":
+        return SplitSizes(self.received, self.sent)
 
 
-class AllToAll:
+class AllToAllDispatcher:
     """The way there and back when the experts lie on the ranks of a group."""
 
-    def __init__(self, ranks: Shared, num_experts: int, wire: Wire) -> None:
-        self._ranks, self._wire = ranks, wire
+    def __init__(self, ranks: RankGroup, num_experts: int, comm_dtype: CommDtype) -> None:
+        self._ranks, self._comm_dtype = ranks, comm_dtype
         self._num_local = num_experts // ranks.size
 
-    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Way]:
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, AllToAllMeta]:
         """The rows of this rank's experts, those of the first before those of the second, from all ranks: [A, D]."""
         N, C = x_GND.shape[1], routing.token_GEC.shape[2]
         # Outside training the ranks' batches may differ in size: then the parts do.
         sent = self._by_slots(routing, N) if learns and C < N else self._by_rows(routing, N)
         x_SD = x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, sent.source_S)
-        return self._arrange(exchange(x_SD, sent.parts, self._ranks, self._wire), sent), sent
+        return self._arrange(exchange(x_SD, sent.parts, self._ranks, self._comm_dtype), sent), sent
 
-    def spread(self, mask_BF: torch.Tensor, sent: Way, length: int) -> torch.Tensor:
+    def expand_mask(self, mask_BF: torch.Tensor, sent: AllToAllMeta, length: int) -> torch.Tensor:
         """The mask of each row's sequence: [A, F]. `mask_BF` is that of this rank's sequences, of `length` each."""
         R, B = self._ranks.size, len(mask_BF)
         masks_ZF = mask_BF.new_empty(R * B, mask_BF.shape[1])
         all_gather(masks_ZF, mask_BF.contiguous(), self._ranks.group)
-        sequence_S = sent.source_S // length + B * self._ranks.place
-        sequence_A = self._arrange(exchange(sequence_S, sent.parts, self._ranks, self._wire), sent)
+        sequence_S = sent.source_S // length + B * self._ranks.rank
+        sequence_A = self._arrange(exchange(sequence_S, sent.parts, self._ranks, self._comm_dtype), sent)
         return masks_ZF.index_select(0, sequence_A)
 
-    def receive(self, y_AO: torch.Tensor, sent: Way, x_GND: torch.Tensor) -> torch.Tensor:
+    def combine(self, y_AO: torch.Tensor, sent: AllToAllMeta, x_GND: torch.Tensor) -> torch.Tensor:
         """Each row's output times its weight, added to its token: [G, N, O]; a token in no slot stays exactly zero."""
         G, N, _D = x_GND.shape
         R, L, O = self._ranks.size, self._num_local, y_AO.shape[1]  # noqa: E741 (the legend's letter)
@@ -85,10 +85,10 @@ class AllToAll:
             y_AO = y_AO.view(L, R, -1, O).transpose(0, 1).reshape(-1, O)
         else:
             y_AO = torch.empty_like(y_AO).index_copy(0, sent.order_A, y_AO)
-        y_SO = exchange(y_AO, sent.parts.back(), self._ranks, self._wire)
-        return combine(y_SO, sent.weight_S, sent.source_S, G * N).view(G, N, O)
+        y_SO = exchange(y_AO, sent.parts.swapped(), self._ranks, self._comm_dtype)
+        return weighted_scatter_add(y_SO, sent.weight_S, sent.source_S, G * N).view(G, N, O)
 
-    def _by_slots(self, routing: Routing, group_size: int) -> Way:
+    def _by_slots(self, routing: Routing, group_size: int) -> AllToAllMeta:
         """Every slot, filled or not."""
         token_EGC = routing.token_GEC.transpose(0, 1)
         _, G, C = token_EGC.shape
@@ -97,21 +97,21 @@ class AllToAll:
         source_S = (token_EGC.where(token_EGC < group_size, others_C) + first_G1).flatten()
         rows = self._ranks.size * G * C
         end_E = torch.arange(rows, rows * self._num_local + 1, rows, device=source_S.device, dtype=torch.int32)
-        return Way(source_S, routing.weight_GEC.transpose(0, 1).flatten(), end_E, Parts(None, None), None)
+        return AllToAllMeta(source_S, routing.weight_GEC.transpose(0, 1).flatten(), end_E, SplitSizes(None, None), None)
 
-    def _by_rows(self, routing: Routing, group_size: int) -> Way:
+    def _by_rows(self, routing: Routing, group_size: int) -> AllToAllMeta:
         """The filled slots alone; waits for the device."""
-        rows = rows_of(routing, group_size, exact=True)
+        rows = filled_slots(routing, group_size, exact=True)
         count_RL = rows.end_E.diff(prepend=rows.end_E.new_zeros(1)).long().view(self._ranks.size, self._num_local)
         theirs_RL = torch.empty_like(count_RL)
-        with lost_ranks_explained():
+        with explain_lost_ranks():
             dist.all_to_all_single(theirs_RL, count_RL, group=self._ranks.group)
         expert_A = torch.arange(self._num_local, device=theirs_RL.device).repeat(self._ranks.size)
         order_A = expert_A.repeat_interleave(theirs_RL.flatten()).argsort(stable=True)
-        parts = Parts(count_RL.sum(1).tolist(), theirs_RL.sum(1).tolist())
-        return Way(rows.source_A, rows.weight_A, theirs_RL.sum(0).cumsum(0).int(), parts, order_A)
+        parts = SplitSizes(count_RL.sum(1).tolist(), theirs_RL.sum(1).tolist())
+        return AllToAllMeta(rows.source_A, rows.weight_A, theirs_RL.sum(0).cumsum(0).int(), parts, order_A)
 
-    def _arrange(self, x_AD: torch.Tensor, sent: Way) -> torch.Tensor:
+    def _arrange(self, x_AD: torch.Tensor, sent: AllToAllMeta) -> torch.Tensor:
         """What arrived, by rank, put by expert."""
         if sent.order_A is not None:
             return x_AD.index_select(0, sent.order_A)
@@ -119,40 +119,42 @@ class AllToAll:
         return x_AD.view(self._ranks.size, self._num_local, -1, *rest).transpose(0, 1).reshape(-1, *rest)
 
 
-def exchange(x_SD: torch.Tensor, parts: Parts, ranks: Shared, wire: Wire) -> torch.Tensor:
+def exchange(x_SD: torch.Tensor, parts: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
     """All-to-all: the first rows to the first rank of the group, and so on; the gradient goes the same way back."""
-    received: torch.Tensor = _Exchange.apply(x_SD, parts, ranks, wire)  # type: ignore[no-untyped-call]
+    received: torch.Tensor = _Exchange.apply(x_SD, parts, ranks, comm_dtype)  # type: ignore[no-untyped-call]
     return received
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_SD: torch.Tensor, parts: Parts, ranks: Shared, wire: Wire) -> torch.Tensor:
-        ctx.parts, ctx.ranks, ctx.wire = parts, ranks, wire
-        return _all_to_all(x_SD, parts, ranks, wire)
+    def forward(
+        ctx: Any, x_SD: torch.Tensor, parts: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype
+    ) -> torch.Tensor:
+        ctx.parts, ctx.ranks, ctx.comm_dtype = parts, ranks, comm_dtype
+        return _all_to_all(x_SD, parts, ranks, comm_dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_AD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(gradient_AD, ctx.parts.back(), ctx.ranks, ctx.wire), None, None, None
+        return _all_to_all(gradient_AD, ctx.parts.swapped(), ctx.ranks, ctx.comm_dtype), None, None, None
 
 
-def _all_to_all(x_SD: torch.Tensor, parts: Parts, ranks: Shared, wire: Wire) -> torch.Tensor:
-    sent_SD = x_SD.to(on_the_wire(x_SD, wire)).contiguous()
+def _all_to_all(x_SD: torch.Tensor, parts: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
+    sent_SD = x_SD.to(to_comm_dtype(x_SD, comm_dtype)).contiguous()
     received_AD = sent_SD.new_empty(len(x_SD) if parts.received is None else sum(parts.received), *x_SD.shape[1:])
-    with lost_ranks_explained():
+    with explain_lost_ranks():
         dist.all_to_all_single(received_AD, sent_SD, parts.received, parts.sent, group=ranks.group)
     return received_AD.to(x_SD.dtype)
 
 
-def spread_experts(model: nn.Module, ranks: Shared, wire: Wire) -> None:
+def shard_experts(model: nn.Module, ranks: RankGroup, comm_dtype: CommDtype) -> None:
     """Keep this rank's slice of every stacked expert weight of `model`, in place, and send tokens to the others'."""
     for layer in model.modules():
         if isinstance(layer, SwitchLayer):
-            layer.dispatcher = AllToAll(ranks, layer.experts.num_experts, wire)
-            layer.experts.keep(ranks.place, ranks.size)
+            layer.dispatcher = AllToAllDispatcher(ranks, layer.experts.num_experts, comm_dtype)
+            layer.experts.keep_slice(ranks.rank, ranks.size)
 
 
-def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def local_expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The stacked weights of the experts that are here, by their names in `model`."""
     return {
         f"{prefix}.experts.{name}".lstrip("."): parameter
@@ -170,7 +172,7 @@ class ExpertGradients:
     while the backward pass goes on: a stacked weight is as large as a bucket.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], replicas: Shared | None, world: int) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], replicas: RankGroup | None, world: int) -> None:
         """`parameters` that do not learn are left out. `world` counts the ranks of the data axis."""
         self._replicas, self._world = replicas, world
         self._is_last = False
@@ -180,16 +182,16 @@ class ExpertGradients:
                 parameter.register_post_accumulate_grad_hook(self._send)  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaging(self) -> Iterator[None]:
         """Around the last backward pass of a step; the gradients are averages when it is left. Collective.
 
         Raises:
-            LostRank: another rank is gone.
+            LostRankError: another rank is gone.
         """
         self._sent.clear()  # of a step that failed
         self._is_last = True
         try:
-            with lost_ranks_explained():
+            with explain_lost_ranks():
                 yield
                 for _, work in self._sent:
                     if work is not None:

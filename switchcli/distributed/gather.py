@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from switchcli.distributed.lost import lost_ranks_explained
+from switchcli.distributed.lost import explain_lost_ranks
 
 
 def all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> None:
@@ -15,9 +15,9 @@ def all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGro
         group: the ranks.
 
     Raises:
-        LostRank: another rank is gone.
+        LostRankError: another rank is gone.
     """
     # Looked up at each call, as tests count calls. torch 2.12 and older know the second name alone; 2.13 deprecates it.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    with lost_ranks_explained():
+    with explain_lost_ranks():
         gather(gathered, own, group=group)

@@ -4,7 +4,7 @@ torchrun watches its ranks: it ends the others when one fails, forwards signals 
 chooses its options, and says in one line why the ranks ended.
 
 `accelerate launch --cpu` starts a single process whatever number it is given (accelerate 1.15); torchrun does not.
-`Runtime` finds its ranks as it finds those of any launcher.
+`DistributedContext` finds its ranks as it finds those of any launcher.
 """
 
 import json
@@ -21,8 +21,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from switchcli import errors
-from switchcli.distributed.signals import stopping
-from switchcli.errors import DistributedError, Interrupted, LostRank, OtherRankError, SwitchError, where
+from switchcli.distributed.signals import stop_signals
+from switchcli.errors import (
+    DistributedError,
+    Interrupted,
+    LostRankError,
+    OtherRankError,
+    SwitchError,
+    training_location,
+)
 from switchcli.startup import LAUNCHER
 
 if TYPE_CHECKING:
@@ -37,7 +44,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The environment variable that gives a rank of torchrun the path of its error file."""
 
 
-class Ended(NamedTuple):
+class Exit(NamedTuple):
     """How a rank ended, or all of them: the exit code, and why when it is not 0; a rank has said so on stderr."""
 
     exit_code: int
@@ -46,7 +53,7 @@ class Ended(NamedTuple):
     """After which step a rank ended for the sake of all, or of one that is lost: then `launch` raises it to be said."""
 
 
-def launch(processes: int, arguments: Sequence[str]) -> Ended:
+def launch(processes: int, arguments: Sequence[str]) -> Exit:
     """Run `python -m switchcli ARGUMENTS` as `processes` ranks, by torchrun.
 
     A rank that fails ends the others; the code is that of the rank that failed first, as it printed why.
@@ -88,7 +95,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Ended:
             raise DistributedError("stopped, and no word of how the ranks ended: the same command goes on") from None
         finally:
             del os.environ[LAUNCHER]
-    return Ended(0, None)
+    return Exit(0, None)
 
 
 def saving_seconds() -> int:
@@ -126,7 +133,7 @@ def _signals_forwarded() -> Iterator[None]:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
-    previous = {number: signal.getsignal(number) for number in (*stopping(), signal.SIGQUIT)}
+    previous = {number: signal.getsignal(number) for number in (*stop_signals(), signal.SIGQUIT)}
     try:
         for number in previous:
             signal.signal(number, forward)
@@ -137,7 +144,7 @@ def _signals_forwarded() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _first_of(failures: Mapping[int, "ProcessFailure"], told: Mapping[int, Ended]) -> Ended:
+def _first_of(failures: Mapping[int, "ProcessFailure"], told: Mapping[int, Exit]) -> Exit:
     """Return how the rank ended that made all end, from torchrun's account of each rank and what the ranks reported.
 
     A rank follows another if it says so, or if torchrun ended it: by SIGTERM, and by SIGKILL where that was in vain.
@@ -160,20 +167,20 @@ def _first_of(failures: Mapping[int, "ProcessFailure"], told: Mapping[int, Ended
 
     rank = min(codes, key=order)  # of several the earliest
     if rank not in told or (codes[rank] < 0 and rank not in follow):
-        how = "was stopped or hung, and was killed" if rank in hung else how_ended(codes[rank])
-        lost = LostRank(f"rank {rank} {how}")
+        how = "was stopped or hung, and was killed" if rank in hung else describe_exit(codes[rank])
+        lost = LostRankError(f"rank {rank} {how}")
         lost.add_note(min((one.where for one in told.values() if one.where), default=errors.UNKNOWN))  # a step first
         raise lost
     return _said(told[0] if 0 in told and 0 not in follow else told[rank])  # the main one's words are those of all
 
 
-def _said(ended: Ended) -> Ended:
+def _said(ended: Exit) -> Exit:
     if ended.where:
         raise (Interrupted if ended.exit_code == Interrupted.exit_code else DistributedError)(ended.error)
     return ended
 
 
-def how_ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     """In words, after `rank 1`: by an exit code, or minus the number of a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
@@ -181,14 +188,14 @@ def how_ended(code: int) -> str:
     return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
 
 
-def report(error: SwitchError, words: str) -> bool:
+def write_error_file(error: SwitchError, words: str) -> bool:
     """Write why this rank ends to its error file, if torchrun started it. torchrun shows the words in its summary.
 
     Return whether `launch` started it and has its words, to say for all ranks that they were stopped, or one is lost.
     """
     written = False
     if error_file := os.environ.get(ERROR_FILE):
-        place = where(error) if isinstance(error, (LostRank, OtherRankError, Interrupted)) else ""
+        place = training_location(error) if isinstance(error, (LostRankError, OtherRankError, Interrupted)) else ""
         told = {"message": words, "timestamp": time.time(), "exit_code": error.exit_code, "where": place}
         path = Path(error_file)
         partial = path.with_suffix(".partial")  # torchrun fails on a file that is not complete
@@ -199,10 +206,10 @@ def report(error: SwitchError, words: str) -> bool:
     return LAUNCHER in os.environ and written
 
 
-def _reports(logs: str) -> dict[int, Ended]:
+def _reports(logs: str) -> dict[int, Exit]:
     """Return what the ranks have reported, by rank: torchrun gives each a folder named by its rank."""
     told = {int(path.parent.name): json.loads(path.read_text("utf-8")) for path in Path(logs).rglob("error.json")}
-    return {rank: Ended(one["exit_code"], one["message"], one["where"]) for rank, one in told.items()}
+    return {rank: Exit(one["exit_code"], one["message"], one["where"]) for rank, one in told.items()}
 
 
 def is_rank() -> bool:

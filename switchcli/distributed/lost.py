@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from switchcli.errors import LostRank
+from switchcli.errors import LostRankError
 
 
 @contextmanager
-def lost_ranks_explained() -> Iterator[None]:
-    """What torch raises when ranks do not find one another, or one is gone, as LostRank."""
+def explain_lost_ranks() -> Iterator[None]:
+    """What torch raises when ranks do not find one another, or one is gone, as LostRankError."""
     try:
         yield
     except RuntimeError as error:
@@ -18,6 +18,6 @@ def lost_ranks_explained() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "Timed out" not in str(error):
             raise
         cause = str(error).splitlines()[0].split(". ")[0]
-        raise LostRank(
+        raise LostRankError(
             f"the other ranks cannot be reached ({cause}; one has ended, or the network is down: see what each printed)"
         ) from error

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 
-from switchcli.distributed.signals import interruptible
+from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.spec import MOST, Spec
 
 Shard = Literal["none", "zero2", "zero3"]
-Wire = Literal["compute", "float32"]
+CommDtype = Literal["compute", "float32"]
 Reduction = Literal["fast", "ordered"]
 
 
@@ -42,7 +42,7 @@ class ParallelSpec(Spec):
     `zero2`: optimizer state, and gradients after the last microbatch; `zero3`: the weights too, which are gathered a
     block at a time, and those in no block for a whole step. Experts stay undivided if neither their number nor the
     widths of their weights are multiples of the number of replicas."""
-    wire: Wire = "compute"
+    comm_dtype: CommDtype = "compute"
     """What tokens on their way to experts, and the sums of a model axis, travel in: as products are computed, or, where
     that is bfloat16, twice as many bytes, and sums that are not rounded to it in between."""
     reduction: Reduction = "fast"
@@ -53,7 +53,7 @@ class ParallelSpec(Spec):
     instead of during it: 1.03 of `fast`'s step (quartiles 0.92 to 1.21) on two ranks of one machine."""
 
     @property
-    def is_open(self) -> bool:
+    def is_unset(self) -> bool:
         """Whether it says nothing of the mesh."""
         said = (self.data, self.model, self.expert, self.shard, self.reduction)
         return said == (None, 1, 1, "none", "fast")
@@ -67,7 +67,7 @@ class ParallelSpec(Spec):
     def _one_or_the_other(self) -> Self:
         if self.auto and self.reduction == "ordered":
             raise ValueError("auto chooses a mesh, and reduction: ordered takes the data axis alone: leave out one")
-        if self.auto and not self.is_open:
+        if self.auto and not self.is_unset:
             raise ValueError("auto chooses data, model, expert and shard: leave them out, or auto")
         cut = {"model": self.model, "expert": self.expert, "shard": self.shard if self.shard != "none" else 1}
         divided = " and ".join(f"{name} ({value})" for name, value in cut.items() if value != 1)
@@ -78,16 +78,16 @@ class ParallelSpec(Spec):
         return self
 
 
-def on_the_wire(x: torch.Tensor, wire: Wire) -> torch.dtype:
+def to_comm_dtype(x: torch.Tensor, comm_dtype: CommDtype) -> torch.dtype:
     """What x, if it is no index, travels in."""
-    return torch.promote_types(x.dtype, torch.float32) if wire == "float32" and x.is_floating_point() else x.dtype
+    return torch.promote_types(x.dtype, torch.float32) if comm_dtype == "float32" and x.is_floating_point() else x.dtype
 
 
 ALONE = ParallelSpec()
 """Each rank holds the whole model."""
 
 
-def indivisible(spec: ModelSpec, model: int) -> Iterator[tuple[str, int]]:
+def indivisible_sizes(spec: ModelSpec, model: int) -> Iterator[tuple[str, int]]:
     """The sizes of a model that a model axis must divide and does not: key and size."""
     sizes = {"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff, "model.vocab_size": spec.vocab_size}
     yield from ((key, size) for key, size in sizes.items() if size % model)
@@ -106,24 +106,24 @@ def even_dim(shapes: Collection[Sequence[int]], ranks: int) -> int | None:
     return next((dim for dim in (0, 1) if all(shape[dim] % ranks == 0 for shape in shapes)), None)
 
 
-class Shared(NamedTuple):
+class RankGroup(NamedTuple):
     """A set of ranks that do something together, and this rank's place among them."""
 
     group: dist.ProcessGroup
     size: int
-    place: int
+    rank: int
 
 
-class Groups(NamedTuple):
+class MeshGroups(NamedTuple):
     """The ranks that this one does something with; None where it would be alone."""
 
-    data: Shared | None = None
+    data: RankGroup | None = None
     """Ranks with other shares of the batch and the same part of the model."""
-    model: Shared | None = None
+    model: RankGroup | None = None
     """Ranks with the same share of the batch and other parts of the model."""
-    experts: Shared | None = None
+    experts: RankGroup | None = None
     """Ranks of `data` that hold all experts between them."""
-    replicas: Shared | None = None
+    replicas: RankGroup | None = None
     """Ranks of `data` that hold the same experts: all of `data` if `experts` is None."""
 
 
@@ -157,20 +157,20 @@ def check_world(spec: ParallelSpec, world: int) -> None:
         )
 
 
-def groups_of(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> Groups:
+def build_groups(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> MeshGroups:
     """The groups of this rank; called by all ranks in the same order, once they have met."""
     model, expert = spec.model, spec.expert
     group = model * expert
 
-    def mine(partition: list[list[int]]) -> Shared | None:
+    def mine(partition: list[list[int]]) -> RankGroup | None:
         if len(partition[0]) == 1:
             return None
-        made, _ = interruptible(partial(dist.new_subgroups_by_enumeration, partition, timeout=timeout))
+        made, _ = run_interruptibly(partial(dist.new_subgroups_by_enumeration, partition, timeout=timeout))
         ranks = next(ranks for ranks in partition if rank in ranks)
-        return Shared(made, len(ranks), ranks.index(rank))
+        return RankGroup(made, len(ranks), ranks.index(rank))
 
     data = mine([list(range(place, world, model)) for place in range(model)])
-    return Groups(
+    return MeshGroups(
         data=data,
         model=mine([list(range(first, first + model)) for first in range(0, world, model)]),
         experts=mine(

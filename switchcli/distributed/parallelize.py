@@ -12,39 +12,39 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from switchcli.distributed import expert_parallel, fsdp, tensor_parallel
-from switchcli.distributed.layout import Cut, Cuts, Weights, here, is_stacked
-from switchcli.distributed.lost import lost_ranks_explained
-from switchcli.distributed.mesh import Groups, ParallelSpec, Shared
-from switchcli.model.moe.layer import experts_here
+from switchcli.distributed.layout import Layout, ModelWeights, ShardedDim, is_stacked, local_values
+from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.mesh import MeshGroups, ParallelSpec, RankGroup
+from switchcli.model.moe.layer import local_experts
 from switchcli.model.transformer import SwitchTransformer
 
 
-def spread(model: SwitchTransformer, groups: Groups, spec: ParallelSpec, device: torch.device) -> Weights:
+def parallelize(model: SwitchTransformer, groups: MeshGroups, spec: ParallelSpec, device: torch.device) -> ModelWeights:
     """Keep of `model`, which is on `meta`, what this rank holds, and give it memory on `device`: not filled yet."""
     if groups.experts is not None:
-        expert_parallel.spread_experts(model, groups.experts, spec.wire)
+        expert_parallel.shard_experts(model, groups.experts, spec.comm_dtype)
     if groups.model is not None:
-        tensor_parallel.divide(model, groups.model, spec.wire)
+        tensor_parallel.shard_model(model, groups.model, spec.comm_dtype)
     if groups.data is not None and spec.shard != "none":
         fsdp.shard_weights(model, groups, spec.shard, device.type)
     model.to_empty(device=device)
-    fsdp.settle(model)
+    fsdp.init_local_shards(model)
     parameters = dict(model.named_parameters())
-    cuts = {name: each for name, parameter in parameters.items() if (each := _cuts_of(name, parameter, groups))}
-    replica, replicas = (0, 1) if groups.replicas is None else (groups.replicas.place, groups.replicas.size)
+    cuts = {name: each for name, parameter in parameters.items() if (each := _layout_of(name, parameter, groups))}
+    replica, replicas = (0, 1) if groups.replicas is None else (groups.replicas.rank, groups.replicas.size)
     if any(_is_divided(name, parameter) for name, parameter in parameters.items()):
         replica, replicas = 0, 1
-    part, parts = (0, 1) if groups.model is None else (groups.model.place, groups.model.size)
+    part, parts = (0, 1) if groups.model is None else (groups.model.rank, groups.model.size)
     holder, holders = replica * parts + part, replicas * parts
-    return Weights(parameters, cuts, experts_here(model), model.spec.num_experts, holder, holders)
+    return ModelWeights(parameters, cuts, local_experts(model), model.spec.num_experts, holder, holders)
 
 
-def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:
+def _layout_of(name: str, parameter: nn.Parameter, groups: MeshGroups) -> Layout:
     """How the weight `name` is cut; stacks of which each rank has some experts are not."""
     cuts = []
-    dim = tensor_parallel.divided_dim(name)
+    dim = tensor_parallel.sharded_dim(name)
     if groups.model is not None and dim is not None:
-        cuts.append(Cut(dim, groups.model, (parameter.shape[dim],) * groups.model.size))
+        cuts.append(ShardedDim(dim, groups.model, (parameter.shape[dim],) * groups.model.size))
     if isinstance(parameter, DTensor) and not _is_divided(name, parameter):
         ranks = groups.replicas if is_stacked(name) else groups.data
         assert ranks is not None
@@ -54,8 +54,8 @@ def _cuts_of(name: str, parameter: nn.Parameter, groups: Groups) -> Cuts:
         length = parameter.shape[dim]
         each = -(-length // ranks.size)  # the last ones may have less, or nothing
         lengths = tuple(max(0, min(each, length - place * each)) for place in range(ranks.size))
-        assert here(parameter).shape[dim] == lengths[ranks.place]
-        cuts.append(Cut(dim, ranks, lengths))
+        assert local_values(parameter).shape[dim] == lengths[ranks.rank]
+        cuts.append(ShardedDim(dim, ranks, lengths))
     return tuple(cuts)
 
 
@@ -73,14 +73,14 @@ class GradientNorm(NamedTuple):
 
 
 def gradient_norm(
-    parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts], groups: Groups, device: torch.device
+    parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Layout], groups: MeshGroups, device: torch.device
 ) -> GradientNorm:
     """The norm of the gradients of all ranks' parameters, each part counted once.
 
     Squares are float64, which a float32 norm of any size has. Ranks that sum over other groups may round otherwise: the
     main one's is taken.
     """
-    gradients = {name: here(one.grad) for name, one in parameters.items() if one.grad is not None}
+    gradients = {name: local_values(one.grad) for name, one in parameters.items() if one.grad is not None}
     own = {
         name: torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim)))  # of all experts at once
         for name, gradient in gradients.items()
@@ -90,7 +90,7 @@ def gradient_norm(
     if others:
         norms = torch._foreach_norm([gradients[name] for name in others])
         own |= {name: norm.reshape(1) for name, norm in zip(others, norms, strict=True)}
-    parts: dict[tuple[Shared, ...], list[torch.Tensor]] = {}
+    parts: dict[tuple[RankGroup, ...], list[torch.Tensor]] = {}
     for name, norm in own.items():
         among = [cut.ranks for cut in cuts.get(name, ())]
         if groups.experts is not None and is_stacked(name):
@@ -102,10 +102,10 @@ def gradient_norm(
     for those, each in parts.items():
         square = torch.cat(each).to(device).double().square().sum()
         for ranks in those:
-            with lost_ranks_explained():
+            with explain_lost_ranks():
                 dist.all_reduce(square, group=ranks.group)
         total += square
     if any(parts):
-        with lost_ranks_explained():
+        with explain_lost_ranks():
             dist.broadcast(total, src=0)
     return GradientNorm(total.sqrt().float(), {name: own[name] for name in gradients})

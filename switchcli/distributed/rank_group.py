@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from switchcli.distributed.gather import all_gather
-from switchcli.distributed.lost import lost_ranks_explained
-from switchcli.distributed.signals import interruptible
+from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import OtherRankError, RankError, SwitchError
 
 T = TypeVar("T")
@@ -30,15 +30,15 @@ class HostGroup:
         """Made on all ranks in the same order."""
         self._rank, self._world, self._group = rank, world, None
         if world > 1:
-            with lost_ranks_explained():
-                self._group = interruptible(lambda: dist.new_group(backend="gloo", timeout=timeout))
+            with explain_lost_ranks():
+                self._group = run_interruptibly(lambda: dist.new_group(backend="gloo", timeout=timeout))
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """The integers, summed position by position over all ranks."""
         if self._group is None:
             return list(values)
         summed = torch.tensor(values, dtype=torch.int64)
-        with lost_ranks_explained():
+        with explain_lost_ranks():
             dist.all_reduce(summed, group=self._group)
         return [int(value) for value in summed]
 
@@ -46,7 +46,7 @@ class HostGroup:
         """The main rank's value, on every rank."""
         return self.sum([value if self._rank == 0 else 0])[0]
 
-    def on_main(self, action: Callable[[], T]) -> T | None:
+    def main_only(self, action: Callable[[], T]) -> T | None:
         """What `action` returns on the main rank, None on the others, which wait for it.
 
         Raises:
@@ -64,7 +64,7 @@ class HostGroup:
             raise OtherRankError(code)
         return result
 
-    def on_every(self, action: Callable[[], T]) -> T:
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
         """What `action`, which writes, returns on this rank; each waits for the others.
 
         Raises:
@@ -76,7 +76,9 @@ class HostGroup:
             result = action()
         except SwitchError as error:
             failure = error
-        told = [json.loads(one) for one in self.gather(json.dumps(failure and [failure.exit_code, str(failure)]))]
+        told = [
+            json.loads(one) for one in self.all_gather_text(json.dumps(failure and [failure.exit_code, str(failure)]))
+        ]
         failed = [(rank, *one) for rank, one in enumerate(told) if one is not None]
         if not failed:
             return result
@@ -87,7 +89,7 @@ class HostGroup:
             raise failure
         raise RankError(rank, code, words)
 
-    def gather(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """The texts of all ranks, in order, on each of them."""
         if self._group is None:
             return [text]

@@ -79,7 +79,7 @@ def _resolve(address: str) -> None:
 
 
 @contextmanager
-def waiting_announced() -> Iterator[None]:
+def announce_waiting() -> Iterator[None]:
     """Say on stderr what this rank waits for, if meeting the others takes ANNOUNCING_SECONDS.
 
     The first rank of each machine says so. Ranks of `--processes` do not: their launcher knows whether one has ended.

@@ -16,7 +16,7 @@ when the soft limit of CPU time is reached, and then once a second until the har
 """
 
 
-def stopping() -> tuple[signal.Signals, ...]:
+def stop_signals() -> tuple[signal.Signals, ...]:
     """Return STOPPING, without SIGHUP if it is ignored: `nohup` starts a command so that a closed terminal does not
     stop it."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -35,7 +35,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        for number in stopping():
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -55,7 +55,7 @@ class StopRequest:
         self.requested = True
 
 
-def interruptible(action: Callable[[], T]) -> T:
+def run_interruptibly(action: Callable[[], T]) -> T:
     """Return what `action` returns, or raise what it raises. It runs in a thread of its own.
 
     While it waits in a library, handlers of signals run in this thread and may raise; `action` is then left alone.

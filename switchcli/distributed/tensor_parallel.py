@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from switchcli.distributed.gather import all_gather
-from switchcli.distributed.lost import lost_ranks_explained
-from switchcli.distributed.mesh import Shared, Wire, on_the_wire
+from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.mesh import CommDtype, RankGroup, to_comm_dtype
 from switchcli.model.attention import Attention
-from switchcli.model.axis import part_of
+from switchcli.model.axis import local_slice
 from switchcli.model.layers import FeedForward, compute_dtype
 from switchcli.model.moe.experts import Experts
 from switchcli.model.transformer import SwitchTransformer
@@ -25,36 +25,36 @@ _DIVIDED |= {"position_bias": 1}
 """The dim of a weight that is divided, by its name: the vocabulary, the heads, d_ff."""
 
 
-def divided_dim(name: str) -> int | None:
+def sharded_dim(name: str) -> int | None:
     """The dim of the weight `name` that is divided; None where each rank has all of it."""
     parts = name.split(".")
     dim = _DIVIDED.get(parts[-2] if parts[-1] == "weight" else parts[-1])
     return None if dim is None else dim + (".experts." in name)
 
 
-class ModelAxis:
+class TensorParallelAxis:
     """The parts of a model on the ranks of a group."""
 
-    def __init__(self, ranks: Shared, wire: Wire) -> None:
-        """`wire`: what sums are taken in."""
-        self.place, self.size, self._ranks, self._wire = ranks.place, ranks.size, ranks, wire
+    def __init__(self, ranks: RankGroup, comm_dtype: CommDtype) -> None:
+        """`comm_dtype`: what sums are taken in."""
+        self.rank, self.size, self._ranks, self._comm_dtype = ranks.rank, ranks.size, ranks, comm_dtype
 
-    def enter(self, x: torch.Tensor) -> torch.Tensor:
+    def enter_region(self, x: torch.Tensor) -> torch.Tensor:
         """x in the type of products."""
-        entered: torch.Tensor = _Enter.apply(x.to(compute_dtype(x)), self._ranks, self._wire)  # type: ignore[no-untyped-call]
+        entered: torch.Tensor = _Enter.apply(x.to(compute_dtype(x)), self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
         return entered
 
-    def leave(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """In the type of x."""
-        left: torch.Tensor = _Leave.apply(x, self._ranks, self._wire)  # type: ignore[no-untyped-call]
+        left: torch.Tensor = _Leave.apply(x, self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
         return left
 
     @torch.no_grad()
-    def largest(self, x: torch.Tensor) -> torch.Tensor:
-        return _reduced(x, self._ranks, self._wire, dist.ReduceOp.MAX)
+    def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
+        return _reduced(x, self._ranks, self._comm_dtype, dist.ReduceOp.MAX)
 
     @torch.no_grad()
-    def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.new_empty(self.size * len(x), *x.shape[1:])
         all_gather(parts, x.contiguous(), self._ranks.group)
         return torch.cat(parts.chunk(self.size), dim=-1)
@@ -62,19 +62,19 @@ class ModelAxis:
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: Shared, wire: Wire) -> torch.Tensor:
-        ctx.ranks, ctx.wire = ranks, wire
+    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
+        ctx.ranks, ctx.comm_dtype = ranks, comm_dtype
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _reduced(gradient, ctx.ranks, ctx.wire), None, None
+        return _reduced(gradient, ctx.ranks, ctx.comm_dtype), None, None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: Shared, wire: Wire) -> torch.Tensor:
-        return _reduced(x, ranks, wire)
+    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
+        return _reduced(x, ranks, comm_dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -82,24 +82,24 @@ class _Leave(torch.autograd.Function):
 
 
 def _reduced(
-    x: torch.Tensor, ranks: Shared, wire: Wire, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> torch.Tensor:
     """In the type of x. A copy: what is given may be somebody else's too."""
-    reduced = x.to(on_the_wire(x, wire), copy=True, memory_format=torch.contiguous_format)
-    with lost_ranks_explained():
+    reduced = x.to(to_comm_dtype(x, comm_dtype), copy=True, memory_format=torch.contiguous_format)
+    with explain_lost_ranks():
         dist.all_reduce(reduced, how, group=ranks.group)
     return reduced.to(x.dtype)
 
 
-def divide(model: SwitchTransformer, ranks: Shared, wire: Wire) -> None:
+def shard_model(model: SwitchTransformer, ranks: RankGroup, comm_dtype: CommDtype) -> None:
     """Keep this rank's part of every weight that is divided, in place, and let the layers meet the other parts."""
-    axis = ModelAxis(ranks, wire)
+    axis = TensorParallelAxis(ranks, comm_dtype)
     for module in model.modules():
         if isinstance(module, SwitchTransformer | Attention | FeedForward | Experts):
             module.axis = axis
     for name, weight in list(model.named_parameters()):
-        dim = divided_dim(name)
+        dim = sharded_dim(name)
         if dim is not None:
             owner, _, attribute = name.rpartition(".")
-            kept = part_of(weight.detach(), axis, dim).clone()
+            kept = local_slice(weight.detach(), axis, dim).clone()
             model.get_submodule(owner).register_parameter(attribute, nn.Parameter(kept, weight.requires_grad))

@@ -17,17 +17,26 @@ from safetensors import SafetensorError
 from torch import nn
 
 from switchcli.convert import config as configs
-from switchcli.doctor.subject import Loss, Seen, Subject, Text, fits, precision, training, watching
+from switchcli.doctor.subject import (
+    ForwardTrace,
+    ProbeText,
+    Subject,
+    TrainingLoss,
+    check_memory,
+    precision,
+    record_router_calls,
+    training_mode,
+)
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.moe.router import Mode
-from switchcli.model.moe.stats import RoutingReport, count_each, report_of, share
+from switchcli.model.moe.stats import RouterStats, choice_fraction, count_per_group, router_stats
 from switchcli.spec import PAD
 
 LOGITS: Final = 2
 """Where transformers' router has the logits in its answer; first come the choices, one-hot, none where dropped."""
 
 
-class HuggingFace(Subject):
+class TransformersSubject(Subject):
     """A `SwitchTransformersForConditionalGeneration`. Its capacity is the same in training and evaluation."""
 
     code = "transformers"
@@ -45,11 +54,11 @@ class HuggingFace(Subject):
         self.slots = config.expert_capacity
         self.balance_coef = config.router_aux_loss_coef
 
-    def look(self, text: Text, mode: Mode = "paper", autocast: bool = False) -> Seen:
+    def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
         choices: list[torch.Tensor] = []
         hooks = [router.register_forward_hook(lambda *call: choices.append(call[-1][0])) for router in self.routers]
         try:
-            with self._in(mode), torch.no_grad(), precision(autocast), watching(self, LOGITS) as calls:
+            with self._in(mode), torch.no_grad(), precision(autocast), record_router_calls(self, LOGITS) as calls:
                 logits_BTV = self._forward(text).logits
         finally:
             for hook in hooks:
@@ -60,9 +69,9 @@ class HuggingFace(Subject):
             # The decoder is told nothing of padding; neither is the encoder's router, but it should have been.
             real_GN = real_BS if layer.startswith("encoder") else torch.ones_like(text.targets_BT, dtype=torch.bool)
             reports.append(_report(call.logits_GNE.float(), real_GN, choice_GNE.any(-1)))
-        return Seen(logits_BTV.float(), tuple(calls), tuple(reports))
+        return ForwardTrace(logits_BTV.float(), tuple(calls), tuple(reports))
 
-    def decode(self, text: Text, mode: Mode) -> torch.Tensor:
+    def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
         """By `generate`, made to say the targets: how the cache is handed on is then transformers' own affair."""
         from transformers import GenerationConfig
 
@@ -85,14 +94,14 @@ class HuggingFace(Subject):
             )
         return torch.stack(answer.logits, dim=1)
 
-    def loss(self, text: Text) -> Loss:
-        with training(self.model):
+    def loss(self, text: ProbeText) -> TrainingLoss:
+        with training_mode(self.model):
             state = torch.random.get_rng_state()
             found = [self._loss(text, {})]
             torch.random.set_rng_state(state)  # the same dropout
             found += [self._loss(text, {"output_router_logits": True})]
         (cross_entropy, auxiliary), (_, asked) = found
-        return Loss(cross_entropy, auxiliary, asked)
+        return TrainingLoss(cross_entropy, auxiliary, asked)
 
     def in_bfloat16(self) -> Self:
         return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialised)
@@ -102,12 +111,12 @@ class HuggingFace(Subject):
         start = getattr(self.model.config, "decoder_start_token_id", None)
         return PAD if start is None else start
 
-    def _loss(self, text: Text, options: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    def _loss(self, text: ProbeText, options: dict[str, Any]) -> tuple[torch.Tensor, float]:
         output = self._forward(text, {"labels": text.targets_BT, **options})
         cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), text.targets_BT.flatten())
         return cross_entropy, float((output.loss - cross_entropy).detach())
 
-    def _forward(self, text: Text, options: dict[str, Any] | None = None) -> Any:
+    def _forward(self, text: ProbeText, options: dict[str, Any] | None = None) -> Any:
         return self.model(
             input_ids=text.inputs_BS,
             attention_mask=(text.inputs_BS != PAD).long(),
@@ -116,22 +125,22 @@ class HuggingFace(Subject):
         )
 
     def _in(self, mode: Mode) -> AbstractContextManager[None]:
-        return training(self.model) if mode == "training" else nullcontext()
+        return training_mode(self.model) if mode == "training" else nullcontext()
 
 
-def _report(logits_GNE: torch.Tensor, real_GN: torch.Tensor, placed_GN: torch.Tensor) -> RoutingReport:
+def _report(logits_GNE: torch.Tensor, real_GN: torch.Tensor, placed_GN: torch.Tensor) -> RouterStats:
     E = logits_GNE.shape[-1]
     expert_GN = logits_GNE.argmax(-1)
-    return report_of(
+    return router_stats(
         logits_GNE,
         real_GN,
-        fraction_GE=share(expert_GN.unsqueeze(-1), real_GN, E),
-        load_GE=count_each(expert_GN.masked_fill(~real_GN, E), E + 1)[:, :-1],
+        fraction_GE=choice_fraction(expert_GN.unsqueeze(-1), real_GN, E),
+        load_GE=count_per_group(expert_GN.masked_fill(~real_GN, E), E + 1)[:, :-1],
         placed_GN=placed_GN,
     )
 
 
-def load(folder: Path) -> HuggingFace:
+def load(folder: Path) -> TransformersSubject:
     """The model in `folder`; without weights there, one that transformers initialises.
 
     Raises:
@@ -140,7 +149,7 @@ def load(folder: Path) -> HuggingFace:
         RecipeError: transformers is not installed.
     """
     path = folder / configs.NAME
-    found = configs.document(path)
+    found = configs.read_json(path)
     if (kind := found.get("model_type")) != "switch_transformers":
         raise CheckpointError(f"{path}: model_type must be switch_transformers, and is {kind!r}: name another folder")
     if found.get("quantization_config") is not None:
@@ -152,7 +161,9 @@ def load(folder: Path) -> HuggingFace:
             "weights away to probe the configuration alone"
         )
     config = _config(found, path)
-    return HuggingFace(_read(folder, config) if weights else _initialised(folder, config), initialised=not weights)
+    return TransformersSubject(
+        _read(folder, config) if weights else _initialised(folder, config), initialised=not weights
+    )
 
 
 def _config(found: Mapping[str, Any], path: Path) -> Any:
@@ -161,10 +172,10 @@ def _config(found: Mapping[str, Any], path: Path) -> Any:
     settings = {key: value for key, value in found.items() if not key.endswith("_implementation")}
     with _refusals(path.parent):
         config = transformers.SwitchTransformersConfig.from_dict(settings, attn_implementation="eager")
-        configs.bound(config.to_dict(), path)
+        configs.check_sizes(config.to_dict(), path)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = transformers.SwitchTransformersForConditionalGeneration(config)
-    fits(sum(weight.numel() for weight in model.parameters()), "probe it on a larger one")
+    check_memory(sum(weight.numel() for weight in model.parameters()), "probe it on a larger one")
     return config
 
 

@@ -10,17 +10,26 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
-from switchcli.doctor.subject import Loss, Seen, Subject, Text, fits, precision, training, watching
+from switchcli.doctor.subject import (
+    ForwardTrace,
+    ProbeText,
+    Subject,
+    TrainingLoss,
+    check_memory,
+    precision,
+    record_router_calls,
+    training_mode,
+)
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.init import initialise
-from switchcli.model.moe.layer import Router, evaluating
+from switchcli.model.init import initialize
+from switchcli.model.moe.layer import RouterWeights, evaluating
 from switchcli.model.moe.router import Mode
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 
 
-class Ours(Subject):
+class SwitchcliSubject(Subject):
     """A `SwitchTransformer`; under the policy `dropless` it answers as `switchcli generate` does."""
 
     code = "switchcli"
@@ -29,8 +38,8 @@ class Ours(Subject):
         spec = model.spec
         self.model: SwitchTransformer = model
         self.initialised = initialised
-        self.layers = spec.routed_parts()
-        self.routers = tuple(module for module in model.modules() if isinstance(module, Router))
+        self.layers = spec.sparse_layer_names()
+        self.routers = tuple(module for module in model.modules() if isinstance(module, RouterWeights))
         self.num_experts = spec.num_experts
         self.vocab_size = spec.vocab_size
         self.rows = spec.group_sequences
@@ -39,12 +48,12 @@ class Ours(Subject):
         chosen = [router.balance_loss_coef for router in routers if router.has_load_balancing_loss]
         self.balance_coef = min(chosen, default=None)
 
-    def look(self, text: Text, mode: Mode = "paper", autocast: bool = False) -> Seen:
-        with self._in(mode), torch.no_grad(), precision(autocast), watching(self, None) as calls:
+    def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
+        with self._in(mode), torch.no_grad(), precision(autocast), record_router_calls(self, None) as calls:
             output = self.model(*text)
-            return Seen(output.logits_BTV.float(), tuple(calls), output.reports)
+            return ForwardTrace(output.logits_BTV.float(), tuple(calls), output.router_stats)
 
-    def decode(self, text: Text, mode: Mode) -> torch.Tensor:
+    def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
         shifted_BT = F.pad(text.targets_BT, (1, -1), value=PAD)
         steps = []
         with self._in(mode), torch.no_grad():
@@ -58,29 +67,29 @@ class Ours(Subject):
                 steps.append(F.linear(hidden_B1D, vocabulary.weight_VD))
         return torch.cat(steps, dim=1)
 
-    def loss(self, text: Text) -> Loss:
-        with training(self.model):
+    def loss(self, text: ProbeText) -> TrainingLoss:
+        with training_mode(self.model):
             output = self.model(*text)
         loss = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
         auxiliary = 0.0 if output.auxiliary is None else float(output.auxiliary.mean().detach())
-        return Loss(loss, auxiliary, auxiliary)
+        return TrainingLoss(loss, auxiliary, auxiliary)
 
     def in_bfloat16(self) -> Self:
         return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialised)
 
     def _in(self, mode: Mode) -> AbstractContextManager[None]:
-        return training(self.model) if mode == "training" else evaluating(self.model, mode)
+        return training_mode(self.model) if mode == "training" else evaluating(self.model, mode)
 
 
-def fresh(spec: ModelSpec, seed: int, router_dtype: torch.dtype) -> Ours:
+def initial_model(spec: ModelSpec, seed: int, router_dtype: torch.dtype) -> SwitchcliSubject:
     """The model with its initial weights.
 
     Raises:
         OutOfMemory: this machine is too small for it.
     """
-    fits(
+    check_memory(
         count(spec).parameters, "probe it with fewer experts or layers, such as model.num_experts=8 model.num_layers=2"
     )
     model = SwitchTransformer(spec, router_dtype)
-    initialise(model, seed)
-    return Ours(model.eval(), initialised=True)
+    initialize(model, seed)
+    return SwitchcliSubject(model.eval(), initialised=True)

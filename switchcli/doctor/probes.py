@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.doctor import texts
-from switchcli.doctor.subject import Seen, Subject, Text
+from switchcli.doctor.subject import ForwardTrace, ProbeText, Subject
 from switchcli.spec import PAD
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -43,7 +43,7 @@ MANY_DROPPED: Final = 0.2
 MOST_DROPPED: Final = 0.5
 
 
-class Answer(NamedTuple):
+class ProbeResult(NamedTuple):
     """What a probe found; `value` is the figure as a number where it is one."""
 
     verdict: Verdict
@@ -62,18 +62,18 @@ class Finding(NamedTuple):
     advice: str
 
 
-def weights(subject: Subject) -> Answer:
+def weights(subject: Subject) -> ProbeResult:
     """NaN or infinity among the weights."""
     bad = [name for name, weight in subject.parameters.items() if not weight.isfinite().all()]
     of = len(subject.parameters)
     if not bad:
-        return Answer("pass", f"all {of} tensors finite", 0)
-    return Answer(
+        return ProbeResult("pass", f"all {of} tensors finite", 0)
+    return ProbeResult(
         "fail", f"NaN or infinity in {len(bad)} of {of} tensors: {bad[0]}", len(bad), "take an older checkpoint"
     )
 
 
-def router_gradient(subject: Subject) -> Answer:
+def router_gradient(subject: Subject) -> ProbeResult:
     """The cross-entropy's gradient at each router, which can come by the gate alone."""
     with _gradients(subject, texts.short(subject)):
         whole = _norm([weight.grad for weight in subject.parameters.values()]) or 1.0
@@ -81,142 +81,151 @@ def router_gradient(subject: Subject) -> Answer:
     least, layer = min(zip(shares, subject.layers, strict=True))
     figure = f"{least:.1e} of the gradient's norm, at least ({layer})"
     if least > NO_GRADIENT:
-        return Answer("pass", figure, least)
+        return ProbeResult("pass", figure, least)
     advice = (
         "the router learns nothing from the loss: weigh an expert's output by its raw probability, not renormalised"
     )
-    return Answer("fail", figure, least, advice)
+    return ProbeResult("fail", figure, least, advice)
 
 
-def router_precision(subject: Subject) -> Answer:
+def router_precision(subject: Subject) -> ProbeResult:
     """The precision in which logits of the router come, where all else is bfloat16 (paper, section 2.4)."""
     text = texts.short(subject)
     found = {
-        "autocast": subject.look(text, autocast=True),
-        "weights loaded in bfloat16": subject.in_bfloat16().look(text),
+        "autocast": subject.forward(text, autocast=True),
+        "weights loaded in bfloat16": subject.in_bfloat16().forward(text),
     }
     dtypes = {way: {call.logits_GNE.dtype for call in seen.calls} for way, seen in found.items()}
     wrong = [way for way, seen in dtypes.items() if seen != {torch.float32}]
     if not wrong:
-        return Answer("pass", "float32 under autocast and with weights in bfloat16", 0)
+        return ProbeResult("pass", "float32 under autocast and with weights in bfloat16", 0)
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes[wrong[0]]))
-    return Answer(
+    return ProbeResult(
         "fail", f"{names} under {' and '.join(wrong)}", len(wrong), "run the router in float32 with autocast disabled"
     )
 
 
-def router_confidence(subject: Subject) -> Answer:
+def router_confidence(subject: Subject) -> ProbeResult:
     """How decided the routers are: a fresh one should not be, a trained one may."""
-    seen = subject.look(texts.broad(subject))
+    seen = subject.forward(texts.broad(subject))
     std = max(float(call.logits_GNE.float().std()) for call in seen.calls)
-    top = max(float(report.confidence / report.tokens) for report in seen.reports)
-    entropy = min(float(report.entropy / report.tokens) for report in seen.reports) / math.log(subject.num_experts)
+    top = max(float(report.confidence / report.tokens) for report in seen.router_stats)
+    entropy = min(float(report.entropy / report.tokens) for report in seen.router_stats) / math.log(subject.num_experts)
     figure = (
         f"logits' std {std:.2g}, mean top probability {top:.3f}, entropy {entropy:.2f} of log E, in the surest layer"
     )
     if not subject.initialised:
         verdict: Verdict = "warn" if top > CERTAIN else "pass"
-        return Answer(verdict, figure, top, "it is certain of every token and learns no more" if top > CERTAIN else "")
+        return ProbeResult(
+            verdict, figure, top, "it is certain of every token and learns no more" if top > CERTAIN else ""
+        )
     if entropy >= EVEN_START:
-        return Answer("pass", figure, top)
+        return ProbeResult("pass", figure, top)
     advice = "initialise it with std sqrt(0.1 / d_model), as the paper does: it has chosen before it has learnt"
-    return Answer("fail" if entropy < SATURATED_START else "warn", figure, top, advice)
+    return ProbeResult("fail" if entropy < SATURATED_START else "warn", figure, top, advice)
 
 
-def router_balance(subject: Subject) -> Answer:
+def router_balance(subject: Subject) -> ProbeResult:
     """E * sum f P of eq. 4, layer by layer."""
-    reports = subject.look(texts.broad(subject)).reports
-    worst, layer = max((float(report.balance), name) for report, name in zip(reports, subject.layers, strict=True))
+    reports = subject.forward(texts.broad(subject)).router_stats
+    worst, layer = max(
+        (float(report.load_balancing_loss), name) for report, name in zip(reports, subject.layers, strict=True)
+    )
     E, figure = subject.num_experts, f"{worst:.2f}, at most ({layer}); 1 is uniform"
     if (worst - 1) / (E - 1) >= COLLAPSED:
-        return Answer("fail", figure, worst, "one expert has become the layer: train with a higher balance_loss_coef")
+        return ProbeResult(
+            "fail", figure, worst, "one expert has become the layer: train with a higher balance_loss_coef"
+        )
     if worst >= min(UNBALANCED, (1 + E) / 2):
-        return Answer("warn", figure, worst, "some experts do most of the work: raise balance_loss_coef")
-    return Answer("pass", figure, worst)
+        return ProbeResult("warn", figure, worst, "some experts do most of the work: raise balance_loss_coef")
+    return ProbeResult("pass", figure, worst)
 
 
-def experts_in_use(subject: Subject) -> Answer:
+def experts_in_use(subject: Subject) -> ProbeResult:
     """Experts that no token chooses, and those that many do; initial ones are uneven by chance, the more the more."""
     text = texts.broad(subject)
-    reports, E = subject.look(text).reports, subject.num_experts
+    reports, E = subject.forward(text).router_stats, subject.num_experts
     dead = sum(int((report.load_E == 0).sum()) for report in reports)
     hottest = max(float(report.load_E.max() / report.load_E.sum()) * E for report in reports)
     figure = f"{dead} of {E * len(reports)} experts without a token, the hottest with {hottest:.1f} even shares"
     many_dead, hot = (E * len(reports) / 2, ALL * E) if subject.initialised else (1, min(HOT, ALL * E))
     if dead < many_dead and hottest < hot:
-        return Answer("pass", figure, dead)
+        return ProbeResult("pass", figure, dead)
     advice = "look again on real text (`pretrain` logs each layer's load); raise balance_loss_coef"
-    return Answer("warn", figure, dead, advice)
+    return ProbeResult("warn", figure, dead, advice)
 
 
-def dropped_tokens(subject: Subject) -> Answer:
+def dropped_tokens(subject: Subject) -> ProbeResult:
     """The share of tokens that find no slot, in training and in evaluation."""
     text, rates = texts.broad(subject), []
-    for seen in (subject.look(text, "training"), subject.look(text, "paper")):
-        dropped = sum(float(report.dropped) for report in seen.reports)
-        rates.append(dropped / sum(float(report.tokens) for report in seen.reports))
+    for seen in (subject.forward(text, "training"), subject.forward(text, "paper")):
+        dropped = sum(float(report.dropped) for report in seen.router_stats)
+        rates.append(dropped / sum(float(report.tokens) for report in seen.router_stats))
     figure = f"{rates[0]:.1%} in training, {rates[1]:.1%} in evaluation"
     worst = max(rates)
     if worst < MANY_DROPPED:
-        return Answer("pass", figure, worst)
+        return ProbeResult("pass", figure, worst)
     if not subject.initialised:  # the tokens are drawn: of text that the model knows it may drop few
-        return Answer("warn", figure, worst, "look again on real text (`pretrain` logs each layer's dropped share)")
-    return Answer(
+        return ProbeResult(
+            "warn", figure, worst, "look again on real text (`pretrain` logs each layer's dropped share)"
+        )
+    return ProbeResult(
         "fail" if worst >= MOST_DROPPED else "warn", figure, worst, "raise the capacity, or balance the routers"
     )
 
 
-def padding(subject: Subject) -> Answer:
+def padding(subject: Subject) -> ProbeResult:
     """Padding on the left, on the right, and none: the answers must be the same, also when queues are full."""
     plain = texts.crowded_source(subject)
     pads = min(texts.LONGEST, max(texts.SHORT, subject.slots or 0))
     left = plain._replace(inputs_BS=F.pad(plain.inputs_BS, (pads, 0), value=PAD))
     right = plain._replace(inputs_BS=F.pad(plain.inputs_BS, (0, pads), value=PAD))
     # A capacity that follows the length grows with padding: there only the sides can be compared while it counts.
-    full = [subject.look(text, "paper") for text in (left, right)]
-    free = [subject.look(text, "dropless").logits_BTV for text in (plain, left, right)]
+    full = [subject.forward(text, "paper") for text in (left, right)]
+    free = [subject.forward(text, "dropless").logits_BTV for text in (plain, left, right)]
     worst = max(
         _difference(full[0].logits_BTV, full[1].logits_BTV), *(_difference(free[0], other) for other in free[1:])
     )
     lost = [_dropped(seen, subject, "encoder") for seen in full]
     figure = f"logits change by {worst:.1e}; {lost[0]} inputs dropped padded left, {lost[1]} right"
     if worst <= SAME:
-        return Answer("pass", figure, worst)
-    return Answer(
+        return ProbeResult("pass", figure, worst)
+    return ProbeResult(
         "fail", figure, worst, "padding takes the slots of tokens: mask it before capacity, or pad on the right only"
     )
 
 
-def batch_neighbours(subject: Subject) -> Answer:
+def batch_neighbours(subject: Subject) -> ProbeResult:
     """A sequence alone, and in a batch with others that want the same expert."""
     text = texts.crowded_rows(subject)
     free, paper = (
-        _difference(subject.look(texts.alone(text), mode).logits_BTV[-1], subject.look(text, mode).logits_BTV[-1])
+        _difference(subject.forward(texts.alone(text), mode).logits_BTV[-1], subject.forward(text, mode).logits_BTV[-1])
         for mode in ("dropless", "paper")
     )
     figure = f"logits change by {free:.1e}" + _by_the_paper(subject, paper)
     if free <= SAME:
-        return Answer("pass", figure, free)
+        return ProbeResult("pass", figure, free)
     if subject.balance_coef is None:
-        return Answer("warn", figure, free, "experts choose within a group: evaluate with group_sequences: 1")
-    return Answer(
+        return ProbeResult("warn", figure, free, "experts choose within a group: evaluate with group_sequences: 1")
+    return ProbeResult(
         "fail", figure, free, "what a sequence gets depends on the others in its batch: route without capacity"
     )
 
 
-def cached_decoding(subject: Subject) -> Answer:
+def cached_decoding(subject: Subject) -> ProbeResult:
     """Token by token from the cache against all at once, on targets that crowd at one expert."""
     text = texts.crowded_target(subject)
     free, paper = (
-        _difference(subject.look(text, mode).logits_BTV, subject.decode(text, mode)) for mode in ("dropless", "paper")
+        _difference(subject.forward(text, mode).logits_BTV, subject.decode(text, mode))
+        for mode in ("dropless", "paper")
     )
-    lost = _dropped(subject.look(text, "paper"), subject, "decoder")
+    lost = _dropped(subject.forward(text, "paper"), subject, "decoder")
     figure = (
         f"logits differ by {free:.1e}" + _by_the_paper(subject, paper) + f"; {lost} targets dropped when all at once"
     )
     if free <= SAME:
-        return Answer("pass", figure, free)
-    return Answer(
+        return ProbeResult("pass", figure, free)
+    return ProbeResult(
         "fail",
         figure,
         free,
@@ -224,26 +233,26 @@ def cached_decoding(subject: Subject) -> Answer:
     )
 
 
-def clean_inputs(subject: Subject) -> Answer:
+def clean_inputs(subject: Subject) -> ProbeResult:
     """Whether a router leaves its input as it is in training: noise is for its own copy (Appendix C)."""
-    calls = subject.look(texts.short(subject), "training").calls
+    calls = subject.forward(texts.short(subject), "training").calls
     worst = max(
         float(((call.left_GND - call.given_GND).abs() / call.given_GND.abs().clamp(min=1e-6)).max()) for call in calls
     )
     if worst == 0:
-        return Answer("pass", "the router leaves its input as it is", 0)
+        return ProbeResult("pass", "the router leaves its input as it is", 0)
     figure = f"the router changes its input in place, by up to {worst:.1%}"
-    return Answer("fail", figure, worst, "the experts see the noise too: perturb a copy, or train with jitter 0")
+    return ProbeResult("fail", figure, worst, "the experts see the noise too: perturb a copy, or train with jitter 0")
 
 
-def idle_gradients(subject: Subject) -> Answer:
+def idle_gradients(subject: Subject) -> ProbeResult:
     """Weights without a gradient when most experts have no token."""
     with _gradients(subject, texts.one_token(subject)):
         missing = [name for name, weight in subject.parameters.items() if weight.requires_grad and weight.grad is None]
     figure = f"{len(missing)} of {len(subject.parameters)} tensors without one"
     if not missing:
-        return Answer("pass", figure, 0)
-    return Answer(
+        return ProbeResult("pass", figure, 0)
+    return ProbeResult(
         "warn",
         figure,
         len(missing),
@@ -251,26 +260,26 @@ def idle_gradients(subject: Subject) -> Answer:
     )
 
 
-def balance_loss(subject: Subject) -> Answer:
+def balance_loss(subject: Subject) -> ProbeResult:
     """Whether the balance loss is in what training minimises."""
     if subject.balance_coef is None:
-        return Answer("pass", "none: routing is balanced by construction")
+        return ProbeResult("pass", "none: routing is balanced by construction")
     if subject.balance_coef == 0:
-        return Answer("warn", "the settings give it a coefficient of 0", 0.0, "the paper's is 0.01")
+        return ProbeResult("warn", "the settings give it a coefficient of 0", 0.0, "the paper's is 0.01")
     loss = subject.loss(texts.short(subject))
     # A layer's balance is about 1 and more, so that its term is about the coefficient and more.
     if loss.auxiliary >= subject.balance_coef / 2:
-        return Answer("pass", f"{loss.auxiliary:.4f} added to the cross-entropy", loss.auxiliary)
+        return ProbeResult("pass", f"{loss.auxiliary:.4f} added to the cross-entropy", loss.auxiliary)
     if loss.auxiliary_asked < subject.balance_coef / 2:
-        return Answer("fail", "none, even when asked for", loss.auxiliary, "add it in the training loop")
+        return ProbeResult("fail", "none, even when asked for", loss.auxiliary, "add it in the training loop")
     figure = f"none, unless the caller asks for it ({loss.auxiliary_asked:.4f} then)"
     advice = "pass output_router_logits=True to every forward in training: the configuration's flags do nothing"
-    return Answer("fail", figure, loss.auxiliary, advice)
+    return ProbeResult("fail", figure, loss.auxiliary, advice)
 
 
 class Probe(NamedTuple):
     name: str
-    ask: Callable[[Subject], Answer]
+    ask: Callable[[Subject], ProbeResult]
     of_routers: bool = True
     """Makes no sense of a dense model."""
 
@@ -292,14 +301,14 @@ PROBES: Final = (
 )
 
 
-def examine(subject: Subject) -> Iterator[Finding]:
+def run_probes(subject: Subject) -> Iterator[Finding]:
     """The findings of all probes, in order; the same each time."""
     broken = False
     for name, ask, of_routers in PROBES:
         if broken:
-            answer = Answer("skip", "the weights are not finite")
+            answer = ProbeResult("skip", "the weights are not finite")
         elif subject.dense and of_routers:
-            answer = Answer("skip", "a dense model has no router")
+            answer = ProbeResult("skip", "a dense model has no router")
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -310,7 +319,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
 
 
 @contextmanager
-def _gradients(subject: Subject, text: Text) -> Iterator[None]:
+def _gradients(subject: Subject, text: ProbeText) -> Iterator[None]:
     """Within, the weights hold the gradient of the cross-entropy of `text`; afterwards none."""
     subject.model.zero_grad()
     torch.autograd.backward(subject.loss(text).cross_entropy)
@@ -328,9 +337,9 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / one.std().clamp(min=1e-12))
 
 
-def _dropped(seen: Seen, subject: Subject, stack: str) -> int:
+def _dropped(seen: ForwardTrace, subject: Subject, stack: str) -> int:
     """Tokens without a slot in a layer of the stack, in the layer that drops most."""
-    layers = zip(subject.layers, seen.reports, strict=True)
+    layers = zip(subject.layers, seen.router_stats, strict=True)
     return max((int(report.dropped) for name, report in layers if name.startswith(stack)), default=0)
 
 

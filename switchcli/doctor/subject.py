@@ -16,17 +16,17 @@ from torch import nn
 
 from switchcli.errors import OutOfMemory, machine_bytes
 from switchcli.model.moe.router import Mode
-from switchcli.model.moe.stats import Reports
+from switchcli.model.moe.stats import StackStats
 
 
-class Text(NamedTuple):
+class ProbeText(NamedTuple):
     """Made-up ids, 0 is padding."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor
 
 
-class Call(NamedTuple):
+class RouterCall(NamedTuple):
     """One call of a router: its input as it was given, as it was left, and its logits in the precision they had."""
 
     given_GND: torch.Tensor
@@ -34,15 +34,15 @@ class Call(NamedTuple):
     logits_GNE: torch.Tensor
 
 
-class Seen(NamedTuple):
+class ForwardTrace(NamedTuple):
     """What one forward pass shows; calls and reports in the order of the sparse layers."""
 
     logits_BTV: torch.Tensor
-    calls: tuple[Call, ...]
-    reports: Reports
+    calls: tuple[RouterCall, ...]
+    router_stats: StackStats
 
 
-class Loss(NamedTuple):
+class TrainingLoss(NamedTuple):
     """What training would minimise."""
 
     cross_entropy: torch.Tensor
@@ -75,15 +75,15 @@ class Subject(ABC):
     """alpha of eq. 4; None for routing that is balanced by construction."""
 
     @abstractmethod
-    def look(self, text: Text, mode: Mode = "paper", autocast: bool = False) -> Seen:
+    def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
         """Teacher forcing without gradients; `mode` may mean nothing to a model that has one capacity only."""
 
     @abstractmethod
-    def decode(self, text: Text, mode: Mode) -> torch.Tensor:
+    def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
         """Logits_BTV of the same targets, one position at a time from the cache."""
 
     @abstractmethod
-    def loss(self, text: Text) -> Loss:
+    def loss(self, text: ProbeText) -> TrainingLoss:
         """As in training, dropout and noise included."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Subject(ABC):
         return dict(self.model.named_parameters())
 
 
-def fits(parameters: int, instead: str) -> None:
+def check_memory(parameters: int, instead: str) -> None:
     """Raise OutOfMemory, which says what to do `instead`, if this machine is too small to probe so many of them."""
     needed, there = 8 * parameters, machine_bytes()  # weights and gradients
     if needed > there:
@@ -107,17 +107,17 @@ def fits(parameters: int, instead: str) -> None:
 
 
 @contextmanager
-def watching(subject: Subject, logits_of: int | None) -> Iterator[list[Call]]:
+def record_router_calls(subject: Subject, logits_of: int | None) -> Iterator[list[RouterCall]]:
     """Within, each call of a router is noted; `logits_of` is where in its answer the logits are, if not alone."""
     given: list[torch.Tensor] = []
-    calls: list[Call] = []
+    calls: list[RouterCall] = []
 
     def before(router: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         given.append(arguments[0].detach().clone())
 
     def after(router: nn.Module, arguments: tuple[torch.Tensor, ...], answer: Any) -> None:
         logits_GNE = answer if logits_of is None else answer[logits_of]
-        calls.append(Call(given.pop(), arguments[0].detach(), logits_GNE.detach()))
+        calls.append(RouterCall(given.pop(), arguments[0].detach(), logits_GNE.detach()))
 
     hooks = [router.register_forward_pre_hook(before) for router in subject.routers]
     hooks += [router.register_forward_hook(after) for router in subject.routers]
@@ -129,7 +129,7 @@ def watching(subject: Subject, logits_of: int | None) -> Iterator[list[Call]]:
 
 
 @contextmanager
-def training(model: nn.Module) -> Iterator[None]:
+def training_mode(model: nn.Module) -> Iterator[None]:
     """Within, the model is in training mode."""
     before = model.training
     model.train()

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-from switchcli.doctor.subject import Subject, Text
+from switchcli.doctor.subject import ProbeText, Subject
 from switchcli.spec import EOS, PAD
 
 SHORT: Final = 32
@@ -31,30 +31,30 @@ def rows_of(subject: Subject, at_least: int) -> int:
     return -(-at_least // subject.rows) * subject.rows
 
 
-def broad(subject: Subject) -> Text:
+def broad(subject: Subject) -> ProbeText:
     """Tokens from the whole vocabulary, enough to meet every expert."""
     tokens = min(max(BROAD, TOKENS_AN_EXPERT * subject.num_experts), MOST)
     rows = rows_of(subject, -(-tokens // (2 * SHORT)))
-    return Text(_drawn(subject, rows, 2 * SHORT, seed=1), _drawn(subject, rows, 2 * SHORT, seed=2))
+    return ProbeText(_drawn(subject, rows, 2 * SHORT, seed=1), _drawn(subject, rows, 2 * SHORT, seed=2))
 
 
-def short(subject: Subject) -> Text:
+def short(subject: Subject) -> ProbeText:
     rows = rows_of(subject, 2)
-    return Text(_drawn(subject, rows, SHORT, seed=3), _drawn(subject, rows, SHORT, seed=4))
+    return ProbeText(_drawn(subject, rows, SHORT, seed=3), _drawn(subject, rows, SHORT, seed=4))
 
 
-def one_token(subject: Subject) -> Text:
+def one_token(subject: Subject) -> ProbeText:
     """The same token all over: most experts have nothing to do."""
     rows = rows_of(subject, 1)
     ids = _drawn(subject, 1, 2, seed=5)
-    return Text(ids[:, :1].expand(rows, 4), ids[:, 1:].expand(rows, 4))
+    return ProbeText(ids[:, :1].expand(rows, 4), ids[:, 1:].expand(rows, 4))
 
 
-def crowded_source(subject: Subject) -> Text:
+def crowded_source(subject: Subject) -> ProbeText:
     """Inputs whose tokens want the expert that padding wants, in the encoder's first sparse layer."""
     plain = short(subject)
     candidates = _candidates(subject)
-    padded = Text(F.pad(candidates.inputs_BS, (0, 1), value=PAD), candidates.targets_BT)
+    padded = ProbeText(F.pad(candidates.inputs_BS, (0, 1), value=PAD), candidates.targets_BT)
     logits_BSE = _first_logits(subject, padded, "encoder")
     if logits_BSE is None:
         return plain
@@ -62,11 +62,11 @@ def crowded_source(subject: Subject) -> Text:
     return plain._replace(inputs_BS=_crowd(candidates.inputs_BS, logits_BSE[:, :-1], wanted, 4, plain.inputs_BS.shape))
 
 
-def crowded_target(subject: Subject) -> Text:
+def crowded_target(subject: Subject) -> ProbeText:
     """Targets long enough to fill a queue, whose tokens want one expert in the decoder's first sparse layer."""
     length = min(LONGEST, SHORT + (subject.slots or SHORT))
     rows = rows_of(subject, 1)
-    text = Text(_drawn(subject, rows, SHORT, seed=6), _drawn(subject, rows, length, seed=7))
+    text = ProbeText(_drawn(subject, rows, SHORT, seed=6), _drawn(subject, rows, length, seed=7))
     candidates = _candidates(subject)
     logits_BTE = _first_logits(subject, candidates, "decoder")
     if logits_BTE is None:
@@ -77,16 +77,16 @@ def crowded_target(subject: Subject) -> Text:
     return text._replace(targets_BT=_crowd(candidates.targets_BT[:, :-1], logits_BTE, wanted, 1, shape))
 
 
-def crowded_rows(subject: Subject) -> Text:
+def crowded_rows(subject: Subject) -> ProbeText:
     """Several sequences, all of whose tokens want one expert."""
     source, target = crowded_source(subject), crowded_target(subject)
     rows = rows_of(subject, 4)
-    return Text(source.inputs_BS[:1].expand(rows, -1), target.targets_BT[:1, :SHORT].expand(rows, -1))
+    return ProbeText(source.inputs_BS[:1].expand(rows, -1), target.targets_BT[:1, :SHORT].expand(rows, -1))
 
 
-def alone(text: Text) -> Text:
+def alone(text: ProbeText) -> ProbeText:
     """The last row with nothing but padding beside it."""
-    return Text(*(F.pad(ids[-1:], (0, 0, len(ids) - 1, 0), value=PAD) for ids in text))
+    return ProbeText(*(F.pad(ids[-1:], (0, 0, len(ids) - 1, 0), value=PAD) for ids in text))
 
 
 def _drawn(subject: Subject, rows: int, length: int, seed: int) -> torch.Tensor:
@@ -95,17 +95,17 @@ def _drawn(subject: Subject, rows: int, length: int, seed: int) -> torch.Tensor:
     return torch.randint(first, subject.vocab_size, (rows, length), generator=generator)
 
 
-def _candidates(subject: Subject) -> Text:
+def _candidates(subject: Subject) -> ProbeText:
     rows = rows_of(subject, _CANDIDATES // SHORT)
-    return Text(_drawn(subject, rows, SHORT, seed=8), _drawn(subject, rows, SHORT, seed=9))
+    return ProbeText(_drawn(subject, rows, SHORT, seed=8), _drawn(subject, rows, SHORT, seed=9))
 
 
-def _first_logits(subject: Subject, text: Text, stack: str) -> torch.Tensor | None:
+def _first_logits(subject: Subject, text: ProbeText, stack: str) -> torch.Tensor | None:
     """What the router says to each position in the first sparse layer of a stack, if it has one."""
     first = next((place for place, layer in enumerate(subject.layers) if layer.startswith(stack)), None)
     if first is None:
         return None
-    return subject.look(text).calls[first].logits_GNE.view(len(text.inputs_BS), -1, subject.num_experts)
+    return subject.forward(text).calls[first].logits_GNE.view(len(text.inputs_BS), -1, subject.num_experts)
 
 
 def _crowd(ids_BS: torch.Tensor, logits_BSE: torch.Tensor, wanted: int, few: int, shape: torch.Size) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.axis import UNDIVIDED, Axis
+from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
 from switchcli.model.config import ModelSpec
 from switchcli.model.layers import compute_dtype, dropout, linear
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.o = linear(width, spec.d_model)
         self.head_width = spec.head_width
         self.dropout = spec.dropout
-        self.axis = UNDIVIDED
+        self.axis = SINGLE_PROCESS
         """Of the heads. Who calls lets x enter it, once for queries, keys and values."""
 
     def query(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Attention(nn.Module):
     def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
         """Softmax(q k + bias) v. The bias broadcasts: positions [1, H, T, S], a mask [B, 1, 1, S], or their sum."""
         mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, self.dropout if self.training else 0.0, self.axis)
-        return self.axis.leave(self.o(mixed_BHTK.transpose(1, 2).flatten(2)))
+        return self.axis.all_reduce(self.o(mixed_BHTK.transpose(1, 2).flatten(2)))
 
     def _heads(self, x_BSA: torch.Tensor) -> torch.Tensor:
         B, S, _ = x_BSA.shape
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
 
 def attend(
-    query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, rate: float, axis: Axis = UNDIVIDED
+    query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, rate: float, axis: ModelAxis = SINGLE_PROCESS
 ) -> torch.Tensor:
     """Return softmax(q k^T + bias) v, [B, H, T, K], in the dtype of the values. Logits and softmax are in float32.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.model.moe.losses import Reduction
-from switchcli.model.moe.router import RouterSpec, Switch
+from switchcli.model.moe.router import RouterSpec, SwitchRouter
 from switchcli.spec import MOST, Spec
 
 Stack = Literal["encoder", "decoder"]
@@ -58,7 +58,7 @@ class ModelSpec(Spec):
     sparse: Literal["feed_forward", "attention", "both"] = "feed_forward"
     """What a sparse block routes: its feed-forward, the queries, keys and values of its self-attention (Appendix A), or
     both. Experts of an attention have d_ff hidden units too."""
-    router: RouterSpec = Switch()
+    router: RouterSpec = SwitchRouter()
     """The router of the sparse layers, by its `kind`."""
     decoder_router: RouterSpec | None = None
     """The decoder's; absent: `router`."""
@@ -110,9 +110,9 @@ class ModelSpec(Spec):
         for stack in STACKS:
             router = self.router_of(stack)
             key = "decoder_router" if stack == "decoder" and self.decoder_router else "router"
-            if self.sparse_layers(stack) and (reason := router.misfit(self.num_experts)):
+            if self.sparse_layers(stack) and (reason := router.incompatibility(self.num_experts)):
                 raise ValueError(f"{key}.{reason}")
-        reason = self.router_of("decoder").sees_the_future()
+        reason = self.router_of("decoder").causality_violation()
         if self.sparse_layers("decoder") and reason:
             raise ValueError(
                 f"the decoder is causal, and {reason}: give decoder_router: {{kind: switch}}, or "
@@ -166,7 +166,7 @@ class ModelSpec(Spec):
         """Whether that part of block `layer` is routed to experts."""
         return self.sparse in (part, "both") and layer in self.sparse_layers(stack)
 
-    def routed_parts(self) -> tuple[str, ...]:
+    def sparse_layer_names(self) -> tuple[str, ...]:
         """The name of each sparse layer in the model, in the order of its reports."""
         parts = [part for part in ("attention", "feed_forward") if self.sparse in (part, "both")]
         names = {"attention": "self_attention.attention", "feed_forward": "feed_forward.layer"}

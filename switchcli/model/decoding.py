@@ -58,9 +58,9 @@ class Decoding(Spec):
         """What the log probability of an answer of so many tokens, its end included, is divided by."""
         return ((5.0 + length) / 6.0) ** self.length_penalty
 
-    def draws(self, first: int, rows: int) -> "Draws | None":
+    def draws(self, first: int, rows: int) -> "UniformDraws | None":
         """The random numbers of rows `first` and following; None where nothing is drawn."""
-        return Draws(self.seed, first, rows) if self.temperature > 0.0 else None
+        return UniformDraws(self.seed, first, rows) if self.temperature > 0.0 else None
 
     def pick(self, logits_BV: torch.Tensor, draw_B: torch.Tensor | None) -> torch.Tensor:
         """int64 [B]: the most probable token, or the one that `draw_B`, uniform on [0, 1), falls on."""
@@ -74,7 +74,7 @@ class Decoding(Spec):
         return token_BV.gather(1, _at(sorted_BV.where(before_BV < self.top_p, 0.0), draw_B).unsqueeze(1)).squeeze(1)
 
 
-class Draws:
+class UniformDraws:
     """Uniform numbers for rows, each row's from a generator of its own, keyed by the seed and the row's number."""
 
     def __init__(self, seed: int, first: int, rows: int) -> None:

@@ -14,7 +14,7 @@ FORWARD_AND_BACKWARD = 3
 """FLOPs of a training step over those of its forward pass."""
 
 
-class Count(NamedTuple):
+class ModelCounts(NamedTuple):
     """Parameters, and FLOPs of one sequence's forward pass."""
 
     dense: int
@@ -30,7 +30,7 @@ class Count(NamedTuple):
         return self.dense + self.expert
 
 
-def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
+def count(spec: ModelSpec, source: int = 512, target: int = 114) -> ModelCounts:
     """Count `spec` for sequences of `source` encoder and `target` decoder tokens."""
     width = spec.num_heads * spec.head_width
     attention = 4 * spec.d_model * width
@@ -65,4 +65,4 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> Count:
         + vocabulary * target
     )
     active = sum(experts_met[stack] * sparse[stack] for stack in STACKS)
-    return Count(dense, expert * spec.num_experts * sum(sparse.values()), dense + active, flops)
+    return ModelCounts(dense, expert * spec.num_experts * sum(sparse.values()), dense + active, flops)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.kv_cache import Cache
+from switchcli.model.kv_cache import DecoderCache
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.transformer import Encoded, SwitchTransformer
+from switchcli.model.transformer import EncoderOutput, SwitchTransformer
 from switchcli.spec import EOS, PAD
 
 AllDone = Callable[[torch.Tensor], bool]
@@ -22,7 +22,7 @@ AllDone = Callable[[torch.Tensor], bool]
 all of them done on all of them."""
 
 
-def locally(done_B: torch.Tensor) -> bool:
+def all_done_locally(done_B: torch.Tensor) -> bool:
     """Stop when the inputs of this process are done."""
     return bool(done_B.all())
 
@@ -33,7 +33,7 @@ def generate(
     decoding: Decoding,
     *,
     first: int = 0,
-    all_done: AllDone = locally,
+    all_done: AllDone = all_done_locally,
 ) -> torch.Tensor:
     """The answer to each input: int64 [B, T], T <= max_tokens, ended by EOS unless cut off, then 0.
 
@@ -46,17 +46,17 @@ def generate(
     """
     if decoding.beams > 1:
         return _search(model, inputs_BS, decoding, all_done)
-    return torch.stack(list(steps(model, inputs_BS, decoding, first=first, all_done=all_done)), dim=1)
+    return torch.stack(list(generate_columns(model, inputs_BS, decoding, first=first, all_done=all_done)), dim=1)
 
 
 @torch.no_grad()
-def steps(
+def generate_columns(
     model: SwitchTransformer,
     inputs_BS: torch.Tensor,
     decoding: Decoding,
     *,
     first: int = 0,
-    all_done: AllDone = locally,
+    all_done: AllDone = all_done_locally,
 ) -> Iterator[torch.Tensor]:
     """The columns of `generate`'s answer as they come, int64 [B]: for who would read along.
 
@@ -82,15 +82,15 @@ def steps(
 class _Source(NamedTuple):
     """Inputs as a step needs them, filled up to whole groups: padding takes no slot."""
 
-    encoded: Encoded
-    cache: Cache
+    encoded: EncoderOutput
+    cache: DecoderCache
     real_B: torch.Tensor
     """bool: not an input of padding alone."""
 
 
 def _begin(model: SwitchTransformer, inputs_BS: torch.Tensor) -> _Source:
     layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
-    group = math.lcm(*(layer.rule.together(layer.mode) for layer in layers))
+    group = math.lcm(*(layer.rule.group_size(layer.mode) for layer in layers))
     B = len(inputs_BS)
     rows = max(1, math.ceil(B / group)) * group
     inputs_BS = F.pad(inputs_BS, (0, 0, 0, rows - B), value=PAD)
@@ -103,7 +103,7 @@ def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, going
     x_R1D = model.embed(last_R.unsqueeze(1))
     hidden_R1D, _ = model.decoder(x_R1D, going_R.unsqueeze(1), source.encoded, source.cache)
     hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
-    return vocabulary.axis.side_by_side(_few_rows(hidden_R1D.squeeze(1), vocabulary.weight_VD))
+    return vocabulary.axis.all_gather(_few_rows(hidden_R1D.squeeze(1), vocabulary.weight_VD))
 
 
 def _few_rows(hidden_RD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from switchcli.model.transformer import SwitchTransformer
 
 
 @torch.no_grad()
-def initialise(model: SwitchTransformer, seed: int) -> None:
+def initialize(model: SwitchTransformer, seed: int) -> None:
     """Fill every weight of a whole model, in place, with `initial_weights`."""
     named = dict(model.named_parameters())
     for name, drawn in initial_weights(model.spec, seed, range(model.spec.num_experts)):

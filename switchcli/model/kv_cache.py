@@ -13,7 +13,7 @@ ROOM = 32
 """Positions that memory is taken for at first; doubled when they are full."""
 
 
-class Past:
+class LayerKVCache:
     """Keys and values of one decoder block: the source's, and those of the positions so far, which grow in place."""
 
     def __init__(self, source: KeyValue) -> None:
@@ -42,12 +42,12 @@ class Past:
         return room_BHSK
 
 
-class Cache:
+class DecoderCache:
     """The past of every block, and the position bias of the steps, computed once and sliced."""
 
     def __init__(self, sources: Iterable[KeyValue], bias_of: Callable[[int], torch.Tensor]) -> None:
         """`bias_of(S)`: [1, H, 1, S], what the last of S positions adds to its logits of them."""
-        self.blocks = tuple(map(Past, sources))
+        self.blocks = tuple(map(LayerKVCache, sources))
         self._bias_of = bias_of
         self._bias_1H1S = bias_of(ROOM)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.axis import UNDIVIDED, Axis, part_of
+from switchcli.model.axis import SINGLE_PROCESS, ModelAxis, local_slice
 from switchcli.model.config import ModelSpec
 
 
@@ -35,7 +35,7 @@ def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
 
 
 def dropout(
-    x: torch.Tensor, rate: float, training: bool, shared: int = -2, axis: Axis = UNDIVIDED, divided: int = -1
+    x: torch.Tensor, rate: float, training: bool, shared: int = -2, axis: ModelAxis = SINGLE_PROCESS, divided: int = -1
 ) -> torch.Tensor:
     """T5's dropout: one mask for all positions, which lie along dim `shared`, drawn from torch's generator.
 
@@ -47,7 +47,7 @@ def dropout(
     mask_shape = list(x.shape)
     mask_shape[shared] = 1
     mask_shape[divided] *= axis.size
-    return x * part_of(F.dropout(x.new_ones(mask_shape), rate), axis, divided)
+    return x * local_slice(F.dropout(x.new_ones(mask_shape), rate), axis, divided)
 
 
 class FeedForward(nn.Module):
@@ -59,13 +59,13 @@ class FeedForward(nn.Module):
         self.wi_gate = linear(spec.d_model, spec.d_ff) if spec.activation == "geglu" else None
         self.wo = linear(spec.d_ff, spec.d_model)
         self.dropout = spec.dropout
-        self.axis = UNDIVIDED
+        self.axis = SINGLE_PROCESS
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        x_BSD = self.axis.enter(x_BSD)
+        x_BSD = self.axis.enter_region(x_BSD)
         gate = None if self.wi_gate is None else self.wi_gate(x_BSD)
         hidden_BSF = dropout(activate(self.wi(x_BSD), gate), self.dropout, self.training, axis=self.axis)
-        return self.axis.leave(self.wo(hidden_BSF))
+        return self.axis.all_reduce(self.wo(hidden_BSF))
 
 
 def activate(hidden: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

@@ -13,12 +13,12 @@ from switchcli.model.layers import FeedForward
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.transformer import SwitchTransformer
 
-Group = Literal["all", "non_expert", "expert", "dense_feed_forward"]
+TrainableSet = Literal["all", "non_expert", "expert", "dense_feed_forward"]
 """`expert`: the sparse layers, routers included, whatever they route; `non_expert`: all else; `dense_feed_forward`: the
 feed-forwards without experts, but not the norms before them."""
 
 
-def check(spec: ModelSpec, group: Group) -> None:
+def check(spec: ModelSpec, group: TrainableSet) -> None:
     """Raises ValueError, with the way out, when such a model has no parameter of the group."""
     if group == "expert" and spec.num_experts == 1:
         raise ValueError(
@@ -32,7 +32,7 @@ def check(spec: ModelSpec, group: Group) -> None:
         )
 
 
-def members(model: SwitchTransformer, group: Group) -> dict[str, nn.Parameter]:
+def trainable_members(model: SwitchTransformer, group: TrainableSet) -> dict[str, nn.Parameter]:
     """The parameters of a group by name, in the model's order."""
     named = dict(model.named_parameters())
     kind = FeedForward if group == "dense_feed_forward" else SwitchLayer
@@ -42,14 +42,14 @@ def members(model: SwitchTransformer, group: Group) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in named.items() if (id(weight) in inside) != (group == "non_expert")}
 
 
-def freeze(model: SwitchTransformer, group: Group) -> None:
+def freeze(model: SwitchTransformer, group: TrainableSet) -> None:
     """Let the parameters of `group` learn, and no others. Before an optimizer is built and the model is wrapped.
 
     Raises:
         ValueError: as `check`.
     """
     check(model.spec, group)
-    learning = members(model, group)
+    learning = trainable_members(model, group)
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in learning)
 

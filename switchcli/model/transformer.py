@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias, shared_bias
-from switchcli.model.axis import UNDIVIDED
+from switchcli.model.axis import SINGLE_PROCESS
 from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.kv_cache import Cache, Past
+from switchcli.model.kv_cache import DecoderCache, LayerKVCache
 from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
-from switchcli.model.moe.layer import Router, SwitchLayer
+from switchcli.model.moe.layer import RouterWeights, SwitchLayer
 from switchcli.model.moe.losses import AuxiliaryLoss, auxiliary_loss
-from switchcli.model.moe.stats import Reports
+from switchcli.model.moe.stats import StackStats
 from switchcli.model.moe.switch_attention import SwitchAttention
-from switchcli.model.packing import Segments, between_segments, decoder_inputs
-from switchcli.model.vocabulary import Vocabulary
+from switchcli.model.packing import SegmentIds, decoder_inputs, segment_bias
+from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD
 
 
@@ -32,30 +32,30 @@ class ModelOutput(NamedTuple):
 
     hidden_BTD: torch.Tensor
     """What the softmax matrix is multiplied with: a loss may then do without all logits at once."""
-    vocabulary: Vocabulary
+    vocabulary: VocabularyShard
     """The softmax matrix."""
     auxiliary: AuxiliaryLoss | None
     """Load-balancing and z-losses of the sparse layers; None for a dense model."""
-    encoder_reports: Reports
-    decoder_reports: Reports
+    encoder_stats: StackStats
+    decoder_stats: StackStats
 
     @property
     def logits_BTV(self) -> torch.Tensor:
-        return self.vocabulary.axis.side_by_side(F.linear(self.hidden_BTD, self.vocabulary.weight_VD))
+        return self.vocabulary.axis.all_gather(F.linear(self.hidden_BTD, self.vocabulary.weight_VD))
 
     @property
-    def reports(self) -> Reports:
+    def router_stats(self) -> StackStats:
         """One for each sparse layer, the encoder's first."""
-        return self.encoder_reports + self.decoder_reports
+        return self.encoder_stats + self.decoder_stats
 
 
-class Encoded(NamedTuple):
+class EncoderOutput(NamedTuple):
     """The encoder's answer."""
 
     hidden_BSD: torch.Tensor
     bias_B1TS: torch.Tensor
     """Hides the padding from cross-attention, the same for all T: [B, 1, 1, S]."""
-    reports: Reports
+    stats: StackStats
 
 
 class SelfAttention(nn.Module):
@@ -69,16 +69,16 @@ class SelfAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(
-        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, past: Past | None = None
-    ) -> tuple[torch.Tensor, Reports]:
+        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, past: LayerKVCache | None = None
+    ) -> tuple[torch.Tensor, StackStats]:
         """The new x, and the report if it is sparse; `past` grows by the positions of x."""
         normed_BTD = self.norm(x_BTD)
-        reports: Reports = ()
+        reports: StackStats = ()
         if isinstance(self.attention, SwitchAttention):
             query_BHTK, memory, report = self.attention.project(normed_BTD, real_BT)
             reports = (report,)
         else:
-            normed_BTD = self.attention.axis.enter(normed_BTD)
+            normed_BTD = self.attention.axis.enter_region(normed_BTD)
             query_BHTK, memory = self.attention.query(normed_BTD), self.attention.key_value(normed_BTD)
         memory = memory if past is None else past.append(memory)
         y_BTD = self.attention(query_BHTK, memory, bias_BHTS)
@@ -98,13 +98,13 @@ class CrossAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B1TS: torch.Tensor) -> torch.Tensor:
-        normed_BTD = self.attention.axis.enter(self.norm(x_BTD))
+        normed_BTD = self.attention.axis.enter_region(self.norm(x_BTD))
         shared_BTD = normed_BTD.view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
         y_BTD = self.attention(self.attention.query(shared_BTD), memory, bias_B1TS).view_as(x_BTD)
         return x_BTD + dropout(y_BTD, self.dropout, self.training)
 
 
-class FeedForwardPart(nn.Module):
+class FeedForwardSublayer(nn.Module):
     """x + dropout(feed_forward(norm(x))), dense or sparse; a dropped token keeps its x."""
 
     def __init__(self, spec: ModelSpec, stack: Stack, layer: int) -> None:
@@ -114,9 +114,9 @@ class FeedForwardPart(nn.Module):
         self.layer = SwitchLayer(spec, stack, spec.d_model) if sparse else FeedForward(spec)
         self.dropout = spec.dropout
 
-    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, Reports]:
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, StackStats]:
         normed_BSD = self.norm(x_BSD)
-        reports: Reports = ()
+        reports: StackStats = ()
         if isinstance(self.layer, SwitchLayer):
             y_BSD, report = self.layer(normed_BSD, real_BS)
             reports = (report,)
@@ -131,11 +131,11 @@ class EncoderBlock(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.self_attention = SelfAttention(spec, "encoder", layer)
-        self.feed_forward = FeedForwardPart(spec, "encoder", layer)
+        self.feed_forward = FeedForwardSublayer(spec, "encoder", layer)
 
     def forward(
         self, x_BSD: torch.Tensor, real_BS: torch.Tensor, bias_BHSS: torch.Tensor
-    ) -> tuple[torch.Tensor, Reports]:
+    ) -> tuple[torch.Tensor, StackStats]:
         x_BSD, attended = self.self_attention(x_BSD, real_BS, bias_BHSS)
         x_BSD, fed = self.feed_forward(x_BSD, real_BS)
         return x_BSD, attended + fed
@@ -148,28 +148,28 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.self_attention = SelfAttention(spec, "decoder", layer)
         self.cross_attention = CrossAttention(spec)
-        self.feed_forward = FeedForwardPart(spec, "decoder", layer)
+        self.feed_forward = FeedForwardSublayer(spec, "decoder", layer)
 
     def forward(
         self,
         x_BTD: torch.Tensor,
         real_BT: torch.Tensor,
         bias_BHTS: torch.Tensor,
-        encoded: Encoded,
-        past: Past | None,
-    ) -> tuple[torch.Tensor, Reports]:
+        encoded: EncoderOutput,
+        past: LayerKVCache | None,
+    ) -> tuple[torch.Tensor, StackStats]:
         source = self._source(encoded) if past is None else past.source
         x_BTD, attended = self.self_attention(x_BTD, real_BT, bias_BHTS, past)
         x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B1TS)
         x_BTD, fed = self.feed_forward(x_BTD, real_BT)
         return x_BTD, attended + fed
 
-    def source(self, encoded: Encoded) -> KeyValue:
+    def cross_key_value(self, encoded: EncoderOutput) -> KeyValue:
         """What cross-attention attends to, for decoding step by step. Apart from `forward`'s own: what gathers weights
         around either must not do so twice."""
         return self._source(encoded)
 
-    def _source(self, encoded: Encoded) -> KeyValue:
+    def _source(self, encoded: EncoderOutput) -> KeyValue:
         return self.cross_attention.attention.key_value(encoded.hidden_BSD)
 
 
@@ -183,21 +183,21 @@ class Encoder(nn.Module):
         self.final_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
         self.dropout = spec.dropout
 
-    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor, segments: Segments | None = None) -> Encoded:
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor, segments: SegmentIds | None = None) -> EncoderOutput:
         """x_BSD: the embedded tokens; `real_BS` is False for padding, which nothing attends to and no router sees."""
         S = x_BSD.shape[1]
         padding_B11S = padding_bias(real_BS)
         bias_BHSS = self.position_bias(S, S) + padding_B11S
         if segments is not None:
-            bias_BHSS = bias_BHSS + between_segments(segments.source_BS, segments.source_BS)
+            bias_BHSS = bias_BHSS + segment_bias(segments.source_BS, segments.source_BS)
         bias_BHSS = shared_bias(bias_BHSS, x_BSD)
         x_BSD = dropout(x_BSD, self.dropout, self.training)
-        reports: Reports = ()
+        reports: StackStats = ()
         for block in self.blocks:
             x_BSD, new = block(x_BSD, real_BS, bias_BHSS)
             reports += new
         hidden_BSD = dropout(self.final_norm(x_BSD), self.dropout, self.training)
-        return Encoded(hidden_BSD, padding_B11S, reports)
+        return EncoderOutput(hidden_BSD, padding_B11S, reports)
 
 
 class Decoder(nn.Module):
@@ -214,10 +214,10 @@ class Decoder(nn.Module):
         self,
         x_BTD: torch.Tensor,
         real_BT: torch.Tensor,
-        encoded: Encoded,
-        cache: Cache | None = None,
-        segments: Segments | None = None,
-    ) -> tuple[torch.Tensor, Reports]:
+        encoded: EncoderOutput,
+        cache: DecoderCache | None = None,
+        segments: SegmentIds | None = None,
+    ) -> tuple[torch.Tensor, StackStats]:
         """Hidden states of T positions and the reports.
 
         With a cache T is 1: the position after those in it, which it then holds too. Its rows may be several for each
@@ -229,23 +229,23 @@ class Decoder(nn.Module):
         else:
             bias_BHTS = self.position_bias(T, T)
             if segments is not None:
-                bias_BHTS = bias_BHTS + between_segments(segments.target_BT, segments.target_BT)
-                bias_B1TS = encoded.bias_B1TS + between_segments(segments.target_BT, segments.source_BS)
+                bias_BHTS = bias_BHTS + segment_bias(segments.target_BT, segments.target_BT)
+                bias_B1TS = encoded.bias_B1TS + segment_bias(segments.target_BT, segments.source_BS)
                 encoded = encoded._replace(bias_B1TS=shared_bias(bias_B1TS, x_BTD))
             bias_BHTS = shared_bias(bias_BHTS, x_BTD)
         x_BTD = dropout(x_BTD, self.dropout, self.training)
-        reports: Reports = ()
+        reports: StackStats = ()
         for layer, block in enumerate(self.blocks):
             x_BTD, new = block(x_BTD, real_BT, bias_BHTS, encoded, cache and cache.blocks[layer])
             reports += new
         return dropout(self.final_norm(x_BTD), self.dropout, self.training), reports
 
-    def cache(self, encoded: Encoded) -> Cache:
+    def cache(self, encoded: EncoderOutput) -> DecoderCache:
         """An empty one for decoding step by step: keys and values of the source, and the position bias."""
         blocks = cast(Iterable[DecoderBlock], self.blocks)
-        sources = (block.source(encoded) for block in blocks)
+        sources = (block.cross_key_value(encoded) for block in blocks)
         by_head = (KeyValue(*(x_BHSK.contiguous() for x_BHSK in source)) for source in sources)  # read at every step
-        return Cache(by_head, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
+        return DecoderCache(by_head, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
 
 
 class SwitchTransformer(nn.Module):
@@ -258,14 +258,14 @@ class SwitchTransformer(nn.Module):
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
         self.head = None if spec.tie_embeddings else linear(spec.d_model, spec.vocab_size)
-        self.axis = UNDIVIDED
+        self.axis = SINGLE_PROCESS
         """Of the vocabulary."""
         for module in self.modules():
-            if isinstance(module, Router):
+            if isinstance(module, RouterWeights):
                 module.dtype = router_dtype
 
     def forward(
-        self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor, segments: Segments | None = None
+        self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor, segments: SegmentIds | None = None
     ) -> ModelOutput:
         """The answer for every target given the inputs and the targets before it (int64 ids; 0 is padding).
 
@@ -275,22 +275,22 @@ class SwitchTransformer(nn.Module):
         x_BTD = self.embed(decoder_inputs(targets_BT, segments))
         hidden_BTD, reports = self.decoder(x_BTD, targets_BT != PAD, encoded, segments=segments)
         encoder, decoder = (self.spec.router_of(stack) for stack in STACKS)
-        auxiliary = auxiliary_loss([(encoder, encoded.reports), (decoder, reports)], self.spec.balance_reduction)
-        return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.reports, reports)
+        auxiliary = auxiliary_loss([(encoder, encoded.stats), (decoder, reports)], self.spec.balance_reduction)
+        return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.stats, reports)
 
-    def encode(self, inputs_BS: torch.Tensor) -> Encoded:
+    def encode(self, inputs_BS: torch.Tensor) -> EncoderOutput:
         """The first step of decoding step by step; apart from `forward`'s own, as `DecoderBlock.source` is."""
         return self._encode(inputs_BS)
 
-    def _encode(self, inputs_BS: torch.Tensor, segments: Segments | None = None) -> Encoded:
-        encoded: Encoded = self.encoder(self.embed(inputs_BS), inputs_BS != PAD, segments)
-        return encoded._replace(hidden_BSD=self.axis.enter(encoded.hidden_BSD))  # once for all cross-attentions
+    def _encode(self, inputs_BS: torch.Tensor, segments: SegmentIds | None = None) -> EncoderOutput:
+        encoded: EncoderOutput = self.encoder(self.embed(inputs_BS), inputs_BS != PAD, segments)
+        return encoded._replace(hidden_BSD=self.axis.enter_region(encoded.hidden_BSD))  # once for all cross-attentions
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        return Vocabulary(self.embedding, self.axis).embed(ids_BS)
+        return VocabularyShard(self.embedding, self.axis).embed(ids_BS)
 
-    def vocabulary(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, Vocabulary]:
+    def vocabulary(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, VocabularyShard]:
         """The factors of the logits: hidden states, scaled as T5 1.0 does with tied embeddings, and matrix [V, D]."""
         if self.head is not None:
-            return hidden_BTD, Vocabulary(self.head.weight, self.axis)
-        return hidden_BTD * self.spec.d_model**-0.5, Vocabulary(self.embedding, self.axis)
+            return hidden_BTD, VocabularyShard(self.head.weight, self.axis)
+        return hidden_BTD * self.spec.d_model**-0.5, VocabularyShard(self.embedding, self.axis)

@@ -16,13 +16,13 @@ they did.
 from typing import NamedTuple
 
 from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.planner.step import FLOAT, Held, Mesh, Slots, Step, output_widths, slots
+from switchcli.planner.step import FLOAT, Mesh, RankWeights, Slots, Step, output_widths, slots
 
 CHUNK = 1024
 """Targets whose logits are held at a time (train/loss.py)."""
 
 
-class Bytes(NamedTuple):
+class DeviceBytes(NamedTuple):
     """What one device holds at the end of a forward pass, in bytes."""
 
     weights: int
@@ -45,7 +45,7 @@ class Bytes(NamedTuple):
         return sum(self)
 
 
-class Kept(NamedTuple):
+class ActivationBytes(NamedTuple):
     """Bytes that autograd keeps of one microbatch, by part."""
 
     norms: int
@@ -60,7 +60,7 @@ class Kept(NamedTuple):
         return sum(self)
 
 
-def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int) -> Bytes:
+def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, own: RankWeights, microbatch: int) -> DeviceBytes:
     """What a device of `mesh` holds with microbatches of so many sequences; `own` is `held` for its model axis."""
     experts = own.expert // mesh.expert
     count = step.sequences // mesh.data // microbatch
@@ -73,26 +73,26 @@ def bytes_of(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int
     elif several and mesh.data > 1 and mesh.shard == "none":  # DistributedDataParallel lays its buckets out anew
         gradients *= 2
         of_experts *= 2 if mesh.expert == 1 else 1
-    layers = max(1, len(spec.routed_parts()))
+    layers = max(1, len(spec.sparse_layer_names()))
     products = 3 if spec.activation == "geglu" else 2
     largest = max(experts // layers // products, spec.vocab_size * spec.d_model // mesh.model)
     copies = step.product_bytes * (own.products + experts // layers) if step.product_bytes < FLOAT else 0
     if several:
         copies += largest * (FLOAT + (step.product_bytes if step.product_bytes < FLOAT else 0))
     rows = spec.vocab_size // mesh.model
-    return Bytes(
+    return DeviceBytes(
         weights=weights + expert_weights,
         gradients=gradients + of_experts,
         optimizer=state + expert_state,
         copies=copies,
-        activations=kept(spec, step, mesh, microbatch).total + _passing(spec, step, mesh, microbatch),
+        activations=activation_bytes(spec, step, mesh, microbatch).total + _passing(spec, step, mesh, microbatch),
         dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
         # Two of float32 each: logits and softmax, or half as long logits, softmax and its copy; so with the matrix's.
         vocabulary=2 * FLOAT * rows * (min(CHUNK, microbatch * step.target) + spec.d_model),
     )
 
 
-def _dense_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
+def _dense_bytes(mesh: Mesh, own: RankWeights, several: bool) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and optimizer state outside the experts, see `_sharded`.
 
     zero3 gathers what is in no block for a whole pass.
@@ -103,7 +103,7 @@ def _dense_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
     return _sharded(FLOAT * own.dense, own.dense_state, shards, gathered, mesh, several)
 
 
-def _expert_bytes(mesh: Mesh, own: Held, several: bool) -> tuple[int, int, int]:
+def _expert_bytes(mesh: Mesh, own: RankWeights, several: bool) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and optimizer state of the experts, see `_sharded`."""
     unit = FLOAT * max(own.expert_units, default=0) // mesh.expert
     whole, state = FLOAT * own.expert // mesh.expert, own.expert_state // mesh.expert
@@ -154,7 +154,7 @@ def _passing(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
     return 2 * widest // mesh.model
 
 
-def kept(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> Kept:
+def activation_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> ActivationBytes:
     """What autograd keeps of a microbatch of so many sequences on one rank.
 
     Where blocks are computed again: the inputs of all, which are the residual stream, and all that the largest keeps.
@@ -177,10 +177,10 @@ def kept(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> Kept:
     norms += width * step.target  # the loss's gradient of the hidden states
     norms += inputs + (width * step.source if step.recomputed and not memory else 0)
     biases = sum(_learned_bias(spec, step, stack, microbatch, mesh.model) for stack in STACKS)
-    return Kept(*map(sum, zip(Kept(norms, biases, 0, 0, 0), *blocks.values(), strict=True)))
+    return ActivationBytes(*map(sum, zip(ActivationBytes(norms, biases, 0, 0, 0), *blocks.values(), strict=True)))
 
 
-def _block(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> Kept:
+def _block(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> ActivationBytes:
     """Return what autograd keeps of one block, in bytes."""
     norms = attention = feed_forward = routers = experts = 0
     source, target, tokens = (microbatch * length for length in (step.source, step.target, step.length(stack)))
@@ -199,7 +199,7 @@ def _block(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stac
         attention += _cross_attention(spec, step, source, target, mesh.model)
         if step.product_bytes < FLOAT:
             norms += 2 * step.product_bytes * source * spec.d_model
-    return Kept(norms, attention, feed_forward, routers, experts)
+    return ActivationBytes(norms, attention, feed_forward, routers, experts)
 
 
 def _norm(spec: ModelSpec, step: Step, tokens: int, readers: int) -> int:

@@ -9,11 +9,11 @@ has a latency. It is to compare meshes, not to promise a time.
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from switchcli.distributed.mesh import Shard, divides_experts, indivisible
+from switchcli.distributed.mesh import Shard, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
-from switchcli.planner.memory_use import Bytes, bytes_of
-from switchcli.planner.step import FLOAT, Held, Mesh, Step, output_widths, slots
+from switchcli.planner.memory_use import DeviceBytes, device_bytes
+from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, output_widths, slots
 from switchcli.planner.traffic import Collective, collectives
 
 GIB = 2**30
@@ -46,7 +46,7 @@ class Fit(NamedTuple):
     mesh: Mesh
     microbatch: int
     """Sequences: the most that fit, where the recipe leaves it open."""
-    bytes: Bytes
+    bytes: DeviceBytes
     collectives: tuple[Collective, ...]
     seconds: dict[str, float]
     """Seconds of compute, of memory, and of the collectives of each axis."""
@@ -61,7 +61,7 @@ class Fit(NamedTuple):
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-class Refusal(NamedTuple):
+class Rejection(NamedTuple):
     """A mesh that it does not fit, and why, in words with the numbers."""
 
     mesh: Mesh
@@ -74,7 +74,7 @@ class Refusal(NamedTuple):
 class Plan(NamedTuple):
     fits: tuple[Fit, ...]
     """The fastest first."""
-    refused: tuple[Refusal, ...]
+    rejected: tuple[Rejection, ...]
 
     def reasons(self) -> list[tuple[str, int]]:
         """Return why meshes are refused, and how many for each reason; memory last, what needs least of it first.
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
         The ways to shard one mesh that does not fit in memory are one reason: that of the way which needs least.
         """
         counts: dict[object, tuple[str, int]] = {}
-        for one in sorted(self.refused, key=lambda one: (one.kind == "memory", one.bytes_needed)):
+        for one in sorted(self.rejected, key=lambda one: (one.kind == "memory", one.bytes_needed)):
             key = one.mesh._replace(shard="none") if one.kind == "memory" else one.reason
             words = f"{one.mesh}: {one.reason}" if one.kind == "memory" else one.reason
             first, meshes = counts.get(key, (words, 0))
@@ -90,19 +90,21 @@ class Plan(NamedTuple):
         return list(counts.values())
 
 
-def plan(spec: ModelSpec, step: Step, machine: Machine, microbatch: int | None, held_by: Mapping[int, Held]) -> Plan:
+def plan(
+    spec: ModelSpec, step: Step, machine: Machine, microbatch: int | None, held_by: Mapping[int, RankWeights]
+) -> Plan:
     """Every mesh of the machine's devices. `held_by` has `held` for each model axis of `model_axes`.
 
     `microbatch` counts sequences; None leaves the choice to the plan.
     """
     fits, refused = [], []
     for mesh in meshes(spec, machine.devices):
-        if broken := rule_broken(spec, mesh) or batch_broken(spec, step, mesh, microbatch):
+        if broken := mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, microbatch):
             refused.append(broken)
             continue
         own, share = held_by[mesh.model], step.sequences // mesh.data
-        sizes = [microbatch] if microbatch else portions(share, spec.group_sequences)
-        needed = {size: bytes_of(spec, step, mesh, own, size) for size in sizes}
+        sizes = [microbatch] if microbatch else microbatch_sizes(share, spec.group_sequences)
+        needed = {size: device_bytes(spec, step, mesh, own, size) for size in sizes}
         size = next((size for size in sizes if needed[size].total <= machine.memory_bytes), None)
         if size is None:
             refused.append(_too_much(mesh, needed[sizes[-1]], machine, sizes[-1]))
@@ -123,7 +125,7 @@ def meshes(spec: ModelSpec, devices: int) -> Iterator[Mesh]:
 
 def model_axes(spec: ModelSpec, devices: int) -> list[int]:
     """The model axes that the model's sizes allow."""
-    return [model for model in divisors(devices) if rule_broken(spec, Mesh(devices // model, 1, model)) is None]
+    return [model for model in divisors(devices) if mesh_violation(spec, Mesh(devices // model, 1, model)) is None]
 
 
 def divisors(number: int) -> list[int]:
@@ -132,24 +134,24 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
-def portions(share: int, group: int) -> list[int]:
+def microbatch_sizes(share: int, group: int) -> list[int]:
     """Sequences that a microbatch may have, of a rank's share in whole groups; the most first."""
     return [size * group for size in reversed(divisors(share // group))]
 
 
-def rule_broken(spec: ModelSpec, mesh: Mesh) -> Refusal | None:
+def mesh_violation(spec: ModelSpec, mesh: Mesh) -> Rejection | None:
     """The model's sizes against the axes."""
-    for key, size in indivisible(spec, mesh.model):
-        return Refusal(mesh, "rule", f"{key} ({size}) must be a multiple of the model axis ({mesh.model})")
+    for key, size in indivisible_sizes(spec, mesh.model):
+        return Rejection(mesh, "rule", f"{key} ({size}) must be a multiple of the model axis ({mesh.model})")
     if not divides_experts(spec, mesh.model):
-        return Refusal(mesh, "rule", f"a model axis ({mesh.model}) does not divide experts of an attention")
+        return Rejection(mesh, "rule", f"a model axis ({mesh.model}) does not divide experts of an attention")
     if spec.num_experts % mesh.expert:
         reason = f"model.num_experts ({spec.num_experts}) must be a multiple of the expert axis ({mesh.expert})"
-        return Refusal(mesh, "rule", reason)
+        return Rejection(mesh, "rule", reason)
     return None
 
 
-def batch_broken(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int | None) -> Refusal | None:
+def batch_violation(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int | None) -> Rejection | None:
     """The batch against the data axis."""
     share, rest = divmod(step.sequences, mesh.data)
     ranks, group = f"{mesh.data} ranks of the data axis", spec.group_sequences
@@ -160,14 +162,14 @@ def batch_broken(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int | None
         reason = f"{share} sequences on each of {ranks} are no whole groups of {group} (model.router.group_sequences)"
     elif microbatch and share % microbatch:
         reason = f"train.microbatch_tokens, {microbatch} sequences, must divide the {share} on each of {ranks}"
-    return None if reason is None else Refusal(mesh, "batch", reason)
+    return None if reason is None else Rejection(mesh, "batch", reason)
 
 
-def _too_much(mesh: Mesh, needed: Bytes, machine: Machine, size: int) -> Refusal:
+def _too_much(mesh: Mesh, needed: DeviceBytes, machine: Machine, size: int) -> Rejection:
     parts = ", ".join(f"{name} {value / GIB:.3g}" for name, value in needed._asdict().items() if value)
     total, there = f"{needed.total / GIB:.3g} GiB", f"{machine.memory_bytes / GIB:.3g} GiB"
     reason = f"needs {total} a device, which has {there}, with {size} sequences a microbatch: {parts}"
-    return Refusal(mesh, "memory", reason, needed.total)
+    return Rejection(mesh, "memory", reason, needed.total)
 
 
 def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
@@ -198,7 +200,7 @@ def _seconds(
     step: Step,
     machine: Machine,
     mesh: Mesh,
-    own: Held,
+    own: RankWeights,
     microbatch: int,
     calls: tuple[Collective, ...],
 ) -> dict[str, float]:
@@ -213,5 +215,5 @@ def _seconds(
     }
     for call in calls:
         name = f"{call.axis} axis"
-        seconds[name] = seconds.get(name, 0.0) + call.wire_bytes / machine.rate(call, mesh)
+        seconds[name] = seconds.get(name, 0.0) + call.network_bytes / machine.rate(call, mesh)
     return seconds

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from switchcli.distributed.layout import is_stacked, lost_dim
+from switchcli.distributed.layout import is_stacked, reduced_dim
 from switchcli.distributed.mesh import Shard, even_dim
-from switchcli.distributed.tensor_parallel import divided_dim
+from switchcli.distributed.tensor_parallel import sharded_dim
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.moe.router import RouterSpec
 
@@ -60,7 +60,7 @@ class Step(NamedTuple):
     recomputed: bool = False
     """Blocks keep their inputs alone and are computed again on the way back (`train.activation_checkpointing`)."""
 
-    wire_bytes: int | None = None
+    comm_bytes: int | None = None
     """Bytes of an element of dispatched tokens and of sums over the model axis; None: those of products."""
     ordered: bool = False
     """Gradients are added up by `parallel.reduction: ordered`."""
@@ -68,13 +68,13 @@ class Step(NamedTuple):
     @property
     def sent_bytes(self) -> int:
         """Bytes of an element that travels."""
-        return self.wire_bytes or self.product_bytes
+        return self.comm_bytes or self.product_bytes
 
     def length(self, stack: Stack) -> int:
         return self.source if stack == "encoder" else self.target
 
 
-class Held(NamedTuple):
+class RankWeights(NamedTuple):
     """What one rank of the model axis has of the model, before the data axis shares it; parameters and bytes."""
 
     dense: int
@@ -100,7 +100,7 @@ class Held(NamedTuple):
         return mesh.replicas if mesh.shard != "none" and even_dim(shapes, mesh.replicas) is not None else 1
 
 
-def held(weights: Tensors, state: Tensors, model: int) -> Held:
+def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
     """What each of `model` ranks of the model axis has of the named `weights`, and of the optimizer's `state` for them.
 
     Which moments are factored is decided by the whole weight, so that the update is the same at any sharding.
@@ -108,7 +108,7 @@ def held(weights: Tensors, state: Tensors, model: int) -> Held:
     units, expert_units, shapes = {"": 0}, Counter[str](), dict[tuple[int, int], None]()
     sums = dict.fromkeys(("dense", "expert", "products", "dense_state", "expert_state"), 0)
     for name, weight in weights.items():
-        dim = divided_dim(name)
+        dim = sharded_dim(name)
         parts = 1 if dim is None else model
         numel = weight.numel() // parts
         sums["expert" if is_stacked(name) else "dense"] += numel
@@ -123,11 +123,11 @@ def held(weights: Tensors, state: Tensors, model: int) -> Held:
     for name, tensor in state.items():
         owner, _, slot = name.rpartition("/")
         num_bytes = tensor.numel() * tensor.element_size()
-        dim = divided_dim(owner)
-        if owner in weights and tensor.ndim and dim not in (None, lost_dim(slot, weights[owner].ndim)):
+        dim = sharded_dim(owner)
+        if owner in weights and tensor.ndim and dim not in (None, reduced_dim(slot, weights[owner].ndim)):
             num_bytes //= model
         sums["expert_state" if is_stacked(name) else "dense_state"] += num_bytes
-    return Held(
+    return RankWeights(
         units=tuple(units.values()), expert_units=tuple(expert_units.values()), expert_shapes=tuple(shapes), **sums
     )
 
@@ -163,7 +163,7 @@ def _assigned(rule: RouterSpec, group_tokens: int, num_experts: int) -> tuple[in
     with torch.device("meta"):
         logits, real = torch.empty(1, group_tokens, num_experts), torch.empty(1, group_tokens, dtype=torch.bool)
         routing = rule.assign(logits, real, "training")
-    return routing.token_GEC.shape[2], routing.most_rows
+    return routing.token_GEC.shape[2], routing.max_filled_slots
 
 
 def output_widths(spec: ModelSpec) -> dict[str, int]:

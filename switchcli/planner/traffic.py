@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from switchcli.model.config import STACKS, ModelSpec
-from switchcli.planner.step import FLOAT, Held, Mesh, Step, output_widths, slots
+from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, output_widths, slots
 
 Kind = Literal["all_reduce", "all_to_all", "all_gather", "reduce_scatter"]
 Axis = Literal["data", "expert", "replica", "model"]
@@ -34,13 +34,13 @@ class Collective(NamedTuple):
     """What one rank hands to one call: of an all-gather its own shard."""
 
     @property
-    def wire_bytes(self) -> int:
+    def network_bytes(self) -> int:
         """What leaves a rank in a step, by the ring where there is one."""
         ways = {"all_reduce": 2.0, "all_to_all": 1.0, "reduce_scatter": 1.0, "all_gather": float(self.ranks)}
         return round(self.calls * self.payload_bytes * ways[self.kind] * (self.ranks - 1) / self.ranks)
 
 
-def collectives(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: int) -> tuple[Collective, ...]:
+def collectives(spec: ModelSpec, step: Step, mesh: Mesh, own: RankWeights, microbatch: int) -> tuple[Collective, ...]:
     """All of a step with microbatches of so many sequences; `own` is `held` for the model axis."""
     microbatches = step.sequences // mesh.data // microbatch
     found = [
@@ -51,7 +51,7 @@ def collectives(spec: ModelSpec, step: Step, mesh: Mesh, own: Held, microbatch: 
     return tuple(each for each in found if each.ranks > 1 and each.calls and each.payload_bytes)
 
 
-def _gradients(mesh: Mesh, own: Held, microbatches: int) -> Iterator[Collective]:
+def _gradients(mesh: Mesh, own: RankWeights, microbatches: int) -> Iterator[Collective]:
     """Once a step, after its last microbatch; zero3 gathers and scatters in each of them.
 
     fully_shard keeps what is in no block, the first unit, from the forward pass on: it is gathered once. To compute a
@@ -130,7 +130,7 @@ def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microb
         if layers := len(spec.sparse_layers(stack)):
             rule = spec.router_of(stack)
             slots_of_group = spec.num_experts * slots(spec, stack, step, microbatch, mesh.expert).capacity
-            gates = max(step.router_bytes, step.wire_bytes or 0) * slots_of_group * microbatch // rule.group_sequences
+            gates = max(step.router_bytes, step.comm_bytes or 0) * slots_of_group * microbatch // rule.group_sequences
             yield Collective("all_reduce", "model", model, f"{stack} gates", layers * microbatches, gates)
     memory = step.sent_bytes * microbatch * step.source * spec.d_model
     yield Collective("all_reduce", "model", model, "gradient of the encoder's output", microbatches, memory)

@@ -10,40 +10,40 @@ from pathlib import Path
 
 from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.recipe.yaml_nodes import name_of, read_file
+from switchcli.recipe.yaml_nodes import display_key, read_file
 
 SUFFIXES = (".yaml", ".yml")
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Errors that another name on the same disk does not avoid."""
 
 
-def folder() -> Path:
+def recipes_folder() -> Path:
     """The folder of the recipes: inside the installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
-def names() -> list[str]:
+def recipe_names() -> list[str]:
     """Names of the recipes that ship, such as `quickstart/switch`, in alphabetical order."""
-    root = folder()
+    root = recipes_folder()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def named(name: str) -> Path:
+def recipe_file(name: str) -> Path:
     """The file of the shipped recipe `name`.
 
     Raises:
         RecipeError: there is none; the message has the nearest name.
     """
-    if name not in names():
-        raise RecipeError(f"{name_of(name)}: no such recipe ships.{_hint(name)}")
-    return folder() / f"{name}.yaml"
+    if name not in recipe_names():
+        raise RecipeError(f"{display_key(name)}: no such recipe ships.{_hint(name)}")
+    return recipes_folder() / f"{name}.yaml"
 
 
 def description(name: str) -> str:
     """The one line that the shipped recipe `name` says of itself; one that it inherits would be another's."""
-    root = read_file(named(name)).value
+    root = read_file(recipe_file(name)).value
     assert isinstance(root, dict)
     return str(root["description"].value) if "description" in root else ""
 
@@ -60,30 +60,32 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
     try:
         is_there, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise RecipeError(f"{name_of(str(path))}: cannot be read: {error.strerror}") from error
+        raise RecipeError(f"{display_key(str(path))}: cannot be read: {error.strerror}") from error
     if is_there and not is_folder:
         return path
-    if is_folder and name_or_path not in names():
-        raise RecipeError(f"{name_of(name_or_path)}: a folder, not a recipe: name a .yaml file in it")
+    if is_folder and name_or_path not in recipe_names():
+        raise RecipeError(f"{display_key(name_or_path)}: a folder, not a recipe: name a .yaml file in it")
     if path.suffix in SUFFIXES:
-        raise RecipeError(f"{name_of(str(path))}: no such file.{_hint(str(Path(name_or_path).with_suffix('')))}")
-    return named(name_or_path)
+        raise RecipeError(f"{display_key(str(path))}: no such file.{_hint(str(Path(name_or_path).with_suffix('')))}")
+    return recipe_file(name_or_path)
 
 
 def _hint(name: str) -> str:
     name = name.removeprefix("recipes/")
-    near = [ours for ours in names() if ours.endswith(f"/{name}")] or difflib.get_close_matches(name, names(), n=1)
+    near = [ours for ours in recipe_names() if ours.endswith(f"/{name}")] or difflib.get_close_matches(
+        name, recipe_names(), n=1
+    )
     return f" Did you mean {min(near, key=len)}?" if near else " `switchcli recipes list` shows those that ship."
 
 
-def copy(name: str, target: Path) -> Path:
+def copy_recipe(name: str, target: Path) -> Path:
     """Write a copy of the shipped recipe `name` to `target`, a new file or a folder for it, and return the new file.
 
     Raises:
         RecipeError: no such recipe, or the file is there already or cannot be written.
         CheckpointError: the disk is full or broken.
     """
-    source = named(name)
+    source = recipe_file(name)
     target = target / source.name if target.is_dir() else target
     with disk_errors(target, "give another name"):
         try:
@@ -104,5 +106,5 @@ def _free_standing(source: Path) -> str:
     if not isinstance(root, dict) or "extends" not in root:
         return content
     parent = locate(str(root["extends"].value), beside=source.parent).resolve()
-    name = parent.relative_to(folder().resolve()).with_suffix("").as_posix()
+    name = parent.relative_to(recipes_folder().resolve()).with_suffix("").as_posix()
     return re.sub(r"(?m)^extends *:.*?(\s+#.*)?$", lambda line: f"extends: {name}{line[1] or ''}", content)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from switchcli import credentials
-from switchcli.recipe.yaml_nodes import Node, name_of
+from switchcli.recipe.yaml_nodes import Node, display_key
 
 Keys = tuple[str | int, ...]
 Models = tuple[type[BaseModel], ...]
@@ -40,8 +40,6 @@ _RULES: Mapping[str, str] = MappingProxyType(
         "too_short": "must have at least {min_length} items",
     }
 )
-RENAMED: Mapping[str, str] = MappingProxyType({"data.span_corruption": "data.objective"})
-"""What keys of earlier versions are called today."""
 _MOST = 100  # things wrong of one recipe that are told
 _WORDS: Mapping[str, str] = MappingProxyType(
     {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
@@ -56,7 +54,7 @@ class _Place(NamedTuple):
     path: Keys
 
 
-def lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[str]:
+def error_lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[str]:
     """One line for each thing wrong with `tree` as a value of `schema`, in the order of the schema."""
     found: dict[tuple[str, str], str] = {}
     errors = error.errors(include_url=False)
@@ -72,10 +70,10 @@ def lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[s
 
 def dotted(path: Sequence[str | int]) -> str:
     """`path` as a recipe's user writes it: `data.corpora.0.path`."""
-    return ".".join(name_of(key) for key in path)
+    return ".".join(display_key(key) for key in path)
 
 
-def got(value: Any) -> str:
+def display_value(value: Any) -> str:
     """`value` as YAML shows it, shortened."""
     if isinstance(value, dict):
         return "a mapping"
@@ -83,7 +81,7 @@ def got(value: Any) -> str:
         return "a list"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str) and credentials.problem(value):
+    if isinstance(value, str) and credentials.find_credentials(value):
         return credentials.HIDDEN
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
@@ -127,7 +125,7 @@ def _value_rule(details: ErrorDetails, place: _Place, schema: type[BaseModel]) -
         way_out = _did_you_mean(str(value), [str(choice) for choice in _choices(place.annotation)])
     else:
         way_out = _rewritten(kind, value) or _leave_out(schema, details["loc"])
-    return f"{rule} (got {got(value)}){way_out}"
+    return f"{rule} (got {display_value(value)}){way_out}"
 
 
 def _rewritten(kind: str, value: Any) -> str | None:
@@ -155,13 +153,11 @@ def _leave_out(schema: type[BaseModel], location: Keys) -> str:
     field = parent.models[0].model_fields.get(str(location[-1])) if parent.models else None
     if field is None or field.is_required():
         return ""
-    shown = f", {got(field.default)}" if isinstance(field.default, str | int | float | None) else ""
+    shown = f", {display_value(field.default)}" if isinstance(field.default, str | int | float | None) else ""
     return f"; leave it out for the default{shown}"
 
 
 def _unknown_key(place: _Place, key: str, schema: type[BaseModel]) -> str:
-    if name := RENAMED.get(dotted((*place.path, key))):
-        return f"no such key: it is {name} now"
     here = [name for model in place.models for name in model.model_fields]
     if near := _did_you_mean(key, here, cutoff=0.8):
         return f"no such key{near}"
@@ -182,7 +178,7 @@ def _kind_rule(models: Models, details: ErrorDetails) -> str:
         near = difflib.get_close_matches("kind", given, n=1)
         slip = f"; {near[0]}: no such key. Did you mean kind?" if near else ""
         return f"missing; it is one of {', '.join(kinds)}{slip}"
-    return f"must be one of {', '.join(kinds)} (got {got(value)}){_did_you_mean(str(value), kinds)}"
+    return f"must be one of {', '.join(kinds)} (got {display_value(value)}){_did_you_mean(str(value), kinds)}"
 
 
 def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:

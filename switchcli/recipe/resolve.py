@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from switchcli import credentials
 from switchcli.errors import RecipeError
-from switchcli.recipe import library, messages, sizes, yaml_nodes
+from switchcli.recipe import library, messages, renames, sizes, yaml_nodes
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import Spec, check_place
 
@@ -54,12 +54,12 @@ def load(name_or_path: str | None, overrides: Sequence[str] = (), below: Node | 
     return _overridden(_layered(layers, below or layers[0]._replace(value={})), overrides)
 
 
-def saved(document: bytes, where: str) -> Node:
+def parse_saved(document: bytes, where: str) -> Node:
     """The recipe that lies in a checkpoint, not yet validated: no other file is read for it. Raises RecipeError."""
     root = yaml_nodes.read_bytes(document, where)
     if not isinstance(root.value, dict) or "extends" in root.value:
         raise RecipeError(f"{root.where}: not the recipe of a run, which is a mapping of keys and extends nothing")
-    return _layered([_of_today(root)], root._replace(value={}))
+    return _layered([renames.upgrade(root, warn=False)], root._replace(value={}))
 
 
 def _layered(layers: Sequence[Node], below: Node) -> Node:
@@ -78,13 +78,13 @@ def validate(tree: Node, schema: type[S]) -> S:
     check_verb(tree, schema)
     tree = _with_kinds(tree, schema)
     size = _size(tree)
-    problem = sizes.problem(size.value) if size and isinstance(size.value, str) else None
+    problem = sizes.size_problem(size.value) if size and isinstance(size.value, str) else None
     problems = [f"{size.where}: model.size: {problem}"] if size and problem else []
     try:
         # As JSON, for there alone pydantic's strict mode takes a list as a tuple and an integer as a float.
         value = schema.model_validate_json(json.dumps(yaml_nodes.plain(tree)))
     except ValidationError as error:
-        problems += messages.lines(error, tree, schema)
+        problems += messages.error_lines(error, tree, schema)
     if problems:
         raise RecipeError(*problems)
     return value
@@ -185,7 +185,7 @@ def _files(path: Path) -> list[Node]:
         root = yaml_nodes.read_file(path)
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
-        layers.insert(0, _of_today(root) if path.name == SAVED else root)
+        layers.insert(0, renames.upgrade(root, warn=path.name != SAVED))
         extends = root.value.pop("extends", None)
         if extends is None:
             return layers
@@ -196,27 +196,8 @@ def _files(path: Path) -> list[Node]:
         except RecipeError as error:
             raise RecipeError(f"{extends.where}: extends: {error}") from error
         if path.resolve() in seen:
-            raise RecipeError(f"{extends.where}: extends: a circle: {yaml_nodes.shown(path)} extends this file")
+            raise RecipeError(f"{extends.where}: extends: a circle: {yaml_nodes.display_path(path)} extends this file")
         seen.add(path.resolve())
-
-
-def _of_today(saved: Node) -> Node:
-    """A recipe that a run saved, perhaps one of an earlier version: with the keys that are written now."""
-    for old, new in messages.RENAMED.items():
-        part, key = old.split(".")
-        keys = saved.value.get(part) if isinstance(saved.value, dict) else None
-        if keys and isinstance(keys.value, dict) and key in keys.value:
-            keys.value[new.removeprefix(f"{part}.")] = keys.value.pop(key)
-    for corpus in _corpora(saved):
-        corpus.pop("streaming", None)  # how a hub's corpus was read, not what
-    return saved
-
-
-def _corpora(saved: Node) -> Iterator[dict[str, Node]]:
-    data = saved.value.get("data") if isinstance(saved.value, dict) else None
-    corpora = data.value.get("corpora") if data and isinstance(data.value, dict) else None
-    if corpora and isinstance(corpora.value, list):
-        yield from (corpus.value for corpus in corpora.value if isinstance(corpus.value, dict))
 
 
 def _overridden(tree: Node, overrides: Sequence[str]) -> Node:
@@ -232,7 +213,7 @@ def _overridden(tree: Node, overrides: Sequence[str]) -> Node:
 
 def _override(override: str) -> tuple[tuple[str, ...], Node]:
     dotted, separator, value = override.partition("=")
-    said = f"{dotted}={credentials.HIDDEN}" if credentials.problem(value) else credentials.redacted(override)
+    said = f"{dotted}={credentials.HIDDEN}" if credentials.find_credentials(value) else credentials.redact(override)
     where = f"override {said!r}"
     path = tuple(dotted.split("."))
     if not separator or not all(path):
@@ -241,7 +222,7 @@ def _override(override: str) -> tuple[tuple[str, ...], Node]:
         raise RecipeError(f"{where}: nested more than {yaml_nodes.MAX_DEPTH} deep")
     if path[0] == "extends":
         raise RecipeError(f"{where}: extends belongs in a file: name that recipe on the command line instead")
-    return path, yaml_nodes.read(value, lambda line: where)
+    return renames.upgrade_override(path, yaml_nodes.read(value, lambda line: where))
 
 
 def _nested(path: Sequence[str], value: Node) -> Node:

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from switchcli.data.config import DataSpec, TextSpec
 from switchcli.errors import RecipeError
 from switchcli.model.moe.router import Policy
-from switchcli.model.surgery.student import FromTeacher
-from switchcli.model.trainable import Group, check
+from switchcli.model.surgery.student import FromTeacherInit
+from switchcli.model.trainable import TrainableSet, check
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
@@ -25,7 +25,7 @@ from switchcli.train.schedules import Constant, InverseSquareRoot, ScheduleSpec
 from switchcli.train.scoring import ScoringSpec
 
 
-class OnText(TrainingRecipe, ABC):
+class TextRecipe(TrainingRecipe, ABC):
     """A run on plain text."""
 
     schedule: ScheduleSpec = InverseSquareRoot()
@@ -47,15 +47,15 @@ class OnText(TrainingRecipe, ABC):
                 f"data.tokenizer.vocab_size ({tokenizer.vocab_size}) must be at most the {rows} rows of "
                 f"model.vocab_size: try model.vocab_size={tokenizer.vocab_size}."
             )
-        lanes = self.data.lanes
+        lanes = self.data.stream_shards
         if self.data.access == "stream" and self.rows_per_step % lanes:
             yield (
-                f"data.lanes ({lanes}) must divide the {self.rows_per_step} sequences of a step: try "
-                f"data.lanes={math.gcd(lanes, self.rows_per_step)}."
+                f"data.stream_shards ({lanes}) must divide the {self.rows_per_step} sequences of a step: try "
+                f"data.stream_shards={math.gcd(lanes, self.rows_per_step)}."
             )
 
 
-class OnTasks(TrainingRecipe, ABC):
+class TaskRecipe(TrainingRecipe, ABC):
     """A run on text-to-text tasks, scored on them."""
 
     schedule: ScheduleSpec = Constant()
@@ -83,7 +83,7 @@ class OnTasks(TrainingRecipe, ABC):
         yield from names_twice(self.tasks)
 
 
-class PretrainRecipe(OnText):
+class PretrainRecipe(TextRecipe):
     """One run of `switchcli pretrain`. With a `start`, keys of `model` that it leaves out are the checkpoint's."""
 
     verb: Literal["pretrain"] = "pretrain"
@@ -92,13 +92,13 @@ class PretrainRecipe(OnText):
     """Absent: from scratch."""
 
 
-class FinetuneRecipe(OnTasks):
+class FinetuneRecipe(TaskRecipe):
     """One run of `switchcli finetune`. Keys of `model` that it leaves out are the checkpoint's."""
 
     verb: Literal["finetune"] = "finetune"
     """The command that runs this recipe."""
     start: StartSpec
-    update: Group = "all"
+    update: TrainableSet = "all"
     """Which weights learn: all, non_expert, expert (with the routers), dense_feed_forward."""
 
     def _own_rules(self) -> Iterator[str]:
@@ -108,12 +108,12 @@ class FinetuneRecipe(OnTasks):
             yield f"update ({self.update}): {error}"
 
 
-class Distils(TrainingRecipe, ABC):
+class DistillRecipe(TrainingRecipe, ABC):
     """A run of `switchcli distill`. What it leaves out is the teacher's: the text or the tasks, the length of the run,
     batch, optimizer and schedule; of `model` the dense model with the teacher's FLOPs a token."""
 
     distill: DistillSpec
-    student: StudentSpec = FromTeacher()
+    student: StudentSpec = FromTeacherInit()
     """What the student starts from, by its `kind`: teacher, fresh, checkpoint."""
 
     def _own_rules(self) -> Iterator[str]:
@@ -122,7 +122,7 @@ class Distils(TrainingRecipe, ABC):
             yield f"distill.start_step ({start}) must be less than train.steps ({steps}): the teacher is never asked."
 
 
-class DistillTextRecipe(OnText, Distils):
+class DistillTextRecipe(TextRecipe, DistillRecipe):
     """Distillation on plain text, as in pre-training (Tables 6 and 7)."""
 
     verb: Literal["distill"] = "distill"
@@ -130,14 +130,14 @@ class DistillTextRecipe(OnText, Distils):
 
     def _own_rules(self) -> Iterator[str]:
         yield from super()._own_rules()
-        if self.distill.answers is not None and self.data.access == "stream":
+        if self.distill.cache is not None and self.data.access == "stream":
             yield (
-                "distill.answers: a stream is read once and in order, and answers are asked for before: take "
+                "distill.cache: a stream is read once and in order, and answers are asked for before: take "
                 "data.access=prepared, or leave them out."
             )
 
 
-class DistillTasksRecipe(OnTasks, Distils):
+class DistillTasksRecipe(TaskRecipe, DistillRecipe):
     """Distillation on tasks (Table 8)."""
 
     verb: Literal["distill"] = "distill"
@@ -189,7 +189,7 @@ def schema_of(tree: Node) -> type[Spec] | None:
     return RECIPES.get(verb or "")
 
 
-def standing_alone(name: str, overrides: Sequence[str] = ()) -> Spec:
+def resolve_standalone(name: str, overrides: Sequence[str] = ()) -> Spec:
     """The recipe `name` by the verb that it states, without the checkpoint that it may need: any sparse one will do.
 
     Raises:
@@ -200,21 +200,21 @@ def standing_alone(name: str, overrides: Sequence[str] = ()) -> Spec:
     below: Mapping[str, Any] = {}
     if schema is FinetuneRecipe:
         below = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
-    elif issubclass(schema, Distils):
+    elif issubclass(schema, DistillRecipe):
         below = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
     if below:
         tree = resolve.load(name, overrides, resolve.layer(below, name))
     return resolve.validate(tree, schema)
 
 
-def on_text(name: str, overrides: Sequence[str] = ()) -> OnText:
+def resolve_text_recipe(name: str, overrides: Sequence[str] = ()) -> TextRecipe:
     """The same of a recipe of plain text.
 
     Raises:
         RecipeError: one line for each thing that is wrong; or it is one of tasks.
     """
-    recipe = standing_alone(name, overrides)
-    if not isinstance(recipe, OnText):
+    recipe = resolve_standalone(name, overrides)
+    if not isinstance(recipe, TextRecipe):
         raise RecipeError(f"{name}: this recipe reads no plain text: name one of pretrain, or of distill on text")
     return recipe
 

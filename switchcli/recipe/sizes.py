@@ -77,7 +77,7 @@ CUSTOM = "custom"
 """The label of a model that names no size."""
 
 
-def problem(name: str) -> str | None:
+def size_problem(name: str) -> str | None:
     """What is wrong with `name` as a `model.size`, and the way out; None when nothing is."""
     if name == CUSTOM or name in SIZES:
         return None

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from switchcli.distributed.mesh import ParallelSpec, divides_experts, indivisible
+from switchcli.distributed.mesh import ParallelSpec, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.spec import Spec
 from switchcli.train.config import CheckpointSpec, EvalSpec, LogSpec, TrainSpec
@@ -124,7 +124,7 @@ class TrainingRecipe(Spec, ABC):
             fitting = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
             yield f"parallel.expert ({ranks}) {rule}: take one of {fitting}."
         model = self.parallel.model
-        for key, size in indivisible(self.model, model):
+        for key, size in indivisible_sizes(self.model, model):
             yield f"{key} ({size}) must be a multiple of parallel.model ({model}): try {math.gcd(size, model)}."
         if not divides_experts(self.model, model):
             yield f"parallel.model ({model}) does not divide the experts of an attention (model.sparse): leave it out."
@@ -137,7 +137,7 @@ class TrainingRecipe(Spec, ABC):
             yield f"parallel.expert ({ranks}) must divide parallel.data ({data}): try {math.gcd(data, ranks)}."
 
     def _schedule_rules(self) -> Iterator[str]:
-        if misfit := self.schedule.misfit(self.train.steps):
+        if misfit := self.schedule.incompatibility(self.train.steps):
             yield f"schedule.{misfit}"
 
 

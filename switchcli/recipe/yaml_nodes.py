@@ -67,10 +67,10 @@ def plain(node: Node) -> Any:
     return node.value
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """`path` as a message names it: from the current folder when it lies within."""
     resolved, here = path.resolve(), Path.cwd()
-    return name_of(str(resolved.relative_to(here) if resolved.is_relative_to(here) else path))
+    return display_key(str(resolved.relative_to(here) if resolved.is_relative_to(here) else path))
 
 
 def read_file(path: Path) -> Node:
@@ -79,7 +79,7 @@ def read_file(path: Path) -> Node:
     Raises:
         RecipeError: `file:line: ...` when it cannot be read, or is not the YAML of a recipe.
     """
-    name = shown(path)
+    name = display_path(path)
     try:
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
@@ -170,7 +170,7 @@ def _mapping(node: yaml.MappingNode, where: Callable[[int], str]) -> dict[str, N
             raise RecipeError(f"{here}: merge keys (<<) are not allowed: write the keys out, or use extends")
         if key in children:
             first = children[key].where
-            raise RecipeError(f"{here}: {name_of(key)}: given twice, first at {first}: remove one")
+            raise RecipeError(f"{here}: {display_key(key)}: given twice, first at {first}: remove one")
         children[key] = _node(child, where)._replace(where=here)
     return children
 
@@ -194,7 +194,7 @@ def _line(place: yaml.Event | yaml.Node) -> int:
     return place.start_mark.line + 1
 
 
-def name_of(key: str | int) -> str:
+def display_key(key: str | int) -> str:
     """`key` as a message shows it: on one line, without control characters."""
     text = str(key)
     return text if text and text.isprintable() else repr(text)

@@ -8,15 +8,15 @@ import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
-from switchcli.report.series import Series, Spread, differences, spread
-from switchcli.report.speed import Speed, Yardstick, partner, speed, yardstick
+from switchcli.report.series import SeedSpread, Series, differences, seed_spread
+from switchcli.report.speed import QualityMetric, Speed, baseline_run, quality_metric, speed
 
 KEYS = 3
 """Of recipes, that a note names, at most."""
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 
 
-class Row(NamedTuple):
+class SeriesRow(NamedTuple):
     """A series. What no run knows is None."""
 
     label: str
@@ -24,15 +24,15 @@ class Row(NamedTuple):
     going_on: int
     """Runs without a result."""
     sizes: Mapping[str, int | None]
-    steps: Spread | None
-    final: Spread | None
-    over: Spread | None
+    steps: SeedSpread | None
+    final: SeedSpread | None
+    over: SeedSpread | None
     """Over the baseline's, of the same seed, at the common step where there is one; better is more."""
-    at_common: Spread | None
+    at_common: SeedSpread | None
     """At the common step; None where all end there."""
     speed: Speed
-    tokens_per_second: Spread | None
-    dropped: Spread | None
+    tokens_per_second: SeedSpread | None
+    dropped: SeedSpread | None
     """Share of the tokens, over the last tenth of what was logged."""
 
     def to_json(self) -> dict[str, Any]:
@@ -59,14 +59,14 @@ class Comparison(NamedTuple):
 
     series: tuple[Series, ...]
     baseline: Series
-    measure: Yardstick
+    measure: QualityMetric
     quality: float | None
     common_step: int | None
     """The last at which all runs that were evaluated have the measure, where they do not end alike."""
-    rows: tuple[Row, ...]
+    rows: tuple[SeriesRow, ...]
     notes: tuple[str, ...]
 
-    def over(self, one: Series, other: Series) -> Spread | None:
+    def gain_over(self, one: Series, other: Series) -> SeedSpread | None:
         """What `one` is better by than `other`, seed by seed, where all have come to."""
         return _over(one, other, self.measure, self.common_step)
 
@@ -79,7 +79,7 @@ def compare(series: Sequence[Series], baseline: str | None, quality: float | Non
     """Of runs that trained, at least one; `baseline` is the name of one of them, the first where it is absent."""
     base = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
     cut = digests(series)
-    measure = yardstick(len(cut), evaluations)
+    measure = quality_metric(len(cut), evaluations)
     common = _common_step(series, measure)
     rows = tuple(_row(one, base, measure, quality, common) for one in series)
     return Comparison(
@@ -92,31 +92,31 @@ def digests(series: Sequence[Series]) -> list[str]:
     return [*dict.fromkeys(run.tokenizer for one in series for run in one.runs if run.tokenizer is not None)]
 
 
-def _common_step(series: Sequence[Series], measure: Yardstick) -> int | None:
+def _common_step(series: Sequence[Series], measure: QualityMetric) -> int | None:
     """Runs that were evaluated before their first step alone have no say."""
     curves = [curve for one in series for run in one.runs if (curve := measure.curve(run)) is not None]
     lasts = {int(curve.steps[-1]) for curve in curves}
     return min(filter(None, lasts), default=None) if len(lasts) > 1 else None
 
 
-def _over(one: Series, other: Series, measure: Yardstick, step: int | None) -> Spread | None:
-    pairs = [(measure.at(run, step), measure.at(partner(run, other), step)) for run in one.runs]
-    return spread(measure.sign * (mine - his) for mine, his in pairs if mine is not None and his is not None)
+def _over(one: Series, other: Series, measure: QualityMetric, step: int | None) -> SeedSpread | None:
+    pairs = [(measure.at(run, step), measure.at(baseline_run(run, other), step)) for run in one.runs]
+    return seed_spread(measure.sign * (mine - his) for mine, his in pairs if mine is not None and his is not None)
 
 
-def _row(one: Series, base: Series, measure: Yardstick, quality: float | None, common: int | None) -> Row:
-    return Row(
+def _row(one: Series, base: Series, measure: QualityMetric, quality: float | None, common: int | None) -> SeriesRow:
+    return SeriesRow(
         one.label,
         len(one.runs),
         sum(not run.result for run in one.runs),
         {name: next((int(size) for run in one.runs if (size := run.number(name)) is not None), None) for name in SIZES},
-        spread(run.step for run in one.runs),
-        spread(measure.at(run, None) for run in one.runs),
+        seed_spread(run.step for run in one.runs),
+        seed_spread(measure.at(run, None) for run in one.runs),
         _over(one, base, measure, common),
-        None if common is None else spread(measure.at(run, common) for run in one.runs),
+        None if common is None else seed_spread(measure.at(run, common) for run in one.runs),
         speed(one, base, measure, quality),
-        spread(_rate(run) for run in one.runs),
-        spread(_dropped(run) for run in one.runs),
+        seed_spread(_rate(run) for run in one.runs),
+        seed_spread(_dropped(run) for run in one.runs),
     )
 
 
@@ -131,14 +131,16 @@ def _dropped(run: Run) -> float | None:
     return None if curve is None else float(curve.values[-max(1, len(curve.values) // 10) :].mean())
 
 
-def _notes(series: Sequence[Series], tokenizers: int, common: int | None, measure: Yardstick) -> list[str]:
+def _notes(series: Sequence[Series], tokenizers: int, common: int | None, measure: QualityMetric) -> list[str]:
     notes = []
     if tokenizers > 1:
         notes.append(
             f"The runs read by {tokenizers} tokenizers: neg. log perplexities of different tokens say nothing of one "
             "another, so they are compared by bits a byte alone, of which fewer are better."
         )
-    texts = [key for key in differences(series) if re.match(r"(data(?!\.(tokenizer|lanes))|tasks)\b", key)]
+    texts = [
+        key for key in differences(series) if re.match(r"(data(?!\.(tokenizer|lanes|stream_shards))|tasks)\b", key)
+    ]
     if texts:
         notes.append(
             f"The held-out text is not the same in all series, by {', '.join(texts[:KEYS])}"
@@ -163,5 +165,5 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _json(value: Spread | None) -> dict[str, float | None]:
-    return dict.fromkeys(Spread._fields) if value is None else value._asdict()
+def _json(value: SeedSpread | None) -> dict[str, float | None]:
+    return dict.fromkeys(SeedSpread._fields) if value is None else value._asdict()

@@ -30,7 +30,7 @@ from switchcli.metric_names import (
     TEACHER_DIVERGENCE,
     TOKENS_PER_SECOND,
 )
-from switchcli.report.safe_text import one_line, shortened
+from switchcli.report.safe_text import one_line, shorten
 from switchcli.report.units import clock, number, si
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ SPARSE_COLUMNS = (
 )
 
 
-class Reach(Protocol):
+class AdvanceTo(Protocol):
     """Moves a bar to a count, with other words before it if there are some."""
 
     def __call__(self, count: int, said: str | None = None) -> None: ...
@@ -84,7 +84,7 @@ class Preparation(Protocol):
     """How far a preparation is."""
 
     @property
-    def pieces(self) -> int:
+    def source_shards(self) -> int:
         """Whole ones."""
 
     @property
@@ -180,10 +180,10 @@ class Console:
                     return
                 due = now + interval
                 said = f"{label}: {si(done.tokens)} tokens, {si(done.tokens / (now - started))} tokens/s"
-                reach(done.pieces, said)
+                reach(done.source_shards, said)
                 if not self._live:
                     left = (size - done.size) * (now - started) / done.size if size and done.size else math.nan
-                    self.message(f"{said}, {done.pieces:,} of {pieces:,} pieces, time left {clock(left)}")
+                    self.message(f"{said}, {done.source_shards:,} of {pieces:,} pieces, time left {clock(left)}")
 
             yield show
         seconds = time.monotonic() - started
@@ -191,10 +191,10 @@ class Console:
             self.message(f"{label}: {last.tokens:,} tokens in {clock(seconds)}, {si(last.tokens / seconds)} tokens/s")
 
     @contextmanager
-    def training(self, steps: int, first: int = 0) -> Iterator["Training"]:
+    def training(self, steps: int, first: int = 0) -> Iterator["TrainingDisplay"]:
         """The bar and the lines of a run of `steps` steps of which `first` are done already."""
         with self._bar("training", steps, first) as reach:
-            yield Training(self, steps, reach)
+            yield TrainingDisplay(self, steps, reach)
 
     def table(self, title: str, rows: Mapping[str, str | float]) -> None:
         """Names and figures, one a line: the final results."""
@@ -231,7 +231,7 @@ class Console:
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
         for name, text in (("input", input), ("target", target), ("model", prediction)):
-            grid.add_row(name, _text(shortened(text, _SAMPLE_CHARACTERS)))
+            grid.add_row(name, _text(shorten(text, _SAMPLE_CHARACTERS)))
         self._rich.print()
         self._rich.print(grid)
 
@@ -243,7 +243,7 @@ class Console:
         self._rich.print(_text(text, style), soft_wrap=True)
 
     @contextmanager
-    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator["Reach"]:
+    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator["AdvanceTo"]:
         """A live bar where there is a terminal; yields what takes the count reached. Bars may be nested."""
 
         def reach(count: int, said: str | None = None) -> None:
@@ -268,7 +268,7 @@ def silent() -> Console:
     return Console(stream=io.StringIO())
 
 
-class Training:
+class TrainingDisplay:
     """The console of one run: `advance(step)` at each step, which only moves the bar, `log` at each logged one."""
 
     def __init__(self, console: Console, steps: int, advance: Callable[[int], None]) -> None:

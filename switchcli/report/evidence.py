@@ -8,10 +8,20 @@ from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, NEG_LOG_PERPLEXITY
 from switchcli.report import figures, task_results
 from switchcli.report.charts import Figure, Table, Value
 from switchcli.report.comparison import Comparison
-from switchcli.report.html_page import Charts, Facts, Folded, HtmlTable, Legend, Part, Sample, Section, Words
-from switchcli.report.runs import Run, mapping
-from switchcli.report.safe_text import capital
-from switchcli.report.series import Series, Spread, differences
+from switchcli.report.html_page import (
+    Charts,
+    Collapsible,
+    HtmlTable,
+    KeyFigures,
+    Legend,
+    Paragraphs,
+    Part,
+    Sample,
+    Section,
+)
+from switchcli.report.runs import Run, as_mapping
+from switchcli.report.safe_text import capitalize
+from switchcli.report.series import SeedSpread, Series, differences
 from switchcli.report.task_results import Figures
 from switchcli.report.units import clock, si
 
@@ -49,7 +59,7 @@ def tables(report: Report) -> Iterator[HtmlTable]:
         yield quality_table(report.comparison)
         yield speed_table(report.comparison)
         yield size_table(report.comparison)
-    yield from (one.shown() for one in scored(report))
+    yield from (one.shown() for one in score_tables(report))
 
 
 def quality_table(found: Comparison) -> HtmlTable:
@@ -74,7 +84,7 @@ def quality_table(found: Comparison) -> HtmlTable:
         f"The mean over seeds (least to most){several}; over {base}: run by run, of the same seed where there is one."
     )
     headings = ("series", "seeds", "steps", "at the end", *common, f"over {base} {at}".strip())
-    return HtmlTable(capital(found.measure.title), headings, rows, caption)
+    return HtmlTable(capitalize(found.measure.title), headings, rows, caption)
 
 
 def speed_table(found: Comparison) -> HtmlTable:
@@ -114,7 +124,7 @@ def size_table(found: Comparison) -> HtmlTable:
     return HtmlTable("Size and speed", headings, rows, caption)
 
 
-class Scored(NamedTuple):
+class ScoreTable(NamedTuple):
     """Scores of tasks, or figures of languages or corpora."""
 
     name: str
@@ -146,17 +156,17 @@ class Scored(NamedTuple):
         return Table(self.name, columns)
 
 
-def scored(report: Report) -> Iterator[Scored]:
+def score_tables(report: Report) -> Iterator[ScoreTable]:
     """All that there is."""
     holders = report.holders
     if found := task_results.tasks(holders):
         said = "Scores from 0 to 100, the mean over seeds (least to most)."
-        yield Scored("tasks", "Tasks", "task", ".2f", found, said)
+        yield ScoreTable("tasks", "Tasks", "task", ".2f", found, said)
     titles = {NEG_LOG_PERPLEXITY: "Neg. log perplexity by text"} if task_results.by_tokens(holders) else {}
     for figure, title in {**titles, BITS_PER_BYTE: "Bits a byte by text"}.items():
         if found := task_results.texts(holders, figure):
             said = "Held-out text of each language or corpus."
-            yield Scored(f"texts_{figure}", title, "text", ".4f", found, said)
+            yield ScoreTable(f"texts_{figure}", title, "text", ".4f", found, said)
 
 
 def difference_table(found: Comparison) -> HtmlTable | None:
@@ -193,13 +203,13 @@ def _written(value: Any) -> str:
 
 def parts(report: Report) -> Iterator[Part]:
     """The page."""
-    yield Words(tuple(report.notes), "note")
+    yield Paragraphs(tuple(report.notes), "note")
     found = report.comparison
     if found is not None:
-        yield Facts(_facts(found))
+        yield KeyFigures(_facts(found))
         yield Section("Overview", [quality_table(found), speed_table(found), size_table(found)])
         yield Legend([one.label for one in found.series])
-        yield Words([HINT], "caption")
+        yield Paragraphs([HINT], "caption")
         if curves := figures.quality(found):
             yield Section("Quality", [Charts(curves)])
         if curves := figures.training(found):
@@ -207,14 +217,14 @@ def parts(report: Report) -> Iterator[Part]:
                 "Training",
                 [
                     Charts(curves[:1] + figures.rates(found)),
-                    Folded("Against tokens, wall time and FLOPs", [Charts(curves[1:])]),
+                    Collapsible("Against tokens, wall time and FLOPs", [Charts(curves[1:])]),
                 ],
             )
         if curves := figures.routing(found):
             yield Section("Routing", [Charts(curves)])
         if maps := [*figures.loads(found)]:
             yield Section("Expert load", [*_maps(maps)])
-    if shown := [one.shown() for one in scored(report)]:
+    if shown := [one.shown() for one in score_tables(report)]:
         yield Section("Tasks and languages", shown)
     if found is not None:
         if (table := difference_table(found)) is not None:
@@ -223,7 +233,7 @@ def parts(report: Report) -> Iterator[Part]:
             yield Section(
                 "Samples",
                 [
-                    Words(["Held-out texts, what is asked for, and what each series answers."]),
+                    Paragraphs(["Held-out texts, what is asked for, and what each series answers."]),
                     *samples,
                 ],
             )
@@ -231,7 +241,7 @@ def parts(report: Report) -> Iterator[Part]:
 
 
 def _maps(maps: Sequence[tuple[str, Sequence[Figure]]]) -> Iterator[Part]:
-    yield Words(
+    yield Paragraphs(
         [
             "Each expert's share of its layer's tokens, times the even share, over the run of the first seed: 1 is "
             "even, dark experts are hardly used, light ones are crowded."
@@ -239,10 +249,10 @@ def _maps(maps: Sequence[tuple[str, Sequence[Figure]]]) -> Iterator[Part]:
     )
     for place, (label, drawn) in enumerate(maps):
         if place == 0:
-            yield Words([label])
+            yield Paragraphs([label])
             yield Charts(drawn)
         else:
-            yield Folded(label, [Charts(drawn)])
+            yield Collapsible(label, [Charts(drawn)])
 
 
 def every_figure(report: Report) -> Iterator[Figure]:
@@ -256,7 +266,7 @@ def every_figure(report: Report) -> Iterator[Figure]:
 
 def every_table(report: Report) -> Iterator[Table]:
     """Yield the tables that belong to no figure, for files: scores, all series, and what their recipes differ in."""
-    yield from (one.table() for one in scored(report))
+    yield from (one.table() for one in score_tables(report))
     if (found := report.comparison) is not None:
         rows = [row.flat() for row in found.rows]
         yield Table("runs", {key: [row[key] for row in rows] for key in rows[0]})
@@ -276,7 +286,7 @@ def to_json(report: Report) -> dict[str, Any]:
     """Return the comparison, the rows of its tables and the notes, for scripts."""
     comparison = report.comparison
     rows = [] if comparison is None else [row.to_json() for row in comparison.rows]
-    by_name = {one.name: one.to_json() for one in scored(report)}
+    by_name = {one.name: one.to_json() for one in score_tables(report)}
     compared: dict[str, Any] = {}
     if comparison is not None:
         compared = {
@@ -307,7 +317,7 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
     ranked = sorted(known, key=lambda label: -measure.sign * known[label].mean)
     best = [label for label in ranked if known[label].mean == known[ranked[0]].mean]
     series, rest = {one.label: one for one in found.series}, ranked[len(best) :]
-    over = found.over(series[best[0]], series[rest[0]]) if rest else None
+    over = found.gain_over(series[best[0]], series[rest[0]]) if rest else None
     doubt = ", not with every seed" if over is not None and over.least <= 0 else ""
     are, their = ("are", "their") if len(best) > 1 else ("is", "its")
     facts = [(", ".join(best), f"{are} best {where}{doubt}")]
@@ -327,7 +337,7 @@ def _samples(found: Comparison) -> Iterator[Part]:
     for one in found.series:
         each = [run.result["samples"] for run in one.runs if isinstance(run.result.get("samples"), list)]
         for sample in next(iter(each), ()):
-            said = {key: str(mapping(sample).get(key, "")) for key in ("input", "target", "prediction")}
+            said = {key: str(as_mapping(sample).get(key, "")) for key in ("input", "target", "prediction")}
             texts.setdefault((said["input"], said["target"]), {})[one.label] = said["prediction"]
     for place, ((asked, target), answers) in enumerate([*texts.items()][:SAMPLES], start=1):
         yield Sample(f"Text {place}", {"input": asked, "target": target, **answers})
@@ -351,11 +361,11 @@ def _run_table(report: Report) -> HtmlTable:
     return HtmlTable("", ("folder", "verb", "seed", "steps", "held-out neg. log perplexity", "time"), rows)
 
 
-def _said(value: Spread | None, form: str) -> str:
-    return "-" if value is None else value.said(form)
+def _said(value: SeedSpread | None, form: str) -> str:
+    return "-" if value is None else value.text(form)
 
 
-def _between(value: Spread | None, write: Callable[[float], str]) -> str:
+def _between(value: SeedSpread | None, write: Callable[[float], str]) -> str:
     if value is None:
         return "-"
     if value.least == value.most:

@@ -12,8 +12,8 @@ from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table, Value
 from switchcli.report.comparison import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run
-from switchcli.report.safe_text import capital
-from switchcli.report.series import Band, band, thinned
+from switchcli.report.safe_text import capitalize
+from switchcli.report.series import Band, band, downsample
 
 POINTS = 360
 """Of a curve, at most."""
@@ -101,7 +101,7 @@ def _drawn(found: Comparison, get: Get) -> list[_Drawn]:
         whole = band([curve for _, curve in curves])
         spent = band([Curve(curve.steps, run.seconds_at(curve.steps)) for run, curve in curves])
         if whole is not None and spent is not None:
-            kept = thinned(whole.mean, POINTS)
+            kept = downsample(whole.mean, POINTS)
             runs, shown = [run for run, _ in curves], Band(*(part[kept] for part in whole))
             drawn.append(_Drawn(one.label, runs, shown, spent.mean[kept]))
     return drawn
@@ -114,8 +114,8 @@ def _table(name: str, drawn: Sequence[_Drawn], more: Mapping[str, Callable[[_Dra
         "step": lambda one: one.band.steps,
         **more,
         "value": lambda one: one.band.mean,
-        "least": lambda one: one.band.least,
-        "most": lambda one: one.band.most,
+        "least": lambda one: one.band.low,
+        "most": lambda one: one.band.high,
     }
     for key, part in parts.items():
         columns[key] = [value if math.isfinite(value) else None for one in drawn for value in part(one).tolist()]
@@ -142,7 +142,7 @@ def _against(found: Comparison, name: str, title: str, caption: str, get: Get) -
     }
     labels = [one.label for one in found.series]
     return [
-        charts.lines(f"{name}_{key}", f"{capital(title)} against {axis.title}", caption, table, axis, y, labels)
+        charts.lines(f"{name}_{key}", f"{capitalize(title)} against {axis.title}", caption, table, axis, y, labels)
         for key, axis in axes.items()
     ]
 
@@ -152,7 +152,7 @@ def _by_step(found: Comparison, name: str, title: str, caption: str, get: Get, f
         return []
     y = Axis("value", title, form, precise=".1%" if form == "~%" else ".4~s")
     x, labels = Axis("step", "steps", precise=","), [one.label for one in found.series]
-    return [charts.lines(name, capital(title), caption, _table(name, drawn, {}), x, y, labels)]
+    return [charts.lines(name, capitalize(title), caption, _table(name, drawn, {}), x, y, labels)]
 
 
 def _of(name: str) -> Get:
@@ -167,8 +167,8 @@ def _entropy(run: Run) -> Curve | None:
 def _seen(bands: Sequence[Band]) -> tuple[float, float]:
     """What is worth to be seen first: where the curves are after a tenth of their steps."""
     late = [one.steps >= one.steps[-1] / 10 for one in bands]
-    low = min(float(one.least[there].min()) for one, there in zip(bands, late, strict=True))
-    high = max(float(one.most[there].max()) for one, there in zip(bands, late, strict=True))
+    low = min(float(one.low[there].min()) for one, there in zip(bands, late, strict=True))
+    high = max(float(one.high[there].max()) for one, there in zip(bands, late, strict=True))
     room = 0.04 * (high - low) or 0.1
     return low - room, high + room
 
@@ -215,4 +215,4 @@ def shown_layer(layer: str) -> str:
     if found is None:
         return layer
     part = "" if found[3] == "feed_forward" else f", {found[3].replace('_', ' ').replace('.', ' ')}"
-    return f"{capital(found[1])} block {int(found[2]) + 1}{part}"
+    return f"{capitalize(found[1])} block {int(found[2]) + 1}{part}"

@@ -46,7 +46,7 @@ class HtmlTable(NamedTuple):
         return f'{title}<div class="scroll" tabindex="0"><table>\n' + "\n".join(rows) + f"\n</table></div>{caption}"
 
 
-class Facts(NamedTuple):
+class KeyFigures(NamedTuple):
     """What is to be seen first: a figure, and below it what it is."""
 
     facts: Sequence[tuple[str, str]]
@@ -56,7 +56,7 @@ class Facts(NamedTuple):
         return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
-class Words(NamedTuple):
+class Paragraphs(NamedTuple):
     """A paragraph each."""
 
     lines: Sequence[str]
@@ -96,7 +96,7 @@ class Sample(NamedTuple):
         return f'<article class="sample"><h3>{_text(self.title)}</h3><dl>{said}</dl></article>'
 
 
-class Folded(NamedTuple):
+class Collapsible(NamedTuple):
     """Parts that are shown when the summary is clicked: charts are drawn only then."""
 
     summary: str
@@ -156,7 +156,7 @@ def _figures(parts: Iterable[Part]) -> Iterator[Figure]:
     for part in parts:
         if isinstance(part, Charts):
             yield from part.figures
-        elif isinstance(part, Folded | Section):
+        elif isinstance(part, Collapsible | Section):
             yield from _figures(part.parts)
 
 

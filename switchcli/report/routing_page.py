@@ -8,7 +8,7 @@ from typing import Any
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table, Value
 from switchcli.report.figures import even_scale, shown_layer
-from switchcli.report.html_page import Charts, Folded, HtmlTable, Part, Section, Words
+from switchcli.report.html_page import Charts, Collapsible, HtmlTable, Paragraphs, Part, Section
 from switchcli.report.routing_tables import (
     EXPERT_HEADINGS,
     EXPERTS,
@@ -40,13 +40,13 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
         which = f"{('First', 'Second')[place]} checkpoint" if several else "Experts"
         layers = atlas["layers"].items()
         each = [
-            Folded(
+            Collapsible(
                 _headline(name, layer), [Charts([*_maps(place, name, layer, survey["rare"])]), *_layer_tables(layer)]
             )
             for name, layer in layers
         ]
         yield Section(
-            which, [summary(atlas, survey["sequences"]), Charts([*_overview(place, atlas)]), Words([_MAPS]), *each]
+            which, [summary(atlas, survey["sequences"]), Charts([*_overview(place, atlas)]), Paragraphs([_MAPS]), *each]
         )
 
 

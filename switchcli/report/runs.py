@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
     @property
     def train(self) -> Mapping[str, Any]:
-        return mapping(self.recipe.get("train"))
+        return as_mapping(self.recipe.get("train"))
 
     @property
     def seed(self) -> Any:
@@ -175,7 +175,7 @@ class _Lines:
         if step is None:
             self._left_out["no line of a step"].append(number)
             return
-        layers = [(name, mapping(figures)) for name, figures in mapping(record.get("layers")).items()]
+        layers = [(name, as_mapping(figures)) for name, figures in as_mapping(record.get("layers")).items()]
         entropies = {f"{layer}/entropy": figures.get("entropy") for layer, figures in layers}
         shown = {name: value for name, value in record.items() if name in LOGGED or "/" in name} | entropies
         large = [name for name, value in shown.items() if isinstance(value, float) and not abs(value) < MOST]
@@ -192,7 +192,7 @@ class _Lines:
                 if isinstance(entropy, float) and name not in large and len(load) > 1:
                     points[name].append((step, entropy / math.log(len(load))))
         if "texts" in record:
-            self.texts = mapping(record["texts"])
+            self.texts = as_mapping(record["texts"])
 
     def left_out(self, path: Path) -> list[str]:
         """In a line, if there is anything."""
@@ -220,7 +220,7 @@ class _Lines:
         return {layer: Loads(*_columns(points)) for layer, points in named.items()}
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
     """What a file holds where there should be an object; an empty one where there is something else."""
     return value if isinstance(value, Mapping) else {}
 

@@ -32,7 +32,7 @@ def one_line(text: str) -> str:
     A path or a value that a user gave can then not forge a line of its own. Credentials of URLs are left out.
     """
     escaped = _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), safe_text(text))
-    return credentials.redacted(escaped)
+    return credentials.redact(escaped)
 
 
 def shell_word(text: str) -> str:
@@ -52,12 +52,12 @@ def _shell_escape(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
-def capital(text: str) -> str:
+def capitalize(text: str) -> str:
     """As a sentence begins."""
     return text[:1].upper() + text[1:]
 
 
-def shortened(text: str, characters: int) -> str:
+def shorten(text: str, characters: int) -> str:
     """On one line, with its beginning only when it is long."""
     line = " ".join(text.split())
     return line if len(line) <= characters else line[:characters].rstrip() + " ..."

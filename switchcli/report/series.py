@@ -21,24 +21,24 @@ OF_NO_FIGURE = (
 """Keys of a recipe by which runs of one series may differ."""
 
 
-class Spread(NamedTuple):
+class SeedSpread(NamedTuple):
     """A figure over the seeds of a series."""
 
     mean: float
     least: float
     most: float
 
-    def said(self, form: str) -> str:
+    def text(self, form: str) -> str:
         """The mean, and what it lies between where it does."""
         if self.least == self.most:
             return f"{self.mean:{form}}"
         return f"{self.mean:{form}} ({self.least:{form}} to {self.most:{form}})"
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
+def seed_spread(values: Iterable[float | None]) -> SeedSpread | None:
     """Of the values that are known; None where none is."""
     known = [value for value in values if value is not None and np.isfinite(value)]
-    return Spread(float(np.mean(known)), min(known), max(known)) if known else None
+    return SeedSpread(float(np.mean(known)), min(known), max(known)) if known else None
 
 
 class Band(NamedTuple):
@@ -46,8 +46,8 @@ class Band(NamedTuple):
 
     steps: Floats
     mean: Floats
-    least: Floats
-    most: Floats
+    low: Floats
+    high: Floats
 
 
 class Series(NamedTuple):
@@ -61,7 +61,7 @@ class Series(NamedTuple):
         return self.runs[0].recipe
 
 
-def grouped(runs: Sequence[Run]) -> list[Series]:
+def group_by_recipe(runs: Sequence[Run]) -> list[Series]:
     """The series of `runs`, in their order, each with a label of its own; an evaluation is one by itself.
 
     Of the loads only those of a series' first run are kept, which are drawn: they are most of what is held.
@@ -87,7 +87,7 @@ def _own(runs: Sequence[Run]) -> list[str]:
 
     Where several seeds name the very same path, a number in it that is one of them is no seed.
     """
-    as_named = [_key(run, flat(run.recipe, OF_NO_FIGURE)) for run in runs]
+    as_named = [_key(run, flatten(run.recipe, OF_NO_FIGURE)) for run in runs]
     seeds = defaultdict[str, set[str]](set)
     for run, own in zip(runs, as_named, strict=True):
         seeds[own].add(str(run.seed))
@@ -105,11 +105,11 @@ def settings(run: Run) -> dict[str, Any]:
     last = re.compile(f"{number}(?!.*{number})")
     return {
         key: last.sub("{train.seed}", value) if isinstance(value, str) and "/" in value else value
-        for key, value in flat(run.recipe, OF_NO_FIGURE).items()
+        for key, value in flatten(run.recipe, OF_NO_FIGURE).items()
     }
 
 
-def flat(tree: Mapping[Any, Any], without: Sequence[str] = (), path: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[Any, Any], without: Sequence[str] = (), path: str = "") -> dict[str, Any]:
     """A recipe's values by dotted key; those of a list of settings by their place in it."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -120,7 +120,7 @@ def flat(tree: Mapping[Any, Any], without: Sequence[str] = (), path: str = "") -
         if here in without:
             continue
         if isinstance(inner, Mapping) and inner:
-            found |= flat(inner, without, f"{here}.")
+            found |= flatten(inner, without, f"{here}.")
         else:
             found[here] = value
     return found
@@ -150,7 +150,7 @@ def band(curves: Sequence[Curve]) -> Band | None:
     return Band(steps, mean, least.min(axis=0), most.max(axis=0))
 
 
-def smoothed(curve: Curve, evaluations: int) -> Curve:
+def smooth(curve: Curve, evaluations: int) -> Curve:
     """The mean over so many evaluations on end, at the mean of their steps; over all where there are fewer."""
     width = min(evaluations, len(curve.steps))
     if width <= 1:
@@ -158,7 +158,7 @@ def smoothed(curve: Curve, evaluations: int) -> Curve:
     return Curve(*(np.convolve(part, np.full(width, 1 / width), mode="valid") for part in curve))
 
 
-def thinned(values: Floats, most: int) -> NDArray[np.int64]:
+def downsample(values: Floats, most: int) -> NDArray[np.int64]:
     """Places of at most `most` values: the first, the last, and the least and the most of each stretch between."""
     if len(values) <= most:
         return np.arange(len(values))

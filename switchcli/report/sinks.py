@@ -53,9 +53,11 @@ class JsonLines:
                 return None
             if count:
                 damaged = self._free_name()
-                write_whole(damaged, (line.content for line in read_lines(self.path) if _fate(line, step) == "damaged"))
+                publish_file(
+                    damaged, (line.content for line in read_lines(self.path) if _fate(line, step) == "damaged")
+                )
             kept = (line for line in read_lines(self.path) if _fate(line, step) == "keep")
-            write_whole(self.path, (line.content if line.is_ended else line.content + b"\n" for line in kept))
+            publish_file(self.path, (line.content if line.is_ended else line.content + b"\n" for line in kept))
         if not count:
             return None
         lines = f"line {first:,} holds" if count == 1 else f"{count:,} lines, the first at line {first:,}, hold"
@@ -73,7 +75,7 @@ class JsonLines:
             os.fsync(file.fileno())
 
 
-def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
+def publish_file(path: Path, content: str | Iterable[bytes]) -> None:
     """Publish a file. Raises CheckpointError when the disk refuses, or a link is in its place."""
     with disk_errors(path):
         publish.write_file(path, content)

@@ -12,10 +12,10 @@ import numpy as np
 
 from switchcli.metric_names import HELD_OUT, HELD_OUT_BITS
 from switchcli.report.runs import Curve, Run
-from switchcli.report.series import Series, Spread, smoothed, spread
+from switchcli.report.series import SeedSpread, Series, seed_spread, smooth
 
 
-class Yardstick(NamedTuple):
+class QualityMetric(NamedTuple):
     """What quality is: a held-out figure, as a mean over so many evaluations."""
 
     figure: str
@@ -28,7 +28,7 @@ class Yardstick(NamedTuple):
         """None where the run has no evaluation yet."""
         if self.figure not in run.curves:
             return None
-        return smoothed(run.curves[self.figure], self.evaluations)
+        return smooth(run.curves[self.figure], self.evaluations)
 
     def at(self, run: Run, step: float | None) -> float | None:
         """At a step, or where that is None, at the run's end; None where it was not evaluated before and after."""
@@ -40,11 +40,11 @@ class Yardstick(NamedTuple):
         return float(curve.at(np.array([float(step)]))[0]) if there else None
 
 
-def yardstick(tokenizers: int, evaluations: int) -> Yardstick:
+def quality_metric(tokenizers: int, evaluations: int) -> QualityMetric:
     """What runs of so many tokenizers can be compared by: of several, only by bits a byte."""
     if tokenizers > 1:
-        return Yardstick(HELD_OUT_BITS, "held-out bits a byte", -1, evaluations)
-    return Yardstick(HELD_OUT, "held-out neg. log perplexity", 1, evaluations)
+        return QualityMetric(HELD_OUT_BITS, "held-out bits a byte", -1, evaluations)
+    return QualityMetric(HELD_OUT, "held-out neg. log perplexity", 1, evaluations)
 
 
 class Cost(NamedTuple):
@@ -60,11 +60,11 @@ class Speed(NamedTuple):
 
     reached: int
     """Runs that have the quality at all."""
-    costs: tuple[Spread | None, Spread | None, Spread | None]
-    times: tuple[Spread | None, Spread | None, Spread | None]
+    costs: tuple[SeedSpread | None, SeedSpread | None, SeedSpread | None]
+    times: tuple[SeedSpread | None, SeedSpread | None, SeedSpread | None]
 
 
-def first_step(curve: Curve, quality: float) -> float | None:
+def first_step_reaching(curve: Curve, quality: float) -> float | None:
     """Where a curve, better when higher, first is as high; None where it never is."""
     points = [*zip(curve.steps.tolist(), curve.values.tolist(), strict=True)]
     if points and points[0][1] >= quality:
@@ -75,25 +75,25 @@ def first_step(curve: Curve, quality: float) -> float | None:
     return None
 
 
-def cost(run: Run, measure: Yardstick, quality: float) -> Cost | None:
+def cost(run: Run, measure: QualityMetric, quality: float) -> Cost | None:
     """What it took the run to have the quality; None where it never has."""
     curve = measure.curve(run)
     if curve is None:
         return None
-    step = first_step(Curve(curve.steps, measure.sign * curve.values), measure.sign * quality)
+    step = first_step_reaching(Curve(curve.steps, measure.sign * curve.values), measure.sign * quality)
     if step is None:
         return None
     return Cost(step, float(run.seconds_at(np.array([step]))[0]), step * run.flops_per_step)
 
 
-def partner(run: Run, baseline: Series) -> Run:
+def baseline_run(run: Run, baseline: Series) -> Run:
     """The baseline's run of the same seed; its first where there is none."""
     return next((one for one in baseline.runs if one.seed == run.seed), baseline.runs[0])
 
 
-def speed(series: Series, baseline: Series, measure: Yardstick, quality: float | None = None) -> Speed:
+def speed(series: Series, baseline: Series, measure: QualityMetric, quality: float | None = None) -> Speed:
     """To `quality`, or where that is None, to what each run's partner ends with."""
-    pairs = [(run, partner(run, baseline)) for run in series.runs]
+    pairs = [(run, baseline_run(run, baseline)) for run in series.runs]
     goals = [measure.at(base, None) if quality is None else quality for _, base in pairs]
     both = [
         (cost(run, measure, goal), cost(base, measure, goal))
@@ -109,6 +109,6 @@ def _ratios(mine: Cost, theirs: Cost) -> Cost:
     return Cost(*(base / one if one else np.nan for one, base in zip(mine, theirs, strict=True)))
 
 
-def _spreads(costs: Sequence[Cost]) -> tuple[Spread | None, Spread | None, Spread | None]:
-    steps, seconds, flops = (spread(getattr(one, name) for one in costs) for name in Cost._fields)
+def _spreads(costs: Sequence[Cost]) -> tuple[SeedSpread | None, SeedSpread | None, SeedSpread | None]:
+    steps, seconds, flops = (seed_spread(getattr(one, name) for one in costs) for name in Cost._fields)
     return steps, seconds, flops

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
-from switchcli.report.runs import Run, mapping
-from switchcli.report.series import Spread, spread
+from switchcli.report.runs import Run, as_mapping
+from switchcli.report.series import SeedSpread, seed_spread
 
 Holders = Mapping[str, Sequence[Run]]
 """Runs by the column that they are shown in: those of a series, or one evaluation."""
-Figures = dict[str, dict[str, Spread]]
+Figures = dict[str, dict[str, SeedSpread]]
 """By holder, and by the name of the task or the text."""
 
 
@@ -34,7 +34,7 @@ def _over_runs(holders: Holders, figures: Callable[[Run], Mapping[str, object]])
     for label, runs in holders.items():
         each = [{name: value for name, value in figures(run).items() if isinstance(value, float)} for run in runs]
         names = dict.fromkeys(name for values in each for name in values)
-        spreads = {name: spread(values.get(name) for values in each) for name in names}
+        spreads = {name: seed_spread(values.get(name) for values in each) for name in names}
         if known := {name: one for name, one in spreads.items() if one is not None}:
             found[label] = known
     return found
@@ -44,25 +44,26 @@ def _tasks(run: Run) -> dict[str, object]:
     passes = _passes(run) or [run.result]
     found: dict[str, object] = {}
     for one in passes:
-        under = f", capacity {mapping(one.get('capacity')).get('tasks')}" if len(passes) > 1 else ""
+        under = f", capacity {as_mapping(one.get('capacity')).get('tasks')}" if len(passes) > 1 else ""
         scores = {
-            name: mapping(mapping(task).get("score")).get("value") for name, task in mapping(one.get("tasks")).items()
+            name: as_mapping(as_mapping(task).get("score")).get("value")
+            for name, task in as_mapping(one.get("tasks")).items()
         }
         if len(scores) > 1:
-            scores["average"] = mapping(one.get("average")).get("score")
+            scores["average"] = as_mapping(one.get("average")).get("score")
         found |= {f"{name}{under}": score for name, score in scores.items()}
     return found
 
 
 def _texts(run: Run, figure: str) -> dict[str, object]:
     if passes := _passes(run):
-        each = mapping(passes[0].get("texts")) or {"text": passes[0].get("text")}
+        each = as_mapping(passes[0].get("texts")) or {"text": passes[0].get("text")}
     else:
-        each = mapping(run.result.get("texts")) or run.texts
-    return {name: mapping(figures).get(figure) for name, figures in each.items()}
+        each = as_mapping(run.result.get("texts")) or run.texts
+    return {name: as_mapping(figures).get(figure) for name, figures in each.items()}
 
 
 def _passes(run: Run) -> list[Mapping[str, object]]:
     """Of an evaluation."""
     passes = run.result.get("passes")
-    return [mapping(one) for one in passes] if isinstance(passes, list) else []
+    return [as_mapping(one) for one in passes] if isinstance(passes, list) else []

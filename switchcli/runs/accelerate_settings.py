@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
-from switchcli.distributed.context import Runtime, is_on
+from switchcli.distributed.context import DistributedContext, is_set
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
@@ -19,13 +19,13 @@ PRECISIONS = {"bf16": ("bfloat16", "selective"), "no": ("float32", "bfloat16", "
 """The recipe's precisions that agree with one of accelerate's. Its default is "no", so that "no" asks for nothing."""
 
 
-def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, runtime: Runtime) -> None:
+def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: DistributedContext) -> None:
     """Print on the main rank, to stderr, one line that names the settings of accelerate that the recipe overrides."""
-    if not runtime.is_main:
+    if not context.is_main:
         return
     if isinstance(recipe, TrainingRecipe):
         conflicts = _conflicts(os.environ, recipe.train.device, recipe.train.precision, "train.")
-        conflicts |= _training_conflicts(os.environ, recipe, runtime.parallel.shard, runtime.data_ranks)
+        conflicts |= _training_conflicts(os.environ, recipe, context.parallel.shard, context.dp_size)
     else:
         conflicts = _conflicts(os.environ, recipe.device, recipe.precision)
     if conflicts:
@@ -33,9 +33,9 @@ def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, runtime: Runtime) -
         Console().warning(f"accelerate asks for {asked}, which is ignored: the recipe decides ({decided})")
 
 
-def warn_about_ranks(runtime: Runtime) -> None:
+def warn_about_ranks(context: DistributedContext) -> None:
     """Print one line to stderr if accelerate was asked for several processes and started this one alone."""
-    if runtime.world == 1 and _asked_for_several(os.environ):
+    if context.world == 1 and _asked_for_several(os.environ):
         Console().warning(
             "accelerate was asked for several processes and started one: add `--processes N` at the end of the "
             "command, or start N by `accelerate launch --multi_gpu --num_processes N`, which works without GPUs too"
@@ -48,7 +48,7 @@ def _conflicts(environment: Mapping[str, str], device: str, precision: str, pref
     `prefix` is what the names of the two keys begin with.
     """
     conflicts = {}
-    if device == "cuda" and is_on(environment, "ACCELERATE_USE_CPU"):
+    if device == "cuda" and is_set(environment, "ACCELERATE_USE_CPU"):
         conflicts["the CPU"] = f"{prefix}device={device}"
     asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in PRECISIONS.get(asked, ()):
@@ -67,7 +67,7 @@ def _training_conflicts(
         ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
         ("a parallelism config", "ACCELERATE_USE_PARALLELISM_CONFIG"),
     ):
-        if is_on(environment, variable) and not (name == "FSDP" and shard != "none"):
+        if is_set(environment, variable) and not (name == "FSDP" and shard != "none"):
             conflicts[name] = f"parallel.shard={shard}"
     steps = _number(environment, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     share = train.batch_tokens // data_ranks

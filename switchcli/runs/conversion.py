@@ -12,15 +12,20 @@ from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.fsops import DISK
 from switchcli.convert import config as configs
 from switchcli.convert import hub, tokenizer_files
-from switchcli.convert.config import Lengths
-from switchcli.convert.to_transformers import express, translate
-from switchcli.convert.weight_files import INDEX, SAFE, is_layout
+from switchcli.convert.config import StackLengths
+from switchcli.convert.to_transformers import rename_tensors, transformers_config
+from switchcli.convert.weight_files import INDEX, SAFE, is_hugging_face_folder
 from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError
 from switchcli.report.console import Console
 from switchcli.runs import transformers_checkpoint
 from switchcli.runs.loading import open_model
-from switchcli.runs.new_folder import free, free_for_checkpoint, place, place_checkpoint
+from switchcli.runs.new_folder import (
+    check_checkpoint_destination,
+    check_destination,
+    publish_checkpoint,
+    publish_new_folder,
+)
 from switchcli.train.checkpointer import logical_tensors
 
 _MAX_FILE_BYTES = 1 << 31
@@ -39,13 +44,13 @@ def to_switchcli(
         DataError: no tokenizer.
     """
     folder = Path(source)
-    if not folder.exists() and hub.is_name(source):
+    if not folder.exists() and hub.is_repository_id(source):
         folder = hub.download(source, revision, unpickle=unpickle)
-    if not is_layout(folder):
+    if not is_hugging_face_folder(folder):
         raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
-    destination = free_for_checkpoint(folder, destination)
+    destination = check_checkpoint_destination(folder, destination)
     recipe, found, weights = transformers_checkpoint.read(folder, tokenizer, unpickle=unpickle)
-    return _result(source, destination, "switchcli", place_checkpoint(destination, recipe, found, weights), [])
+    return _result(source, destination, "switchcli", publish_checkpoint(destination, recipe, found, weights), [])
 
 
 def to_huggingface(source: Path, destination: Path, console: Console) -> dict[str, Any]:
@@ -56,19 +61,19 @@ def to_huggingface(source: Path, destination: Path, console: Console) -> dict[st
     Raises:
         CheckpointError: transformers has no such model, there is no whole checkpoint, or the disk refuses.
     """
-    if is_layout(source):
+    if is_hugging_face_folder(source):
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
     opened = open_model(source, console)
-    destination, recipe, tokenizer = free(source, destination), opened.recipe, opened.tokenizer
-    lengths = Lengths(recipe.inputs_length, recipe.targets_length)
-    config, losses = express(recipe.model, lengths, opened.path, recipe.train.router_dtype)
+    destination, recipe, tokenizer = check_destination(source, destination), opened.recipe, opened.tokenizer
+    lengths = StackLengths(recipe.inputs_length, recipe.targets_length)
+    config, losses = transformers_config(recipe.model, lengths, opened.path, recipe.train.router_dtype)
     for loss in losses:
         console.warning(loss)
-    wanted = logical_tensors(transformers_checkpoint.empty(recipe.model))
+    wanted = logical_tensors(transformers_checkpoint.meta_model(recipe.model))
     small = {
-        configs.NAME: configs.encode(config),
-        "generation_config.json": configs.generation(),
-        **tokenizer_files.documents(
+        configs.NAME: configs.config_json(config),
+        "generation_config.json": configs.generation_config_json(),
+        **tokenizer_files.tokenizer_documents(
             tokenizer.to_json(), [sentinel(number) for number in range(len(tokenizer.sentinels))], recipe.inputs_length
         ),
     }
@@ -76,7 +81,7 @@ def to_huggingface(source: Path, destination: Path, console: Console) -> dict[st
     def write(temporary: Path) -> Path:
         new = temporary / "new"
         DISK.make_dir(new)
-        shards = _shards(translate(config, opened.weights()))
+        shards = _shards(rename_tensors(config, opened.weights()))
         for name, content in chain(small.items(), shards):
             DISK.write(new / name, content)
             DISK.sync(new / name)
@@ -84,7 +89,7 @@ def to_huggingface(source: Path, destination: Path, console: Console) -> dict[st
         DISK.sync(new)
         return new
 
-    place(destination, tensor_file.num_bytes(wanted.values()), write)
+    publish_new_folder(destination, tensor_file.num_bytes(wanted.values()), write)
     parameters = sum(tensor.numel() for tensor in wanted.values())
     return _result(str(source), destination, "huggingface", parameters, losses)
 
@@ -94,7 +99,7 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memory
 
     One is encoded at a time, and its tensors let go: `tensors` should be held by nobody else.
     """
-    shards = list(tensor_file.shards(tensors, _MAX_FILE_BYTES))
+    shards = list(tensor_file.group_by_bytes(tensors, _MAX_FILE_BYTES))
     stem, suffix = SAFE.split(".")
     names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:

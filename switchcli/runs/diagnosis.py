@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli.checkpoint import checkpoint
-from switchcli.convert.weight_files import is_layout
+from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.doctor import of_transformers, ours
-from switchcli.doctor.probes import PROBES, Finding, Verdict, examine
+from switchcli.doctor.probes import PROBES, Finding, Verdict, run_probes
 from switchcli.doctor.subject import Subject
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe import library
 from switchcli.recipe.resolve import resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console, silent
-from switchcli.runs.loading import load, on_the_hub, open_checkpoint, whereabouts
+from switchcli.runs.loading import load_checkpoint, locate, on_the_hub, open_checkpoint
 
 
 class Diagnosis(NamedTuple):
@@ -50,7 +50,7 @@ def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis
         OutOfMemory: the model does not fit this machine.
     """
     subject = _subject(name, overrides, console)
-    findings = tuple(console.track(examine(subject), "probing", total=len(PROBES)))
+    findings = tuple(console.track(run_probes(subject), "probing", total=len(PROBES)))
     layers = 0 if subject.dense else len(subject.layers)
     return Diagnosis(name, subject.code, subject.initialised, layers, subject.num_experts, findings)
 
@@ -61,11 +61,11 @@ def verify(name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    folder, is_one = whereabouts(Path(name))
+    folder, is_one = locate(Path(name))
     with disk_errors(folder, "name another"):
         damage = {
             str(path): None if isinstance(found, checkpoint.Checkpoint) else str(found)
-            for path, found in checkpoint.verdicts([folder] if is_one else checkpoint.steps(folder))
+            for path, found in checkpoint.verify_all([folder] if is_one else checkpoint.saved_checkpoints(folder))
             if path.exists()  # the run has not just pruned it
         }
     if not damage:
@@ -82,15 +82,15 @@ def verify(name: str) -> dict[str, Any]:
 
 def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
     path = Path(name)
-    if not path.is_dir() or name in library.names():
+    if not path.is_dir() or name in library.recipe_names():
         recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
-        return ours.fresh(recipe.model, recipe.train.seed, recipe.train.router_dtype)
+        return ours.initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
     if overrides:
         raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
-    if is_layout(path):
+    if is_hugging_face_folder(path):
         return of_transformers.load(path)
-    loaded = load(path, torch.device("cpu"), console)
-    return ours.Ours(loaded.model, initialised=False)
+    loaded = load_checkpoint(path, torch.device("cpu"), console)
+    return ours.SwitchcliSubject(loaded.model, initialised=False)
 
 
 def _recipe(name: str) -> Path:

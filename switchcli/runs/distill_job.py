@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.convert.tokenizer_files import find
+from switchcli.convert.tokenizer_files import find_tokenizer
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.surgery.student import FromTeacher, other_dimensions
+from switchcli.model.surgery.student import FromTeacherInit, differing_dimensions
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, Distils, OnTasks, OnText
+from switchcli.recipe.schema import DistillRecipe, DistillTasksRecipe, DistillTextRecipe, TaskRecipe, TextRecipe
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
 from switchcli.runs import finetuning
 from switchcli.runs.distilling import DistillJob, Recipe
-from switchcli.runs.loading import Opened, open_model
-from switchcli.runs.warm_start import check_outside, check_shape, check_tokenizer, is_within, recipe_of_run
+from switchcli.runs.loading import CheckpointHandle, open_model
+from switchcli.runs.warm_start import check_outside, check_shape, check_tokenizer, is_within, run_recipe
 from switchcli.train.config import FromCheckpoint
 
 TEACHER, STUDENT = "distill.teacher", "student.path"
@@ -54,9 +54,9 @@ def resolve_job(
     _check_said_once(models, typed)
     if resolve.stated(tree, "verb") is not None:  # one that does not say may be that of a pre-training too
         resolve.check_verb(tree, DistillTextRecipe)
-    begun = recipe_of_run(out) if resume else None
+    begun = run_recipe(out) if resume else None
     said = _said(models.teacher, tree, TEACHER, "name the model to learn from by --teacher CHECKPOINT")
-    begun = begun if isinstance(begun, Distils) and is_within(begun.distill.teacher, said) else None
+    begun = begun if isinstance(begun, DistillRecipe) and is_within(begun.distill.teacher, said) else None
     if begun is not None and not Path(begun.distill.teacher).exists():
         raise CheckpointError(
             f"{out}: this run began with the teacher {begun.distill.teacher}, which is gone (a run keeps its last "
@@ -133,7 +133,7 @@ def _figure(said: str) -> float | str:
     return figure
 
 
-def _open(key: str, path: str, out: Path, console: Console) -> Opened:
+def _open(key: str, path: str, out: Path, console: Console) -> CheckpointHandle:
     try:
         opened = open_model(Path(path), console)
     except CheckpointError as error:
@@ -142,26 +142,26 @@ def _open(key: str, path: str, out: Path, console: Console) -> Opened:
     return opened
 
 
-def _open_student(option: str | None, path: str, out: Path, console: Console) -> Opened:
+def _open_student(option: str | None, path: str, out: Path, console: Console) -> CheckpointHandle:
     if option is not None and not Path(path).exists() and (near := difflib.get_close_matches(path, SIZES, n=1)):
         raise RecipeError(f"--student {path}: no checkpoint there, and no size of that name. Did you mean {near[0]}?")
     return _open(STUDENT if option is None else "--student", path, out, console)
 
 
-def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]:
+def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
     """Return what the teacher says of the keys that the recipe `tree` leaves out."""
     own = teacher.recipe
     on_tasks = resolve.stated(tree, "tasks") is not None
     on_text = resolve.stated(tree, "data.corpora") is not None
-    if not (teacher.is_of_a_run or on_tasks or on_text):
+    if not (teacher.has_training_recipe or on_tasks or on_text):
         raise RecipeError(
             f"{TEACHER} ({teacher.path}): says nothing of how it was trained: name a RECIPE, or what to train on "
             "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
         )
     below: dict[str, Any] = {"model": student.model_dump(mode="json")}
-    if teacher.is_of_a_run and isinstance(own, OnTasks) and not on_text:
+    if teacher.has_training_recipe and isinstance(own, TaskRecipe) and not on_text:
         below |= own.model_dump(mode="json", include={*HOW_LONG, "tasks", "data", "scoring"})
-    elif teacher.is_of_a_run and isinstance(own, OnText) and not on_tasks:
+    elif teacher.has_training_recipe and isinstance(own, TextRecipe) and not on_tasks:
         below |= own.model_dump(mode="json", include={*HOW_LONG, "data"})
     elif on_tasks:
         below["data"] = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
@@ -171,8 +171,8 @@ def _defaults(teacher: Opened, student: ModelSpec, tree: Node) -> dict[str, Any]
     return below
 
 
-def _tokenizer(teacher: Opened) -> str:
-    return str((find(teacher.path) or teacher.path / "tokenizer.json").absolute())
+def _tokenizer(teacher: CheckpointHandle) -> str:
+    return str((find_tokenizer(teacher.path) or teacher.path / "tokenizer.json").absolute())
 
 
 def _check(distilling: DistillJob) -> None:
@@ -193,7 +193,7 @@ def _check(distilling: DistillJob) -> None:
             f"model.vocab_size: the student has {ours.vocab_size}, its teacher {theirs.vocab_size}: probabilities of "
             "one vocabulary say nothing of another: leave it out, or take a --student of that many rows"
         )
-    if theirs.num_experts == ours.num_experts == 1 and not other_dimensions(ours, theirs):
+    if theirs.num_experts == ours.num_experts == 1 and not differing_dimensions(ours, theirs):
         raise RecipeError(
             f"--teacher {teacher.path}: a dense model (num_experts: 1), of which the dense student is a copy: name a "
             "sparse teacher, or a smaller student by --student"
@@ -209,12 +209,12 @@ def _check(distilling: DistillJob) -> None:
         finetuning.check_tasks(recipe)
 
 
-def _check_inheritance(recipe: Recipe, teacher: Opened) -> None:
+def _check_inheritance(recipe: Recipe, teacher: CheckpointHandle) -> None:
     """Raise a RecipeError where the teacher has not what the student is to take."""
     student, ours, theirs = recipe.student, recipe.model, teacher.recipe.model
-    if not isinstance(student, FromTeacher):
+    if not isinstance(student, FromTeacherInit):
         return
-    if theirs.num_experts == 1 and student.experts != "fresh":
+    if theirs.num_experts == 1 and student.experts != "random_init":
         raise RecipeError(
             f"student.experts ({student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has none: "
             "leave it out, or name a sparse teacher"
@@ -224,10 +224,11 @@ def _check_inheritance(recipe: Recipe, teacher: Opened) -> None:
             f"model.num_experts: a student of {ours.num_experts} cannot take the most used of {theirs.num_experts}: "
             "take fewer, or student.experts=mean"
         )
-    unlike = other_dimensions(ours, theirs)
-    if unlike and student.unfit == "refuse":
+    unlike = differing_dimensions(ours, theirs)
+    if unlike and student.on_shape_mismatch == "error":
         said = ", ".join(f"{name} {own} (the teacher's is {his})" for name, own, his in unlike)
         raise RecipeError(
-            f"model: the teacher's weights do not fit a student of {said}: student.unfit=fresh copies those that do, "
-            "student.kind=fresh starts from initial weights"
+            f"model: the teacher's weights do not fit a student of {said}: "
+            "student.on_shape_mismatch=random_init copies those that do, "
+            "student.kind=random_init starts from initial weights"
         )

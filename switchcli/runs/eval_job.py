@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 from switchcli import publish
 from switchcli.data.config import TextSpec
-from switchcli.data.prepare.verified import changed_data_explained
+from switchcli.data.prepare.verified import explain_changed_data
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
+from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
 from switchcli.report.console import Console
-from switchcli.runs.evaluator import TEXT_KEYS, Evaluator, Pass
-from switchcli.runs.loading import Opened, filled, open_model
-from switchcli.runs.mesh_choice import runtime_of
-from switchcli.runs.run_dir import check_alike, machine, place
+from switchcli.runs.evaluator import TEXT_KEYS, EvalPass, Evaluator
+from switchcli.runs.loading import CheckpointHandle, load_model, open_model
+from switchcli.runs.mesh_choice import build_context
+from switchcli.runs.run_dir import check_ranks_agree, machine_info, run_name
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.tasks.scores import is_right
-from switchcli.tasks.task import Answered
+from switchcli.tasks.task import AnsweredExample
 from switchcli.train import memory
 from switchcli.user_files import read_regular
 
@@ -32,7 +32,7 @@ class EvalJob(NamedTuple):
     """What a command line comes to."""
 
     recipe: EvalRecipe
-    opened: Opened
+    checkpoint: CheckpointHandle
 
 
 def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], console: Console) -> EvalJob:
@@ -61,19 +61,19 @@ def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], co
             "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
         )
     asked, part = tasks_of(recipe.tasks), recipe.scoring.split
-    reading.check_there(asked.values(), (part,), recipe.data.folder)
-    if recipe.text is None and not any(reading.has(task, part) for task in asked.values()):
+    reading.check_files(asked.values(), (part,), recipe.data.folder)
+    if recipe.text is None and not any(reading.has_split(task, part) for task in asked.values()):
         raise RecipeError(f"scoring.split ({part}): none of {', '.join(asked)} has such a split")
     return EvalJob(recipe, opened)
 
 
-def _defaults(opened: Opened) -> dict[str, Any]:
+def _defaults(opened: CheckpointHandle) -> dict[str, Any]:
     """What the checkpoint's run says of the keys of an evaluation."""
     own = opened.recipe
     lengths = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
-    if isinstance(own, OnTasks):
+    if isinstance(own, TaskRecipe):
         return own.model_dump(mode="json", include={"tasks", "data", "scoring"})
-    if not opened.is_of_a_run or not isinstance(own, OnText):
+    if not opened.has_training_recipe or not isinstance(own, TextRecipe):
         return {"data": lengths}
     text = TextSpec(**{key: getattr(own.data, key) for key in TEXT_KEYS}, sequences=own.eval.sequences)
     return {"data": lengths, "text": text.model_dump(mode="json")}
@@ -81,14 +81,14 @@ def _defaults(opened: Opened) -> dict[str, Any]:
 
 def default_out(checkpoint: Path) -> Path:
     """runs/eval/RUN, or runs/eval/RUN-step-N for one checkpoint of it."""
-    return Path("runs") / "eval" / place(checkpoint)
+    return Path("runs") / "eval" / run_name(checkpoint)
 
 
 class Evaluation(NamedTuple):
     """What `switchcli eval` found."""
 
     result: dict[str, Any]
-    passes: tuple[Pass, ...]
+    passes: tuple[EvalPass, ...]
 
 
 def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
@@ -101,16 +101,16 @@ def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
     """
     recipe, opened = job
     folder = out.resolve()  # of a link the folder that it names is replaced, not the link
-    runtime = runtime_of(recipe)
-    check_alike(recipe, runtime)
-    console = Console(quiet=quiet or not runtime.is_main)
+    context = build_context(recipe)
+    check_ranks_agree(recipe, context)
+    console = Console(quiet=quiet or not context.is_main)
     console.message(f"evaluator {opened.path}")
-    runtime.on_main(lambda: _probe(folder))
-    with memory.explained_of_evaluation(runtime.device):
-        evaluator = Evaluator(filled(opened, runtime.device), recipe, runtime, console)
-        with changed_data_explained(evaluator.check):
-            passes = tuple(evaluator.under(*each) for each in evaluator.capacities())
-        runtime.on_every(evaluator.check)  # no rank's share was measured on changed data, or nothing is written
+    context.main_only(lambda: _probe(folder))
+    with memory.explain_out_of_memory_in_evaluation(context.device):
+        evaluator = Evaluator(load_model(opened, context.device), recipe, context, console)
+        with explain_changed_data(evaluator.check):
+            passes = tuple(evaluator.evaluate(*each) for each in evaluator.capacities())
+        context.on_all_ranks(evaluator.check)  # no rank's share was measured on changed data, or nothing is written
     result = {
         "verb": recipe.verb,
         "checkpoint": str(opened.path),
@@ -118,15 +118,15 @@ def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
         "tokenizer": opened.tokenizer.sha256,
         "recipe": recipe.model_dump(mode="json"),
         "passes": [one.to_json() for one in passes],
-        **machine(runtime),
+        **machine_info(context),
     }
 
     def write() -> Evaluation:
         files = {"result.json": json.dumps(result, indent=1) + "\n"}
         for one in passes:
             part = f"capacity-{one.capacity['tasks']}/" if len(passes) > 1 else ""
-            for exam in evaluator.exams:
-                lines = (json.dumps(line) + "\n" for line in _lines(exam, one.answered[exam.task.name]))
+            for exam in evaluator.scored:
+                lines = (json.dumps(line) + "\n" for line in _lines(exam, one.answers[exam.task.name]))
                 files[f"{part}predictions/{exam.task.name}.jsonl"] = "".join(lines)
         aside = _place(folder, files, result)
         if aside is not None:
@@ -134,14 +134,14 @@ def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
         console.message(f"{out} holds result.json" + (" and predictions" if evaluator.tasks else ""))
         return Evaluation(result, passes)
 
-    evaluation = runtime.on_main(write)
-    runtime.close()
+    evaluation = context.main_only(write)
+    context.close()
     return evaluation
 
 
-def _lines(exam: tokens.Scored, answered: Sequence[Answered]) -> Iterator[dict[str, Any]]:
+def _lines(exam: tokens.ScoredExamples, answered: Sequence[AnsweredExample]) -> Iterator[dict[str, Any]]:
     for number, (example, prediction) in zip(exam.numbers, answered, strict=True):
-        correct = is_right(exam.task, Answered(example, prediction)) if example.targets else None
+        correct = is_right(exam.task, AnsweredExample(example, prediction)) if example.targets else None
         line = {"input": example.input, "target": list(example.targets), "prediction": prediction, "correct": correct}
         yield {"number": number, **line}
 

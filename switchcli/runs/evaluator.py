@@ -6,23 +6,23 @@ from typing import Any, NamedTuple
 
 from switchcli.data.config import DataSpec, TextsSpec
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.pipeline import Prepared
-from switchcli.data.task_mixture import InTurn
-from switchcli.distributed.context import Runtime
+from switchcli.data.prepare.pipeline import PreparedTexts
+from switchcli.data.task_mixture import InterleavedRows
+from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import AUXILIARY_LOSS
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.recipe.schema import EvalRecipe, OnTasks, OnText
+from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets
-from switchcli.runs.loading import Loaded
-from switchcli.runs.pretraining import loss_of
+from switchcli.runs.loading import LoadedModel
+from switchcli.runs.pretraining import text_loss
 from switchcli.runs.score_tables import task_results
-from switchcli.runs.task_sets import exams_of, tell
+from switchcli.runs.task_sets import report_task_sets, scored_examples_of
 from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.tasks.scores import Scores, score
-from switchcli.tasks.task import Answered
+from switchcli.tasks.task import AnsweredExample
 from switchcli.train import router_health
 from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.train.metrics import Metrics, merge
@@ -34,7 +34,7 @@ ROWS_EACH = 16
 TEXT_KEYS = tuple(TextsSpec.model_fields)
 
 
-class HeldOut(NamedTuple):
+class HeldOutResult(NamedTuple):
     """Neg. log perplexity and routing health."""
 
     tasks: dict[str, dict[str, Any]]
@@ -48,14 +48,14 @@ class HeldOut(NamedTuple):
         return {**(self.texts or ({"text": self.text} if self.text else {})), **self.tasks}
 
 
-class Pass(NamedTuple):
+class EvalPass(NamedTuple):
     """All figures under one way to count capacity."""
 
     capacity: dict[str, Policy]
     """For `text` and `tasks`."""
     scores: dict[str, Scores]
-    held_out: HeldOut
-    answered: dict[str, tuple[Answered, ...]]
+    held_out: HeldOutResult
+    answers: dict[str, tuple[AnsweredExample, ...]]
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the answers."""
@@ -63,28 +63,28 @@ class Pass(NamedTuple):
         return {"capacity": self.capacity, **task_results(self.scores), **figures}
 
 
-def exam_rows(exam: tokens.Scored) -> HeldOutText:
+def example_texts(exam: tokens.ScoredExamples) -> HeldOutText:
     """Return the labelled examples of a task as text."""
-    return HeldOutText(InTurn([exam.packed]).rows, exam.packed.num_rows)
+    return HeldOutText(InterleavedRows([exam.packed]).rows, exam.packed.num_rows)
 
 
 class Evaluator:
     """A loaded model with what it is measured on."""
 
-    def __init__(self, loaded: Loaded, recipe: EvalRecipe, runtime: Runtime, console: Console) -> None:
-        self._loaded, self._recipe, self._runtime, self._console = loaded, recipe, runtime, console
+    def __init__(self, loaded: LoadedModel, recipe: EvalRecipe, context: DistributedContext, console: Console) -> None:
+        self._loaded, self._recipe, self._context, self._console = loaded, recipe, context, console
         own = loaded.recipe
         self.tasks = tasks_of(recipe.tasks)
-        learned = tasks_of(own.tasks) if isinstance(own, OnTasks) else {}
+        learned = tasks_of(own.tasks) if isinstance(own, TaskRecipe) else {}
         self._never_seen([name for name in self.tasks if name not in learned])
-        self.exams = runtime.main_first(
-            lambda: exams_of(self.tasks.values(), recipe.data, recipe.scoring, loaded.tokenizer)
+        self.scored = context.main_first(
+            lambda: scored_examples_of(self.tasks.values(), recipe.data, recipe.scoring, loaded.tokenizer)
         )
         self._objective: Objective = cross_entropy
-        self._prepared: Prepared | None = None
+        self._prepared: PreparedTexts | None = None
         self._texts = self._held_out_texts()
-        if runtime.is_main:
-            tell(self.tasks.values(), self.exams, recipe.scoring.split, console)
+        if context.is_main:
+            report_task_sets(self.tasks.values(), self.scored, recipe.scoring.split, console)
 
     def check(self) -> None:
         """Raise DataError if text that the model was measured on is not what was prepared."""
@@ -101,47 +101,47 @@ class Evaluator:
         """Return what the model is measured on, by name, and whether its rows are packed."""
         packed = self._objective is packed_cross_entropy
         held_out = {label or "text": (text, packed) for label, text in self._texts.items()}
-        return held_out | {exam.task.name: (exam_rows(exam), True) for exam in self.exams if exam.packed.num_rows}
+        return held_out | {exam.task.name: (example_texts(exam), True) for exam in self.scored if exam.packed.num_rows}
 
-    def under(self, text: Policy, tasks: Policy) -> Pass:
+    def evaluate(self, text: Policy, tasks: Policy) -> EvalPass:
         """Measure everything with the routers counting capacity by `text` and `tasks`."""
         loaded, recipe = self._loaded, self._recipe
-        predictor = TaskPredictor(loaded.model, loaded.tokenizer, self._runtime, recipe.scoring, tasks)
-        tracked = self._console.track(self.exams, "answering", len(self.exams))
+        predictor = TaskPredictor(loaded.model, loaded.tokenizer, self._context, recipe.scoring, tasks)
+        tracked = self._console.track(self.scored, "answering", len(self.scored))
         answered = {exam.task.name: predictor(exam) for exam in tracked}
         scores = {name: score(self.tasks[name], found, recipe.scoring.draws) for name, found in answered.items()}
         held_out = self.held_out(loaded.model, text)
-        return Pass({"text": text, "tasks": tasks}, scores, held_out, answered)
+        return EvalPass({"text": text, "tasks": tasks}, scores, held_out, answered)
 
-    def held_out(self, model: SwitchTransformer, capacity: Policy) -> HeldOut:
+    def held_out(self, model: SwitchTransformer, capacity: Policy) -> HeldOutResult:
         """Neg. log perplexity and routing health of `model`, which may be another than the one loaded."""
         tasks = {
             exam.task.name: self._figures(
-                model, self._rows(model, exam_rows(exam), packed_cross_entropy, capacity), exam.packed.num_rows
+                model, self._rows(model, example_texts(exam), packed_cross_entropy, capacity), exam.packed.num_rows
             )
-            for exam in self.exams
+            for exam in self.scored
             if exam.packed.num_rows
         }
         found = {label: self._rows(model, text, self._objective, capacity) for label, text in self._texts.items()}
         if not found:
-            return HeldOut(tasks, None, {})
+            return HeldOutResult(tasks, None, {})
         sequences = sum(text.num_rows for text in self._texts.values())
         all_of_it = self._figures(model, functools.reduce(merge, found.values()), sequences)
         if len(found) == 1:
             (text,), (metrics,) = self._texts.values(), found.values()
-            return HeldOut(tasks, {**all_of_it, **text.figures(metrics)}, {})
+            return HeldOutResult(tasks, {**all_of_it, **text.metrics(metrics)}, {})
         each = {
-            label: {**self._figures(model, found[label], text.num_rows), **text.figures(found[label])}
+            label: {**self._figures(model, found[label], text.num_rows), **text.metrics(found[label])}
             for label, text in self._texts.items()
         }
-        return HeldOut(tasks, all_of_it, each)
+        return HeldOutResult(tasks, all_of_it, each)
 
     def _rows(self, model: SwitchTransformer, text: HeldOutText, objective: Objective, capacity: Policy) -> Metrics:
-        return evaluate_rows(model, objective, text, ROWS_EACH, self._runtime, capacity)
+        return evaluate_rows(model, objective, text, ROWS_EACH, self._context, capacity)
 
     def _figures(self, model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:
         """Neg. log perplexity and routing health over so many rows."""
-        figures = router_health.record(metrics, model.spec.routed_parts())
+        figures = router_health.record(metrics, model.spec.sparse_layer_names())
         figures.pop(AUXILIARY_LOSS, None)  # of training alone
         return {"sequences": num_rows, **figures}
 
@@ -152,17 +152,17 @@ class Evaluator:
             return {}
         objective = SpanCorruption(inputs_length=own.inputs_length)
         data = DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective)
-        if isinstance(own, OnText):
+        if isinstance(own, TextRecipe):
             data = data.model_copy(update={"objective": own.data.objective, "packing": own.data.packing})
-        self._objective = loss_of(data)
+        self._objective = text_loss(data)
 
-        self._prepared = self._runtime.main_first(
-            lambda: text_sets.found(data, text.sequences, self._console, self._loaded.tokenizer)
+        self._prepared = self._context.main_first(
+            lambda: text_sets.prepare_texts(data, text.sequences, self._console, self._loaded.tokenizer)
         )
-        return text_sets.held_out(self._prepared, data.rows, text.sequences)
+        return text_sets.held_out_rows(self._prepared, data.rows, text.sequences)
 
     def _never_seen(self, names: Sequence[str]) -> None:
-        if not names or not self._runtime.is_main:
+        if not names or not self._context.is_main:
             return
         verb = self._loaded.recipe.verb
         raw = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"

@@ -7,17 +7,17 @@ import torch
 
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.batch import Batch
-from switchcli.data.objectives.example_packing import Lengths
+from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.prepare.cache import default_cache
-from switchcli.data.task_mixture import InTurn, TaskStream
+from switchcli.data.task_mixture import InterleavedRows, TaskMixtureSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Weights
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import RecipeError
-from switchcli.recipe.schema import FinetuneRecipe, OnTasks
+from switchcli.recipe.schema import FinetuneRecipe, TaskRecipe
 from switchcli.report.console import Console
 from switchcli.runs import warm_start
-from switchcli.runs.task_sets import exams_of, tell, tell_of_cut
+from switchcli.runs.task_sets import report_task_sets, report_truncation, scored_examples_of
 from switchcli.runs.train_data import NUM_SAMPLES, TrainData
 from switchcli.runs.training_task import TrainingTask
 from switchcli.runs.warm_start import TrainJob
@@ -32,45 +32,49 @@ from switchcli.train.validation import HeldOutText
 class Finetuning(TrainingTask):
     """Train a model that is there on a mixture of tasks."""
 
-    def __init__(self, job: TrainJob[FinetuneRecipe], folder: RunFolder, runtime: Runtime, console: Console) -> None:
-        self._job, self._folder, self._runtime, self._console = job, folder, runtime, console
+    def __init__(
+        self, job: TrainJob[FinetuneRecipe], folder: RunFolder, context: DistributedContext, console: Console
+    ) -> None:
+        self._job, self._folder, self._context, self._console = job, folder, context, console
         self.validation_loss = packed_cross_entropy
         self.update = job.recipe.update
         self.scoring = job.recipe.scoring
         self.num_figures = num_figures(job.recipe)
 
     def build_data(self) -> TrainData:
-        tokenizer = warm_start.tokenizer_of(self._job.start, self._folder, self._runtime)
-        return data_of(self._job.recipe, tokenizer, self._runtime, self._console)
+        tokenizer = warm_start.start_tokenizer(self._job.start, self._folder, self._context)
+        return build_task_data(self._job.recipe, tokenizer, self._context, self._console)
 
-    def init_weights(self, weights: Weights, optimizer: Optimizer) -> None:
-        warm_start.begin(self._job.recipe.start, self._job.start, weights, optimizer)
+    def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:
+        warm_start.load_start(self._job.recipe.start, self._job.start, weights, optimizer)
 
 
-def check_tasks(recipe: OnTasks) -> None:
+def check_tasks(recipe: TaskRecipe) -> None:
     """Raise a RecipeError where no task can be trained on, a DataError where files lack."""
     tasks = tasks_of(recipe.tasks).values()
-    reading.check_there(tasks, ("train", recipe.scoring.split), recipe.data.folder)
-    if not any(reading.has(task, "train") for task in tasks):
+    reading.check_files(tasks, ("train", recipe.scoring.split), recipe.data.folder)
+    if not any(reading.has_split(task, "train") for task in tasks):
         names = ", ".join(task.name for task in tasks)
         raise RecipeError(f"tasks: none of {names} has a split to train on: name one that has")
 
 
-def num_figures(recipe: OnTasks) -> int:
+def num_figures(recipe: TaskRecipe) -> int:
     """Count the scores of tasks and suites, their average, and the held-out neg. log perplexity."""
     return len(tasks_of(recipe.tasks)) + len(suites_of(recipe.tasks)) + 2
 
 
-def data_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Console) -> TrainData:
+def build_task_data(
+    recipe: TaskRecipe, tokenizer: Tokenizer, context: DistributedContext, console: Console
+) -> TrainData:
     """Return training rows, held-out rows and scored examples of the recipe's tasks. Raises DataError."""
     tasks = tasks_of(recipe.tasks).values()
-    lengths = Lengths(recipe.inputs_length, recipe.targets_length)
+    lengths = RowLengths(recipe.inputs_length, recipe.targets_length)
 
-    def training() -> dict[str, tokens.Training]:
-        ready: dict[str, tokens.Training] = {}
+    def training() -> dict[str, tokens.PackedTask]:
+        ready: dict[str, tokens.PackedTask] = {}
         for task in tasks:
-            if reading.has(task, "train"):
-                ready[task.name] = tokens.training(
+            if reading.has_split(task, "train"):
+                ready[task.name] = tokens.packed_task(
                     task,
                     recipe.data.folder,
                     tokenizer,
@@ -83,15 +87,15 @@ def data_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
                 )
         return ready
 
-    found = runtime.main_first(training)
-    stream = TaskStream(
+    found = context.main_first(training)
+    stream = TaskMixtureSource(
         {name: one.packed for name, one in found.items()}, recipe.data.mixture, recipe.train.seed, recipe.rows_per_step
     )
-    exams = runtime.main_first(lambda: exams_of(tasks, recipe.data, recipe.scoring, tokenizer, needed=True))
-    if runtime.is_main:
+    exams = context.main_first(lambda: scored_examples_of(tasks, recipe.data, recipe.scoring, tokenizer, needed=True))
+    if context.is_main:
         _tell(stream.rates, found, tasks, console)
-        tell(tasks, exams, recipe.scoring.split, console)
-    held_out = InTurn([exam.packed for exam in exams if exam.packed.num_rows])
+        report_task_sets(tasks, exams, recipe.scoring.split, console)
+    held_out = InterleavedRows([exam.packed for exam in exams if exam.packed.num_rows])
     return TrainData(
         tokenizer,
         hashlib.sha256("\n".join(one.identity for one in found.values()).encode()).hexdigest(),
@@ -104,7 +108,7 @@ def data_of(recipe: OnTasks, tokenizer: Tokenizer, runtime: Runtime, console: Co
 
 
 def _tell(
-    rates: Mapping[str, float], found: Mapping[str, tokens.Training], tasks: Collection[Task], console: Console
+    rates: Mapping[str, float], found: Mapping[str, tokens.PackedTask], tasks: Collection[Task], console: Console
 ) -> None:
     """Print what is trained on."""
     for task in tasks:
@@ -116,9 +120,9 @@ def _tell(
         cut = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
         shown = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of what is shown"
         text = f"{task.name}: {count:,} examples in {shown}{cut}"
-        tell_of_cut(text, packed.num_cut / count, console)
+        report_truncation(text, packed.num_cut / count, console)
 
 
-def _samples(exam: tokens.Scored) -> Batch:
+def _samples(exam: tokens.ScoredExamples) -> Batch:
     numbers = next(exam.batches(len(exam.examples)))[-NUM_SAMPLES:]
     return Batch(torch.from_numpy(exam.padded(numbers)), torch.from_numpy(exam.targets(numbers)))

@@ -12,9 +12,9 @@ import torch
 
 from switchcli.checkpoint import checkpoint, manifest
 from switchcli.convert import hub
-from switchcli.convert.weight_files import is_layout
+from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.layout import whole_weights
+from switchcli.distributed.layout import unsharded_weights
 from switchcli.errors import CheckpointError, SwitchError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve, yaml_nodes
@@ -22,10 +22,10 @@ from switchcli.recipe.schema import schema_of
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs import transformers_checkpoint
-from switchcli.train.checkpointer import DATA, fill, logical_tensors
+from switchcli.train.checkpointer import DATA, load_weights, logical_tensors
 
 
-class Opened(NamedTuple):
+class CheckpointHandle(NamedTuple):
     """A checkpoint whose small files were read; its weights are read when they are asked for."""
 
     path: Path
@@ -38,7 +38,7 @@ class Opened(NamedTuple):
     """Where it is in our layout: it may have optimizer state too."""
 
     @property
-    def is_of_a_run(self) -> bool:
+    def has_training_recipe(self) -> bool:
         """Whether its recipe says how it was trained; that of a converted one does not."""
         return self.own is not None and DATA in self.own.manifest.names()
 
@@ -55,7 +55,7 @@ class Opened(NamedTuple):
         return digest.hexdigest()
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model in evaluation mode with what it was trained by."""
 
     path: Path
@@ -65,44 +65,44 @@ class Loaded(NamedTuple):
     model: SwitchTransformer
 
 
-def open_model(path: Path, console: Console) -> Opened:
+def open_model(path: Path, console: Console) -> CheckpointHandle:
     """Open and verify the checkpoint at `path`.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
         DataError: no tokenizer.
     """
-    if is_layout(path):
+    if is_hugging_face_folder(path):
         foreign, tokenizer, weights = transformers_checkpoint.read(path)
-        return Opened(path, 0, foreign, tokenizer, lambda: weights, None)
+        return CheckpointHandle(path, 0, foreign, tokenizer, lambda: weights, None)
     found = open_checkpoint(path, console)
     try:
-        recipe, tokenizer = documents(found)
-        held = found.read("model", logical_tensors(transformers_checkpoint.empty(recipe.model)))
+        recipe, tokenizer = read_documents(found)
+        held = found.read("model", logical_tensors(transformers_checkpoint.meta_model(recipe.model)))
     except (SwitchError, OSError):
         if found.path.exists():
             raise
         return open_model(path, console)  # the run at work there has just removed it, so there are newer ones
-    return Opened(found.path, found.step, recipe, tokenizer, lambda: held, found)
+    return CheckpointHandle(found.path, found.step, recipe, tokenizer, lambda: held, found)
 
 
-def load(path: Path, device: torch.device, console: Console) -> Loaded:
+def load_checkpoint(path: Path, device: torch.device, console: Console) -> LoadedModel:
     """Open, verify and read the checkpoint at `path`.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
-    return filled(open_model(path, console), device)
+    return load_model(open_model(path, console), device)
 
 
-def filled(opened: Opened, device: torch.device) -> Loaded:
+def load_model(opened: CheckpointHandle, device: torch.device) -> LoadedModel:
     """The model of an open checkpoint."""
-    model = unfilled(opened.recipe, device)
-    fill(whole_weights(model), opened.weights())
-    return Loaded(opened.path, opened.step, opened.recipe, opened.tokenizer, model)
+    model = empty_model(opened.recipe, device)
+    load_weights(unsharded_weights(model), opened.weights())
+    return LoadedModel(opened.path, opened.step, opened.recipe, opened.tokenizer, model)
 
 
-def unfilled(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
+def empty_model(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
     """The model of a recipe in evaluation mode, its weights whatever the memory holds."""
     with torch.device("meta"):
         model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
@@ -111,12 +111,12 @@ def unfilled(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
 
 def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
     """The checkpoint of a run's folder, or of that name, in our layout. Raises CheckpointError when there is none."""
-    folder, is_one = whereabouts(path)
+    folder, is_one = locate(path)
     found = None
     if is_one:
         found = checkpoint.Checkpoint.open(folder)
     elif folder.is_dir():
-        found = checkpoint.find(folder, console.warning)
+        found = checkpoint.latest_read_only(folder, console.warning)
     if found is None:
         hint = on_the_hub(str(path))
         raise CheckpointError(
@@ -125,7 +125,7 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
     return found
 
 
-def whereabouts(path: Path) -> tuple[Path, bool]:
+def locate(path: Path) -> tuple[Path, bool]:
     """The folder of a run's checkpoints, or one of them; and whether it is one, or was: its MANIFEST may be lost."""
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     return folder, (folder / manifest.NAME).is_file() or (
@@ -135,12 +135,12 @@ def whereabouts(path: Path) -> tuple[Path, bool]:
 
 def on_the_hub(name: str) -> str:
     """What to do if `name` is one on the hub; nothing if it cannot be, or is a folder."""
-    if Path(name).exists() or not hub.is_name(name):
+    if Path(name).exists() or not hub.is_repository_id(name):
         return ""
     return f"if it is a name on the hub, `switchcli convert {name} FOLDER --to switchcli` makes a checkpoint of it"
 
 
-def documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
+def read_documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
     """The recipe and the tokenizer of a checkpoint."""
     recipe = saved_recipe(found)
     tokenizer = Tokenizer.from_bytes(found.document("tokenizer.json"), str(found.path / "tokenizer.json"))
@@ -154,7 +154,7 @@ def documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
 
 def saved_recipe(found: checkpoint.Checkpoint) -> TrainingRecipe:
     """The recipe of a checkpoint, by the verb that wrote it."""
-    tree = resolve.saved(found.document(resolve.SAVED), yaml_nodes.shown(found.path / resolve.SAVED))
+    tree = resolve.parse_saved(found.document(resolve.SAVED), yaml_nodes.display_path(found.path / resolve.SAVED))
     schema = schema_of(tree)
     if schema is None or not issubclass(schema, TrainingRecipe):
         raise CheckpointError(

@@ -4,36 +4,36 @@ import os
 
 import torch
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ParallelSpec
 from switchcli.errors import RecipeError, machine_bytes
 from switchcli.planner.plan import Machine, Plan, model_axes, plan
-from switchcli.planner.step import Step, held
+from switchcli.planner.step import Step, rank_weights
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import accelerate_settings
-from switchcli.runs.transformers_checkpoint import empty
+from switchcli.runs.transformers_checkpoint import meta_model
 
 USABLE = 0.9
 """Of a device's memory: the plan leaves out what kernels and fragments take."""
 
 
-def runtime_of(recipe: TrainingRecipe | EvalRecipe) -> Runtime:
+def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
     """Return this process among the ranks of a run or an evaluation, after warnings about accelerate's settings.
 
-    Raises as `Runtime`, and RecipeError where no mesh fits.
+    Raises as `DistributedContext`, and RecipeError where no mesh fits.
     """
     if isinstance(recipe, EvalRecipe):
-        runtime = Runtime(recipe.device, recipe.precision)
+        context = DistributedContext(recipe.device, recipe.precision)
     else:
-        choose = (lambda: fastest(recipe)) if recipe.parallel.auto else None
-        runtime = Runtime(recipe.train.device, recipe.train.precision, recipe.parallel, choose)
-    accelerate_settings.warn_about_settings(recipe, runtime)
-    accelerate_settings.warn_about_ranks(runtime)
-    return runtime
+        choose = (lambda: fastest_mesh(recipe)) if recipe.parallel.auto else None
+        context = DistributedContext(recipe.train.device, recipe.train.precision, recipe.parallel, choose)
+    accelerate_settings.warn_about_settings(recipe, context)
+    accelerate_settings.warn_about_ranks(context)
+    return context
 
 
-def fastest(recipe: TrainingRecipe) -> ParallelSpec:
+def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
     """The mesh that the plan finds fastest for the ranks that a launcher started, by the memory of this one's device.
 
     Raises:
@@ -47,9 +47,13 @@ def fastest(recipe: TrainingRecipe) -> ParallelSpec:
     for fit in found.fits:
         if not at_once or fit.microbatch * fit.mesh.data == recipe.rows_per_step:
             data, expert, model, shard = fit.mesh
-            return ParallelSpec(data=data, model=model, expert=expert, shard=shard, wire=recipe.parallel.wire)
+            return ParallelSpec(
+                data=data, model=model, expert=expert, shard=shard, comm_dtype=recipe.parallel.comm_dtype
+            )
     why = (
-        "" if found.fits else f": {min(found.refused, key=lambda one: (one.kind != 'memory', one.bytes_needed)).reason}"
+        ""
+        if found.fits
+        else f": {min(found.rejected, key=lambda one: (one.kind != 'memory', one.bytes_needed)).reason}"
     )
     way_out = "set train.microbatch_tokens" if at_once else "set a smaller train.microbatch_tokens"
     raise RecipeError(
@@ -68,12 +72,12 @@ def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
         product_bytes=4 if train.precision == "float32" else 2,
         router_bytes=train.router_dtype.itemsize,
         fused=fused,
-        wire_bytes=4 if recipe.parallel.wire == "float32" else None,
+        comm_bytes=4 if recipe.parallel.comm_dtype == "float32" else None,
         recomputed=train.activation_checkpointing == "blocks",
         ordered=recipe.parallel.reduction == "ordered",
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
-    weights = dict(empty(spec).named_parameters())
+    weights = dict(meta_model(spec).named_parameters())
     state = recipe.optimizer.build(weights).state()
-    own = {model: held(weights, state, model) for model in model_axes(spec, machine.devices)}
+    own = {model: rank_weights(weights, state, model) for model in model_axes(spec, machine.devices)}
     return plan(spec, step, machine, microbatch, own)

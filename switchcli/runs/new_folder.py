@@ -15,17 +15,17 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import StartedRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.safe_text import shell_words
-from switchcli.runs.loading import Opened
-from switchcli.runs.transformers_checkpoint import empty
+from switchcli.runs.loading import CheckpointHandle
+from switchcli.runs.transformers_checkpoint import meta_model
 from switchcli.train.checkpointer import DATA, logical_tensors
 from switchcli.train.config import StartSpec
 from switchcli.train.state import TrainState
 
 
-def free(source: Path, destination: Path) -> Path:
+def check_destination(source: Path, destination: Path) -> Path:
     """`destination` in full, if something can be written there. Raises CheckpointError."""
     full = destination.resolve()
-    publish.remove_dead(full)
+    publish.remove_stale(full)
     if full.is_relative_to(source.resolve()):
         raise CheckpointError(f"{destination}: within the source {source}: give a DESTINATION outside of it")
     if full.exists() and (not full.is_dir() or any(full.iterdir())):
@@ -33,17 +33,17 @@ def free(source: Path, destination: Path) -> Path:
     return full
 
 
-def free_for_checkpoint(source: Path, destination: Path) -> Path:
+def check_checkpoint_destination(source: Path, destination: Path) -> Path:
     """The same for one of our checkpoints, which is of step 0."""
     if checkpoint.STEP.fullmatch(destination.resolve().name):
         raise CheckpointError(
             f"{destination}: a checkpoint of that name is that of its step, and a new one is of step 0: give a "
             "DESTINATION of another name"
         )
-    return free(source, destination)
+    return check_destination(source, destination)
 
 
-def place(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -> None:
+def publish_new_folder(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -> None:
     """Let `write` make a folder within a temporary one, and publish that folder as `destination`."""
     with disk_errors(destination, "give another DESTINATION", bytes_needed):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def place(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -
             publish.publish_folder(write(temporary), destination)
 
 
-def place_checkpoint(
+def publish_checkpoint(
     destination: Path,
     recipe: TrainingRecipe,
     tokenizer: Tokenizer,
@@ -64,14 +64,14 @@ def place_checkpoint(
 
     `weights` come under their logical names, `others` are more documents.
     """
-    wanted = logical_tensors(empty(recipe.model)).values()
+    wanted = logical_tensors(meta_model(recipe.model)).values()
     texts = {"recipe.yaml": dump(recipe), "tokenizer.json": tokenizer.to_json()}
     documents = {
         "state.json": TrainState().to_json({}),
         **{name: text.encode() for name, text in texts.items()},
         **(others or {}),
     }
-    place(
+    publish_new_folder(
         destination,
         tensor_file.num_bytes(wanted),
         lambda temporary: checkpoint.save(temporary, 0, model=weights, optimizer={}, documents=documents),
@@ -79,7 +79,7 @@ def place_checkpoint(
     return sum(tensor.numel() for tensor in wanted)
 
 
-def going_on(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
+def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
     """The recipe of a run that starts from the checkpoint, where it is of a verb that has a start."""
     if not isinstance(recipe, StartedRecipe):
         return recipe
@@ -94,7 +94,7 @@ def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:
     return f"eval {shell_words(checkpoint)}"
 
 
-def data_of(opened: Opened) -> dict[str, bytes]:
+def data_document(opened: CheckpointHandle) -> dict[str, bytes]:
     """The document that names the text which a checkpoint was trained on, so that one made of it is measured on it."""
     own = opened.own
     return {} if own is None or DATA not in own.manifest.names() else {DATA: own.document(DATA)}

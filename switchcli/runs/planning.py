@@ -11,7 +11,7 @@ from switchcli.model.flops import FORWARD_AND_BACKWARD
 from switchcli.planner.plan import Fit, Machine, Plan
 from switchcli.planner.step import Mesh
 from switchcli.recipe import library, resolve, yaml_nodes
-from switchcli.recipe.schema import PretrainRecipe, standing_alone
+from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs.describe import describe
@@ -44,7 +44,7 @@ class Planned(NamedTuple):
             "fits": [_fit_to_json(fit, self.recipe) for fit in self.plan.fits],
             "refused": [
                 {**refusal.mesh._asdict(), "kind": refusal.kind, "reason": refusal.reason}
-                for refusal in self.plan.refused
+                for refusal in self.plan.rejected
             ],
         }
 
@@ -54,7 +54,7 @@ def _fit_to_json(fit: Fit, recipe: TrainingRecipe) -> dict[str, Any]:
         **fit.mesh._asdict(),
         "microbatch_tokens": fit.microbatch * recipe.inputs_length,
         "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
-        "collectives": [{**call._asdict(), "wire_bytes": call.wire_bytes} for call in fit.collectives],
+        "collectives": [{**call._asdict(), "wire_bytes": call.network_bytes} for call in fit.collectives],
         "seconds": {**fit.seconds, "step": fit.step_seconds},
         "bound_by": fit.bound_by,
     }
@@ -70,9 +70,9 @@ def plan_step(name: str, overrides: Sequence[str], machine: Machine) -> Planned:
     said = recipe.parallel
     check_world(said, machine.devices)
     found = plan_of(recipe, machine, fused=recipe.train.device != "cpu")
-    if not said.is_open:
+    if not said.is_unset:
         fits = (one for one in found.fits if _is_said(one.mesh, said))
-        found = Plan(tuple(fits), tuple(one for one in found.refused if _is_said(one.mesh, said)))
+        found = Plan(tuple(fits), tuple(one for one in found.rejected if _is_said(one.mesh, said)))
     return Planned(name, recipe, machine, found)
 
 
@@ -85,18 +85,18 @@ def _is_said(mesh: Mesh, said: ParallelSpec) -> bool:
 def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
     if name in SIZES:
         return _of_size(name, overrides)
-    if not Path(name).suffix and not Path(name).exists() and name not in library.names():
-        near = difflib.get_close_matches(name, [*SIZES, *library.names()], n=1)
+    if not Path(name).suffix and not Path(name).exists() and name not in library.recipe_names():
+        near = difflib.get_close_matches(name, [*SIZES, *library.recipe_names()], n=1)
         hint = f"Did you mean {near[0]}?" if near else "`switchcli recipes list` shows the recipes that ship."
-        raise RecipeError(f"{yaml_nodes.name_of(name)}: no such size or recipe. {hint}")
-    recipe = standing_alone(name, overrides)
+        raise RecipeError(f"{yaml_nodes.display_key(name)}: no such size or recipe. {hint}")
+    recipe = resolve_standalone(name, overrides)
     if not isinstance(recipe, TrainingRecipe):
         raise RecipeError(
-            f"{yaml_nodes.name_of(name)}: a recipe of `switchcli eval` trains nothing: name one that does"
+            f"{yaml_nodes.display_key(name)}: a recipe of `switchcli eval` trains nothing: name one that does"
         )
     tree = resolve.load(name, overrides)
     if recipe.verb != "pretrain" and resolve.stated(tree, "model.d_model") is None:
-        raise RecipeError(f"{yaml_nodes.name_of(name)}: its model is a checkpoint's: say which, by model.size=NAME")
+        raise RecipeError(f"{yaml_nodes.display_key(name)}: its model is a checkpoint's: say which, by model.size=NAME")
     return recipe
 
 

@@ -5,14 +5,14 @@ from functools import partial
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.batch import Batch
 from switchcli.data.config import DataSpec
-from switchcli.data.prepare.pipeline import Prepared
+from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Weights
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import RecipeError
 from switchcli.model.init import initial_weights
-from switchcli.model.packing import segments_of
-from switchcli.recipe.schema import OnText, PretrainRecipe
+from switchcli.model.packing import segment_ids
+from switchcli.recipe.schema import PretrainRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets, warm_start
 from switchcli.runs.train_data import NUM_SAMPLES, TrainData
@@ -26,41 +26,47 @@ from switchcli.train.optimizers import Optimizer
 class Pretraining(TrainingTask):
     """Train on plain text, from scratch or from a checkpoint."""
 
-    def __init__(self, job: TrainJob[PretrainRecipe], folder: RunFolder, runtime: Runtime, console: Console) -> None:
-        self._job, self._folder, self._runtime, self._console = job, folder, runtime, console
-        self.validation_loss = loss_of(job.recipe.data)
+    def __init__(
+        self, job: TrainJob[PretrainRecipe], folder: RunFolder, context: DistributedContext, console: Console
+    ) -> None:
+        self._job, self._folder, self._context, self._console = job, folder, context, console
+        self.validation_loss = text_loss(job.recipe.data)
 
     def build_data(self) -> TrainData:
-        recipe, runtime, console = self._job.recipe, self._runtime, self._console
+        recipe, context, console = self._job.recipe, self._context, self._console
         if recipe.start is None:
-            prepared = runtime.main_first(self._prepared)
+            prepared = context.main_first(self._prepared)
         else:
-            tokenizer = warm_start.tokenizer_of(self._job.start, self._folder, runtime)
-            prepared = runtime.main_first(lambda: prepared_by(tokenizer, recipe, console))
-        return data_of(recipe, prepared, runtime, console)
+            tokenizer = warm_start.start_tokenizer(self._job.start, self._folder, context)
+            prepared = context.main_first(lambda: prepare_with_tokenizer(tokenizer, recipe, console))
+        return build_text_data(recipe, prepared, context, console)
 
-    def init_weights(self, weights: Weights, optimizer: Optimizer) -> None:
+    def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:
         recipe = self._job.recipe
         if recipe.start is None:
-            weights.fill(initial_weights(recipe.model, recipe.train.seed, weights.experts))
+            weights.load_full(initial_weights(recipe.model, recipe.train.seed, weights.experts))
         else:
-            warm_start.begin(recipe.start, self._job.start, weights, optimizer)
+            warm_start.load_start(recipe.start, self._job.start, weights, optimizer)
 
-    def _prepared(self) -> Prepared:
+    def _prepared(self) -> PreparedTexts:
         """Return the text as IDs of the vocabulary that the run began with: one trained again need not be the same."""
         recipe, folder, console = self._job.recipe, self._folder, self._console
         if folder.tokenizer.exists():
-            return prepared_by(Tokenizer.read(folder.tokenizer), recipe, console)
-        found = text_sets.found(recipe.data, recipe.eval.sequences, console, accept=partial(fits, recipe))
+            return prepare_with_tokenizer(Tokenizer.read(folder.tokenizer), recipe, console)
+        found = text_sets.prepare_texts(
+            recipe.data, recipe.eval.sequences, console, accept=partial(check_tokenizer_fits, recipe)
+        )
         folder.write_tokenizer(found.tokenizer.to_json())
         return found
 
 
-def data_of(recipe: OnText, prepared: Prepared, runtime: Runtime, console: Console) -> TrainData:
+def build_text_data(
+    recipe: TextRecipe, prepared: PreparedTexts, context: DistributedContext, console: Console
+) -> TrainData:
     """Return the rows of the recipe's text. Raises DataError as each part says."""
-    read_of = text_sets.live if recipe.data.access == "stream" else text_sets.prepared
-    read = read_of(recipe, prepared, runtime, console)
-    held_out = text_sets.held_out(prepared, recipe.data.rows, recipe.eval.sequences)
+    read_of = text_sets.streamed_rows if recipe.data.access == "stream" else text_sets.prepared_rows
+    read = read_of(recipe, prepared, context, console)
+    held_out = text_sets.held_out_rows(prepared, recipe.data.rows, recipe.eval.sequences)
     return TrainData(
         prepared.tokenizer,
         read.identity,
@@ -72,17 +78,17 @@ def data_of(recipe: OnText, prepared: Prepared, runtime: Runtime, console: Conso
     )
 
 
-def loss_of(data: DataSpec) -> Objective:
+def text_loss(data: DataSpec) -> Objective:
     """Return the loss of rows that are packed as `data` says."""
     return packed_cross_entropy if data.packing == "documents" else cross_entropy
 
 
 def _first_of_each(batch: Batch) -> Batch:
     """Return the first text of each row alone."""
-    return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segments_of(*batch), strict=True)))
+    return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segment_ids(*batch), strict=True)))
 
 
-def fits(recipe: OnText, tokenizer: Tokenizer) -> None:
+def check_tokenizer_fits(recipe: TextRecipe, tokenizer: Tokenizer) -> None:
     """Raise a RecipeError for a vocabulary that is larger than the model's, a DataError for one that will not do for
     what is asked of the text."""
     pieces, rows = tokenizer.vocab_size, recipe.model.vocab_size
@@ -93,6 +99,8 @@ def fits(recipe: OnText, tokenizer: Tokenizer) -> None:
     recipe.data.rows.build(tokenizer)
 
 
-def prepared_by(tokenizer: Tokenizer, recipe: OnText, console: Console) -> Prepared:
+def prepare_with_tokenizer(tokenizer: Tokenizer, recipe: TextRecipe, console: Console) -> PreparedTexts:
     """Return the recipe's text as IDs of `tokenizer`. Raises as `fits`, and DataError."""
-    return text_sets.found(recipe.data, recipe.eval.sequences, console, tokenizer, partial(fits, recipe))
+    return text_sets.prepare_texts(
+        recipe.data, recipe.eval.sequences, console, tokenizer, partial(check_tokenizer_fits, recipe)
+    )

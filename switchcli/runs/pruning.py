@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, DataError, RecipeError
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.config import STACKS, ModelSpec
@@ -17,8 +17,14 @@ from switchcli.report.console import Console
 from switchcli.runs.accelerate_settings import warn_about_settings
 from switchcli.runs.eval_job import resolve_job
 from switchcli.runs.evaluator import Evaluator
-from switchcli.runs.loading import filled, unfilled
-from switchcli.runs.new_folder import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
+from switchcli.runs.loading import empty_model, load_model
+from switchcli.runs.new_folder import (
+    check_checkpoint_destination,
+    continuation_recipe,
+    data_document,
+    next_command,
+    publish_checkpoint,
+)
 from switchcli.runs.upcycling import with_experts
 from switchcli.train import memory
 from switchcli.train.checkpointer import logical_tensors
@@ -51,26 +57,26 @@ def prune(
     _check(opened.recipe.model, opened.path, experts, console)
     policy, recipe = _measured_by(recipe, sequences)
     smaller = with_experts(opened, experts)
-    destination = free_for_checkpoint(checkpoint, destination)
-    runtime = Runtime(recipe.device, recipe.precision)
-    warn_about_settings(recipe, runtime)
-    if runtime.world > 1:
-        raise RecipeError(f"prune works in one process, and there are {runtime.world} ranks: start it by itself")
+    destination = check_checkpoint_destination(checkpoint, destination)
+    context = DistributedContext(recipe.device, recipe.precision)
+    warn_about_settings(recipe, context)
+    if context.world > 1:
+        raise RecipeError(f"prune works in one process, and there are {context.world} ranks: start it by itself")
     console.message(f"measuring {opened.path}")
-    with memory.explained_of_evaluation(runtime.device):
-        loaded = filled(opened, runtime.device)
-        evaluator = Evaluator(loaded, recipe, runtime, console)
+    with memory.explain_out_of_memory_in_evaluation(context.device):
+        loaded = load_model(opened, context.device)
+        evaluator = Evaluator(loaded, recipe, context, console)
         with pruning.probability_mass(loaded.model) as mass:
             before = evaluator.held_out(loaded.model, policy).named()
         if not before:
             raise DataError(f"{opened.path}: no labelled example in what it is measured on: name text or other tasks")
-        cuts = pruning.cuts(loaded.model, _loads(before), mass, experts, gate)
-        pruned = unfilled(smaller, runtime.device)
+        cuts = pruning.plan_pruning(loaded.model, _loads(before), mass, experts, gate)
+        pruned = empty_model(smaller, context.device)
         pruning.prune(loaded.model, cuts, pruned, by)
         after = evaluator.held_out(pruned, policy).named()
-    recipe_of_it = going_on(smaller, destination)
-    place_checkpoint(destination, recipe_of_it, opened.tokenizer, logical_tensors(pruned), data_of(opened))
-    runtime.close()
+    recipe_of_it = continuation_recipe(smaller, destination)
+    publish_checkpoint(destination, recipe_of_it, opened.tokenizer, logical_tensors(pruned), data_document(opened))
+    context.close()
     figure = NEG_LOG_PERPLEXITY
     return {
         "source": str(opened.path),

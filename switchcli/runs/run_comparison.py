@@ -12,7 +12,7 @@ from switchcli.report.comparison import compare
 from switchcli.report.console import Console
 from switchcli.report.evidence import Report
 from switchcli.report.runs import Run, read
-from switchcli.report.series import Series, grouped
+from switchcli.report.series import Series, group_by_recipe
 
 
 def compare_runs(
@@ -43,7 +43,7 @@ def compare_runs(
         raise CheckpointError(
             "none of the folders is a run: name some that `switchcli pretrain`, `finetune`, `distill` or `eval` wrote"
         )
-    every = grouped(runs)
+    every = group_by_recipe(runs)
     trained = [one for one in every if one.runs[0].verb != "eval"]
     base = None if baseline is None else _baseline(baseline, once, trained)
     comparison = compare(trained, base, quality, smooth) if trained else None

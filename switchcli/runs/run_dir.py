@@ -16,8 +16,8 @@ from switchcli import __version__
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.lock import lock
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.launch import SAVING_SECONDS, Ended, is_rank, launch, saving_seconds
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.launch import SAVING_SECONDS, Exit, is_rank, launch, saving_seconds
 from switchcli.distributed.mesh import ALONE, check_world
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe.differences import differences
@@ -29,7 +29,7 @@ from switchcli.report.safe_text import shell_words
 from switchcli.runs.loading import saved_recipe
 from switchcli.spec import Spec
 
-CHANGEABLE = (
+RESUME_SAFE_KEYS = (
     "description",
     "train.steps",
     "train.device",
@@ -42,14 +42,14 @@ CHANGEABLE = (
     "scoring.draws",
     "checkpoint.",
     "distill.baseline",
-    "distill.answers.folder",
+    "distill.cache.folder",
     "parallel.",
 )
 """Keys that may change between two starts of one run: they do not touch what was trained so far, nor what a figure is
 measured on. The best checkpoint compares figures of all starts."""
 
 
-def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> Ended | None:
+def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> Exit | None:
     """Start this very command as `processes` ranks and say how they ended; None when this process does the work.
 
     Raises:
@@ -78,7 +78,7 @@ def ranks_elsewhere(processes: int, recipe: TrainingRecipe | EvalRecipe, console
     return launch(processes, sys.argv[1:])
 
 
-def place(checkpoint: Path) -> Path:
+def run_name(checkpoint: Path) -> Path:
     """RUN, by the run's place below runs/; RUN-step-N for one checkpoint of it."""
     path, runs = checkpoint.resolve(), Path("runs").resolve()
     run, name = (path.parents[1], f"-{path.name}") if path.parent.name == "checkpoints" else (path, "")
@@ -86,7 +86,7 @@ def place(checkpoint: Path) -> Path:
     return place.with_name(f"{place.name}{name}")
 
 
-def program() -> str:
+def program_name() -> str:
     """How to call this program again: by its name where the PATH finds it, else by its path."""
     script = Path(sys.executable).with_name("switchcli")
     found = shutil.which("switchcli")
@@ -99,7 +99,7 @@ def program() -> str:
 
 @contextmanager
 def lock_run_dir(
-    out: Path, resume: bool, recipe: TrainingRecipe, runtime: Runtime, console: Console
+    out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext, console: Console
 ) -> Iterator[RunFolder]:
     """The run's folder, locked, with its recipe written into it; all ranks go on together.
 
@@ -108,17 +108,17 @@ def lock_run_dir(
         RecipeError: the folder holds a run of another recipe, or the ranks have different ones.
     """
     folder = RunFolder(out)
-    check_alike(recipe, runtime)
+    check_ranks_agree(recipe, context)
 
     def enter() -> None:
         if not resume:
             with lock(out):
-                aside = folder.set_aside()
+                aside = folder.archive()
             if aside:
                 console.message(f"the run that was in {out} is now in {aside}")
         held.enter_context(lock(out))
         folder.check_links()
-        begun = checkpoint.find(folder.checkpoints, warn=lambda damage: None)
+        begun = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
         if begun is not None:  # its own recipe: the folder's may have been edited
             _check_same(saved_recipe(begun), recipe, out)
         folder.write_recipe(dump(recipe))
@@ -126,15 +126,15 @@ def lock_run_dir(
             folder.tokenizer.unlink(missing_ok=True)
 
     with ExitStack() as held:
-        runtime.on_main(enter)
-        runtime.on_every(lambda: _check_shared(out))
+        context.main_only(enter)
+        context.on_all_ranks(lambda: _check_shared(out))
         yield folder
 
 
-def check_alike(recipe: Spec, runtime: Runtime) -> None:
+def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
     """Raise a RecipeError where ranks have other recipes or versions, before one waits for what another does not do."""
-    if not runtime.is_alike(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
-        runtime.on_main(_refuse_other_ranks)
+    if not context.all_equal(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
+        context.main_only(_refuse_other_ranks)
 
 
 def _check_shared(out: Path) -> None:
@@ -155,7 +155,7 @@ def _refuse_other_ranks() -> None:
 def _check_same(before: TrainingRecipe, after: TrainingRecipe, out: Path) -> None:
     found = differences(before, after)
     # A stream may go on past what cannot be read; prepared text has met it before the first step.
-    changed = [one for one in found if not one.key.startswith(CHANGEABLE) and not one.key.endswith(".unreadable")]
+    changed = [one for one in found if not one.key.startswith(RESUME_SAFE_KEYS) and not one.key.endswith(".unreadable")]
     if changed:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
@@ -165,14 +165,14 @@ def _check_same(before: TrainingRecipe, after: TrainingRecipe, out: Path) -> Non
         )
 
 
-def machine(runtime: Runtime) -> dict[str, Any]:
+def machine_info(context: DistributedContext) -> dict[str, Any]:
     """Hardware and versions, for the result."""
-    cuda = runtime.device.type == "cuda"
+    cuda = context.device.type == "cuda"
     return {
         "hardware": {
             # Not platform.processor(), which starts a program to ask.
-            "device": torch.cuda.get_device_name(runtime.device) if cuda else platform.machine(),
-            "ranks": runtime.world,
+            "device": torch.cuda.get_device_name(context.device) if cuda else platform.machine(),
+            "ranks": context.world,
             "cores": os.cpu_count(),
             "threads_per_rank": torch.get_num_threads(),
         },

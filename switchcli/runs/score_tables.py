@@ -7,7 +7,7 @@ from switchcli.checkpoint.saved_state import Best
 from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY, TASKS_AVERAGE, suite_score, task_score
 from switchcli.report.console import Console
 from switchcli.tasks.scores import Score, Scores
-from switchcli.train.scoring import figures_of, suites_of
+from switchcli.train.scoring import score_metrics, suite_scores
 
 HEADINGS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
 
@@ -16,8 +16,8 @@ def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None =
     """What result.json says of tasks: each one's scores, and the best of a run with its step; averages."""
     best = best or {}
     each = {name: {**one.to_json(), **_best(best, task_score(name))} for name, one in scores.items()}
-    average = {"score": figures_of(scores).get(TASKS_AVERAGE), **_best(best, TASKS_AVERAGE)}
-    suites = {name: {"score": mean, **_best(best, suite_score(name))} for name, mean in suites_of(scores).items()}
+    average = {"score": score_metrics(scores).get(TASKS_AVERAGE), **_best(best, TASKS_AVERAGE)}
+    suites = {name: {"score": mean, **_best(best, suite_score(name))} for name, mean in suite_scores(scores).items()}
     return {"tasks": each, "average": average, "suites": suites}
 
 
@@ -25,8 +25,8 @@ def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[st
     """A table with a row a metric, and below it the averages."""
     headings = HEADINGS + (("best", "at step") if best else ())
     console.rows("scores", headings, _rows(scores, best or {}))
-    means = suites_of(scores)
-    if len(scores) > 1 and TASKS_AVERAGE in (figures := figures_of(scores)):
+    means = suite_scores(scores)
+    if len(scores) > 1 and TASKS_AVERAGE in (figures := score_metrics(scores)):
         means = {**means, "average": figures[TASKS_AVERAGE]}
     for name, mean in means.items():
         console.message(f"{name}: {mean:.2f}", "bold")
@@ -42,7 +42,7 @@ def show_texts(console: Console, texts: Mapping[str, Mapping[str, float]]) -> No
 def _rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[str]]:
     for name, one in scores.items():
         found = best.get(task_score(name))
-        peak = [] if not best else ["-", "-"] if found is None else [f"{found.figure:.2f}", f"{found.step:,}"]
+        peak = [] if not best else ["-", "-"] if found is None else [f"{found.value:.2f}", f"{found.step:,}"]
         if one.score is None:
             yield [name, "secret", "", "", "", f"{one.num_unlabelled:,}", "", *peak]
             continue
@@ -62,4 +62,4 @@ def _figures(score: Score) -> list[str]:
 
 def _best(best: Mapping[str, Best], name: str) -> dict[str, float | int]:
     found = best.get(name)
-    return {} if found is None else {"best": found.figure, "best_step": found.step}
+    return {} if found is None else {"best": found.value, "best_step": found.step}

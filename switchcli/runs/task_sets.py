@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from switchcli.data.objectives.example_packing import Lengths
+from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 from switchcli.report.console import Console
@@ -15,19 +15,19 @@ MANY_CUT = 0.25
 """Where more of the examples than this are cut, the rows are too short for the task."""
 
 
-def exams_of(
+def scored_examples_of(
     tasks: Collection[Task], data: TaskDataSpec, scoring: ScoringSpec, tokenizer: Tokenizer, needed: bool = False
-) -> tuple[tokens.Scored, ...]:
+) -> tuple[tokens.ScoredExamples, ...]:
     """Those of the tasks that have the split to score on.
 
     Raises:
         DataError: as `tokens.scored`; or with `needed` that no example has a label.
     """
-    lengths = Lengths(data.inputs_length, data.targets_length)
+    lengths = RowLengths(data.inputs_length, data.targets_length)
     exams = tuple(
-        tokens.scored(task, scoring.split, data.folder, tokenizer, lengths, scoring.examples)
+        tokens.scored_examples(task, scoring.split, data.folder, tokenizer, lengths, scoring.examples)
         for task in tasks
-        if reading.has(task, scoring.split)
+        if reading.has_split(task, scoring.split)
     )
     if needed and not any(exam.packed.num_rows for exam in exams):
         raise DataError(
@@ -37,7 +37,9 @@ def exams_of(
     return exams
 
 
-def tell(tasks: Collection[Task], exams: Sequence[tokens.Scored], split: str, console: Console) -> None:
+def report_task_sets(
+    tasks: Collection[Task], exams: Sequence[tokens.ScoredExamples], split: str, console: Console
+) -> None:
     """How many examples of each task are scored, which inputs are cut, and which tasks are not scored at all."""
     asked = {exam.task.name: exam for exam in exams}
     for task in tasks:
@@ -47,10 +49,10 @@ def tell(tasks: Collection[Task], exams: Sequence[tokens.Scored], split: str, co
         exam = asked[task.name]
         count, length = len(exam.examples), exam.packed.lengths.inputs
         cut = f", {exam.num_cut:,} inputs longer than {length} tokens and cut" if exam.num_cut else ""
-        tell_of_cut(f"{task.name}: {count:,} examples to score{cut}", exam.num_cut / count, console)
+        report_truncation(f"{task.name}: {count:,} examples to score{cut}", exam.num_cut / count, console)
 
 
-def tell_of_cut(text: str, share: float, console: Console) -> None:
+def report_truncation(text: str, share: float, console: Console) -> None:
     """A message, or a warning with the way out where more than `MANY_CUT` of the examples are cut."""
     if share > MANY_CUT:
         console.warning(f"{text}: raise data.inputs_length or data.targets_length, if the model is to see the rest")

@@ -10,11 +10,11 @@ import torch
 from switchcli.errors import DataError, RecipeError
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate as decode
-from switchcli.model.generation import steps
+from switchcli.model.generation import generate_columns
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.report.console import Console
-from switchcli.runs.loading import Loaded, load
+from switchcli.runs.loading import LoadedModel, load_checkpoint
 from switchcli.spec import EOS, PAD
 
 HALF_A_CHARACTER = "\ufffd"
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
     output: str
 
 
-def load_on(path: Path, device: Literal["auto", "cpu", "cuda"], console: Console) -> Loaded:
+def load_on(path: Path, device: Literal["auto", "cpu", "cuda"], console: Console) -> LoadedModel:
     """Return the model at `path` on the device: `auto` is a CUDA device where there is one.
 
     Raises:
@@ -38,11 +38,11 @@ def load_on(path: Path, device: Literal["auto", "cpu", "cuda"], console: Console
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
     name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return load(path, torch.device(name), console)
+    return load_checkpoint(path, torch.device(name), console)
 
 
 def generate(
-    loaded: Loaded, texts: Iterable[str], decoding: Decoding, policy: Policy, batch_size: int, console: Console
+    loaded: LoadedModel, texts: Iterable[str], decoding: Decoding, policy: Policy, batch_size: int, console: Console
 ) -> Iterator[Answer]:
     """Answer the texts in their order, as soon as a batch of them is there; a blank one by nothing.
 
@@ -67,13 +67,13 @@ def generate(
         first += len(batch)
 
 
-def stream(loaded: Loaded, text: str, decoding: Decoding, policy: Policy, console: Console) -> Iterator[str]:
+def stream(loaded: LoadedModel, text: str, decoding: Decoding, policy: Policy, console: Console) -> Iterator[str]:
     """Yield the answer to one text in pieces, as the tokens come. Raises as `generate`."""
     inputs_BS = _inputs(loaded, [text], console)
     ids: list[int] = []
     shown = said = ""
     with evaluating(loaded.model, policy):
-        for token_B in steps(loaded.model, inputs_BS, decoding):
+        for token_B in generate_columns(loaded.model, inputs_BS, decoding):
             ids += token_B.tolist()
             said = loaded.tokenizer.decode(ids)
             whole = said.rstrip(HALF_A_CHARACTER)
@@ -84,7 +84,7 @@ def stream(loaded: Loaded, text: str, decoding: Decoding, policy: Policy, consol
         yield said.removeprefix(shown) if said.startswith(shown) else f"\n{said}"
 
 
-def _inputs(loaded: Loaded, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
+def _inputs(loaded: LoadedModel, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
     """int64 [texts, length of the longest], after `first` others; a blank text is a row of padding."""
     longest = loaded.recipe.inputs_length
     rows = []

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.data.prepare.pipeline import prepare_share
-from switchcli.data.prepare.prepared_text import PARTS, Text
+from switchcli.data.prepare.prepared_text import PARTS, PreparedText
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
-from switchcli.recipe.schema import on_text
+from switchcli.recipe.schema import resolve_text_recipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets
 from switchcli.runs.loading import open_model
-from switchcli.runs.pretraining import fits
+from switchcli.runs.pretraining import check_tokenizer_fits
 
 
 def prepare(
@@ -38,13 +38,13 @@ def prepare(
         DataError: of the text or the tokenizer.
         CheckpointError: the disk refuses; what was whole by then stays.
     """
-    recipe = on_text(name, overrides)
+    recipe = resolve_text_recipe(name, overrides)
     number, of = _share(share)
     tokenizer = None if model is None else _of_model(model, console)
     if recipe.data.access == "stream":
         console.warning("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
-    means = text_sets.means(console)._replace(
-        processes=processes, share=(number, of), check=check, accept=partial(fits, recipe)
+    means = text_sets.prepare_context(console)._replace(
+        processes=processes, share=(number, of), check=check, accept=partial(check_tokenizer_fits, recipe)
     )
     started = time.monotonic()
     used, found = prepare_share(recipe.data, means, tokenizer)
@@ -63,7 +63,7 @@ def prepare(
     }
 
 
-def _facts(text: Text) -> dict[str, Any]:
+def _facts(text: PreparedText) -> dict[str, Any]:
     counts = {part: text.counts[part]._asdict() for part in PARTS}
     return {**counts, "dropped": text.dropped, "identity": text.identity, "folder": str(text.folder)}
 

@@ -6,24 +6,24 @@ from typing import NamedTuple, Protocol
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.tasks.scores import score
-from switchcli.tasks.tokens import Scored
+from switchcli.tasks.tokens import ScoredExamples
 from switchcli.train import router_health
 from switchcli.train.loss import Objective
 from switchcli.train.metrics import Metrics, merge
 from switchcli.train.microbatches import rows_of_microbatch
-from switchcli.train.scoring import ScoringSpec, TaskPredictor, figures_of
+from switchcli.train.scoring import ScoringSpec, TaskPredictor, score_metrics
 from switchcli.train.validation import HeldOutText, evaluate_rows
 
 NUM_SAMPLES = 2
 """Held-out texts that are shown with the answers of the model."""
 
 
-class Checked(Protocol):
+class Checkable(Protocol):
     """Data that can be compared with what it was prepared from."""
 
     def check(self) -> None:
@@ -41,11 +41,11 @@ class TrainData(NamedTuple):
     """By label; an empty one where there is one text."""
     samples: Batch
     """A few held-out inputs, a row each, with their targets: what is shown of the model's answers."""
-    exams: tuple[Scored, ...] = ()
+    scored: tuple[ScoredExamples, ...] = ()
     """The tasks that the run is scored on."""
     former_identity: str | None = None
     """The identity that versions up to 0.1 gave to the same text, where it differs."""
-    checked: tuple[Checked, ...] = ()
+    checked: tuple[Checkable, ...] = ()
 
     def check(self) -> None:
         """Raise DataError if rows that were read are not, or may not be, those that `identity` names."""
@@ -53,7 +53,7 @@ class TrainData(NamedTuple):
             one.check()
 
 
-class Measured(NamedTuple):
+class HeldOutMeasurement(NamedTuple):
     """The figures of one model."""
 
     figures: dict[str, float]
@@ -64,7 +64,7 @@ class Measured(NamedTuple):
     """Held-out tokens that each expert got, by the name of its sparse layer."""
 
 
-class Measure(NamedTuple):
+class RunEvaluation(NamedTuple):
     """Measures a run's model, or any other with its vocabulary, on what the run is evaluated on."""
 
     recipe: TrainingRecipe
@@ -73,33 +73,33 @@ class Measure(NamedTuple):
     scoring: ScoringSpec
     microbatch: int
     """Rows of a batch."""
-    runtime: Runtime
+    context: DistributedContext
 
-    def held_out(self, model: SwitchTransformer) -> Measured:
+    def held_out(self, model: SwitchTransformer) -> HeldOutMeasurement:
         """Return neg. log perplexity, rate and load, on every rank. Compiled parts run as they were written."""
         started = time.perf_counter()
         metrics: Metrics = {}
-        with self.runtime.uncompiled():
+        with self.context.eager():
             for text in self.data.held_out.values():
                 found = evaluate_rows(
-                    model, self.objective, text, self.microbatch, self.runtime, self.recipe.eval.capacity
+                    model, self.objective, text, self.microbatch, self.context, self.recipe.eval.capacity
                 )
                 metrics = merge(metrics, found)
         figure = float(metrics[NEG_LOG_PERPLEXITY].value())
         rows = sum(text.num_rows for text in self.data.held_out.values())
         rate = rows * self.recipe.inputs_length / (time.perf_counter() - started)
-        layers = router_health.record(metrics, model.spec.routed_parts()).get("layers", {})
-        return Measured({HELD_OUT: figure}, rate, {name: figures["load"] for name, figures in layers.items()})
+        layers = router_health.record(metrics, model.spec.sparse_layer_names()).get("layers", {})
+        return HeldOutMeasurement({HELD_OUT: figure}, rate, {name: figures["load"] for name, figures in layers.items()})
 
-    def everything(self, model: SwitchTransformer) -> Measured:
+    def everything(self, model: SwitchTransformer) -> HeldOutMeasurement:
         """Return what `held_out` does, with the scores of all tasks."""
         measured = self.held_out(model)
-        predictor = TaskPredictor(model, self.data.tokenizer, self.runtime, self.scoring, self.scoring.capacity)
-        scores = {exam.task.name: score(exam.task, predictor(exam), 0) for exam in self.data.exams}
-        return measured._replace(figures={**measured.figures, **figures_of(scores)})
+        predictor = TaskPredictor(model, self.data.tokenizer, self.context, self.scoring, self.scoring.capacity)
+        scores = {exam.task.name: score(exam.task, predictor(exam), 0) for exam in self.data.scored}
+        return measured._replace(figures={**measured.figures, **score_metrics(scores)})
 
 
-def microbatch_rows(recipe: TrainingRecipe, runtime: Runtime) -> int:
+def microbatch_rows(recipe: TrainingRecipe, context: DistributedContext) -> int:
     """Return how many rows a microbatch of the run has. Raises RecipeError where the ranks cannot share the batch."""
     length, tokens, group = recipe.inputs_length, recipe.train.microbatch_tokens, recipe.model.group_sequences
-    return rows_of_microbatch(recipe.rows_per_step, tokens and tokens // length, group, runtime.data_ranks, length)
+    return rows_of_microbatch(recipe.rows_per_step, tokens and tokens // length, group, context.dp_size, length)

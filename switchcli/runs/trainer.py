@@ -11,43 +11,43 @@ import torch
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.data.prepare.verified import changed_data_explained
-from switchcli.distributed.context import Runtime
+from switchcli.data.prepare.verified import explain_changed_data
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.distributed.trackers import Trackers
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.metric_names import FIRST_HELD_OUT, HELD_OUT, TASKS_AVERAGE, TOKENS_PER_SECOND
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
-from switchcli.model.generation import locally
+from switchcli.model.generation import all_done_locally
 from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.console import Training as Progress
-from switchcli.report.safe_text import shell_words, shortened
+from switchcli.report.console import TrainingDisplay as Progress
+from switchcli.report.safe_text import shell_words, shorten
 from switchcli.report.sinks import JsonLines
 from switchcli.runs.describe import describe
-from switchcli.runs.mesh_choice import runtime_of
-from switchcli.runs.run_dir import lock_run_dir, machine, program
+from switchcli.runs.mesh_choice import build_context
+from switchcli.runs.run_dir import lock_run_dir, machine_info, program_name
 from switchcli.runs.score_tables import show_scores, show_texts, task_results
-from switchcli.runs.train_data import Measure, microbatch_rows
+from switchcli.runs.train_data import RunEvaluation, microbatch_rows
 from switchcli.runs.training_task import TrainingTask
 from switchcli.tasks.scores import Scores
 from switchcli.train import memory
 from switchcli.train.callbacks import Callback, LogCallback, MetricsLog, Record, SaveCallback, ValidationCallback
-from switchcli.train.checkpointer import DATA, EVALUATION, TEXT, Saver, preflight
+from switchcli.train.checkpointer import DATA, EVALUATION, TEXT, Checkpointer, preflight
 from switchcli.train.loop import call, fit
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.nonfinite import NonFiniteHandler
 from switchcli.train.prefetch import Loader
-from switchcli.train.scoring import TaskEvalCallback, TaskPredictor, answers
+from switchcli.train.scoring import TaskEvalCallback, TaskPredictor, answer_texts
 from switchcli.train.state import TrainState
 
 
 @contextmanager
-def opened(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool) -> Iterator["Trainer"]:
+def open_trainer(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool) -> Iterator["Trainer"]:
     """Yield the trainer of the run in `out`, which is locked: as a new run, or as its newest checkpoint has it.
 
     `job` is what a command line comes to: its `recipe`, and what else a `task_type` takes. Within, running out of
@@ -57,13 +57,13 @@ def opened(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, qui
         SwitchError: as each part says.
     """
     recipe: TrainingRecipe = job.recipe
-    runtime = runtime_of(recipe)
-    console = Console(quiet=quiet or not runtime.is_main)
-    with lock_run_dir(out, resume, recipe, runtime, console) as folder:
-        task = task_type(job, folder, runtime, console)
-        with memory.explained(recipe.model, recipe.optimizer, runtime.device, task.update, task.teacher):
-            yield Trainer(recipe, task, folder, runtime, console)
-        runtime.close()
+    context = build_context(recipe)
+    console = Console(quiet=quiet or not context.is_main)
+    with lock_run_dir(out, resume, recipe, context, console) as folder:
+        task = task_type(job, folder, context, console)
+        with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
+            yield Trainer(recipe, task, folder, context, console)
+        context.close()
 
 
 class RunLog(MetricsLog):
@@ -93,61 +93,70 @@ class Trainer:
     """The parts of a run, on this rank, and what is done with them from its start, or its last save, to its end."""
 
     def __init__(
-        self, recipe: TrainingRecipe, task: TrainingTask, folder: RunFolder, runtime: Runtime, console: Console
+        self,
+        recipe: TrainingRecipe,
+        task: TrainingTask,
+        folder: RunFolder,
+        context: DistributedContext,
+        console: Console,
     ) -> None:
         """Make the parts, or read them from the newest checkpoint."""
         self.recipe = recipe
         self.task = task
         self.folder = folder
         self.metrics = JsonLines(folder.metrics)
-        self.runtime = runtime
+        self.context = context
         self.console = console
-        microbatch = runtime.main_first(lambda: microbatch_rows(recipe, runtime))
-        self.trackers = runtime.on_main(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers((), folder.path)
+        microbatch = context.main_first(lambda: microbatch_rows(recipe, context))
+        self.trackers = context.main_only(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers(
+            (), folder.path
+        )
         with torch.device("meta"):
             self.model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
-        weights, kept = runtime.spread(self.model), recipe.checkpoint
+        weights, kept = context.parallelize(self.model), recipe.checkpoint
         freeze(self.model, task.update)
-        self.optimizer = recipe.optimizer.build(trainable(self.model), weights.cuts)
-        preflight(folder.checkpoints, weights, self.optimizer, runtime, kept, task.num_figures)
+        self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
+        preflight(folder.checkpoints, weights, self.optimizer, context, kept, task.num_figures)
         self.data = task.build_data()
         self.microbatches = Microbatches(
             self.data.source,
             recipe.rows_per_step,
             microbatch,
             recipe.model.group_sequences,
-            runtime.data_rank,
-            runtime.data_ranks,
+            context.dp_rank,
+            context.dp_size,
             recipe.inputs_length,
         )
-        self.measure = Measure(recipe, self.data, task.validation_loss, task.scoring, microbatch, runtime)
+        self.measure = RunEvaluation(recipe, self.data, task.validation_loss, task.scoring, microbatch, context)
         documents = {
             "recipe.yaml": dump(recipe).encode(),
             "tokenizer.json": self.data.tokenizer.to_json().encode(),
             DATA: json.dumps({TEXT: self.data.identity, **task.identity, **self._evaluation()}).encode(),
         }
         former = self.data.former_identity
-        self.saver = Saver(folder.checkpoints, weights, self.optimizer, runtime, documents, kept, former_text=former)
+        self.saver = Checkpointer(
+            folder.checkpoints, weights, self.optimizer, context, documents, kept, former_text=former
+        )
         self.state = TrainState()
         if recipe.parallel.auto:
-            console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in runtime.mesh.items())}")
+            console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in context.mesh.items())}")
         if self.saver.restore(self.state, console):
-            runtime.on_main(self._check_steps)
+            context.main_only(self._check_steps)
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
             if self.state.step:
-                self.data.source.resume(self.state.step, self.state.position)
+                self.data.source.restore_state(self.state.step, self.state.position)
         else:
             task.init_weights(weights, self.optimizer)
         if recipe.train.compile:
-            runtime.compile(self.model)
+            context.compile(self.model)
         if recipe.train.activation_checkpointing == "blocks":
             recompute_blocks(self.model)
 
     def _evaluation(self) -> dict[str, str]:
         """Return the digest of the tasks' examples. Held-out text is a part of the text's own identity."""
-        if not self.data.exams:
+        if not self.data.scored:
             return {}
-        examples = json.dumps([(exam.task.name, exam.examples) for exam in self.data.exams])
+        examples = json.dumps([(exam.task.name, exam.examples) for exam in self.data.scored])
         return {EVALUATION: hashlib.sha256(examples.encode()).hexdigest()}
 
     def _check_steps(self) -> None:
@@ -171,7 +180,7 @@ class Trainer:
             nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
             with (
                 StopRequest() as stop,
-                self.saver.beside_training(stop, self.console),
+                self.saver.background_saves(stop, self.console),
                 self._loader() as loader,
                 self.console.training(steps, state.step) as progress,
             ):
@@ -188,21 +197,21 @@ class Trainer:
                         call([*pending, save], state, nonfinite)  # it was stopped in the middle; or what to go back to
                     fit(
                         state,
-                        self.runtime.wrap(self.model),
+                        self.context.wrap(self.model),
                         self.task,
                         loader,
                         self.optimizer,
                         recipe.schedule,
-                        self.runtime,
+                        self.context,
                         [self._log(log, loader), *evaluations, save, samples],
                         recipe.train,
                         stop,
                         progress,
                         nonfinite,
                     )
-                    if task_eval and not task_eval.answered:  # the run was complete when it began again
+                    if task_eval and not task_eval.answers:  # the run was complete when it began again
                         task_eval.predict()
-                    is_stopped = self.runtime.any_rank(stop.requested)  # what is to come may take long
+                    is_stopped = self.context.any_rank(stop.requested)  # what is to come may take long
                 except StopTraining:
                     is_stopped = True
                     if self.saver.step != state.step:  # or a save failed, which says so at the end of this
@@ -217,18 +226,18 @@ class Trainer:
     def _conclude(self, task_eval: TaskEvalCallback | None) -> dict[str, Any]:
         """Return the result of a trained model, and print it."""
         concluded = self.task.results(self)
-        self.runtime.on_every(self.data.check)  # before the figures that it measured are written
-        scores = self.runtime.on_main(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}
+        self.context.on_all_ranks(self.data.check)  # before the figures that it measured are written
+        scores = self.context.main_only(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}
         samples_shown = self.sample()
-        result = self.runtime.on_main(lambda: self._finish(scores, concluded, samples_shown)) or {}
-        self.runtime.on_main(lambda: self._show(result, scores))
+        result = self.context.main_only(lambda: self._finish(scores, concluded, samples_shown)) or {}
+        self.context.main_only(lambda: self._show(result, scores))
         return result
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Within, an error says after which step it came, and data that changed is named as its cause."""
         try:
-            with changed_data_explained(self.data.check):
+            with explain_changed_data(self.data.check):
                 yield
         except Exception as error:
             error.add_note(f"after step {self.state.step}")  # for `where`
@@ -237,34 +246,34 @@ class Trainer:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, based on the data that it names, or none."""
         if own := self.data.source.state(state.step):
-            state.position = [number // self.runtime.model_ranks for number in self.runtime.sum_over_ranks(own)]
+            state.position = [number // self.context.tp_size for number in self.context.sum_over_ranks(own)]
         self.saver.wait()  # it writes over the same group of ranks
-        self.runtime.on_every(self.data.check)
-        self.runtime.on_main(self.metrics.sync)
+        self.context.on_all_ranks(self.data.check)
+        self.context.main_only(self.metrics.sync)
         self.saver.save(state)
 
     def restore(self, state: TrainState) -> bool:
         """Go back to the newest checkpoint, as a run that begins again does. Return whether there is one."""
         self.saver.wait()
-        self.runtime.drop_gathered(self.model)
+        self.context.reshard(self.model)
         found = self.saver.restore(state, self.console)
         self._rewind(state.step)
         return found
 
     def note_skipped(self, record: Record) -> None:
         """Write the record of steps that were left out."""
-        if self.runtime.is_main:
+        if self.context.is_main:
             self.metrics.write(record)
 
     def _rewind(self, step: int) -> None:
         """Drop the metrics after `step`, and warn about lines that cannot be read."""
-        if damage := self.runtime.on_main(lambda: self.metrics.rewind(step)):
+        if damage := self.context.main_only(lambda: self.metrics.rewind(step)):
             self.console.warning(damage)
 
     def _loader(self) -> Loader:
         train = self.recipe.train
-        workers = min(train.workers, 1) if self.data.source.in_order else train.workers
-        return Loader(self.microbatches, workers, train.batches_ahead, self.runtime)
+        workers = min(train.workers, 1) if self.data.source.is_sequential else train.workers
+        return Loader(self.microbatches, workers, train.batches_ahead, self.context)
 
     def _log(self, log: MetricsLog, loader: Loader) -> LogCallback:
         recipe, facts, teacher = self.recipe, describe(self.recipe), self.task.teacher
@@ -277,11 +286,11 @@ class Trainer:
             recipe.schedule,
             recipe.train.batch_tokens,
             flops * facts["sequences_per_step"],
-            self.runtime,
+            self.context,
             log,
             self.console,
             self.state,
-            recipe.model.routed_parts(),
+            recipe.model.sparse_layer_names(),
             self.data.source,
             loader,
         )
@@ -293,18 +302,18 @@ class Trainer:
             self.task.validation_loss,
             self.data.held_out,
             self.microbatches.microbatch,
-            self.runtime,
+            self.context,
             log,
             self.recipe.eval.capacity,
             stop,
         )
 
     def _task_eval(self, log: MetricsLog, stop: StopRequest) -> TaskEvalCallback | None:
-        if not self.data.exams:
+        if not self.data.scored:
             return None
         scoring = self.task.scoring
-        predictor = TaskPredictor(self.model, self.data.tokenizer, self.runtime, scoring, scoring.capacity)
-        return TaskEvalCallback(self.recipe.eval.every_steps, predictor, self.data.exams, self.runtime, log, stop)
+        predictor = TaskPredictor(self.model, self.data.tokenizer, self.context, scoring, scoring.capacity)
+        return TaskEvalCallback(self.recipe.eval.every_steps, predictor, self.data.scored, self.context, log, stop)
 
     def _finish(
         self, scores: Mapping[str, Scores], concluded: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
@@ -316,36 +325,36 @@ class Trainer:
             "verb": self.recipe.verb,
             "run": str(self.folder.path),
             "step": state.step,
-            HELD_OUT: state.figures.get(HELD_OUT),
-            FIRST_HELD_OUT: state.first_figures.get(HELD_OUT),
+            HELD_OUT: state.eval_metrics.get(HELD_OUT),
+            FIRST_HELD_OUT: state.first_eval_metrics.get(HELD_OUT),
             **state.bits(),
             **({"texts": state.texts} if len(self.data.held_out) > 1 else {}),
             **{key: facts[key] for key in facts if "parameters" in key},
             "flops_per_sequence": facts["flops_per_sequence"],
             "input_tokens": tokens,
             "target_tokens": state.targets_seen,
-            **({"left_out": state.left_out} if state.left_out else {}),
+            **({"left_out": state.skipped_steps} if state.skipped_steps else {}),
             "seconds": state.seconds,
             TOKENS_PER_SECOND: tokens / state.seconds,
-            "mesh": self.runtime.mesh,
+            "mesh": self.context.mesh,
             **(task_results(scores, state.best) if scores else {}),
             **concluded,
             "samples": [*samples],
-            **machine(self.runtime),
+            **machine_info(self.context),
         }
         self.folder.write_result(result)
         return result
 
     def sample(self) -> list[dict[str, str]]:
         """Held-out texts with their gaps filled in by the model; shown on the console of the main rank."""
-        if not self.runtime.is_main and not self.runtime.needs_all:
+        if not self.context.is_main and not self.context.forward_is_collective:
             return []
         decode = self.data.tokenizer.decode
-        batch = self.runtime.place(self.data.samples)
-        with self.runtime.uncompiled():
+        batch = self.context.to_device(self.data.samples)
+        with self.context.eager():
             length = batch.targets_BT.shape[1]
-            all_done = self.runtime.all_done if self.runtime.needs_all else locally
-            filled = answers(self.model, self.data.tokenizer, batch.inputs_BS, length, all_done=all_done)
+            all_done = self.context.all_done if self.context.forward_is_collective else all_done_locally
+            filled = answer_texts(self.model, self.data.tokenizer, batch.inputs_BS, length, all_done=all_done)
         samples = [
             {"input": decode(inputs), "target": decode(targets), "prediction": output}
             for inputs, targets, output in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), filled, strict=True)
@@ -360,7 +369,7 @@ class Trainer:
             show_scores(console, scores, state.best)
         if len(state.texts) > 1:
             show_texts(console, state.texts)
-        lost = state.num_left_out()
+        lost = state.num_skipped_steps()
         console.table(
             "done",
             {
@@ -376,16 +385,16 @@ class Trainer:
         if lost and lost == state.step:
             console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
         self.task.show(result)
-        out, switchcli = self.folder.path, program()
+        out, switchcli = self.folder.path, program_name()
         console.message()
         console.message(f"{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
         verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"
-        ranks = ["--processes", str(self.runtime.world)] if self.runtime.world > 1 else []
+        ranks = ["--processes", str(self.context.world)] if self.context.world > 1 else []
         again = shell_words(verb, out / "recipe.yaml", steps, "--out", out, *ranks)
         asked = "The <extra_id_0> of a list is its <extra_id_1>."
         if scores:
-            asked = min((example.input for example in self.data.exams[0].examples), key=len)
-        console.message(f"  {switchcli} {shell_words('generate', out, shortened(asked, 60))}")
+            asked = min((example.input for example in self.data.scored[0].examples), key=len)
+        console.message(f"  {switchcli} {shell_words('generate', out, shorten(asked, 60))}")
         if scores:
             console.message(f"  {switchcli} {shell_words('eval', self._best() or out)}")
         console.message(f"  {switchcli} {again}")
@@ -395,4 +404,4 @@ class Trainer:
         best = self.state.best.get(TASKS_AVERAGE)
         if best is None or best.step == self.state.step or not self.recipe.checkpoint.keep_best:
             return None
-        return checkpoint.path(self.folder.checkpoints, best.step)
+        return checkpoint.checkpoint_path(self.folder.checkpoints, best.step)

@@ -6,10 +6,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Weights
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
 from switchcli.model.config import ModelSpec
-from switchcli.model.trainable import Group
+from switchcli.model.trainable import TrainableSet
 from switchcli.report.console import Console
 from switchcli.runs.train_data import TrainData
 from switchcli.train.loss import LossSchedule, Objective
@@ -25,7 +25,7 @@ class TrainingTask(LossSchedule):
 
     validation_loss: Objective
     """What held-out text is measured by; what is minimized too, unless `loss_at` says otherwise."""
-    update: Group = "all"
+    update: TrainableSet = "all"
     """The weights that learn."""
     scoring: ScoringSpec = ScoringSpec()
     num_figures: int = 1
@@ -36,7 +36,7 @@ class TrainingTask(LossSchedule):
     """Digests of what the run depends on besides its text."""
 
     @abstractmethod
-    def __init__(self, job: Any, folder: RunFolder, runtime: Runtime, console: Console) -> None:
+    def __init__(self, job: Any, folder: RunFolder, context: DistributedContext, console: Console) -> None:
         """`job` is what the command line of the verb comes to, `folder` the run's."""
 
     @abstractmethod
@@ -44,7 +44,7 @@ class TrainingTask(LossSchedule):
         """Return what the run trains on and is evaluated on. It may take hours: all else is checked before."""
 
     @abstractmethod
-    def init_weights(self, weights: Weights, optimizer: Optimizer) -> None:
+    def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:
         """Fill the weights, and perhaps the optimizer, of a run that begins."""
 
     def loss_at(self, step: int) -> Objective:

@@ -6,15 +6,21 @@ from typing import Any
 
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import STACKS
-from switchcli.model.surgery.upcycle import Gate, Upcycled, correction
+from switchcli.model.surgery.upcycle import Gate, UpcycledWeights, gate_correction
 from switchcli.recipe import resolve
 from switchcli.recipe.differences import differences
 from switchcli.recipe.sizes import CUSTOM
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.runs.loading import Opened, open_model
-from switchcli.runs.new_folder import data_of, free_for_checkpoint, going_on, next_command, place_checkpoint
-from switchcli.runs.transformers_checkpoint import empty
+from switchcli.runs.loading import CheckpointHandle, open_model
+from switchcli.runs.new_folder import (
+    check_checkpoint_destination,
+    continuation_recipe,
+    data_document,
+    next_command,
+    publish_checkpoint,
+)
+from switchcli.runs.transformers_checkpoint import meta_model
 from switchcli.runs.warm_start import NEW
 from switchcli.train.checkpointer import logical_tensors
 
@@ -63,12 +69,12 @@ def upcycle(
             f"model.router.eval_capacity_factor ({factors[stacks[0]]}): new routers share tokens out unevenly, and one "
             "that is dropped is not as in the dense model: dropless keeps all"
         )
-    destination = free_for_checkpoint(dense, destination)
-    weights = Upcycled(opened.weights(), logical_tensors(empty(spec)), spec, gate, noise, seed)
-    parameters = place_checkpoint(
-        destination, going_on(recipe, destination), opened.tokenizer, weights, data_of(opened)
+    destination = check_checkpoint_destination(dense, destination)
+    weights = UpcycledWeights(opened.weights(), logical_tensors(meta_model(spec)), spec, gate, noise, seed)
+    parameters = publish_checkpoint(
+        destination, continuation_recipe(recipe, destination), opened.tokenizer, weights, data_document(opened)
     )
-    found = {stack: correction(spec.router_of(stack), experts, gate) for stack in stacks}
+    found = {stack: gate_correction(spec.router_of(stack), experts, gate) for stack in stacks}
     exactly = not noise and recipe.train.precision != "bfloat16"  # whose routers' gates are rounded
     return {
         "source": str(opened.path),
@@ -78,13 +84,13 @@ def upcycle(
         "gate": gate,
         "noise": noise,
         "seed": seed,
-        "layers": spec.routed_parts(),
+        "layers": spec.sparse_layer_names(),
         "next": next_command(recipe, destination),
         "corrections": {stack: {**one._asdict(), "exact": one.exact and exactly} for stack, one in found.items()},
     }
 
 
-def with_experts(opened: Opened, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
+def with_experts(opened: CheckpointHandle, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
     """The recipe of a checkpoint with so many experts. Raises RecipeError by its rules, and for what has to stay."""
     where = f"{opened.path} with {experts} experts"
     model = opened.recipe.model.model_copy(update={"num_experts": experts, "size": CUSTOM})

@@ -4,17 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.convert.tokenizer_files import find
+from switchcli.convert.tokenizer_files import find_tokenizer
 from switchcli.data.sources.document import Document
-from switchcli.data.sources.files import Files
-from switchcli.data.tokenizer.statistics import Count, measure
+from switchcli.data.sources.files import FilesCorpus
+from switchcli.data.tokenizer.statistics import TokenCounts, measure_tokenizers
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError, disk_errors
 from switchcli.report.console import Console
-from switchcli.report.sinks import write_whole
+from switchcli.report.sinks import publish_file
 
 
-def opened(name: Path) -> Tokenizer:
+def open_tokenizer(name: Path) -> Tokenizer:
     """Return the tokenizer of a file, or of the folder of a run, a checkpoint or a Hugging Face model.
 
     Raises:
@@ -22,13 +22,13 @@ def opened(name: Path) -> Tokenizer:
     """
     if not name.is_dir():
         return Tokenizer.read(name)
-    file = find(name)
+    file = find_tokenizer(name)
     if file is None:
         raise DataError(f"{name}: no tokenizer.json or spiece.model in this folder: name a run's, or a file")
     return Tokenizer.read(file)
 
 
-def facts(name: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_facts(name: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return how many ids there are of what, and the digest by which runs know the tokenizer."""
     return {
         "tokenizer": str(name),
@@ -40,7 +40,7 @@ def facts(name: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def cut(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
     """Return the ids and pieces of each text, cut as a prompt is."""
     ids = ((text, tokenizer.encode(text)) for text in texts)
     return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids]
@@ -61,29 +61,29 @@ def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) ->
         RecipeError: the recipe is not of plain text, or has a tokenizer already.
         DataError: the text cannot be read, or has too many characters.
     """
-    from switchcli.data.prepare.pipeline import documents
-    from switchcli.recipe.schema import on_text
+    from switchcli.data.prepare.pipeline import iter_documents
+    from switchcli.recipe.schema import resolve_text_recipe
 
-    data = on_text(recipe, overrides).data
+    data = resolve_text_recipe(recipe, overrides).data
     if data.tokenizer.kind != "train":
         raise RecipeError(
             f"{recipe}: data.tokenizer.kind ({data.tokenizer.kind}) must be train to train one: set "
             "data.tokenizer={kind: train, vocab_size: N}"
         )
-    tokenizer = data.tokenizer.load(lambda: documents(data, console.track, held_out=False))
+    tokenizer = data.tokenizer.load(lambda: iter_documents(data, console.track, held_out=False))
     with disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, tokenizer.to_json())
-    return {**facts(out, tokenizer), "character_coverage": data.tokenizer.character_coverage}
+    publish_file(out, tokenizer.to_json())
+    return {**tokenizer_facts(out, tokenizer), "character_coverage": data.tokenizer.character_coverage}
 
 
-class Row(NamedTuple):
+class ComparedText(NamedTuple):
     """One text, and what each tokenizer makes of it."""
 
     name: str
     documents: int
     bytes: int
-    measured: tuple[Count, ...]
+    measured: tuple[TokenCounts, ...]
 
     def to_json(self) -> dict[str, Any]:
         measured = [
@@ -98,25 +98,27 @@ class Row(NamedTuple):
         return {"text": self.name, "documents": self.documents, "bytes": self.bytes, "measured": measured}
 
 
-class Compared(NamedTuple):
+class TokenizerComparison(NamedTuple):
     """Tokenizers side by side."""
 
     tokenizers: tuple[Mapping[str, Any], ...]
     """Facts of each, in the order of each row's `measured`."""
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedText, ...]
 
     @property
-    def total(self) -> Row:
+    def total(self) -> ComparedText:
         columns = zip(*(row.measured for row in self.rows), strict=True)
-        sums = tuple(Count(*map(sum, zip(*column, strict=True))) for column in columns)
-        return Row("total", sum(row.documents for row in self.rows), sum(row.bytes for row in self.rows), sums)
+        sums = tuple(TokenCounts(*map(sum, zip(*column, strict=True))) for column in columns)
+        return ComparedText("total", sum(row.documents for row in self.rows), sum(row.bytes for row in self.rows), sums)
 
     def to_json(self) -> dict[str, Any]:
         rows = [row.to_json() for row in self.rows]
         return {"tokenizers": list(self.tokenizers), "rows": rows, "total": self.total.to_json()}
 
 
-def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], console: Console) -> Compared:
+def compare(
+    arguments: Sequence[str], recipe: str | None, files: Sequence[str], console: Console
+) -> TokenizerComparison:
     """Measure the tokenizers that `arguments` name on the recipe's held-out documents, with its keys set as the other
     arguments say, and on the files.
 
@@ -130,17 +132,17 @@ def compare(arguments: Sequence[str], recipe: str | None, files: Sequence[str], 
         raise RecipeError("compare: no TOKENIZER is named: name a tokenizer.json, a spiece.model or a run's folder")
     if recipe is None and (overrides or not files):
         raise RecipeError("compare: name the recipe to measure on by --on RECIPE, or files by --text FILE")
-    tokenizers = [opened(name) for name in names]
+    tokenizers = [open_tokenizer(name) for name in names]
     texts = _files(files)
     if recipe is not None:
-        from switchcli.data.prepare.pipeline import documents
-        from switchcli.data.text_mixture import Weighted
-        from switchcli.recipe.schema import on_text
+        from switchcli.data.prepare.pipeline import iter_documents
+        from switchcli.data.text_mixture import WeightedMixing
+        from switchcli.recipe.schema import resolve_text_recipe
 
-        apart = on_text(recipe, overrides).data.model_copy(update={"mixture": Weighted()})
-        texts = {**documents(apart, console.track, held_out=True), **texts}
-    rows = tuple(Row(name, *measure(documents, tokenizers)) for name, documents in texts.items())
-    compared = Compared(tuple(map(facts, names, tokenizers)), rows)
+        apart = resolve_text_recipe(recipe, overrides).data.model_copy(update={"mixture": WeightedMixing()})
+        texts = {**iter_documents(apart, console.track, held_out=True), **texts}
+    rows = tuple(ComparedText(name, *measure_tokenizers(documents, tokenizers)) for name, documents in texts.items())
+    compared = TokenizerComparison(tuple(map(tokenizer_facts, names, tokenizers)), rows)
     if not compared.total.bytes:
         raise DataError(f"{recipe}: no document is held out: take a larger data.held_out_fraction")
     return compared
@@ -152,6 +154,6 @@ def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
         raise DataError(f"--text {none[0]}: no such file (from {Path.cwd()}): fix the path")
     stems = [Path(path).stem for path in paths]
     return {
-        path if stems.count(stem) > 1 else stem: Files(paths=(path,), sample_by="line").documents()
+        path if stems.count(stem) > 1 else stem: FilesCorpus(paths=(path,), sample_by="line").documents()
         for path, stem in zip(paths, stems, strict=True)
     }

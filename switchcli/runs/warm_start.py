@@ -8,18 +8,18 @@ from typing import Generic, NamedTuple, TypeVar
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Weights
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.differences import differences
-from switchcli.recipe.schema import OnText, StartedRecipe
+from switchcli.recipe.schema import StartedRecipe, TextRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
-from switchcli.runs.loading import Opened, documents, open_model, saved_recipe
-from switchcli.train.checkpointer import carry_over, fill
+from switchcli.runs.loading import CheckpointHandle, open_model, read_documents, saved_recipe
+from switchcli.train.checkpointer import load_optimizer_state, load_weights
 from switchcli.train.config import StartSpec
 from switchcli.train.optimizers import Optimizer
 
@@ -34,7 +34,7 @@ class TrainJob(NamedTuple, Generic[R]):
     """What a command line comes to."""
 
     recipe: R
-    start: Opened | None
+    start: CheckpointHandle | None
     """None: from scratch, or the run in the folder has begun and goes on with its own checkpoints."""
 
 
@@ -76,7 +76,7 @@ def resolve_job(
     check_shape(spec, recipe.model, path)
     if start is not None:
         check_tokenizer(recipe, start.tokenizer)
-    bare = start is not None and (start.own is None or not start.own.kinds("optimizer"))
+    bare = start is not None and (start.own is None or not start.own.tensor_specs("optimizer"))
     if bare and recipe.start is not None and recipe.start.optimizer == "carry":
         raise CheckpointError(
             f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
@@ -84,23 +84,25 @@ def resolve_job(
     return TrainJob(recipe, start)
 
 
-def begin(settings: StartSpec, start: Opened | None, weights: Weights, optimizer: Optimizer) -> None:
+def load_start(
+    settings: StartSpec, start: CheckpointHandle | None, weights: ModelWeights, optimizer: Optimizer
+) -> None:
     """Fill the weights, and perhaps the optimizer, of a run that begins. Raises CheckpointError as `carry_over`."""
     assert start is not None, "a run that has begun restores its own"
-    fill(weights, start.weights())
+    load_weights(weights, start.weights())
     if settings.optimizer == "reset":
         return
     assert start.own is not None, "refused when the recipe was resolved"
-    carry_over(optimizer, start.own, weights.experts)
+    load_optimizer_state(optimizer, start.own, weights.experts)
 
 
-def tokenizer_of(start: Opened | None, folder: RunFolder, runtime: Runtime) -> Tokenizer:
+def start_tokenizer(start: CheckpointHandle | None, folder: RunFolder, context: DistributedContext) -> Tokenizer:
     """That of the checkpoint which the run starts from; each checkpoint of the run has it again."""
     if start is None:
-        found = checkpoint.find(folder.checkpoints, warn=lambda damage: None)
+        found = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
         assert found is not None, "the run had begun when its recipe was resolved"
-        return documents(found)[1]
-    runtime.on_main(lambda: folder.write_tokenizer(start.tokenizer.to_json()))
+        return read_documents(found)[1]
+    context.main_only(lambda: folder.write_tokenizer(start.tokenizer.to_json()))
     return start.tokenizer
 
 
@@ -121,7 +123,7 @@ def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:
         RecipeError: it does.
         DataError: the tokenizer that it names is not there.
     """
-    said = recipe.data.tokenizer if isinstance(recipe, OnText) else None
+    said = recipe.data.tokenizer if isinstance(recipe, TextRecipe) else None
     if said is not None and said.kind != "train" and said.load(dict).sha256 != tokenizer.sha256:
         raise RecipeError(
             f"data.tokenizer: {said.path} is not the tokenizer that the weights were trained with: leave it out"
@@ -134,7 +136,7 @@ def check_outside(key: str, path: Path, out: Path) -> None:
         raise RecipeError(f"{key} ({path}): lies within the run's own folder {out}: give another folder by --out")
 
 
-def _open(said: str, tree: Node | None, console: Console) -> Opened:
+def _open(said: str, tree: Node | None, console: Console) -> CheckpointHandle:
     """The checkpoint to start from; `tree` is the recipe that names it, if the command line does not."""
     try:
         return open_model(Path(said), console)
@@ -144,9 +146,9 @@ def _open(said: str, tree: Node | None, console: Console) -> Opened:
         raise CheckpointError(f"{KEY} of the recipe: {error}; or name another by --model CHECKPOINT") from error
 
 
-def recipe_of_run(out: Path) -> TrainingRecipe | None:
+def run_recipe(out: Path) -> TrainingRecipe | None:
     """The recipe of the run in `out`, if it has saved something."""
-    found = checkpoint.find(out / "checkpoints", warn=lambda damage: None)
+    found = checkpoint.latest_read_only(out / "checkpoints", warn=lambda damage: None)
     return None if found is None else saved_recipe(found)
 
 
@@ -157,7 +159,7 @@ def is_within(checkpoint: str, said: str) -> bool:
 
 def _begun(out: Path, said: str, schema: type[R]) -> R | None:
     """The recipe of the run in `out`, if it has saved something and `said` names what it started from."""
-    recipe = recipe_of_run(out)
+    recipe = run_recipe(out)
     if not isinstance(recipe, schema) or recipe.start is None:
         return None
     return recipe if is_within(recipe.start.checkpoint, said) else None

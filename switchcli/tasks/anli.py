@@ -4,15 +4,15 @@ T5 has no such task, and the Switch paper, which reports round 3, gives no forma
 `anli`, the same for each round, so that one can be trained on for another.
 """
 
-from switchcli.tasks.labelled_rows import labelled
-from switchcli.tasks.task import Source, Task
+from switchcli.tasks.labelled_rows import label_task
+from switchcli.tasks.task import HubSource, Task
 
 LABELS = ("entailment", "neutral", "contradiction")
 
 TASKS: tuple[Task, ...] = tuple(
-    labelled(
+    label_task(
         f"anli_r{number}",
-        Source("facebook/anli", None, "anli", f"train_r{number}", f"dev_r{number}", f"test_r{number}"),
+        HubSource("facebook/anli", None, "anli", f"train_r{number}", f"dev_r{number}", f"test_r{number}"),
         ("hypothesis", "premise"),
         LABELS,
         prefix="anli",

@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterator
 
 from switchcli.tasks.columns import answers, asked, text, texts
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match
 
 
@@ -31,7 +31,7 @@ def _examples(row: Row, purpose: Purpose) -> Iterator[Example]:
 def _task(name: str, config: str) -> Task:
     return Task(
         name=name,
-        source=Source("allenai/ai2_arc", config, f"ai2_arc/{config}"),
+        source=HubSource("allenai/ai2_arc", config, f"ai2_arc/{config}"),
         columns=("question", "choices", "answerKey"),
         examples=_examples,
         metrics=(exact_match,),

@@ -7,7 +7,7 @@ The splits are those of T5's closed-book work: the end of the training split val
 from collections.abc import Iterator
 
 from switchcli.tasks.columns import answers, asked, text, texts
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import squad_em, squad_f1, trivia_em, trivia_f1
 
 
@@ -38,7 +38,7 @@ def _trivia_qa(row: Row, purpose: Purpose) -> Iterator[Example]:
 TASKS: tuple[Task, ...] = (
     Task(
         name="natural_questions",
-        source=Source(
+        source=HubSource(
             "google-research-datasets/nq_open", None, "nq_open", validation=None, test="validation", num_train=79_168
         ),
         columns=("question", "answer"),
@@ -49,7 +49,7 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="web_questions",
-        source=Source("stanfordnlp/web_questions", None, "web_questions", validation=None, num_train=3_417),
+        source=HubSource("stanfordnlp/web_questions", None, "web_questions", validation=None, num_train=3_417),
         columns=("question", "answers"),
         examples=_web_questions,
         metrics=(squad_em,),
@@ -58,7 +58,7 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="trivia_qa",
-        source=Source(
+        source=HubSource(
             *("mandarjoshi/trivia_qa", "unfiltered.nocontext", "trivia_qa/unfiltered.nocontext"),
             validation=None,
             test="validation",

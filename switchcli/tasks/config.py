@@ -11,7 +11,7 @@ from switchcli.data.task_mixture import MixtureSpec, Proportional
 from switchcli.spec import MOST, Place, Spec
 from switchcli.tasks.registry import METRICS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
-from switchcli.tasks.task import Example, Files, LabelMetric, Purpose, Row, Task
+from switchcli.tasks.task import Example, FilesSource, LabelMetric, Purpose, Row, Task
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _NAME = r"^[A-Za-z0-9_.-]+$"
@@ -20,7 +20,7 @@ Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Places = Annotated[tuple[Place, ...], Field(strict=False)]
 
 
-class Named(Spec):
+class ShippedTask(Spec):
     """A task or a suite that ships."""
 
     kind: Literal["named"] = "named"
@@ -47,7 +47,7 @@ class Named(Spec):
         return tuple(TASKS[name] for name in (*suite.tasks(), *suite.trained_too))
 
 
-class Own(Spec):
+class CustomTask(Spec):
     """A task of one's own: JSON Lines whose fields a template makes into an input."""
 
     kind: Literal["files"] = "files"
@@ -97,7 +97,7 @@ class Own(Spec):
         return (
             Task(
                 self.name,
-                Files(self.train, self.validation, self.test, self.model_dump_json()),
+                FilesSource(self.train, self.validation, self.test, self.model_dump_json()),
                 tuple(fields),
                 self._examples,
                 metrics,
@@ -132,24 +132,26 @@ def _named_unless_said(value: object) -> object:
 
 
 TaskSpec = Annotated[
-    Named | Own, Field(discriminator="kind"), BeforeValidator(_named_unless_said, json_schema_input_type=str | Own)
+    ShippedTask | CustomTask,
+    Field(discriminator="kind"),
+    BeforeValidator(_named_unless_said, json_schema_input_type=str | CustomTask),
 ]
 """A name, or a mapping with `kind: files`."""
 
 
-def names_twice(specs: Sequence[Named | Own]) -> Iterator[str]:
+def names_twice(specs: Sequence[ShippedTask | CustomTask]) -> Iterator[str]:
     """What is wrong with the names of tasks: of two of one's own only one would be there."""
-    own = [spec.name for spec in specs if isinstance(spec, Own)]
+    own = [spec.name for spec in specs if isinstance(spec, CustomTask)]
     for name in {name for name in own if own.count(name) > 1}:
         yield f"tasks ({name}): two tasks of your own have this name: give one another"
 
 
-def suites_of(specs: Sequence[Named | Own]) -> tuple[Suite, ...]:
+def suites_of(specs: Sequence[ShippedTask | CustomTask]) -> tuple[Suite, ...]:
     """The suites that are named."""
-    return tuple(SUITES[spec.name] for spec in specs if isinstance(spec, Named) and spec.name in SUITES)
+    return tuple(SUITES[spec.name] for spec in specs if isinstance(spec, ShippedTask) and spec.name in SUITES)
 
 
-def tasks_of(specs: Sequence[Named | Own]) -> dict[str, Task]:
+def tasks_of(specs: Sequence[ShippedTask | CustomTask]) -> dict[str, Task]:
     """All tasks by name, each once."""
     return {task.name: task for spec in specs for task in spec.tasks()}
 

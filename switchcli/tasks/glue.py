@@ -10,9 +10,9 @@ import numpy as np
 
 from switchcli.tasks.columns import asked, text, value
 from switchcli.tasks.label_metrics import ACCURACY, PEARSON, REFERENT_ACCURACY, SPEARMAN, f1, matthews
-from switchcli.tasks.labelled_rows import SECRET, judged, labelled, prefixed, word_of
+from switchcli.tasks.labelled_rows import SECRET, label_task, label_word, prefixed, referent_example
 from switchcli.tasks.pronoun import resolve
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 
 HUB = "nyu-mll/glue"
 ENTAILMENT = ("entailment", "not_entailment")
@@ -42,51 +42,51 @@ def _score(label: object) -> tuple[str, ...]:
 def _wnli(row: Row, purpose: Purpose) -> Iterable[Example]:
     """The premise with its pronoun marked; the phrase that the hypothesis puts there is the target, right or not."""
     not_entailment, entailment = "False", "True"
-    judgement = word_of(row, (not_entailment, entailment))
-    return judged(*resolve(text(row, "sentence1"), text(row, "sentence2")), judgement, purpose)
+    judgement = label_word(row, (not_entailment, entailment))
+    return referent_example(*resolve(text(row, "sentence1"), text(row, "sentence2")), judgement, purpose)
 
 
 TASKS: tuple[Task, ...] = (
-    labelled("cola", Source(HUB, "cola", "glue/cola"), ("sentence",), COLA, (matthews(COLA),), chance=0),
-    labelled("sst2", Source(HUB, "sst2", "glue/sst2"), ("sentence",), ("negative", "positive")),
-    labelled("mrpc", Source(HUB, "mrpc", "glue/mrpc"), SENTENCES, MRPC, (f1(*MRPC), ACCURACY)),
-    labelled("qqp", Source(HUB, "qqp", "glue/qqp"), ("question1", "question2"), QQP, (f1(*QQP), ACCURACY)),
+    label_task("cola", HubSource(HUB, "cola", "glue/cola"), ("sentence",), COLA, (matthews(COLA),), chance=0),
+    label_task("sst2", HubSource(HUB, "sst2", "glue/sst2"), ("sentence",), ("negative", "positive")),
+    label_task("mrpc", HubSource(HUB, "mrpc", "glue/mrpc"), SENTENCES, MRPC, (f1(*MRPC), ACCURACY)),
+    label_task("qqp", HubSource(HUB, "qqp", "glue/qqp"), ("question1", "question2"), QQP, (f1(*QQP), ACCURACY)),
     Task(
         "stsb",
-        Source(HUB, "stsb", "glue/stsb"),
+        HubSource(HUB, "stsb", "glue/stsb"),
         columns=(*SENTENCES, "label"),
         examples=_stsb,
         metrics=(PEARSON, SPEARMAN),
         chance=0,
         labels=SCORES,
     ),
-    labelled(
+    label_task(
         "mnli",
-        Source(HUB, "mnli", "glue/mnli", validation="validation_matched", test="test_matched"),
+        HubSource(HUB, "mnli", "glue/mnli", validation="validation_matched", test="test_matched"),
         NLI,
         THREE_WAY,
     ),
-    labelled(
+    label_task(
         "mnli_mismatched",
-        Source(HUB, "mnli", "glue/mnli", None, "validation_mismatched", "test_mismatched"),
+        HubSource(HUB, "mnli", "glue/mnli", None, "validation_mismatched", "test_mismatched"),
         NLI,
         THREE_WAY,
         prefix="mnli",
     ),
-    labelled("qnli", Source(HUB, "qnli", "glue/qnli"), ("question", "sentence"), ENTAILMENT),
-    labelled("rte", Source(HUB, "rte", "glue/rte"), SENTENCES, ENTAILMENT),
+    label_task("qnli", HubSource(HUB, "qnli", "glue/qnli"), ("question", "sentence"), ENTAILMENT),
+    label_task("rte", HubSource(HUB, "rte", "glue/rte"), SENTENCES, ENTAILMENT),
     Task(
         "wnli",
-        Source(HUB, "wnli", "glue/wnli", train=None),
+        HubSource(HUB, "wnli", "glue/wnli", train=None),
         columns=(*SENTENCES, "label"),
         examples=_wnli,
         metrics=(REFERENT_ACCURACY,),
         chance=50,  # the answer is free, the judgement is one of two
     ),
     # The diagnostic set has a test split alone, without labels; GLUE's score for it is a correlation.
-    labelled(
+    label_task(
         "ax",
-        Source(HUB, "ax", "glue/ax", train=None, validation="test"),
+        HubSource(HUB, "ax", "glue/ax", train=None, validation="test"),
         NLI,
         THREE_WAY,
         (matthews(THREE_WAY),),

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import Answered, LabelMetric, Metric
+from switchcli.tasks.task import AnsweredExample, LabelMetric, Metric
 from switchcli.tasks.text_metrics import by_unit
 
 Numbers = NDArray[np.float64]
@@ -39,11 +39,11 @@ def _column(values: Sequence[bool]) -> Numbers:
 # Accuracy
 
 
-def _is_right(answer: Answered) -> bool:
+def _is_right(answer: AnsweredExample) -> bool:
     return answer.prediction.strip() in [target.strip() for target in answer.example.targets]
 
 
-def _all_right(answered: Sequence[Answered]) -> Numbers:
+def _all_right(answered: Sequence[AnsweredExample]) -> Numbers:
     return _column([all(map(_is_right, unit)) for unit in by_unit(answered)])
 
 
@@ -69,12 +69,12 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
     positive.
     """
 
-    def counts(answer: Answered) -> tuple[bool, bool, bool]:
+    def counts(answer: AnsweredExample) -> tuple[bool, bool, bool]:
         right, said = answer.example.targets[0].strip(), answer.prediction.strip()
         hit = said == right
         return hit and right == positive, not hit and right == negative, not hit and right == positive
 
-    def measure(answered: Sequence[Answered]) -> Numbers:
+    def measure(answered: Sequence[AnsweredExample]) -> Numbers:
         """[units, 3]: true positives, false positives, false negatives."""
         return np.array([np.sum([counts(answer) for answer in unit], axis=0) for unit in by_unit(answered)], np.float64)
 
@@ -85,7 +85,7 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
     return Metric(name, measure, combine, has_even_chance=True)
 
 
-def _counts(labels: tuple[str, ...], answered: Sequence[Answered]) -> Numbers:
+def _counts(labels: tuple[str, ...], answered: Sequence[AnsweredExample]) -> Numbers:
     """[answers, 3 (k + 1)], for k labels and, last, what is none: whether each is hit, is right, is said."""
     number = {label: index for index, label in enumerate(labels)}
     one_hot = np.eye(len(labels) + 1)
@@ -127,7 +127,7 @@ def _number(text: str) -> float:
     return value if math.isfinite(value) else NO_NUMBER
 
 
-def _pairs(answered: Sequence[Answered]) -> Numbers:
+def _pairs(answered: Sequence[AnsweredExample]) -> Numbers:
     """[answers, 2]: the target's number, so STS-B's rounded score as in T5, and the answer's."""
     return np.array([[_number(answer.example.targets[0]), _number(answer.prediction)] for answer in answered])
 
@@ -179,7 +179,7 @@ def _without_determiners(phrase: str) -> str:
     return " ".join(word for word in phrase.strip().lower().split(" ") if word not in DETERMINERS)
 
 
-def _judged(answered: Sequence[Answered]) -> Numbers:
+def _judged(answered: Sequence[AnsweredExample]) -> Numbers:
     """[answers, 1]: 1 where the judgement is the label. T5 writes it 1, 0 or -1, for True, False and None."""
     found = [str(names_referent(answer.prediction, answer.example.targets[0])) for answer in answered]
     return _column([said == answer.example.label for said, answer in zip(found, answered, strict=True)])

@@ -8,13 +8,13 @@ from reprlib import repr as short
 
 from switchcli.tasks.columns import asked, text, value
 from switchcli.tasks.label_metrics import ACCURACY
-from switchcli.tasks.task import Example, Metric, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Metric, Purpose, Row, Task
 
 SECRET = -1
 """The label of a row whose answer the benchmark keeps to itself."""
 
 
-def word_of(row: Row, labels: Sequence[str]) -> tuple[str, ...]:
+def label_word(row: Row, labels: Sequence[str]) -> tuple[str, ...]:
     """The word of the row's label; none where it is secret."""
     label = value(row, "label")
     if label == SECRET:
@@ -28,15 +28,15 @@ def prefixed(prefix: str, row: Row, columns: Sequence[str], keys: Sequence[str])
     return " ".join([prefix, *(f"{key}: {text(row, column)}" for key, column in zip(keys, columns, strict=True))])
 
 
-def judged(question: str, referent: str, judgement: tuple[str, ...], purpose: Purpose) -> Iterator[Example]:
+def referent_example(question: str, referent: str, judgement: tuple[str, ...], purpose: Purpose) -> Iterator[Example]:
     """The one example of a row that proposes a referent and has the judgement on it; none to train on unless `True`."""
     if purpose == "scoring" or judgement == ("True",):
         yield Example(question, (referent,), label=judgement[0]) if judgement else Example(question, ())
 
 
-def labelled(
+def label_task(
     name: str,
-    source: Source,
+    source: HubSource,
     columns: tuple[str, ...],
     labels: tuple[str, ...],
     metrics: tuple[Metric, ...] = (ACCURACY,),
@@ -55,7 +55,7 @@ def labelled(
     """
 
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:
-        return asked(prefixed(prefix or name, row, columns, keys or columns), word_of(row, labels), purpose)
+        return asked(prefixed(prefix or name, row, columns, keys or columns), label_word(row, labels), purpose)
 
     return Task(
         name,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import Answered, Metric, Task
+from switchcli.tasks.task import AnsweredExample, Metric, Task
 
 PERCENTILES = (2.5, 97.5)
 
@@ -53,7 +53,7 @@ class Scores(NamedTuple):
         return plain
 
 
-def score(task: Task, answered: Sequence[Answered], draws: int = 1000, seed: int = 0) -> Scores:
+def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, seed: int = 0) -> Scores:
     """The scores of a task's answers; the same answers, draws and seed give the same scores."""
     labelled = [each for each in answered if each.example.targets]
     wrong = [each.prediction.strip() not in task.labels for each in answered]
@@ -86,7 +86,7 @@ def score(task: Task, answered: Sequence[Answered], draws: int = 1000, seed: int
     )
 
 
-def is_right(task: Task, answer: Answered) -> bool | None:
+def is_right(task: Task, answer: AnsweredExample) -> bool | None:
     """Return whether an answer by itself is right, by the task's first exact metric; None if the task has none."""
     exact = next((metric for metric in (*task.metrics, *task.beside) if metric.is_exact), None)
     if exact is None:
@@ -109,8 +109,8 @@ def _interval(column: NDArray[np.float64]) -> Score:
     return Score(value, min(value, float(low)), max(value, float(high)))
 
 
-def _majority(task: Task, labelled: Sequence[Answered]) -> float:
+def _majority(task: Task, labelled: Sequence[AnsweredExample]) -> float:
     """Of targets equally frequent, the one that comes first."""
     [(most, _)] = Counter(each.example.targets[0] for each in labelled).most_common(1)
-    constant = [Answered(each.example, most) for each in labelled]
+    constant = [AnsweredExample(each.example, most) for each in labelled]
     return float(np.mean([metric.combine(metric.measure(constant)) for metric in task.metrics]))

@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterator
 
 from switchcli.tasks.columns import answers, asked, text, texts
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import squad_em, squad_f1
 
 PUNCTUATION = re.compile(f"([{re.escape(string.punctuation)}])")
@@ -36,7 +36,7 @@ def _examples(row: Row, purpose: Purpose) -> Iterator[Example]:
 TASKS: tuple[Task, ...] = (
     Task(
         name="squad",
-        source=Source("rajpurkar/squad", None, "squad", test=None),
+        source=HubSource("rajpurkar/squad", None, "squad", test=None),
         columns=("question", "context", "answers"),
         examples=_examples,
         metrics=(squad_em,),

@@ -17,14 +17,14 @@ from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources.document import is_held_out
 from switchcli.data.sources.python_stdlib import (
     PythonStdlib,
-    documented,
+    iter_docstrings,
     library_root,
     module_paths,
-    parse,
+    parse_source,
     source_text,
 )
 from switchcli.tasks.columns import answers, asked, text
-from switchcli.tasks.task import Embedded, Example, Purpose, Row, Task
+from switchcli.tasks.task import EmbeddedSource, Example, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, rouge1, rouge2, rouge_lsum
 
 Split = Literal["train", "validation"]
@@ -62,7 +62,7 @@ def _modules() -> Iterator[Named]:
         module = _top_level(path.relative_to(root))
         if module not in MODULES:
             continue
-        for name, _, docstring in documented(parse(path.read_bytes())):
+        for name, _, docstring in iter_docstrings(parse_source(path.read_bytes())):
             if len(docstring.split()) >= MIN_WORDS and _is_new(seen, _start(without_names(docstring))):
                 yield _name(root, path, name), {"module": module, "docstring": docstring}
 
@@ -102,7 +102,7 @@ def _functions() -> Iterator[Named]:
     root, seen = library_root(), set[str]()
     for path in module_paths(root):
         lines = source_text(path).replace("\r", "\n").split("\n")
-        for name, node, docstring in documented(parse(path.read_bytes())):
+        for name, node, docstring in iter_docstrings(parse_source(path.read_bytes())):
             summary, _, rest = docstring.partition("\n")
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or rest.split("\n")[0].strip():
                 continue
@@ -116,7 +116,7 @@ def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list
     """A function's source and the part of it after the docstring; empty where that part is, or cannot be told apart."""
     docstring, *body = node.body
     end = docstring.end_lineno or docstring.lineno
-    inner = any(found for inside in body for found in documented(ast.Module([inside], [])))
+    inner = any(found for inside in body for found in iter_docstrings(ast.Module([inside], [])))
     alone = not lines[docstring.lineno - 1][: docstring.col_offset].strip() and body and body[0].lineno > end
     if inner or not alone:
         return "", ""
@@ -162,7 +162,7 @@ def _fingerprint(digests: Digests) -> str:
 TASKS: tuple[Task, ...] = (
     Task(
         name="python_modules",
-        source=Embedded(module_rows, _fingerprint),
+        source=EmbeddedSource(module_rows, _fingerprint),
         columns=("module", "docstring"),
         examples=_module_examples,
         metrics=(exact_match,),
@@ -171,7 +171,7 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="python_docstrings",
-        source=Embedded(docstring_rows, _fingerprint),
+        source=EmbeddedSource(docstring_rows, _fingerprint),
         columns=("source", "summary"),
         examples=_docstring_examples,
         metrics=(rouge2,),

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from switchcli.tasks.columns import answers, asked, text
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import rouge1, rouge2, rouge_lsum
 
 
-def _task(name: str, source: Source, article: str, summary: str) -> Task:
+def _task(name: str, source: HubSource, article: str, summary: str) -> Task:
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:
         return asked(f"summarize: {text(row, article)}", answers([text(row, summary)]), purpose)
 
@@ -25,9 +25,9 @@ def _task(name: str, source: Source, article: str, summary: str) -> Task:
 TASKS: tuple[Task, ...] = (
     _task(
         "cnn_dailymail",
-        Source("abisee/cnn_dailymail", "3.0.0", "cnn_dailymail/3.0.0"),
+        HubSource("abisee/cnn_dailymail", "3.0.0", "cnn_dailymail/3.0.0"),
         article="article",
         summary="highlights",
     ),
-    _task("xsum", Source("EdinburghNLP/xsum", None, "xsum"), article="document", summary="summary"),
+    _task("xsum", HubSource("EdinburghNLP/xsum", None, "xsum"), article="document", summary="summary"),
 )

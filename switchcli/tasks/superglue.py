@@ -9,9 +9,9 @@ from reprlib import repr as short
 
 from switchcli.tasks.columns import answers, asked, text, texts, value
 from switchcli.tasks.label_metrics import ACCURACY, EXACT_MATCH_BY_UNIT, REFERENT_ACCURACY, f1, macro_f1, matthews
-from switchcli.tasks.labelled_rows import judged, labelled, prefixed, word_of
+from switchcli.tasks.labelled_rows import label_task, label_word, prefixed, referent_example
 from switchcli.tasks.pronoun import mark_first, mark_word
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, squad_em, squad_f1
 
 HUB = "aps/super_glue"
@@ -27,7 +27,7 @@ def _multirc(row: Row, purpose: Purpose) -> Iterable[Example]:
     """An answer to judge. Its question is its unit, numbered within its paragraph; of the markup, <br> and <b> go."""
     question = re.sub("</?b>", "", prefixed("multirc", row, MULTIRC, MULTIRC).replace("<br>", " "))
     unit = f"{value(row, 'idx.paragraph')}/{value(row, 'idx.question')}"
-    return (example._replace(unit=unit) for example in asked(question, word_of(row, FALSE_TRUE), purpose))
+    return (example._replace(unit=unit) for example in asked(question, label_word(row, FALSE_TRUE), purpose))
 
 
 def _record(row: Row, purpose: Purpose) -> Iterable[Example]:
@@ -52,7 +52,7 @@ def _wsc(row: Row, purpose: Purpose) -> Iterable[Example]:
     if not isinstance(index, int):
         raise ValueError(f"span2_index: {short(index)} is no number of a word")
     question = mark_word(text(row, "text"), index, text(row, "span2_text"))
-    return judged(question, text(row, "span1_text"), word_of(row, FALSE_TRUE), purpose)
+    return referent_example(question, text(row, "span1_text"), label_word(row, FALSE_TRUE), purpose)
 
 
 def _dpr(row: Row, purpose: Purpose) -> Iterable[Example]:
@@ -60,23 +60,23 @@ def _dpr(row: Row, purpose: Purpose) -> Iterable[Example]:
     candidates = texts(row, "candidates")
     if len(candidates) != 2:
         raise ValueError(f"candidates: {len(candidates)} texts where there should be 2")
-    right = answers(word_of(row, candidates))
+    right = answers(label_word(row, candidates))
     return asked(mark_first(text(row, "sentence"), text(row, "pronoun")), right, purpose)
 
 
-def _source(config: str) -> Source:
-    return Source(HUB, config, f"super_glue/{config}")
+def _source(config: str) -> HubSource:
+    return HubSource(HUB, config, f"super_glue/{config}")
 
 
-def _diagnostic(config: str) -> Source:
+def _diagnostic(config: str) -> HubSource:
     """Its one split, `test`, stands for validation too: what labels there are can be scored."""
-    return Source(HUB, config, f"super_glue/{config}", train=None, validation="test")
+    return HubSource(HUB, config, f"super_glue/{config}", train=None, validation="test")
 
 
 TASKS: tuple[Task, ...] = (
-    labelled("boolq", _source("boolq"), ("passage", "question"), FALSE_TRUE),
-    labelled("cb", _source("cb"), NLI, CB, (macro_f1(CB), ACCURACY)),
-    labelled("copa", _source("copa"), COPA, ("choice1", "choice2")),
+    label_task("boolq", _source("boolq"), ("passage", "question"), FALSE_TRUE),
+    label_task("cb", _source("cb"), NLI, CB, (macro_f1(CB), ACCURACY)),
+    label_task("copa", _source("copa"), COPA, ("choice1", "choice2")),
     Task(
         "multirc",
         _source("multirc"),
@@ -95,8 +95,8 @@ TASKS: tuple[Task, ...] = (
         metrics=(squad_em, squad_f1),
         chance=0,
     ),
-    labelled("superglue_rte", _source("rte"), NLI, ENTAILMENT, prefix="rte"),
-    labelled("wic", _source("wic"), ("sentence1", "sentence2", "word"), FALSE_TRUE),
+    label_task("superglue_rte", _source("rte"), NLI, ENTAILMENT, prefix="rte"),
+    label_task("wic", _source("wic"), ("sentence1", "sentence2", "word"), FALSE_TRUE),
     Task(
         "wsc",
         _source("wsc.fixed"),
@@ -108,7 +108,7 @@ TASKS: tuple[Task, ...] = (
     # Trained on with WSC, whose own right phrases are 259; of no weight in the benchmark.
     Task(
         "dpr",
-        Source(
+        HubSource(
             "community-datasets/definite_pronoun_resolution", None, "definite_pronoun_resolution", validation="test"
         ),
         columns=("sentence", "pronoun", "candidates", "label"),
@@ -116,7 +116,7 @@ TASKS: tuple[Task, ...] = (
         metrics=(exact_match,),
         chance=50,  # the sentence has two candidates
     ),
-    labelled(
+    label_task(
         "axb",
         _diagnostic("axb"),
         ("sentence2", "sentence1"),
@@ -126,5 +126,5 @@ TASKS: tuple[Task, ...] = (
         keys=NLI,
         chance=0,
     ),
-    labelled("axg", _diagnostic("axg"), NLI, ENTAILMENT, prefix="rte"),
+    label_task("axg", _diagnostic("axg"), NLI, ENTAILMENT, prefix="rte"),
 )

@@ -28,7 +28,7 @@ class Example(NamedTuple):
     """What a metric compares with where that is none of the targets (WSC)."""
 
 
-class Answered(NamedTuple):
+class AnsweredExample(NamedTuple):
     """An example with what the model wrote."""
 
     example: Example
@@ -42,7 +42,7 @@ class Metric(NamedTuple):
     """
 
     name: str
-    measure: Callable[[Sequence[Answered]], NDArray[np.float64]]
+    measure: Callable[[Sequence[AnsweredExample]], NDArray[np.float64]]
     """[units, numbers] of labelled answers, one at least; a prediction may be any text."""
     combine: Callable[[NDArray[np.float64]], float]
     """The score of units, each perhaps several times."""
@@ -69,7 +69,7 @@ class LabelMetric(NamedTuple):
         return num_labels >= 2 if isinstance(self.needs, str) else num_labels == self.needs
 
 
-class Source(NamedTuple):
+class HubSource(NamedTuple):
     """Where the rows are: on the hub, or in a folder with `FOLDER/SPLIT.jsonl` and the hub's columns."""
 
     path: str
@@ -86,7 +86,7 @@ class Source(NamedTuple):
     """Where `validation` is None: how many rows are left to train on, of a whole set; nine tenths of a smaller one."""
 
 
-class Files(NamedTuple):
+class FilesSource(NamedTuple):
     """A task of a user's own: JSON Lines, by paths or globs."""
 
     train: tuple[str, ...]
@@ -99,7 +99,7 @@ class Files(NamedTuple):
         return self._asdict()[split]
 
 
-class Embedded(NamedTuple):
+class EmbeddedSource(NamedTuple):
     """Rows that the program makes by itself, with nothing to download: a split to train on, and one to validate on."""
 
     rows: Callable[[Literal["train", "validation"]], Iterator[Row]]
@@ -111,7 +111,7 @@ class Task(NamedTuple):
     """One task of the suite."""
 
     name: str
-    source: Source | Files | Embedded
+    source: HubSource | FilesSource | EmbeddedSource
     columns: tuple[str, ...]
     """Those that `examples` reads."""
     examples: Callable[[Row, Purpose], Iterable[Example]]

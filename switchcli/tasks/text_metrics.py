@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import Answered, Metric
+from switchcli.tasks.task import AnsweredExample, Metric
 
 Numbers = NDArray[np.float64]
 TRIVIA_PUNCTUATION = string.punctuation + "‘’´`"  # noqa: RUF001 - as TriviaQA's script has it
@@ -47,9 +47,9 @@ def _without_articles(text: str) -> str:
 # Means over answers
 
 
-def by_unit(answered: Sequence[Answered]) -> list[list[Answered]]:
+def by_unit(answered: Sequence[AnsweredExample]) -> list[list[AnsweredExample]]:
     """The answers of each unit, units in order of their first answer."""
-    units: dict[str | int, list[Answered]] = {}
+    units: dict[str | int, list[AnsweredExample]] = {}
     for number, each in enumerate(answered):
         units.setdefault(each.example.unit or number, []).append(each)
     return list(units.values())
@@ -58,7 +58,7 @@ def by_unit(answered: Sequence[Answered]) -> list[list[Answered]]:
 def mean_of(name: str, best: Callable[[Sequence[str], str], float]) -> Metric:
     """The mean over answers of `best(targets, prediction)`, which lies from 0 to 1; of a unit the sum and the count."""
 
-    def measure(answered: Sequence[Answered]) -> Numbers:
+    def measure(answered: Sequence[AnsweredExample]) -> Numbers:
         units = by_unit(answered)
         sums = [[sum(best(each.example.targets, each.prediction) for each in unit), len(unit)] for unit in units]
         return np.array(sums, np.float64)
@@ -103,7 +103,7 @@ def rouge_of(kind: str) -> Metric:
     """The mean F of rouge_score's `kind`, without stemming. T5 reports the middle of a bootstrap, which is about the
     mean; we report the mean."""
 
-    def measure(answered: Sequence[Answered]) -> Numbers:
+    def measure(answered: Sequence[AnsweredExample]) -> Numbers:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([kind])
@@ -128,14 +128,14 @@ rouge1, rouge2, rouge_lsum = rouge_of("rouge1"), rouge_of("rouge2"), rouge_of("r
 # BLEU
 
 
-def _bleu_measure(answered: Sequence[Answered]) -> Numbers:
+def _bleu_measure(answered: Sequence[AnsweredExample]) -> Numbers:
     """[units, 10]: the lengths of prediction and nearest target, then matched and all n-grams by their order."""
     from sacrebleu.metrics import BLEU
 
     # The effective order changes a sentence's score and not its counts; without it each sentence would log a warning.
     scorer = BLEU(tokenize="intl", effective_order=True)
 
-    def counts(each: Answered) -> list[float]:
+    def counts(each: AnsweredExample) -> list[float]:
         of = scorer.sentence_score(each.prediction, list(each.example.targets))
         return [of.sys_len, of.ref_len, *of.counts, *of.totals]
 

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.objectives.example_packing import Lengths, Packed, pack, packed_as, store_of
-from switchcli.data.prepare.cache import cached
+from switchcli.data.objectives.example_packing import PackedExamples, RowLengths, pack, pack_as_given, store_from_texts
+from switchcli.data.prepare.cache import get_or_build
 from switchcli.data.prepare.digests import Digests, Track
-from switchcli.data.prepare.prepared_text import LAYOUT, num_bytes
-from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, identity, seal
-from switchcli.data.prepare.verified import IN_MEMORY_BYTES, Verified
+from switchcli.data.prepare.prepared_text import LAYOUT, manifest_bytes
+from switchcli.data.prepare.store import StoreWriter, TokenStore, identity_of_stores, read_manifest, write_manifest
+from switchcli.data.prepare.verified import IN_MEMORY_BYTES, VerifiedFolder
 from switchcli.data.rng import permutation
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS
-from switchcli.tasks.reading import Split, examples, fingerprint
+from switchcli.tasks.reading import Split, fingerprint, read_examples
 from switchcli.tasks.task import Example, Task
 
 FORMAT = 2  # raise when the same key would come to mean other ids
@@ -27,10 +27,10 @@ BUCKET = 16
 """Inputs are padded to a multiple of it."""
 
 
-class Training(NamedTuple):
+class PackedTask(NamedTuple):
     """A task's training examples as packed rows."""
 
-    packed: Packed
+    packed: PackedExamples
     identity: str
     """A digest of the ids themselves."""
     num_bytes: int
@@ -39,17 +39,17 @@ class Training(NamedTuple):
     """Raises DataError if rows that were read are not what was prepared; see `Verified.check`."""
 
 
-def training(
+def packed_task(
     task: Task,
     folder: str | None,
     tokenizer: Tokenizer,
-    lengths: Lengths,
+    lengths: RowLengths,
     seed: int,
     cache: Path,
     track: Track,
     warn: Callable[[str], None] = lambda text: None,
     before: int = 0,
-) -> Training:
+) -> PackedTask:
     """Return the task's training split, from the cache if it is there. Raises DataError as `examples` does.
 
     `before` are the bytes of the tasks that come before it: together up to IN_MEMORY_BYTES are held in memory. `warn`
@@ -61,7 +61,7 @@ def training(
 
     def build(built: Path) -> None:
         built.mkdir()
-        found = examples(task, "train", "training", folder)
+        found = read_examples(task, "train", "training", folder)
         with (
             StoreWriter(built, INPUTS, tokenizer.vocab_size) as inputs,
             StoreWriter(built, TARGETS, tokenizer.vocab_size) as targets,
@@ -76,18 +76,18 @@ def training(
                     for ids in tokenizer.encode_batch(texts):
                         writer.add(np.append(ids, EOS), starts_document=True)
         arrays = inputs.arrays | targets.arrays
-        seal(built, {"format": FORMAT, "task": task.name, "examples": len(found), "arrays": arrays})
+        write_manifest(built, {"format": FORMAT, "task": task.name, "examples": len(found), "arrays": arrays})
 
-    with cached(place, build):
-        facts = facts_of(place)
+    with get_or_build(place, build):
+        facts = read_manifest(place)
         assert facts is not None, "sealed"
-        size = num_bytes(facts)
-        verified = Verified(place, facts["files"], in_memory=before + size <= IN_MEMORY_BYTES)
+        size = manifest_bytes(facts)
+        verified = VerifiedFolder(place, facts["files"], in_memory=before + size <= IN_MEMORY_BYTES)
         packed = pack(TokenStore.open(verified, INPUTS), TokenStore.open(verified, TARGETS), lengths, seed)
-        return Training(packed, identity(place, (INPUTS, TARGETS)), size, verified.check)
+        return PackedTask(packed, identity_of_stores(place, (INPUTS, TARGETS)), size, verified.check)
 
 
-class Scored(NamedTuple):
+class ScoredExamples(NamedTuple):
     """The examples that a task is scored on."""
 
     task: Task
@@ -95,7 +95,7 @@ class Scored(NamedTuple):
     numbers: tuple[int, ...]
     """The place of each among all examples of the split, from 0."""
     inputs: TokenStore
-    packed: Packed
+    packed: PackedExamples
     """Inputs and first targets of those that have a target, for the cross-entropy."""
     answers: TokenStore
     """The first target of each, empty where it is secret."""
@@ -119,22 +119,24 @@ class Scored(NamedTuple):
         return _padded(self.answers, numbers, self.packed.lengths.targets)
 
 
-def scored(
-    task: Task, split: Split, folder: str | None, tokenizer: Tokenizer, lengths: Lengths, limit: int | None
-) -> Scored:
+def scored_examples(
+    task: Task, split: Split, folder: str | None, tokenizer: Tokenizer, lengths: RowLengths, limit: int | None
+) -> ScoredExamples:
     """The task's examples of a split, or `limit` of them drawn by lot, whole units, the same ones each time.
 
     DataError as above.
     """
-    found = examples(task, split, "scoring", folder)
+    found = read_examples(task, split, "scoring", folder)
     numbers = range(len(found)) if limit is None else _drawn(found, limit)
     found = [found[number] for number in numbers]
     asked = tokenizer.encode_batch([one.input for one in found])
     answers = tokenizer.encode_batch([one.targets[0] if one.targets else "" for one in found])
     labelled = [number for number, one in enumerate(found) if one.targets]
-    known = [store_of(ids[number] for number in labelled) for ids in (asked, answers)]
+    known = [store_from_texts(ids[number] for number in labelled) for ids in (asked, answers)]
     packed = pack(known[0], known[1], lengths, 0)
-    return Scored(task, tuple(found), tuple(numbers), store_of(asked), packed, store_of(answers))
+    return ScoredExamples(
+        task, tuple(found), tuple(numbers), store_from_texts(asked), packed, store_from_texts(answers)
+    )
 
 
 def _drawn(found: list[Example], limit: int) -> list[int]:
@@ -153,5 +155,5 @@ def _drawn(found: list[Example], limit: int) -> list[int]:
 def _padded(store: TokenStore, numbers: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     longest = int(np.diff(store.offsets)[numbers].max())
     length = min(most, -(-longest // BUCKET) * BUCKET)
-    rows = packed_as(store, store, Lengths(length, length), [[int(number)] for number in numbers])
+    rows = pack_as_given(store, store, RowLengths(length, length), [[int(number)] for number in numbers])
     return rows.rows(np.arange(len(numbers)))[0]

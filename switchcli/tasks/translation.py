@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from switchcli.tasks.columns import answers, asked, text
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import bleu
 
 LANGUAGES = {"de": "German", "en": "English", "fr": "French", "ro": "Romanian"}
@@ -20,7 +20,7 @@ def _task(year: int, source: str, target: str) -> Task:
 
     return Task(
         name=f"wmt{year}_{source}_{target}",
-        source=Source(f"wmt/wmt{year}", config, f"wmt{year}/{config}"),
+        source=HubSource(f"wmt/wmt{year}", config, f"wmt{year}/{config}"),
         columns=("translation",),
         examples=examples,
         metrics=(bleu,),

@@ -9,7 +9,7 @@ from reprlib import repr as short
 
 from switchcli.tasks.columns import answers, asked, text, value
 from switchcli.tasks.labelled_rows import prefixed
-from switchcli.tasks.task import Example, Purpose, Row, Source, Task
+from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match
 
 COLUMNS = ("sentence", "option1", "option2")
@@ -27,7 +27,7 @@ def _examples(row: Row, purpose: Purpose) -> Iterable[Example]:
 TASKS: tuple[Task, ...] = (
     Task(
         "winogrande",
-        Source("allenai/winogrande", "winogrande_xl", "winogrande/winogrande_xl"),
+        HubSource("allenai/winogrande", "winogrande_xl", "winogrande/winogrande_xl"),
         columns=(*COLUMNS, "answer"),
         examples=_examples,
         metrics=(exact_match,),

@@ -16,17 +16,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import STACKS, Stack
 from switchcli.model.moe.layer import SwitchLayer, evaluating, sparse_layers
 from switchcli.model.moe.router import Policy
-from switchcli.model.packing import Segments, decoder_inputs
+from switchcli.model.packing import SegmentIds, decoder_inputs
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
-from switchcli.train.loss import segments
+from switchcli.train.loss import batch_segment_ids
 
 
-class Pairs(NamedTuple):
+class ExpertCounts(NamedTuple):
     """How often each of some values (a token's id, a position) went to each expert: those that did alone.
 
     So a layer takes no more than 16 bytes for each choice that was counted, nor for each of the vocabulary times E.
@@ -37,18 +37,18 @@ class Pairs(NamedTuple):
     count_X: torch.Tensor
     """int64."""
 
-    def __add__(self, other: object) -> "Pairs":
-        assert isinstance(other, Pairs)
-        return summed(torch.cat([self.key_X, other.key_X]), torch.cat([self.count_X, other.count_X]))
+    def __add__(self, other: object) -> "ExpertCounts":
+        assert isinstance(other, ExpertCounts)
+        return sum_counts(torch.cat([self.key_X, other.key_X]), torch.cat([self.count_X, other.count_X]))
 
 
-def summed(key_X: torch.Tensor, count_X: torch.Tensor) -> Pairs:
+def sum_counts(key_X: torch.Tensor, count_X: torch.Tensor) -> ExpertCounts:
     """The pairs with each key once."""
     key, place = torch.unique(key_X, return_inverse=True)
-    return Pairs(key, count_X.new_zeros(len(key)).scatter_add_(0, place, count_X))
+    return ExpertCounts(key, count_X.new_zeros(len(key)).scatter_add_(0, place, count_X))
 
 
-class Places(NamedTuple):
+class TokenPlaces(NamedTuple):
     """What the sparse layers of a stack read in a batch."""
 
     real_BS: torch.Tensor
@@ -73,9 +73,9 @@ class Choices(NamedTuple):
 class LayerCounts(NamedTuple):
     """What a sparse layer did, over any number of batches; they add up."""
 
-    tokens: Pairs
+    tokens: ExpertCounts
     """By id."""
-    positions: Pairs
+    positions: ExpertCounts
     chosen_E: torch.Tensor
     """int64, as the next."""
     turned_away_E: torch.Tensor
@@ -99,15 +99,15 @@ class LayerCounts(NamedTuple):
         return LayerCounts(*pairs, *map(torch.add, self[2:], other[2:]))
 
     def on_the_cpu(self) -> "LayerCounts":
-        tokens, positions = (Pairs(*(part.cpu() for part in one)) for one in self[:2])
+        tokens, positions = (ExpertCounts(*(part.cpu() for part in one)) for one in self[:2])
         return LayerCounts(tokens, positions, *(part.cpu() for part in self[2:]))
 
 
-See = Callable[[str, Places, Choices], None]
+See = Callable[[str, TokenPlaces, Choices], None]
 """Told the name of a sparse layer, what it read, and what it did."""
 
 
-class Counted(NamedTuple):
+class RoutingCounts(NamedTuple):
     """What one text showed of one model, or of two.
 
     Beyond a batch no tensor of A or of a vocabulary is kept, but the pairs that occurred, and E * E of two models.
@@ -119,28 +119,28 @@ class Counted(NamedTuple):
     """Of two models: how often a token that chose one's expert (row) chose the other's (column); float64."""
 
 
-def count(
+def count_routing(
     models: Sequence[SwitchTransformer],
     batches: Iterable[Batch],
     packed: bool,
-    runtime: Runtime,
+    context: DistributedContext,
     policies: Sequence[Policy],
-) -> Counted:
+) -> RoutingCounts:
     """Count what one model does with batches, or two: with the same ones, their layers alike by name."""
     layers: tuple[dict[str, LayerCounts], ...] = tuple({} for _ in models)
     together_EE: dict[str, torch.Tensor] = {}
     for batch in batches:
-        placed = Batch(*runtime.place(batch))
+        placed = Batch(*context.to_device(batch))
         kept: list[dict[str, torch.Tensor]] = [{} for _ in models]
         for model, policy, sums, chosen_AE in zip(models, policies, layers, kept, strict=True):
             note = partial(_note, sums, chosen_AE if len(models) > 1 else None)
-            with runtime.autocast():
-                observe(model, placed, segments(placed, packed), policy, note)
+            with context.autocast():
+                observe(model, placed, batch_segment_ids(placed, packed), policy, note)
         if len(models) > 1:
             one_AE, other_AE = kept
             for name in one_AE:
                 _add(together_EE, name, (one_AE[name].float().mT @ other_AE[name].float()).double())
-    return Counted(layers, together_EE)
+    return RoutingCounts(layers, together_EE)
 
 
 Sum = TypeVar("Sum", LayerCounts, torch.Tensor)
@@ -150,7 +150,7 @@ def _note(
     sums: dict[str, LayerCounts],
     chosen_AE: dict[str, torch.Tensor] | None,
     name: str,
-    places: Places,
+    places: TokenPlaces,
     choices: Choices,
 ) -> None:
     _add(sums, name, counts_of(places, choices))
@@ -163,7 +163,7 @@ def _add(sums: dict[str, Sum], name: str, more: Sum) -> None:
 
 
 @torch.no_grad()
-def observe(model: SwitchTransformer, batch: Batch, segments: Segments | None, policy: Policy, see: See) -> None:
+def observe(model: SwitchTransformer, batch: Batch, segments: SegmentIds | None, policy: Policy, see: See) -> None:
     """Run a batch through the model in evaluation, and tell of each sparse layer as it comes."""
     places = places_of(batch, segments)
 
@@ -175,7 +175,7 @@ def observe(model: SwitchTransformer, batch: Batch, segments: Segments | None, p
         model(*batch, segments)
 
 
-def places_of(batch: Batch, segments: Segments | None) -> Mapping[Stack, Places]:
+def places_of(batch: Batch, segments: SegmentIds | None) -> Mapping[Stack, TokenPlaces]:
     """The tokens and the positions that each stack reads."""
     inputs_BS, targets_BT = batch
     read = (
@@ -185,12 +185,12 @@ def places_of(batch: Batch, segments: Segments | None) -> Mapping[Stack, Places]
     return {stack: _places(*each) for stack, each in zip(STACKS, read, strict=True)}
 
 
-def _places(ids_BS: torch.Tensor, real_BS: torch.Tensor, segment_BS: torch.Tensor | None) -> Places:
+def _places(ids_BS: torch.Tensor, real_BS: torch.Tensor, segment_BS: torch.Tensor | None) -> TokenPlaces:
     position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
     if segment_BS is not None:
         begins_BS = segment_BS.diff(dim=1, prepend=segment_BS[:, :1]) != 0
         position_BS = position_BS - (position_BS * begins_BS).cummax(1).values
-    return Places(real_BS, ids_BS[real_BS], position_BS[real_BS])
+    return TokenPlaces(real_BS, ids_BS[real_BS], position_BS[real_BS])
 
 
 def choices_of(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.Tensor) -> Choices:
@@ -210,7 +210,7 @@ def choices_of(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.Tens
         return Choices(logits_GNE[real_GN].float().softmax(-1), chosen_AE, held_AE)
 
 
-def counts_of(places: Places, choices: Choices) -> LayerCounts:
+def counts_of(places: TokenPlaces, choices: Choices) -> LayerCounts:
     """Of one layer on one batch."""
     probability_AE, chosen_AE, held_AE = choices
     place_X, expert_X = chosen_AE.nonzero(as_tuple=True)
@@ -218,8 +218,8 @@ def counts_of(places: Places, choices: Choices) -> LayerCounts:
     away_X = ~held_AE[place_X, expert_X]
     sums_E = probability_AE.new_zeros(E, dtype=torch.float64)
     return LayerCounts(
-        tokens=summed(places.token_A[place_X] * E + expert_X, one_X),
-        positions=summed(places.position_A[place_X] * E + expert_X, one_X),
+        tokens=sum_counts(places.token_A[place_X] * E + expert_X, one_X),
+        positions=sum_counts(places.position_A[place_X] * E + expert_X, one_X),
         chosen_E=expert_X.bincount(minlength=E),
         turned_away_E=expert_X[away_X].bincount(minlength=E),
         probability_E=sums_E.index_add(0, expert_X, probability_AE[place_X, expert_X].double()),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.metric_names import (
@@ -29,7 +29,7 @@ from switchcli.train.metrics import Metrics, merge
 from switchcli.train.prefetch import Loader
 from switchcli.train.schedules import ScheduleSpec
 from switchcli.train.state import TrainState
-from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, reduce, shared
+from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, rank_batches, reduce
 
 Record = Mapping[str, Any]
 """Figures by name, and under `layers` those of each sparse layer."""
@@ -76,7 +76,7 @@ class LogCallback(Callback):
         schedule: ScheduleSpec,
         tokens_per_step: int,
         flops_per_step: int,
-        runtime: Runtime,
+        context: DistributedContext,
         log: MetricsLog,
         console: Console,
         state: TrainState,
@@ -96,7 +96,7 @@ class LogCallback(Callback):
         self._schedule = schedule
         self._tokens = tokens_per_step
         self._flops = flops_per_step
-        self._runtime = runtime
+        self._context = context
         self._log = log
         self._since = (state.step, state.seconds)
         self._layers = layers
@@ -105,16 +105,16 @@ class LogCallback(Callback):
         self._waited = loader.seconds_waited
         self._console = console
         self._starving, self._told = 0, False
-        self._alarms = router_health.Alarms(layers, console)
+        self._alarms = router_health.RoutingAlarms(layers, console)
 
     def __call__(self, state: TrainState) -> None:
-        if not state.window:  # all of its steps were left out
+        if not state.metrics_since_log:  # all of its steps were left out
             return
-        metrics = reduce(state.window, self._runtime)
-        state.window = {}
-        if not self._runtime.is_main:
+        metrics = reduce(state.metrics_since_log, self._context)
+        state.metrics_since_log = {}
+        if not self._context.is_main:
             return
-        self._alarms(metrics, steps=int(metrics[GRADIENT_NORM].weight) // self._runtime.data_ranks)
+        self._alarms(metrics, steps=int(metrics[GRADIENT_NORM].weight) // self._context.dp_size)
         steps = state.step - self._since[0]
         seconds_per_step = (state.seconds - self._since[1]) / steps
         self._since = (state.step, state.seconds)
@@ -156,7 +156,7 @@ class EvaluationCallback(Callback):
 
     def is_pending(self, state: TrainState, last_step: int) -> bool:
         """Whether the weights as they are should have been evaluated, and were not."""
-        noted = state.evaluated_step == state.step and self._figure in state.figures
+        noted = state.evaluated_step == state.step and self._figure in state.eval_metrics
         return state.step > 0 and self.due(state.step, last_step) and not noted
 
 
@@ -170,7 +170,7 @@ class ValidationCallback(EvaluationCallback):
         objective: Objective,
         texts: Mapping[str, HeldOutText],
         rows_each: int,
-        runtime: Runtime,
+        context: DistributedContext,
         log: MetricsLog,
         policy: Policy,
         stop: StopRequest,
@@ -182,7 +182,7 @@ class ValidationCallback(EvaluationCallback):
         self._objective = objective
         self._texts = texts
         self._rows_each = rows_each
-        self._runtime = runtime
+        self._context = context
         self._log = log
         self._policy = policy
         self._stop = stop
@@ -192,10 +192,10 @@ class ValidationCallback(EvaluationCallback):
         each: list[tuple[HeldOutText, Metrics]] = []
         texts = {}
         for label, text in self._texts.items():
-            shares = shared(text, self._rows_each, self._runtime.data_rank, self._runtime.data_ranks)
+            shares = rank_batches(text, self._rows_each, self._context.dp_rank, self._context.dp_size)
             batches = self._until_stopped(shares)
-            found = evaluate(self._model, self._objective, batches, self._runtime, self._policy)
-            texts[label] = text.figures(found)
+            found = evaluate(self._model, self._objective, batches, self._context, self._policy)
+            texts[label] = text.metrics(found)
             metrics = merge(metrics, found)
             each.append((text, found))
         state.texts = texts
@@ -207,18 +207,18 @@ class ValidationCallback(EvaluationCallback):
             )
         state.note({HELD_OUT: figure})
         state.bits_per_byte = bits_per_byte(each)
-        if self._runtime.is_main:
+        if self._context.is_main:
             apart = {"texts": state.texts} if len(self._texts) > 1 else {}
             self._log.write({"step": state.step, **figures, **state.bits(), **apart})
 
     def _until_stopped(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            if self._runtime.any_rank(self._stop.requested):
+            if self._context.any_rank(self._stop.requested):
                 raise StopTraining
             yield batch
 
 
-class Saves(Protocol):
+class CanSave(Protocol):
     """What can save a run."""
 
     def save(self, state: TrainState) -> None: ...
@@ -227,7 +227,7 @@ class Saves(Protocol):
 class SaveCallback(Callback):
     """Saves the run. A stop calls it too."""
 
-    def __init__(self, every_steps: int, run: Saves) -> None:
+    def __init__(self, every_steps: int, run: CanSave) -> None:
         super().__init__(every_steps)
         self._run = run
 

@@ -1,4 +1,4 @@
-"""Saver: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike.
+"""Checkpointer: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike.
 
 A save is two parts: what it takes from the run, on the main thread, and what it writes, there or in a thread beside it.
 """
@@ -15,9 +15,9 @@ from typing import Final
 import torch
 
 from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
-from switchcli.checkpoint.fsops import DISK, Files
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Part, Weights, here, whole_weights
+from switchcli.checkpoint.fsops import DISK, FileOperations
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import CheckpointError, DistributedError, NumericsError, OtherRankError, RankError
 from switchcli.model.transformer import SwitchTransformer
@@ -41,18 +41,18 @@ Contents = Iterable[tuple[str, memoryview]]
 """Files by name."""
 
 
-class Saver:
+class Checkpointer:
     """One folder of checkpoints, the same for all ranks. Its methods are called on every rank."""
 
     def __init__(
         self,
         folder: Path,
-        weights: Weights,
+        weights: ModelWeights,
         optimizer: Optimizer,
-        runtime: Runtime,
+        context: DistributedContext,
         documents: Mapping[str, bytes],
         settings: CheckpointSpec,
-        files: Files = DISK,
+        files: FileOperations = DISK,
         former_text: str | None = None,
     ) -> None:
         """`documents` (recipe, tokenizer, `DATA`) make a checkpoint whole by itself.
@@ -62,7 +62,7 @@ class Saver:
         self._folder = folder
         self._weights = weights
         self._optimizer = optimizer
-        self._runtime = runtime
+        self._context = context
         self._documents = documents
         self._settings = settings
         self._files = files
@@ -84,23 +84,23 @@ class Saver:
             NumericsError: a number is not finite; on every rank, and nothing is written.
         """
         self.wait()
-        runtime = self._runtime
-        weights, slots = parts_of(self._weights), self._slots()
+        context = self._context
+        weights, slots = weight_parts(self._weights), self._slots()
         # Of this rank all, not what it writes alone: what is lost in a copy is in the others' weights a step later.
         tensors = {name: part.tensor for name, part in {**weights, **slots}.items()}
-        window = {f"the metric {name}": mean.total for name, mean in state.window.items()}
+        window = {f"the metric {name}": mean.total for name, mean in state.metrics_since_log.items()}
         self._check_finite(state.step, {**tensors, **window})
         self.step = state.step
         model, optimizer = self._share(weights), self._share(slots)
-        documents = {**self._documents, "state.json": state.to_json(reduce(state.window, runtime))}
+        documents = {**self._documents, "state.json": state.to_json(reduce(state.metrics_since_log, context))}
         own = [
-            secrets.randbits(checkpoint.UNIQUE_BITS) if runtime.is_main else 0,
+            secrets.randbits(checkpoint.UNIQUE_BITS) if context.is_main else 0,
             tensor_file.num_bytes([*model.values(), *optimizer.values()]),
         ]
-        unique, size = runtime.sum_over_ranks(own)
+        unique, size = context.sum_over_ranks(own)
         size += sum(map(len, documents.values()))
-        saving = checkpoint.Saving(self._folder, state.step, unique, size, self._files)
-        contents = checkpoint.encoded(model, optimizer, runtime.rank, runtime.world)
+        saving = checkpoint.CheckpointWriter(self._folder, state.step, unique, size, self._files)
+        contents = checkpoint.encode_files(model, optimizer, context.rank, context.world)
         if self._settings.background:
             self._under_way = self._thread.submit(self._write, saving, list(contents), documents)
             self._under_way.add_done_callback(lambda done: self._stop.request() if done.exception() else None)
@@ -111,7 +111,7 @@ class Saver:
         """A number may be lost where no gradient tells: in the optimizer's state, or in a metric."""
         # A sum is twenty times as fast, and where all is finite it is but rarely not.
         lost = (name for name, one in tensors.items() if not one.sum().isfinite() and not one.isfinite().all())
-        told = self._runtime.told(next(lost, ""))
+        told = self._context.all_gather_text(next(lost, ""))
         for rank, name in enumerate(told):
             if name:
                 raise NumericsError(
@@ -125,7 +125,7 @@ class Saver:
             last.result()
 
     @contextmanager
-    def beside_training(self, stop: StopRequest, console: Console) -> Iterator[None]:
+    def background_saves(self, stop: StopRequest, console: Console) -> Iterator[None]:
         """Around training: left when no save is under way. The run is asked to `stop` as soon as one fails.
 
         If training fails, the save under way, of a step that was sound, is done all the same, unless a rank is lost.
@@ -143,28 +143,28 @@ class Saver:
             raise
         self.wait()
 
-    def _write(self, saving: checkpoint.Saving, contents: Contents, documents: Mapping[str, bytes]) -> None:
+    def _write(self, saving: checkpoint.CheckpointWriter, contents: Contents, documents: Mapping[str, bytes]) -> None:
         """All that a save does to the disk, and says to other ranks over a group of its own: in any one thread."""
-        ranks, settings = self._runtime.saving, self._settings
+        ranks, settings = self._context.saving, self._settings
         try:
-            ranks.on_main(saving.begin)
-            entries = ranks.on_every(lambda: saving.write(contents))
+            ranks.main_only(saving.begin)
+            entries = ranks.on_all_ranks(lambda: saving.write(contents))
             everything = [
                 manifest.Entry(*entry)
-                for one in ranks.gather(json.dumps([astuple(entry) for entry in entries]))
+                for one in ranks.all_gather_text(json.dumps([astuple(entry) for entry in entries]))
                 for entry in json.loads(one)
             ]
-            ranks.on_main(lambda: saving.finish(everything, documents))
+            ranks.main_only(lambda: saving.finish(everything, documents))
         except (CheckpointError, RankError):  # on the main rank, when no other writes any more
-            saving.clear()
+            saving.clean_up()
             raise
         keep_last, keep_best = settings.keep_last, settings.keep_best
-        ranks.on_main(lambda: checkpoint.prune(self._folder, keep_last, keep_best=keep_best, files=self._files))
+        ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_best=keep_best, files=self._files))
 
-    def _slots(self) -> dict[str, Part]:
-        return slots_of(self._optimizer, self._weights.experts)
+    def _slots(self) -> dict[str, LocalPart]:
+        return optimizer_parts(self._optimizer, self._weights.experts)
 
-    def _share(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+    def _share(self, parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
         """What this rank writes: with those that have the same tensors, or parts of them, it takes turns.
 
         A tensor in parts comes together on all of its ranks, one after another, and stays in the memory of one host.
@@ -173,13 +173,13 @@ class Saver:
         # Experts are counted apart: ranks may hold different numbers of them, and hold the same other tensors.
         counts = {True: 0, False: 0}
         for name, part in parts.items():
-            whole = part.whole()
+            whole = part.gather()
             is_expert = bool(tensor_names.expert_numbers([name]))
-            writer, num_writers = self._runtime.rank, self._runtime.world
+            writer, num_writers = self._context.rank, self._context.world
             if is_expert:
                 writer, num_writers = self._weights.holder, self._weights.num_holders
             if counts[is_expert] % num_writers == writer:
-                share[name] = whole.cpu() if part.cuts else whole
+                share[name] = whole.cpu() if part.layout else whole
             counts[is_expert] += 1
         return share
 
@@ -189,11 +189,11 @@ class Saver:
         Raises:
             CheckpointError: the checkpoint is of another architecture, optimizer or text.
         """
-        newest = self._runtime.on_main(lambda: checkpoint.latest(self._folder, console.warning))
-        step = self._runtime.from_main(-1 if newest is None else newest.step)
+        newest = self._context.main_only(lambda: checkpoint.latest(self._folder, console.warning))
+        step = self._context.from_main(-1 if newest is None else newest.step)
         if step < 0:
             return False
-        found = newest or checkpoint.Checkpoint.open(checkpoint.path(self._folder, step), verified=True)
+        found = newest or checkpoint.Checkpoint.open(checkpoint.checkpoint_path(self._folder, step), verified=True)
         before, now = {}, json.loads(self._documents[DATA])
         with suppress(ValueError, TypeError, RecursionError):  # what is no object is no run's
             before = dict(json.loads(found.document(DATA)))
@@ -211,19 +211,19 @@ class Saver:
                 f"{found.path} was trained {what} than the recipe gives now: bring that back, give another folder by "
                 "--out, or --no-resume to set this run aside and begin anew"
             )
-        weights, slots, experts = parts_of(self._weights), self._slots(), self._weights.num_experts
-        take(weights, found.read("model", wholes(weights), num_experts=experts))
-        take(slots, found.read("optimizer", wholes(slots), num_experts=experts))
-        state.restore(found.document("state.json"), self._runtime.device, with_window=self._runtime.data_rank == 0)
+        weights, slots, experts = weight_parts(self._weights), self._slots(), self._weights.num_experts
+        load_parts(weights, found.read("model", full_tensors(weights), num_experts=experts))
+        load_parts(slots, found.read("optimizer", full_tensors(slots), num_experts=experts))
+        state.restore(found.document("state.json"), self._context.device, with_window=self._context.dp_rank == 0)
         self.step = state.step
         return True
 
 
 def preflight(
     folder: Path,
-    weights: Weights,
+    weights: ModelWeights,
     optimizer: Optimizer,
-    runtime: Runtime,
+    context: DistributedContext,
     settings: CheckpointSpec,
     num_figures: int = 1,
 ) -> None:
@@ -232,17 +232,17 @@ def preflight(
     `num_figures` is how many an evaluation notes: as many checkpoints may be best.
     """
     elsewhere = weights.num_experts // len(weights.experts)  # times as many expert weights as are here
-    tensors = {**wholes(parts_of(weights)), **wholes(slots_of(optimizer, weights.experts))}
+    tensors = {**full_tensors(weight_parts(weights)), **full_tensors(optimizer_parts(optimizer, weights.experts))}
     one = sum(
         tensor_file.num_bytes([tensor]) * (elsewhere if tensor_names.expert_numbers([name]) else 1)
         for name, tensor in tensors.items()
     )
     present = sum(path.is_dir() for path in folder.glob("step-*"))
     kept = settings.keep_last + settings.keep_best * num_figures
-    runtime.on_main(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - present)))
+    context.main_only(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - present)))
 
 
-def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: range) -> None:
+def load_optimizer_state(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: range) -> None:
     """Fill the optimizer of a run that begins with the weights of `found` from the optimizer's state there.
 
     The checkpoint may hold the state of more parameters than learn now, and of more `experts` than are here.
@@ -250,45 +250,45 @@ def carry_over(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: rang
     Raises:
         CheckpointError: it has no such state, or that of another optimizer.
     """
-    held, slots = found.kinds("optimizer"), slots_of(optimizer, experts)
+    held, slots = found.tensor_specs("optimizer"), optimizer_parts(optimizer, experts)
     way_out = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
     if not held:
         raise CheckpointError(f"{found.path}: holds no optimizer state: start.optimizer=reset begins with a new one.")
     if not held.keys() & slots.keys():
         raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
-    take(slots, found.read("optimizer", wholes(slots), some=True, way_out=way_out))
+    load_parts(slots, found.read("optimizer", full_tensors(slots), some=True, way_out=way_out))
 
 
-def fill(weights: Weights, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_weights(weights: ModelWeights, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill the weights, in place, from whole tensors under their logical names, one after another."""
-    take(parts_of(weights), tensors)
+    load_parts(weight_parts(weights), tensors)
 
 
-def take(parts: Mapping[str, Part], tensors: Mapping[str, torch.Tensor]) -> None:
+def load_parts(parts: Mapping[str, LocalPart], tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill each part, in place, from the whole tensor of its name."""
     for name, part in parts.items():
-        if isinstance(tensors, tensor_file.Tensors):  # of a file no more is read
-            Part(part.tensor).take(tensors.part(name, part.where))
+        if isinstance(tensors, tensor_file.LazyTensors):  # of a file no more is read
+            LocalPart(part.tensor).copy_from(tensors.read_slice(name, part.slices))
         else:
-            part.take(tensors[name])
+            part.copy_from(tensors[name])
 
 
-def parts_of(weights: Weights) -> dict[str, Part]:
+def weight_parts(weights: ModelWeights) -> dict[str, LocalPart]:
     """What is here of the weights, under their logical names, as views."""
-    named = {name: here(parameter) for name, parameter in weights.parameters.items()}
-    return tensor_names.parts(named, weights.cuts, weights.experts)
+    named = {name: local_values(parameter) for name, parameter in weights.parameters.items()}
+    return tensor_names.logical_parts(named, weights.layouts, weights.experts)
 
 
-def slots_of(optimizer: Optimizer, experts: range) -> dict[str, Part]:
+def optimizer_parts(optimizer: Optimizer, experts: range) -> dict[str, LocalPart]:
     """What is here of the optimizer's state, under its logical names, as views."""
-    return tensor_names.parts(optimizer.state(), optimizer.state_cuts(), experts)
+    return tensor_names.logical_parts(optimizer.state(), optimizer.state_layouts(), experts)
 
 
-def wholes(parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+def full_tensors(parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
     """Tensors on `meta` of the shapes of the wholes."""
-    return {name: torch.empty(part.whole_shape, dtype=part.tensor.dtype, device="meta") for name, part in parts.items()}
+    return {name: torch.empty(part.full_shape, dtype=part.tensor.dtype, device="meta") for name, part in parts.items()}
 
 
 def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
     """The weights of a model that is all here, under their logical names, as views."""
-    return {name: part.tensor for name, part in parts_of(whole_weights(model)).items()}
+    return {name: part.tensor for name, part in weight_parts(unsharded_weights(model)).items()}

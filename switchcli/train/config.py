@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from switchcli.model.moe.router import Policy
-from switchcli.model.surgery.student import FromTeacher
+from switchcli.model.surgery.student import FromTeacherInit
 from switchcli.spec import MOST, Place, Spec
 
 Precision = Literal["float32", "bfloat16", "selective"]
@@ -72,10 +72,10 @@ class StartSpec(Spec):
     """Go on with the checkpoint's optimizer state, as T5 does, or with a new one. A converted checkpoint has none."""
 
 
-class Fresh(Spec):
+class RandomInit(Spec):
     """A student starts from initial weights."""
 
-    kind: Literal["fresh"] = "fresh"
+    kind: Literal["random_init"] = "random_init"
 
 
 class FromCheckpoint(Spec):
@@ -86,7 +86,7 @@ class FromCheckpoint(Spec):
     """A run's folder, one checkpoint's, or a folder in the Hugging Face layout; `--student`."""
 
 
-StudentSpec = Annotated[FromTeacher | Fresh | FromCheckpoint, Field(discriminator="kind")]
+StudentSpec = Annotated[FromTeacherInit | RandomInit | FromCheckpoint, Field(discriminator="kind")]
 
 
 class LogSpec(Spec):

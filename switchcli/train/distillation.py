@@ -17,17 +17,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from switchcli.data.batch import Answers, AnyBatch, Lesson
+from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
 from switchcli.metric_names import NEG_LOG_PERPLEXITY, SOFT_CROSS_ENTROPY, TEACHER_DIVERGENCE
-from switchcli.model.axis import Axis, part_of
+from switchcli.model.axis import ModelAxis, local_slice
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.model.vocabulary import Vocabulary
+from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import MOST, PAD, Place, Spec
 from switchcli.train.config import Precision
-from switchcli.train.loss import StepLoss, segments, step_loss, sum_in_chunks
-from switchcli.train.teacher_cache import AnswersSpec
+from switchcli.train.loss import StepLoss, batch_segment_ids, step_loss, sum_in_chunks
+from switchcli.train.teacher_cache import TeacherCacheSpec
 
 
 class DistillSpec(Spec):
@@ -45,19 +45,19 @@ class DistillSpec(Spec):
     """How the teacher's routers count capacity: `dropless`, `paper`, or a factor."""
     mode: Literal["evaluation", "training"] = "evaluation"
     """`training`: with its dropout and jitter, as in Mesh-TensorFlow; then by its training capacity."""
-    answers: AnswersSpec | None = None
+    cache: TeacherCacheSpec | None = None
     """Absent: the teacher is asked in every step. Given: once, and its answers are kept on disk."""
     baseline: float | Place | None = None
     """The dense model that student and teacher are compared with: its checkpoint, or its figure; `--baseline`."""
 
     @model_validator(mode="after")
     def _answers_repeat(self) -> Self:
-        if self.answers is not None and self.mode == "training":
+        if self.cache is not None and self.mode == "training":
             raise ValueError("mode (training): its noise is new in each step, and answers are kept: take evaluation")
         return self
 
 
-class Probabilities(NamedTuple):
+class TeacherProbs(NamedTuple):
     """A teacher's probabilities of the tokens here for a chunk of targets, at T; float32 or float64."""
 
     q_CV: torch.Tensor
@@ -65,14 +65,14 @@ class Probabilities(NamedTuple):
     """-sum over the tokens here of q log q, in nats."""
 
 
-class AllProbabilities:
+class FullTeacherProbs:
     """A teacher's probabilities of all tokens, from its hidden states, chunk by chunk: [N, V] is never held."""
 
-    def __init__(self, hidden_ND: torch.Tensor, vocabulary: Vocabulary, temperature: float) -> None:
+    def __init__(self, hidden_ND: torch.Tensor, vocabulary: VocabularyShard, temperature: float) -> None:
         """`vocabulary` is whole: a teacher is not split over ranks."""
         dtype = compute_dtype(hidden_ND)
         self._hidden_ND, self._temperature = hidden_ND.to(dtype), temperature
-        self._vocabulary = Vocabulary(vocabulary.weight_VD.to(dtype))
+        self._vocabulary = VocabularyShard(vocabulary.weight_VD.to(dtype))
 
     @torch.no_grad()
     def log_probs(self, chunk: slice) -> torch.Tensor:
@@ -80,11 +80,11 @@ class AllProbabilities:
         logits_CV = self._hidden_ND[chunk] @ self._vocabulary.weight_VD.mT
         return self._vocabulary.log_softmax(logits_CV, self._temperature)
 
-    def here(self, chunk: slice, axis: Axis) -> Probabilities:
+    def here(self, chunk: slice, axis: ModelAxis) -> TeacherProbs:
         """Return q of this rank's part of the vocabulary for the targets `chunk`."""
-        log_q_CV = part_of(self.log_probs(chunk), axis, 1)
+        log_q_CV = local_slice(self.log_probs(chunk), axis, 1)
         q_CV = log_q_CV.exp()
-        return Probabilities(q_CV, -_dot(q_CV, log_q_CV))
+        return TeacherProbs(q_CV, -_dot(q_CV, log_q_CV))
 
 
 class Teacher:
@@ -96,11 +96,11 @@ class Teacher:
         self._precision, self._temperature = precision, temperature
 
     @torch.no_grad()
-    def ask(self, batch: AnyBatch, packed: bool) -> AllProbabilities:
+    def predict(self, batch: AnyBatch, packed: bool) -> FullTeacherProbs:
         """Its probabilities of every target. The student's noise is drawn before the teacher's, if that has any."""
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
-            output = self.model(batch.inputs_BS, batch.targets_BT, segments(batch, packed))
-            return AllProbabilities(output.hidden_BTD.flatten(0, 1), output.vocabulary, self._temperature)
+            output = self.model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed))
+            return FullTeacherProbs(output.hidden_BTD.flatten(0, 1), output.vocabulary, self._temperature)
 
 
 class DistillationLoss:
@@ -111,7 +111,7 @@ class DistillationLoss:
         self._settings, self._teacher, self._packed = settings, teacher, packed
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
-        output = model(batch.inputs_BS, batch.targets_BT, segments(batch, self._packed))
+        output = model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, self._packed))
         targets_N = batch.targets_BT.flatten()
         sums_M = distilled_cross_entropy(
             output.hidden_BTD.flatten(0, 1),
@@ -126,18 +126,18 @@ class DistillationLoss:
         sums = {NEG_LOG_PERPLEXITY: -hard, SOFT_CROSS_ENTROPY: soft, TEACHER_DIVERGENCE: divergence}
         return step_loss(output, batch.targets_BT, target_sum, sums)
 
-    def _answers(self, batch: AnyBatch) -> AllProbabilities | Answers:
+    def _answers(self, batch: AnyBatch) -> FullTeacherProbs | TeacherTopK:
         if self._teacher is not None:
-            return self._teacher.ask(batch, self._packed)
-        assert isinstance(batch, Lesson), "without a teacher the batch brings its answers"
-        return Answers(*(kept.flatten(0, 1) for kept in batch.answers))
+            return self._teacher.predict(batch, self._packed)
+        assert isinstance(batch, DistillBatch), "without a teacher the batch brings its answers"
+        return TeacherTopK(*(kept.flatten(0, 1) for kept in batch.teacher))
 
 
 def distilled_cross_entropy(
     hidden_ND: torch.Tensor,
-    vocabulary: Vocabulary,
+    vocabulary: VocabularyShard,
     targets_N: torch.Tensor,
-    teacher: AllProbabilities | Answers,
+    teacher: FullTeacherProbs | TeacherTopK,
     soft_fraction: float,
     temperature: float,
 ) -> torch.Tensor:
@@ -145,8 +145,8 @@ def distilled_cross_entropy(
     gradient. `Answers` are [N, K]."""
 
     def loss(logits_CV: torch.Tensor, chunk: slice) -> torch.Tensor:
-        if isinstance(teacher, Answers):
-            answers = Answers(*(kept[chunk] for kept in teacher))
+        if isinstance(teacher, TeacherTopK):
+            answers = TeacherTopK(*(kept[chunk] for kept in teacher))
             return distillation_loss(logits_CV, targets_N[chunk], answers, soft_fraction, temperature, vocabulary)
         q = teacher.here(chunk, vocabulary.axis)
         return distillation_loss(logits_CV, targets_N[chunk], q, soft_fraction, temperature, vocabulary)
@@ -157,10 +157,10 @@ def distilled_cross_entropy(
 def distillation_loss(
     logits_CV: torch.Tensor,
     targets_C: torch.Tensor,
-    teacher: Probabilities | Answers,
+    teacher: TeacherProbs | TeacherTopK,
     soft_fraction: float,
     temperature: float,
-    vocabulary: Vocabulary,
+    vocabulary: VocabularyShard,
 ) -> torch.Tensor:
     """Return four sums over real targets: the loss, its hard part, its soft part (without f and T**2), and the
     Kullback-Leibler divergence of the student from its teacher at T. [4], in nats, float32 or float64.
@@ -190,19 +190,19 @@ class _DistillationLoss(torch.autograd.Function):
         ctx: Any,
         logits_CV: torch.Tensor,
         targets_C: torch.Tensor,
-        teacher: Probabilities | Answers,
+        teacher: TeacherProbs | TeacherTopK,
         soft_fraction: float,
         temperature: float,
-        vocabulary: Vocabulary,
+        vocabulary: VocabularyShard,
     ) -> torch.Tensor:
         real_C1 = (targets_C != PAD).unsqueeze(1)
-        target = vocabulary.place(targets_C.unsqueeze(1))
+        target = vocabulary.locate(targets_C.unsqueeze(1))
         learns = ctx.needs_input_grad[0]
 
         log_p_CV = vocabulary.log_softmax(logits_CV)
-        hard = -(target.only_here(log_p_CV.gather(1, target.row)) * real_C1).sum()
+        hard = -(target.zero_others(log_p_CV.gather(1, target.row)) * real_C1).sum()
         tempered_CV = log_p_CV if temperature == 1.0 else vocabulary.log_softmax(logits_CV, temperature)
-        if isinstance(teacher, Answers):
+        if isinstance(teacher, TeacherTopK):
             soft = _soft_top_k(tempered_CV, teacher, vocabulary, learns)
         else:
             soft = _soft(tempered_CV, teacher, learns)
@@ -214,7 +214,7 @@ class _DistillationLoss(torch.autograd.Function):
             # In place: another [C, V] takes time to allocate. Padding is removed in backward.
             hard_share = 1.0 - soft_fraction
             gradient_CV = soft.gradient_CV.mul_(soft_fraction * temperature).add_(log_p_CV.exp_(), alpha=hard_share)
-            at_target_C1 = target.only_here(gradient_CV.new_full(target.row.shape, -hard_share))
+            at_target_C1 = target.zero_others(gradient_CV.new_full(target.row.shape, -hard_share))
             ctx.gradient_CV, ctx.real_C1 = gradient_CV.scatter_add_(1, target.row, at_target_C1), real_C1
         return torch.stack([loss, hard, cross_entropy, cross_entropy - entropy])
 
@@ -235,29 +235,29 @@ class _Soft(NamedTuple):
     """Gradient of the cross-entropy with respect to the logits over T; None where it is not needed."""
 
 
-def _soft(log_p_CV: torch.Tensor, teacher: Probabilities, learns: bool) -> _Soft:
+def _soft(log_p_CV: torch.Tensor, teacher: TeacherProbs, learns: bool) -> _Soft:
     """Return the part of all tokens: -sum q log p, gradient p - q."""
     gradient_CV = log_p_CV.exp().sub_(teacher.q_CV) if learns else None
     return _Soft(-_dot(teacher.q_CV, log_p_CV), teacher.entropy_C, gradient_CV)
 
 
-def _soft_top_k(log_p_CV: torch.Tensor, answers: Answers, vocabulary: Vocabulary, learns: bool) -> _Soft:
+def _soft_top_k(log_p_CV: torch.Tensor, answers: TeacherTopK, vocabulary: VocabularyShard, learns: bool) -> _Soft:
     """Return the part of K tokens and one outcome for all others, which the student may divide among them as it likes.
 
     With K the whole vocabulary there is no such outcome, and the result is that of all tokens.
     """
-    place = vocabulary.place(answers.ids_BTK.long())
+    place = vocabulary.locate(answers.ids_BTK.long())
     q_CK, rest_C = answers.probability_BTK.to(log_p_CV.dtype), answers.rest_BT.to(log_p_CV.dtype)
     total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # probabilities that were rounded need not add up to 1
-    q_CK = place.only_here(q_CK)
-    counts = float(vocabulary.axis.place == 0)  # only one rank counts the rest
+    q_CK = place.zero_others(q_CK)
+    counts = float(vocabulary.axis.rank == 0)  # only one rank counts the rest
     cross_entropy_C = -(q_CK * log_p_CV.gather(1, place.row)).sum(1)
     entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + counts * torch.xlogy(rest_C, rest_C))
     gradient_CV = log_p_CV.exp().mul_(total_C1).scatter_add_(1, place.row, -q_CK) if learns else None
     if place.row.shape[1] < log_p_CV.shape[1] * vocabulary.axis.size:
         removed_CK = torch.full_like(q_CK, -torch.inf)
-        if place.is_here is not None:
-            removed_CK = removed_CK.where(place.is_here, 0.0)
+        if place.is_local is not None:
+            removed_CK = removed_CK.where(place.is_local, 0.0)
         others_CV = log_p_CV.scatter_add(1, place.row, removed_CK)
         log_rest_C = vocabulary.logsumexp(others_CV)
         cross_entropy_C = cross_entropy_C - counts * rest_C * log_rest_C

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli.train.atlas import LayerCounts, Pairs
-from switchcli.train.specialization import dealt, information, within
+from switchcli.train.atlas import ExpertCounts, LayerCounts
+from switchcli.train.specialization import information, information_by_chance, within
 
 MOST = 256
 """Experts that are matched exactly, in E**3 steps; more are matched greedily, and no table of pairs is told."""
@@ -30,7 +30,7 @@ def agreement(together_EE: torch.Tensor, chance_EE: torch.Tensor, choices: int) 
     return Agreement(1 - kept, (kept - chance) / (1 - chance) if chance < 1 - 1e-9 else None)
 
 
-def figures(together_EE: torch.Tensor, one: LayerCounts, other: LayerCounts) -> dict[str, Any]:
+def matching_metrics(together_EE: torch.Tensor, one: LayerCounts, other: LayerCounts) -> dict[str, Any]:
     """All of a layer as JSON has it.
 
     The best of many matchings finds some agreement in any two routers: by chance is what it finds in choices that were
@@ -43,8 +43,8 @@ def figures(together_EE: torch.Tensor, one: LayerCounts, other: LayerCounts) -> 
     matching = best_matching if exact else greedy_matching
     match = matching(together_EE)
     key_X = together_EE.flatten().nonzero().flatten()
-    pairs = Pairs(key_X, together_EE.flatten()[key_X].long())
-    by_chance = dealt(pairs, num_experts, choices)
+    pairs = ExpertCounts(key_X, together_EE.flatten()[key_X].long())
+    by_chance = information_by_chance(pairs, num_experts, choices)
     dealt_EE = torch.zeros_like(together_EE)
     dealt_EE.view(-1)[by_chance.key_X] = by_chance.count_X.to(dealt_EE.dtype)
     of_both = choices + int(other_E.sum())

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.metric_names import GRADIENT_NORM
-from switchcli.model.moe.layer import experts_here, sparse_layers
-from switchcli.report.console import Training
+from switchcli.model.moe.layer import local_experts, sparse_layers
+from switchcli.report.console import TrainingDisplay
 from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loss import LossSchedule, Objective
@@ -22,7 +22,7 @@ from switchcli.train.microbatches import Microbatch, Microbatches, RealTokens
 from switchcli.train.nonfinite import ENDS, NonFiniteHandler
 from switchcli.train.optimizers import Optimizer
 from switchcli.train.prefetch import Loader
-from switchcli.train.router_health import WHEN_LOST, lost_backward, lost_forward
+from switchcli.train.router_health import WHEN_LOST, first_nonfinite_backward, first_nonfinite_forward
 from switchcli.train.schedules import ScheduleSpec
 from switchcli.train.state import TrainState
 from switchcli.train.validation import exact
@@ -35,11 +35,11 @@ def fit(
     loader: Loader | Microbatches,
     optimizer: Optimizer,
     schedule: ScheduleSpec,
-    runtime: Runtime,
+    context: DistributedContext,
     callbacks: Sequence[Callback],
     settings: TrainSpec,
     stop: StopRequest,
-    progress: Training | None = None,
+    progress: TrainingDisplay | None = None,
     nonfinite: NonFiniteHandler = ENDS,
 ) -> None:
     """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
@@ -60,16 +60,16 @@ def fit(
     for step, microbatches in loader.from_step(state.step, settings.steps):
         assert step == state.step, "a step that is left out counts as one taken"
         own = [sum(counts) for counts in zip(*(micro.real for micro in microbatches), strict=True)]
-        stopping, *counted = runtime.sum_over_ranks([int(stop.requested), *own])
-        real = RealTokens(*(count // runtime.model_ranks for count in counted))  # ranks of a model axis share a batch
+        stopping, *counted = context.sum_over_ranks([int(stop.requested), *own])
+        real = RealTokens(*(count // context.tp_size for count in counted))  # ranks of a model axis share a batch
         if stopping:
-            _check_all(unchecked, model, runtime)  # what is saved after a stop has been looked at
+            _check_all(unchecked, model, context)  # what is saved after a stop has been looked at
             raise StopTraining
         learning_rate = schedule(step, settings.steps)
         seed = f"{settings.seed}/{step}"
-        metrics = accumulate_gradients(model, losses.loss_at(step), microbatches, real, runtime, seed)
-        norm = _clip(optimizer, settings.clip_norm, runtime)
-        lost = _lost(step + 1, norm, metrics, model, runtime) if nonfinite.before_updates else None
+        metrics = accumulate_gradients(model, losses.loss_at(step), microbatches, real, context, seed)
+        norm = _clip(optimizer, settings.clip_norm, context)
+        lost = _lost(step + 1, norm, metrics, model, context) if nonfinite.before_updates else None
         if lost:
             nonfinite(lost, state, step + 1, updated=False)
         else:
@@ -80,13 +80,13 @@ def fit(
 
         due = [callback for callback in callbacks if callback.due(state.step, settings.steps)]
         while len(unchecked) > (0 if due else 1):  # one step late unless a callback is due: no wait for the device
-            _check_finite(*unchecked.pop(0), model, runtime)
+            _check_finite(*unchecked.pop(0), model, context)
         state.seconds += time.perf_counter() - started
         if progress is not None:
             progress.advance(state.step)
         call(due, state, nonfinite)
         started = time.perf_counter()
-    _check_all(unchecked, model, runtime)  # what is shown at the end has been looked at
+    _check_all(unchecked, model, context)  # what is shown at the end has been looked at
 
 
 def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientNorm) -> None:
@@ -94,7 +94,7 @@ def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientN
     state.step += 1
     state.targets_seen += num_targets
     of_norm = {GRADIENT_NORM: Mean(norm.total, torch.ones_like(norm.total))}
-    state.window = merge(state.window, exact({**metrics, **of_norm}))
+    state.metrics_since_log = merge(state.metrics_since_log, exact({**metrics, **of_norm}))
 
 
 def call(callbacks: Sequence[Callback], state: TrainState, nonfinite: NonFiniteHandler) -> None:
@@ -114,7 +114,7 @@ def accumulate_gradients(
     objective: Objective,
     microbatches: Sequence[Microbatch],
     real: RealTokens,
-    runtime: Runtime,
+    context: DistributedContext,
     seed: str,
 ) -> Metrics:
     """Add to every `.grad` the gradient of this step's loss, averaged or summed over the shares of a batch by the last
@@ -126,13 +126,13 @@ def accumulate_gradients(
     """
     metrics: Metrics = {}
     # Shares that are averaged afterwards are meant to be summed: hence their number.
-    num_averaged = runtime.averaged_shares
+    num_averaged = context.grad_divisor
     per_input, per_target = (num_averaged / max(1, count) for count in real)
     for position, micro in enumerate(microbatches, 1):
         _seed_noise(f"{seed}/{micro.number}")
-        placed = runtime.place(micro.batch)
-        with runtime.synchronise(model, position, len(microbatches)):
-            with runtime.autocast():
+        placed = context.to_device(micro.batch)
+        with context.synchronize_gradients(model, position, len(microbatches)):
+            with context.autocast():
                 loss = objective(model, placed)
             total = loss.target_sum * per_target
             if loss.auxiliary is not None:
@@ -149,30 +149,39 @@ def _seed_noise(name: str) -> None:
     torch.manual_seed(int.from_bytes(digest) >> 1)
 
 
-def _clip(optimizer: Optimizer, clip_norm: float | None, runtime: Runtime) -> GradientNorm:
+def _clip(optimizer: Optimizer, clip_norm: float | None, context: DistributedContext) -> GradientNorm:
     """The global gradient norm, before clipping to `clip_norm`."""
-    norm = runtime.gradient_norm(optimizer.parameters, optimizer.cuts)
+    norm = context.gradient_norm(optimizer.parameters, optimizer.cuts)
     if clip_norm is not None:
         optimizer.scale_gradients((clip_norm / (norm.total + 1e-6)).clamp(max=1.0))  # as torch has it
     return norm
 
 
-def _check_all(unchecked: Sequence[tuple[int, GradientNorm, Metrics]], model: nn.Module, runtime: Runtime) -> None:
+def _check_all(
+    unchecked: Sequence[tuple[int, GradientNorm, Metrics]], model: nn.Module, context: DistributedContext
+) -> None:
     for one in unchecked:
-        _check_finite(*one, model, runtime)
+        _check_finite(*one, model, context)
 
 
-def _check_finite(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, runtime: Runtime) -> None:
-    if lost := _lost(step, norm, metrics, model, runtime):
+def _check_finite(
+    step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, context: DistributedContext
+) -> None:
+    if lost := _lost(step, norm, metrics, model, context):
         raise lost
 
 
-def _lost(step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, runtime: Runtime) -> NumericsError | None:
+def _lost(
+    step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, context: DistributedContext
+) -> NumericsError | None:
     """What a step whose gradient is not finite is to be told of with, on all ranks."""
     if torch.isfinite(norm.total):
         return None
-    looks = lost_forward(metrics, sparse_layers(model)), lost_backward(norm.own, experts_here(model))
-    told = next(filter(any, map(runtime.told, looks)), [])
+    looks = (
+        first_nonfinite_forward(metrics, sparse_layers(model)),
+        first_nonfinite_backward(norm.own, local_experts(model)),
+    )
+    told = next(filter(any, map(context.all_gather_text, looks)), [])
     ranks = [rank for rank, what in enumerate(told) if what]
     where = f" (first in {told[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
     return NumericsError(f"step {step}: the gradient norm is {float(norm.total)}{where}", f"{WHEN_LOST} or skip")

@@ -15,9 +15,9 @@ from switchcli.data.batch import AnyBatch
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.losses import AuxiliaryLoss
-from switchcli.model.packing import Segments, segments_of
+from switchcli.model.packing import SegmentIds, segment_ids
 from switchcli.model.transformer import ModelOutput
-from switchcli.model.vocabulary import Vocabulary, at_least_float32
+from switchcli.model.vocabulary import VocabularyShard, at_least_float32
 from switchcli.spec import PAD
 from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.router_health import routing_metrics
@@ -50,7 +50,7 @@ class LossSchedule(ABC):
         """Return the loss of `step`, counted from 0."""
 
 
-class Always(LossSchedule):
+class FixedLoss(LossSchedule):
     """One loss at every step."""
 
     def __init__(self, loss: Objective) -> None:
@@ -60,9 +60,9 @@ class Always(LossSchedule):
         return self._loss
 
 
-def segments(batch: AnyBatch, packed: bool) -> Segments | None:
+def batch_segment_ids(batch: AnyBatch, packed: bool) -> SegmentIds | None:
     """Return which examples share a row of a packed batch (model/packing.py); None where each has its own row."""
-    return segments_of(batch.inputs_BS, batch.targets_BT) if packed else None
+    return segment_ids(batch.inputs_BS, batch.targets_BT) if packed else None
 
 
 def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
@@ -72,7 +72,7 @@ def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
 
 def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
     """The same where rows are packed: of each example as if it were alone in its row."""
-    return _loss_of(model(batch.inputs_BS, batch.targets_BT, segments(batch, packed=True)), batch.targets_BT)
+    return _loss_of(model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed=True)), batch.targets_BT)
 
 
 def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
@@ -89,7 +89,7 @@ def step_loss(
     return StepLoss(target_sum, output.auxiliary, {**metrics, **routing_metrics(output)})
 
 
-def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: Vocabulary, targets_N: torch.Tensor) -> torch.Tensor:
+def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: VocabularyShard, targets_N: torch.Tensor) -> torch.Tensor:
     """Return the sum over real targets of -log softmax(hidden vocabulary^T)[target], in chunks; see `sum_in_chunks`."""
 
     def loss(logits_CV: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -98,7 +98,7 @@ def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: Vocabulary, target
     return sum_in_chunks(loss, hidden_ND, vocabulary)[0]
 
 
-def cross_entropy_sum(logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+def cross_entropy_sum(logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabulary: VocabularyShard) -> torch.Tensor:
     """Return the sum over real targets of -log softmax(logits)[target]: a scalar, in nats, float32 or float64.
 
     `targets_C` is int64; `PAD` is no target. Where the vocabulary is split over ranks, the result is this rank's part.
@@ -119,12 +119,14 @@ class _TargetLogProbability(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-        place = vocabulary.place(targets_C.unsqueeze(1))
+    def forward(
+        ctx: Any, logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabulary: VocabularyShard
+    ) -> torch.Tensor:
+        place = vocabulary.locate(targets_C.unsqueeze(1))
         log_p_CV = vocabulary.log_softmax(logits_CV)
         log_p_C1 = log_p_CV.gather(1, place.row)
         ctx.log_p_CV, ctx.log_p_C1, ctx.place = log_p_CV, log_p_C1, place
-        return place.only_here(log_p_C1).squeeze(1)
+        return place.zero_others(log_p_C1).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, gradient_C: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -132,8 +134,8 @@ class _TargetLogProbability(torch.autograd.Function):
         assert log_p_CV is not None, "the gradient can be taken once"
         ctx.log_p_CV = None  # overwritten below: there is no second backward pass
         at_target_C1 = log_p_C1.expm1()
-        if place.is_here is not None:
-            at_target_C1 = at_target_C1.where(place.is_here, log_p_C1.exp())
+        if place.is_local is not None:
+            at_target_C1 = at_target_C1.where(place.is_local, log_p_C1.exp())
         return log_p_CV.exp_().scatter_(1, place.row, at_target_C1).mul_(-gradient_C.unsqueeze(1)), None, None
 
 
@@ -142,16 +144,16 @@ LogitsLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 The logits are in the precision of the products. Where the vocabulary is split over ranks, both are this rank's part."""
 
 
-def sum_in_chunks(loss: LogitsLoss, hidden_ND: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+def sum_in_chunks(loss: LogitsLoss, hidden_ND: torch.Tensor, vocabulary: VocabularyShard) -> torch.Tensor:
     """Return the sums [M] of `loss` over the logits hidden vocabulary^T of all N targets; the first has a gradient.
 
     Logits are made `CHUNK` targets at a time, in the precision of autocast; [N, V] is never held. The sums and the
     gradient of the vocabulary are accumulated in float32 or float64.
     """
     axis = vocabulary.axis
-    entered_ND, learns = axis.enter(hidden_ND), torch.is_grad_enabled()
+    entered_ND, learns = axis.enter_region(hidden_ND), torch.is_grad_enabled()
     sums_M: torch.Tensor = _SumInChunks.apply(entered_ND, vocabulary.weight_VD, loss, learns)  # type: ignore[no-untyped-call]
-    return axis.leave(sums_M)
+    return axis.all_reduce(sums_M)
 
 
 class _SumInChunks(torch.autograd.Function):

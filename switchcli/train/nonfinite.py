@@ -48,7 +48,7 @@ class NonFiniteHandler:
         policy, at_most = self._settings.policy, self._settings.at_most
         if self._run is None or policy == "stop" or (policy == "skip" and updated):
             raise error
-        left_out, seconds, first = state.left_out, state.seconds, step
+        left_out, seconds, first = state.skipped_steps, state.seconds, step
         if len(left_out) >= at_most:
             others = (
                 f"after {len(left_out)} others in this run (train.nonfinite.at_most is {at_most}: raise it to go on)"
@@ -58,15 +58,15 @@ class NonFiniteHandler:
             if not self._run.restore(state):
                 raise error
             first = state.step + 1
-        state.left_out, state.seconds = [*left_out, (first, step)], seconds
+        state.skipped_steps, state.seconds = [*left_out, (first, step)], seconds
         state.step = step
         # All of them: going back takes the records since then.
-        self._run.note_skipped({"step": step, "left_out": state.left_out})
+        self._run.note_skipped({"step": step, "left_out": state.skipped_steps})
         weights = f"with the weights of step {first - 1} and " if policy == "roll_back" else ""
         those = f"step {step}" if first == step else f"steps {first} to {step}"
         self._console.warning(
-            f"{error.found}: going on {weights}without the batches of {those} (time {len(state.left_out)} of at most "
-            f"{at_most}: train.nonfinite)"
+            f"{error.found}: going on {weights}without the batches of {those} "
+            f"(time {len(state.skipped_steps)} of at most {at_most}: train.nonfinite)"
         )
 
 

@@ -17,15 +17,15 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from switchcli.distributed.layout import Cuts, Part, here, is_stacked, lost_dim, sum_parts
+from switchcli.distributed.layout import Layout, LocalPart, is_stacked, local_values, reduced_dim, sum_over_shards
 from switchcli.spec import MOST, Spec
 
 Named = Mapping[str, torch.nn.Parameter]
-CutsOf = Mapping[str, Cuts]
+Layouts = Mapping[str, Layout]
 """How the parameters of which other ranks have parts are cut, by name."""
-Sums = list[tuple[torch.Tensor, Cuts]]
+Sums = list[tuple[torch.Tensor, Layout]]
 """Sums over what is here, each to be summed over the ranks of its cuts."""
-WHOLE: CutsOf = MappingProxyType({})
+WHOLE: Layouts = MappingProxyType({})
 
 CPU_SLICE = 2**21
 """Elements that Adafactor works on at a time: with a scratch as large they stay in a CPU's cache."""
@@ -36,7 +36,7 @@ GPU_SLICE = 2**27
 class Optimizer(ABC):
     """Updates `parameters` in place; holds float32 state of its own for each."""
 
-    def __init__(self, parameters: Named, cuts: CutsOf = WHOLE) -> None:
+    def __init__(self, parameters: Named, cuts: Layouts = WHOLE) -> None:
         self.parameters = dict(parameters)
         self.cuts = {name: cuts[name] for name in self.parameters if name in cuts}
 
@@ -48,20 +48,20 @@ class Optimizer(ABC):
     def state(self) -> dict[str, torch.Tensor]:
         """Every state tensor by `<parameter>/<slot>`, not copied: writing into them restores a state."""
 
-    def state_cuts(self) -> dict[str, Cuts]:
+    def state_layouts(self) -> dict[str, Layout]:
         """How each of them is cut; absent of those that are whole here."""
         found = {}
         for name, tensor in self.state().items():
             owner, _, slot = name.rpartition("/")
             if owner in self.cuts and tensor.ndim:
-                lost = lost_dim(slot, self.parameters[owner].ndim)
+                lost = reduced_dim(slot, self.parameters[owner].ndim)
                 cuts = [cut for cut in self.cuts[owner] if cut.dim != lost]
                 found[name] = tuple(cut._replace(dim=cut.dim - (lost is not None and cut.dim > lost)) for cut in cuts)
         return found
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
         """Multiply every gradient, in place."""
-        gradients = [here(one.grad) for one in self.parameters.values() if one.grad is not None]
+        gradients = [local_values(one.grad) for one in self.parameters.values() if one.grad is not None]
         torch._foreach_mul_(gradients, factor)
 
     def zero_grad(self) -> None:
@@ -91,7 +91,7 @@ class Adafactor(Spec):
     scale_by_parameter: bool = True
     """False: the learning rate is absolute."""
 
-    def build(self, parameters: Named, cuts: CutsOf = WHOLE) -> Optimizer:
+    def build(self, parameters: Named, cuts: Layouts = WHOLE) -> Optimizer:
         return _Adafactor(self, parameters, cuts)
 
 
@@ -104,7 +104,7 @@ class AdamW(Spec):
     epsilon: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
 
-    def build(self, parameters: Named, cuts: CutsOf = WHOLE) -> Optimizer:
+    def build(self, parameters: Named, cuts: Layouts = WHOLE) -> Optimizer:
         return _AdamW(self, parameters, cuts)
 
 
@@ -112,14 +112,16 @@ OptimizerSpec = Annotated[Adafactor | AdamW, Field(discriminator="kind")]
 
 
 class _Adafactor(Optimizer):
-    def __init__(self, spec: Adafactor, parameters: Named, cuts: CutsOf) -> None:
+    def __init__(self, spec: Adafactor, parameters: Named, cuts: Layouts) -> None:
         super().__init__(parameters, cuts)
         self.spec = spec
         self._steps = torch.zeros((), dtype=torch.int64)
-        self._moments = {name: self._new_moments(name, here(weight)) for name, weight in self.parameters.items()}
+        self._moments = {
+            name: self._new_moments(name, local_values(weight)) for name, weight in self.parameters.items()
+        }
 
     def _new_moments(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        shape, whole = parameter.shape, Part(parameter, self.cuts.get(name, ())).whole_shape
+        shape, whole = parameter.shape, LocalPart(parameter, self.cuts.get(name, ())).full_shape
         if parameter.ndim >= 2 and min(whole[-2:]) >= self.spec.min_dim_to_factor:
             shapes = {"row": shape[:-1], "column": shape[:-2] + shape[-1:]}
         else:
@@ -137,12 +139,12 @@ class _Adafactor(Optimizer):
         of_parts = []
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                tensors = [here(parameter), here(parameter.grad), *self._moments[name].values()]
+                tensors = [local_values(parameter), local_values(parameter.grad), *self._moments[name].values()]
                 if not is_stacked(name):
                     tensors = [tensor.unsqueeze(0) for tensor in tensors]
                 factored = "row" in self._moments[name]
                 if name in self.cuts:
-                    shape = Part(here(parameter), self.cuts[name]).whole_shape
+                    shape = LocalPart(local_values(parameter), self.cuts[name]).full_shape
                     whole = _Whole(self.cuts[name], shape, is_stacked(name))
                     update_part = self._update_factored_part if factored else self._update_whole_part
                     of_parts.append(update_part(whole, tensors, 1.0 - decay, learning_rate))
@@ -150,7 +152,7 @@ class _Adafactor(Optimizer):
                     update = self._update_factored if factored else self._update_whole
                     update(tensors, 1.0 - decay, learning_rate)
         for _ in range(2):  # all of them together: few collectives
-            sum_parts([each for one in of_parts for each in next(one)])
+            sum_over_shards([each for one in of_parts for each in next(one)])
         for one in of_parts:
             next(one, None)
 
@@ -225,12 +227,12 @@ class _Adafactor(Optimizer):
 class _Whole(NamedTuple):
     """The whole weight of a part, as far as the statistics of the part need it."""
 
-    cuts: Cuts
+    cuts: Layout
     shape: torch.Size
     experts: bool
     """Dim 0 counts experts, each with statistics of its own."""
 
-    def along(self, dim: int) -> Cuts:
+    def along(self, dim: int) -> Layout:
         """Return the cuts along a dim, which is negative: counted from the last."""
         return tuple(cut for cut in self.cuts if cut.dim - len(self.shape) == dim)
 
@@ -255,10 +257,10 @@ def _inner(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 class _AdamW(Optimizer):
-    def __init__(self, spec: AdamW, parameters: Named, cuts: CutsOf) -> None:
+    def __init__(self, spec: AdamW, parameters: Named, cuts: Layouts) -> None:
         super().__init__(parameters, cuts)
         # What is here of each: torch's fused kernel does not take shards and plain tensors together.
-        self._here = {name: torch.nn.Parameter(here(weight)) for name, weight in self.parameters.items()}
+        self._here = {name: torch.nn.Parameter(local_values(weight)) for name, weight in self.parameters.items()}
         self._adamw = torch.optim.AdamW(
             self._here.values(),
             lr=0.0,
@@ -284,6 +286,6 @@ class _AdamW(Optimizer):
     def step(self, learning_rate: float) -> None:
         self._adamw.param_groups[0]["lr"] = learning_rate
         for name, parameter in self.parameters.items():
-            self._here[name].grad = None if parameter.grad is None else here(parameter.grad)
+            self._here[name].grad = None if parameter.grad is None else local_values(parameter.grad)
         self._adamw.step()
         self._adamw.zero_grad()

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.train.microbatches import Microbatch, Microbatches
 
 
@@ -16,9 +16,9 @@ class Loader:
     Making them is reading, and numpy, which mostly leave the interpreter to others: threads do, and share one cache.
     """
 
-    def __init__(self, microbatches: Microbatches, workers: int, ahead: int, runtime: Runtime) -> None:
+    def __init__(self, microbatches: Microbatches, workers: int, ahead: int, context: DistributedContext) -> None:
         """`workers` threads, 0 for none, make the microbatches of up to `ahead` steps after the one asked for."""
-        self._microbatches, self._ahead, self._runtime = microbatches, ahead, runtime
+        self._microbatches, self._ahead, self._context = microbatches, ahead, context
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
         self.seconds_waited = 0.0
         """By those who asked, in all."""
@@ -49,4 +49,4 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
 
     def _made(self, step: int) -> list[Microbatch]:
-        return [self._runtime.pinned(micro) for micro in self._microbatches(step)]
+        return [self._context.pin_memory(micro) for micro in self._microbatches(step)]

@@ -37,13 +37,13 @@ def routing_metrics(output: ModelOutput) -> Metrics:
     """Of all layers together, of each stack, and of each layer by itself; nothing of a dense model."""
     if output.auxiliary is None:
         return {}
-    reports = output.reports
-    fields = ("balance_sum", "z_sum", "load_E", "dropped", "tokens", "entropy", "confidence")
+    reports = output.router_stats
+    fields = ("load_balancing_sum", "z_sum", "load_E", "dropped", "tokens", "entropy", "confidence")
     balance_L, z_L, load_LE, dropped_L, tokens_L, entropy_L, confidence_L = (
         torch.stack([getattr(report, field) for report in reports]) for field in fields
     )
     one = torch.ones_like(balance_L[0])
-    split = len(output.encoder_reports)
+    split = len(output.encoder_stats)
     stacks = {"": slice(None), "encoder_": slice(split), "decoder_": slice(split, None)}
     return {
         f"{AUXILIARY}encoder": Mean(output.auxiliary.encoder.total.detach(), output.auxiliary.encoder.tokens),
@@ -80,20 +80,20 @@ def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]
     return {**flat, DEAD_EXPERTS: float((load.total == 0).sum()), "layers": named}
 
 
-def lost_forward(metrics: Mapping[str, Mean], layers: Iterable[str]) -> str:
+def first_nonfinite_forward(metrics: Mapping[str, Mean], layers: Iterable[str]) -> str:
     """Where on the way forward a number of a step of this rank is first not finite, in words; nothing if nowhere."""
     routers = zip(layers, metrics[f"{LAYER}z"].total, strict=True) if f"{LAYER}z" in metrics else ()
     lost = [f"the router of {layer.removeprefix('module.')}" for layer, z in routers if not z.isfinite()]
     return next(iter([*lost, *(name for name, mean in metrics.items() if not mean.total.isfinite().all())]), "")
 
 
-def lost_backward(norms: Mapping[str, torch.Tensor], experts: range) -> str:
+def first_nonfinite_backward(norms: Mapping[str, torch.Tensor], experts: range) -> str:
     """The same on the way back, which ends with the first parameters; `norms` of gradients, [E] of stacked experts."""
-    named = tensor_names.split(norms, experts)
+    named = tensor_names.split_experts(norms, experts)
     return next((f"the gradient of {name}" for name in reversed(named) if not named[name].isfinite().all()), "")
 
 
-class Alarms:
+class RoutingAlarms:
     """Says in words, when it begins, what is wrong with the routing of a layer."""
 
     def __init__(self, layers: Sequence[str], console: Console) -> None:

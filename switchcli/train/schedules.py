@@ -20,7 +20,7 @@ class Schedule(Spec, ABC):
     def __call__(self, step: int, total_steps: int) -> float:
         """Return the learning rate of `step`, counted from 0, in a run of `total_steps`."""
 
-    def misfit(self, total_steps: int) -> str | None:
+    def incompatibility(self, total_steps: int) -> str | None:
         """Return why the schedule does not fit a run of `total_steps`, beginning with its key; None if it fits."""
         return None
 
@@ -55,7 +55,7 @@ class Constant(Schedule):
     def __call__(self, step: int, total_steps: int) -> float:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
-    def misfit(self, total_steps: int) -> str | None:
+    def incompatibility(self, total_steps: int) -> str | None:
         return _too_long(self.warmup_steps, total_steps)
 
 
@@ -74,7 +74,7 @@ class Cosine(Schedule):
         cosine = 0.5 * (1 + math.cos(math.pi * _progress(step, self.warmup_steps, total_steps)))
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
 
-    def misfit(self, total_steps: int) -> str | None:
+    def incompatibility(self, total_steps: int) -> str | None:
         return _too_long(self.warmup_steps, total_steps)
 
 
@@ -93,7 +93,7 @@ class Linear(Schedule):
         left = 1 - _progress(step, self.warmup_steps, total_steps)
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * left)
 
-    def misfit(self, total_steps: int) -> str | None:
+    def incompatibility(self, total_steps: int) -> str | None:
         return _too_long(self.warmup_steps, total_steps)
 
 

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field, model_validator
 
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.metric_names import TASKS_AVERAGE, suite_score, task_score
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import AllDone, generate, locally
+from switchcli.model.generation import AllDone, all_done_locally, generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -24,8 +24,8 @@ from switchcli.spec import MOST, Spec
 from switchcli.tasks.registry import SUITES
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.suites import PAPER, average
-from switchcli.tasks.task import Answered
-from switchcli.tasks.tokens import Scored
+from switchcli.tasks.task import AnsweredExample
+from switchcli.tasks.tokens import ScoredExamples
 from switchcli.train.callbacks import EvaluationCallback, MetricsLog
 from switchcli.train.state import TrainState
 
@@ -62,50 +62,50 @@ class TaskPredictor:
         self,
         model: SwitchTransformer,
         tokenizer: Tokenizer,
-        runtime: Runtime,
+        context: DistributedContext,
         settings: ScoringSpec,
         capacity: Policy,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._runtime = runtime
+        self._context = context
         self._settings = settings
         self._capacity = capacity
 
-    def __call__(self, exam: Scored, stop: StopRequest | None = None) -> tuple[Answered, ...]:
+    def __call__(self, exam: ScoredExamples, stop: StopRequest | None = None) -> tuple[AnsweredExample, ...]:
         """Every example with the model's answer, in order; the same on every rank.
 
         Raises:
             StopTraining: a stop was requested on some rank.
         """
-        runtime, decoding = self._runtime, self._settings.decoding
+        context, decoding = self._context, self._settings.decoding
         batches = list(exam.batches(self._settings.batch_examples))
-        tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=runtime.device)
-        rounds = -(-len(batches) // runtime.data_ranks)
+        tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=context.device)
+        rounds = -(-len(batches) // context.dp_size)
 
         def is_stopping() -> bool:
             return stop is not None and stop.requested
 
         def all_done(done_B: torch.Tensor) -> bool:
-            going, stopping = runtime.sum_over_ranks([int(not done_B.all()), int(is_stopping())])
+            going, stopping = context.sum_over_ranks([int(not done_B.all()), int(is_stopping())])
             return stopping > 0 or going == 0
 
-        if runtime.any_rank(is_stopping()):
+        if context.any_rank(is_stopping()):
             raise StopTraining
-        with evaluating(self._model, self._capacity), runtime.uncompiled(), runtime.autocast():
+        with evaluating(self._model, self._capacity), context.eager(), context.autocast():
             for turn in range(rounds):
-                mine = turn * runtime.data_ranks + runtime.data_rank
+                mine = turn * context.dp_size + context.dp_rank
                 # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.
                 numbers = batches[min(mine, len(batches) - 1)]
-                inputs_BS = runtime.place(torch.from_numpy(exam.padded(numbers)))
+                inputs_BS = context.to_device(torch.from_numpy(exam.padded(numbers)))
                 answers_BT = generate(self._model, inputs_BS, decoding, all_done=all_done)
-                if runtime.any_rank(is_stopping()):
+                if context.any_rank(is_stopping()):
                     raise StopTraining
                 if mine < len(batches):
                     tokens_XT[torch.from_numpy(numbers), : answers_BT.shape[1]] = answers_BT.int()
-        everything = runtime.all_reduce(tokens_XT).tolist()
+        everything = context.all_reduce(tokens_XT).tolist()
         decode = self._tokenizer.decode
-        return tuple(Answered(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
+        return tuple(AnsweredExample(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
 
 
 class TaskEvalCallback(EvaluationCallback):
@@ -115,8 +115,8 @@ class TaskEvalCallback(EvaluationCallback):
         self,
         every_steps: int,
         predictor: TaskPredictor,
-        exams: Sequence[Scored],
-        runtime: Runtime,
+        exams: Sequence[ScoredExamples],
+        context: DistributedContext,
         log: MetricsLog,
         stop: StopRequest,
     ) -> None:
@@ -125,52 +125,52 @@ class TaskEvalCallback(EvaluationCallback):
         self._stop = stop
         self._predictor = predictor
         self._exams = exams
-        self._runtime = runtime
+        self._context = context
         self._log = log
-        self.answered: dict[str, tuple[Answered, ...]] = {}
+        self.answers: dict[str, tuple[AnsweredExample, ...]] = {}
         """The last answers, by the name of the task."""
 
     def predict(self) -> None:
         """Have every example answered. Raises StopTraining when it was stopped: there are no answers then."""
-        self.answered = {}
-        self.answered = {exam.task.name: self._predictor(exam, self._stop) for exam in self._exams}
+        self.answers = {}
+        self.answers = {exam.task.name: self._predictor(exam, self._stop) for exam in self._exams}
 
     def scores(self, draws: int) -> dict[str, Scores]:
         """Of the last answers, with intervals from so many draws."""
-        return {exam.task.name: score(exam.task, self.answered[exam.task.name], draws) for exam in self._exams}
+        return {exam.task.name: score(exam.task, self.answers[exam.task.name], draws) for exam in self._exams}
 
     def __call__(self, state: TrainState) -> None:
         self.predict()
-        figures = figures_of(self.scores(draws=0))
+        figures = score_metrics(self.scores(draws=0))
         state.note(figures)
-        if self._runtime.is_main:
+        if self._context.is_main:
             self._log.write({"step": state.step, **figures})
 
 
-def figures_of(scores: Mapping[str, Scores]) -> dict[str, float]:
+def score_metrics(scores: Mapping[str, Scores]) -> dict[str, float]:
     """Each task's score, the benchmarks' averages, and that of all tasks, by name; nothing of secret answers."""
     values = {name: one.score.value for name, one in scores.items() if one.score is not None}
     if not values:
         return {}
     each = {task_score(name): value for name, value in values.items()}
-    suites = {suite_score(name): mean for name, mean in suites_of(scores).items()}
+    suites = {suite_score(name): mean for name, mean in suite_scores(scores).items()}
     return {**each, **suites, TASKS_AVERAGE: average(values, SUITES.values())}
 
 
-def suites_of(scores: Mapping[str, Scores]) -> dict[str, float]:
+def suite_scores(scores: Mapping[str, Scores]) -> dict[str, float]:
     """The averages of the benchmarks all of whose tasks were scored."""
     values = {name: one.score.value for name, one in scores.items() if one.score is not None}
     means = {suite.name: suite.mean(values) for suite in SUITES.values() if suite is not PAPER}  # Table 5 has none
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
-def answers(
+def answer_texts(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
     inputs_BS: torch.Tensor,
     max_tokens: int,
     policy: Policy = "dropless",
-    all_done: AllDone = locally,
+    all_done: AllDone = all_done_locally,
 ) -> list[str]:
     """The model's greedy answer to each row of ids, as text with the sentinels readable."""
     with evaluating(model, policy):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli.metric_names import DROPPED_FRACTION
-from switchcli.train.atlas import LayerCounts, Pairs, summed
+from switchcli.train.atlas import ExpertCounts, LayerCounts, sum_counts
 
 TOP = 10
 """Tokens that are named of an expert."""
@@ -43,10 +43,10 @@ class Information(NamedTuple):
         return {**self._asdict(), "share": self.share}
 
 
-def information(pairs: Pairs, num_experts: int, num_tokens: int, within: float) -> Information:
+def information(pairs: ExpertCounts, num_experts: int, num_tokens: int, within: float) -> Information:
     """Of counts on the CPU, which are the choices of so many tokens."""
     count_E = _by_expert(pairs.key_X % num_experts, pairs.count_X, num_experts)
-    by_chance = _mutual(dealt(pairs, num_experts, num_tokens), num_experts)
+    by_chance = _mutual(information_by_chance(pairs, num_experts, num_tokens), num_experts)
     return Information(_mutual(pairs, num_experts), by_chance, _entropy(count_E), within)
 
 
@@ -55,7 +55,7 @@ def within(counts: LayerCounts) -> float:
     return float(counts.within) / max(1, int(counts.chosen_E.sum()))
 
 
-def dealt(pairs: Pairs, num_experts: int, num_tokens: int) -> Pairs:
+def information_by_chance(pairs: ExpertCounts, num_experts: int, num_tokens: int) -> ExpertCounts:
     """The choices dealt out to the values at random, once: each value and each expert as often.
 
     Where every token chose k, k are dealt at once and no two alike: those that stand N / k apart in the order of the
@@ -67,10 +67,10 @@ def dealt(pairs: Pairs, num_experts: int, num_tokens: int) -> Pairs:
     hands, left = divmod(len(expert_N), max(1, num_tokens))
     hand_N = expert_N.reshape(max(1, hands) if not left else 1, -1).T
     hand_N = hand_N[torch.randperm(len(hand_N), generator=torch.Generator().manual_seed(0))].flatten()
-    return summed(value_N * num_experts + hand_N, torch.ones_like(hand_N))
+    return sum_counts(value_N * num_experts + hand_N, torch.ones_like(hand_N))
 
 
-def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[str, Any]:
+def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[str, Any]:
     """All of a layer as JSON has it, over texts by name; tokens by their ids."""
     each = {name: counts.on_the_cpu() for name, counts in texts.items()}
     first, *others = each.values()
@@ -81,7 +81,7 @@ def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[
     told_by = {"token": counts.tokens, "position": bins.pairs}
     if others:
         key_X = torch.arange(len(each) * num_experts)
-        told_by["text"] = Pairs(key_X, torch.cat([one.chosen_E for one in each.values()]))
+        told_by["text"] = ExpertCounts(key_X, torch.cat([one.chosen_E for one in each.values()]))
     is_sentinel_X = torch.isin(counts.tokens.key_X // num_experts, torch.tensor(sentinels))
     return {
         "tokens": num_tokens,
@@ -99,7 +99,7 @@ def figures(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[
             "last": bins.last,
             "load": [binned.get(number, [0] * num_experts) for number in range(len(bins.firsts))],
         },
-        "sentinels": _rows(Pairs(*(part[is_sentinel_X] for part in counts.tokens)), num_experts),
+        "sentinels": _rows(ExpertCounts(*(part[is_sentinel_X] for part in counts.tokens)), num_experts),
         "texts": {name: one.chosen_E.tolist() for name, one in each.items()},
     }
 
@@ -129,7 +129,7 @@ class Top(NamedTuple):
     by_count: list[dict[str, float]]
 
 
-def top_tokens(tokens: Pairs, num_experts: int) -> list[Top]:
+def top_tokens(tokens: ExpertCounts, num_experts: int) -> list[Top]:
     """Of each expert, `TOP` at most."""
     value_X, expert_X = tokens.key_X // num_experts, tokens.key_X % num_experts
     row_X, count_R = _total_of(value_X, tokens.count_X)
@@ -157,21 +157,21 @@ def top_tokens(tokens: Pairs, num_experts: int) -> list[Top]:
 
 
 class _Binned(NamedTuple):
-    pairs: Pairs
+    pairs: ExpertCounts
     firsts: list[int]
     """The first position of each bin."""
     last: int
 
 
-def _binned(positions: Pairs, num_experts: int) -> _Binned:
+def _binned(positions: ExpertCounts, num_experts: int) -> _Binned:
     position_X, expert_X = positions.key_X // num_experts, positions.key_X % num_experts
     last = int(position_X.max()) if len(position_X) else 0
     width = -(-(last + 1) // BINS)
-    pairs = summed(position_X // width * num_experts + expert_X, positions.count_X)
+    pairs = sum_counts(position_X // width * num_experts + expert_X, positions.count_X)
     return _Binned(pairs, [*range(0, last + 1, width)], last)
 
 
-def _rows(pairs: Pairs, num_experts: int) -> dict[int, list[int]]:
+def _rows(pairs: ExpertCounts, num_experts: int) -> dict[int, list[int]]:
     """Each value's counts by expert."""
     row_X, count_R = _total_of(pairs.key_X // num_experts, pairs.count_X)
     table_RE = count_R.new_zeros(len(count_R), num_experts)
@@ -189,7 +189,7 @@ def _by_expert(expert_X: torch.Tensor, count_X: torch.Tensor, num_experts: int) 
     return count_X.new_zeros(num_experts).scatter_add_(0, expert_X, count_X)
 
 
-def _mutual(pairs: Pairs, num_experts: int) -> float:
+def _mutual(pairs: ExpertCounts, num_experts: int) -> float:
     count_R = _total_of(pairs.key_X // num_experts, pairs.count_X)[1]
     count_E = _by_expert(pairs.key_X % num_experts, pairs.count_X, num_experts)
     return _entropy(count_R) + _entropy(count_E) - _entropy(pairs.count_X)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from switchcli.checkpoint.saved_state import Best, Saved
+from switchcli.checkpoint.saved_state import Best, SavedState
 from switchcli.metric_names import HELD_OUT_BITS
 from switchcli.train.metrics import Mean, Metrics
 
@@ -21,13 +21,13 @@ class TrainState:
     """Real target tokens learned from, over all ranks."""
     seconds: float = 0.0
     """Time spent in training steps, over all starts."""
-    window: Metrics = field(default_factory=dict)
+    metrics_since_log: Metrics = field(default_factory=dict)
     """This rank's metrics since the last logged step, in float64: JSON keeps those exactly."""
-    figures: dict[str, float] = field(default_factory=dict)
+    eval_metrics: dict[str, float] = field(default_factory=dict)
     """The last evaluation's, by name; each is better when it is higher."""
     evaluated_step: int | None = None
     """The step of the last evaluation: a checkpoint of another step was not evaluated."""
-    first_figures: dict[str, float] = field(default_factory=dict)
+    first_eval_metrics: dict[str, float] = field(default_factory=dict)
     """The first of each: of the held-out text before the first step, of tasks after some."""
     best: dict[str, Best] = field(default_factory=dict)
     """Of all evaluations."""
@@ -37,22 +37,22 @@ class TrainState:
     """Of all held-out text in the last evaluation; lower is better. None where it is not known."""
     position: list[int] = field(default_factory=list)
     """Where a stream of text stands; empty where what a step reads follows from its number."""
-    left_out: list[tuple[int, int]] = field(default_factory=list)
+    skipped_steps: list[tuple[int, int]] = field(default_factory=list)
     """First and last step of each time that numbers which are not finite were gone on from (train.nonfinite)."""
 
-    def num_left_out(self) -> int:
+    def num_skipped_steps(self) -> int:
         """Steps whose batches the weights have not learned from; those of several times count once."""
-        return len({step for first, last in self.left_out for step in range(first, last + 1)})
+        return len({step for first, last in self.skipped_steps for step in range(first, last + 1)})
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Take figures of the weights as they are; what is noted at one step is one evaluation."""
         if self.evaluated_step != self.step:
-            self.figures = {}
+            self.eval_metrics = {}
         self.evaluated_step = self.step
         for name, figure in figures.items():
-            self.figures[name] = figure
-            self.first_figures.setdefault(name, figure)
-            if name not in self.best or figure >= self.best[name].figure:
+            self.eval_metrics[name] = figure
+            self.first_eval_metrics.setdefault(name, figure)
+            if name not in self.best or figure >= self.best[name].value:
                 self.best[name] = Best(figure, self.step)
 
     def bits(self) -> dict[str, float]:
@@ -61,17 +61,17 @@ class TrainState:
 
     def to_json(self, window: Metrics) -> bytes:
         """The state with the window of all ranks, `window`, in place of this rank's."""
-        state = {name: getattr(self, name) for name in Saved.model_fields}
-        state["window"] = {name: [part.tolist() for part in mean] for name, mean in window.items()}
+        state = {name: getattr(self, name) for name in SavedState.model_fields}
+        state["metrics_since_log"] = {name: [part.tolist() for part in mean] for name, mean in window.items()}
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
 
     def restore(self, text: bytes, device: torch.device, with_window: bool) -> None:
         """Become the state of a checkpoint. The ranks of one share of the batch take the window, the others zeros: it
         counts once."""
-        saved = Saved.read(text)
-        for name in Saved.model_fields.keys() - {"window"}:
+        saved = SavedState.read(text)
+        for name in SavedState.model_fields.keys() - {"metrics_since_log"}:
             setattr(self, name, getattr(saved, name))
-        self.window = {
+        self.metrics_since_log = {
             name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
-            for name, parts in saved.window.items()
+            for name, parts in saved.metrics_since_log.items()
         }

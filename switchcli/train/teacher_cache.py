@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from switchcli import publish
 from switchcli.checkpoint.checkpoint import LEFTOVER, leftovers
 from switchcli.checkpoint.fsops import DISK
-from switchcli.data.batch import Answers
+from switchcli.data.batch import TeacherTopK
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.spec import MOST, Place, Spec
 from switchcli.user_files import open_regular, read_regular
@@ -35,7 +35,7 @@ FACTS = "answers.json"
 MAX_FACTS_BYTES = 1 << 20
 PART_BYTES = 1 << 23
 _PART = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
-ELSEWHERE = "name another folder by distill.answers.folder"
+ELSEWHERE = "name another folder by distill.cache.folder"
 _DIFFERS: Mapping[str, str] = {
     "teacher": "are those of another teacher",
     "text": "are to other text",
@@ -46,7 +46,7 @@ _DIFFERS: Mapping[str, str] = {
 Facts = Mapping[str, str | int | float]
 
 
-class AnswersSpec(Spec):
+class TeacherCacheSpec(Spec):
     """Where a teacher's answers are kept, and how many of its probabilities."""
 
     folder: Place
@@ -69,7 +69,7 @@ class _Part(NamedTuple):
     digest: str
 
 
-class AnswerStore:
+class TeacherCache:
     """The answers to the batches of a run, R rows a step."""
 
     def __init__(self, folder: Path, rows: int) -> None:
@@ -99,7 +99,7 @@ class AnswerStore:
         """
         with disk_errors(self._folder, ELSEWHERE):
             DISK.make_dir(self._folder)
-            publish.remove_dead_of(self._folder, publish.TEMPORARY)
+            publish.remove_stale_in(self._folder, publish.TEMPORARY)
             for path in [*leftovers(self._folder), *self.damaged()]:
                 DISK.remove_tree(path)
             if not self.is_begun(facts):
@@ -125,15 +125,15 @@ class AnswerStore:
                 runs.append(range(step, step + 1))
         return runs
 
-    def add(self, steps: range, answers: Answers) -> None:
+    def add(self, steps: range, answers: TeacherTopK) -> None:
         """Keep the answers to all rows of these steps, one after another: [steps * R, T, K]."""
-        fields = zip(Answers._fields, answers, strict=True)
+        fields = zip(TeacherTopK._fields, answers, strict=True)
         content = safetensors.torch.save({name: kept.cpu().contiguous() for name, kept in fields})
         digest = hashlib.sha256(content).hexdigest()[:32]
         with disk_errors(self._folder, ELSEWHERE, len(content)):
             self._place(f"steps-{steps.start:08d}-{steps.stop:08d}-{digest}.safetensors", content)
 
-    def read(self, step: int, first: int, count: int) -> Answers:
+    def read(self, step: int, first: int, count: int) -> TeacherTopK:
         """The answers to rows first..first+count of a step.
 
         Raises:
@@ -142,7 +142,7 @@ class AnswerStore:
         with disk_errors(self._folder, ELSEWHERE):
             part, tensors = self._enter(step)
             begin = (step - part.first) * self._rows + first
-            return Answers(*(tensors[name][begin : begin + count].clone() for name in Answers._fields))
+            return TeacherTopK(*(tensors[name][begin : begin + count].clone() for name in TeacherTopK._fields))
 
     def _enter(self, step: int) -> tuple[_Part, Mapping[str, torch.Tensor]]:
         """The part that holds a step, in memory: the very bytes whose digest was compared, whatever becomes of the
@@ -194,7 +194,7 @@ def _is_sound(part: _Part) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest().startswith(part.digest)
 
 
-def bytes_a_step(settings: AnswersSpec, rows: int, targets: int, vocabulary: int) -> int:
+def bytes_per_step(settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> int:
     """What the answers to a step's R rows of T targets take on disk."""
     each = settings.dtype.itemsize
     return rows * targets * (min(settings.top_k, vocabulary) * (id_dtype(vocabulary).itemsize + each) + each)

@@ -1,4 +1,4 @@
-"""Asking a teacher once: its answers to every batch of a run into an AnswerStore, by all ranks, resumable.
+"""Asking a teacher once: its answers to every batch of a run into an TeacherCache, by all ranks, resumable.
 
 Legend: N targets, V vocabulary, K kept probabilities.
 """
@@ -7,22 +7,22 @@ from collections.abc import Iterator
 
 import torch
 
-from switchcli.data.batch import Answers, AnyBatch, BatchSource
-from switchcli.distributed.context import Runtime
+from switchcli.data.batch import AnyBatch, BatchSource, TeacherTopK
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.report.console import Console
-from switchcli.train.distillation import AllProbabilities, Teacher
+from switchcli.train.distillation import FullTeacherProbs, Teacher
 from switchcli.train.loss import CHUNK
-from switchcli.train.teacher_cache import AnswersSpec, AnswerStore, id_dtype
+from switchcli.train.teacher_cache import TeacherCache, TeacherCacheSpec, id_dtype
 
 
-class Asking:
+class TeacherCacheWriter:
     """What it takes to have a teacher's answers to the batches of a run."""
 
     def __init__(
         self,
         teacher: Teacher,
-        settings: AnswersSpec,
+        settings: TeacherCacheSpec,
         source: BatchSource,
         rows_per_step: int,
         microbatch: int,
@@ -33,25 +33,25 @@ class Asking:
         self._source, self._rows_per_step, self._microbatch = source, rows_per_step, microbatch
 
     def fill(
-        self, store: AnswerStore, parts: list[range], runtime: Runtime, console: Console, stop: StopRequest
+        self, store: TeacherCache, parts: list[range], context: DistributedContext, console: Console, stop: StopRequest
     ) -> None:
         """Add the answers to all `parts`, the ranks in turn. A rank may take long over a part: the others wait.
 
         Raises:
             StopTraining: a stop was requested on some rank.
         """
-        turns = [range(start, min(start + runtime.world, len(parts))) for start in range(0, len(parts), runtime.world)]
+        turns = [range(start, min(start + context.world, len(parts))) for start in range(0, len(parts), context.world)]
         for turn in console.track(turns, "asking", len(turns)):
-            if turn.start + runtime.rank in turn and not stop.requested:
-                steps = parts[turn.start + runtime.rank]
-                answers = [*self._answers(steps, runtime, stop)]
+            if turn.start + context.rank in turn and not stop.requested:
+                steps = parts[turn.start + context.rank]
+                answers = [*self._answers(steps, context, stop)]
                 if answers:
                     done = range(steps.start, steps.start + len(answers))
-                    store.add(done, Answers(*(torch.cat(each) for each in zip(*answers, strict=True))))
-            if any(runtime.sum_when_all_are_there([int(stop.requested)])):
+                    store.add(done, TeacherTopK(*(torch.cat(each) for each in zip(*answers, strict=True))))
+            if any(context.sum_without_timeout([int(stop.requested)])):
                 raise StopTraining
 
-    def _answers(self, steps: range, runtime: Runtime, stop: StopRequest) -> Iterator[Answers]:
+    def _answers(self, steps: range, context: DistributedContext, stop: StopRequest) -> Iterator[TeacherTopK]:
         """To all rows of each of these steps, until it is to stop."""
         for step in steps:
             parts = []
@@ -59,18 +59,18 @@ class Asking:
                 if stop.requested:
                     return
                 batch = self._source.batch(step, first, min(self._microbatch, self._rows_per_step - first))
-                parts.append(self._answer(runtime.place(batch)))
-            yield Answers(*(torch.cat(each) for each in zip(*parts, strict=True)))
+                parts.append(self._answer(context.to_device(batch)))
+            yield TeacherTopK(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
-    def _answer(self, batch: AnyBatch) -> Answers:
+    def _answer(self, batch: AnyBatch) -> TeacherTopK:
         shape = batch.targets_BT.shape
-        probabilities = self._teacher.ask(batch, self._packed)
-        kept = largest(probabilities, shape.numel(), self._settings)
-        return Answers(*(part.view(*shape, *part.shape[1:]).cpu() for part in kept))
+        probabilities = self._teacher.predict(batch, self._packed)
+        kept = top_k_probs(probabilities, shape.numel(), self._settings)
+        return TeacherTopK(*(part.view(*shape, *part.shape[1:]).cpu() for part in kept))
 
 
 @torch.no_grad()
-def largest(probabilities: AllProbabilities, num_targets: int, settings: AnswersSpec) -> Answers:
+def top_k_probs(probabilities: FullTeacherProbs, num_targets: int, settings: TeacherCacheSpec) -> TeacherTopK:
     """The K largest of each of N targets and what the others add up to: [N, K], [N, K], [N]."""
     chunks = []
     for start in range(0, num_targets, CHUNK):
@@ -80,6 +80,6 @@ def largest(probabilities: AllProbabilities, num_targets: int, settings: Answers
         whole = settings.top_k >= vocabulary
         rest_C = q_CK.new_zeros(len(q_CK)) if whole else (1.0 - q_CK.sum(1)).clamp_(min=0.0)
         dtype = settings.dtype
-        chunks.append(Answers(ids_CK, q_CK.to(dtype), rest_C.to(dtype)))
+        chunks.append(TeacherTopK(ids_CK, q_CK.to(dtype), rest_C.to(dtype)))
     ids_NK, q_NK, rest_N = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return Answers(ids_NK.to(id_dtype(vocabulary)), q_NK, rest_N)
+    return TeacherTopK(ids_NK.to(id_dtype(vocabulary)), q_NK, rest_N)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
@@ -28,7 +28,7 @@ class HeldOutText(NamedTuple):
     bytes_per_target: float | None = None
     """Bytes of text that a target token stands for, on average; None where that is not known."""
 
-    def figures(self, metrics: Metrics) -> dict[str, float]:
+    def metrics(self, metrics: Metrics) -> dict[str, float]:
         """What is said of it: its neg. log perplexity and, where that is known, bits a byte."""
         figure, bits = float(metrics[NEG_LOG_PERPLEXITY].value()), bits_per_byte([(self, metrics)])
         return {NEG_LOG_PERPLEXITY: figure, **({} if bits is None else {BITS_PER_BYTE: bits})}
@@ -51,7 +51,11 @@ def bits_per_byte(found: Iterable[tuple[HeldOutText, Metrics]]) -> float | None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: Objective, batches: Iterable[Batch], runtime: Runtime, policy: Policy = "paper"
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    context: DistributedContext,
+    policy: Policy = "paper",
 ) -> Metrics:
     """The objective's metrics over all ranks' batches; the model's mode is put back afterwards.
 
@@ -60,10 +64,10 @@ def evaluate(
     metrics: Metrics = {}
     with evaluating(model, policy):
         for batch in batches:
-            with runtime.autocast():
-                loss = objective(model, runtime.place(batch))
+            with context.autocast():
+                loss = objective(model, context.to_device(batch))
             metrics = merge(metrics, exact(loss.metrics))
-    return reduce(metrics, runtime)
+    return reduce(metrics, context)
 
 
 def evaluate_rows(
@@ -71,20 +75,20 @@ def evaluate_rows(
     objective: Objective,
     text: HeldOutText,
     rows_each: int,
-    runtime: Runtime,
+    context: DistributedContext,
     policy: Policy = "paper",
 ) -> Metrics:
     """The same on a text that the ranks share, at least `rows_each` a batch: in whole groups of this very model."""
     group = model.spec.group_sequences
-    batches = shared(text, -(-rows_each // group) * group, runtime.data_rank, runtime.data_ranks)
-    return evaluate(model, objective, batches, runtime, policy)
+    batches = rank_batches(text, -(-rows_each // group) * group, context.dp_rank, context.dp_size)
+    return evaluate(model, objective, batches, context, policy)
 
 
-def reduce(metrics: Metrics, runtime: Runtime) -> Metrics:
+def reduce(metrics: Metrics, context: DistributedContext) -> Metrics:
     """The metrics summed over the shares of a batch; each rank has the same ones, perhaps none."""
     if not metrics:
         return {}
-    return unflatten(runtime.all_reduce(flatten(metrics)), metrics)
+    return unflatten(context.all_reduce(flatten(metrics)), metrics)
 
 
 def exact(metrics: Metrics) -> Metrics:
@@ -92,7 +96,7 @@ def exact(metrics: Metrics) -> Metrics:
     return {name: Mean(mean.total.double(), mean.weight.double()) for name, mean in metrics.items()}
 
 
-def shared(text: HeldOutText, rows_each: int, rank: int, world: int) -> list[Batch]:
+def rank_batches(text: HeldOutText, rows_each: int, rank: int, world: int) -> list[Batch]:
     """This rank's batches of an evaluation on `text`, `rows_each` rows a batch, the same number on every rank.
 
     What is missing at the end is filled with padding: it is neither routed nor

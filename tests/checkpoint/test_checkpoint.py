@@ -21,7 +21,7 @@ from torch import Tensor
 from switchcli.checkpoint import checkpoint as checkpoints
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file
-from switchcli.checkpoint.checkpoint import Checkpoint, find, latest, preflight, prune, save
+from switchcli.checkpoint.checkpoint import Checkpoint, latest, latest_read_only, preflight, prune, save
 from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
 from switchcli.errors import CheckpointError
 
@@ -32,7 +32,7 @@ def fail(text: str) -> None:
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     path = save_step(tmp_path, 4)
-    assert path == checkpoints.path(tmp_path, 4) == tmp_path / "step-00000004"
+    assert path == checkpoints.checkpoint_path(tmp_path, 4) == tmp_path / "step-00000004"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     checkpoint = latest(tmp_path, fail)
     assert checkpoint is not None
@@ -104,8 +104,8 @@ def test_tensors_are_spread_over_files_of_bounded_size() -> None:
     named = {
         name: torch.zeros(size, dtype=torch.uint8) for name, size in {"a": 3, "b": 9, "c": 2, "d": 2, "e": 1}.items()
     }
-    assert [list(shard) for shard in tensor_file.shards(named, 4)] == [["a"], ["b"], ["c", "d"], ["e"]]
-    assert list(tensor_file.shards({}, 4)) == []
+    assert [list(shard) for shard in tensor_file.group_by_bytes(named, 4)] == [["a"], ["b"], ["c", "d"], ["e"]]
+    assert list(tensor_file.group_by_bytes({}, 4)) == []
 
 
 def test_files_may_be_written_by_several(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Pat
     some = {name: tensor for name, tensor in wanted(OPTIMIZER).items() if "norm" not in name}
     found = checkpoint.read("optimizer", some, some=True)
     assert equal(found, {name: tensor for name, tensor in numbered(OPTIMIZER, 4).items() if name in some})
-    assert checkpoint.kinds("optimizer") == {name: tensor_file.kind_of(t) for name, t in OPTIMIZER.items()}
+    assert checkpoint.tensor_specs("optimizer") == {name: tensor_file.tensor_spec(t) for name, t in OPTIMIZER.items()}
     with pytest.raises(CheckpointError, match=naming("optimizer", "norm.weight/empty")):
         checkpoint.read("optimizer", some)
     for other in ({"embed.weight/row": torch.empty(5)}, {"embed.weight/momentum": torch.empty(4)}):
@@ -192,14 +192,14 @@ def test_a_file_that_is_removed_while_it_is_opened_is_read_to_its_end(
         return safetensors.safe_open(*arguments, **named)
 
     monkeypatch.setattr(tensor_file, "safe_open", removed)
-    assert [*tensor_file.read_kinds(path)] == ["weight"]
+    assert [*tensor_file.read_tensor_specs(path)] == ["weight"]
     with pytest.raises(FileNotFoundError):
-        tensor_file.read_kinds(path)
+        tensor_file.read_tensor_specs(path)
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path / "absent", fail) is None
-    assert find(tmp_path / "absent", fail) is None
+    assert latest_read_only(tmp_path / "absent", fail) is None
     assert latest(tmp_path, fail) is None
 
 
@@ -210,7 +210,7 @@ def test_a_reader_leaves_a_run_at_work_alone(tmp_path: Path) -> None:
     (save_step(tmp_path / "other", 8).rename(tmp_path / "step-00000008") / "state.json").unlink()
     before = sorted(tmp_path.iterdir())
     warnings: list[str] = []
-    found = find(tmp_path, warnings.append)
+    found = latest_read_only(tmp_path, warnings.append)
     assert found is not None
     assert found.step == 4
     assert len(warnings) == 1
@@ -225,7 +225,7 @@ def test_a_reader_never_meets_half_a_checkpoint(tmp_path: Path) -> None:
     def read() -> None:
         while not done.is_set():
             try:
-                if find(tmp_path, failures.append) is None:
+                if latest_read_only(tmp_path, failures.append) is None:
                     failures.append("none")
             except CheckpointError as error:
                 failures.append(str(error))
@@ -261,7 +261,7 @@ def test_a_checkpoint_that_is_a_link_is_not_pruned(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for step in (2, 3):
         save_step(folder, step)
-    checkpoints.path(folder, 1).symlink_to(checkpoints.path(tmp_path / "elsewhere", 1))
+    checkpoints.checkpoint_path(folder, 1).symlink_to(checkpoints.checkpoint_path(tmp_path / "elsewhere", 1))
     prune(folder, 1, keep_best=False)
     assert steps(folder) == [1, 3]
     assert steps(tmp_path / "elsewhere") == [1]
@@ -297,7 +297,7 @@ def test_the_best_of_checkpoints_of_version_0_1_is_kept_among_those_of_today(tmp
 def test_a_link_to_nothing_is_no_checkpoint(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
     (tmp_path / "step-00000008").symlink_to(tmp_path / "absent")
-    for found in (find(tmp_path, fail), latest(tmp_path, fail)):
+    for found in (latest_read_only(tmp_path, fail), latest(tmp_path, fail)):
         assert found is not None
         assert found.step == 4
 
@@ -469,7 +469,7 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch:
 
 def test_what_was_found_is_read_to_the_end_when_the_run_removes_it_meanwhile(tmp_path: Path) -> None:
     save_step(tmp_path, 1)
-    found = find(tmp_path, print)
+    found = latest_read_only(tmp_path, print)
     assert found is not None
     tensors = found.read("model", wanted(MODEL))
     shutil.rmtree(found.path)

@@ -18,8 +18,8 @@ from faulty_files import Crash, FaultyFiles, LossyFiles, crash
 from messages import naming
 from saved import MODEL, OPTIMIZER, equal, numbered, save_step, wanted
 
-from switchcli.checkpoint.checkpoint import Checkpoint, find, latest, preflight, prune, save
-from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.checkpoint.checkpoint import Checkpoint, latest, latest_read_only, preflight, prune, save
+from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.errors import CheckpointError
 
 HERE = Path(__file__).parent
@@ -48,20 +48,20 @@ def damage(path: Path) -> None:
 # What a run does to its folder after the saves of two steps, and the step that must be there whatever happens.
 
 
-def save_a_new_step(folder: Path, files: Files) -> None:
+def save_a_new_step(folder: Path, files: FileOperations) -> None:
     save_step(folder, 12, files=files)
 
 
-def save_a_step_again(folder: Path, files: Files) -> None:
+def save_a_step_again(folder: Path, files: FileOperations) -> None:
     save_step(folder, 8, {"score": -1.0}, files=files)
 
 
-def save_and_prune(folder: Path, files: Files) -> None:
+def save_and_prune(folder: Path, files: FileOperations) -> None:
     save_step(folder, 12, files=files)
     prune(folder, 1, keep_best=False, files=files)
 
 
-def recover(folder: Path, files: Files) -> None:
+def recover(folder: Path, files: FileOperations) -> None:
     damage(folder / "step-00000008")
     shutil.copytree(folder / "step-00000004", folder / ".tmp-00000012-0000000a")
     (folder / "step-00000004").rename(folder / ".old-00000004-0000000a")
@@ -90,7 +90,7 @@ def assert_recovered(folder: Path, at_least: int) -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_a_crash_at_any_operation_loses_nothing(tmp_path: Path, scene: Callable[[Path, Files], None]) -> None:
+def test_a_crash_at_any_operation_loses_nothing(tmp_path: Path, scene: Callable[[Path, FileOperations], None]) -> None:
     points = 0
     while True:
         with prepared(tmp_path / "run") as folder:
@@ -121,7 +121,9 @@ def test_a_crash_in_the_first_save_leaves_nothing_or_all(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_a_power_cut_at_any_operation_loses_nothing(tmp_path: Path, scene: Callable[[Path, Files], None]) -> None:
+def test_a_power_cut_at_any_operation_loses_nothing(
+    tmp_path: Path, scene: Callable[[Path, FileOperations], None]
+) -> None:
     points = 0
     while True:
         with prepared(tmp_path / "run") as folder:
@@ -159,14 +161,14 @@ def test_a_save_that_syncs_too_little_is_lost_with_the_power(tmp_path: Path) -> 
         save_step(folder, 4, files=disk)
         disk.lose_power()
         if disk.count <= left_out:
-            assert is_intact(find(folder, pytest.fail), 4)
+            assert is_intact(latest_read_only(folder, pytest.fail), 4)
             assert left_out >= 7
             return
         with suppress(CheckpointError):
-            assert find(folder, ignore) is None
+            assert latest_read_only(folder, ignore) is None
 
 
-def refusal(scene: Callable[[Path, Files], None], folder: Path, files: Files) -> str | None:
+def refusal(scene: Callable[[Path, FileOperations], None], folder: Path, files: FileOperations) -> str | None:
     try:
         scene(folder, files)
     except CheckpointError as error:
@@ -193,7 +195,7 @@ def test_a_disk_that_refuses_any_operation_keeps_what_was_saved(tmp_path: Path, 
                 if not files.struck:
                     break
                 if scene is save_a_new_step or not for_good:
-                    assert is_intact(find(folder, pytest.fail))
+                    assert is_intact(latest_read_only(folder, pytest.fail))
                 assert_recovered(folder, 8)
             at += 1
         assert at >= 10
@@ -279,12 +281,12 @@ def count_damage_detected(folder: Path, flips_a_file: int) -> int:
             if damaged is not None:
                 path.write_bytes(damaged)
             warnings: list[str] = []
-            found = find(folder, warnings.append)
+            found = latest_read_only(folder, warnings.append)
             assert is_intact(found, 4), f"{path.name}: {what}"
             assert path.name in warnings[0] or "MANIFEST" in warnings[0]
             path.write_bytes(content)
             cases += 1
-    assert is_intact(find(folder, pytest.fail), 8)
+    assert is_intact(latest_read_only(folder, pytest.fail), 8)
     return cases
 
 
@@ -296,11 +298,11 @@ def test_swapped_files_and_steps_are_detected(tmp_path: Path) -> None:
     one, two = save_step(tmp_path, 4), save_step(tmp_path, 8)
     swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
     with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
-        find(tmp_path, ignore)
+        latest_read_only(tmp_path, ignore)
     swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
     swap(one, two)
     with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
-        find(tmp_path, ignore)
+        latest_read_only(tmp_path, ignore)
 
 
 def swap(one: Path, two: Path) -> None:
@@ -327,7 +329,7 @@ def test_no_run_starts_from_scratch_over_what_was_saved(tmp_path: Path) -> None:
     for step in (4, 8):
         damage(save_step(tmp_path, step))
     with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
-        find(tmp_path, ignore)
+        latest_read_only(tmp_path, ignore)
     for _ in range(2):  # nor the second time
         with pytest.raises(CheckpointError, match=r"step-00000004\.bad-size.*step-00000008\.bad-size.*--out") as caught:
             latest(tmp_path, ignore)

@@ -30,7 +30,7 @@ def test_runs_are_set_aside_one_after_another(tmp_path: Path) -> None:
     for number in (1, 2):
         folder = a_folder(tmp_path / "run")
         folder.write_recipe("")
-        assert folder.set_aside() == tmp_path / f"run.before-{number}"
+        assert folder.archive() == tmp_path / f"run.before-{number}"
     assert not folder.path.exists()
     assert (tmp_path / "run.before-2" / "recipe.yaml").exists()
 
@@ -38,14 +38,14 @@ def test_runs_are_set_aside_one_after_another(tmp_path: Path) -> None:
 def test_checkpoints_without_a_recipe_are_a_run_too(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "run")
     folder.checkpoints.mkdir()
-    assert folder.set_aside() == tmp_path / "run.before-1"
+    assert folder.archive() == tmp_path / "run.before-1"
 
 
 def test_a_folder_without_a_run_stays(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "run")
     (folder.path / "notes.txt").write_text("mine")
-    assert folder.set_aside() is None
-    assert RunFolder(tmp_path / "absent").set_aside() is None
+    assert folder.archive() is None
+    assert RunFolder(tmp_path / "absent").archive() is None
 
 
 def test_what_the_disk_refuses_is_told_in_one_line(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from switchcli.checkpoint.tensor_names import expert_numbers, parts, split
-from switchcli.distributed.layout import Cut
-from switchcli.distributed.mesh import Shared
+from switchcli.checkpoint.tensor_names import expert_numbers, logical_parts, split_experts
+from switchcli.distributed.layout import ShardedDim
+from switchcli.distributed.mesh import RankGroup
 
 WI = "encoder.blocks.1.feed_forward.experts.wi"
 
@@ -19,7 +19,7 @@ def test_an_expert_weight_is_named_by_its_global_number() -> None:
         "encoder.embed.weight": torch.ones(4),
         f"{WI}/row": torch.ones(2, 3),
     }
-    logical = split(named, range(6, 8))
+    logical = split_experts(named, range(6, 8))
     assert set(logical) == {
         "encoder.blocks.1.feed_forward.experts.6.wi",
         "encoder.blocks.1.feed_forward.experts.7.wi",
@@ -33,26 +33,26 @@ def test_an_expert_weight_is_named_by_its_global_number() -> None:
 
 def test_splitting_copies_nothing() -> None:
     stacked = torch.randn(4, 3, 2)
-    parts = split({"experts.wi": stacked}, range(4))
+    parts = split_experts({"experts.wi": stacked}, range(4))
     assert all(part.is_contiguous() for part in parts.values())
     assert {part.untyped_storage().data_ptr() for part in parts.values()} == {stacked.untyped_storage().data_ptr()}
 
 
 def test_a_slot_that_is_not_stacked_keeps_the_stacked_name() -> None:
     state = {"a.experts.wi/step": torch.tensor(3), "a.experts.wi/other": torch.ones(5)}
-    assert split(state, range(4)) == state
+    assert split_experts(state, range(4)) == state
 
 
 @pytest.mark.parametrize("name", ["a.experts", "a.my_experts.wi", "a.experts_norm.weight", "router.weight/experts.x"])
 def test_other_names_are_left_alone(name: str) -> None:
-    assert list(split({name: torch.ones(4, 2)}, range(4))) == [name]
+    assert list(split_experts({name: torch.ones(4, 2)}, range(4))) == [name]
 
 
 def test_our_own_mistakes_are_asserted() -> None:
     with pytest.raises(AssertionError, match="not stacked over 4"):
-        split({"a.experts.wi": torch.ones(3, 2)}, range(4))
+        split_experts({"a.experts.wi": torch.ones(3, 2)}, range(4))
     with pytest.raises(AssertionError, match="number already"):
-        split({"a.experts.0.wi": torch.ones(4, 2)}, range(4))
+        split_experts({"a.experts.0.wi": torch.ones(4, 2)}, range(4))
 
 
 PARTS = st.sampled_from(["encoder", "blocks", "0", "11", "feed_forward", "attention"])
@@ -80,31 +80,36 @@ def test_what_is_written_into_logical_tensors_is_in_those_that_they_are_views_of
 ) -> None:
     named, num_experts, first = case
     numbers = range(first, first + num_experts)
-    logical = split(named, numbers)
+    logical = split_experts(named, numbers)
     assert sum(t.numel() for t in logical.values()) == sum(t.numel() for t in named.values())
     others = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
-    for name, part in parts(others, {}, numbers).items():
+    for name, part in logical_parts(others, {}, numbers).items():
         part.tensor.copy_(logical[name])
     assert all(torch.equal(others[name], named[name]) for name in named)
 
 
 def test_the_cuts_of_a_stack_are_those_of_each_expert() -> None:
-    ranks = Shared(None, 2, 1)
-    cuts = {"a.experts.wi": (Cut(1, ranks, (3, 3)),), "b": (Cut(1, ranks, (2, 2)), Cut(0, ranks, (3, 2)))}
-    found = parts({"a.experts.wi": torch.ones(2, 3, 5), "b": torch.ones(2, 2)}, cuts, range(4, 6))
+    ranks = RankGroup(None, 2, 1)
+    cuts = {
+        "a.experts.wi": (ShardedDim(1, ranks, (3, 3)),),
+        "b": (ShardedDim(1, ranks, (2, 2)), ShardedDim(0, ranks, (3, 2))),
+    }
+    found = logical_parts({"a.experts.wi": torch.ones(2, 3, 5), "b": torch.ones(2, 2)}, cuts, range(4, 6))
     expert, dense = found["a.experts.5.wi"], found["b"]
-    assert expert.whole_shape == (6, 5)
-    assert expert.where == (slice(3, 6), slice(0, 5))
-    assert dense.whole_shape == (5, 4)
-    assert dense.where == (slice(3, 5), slice(2, 4))
+    assert expert.full_shape == (6, 5)
+    assert expert.slices == (slice(3, 6), slice(0, 5))
+    assert dense.full_shape == (5, 4)
+    assert dense.slices == (slice(3, 5), slice(2, 4))
 
 
 def test_any_number_of_ranks_gives_the_same_tensors() -> None:
     whole = {"experts.wi": torch.randn(8, 2)}
-    expected = split(whole, range(8))
+    expected = split_experts(whole, range(8))
     for held in (1, 2, 4):
         found: dict[str, Tensor] = {}
         for first in range(0, 8, held):
-            found |= split({"experts.wi": whole["experts.wi"][first : first + held]}, range(first, first + held))
+            found |= split_experts(
+                {"experts.wi": whole["experts.wi"][first : first + held]}, range(first, first + held)
+            )
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -13,7 +13,7 @@ from messages import lacking
 from ranks import free_port
 
 from switchcli.cli import main
-from switchcli.distributed.launch import Ended
+from switchcli.distributed.launch import Exit
 from switchcli.errors import DataError, OtherRankError, RecipeError
 
 
@@ -34,7 +34,7 @@ def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypa
 def test_ranks_of_an_older_torch_say_how_long_a_save_may_take(
     seconds: int, noted: bool, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.runs.run_dir.launch", lambda processes, arguments: Ended(0, None))
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", lambda processes, arguments: Exit(0, None))
     monkeypatch.setattr("switchcli.runs.run_dir.saving_seconds", lambda: seconds)
     done = switchcli("pretrain", recipe, "--processes", 2)
     assert done.code == 0
@@ -163,7 +163,7 @@ def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
 
 
 def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.runs.run_dir.launch", lambda processes, arguments: Ended(0, None))
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", lambda processes, arguments: Exit(0, None))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 4)
@@ -176,9 +176,7 @@ def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch:
 def test_the_launcher_prints_the_object_of_ranks_that_failed(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "switchcli.runs.run_dir.launch", lambda processes, arguments: Ended(3, "none.txt: no such file")
-    )
+    monkeypatch.setattr("switchcli.runs.run_dir.launch", lambda processes, arguments: Exit(3, "none.txt: no such file"))
     monkeypatch.setattr("switchcli.runs.run_dir.saving_seconds", lambda: 300)  # an older torch adds a note
     done = switchcli("pretrain", recipe, "--processes", 2, "--json")
     assert (done.code, done.err) == (3, "")

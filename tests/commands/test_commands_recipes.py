@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from switchcli.commands.recipes import app
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, resolve
-from switchcli.recipe.schema import standing_alone
+from switchcli.recipe.schema import resolve_standalone
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +24,24 @@ def run(*arguments):
 
 def test_list_has_a_description_of_every_recipe():
     lines = run("list").splitlines()
-    assert [line.split()[0] for line in lines] == library.names()
+    assert [line.split()[0] for line in lines] == library.recipe_names()
     rows = json.loads(run("list", "--json"))["recipes"]
-    assert [row["name"] for row in rows] == library.names()
+    assert [row["name"] for row in rows] == library.recipe_names()
     assert all(row["description"] for row in rows)
 
 
 def test_show_prints_the_file():
-    text = (library.folder() / "quickstart/switch.yaml").read_text(encoding="utf-8")
+    text = (library.recipes_folder() / "quickstart/switch.yaml").read_text(encoding="utf-8")
     assert run("show", "quickstart/switch") == text
     assert json.loads(run("show", "quickstart/switch", "--json"))["text"] == text
     with pytest.raises(RecipeError, match=r"\bquickstart/switch\b"):
         run("show", "quickstart/swich")
 
 
-@pytest.mark.parametrize("name", library.names())
+@pytest.mark.parametrize("name", library.recipe_names())
 def test_a_copy_resolves_as_the_recipe_does(name):
     assert run("copy", name, "mine.yaml") == "mine.yaml\n"
-    assert standing_alone("mine.yaml") == standing_alone(name)
+    assert resolve_standalone("mine.yaml") == resolve_standalone(name)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_copy_extends_what_ships_however_that_is_written(line, tmp_path, monke
     (tmp_path / "ships/a").mkdir(parents=True)
     (tmp_path / "ships/a/base.yaml").write_text("train: {steps: 1}\n")
     (tmp_path / "ships/a/child.yaml").write_text(f"# extends: nothing\n{line}\nmodel: {{}}\n")
-    monkeypatch.setattr(library, "folder", lambda: tmp_path / "ships")
+    monkeypatch.setattr(library, "recipes_folder", lambda: tmp_path / "ships")
     run("copy", "a/child", "mine.yaml")
     why = line[line.index("#") - 1 :] if "#" in line else ""
     copied = (tmp_path / "mine.yaml").read_text().splitlines()

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
 from switchcli.runs import distilling
-from switchcli.runs.loading import load
+from switchcli.runs.loading import load_checkpoint
 from switchcli.train.distillation import DistillationLoss, Teacher
 
 INTERRUPTED = 75
@@ -96,7 +96,7 @@ def test_with_a_soft_fraction_of_0_a_fresh_student_is_pretrained_bit_for_bit(
     trained: Path, dense: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
     done = switchcli(
-        "distill", "--teacher", trained, "distill.soft_fraction=0", "student.kind=fresh", "--out", "a", "-q"
+        "distill", "--teacher", trained, "distill.soft_fraction=0", "student.kind=random_init", "--out", "a", "-q"
     )
     assert done.code == 0, done.err
     assert equal(weights("a", 2), weights(dense, 2))
@@ -106,7 +106,7 @@ def test_with_a_soft_fraction_of_0_a_fresh_student_is_pretrained_bit_for_bit(
 def test_whole_documents_are_read_as_in_pretraining(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     dense = ("model.num_experts=1", "data.packing=documents", "--out", "dense", "-q")
     assert switchcli("pretrain", trained / "recipe.yaml", *dense).code == 0
-    hard = ("distill.soft_fraction=0", "student.kind=fresh", "data.packing=documents", "--out", "a", "-q")
+    hard = ("distill.soft_fraction=0", "student.kind=random_init", "data.packing=documents", "--out", "a", "-q")
     assert switchcli("distill", "--teacher", trained, *hard).code == 0
     assert equal(weights("a", 2), weights("dense", 2))
     soft = ("data.packing=documents", "--out", "b", "-q")
@@ -118,7 +118,7 @@ def test_a_student_whose_blocks_are_computed_again_learns_the_same_bit_for_bit(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
     for what in ("none", "blocks"):
-        keys = (f"train.activation_checkpointing={what}", "distill.mode=training", "student.kind=fresh")
+        keys = (f"train.activation_checkpointing={what}", "distill.mode=training", "student.kind=random_init")
         done = switchcli("distill", "--teacher", trained, *keys, "--out", what, "-q")
         assert done.code == 0, done.err
     assert equal(weights("blocks", 2), weights("none", 2))
@@ -127,7 +127,13 @@ def test_a_student_whose_blocks_are_computed_again_learns_the_same_bit_for_bit(
 def test_until_its_start_step_it_is_pretraining_and_then_it_is_not(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
-    often = ("checkpoint.save_every_steps=1", "checkpoint.keep_last=5", "train.steps=3", "student.kind=fresh", "-q")
+    often = (
+        "checkpoint.save_every_steps=1",
+        "checkpoint.keep_last=5",
+        "train.steps=3",
+        "student.kind=random_init",
+        "-q",
+    )
     for name, settings in (("none", ["distill.soft_fraction=0"]), ("late", ["distill.start_step=2"]), ("now", [])):
         done = switchcli("distill", "--teacher", trained, *often, *settings, "--out", name)
         assert done.code == 0, done.err
@@ -142,7 +148,7 @@ def test_the_noise_of_a_student_is_that_of_its_pretraining(
 ) -> None:
     """A teacher in training mode draws its own noise after the student's: with no share in the loss it changes none."""
     monkeypatch.setattr(DistillationLoss, "__call__", hard_part(DistillationLoss.__call__))
-    fresh = ("student.kind=fresh", "-q")
+    fresh = ("student.kind=random_init", "-q")
     assert switchcli("distill", "--teacher", trained, "distill.soft_fraction=0", *fresh, "--out", "a").code == 0
     assert switchcli("distill", "--teacher", trained, "distill.mode=training", *fresh, "--out", "b").code == 0
     # The hard part is here a difference of sums: close, not equal.
@@ -159,20 +165,20 @@ def hard_part(call):
 
 
 @pytest.mark.fast("mean")
-@pytest.mark.parametrize("experts", ["fresh", "mean", "most_used"])
+@pytest.mark.parametrize("experts", ["random_init", "mean", "most_used"])
 def test_kept_answers_of_all_tokens_teach_what_the_teacher_does(
     experts: str, trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("distill", "--teacher", trained, f"student.experts={experts}", "train.steps=3", "--json")
     online = switchcli(*command, "--out", "online")
     assert online.code == 0, online.err
-    kept = ("distill.answers.folder=answers", "distill.answers.top_k=512", "distill.answers.precision=float32")
-    asked = switchcli(*command, *kept, "--answers-only", "--out", "none")
+    kept = ("distill.cache.folder=answers", "distill.cache.top_k=512", "distill.cache.precision=float32")
+    asked = switchcli(*command, *kept, "--cache-only", "--out", "none")
     assert asked.code == 0, asked.err
     assert json.loads(asked.out)["bytes"] == sum(path.stat().st_size for path in Path("answers").iterdir())
     assert not Path("none").exists()
     assert not lacking(asked.err, "3 steps 8 rows 512 591kB")
-    monkeypatch.setattr(distilling, "filled", None)  # it is not made again
+    monkeypatch.setattr(distilling, "load_model", None)  # it is not made again
     offline = switchcli(*command, *kept, "--out", "offline")
     assert offline.code == 0, offline.err
     one, other = (json.loads(done.out)["distillation"] for done in (online, offline))
@@ -183,10 +189,10 @@ def test_kept_answers_of_all_tokens_teach_what_the_teacher_does(
 
 @pytest.mark.slow
 def test_kept_answers_serve_another_start_and_more_steps(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
-    kept = ("distill", "--teacher", trained, "distill.answers.folder=answers", "-q")
+    kept = ("distill", "--teacher", trained, "distill.cache.folder=answers", "-q")
     assert switchcli(*kept, "--out", "a").code == 0
     before = sorted(Path("answers").glob("steps-*"))
-    assert switchcli(*kept, "student.kind=fresh", "--out", "b").code == 0
+    assert switchcli(*kept, "student.kind=random_init", "--out", "b").code == 0
     assert sorted(Path("answers").glob("steps-*")) == before
     done = switchcli(*kept, "train.steps=4", "--out", "a")
     assert done.code == 0, done.err
@@ -208,7 +214,7 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, trained: Path, here: 
         "--teacher",
         tuned,
         "train.steps=4",
-        "distill.answers={folder: x, top_k: 512}",
+        "distill.cache={folder: x, top_k: 512}",
         "--out",
         "b",
         "--json",
@@ -242,11 +248,14 @@ def test_a_student_of_a_size_and_a_smaller_sparse_one(trained: Path, here: Path,
     assert parameters["student"]["parameters"] < parameters["teacher"]["parameters"]
     narrow = ("distill", "--teacher", trained, "model.d_ff=16", "--out", "n")
     refused = switchcli(*narrow)
-    assert (refused.code, lacking(refused.err, "d_ff 16 64 student.unfit=fresh student.kind=fresh")) == (2, [])
-    done = switchcli(*narrow, "student.unfit=fresh", "--json")
+    assert (
+        refused.code,
+        lacking(refused.err, "d_ff 16 64 student.on_shape_mismatch=random_init student.kind=random_init"),
+    ) == (2, [])
+    done = switchcli(*narrow, "student.on_shape_mismatch=random_init", "--json")
     assert done.code == 0, done.err
     assert "encoder.blocks.0.feed_forward.layer.wi.weight" in json.loads(done.out)["distillation"]["inherited"]["fresh"]
-    large = switchcli("distill", "--teacher", trained, "--student", "tiny", "student.kind=fresh")
+    large = switchcli("distill", "--teacher", trained, "--student", "tiny", "student.kind=random_init")
     assert large.code == 2
     assert not lacking(large.err, "larger teacher --student model.num_experts")
 
@@ -261,7 +270,7 @@ def test_a_dense_student_is_served_by_transformers(trained: Path, here: Path, sw
     tokenizer = transformers.AutoTokenizer.from_pretrained("served")
     inputs = tokenizer(["the red <extra_id_0> is not alpha", "blue walk"], return_tensors="pt", padding=True)
     targets = tokenizer(["<extra_id_0> gamma", "run"], return_tensors="pt", padding=True).input_ids
-    ours = load(Path("a"), torch.device("cpu"), NoWarnings()).model
+    ours = load_checkpoint(Path("a"), torch.device("cpu"), NoWarnings()).model
     with torch.no_grad():
         expected = theirs(**inputs, labels=targets).logits
         found = ours(inputs.input_ids, targets).logits_BTV
@@ -286,7 +295,7 @@ class Stopped:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("answers", [[], ["distill.answers.folder=answers"]], ids=["online", "offline"])
+@pytest.mark.parametrize("answers", [[], ["distill.cache.folder=answers"]], ids=["online", "offline"])
 def test_stopped_it_ends_with_the_same_bits(
     answers: list[str], trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,8 +316,8 @@ def test_stopped_while_the_teacher_is_asked_it_goes_on(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 1)
-    command = ("distill", "--teacher", trained, "train.steps=6", "distill.answers.folder=answers", "--out", "a", "-q")
-    ask, calls = Teacher.ask, []
+    command = ("distill", "--teacher", trained, "train.steps=6", "distill.cache.folder=answers", "--out", "a", "-q")
+    ask, calls = Teacher.predict, []
 
     def once_stopped(self: Teacher, *arguments: Any, **named: Any) -> Any:
         calls.append(1)
@@ -317,7 +326,7 @@ def test_stopped_while_the_teacher_is_asked_it_goes_on(
         return ask(self, *arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "ask", once_stopped)
+        patch.setattr(Teacher, "predict", once_stopped)
         stopped = switchcli(*command)
     assert stopped.code == INTERRUPTED, stopped.err
     assert not lacking(stopped.err, "stopped answers same command")
@@ -406,13 +415,13 @@ def test_a_teacher_in_the_hugging_face_layout(trained: Path, text: Path, here: P
 def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
-    kept = ("distill", "--teacher", trained, "distill.answers.folder=answers", "-q")
-    assert switchcli(*kept, "--answers-only").code == 0
+    kept = ("distill", "--teacher", trained, "distill.cache.folder=answers", "-q")
+    assert switchcli(*kept, "--cache-only").code == 0
     note = Path("answers/teacher.json")
     before = json.loads(note.read_text())["measured"]["figures"]
     for broken in ("", "{}", '{"measured": {"figures": 1}}'):
         note.write_text(broken)
-        assert switchcli(*kept, "--answers-only").code == 0
+        assert switchcli(*kept, "--cache-only").code == 0
         assert json.loads(note.read_text())["measured"]["figures"] == before
     with lock(Path("answers")):
         done = switchcli(*kept, "--out", "a", "--json")
@@ -420,13 +429,13 @@ def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
         assert json.loads(done.out)["distillation"]["teacher"]["figures"] == before
         more = switchcli(*kept, "train.steps=4", "--out", "a")
         assert more.code == 4
-        assert not lacking(more.err, "answers in use distill.answers.folder")
+        assert not lacking(more.err, "answers in use distill.cache.folder")
 
 
 @pytest.mark.slow
 def test_a_part_that_is_damaged_is_asked_for_again(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
-    kept = ("distill", "--teacher", trained, "distill.answers.folder=answers", "-q")
-    assert switchcli(*kept, "--answers-only").code == 0
+    kept = ("distill", "--teacher", trained, "distill.cache.folder=answers", "-q")
+    assert switchcli(*kept, "--cache-only").code == 0
     (part,) = Path("answers").glob("steps-*")
     whole = part.read_bytes()
     part.write_bytes(whole[:-9] + b"\0" * 9)
@@ -439,7 +448,7 @@ def test_asking_touches_no_runs_folder(trained: Path, here: Path, switchcli: Swi
     shutil.copytree(trained, "run")
     (Path("run") / "tokenizer.json").write_text("mine")
     done = switchcli(
-        "distill", "--teacher", trained, "distill.answers.folder=answers", "--answers-only", "--out", "run", "-q"
+        "distill", "--teacher", trained, "distill.cache.folder=answers", "--cache-only", "--out", "run", "-q"
     )
     assert done.code == 0, done.err
     assert (Path("run") / "tokenizer.json").read_text() == "mine"
@@ -453,7 +462,7 @@ def test_two_ranks_distil_what_one_does_and_resume_exactly(trained: Path, here: 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    kept = "distill.answers.folder=answers"
+    kept = "distill.cache.folder=answers"
     run("train.steps=4", "--out", "one")
     run("train.steps=4", "--out", "two", "--processes", "2")
     run("train.steps=4", kept, "--out", "two-offline", "--processes", "2")
@@ -485,9 +494,13 @@ def test_two_ranks_distil_what_one_does_and_resume_exactly(trained: Path, here: 
         (["--teacher", "SPARSE", "--student", "nowhere"], 4, "--student nowhere checkpoint"),
         (["--teacher", "nowhere"], 4, "distill.teacher nowhere checkpoint"),
         (["--teacher", "SPARSE", "distill.teacher=DENSE"], 2, "distill.teacher --teacher too"),
-        (["--teacher", "SPARSE", "--student", "DENSE", "student.kind=fresh"], 2, "student.kind fresh --student DENSE"),
+        (
+            ["--teacher", "SPARSE", "--student", "DENSE", "student.kind=random_init"],
+            2,
+            "student.kind random_init --student DENSE",
+        ),
         (["--teacher", "SPARSE", "--baseline", "nan"], 2, "--baseline nan checkpoint finite"),
-        (["--teacher", "SPARSE", "--answers-only"], 2, "--answers-only distill.answers.folder distill.soft_fraction"),
+        (["--teacher", "SPARSE", "--cache-only"], 2, "--cache-only distill.cache.folder distill.soft_fraction"),
         ([], 2, "distill.teacher missing --teacher CHECKPOINT"),
         (["finetune/glue", "--teacher", "SPARSE"], 2, "recipe switchcli finetune"),
         (["--teacher", "SPARSE", "--out", "."], 2, "distill.teacher folder --out"),
@@ -517,7 +530,7 @@ def test_bad_input_is_told_with_its_place_and_way_out(
 def test_answers_of_another_teacher_or_of_other_batches_are_refused(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
-    kept = ("distill.answers.folder=answers", "-q")
+    kept = ("distill.cache.folder=answers", "-q")
     assert switchcli("distill", "--teacher", trained, *kept, "--out", "a").code == 0
     again = ("pretrain", trained / "recipe.yaml", "train.seed=5", "--out", "other", "-q")
     assert switchcli(*again).code == 0
@@ -525,10 +538,10 @@ def test_answers_of_another_teacher_or_of_other_batches_are_refused(
         (["--teacher", "other"], "another teacher"),
         (["--teacher", trained, "train.seed=9"], "batches train.seed train.batch_tokens"),
         (["--teacher", trained, "distill.temperature=2"], "temperature 1.0 2.0"),
-        (["--teacher", trained, "distill.answers.top_k=9"], "top_k 64 9"),
+        (["--teacher", trained, "distill.cache.top_k=9"], "top_k 64 9"),
     ):
         done = switchcli("distill", *arguments, *kept, "--out", "b")
-        assert (done.code, lacking(done.err, f"answers {words} distill.answers.folder")) == (4, []), done.err
+        assert (done.code, lacking(done.err, f"answers {words} distill.cache.folder")) == (4, []), done.err
 
 
 def test_a_dry_run_tells_what_it_comes_to(trained: Path, here: Path, switchcli: SwitchCLI) -> None:

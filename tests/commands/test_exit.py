@@ -10,9 +10,9 @@ from contextlib import suppress
 
 import pytest
 
-from switchcli.commands._exit import AGAIN_SECONDS, stoppable
+from switchcli.commands._exit import AGAIN_SECONDS, interruptible
 from switchcli.distributed.signals import STOPPING, StopRequest
-from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, where
+from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, training_location
 
 ON_ITS_WAY_OUT = """
 import time
@@ -52,7 +52,7 @@ except Interrupted as error:
 @pytest.mark.parametrize(("saves_nothing", "kind"), [(False, Interrupted), (True, InterruptedByForce)])
 def test_a_signal_ends_it(number: signal.Signals, saves_nothing: bool, kind: type[SwitchError]) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(kind, match=number.name), stoppable(saves_nothing):
+    with pytest.raises(kind, match=number.name), interruptible(saves_nothing):
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
@@ -68,7 +68,7 @@ def test_what_a_clean_up_makes_of_it_is_the_signals_doing() -> None:
         finally:
             os.close(descriptor)
 
-    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
         tidy()
 
 
@@ -89,9 +89,9 @@ def refused(action: Callable[[], None]) -> None:
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(ValueError, match="mine"), stoppable():
+    with pytest.raises(ValueError, match="mine"), interruptible():
         raise ValueError("mine")
-    with pytest.raises(InterruptedByForce, match="without saving"), stoppable():
+    with pytest.raises(InterruptedByForce, match="without saving"), interruptible():
         raise KeyboardInterrupt
 
 
@@ -122,13 +122,13 @@ def test_a_library_that_swallows_it_does_not_keep_the_command_going(
         swallow(lambda: signal.raise_signal(signal.SIGTERM))
         time.sleep(3 * AGAIN_SECONDS)
 
-    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
         going_on()
     assert capfd.readouterr().err == ""
 
 
 def test_one_that_was_swallowed_before_training_stops_it() -> None:
-    with stoppable():
+    with interruptible():
         refused(lambda: signal.raise_signal(signal.SIGTERM))
         with StopRequest() as stop:
             time.sleep(2 * AGAIN_SECONDS)
@@ -146,7 +146,7 @@ def test_a_clean_up_that_takes_long_is_not_cut_by_the_signal_that_is_given_again
             time.sleep(2.5 * AGAIN_SECONDS)
             tidied.append("all of it")
 
-    with pytest.raises(Interrupted, match="SIGTERM"), stoppable():
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
         tidying()
     assert tidied == ["all of it"]
 
@@ -160,7 +160,7 @@ def test_a_signal_does_not_replace_the_error_that_a_command_ends_by() -> None:
         finally:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(DataError, match="mine"), stoppable():
+    with pytest.raises(DataError, match="mine"), interruptible():
         failing()
 
 
@@ -168,6 +168,6 @@ def test_where_it_was_is_found_though_a_chain_of_errors_comes_back_to_its_beginn
     """As a library makes it that raises an error of its own from ours, which is raised from that in turn."""
     first, second = Interrupted("stopped"), ValueError("its own")
     second.__cause__, first.__cause__ = first, second
-    assert where(first) == "outside training"
+    assert training_location(first) == "outside training"
     second.add_note("after step 3")
-    assert where(first) == "after step 3"
+    assert training_location(first) == "after step 3"

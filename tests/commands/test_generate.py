@@ -16,7 +16,7 @@ from messages import lacking
 from switchcli.checkpoint import manifest
 from switchcli.checkpoint.manifest import NAME
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 
 GAP = "the red <extra_id_0> is blue"
 
@@ -48,8 +48,8 @@ def test_json_is_one_object_with_every_answer(run: Path, switchcli: SwitchCLI) -
 
 def test_the_capacity_is_a_choice(run: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI) -> None:
     seen: list[str] = []
-    assign = Switch.assign
-    monkeypatch.setattr(Switch, "assign", lambda self, *args: (seen.append(args[-1]), assign(self, *args))[1])
+    assign = SwitchRouter.assign
+    monkeypatch.setattr(SwitchRouter, "assign", lambda self, *args: (seen.append(args[-1]), assign(self, *args))[1])
     for options, policy in (((), "dropless"), (("--capacity", "paper"), "paper")):
         assert switchcli("generate", run, GAP, "--max-tokens", 3, *options).code == 0
         assert set(seen) == {policy}

@@ -197,7 +197,7 @@ def test_fine_tuning_and_its_scores_are_those_of_the_cpu(
             }
 
 
-@pytest.mark.parametrize("answers", [(), ("distill.answers.folder=answers",)], ids=["online", "kept answers"])
+@pytest.mark.parametrize("answers", [(), ("distill.cache.folder=answers",)], ids=["online", "kept answers"])
 @pytest.mark.parametrize(("device", "precision"), on_devices(BOUND, ["float32"]))
 def test_distillation_has_the_losses_of_the_cpu(
     device: str, precision: str, answers: tuple[str, ...], trained: Path, run: Run, tmp_path: Path,

@@ -66,7 +66,7 @@ def test_a_rank_that_meets_another_program_says_so(
     with socket.create_server(("127.0.0.1", 0)) as other:
         for name, value in {**TWO, "RANK": "1", "MASTER_PORT": str(other.getsockname()[1])}.items():
             monkeypatch.setenv(name, value)
-        with rendezvous.waiting_announced():
+        with rendezvous.announce_waiting():
             other.accept()[0].close()
             connection, _ = other.accept()  # that of the store
             with connection:

@@ -17,10 +17,10 @@ from damage import array_bytes
 from drill import fingerprint
 from messages import lacking
 
-from switchcli.data.prepare.prepared_text import Counts
+from switchcli.data.prepare.prepared_text import TextCounts
 from switchcli.data.prepare.store import TOKENS
 from switchcli.data.sources.corpus import Corpus
-from switchcli.data.streaming import Pieces, pieces_of
+from switchcli.data.streaming import Pieces, source_shards_of
 
 MIXED = ("data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]",)
 INTERRUPTED = 75
@@ -57,7 +57,7 @@ def test_what_is_prepared_is_what_the_run_reads(
     assert [*result["texts"]] == ["de", "fr"]
     for label, found in result["texts"].items():
         assert found.keys() == {"train", "held_out", "dropped", "identity", "folder"}
-        assert found["train"].keys() == found["held_out"].keys() == {*Counts._fields}
+        assert found["train"].keys() == found["held_out"].keys() == {*TextCounts._fields}
         assert found["train"]["documents"] + found["held_out"]["documents"] == 200
         size = Path(f"{label}.txt").stat().st_size - 200  # without the ends of lines
         assert found["train"]["bytes"] + found["held_out"]["bytes"] == size
@@ -71,7 +71,7 @@ def test_what_is_prepared_is_what_the_run_reads(
         assert row[1:5] == [f"{figure:,}" for figure in figures]
         assert f"{label}:{found['folder']}" in "".join(shown.out.split())
     assert switchcli("data", "prepare", *languages, "--quiet") == (0, "", "")
-    monkeypatch.setattr("switchcli.data.prepare.pipeline.build", None)  # the run finds it made
+    monkeypatch.setattr("switchcli.data.prepare.pipeline.tokenize_shards", None)  # the run finds it made
     assert switchcli("pretrain", *languages, "--out", "run").code == 0
 
 
@@ -249,7 +249,7 @@ def test_a_signal_to_all_processes_stops_them_and_the_same_command_goes_on(
 
 
 def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
-    return (*languages, "data.access=stream", "data.lanes=4", "train.steps=9", "train.microbatch_tokens=64")
+    return (*languages, "data.access=stream", "data.stream_shards=4", "train.steps=9", "train.microbatch_tokens=64")
 
 
 @pytest.mark.slow
@@ -365,12 +365,12 @@ def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
     recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions up to 0.1 wrote such checkpoints."""
-    from switchcli.data.prepare.pipeline import former_source
+    from switchcli.data.prepare.pipeline import legacy_source_digest
     from switchcli.runs import text_sets
 
     command = ("pretrain", *stream((recipe,)), "--out", "run")
     with monkeypatch.context() as patch:
-        patch.setattr(text_sets, "source", lambda data, tokenizer, means: former_source(data, tokenizer))
+        patch.setattr(text_sets, "source_digest", lambda data, tokenizer, means: legacy_source_digest(data, tokenizer))
         assert switchcli(*command, "train.steps=2").code == 0
     former = json.loads(Path("run/checkpoints/step-00000002/data.json").read_text())
     done = switchcli(*command, "train.steps=3")
@@ -563,11 +563,11 @@ def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
     command = ("pretrain", *stream(languages), f"data.corpora=[{corpora}]", "--out")
 
     def unsized(corpora: Sequence[Corpus]) -> Pieces:
-        found = pieces_of(corpora)
+        found = source_shards_of(corpora)
         return [*found[:1], *((corpus, piece._replace(size=None)) for corpus, piece in found[1:])]
 
     with monkeypatch.context() as patch:
-        patch.setattr("switchcli.runs.text_sets.pieces_of", unsized)
+        patch.setattr("switchcli.runs.text_sets.source_shards_of", unsized)
         done = switchcli(*command, "run", "data.mixture={kind: temperature}")
     assert done.code == 3
     assert not lacking(done.err, "error: data.mixture fr temperature mixture.kind=weighted access=prepared")

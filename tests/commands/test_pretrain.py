@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.runs import pretraining as verb
-from switchcli.runs.run_dir import program
+from switchcli.runs.run_dir import program_name
 
 RESULT_KEYS = {
     "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",
@@ -58,7 +58,7 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
     assert 0 < last["held_out/bits_per_byte"] == result["held_out/bits_per_byte"] < first["held_out/bits_per_byte"]
     assert {"step", "neg_log_perplexity", "learning_rate", "gradient_norm", "dropped_fraction"} <= logged.keys()
 
-    for seen in ("neg. log perplexity", "<extra_id_0>", f"{program()} generate runs/a", "2/2"):
+    for seen in ("neg. log perplexity", "<extra_id_0>", f"{program_name()} generate runs/a", "2/2"):
         assert seen in done.err
     assert "\x1b" not in done.err  # no terminal: no colours, no bar
     assert len(result["samples"]) == 2

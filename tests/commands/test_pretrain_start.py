@@ -14,7 +14,7 @@ from switchcli.runs.loading import open_checkpoint
 
 def weights(path: Path):
     found = open_checkpoint(path, silent())
-    empty = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in found.kinds("model").items()}
+    empty = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in found.tensor_specs("model").items()}
     return found.read("model", empty)
 
 

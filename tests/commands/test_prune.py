@@ -10,7 +10,7 @@ from conftest import SwitchCLI
 from doubles import NoWarnings
 from messages import lacking
 
-from switchcli.runs.loading import load
+from switchcli.runs.loading import load_checkpoint
 
 LAYERS = ["encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer"]
 
@@ -33,7 +33,7 @@ def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: Swit
     assert (result["by"], result["gate"], result["capacity"]) == (by, "scaled", "dropless")
     assert result["experts"] == {"before": 4, "after": 2}
     assert result["held_out"]["text"].keys() == {"sequences", "before", "after"}
-    whole, small = (load(path, torch.device("cpu"), NoWarnings()) for path in (trained, Path("small")))
+    whole, small = (load_checkpoint(path, torch.device("cpu"), NoWarnings()) for path in (trained, Path("small")))
     for when, one in (("before", whole), ("after", small)):
         assert result["parameters"][when] == sum(weight.numel() for weight in one.model.parameters())
     assert list(result["layers"]) == LAYERS
@@ -73,7 +73,10 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
     result = result_of(
         switchcli, "theirs", "small", "--experts", 2, corpus, "text.held_out_fraction=0.5", "--sequences", 1
     )
-    assert result["experts"]["after"] == load(Path("small"), torch.device("cpu"), NoWarnings()).recipe.model.num_experts
+    assert (
+        result["experts"]["after"]
+        == load_checkpoint(Path("small"), torch.device("cpu"), NoWarnings()).recipe.model.num_experts
+    )
 
 
 @pytest.mark.fast("keys0")

@@ -87,7 +87,10 @@ def test_stopped_several_times_it_ends_the_same(
         message = done.err.splitlines()[-1]
         assert not lacking(message, f"saved step {done_steps} {STEPS} same command")
         assert json.loads(done.out) == {"error": message, "exit_code": INTERRUPTED}
-        assert checkpoint.Checkpoint.open(checkpoint.path(Path("run/checkpoints"), done_steps)).step == done_steps
+        assert (
+            checkpoint.Checkpoint.open(checkpoint.checkpoint_path(Path("run/checkpoints"), done_steps)).step
+            == done_steps
+        )
     assert switchcli(*command).code == 0
     assert fingerprint(Path("run")) == straight
 
@@ -125,7 +128,7 @@ def test_killed_about_a_save_it_ends_the_same(
     """Killed just before or after the checkpoint of step 4, 8 or 12: what was logged since the last one goes."""
     command = ["pretrain", recipe, f"train.steps={STEPS}", *BACKGROUND[:background], "--out", "run"]
     moments: Iterator[int] = iter(range(STEPS))
-    finish = checkpoint.Saving.finish
+    finish = checkpoint.CheckpointWriter.finish
 
     def finish_and_die(*arguments: Any) -> Path:
         last = next(moments) == moment
@@ -137,7 +140,7 @@ def test_killed_about_a_save_it_ends_the_same(
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Saving, "finish", finish_and_die)
+        patch.setattr(checkpoint.CheckpointWriter, "finish", finish_and_die)
         with pytest.raises(Killed):
             switchcli(*command)
     assert switchcli(*command).code == 0
@@ -146,7 +149,7 @@ def test_killed_about_a_save_it_ends_the_same(
 
 def test_stopped_after_the_last_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "machine", lambda runtime: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(trainer, "machine_info", lambda context: signal.raise_signal(signal.SIGTERM))
         assert switchcli("pretrain", recipe, "--out", "run").code == INTERRUPTED
     assert not Path("run/result.json").exists()
     assert switchcli("pretrain", recipe, "--out", "run").code == 0

@@ -14,7 +14,7 @@ from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.commands._options import default_out
 from switchcli.report.console import Console
 from switchcli.runs import loading
-from switchcli.runs.run_dir import program
+from switchcli.runs.run_dir import program_name
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_program_is_called_as_it_can_be(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(folders["bin"] / "python"))
     monkeypatch.setattr(shutil, "which", lambda name: on_path and on_path.format(**folders))
-    assert program() == called.format(**folders)
+    assert program_name() == called.format(**folders)
 
 
 def test_memory_is_asked_for_before_text_is_read(

@@ -14,7 +14,7 @@ from conftest import SwitchCLI
 from messages import lacking
 
 from switchcli.data.sources.document import is_held_out
-from switchcli.data.sources.files import Files
+from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 TRAIN = ("data", "tokenizer", "train")
@@ -50,7 +50,7 @@ def test_training_writes_a_file_that_a_recipe_can_use(recipe: str, switchcli: Sw
 
 
 def test_training_sees_no_held_out_document(recipe: str, switchcli: SwitchCLI) -> None:
-    lines = [*Files(paths=("text.txt",), sample_by="line").documents()]
+    lines = [*FilesCorpus(paths=("text.txt",), sample_by="line").documents()]
     # Neither letter is in the words of the text; a document's mark is part of what decides.
     texts = [document.text for document in lines]
     marked = [f"{text} q" for text in texts if is_held_out(f"{text} q", 0.1)]
@@ -162,7 +162,7 @@ def test_compare_counts_by_text(file: str, recipe: str, switchcli: SwitchCLI) ->
     assert [one["vocab_size"] for one in found["tokenizers"]] == [512, 150]
     held_out = [
         document.text
-        for document in Files(paths=("text.txt",), sample_by="line").documents()
+        for document in FilesCorpus(paths=("text.txt",), sample_by="line").documents()
         if is_held_out(document.identity, 0.1)
     ]
     rows = {row["text"]: row for row in found["rows"]}

@@ -10,7 +10,7 @@ import yaml
 from conftest import SwitchCLI
 from messages import lacking
 
-from switchcli.model.surgery.upcycle import Upcycled
+from switchcli.model.surgery.upcycle import UpcycledWeights
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_destination_that_is_not_free(here: Path, switchcli: SwitchCLI, tmp_pa
 
 
 def test_whole_or_not_at_all(here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Upcycled, "__getitem__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(UpcycledWeights, "__getitem__", lambda *_: signal.raise_signal(signal.SIGTERM))
     done = switchcli("upcycle", "dense", tmp_path / "new", "--experts", 2)
     assert (done.code, lacking(done.err, "SIGTERM nothing written")) == (130, [])
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from switchcli.cli import app
 from switchcli.convert import config as configs
 from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError
-from switchcli.runs.loading import load
+from switchcli.runs.loading import load_checkpoint
 
 WI = "encoder.block.1.layer.1.mlp.experts.expert_1.wi.weight"
 
@@ -235,7 +235,7 @@ def test_what_is_not_whole_is_refused_and_nothing_is_written(case: str, folder: 
     assert not missing(words, said), said
     assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
     with pytest.raises(CheckpointError) as refusal:
-        load(folder, torch.device("cpu"), NoWarnings())
+        load_checkpoint(folder, torch.device("cpu"), NoWarnings())
     assert not missing(words, str(refusal.value))
 
 
@@ -312,7 +312,7 @@ def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
     for source, name, to in [(folder, "step-7", "switchcli"), (tmp_path / "step-7", "step-00000007", "huggingface")]:
         done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / name), "--to", to])
         assert done.exit_code == 0
-        assert load(tmp_path / name, torch.device("cpu"), NoWarnings()).step == 0
+        assert load_checkpoint(tmp_path / name, torch.device("cpu"), NoWarnings()).step == 0
 
 
 def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_a_name_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     files += ["model.safetensors.index.json", "model.fp16.safetensors", "model_2.safetensors", "spiece.model"]
     wanted = [*files[:5], "spiece.model"]
     assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked[0][2])] == wanted
-    assert load(Path("ours"), torch.device("cpu"), NoWarnings()).step == 0
+    assert load_checkpoint(Path("ours"), torch.device("cpu"), NoWarnings()).step == 0
 
 
 def test_pickles_of_the_hub_are_downloaded_only_when_asked_for(
@@ -408,7 +408,7 @@ def test_any_config_is_read_or_refused_in_one_line(made: Path, keys: dict[str, A
     path.write_text(json.dumps({**before, **keys}))
     said = ""
     try:
-        configs.spec_of(configs.read(path), configs.Lengths(512, 114), path)
+        configs.to_model_spec(configs.read_config(path), configs.StackLengths(512, 114), path)
     except CheckpointError as refusal:
         said = str(refusal)
     assert not said or said.startswith(f"{path}: ")
@@ -417,6 +417,6 @@ def test_any_config_is_read_or_refused_in_one_line(made: Path, keys: dict[str, A
 
 def test_keys_of_config_json_that_are_no_sizes_are_ignored(folder: Path) -> None:
     """Trainers write keys of their own, whose names a recipe may bound, such as `seed`."""
-    before = configs.read(folder / "config.json")
+    before = configs.read_config(folder / "config.json")
     configure(seed=0, steps=0, count=-1, batch_tokens=0)(folder)
-    assert configs.read(folder / "config.json") == before
+    assert configs.read_config(folder / "config.json") == before

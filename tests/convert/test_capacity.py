@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
-from switchcli.convert.config import Lengths, SwitchConfig, layout, step_of
-from switchcli.convert.to_transformers import express
+from switchcli.convert.config import StackLengths, SwitchConfig, sparse_blocks, sparse_step
+from switchcli.convert.to_transformers import transformers_config
 from switchcli.model.config import STACKS
-from switchcli.model.moe.router import Switch
-from switchcli.runs.loading import load
-from switchcli.runs.transformers_checkpoint import recipe_of
+from switchcli.model.moe.router import SwitchRouter
+from switchcli.runs.loading import load_checkpoint
+from switchcli.runs.transformers_checkpoint import recipe_from_config
 
 HERE = Path("config.json")
 SHAPE = {"vocab_size": 61, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_heads": 4, "tie_word_embeddings": True}
@@ -48,14 +48,14 @@ def their_slots(logits_BSE: torch.Tensor, capacity: int) -> torch.Tensor:
 def test_the_same_tokens_are_dropped(
     capacity: int, experts: int, lengths: tuple[int, int], data: st.DataObject
 ) -> None:
-    spec = config(expert_capacity=capacity, num_experts=experts).spec(Lengths(*lengths))
+    spec = config(expert_capacity=capacity, num_experts=experts).spec(StackLengths(*lengths))
     stack = data.draw(st.sampled_from(["encoder", "decoder"]))
-    tokens = data.draw(st.integers(1, getattr(Lengths(*lengths), stack)))
+    tokens = data.draw(st.integers(1, getattr(StackLengths(*lengths), stack)))
     real = torch.arange(tokens) < data.draw(st.integers(1, tokens))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     logits_BSE = torch.randn(2, tokens, experts, generator=generator) * torch.arange(1.0, experts + 1)
     router = spec.router_of(stack)
-    assert isinstance(router, Switch)
+    assert isinstance(router, SwitchRouter)
     for mode in ("training", "paper"):
         routing = router.assign(logits_BSE, real.expand(2, -1), mode)
         slots_BSE = torch.zeros(2, tokens + 1, experts, dtype=torch.int64)
@@ -66,10 +66,10 @@ def test_the_same_tokens_are_dropped(
 
 def test_logits_are_equal_where_the_capacity_binds(tmp_path: Path) -> None:
     model = theirs.switch(expert_capacity=2)
-    loaded = load(theirs.save(model, tmp_path / "theirs"), torch.device("cpu"), NoWarnings())
+    loaded = load_checkpoint(theirs.save(model, tmp_path / "theirs"), torch.device("cpu"), NoWarnings())
     theirs.assert_same_logits(loaded.model, model)
     output = loaded.model(*theirs.batch())
-    assert all(report.dropped > 0 for report in output.reports)
+    assert all(report.dropped > 0 for report in output.router_stats)
 
 
 @pytest.mark.parametrize("blocks", range(1, 8))
@@ -85,7 +85,7 @@ def test_experts_are_where_transformers_puts_them(blocks: int) -> None:
         expected = tuple(index for index, block in enumerate(stack.block) if block.layer[-1].is_sparse)
         read = SwitchConfig.model_validate(made.to_dict())
         assert read.sparse_layers("encoder") == read.sparse_layers("decoder") == expected
-        assert layout(blocks, step_of(blocks, number)) == expected
+        assert sparse_blocks(blocks, sparse_step(blocks, number)) == expected
 
 
 @given(
@@ -107,9 +107,9 @@ def test_what_is_read_is_said_again(
         num_experts=experts,
         router_jitter_noise=noise,
     )
-    lengths = Lengths(512, 114)
+    lengths = StackLengths(512, 114)
     spec = before.spec(lengths)
-    after, losses = express(spec, lengths, HERE)
+    after, losses = transformers_config(spec, lengths, HERE)
     full = any(len(spec.sparse_layers(stack)) == spec.num_blocks(stack) for stack in STACKS)
     assert ["z-loss" in loss for loss in losses] == [True] * full
     if spec.num_experts == 1:  # no block is sparse: a T5
@@ -129,7 +129,7 @@ def test_what_is_read_is_said_again(
 @pytest.mark.parametrize("experts", [2, 8, 128, 256, 2048])
 @pytest.mark.parametrize("capacity", [1, 4, 64])
 def test_every_capacity_makes_a_recipe(experts: int, capacity: int) -> None:
-    recipe = recipe_of(config(num_experts=experts, expert_capacity=capacity), HERE, Path("tokenizer.json"))
+    recipe = recipe_from_config(config(num_experts=experts, expert_capacity=capacity), HERE, Path("tokenizer.json"))
     for router in (recipe.model.router_of("encoder"), recipe.model.router_of("decoder")):
-        assert isinstance(router, Switch)
+        assert isinstance(router, SwitchRouter)
         assert router.capacity(100, experts, "paper") == capacity

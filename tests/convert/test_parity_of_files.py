@@ -16,18 +16,18 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.checkpoint.checkpoint import Checkpoint
-from switchcli.checkpoint.fsops import Disk
+from switchcli.checkpoint.fsops import DiskOperations
 from switchcli.cli import app
 from switchcli.data.config import DataSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerFile
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import Switch
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.runs import conversion
-from switchcli.runs.loading import Loaded, load
+from switchcli.runs.loading import LoadedModel, load_checkpoint
 from switchcli.train.checkpointer import logical_tensors
 from switchcli.train.config import TrainSpec
 from switchcli.train.state import TrainState
@@ -46,8 +46,8 @@ THEIRS: dict[str, Callable[[], torch.nn.Module]] = {
 OURS = {key: size for key, size in theirs.SHAPE.items() if key in ModelSpec.model_fields}
 
 
-def opened(folder: Path) -> Loaded:
-    return load(folder, torch.device("cpu"), NoWarnings())
+def opened(folder: Path) -> LoadedModel:
+    return load_checkpoint(folder, torch.device("cpu"), NoWarnings())
 
 
 def run(*arguments: object) -> Any:
@@ -67,7 +67,7 @@ def from_pretrained(folder: Path) -> torch.nn.Module:
 def ours(folder: Path, spec: ModelSpec) -> Path:
     """A checkpoint of random weights."""
     model = SwitchTransformer(spec)
-    initialise(model, 5)
+    initialize(model, 5)
     recipe = PretrainRecipe(
         model=spec,
         data=DataSpec(tokenizer=TokenizerFile(path="tokenizer.json")),
@@ -117,7 +117,7 @@ def test_theirs_computes_the_same_here_and_comes_back_as_it_was(case: str, versi
     theirs.assert_same_logits(converted.model, from_pretrained(tmp_path / "back"))
 
 
-ROUTER = Switch(capacity_factor="dropless", eval_capacity_factor="dropless", jitter=0.0)
+ROUTER = SwitchRouter(capacity_factor="dropless", eval_capacity_factor="dropless", jitter=0.0)
 SPECS = {
     "relu": ModelSpec(**OURS),
     "relu, untied": ModelSpec(**OURS, tie_embeddings=False),
@@ -183,14 +183,14 @@ def test_one_shard_is_encoded_at_a_time_and_let_go(tmp_path: Path, monkeypatch: 
         done.append("encode")
         return tensor_file.encode(named, metadata)
 
-    def write(self: Disk, path: Path, content: bytes) -> None:
+    def write(self: DiskOperations, path: Path, content: bytes) -> None:
         done.append("write")
         path.write_bytes(content)
 
     source = ours(tmp_path, SPECS["sparse"])
     monkeypatch.setattr(conversion, "_MAX_FILE_BYTES", 20_000)
     monkeypatch.setattr(conversion, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
-    monkeypatch.setattr(Disk, "write", write)
+    monkeypatch.setattr(DiskOperations, "write", write)
     run(source, tmp_path / "theirs", "--to", "huggingface")
     assert done.count("encode") > 3
     assert done[done.index("encode") :] == ["encode", "write"] * done.count("encode")

@@ -57,7 +57,7 @@ def test_a_module_is_held_out_by_its_name(library: Path) -> None:
         corpus = PythonStdlib(sources=sources)
         found = list(corpus.documents())
         assert [document.identity for document in found] == [document.name for document in found]
-        (piece,) = corpus.pieces()
+        (piece,) = corpus.source_shards()
         assert all(next(corpus.read(piece, one.row)) == one for one in found)
 
 

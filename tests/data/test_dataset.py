@@ -1,4 +1,4 @@
-"""Chunks: the rows of one shard as a plain gather has them; of several, by windows, and no more open than two."""
+"""TokenDataset: the rows of one shard as a plain gather has them; of several, by windows, and no more open than two."""
 
 import time
 import weakref
@@ -14,19 +14,19 @@ from messages import naming_words
 from numpy.typing import NDArray
 
 from switchcli.data import dataset as module
-from switchcli.data.dataset import Chunks, grouped
-from switchcli.data.objectives.packed_documents import WholeDocuments
+from switchcli.data.dataset import TokenDataset, group_small_shards
+from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.store import Shard, TokenStore
+from switchcli.data.prepare.store import TokenShard, TokenStore
 from switchcli.data.rng import CHUNKS, DOCUMENTS, permutation
 from switchcli.errors import DataError
 from switchcli.spec import EOS
 
 CORRUPTION = SpanCorruption(inputs_length=16)
-LENGTH = CORRUPTION.raw_length
+LENGTH = CORRUPTION.raw_tokens_per_row
 SPACING = 10_000
 """Of the tokens of shards."""
-WHOLE = WholeDocuments(SpanCorruption(inputs_length=32))
+WHOLE = WholeDocumentObjective(SpanCorruption(inputs_length=32))
 TEXT = [[50, 3, 17, 200], [2, 9, 31, 44, 60], [1, 1, 5], [400], [33, 80, 7, 90, 21, 16], [LENGTH], [300, 2]]
 """Lengths of documents, by shard: one shard is less than a row."""
 
@@ -52,13 +52,13 @@ def stores(text: Sequence[Sequence[int]] = TEXT) -> list[TokenStore]:
 
 
 def chunks(
-    text: Sequence[Sequence[int]] = TEXT, seed: int = 3, rows: SpanCorruption | WholeDocuments = CORRUPTION
-) -> Chunks:
-    return Chunks([*map(Shard.of, stores(text))], rows, seed)
+    text: Sequence[Sequence[int]] = TEXT, seed: int = 3, rows: SpanCorruption | WholeDocumentObjective = CORRUPTION
+) -> TokenDataset:
+    return TokenDataset([*map(TokenShard.of, stores(text))], rows, seed)
 
 
-def epoch_of(found: Chunks, number: int) -> Ids:
-    return found.raw(number * found.rows_per_epoch + np.arange(found.rows_per_epoch))
+def epoch_of(found: TokenDataset, number: int) -> Ids:
+    return found.raw_rows(number * found.rows_per_epoch + np.arange(found.rows_per_epoch))
 
 
 def plainly(store: TokenStore, raw_length: int, seed: int, epoch: int) -> Ids:
@@ -76,13 +76,13 @@ def test_the_rows_of_one_shard_are_those_of_the_plain_gather(
     documents: list[int], seed: int, epoch: int, inputs_length: int
 ) -> None:
     rows, one = SpanCorruption(inputs_length=inputs_length), store(documents)
-    if one.num_tokens < rows.raw_length:
+    if one.num_tokens < rows.raw_tokens_per_row:
         return
-    found = Chunks([Shard.of(one)], rows, seed)
-    wanted = plainly(one, rows.raw_length, seed, epoch)
+    found = TokenDataset([TokenShard.of(one)], rows, seed)
+    wanted = plainly(one, rows.raw_tokens_per_row, seed, epoch)
     np.testing.assert_array_equal(epoch_of(found, epoch), wanted)
     backwards = epoch * found.rows_per_epoch + np.arange(found.rows_per_epoch)[::-1]
-    np.testing.assert_array_equal(Chunks([Shard.of(one)], rows, seed).raw(backwards), wanted[::-1])
+    np.testing.assert_array_equal(TokenDataset([TokenShard.of(one)], rows, seed).raw_rows(backwards), wanted[::-1])
 
 
 @given(text=st.lists(lengths, min_size=1, max_size=7), seed=numbers, epoch=st.integers(0, 2**40))
@@ -92,7 +92,7 @@ def test_an_epoch_shows_every_token_once_but_for_the_tails_of_shards(
     rows_S = [sum(documents) // LENGTH for documents in text]
     if not any(rows_S):
         return
-    found = Chunks([*map(Shard.of, stores([[1], *text]))], CORRUPTION, seed)
+    found = TokenDataset([*map(TokenShard.of, stores([[1], *text]))], CORRUPTION, seed)
     assert found.rows_per_epoch == sum(rows_S)
     shown = epoch_of(found, epoch)
     assert len(np.unique(shown)) == shown.size == sum(rows_S) * LENGTH
@@ -104,12 +104,12 @@ def test_an_epoch_shows_every_token_once_but_for_the_tails_of_shards(
 def test_any_split_of_the_rows_gives_the_same_ones(seed: int, first: int, cuts: set[int], rows: int) -> None:
     made_by = (CORRUPTION, WHOLE)[rows]
     row_R = first + np.arange(200)  # several windows, and several epochs
-    whole = chunks(seed=seed, rows=made_by).raw(row_R)
+    whole = chunks(seed=seed, rows=made_by).raw_rows(row_R)
     asked = chunks(seed=seed, rows=made_by)
-    parts = [asked.raw(row_R[begin:end]) for begin, end in pairwise([0, *sorted(cuts), 200])]
+    parts = [asked.raw_rows(row_R[begin:end]) for begin, end in pairwise([0, *sorted(cuts), 200])]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     order = np.random.default_rng(0).permutation(200)
-    np.testing.assert_array_equal(asked.raw(row_R[order]), whole[order])
+    np.testing.assert_array_equal(asked.raw_rows(row_R[order]), whole[order])
 
 
 def test_epochs_differ_in_windows_rows_and_what_lies_end_to_end() -> None:
@@ -137,7 +137,7 @@ def test_whole_documents_of_several_shards_share_rows_the_same_ones_in_every_epo
     epochs = [epoch_of(found, epoch) for epoch in range(2)]
     assert sorted(epochs[0].tolist()) == sorted(epochs[1].tolist()) != epochs[0].tolist()
     assert epochs[0].tolist() != epochs[1].tolist()
-    longest = WHOLE.objective.raw_length
+    longest = WHOLE.objective.raw_tokens_per_row
     pieces = []
     for row in epochs[0]:
         ends = np.flatnonzero(row == EOS)
@@ -160,7 +160,7 @@ class Opened:
         self._held: list[weakref.ref[Ids]] = []
         self.shards = [self._shard(one, documents) for one in range(number)]
 
-    def _shard(self, number: int, documents: Sequence[int]) -> Shard:
+    def _shard(self, number: int, documents: Sequence[int]) -> TokenShard:
         def opened() -> TokenStore:
             self.opened.append(number)
             found = store(documents, 100 + 1000 * number)
@@ -171,7 +171,7 @@ class Opened:
             self.glanced.append(number)
             return store(documents, 100 + 1000 * number)
 
-        return Shard(len(documents), sum(documents), opened, glanced)
+        return TokenShard(len(documents), sum(documents), opened, glanced)
 
     def held(self) -> int:
         return sum(array() is not None for array in self._held)
@@ -179,11 +179,11 @@ class Opened:
 
 def test_no_more_than_two_windows_are_held() -> None:
     opened = Opened(11, [40, 90, 130])
-    found = Chunks(opened.shards, CORRUPTION, 0)
+    found = TokenDataset(opened.shards, CORRUPTION, 0)
     assert opened.opened == []
     most = 0
     for row in range(0, 3 * found.rows_per_epoch, 5):
-        found.raw(row + np.arange(5))
+        found.raw_rows(row + np.arange(5))
         most = max(most, opened.held())
     assert most == 2 * 2
     assert len(opened.opened) == 3 * 11, "once an epoch each"
@@ -191,18 +191,18 @@ def test_no_more_than_two_windows_are_held() -> None:
 
 def test_rows_of_whole_documents_are_counted_by_a_glance_and_shards_opened_when_they_are_read() -> None:
     opened = Opened(5, [40, 90, 130])
-    found = Chunks(opened.shards, WHOLE, 0)
+    found = TokenDataset(opened.shards, WHOLE, 0)
     assert (sorted(opened.glanced), opened.opened) == ([0, 1, 2, 3, 4], [])
-    found.raw(np.arange(found.rows_per_epoch))
+    found.raw_rows(np.arange(found.rows_per_epoch))
     assert (len(opened.glanced), sorted(opened.opened)) == (5, [0, 1, 2, 3, 4])
 
 
 def test_small_shards_together_show_what_each_alone_would_leave_over() -> None:
     rows, documents = SpanCorruption(inputs_length=512), [120, 1, 379]
-    text = [Shard.of(store(documents, 100 + 500 * number)) for number in range(1000)]
+    text = [TokenShard.of(store(documents, 100 + 500 * number)) for number in range(1000)]
     with pytest.raises(DataError, match=naming_words("500000 3000 568 inputs_length")):
-        Chunks(text, rows, 0)
-    found = Chunks(grouped(text), rows, 0)
+        TokenDataset(text, rows, 0)
+    found = TokenDataset(group_small_shards(text), rows, 0)
     assert found.rows_per_epoch == 500_000 // 568
     shown = epoch_of(found, 0)
     assert shown.shape == (880, 568)
@@ -214,14 +214,14 @@ def test_small_shards_together_show_what_each_alone_would_leave_over() -> None:
 @pytest.mark.parametrize("rows", [CORRUPTION, WHOLE])
 @given(text=st.lists(lengths, min_size=1, max_size=12), small=st.integers(1, 1500))
 def test_shards_put_together_are_the_same_documents_in_order_and_a_large_one_stays_itself(
-    rows: SpanCorruption | WholeDocuments, text: list[list[int]], small: int
+    rows: SpanCorruption | WholeDocumentObjective, text: list[list[int]], small: int
 ) -> None:
-    shards = [*map(Shard.of, stores(text))]
+    shards = [*map(TokenShard.of, stores(text))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SMALL_TOKENS", small)
-        found = grouped(shards)
+        found = group_small_shards(shards)
     wanted = [document.tolist() for one in stores(text) for document in np.split(one.tokens, one.offsets[1:-1])]
-    for opened in ([one.open() for one in found], [one.glance() for one in found]):
+    for opened in ([one.open() for one in found], [one.open_index() for one in found]):
         assert [ids.tolist() for one in opened for ids in np.split(one.tokens, one.offsets[1:-1])] == wanted
     for one in found:
         assert (one.num_documents, one.num_tokens) == (one.open().num_documents, one.open().num_tokens)
@@ -232,22 +232,22 @@ def test_shards_put_together_are_the_same_documents_in_order_and_a_large_one_sta
 
 def test_one_shard_stays_itself_and_shards_put_together_are_opened_when_they_are_read() -> None:
     opened = Opened(6, [40, 90, 130])
-    assert grouped(opened.shards[:1])[0] is opened.shards[0]
-    assert grouped([]) == []
-    (one,) = grouped(opened.shards)
-    found = Chunks([one], CORRUPTION, 0)
+    assert group_small_shards(opened.shards[:1])[0] is opened.shards[0]
+    assert group_small_shards([]) == []
+    (one,) = group_small_shards(opened.shards)
+    found = TokenDataset([one], CORRUPTION, 0)
     assert opened.opened == opened.glanced == []
     assert found.rows_per_epoch == 6 * 260 // LENGTH
-    found.raw(np.arange(1))
+    found.raw_rows(np.arange(1))
     assert opened.opened == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_row_of_the_millionth_epoch_is_had_as_soon_as_the_first() -> None:
     def seconds(epoch: int) -> float:
         opened = Opened(2000, [40] * 25)
-        found = Chunks(opened.shards, CORRUPTION, 0)
+        found = TokenDataset(opened.shards, CORRUPTION, 0)
         started = time.process_time()
-        found.raw(epoch * found.rows_per_epoch + np.arange(8))
+        found.raw_rows(epoch * found.rows_per_epoch + np.arange(8))
         taken = time.process_time() - started
         assert 1 <= len(opened.opened) <= 2, "of its window alone"
         return taken
@@ -259,12 +259,12 @@ def test_a_row_of_the_millionth_epoch_is_had_as_soon_as_the_first() -> None:
 
 @pytest.mark.fast("rows0")
 @pytest.mark.parametrize("rows", [CORRUPTION, WHOLE])
-def test_threads_that_ask_at_once_get_the_same_rows(rows: SpanCorruption | WholeDocuments) -> None:
+def test_threads_that_ask_at_once_get_the_same_rows(rows: SpanCorruption | WholeDocumentObjective) -> None:
     asked = [start + np.arange(32) for start in range(0, 3000, 24)]
-    wanted = [chunks(rows=rows).raw(row_R) for row_R in asked]
+    wanted = [chunks(rows=rows).raw_rows(row_R) for row_R in asked]
     shared = chunks(rows=rows)
     with ThreadPoolExecutor(8) as pool:
-        for found, row_RL in zip(pool.map(shared.raw, asked), wanted, strict=True):
+        for found, row_RL in zip(pool.map(shared.raw_rows, asked), wanted, strict=True):
             np.testing.assert_array_equal(found, row_RL)
 
 
@@ -277,7 +277,7 @@ def test_threads_that_ask_at_once_get_the_same_rows(rows: SpanCorruption | Whole
     ],
 )
 def test_less_than_a_row_is_refused_by_name(
-    text: list[list[int]], rows: SpanCorruption | WholeDocuments, words: str
+    text: list[list[int]], rows: SpanCorruption | WholeDocumentObjective, words: str
 ) -> None:
     with pytest.raises(DataError, match=naming_words(words)):
-        Chunks([*map(Shard.of, stores(text))], rows, 0, "de")
+        TokenDataset([*map(TokenShard.of, stores(text))], rows, 0, "de")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from switchcli.data.prepare import dedup as module
-from switchcli.data.prepare.dedup import Duplicates, kept
+from switchcli.data.prepare.dedup import Duplicates, first_occurrences
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=12)
 
@@ -18,7 +18,7 @@ def joined(documents: list[list[int]]) -> tuple[NDArray[np.uint32], NDArray[np.i
 
 
 def stays(keys: list[NDArray[np.uint64]]) -> list[bool]:
-    return [bool(one) for mask in kept(keys) for one in mask]
+    return [bool(one) for mask in first_occurrences(keys) for one in mask]
 
 
 @given(documents=DOCUMENTS, cuts=st.sets(st.integers(0, 12)))
@@ -77,7 +77,7 @@ def test_what_is_kept_is_as_by_comparing_each_with_each(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "KEYS_AT_ONCE", at_once)
         assert stays(pieces) == naive
-        assert [len(mask) for mask in kept(pieces)] == [len(piece) for piece in pieces]
+        assert [len(mask) for mask in first_occurrences(pieces)] == [len(piece) for piece in pieces]
 
 
 @pytest.mark.parametrize("similarity", [0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
@@ -92,7 +92,7 @@ def test_near_duplicates_are_found_at_the_stated_rate(similarity: float) -> None
         second[:, : shared + 4] = first[:, : shared + 4]
     true = shared / (200 - shared)
     ids = np.concatenate([first, second]).ravel()
-    mask = kept([Duplicates().signatures(ids, np.arange(2 * pairs + 1) * length)])[0]
+    mask = first_occurrences([Duplicates().signatures(ids, np.arange(2 * pairs + 1) * length)])[0]
     assert mask[:pairs].all(), "distinct texts stay"
     rate = 1 - (1 - true**8) ** 14
     error = np.sqrt(rate * (1 - rate) / pairs)
@@ -100,8 +100,8 @@ def test_near_duplicates_are_found_at_the_stated_rate(similarity: float) -> None
 
 
 def test_there_may_be_nothing() -> None:
-    assert kept([]) == []
-    assert [len(mask) for mask in kept([np.zeros((0, 14), np.uint64)] * 2)] == [0, 0]
+    assert first_occurrences([]) == []
+    assert [len(mask) for mask in first_occurrences([np.zeros((0, 14), np.uint64)] * 2)] == [0, 0]
     assert Duplicates().signatures(np.zeros(0, np.uint32), np.zeros(1, np.int64)).shape == (0, 14)
 
 

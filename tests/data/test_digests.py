@@ -12,8 +12,8 @@ import pytest
 
 from switchcli.data.prepare import digests as module
 from switchcli.data.prepare.digests import Digests, FileStat
-from switchcli.data.sources.corpus import Hub, PythonStdlib
-from switchcli.data.sources.files import Files
+from switchcli.data.sources.corpus import HubCorpus, PythonStdlib
+from switchcli.data.sources.files import FilesCorpus
 from switchcli.errors import DataError
 
 
@@ -184,17 +184,20 @@ def test_a_file_that_changes_while_it_is_in_use_is_named(text: Path) -> None:
 def test_where_a_corpus_lies_and_when_it_was_written_does_not_count(text: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     other = Path(shutil.copy(text, tmp_path / "elsewhere/copy.txt"))
-    before = Files(paths=(str(text),)).fingerprint(Digests())
-    assert Files(paths=(str(other),)).fingerprint(Digests()) == before
-    assert Files(paths=(f"file://{other}",)).fingerprint(Digests()) == before
+    before = FilesCorpus(paths=(str(text),)).fingerprint(Digests())
+    assert FilesCorpus(paths=(str(other),)).fingerprint(Digests()) == before
+    assert FilesCorpus(paths=(f"file://{other}",)).fingerprint(Digests()) == before
     lines = other.rename(other.with_suffix(".jsonl"))
-    assert Files(paths=(str(lines),)).fingerprint(Digests()) != before, "its kind says how it is read"
+    assert FilesCorpus(paths=(str(lines),)).fingerprint(Digests()) != before, "its kind says how it is read"
 
 
 def test_local_data_files_of_a_dataset_count_by_content(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n')
-    for corpus in (Hub(path="json", data_files=str(path)), Hub(path="json", data_files=(str(tmp_path / "*.jsonl"),))):
+    for corpus in (
+        HubCorpus(path="json", data_files=str(path)),
+        HubCorpus(path="json", data_files=(str(tmp_path / "*.jsonl"),)),
+    ):
         before = corpus.fingerprint(Digests())
         change_quietly(path, b'{"text": "two"}\n')
         assert corpus.fingerprint(Digests()) != before

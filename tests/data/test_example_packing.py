@@ -5,17 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.data.objectives.example_packing import Lengths, Packed, pack, packed_as, store_of
+from switchcli.data.objectives.example_packing import PackedExamples, RowLengths, pack, pack_as_given, store_from_texts
 from switchcli.spec import EOS, PAD
 
-ROOM = Lengths(12, 6)
+ROOM = RowLengths(12, 6)
 PAIRS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10)), min_size=1, max_size=60)
 
 
-def packed(pairs: list[tuple[int, int]], seed: int = 0) -> Packed:
+def packed(pairs: list[tuple[int, int]], seed: int = 0) -> PackedExamples:
     """Example n has inputs of ids 1000 + n and targets of 5000 + n, as many as its pair says."""
     inputs, targets = (
-        store_of(np.full(pair[side], base + n) for n, pair in enumerate(pairs))
+        store_from_texts(np.full(pair[side], base + n) for n, pair in enumerate(pairs))
         for side, base in enumerate((1000, 5000))
     )
     return pack(inputs, targets, ROOM, seed)
@@ -71,7 +71,7 @@ def test_another_seed_packs_otherwise_and_the_same_seed_the_same() -> None:
 
 
 def test_rows_as_given() -> None:
-    store = store_of(np.full(n, 9) for n in (1, 2, 3))
-    whole = packed_as(store, store, ROOM, [[2], [0, 1]])
+    store = store_from_texts(np.full(n, 9) for n in (1, 2, 3))
+    whole = pack_as_given(store, store, ROOM, [[2], [0, 1]])
     inputs, _ = whole.rows(np.arange(2))
     assert [[len(part) for part in segments(row)] for row in inputs] == [[4], [2, 3]]

@@ -23,14 +23,14 @@ from pyarrow import parquet
 
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import files
-from switchcli.data.sources.document import Piece, is_held_out
-from switchcli.data.sources.files import Files
-from switchcli.data.sources.paths import File
+from switchcli.data.sources.document import SourceShard, is_held_out
+from switchcli.data.sources.files import FilesCorpus
+from switchcli.data.sources.paths import SourceFile
 from switchcli.errors import DataError
 
 
 def texts(path: Path | str, **options: Any) -> list[str]:
-    corpus = Files.model_validate({"paths": (str(path),), **options})
+    corpus = FilesCorpus.model_validate({"paths": (str(path),), **options})
     return [document.text for document in corpus.documents()]
 
 
@@ -49,7 +49,7 @@ def test_text_is_parted_as_asked(prose: Path) -> None:
 
 def test_documents_are_named_by_the_path_as_given_and_the_line(prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(prose.parent)
-    names = [document.name for document in Files(paths=("*.txt",)).documents()]
+    names = [document.name for document in FilesCorpus(paths=("*.txt",)).documents()]
     assert names == ["prose.txt:1", "prose.txt:5"]
 
 
@@ -59,7 +59,7 @@ def test_json_lines_and_gzip(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(("\n\n".join(lines) + "\n").encode()))
     assert texts(path) == ["a", "b\nc"]
     assert texts(path, field="body") == ["A", "B\nC"]
-    names = [document.name for document in Files(paths=(str(path),)).documents()]
+    names = [document.name for document in FilesCorpus(paths=(str(path),)).documents()]
     assert names == [f"{path}:1", f"{path}:3"]
 
 
@@ -67,7 +67,7 @@ def test_globs_go_down_in_order_and_give_each_file_once(tmp_path: Path) -> None:
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
     for name in ("b.txt", "a.txt", "deep/deeper/c.txt"):
         (tmp_path / name).write_text(name)
-    corpus = Files(paths=(str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt")))
+    corpus = FilesCorpus(paths=(str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt")))
     assert [document.text for document in corpus.documents()] == ["b.txt", "a.txt", "deep/deeper/c.txt"]
 
 
@@ -112,7 +112,7 @@ def test_missing_files_folders_and_globs(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_content_and_options(prose: Path) -> None:
     def fingerprint(**options: str) -> str:
-        return Files.model_validate({"paths": (str(prose),), **options}).fingerprint(Digests())
+        return FilesCorpus.model_validate({"paths": (str(prose),), **options}).fingerprint(Digests())
 
     first = fingerprint()
     assert first == fingerprint()
@@ -138,10 +138,12 @@ def test_how_a_path_is_written_changes_neither_fingerprint_nor_split(
     prose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(prose.parent)
-    ways = [Files(paths=(path,)) for path in (str(prose), prose.name, f"../{prose.parent.name}/{prose.name}", "*.txt")]
+    ways = [
+        FilesCorpus(paths=(path,)) for path in (str(prose), prose.name, f"../{prose.parent.name}/{prose.name}", "*.txt")
+    ]
     assert len({corpus.fingerprint(Digests()) for corpus in ways}) == 1
     assert len({tuple(document.identity for document in corpus.documents()) for corpus in ways}) == 1
-    (document,) = Files(paths=(str(prose), prose.name), sample_by="document").documents()  # each file once
+    (document,) = FilesCorpus(paths=(str(prose), prose.name), sample_by="document").documents()  # each file once
     assert document.identity == document.text
 
 
@@ -169,15 +171,15 @@ def test_pieces_of_any_size_hold_what_the_file_does(
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "text.txt"
     path.write_bytes(("\ufeff" * bom + end.join(lines) + end * last_end).encode())
-    corpus = Files.model_validate({"paths": (str(path),), "sample_by": sample_by})
+    corpus = FilesCorpus.model_validate({"paths": (str(path),), "sample_by": sample_by})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE_BYTES", piece_bytes)
-        pieces = corpus.pieces()
+        patch.setattr(files, "SHARD_BYTES", piece_bytes)
+        pieces = corpus.source_shards()
         cut = [list(corpus.read(piece)) for piece in pieces]
         for piece, documents in zip(pieces, cut, strict=True):
             for document in documents:
                 assert next(corpus.read(piece, document.row)) == document
-    (whole,) = corpus.pieces()
+    (whole,) = corpus.source_shards()
     assert [one.text for documents in cut for one in documents] == [one.text for one in corpus.read(whole)]
     assert sum(piece.size or 0 for piece in pieces) == whole.size == path.stat().st_size
     assert len({piece.name for piece in pieces}) == len(pieces)
@@ -186,12 +188,12 @@ def test_pieces_of_any_size_hold_what_the_file_does(
 
 
 def test_a_later_piece_names_bytes_and_its_faults_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    monkeypatch.setattr(files, "SHARD_BYTES", 10)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\n\n{"text": \n')
-    corpus = Files(paths=(str(path),))
-    first, second, *later = corpus.pieces()
-    assert [piece.name for piece in corpus.pieces()][:2] == [f"{path}#0", f"{path}#1"]
+    corpus = FilesCorpus(paths=(str(path),))
+    first, second, *later = corpus.source_shards()
+    assert [piece.name for piece in corpus.source_shards()][:2] == [f"{path}#0", f"{path}#1"]
     assert [document.name for document in corpus.read(first)] == [f"{path}:1"]
     assert [document.name for document in corpus.read(second)] == [f"{path}@14"]
     with pytest.raises(DataError, match=naming_words("x.jsonl:4 JSON")):
@@ -201,11 +203,11 @@ def test_a_later_piece_names_bytes_and_its_faults_lines(tmp_path: Path, monkeypa
 def test_small_files_are_one_piece_and_large_ones_stay_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    monkeypatch.setattr(files, "SHARD_BYTES", 10)
     for name, size in (("a", 4), ("b", 6), ("c", 0), ("d", 1), ("e", 25), ("f", 3)):
         (tmp_path / f"{name}.txt").write_text(name * size)
-    corpus = ForkingPickler.loads(ForkingPickler.dumps(Files(paths=(f"{tmp_path}/*.txt",))))
-    pieces = corpus.pieces()
+    corpus = ForkingPickler.loads(ForkingPickler.dumps(FilesCorpus(paths=(f"{tmp_path}/*.txt",))))
+    pieces = corpus.source_shards()
     names = [(piece.name.removeprefix(f"{tmp_path}/"), piece.size) for piece in pieces]
     assert names == [
         ("a.txt and 2 more", 10), ("d.txt", 1), ("e.txt#0", 10), ("e.txt#1", 10), ("e.txt#2", 5), ("f.txt", 3)
@@ -221,17 +223,17 @@ def test_small_files_are_one_piece_and_large_ones_stay_in_order(
     assert [one.row for one in corpus.read(pieces[0])] == [0, 1]
     (tmp_path / "a.txt").write_text("longer")
     with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path}/none.txt again")):
-        list(corpus.read(Piece(f"{tmp_path}/none.txt", 3)))
+        list(corpus.read(SourceShard(f"{tmp_path}/none.txt", 3)))
 
 
 def test_many_small_files_are_listed_in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quadratic in the files of a piece, it would take half a minute."""
-    many = [File(f"{number}.txt", 1, "") for number in range(20_000)]
-    monkeypatch.setattr(files, "matches", lambda *_: many)
+    many = [SourceFile(f"{number}.txt", 1, "") for number in range(20_000)]
+    monkeypatch.setattr(files, "expand_paths", lambda *_: many)
     started = time.perf_counter()
-    (piece,) = Files(paths=("*.txt",)).pieces()
+    (piece,) = FilesCorpus(paths=("*.txt",)).source_shards()
     assert time.perf_counter() - started < 3
-    assert piece == Piece("0.txt and 19999 more", 20_000)
+    assert piece == SourceShard("0.txt and 19999 more", 20_000)
 
 
 # Compression, other places
@@ -251,12 +253,12 @@ COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".
 def test_compressed_files_are_read_whole_and_damage_is_told(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    monkeypatch.setattr(files, "SHARD_BYTES", 10)
     content = "".join(f'{{"text": "line {index * index}"}}\n' for index in range(5000)).encode()
     path = tmp_path / f"x.jsonl{ending}"
     packed = COMPRESS[ending](content[:40000]) + COMPRESS[ending](content[40000:])
     path.write_bytes(packed)
-    assert len(Files(paths=(str(path),)).pieces()) == 1
+    assert len(FilesCorpus(paths=(str(path),)).source_shards()) == 1
     assert texts(path) == [f"line {index * index}" for index in range(5000)]
     for damaged in (packed[: len(packed) // 3], b"not packed at all"):
         path.write_bytes(damaged)
@@ -280,17 +282,17 @@ def test_files_elsewhere_are_read_as_those_here(
     )
     assert texts("memory://c/a.txt") == ["one", "two"]
     assert texts("memory://c/*") == ["one", "two", "three"]
-    corpus = Files(paths=("memory://c/**/*.txt",), sample_by="line")
+    corpus = FilesCorpus(paths=("memory://c/**/*.txt",), sample_by="line")
     assert [(one.text, one.name) for one in corpus.documents()] == [
         ("one", "memory:///c/a.txt:1"), ("two", "memory:///c/a.txt:3"), ("4", "memory:///c/d/e.txt:1")
     ]  # fmt: skip
-    monkeypatch.setattr(files, "PIECE_BYTES", 5)
-    assert [piece.name for piece in corpus.pieces()] == [
+    monkeypatch.setattr(files, "SHARD_BYTES", 5)
+    assert [piece.name for piece in corpus.source_shards()] == [
         "memory:///c/a.txt#0",
         "memory:///c/a.txt#1",
         "memory:///c/d/e.txt",
     ]
-    assert [one.text for piece in corpus.pieces() for one in corpus.read(piece)] == ["one", "two", "4"]
+    assert [one.text for piece in corpus.source_shards() for one in corpus.read(piece)] == ["one", "two", "4"]
     before = corpus.fingerprint(Digests())
     assert before == corpus.fingerprint(Digests())
     store.pipe("/c/a.txt", b"one\n\nTWO\n")
@@ -315,7 +317,7 @@ def test_what_is_not_to_be_had_elsewhere(
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     store.pipe("/c/a.txt", b"one")
     with pytest.raises(DataError, match=naming_words(words)) as caught:
-        Files(paths=(url,)).pieces()
+        FilesCorpus(paths=(url,)).source_shards()
     assert "\n" not in str(caught.value)
 
 
@@ -333,10 +335,10 @@ def test_row_groups_are_shared_out(tmp_path_factory: pytest.TempPathFactory, pie
     folder = tmp_path_factory.mktemp("parquet")
     written = [f"text {index * index}" for index in range(50)]
     path = table(folder / "x.parquet", {"text": written, "more": list(range(50))}, row_group_size=group)
-    corpus = Files(paths=(path,))
+    corpus = FilesCorpus(paths=(path,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE_BYTES", piece_bytes)
-        found = [(piece, list(corpus.read(piece))) for piece in corpus.pieces()]
+        patch.setattr(files, "SHARD_BYTES", piece_bytes)
+        found = [(piece, list(corpus.read(piece))) for piece in corpus.source_shards()]
         for piece, documents in found:
             assert [one.row for one in documents] == list(range(len(documents)))
             assert list(corpus.read(piece, 3)) == documents[3:]
@@ -380,8 +382,8 @@ BAD_JSON = (
 
 
 def counted(path: Path, **options: Any) -> tuple[list[str], Counter[str]]:
-    corpus, dropped = Files.model_validate({"paths": (str(path),), **options}), Counter[str]()
-    return [one.text for piece in corpus.pieces() for one in corpus.read(piece, dropped=dropped)], dropped
+    corpus, dropped = FilesCorpus.model_validate({"paths": (str(path),), **options}), Counter[str]()
+    return [one.text for piece in corpus.source_shards() for one in corpus.read(piece, dropped=dropped)], dropped
 
 
 def test_unreadable_documents_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -418,14 +420,14 @@ def test_rows_are_wanted_by_a_column(tmp_path: Path) -> None:
 def test_a_corpus_of_each_language(tmp_path: Path) -> None:
     for language in ("de", "fr"):
         (tmp_path / f"{language}.txt").write_text(f"in {language}")
-    corpus = Files(paths=(f"{tmp_path}/{{language}}.txt",), languages=("fr", "de"), weight=2.0)
-    assert corpus.each() == tuple(
-        Files(paths=(f"{tmp_path}/{language}.txt",), language=language, weight=2.0) for language in ("fr", "de")
+    corpus = FilesCorpus(paths=(f"{tmp_path}/{{language}}.txt",), languages=("fr", "de"), weight=2.0)
+    assert corpus.per_language() == tuple(
+        FilesCorpus(paths=(f"{tmp_path}/{language}.txt",), language=language, weight=2.0) for language in ("fr", "de")
     )
     assert [one.text for one in corpus.documents()] == ["in fr", "in de"]
-    plain = Files(paths=(f"{tmp_path}/de.txt",))
-    assert plain.each() == (plain,)
-    assert plain.fingerprint(Digests()) == corpus.each()[1].fingerprint(Digests())
+    plain = FilesCorpus(paths=(f"{tmp_path}/de.txt",))
+    assert plain.per_language() == (plain,)
+    assert plain.fingerprint(Digests()) == corpus.per_language()[1].fingerprint(Digests())
 
 
 @pytest.mark.parametrize(
@@ -441,9 +443,9 @@ def test_a_corpus_of_each_language(tmp_path: Path) -> None:
 )
 def test_languages_and_weights_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=naming_words(words)):
-        Files.model_validate(options)
+        FilesCorpus.model_validate(options)
 
 
 def test_values_keep_their_types_from_a_recipe() -> None:
-    corpus = Files.model_validate_json('{"paths": ["a"], "where": {"n": [1, true, "1"]}}')
+    corpus = FilesCorpus.model_validate_json('{"paths": ["a"], "where": {"n": [1, true, "1"]}}')
     assert [(type(one), one) for one in corpus.where["n"]] == [(int, 1), (bool, True), (str, "1")]

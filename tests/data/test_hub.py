@@ -22,7 +22,7 @@ from messages import naming_words
 
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import corpus as module
-from switchcli.data.sources.corpus import Hub, Piece
+from switchcli.data.sources.corpus import HubCorpus, SourceShard
 from switchcli.errors import DataError
 
 TOKEN = "hf_SecretOfTheUser0123456789"
@@ -70,7 +70,7 @@ def rows(*texts: object) -> list[dict[str, Any]]:
 def test_it_asks_datasets_and_numbers_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = _Dataset(rows("a", " ", "b", "c"))
     monkeypatch.setattr("datasets.load_dataset", dataset)
-    corpus = Hub(path="allenai/c4", name="en", revision="abc", data_files=("en/*.gz",), max_documents=3)
+    corpus = HubCorpus(path="allenai/c4", name="en", revision="abc", data_files=("en/*.gz",), max_documents=3)
     found = list(corpus.documents())
     assert [(document.text, document.identity, document.row) for document in found] == [("a", "a", 0), ("b", "b", 2)]
     assert found[1].name == "allenai/c4/en/train, first rows:2"
@@ -79,7 +79,7 @@ def test_it_asks_datasets_and_numbers_rows(monkeypatch: pytest.MonkeyPatch) -> N
         "path": "allenai/c4", "name": "en", "split": "train", "data_files": ["en/*.gz"], "revision": "abc",
         "streaming": True,
     }  # fmt: skip
-    (piece,) = corpus.pieces()
+    (piece,) = corpus.source_shards()
     assert [document.text for document in corpus.read(piece, 1)] == ["b"]
     assert [document.text for document in corpus.read(piece, 3)] == []
 
@@ -88,9 +88,9 @@ def test_it_asks_datasets_and_numbers_rows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_pieces_share_out_the_shards(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     shards = [rows(*(f"{shard} {row}" for row in range(3))) for shard in range(7)]
     monkeypatch.setattr("datasets.load_dataset", _Dataset(*shards))
-    monkeypatch.setattr(module, "MAX_PIECES", most)
-    corpus = Hub(path="some/name")
-    pieces = corpus.pieces()
+    monkeypatch.setattr(module, "MAX_SHARDS", most)
+    corpus = HubCorpus(path="some/name")
+    pieces = corpus.source_shards()
     assert len({piece.name for piece in pieces}) == len(pieces) == min(most, 7)
     found = [list(corpus.read(piece)) for piece in pieces]
     assert [document.text for piece in found for document in piece] == [
@@ -102,7 +102,7 @@ def test_pieces_share_out_the_shards(monkeypatch: pytest.MonkeyPatch, most: int)
     if most == 3:
         assert [piece.name for piece in pieces] == ["shards 0-2", "shards 3-4", "shards 5-6"]
     with pytest.raises(DataError, match=naming_words("data.corpora some/name 9 `revision`")):
-        list(corpus.read(Piece("shard 9", None)))
+        list(corpus.read(SourceShard("shard 9", None)))
 
 
 def answer(status: int) -> Any:
@@ -140,7 +140,7 @@ def test_what_the_hub_answers_to_datasets(monkeypatch: pytest.MonkeyPatch, error
     monkeypatch.setattr(datasets.load, "_raise_if_offline_mode_is_enabled", lambda *_: None)
     monkeypatch.setattr(datasets.load, "HfApi", Client)
     with pytest.raises(DataError, match=pattern) as caught:
-        Hub(path="some/name", revision="abc").pieces()
+        HubCorpus(path="some/name", revision="abc").source_shards()
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
 
@@ -162,7 +162,7 @@ def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: Exception,
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("datasets.load_dataset", _Dataset(error=error))
     with pytest.raises(DataError, match=pattern) as caught:
-        list(Hub(path="some/name").documents())
+        list(HubCorpus(path="some/name").documents())
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
 
@@ -171,7 +171,7 @@ def test_a_token_of_any_look_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HF_TOKEN", "of-no-known-look")
     monkeypatch.setattr("datasets.load_dataset", _Dataset(error=OSError("of-no-known-look is no good")))
     with pytest.raises(DataError, match=r"\(\[token\] is no good\)"):
-        Hub(path="some/name").pieces()
+        HubCorpus(path="some/name").source_shards()
 
 
 @pytest.mark.parametrize(
@@ -186,14 +186,14 @@ def test_a_token_of_any_look_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rows_without_text(monkeypatch: pytest.MonkeyPatch, found: list[dict[str, Any]], words: str) -> None:
     monkeypatch.setattr("datasets.load_dataset", _Dataset(found))
     with pytest.raises(DataError, match=naming_words(words)):
-        list(Hub(path="some/name").documents())
+        list(HubCorpus(path="some/name").documents())
 
 
 def test_rows_of_a_language_and_rows_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     shard = [{"text": text, "lang": lang} for text, lang in (("a", "de"), ("b", "fr"), (None, "de"), ("c", "de"))]
     monkeypatch.setattr("datasets.load_dataset", _Dataset(shard))
-    corpus, dropped = Hub(path="x/y", where={"lang": ("de",)}, unreadable="skip"), Counter[str]()
-    (piece,) = corpus.pieces()
+    corpus, dropped = HubCorpus(path="x/y", where={"lang": ("de",)}, unreadable="skip"), Counter[str]()
+    (piece,) = corpus.source_shards()
     assert [(document.text, document.row) for document in corpus.read(piece, dropped=dropped)] == [("a", 0), ("c", 3)]
     assert dropped == {"where lang": 1, "no text": 1}
 
@@ -208,28 +208,28 @@ def write(folder: Path, shards: int, lines: int = 2) -> None:
 def test_a_folder_is_read_by_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, shards=3, lines=4)
     (tmp_path / "other.jsonl").write_text('{"text": "not asked for"}\n')
-    corpus = ForkingPickler.loads(ForkingPickler.dumps(Hub(path=str(tmp_path), data_files="en/*.json.gz")))
-    pieces = corpus.pieces()
+    corpus = ForkingPickler.loads(ForkingPickler.dumps(HubCorpus(path=str(tmp_path), data_files="en/*.json.gz")))
+    pieces = corpus.source_shards()
     assert [piece.name for piece in pieces] == ["shard 0", "shard 1", "shard 2"]
     assert [document.text for document in corpus.read(pieces[2])] == ["2 0", "2 1", "2 2", "2 3"]
     assert [(document.text, document.row) for document in corpus.read(pieces[1], 2)] == [("1 2", 2), ("1 3", 3)]
     assert len(list(corpus.documents())) == 12
-    monkeypatch.setattr(module, "MAX_PIECES", 2)
-    first, second = corpus.pieces()
+    monkeypatch.setattr(module, "MAX_SHARDS", 2)
+    first, second = corpus.source_shards()
     assert (first.name, second.name) == ("shards 0-1", "shard 2")
     assert [(document.text, document.row) for document in corpus.read(first, 3)] == [
         ("0 3", 3), ("1 0", 4), ("1 1", 5), ("1 2", 6), ("1 3", 7)
     ]  # fmt: skip
     with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path} path name split revision")):
-        Hub(path=str(tmp_path), data_files="de/*").pieces()
+        HubCorpus(path=str(tmp_path), data_files="de/*").source_shards()
 
 
 def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
     write(tmp_path, shards=1)
-    corpus = Hub(path=str(tmp_path))
+    corpus = HubCorpus(path=str(tmp_path))
     before = corpus.fingerprint(Digests())
-    assert before == Hub(path=str(tmp_path), weight=2.0, language="en").fingerprint(Digests())
-    assert before != Hub(path=str(tmp_path), unreadable="skip").fingerprint(Digests())
+    assert before == HubCorpus(path=str(tmp_path), weight=2.0, language="en").fingerprint(Digests())
+    assert before != HubCorpus(path=str(tmp_path), unreadable="skip").fingerprint(Digests())
     write(tmp_path, shards=2)
     assert corpus.fingerprint(Digests()) != before
 
@@ -237,7 +237,9 @@ def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
 def test_a_subset_for_each_language(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = _Dataset(rows("a"))
     monkeypatch.setattr("datasets.load_dataset", dataset)
-    corpus = Hub(path="allenai/c4", name="{language}", languages=("sw", "cy"), weight=3.0, where={"l": ("{language}",)})
-    sw, cy = corpus.each()
-    assert sw == Hub(path="allenai/c4", name="sw", language="sw", weight=3.0, where={"l": ("sw",)})
-    assert (cy.name, cy.each()) == ("cy", (cy,))
+    corpus = HubCorpus(
+        path="allenai/c4", name="{language}", languages=("sw", "cy"), weight=3.0, where={"l": ("{language}",)}
+    )
+    sw, cy = corpus.per_language()
+    assert sw == HubCorpus(path="allenai/c4", name="sw", language="sw", weight=3.0, where={"l": ("sw",)})
+    assert (cy.name, cy.per_language()) == ("cy", (cy,))

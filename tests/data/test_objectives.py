@@ -38,7 +38,7 @@ def corrupt(
     spec: PrefixLanguageModel | Denoisers, rows: int, seed: int
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
     """Raw ids, draws, inputs, targets."""
-    raw = FIRST_ID + np.arange(rows * spec.raw_length).reshape(rows, -1)
+    raw = FIRST_ID + np.arange(rows * spec.raw_tokens_per_row).reshape(rows, -1)
     draws = np.random.Philox(seed).random_raw(rows * spec.num_draws).reshape(rows, -1)
     inputs, targets = spec.build(tokenizer())(raw, draws)
     assert inputs.shape == (rows, spec.inputs_length)
@@ -117,7 +117,7 @@ def test_a_row_is_a_prompt_and_the_slow_reference_of_its_denoiser(spec: Denoiser
             at -= spec.denoisers[number].rate
             number += 1
         one = spec.denoisers[number]
-        share = slow.counts(spec.raw_length, one.noise_density, one.mean_span_length)
+        share = slow.counts(spec.raw_tokens_per_row, one.noise_density, one.mean_span_length)
         expected = slow.corrupted(raw, share, draws[1:], sentinels)
         prompt = [ord(character) for character in one.prompt]
         assert inputs == slow.padded(prompt + expected[0], spec.inputs_length)
@@ -137,9 +137,9 @@ def test_a_row_takes_as_much_text_as_all_have_room_for(spec: Denoisers) -> None:
     def most(length: int) -> int:
         return spec.prompt_tokens + 1 + max(share.kept + share.spans for share in needs(length))
 
-    assert most(spec.raw_length) <= spec.inputs_length < most(spec.raw_length + 1)
-    assert spec.targets_length == 1 + max(share.noise + share.spans for share in needs(spec.raw_length))
-    assert spec.num_sentinels == max(share.spans for share in needs(spec.raw_length))
+    assert most(spec.raw_tokens_per_row) <= spec.inputs_length < most(spec.raw_tokens_per_row + 1)
+    assert spec.targets_length == 1 + max(share.noise + share.spans for share in needs(spec.raw_tokens_per_row))
+    assert spec.num_sentinels == max(share.spans for share in needs(spec.raw_tokens_per_row))
 
 
 def test_the_default_is_ul2s_and_t5s_sentinels_are_enough() -> None:
@@ -147,7 +147,7 @@ def test_the_default_is_ul2s_and_t5s_sentinels_are_enough() -> None:
     table = [(one.prompt, one.mean_span_length, one.noise_density) for one in spec.denoisers]
     regular, sequential = [("[R]", 3, 0.15), ("[R]", 8, 0.15)], [("[S]", None, 0.25)]
     assert table == regular + sequential + [("[X]", 3, 0.5), ("[X]", 8, 0.5), ("[X]", 64, 0.15), ("[X]", 64, 0.5)]
-    assert (spec.raw_length, spec.targets_length, spec.num_sentinels) == (564, 377, 94)
+    assert (spec.raw_tokens_per_row, spec.targets_length, spec.num_sentinels) == (564, 377, 94)
     spec.build(tokenizer(SENTINELS[:100]))
 
 

@@ -7,8 +7,8 @@ import slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from switchcli.data.objectives.example_packing import store_of
-from switchcli.data.objectives.packed_documents import WholeDocuments
+from switchcli.data.objectives.example_packing import store_from_texts
+from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
 
 SENTINELS = 900 - np.arange(100)
@@ -58,7 +58,7 @@ def slowly_packed(lengths: list[int], objective: SpanCorruption) -> list[list[tu
 @example([3] * 20, SpanCorruption(inputs_length=20, noise_density=0.5, mean_span_length=1.0))
 @given(LENGTHS, OBJECTIVES)
 def test_rows_are_those_of_a_slow_packing(lengths: list[int], objective: SpanCorruption) -> None:
-    pieces = WholeDocuments(objective).pack(np.array(lengths, dtype=np.int64))
+    pieces = WholeDocumentObjective(objective).pack(np.array(lengths, dtype=np.int64))
     found = list(zip(pieces.document_X.tolist(), pieces.start_X.tolist(), pieces.length_X.tolist(), strict=True))
     rows = [found[start:end] for start, end in pairwise([0, *pieces.end_R.tolist()])]
     assert rows == slowly_packed(lengths, objective)
@@ -76,14 +76,14 @@ def test_each_document_is_corrupted_as_if_it_were_alone(
     lengths: list[int], objective: SpanCorruption, seed: int, data: st.DataObject
 ) -> None:
     """The store's tokens say which they are: 1000 and on, one after another; its documents are taken backwards."""
-    whole = WholeDocuments(objective)
-    store = store_of([])._replace(
+    whole = WholeDocumentObjective(objective)
+    store = store_from_texts([])._replace(
         tokens=(1000 + np.arange(sum(lengths))).astype(np.uint32), offsets=np.cumsum([0, *lengths], dtype=np.int64)
     )
     order = np.arange(len(lengths))[::-1]
     slow_rows = slowly_packed(lengths[::-1], objective)
     chosen = np.array(data.draw(st.lists(st.integers(0, len(slow_rows) - 1), min_size=1, max_size=6)))
-    raw = whole.pack(np.diff(store.offsets)[order]).raw(store, order, chosen, whole.raw_length)
+    raw = whole.pack(np.diff(store.offsets)[order]).raw_rows(store, order, chosen, whole.raw_tokens_per_row)
     draws = np.random.Philox(seed).random_raw(len(chosen) * whole.num_draws).reshape(len(chosen), -1)
     inputs, targets = whole.corrupt(raw, draws, SENTINELS)
     for row, number in enumerate(chosen):

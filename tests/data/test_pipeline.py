@@ -30,20 +30,28 @@ from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards, store
-from switchcli.data.prepare.cache import default_cache, make, sweep
+from switchcli.data.prepare.cache import build_atomically, default_cache, remove_stale
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.digests import Track
 from switchcli.data.prepare.distinct import find_distinct, write_distinct
 from switchcli.data.prepare.filters import Filters
-from switchcli.data.prepare.pipeline import Means, Prepared
-from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, Text
-from switchcli.data.prepare.shards import Progress
-from switchcli.data.prepare.store import OFFSETS, TOKENS, StoreWriter, TokenStore, facts_of, is_whole, seal
-from switchcli.data.prepare.verified import Verified
+from switchcli.data.prepare.pipeline import PrepareContext, PreparedTexts
+from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, PreparedText
+from switchcli.data.prepare.shards import PrepareProgress
+from switchcli.data.prepare.store import (
+    OFFSETS,
+    TOKENS,
+    StoreWriter,
+    TokenStore,
+    is_complete,
+    read_manifest,
+    write_manifest,
+)
+from switchcli.data.prepare.verified import VerifiedFolder
 from switchcli.data.sources import files
-from switchcli.data.sources.corpus import Files
+from switchcli.data.sources.corpus import FilesCorpus
 from switchcli.data.sources.document import is_held_out
-from switchcli.data.text_mixture import Weighted
+from switchcli.data.text_mixture import WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer
 from switchcli.errors import CheckpointError, DataError, OutOfMemory
 
@@ -55,17 +63,17 @@ CHARACTERS = "0123456789 abcdefghijklmnopqrstuvwxyz"
 class Shows:
     """Progress as it was told; `then` may do something about it."""
 
-    def __init__(self, then: Callable[[Progress], None] = lambda done: None) -> None:
+    def __init__(self, then: Callable[[PrepareProgress], None] = lambda done: None) -> None:
         self.told: list[tuple[str, int, int | None]] = []
         """Labels, pieces and bytes of what was begun."""
-        self.done: list[Progress] = []
+        self.done: list[PrepareProgress] = []
         self._then = then
 
     @contextmanager
-    def __call__(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[[Progress], None]]:
+    def __call__(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[[PrepareProgress], None]]:
         self.told.append((label, pieces, size))
 
-        def show(done: Progress) -> None:
+        def show(done: PrepareProgress) -> None:
             self.done.append(done)
             self._then(done)
 
@@ -82,10 +90,10 @@ class Corpus(NamedTuple):
     spec: DataSpec
     cache: Path
 
-    def means(self, show: Shows | None = None, track: Track | None = None, processes: int | None = 1) -> Means:
-        return Means(self.cache, track or untracked, show or Shows(), processes)
+    def means(self, show: Shows | None = None, track: Track | None = None, processes: int | None = 1) -> PrepareContext:
+        return PrepareContext(self.cache, track or untracked, show or Shows(), processes)
 
-    def prepare(self, show: Shows | None = None, processes: int | None = 1) -> Text:
+    def prepare(self, show: Shows | None = None, processes: int | None = 1) -> PreparedText:
         (text,) = module.prepare(self.spec, self.means(show, processes=processes)).texts.values()
         return text
 
@@ -120,7 +128,7 @@ def corpus(here: Path) -> Corpus:
     for number in range(NUM_FILES):
         lines = (f"line {index} of file {number} tells of {index * index}\n" for index in range(60))
         Path(f"{number}.txt").write_text("".join(lines))
-    corpora = tuple(Files(paths=(f"{number}.txt",), sample_by="line") for number in range(NUM_FILES))
+    corpora = tuple(FilesCorpus(paths=(f"{number}.txt",), sample_by="line") for number in range(NUM_FILES))
     tokenizer = TokenizerFile(path="letters.json")
     return Corpus(DataSpec(corpora=corpora, tokenizer=tokenizer, held_out_fraction=FRACTION), here / "cache")
 
@@ -129,7 +137,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def documents(shards: Iterable[store.Shard]) -> list[list[int]]:
+def documents(shards: Iterable[store.TokenShard]) -> list[list[int]]:
     found = []
     for shard in shards:
         opened = shard.open()
@@ -172,8 +180,8 @@ def test_processes_agree_on_every_byte(corpus: Corpus, processes: int) -> None:
 
 def test_one_shard_has_the_identity_that_it_had_before_there_were_shards(here: Path) -> None:
     Path("text.txt").write_text("".join(f"line {index} tells of {index**3}\n" for index in range(80)))
-    spec = DataSpec(corpora=(Files(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
-    text = module.prepare(spec, Means(here / "cache", untracked, Shows()), letters())
+    spec = DataSpec(corpora=(FilesCorpus(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
+    text = module.prepare(spec, PrepareContext(here / "cache", untracked, Shows()), letters())
     assert text.identity == "f67c3da04d964c1d5c0bd77241a066342d1ae0f5901e416d1b67dd9a13004fdc"
 
 
@@ -260,8 +268,8 @@ def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(cor
 
 
 def stop_after(number: int, stop: Callable[[], None]) -> Shows:
-    def then(done: Progress) -> None:
-        if done.pieces >= number:
+    def then(done: PrepareProgress) -> None:
+        if done.source_shards >= number:
             stop()
 
     return Shows(then)
@@ -330,7 +338,7 @@ def test_the_folder_of_another_piece_is_made_anew(corpus: Corpus, whole: bool) -
     first, second = corpus.folders[:2]
     shutil.rmtree(second)
     shutil.copytree(first, second)
-    assert is_whole(second)
+    assert is_complete(second)
     shows = Shows()
     text = corpus.prepare(shows)
     assert shows.num_pieces == (1 if whole else NUM_FILES - 2)
@@ -355,7 +363,7 @@ def test_the_folder_of_another_piece_is_no_share_of_another_machine(corpus: Corp
 def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many languages, each small, no more is compared than of one large text."""
     corpora = tuple(one.model_copy(update={"language": str(n)}) for n, one in enumerate(corpus.spec.corpora))
-    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()})
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": WeightedMixing()})
     texts = module.prepare(spec, corpus.means()).texts
     monkeypatch.setattr(text_module, "CHECKED_AT_START", 3 * texts["0"].num_bytes + 100)
     for number in (0, 5):
@@ -395,7 +403,7 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
     assert raised.value.exit_code == 1
     whole = len(corpus.folders)
     assert 1 <= whole < NUM_FILES
-    assert all(is_whole(folder) for folder in corpus.folders)
+    assert all(is_complete(folder) for folder in corpus.folders)
     shows = Shows()
     text = corpus.prepare(shows, processes=2)
     assert shows.num_pieces == NUM_FILES - whole
@@ -461,7 +469,7 @@ def test_what_one_process_meets_ends_all(corpus: Corpus) -> None:
     with pytest.raises(DataError, match=naming_words("3.txt:2 0xe9 8 UTF-8")):
         corpus.prepare(processes=2)
     assert not active_children()
-    assert all(is_whole(folder) for folder in corpus.folders)
+    assert all(is_complete(folder) for folder in corpus.folders)
     assert not list(corpus.cache.glob("tokens/*/.partial-*"))
 
 
@@ -476,7 +484,7 @@ from switchcli.data.config import DataSpec
 
 @contextmanager
 def show(label, pieces, size):
-    yield lambda done: print(done.pieces, *(process.pid for process in active_children()), flush=True)
+    yield lambda done: print(done.source_shards, *(process.pid for process in active_children()), flush=True)
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
@@ -562,7 +570,7 @@ def test_the_loser_of_a_race_takes_the_winners(corpus: Corpus, monkeypatch: pyte
     winner = corpus.prepare()
     folder = corpus.folders[2]
     before = folder.stat().st_ino
-    monkeypatch.setattr(module, "is_whole", lambda folder: folder.name != "piece-00002" and folder.name[0] == "p")
+    monkeypatch.setattr(module, "is_complete", lambda folder: folder.name != "piece-00002" and folder.name[0] == "p")
     shows = Shows()
     assert corpus.prepare(shows).identity == winner.identity
     assert (shows.num_pieces, folder.stat().st_ino) == (1, before)
@@ -577,7 +585,7 @@ def test_what_the_killed_leave_is_removed_on_their_own_machine_alone(
             child.kill()
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(platform, "node", lambda: host)
-    sweep(tmp_path)
+    remove_stale(tmp_path)
     (left,) = tmp_path.iterdir()
     assert f"{host}-1+" in left.name
 
@@ -588,8 +596,8 @@ def test_two_processes_of_one_number_on_machines_of_one_name_leave_each_other_al
     """Two containers that share a cache: in each, the process is number 1 of the host `trainer`."""
     monkeypatch.setattr(platform, "node", lambda: "trainer")
     with making(tmp_path / "text", "trainer") as child:
-        sweep(tmp_path)
-        make(tmp_path / "other", lambda folder: (folder.mkdir(), store.seal(folder, {})))
+        remove_stale(tmp_path)
+        build_atomically(tmp_path / "other", lambda folder: (folder.mkdir(), store.write_manifest(folder, {})))
         child.communicate("go on\n")
     assert child.returncode == 0
     assert (tmp_path / "text" / "ids").read_text() == "first"
@@ -775,7 +783,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
     first = corpus.folders
     if where != "at the end of a full one":
         assert [folder.name for folder in first] == ["piece-00000", "piece-00001", "piece-00002"][: len(first)] != []
-    assert all(is_whole(folder) for folder in first)
+    assert all(is_complete(folder) for folder in first)
     assert not list(corpus.cache.glob("tokens/*/.partial-*"))
     shows = Shows()
     text = corpus.prepare(shows)
@@ -793,7 +801,7 @@ def test_a_limit_that_processes_meet_is_told_with_the_way_out(corpus: Corpus) ->
     assert process.returncode == 1
     assert "CheckpointError" in err.splitlines()[-1]
     assert "(ulimit -f)" in err.splitlines()[-1]
-    assert all(is_whole(folder) for folder in corpus.folders)
+    assert all(is_complete(folder) for folder in corpus.folders)
     assert "piece-00004" not in [folder.name for folder in corpus.folders]
     with started() as process:
         out, _ = process.communicate(timeout=120)
@@ -810,15 +818,15 @@ def test_long_documents_are_encoded_in_parts_and_stay_documents(
     document = " ".join(f"word{index}" for index in range(300)) + "x" * 3000
     Path("0.txt").write_text(f"{document}\nshort\n")
     monkeypatch.setattr(shards, "PART_CHARACTERS", 512)
-    text, parts = corpus.prepare(), [*shards.cut_up(document)]
+    text, parts = corpus.prepare(), [*shards.split_text(document)]
     assert len(parts) > 8
     assert "".join(parts).replace(" ", "") == document.replace(" ", "")
     (long,) = (ids for part in PARTS for ids in documents(text.shards[part]) if len(ids) > 1000)
     assert long == [index for part in parts for index in letters().encode(part)]
     assert sum(text.counts[part].documents for part in PARTS) == 2 + (NUM_FILES - 1) * 60
     monkeypatch.setattr(shards, "PART_CHARACTERS", 16)
-    assert list(shards.cut_up("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
-    assert list(shards.cut_up("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
+    assert list(shards.split_text("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
+    assert list(shards.split_text("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
 
 
 def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
@@ -853,7 +861,7 @@ def test_languages_are_texts_of_their_own(corpus: Corpus) -> None:
         one.model_copy(update={"language": language, "weight": weight})
         for one, (language, weight) in zip(corpus.spec.corpora, labelled, strict=True)
     )
-    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()})
+    spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": WeightedMixing()})
     shows = Shows()
     prepared = module.prepare(spec, corpus.means(shows))
     assert [*prepared.texts] == ["de", "fr", "corpus-4", "corpus-6"]
@@ -933,9 +941,9 @@ def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus,
 
 def test_duplicates_change_no_identity_of_a_single_text(here: Path) -> None:
     Path("text.txt").write_text("".join(f"line {index % 60} tells of {(index % 60) ** 3}\n" for index in range(80)))
-    corpora = (Files(paths=("text.txt",), sample_by="line"),)
+    corpora = (FilesCorpus(paths=("text.txt",), sample_by="line"),)
     spec = DataSpec(corpora=corpora, held_out_fraction=FRACTION, duplicates=Duplicates(kind="exact"))
-    text = module.prepare(spec, Means(here / "cache", untracked, Shows()), letters()).texts[""]
+    text = module.prepare(spec, PrepareContext(here / "cache", untracked, Shows()), letters()).texts[""]
     assert text.dropped == {"exact duplicates": 20}
     assert text.identity == "9a1e74cf302c6fa189f51ae82e381d35b6ccf7caa60021bf37a1c1f901a14434"
 
@@ -952,7 +960,7 @@ def mixture(corpus: Corpus) -> Corpus:
     corpora = tuple(
         one.model_copy(update={"language": "abc"[number // 2]}) for number, one in enumerate(corpus.spec.corpora)
     )
-    return corpus._replace(spec=corpus.spec.model_copy(update={"corpora": corpora, "mixture": Weighted()}))
+    return corpus._replace(spec=corpus.spec.model_copy(update={"corpora": corpora, "mixture": WeightedMixing()}))
 
 
 @pytest.mark.parametrize("kind", ["exact", "near"])
@@ -1107,12 +1115,12 @@ def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     with StoreWriter(tmp_path / "text", "one", 8) as writer:
         writer.add_all(np.zeros(0, dtype=np.uint16), np.zeros(3, dtype=np.int64))
-    shard: store.ShardFacts = {"name": "one", "documents": 3, "tokens": 0, "bytes": 9}
-    text_module.seal_text(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "", writer.arrays)
-    text = text_module.open_text(tmp_path / "text")
+    shard: store.ShardManifest = {"name": "one", "documents": 3, "tokens": 0, "bytes": 9}
+    text_module.write_text_manifest(tmp_path / "text", {TRAIN: [shard], HELD_OUT: []}, {}, "", writer.arrays)
+    text = text_module.open_prepared_text(tmp_path / "text")
     (stays,) = find_distinct([text], Duplicates(), tmp_path, untracked)
     write_distinct(text, stays, "near duplicates", letters(), tmp_path / "distinct", untracked)
-    assert text_module.open_text(tmp_path / "distinct").counts[TRAIN] == (0, 0, 0)
+    assert text_module.open_prepared_text(tmp_path / "distinct").counts[TRAIN] == (0, 0, 0)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
@@ -1148,10 +1156,10 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> No
         writer.add(np.array([], dtype=np.int64), starts_document=True)
         writer.add(np.array([7]), starts_document=True)
         writer.add(np.array([8]), starts_document=False)
-    seal(tmp_path, {})
-    facts = facts_of(tmp_path)
+    write_manifest(tmp_path, {})
+    facts = read_manifest(tmp_path)
     assert facts is not None
-    found = TokenStore.open(Verified(tmp_path, facts["files"], in_memory=in_memory), "store")
+    found = TokenStore.open(VerifiedFolder(tmp_path, facts["files"], in_memory=in_memory), "store")
     assert (found.tokens.dtype, found.tokens.tolist()) == (np.uint32, [2**16, 5, 7, 8])
     assert found.offsets.tolist() == [0, 2, 4]
     assert (found.num_documents, found.num_tokens) == (2, 4)
@@ -1195,11 +1203,11 @@ def test_an_index_that_changed_is_found_without_reading_the_tokens(
     text = corpus.prepare()
     path = text.folder / "piece-00002" / "train-000.arrow"
     flip(path, TOKENS)
-    before = text.shards[TRAIN][2].glance()
+    before = text.shards[TRAIN][2].open_index()
     assert before.num_documents == text.shards[TRAIN][2].num_documents
     damage(path)
     with pytest.raises(DataError, match=str(path)):
-        text.shards[TRAIN][2].glance()
+        text.shards[TRAIN][2].open_index()
 
 
 def test_an_index_on_a_bad_sector_is_told_of(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1210,7 +1218,7 @@ def test_an_index_on_a_bad_sector_is_told_of(corpus: Corpus, monkeypatch: pytest
 
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(DataError, match=r"train-000\.arrow"):
-        text.shards[TRAIN][2].glance()
+        text.shards[TRAIN][2].open_index()
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
@@ -1227,7 +1235,7 @@ def test_an_array_is_identified_by_the_numpy_file_that_would_hold_it(
 def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
     text = corpus.prepare()
     facts = json.loads(json.loads((text.folder / "manifest.json").read_text())["manifest"])
-    assert facts == facts_of(text.folder)
+    assert facts == read_manifest(text.folder)
     assert facts["tokenizer"] == letters().sha256
     for part in PARTS:
         assert facts["counts"][part] == text.counts[part]._asdict()
@@ -1243,14 +1251,14 @@ def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
 def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They hold its lines in order, wherever it is cut."""
     Path("text.txt").write_text("".join(f"line {index} tells of {index**3}\n" for index in range(300)))
-    spec = DataSpec(corpora=(Files(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
+    spec = DataSpec(corpora=(FilesCorpus(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
     tokenizer = letters()
 
-    def prepared(name: str) -> Prepared:
-        return module.prepare(spec, Means(here / name, untracked, Shows(), 1), tokenizer)
+    def prepared(name: str) -> PreparedTexts:
+        return module.prepare(spec, PrepareContext(here / name, untracked, Shows(), 1), tokenizer)
 
     whole = prepared("whole").texts[""]
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 1000)
     cut_up = prepared("cut").texts[""]
     assert len(cut_up.shards[TRAIN]) == -(-Path("text.txt").stat().st_size // 1000)
     for part in PARTS:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.data.sources.document import Document
-from switchcli.data.tokenizer.sample import sample
+from switchcli.data.tokenizer.sample import sample_texts
 
 SIZES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 60), min_size=1, max_size=5)
 
@@ -28,37 +28,37 @@ def characters(texts: list[str]) -> Counter[str]:
 
 
 def test_it_is_bounded_and_independent_of_order() -> None:
-    assert len(sample({"": corpus("x", 50, 100)}, 1000)) == 10
+    assert len(sample_texts({"": corpus("x", 50, 100)}, 1000)) == 10
     numbered = [named(f"{index}", f"{index:03d}") for index in range(50)]
     assert (
-        sample({"": numbered}, 30)
-        == sample({"": numbered[::-1]}, 30)
-        == sample({"a": numbered[:9], "b": numbered[9:]}, 30)
+        sample_texts({"": numbered}, 30)
+        == sample_texts({"": numbered[::-1]}, 30)
+        == sample_texts({"a": numbered[:9], "b": numbered[9:]}, 30)
     )
-    assert sample({"": [named("long", "y" * 5000)]}, 1000) == ["y" * 1000]
+    assert sample_texts({"": [named("long", "y" * 5000)]}, 1000) == ["y" * 1000]
 
 
 def test_no_text_gives_no_sample() -> None:
-    assert sample({}, 10) == sample({"a": [], "b": []}, 10, alpha=0.3) == sample({"a": []}, 10) == []
+    assert sample_texts({}, 10) == sample_texts({"a": [], "b": []}, 10, alpha=0.3) == sample_texts({"a": []}, 10) == []
 
 
 @pytest.mark.parametrize(("alpha", "shares"), [(1.0, (0.9, 0.1)), (0.5, (0.75, 0.25)), (0.0, (0.5, 0.5))])
 def test_shares_are_a_power_of_the_sizes(alpha: float, shares: tuple[float, float]) -> None:
-    texts = sample({"a": corpus("a", 900), "b": corpus("b", 100)}, 2000, alpha)
+    texts = sample_texts({"a": corpus("a", 900), "b": corpus("b", 100)}, 2000, alpha)
     counts = characters(texts)
     assert sum(counts.values()) <= 2000
     assert (counts["a"] / 2000, counts["b"] / 2000) == pytest.approx(shares, abs=0.01)
 
 
 def test_a_small_component_comes_again_and_again() -> None:
-    texts = sample({"a": corpus("a", 997), "b": [named("b:0", "bc"), named("b:1", "de")]}, 1000, alpha=0.0)
+    texts = sample_texts({"a": corpus("a", 997), "b": [named("b:0", "bc"), named("b:1", "de")]}, 1000, alpha=0.0)
     counts = characters(texts)
     assert counts["a"] == 500
     assert counts["b"] == counts["c"] == counts["d"] == counts["e"] == 125
 
 
 def test_a_document_longer_than_its_share_is_cut() -> None:
-    texts = sample({"a": [named("a", "a" * 1000)], "b": corpus("b", 100)}, 200, alpha=1.0)
+    texts = sample_texts({"a": [named("a", "a" * 1000)], "b": corpus("b", 100)}, 200, alpha=1.0)
     assert characters(texts) == {"a": 100, "b": 100}
 
 
@@ -66,7 +66,7 @@ def test_a_document_longer_than_its_share_is_cut() -> None:
 def test_it_is_never_more_than_asked_for_or_than_there_is(
     sizes: dict[str, int], max_characters: int, alpha: float | None
 ) -> None:
-    texts = sample({name: corpus(name, size) for name, size in sizes.items()}, max_characters, alpha)
+    texts = sample_texts({name: corpus(name, size) for name, size in sizes.items()}, max_characters, alpha)
     total = sum(map(len, texts))
     assert total <= min(max_characters, 10 * sum(sizes.values()))
     assert bool(texts) == (total > 0)
@@ -80,5 +80,5 @@ def test_so_much_of_each_component_is_read_and_no_more() -> None:
             index += 1
 
     for alpha in (None, 0.5):
-        counts = characters(sample({"a": endless("a"), "b": endless("b")}, 10_000, alpha, max_read=300))
+        counts = characters(sample_texts({"a": endless("a"), "b": endless("b")}, 10_000, alpha, max_read=300))
         assert counts == {"a": 300, "b": 300}

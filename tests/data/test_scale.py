@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from switchcli.data.dataset import Chunks
+from switchcli.data.dataset import TokenDataset
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, open_text, seal_text
+from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, open_prepared_text, write_text_manifest
 from switchcli.data.prepare.store import StoreWriter, identity_of
-from switchcli.data.text_batches import TextStream
+from switchcli.data.text_batches import PreparedTextSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 MEBIBYTES = 6
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from switchcli.data.prepare import store
 from switchcli.data.sources import files
-from switchcli.data.dataset import Chunks
+from switchcli.data.dataset import TokenDataset
 from switchcli.data.sources.corpus import Files
 from switchcli.data.prepare.pipeline import Means, prepare
 from switchcli.data.config import DataSpec
@@ -47,9 +47,9 @@ corpora = (Files(paths=(path,)),)
 tokenizer = TrainedTokenizer(vocab_size=2000, max_characters=200_000)
 spec = DataSpec(corpora=corpora, tokenizer=tokenizer, held_out_fraction=0.01)
 (text,) = prepare(spec, Means(Path(cache), lambda items, *_: iter(items), show, 1)).texts.values()
-chunks = Chunks(text.shards[TRAIN], spec.rows, 0)
+chunks = TokenDataset(text.shards[TRAIN], spec.rows, 0)
 for first in range(0, chunks.rows_per_epoch, 64):
-    chunks.raw(first + np.arange(64))
+    chunks.raw_rows(first + np.arange(64))
 (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(text.counts[TRAIN].tokens, len(text.shards[TRAIN]), int(peak) // 1024)
 """
@@ -97,13 +97,13 @@ def test_the_batch_of_step_a_million_is_there_within_a_second(tmp_path: Path) ->
         facts.append({"name": name, "documents": tokens // length, "tokens": tokens, "bytes": 4 * tokens})
         files[f"{name}.arrow"] = identity
         arrays |= {array.replace("one", name): said for array, said in writer.arrays.items()}
-    seal_text(folder, {TRAIN: facts, HELD_OUT: []}, {}, "", arrays, files)
+    write_text_manifest(folder, {TRAIN: facts, HELD_OUT: []}, {}, "", arrays, files)
     rows = SpanCorruption()
     seconds = []
     for _ in range(3):  # the least: the machine may have other things to do
         started = time.perf_counter()
-        chunks = Chunks(open_text(folder).shards[TRAIN], rows, 0)
-        batch = TextStream([chunks], cast("Tokenizer", _Sentinels()), rows, 0, 128).batch(1_000_000, 0, 128)
+        chunks = TokenDataset(open_prepared_text(folder).shards[TRAIN], rows, 0)
+        batch = PreparedTextSource([chunks], cast("Tokenizer", _Sentinels()), rows, 0, 128).batch(1_000_000, 0, 128)
         seconds.append(time.perf_counter() - started)
         assert batch.inputs_BS.shape == (128, 512)
     assert chunks.rows_per_epoch < 1_000_000 * 128, "a later epoch"

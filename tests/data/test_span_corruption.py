@@ -46,7 +46,12 @@ def specs() -> st.SearchStrategy[SpanCorruption]:
 )
 def test_lengths_are_t5s(inputs: int, raw: int, targets: int, noise: int, spans: int) -> None:
     spec = SpanCorruption(inputs_length=inputs)
-    assert (spec.raw_length, spec.targets_length, spec.num_noise, spec.num_sentinels) == (raw, targets, noise, spans)
+    assert (spec.raw_tokens_per_row, spec.targets_length, spec.num_noise, spec.num_sentinels) == (
+        raw,
+        targets,
+        noise,
+        spans,
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,9 @@ def test_counts_are_t5s_in_float32_at_every_length(density: float, mean: float) 
     noise_X = np.rint(single_X * np.float32(density)).astype(np.int64).clip(1, length_X - 1)
     spans_X = np.rint(noise_X.astype(np.float32) / np.float32(mean)).astype(np.int64).clip(1)
     kept_X = length_X - noise_X
-    np.testing.assert_array_equal(spec.shares(length_X), np.stack([kept_X, noise_X, spans_X.clip(max=kept_X)], axis=1))
+    np.testing.assert_array_equal(
+        spec.span_counts(length_X), np.stack([kept_X, noise_X, spans_X.clip(max=kept_X)], axis=1)
+    )
     wide = np.array([round(length * density) for length in length_X.tolist()]).clip(1, length_X - 1)
     if (density, mean) == (0.15, 3.0):
         assert (noise_X != wide).sum() == 39
@@ -79,8 +86,8 @@ def test_the_raw_length_is_the_greatest_that_fits(inputs: int, density: float, m
         share = slow.counts(length, density, mean)
         return share.kept + share.spans + 1
 
-    assert needed(spec.raw_length) <= inputs or spec.raw_length == 2
-    assert needed(spec.raw_length + 1) > inputs
+    assert needed(spec.raw_tokens_per_row) <= inputs or spec.raw_tokens_per_row == 2
+    assert needed(spec.raw_tokens_per_row + 1) > inputs
 
 
 @pytest.mark.parametrize("mean", [1.0, 1.5, 3.0, 8.0])
@@ -95,7 +102,7 @@ def test_lengths_follow_t5_for_every_length_of_inputs(density: float, mean: floa
                 SpanCorruption.model_validate(keys)
             continue
         spec = SpanCorruption.model_validate(keys)
-        assert (spec.raw_length, spec.num_draws) == (raw, raw - 2), length
+        assert (spec.raw_tokens_per_row, spec.num_draws) == (raw, raw - 2), length
         assert spec.targets_length == share.noise + share.spans + 1, length
 
 
@@ -129,7 +136,7 @@ def test_inputs_and_targets_give_the_text_back(spec: SpanCorruption, seed: int) 
 
 def test_every_segmentation_is_equally_likely() -> None:
     spec = SpanCorruption(inputs_length=10, noise_density=0.45, mean_span_length=2.0)
-    assert (spec.raw_length, spec.num_noise, spec.num_sentinels) == (12, 5, 2)
+    assert (spec.raw_tokens_per_row, spec.num_noise, spec.num_sentinels) == (12, 5, 2)
     rows = 24_000
     _, _, sentinels, inputs, targets = corrupt(spec, rows, seed=7)
     kept = np.argmax(inputs == sentinels[0], axis=1)

@@ -1,4 +1,4 @@
-"""LiveStream: the same batches on any ranks and from any step on, every training document once, nothing read twice."""
+"""StreamedTextSource: the same batches on any ranks and from any step on; every training document once."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,17 +20,17 @@ from switchcli.data.batch import Batch
 from switchcli.data.config import DataSpec
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare import shards
-from switchcli.data.sources.corpus import Files
-from switchcli.data.sources.document import Document, Piece, is_held_out
-from switchcli.data.streaming import LiveStream, pieces_of
-from switchcli.data.text_mixture import Mixture, Weighted
+from switchcli.data.sources.corpus import FilesCorpus
+from switchcli.data.sources.document import Document, SourceShard, is_held_out
+from switchcli.data.streaming import StreamedTextSource, source_shards_of
+from switchcli.data.text_mixture import TextMixture, WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.spec import EOS
 from switchcli.train.microbatches import Microbatches
 
 ROWS = SpanCorruption(inputs_length=8)
-LENGTH = ROWS.raw_length
+LENGTH = ROWS.raw_tokens_per_row
 LANES, BATCH, MICROBATCH = 4, 8, 2
 STEPS = 60
 WORDS_A_DOCUMENT = 20
@@ -82,27 +82,36 @@ TOKENIZER = words()
 
 def a_spec(folder: Path, lanes: int = LANES) -> DataSpec:
     corpora = tuple(
-        Files(paths=(str(folder / f"{label}{file}.txt"),), sample_by="line", language=label)
+        FilesCorpus(paths=(str(folder / f"{label}{file}.txt"),), sample_by="line", language=label)
         for label, number in FILES.items()
         for file in range(number)
     )
     return DataSpec(
-        corpora=corpora, mixture=Weighted(), objective=ROWS, access="stream", lanes=lanes, held_out_fraction=HELD_OUT
+        corpora=corpora,
+        mixture=WeightedMixing(),
+        objective=ROWS,
+        access="stream",
+        stream_shards=lanes,
+        held_out_fraction=HELD_OUT,
     )
 
 
-def a_reader(spec: DataSpec, lane: int, label: str, pieces: module.Pieces | None = None) -> module.Reader:
-    return module.Reader(pieces or pieces_of(spec.texts()[label]), spec, TOKENIZER, lane, label, 0, WINDOW)
+def a_reader(spec: DataSpec, lane: int, label: str, pieces: module.Pieces | None = None) -> module.StreamReader:
+    return module.StreamReader(pieces or source_shards_of(spec.texts()[label]), spec, TOKENIZER, lane, label, 0, WINDOW)
 
 
 class Run:
     """The stream of a run on some ranks, step after step as its loaders ask for it."""
 
     def __init__(self, spec: DataSpec, world: int = 1, seed: int = 5, labels: Sequence[str] = ("a", "b")) -> None:
-        pieces = {label: pieces_of(corpora) for label, corpora in spec.texts().items() if label in labels}
-        mixture = Mixture({label: SHARES[label] for label in labels}, seed, spec.lanes) if len(labels) > 1 else None
+        pieces = {label: source_shards_of(corpora) for label, corpora in spec.texts().items() if label in labels}
+        mixture = (
+            TextMixture({label: SHARES[label] for label in labels}, seed, spec.stream_shards)
+            if len(labels) > 1
+            else None
+        )
         self.streams = [
-            LiveStream(spec, pieces, TOKENIZER, mixture, seed, BATCH, (rank, world), kept_steps=4)
+            StreamedTextSource(spec, pieces, TOKENIZER, mixture, seed, BATCH, (rank, world), kept_steps=4)
             for rank in range(world)
         ]
         self._batches = [
@@ -118,7 +127,7 @@ class Run:
 
     def resume(self, step: int, position: list[int]) -> None:
         for stream in self.streams:
-            stream.resume(step, position)
+            stream.restore_state(step, position)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -180,7 +189,7 @@ def test_from_any_step_on_any_ranks_it_goes_on_as_if_never_stopped(
     step, position = 0, straight[1][0]
     for length in stops:
         run = Run(a_spec(folder), data.draw(st.sampled_from([1, 2, 4])))
-        run.resume(step, position)
+        run.restore_state(step, position)
         ahead = data.draw(st.integers(0, 2))  # a loader is some steps further than the one that is saved
         for later in range(step, step + length + ahead):
             if later < STEPS:
@@ -193,7 +202,7 @@ def test_from_any_step_on_any_ranks_it_goes_on_as_if_never_stopped(
 @pytest.mark.parametrize("step", range(STEPS))
 def test_from_each_step_the_next_batches_are_the_same(step: int, folder: Path, straight: Straight) -> None:
     run = Run(a_spec(folder), 2)
-    run.resume(step, straight[1][step])
+    run.restore_state(step, straight[1][step])
     for later in range(step, min(step + 3, STEPS)):
         assert equal(run.step(later), straight[0][later])
 
@@ -214,7 +223,7 @@ def test_every_training_document_comes_once_an_epoch_and_no_held_out_one_ever(la
     for lane in range(LANES):
         reader = a_reader(spec, lane, label)
         while reader.position.epoch < epochs:
-            counts.update((reader.raw(1) - 3).ravel().tolist())
+            counts.update((reader.raw_rows(1) - 3).ravel().tolist())
         windows += reader.position.window
     assert set(counts) == training
     tails = sum(max(0, epochs - counts[word]) for word in training)
@@ -230,7 +239,7 @@ def test_documents_are_parted_among_the_lanes(label: str, folder: Path) -> None:
     spec = a_spec(folder)
     seen = []
     for lane in range(LANES):
-        found = islice(a_reader(spec, lane, label)._documents(module.Position()), 2 * FILES[label] * DOCUMENTS)
+        found = islice(a_reader(spec, lane, label)._documents(module.StreamPosition()), 2 * FILES[label] * DOCUMENTS)
         seen.append([document.text for position, document in found if document is not None and position.epoch == 0])
         assert len(seen[-1]) == len({*seen[-1]}) > 0
     assert sorted(text for lane in seen for text in lane) == sorted(training_documents(spec, label))
@@ -239,7 +248,9 @@ def test_documents_are_parted_among_the_lanes(label: str, folder: Path) -> None:
 def test_epochs_go_through_the_pieces_in_other_orders(folder: Path) -> None:
     spec = a_spec(folder, lanes=1)
     orders: dict[int, list[str]] = {}
-    for position, document in islice(a_reader(spec, 0, "a")._documents(module.Position()), 8 * FILES["a"] * DOCUMENTS):
+    for position, document in islice(
+        a_reader(spec, 0, "a")._documents(module.StreamPosition()), 8 * FILES["a"] * DOCUMENTS
+    ):
         if document is None:
             continue
         file = document.name.rpartition(":")[0]
@@ -255,7 +266,7 @@ def test_rows_are_mixed_as_intended(straight: Straight) -> None:
     rows = [row for batch in straight[0] for row in texts(batch)]
     for steps in (10, STEPS):
         shown = sum(row[0] >= first_of_b for row in rows[: steps * BATCH])
-        assert shown / (steps * BATCH) == Mixture(SHARES, 5, LANES).shown(steps * BATCH)["b"]
+        assert shown / (steps * BATCH) == TextMixture(SHARES, 5, LANES).shares_after(steps * BATCH)["b"]
     assert shown / len(rows) == pytest.approx(0.3, abs=0.01)
 
 
@@ -265,15 +276,15 @@ class Reads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: list[tuple[str, int]] = []
         self.rows: list[tuple[str, int]] = []
-        read = Files.read
+        read = FilesCorpus.read
 
-        def noted(corpus: Files, piece: Piece, start: int = 0, dropped: Any = None) -> Iterator[Document]:
+        def noted(corpus: FilesCorpus, piece: SourceShard, start: int = 0, dropped: Any = None) -> Iterator[Document]:
             self.begun.append((piece.name, start))
             for document in read(corpus, piece, start, dropped):
                 self.rows.append((piece.name, document.row))
                 yield document
 
-        monkeypatch.setattr(Files, "read", noted)
+        monkeypatch.setattr(FilesCorpus, "read", noted)
 
 
 def test_going_on_reads_from_the_window_that_it_stands_in(
@@ -282,7 +293,7 @@ def test_going_on_reads_from_the_window_that_it_stands_in(
     spec, step = a_spec(folder), 40
     run, reads = Run(spec), Reads(monkeypatch)
     assert reads.begun == []
-    run.resume(step, straight[1][step])
+    run.restore_state(step, straight[1][step])
     assert reads.begun == []
     assert equal(run.step(step), straight[0][step])
     begins = {0, *np.array(straight[1][step]).reshape(LANES, 2, -1)[:, :, 2].ravel().tolist()}
@@ -326,7 +337,7 @@ def test_seeds_differ(folder: Path, straight: Straight) -> None:
 
 
 def test_ranks_that_cannot_share_the_lanes_are_refused_with_a_number(folder: Path) -> None:
-    with pytest.raises(RecipeError, match=naming_words("data.lanes 4 3 6")):
+    with pytest.raises(RecipeError, match=naming_words("data.stream_shards 4 3 6")):
         Run(a_spec(folder), world=3)
 
 
@@ -336,14 +347,14 @@ def lines_in_files(folder: Path, files: Sequence[int], lanes: int = LANES) -> tu
     for file, (begin, end) in enumerate(pairwise(ends.tolist())):
         lines = [" ".join(str(5 * line + word) for word in range(5)) for line in range(begin, end)]
         (folder / f"{file}.txt").write_text("\n".join(lines) + "\n")
-    corpora = tuple(Files(paths=(str(folder / f"{file}.txt"),), sample_by="line") for file in range(len(files)))
-    spec = DataSpec(corpora=corpora, objective=ROWS, access="stream", lanes=lanes, held_out_fraction=1e-9)
-    return spec, pieces_of(corpora)
+    corpora = tuple(FilesCorpus(paths=(str(folder / f"{file}.txt"),), sample_by="line") for file in range(len(files)))
+    spec = DataSpec(corpora=corpora, objective=ROWS, access="stream", stream_shards=lanes, held_out_fraction=1e-9)
+    return spec, source_shards_of(corpora)
 
 
 def test_a_lane_whose_piece_is_empty_goes_on_with_that_of_the_next_epoch(tmp_path: Path) -> None:
     spec, pieces = lines_in_files(tmp_path, [27, 27, 0, 27])
-    stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
+    stream = StreamedTextSource(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
     shown = Counter(word for step in range(80) for row in texts(stream.batch(step, 0, BATCH)) for word in row)
     assert set(shown) == set(range(5 * 81))
 
@@ -352,8 +363,8 @@ def test_a_lane_whose_piece_is_empty_goes_on_with_that_of_the_next_epoch(tmp_pat
 def test_a_lane_without_a_row_in_any_epoch_is_told_of(files: list[int], lane: int, tmp_path: Path) -> None:
     """All pieces are empty, or there are fewer than lanes, and fewer documents too."""
     spec, pieces = lines_in_files(tmp_path, files)
-    stream = LiveStream(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
-    with pytest.raises(DataError, match=naming_words(f"data.corpora {lane} 4 data.lanes")):
+    stream = StreamedTextSource(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {lane} 4 data.stream_shards")):
         stream.batch(0, 0, BATCH)
 
 
@@ -362,7 +373,7 @@ def test_no_lane_shows_its_documents_twice_as_often_as_another_where_one_piece_i
     files = [60, 60, 60, 2]
     spec, pieces = lines_in_files(tmp_path, files)
     readers = [a_reader(spec, lane, "", pieces) for lane in range(LANES)]
-    shown = Counter((np.concatenate([reader.raw(800) for reader in readers]) - 3).ravel().tolist())
+    shown = Counter((np.concatenate([reader.raw_rows(800) for reader in readers]) - 3).ravel().tolist())
     epochs = [reader.position.epoch for reader in readers]
     assert min(epochs) > 10
     assert max(epochs) <= 2 * min(epochs)
@@ -379,7 +390,7 @@ class Rows:
         self.documents, self.passed = documents, 0
         self.begun: list[str] = []
 
-    def read(self, piece: Piece, start: int = 0, dropped: Any = None) -> Iterator[Document]:
+    def read(self, piece: SourceShard, start: int = 0, dropped: Any = None) -> Iterator[Document]:
         self.begun.append(piece.name)
         for row in range(self.documents):
             self.passed += 1
@@ -390,23 +401,23 @@ class Rows:
 
 def test_a_stream_goes_through_each_row_of_a_piece_once_while_it_goes_on(folder: Path) -> None:
     spec, rows = a_spec(folder, lanes=1), Rows(600)
-    pieces = [(cast("Files", rows), Piece(f"piece {number}", None)) for number in range(4)]
+    pieces = [(cast("FilesCorpus", rows), SourceShard(f"piece {number}", None)) for number in range(4)]
     reader = a_reader(spec, 0, "a", pieces)
     stood, passed = [reader.position], [0]
     while reader.position.epoch == 0:
-        reader.raw(1)
+        reader.raw_rows(1)
         stood.append(reader.position)
         passed.append(rows.passed)
     assert reader.position.window > 200, "windows of an epoch"
     assert passed[-1] <= 4 * 600 + 2 * WINDOW // 20
     middle = next(number for number, one in enumerate(stood) if one.place == 2 and one.row > 300)
     wanted = reader = a_reader(spec, 0, "a", pieces)
-    wanted.raw(middle)
-    following = wanted.raw(3)
+    wanted.raw_rows(middle)
+    following = wanted.raw_rows(3)
     rows.passed, rows.begun = 0, []
     reader = a_reader(spec, 0, "a", pieces)
     reader.seek(stood[middle])
-    np.testing.assert_array_equal(reader.raw(3), following)
+    np.testing.assert_array_equal(reader.raw_rows(3), following)
     assert len(rows.begun) == 1, "the piece that it stands in"
     assert rows.passed <= stood[middle].row + 2 * WINDOW // 20
 
@@ -416,11 +427,11 @@ def test_a_document_of_many_parts_is_one_in_a_window(folder: Path, monkeypatch: 
     objective = SpanCorruption(inputs_length=64)
     spec = a_spec(folder, lanes=1).model_copy(update={"objective": objective, "packing": "documents"})
     documents = training_documents(spec, "b")
-    assert min(len([*shards.cut_up(text)]) for text in documents) > 3
+    assert min(len([*shards.split_text(text)]) for text in documents) > 3
     reader = a_reader(spec, 0, "b")
     found = []
     while reader.position.epoch == 0:
-        (row,) = reader.raw(1).tolist()
+        (row,) = reader.raw_rows(1).tolist()
         ends = [-1, *(place for place, index in enumerate(row) if index == EOS)]
         found += [[word - 3 for word in row[begin + 1 : end]] for begin, end in pairwise(ends)]
     assert {tuple(words) for words in found} == {tuple(map(int, text.split())) for text in documents}

@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 
 from switchcli.data import dataset
 from switchcli.data.batch import Batch
-from switchcli.data.config import Rows
-from switchcli.data.dataset import Chunks
+from switchcli.data.config import RowObjective
+from switchcli.data.dataset import TokenDataset
 from switchcli.data.objectives.denoisers import Denoisers, PrefixLanguageModel
-from switchcli.data.objectives.packed_documents import WholeDocuments
+from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.store import Shard, TokenStore
-from switchcli.data.text_batches import TextStream
+from switchcli.data.prepare.store import TokenShard, TokenStore
+from switchcli.data.text_batches import PreparedTextSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 from switchcli.spec import EOS
 
 CORRUPTION = SpanCorruption(inputs_length=16)
-ROWS: list[Rows] = [
+ROWS: list[RowObjective] = [
     *(SpanCorruption(inputs_length=length) for length in (16, 128, 256, 512)),
     PrefixLanguageModel(inputs_length=20, targets_length=20, text_length=20),
     Denoisers(inputs_length=64),
-    WholeDocuments(SpanCorruption(inputs_length=32)),
+    WholeDocumentObjective(SpanCorruption(inputs_length=32)),
 ]
 
 
@@ -52,11 +52,17 @@ class _Sentinels:
         return [55_000 + ord(character) for character in text]
 
 
-class Stream(TextStream):
+class Stream(PreparedTextSource):
     """A text in some shards; token number i of all is 100 + i."""
 
     def __init__(
-        self, lengths: list[int] = LENGTHS, *, seed: int = 3, batch: int = 8, rows: Rows = CORRUPTION, shards: int = 1
+        self,
+        lengths: list[int] = LENGTHS,
+        *,
+        seed: int = 3,
+        batch: int = 8,
+        rows: RowObjective = CORRUPTION,
+        shards: int = 1,
     ) -> None:
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
         tokens = (100 + np.arange(offsets[-1])).astype(np.uint16)
@@ -64,7 +70,7 @@ class Stream(TextStream):
         for edge, end in pairwise(len(lengths) * number // shards for number in range(shards + 1)):
             within = offsets[edge : end + 1]
             stores.append(TokenStore(tokens[within[0] : within[-1]], within - within[0]))
-        chunks = Chunks([*map(Shard.of, stores)], rows, seed)
+        chunks = TokenDataset([*map(TokenShard.of, stores)], rows, seed)
         self.rows_per_epoch = chunks.rows_per_epoch
         super().__init__([chunks], cast("Tokenizer", _Sentinels(100)), rows, seed, batch)
 
@@ -93,7 +99,7 @@ def equal(a: Batch, b: Batch) -> bool:
     seed=st.integers(0, 2**63), step=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 7)), shards=st.integers(1, 6)
 )
 def test_any_split_of_the_rows_gives_the_same_batch(
-    rows: Rows, seed: int, step: int, cuts: set[int], shards: int
+    rows: RowObjective, seed: int, step: int, cuts: set[int], shards: int
 ) -> None:
     lengths = [12 * length for length in LENGTHS]
     whole = Stream(lengths, seed=seed, rows=rows, shards=shards).batch(step, 0, 8)
@@ -117,13 +123,13 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 def test_an_epoch_shows_every_chunk_once_and_the_next_in_another_order() -> None:
     rows_per_epoch = Stream().rows_per_epoch
-    assert rows_per_epoch == sum(LENGTHS) // CORRUPTION.raw_length
+    assert rows_per_epoch == sum(LENGTHS) // CORRUPTION.raw_tokens_per_row
     epochs = []
     for epoch in range(2):
         rows = raw(Stream(batch=rows_per_epoch).batch(epoch, 0, rows_per_epoch))
         counts = Counter(token for row in rows for token in row)
         assert set(counts.values()) == {1}, "no token twice"
-        assert len(counts) == rows_per_epoch * CORRUPTION.raw_length, "all but the tail"
+        assert len(counts) == rows_per_epoch * CORRUPTION.raw_tokens_per_row, "all but the tail"
         epochs.append(rows)
     assert epochs[0] != epochs[1]
     assert sorted(epochs[0]) != sorted(epochs[1]), "documents were put end to end in another order"
@@ -153,7 +159,7 @@ def test_a_batch_may_hold_rows_of_two_epochs() -> None:
 
 def test_whole_documents_share_rows_and_every_epoch_shows_each_token_once() -> None:
     starts = 100 + np.concatenate([[0], np.cumsum(LENGTHS)])
-    rows = WholeDocuments(SpanCorruption(inputs_length=32))
+    rows = WholeDocumentObjective(SpanCorruption(inputs_length=32))
     per_epoch = Stream(rows=rows).rows_per_epoch
     epochs = []
     for epoch in range(2):
@@ -191,4 +197,4 @@ def test_too_little_text_or_too_few_sentinels() -> None:
     ):
         Stream([5000], rows=long)
     with pytest.raises(DataError, match=naming_words("3 3 2 inputs_length")):
-        Stream([1, 1, 1], rows=WholeDocuments(CORRUPTION))
+        Stream([1, 1, 1], rows=WholeDocumentObjective(CORRUPTION))

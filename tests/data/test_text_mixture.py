@@ -14,20 +14,20 @@ from messages import naming_words
 from numpy.typing import NDArray
 
 from switchcli.data.batch import Batch
-from switchcli.data.dataset import Chunks
+from switchcli.data.dataset import TokenDataset
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.store import Shard, TokenStore
-from switchcli.data.text_batches import TextStream
-from switchcli.data.text_mixture import Mixing, Mixture, Temperature, Weighted
+from switchcli.data.prepare.store import TokenShard, TokenStore
+from switchcli.data.text_batches import PreparedTextSource
+from switchcli.data.text_mixture import TemperatureMixing, TextMixing, TextMixture, WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.errors import RecipeError
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.prefetch import Loader
 
 TOKENS = [8_000, 1_000, 1]
 CORRUPTION = SpanCorruption(inputs_length=16)
-LENGTH = CORRUPTION.raw_length
+LENGTH = CORRUPTION.raw_tokens_per_row
 BATCH, MICROBATCH = 16, 2
 MC4 = [int(2.6e12 * 0.9**rank) for rank in range(101)]
 """Tokens of 101 languages, of which the smallest has a 40,000th of the largest."""
@@ -36,30 +36,30 @@ MC4 = [int(2.6e12 * 0.9**rank) for rank in range(101)]
 @pytest.mark.parametrize(
     ("mixing", "weights", "wanted"),
     [
-        (Weighted(), [1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),
-        (Weighted(), [3.0, 1.5, 0.5], [0.6, 0.3, 0.1]),
-        (Temperature(alpha=0.0), [1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),
-        (Temperature(alpha=1.0), [1.0, 1.0, 1.0], [8000 / 9001, 1000 / 9001, 1 / 9001]),
+        (WeightedMixing(), [1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),
+        (WeightedMixing(), [3.0, 1.5, 0.5], [0.6, 0.3, 0.1]),
+        (TemperatureMixing(alpha=0.0), [1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),
+        (TemperatureMixing(alpha=1.0), [1.0, 1.0, 1.0], [8000 / 9001, 1000 / 9001, 1 / 9001]),
         # 8000 ** 0.3 = 14.822688, 1000 ** 0.3 = 7.943282, 1 ** 0.3 = 1
-        (Temperature(), [1.0, 1.0, 1.0], [14.822688 / 23.76597, 7.943282 / 23.76597, 1 / 23.76597]),
-        (Temperature(alpha=0.0), [2.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),  # a recipe has no such weights
+        (TemperatureMixing(), [1.0, 1.0, 1.0], [14.822688 / 23.76597, 7.943282 / 23.76597, 1 / 23.76597]),
+        (TemperatureMixing(alpha=0.0), [2.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),  # a recipe has no such weights
     ],
 )
-def test_shares_are_those_by_hand(mixing: Mixing, weights: list[float], wanted: list[float]) -> None:
+def test_shares_are_those_by_hand(mixing: TextMixing, weights: list[float], wanted: list[float]) -> None:
     np.testing.assert_allclose(mixing.shares(TOKENS, weights, [1, 1, 1], 100), wanted, rtol=1e-6)
 
 
 def test_what_a_text_may_not_show_goes_to_the_others_in_proportion() -> None:
-    mixing = Weighted(max_epochs=2.0)
+    mixing = WeightedMixing(max_epochs=2.0)
     # 100 rows a run: at most 2 epochs of 5 rows are a tenth; 0.9 is left for 2 to 1.
     np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [500, 500, 5], 100), [0.6, 0.3, 0.1])
     # The second is full only because the third gave some to it: 2 epochs of 14 rows.
     np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [500, 14, 5], 100), [0.62, 0.28, 0.1])
     # As much as there is.
     np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [20, 20, 10], 100), [0.4, 0.4, 0.2])
-    nearly = Weighted(max_epochs=1.0).shares([1, 1], [1.0, 1.0], [499_999, 500_001], 10**6)
+    nearly = WeightedMixing(max_epochs=1.0).shares([1, 1], [1.0, 1.0], [499_999, 500_001], 10**6)
     np.testing.assert_allclose(nearly, [0.499999, 0.500001], rtol=1e-9)
-    np.testing.assert_allclose(Weighted().shares([1, 1], [1.0, 1.0], [1, 1], 10**6), [0.5, 0.5])
+    np.testing.assert_allclose(WeightedMixing().shares([1, 1], [1.0, 1.0], [1, 1], 10**6), [0.5, 0.5])
 
 
 def filled(wanted: list[float], most: list[float]) -> list[float]:
@@ -82,7 +82,11 @@ def test_capped_shares_are_those_of_filling_up_slowly(
     texts: list[tuple[int, float, int]], max_epochs: float, rows: int, alpha: float | None
 ) -> None:
     tokens, weights, rows_per_epoch = (list(column) for column in zip(*texts, strict=True))
-    mixing = Weighted(max_epochs=max_epochs) if alpha is None else Temperature(alpha=alpha, max_epochs=max_epochs)
+    mixing = (
+        WeightedMixing(max_epochs=max_epochs)
+        if alpha is None
+        else TemperatureMixing(alpha=alpha, max_epochs=max_epochs)
+    )
     wanted = mixing.weights(np.array(tokens), np.array(weights)).tolist()
     most = [max_epochs * each / rows for each in rows_per_epoch]
     assume(abs(sum(most) - 1) > 1e-9)  # whose rounding decides
@@ -97,15 +101,15 @@ def test_capped_shares_are_those_of_filling_up_slowly(
 
 
 def test_the_way_out_of_too_little_text_is_one() -> None:
-    mixing = Weighted(max_epochs=2.0)
+    mixing = WeightedMixing(max_epochs=2.0)
     with pytest.raises(RecipeError, match=naming_words("data.mixture.max_epochs 2 30 100 train.steps")) as raised:
         mixing.shares([1, 1], [1.0, 1.0], [20, 10], 100)
     (found,) = re.findall(r"\b\d+\.\d+", str(raised.value))
-    shares = Weighted(max_epochs=float(found)).shares([1, 1], [1.0, 1.0], [20, 10], 100)
+    shares = WeightedMixing(max_epochs=float(found)).shares([1, 1], [1.0, 1.0], [20, 10], 100)
     np.testing.assert_allclose(shares, [2 / 3, 1 / 3], atol=0.01)
 
 
-def shares_of(mixing: Mixing, tokens: list[int]) -> dict[str, float]:
+def shares_of(mixing: TextMixing, tokens: list[int]) -> dict[str, float]:
     found = mixing.shares(tokens, [1.0] * len(tokens), [10**9] * len(tokens), 1)
     return {f"text {number}": float(share) for number, share in enumerate(found)}
 
@@ -113,9 +117,9 @@ def shares_of(mixing: Mixing, tokens: list[int]) -> dict[str, float]:
 MIXTURES = {
     "thirds": {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3},
     "a small one": {"a": 0.7, "b": 0.2997, "c": 0.0003},
-    "101 languages, 0.3": shares_of(Temperature(alpha=0.3), MC4),
-    "101 languages, 0.7": shares_of(Temperature(alpha=0.7), MC4),
-    "101 languages, alike": shares_of(Temperature(alpha=0.0), MC4),
+    "101 languages, 0.3": shares_of(TemperatureMixing(alpha=0.3), MC4),
+    "101 languages, 0.7": shares_of(TemperatureMixing(alpha=0.7), MC4),
+    "101 languages, alike": shares_of(TemperatureMixing(alpha=0.0), MC4),
 }
 
 
@@ -123,22 +127,22 @@ MIXTURES = {
 @pytest.mark.parametrize("name", MIXTURES)
 def test_after_ten_thousand_rows_every_share_is_as_intended_within_a_hundredth(name: str, lanes: int) -> None:
     """Of itself, or by the rows that a lane's share is rounded by: 20 rows are no more than 20."""
-    mixture, rows = Mixture(MIXTURES[name], seed=7, lanes=lanes), 10_000
-    found = np.array([*mixture.shown(rows).values()])
+    mixture, rows = TextMixture(MIXTURES[name], seed=7, lanes=lanes), 10_000
+    found = np.array([*mixture.shares_after(rows).values()])
     intended = np.array([*MIXTURES[name].values()])
     assert found.sum() == pytest.approx(1)
     assert np.abs(found - intended).max() < 0.001
     off = np.abs(found - intended) * rows
     assert (off <= np.maximum(0.01 * intended * rows, 1.5 * np.sqrt(lanes) + 0.5)).all(), (off.max(), intended)
-    after_long = np.array([*mixture.shown(10**7 // lanes * lanes).values()])
+    after_long = np.array([*mixture.shares_after(10**7 // lanes * lanes).values()])
     np.testing.assert_allclose(after_long, intended, rtol=0.01)
 
 
 def test_a_share_of_less_than_a_row_of_the_longest_turn_is_refused_by_name() -> None:
     least = 2.0**-20
-    assert Mixture({"a": 1 - 2 * least, "b": 2 * least}, 0).shown(10**6)["b"] > 0
+    assert TextMixture({"a": 1 - 2 * least, "b": 2 * least}, 0).shares_after(10**6)["b"] > 0
     with pytest.raises(RecipeError, match=naming_words("data.mixture b 9.5e-07 1,048,576 language")):
-        Mixture({"a": 1 - 0.999 * least, "b": 0.999 * least}, 0)
+        TextMixture({"a": 1 - 0.999 * least, "b": 0.999 * least}, 0)
 
 
 @given(
@@ -148,7 +152,7 @@ def test_the_last_bits_of_shares_change_no_row(weights: list[float], up: list[bo
     """They are the processor's: a power or a sum may end in another bit on another."""
     shares = {str(number): weight / sum(weights) for number, weight in enumerate(weights)}
     other = {label: float(np.nextafter(share, one)) for (label, share), one in zip(shares.items(), up, strict=False)}
-    first, second = Mixture(shares, 0), Mixture(other, 0)
+    first, second = TextMixture(shares, 0), TextMixture(other, 0)
     assert first.identity == second.identity
     np.testing.assert_array_equal(first.turns[0](np.arange(500)), second.turns[0](np.arange(500)))
 
@@ -156,7 +160,7 @@ def test_the_last_bits_of_shares_change_no_row(weights: list[float], up: list[bo
 def test_the_identity_of_a_mixture_is_of_its_texts_and_how_often_each_comes() -> None:
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
     others = [{"a": 0.5, "b": 0.31, "c": 0.19}, {"a": 0.5, "b": 0.3, "d": 0.2}, {"a": 0.3, "b": 0.5, "c": 0.2}]
-    assert len({Mixture(one, 0).identity for one in (shares, *others)}) == 4
+    assert len({TextMixture(one, 0).identity for one in (shares, *others)}) == 4
 
 
 @given(
@@ -169,7 +173,7 @@ def test_shown_is_what_counting_the_turns_row_by_row_gives(
     weights: list[float], rows: int, seed: int, lanes: int
 ) -> None:
     shares = {str(number): weight / sum(weights) for number, weight in enumerate(weights)}
-    mixture = Mixture(shares, seed, lanes)
+    mixture = TextMixture(shares, seed, lanes)
     counts: Counter[str] = Counter()
     rows -= rows % lanes
     for turns in mixture.turns:
@@ -177,17 +181,17 @@ def test_shown_is_what_counting_the_turns_row_by_row_gives(
         counts.update(str(text) for text in text_R.tolist())
         for text in range(len(weights)):
             assert sorted(nth_R[text_R == text]) == list(range(np.count_nonzero(text_R == text))), "rows in order"
-    shown = mixture.shown(rows)
+    shown = mixture.shares_after(rows)
     assert shown == {label: pytest.approx(counts[label] / max(1, rows)) for label in shares}
-    assert mixture.compared(rows) == {
+    assert mixture.compare_with_intended(rows) == {
         label: {"shown": shown[label], "intended": round(share, 12)} for label, share in shares.items()
     }
 
 
 def test_turns_differ_among_lanes_seeds_and_from_one_to_the_next() -> None:
-    mixture = Mixture({"a": 0.5, "b": 0.3, "c": 0.2}, 0, lanes=2)
+    mixture = TextMixture({"a": 0.5, "b": 0.3, "c": 0.2}, 0, lanes=2)
     first, lane = (turns(np.arange(600))[0].tolist() for turns in mixture.turns)
-    other = Mixture(mixture.shares, 1).turns[0](np.arange(600))[0].tolist()
+    other = TextMixture(mixture.shares, 1).turns[0](np.arange(600))[0].tolist()
     assert first != lane != other != first
     assert first[:300] != first[300:]
     runs = np.diff(np.flatnonzero(np.diff(first)))
@@ -200,16 +204,16 @@ class _Sentinels:
     sentinels: NDArray[np.int64] = 60_000 - np.arange(100)
 
 
-def a_text(number: int) -> Chunks:
+def a_text(number: int) -> TokenDataset:
     """Its tokens are number * 1000 + 100 and so on."""
     length = LENGTH * (3 + 7 * number)
     tokens = (100 + 1000 * number + np.arange(length)).astype(np.uint16)
-    return Chunks([Shard.of(TokenStore(tokens, np.array([0, length])))], CORRUPTION, seed=3)
+    return TokenDataset([TokenShard.of(TokenStore(tokens, np.array([0, length])))], CORRUPTION, seed=3)
 
 
-def stream(shares: dict[str, float]) -> TextStream:
-    texts, mixture = [a_text(number) for number in range(len(shares))], Mixture(shares, seed=3)
-    return TextStream(texts, cast("Tokenizer", _Sentinels()), CORRUPTION, 3, BATCH, mixture)
+def stream(shares: dict[str, float]) -> PreparedTextSource:
+    texts, mixture = [a_text(number) for number in range(len(shares))], TextMixture(shares, seed=3)
+    return PreparedTextSource(texts, cast("Tokenizer", _Sentinels()), CORRUPTION, 3, BATCH, mixture)
 
 
 def texts_shown(batch: Batch) -> list[int]:
@@ -221,7 +225,7 @@ def test_rows_are_of_the_texts_that_the_turns_say_and_each_goes_through_its_own(
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
     found = stream(shares)
     shown = Counter(text for step in range(100) for text in texts_shown(found.batch(step, 0, BATCH)))
-    wanted = Mixture(shares, seed=3).shown(100 * BATCH)
+    wanted = TextMixture(shares, seed=3).shares_after(100 * BATCH)
     assert {label: shown[number] / (100 * BATCH) for number, label in enumerate(shares)} == wanted
     firsts: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for step in range(60):
@@ -229,7 +233,7 @@ def test_rows_are_of_the_texts_that_the_turns_say_and_each_goes_through_its_own(
         for row, text in zip(batch.inputs_BS.tolist(), texts_shown(batch), strict=True):
             firsts[text].append(row[0])  # is never hidden
     for text, shown_of_text in firsts.items():
-        raw_RL = a_text(text).raw(np.arange(len(shown_of_text)))
+        raw_RL = a_text(text).raw_rows(np.arange(len(shown_of_text)))
         assert shown_of_text == raw_RL[:, 0].tolist()
         assert len(raw_RL) > 3 * a_text(text).rows_per_epoch
 
@@ -242,7 +246,7 @@ def test_examples_are_the_same_on_any_ranks_and_with_any_workers(world: int, wor
     loaders = []
     for rank in range(world):
         batches = Microbatches(stream(shares), BATCH, MICROBATCH, 1, rank, world)
-        loaders.append(Loader(batches, workers, 3, Runtime("cpu", "float32")))
+        loaders.append(Loader(batches, workers, 3, DistributedContext("cpu", "float32")))
     steps = [(0, 8), (30, 36), (59, 60)]  # from the beginning, and where a run is resumed
     each = [chain(*(loader.from_step(*some) for some in steps)) for loader in loaders]
     for coming in zip(*each, strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.data.sources.files import Files
+from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.recipe import resolve
@@ -42,7 +42,7 @@ def test_a_pipe_a_device_and_a_folder_are_refused_at_once(pipe: Path) -> None:
 def test_every_file_that_a_recipe_names_must_be_regular(name: str, pipe: Path) -> None:
     path = pipe.parent / name
     with pytest.raises(DataError, match=r"\ba (pipe|device)\b"):
-        Files(paths=(str(path),)).pieces()
+        FilesCorpus(paths=(str(path),)).source_shards()
     with pytest.raises(DataError, match=r"\ba (pipe|device)\b"):
         Tokenizer.read(path)
     with pytest.raises(RecipeError, match=r"\ba (pipe|device)\b"):
@@ -68,6 +68,6 @@ def test_a_path_that_the_system_refuses_is_an_error_of_the_data(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(DataError, match=words):
-        Files(paths=(path,)).pieces()
+        FilesCorpus(paths=(path,)).source_shards()
     with pytest.raises(DataError):
         Tokenizer.read(Path(path))

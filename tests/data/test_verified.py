@@ -11,20 +11,20 @@ import pytest
 from damage import array_bytes
 
 from switchcli.data.prepare import verified as module
-from switchcli.data.prepare.store import TOKENS, StoreWriter, TokenStore, facts_of, seal
-from switchcli.data.prepare.verified import Verified
+from switchcli.data.prepare.store import TOKENS, StoreWriter, TokenStore, read_manifest, write_manifest
+from switchcli.data.prepare.verified import VerifiedFolder
 from switchcli.errors import DataError
 
 
 @pytest.fixture
-def mapped(tmp_path: Path) -> tuple[Verified, TokenStore, Path]:
+def mapped(tmp_path: Path) -> tuple[VerifiedFolder, TokenStore, Path]:
     """A store whose tokens are mapped, with the file that holds them."""
     with StoreWriter(tmp_path, "store", 100) as writer:
         writer.add(np.arange(100), starts_document=True)
-    seal(tmp_path, {})
-    facts = facts_of(tmp_path)
+    write_manifest(tmp_path, {})
+    facts = read_manifest(tmp_path)
     assert facts is not None
-    found = Verified(tmp_path, facts["files"], in_memory=False)
+    found = VerifiedFolder(tmp_path, facts["files"], in_memory=False)
     return found, TokenStore.open(found, "store"), tmp_path / "store.arrow"
 
 
@@ -36,12 +36,12 @@ def reverse(path: Path) -> None:
 
 
 def test_a_changed_file_is_found_by_each_check_until_its_content_is_back(
-    mapped: tuple[Verified, TokenStore, Path],
+    mapped: tuple[VerifiedFolder, TokenStore, Path],
 ) -> None:
     verified, store, path = mapped
-    store.take(slice(0, 5))
+    store.gather(slice(0, 5))
     verified.check()
-    store.take(slice(0, 5))
+    store.gather(slice(0, 5))
     reverse(path)
     for _ in range(2):
         with pytest.raises(DataError, match=str(path)):
@@ -51,10 +51,10 @@ def test_a_changed_file_is_found_by_each_check_until_its_content_is_back(
 
 
 def test_a_check_waits_for_the_result_of_another_thread(
-    mapped: tuple[Verified, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
+    mapped: tuple[VerifiedFolder, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified, store, path = mapped
-    store.take(slice(0, 5))
+    store.gather(slice(0, 5))
     reverse(path)
     monkeypatch.setattr(module, "_WRITE_SECONDS", 0.5)
     with ThreadPoolExecutor(1) as pool:
@@ -67,16 +67,16 @@ def test_a_check_waits_for_the_result_of_another_thread(
 
 
 def test_a_file_that_another_machine_removed_is_named(
-    mapped: tuple[Verified, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
+    mapped: tuple[VerifiedFolder, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified, store, path = mapped
-    store.take(slice(0, 5))
+    store.gather(slice(0, 5))
 
     def stale(descriptor: int) -> os.stat_result:
         raise OSError(errno.ESTALE, "Stale file handle")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", stale)
-        for act in (verified.check, lambda: store.take(slice(0, 5))):
+        for act in (verified.check, lambda: store.gather(slice(0, 5))):
             with pytest.raises(DataError, match=str(path)):
                 act()

@@ -15,7 +15,7 @@ from tiny import NOISY, rows
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.fsops import DISK
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import SwitchError
@@ -23,9 +23,9 @@ from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train import loop
 from switchcli.train.callbacks import SaveCallback
-from switchcli.train.checkpointer import DATA, Saver
+from switchcli.train.checkpointer import DATA, Checkpointer
 from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loss import Always, cross_entropy
+from switchcli.train.loss import FixedLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor
 from switchcli.train.schedules import InverseSquareRoot
@@ -60,23 +60,23 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     """How a run ends on this rank: kind, words and code of its error, and the step that it has reached."""
     torch.set_num_threads(1)
     loop.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignment]  # no clock in state.json
-    runtime = Runtime("cpu", "float32", parallel)
+    context = DistributedContext("cpu", "float32", parallel)
     with torch.device("meta"):
         model = SwitchTransformer(NOISY)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(NOISY, 0, weights.experts))
-    state, optimizer = TrainState(), Adafactor(min_dim_to_factor=8).build(weights.parameters, weights.cuts)
+    weights = context.parallelize(model)
+    weights.load_full(initial_weights(NOISY, 0, weights.experts))
+    state, optimizer = TrainState(), Adafactor(min_dim_to_factor=8).build(weights.parameters, weights.layouts)
     settings = CheckpointSpec(keep_last=9, background=background)
-    disk = SlowDisk(0.02 * (1 + runtime.rank), runtime.rank == full_on)
-    saver = Saver(folder, weights, optimizer, runtime, {DATA: b"{}"}, settings, disk)
-    batches, stop = Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks), StopRequest()
+    disk = SlowDisk(0.02 * (1 + context.rank), context.rank == full_on)
+    saver = Checkpointer(folder, weights, optimizer, context, {DATA: b"{}"}, settings, disk)
+    batches, stop = Microbatches(rows, 8, 2, 1, context.dp_rank, context.dp_size), StopRequest()
     callbacks = [SaveCallback(EVERY, saver)]
     spec = TrainSpec(steps=STEPS, batch_tokens=1)
-    wrapped, schedule = runtime.wrap(model), InverseSquareRoot()
+    wrapped, schedule = context.wrap(model), InverseSquareRoot()
     try:
-        with saver.beside_training(stop, NoWarnings()):
+        with saver.background_saves(stop, NoWarnings()):
             if not trained_to_the_end(
-                state, wrapped, Always(cross_entropy), batches, optimizer, schedule, runtime, callbacks, spec, stop
+                state, wrapped, FixedLoss(cross_entropy), batches, optimizer, schedule, context, callbacks, spec, stop
             ):
                 saver.save(state)
     except SwitchError as error:

@@ -13,28 +13,28 @@ from ranks import on_ranks
 from tiny import SOURCE, TARGET, rows
 
 from switchcli.checkpoint import checkpoint, tensor_file
-from switchcli.checkpoint.tensor_file import Kind
-from switchcli.convert.config import Lengths
-from switchcli.convert.to_transformers import express, translate
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import here
+from switchcli.checkpoint.tensor_file import TensorSpec
+from switchcli.convert.config import StackLengths
+from switchcli.convert.to_transformers import rename_tensors, transformers_config
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import local_values
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import CheckpointError
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.planner.step import Mesh, held
+from switchcli.planner.step import Mesh, rank_weights
 from switchcli.runs import transformers_checkpoint
-from switchcli.train.checkpointer import DATA, Saver, logical_tensors
+from switchcli.train.checkpointer import DATA, Checkpointer, logical_tensors
 from switchcli.train.config import CheckpointSpec, TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import Always, cross_entropy
+from switchcli.train.loss import FixedLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
 from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
-from switchcli.train.validation import HeldOutText, evaluate, shared
+from switchcli.train.validation import HeldOutText, evaluate, rank_batches
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
 OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
@@ -53,32 +53,32 @@ def going_on(
 ) -> Figures:
     """Restore what is in `folder`, if anything, train up to `steps`, save. The figure found there, and that left."""
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32", parallel)
+    context = DistributedContext("cpu", "float32", parallel)
     with torch.device("meta"):
         model = SwitchTransformer(spec)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(spec, 0, weights.experts))
-    state, built = TrainState(), optimizer.build(weights.parameters, weights.cuts)
+    weights = context.parallelize(model)
+    weights.load_full(initial_weights(spec, 0, weights.experts))
+    state, built = TrainState(), optimizer.build(weights.parameters, weights.layouts)
     settings = CheckpointSpec(save_every_steps=1, keep_last=99, keep_best=False)
-    saver = Saver(folder, weights, built, runtime, DOCUMENTS, settings)
+    saver = Checkpointer(folder, weights, built, context, DOCUMENTS, settings)
     saver.restore(state, NoWarnings())
-    held_out = shared(
-        HeldOutText(lambda first, count: rows(99, first, count), 8), 2, runtime.data_rank, runtime.data_ranks
+    held_out = rank_batches(
+        HeldOutText(lambda first, count: rows(99, first, count), 8), 2, context.dp_rank, context.dp_size
     )
 
     def figure() -> float:
-        return float(evaluate(model, cross_entropy, held_out, runtime)["neg_log_perplexity"].value())
+        return float(evaluate(model, cross_entropy, held_out, context)["neg_log_perplexity"].value())
 
     found = figure()
     if state.step < steps:
         fit(
             state,
-            runtime.wrap(model),
-            Always(cross_entropy),
-            Microbatches(rows, 8, 2, 1, runtime.data_rank, runtime.data_ranks),
+            context.wrap(model),
+            FixedLoss(cross_entropy),
+            Microbatches(rows, 8, 2, 1, context.dp_rank, context.dp_size),
             built,
             InverseSquareRoot(),
-            runtime,
+            context,
             [],
             TrainSpec(steps=steps, batch_tokens=1),
             StopRequest(),
@@ -87,7 +87,7 @@ def going_on(
     return {
         "found": found,
         "left": figure(),
-        "held": sum(here(weight).numel() for weight in weights.parameters.values()),
+        "held": sum(local_values(weight).numel() for weight in weights.parameters.values()),
     }
 
 
@@ -98,26 +98,26 @@ def at(mesh: str, *arguments: object) -> list[Figures]:
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights by their logical names, then the optimizer's."""
-    found = checkpoint.Checkpoint.open(checkpoint.path(folder, step))
+    found = checkpoint.Checkpoint.open(checkpoint.checkpoint_path(folder, step))
     return {
         name: tensor
         for group in ("model", "optimizer")
         for name, tensor in found.read(
-            group, {name: on_meta(kind) for name, kind in found.kinds(group).items()}
+            group, {name: on_meta(kind) for name, kind in found.tensor_specs(group).items()}
         ).items()
     }
 
 
 def exported(folder: Path, step: int) -> bytes:
     """The weights of a checkpoint as `switchcli convert --to huggingface` writes them."""
-    found = checkpoint.Checkpoint.open(checkpoint.path(folder, step))
-    config, _ = express(NOISY, Lengths(SOURCE, TARGET), found.path, torch.float32)
+    found = checkpoint.Checkpoint.open(checkpoint.checkpoint_path(folder, step))
+    config, _ = transformers_config(NOISY, StackLengths(SOURCE, TARGET), found.path, torch.float32)
     with torch.device("meta"):
         wanted = logical_tensors(SwitchTransformer(NOISY))
-    return tensor_file.encode(translate(config, found.read("model", wanted)))
+    return tensor_file.encode(rename_tensors(config, found.read("model", wanted)))
 
 
-def on_meta(kind: Kind) -> torch.Tensor:
+def on_meta(kind: TensorSpec) -> torch.Tensor:
     return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
 
 
@@ -141,7 +141,7 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Pa
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
     before, export = tensors(tmp_path, 2), exported(tmp_path, 2)
     for mesh, (world, parallel) in MESHES.items():
-        own = held(dict(transformers_checkpoint.empty(NOISY).named_parameters()), {}, parallel.model)
+        own = rank_weights(dict(transformers_checkpoint.meta_model(NOISY).named_parameters()), {}, parallel.model)
         data = world // parallel.model
         divided = own.expert_shards(Mesh(data, parallel.expert, parallel.model, parallel.shard))
         assert divided == (1 if parallel.shard == "none" else data // parallel.expert)

@@ -1,4 +1,4 @@
-"""Runtime: failures of the main rank reach all, integers add up, precision is the recipe's."""
+"""DistributedContext: failures of the main rank reach all, integers add up, precision is the recipe's."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from ranks import on_ranks
 from tiny import SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ParallelSpec
 from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError, SwitchError
 from switchcli.model.init import initial_weights
@@ -27,21 +27,21 @@ def full() -> str:
 
 
 def two_ranks() -> dict[str, object]:
-    runtime = Runtime("cpu", "float32")
+    context = DistributedContext("cpu", "float32")
     try:
-        runtime.on_main(full)
+        context.main_only(full)
         failure: tuple[str, int] | None = None
     except (CheckpointError, OtherRankError) as error:
         failure = (type(error).__name__, error.exit_code)
-    model = a_model(seed=runtime.rank)
-    runtime.wrap(model)
+    model = a_model(seed=context.rank)
+    context.wrap(model)
     return {
         "failure": failure,
-        "after": runtime.on_main(lambda: runtime.rank + 41),
-        "sum": runtime.sum_over_ranks([1, runtime.rank, 2**40]),
-        "from main": runtime.from_main(7 - runtime.rank),
-        "tensor": runtime.all_reduce(torch.full((2,), 0.5 + runtime.rank, dtype=torch.float64)).tolist(),
-        "main": runtime.is_main,
+        "after": context.main_only(lambda: context.rank + 41),
+        "sum": context.sum_over_ranks([1, context.rank, 2**40]),
+        "from main": context.from_main(7 - context.rank),
+        "tensor": context.all_reduce(torch.full((2,), 0.5 + context.rank, dtype=torch.float64)).tolist(),
+        "main": context.is_main,
         "weight": model.embedding.detach().numpy(),
     }
 
@@ -59,15 +59,15 @@ def test_two_ranks_act_as_one() -> None:
 
 
 def test_one_process_alone() -> None:
-    runtime = Runtime("auto", "float32")
-    assert (runtime.rank, runtime.world, runtime.is_main) == (0, 1, True)
-    assert runtime.sum_over_ranks([3, 4]) == [3, 4]
-    assert runtime.from_main(5) == 5
-    assert runtime.on_main(lambda: "done") == "done"
+    context = DistributedContext("auto", "float32")
+    assert (context.rank, context.world, context.is_main) == (0, 1, True)
+    assert context.sum_over_ranks([3, 4]) == [3, 4]
+    assert context.from_main(5) == 5
+    assert context.main_only(lambda: "done") == "done"
     with pytest.raises(CheckpointError):
-        runtime.on_main(full)
+        context.main_only(full)
     batch = Batch(torch.ones(1, 2), torch.zeros(1, 3))
-    assert isinstance(runtime.place(batch), Batch)
+    assert isinstance(context.to_device(batch), Batch)
 
 
 @pytest.mark.slow
@@ -77,8 +77,8 @@ def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
     script = """
 import resource
 import torch
-from switchcli.distributed.context import Runtime
-Runtime("cpu", "float32")
+from switchcli.distributed.context import DistributedContext
+DistributedContext("cpu", "float32")
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**24)
 before = faults()
@@ -91,36 +91,36 @@ print(faults() - before)
 
 def test_autocast_is_bfloat16_only_when_the_recipe_says_so() -> None:
     x = torch.ones(2, 2)
-    with Runtime("cpu", "float32").autocast():
+    with DistributedContext("cpu", "float32").autocast():
         assert (x @ x).dtype == torch.float32
-    with Runtime("cpu", "bfloat16").autocast():
+    with DistributedContext("cpu", "bfloat16").autocast():
         assert (x @ x).dtype == torch.bfloat16
 
 
 def test_cuda_is_not_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError, match=r"train\.device\b.*\bcuda\b.*\bauto\b.*\bcpu\b"):
-        Runtime("cuda", "float32")
+        DistributedContext("cuda", "float32")
 
 
 def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    Runtime("cpu", "float32")  # accelerate keeps the first answer of a process: one rank
+    DistributedContext("cpu", "float32")  # accelerate keeps the first answer of a process: one rank
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(DistributedError, match=r"\b2 ranks\b.*\b1\b.*--processes\b.*\btorchrun\b"):
-        Runtime("cpu", "float32")
+        DistributedContext("cpu", "float32")
 
 
 def every_rank_writes(failing: int | None) -> tuple[str, str, int]:
     """How a rank leaves `on_every`: by what it returned or raised, with which words and code."""
-    runtime = Runtime("cpu", "float32")
+    context = DistributedContext("cpu", "float32")
 
     def write() -> str:
-        if runtime.rank == failing:
+        if context.rank == failing:
             raise CheckpointError("no space left: free some")
-        return f"written by {runtime.rank}"
+        return f"written by {context.rank}"
 
     try:
-        return "", runtime.on_every(write), 0
+        return "", context.on_all_ranks(write), 0
     except SwitchError as error:
         return type(error).__name__, str(error), error.exit_code
 
@@ -139,16 +139,16 @@ def test_what_a_rank_fails_with_is_said_by_the_main_one() -> None:
 def steps_of_shards() -> list[int]:
     """Hooks on the weight that a sharded model returns with its output, after each of three steps."""
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32", ParallelSpec(shard="zero3"))
+    context = DistributedContext("cpu", "float32", ParallelSpec(shard="zero3"))
     with torch.device("meta"):
         model = SwitchTransformer(SPARSE)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(SPARSE, 0, weights.experts))
+    weights = context.parallelize(model)
+    weights.load_full(initial_weights(SPARSE, 0, weights.experts))
     found = []
     for step in range(3):
         batch = rows(step, 0, 2)
         microbatches = [Microbatch(0, batch, RealTokens.of(batch))]
-        accumulate_gradients(model.train(), cross_entropy, microbatches, microbatches[0].real, runtime, "")
+        accumulate_gradients(model.train(), cross_entropy, microbatches, microbatches[0].real, context, "")
         with torch.no_grad():
             found.append(len(model(*rows(step, 0, 2)[:2]).vocabulary.weight_VD._backward_hooks or ()))
     return found

@@ -12,18 +12,18 @@ from ranks import on_ranks
 from tiny import NOISY, SPARSE, a_model, rows
 from torch import nn
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ParallelSpec, check_world
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import RecipeError
 from switchcli.model.init import initial_weights
 from switchcli.model.recompute import recompute_blocks
-from switchcli.model.trainable import Group, freeze, trainable
+from switchcli.model.trainable import TrainableSet, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.config import TrainSpec
 from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loop import accumulate_gradients, fit
-from switchcli.train.loss import Always, Objective, cross_entropy
+from switchcli.train.loss import FixedLoss, Objective, cross_entropy
 from switchcli.train.microbatches import Microbatches, RealTokens
 from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
 from switchcli.train.schedules import InverseSquareRoot
@@ -69,40 +69,40 @@ def same(one: Arrays, other: Arrays) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
 
 
-def summed(runtime: Runtime, batch: int, sequences: int) -> Arrays:
+def summed(context: DistributedContext, batch: int, sequences: int) -> Arrays:
     """The gradient of a step's loss as this rank has it at its end."""
     model = a_model(NOISY).train()
-    if runtime.rank:
+    if context.rank:
         nn.init.zeros_(model.embedding)  # `wrap` has the first rank's weights taken
-    batches = Microbatches(rows, batch, sequences, 1, runtime.data_rank, runtime.data_ranks)
-    accumulate_gradients(runtime.wrap(model), cross_entropy, batches(0), REAL, runtime, "noise")
+    batches = Microbatches(rows, batch, sequences, 1, context.dp_rank, context.dp_size)
+    accumulate_gradients(context.wrap(model), cross_entropy, batches(0), REAL, context, "noise")
     return [parameter.grad.numpy() for parameter in model.parameters()]
 
 
 def trained(
-    runtime: Runtime,
+    context: DistributedContext,
     optimizer: OptimizerSpec,
     objective: Objective = cross_entropy,
-    group: Group = "all",
+    group: TrainableSet = "all",
     recomputed: bool = False,
 ) -> dict[str, bytes]:
     """Weights and optimizer state after six steps of twelve microbatches, with noise and clipping."""
     with torch.device("meta"):
         model = SwitchTransformer(NOISY)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(NOISY, 0, weights.experts))
+    weights = context.parallelize(model)
+    weights.load_full(initial_weights(NOISY, 0, weights.experts))
     freeze(model, group)
     if recomputed:
         recompute_blocks(model)
     built = optimizer.build(trainable(model))
     fit(
         TrainState(),
-        runtime.wrap(model),
-        Always(objective),
-        Microbatches(rows, 24, 2, 1, runtime.data_rank, runtime.data_ranks),
+        context.wrap(model),
+        FixedLoss(objective),
+        Microbatches(rows, 24, 2, 1, context.dp_rank, context.dp_size),
         built,
         InverseSquareRoot(),
-        runtime,
+        context,
         [],
         TrainSpec(steps=6, batch_tokens=1, seed=3, clip_norm=0.05),
         StopRequest(),
@@ -128,7 +128,7 @@ RUNS = {
 def every(parallel: ParallelSpec) -> tuple[dict[tuple[int, int], Arrays], dict[str, dict[str, bytes]]]:
     """All sums and runs of this rank."""
     torch.set_num_threads(1)
-    exact, rounded = Runtime("cpu", "float32", parallel), Runtime("cpu", "selective", parallel)
+    exact, rounded = DistributedContext("cpu", "float32", parallel), DistributedContext("cpu", "selective", parallel)
     sums = {
         (batch, sequences): summed(exact, batch, sequences)
         for batch, sequences in BATCHES
@@ -140,7 +140,7 @@ def every(parallel: ParallelSpec) -> tuple[dict[tuple[int, int], Arrays], dict[s
 
 def as_it_comes() -> dict[str, bytes]:
     torch.set_num_threads(1)
-    return RUNS["adamw"](Runtime("cpu", "float32"))
+    return RUNS["adamw"](DistributedContext("cpu", "float32"))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_the_other_way_they_are_not(on_one: Any) -> None:
 
 
 def test_what_a_failed_step_left_is_forgotten() -> None:
-    runtime, model = Runtime("cpu", "float32", ORDERED), a_model(NOISY).train()
+    context, model = DistributedContext("cpu", "float32", ORDERED), a_model(NOISY).train()
     batches = Microbatches(rows, 4, 1, 1, 0, 1)(0)
 
     def failing(module: nn.Module, batch: Any) -> Any:
@@ -189,9 +189,9 @@ def test_what_a_failed_step_left_is_forgotten() -> None:
         return cross_entropy(module, batch)
 
     with pytest.raises(ArithmeticError):
-        accumulate_gradients(model, failing, batches, REAL, runtime, "noise")
+        accumulate_gradients(model, failing, batches, REAL, context, "noise")
     model.zero_grad()
-    accumulate_gradients(model, cross_entropy, batches, REAL, runtime, "noise")
+    accumulate_gradients(model, cross_entropy, batches, REAL, context, "noise")
     expected = tree([alone(number, 1) for number in range(4)])
     assert same([parameter.grad.numpy() for parameter in model.parameters()], expected)
 

@@ -12,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 from ranks import on_ranks
 
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.expert_parallel import Parts, exchange, spread_experts
-from switchcli.distributed.mesh import ParallelSpec, Shared, Wire
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.expert_parallel import SplitSizes, exchange, shard_experts
+from switchcli.distributed.mesh import CommDtype, ParallelSpec, RankGroup
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, evaluating
-from switchcli.model.moe.router import RouterSpec, Switch, TopK
+from switchcli.model.moe.router import RouterSpec, SwitchRouter, TopKRouter
 
 RANKS, EXPERTS, BATCH, LENGTH, D = 2, 6, 4, 7, 6
 ROUTERS: dict[str, RouterSpec] = {
-    "capacity": Switch(capacity_factor=0.8, min_capacity=1, jitter=0.0),
-    "dropless": Switch(capacity_factor="dropless", jitter=0.0),
-    "top-2": TopK(capacity_factor=0.8, min_capacity=1, jitter=0.0, keep_threshold=0.0),
+    "capacity": SwitchRouter(capacity_factor=0.8, min_capacity=1, jitter=0.0),
+    "dropless": SwitchRouter(capacity_factor="dropless", jitter=0.0),
+    "top-2": TopKRouter(capacity_factor=0.8, min_capacity=1, jitter=0.0, keep_threshold=0.0),
 }
 SHAPE = {"d_model": D, "d_ff": 5, "num_heads": 2, "num_layers": 1, "num_experts": EXPERTS, "sparse_every": 1}
 Arrays = dict[str, NDArray[Any]]
@@ -67,39 +67,39 @@ class Answer(NamedTuple):
 
     layers: dict[str, tuple[Arrays, Arrays]]
     """Outputs and gradients of the weights, by router."""
-    bfloat16: dict[Wire, Arrays]
+    bfloat16: dict[CommDtype, Arrays]
     exchanged: list[tuple[NDArray[Any], NDArray[Any]]]
     """What the rank receives, and the gradient of what it sends."""
 
 
 def on_a_rank() -> Answer:
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32", ParallelSpec(expert=RANKS))
-    ranks = runtime.groups.experts
+    context = DistributedContext("cpu", "float32", ParallelSpec(expert=RANKS))
+    ranks = context.groups.experts
     assert ranks is not None
 
-    def spread(router: RouterSpec, wire: Wire) -> SwitchLayer:
+    def spread(router: RouterSpec, comm_dtype: CommDtype) -> SwitchLayer:
         layer = a_layer(router)
-        spread_experts(layer, ranks, wire)
+        shard_experts(layer, ranks, comm_dtype)
         assert len(layer.experts.wi) == EXPERTS // RANKS
         return layer
 
     layers, bfloat16 = {}, {}
     for name, router in ROUTERS.items():
         layer = spread(router, "compute")
-        layers[name] = outputs(layer, runtime.rank), gradients(layer)
-    for wire in get_args(Wire):
-        bfloat16[wire] = outputs(spread(ROUTERS["capacity"], wire), runtime.rank, bfloat16=True)
+        layers[name] = outputs(layer, context.rank), gradients(layer)
+    for comm_dtype in get_args(CommDtype):
+        bfloat16[comm_dtype] = outputs(spread(ROUTERS["capacity"], comm_dtype), context.rank, bfloat16=True)
     # Rank 0 sends one row to itself and three to rank 1; rank 1 sends two rows to each.
-    unequal = (Parts([1, 3], [1, 2]), Parts([2, 2], [3, 2]))[runtime.rank]
-    return Answer(layers, bfloat16, [exchanged(sizes, ranks) for sizes in (Parts(None, None), unequal)])
+    unequal = (SplitSizes([1, 3], [1, 2]), SplitSizes([2, 2], [3, 2]))[context.rank]
+    return Answer(layers, bfloat16, [exchanged(sizes, ranks) for sizes in (SplitSizes(None, None), unequal)])
 
 
-def exchanged(sizes: Parts, ranks: Shared) -> tuple[NDArray[Any], NDArray[Any]]:
+def exchanged(sizes: SplitSizes, ranks: RankGroup) -> tuple[NDArray[Any], NDArray[Any]]:
     """Exchange a transposed tensor. All entries of the gradient of a sum share one place in memory."""
-    x_DS = (torch.arange(12.0).view(3, 4) + 100 * ranks.place).requires_grad_()
+    x_DS = (torch.arange(12.0).view(3, 4) + 100 * ranks.rank).requires_grad_()
     received_SD = exchange(x_DS.mT, sizes, ranks, "compute")
-    (received_SD.sum() * (1 + ranks.place)).backward()
+    (received_SD.sum() * (1 + ranks.rank)).backward()
     return received_SD.detach().numpy(), x_DS.grad.numpy()
 
 
@@ -124,12 +124,14 @@ def test_outputs_and_gradients_equal_those_of_one_process(kind: str, answers: li
     np.testing.assert_allclose(routers, whole["router.weight"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("wire", get_args(Wire))
-def test_what_travels_in_float32_is_computed_in_bfloat16_all_the_same(wire: Wire, answers: list[Answer]) -> None:
+@pytest.mark.parametrize("comm_dtype", get_args(CommDtype))
+def test_what_travels_in_float32_is_computed_in_bfloat16_all_the_same(
+    comm_dtype: CommDtype, answers: list[Answer]
+) -> None:
     """Rows of bfloat16 come through either wire unchanged, so that every output is bit for bit that of one process."""
     layer = a_layer(ROUTERS["capacity"])
     for rank, answer in enumerate(answers):
-        alone, found = outputs(layer, rank, bfloat16=True), answer.bfloat16[wire]
+        alone, found = outputs(layer, rank, bfloat16=True), answer.bfloat16[comm_dtype]
         for name in ("outputs", "inputs' gradient"):
             np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
 

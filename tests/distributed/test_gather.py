@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.gather import all_gather
 from switchcli.distributed.mesh import ALONE
 
@@ -27,13 +27,13 @@ def gathered(old_torch: bool) -> tuple[list[list[int]], list[str], bool]:
                 return new_name(*arguments, **named)
 
             dist.all_gather_single = counted
-    runtime = Runtime("cpu", "float32", ALONE)
-    own = torch.arange(6).view(3, 2) + 100 * runtime.rank
+    context = DistributedContext("cpu", "float32", ALONE)
+    own = torch.arange(6).view(3, 2) + 100 * context.rank
     found = own.new_empty(6, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 calls the older name deprecated
         all_gather(found, own, None)
-        texts = runtime.told("main" if runtime.rank == 0 else "second rank")
+        texts = context.all_gather_text("main" if context.rank == 0 else "second rank")
     return found.tolist(), texts, called
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.distributed.launch import Ended, is_rank, join_srun, launch, report, saving_seconds
-from switchcli.errors import DataError, DistributedError, LostRank
+from switchcli.distributed.launch import Exit, is_rank, join_srun, launch, saving_seconds, write_error_file
+from switchcli.errors import DataError, DistributedError, LostRankError
 
 LAUNCH = """
 import os, signal, sys
@@ -129,9 +129,9 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path
         assert "told: the rule\n" in done.stdout
         assert "Traceback" not in done.stderr
     if what == "die":
-        assert re.search(r"LostRank: .*\brank 1\b.*\b4\b", done.stderr)
+        assert re.search(r"LostRankError: .*\brank 1\b.*\b4\b", done.stderr)
     if what == "kill":
-        assert re.search(r"LostRank: .*\brank 1\b.*\bSIGKILL\b", done.stderr)
+        assert re.search(r"LostRankError: .*\brank 1\b.*\bSIGKILL\b", done.stderr)
 
 
 @pytest.mark.fast("SIGUSR1")
@@ -167,7 +167,7 @@ def test_a_rank_that_hangs_when_another_fails_is_killed_and_not_blamed(tmp_path:
 
 @pytest.mark.slow
 def test_a_rank_that_is_suspended_while_the_others_find_one_gone_is_the_one_that_is_named(tmp_path: Path) -> None:
-    assert re.search(r"LostRank: .*\brank 1\b.*\bhung\b", launched("suspended", tmp_path).stderr)
+    assert re.search(r"LostRankError: .*\brank 1\b.*\bhung\b", launched("suspended", tmp_path).stderr)
 
 
 def test_a_rank_that_is_ended_by_another_that_has_saved_is_not_lost(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_torchrun_gets_the_saving_time_only_where_it_takes_one(
     monkeypatch.setattr("torch.distributed.run.get_args_parser", Parser)
     monkeypatch.setattr("torch.distributed.run.run", lambda _: None)
     monkeypatch.setattr("logging.disable", lambda _: None)
-    assert launch(2, ["pretrain"]) == Ended(0, None)
+    assert launch(2, ["pretrain"]) == Exit(0, None)
     assert [option for option in given[0] if "shutdown" in option] == ["--shutdown-timeout=300"] * has_option
     assert saving_seconds() == (300 if has_option else 30)
 
@@ -220,21 +220,21 @@ def test_a_rank_of_torchrun_reports_why_it_ends(tmp_path: Path, monkeypatch: pyt
     file = tmp_path / "error.json"
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.delenv("SWITCHCLI_LAUNCHER", raising=False)
-    assert not report(DataError("why"), "why")
+    assert not write_error_file(DataError("why"), "why")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    assert not report(DataError("why"), "why")
+    assert not write_error_file(DataError("why"), "why")
     told = json.loads(file.read_text())
     assert (told["message"], told["exit_code"], told["where"]) == ("why", 3, "")
     assert abs(told["timestamp"] - time.time()) < 60
     monkeypatch.setenv("SWITCHCLI_LAUNCHER", "1")
-    lost = LostRank("rank 0 has ended")
+    lost = LostRankError("rank 0 has ended")
     lost.add_note("after step 7")
-    assert report(lost, "why")
+    assert write_error_file(lost, "why")
     told = json.loads(file.read_text())
     assert (told["exit_code"], told["where"]) == (6, "after step 7")
     assert [*tmp_path.iterdir()] == [file]
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
-    assert not report(lost, "why")
+    assert not write_error_file(lost, "why")
 
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}

@@ -9,13 +9,13 @@ import torch
 from ranks import model_of, on_ranks
 from tiny import SHAPE, SPARSE, rows
 
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import here, is_stacked
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import is_stacked, local_values
 from switchcli.distributed.mesh import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import cross_entropy
@@ -27,7 +27,7 @@ LARGE = ModelSpec(
     **{**SHAPE, "d_model": 256, "d_ff": 1024},
     num_experts=128,
     sparse_every=1,
-    router=Switch(capacity_factor=8.0, min_capacity=1),
+    router=SwitchRouter(capacity_factor=8.0, min_capacity=1),
 )
 ROOM = 1216 * MIB
 """Of address space beyond what a rank takes before it has a model; half of it is for what threads of gloo reserve."""
@@ -35,18 +35,18 @@ ROOM = 1216 * MIB
 
 def trained(parallel: ParallelSpec) -> str:
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32", parallel)
+    context = DistributedContext("cpu", "float32", parallel)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         with torch.device("meta"):
             model = SwitchTransformer(LARGE)
-        weights = runtime.spread(model)
-        weights.fill(initial_weights(LARGE, 0, weights.experts))
-        optimizer = Adafactor().build(weights.parameters, weights.cuts)
-        batches = Microbatches(rows, 4, 1, 1, runtime.rank, runtime.world)
-        accumulate_gradients(runtime.wrap(model), cross_entropy, list(batches(0)), RealTokens(12, 9), runtime, "")
+        weights = context.parallelize(model)
+        weights.load_full(initial_weights(LARGE, 0, weights.experts))
+        optimizer = Adafactor().build(weights.parameters, weights.layouts)
+        batches = Microbatches(rows, 4, 1, 1, context.rank, context.world)
+        accumulate_gradients(context.wrap(model), cross_entropy, list(batches(0)), RealTokens(12, 9), context, "")
         optimizer.step(1e-3)
     except RuntimeError as error:
         return str(error)
@@ -65,12 +65,14 @@ def test_experts_that_one_rank_has_no_room_for_train_on_four() -> None:
 def expert_bytes(parallel: ParallelSpec) -> int:
     """Bytes of the gradients and of AdamW's state of the experts on this rank, after one step."""
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32", parallel)
-    model, weights = model_of(SPARSE, runtime)
-    optimizer = AdamW().build(weights.parameters, weights.cuts)
-    batches = Microbatches(rows, 8, 1, 1, runtime.rank, runtime.world)
-    accumulate_gradients(runtime.wrap(model), cross_entropy, list(batches(0)), RealTokens(36, 27), runtime, "")
-    gradients = {name: here(weight.grad) for name, weight in weights.parameters.items() if weight.grad is not None}
+    context = DistributedContext("cpu", "float32", parallel)
+    model, weights = model_of(SPARSE, context)
+    optimizer = AdamW().build(weights.parameters, weights.layouts)
+    batches = Microbatches(rows, 8, 1, 1, context.rank, context.world)
+    accumulate_gradients(context.wrap(model), cross_entropy, list(batches(0)), RealTokens(36, 27), context, "")
+    gradients = {
+        name: local_values(weight.grad) for name, weight in weights.parameters.items() if weight.grad is not None
+    }
     optimizer.step(1e-3)
     tensors = {**gradients, **{name: state for name, state in optimizer.state().items() if state.ndim}}
     return sum(tensor.nbytes for name, tensor in tensors.items() if is_stacked(name))

@@ -21,9 +21,9 @@ from ranks import MESHES, model_of, on_ranks
 from tiny import DROPPING, TO_DIVIDE, a_model, rows
 from torch import nn
 
-from switchcli.data.batch import Answers, Batch, Lesson
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import Part, here
+from switchcli.data.batch import Batch, DistillBatch, TeacherTopK
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import LocalPart, local_values
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
@@ -32,22 +32,22 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.losses import AuxiliaryLoss
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.recompute import recompute_blocks
-from switchcli.model.trainable import Group, freeze, members, trainable
+from switchcli.model.trainable import TrainableSet, freeze, trainable, trainable_members
 from switchcli.report.console import silent
 from switchcli.spec import PAD
 from switchcli.train.callbacks import Callback, LogCallback, ValidationCallback
 from switchcli.train.config import Precision, TrainSpec
 from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loop import fit
-from switchcli.train.loss import Always, Objective, StepLoss, cross_entropy
+from switchcli.train.loss import FixedLoss, Objective, StepLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor, AdamW, Optimizer, OptimizerSpec
 from switchcli.train.prefetch import Loader
 from switchcli.train.schedules import InverseSquareRoot
 from switchcli.train.state import TrainState
-from switchcli.train.validation import HeldOutText, evaluate, reduce, shared
+from switchcli.train.validation import HeldOutText, evaluate, rank_batches, reduce
 
 DENSE, GROUPED, NOISY, SPARSE = (
     spec.model_copy(update=TO_DIVIDE) for spec in (tiny.DENSE, tiny.GROUPED, tiny.NOISY, tiny.SPARSE)
@@ -64,7 +64,7 @@ class Recorder(Optimizer):
 
     def step(self, learning_rate: float) -> None:
         self.seen = {
-            name: Part(here(parameter.grad), self.cuts.get(name, ())).whole().clone()
+            name: LocalPart(local_values(parameter.grad), self.cuts.get(name, ())).gather().clone()
             for name, parameter in self.parameters.items()
         }
 
@@ -75,19 +75,19 @@ class Recorder(Optimizer):
 class Keep(Callback):
     """Keeps the metrics of the step, summed over ranks."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, context: DistributedContext) -> None:
         super().__init__(1)
-        self.runtime = runtime
+        self.context = context
 
     def __call__(self, state: TrainState) -> None:
-        self.metrics = reduce(state.window, self.runtime)
+        self.metrics = reduce(state.metrics_since_log, self.context)
 
 
 def gradients(
     spec: ModelSpec,
     microbatch: int | None,
     clip_norm: float | None,
-    group: Group = "all",
+    group: TrainableSet = "all",
     objective: Objective = cross_entropy,
     precision: Precision = "float32",
     collapsed: bool = False,
@@ -99,23 +99,23 @@ def gradients(
     `collapsed`: every token goes to the first expert. `recomputed`: blocks are computed again on the way back.
     """
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", precision, parallel)
-    model, weights = model_of(spec, runtime)
+    context = DistributedContext("cpu", precision, parallel)
+    model, weights = model_of(spec, context)
     for name, weight in weights.parameters.items():
         if collapsed and "router" in name:
-            here(weight).zero_()
+            local_values(weight).zero_()
     freeze(model, group)
     if recomputed:
         recompute_blocks(model)
-    optimizer, keep, state = Recorder(trainable(model), weights.cuts), Keep(runtime), TrainState()
+    optimizer, keep, state = Recorder(trainable(model), weights.layouts), Keep(context), TrainState()
     fit(
         state,
-        runtime.wrap(model),
-        Always(objective),
-        Microbatches(rows, BATCH, microbatch, 1, runtime.data_rank, runtime.data_ranks),
+        context.wrap(model),
+        FixedLoss(objective),
+        Microbatches(rows, BATCH, microbatch, 1, context.dp_rank, context.dp_size),
         optimizer,
         InverseSquareRoot(),
-        runtime,
+        context,
         [keep],
         TrainSpec(steps=1, batch_tokens=1, clip_norm=clip_norm),
         StopRequest(),
@@ -133,8 +133,8 @@ def of_kept_answers(model: nn.Module, batch: Batch) -> StepLoss:
     """The loss of a student whose teacher's answers are kept: some of them on either half of the vocabulary."""
     ids_BTK = (batch.targets_BT.unsqueeze(2) + torch.arange(5) * 7) % SPARSE.vocab_size
     rest_BT = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
-    answers = Answers(ids_BTK, torch.full_like(ids_BTK, 0.15, dtype=torch.float32), rest_BT)
-    lesson = Lesson(batch.inputs_BS, batch.targets_BT, answers)
+    answers = TeacherTopK(ids_BTK, torch.full_like(ids_BTK, 0.15, dtype=torch.float32), rest_BT)
+    lesson = DistillBatch(batch.inputs_BS, batch.targets_BT, answers)
     return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), None, packed=False)(model, lesson)
 
 
@@ -158,11 +158,11 @@ def naive(clip_norm: float | None = None) -> Arrays:
                 total, count = total - log_probability_TV[position, target], count + 1
         # Each row is a group, and counts by its real tokens.
         for stack, reports, ids in (
-            ("encoder", output.encoder_reports, inputs_BS[row]),
-            ("decoder", output.decoder_reports, targets_BT[row]),
+            ("encoder", output.encoder_stats, inputs_BS[row]),
+            ("decoder", output.decoder_stats, targets_BT[row]),
         ):
             real = sum(token != PAD for token in ids.tolist())
-            balances[stack] = balances[stack] + real * sum(report.balance for report in reports)
+            balances[stack] = balances[stack] + real * sum(report.load_balancing_loss for report in reports)
     num_inputs = sum(token != PAD for token in inputs_BS.flatten().tolist())
     balance = balances["encoder"] / num_inputs + balances["decoder"] / count
     (total / count + SPARSE.router.balance_loss_coef * balance).backward()
@@ -207,9 +207,9 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_its_targets(
 
 
 @pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
-def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(group: Group) -> None:
+def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(group: TrainableSet) -> None:
     found, whole = gradients(SPARSE, 2, None, group), gradients(SPARSE, 2, None)
-    learning = members(a_model(SPARSE), group).keys()
+    learning = trainable_members(a_model(SPARSE), group).keys()
     assert {name for name in found if name in dict(a_model(SPARSE).named_parameters())} == learning
     assert_same(found, {name: whole[name] for name in learning})
     norm = np.sqrt(sum(np.square(whole[name]).sum() for name in learning))
@@ -219,27 +219,27 @@ def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(gro
 def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec = NOISY) -> Arrays:
     """Weights and all records of a run of 20 steps with dropout, jitter, clipping, logging and evaluation."""
     steps = 20
-    runtime = Runtime("cpu", "float32", parallel)
-    (model, weights), state, log, stop = model_of(of, runtime), TrainState(), Records(), StopRequest()
-    optimizer = spec.build(weights.parameters, weights.cuts)
-    batches = Microbatches(rows, BATCH, 2, 1, runtime.data_rank, runtime.data_ranks)
-    schedule, loader = InverseSquareRoot(), Loader(batches, 0, 0, runtime)
+    context = DistributedContext("cpu", "float32", parallel)
+    (model, weights), state, log, stop = model_of(of, context), TrainState(), Records(), StopRequest()
+    optimizer = spec.build(weights.parameters, weights.layouts)
+    batches = Microbatches(rows, BATCH, 2, 1, context.dp_rank, context.dp_size)
+    schedule, loader = InverseSquareRoot(), Loader(batches, 0, 0, context)
 
     texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
-    parts = SPARSE.routed_parts()
+    parts = SPARSE.sparse_layer_names()
     callbacks = [
-        LogCallback(2, steps, schedule, 1, 1, runtime, log, silent(), state, parts, rows, loader),
-        ValidationCallback(10, model, cross_entropy, texts, 2, runtime, log, "paper", stop),
+        LogCallback(2, steps, schedule, 1, 1, context, log, silent(), state, parts, rows, loader),
+        ValidationCallback(10, model, cross_entropy, texts, 2, context, log, "paper", stop),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
     fit(
         state,
-        runtime.wrap(model),
-        Always(cross_entropy),
+        context.wrap(model),
+        FixedLoss(cross_entropy),
         batches,
         optimizer,
         schedule,
-        runtime,
+        context,
         callbacks,
         settings,
         stop,
@@ -254,7 +254,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
         for name in {key for record in records for key in record} - clock
     }
     whole = {
-        name: Part(here(parameter), weights.cuts.get(name, ())).whole().numpy()
+        name: LocalPart(local_values(parameter), weights.layouts.get(name, ())).gather().numpy()
         for name, parameter in weights.parameters.items()
     }
     return {HERE: np.array(weights.experts), **figures, **whole}
@@ -262,37 +262,37 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
 
 def answered(parallel: ParallelSpec = ALONE) -> Arrays:
     """Tokens that the model says step by step: the most probable, and those of a search."""
-    runtime = Runtime("cpu", "float32", parallel)
-    model, _ = model_of(SPARSE, runtime)
+    context = DistributedContext("cpu", "float32", parallel)
+    model, _ = model_of(SPARSE, context)
     inputs_BS, found = rows(7, 0, 4).inputs_BS, {}
     with evaluating(model, "dropless"):
         for beams in (1, 3):
             decoding = Decoding(max_tokens=6, beams=beams)
-            found[f"beams {beams}"] = generate(model, inputs_BS, decoding, all_done=runtime.all_done).numpy()
+            found[f"beams {beams}"] = generate(model, inputs_BS, decoding, all_done=context.all_done).numpy()
     return found
 
 
 def evaluated(parallel: ParallelSpec = ALONE) -> Arrays:
     """Metrics of a held-out set that the ranks cannot share evenly."""
-    runtime = Runtime("cpu", "float32", parallel)
-    batches = shared(
-        HeldOutText(lambda first, count: rows(5, first, count), 11), 2, runtime.data_rank, runtime.data_ranks
+    context = DistributedContext("cpu", "float32", parallel)
+    batches = rank_batches(
+        HeldOutText(lambda first, count: rows(5, first, count), 11), 2, context.dp_rank, context.dp_size
     )
-    metrics = evaluate(model_of(SPARSE, runtime)[0], cross_entropy, batches, runtime)
+    metrics = evaluate(model_of(SPARSE, context)[0], cross_entropy, batches, context)
     return {name: metrics[name].value().numpy() for name in ("neg_log_perplexity", "dropped_fraction")}
 
 
 def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = ALONE) -> tuple[int, int]:
     """The step at which a run ends when one rank alone is asked to stop, or has a loss that is not a number; and how:
     0 for a stop, else the exit code."""
-    runtime = Runtime("cpu", "float32", parallel)
-    (model, weights), stop, state = model_of(SPARSE, runtime), StopRequest(), TrainState()
+    context = DistributedContext("cpu", "float32", parallel)
+    (model, weights), stop, state = model_of(SPARSE, context), StopRequest(), TrainState()
 
     def objective(module: nn.Module, batch: Batch) -> StepLoss:
         loss = cross_entropy(module, batch)
         if state.step == 1:
-            stop.requested = runtime.rank == stop_on
-            if runtime.rank == poison_on:
+            stop.requested = context.rank == stop_on
+            if context.rank == poison_on:
                 return loss._replace(
                     auxiliary=AuxiliaryLoss(*(part._replace(total=part.total * math.nan) for part in loss.auxiliary))
                 )
@@ -301,13 +301,13 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
     try:
         trained_to_the_end(
             state,
-            runtime.wrap(model),
-            Always(objective),
-            Microbatches(rows, BATCH, None, 1, runtime.data_rank, runtime.data_ranks),
-            Adafactor().build(weights.parameters, weights.cuts),
+            context.wrap(model),
+            FixedLoss(objective),
+            Microbatches(rows, BATCH, None, 1, context.dp_rank, context.dp_size),
+            Adafactor().build(weights.parameters, weights.layouts),
             InverseSquareRoot(),
-            runtime,
-            [Keep(runtime)],
+            context,
+            [Keep(context)],
             TrainSpec(steps=9, batch_tokens=1),
             stop,
         )
@@ -316,15 +316,15 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
     return state.step, 0
 
 
-TOP_2 = SPARSE.model_copy(update={"activation": "geglu", "router": TopK(capacity_factor=0.6, min_capacity=1)})
-TRYING_AGAIN = SPARSE.model_copy(update={"router": NoTokenLeftBehind(capacity_factor=0.6, min_capacity=1)})
-CHOOSING = SPARSE.model_copy(update={"router": ExpertChoice(min_capacity=1), "decoder_router": DROPPING})
+TOP_2 = SPARSE.model_copy(update={"activation": "geglu", "router": TopKRouter(capacity_factor=0.6, min_capacity=1)})
+TRYING_AGAIN = SPARSE.model_copy(update={"router": NoTokenLeftBehindRouter(capacity_factor=0.6, min_capacity=1)})
+CHOOSING = SPARSE.model_copy(update={"router": ExpertChoiceRouter(min_capacity=1), "decoder_router": DROPPING})
 ATTENTION = SPARSE.model_copy(update={"sparse": "both", "sparse_every": 1})
 THREE = NOISY.model_copy(update={"num_experts": 3})
 """More than two ranks can share out whole: each has a part of every expert."""
 ODD = THREE.model_copy(update={"d_ff": 25})
 """Nor can they divide d_ff."""
-DROPLESS = NOISY.model_copy(update={"router": Switch(capacity_factor="dropless")})
+DROPLESS = NOISY.model_copy(update={"router": SwitchRouter(capacity_factor="dropless")})
 
 CASES: dict[str, Callable[..., Arrays]] = {
     "at once": partial(gradients, SPARSE, None, None),

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from switchcli.commands._exit import stoppable
+from switchcli.commands._exit import interruptible
 from switchcli.data.prepare import shards
 from switchcli.distributed.signals import STOPPING, StopRequest
 
@@ -17,7 +17,7 @@ def test_the_signals_are_those_of_users_and_schedulers() -> None:
 def test_an_ignored_sighup_stays_ignored_as_nohup_asks() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest() as stop, stoppable():
+        with StopRequest() as stop, interruptible():
             signal.raise_signal(signal.SIGHUP)
         assert not stop.requested
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

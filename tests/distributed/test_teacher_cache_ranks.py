@@ -5,32 +5,32 @@ from pathlib import Path
 from ranks import on_ranks
 from tiny import SPARSE, a_model, rows
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.report.console import silent
 from switchcli.train.distillation import Teacher
-from switchcli.train.teacher_cache import AnswersSpec, AnswerStore
-from switchcli.train.teacher_cache_writer import Asking
+from switchcli.train.teacher_cache import TeacherCache, TeacherCacheSpec
+from switchcli.train.teacher_cache_writer import TeacherCacheWriter
 
 ROWS, STEPS, BYTES = 4, 6, 1 << 22
 
 
 def ask(folder: Path) -> list[str]:
     """The names of the files, which hold their digests."""
-    store = AnswerStore(folder, ROWS)
-    runtime = Runtime("cpu", "float32")
+    store = TeacherCache(folder, ROWS)
+    context = DistributedContext("cpu", "float32")
     model = a_model(SPARSE, seed=2)
     evaluate_by(model, "dropless")
-    settings = AnswersSpec(folder=str(folder), top_k=5)
-    asking = Asking(Teacher(model, "float32", 1.0), settings, rows, ROWS, 2, packed=False)
-    asking.fill(store, store.missing(0, STEPS, BYTES), runtime, silent(), StopRequest())
+    settings = TeacherCacheSpec(folder=str(folder), top_k=5)
+    asking = TeacherCacheWriter(Teacher(model, "float32", 1.0), settings, rows, ROWS, 2, packed=False)
+    asking.fill(store, store.missing(0, STEPS, BYTES), context, silent(), StopRequest())
     return sorted(path.name for path in folder.iterdir())
 
 
 def test_ranks_share_the_asking_and_the_answers_are_those_of_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        AnswerStore(tmp_path / name, ROWS).begin({"teacher": "one"})
+        TeacherCache(tmp_path / name, ROWS).begin({"teacher": "one"})
     (alone,) = on_ranks(1, ask, tmp_path / "one")
     assert len(alone) == 1 + STEPS // 2
     assert on_ranks(2, ask, tmp_path / "two") == [alone, alone]

@@ -3,25 +3,25 @@
 import torch
 import transformers
 
-from switchcli.doctor.of_transformers import HuggingFace
-from switchcli.doctor.ours import Ours, fresh
-from switchcli.doctor.probes import Finding, examine
+from switchcli.doctor.of_transformers import TransformersSubject
+from switchcli.doctor.ours import SwitchcliSubject, initial_model
+from switchcli.doctor.probes import Finding, run_probes
 from switchcli.doctor.subject import Subject
 from switchcli.model.config import ModelSpec
 
 SHAPE = {"vocab_size": 211, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "sparse_every": 1}
 
 
-def ours(**settings: object) -> Ours:
+def ours(**settings: object) -> SwitchcliSubject:
     """A fresh one of this project's models, with four experts unless `settings` says otherwise."""
-    return fresh(
+    return initial_model(
         ModelSpec.model_validate({**SHAPE, "num_experts": 4, **settings}, strict=False),
         seed=0,
         router_dtype=torch.float32,
     )
 
 
-def theirs(**settings: object) -> HuggingFace:
+def theirs(**settings: object) -> TransformersSubject:
     """A SwitchTransformers with transformers' own initial weights, wide enough for its router to saturate."""
     config = transformers.SwitchTransformersConfig(
         **{
@@ -43,11 +43,11 @@ def theirs(**settings: object) -> HuggingFace:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
-    return HuggingFace(model, initialised=True)
+    return TransformersSubject(model, initialised=True)
 
 
 def findings(subject: Subject) -> dict[str, Finding]:
-    return {finding.probe: finding for finding in examine(subject)}
+    return {finding.probe: finding for finding in run_probes(subject)}
 
 
 def verdicts(subject: Subject, *wanted: str) -> set[str]:

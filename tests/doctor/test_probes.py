@@ -12,8 +12,8 @@ from switchcli.doctor import texts
 from switchcli.doctor.probes import PROBES
 from switchcli.doctor.subject import Subject
 from switchcli.model import transformer
-from switchcli.model.moe.layer import Router, SwitchLayer
-from switchcli.model.moe.router import Routing, Switch, TokenChoice
+from switchcli.model.moe.layer import RouterWeights, SwitchLayer
+from switchcli.model.moe.router import Routing, SwitchRouter, TokenChoiceRouter
 
 Patch = pytest.MonkeyPatch
 SWITCH = {"kind": "switch"}
@@ -52,27 +52,27 @@ def test_of_a_dense_model_nothing_is_said_about_routers() -> None:
     assert all("dense" in found[name].figure for name in skipped)
 
 
-def route(logits_of: Callable[[Router, torch.Tensor], torch.Tensor]) -> Callable[[Patch], Subject]:
+def route(logits_of: Callable[[RouterWeights, torch.Tensor], torch.Tensor]) -> Callable[[Patch], Subject]:
     """A model whose routers compute their logits so."""
 
     def make(patch: Patch) -> Subject:
-        patch.setattr(Router, "forward", logits_of)
+        patch.setattr(RouterWeights, "forward", logits_of)
         return ours(router=DROPLESS)
 
     return make
 
 
-def leaning(bias: float) -> Callable[[Router, torch.Tensor], torch.Tensor]:
+def leaning(bias: float) -> Callable[[RouterWeights, torch.Tensor], torch.Tensor]:
     """To the first expert, or away from it."""
 
-    def logits(router: Router, x_GND: torch.Tensor) -> torch.Tensor:
+    def logits(router: RouterWeights, x_GND: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
             return F.linear(x_GND.float(), router.weight.float()) + torch.tensor([bias, 0.0, 0.0, 0.0])
 
     return logits
 
 
-def noisy_in_place(router: Router, x_GND: torch.Tensor) -> torch.Tensor:
+def noisy_in_place(router: RouterWeights, x_GND: torch.Tensor) -> torch.Tensor:
     if router.training:
         x_GND *= 1.01
     with torch.autocast("cpu", enabled=False):
@@ -87,7 +87,7 @@ def infinite(patch: Patch) -> Subject:
 
 
 def renormalised(patch: Patch) -> Subject:
-    patch.setattr(Switch, "_gates", lambda self, gate: gate / gate.sum(-1, keepdim=True))
+    patch.setattr(SwitchRouter, "_gates", lambda self, gate: gate / gate.sum(-1, keepdim=True))
     return ours()
 
 
@@ -111,12 +111,12 @@ def dead(patch: Patch) -> Subject:
 
 
 def padding_is_routed(patch: Patch) -> Subject:
-    assign = TokenChoice.assign
+    assign = TokenChoiceRouter.assign
 
-    def blind(self: Switch, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str) -> Routing:
+    def blind(self: SwitchRouter, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str) -> Routing:
         return assign(self, logits_GNE, torch.ones_like(real_GN), mode)
 
-    patch.setattr(TokenChoice, "assign", blind)
+    patch.setattr(TokenChoiceRouter, "assign", blind)
     return ours()
 
 
@@ -127,14 +127,16 @@ def rows_are_mixed(patch: Patch) -> Subject:
 
 
 def a_capacity_whatever_the_policy(patch: Patch) -> Subject:
-    patch.setattr(TokenChoice, "capacity", lambda self, num_tokens, num_experts, mode: min(num_tokens, 40))
+    patch.setattr(TokenChoiceRouter, "capacity", lambda self, num_tokens, num_experts, mode: min(num_tokens, 40))
     return ours()
 
 
 def a_capacity_of_groups_whatever_the_policy(patch: Patch) -> Subject:
-    capacity = TokenChoice.capacity
-    patch.setattr(TokenChoice, "capacity", lambda self, tokens, experts, mode: capacity(self, tokens, experts, "paper"))
-    patch.setattr(TokenChoice, "together", lambda self, mode: self.group_sequences)
+    capacity = TokenChoiceRouter.capacity
+    patch.setattr(
+        TokenChoiceRouter, "capacity", lambda self, tokens, experts, mode: capacity(self, tokens, experts, "paper")
+    )
+    patch.setattr(TokenChoiceRouter, "group_size", lambda self, mode: self.group_sequences)
     return ours(router={**SWITCH, "group_sequences": 4})
 
 
@@ -233,7 +235,7 @@ def test_the_figures_are_those_of_a_direct_measurement() -> None:
     inputs: list[torch.Tensor] = []
     layer = next(module for module in subject.model.modules() if isinstance(module, SwitchLayer))
     hook = layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0].detach()))
-    subject.look(text)
+    subject.forward(text)
     hook.remove()
     probability_BSE = (inputs[0] @ layer.router.weight.detach().T).softmax(-1)
     fraction_BE = F.one_hot(probability_BSE.argmax(-1), 4).float().mean(1)

@@ -70,7 +70,7 @@ def test_decoding_differs_only_where_a_queue_is_full() -> None:
     assert cached_decoding(theirs(d_model=32, expert_capacity=600)).verdict == "pass"
     subject = theirs()
     text = texts.crowded_target(subject)
-    difference_T = (subject.look(text).logits_BTV - subject.decode(text, "paper")).abs().amax(-1)[0]
+    difference_T = (subject.forward(text).logits_BTV - subject.decode(text, "paper")).abs().amax(-1)[0]
     assert difference_T[: subject.slots].max() < 1e-4
     assert difference_T[subject.slots :].max() > 0.1
 

@@ -9,13 +9,13 @@ from weights import OURS, copy_weights, switch, t5
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import Switch
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 
 # As many slots as tokens: nothing overflows, whatever the group. Few pieces, so that some answers end early.
-ROOMY = Switch(eval_capacity_factor=4.0)
+ROOMY = SwitchRouter(eval_capacity_factor=4.0)
 SPEC = ModelSpec(
     vocab_size=8,
     d_model=16,
@@ -34,7 +34,7 @@ NAMES = ("t5-1.0", "t5-1.1", "switch")
 def a_model(spec: ModelSpec = SPEC, seed: int = 0) -> SwitchTransformer:
     """Initial layers are so small beside the embedding that answers repeat one token: these are larger, and vary."""
     model = SwitchTransformer(spec).eval()
-    initialise(model, seed)
+    initialize(model, seed)
     for name, parameter in model.named_parameters():
         if name != "embedding" and "norm" not in name:
             parameter.mul_(4.0)
@@ -76,7 +76,7 @@ def twins(name: str, seed: int) -> tuple[SwitchTransformer, Any]:
     build, arguments, changes = {
         "t5-1.0": (t5, ("relu", True), {}),
         "t5-1.1": (t5, ("gated-gelu", False), {"activation": "geglu", "tie_embeddings": False}),
-        "switch": (switch, (5,), {"num_layers": 4, "num_experts": 5, "router": Switch(eval_capacity_factor=5.0)}),
+        "switch": (switch, (5,), {"num_layers": 4, "num_experts": 5, "router": SwitchRouter(eval_capacity_factor=5.0)}),
     }[name]
     theirs = build(*arguments).eval()
     ours = a_model(ModelSpec(**{**OURS, **changes}), seed)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from switchcli.model.moe.router import Mode, Routing, RoutingRule
-from switchcli.model.moe.stats import RoutingReport
+from switchcli.model.moe.router import Mode, Router, Routing
+from switchcli.model.moe.stats import RouterStats
 
 Table = list[list[float]]
 
@@ -16,10 +16,10 @@ class Routed(NamedTuple):
     queues: list[list[tuple[int, float]]]
     """Of each expert: the tokens in its slots in order, each with its weight to three places."""
     num_slots: int
-    report: RoutingReport
+    report: RouterStats
 
 
-def route(rule: RoutingRule, probabilities: Table, real: list[bool] | None = None, mode: Mode = "training") -> Routed:
+def route(rule: Router, probabilities: Table, real: list[bool] | None = None, mode: Mode = "training") -> Routed:
     """Route tokens whose p(x) are the rows of `probabilities`."""
     N = len(probabilities)
     logits_GNE = torch.tensor([probabilities]).log()
@@ -33,7 +33,7 @@ def route(rule: RoutingRule, probabilities: Table, real: list[bool] | None = Non
     return Routed(queues, token_GEC.shape[2], report)
 
 
-def one_row(rule: RoutingRule, probability_E: list[float], num_tokens: int, num_groups: int) -> Routing:
+def one_row(rule: Router, probability_E: list[float], num_tokens: int, num_groups: int) -> Routing:
     """The routing in training of groups whose tokens all have the same p(x), with draws that repeat."""
     torch.manual_seed(0)
     logits_GNE = torch.tensor(probability_E).log().expand(num_groups, num_tokens, -1)

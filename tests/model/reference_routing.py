@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.moe.router import ExpertChoice, Mode, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.moe.router import ExpertChoiceRouter, Mode, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 
-Router = Switch | TopK | NoTokenLeftBehind | ExpertChoice
+Router = SwitchRouter | TopKRouter | NoTokenLeftBehindRouter | ExpertChoiceRouter
 Weights = Mapping[str, torch.Tensor]
 GAP = 1e-5
 """How far apart numbers are at least that decide where a token goes: float32 then finds their order too."""
@@ -54,7 +54,7 @@ class Answer(NamedTuple):
 def capacity(rule: Router, num_tokens: int, num_experts: int, mode: Mode) -> int:
     """Eq. 3 as Mesh-TensorFlow rounds it; a slot for every token where nothing may drop."""
     factor = rule.capacity_factor if mode == "training" else rule.eval_capacity_factor
-    if factor == "dropless" or (mode == "dropless" and not isinstance(rule, ExpertChoice)):
+    if factor == "dropless" or (mode == "dropless" and not isinstance(rule, ExpertChoiceRouter)):
         return num_tokens
     return min(num_tokens, max(rule.min_capacity, int(num_tokens * factor / num_experts)))
 
@@ -74,7 +74,7 @@ def layer(
 ) -> tuple[Answer, torch.Tensor]:
     """The answer of the layer, and the router's logits [G, N, E]."""
     B, S, D = x_BSD.shape
-    together = 1 if mode == "dropless" and not isinstance(rule, ExpertChoice) else rule.group_sequences
+    together = 1 if mode == "dropless" and not isinstance(rule, ExpertChoiceRouter) else rule.group_sequences
     x_GND = x_BSD.reshape(B // together, together * S, D)
     logits_GNE = x_GND @ weights["router.weight"].T
     probability_GNE = logits_GNE.exp() / logits_GNE.exp().sum(-1, keepdim=True)
@@ -85,7 +85,7 @@ def layer(
         x_GND, logits_GNE, probability_GNE, real_BS.reshape(len(x_GND), -1).tolist(), strict=True
     ):
         real = [token for token, there in enumerate(real_N) if there]
-        group = _expert_choice(rule, probability_NE, real, mode) if isinstance(rule, ExpertChoice) else None
+        group = _expert_choice(rule, probability_NE, real, mode) if isinstance(rule, ExpertChoiceRouter) else None
         group = group or _token_choice(rule, probability_NE, real, mode)
         y_N = [torch.zeros(weights["experts.wo"].shape[1], dtype=x_BSD.dtype) for _ in real_N]
         for token, expert, weight in group.places:
@@ -140,22 +140,22 @@ def _token_choice(rule: Router, probability_NE: torch.Tensor, real: list[int], m
     for choice in range(rounds[rule.kind]):
         settled = {place.token for place in places}
         for token in queue:
-            if isinstance(rule, NoTokenLeftBehind) and token in settled:
+            if isinstance(rule, NoTokenLeftBehindRouter) and token in settled:
                 continue
             expert = ranked[token][choice]
             load[expert] += 1
             if len(slots[expert]) < C:
                 slots[expert].append(token)
                 weight = probability_NE[token, expert]
-                if isinstance(rule, TopK) and rule.renormalise:
+                if isinstance(rule, TopKRouter) and rule.renormalise:
                     weight = weight / probability_NE[token, ranked[token][: rule.k]].sum()
                 places.append(Place(token, expert, weight))
-    counted = rounds[rule.kind] if isinstance(rule, NoTokenLeftBehind) else 1
+    counted = rounds[rule.kind] if isinstance(rule, NoTokenLeftBehindRouter) else 1
     chosen = [expert for token in real for expert in ranked[token][:counted]]
     return Group(places, [chosen.count(expert) / max(1, len(chosen)) for expert in range(E)], load)
 
 
-def _expert_choice(rule: ExpertChoice, probability_NE: torch.Tensor, real: list[int], mode: Mode) -> Group:
+def _expert_choice(rule: ExpertChoiceRouter, probability_NE: torch.Tensor, real: list[int], mode: Mode) -> Group:
     E = probability_NE.shape[1]
     C = capacity(rule, len(real), E, mode)
     places = [

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.transformer import Encoded, SwitchTransformer
+from switchcli.model.transformer import EncoderOutput, SwitchTransformer
 
 PAD, EOS = 0, 1
 LogProbabilities = Callable[[list[list[int]]], Sequence[Sequence[float]]]
@@ -73,7 +73,7 @@ def log_p_after(model: SwitchTransformer, inputs_S: torch.Tensor) -> LogProbabil
     """The model's log probabilities in float64, from its logits: by passes over whole prefixes, without a cache."""
 
     @cache
-    def encoded(rows: int) -> Encoded:
+    def encoded(rows: int) -> EncoderOutput:
         return model.encode(inputs_S[inputs_S != PAD].expand(rows, -1))
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ def log_p_after(model: SwitchTransformer, inputs_S: torch.Tensor) -> LogProbabil
     return of
 
 
-def last_hidden(model: SwitchTransformer, encoded: Encoded, prefixes: list[list[int]]) -> torch.Tensor:
+def last_hidden(model: SwitchTransformer, encoded: EncoderOutput, prefixes: list[list[int]]) -> torch.Tensor:
     """float32 [P, 1, D]: the decoder's output at the last position of each of P prefixes."""
     ids_PT = torch.tensor([[PAD, *prefix] for prefix in prefixes])
     hidden_PTD, _ = model.decoder(model.embed(ids_PT), torch.ones_like(ids_PT, dtype=torch.bool), encoded)

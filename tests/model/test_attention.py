@@ -10,7 +10,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from switchcli.model.attention import MASKED, Attention, KeyValue, RelativePositionBias, attend, padding_bias
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
+from switchcli.model.init import initialize
 from switchcli.model.moe.switch_attention import SwitchAttention
 from switchcli.model.transformer import SwitchTransformer
 
@@ -96,7 +96,7 @@ def test_padding_is_not_attended_to() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_that_sees_nothing_gives_numbers(dtype: torch.dtype) -> None:
     model = SwitchTransformer(SPEC)
-    initialise(model, 0)
+    initialize(model, 0)
     inputs_BS, targets_BT = torch.tensor([[0, 0, 0], [5, 6, 1]]), torch.tensor([[0, 0], [7, 1]])
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits_BTV = model(inputs_BS, targets_BT).logits_BTV
@@ -193,7 +193,7 @@ class Watched:
 def a_biased_model(spec: ModelSpec = SPEC) -> SwitchTransformer:
     """A model whose position biases differ by less than bfloat16 can tell apart: 1 between 128 and 256."""
     model = SwitchTransformer(spec).eval()
-    initialise(model, 0)
+    initialize(model, 0)
     generator = torch.Generator().manual_seed(1)
     for stack in (model.encoder, model.decoder):
         with torch.no_grad():

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from reference_search import T5X, TRANSFORMERS, best_answer, log_p_after
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate, steps
+from switchcli.model.generation import generate, generate_columns
 from switchcli.model.moe.layer import SwitchLayer, evaluating
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 
@@ -111,7 +111,7 @@ def test_a_greater_penalty_favours_longer_answers() -> None:
 
 @pytest.mark.parametrize("group_sequences", [1, 3])
 def test_inputs_have_the_same_answers_alone_without_a_capacity(group_sequences: int) -> None:
-    short = Switch(eval_capacity_factor=0.5, min_capacity=1, group_sequences=group_sequences)
+    short = SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, group_sequences=group_sequences)
     model, inputs_BS = a_model(SPEC.model_copy(update={"router": short}), 7), some_inputs(7, 3)
     inputs_BS[2] = PAD
     decoding = Decoding(max_tokens=12, beams=3)
@@ -132,7 +132,7 @@ def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> 
     for module in model.decoder.modules():
         if isinstance(module, SwitchLayer):
             module.register_forward_hook(
-                lambda _, inputs, output: routed.append((len(inputs[0]), int(output.report.tokens)))
+                lambda _, inputs, output: routed.append((len(inputs[0]), int(output.stats.tokens)))
             )
     answers = generate(model, inputs_BS, decoding)
     rows, tokens = zip(*routed, strict=True)
@@ -151,4 +151,4 @@ def test_there_may_be_more_beams_than_pieces() -> None:
 
 def test_beams_have_no_steps_to_read_along() -> None:
     with pytest.raises(ValueError, match=r"beams \(2\).*\bbeams\b.*\b1\b"):
-        next(steps(a_model(), some_inputs(1, 1), Decoding(beams=2)))
+        next(generate_columns(a_model(), some_inputs(1, 1), Decoding(beams=2)))

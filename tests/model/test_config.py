@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, RouterSpec, Switch, TopK
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
 
 SHAPE = {"vocab_size": 9, "d_model": 8, "d_ff": 4, "num_heads": 2, "num_layers": 4, "num_decoder_layers": 3}
@@ -38,7 +38,7 @@ def test_sparse_layers_by_frequency_and_by_list(
 def test_the_routed_parts_are_the_modules_of_the_model_in_the_order_of_their_reports(sparse: str) -> None:
     found = spec(sparse=sparse, sparse_encoder_layers=(0, 2))
     model = SwitchTransformer(found)
-    parts = found.routed_parts()
+    parts = found.sparse_layer_names()
     holders = {name.rpartition(".router")[0] for name, _ in model.named_parameters() if ".router." in name}
     assert {name.removesuffix(".switch") for name in holders} == set(parts)
     assert len(parts) == 3 * (2 if sparse == "both" else 1)
@@ -77,20 +77,20 @@ def test_layers_that_are_refused(changes: dict[str, object], message: str) -> No
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (TopK, {"k": 1}, r"\bk: 1\b.*renormalise: true.*kind: switch"),
-        (TopK, {"k": 0}, "greater than or equal to 1"),
-        (TopK, {"keep_threshold": -0.1}, "greater than or equal to 0"),
-        (TopK, {"keep_threshold": 1.1}, "less than or equal to 1"),
-        (NoTokenLeftBehind, {"k": 1}, "greater than or equal to 2"),
-        (Switch, {"k": 2}, "Extra inputs"),
-        (Switch, {"sample_temperature": 0.0}, "greater than 0"),
-        (Switch, {"overflow": "last"}, "'position', 'probability' or 'random'"),
-        (Switch, {"balance_loss_coef": -0.1}, "greater than or equal to 0"),
-        (ExpertChoice, {"capacity_factor": "dropless"}, "valid number"),
-        (ExpertChoice, {"overflow": "position"}, "Extra inputs"),
+        (TopKRouter, {"k": 1}, r"\bk: 1\b.*renormalise: true.*kind: switch"),
+        (TopKRouter, {"k": 0}, "greater than or equal to 1"),
+        (TopKRouter, {"keep_threshold": -0.1}, "greater than or equal to 0"),
+        (TopKRouter, {"keep_threshold": 1.1}, "less than or equal to 1"),
+        (NoTokenLeftBehindRouter, {"k": 1}, "greater than or equal to 2"),
+        (SwitchRouter, {"k": 2}, "Extra inputs"),
+        (SwitchRouter, {"sample_temperature": 0.0}, "greater than 0"),
+        (SwitchRouter, {"overflow": "last"}, "'position', 'probability' or 'random'"),
+        (SwitchRouter, {"balance_loss_coef": -0.1}, "greater than or equal to 0"),
+        (ExpertChoiceRouter, {"capacity_factor": "dropless"}, "valid number"),
+        (ExpertChoiceRouter, {"overflow": "position"}, "Extra inputs"),
         *(
             (kind, setting, message)
-            for kind in (Switch, TopK, NoTokenLeftBehind, ExpertChoice)
+            for kind in (SwitchRouter, TopKRouter, NoTokenLeftBehindRouter, ExpertChoiceRouter)
             for setting, message in [
                 ({"capacity_factor": 0.0}, "greater than 0"),
                 ({"capacity_factor": -1.0}, "greater than 0"),
@@ -114,22 +114,22 @@ def test_settings_of_a_router_that_are_refused(
 
 def test_more_choices_than_experts_are_refused_under_the_key_that_asks_for_them() -> None:
     with pytest.raises(ValidationError, match=r"\brouter\.k \(5\).*num_experts \(4\)"):
-        spec(router=TopK(k=5))
+        spec(router=TopKRouter(k=5))
     with pytest.raises(ValidationError, match=r"decoder_router\.k \(6\).*num_experts \(4\)"):
-        spec(decoder_router=TopK(k=6))
+        spec(decoder_router=TopKRouter(k=6))
     with pytest.raises(ValidationError, match=r"\brouter\.k \(5\).*num_experts \(4\)"):
-        spec(router=TopK(k=5), sparse_encoder_layers=())  # the decoder's router is `router` too
-    spec(router=TopK(k=4))
-    spec(router=TopK(k=5), decoder_router=Switch(), sparse_encoder_layers=())  # nothing is routed by it
-    spec(router=TopK(k=5), num_experts=1)
-    spec(router=NoTokenLeftBehind(k=5))  # as many rounds as experts
+        spec(router=TopKRouter(k=5), sparse_encoder_layers=())  # the decoder's router is `router` too
+    spec(router=TopKRouter(k=4))
+    spec(router=TopKRouter(k=5), decoder_router=SwitchRouter(), sparse_encoder_layers=())  # nothing is routed by it
+    spec(router=TopKRouter(k=5), num_experts=1)
+    spec(router=NoTokenLeftBehindRouter(k=5))  # as many rounds as experts
 
 
 FORWARD = {
-    "expert_choice": (ExpertChoice(), "kind: expert_choice"),
-    "switch": (Switch(overflow="probability"), "overflow: probability"),
-    "top_k": (TopK(overflow="probability"), "overflow: probability"),
-    "no_token_left_behind": (NoTokenLeftBehind(overflow="probability"), "overflow: probability"),
+    "expert_choice": (ExpertChoiceRouter(), "kind: expert_choice"),
+    "switch": (SwitchRouter(overflow="probability"), "overflow: probability"),
+    "top_k": (TopKRouter(overflow="probability"), "overflow: probability"),
+    "no_token_left_behind": (NoTokenLeftBehindRouter(overflow="probability"), "overflow: probability"),
 }
 
 
@@ -141,29 +141,29 @@ def test_a_router_that_sees_the_future_is_refused_in_a_sparse_decoder_alone(kind
         with pytest.raises(ValidationError, match=reason + ways_out):
             spec(**changes)
     assert spec(router=router, sparse_decoder_layers=()).sparse_layers("decoder") == ()
-    assert spec(router=router, decoder_router=Switch()).router_of("decoder") == Switch()
+    assert spec(router=router, decoder_router=SwitchRouter()).router_of("decoder") == SwitchRouter()
     assert spec(router=router, num_experts=1).router_of("decoder") == router
 
 
 def test_each_stack_has_its_router_and_a_batch_is_of_whole_groups_of_both() -> None:
-    found = spec(router=Switch(group_sequences=4), decoder_router=TopK(group_sequences=6))
+    found = spec(router=SwitchRouter(group_sequences=4), decoder_router=TopKRouter(group_sequences=6))
     assert (found.router_of("encoder").kind, found.router_of("decoder").kind) == ("switch", "top_k")
     assert found.group_sequences == 12
     assert found.model_copy(update={"sparse_decoder_layers": ()}).group_sequences == 4
-    assert spec(router=Switch(group_sequences=4)).group_sequences == 4
-    assert spec(router=Switch(group_sequences=4), num_experts=1).group_sequences == 1
+    assert spec(router=SwitchRouter(group_sequences=4)).group_sequences == 4
+    assert spec(router=SwitchRouter(group_sequences=4), num_experts=1).group_sequences == 1
 
 
 @pytest.mark.parametrize(
     ("written", "router"),
     [
-        ({"kind": "switch", "overflow": "random"}, Switch(overflow="random")),
-        ({"kind": "top_k", "k": 3, "capacity_factor": "dropless"}, TopK(k=3, capacity_factor="dropless")),
-        ({"kind": "no_token_left_behind"}, NoTokenLeftBehind()),
-        ({"kind": "expert_choice", "capacity_factor": 2.0}, ExpertChoice(capacity_factor=2.0)),
+        ({"kind": "switch", "overflow": "random"}, SwitchRouter(overflow="random")),
+        ({"kind": "top_k", "k": 3, "capacity_factor": "dropless"}, TopKRouter(k=3, capacity_factor="dropless")),
+        ({"kind": "no_token_left_behind"}, NoTokenLeftBehindRouter()),
+        ({"kind": "expert_choice", "capacity_factor": 2.0}, ExpertChoiceRouter(capacity_factor=2.0)),
     ],
 )
 def test_a_router_is_read_by_its_kind(written: dict[str, object], router: RouterSpec) -> None:
-    assert spec(router=written, decoder_router=Switch()).router == router
+    assert spec(router=written, decoder_router=SwitchRouter()).router == router
     with pytest.raises(ValidationError, match="'switch', 'top_k', 'no_token_left_behind', 'expert_choice'"):
         spec(router={**written, "kind": "hash"})

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
-from switchcli.model.init import initialise
+from switchcli.model.init import initialize
 from switchcli.model.moe.layer import SwitchLayer, evaluating
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Policy, Switch, TopK
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, Policy, SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 
 # Half of an even share: whatever the router, some tokens have no slot.
 SHORT = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 1}
-BY_SWITCH = Switch(**SHORT)
+BY_SWITCH = SwitchRouter(**SHORT)
 SPEC = ModelSpec(
     vocab_size=23,
     d_model=16,
@@ -36,8 +36,8 @@ SPARSE = {
     "attention": {"sparse": "attention"},
     "both": {"sparse": "both"},
     "both of geglu": {"sparse": "both", "activation": "geglu"},
-    "both by top_k": {"sparse": "both", "router": TopK(**SHORT)},
-    "both by no_token_left_behind": {"sparse": "both", "router": NoTokenLeftBehind(**SHORT, k=2)},
+    "both by top_k": {"sparse": "both", "router": TopKRouter(**SHORT)},
+    "both by no_token_left_behind": {"sparse": "both", "router": NoTokenLeftBehindRouter(**SHORT, k=2)},
     "listed": {"sparse_encoder_layers": (0,), "sparse_decoder_layers": (1,), "sparse": "both"},
 }
 MODELS = {"dense": {"num_experts": 1}, **SPARSE}
@@ -47,7 +47,7 @@ MODELS = {"dense": {"num_experts": 1}, **SPARSE}
 def a_model(name: str, seed: int = 0, **changes: object) -> SwitchTransformer:
     """With layers large enough beside the embedding that each expert matters."""
     model = SwitchTransformer(SPEC.model_copy(update={**MODELS[name], **changes}))
-    initialise(model, seed)
+    initialize(model, seed)
     for part, parameter in model.named_parameters():
         if part != "embedding" and "norm" not in part:
             parameter.mul_(3.0)
@@ -174,15 +174,15 @@ def test_of_a_capacity_it_is_the_amount_of_padding_that_counts_not_its_side(name
 
 @pytest.mark.parametrize("policy", ["dropless", "paper"])
 def test_experts_that_choose_in_the_encoder_are_not_moved_by_padding_or_rows_beside(policy: Policy) -> None:
-    chooses = ExpertChoice(eval_capacity_factor=0.7, min_capacity=1)
-    model = a_model("both", router=chooses, decoder_router=Switch(eval_capacity_factor="dropless"))
+    chooses = ExpertChoiceRouter(eval_capacity_factor=0.7, min_capacity=1)
+    model = a_model("both", router=chooses, decoder_router=SwitchRouter(eval_capacity_factor="dropless"))
     with evaluating(model, policy):
         together = at_once(model, INPUTS, TARGETS)
         alike(step_by_step(model, INPUTS, TARGETS), together)
         alike(at_once(model, padded(2, 3), TARGETS), together)
         alone = [at_once(model, INPUTS[row, None], TARGETS[row, None]) for row in range(4)]
         alike(torch.cat(alone), together)
-        report = model(INPUTS, TARGETS).encoder_reports[0]
+        report = model(INPUTS, TARGETS).encoder_stats[0]
     assert report.dropped > 0
 
 
@@ -192,7 +192,7 @@ def test_a_target_after_the_end_is_not_routed_in_either_way_of_decoding() -> Non
     targets_BT[0, 4:] = torch.tensor([EOS, PAD, PAD, PAD])
     with evaluating(model, "dropless"):
         alike(step_by_step(model, INPUTS, targets_BT), at_once(model, INPUTS, targets_BT))
-        for report in model(INPUTS, targets_BT).decoder_reports:
+        for report in model(INPUTS, targets_BT).decoder_stats:
             assert report.tokens == (targets_BT != PAD).sum()
 
 

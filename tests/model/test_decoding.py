@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
-from switchcli.model.moe.router import Switch
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.spec import PAD
 
 
@@ -112,7 +112,7 @@ def test_answers_are_drawn_by_the_models_probabilities() -> None:
 
 
 def test_the_same_seed_gives_the_same_answers_whatever_is_beside_a_row() -> None:
-    grouped = Switch(eval_capacity_factor=0.5, min_capacity=1, group_sequences=3)
+    grouped = SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, group_sequences=3)
     model, inputs_BS = a_model(SPEC.model_copy(update={"router": grouped}), 7), some_inputs(7, 3)
     decoding = Decoding(max_tokens=9, temperature=1.0, top_p=0.9, seed=4)
     before = torch.random.get_rng_state()

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe import dispatch
-from switchcli.model.moe.dispatch import Local, rows_of
+from switchcli.model.moe.dispatch import LocalDispatcher, filled_slots
 from switchcli.model.moe.experts import grouped_product
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.moe.router import NoTokenLeftBehind, RouterSpec, Switch, TopK
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 
 NUM_GROUPS, NUM_TOKENS, NUM_EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 6, 7
 
 
 def a_layer(factor: float) -> SwitchLayer:
-    router = Switch(capacity_factor=factor, min_capacity=1, jitter=0.0, group_sequences=2)
+    router = SwitchRouter(capacity_factor=factor, min_capacity=1, jitter=0.0, group_sequences=2)
     shape = {"d_model": WIDTH, "d_ff": HIDDEN, "num_heads": 2, "num_layers": 2, "num_experts": NUM_EXPERTS}
     layer = SwitchLayer(ModelSpec(**shape, router=router), "encoder", WIDTH)
     generator = torch.Generator().manual_seed(0)
@@ -59,17 +59,17 @@ def test_the_layer_is_appendix_f_with_every_gradient(
     factor: float, capacity: int, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With as many rows as filled slots, and with the number that is known without looking, as off the CPU."""
-    monkeypatch.setattr(dispatch, "rows_of", lambda routing, size, **_: rows_of(routing, size, exact=exact))
+    monkeypatch.setattr(dispatch, "filled_slots", lambda routing, size, **_: filled_slots(routing, size, exact=exact))
     layer, x_BSD = a_layer(factor), some_tokens().requires_grad_()
     y_BSD, report = layer(x_BSD, torch.ones(x_BSD.shape[:2], dtype=torch.bool))
     expected_GND, balance = appendix_f(layer, x_BSD.reshape(NUM_GROUPS, NUM_TOKENS, WIDTH), capacity)
     assert (report.dropped > 0) == (factor < 4.0)
     torch.testing.assert_close(y_BSD, expected_GND.reshape(y_BSD.shape))
-    torch.testing.assert_close(report.balance, balance)
+    torch.testing.assert_close(report.load_balancing_loss, balance)
     places = [x_BSD, *layer.parameters()]
     ours, theirs = (
         torch.autograd.grad(y.square().sum() + 3 * loss, places)
-        for y, loss in ((y_BSD, report.balance), (expected_GND, balance))
+        for y, loss in ((y_BSD, report.load_balancing_loss), (expected_GND, balance))
     )
     for found, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -79,12 +79,12 @@ def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_prod
     layer, x_GND = a_layer(4.0), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
     real_GN = torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool)
     routing = layer.rule.assign(layer.router(x_GND), real_GN, "training")
-    sent_AD, rows = Local().send(x_GND, routing, learns=True)
+    sent_AD, rows = LocalDispatcher().dispatch(x_GND, routing, learns=True)
     assert sent_AD.dtype == torch.float32
     assert len(sent_AD) == NUM_GROUPS * NUM_TOKENS < routing.token_GEC.numel()
     with torch.autocast("cpu", torch.bfloat16):
-        rounded_AD, rows = Local().send(x_GND, routing, learns=True)
-        y_GND = Local().receive(rounded_AD, rows, x_GND)
+        rounded_AD, rows = LocalDispatcher().dispatch(x_GND, routing, learns=True)
+        y_GND = LocalDispatcher().combine(rounded_AD, rows, x_GND)
     assert rounded_AD.dtype == y_GND.dtype == torch.bfloat16
     assert rows.weight_A.dtype == torch.float32
     assert torch.equal(rounded_AD, sent_AD.bfloat16())
@@ -94,7 +94,7 @@ def test_rows_beyond_the_filled_slots_belong_to_the_last_expert_and_have_no_weig
     """Off the CPU the filled slots are not counted. A grouped product leaves rows of no expert uninitialized."""
     layer, x_GND = a_layer(1.25), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
     routing = layer.rule.assign(layer.router(x_GND), torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool), "training")
-    counted, foreseen = (rows_of(routing, NUM_TOKENS, exact=exact) for exact in (True, False))
+    counted, foreseen = (filled_slots(routing, NUM_TOKENS, exact=exact) for exact in (True, False))
     num_rows = len(counted.source_A)
     assert num_rows < len(foreseen.source_A) == foreseen.end_E[-1]
     assert torch.equal(foreseen.end_E[:-1], counted.end_E[:-1])
@@ -102,14 +102,16 @@ def test_rows_beyond_the_filled_slots_belong_to_the_last_expert_and_have_no_weig
     assert not foreseen.weight_A[num_rows:].any()
 
 
-@pytest.mark.parametrize(("router", "places"), [(Switch(), 1), (TopK(k=2), 2), (NoTokenLeftBehind(k=4), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("router", "places"), [(SwitchRouter(), 1), (TopKRouter(k=2), 2), (NoTokenLeftBehindRouter(k=4), 1)], ids=str
+)
 def test_no_more_rows_are_foreseen_than_tokens_can_fill(router: RouterSpec, places: int) -> None:
     """Where rows are not counted, those foreseen are computed."""
     logits_GNE, real_GN = torch.randn(3, 20, 8), torch.ones(3, 20, dtype=torch.bool)
     for mode in ("training", "paper", "dropless"):
         routing = router.assign(logits_GNE, real_GN, mode)
-        assert routing.most_rows == 3 * min(8 * routing.token_GEC.shape[2], 20 * places)
-        assert (routing.token_GEC < 20).sum() <= routing.most_rows
+        assert routing.max_filled_slots == 3 * min(8 * routing.token_GEC.shape[2], 20 * places)
+        assert (routing.token_GEC < 20).sum() <= routing.max_filled_slots
 
 
 @given(rows=st.lists(st.integers(0, 2), min_size=2, max_size=9), seed=st.integers(0, 2**20), short=st.booleans())

@@ -6,9 +6,9 @@ from hand import route
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.model.moe.router import ExpertChoice, Mode
+from switchcli.model.moe.router import ExpertChoiceRouter, Mode
 
-RULE = ExpertChoice(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0)
+RULE = ExpertChoiceRouter(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0)
 
 
 def test_each_expert_takes_the_tokens_most_probable_for_it_the_most_probable_first() -> None:
@@ -45,7 +45,7 @@ def test_a_token_of_no_probability_is_taken_before_padding() -> None:
 @pytest.mark.parametrize("mode", ["training", "paper", "dropless"])
 def test_slots_are_a_share_of_the_real_tokens_of_the_group(mode: Mode) -> None:
     """Groups of 8, 5, 3 and 0 tokens of 8 at two experts, factor 1.25: int(5), int(3.125), int(1.875), and none."""
-    rule = ExpertChoice(min_capacity=1)
+    rule = ExpertChoiceRouter(min_capacity=1)
     real_GN = torch.arange(8) < torch.tensor([8, 5, 3, 0]).unsqueeze(1)
     routing = rule.assign(torch.randn(4, 8, 2), real_GN, mode)
     assert (routing.token_GEC < 8).sum(2).tolist() == [[5, 5], [3, 3], [1, 1], [0, 0]]
@@ -54,7 +54,7 @@ def test_slots_are_a_share_of_the_real_tokens_of_the_group(mode: Mode) -> None:
 
 
 def test_evaluation_has_a_factor_of_its_own_under_either_policy() -> None:
-    rule = ExpertChoice(capacity_factor=0.5, eval_capacity_factor=2.0, min_capacity=1)
+    rule = ExpertChoiceRouter(capacity_factor=0.5, eval_capacity_factor=2.0, min_capacity=1)
     table = [[0.5, 0.5]] * 4
     assert [len(route(rule, table, mode=mode).queues[0]) for mode in ("training", "paper", "dropless")] == [1, 4, 4]
 
@@ -64,13 +64,13 @@ def test_loads_are_equal_so_there_is_no_balance_loss() -> None:
     assert report.fraction_GE.tolist() == [[0.5, 0.5]]
     assert RULE.balance_loss_coef == 0.0
     with pytest.raises(ValueError, match="balance_loss_coef"):
-        ExpertChoice(balance_loss_coef=0.01)
+        ExpertChoiceRouter(balance_loss_coef=0.01)
 
 
 @given(real=st.lists(st.booleans(), min_size=1, max_size=12), extra=st.integers(0, 6), seed=st.integers(0, 2**20))
 def test_padding_anywhere_changes_nothing(real: list[bool], extra: int, seed: int) -> None:
     """The tokens alone are routed as among padding: the same weights at the same tokens, expert by expert."""
-    rule = ExpertChoice(min_capacity=1)
+    rule = ExpertChoiceRouter(min_capacity=1)
     real_N = torch.tensor(real + [False] * extra)
     logits_NE = torch.randn(len(real_N), 3, generator=torch.Generator().manual_seed(seed))
     among = rule.assign(logits_NE[None], real_N[None], "training")

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import Switch, TopK
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
 
 shapes = st.fixed_dictionaries(
@@ -54,7 +54,7 @@ def test_parameters_are_those_of_the_model(shape: dict[str, object]) -> None:
 
 def counted_by_torch(spec: ModelSpec, source: int, target: int) -> int:
     model = SwitchTransformer(spec).eval()
-    initialise(model, 0)
+    initialize(model, 0)
     ids = torch.arange(2, 2 + source).unsqueeze(0)
     # torch's counter does not know the fused attention of a CPU: it sees the plain products instead.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -92,7 +92,9 @@ def test_flops_of_a_model_with_one_expert_a_token_are_torchs(sparse: str) -> Non
     """An expert of Switch attention has other FLOPs than the projections that it replaces. Torch's counter does not
     know grouped products; ours leaves routers out."""
     shape = {"vocab_size": 40, "d_model": 12, "d_ff": 20, "d_kv": 4, "num_heads": 3, "num_layers": 2}
-    spec = ModelSpec(**shape, num_experts=2, sparse=sparse, router=Switch(eval_capacity_factor=1.0, min_capacity=1))
+    spec = ModelSpec(
+        **shape, num_experts=2, sparse=sparse, router=SwitchRouter(eval_capacity_factor=1.0, min_capacity=1)
+    )
     width, layers = 12, 4 if sparse == "both" else 2
     routers = 2 * 2 * 12 * 24 * layers
     named = on_meta(spec).named_parameters()
@@ -103,7 +105,7 @@ def test_flops_of_a_model_with_one_expert_a_token_are_torchs(sparse: str) -> Non
 
 def test_two_choices_meet_two_experts() -> None:
     shape = {"vocab_size": 40, "d_model": 12, "d_ff": 20, "d_kv": 4, "num_layers": 4, "num_experts": 4}
-    one, two = (count(ModelSpec(**shape, router=router), 10, 5) for router in (Switch(), TopK(k=2)))
+    one, two = (count(ModelSpec(**shape, router=router), 10, 5) for router in (SwitchRouter(), TopKRouter(k=2)))
     assert two.parameters == one.parameters
     assert two.active == one.active + 4 * 2 * 12 * 20
     assert two.flops == one.flops + 2 * 2 * (10 + 5) * 2 * 12 * 20

@@ -12,27 +12,34 @@ from devices import DEVICES
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, evaluate_by
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Policy, RouterSpec, Switch, TopK
+from switchcli.model.moe.router import (
+    ExpertChoiceRouter,
+    NoTokenLeftBehindRouter,
+    Policy,
+    RouterSpec,
+    SwitchRouter,
+    TopKRouter,
+)
 
 BARE = {"jitter": 0.0, "min_capacity": 1, "capacity_factor": 0.7}
 DROPLESS = {"jitter": 0.0, "capacity_factor": "dropless", "eval_capacity_factor": "dropless"}
 ROUTERS = {
-    "switch": Switch(**BARE),
-    "switch dropless": Switch(**DROPLESS),
-    "top_k": TopK(**BARE, keep_threshold=0.0),
-    "top_k dropless": TopK(**DROPLESS, keep_threshold=0.0),
-    "no_token_left_behind": NoTokenLeftBehind(**BARE),
-    "no_token_left_behind dropless": NoTokenLeftBehind(**DROPLESS),
-    "expert_choice": ExpertChoice(**BARE),
-    "groups of two": Switch(**BARE, group_sequences=2),
+    "switch": SwitchRouter(**BARE),
+    "switch dropless": SwitchRouter(**DROPLESS),
+    "top_k": TopKRouter(**BARE, keep_threshold=0.0),
+    "top_k dropless": TopKRouter(**DROPLESS, keep_threshold=0.0),
+    "no_token_left_behind": NoTokenLeftBehindRouter(**BARE),
+    "no_token_left_behind dropless": NoTokenLeftBehindRouter(**DROPLESS),
+    "expert_choice": ExpertChoiceRouter(**BARE),
+    "groups of two": SwitchRouter(**BARE, group_sequences=2),
 }
 RELATIVE = {False: 1e-4, True: 0.05}
 
 
 def a_layer(router: RouterSpec, d_model: int, activation: str = "relu") -> SwitchLayer:
     spec = ModelSpec(
-        d_model=d_model, d_ff=40, num_heads=2, num_layers=1, num_experts=5, router=router, decoder_router=Switch(),
-        sparse_every=1, activation=activation, dropout=0.0,
+        d_model=d_model, d_ff=40, num_heads=2, num_layers=1, num_experts=5, router=router,
+        decoder_router=SwitchRouter(), sparse_every=1, activation=activation, dropout=0.0,
     )  # fmt: skip
     layer = SwitchLayer(spec, "encoder", d_model)
     generator = torch.Generator().manual_seed(0)

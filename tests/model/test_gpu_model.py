@@ -20,7 +20,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.recompute import recompute_blocks
 from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
 
@@ -28,15 +28,15 @@ BARE = {"jitter": 0.0, "min_capacity": 1, "capacity_factor": 0.6}
 MODELS = {
     "dense": ModelSpec(**SHAPE, dropout=0.0),
     "dense geglu untied": ModelSpec(**SHAPE, dropout=0.0, activation="geglu", tie_embeddings=False),
-    "switch": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=Switch(**BARE)),
+    "switch": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=SwitchRouter(**BARE)),
     "switch dropless": ModelSpec(
-        **SHAPE, dropout=0.0, num_experts=4, router=Switch(jitter=0.0, capacity_factor="dropless")
+        **SHAPE, dropout=0.0, num_experts=4, router=SwitchRouter(jitter=0.0, capacity_factor="dropless")
     ),
-    "switch attention": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=Switch(**BARE), sparse="both"),
-    "top_k": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=TopK(**BARE, keep_threshold=0.0)),
-    "no_token_left_behind": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=NoTokenLeftBehind(**BARE)),
+    "switch attention": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=SwitchRouter(**BARE), sparse="both"),
+    "top_k": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=TopKRouter(**BARE, keep_threshold=0.0)),
+    "no_token_left_behind": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=NoTokenLeftBehindRouter(**BARE)),
     "expert_choice": ModelSpec(
-        **SHAPE, dropout=0.0, num_experts=4, router=ExpertChoice(**BARE), decoder_router=Switch(**BARE)
+        **SHAPE, dropout=0.0, num_experts=4, router=ExpertChoiceRouter(**BARE), decoder_router=SwitchRouter(**BARE)
     ),
 }
 RELATIVE = {False: 1e-4, True: 0.15}
@@ -96,10 +96,10 @@ ROOMY = {"jitter": 0.0, "eval_capacity_factor": 4.0}
 ANSWERING = {
     "dense": SPEC.model_copy(update={"num_experts": 1}),
     "switch": SPEC,
-    "groups": SPEC.model_copy(update={"router": Switch(**ROOMY, group_sequences=3)}),
-    "top_k": SPEC.model_copy(update={"router": TopK(**ROOMY, keep_threshold=0.0)}),
-    "no_token_left_behind": SPEC.model_copy(update={"router": NoTokenLeftBehind(**ROOMY)}),
-    "expert_choice": SPEC.model_copy(update={"router": ExpertChoice(), "decoder_router": Switch(**ROOMY)}),
+    "groups": SPEC.model_copy(update={"router": SwitchRouter(**ROOMY, group_sequences=3)}),
+    "top_k": SPEC.model_copy(update={"router": TopKRouter(**ROOMY, keep_threshold=0.0)}),
+    "no_token_left_behind": SPEC.model_copy(update={"router": NoTokenLeftBehindRouter(**ROOMY)}),
+    "expert_choice": SPEC.model_copy(update={"router": ExpertChoiceRouter(), "decoder_router": SwitchRouter(**ROOMY)}),
 }
 DECODING = {
     "greedy": Decoding(max_tokens=12),

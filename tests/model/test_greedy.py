@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate, steps
+from switchcli.model.generation import generate, generate_columns
 from switchcli.model.kv_cache import ROOM
 from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.transformer import SwitchTransformer
@@ -94,7 +94,7 @@ def test_a_decoding_step_routes_no_row_that_has_ended_or_fills_a_group() -> None
     routed: list[int] = []
     for module in model.decoder.modules():
         if isinstance(module, SwitchLayer):
-            module.register_forward_hook(lambda _, __, output: routed.append(int(output.report.tokens)))
+            module.register_forward_hook(lambda _, __, output: routed.append(int(output.stats.tokens)))
     answers = generate(model, inputs_BS, decoding).tolist()[1:]
     ends = [row.index(EOS) + 1 if EOS in row else 30 for row in answers]
     assert len(set(ends)) > 1
@@ -128,7 +128,7 @@ def test_the_steps_are_the_columns_of_the_answer_and_are_made_when_they_are_aske
     model.decoder.register_forward_hook(lambda *_: made.append(1))
     inputs_BS = some_inputs(4, 7)
     columns = []
-    for number, column_B in enumerate(steps(model, inputs_BS, Decoding(max_tokens=9)), start=1):
+    for number, column_B in enumerate(generate_columns(model, inputs_BS, Decoding(max_tokens=9)), start=1):
         columns.append(column_B)
         assert len(made) == number
         assert torch.is_grad_enabled()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.layer import Router
+from switchcli.model.init import initialize
+from switchcli.model.moe.layer import RouterWeights
 from switchcli.model.transformer import SwitchTransformer
 
 CUT = 0.8796
@@ -31,7 +31,7 @@ EXPERTS = ("router.weight", "experts.wi", "experts.wi_gate", "experts.wo")
 
 def weights(spec: ModelSpec = SPEC, seed: int = 0) -> dict[str, torch.Tensor]:
     model = SwitchTransformer(spec)
-    initialise(model, seed)
+    initialize(model, seed)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -124,8 +124,8 @@ def test_a_router_of_the_papers_scale_starts_undecided(num_experts: int) -> None
     """Inputs of unit mean square give logits of sqrt(0.1) * 0.88 = 0.28: the best of E experts has little over 1/E."""
     spec = ModelSpec(d_model=768, d_ff=8, d_kv=4, num_heads=1, num_layers=2, vocab_size=9, num_experts=num_experts)
     model = SwitchTransformer(spec).eval()
-    initialise(model, 0)
-    router = next(module for module in model.modules() if isinstance(module, Router))
+    initialize(model, 0)
+    router = next(module for module in model.modules() if isinstance(module, RouterWeights))
     logits_NE = router(torch.randn(4096, 768, generator=torch.Generator().manual_seed(0)))
     assert logits_NE.std().item() == pytest.approx(0.28, abs=0.02)
     top = logits_NE.softmax(-1).amax(-1).mean().item()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
+from switchcli.model.init import initialize
 from switchcli.model.layers import RMSNorm, dropout
 from switchcli.model.transformer import SwitchTransformer
 
@@ -54,7 +54,7 @@ def dropped(x_BSD: torch.Tensor) -> float:
 def test_dropout_falls_on_embeddings_hidden_units_the_output_of_each_part_and_the_last_norm(stack: str) -> None:
     spec = ModelSpec(vocab_size=9, d_model=400, d_ff=500, num_heads=2, num_layers=1, activation="geglu", dropout=0.3)
     model = SwitchTransformer(spec)
-    initialise(model, 0)
+    initialize(model, 0)
     model = model.train().double()  # in float32 a small output may vanish beside what it is added to
     half = getattr(model, stack)
     block = half.blocks[0]

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from tiny import SPARSE, a_model, rows
 
 from switchcli.model.moe.losses import Reduction, auxiliary_loss
-from switchcli.model.moe.router import ExpertChoice, Switch, TopK
-from switchcli.model.moe.stats import RoutingReport
+from switchcli.model.moe.router import ExpertChoiceRouter, SwitchRouter, TopKRouter
+from switchcli.model.moe.stats import RouterStats
 
 E, N = 4, 32
 
 
-def report(logits_GNE: torch.Tensor, real_GN: torch.Tensor | None = None) -> RoutingReport:
+def report(logits_GNE: torch.Tensor, real_GN: torch.Tensor | None = None) -> RouterStats:
     real_GN = torch.ones(logits_GNE.shape[:2], dtype=torch.bool) if real_GN is None else real_GN
-    return Switch().assign(logits_GNE, real_GN, "training").report
+    return SwitchRouter().assign(logits_GNE, real_GN, "training").stats
 
 
 def towards(expert_N: torch.Tensor, strength: float) -> torch.Tensor:
@@ -25,17 +25,17 @@ def towards(expert_N: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 def test_the_balance_loss_is_one_when_uniform_and_grows_with_collapse() -> None:
-    assert report(towards(torch.arange(N) % E, 1e-4)).balance.item() == pytest.approx(1.0, rel=1e-5)
+    assert report(towards(torch.arange(N) % E, 1e-4)).load_balancing_loss.item() == pytest.approx(1.0, rel=1e-5)
     collapsed_GNE = towards(torch.zeros(N, dtype=torch.int64), 3.0)
     most = collapsed_GNE.softmax(-1)[0, 0, 0].item()
-    assert report(collapsed_GNE).balance.item() == pytest.approx(E * most)
+    assert report(collapsed_GNE).load_balancing_loss.item() == pytest.approx(E * most)
 
 
 def test_its_gradient_makes_the_crowded_expert_less_probable_and_f_has_none() -> None:
     logits_GNE = towards(torch.tensor([0] * 24 + [1] * 8), 1.0).requires_grad_()
     found = report(logits_GNE)
     assert not found.fraction_GE.requires_grad
-    (gradient_GNE,) = torch.autograd.grad(found.balance, logits_GNE)
+    (gradient_GNE,) = torch.autograd.grad(found.load_balancing_loss, logits_GNE)
     assert (gradient_GNE[..., 0] > 0).all()
     assert (gradient_GNE[..., 2:] < 0).all()
 
@@ -46,7 +46,7 @@ def test_a_group_counts_by_its_real_tokens() -> None:
     logits_GNE = (2 * torch.randn(3, 114, 128, generator=generator)).requires_grad_()
     counts = [114, 2, 0]
     real_GN = torch.arange(114) < torch.tensor(counts)[:, None]
-    found = Switch().assign(logits_GNE, real_GN, "training").report
+    found = SwitchRouter().assign(logits_GNE, real_GN, "training").stats
 
     probability_GNE = logits_GNE.softmax(-1)
     naive_balance, naive_z = torch.zeros(()), torch.zeros(())
@@ -59,9 +59,9 @@ def test_a_group_counts_by_its_real_tokens() -> None:
             naive_balance = naive_balance + count * 128 * (chosen / max(1, count)) * mean
         for token in range(count):
             naive_z = naive_z + logits_GNE[group, token].logsumexp(-1) ** 2
-    torch.testing.assert_close(found.balance, naive_balance / 116)
-    torch.testing.assert_close(found.z, naive_z / 116)
-    for ours, theirs in ((found.balance, naive_balance / 116), (found.z, naive_z / 116)):
+    torch.testing.assert_close(found.load_balancing_loss, naive_balance / 116)
+    torch.testing.assert_close(found.z_loss, naive_z / 116)
+    for ours, theirs in ((found.load_balancing_loss, naive_balance / 116), (found.z_loss, naive_z / 116)):
         gradients = (torch.autograd.grad(loss, logits_GNE, retain_graph=True)[0] for loss in (ours, theirs))
         torch.testing.assert_close(*gradients)
 
@@ -71,7 +71,7 @@ def test_z_is_the_mean_square_of_the_log_of_the_sum_over_real_tokens() -> None:
     real_GN = torch.arange(7) < torch.tensor([[7], [3]])
     logits_GNE.requires_grad_()
     square_GN = logits_GNE.logsumexp(-1).square()
-    found, naive = report(logits_GNE, real_GN).z, (square_GN[0].sum() + square_GN[1, :3].sum()) / 10
+    found, naive = report(logits_GNE, real_GN).z_loss, (square_GN[0].sum() + square_GN[1, :3].sum()) / 10
     assert found.item() == pytest.approx(naive.item(), rel=1e-6)
     ours, theirs = (torch.autograd.grad(z, logits_GNE)[0] for z in (found, naive))
     torch.testing.assert_close(ours, theirs)
@@ -90,7 +90,7 @@ def test_the_losses_of_a_batch_are_the_sums_of_those_of_its_microbatches(reducti
             assert getattr(getattr(whole, stack), field).item() == pytest.approx(summed, rel=1e-5)
 
 
-def naive(stacks: list[tuple[float, float, list[RoutingReport]]], reduction: Reduction) -> float:
+def naive(stacks: list[tuple[float, float, list[RouterStats]]], reduction: Reduction) -> float:
     """Sums of plain numbers: (alpha, coefficient of z, reports) of each stack."""
     layers = []
     for alpha, c, reports in stacks:
@@ -103,9 +103,9 @@ def naive(stacks: list[tuple[float, float, list[RoutingReport]]], reduction: Red
                     f = sum(one.fraction_GE[group, expert].item() for one in reports) / len(reports)
                     p = sum(one.probability_GE[group, expert].item() for one in reports) / len(reports)
                     total += experts * f * p * tokens[group] / sum(tokens)
-            layers.append(alpha * total + c * sum(one.z.item() for one in reports) / len(reports))
+            layers.append(alpha * total + c * sum(one.z_loss.item() for one in reports) / len(reports))
         else:
-            layers += [alpha * one.balance.item() + c * one.z.item() for one in reports]
+            layers += [alpha * one.load_balancing_loss.item() + c * one.z_loss.item() for one in reports]
     return sum(layers) / len(layers) if reduction == "mean" else sum(layers)
 
 
@@ -127,8 +127,8 @@ def test_each_reduction_equals_the_naive_one_with_coefficients_of_each_stack(
     others = [report(torch.randn(3, 5, E, generator=generator), other_GN) for _ in range(decoder)]
     found = auxiliary_loss(
         [
-            (Switch(balance_loss_coef=alpha, z_loss_coef=z), tuple(reports)),
-            (TopK(balance_loss_coef=decoder_alpha, z_loss_coef=decoder_z), tuple(others)),
+            (SwitchRouter(balance_loss_coef=alpha, z_loss_coef=z), tuple(reports)),
+            (TopKRouter(balance_loss_coef=decoder_alpha, z_loss_coef=decoder_z), tuple(others)),
         ],
         reduction,
     )
@@ -145,8 +145,8 @@ def test_layers_that_collapse_into_different_experts_show_but_for_pooling() -> N
     collapsed = tuple(report(towards(torch.full((N,), expert), 20.0)) for expert in range(E))
     uniform = tuple(report(towards(torch.arange(N) % E, 1e-4)) for _ in range(E))
 
-    def loss(reports: tuple[RoutingReport, ...], reduction: Reduction) -> float:
-        found = auxiliary_loss([(Switch(balance_loss_coef=1.0), reports), (Switch(), ())], reduction)
+    def loss(reports: tuple[RouterStats, ...], reduction: Reduction) -> float:
+        found = auxiliary_loss([(SwitchRouter(balance_loss_coef=1.0), reports), (SwitchRouter(), ())], reduction)
         assert found is not None
         return found.mean().item()
 
@@ -160,9 +160,9 @@ def test_layers_that_collapse_into_different_experts_show_but_for_pooling() -> N
 
 def test_an_expert_choice_layer_has_a_z_loss_alone() -> None:
     found = report(torch.randn(1, 9, E))
-    loss = auxiliary_loss([(ExpertChoice(z_loss_coef=0.5), (found,)), (Switch(), ())], "sum")
+    loss = auxiliary_loss([(ExpertChoiceRouter(z_loss_coef=0.5), (found,)), (SwitchRouter(), ())], "sum")
     assert loss is not None
-    assert loss.mean().item() == pytest.approx(0.5 * found.z.item())
+    assert loss.mean().item() == pytest.approx(0.5 * found.z_loss.item())
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "pooled"])
@@ -172,8 +172,8 @@ def test_the_model_adds_the_losses_of_its_stacks_with_the_coefficients_of_their_
     changes = {"router": router, "decoder_router": other, "sparse": "both", "balance_reduction": reduction}
     model = a_model(SPARSE.model_copy(update=changes))
     output = model(*rows(0, 0, 4))
-    assert len(output.encoder_reports) == len(output.decoder_reports) == 2
-    expected = naive([(0.5, 0.25, output.encoder_reports), (0.125, 2.0, output.decoder_reports)], reduction)
+    assert len(output.encoder_stats) == len(output.decoder_stats) == 2
+    expected = naive([(0.5, 0.25, output.encoder_stats), (0.125, 2.0, output.decoder_stats)], reduction)
     assert output.auxiliary.mean().item() == pytest.approx(expected, rel=1e-5)
     output.auxiliary.mean().backward()
     for name, parameter in model.named_parameters():

@@ -6,9 +6,9 @@ from hand import route
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.model.moe.router import NoTokenLeftBehind, Switch
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, SwitchRouter
 
-RULE = NoTokenLeftBehind(capacity_factor=1.0, min_capacity=1, jitter=0.0)
+RULE = NoTokenLeftBehindRouter(capacity_factor=1.0, min_capacity=1, jitter=0.0)
 
 
 def test_only_tokens_without_a_slot_try_their_next_choice() -> None:
@@ -51,7 +51,7 @@ def test_f_is_the_mean_over_the_k_choices_whether_they_were_tried_or_not() -> No
 def test_with_every_expert_among_the_choices_the_balance_loss_is_one_and_pulls_nowhere() -> None:
     """f is then 1 / E whatever the router does, and sum(P) is 1: Mesh-TensorFlow's loss needs more than k experts."""
     logits_GNE = torch.randn(1, 20, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    balance = RULE.assign(logits_GNE, torch.ones(1, 20, dtype=torch.bool), "training").report.balance
+    balance = RULE.assign(logits_GNE, torch.ones(1, 20, dtype=torch.bool), "training").stats.load_balancing_loss
     assert balance.item() == pytest.approx(1.0)
     (gradient,) = torch.autograd.grad(balance, logits_GNE)
     assert gradient.abs().max() < 1e-7
@@ -65,12 +65,12 @@ def test_all_are_placed_where_there_are_slots_and_rounds_enough_and_none_twice(
     real_GN = torch.ones(1, tokens, dtype=torch.bool)
     factor = (-(-tokens // num_experts)) * num_experts / tokens + 1e-9  # slots for all, to the next whole one
     settings = {"capacity_factor": factor, "min_capacity": 1, "jitter": 0.0}
-    routing = NoTokenLeftBehind(**settings, k=num_experts).assign(logits_GNE, real_GN, "training")
+    routing = NoTokenLeftBehindRouter(**settings, k=num_experts).assign(logits_GNE, real_GN, "training")
     placed = routing.token_GEC[routing.token_GEC < tokens].tolist()
     assert sorted(placed) == list(range(tokens))
-    assert routing.report.dropped == 0
+    assert routing.stats.dropped == 0
     # The first round is Switch routing: whom it places sits where Switch puts it.
-    switch = Switch(**settings).assign(logits_GNE, real_GN, "training")
+    switch = SwitchRouter(**settings).assign(logits_GNE, real_GN, "training")
     first = switch.token_GEC < tokens
     assert torch.equal(routing.token_GEC[first], switch.token_GEC[first])
     assert torch.equal(routing.weight_GEC[first], switch.weight_GEC[first])

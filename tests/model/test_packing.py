@@ -15,9 +15,9 @@ from weights import OURS, copy_weights, pairs, slice_of, switch, t5
 
 from switchcli.data.batch import Batch
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import NoTokenLeftBehind, Switch, TopK
-from switchcli.model.packing import segments_of
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
+from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
@@ -25,14 +25,14 @@ from switchcli.train.loss import cross_entropy, packed_cross_entropy
 
 RELATIVE = 1e-5
 FREE = {"capacity_factor": "dropless", "eval_capacity_factor": "dropless", "jitter": 0.0}
-SPARSE = {"num_experts": 5, "router": Switch(**FREE)}
+SPARSE = {"num_experts": 5, "router": SwitchRouter(**FREE)}
 MODELS = {
     "dense": {},
     "untied": {"tie_embeddings": False},
     "feed_forward": SPARSE,
     "attention": {**SPARSE, "sparse": "attention"},
-    "both by top_k": {**SPARSE, "sparse": "both", "router": TopK(**FREE, keep_threshold=0.0)},
-    "both by no_token_left_behind": {**SPARSE, "sparse": "both", "router": NoTokenLeftBehind(**FREE, k=2)},
+    "both by top_k": {**SPARSE, "sparse": "both", "router": TopKRouter(**FREE, keep_threshold=0.0)},
+    "both by no_token_left_behind": {**SPARSE, "sparse": "both", "router": NoTokenLeftBehindRouter(**FREE, k=2)},
 }
 Example = tuple[int, int]
 """How many tokens the inputs have, and the targets, EOS included."""
@@ -41,7 +41,7 @@ lengths = st.tuples(st.integers(1, 12), st.integers(1, 8))
 
 def a_model(changes: dict[str, object], seed: int = 3) -> SwitchTransformer:
     model = SwitchTransformer(ModelSpec(**{**OURS, "num_layers": 4, **changes})).train()
-    initialise(model, seed)
+    initialize(model, seed)
     return model
 
 
@@ -79,7 +79,7 @@ def assert_packed_is_alone(model: SwitchTransformer, rows: list[list[Example]], 
     examples = texts(rows)
     batch = packed(examples, tail)
     every = [example for row in examples for example in row]
-    logits_BTV = model(*batch, segments_of(*batch)).logits_BTV
+    logits_BTV = model(*batch, segment_ids(*batch)).logits_BTV
     assert logits_BTV.isfinite().all()
     alone = [model(*example).logits_BTV[0] for example in every]
     assert_close(logits_BTV[batch.targets_BT != PAD], torch.cat(alone), "logits")
@@ -148,13 +148,13 @@ def test_one_example_a_row_without_segments_is_the_plain_model_bit_by_bit() -> N
     """Pre-training's rows are of this kind; segments change nothing in them but how padding sees."""
     model, rows = a_model(SPARSE), texts([[(9, 6)], [(9, 6)]])
     batch = packed(rows, 0)
-    assert torch.equal(model(*batch).logits_BTV, model(*batch, segments_of(*batch)).logits_BTV)
+    assert torch.equal(model(*batch).logits_BTV, model(*batch, segment_ids(*batch)).logits_BTV)
 
 
 def test_segments_count_the_ends_before_a_position() -> None:
     inputs_BS = torch.tensor([[5, 6, EOS, EOS, 7, EOS, PAD], [PAD] * 7])
     targets_BT = torch.tensor([[EOS, 8, EOS, 9, EOS], [PAD] * 5])
-    segments = segments_of(inputs_BS, targets_BT)
+    segments = segment_ids(inputs_BS, targets_BT)
     assert segments.source_BS.tolist() == [[0, 0, 0, 1, 2, 2, 3], [0] * 7]
     assert segments.target_BT.tolist() == [[0, 1, 1, 2, 2], [0] * 5]
 
@@ -162,7 +162,7 @@ def test_segments_count_the_ends_before_a_position() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_with_dropout_and_jitter_gradients_are_numbers(autocast: bool) -> None:
     model = SwitchTransformer(NOISY).train()
-    initialise(model, 0)
+    initialize(model, 0)
     batch = packed(texts([[(5, 3), (4, 4)], [], [(1, 1)], [(2, 2)] * 4]), 1)
     batch = Batch(*(ids.clamp(max=NOISY.vocab_size - 1) for ids in batch))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -185,7 +185,7 @@ def test_packed_examples_are_each_what_transformers_makes_of_it_alone(build, cha
     copy_weights(ours, theirs)
     rows = texts([[(12, 5), (3, 7), (8, 1)], [(20, 9), (2, 2)]])
     batch = packed(rows, 3)
-    logits_BTV = ours(*batch, segments_of(*batch)).logits_BTV
+    logits_BTV = ours(*batch, segment_ids(*batch)).logits_BTV
     loss = packed_cross_entropy(ours, batch).target_sum
     loss.backward()
     expected = [theirs(input_ids=inputs, labels=targets) for row in rows for inputs, targets in row]

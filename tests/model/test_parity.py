@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from weights import OURS, copy_weights, pairs, slice_of, switch, t5
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import Switch
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 
 RELATIVE = 1e-5
@@ -25,7 +25,11 @@ CASES = {
     "t5-geglu-tied": (lambda: t5("gated-gelu", True), {"activation": "geglu"}),
     "switch": (
         lambda: switch(5),
-        {"num_layers": 4, "num_experts": 5, "router": Switch(jitter=0.0, capacity_factor=5.0, balance_loss_coef=0.0)},
+        {
+            "num_layers": 4,
+            "num_experts": 5,
+            "router": SwitchRouter(jitter=0.0, capacity_factor=5.0, balance_loss_coef=0.0),
+        },
     ),
 }
 
@@ -35,7 +39,7 @@ def test_logits_loss_and_gradients_equal_transformers(case: str) -> None:
     build, changes = CASES[case]
     theirs = build().train()
     ours = SwitchTransformer(ModelSpec(**{**OURS, **changes})).train()
-    initialise(ours, seed=3)
+    initialize(ours, seed=3)
     copy_weights(ours, theirs)
     generator = torch.Generator().manual_seed(1)
     inputs_BS = torch.randint(2, 61, (3, 37), generator=generator)

@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from doubles import Source
 from tiny import NOISY, SPARSE, a_model, rows, step_total
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.layer import Router, SwitchLayer
-from switchcli.model.moe.router import NoTokenLeftBehind, RouterSpec, Switch
+from switchcli.model.init import initialize
+from switchcli.model.moe.layer import RouterWeights, SwitchLayer
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import Always, cross_entropy
+from switchcli.train.loss import FixedLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor
 from switchcli.train.schedules import InverseSquareRoot
@@ -24,16 +24,18 @@ from switchcli.train.state import TrainState
 
 
 @pytest.fixture
-def runtime() -> Runtime:
-    return Runtime("cpu", "selective")
+def context() -> DistributedContext:
+    return DistributedContext("cpu", "selective")
 
 
 @pytest.mark.parametrize("activation", ["relu", "geglu"])
-def test_the_routers_logits_are_float32_and_exact_in_the_whole_model(runtime: Runtime, activation: str) -> None:
+def test_the_routers_logits_are_float32_and_exact_in_the_whole_model(
+    context: DistributedContext, activation: str
+) -> None:
     model = a_model(SPARSE.model_copy(update={"activation": activation})).train()
     seen: list[str] = []
 
-    def routed(router: Router, arguments: tuple[torch.Tensor], logits_GNE: torch.Tensor) -> None:
+    def routed(router: RouterWeights, arguments: tuple[torch.Tensor], logits_GNE: torch.Tensor) -> None:
         (x_GND,) = arguments
         assert logits_GNE.dtype == torch.float32
         with torch.autocast("cpu", enabled=False):
@@ -50,24 +52,24 @@ def test_the_routers_logits_are_float32_and_exact_in_the_whole_model(runtime: Ru
         seen.append("linear")
 
     for module in model.modules():
-        for kind, hook in ((Router, routed), (SwitchLayer, fed), (torch.nn.Linear, computed)):
+        for kind, hook in ((RouterWeights, routed), (SwitchLayer, fed), (torch.nn.Linear, computed)):
             if isinstance(module, kind):
                 module.register_forward_hook(hook)
-    with runtime.autocast():
+    with context.autocast():
         output = model(*rows(0, 0, 8))
         assert output.logits_BTV.dtype == torch.bfloat16
     assert seen.count("router") == seen.count("layer") == 2
     assert seen.count("linear") > 10
-    for report in output.reports:
+    for report in output.router_stats:
         assert all(field.dtype == torch.float32 for field in report)
-        assert report.balance.requires_grad
+        assert report.load_balancing_loss.requires_grad
 
 
 def test_the_papers_bfloat16_arm_rounds_the_router_whatever_is_around_it() -> None:
     """Table 2's arm that diverges: product and softmax in bfloat16, from a float32 master."""
     model = SwitchTransformer(SPARSE, router_dtype=torch.bfloat16)
-    initialise(model, 0)
-    router = next(module for module in model.modules() if isinstance(module, Router))
+    initialize(model, 0)
+    router = next(module for module in model.modules() if isinstance(module, RouterWeights))
     x_GND = torch.randn(1, 6, SPARSE.d_model, generator=torch.Generator().manual_seed(0))
     for autocast in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -80,7 +82,9 @@ def test_the_papers_bfloat16_arm_rounds_the_router_whatever_is_around_it() -> No
     assert router.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("router", [Switch(min_capacity=6), NoTokenLeftBehind(min_capacity=6)], ids=lambda r: r.kind)
+@pytest.mark.parametrize(
+    "router", [SwitchRouter(min_capacity=6), NoTokenLeftBehindRouter(min_capacity=6)], ids=lambda r: r.kind
+)
 def test_the_weight_of_a_slot_is_float32_until_it_meets_the_experts_output(router: RouterSpec) -> None:
     logits_GNE = torch.randn(1, 6, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -89,9 +93,9 @@ def test_the_weight_of_a_slot_is_float32_until_it_meets_the_experts_output(route
     assert set(routing.weight_GEC[routing.weight_GEC > 0].tolist()) == set(logits_GNE.softmax(-1).amax(-1)[0].tolist())
 
 
-def test_the_loss_is_summed_in_float32_and_every_gradient_reaches_a_float32_master(runtime: Runtime) -> None:
+def test_the_loss_is_summed_in_float32_and_every_gradient_reaches_a_float32_master(context: DistributedContext) -> None:
     model = a_model().train()
-    with runtime.autocast():
+    with context.autocast():
         loss = cross_entropy(model, rows(0, 0, 8))
     assert loss.target_sum.dtype == loss.auxiliary.mean().dtype == torch.float32
     step_total(loss).backward()
@@ -112,8 +116,8 @@ class Losses(Callback):
         self.means: list[float] = []
 
     def __call__(self, state: TrainState) -> None:
-        self.means.append(-float(state.window["neg_log_perplexity"].value()))
-        state.window = {}
+        self.means.append(-float(state.metrics_since_log["neg_log_perplexity"].value()))
+        state.metrics_since_log = {}
 
 
 def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
@@ -121,11 +125,11 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
     fit(
         state,
         model,
-        Always(cross_entropy),
+        FixedLoss(cross_entropy),
         Microbatches(Source(lambda step, first, count: rows(step % 2, first, count)), 8, None, 1, 0, 1),
         Adafactor().build(dict(model.named_parameters())),
         InverseSquareRoot(learning_rate=0.005),
-        Runtime("cpu", precision),
+        DistributedContext("cpu", precision),
         [seen],
         TrainSpec(steps=50, batch_tokens=1),
         StopRequest(),

@@ -10,8 +10,8 @@ from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
 
 from switchcli.model.compiled import compile_dense_parts
 from switchcli.model.config import ModelSpec
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Switch, TopK
-from switchcli.model.packing import Segments
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
+from switchcli.model.packing import SegmentIds
 from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import freeze
 from switchcli.model.transformer import ModelOutput, SwitchTransformer
@@ -23,12 +23,12 @@ SPECS: dict[str, ModelSpec] = {
     "groups": GROUPED,
     "noisy": NOISY,
     "expert dropout": NOISY.model_copy(update=NOISE),
-    "tokens at random": NOISY.model_copy(update={"router": Switch(overflow="random", sample_temperature=1.0)}),
-    "dropless": NOISY.model_copy(update={"router": Switch(capacity_factor="dropless")}),
-    "top_k, GEGLU": SPARSE.model_copy(update={**NOISE, "activation": "geglu", "router": TopK(min_capacity=1)}),
-    "no token left behind": SPARSE.model_copy(update={**NOISE, "router": NoTokenLeftBehind(min_capacity=1)}),
+    "tokens at random": NOISY.model_copy(update={"router": SwitchRouter(overflow="random", sample_temperature=1.0)}),
+    "dropless": NOISY.model_copy(update={"router": SwitchRouter(capacity_factor="dropless")}),
+    "top_k, GEGLU": SPARSE.model_copy(update={**NOISE, "activation": "geglu", "router": TopKRouter(min_capacity=1)}),
+    "no token left behind": SPARSE.model_copy(update={**NOISE, "router": NoTokenLeftBehindRouter(min_capacity=1)}),
     "expert choice": SPARSE.model_copy(
-        update={**NOISE, "router": ExpertChoice(min_capacity=1), "decoder_router": Switch()}
+        update={**NOISE, "router": ExpertChoiceRouter(min_capacity=1), "decoder_router": SwitchRouter()}
     ),
     "Switch attention": NOISY.model_copy(update={**NOISE, "sparse": "both"}),
 }
@@ -41,7 +41,7 @@ class Step(NamedTuple):
     """The next number of torch's generator."""
 
 
-def a_step(model: SwitchTransformer, again: bool, bfloat16: bool = False, segments: Segments | None = None) -> Step:
+def a_step(model: SwitchTransformer, again: bool, bfloat16: bool = False, segments: SegmentIds | None = None) -> Step:
     if again:
         recompute_blocks(model)
     torch.manual_seed(7)
@@ -56,7 +56,7 @@ def a_step(model: SwitchTransformer, again: bool, bfloat16: bool = False, segmen
 def assert_equal(one: Step, other: Step) -> None:
     assert one.draw == other.draw
     assert torch.equal(one.output.logits_BTV, other.output.logits_BTV)
-    for ours, theirs in zip(one.output.reports, other.output.reports, strict=True):
+    for ours, theirs in zip(one.output.router_stats, other.output.router_stats, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert one.gradients.keys() == other.gradients.keys()
     for name, gradient in one.gradients.items():
@@ -73,7 +73,7 @@ def test_outputs_reports_and_gradients_are_the_same_bit_for_bit(spec: ModelSpec,
 
 @pytest.mark.parametrize("spec", [NOISY, SPECS["Switch attention"]], ids=["noisy", "Switch attention"])
 def test_of_packed_rows_too(spec: ModelSpec) -> None:
-    segments = Segments(torch.arange(12).expand(4, 12) // 5, torch.arange(9).expand(4, 9) // 3)
+    segments = SegmentIds(torch.arange(12).expand(4, 12) // 5, torch.arange(9).expand(4, 9) // 3)
     assert_equal(*(a_step(a_model(spec), again, segments=segments) for again in (True, False)))
 
 

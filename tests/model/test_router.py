@@ -4,15 +4,22 @@ import pytest
 import torch
 from hand import one_row, route
 
-from switchcli.model.moe.router import ExpertChoice, Mode, NoTokenLeftBehind, RoutingRule, Switch, TopK
+from switchcli.model.moe.router import (
+    ExpertChoiceRouter,
+    Mode,
+    NoTokenLeftBehindRouter,
+    Router,
+    SwitchRouter,
+    TopKRouter,
+)
 
-BARE = Switch(capacity_factor=1.0, min_capacity=1, jitter=0.0)
+BARE = SwitchRouter(capacity_factor=1.0, min_capacity=1, jitter=0.0)
 EVERY = [
-    Switch(overflow="random", sample_temperature=1.0),
-    Switch(overflow="probability", capacity_factor="dropless"),
-    TopK(),
-    NoTokenLeftBehind(),
-    ExpertChoice(),
+    SwitchRouter(overflow="random", sample_temperature=1.0),
+    SwitchRouter(overflow="probability", capacity_factor="dropless"),
+    TopKRouter(),
+    NoTokenLeftBehindRouter(),
+    ExpertChoiceRouter(),
 ]
 MODES: tuple[Mode, ...] = ("training", "paper", "dropless")
 IN_EVERY_MODE = [(rule, mode) for rule in EVERY for mode in MODES]
@@ -30,7 +37,7 @@ def test_groups_do_not_share_slots() -> None:
     logits_GNE = torch.tensor([[1.0, 0.0]]).expand(3, 4, 2)
     routing = BARE.assign(logits_GNE, torch.ones(3, 4, dtype=torch.bool), "training")
     assert routing.token_GEC.tolist() == 3 * [[[0, 1], [4, 4]]]
-    assert routing.report.dropped == 6
+    assert routing.stats.dropped == 6
 
 
 @pytest.mark.parametrize(("real", "first"), [([False, False, True, True], 2), ([True, True, False, False], 0)])
@@ -43,12 +50,12 @@ def test_padding_takes_no_slot_on_either_side(real: list[bool], first: int) -> N
 
 @pytest.mark.parametrize("rule", EVERY, ids=lambda rule: rule.kind)
 @pytest.mark.parametrize("mode", ["training", "paper", "dropless"])
-def test_a_group_of_padding_gives_zeros_and_no_nan(rule: RoutingRule, mode: Mode) -> None:
+def test_a_group_of_padding_gives_zeros_and_no_nan(rule: Router, mode: Mode) -> None:
     found = route(rule, [[0.2, 0.3, 0.4, 0.1]] * 5, [False] * 5, mode)
     assert found.queues == [[]] * 4
     for name, field in found.report._asdict().items():
         assert (field == 0).all(), name
-    assert found.report.balance == 0
+    assert found.report.load_balancing_loss == 0
 
 
 @pytest.mark.parametrize(
@@ -64,17 +71,17 @@ def test_a_group_of_padding_gives_zeros_and_no_nan(rule: RoutingRule, mode: Mode
     ],
 )
 def test_capacity_is_equation_3(tokens: int, experts: int, factor: float | str, least: int, capacity: int) -> None:
-    training = Switch(capacity_factor=factor, min_capacity=least, eval_capacity_factor=0.01)
-    evaluation = Switch(eval_capacity_factor=factor, min_capacity=least, capacity_factor=0.01)
+    training = SwitchRouter(capacity_factor=factor, min_capacity=least, eval_capacity_factor=0.01)
+    evaluation = SwitchRouter(eval_capacity_factor=factor, min_capacity=least, capacity_factor=0.01)
     assert training.capacity(tokens, experts, "training") == capacity
     assert evaluation.capacity(tokens, experts, "paper") == capacity
     assert training.capacity(tokens, experts, "dropless") == tokens
 
 
 @pytest.mark.parametrize(
-    "rule", [BARE, TopK(min_capacity=1), NoTokenLeftBehind(min_capacity=1, k=2)], ids=lambda r: r.kind
+    "rule", [BARE, TopKRouter(min_capacity=1), NoTokenLeftBehindRouter(min_capacity=1, k=2)], ids=lambda r: r.kind
 )
-def test_nothing_is_dropped_without_a_capacity(rule: RoutingRule) -> None:
+def test_nothing_is_dropped_without_a_capacity(rule: Router) -> None:
     table = [[0.7, 0.2, 0.1]] * 9  # all to the first expert
     assert route(rule, table, mode="training").report.dropped > 0
     free = rule.model_copy(update={"capacity_factor": "dropless"})
@@ -98,7 +105,7 @@ def test_the_most_probable_token_is_first_where_overflow_goes_by_probability() -
 
 def test_each_token_is_as_likely_to_stay_where_overflow_is_random_in_training() -> None:
     """8 tokens for 2 slots, 4,000 times: 1,000 each, known to 27.4; five times that is allowed."""
-    rule = Switch(capacity_factor=0.5, min_capacity=1, overflow="random")
+    rule = SwitchRouter(capacity_factor=0.5, min_capacity=1, overflow="random")
     routing = one_row(rule, [0.9, 0.1], num_tokens=8, num_groups=4000)
     assert routing.token_GEC[:, 1].eq(8).all()
     times_N = routing.token_GEC[:, 0].flatten().bincount(minlength=8)
@@ -109,7 +116,7 @@ def test_each_token_is_as_likely_to_stay_where_overflow_is_random_in_training() 
 
 
 def test_random_overflow_goes_by_position_in_evaluation_and_drops_no_padding_into_a_slot() -> None:
-    rule = Switch(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, overflow="random")
+    rule = SwitchRouter(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, overflow="random")
     assert route(rule, [[0.9, 0.1]] * 4, mode="paper").queues == [[(0, 0.9), (1, 0.9)], []]
     for _ in range(20):
         found = route(rule, [[0.9, 0.1]] * 6, [True, False, True, False, False, True])
@@ -121,12 +128,12 @@ def test_random_overflow_goes_by_position_in_evaluation_and_drops_no_padding_int
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_choices_are_sampled_from_the_softmax_of_tempered_logits(temperature: float, dtype: torch.dtype) -> None:
     """40,000 tokens: a share is known to sqrt(p (1 - p) / 40,000), and five times that is allowed."""
-    rule = Switch(sample_temperature=temperature, capacity_factor="dropless")
+    rule = SwitchRouter(sample_temperature=temperature, capacity_factor="dropless")
     logits_E = torch.tensor([39.0, 40.0, 40.0, 38.0]).to(dtype)  # bfloat16 knows quarters there
     torch.manual_seed(0)
     routing = rule.assign(logits_E.expand(10, 4000, 4), torch.ones(10, 4000, dtype=torch.bool), "training")
     expected_E = (logits_E.float() / temperature).softmax(-1)
-    error_E = (routing.report.load_E / 40_000 - expected_E) / (expected_E * (1 - expected_E) / 40_000).sqrt()
+    error_E = (routing.stats.load_E / 40_000 - expected_E) / (expected_E * (1 - expected_E) / 40_000).sqrt()
     assert error_E.abs().max() < 5
     # The gate is the probability without temperature.
     gate_E = logits_E.softmax(-1).float()
@@ -135,13 +142,13 @@ def test_choices_are_sampled_from_the_softmax_of_tempered_logits(temperature: fl
 
 
 def test_sampling_draws_distinct_experts_and_only_in_training() -> None:
-    rule = TopK(sample_temperature=1.0, keep_threshold=0.0, capacity_factor="dropless")
+    rule = TopKRouter(sample_temperature=1.0, keep_threshold=0.0, capacity_factor="dropless")
     routing = one_row(rule, [0.5, 0.3, 0.2], num_tokens=500, num_groups=1)
-    assert routing.report.load_E.sum() == 1000
+    assert routing.stats.load_E.sum() == 1000
     for token_C in routing.token_GEC[0].tolist():
         tokens = [token for token in token_C if token < 500]
         assert len(tokens) == len(set(tokens))
-    assert 0 < routing.report.load_E[2] < 1000
+    assert 0 < routing.stats.load_E[2] < 1000
     for mode in ("paper", "dropless"):
         assert route(rule, [[0.5, 0.3, 0.2]] * 50, mode=mode).report.load_E.tolist() == [50, 50, 0]
 
@@ -149,7 +156,7 @@ def test_sampling_draws_distinct_experts_and_only_in_training() -> None:
 def test_without_noise_training_is_the_argmax() -> None:
     logits_GNE = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0))
     before = torch.get_rng_state()
-    routing = Switch(jitter=0.0, capacity_factor="dropless").assign(
+    routing = SwitchRouter(jitter=0.0, capacity_factor="dropless").assign(
         logits_GNE, torch.ones(3, 50, dtype=torch.bool), "training"
     )
     assert torch.equal(before, torch.get_rng_state())  # nothing is drawn
@@ -160,19 +167,19 @@ def test_without_noise_training_is_the_argmax() -> None:
 
 
 @pytest.mark.parametrize(("rule", "mode"), IN_EVERY_MODE, ids=lambda value: getattr(value, "kind", value))
-def test_routing_waits_for_no_number(rule: RoutingRule, mode: Mode) -> None:
+def test_routing_waits_for_no_number(rule: Router, mode: Mode) -> None:
     """On the meta device there is none: whatever asks for one, as `.item()` and boolean indices do, fails."""
     logits_GNE = torch.empty(2, 9, 5, device="meta")
     routing = rule.assign(logits_GNE, torch.empty(2, 9, device="meta", dtype=torch.bool), mode)
     assert routing.token_GEC.shape == routing.weight_GEC.shape
-    assert routing.report.balance.shape == ()
+    assert routing.stats.load_balancing_loss.shape == ()
 
 
 @pytest.mark.parametrize(("rule", "mode"), IN_EVERY_MODE, ids=lambda value: getattr(value, "kind", value))
-def test_gradients_flow_through_weights_probabilities_and_z_alone(rule: RoutingRule, mode: Mode) -> None:
+def test_gradients_flow_through_weights_probabilities_and_z_alone(rule: Router, mode: Mode) -> None:
     logits_GNE = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     routing = rule.assign(logits_GNE, torch.ones(2, 9, dtype=torch.bool), mode)
-    carrying = {name for name, field in routing.report._asdict().items() if field.requires_grad}
+    carrying = {name for name, field in routing.stats._asdict().items() if field.requires_grad}
     assert carrying == {"probability_GE", "z_sum"}
     assert routing.weight_GEC.requires_grad
     assert routing.weight_GEC.dtype == torch.float32

@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 from switchcli.model.config import ModelSpec
 from switchcli.model.layers import FeedForward
 from switchcli.model.moe.layer import SwitchLayer, evaluating
-from switchcli.model.moe.router import ExpertChoice, Mode, NoTokenLeftBehind, RouterSpec, Switch, TopK
-from switchcli.model.transformer import FeedForwardPart
+from switchcli.model.moe.router import (
+    ExpertChoiceRouter,
+    Mode,
+    NoTokenLeftBehindRouter,
+    RouterSpec,
+    SwitchRouter,
+    TopKRouter,
+)
+from switchcli.model.transformer import FeedForwardSublayer
 
 factors = st.floats(0.1, 4.0)
 common = {"jitter": st.just(0.0), "min_capacity": st.integers(1, 4), "group_sequences": st.integers(1, 3)}
@@ -21,12 +28,14 @@ queued = {
     "overflow": st.sampled_from(["position", "probability"]),
 }
 ROUTERS = {
-    "switch": st.builds(Switch, **queued),
+    "switch": st.builds(SwitchRouter, **queued),
     # With k: 1 the gate is raw: renormalised it would be 1.
-    "top_1": st.builds(TopK, **queued, k=st.just(1), renormalise=st.just(False), keep_threshold=st.just(0.0)),
-    "top_k": st.builds(TopK, **queued, k=st.integers(2, 3), renormalise=st.booleans(), keep_threshold=st.just(0.0)),
-    "no_token_left_behind": st.builds(NoTokenLeftBehind, **queued, k=st.integers(2, 5)),
-    "expert_choice": st.builds(ExpertChoice, **common, capacity_factor=factors, eval_capacity_factor=factors),
+    "top_1": st.builds(TopKRouter, **queued, k=st.just(1), renormalise=st.just(False), keep_threshold=st.just(0.0)),
+    "top_k": st.builds(
+        TopKRouter, **queued, k=st.integers(2, 3), renormalise=st.booleans(), keep_threshold=st.just(0.0)
+    ),
+    "no_token_left_behind": st.builds(NoTokenLeftBehindRouter, **queued, k=st.integers(2, 5)),
+    "expert_choice": st.builds(ExpertChoiceRouter, **common, capacity_factor=factors, eval_capacity_factor=factors),
 }
 
 
@@ -84,7 +93,7 @@ def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.Da
         assert report.dropped == 0
 
     weight_BSO = torch.randn(y_BSO.shape, generator=generator)
-    loss = (y_BSO * weight_BSO).sum() + 7 * report.balance + 3 * report.z
+    loss = (y_BSO * weight_BSO).sum() + 7 * report.load_balancing_loss + 3 * report.z_loss
     exact_loss = (expected.y_BSO * weight_BSO).sum() + 7 * expected.balance + 3 * expected.z
     ours = torch.autograd.grad(loss, [x_BSD, *layer.parameters()])
     theirs = torch.autograd.grad(exact_loss, [exact_BSD, *exact.values()], allow_unused=True, materialize_grads=True)
@@ -93,7 +102,7 @@ def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.Da
 
 
 def test_a_dropped_token_is_exactly_zero_and_an_expert_without_tokens_still_has_a_gradient() -> None:
-    layer = a_layer(Switch(capacity_factor=0.1, min_capacity=1, jitter=0.0), seed=1)
+    layer = a_layer(SwitchRouter(capacity_factor=0.1, min_capacity=1, jitter=0.0), seed=1)
     with torch.no_grad():
         layer.router.weight.zero_()  # all tokens tie, and the first expert takes them
         layer.experts.wi.abs_()  # and no ReLU is closed
@@ -108,8 +117,8 @@ def test_a_dropped_token_is_exactly_zero_and_an_expert_without_tokens_still_has_
 
 def test_the_residual_carries_a_dropped_token_unchanged() -> None:
     shape = {"d_model": 6, "d_ff": 5, "num_heads": 2, "num_layers": 1, "num_experts": 4, "sparse_every": 1}
-    router = Switch(capacity_factor=0.1, min_capacity=1, jitter=0.0)
-    part = FeedForwardPart(ModelSpec(**shape, router=router), "encoder", 0)
+    router = SwitchRouter(capacity_factor=0.1, min_capacity=1, jitter=0.0)
+    part = FeedForwardSublayer(ModelSpec(**shape, router=router), "encoder", 0)
     generator = torch.Generator().manual_seed(0)
     for parameter in part.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
@@ -119,17 +128,23 @@ def test_the_residual_carries_a_dropped_token_unchanged() -> None:
     assert report.dropped == kept_BS.sum() >= 5
 
 
-@pytest.mark.parametrize("router", [Switch(), TopK(), NoTokenLeftBehind(), ExpertChoice()], ids=lambda r: r.kind)
+@pytest.mark.parametrize(
+    "router", [SwitchRouter(), TopKRouter(), NoTokenLeftBehindRouter(), ExpertChoiceRouter()], ids=lambda r: r.kind
+)
 def test_gradient_reaches_the_router_through_the_gate_the_balance_loss_and_z(router: RouterSpec) -> None:
     layer = a_layer(router, seed=0, num_experts=6)
     torch.manual_seed(0)
     y_BSO, report = layer(torch.randn(2, 8, 6), torch.ones(2, 8, dtype=torch.bool))
-    for loss in (y_BSO.square().sum(), report.z, *([report.balance] if router.balance_loss_coef else [])):
+    for loss in (
+        y_BSO.square().sum(),
+        report.z_loss,
+        *([report.load_balancing_loss] if router.balance_loss_coef else []),
+    ):
         (gradient,) = torch.autograd.grad(loss, layer.router.weight, retain_graph=True)
         assert gradient.abs().max() > 1e-5
 
 
-NOISY = {"jitter": Switch(jitter=0.5), "input_dropout": Switch(jitter=0.0, input_dropout=0.5)}
+NOISY = {"jitter": SwitchRouter(jitter=0.5), "input_dropout": SwitchRouter(jitter=0.0, input_dropout=0.5)}
 
 
 @pytest.mark.parametrize("noise", NOISY)
@@ -175,7 +190,7 @@ def test_expert_dropout_falls_on_the_experts_hidden_vector_alone(
 ) -> None:
     """Outputs that are the hidden units show the share that is zero: of 60,000, known to 0.002."""
     shape = {"d_model": 6, "d_ff": 30, "num_heads": 2, "num_layers": 1, "num_experts": 2, "sparse_every": 1}
-    router = Switch(capacity_factor="dropless", jitter=0.0)
+    router = SwitchRouter(capacity_factor="dropless", jitter=0.0)
     spec = ModelSpec(**shape, activation=activation, dropout=0.1, expert_dropout=expert_dropout, router=router)
     sparse, dense = SwitchLayer(spec, "encoder", 30), FeedForward(spec)
     dense.wo = torch.nn.Linear(30, 30, bias=False)
@@ -192,7 +207,7 @@ def test_expert_dropout_falls_on_the_experts_hidden_vector_alone(
         assert (noisy.mean() / plain.mean()).item() == pytest.approx(1.0, abs=0.02)
 
 
-@pytest.mark.parametrize("router", [Switch(), TopK(), ExpertChoice()], ids=lambda router: router.kind)
+@pytest.mark.parametrize("router", [SwitchRouter(), TopKRouter(), ExpertChoiceRouter()], ids=lambda router: router.kind)
 def test_evaluation_has_no_expert_dropout(router: RouterSpec) -> None:
     """Evaluation gives the outputs of a layer without dropout, draws no random numbers, and gives them again."""
     layers = [a_layer(router, 0, d_ff=64, dropout=0.5, expert_dropout=rate) for rate in (0.5, 0.0)]
@@ -212,14 +227,14 @@ def test_evaluation_has_no_expert_dropout(router: RouterSpec) -> None:
 def test_the_positions_of_a_sequence_share_the_mask_of_expert_dropout() -> None:
     """As in T5's other layers; sequences have masks of their own."""
     shape = {"d_model": 8, "d_ff": 64, "num_heads": 2, "num_layers": 1, "num_experts": 2, "sparse_every": 1}
-    router = Switch(capacity_factor="dropless", jitter=0.0)
+    router = SwitchRouter(capacity_factor="dropless", jitter=0.0)
     layer = SwitchLayer(ModelSpec(**shape, expert_dropout=0.5, router=router), "encoder", 64)
     with torch.no_grad():
         layer.experts.wi.fill_(1.0)
         layer.experts.wo.copy_(torch.eye(64))
         layer.router.weight.copy_(torch.eye(8)[:2])  # the larger of a token's first two numbers is its expert
     x_BSD = torch.rand(3, 20, 8)
-    report = layer.train()(x_BSD, torch.ones(3, 20, dtype=torch.bool)).report
+    report = layer.train()(x_BSD, torch.ones(3, 20, dtype=torch.bool)).stats
     kept_BSF = layer(x_BSD, torch.ones(3, 20, dtype=torch.bool)).y_BSO != 0
     assert (report.load_E > 0).all()  # a sequence is in more than one expert, whose rows are of all sequences
     assert (kept_BSF == kept_BSF[:, :1]).all()

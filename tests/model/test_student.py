@@ -4,28 +4,28 @@ import pytest
 import torch
 from tiny import DENSE, SPARSE, a_model
 
-from switchcli.distributed.layout import whole_weights
+from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import ModelSpec
-from switchcli.model.surgery.student import FromTeacher, inherited, other_dimensions, plan
+from switchcli.model.surgery.student import FromTeacherInit, differing_dimensions, init_weights, plan_init
 from switchcli.model.transformer import SwitchTransformer
 
 PARTS = ("encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer")
 LOAD = {name: torch.tensor([3.0, 1.0, 7.0, 5.0]) for name in PARTS}
 
 
-def taught(spec: ModelSpec, settings: FromTeacher, teacher: ModelSpec = SPARSE) -> tuple[SwitchTransformer, dict]:
+def taught(spec: ModelSpec, settings: FromTeacherInit, teacher: ModelSpec = SPARSE) -> tuple[SwitchTransformer, dict]:
     """A student and the weights of its teacher."""
     model, student = a_model(teacher, seed=1), a_model(spec, seed=2)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    whole = plan(student, model, settings)
+    whole = plan_init(student, model, settings)
     experts = range(student.spec.num_experts)
-    found = inherited(student.spec, experts, whole, weights.__getitem__, settings, LOAD)
-    whole_weights(student).fill(found)
+    found = init_weights(student.spec, experts, whole, weights.__getitem__, settings, LOAD)
+    unsharded_weights(student).load_full(found)
     return student, weights
 
 
 def test_the_papers_student_takes_all_but_the_experts() -> None:
-    student, weights = taught(DENSE, FromTeacher())
+    student, weights = taught(DENSE, FromTeacherInit())
     initial = dict(a_model(DENSE, seed=2).named_parameters())
     fresh = []
     for name, weight in student.named_parameters():
@@ -45,8 +45,8 @@ def test_a_dense_feed_forward_is_the_mean_of_the_experts_or_the_most_used(activa
     sparse, dense = SPARSE.model_copy(update=change), DENSE.model_copy(update=change)
     matrices = ["wi", "wo", *(["wi_gate"] if activation == "geglu" else [])]
     for settings, of in (
-        (FromTeacher(experts="mean"), lambda stacked: stacked.mean(0)),
-        (FromTeacher(experts="most_used"), lambda stacked: stacked[2]),
+        (FromTeacherInit(experts="mean"), lambda stacked: stacked.mean(0)),
+        (FromTeacherInit(experts="most_used"), lambda stacked: stacked[2]),
     ):
         student, weights = taught(dense, settings, sparse)
         named = dict(student.named_parameters())
@@ -56,7 +56,7 @@ def test_a_dense_feed_forward_is_the_mean_of_the_experts_or_the_most_used(activa
 
 
 def test_a_smaller_sparse_student_takes_the_most_used_experts_with_their_rows_of_the_router() -> None:
-    student, weights = taught(SPARSE.model_copy(update={"num_experts": 2}), FromTeacher(experts="most_used"))
+    student, weights = taught(SPARSE.model_copy(update={"num_experts": 2}), FromTeacherInit(experts="most_used"))
     named = dict(student.named_parameters())
     for part in PARTS:
         for name in ("experts.wi", "experts.wo", "router.weight"):
@@ -65,7 +65,7 @@ def test_a_smaller_sparse_student_takes_the_most_used_experts_with_their_rows_of
 
 def test_a_sparse_student_with_the_mean_has_it_in_each_expert_and_a_router_of_its_own() -> None:
     spec = SPARSE.model_copy(update={"num_experts": 2})
-    student, weights = taught(spec, FromTeacher(experts="mean"))
+    student, weights = taught(spec, FromTeacherInit(experts="mean"))
     named, initial = dict(student.named_parameters()), dict(a_model(spec, seed=2).named_parameters())
     for part in PARTS:
         assert all(torch.equal(one, weights[f"{part}.experts.wi"].mean(0)) for one in named[f"{part}.experts.wi"])
@@ -73,7 +73,7 @@ def test_a_sparse_student_with_the_mean_has_it_in_each_expert_and_a_router_of_it
 
 
 def test_experts_are_fresh_in_a_sparse_student_too_unless_asked_for() -> None:
-    student, _ = taught(SPARSE, FromTeacher())
+    student, _ = taught(SPARSE, FromTeacherInit())
     named, initial = dict(student.named_parameters()), dict(a_model(SPARSE, seed=2).named_parameters())
     for part in PARTS:
         for name in ("experts.wi", "experts.wo", "router.weight"):
@@ -82,23 +82,23 @@ def test_experts_are_fresh_in_a_sparse_student_too_unless_asked_for() -> None:
 
 def test_of_other_dimensions_what_fits_is_copied_and_the_rest_is_named() -> None:
     narrow = DENSE.model_copy(update={"d_ff": 8, "num_layers": 1})
-    assert other_dimensions(narrow, SPARSE) == [("d_ff", 8, 24), ("num_layers", 1, 2), ("decoder_layers", 1, 2)]
-    assert other_dimensions(DENSE, SPARSE) == []
-    found = plan(a_model(narrow), a_model(SPARSE), FromTeacher(unfit="fresh"))
-    assert sorted(found.fresh) == [
+    assert differing_dimensions(narrow, SPARSE) == [("d_ff", 8, 24), ("num_layers", 1, 2), ("decoder_layers", 1, 2)]
+    assert differing_dimensions(DENSE, SPARSE) == []
+    found = plan_init(a_model(narrow), a_model(SPARSE), FromTeacherInit(on_shape_mismatch="random_init"))
+    assert sorted(found.random_init) == [
         f"{stack}.blocks.0.feed_forward.layer.{matrix}.weight"
         for stack in ("decoder", "encoder")
         for matrix in ("wi", "wo")
     ]
-    assert set(found.copied) | set(found.fresh) == set(dict(a_model(narrow).named_parameters()))
-    student, weights = taught(narrow, FromTeacher(unfit="fresh"))
+    assert set(found.copied) | set(found.random_init) == set(dict(a_model(narrow).named_parameters()))
+    student, weights = taught(narrow, FromTeacherInit(on_shape_mismatch="random_init"))
     assert torch.equal(student.embedding, weights["embedding"])
 
 
 def test_the_experts_of_a_switch_attention_have_no_dense_counterpart() -> None:
     both = SPARSE.model_copy(update={"sparse": "both"})
-    found = plan(a_model(DENSE), a_model(both), FromTeacher(experts="mean"))
+    found = plan_init(a_model(DENSE), a_model(both), FromTeacherInit(experts="mean"))
     attention = "encoder.blocks.1.self_attention.attention"
-    assert {f"{attention}.{name}.weight" for name in "qkv"} <= set(found.fresh)
+    assert {f"{attention}.{name}.weight" for name in "qkv"} <= set(found.random_init)
     assert f"{attention}.o.weight" in found.copied
     assert set(found.from_experts) == {f"{part}.{matrix}.weight" for part in PARTS for matrix in ("wi", "wo")}

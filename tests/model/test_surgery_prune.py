@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tiny import SHAPE, rows
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.layer import Router, SwitchLayer, evaluating
-from switchcli.model.moe.router import NoTokenLeftBehind, TopK
-from switchcli.model.surgery.prune import By, Cut, Gate, cuts, probability_mass, prune, shares
+from switchcli.model.init import initialize
+from switchcli.model.moe.layer import RouterWeights, SwitchLayer, evaluating
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, TopKRouter
+from switchcli.model.surgery.prune import By, Gate, LayerPruning, merge_shares, plan_pruning, probability_mass, prune
 from switchcli.model.transformer import SwitchTransformer
 
 LARGE = {**SHAPE, "num_layers": 2, "init_scale": 8.0, "num_experts": 5}
@@ -21,16 +21,16 @@ SPECS: dict[str, dict[str, Any]] = {
     "switch": {},
     "geglu, every block": {"sparse_every": 1, "activation": "geglu", "tie_embeddings": False},
     "attention": {"sparse": "attention"},
-    "both": {"sparse": "both", "router": TopK()},
-    "raw top-2": {"router": TopK(renormalise=False)},
-    "no token left behind": {"router": NoTokenLeftBehind(k=2)},
+    "both": {"sparse": "both", "router": TopKRouter()},
+    "raw top-2": {"router": TopKRouter(renormalise=False)},
+    "no token left behind": {"router": NoTokenLeftBehindRouter(k=2)},
 }
 LOAD = [3, 0, 9, 4, 4]
 
 
 def model_of(spec: ModelSpec, seed: int = 0) -> SwitchTransformer:
     model = SwitchTransformer(spec)
-    initialise(model, seed)
+    initialize(model, seed)
     return model
 
 
@@ -39,14 +39,14 @@ Loads = Mapping[str, list[int]]
 
 def loads_of(spec: ModelSpec) -> Loads:
     """Other experts in each layer."""
-    parts = spec.routed_parts()
+    parts = spec.sparse_layer_names()
     return {part: LOAD[place % 5 :] + LOAD[: place % 5] for place, part in enumerate(parts)}
 
 
-def cuts_of(model: SwitchTransformer, loads: Loads, experts: int, gate: Gate = "raw") -> dict[str, Cut]:
+def cuts_of(model: SwitchTransformer, loads: Loads, experts: int, gate: Gate = "raw") -> dict[str, LayerPruning]:
     with probability_mass(model) as mass:
         logits(model)
-    return cuts(model, loads, mass, experts, gate)
+    return plan_pruning(model, loads, mass, experts, gate)
 
 
 def pruned(
@@ -80,7 +80,7 @@ def test_dropping_is_hiding_from_the_router(case: str) -> None:
     before, loads = logits(model), loads_of(model.spec)
     stay = cuts_of(model, loads, 3)
     smaller = logits(pruned(model, loads, 3))
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, RouterWeights)}
     assert len(routers) == len(loads)
     for name, router in routers.items():
         layer = name.removesuffix(".router").removesuffix(".switch")
@@ -97,7 +97,7 @@ def test_the_gates_of_those_kept_rise_by_what_the_others_had() -> None:
     row_D = layer.router.weight[0].detach()
     with torch.no_grad():  # of experts 1, 3 and 4, each with less of the row of another, no token ever asks
         layer.router.weight.copy_(torch.stack([row_D, 0.5 * row_D, -row_D, -0.5 * row_D, -0.2 * row_D]))
-    loads = {part: [5, 0, 4, 0, 0] for part in spec.routed_parts()}
+    loads = {part: [5, 0, 4, 0, 0] for part in spec.sparse_layer_names()}
     smaller = pruned(model, loads, 2).get_submodule("encoder.blocks.1.feed_forward.layer")
     x_BSD = torch.randn(2, 6, spec.d_model, generator=torch.Generator().manual_seed(0))
     real_BS = torch.ones(2, 6, dtype=torch.bool)
@@ -113,13 +113,13 @@ def test_the_gates_of_those_kept_rise_by_what_the_others_had() -> None:
 
 
 def test_experts_that_no_token_asks_for_change_nothing_where_gates_are_divided_by_their_sum() -> None:
-    model = model_of(ModelSpec(**LARGE, router=TopK()))
+    model = model_of(ModelSpec(**LARGE, router=TopKRouter()))
     with torch.no_grad():  # of u, 0.9 u, -u, -0.9 u and 0 the last is never among the two largest
         for module in model.modules():
-            if isinstance(module, Router):
+            if isinstance(module, RouterWeights):
                 u_D = module.weight[0].clone()
                 module.weight.copy_(torch.stack([u_D, 0.9 * u_D, -u_D, -0.9 * u_D, 0 * u_D]))
-    loads = {part: [1, 1, 1, 1, 0] for part in model.spec.routed_parts()}
+    loads = {part: [1, 1, 1, 1, 0] for part in model.spec.sparse_layer_names()}
     assert torch.allclose(logits(pruned(model, loads, 4)), logits(model), rtol=1e-5, atol=1e-5)
 
 
@@ -153,15 +153,15 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
 
 
 def test_without_any_load_an_expert_stays_as_it_is() -> None:
-    share_NE = shares(torch.eye(3, 4), Cut([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
+    share_NE = merge_shares(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 
 @given(load=st.lists(st.integers(0, 9), min_size=3, max_size=3), count=st.integers(1, 2))
 def test_the_most_loaded_are_kept_in_order_and_of_equals_the_first(load: list[int], count: int) -> None:
     model = model_of(ModelSpec(**{**LARGE, "num_experts": 3, "sparse_decoder_layers": ()}))
-    (part,) = model.spec.routed_parts()
-    (found,) = cuts(model, {part: load}, {part: torch.ones(3, 3)}, count, "scaled").values()
+    (part,) = model.spec.sparse_layer_names()
+    (found,) = plan_pruning(model, {part: load}, {part: torch.ones(3, 3)}, count, "scaled").values()
     gone = [expert for expert in range(3) if expert not in found.kept]
     assert found.kept == sorted(set(found.kept))
     assert all((load[stays], -stays) >= (load[goes], -goes) for stays in found.kept for goes in gone)
@@ -182,7 +182,7 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
         if isinstance(module, SwitchLayer):
             module.register_forward_hook(see(name.removesuffix(".switch")))
     for name, found in cuts_of(model, loads, 3, "scaled").items():
-        if isinstance(model.spec.router, TopK) and model.spec.router.renormalise:
+        if isinstance(model.spec.router, TopKRouter) and model.spec.router.renormalise:
             assert found.wo == 1
             continue
         keep_A = torch.isin(seen[name].argmax(-1), torch.tensor(found.kept))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import SHAPE, rows
 
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import whole_weights
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import STACKS, ModelSpec
-from switchcli.model.init import initialise
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, RouterSpec, Switch, TopK
-from switchcli.model.surgery.upcycle import Gate, Upcycled, correction
+from switchcli.model.init import initialize
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
+from switchcli.model.surgery.upcycle import Gate, UpcycledWeights, gate_correction
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.checkpointer import fill, logical_tensors
+from switchcli.train.checkpointer import load_weights, logical_tensors
 from switchcli.train.loss import cross_entropy
 from switchcli.train.metrics import Metrics
 from switchcli.train.validation import evaluate
@@ -27,65 +27,74 @@ EXACT: dict[str, dict[str, Any]] = {
     "every block": {"num_experts": 4, "sparse_every": 1, "activation": "geglu"},
     "some blocks": {"num_experts": 4, "sparse_encoder_layers": (0, 3), "sparse_decoder_layers": (1,)},
     "encoder alone": {"num_experts": 4, "sparse_decoder_layers": (), "tie_embeddings": False},
-    "top-2": {"num_experts": 5, "router": TopK(), **UNTIED},
-    "top-3, raw gates": {"num_experts": 5, "router": TopK(k=3, renormalise=False)},
-    "no token left behind": {"num_experts": 5, "router": NoTokenLeftBehind(), **UNTIED},
-    "two routers": {"num_experts": 4, "router": TopK(), "decoder_router": Switch()},
+    "top-2": {"num_experts": 5, "router": TopKRouter(), **UNTIED},
+    "top-3, raw gates": {"num_experts": 5, "router": TopKRouter(k=3, renormalise=False)},
+    "no token left behind": {"num_experts": 5, "router": NoTokenLeftBehindRouter(), **UNTIED},
+    "two routers": {"num_experts": 4, "router": TopKRouter(), "decoder_router": SwitchRouter()},
 }
 
 
 @pytest.fixture(scope="module")
-def runtime() -> Runtime:
-    return Runtime("cpu", "float32")
+def context() -> DistributedContext:
+    return DistributedContext("cpu", "float32")
 
 
 def dense(spec: ModelSpec) -> SwitchTransformer:
     model = SwitchTransformer(spec.model_copy(update={"num_experts": 1}))
-    initialise(model, 1)
+    initialize(model, 1)
     return model
 
 
 def upcycled(spec: ModelSpec, gate: Gate = "scaled", noise: float = 0.0, seed: int = 0) -> SwitchTransformer:
     model = SwitchTransformer(spec)
-    fill(whole_weights(model), Upcycled(logical_tensors(dense(spec)), logical_tensors(model), spec, gate, noise, seed))
+    load_weights(
+        unsharded_weights(model),
+        UpcycledWeights(logical_tensors(dense(spec)), logical_tensors(model), spec, gate, noise, seed),
+    )
     return model
 
 
-def measured(model: SwitchTransformer, runtime: Runtime) -> Metrics:
-    return evaluate(model, cross_entropy, [rows(0, 0, 8)], runtime, "dropless")
+def measured(model: SwitchTransformer, context: DistributedContext) -> Metrics:
+    return evaluate(model, cross_entropy, [rows(0, 0, 8)], context, "dropless")
 
 
-def loss(model: SwitchTransformer, runtime: Runtime) -> float:
-    return float(measured(model, runtime)["neg_log_perplexity"].value())
+def loss(model: SwitchTransformer, context: DistributedContext) -> float:
+    return float(measured(model, context)["neg_log_perplexity"].value())
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_it_begins_with_the_loss_of_the_dense_model(case: str, runtime: Runtime) -> None:
+def test_it_begins_with_the_loss_of_the_dense_model(case: str, context: DistributedContext) -> None:
     spec = ModelSpec(**{**LARGE, **EXACT[case]})
-    assert all(correction(spec.router_of(stack), spec.num_experts, "scaled").exact for stack in STACKS)
-    assert loss(upcycled(spec), runtime) == pytest.approx(loss(dense(spec), runtime), abs=1e-5)
+    assert all(gate_correction(spec.router_of(stack), spec.num_experts, "scaled").exact for stack in STACKS)
+    assert loss(upcycled(spec), context) == pytest.approx(loss(dense(spec), context), abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("router", "gate", "wo"),
-    [(Switch(), "raw", 1.0), (TopK(renormalise=False), "raw", 1.0), (ExpertChoice(capacity_factor=2.0), "scaled", 2.0)],
+    [
+        (SwitchRouter(), "raw", 1.0),
+        (TopKRouter(renormalise=False), "raw", 1.0),
+        (ExpertChoiceRouter(capacity_factor=2.0), "scaled", 2.0),
+    ],
 )
-def test_what_does_not_begin_so_is_known(router: RouterSpec, gate: Gate, wo: float, runtime: Runtime) -> None:
-    spec = ModelSpec(**LARGE, num_experts=4, router=router, decoder_router=TopK())
-    one = correction(router, 4, gate)
+def test_what_does_not_begin_so_is_known(
+    router: RouterSpec, gate: Gate, wo: float, context: DistributedContext
+) -> None:
+    spec = ModelSpec(**LARGE, num_experts=4, router=router, decoder_router=TopKRouter())
+    one = gate_correction(router, 4, gate)
     assert (one.exact, one.wo) == (False, wo)
-    assert abs(loss(upcycled(spec, gate), runtime) - loss(dense(spec), runtime)) > 1e-3
+    assert abs(loss(upcycled(spec, gate), context) - loss(dense(spec), context)) > 1e-3
 
 
 def test_gates_that_add_up_to_1_need_nothing() -> None:
     for gate in ("scaled", "raw"):
-        assert correction(TopK(), 8, gate) == (1.0, 1.0, True)
+        assert gate_correction(TopKRouter(), 8, gate) == (1.0, 1.0, True)
 
 
-def test_tokens_spread_over_the_copies_and_routers_learn(runtime: Runtime) -> None:
+def test_tokens_spread_over_the_copies_and_routers_learn(context: DistributedContext) -> None:
     spec = ModelSpec(**LARGE, num_experts=4)
     model = upcycled(spec)
-    first, raw = (measured(one, runtime)["layer_load"].total[0] for one in (model, upcycled(spec, "raw")))
+    first, raw = (measured(one, context)["layer_load"].total[0] for one in (model, upcycled(spec, "raw")))
     assert torch.equal(first, raw)  # as a router of the usual size has it
     assert (first > 0).all()
     cross_entropy(model, rows(0, 0, 8)).target_sum.backward()
@@ -96,14 +105,14 @@ def test_tokens_spread_over_the_copies_and_routers_learn(runtime: Runtime) -> No
             assert parameter.grad.abs().max() > 1e-3
 
 
-def test_expert_choice_ranks_by_more_than_the_position(runtime: Runtime) -> None:
-    spec = ModelSpec(**LARGE, num_experts=4, router=ExpertChoice(min_capacity=1), decoder_router=Switch())
-    dropped = measured(upcycled(spec), runtime)["encoder_dropped_fraction"].value()
+def test_expert_choice_ranks_by_more_than_the_position(context: DistributedContext) -> None:
+    spec = ModelSpec(**LARGE, num_experts=4, router=ExpertChoiceRouter(min_capacity=1), decoder_router=SwitchRouter())
+    dropped = measured(upcycled(spec), context)["encoder_dropped_fraction"].value()
     assert dropped < 0.6  # with ties all experts would take the same quarter of the tokens
 
 
 def test_noise_is_relative_and_each_experts_own() -> None:
-    spec = ModelSpec(**LARGE, num_experts=3, router=TopK())
+    spec = ModelSpec(**LARGE, num_experts=3, router=TopKRouter())
     plain, noisy = (
         {name: weight.detach() for name, weight in upcycled(spec, noise=noise).named_parameters()}
         for noise in (0.0, 0.1)
@@ -125,5 +134,5 @@ def test_the_seed_is_that_of_the_routers() -> None:
     assert differing == {name for name in first if name.endswith("router.weight")}
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
     fresh = SwitchTransformer(spec)
-    initialise(fresh, 0)
+    initialize(fresh, 0)
     assert all(torch.equal(logical_tensors(fresh)[name], first[name]) for name in differing)

@@ -7,9 +7,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialise
+from switchcli.model.init import initialize
 from switchcli.model.moe.layer import evaluating
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, RouterSpec, Switch, TopK
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 from switchcli.model.moe.switch_attention import SwitchAttention
 from switchcli.model.transformer import SwitchTransformer
 
@@ -24,7 +24,7 @@ SPEC = ModelSpec(
     num_experts=3,
     sparse_every=1,
     sparse="attention",
-    router=Switch(**SHORT),
+    router=SwitchRouter(**SHORT),
 )
 WIDTH = 2 * 3
 
@@ -55,7 +55,9 @@ def in_a_loop(
 
 
 @given(
-    router=st.sampled_from([Switch(**SHORT), NoTokenLeftBehind(**SHORT), TopK(**SHORT, keep_threshold=0.0)]),
+    router=st.sampled_from(
+        [SwitchRouter(**SHORT), NoTokenLeftBehindRouter(**SHORT), TopKRouter(**SHORT, keep_threshold=0.0)]
+    ),
     activation=st.sampled_from(["relu", "geglu"]),
     padding=st.integers(0, 5),
     seed=st.integers(0, 2**20),
@@ -115,7 +117,7 @@ def test_the_gate_multiplies_queries_keys_and_values() -> None:
 def a_model(router: RouterSpec, sparse: str = "both", seed: int = 0) -> SwitchTransformer:
     """Not checked by the spec, so that what it refuses can be shown to be wrong."""
     model = SwitchTransformer(SPEC.model_copy(update={"router": router, "sparse": sparse}))
-    initialise(model, seed)
+    initialize(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".experts." in name or ".router." in name:
@@ -153,16 +155,21 @@ def earlier_changes(router: RouterSpec, mode: str, sparse: str = "both") -> floa
 @pytest.mark.parametrize("sparse", ["feed_forward", "attention", "both"])
 @pytest.mark.parametrize("mode", ["training", "paper", "dropless"])
 def test_switch_routing_by_position_does_not_see_the_future(mode: str, sparse: str) -> None:
-    assert Switch(**SHORT).sees_the_future() is None
-    assert earlier_changes(Switch(**SHORT), mode, sparse) < 1e-5
+    assert SwitchRouter(**SHORT).causality_violation() is None
+    assert earlier_changes(SwitchRouter(**SHORT), mode, sparse) < 1e-5
 
 
 @pytest.mark.fast("router2")
 @pytest.mark.parametrize(
-    "router", [TopK(**SHORT, keep_threshold=0.0), NoTokenLeftBehind(**SHORT), Switch(**SHORT, overflow="random")]
+    "router",
+    [
+        TopKRouter(**SHORT, keep_threshold=0.0),
+        NoTokenLeftBehindRouter(**SHORT),
+        SwitchRouter(**SHORT, overflow="random"),
+    ],
 )
 def test_no_router_that_a_decoder_may_have_sees_the_future_where_nothing_is_dropped(router: RouterSpec) -> None:
-    assert router.sees_the_future() is None
+    assert router.causality_violation() is None
     assert earlier_changes(router, "dropless") < 1e-5
 
 
@@ -170,9 +177,9 @@ def test_no_router_that_a_decoder_may_have_sees_the_future_where_nothing_is_drop
 @pytest.mark.parametrize(
     ("router", "mode"),
     [
-        (TopK(**SHORT, keep_threshold=0.0), "paper"),
-        (NoTokenLeftBehind(**SHORT), "paper"),
-        (Switch(**SHORT, overflow="random"), "training"),
+        (TopKRouter(**SHORT, keep_threshold=0.0), "paper"),
+        (NoTokenLeftBehindRouter(**SHORT), "paper"),
+        (SwitchRouter(**SHORT, overflow="random"), "training"),
     ],
     ids=lambda value: getattr(value, "kind", value),
 )
@@ -185,11 +192,11 @@ def test_short_of_slots_a_later_first_choice_goes_before_an_earlier_second_one(r
 @pytest.mark.parametrize(
     ("router", "reason"),
     [
-        (Switch(**SHORT, overflow="probability"), "overflow: probability"),
-        (ExpertChoice(capacity_factor=0.5, eval_capacity_factor=0.5, min_capacity=1), "kind: expert_choice"),
+        (SwitchRouter(**SHORT, overflow="probability"), "overflow: probability"),
+        (ExpertChoiceRouter(capacity_factor=0.5, eval_capacity_factor=0.5, min_capacity=1), "kind: expert_choice"),
     ],
     ids=["probability", "expert_choice"],
 )
 def test_routing_that_the_spec_refuses_in_a_decoder_would_see_the_future(router: RouterSpec, reason: str) -> None:
-    assert reason in str(router.sees_the_future())
+    assert reason in str(router.causality_violation())
     assert earlier_changes(router, "paper") > 1e-3

@@ -5,9 +5,9 @@ import torch
 from hand import one_row, route
 from pydantic import ValidationError
 
-from switchcli.model.moe.router import Mode, TopK
+from switchcli.model.moe.router import Mode, TopKRouter
 
-KEEP = TopK(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0, keep_threshold=0.0)
+KEEP = TopKRouter(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0, keep_threshold=0.0)
 
 
 def test_second_choices_queue_behind_all_first_ones_of_the_same_expert() -> None:
@@ -52,7 +52,7 @@ def test_f_counts_first_choices_alone() -> None:
 
 
 def test_three_choices_queue_in_three_rounds() -> None:
-    three = TopK(k=3, capacity_factor=9.0, keep_threshold=0.0, jitter=0.0)
+    three = TopKRouter(k=3, capacity_factor=9.0, keep_threshold=0.0, jitter=0.0)
     found = route(three, [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3]])
     assert found.queues == [[(0, 0.5), (1, 0.2)], [(1, 0.5), (0, 0.3)], [(1, 0.3), (0, 0.2)]]
 
@@ -64,8 +64,8 @@ def test_a_second_choice_is_kept_in_proportion_to_its_gate(second: float, kept: 
     20,000 draws: a share of p is known to sqrt(p (1 - p) / 20,000), and five times that is allowed.
     """
     probability_E = [second / 2, (1 - second) / 2, *[0.0025] * 200]
-    routing = one_row(TopK(capacity_factor="dropless"), probability_E, num_tokens=2000, num_groups=10)
-    load = routing.report.load_E.tolist()
+    routing = one_row(TopKRouter(capacity_factor="dropless"), probability_E, num_tokens=2000, num_groups=10)
+    load = routing.stats.load_E.tolist()
     assert (load[1], sum(load[2:])) == (20_000, 0)
     assert load[0] / 20_000 == pytest.approx(kept, abs=5 * (kept * (1 - kept) / 20_000) ** 0.5)
     weights = routing.weight_GEC[:, 0][routing.token_GEC[:, 0] < 2000]
@@ -74,7 +74,7 @@ def test_a_second_choice_is_kept_in_proportion_to_its_gate(second: float, kept: 
 
 def test_the_draws_of_different_tokens_are_independent() -> None:
     """Pairs of neighbours: both kept in a quarter of 10,000 pairs, known to 0.0043."""
-    routing = one_row(TopK(capacity_factor="dropless"), [0.1, 0.9], num_tokens=2, num_groups=10_000)
+    routing = one_row(TopKRouter(capacity_factor="dropless"), [0.1, 0.9], num_tokens=2, num_groups=10_000)
     assert (routing.token_GEC[:, 0] < 2).all(1).float().mean().item() == pytest.approx(0.25, abs=0.022)
 
 
@@ -82,18 +82,18 @@ def test_the_draws_of_different_tokens_are_independent() -> None:
     ("second", "threshold", "kept"), [(1e-30, 0.2, 0), (0.2001, 0.2, 2000), (0.45, 0.2, 2000), (1e-30, 0.0, 2000)]
 )
 def test_a_second_choice_is_never_or_always_kept_at_the_ends(second: float, threshold: float, kept: int) -> None:
-    rule = TopK(capacity_factor="dropless", keep_threshold=threshold)
-    assert one_row(rule, [second, 1 - second], num_tokens=2000, num_groups=1).report.load_E.tolist() == [kept, 2000]
+    rule = TopKRouter(capacity_factor="dropless", keep_threshold=threshold)
+    assert one_row(rule, [second, 1 - second], num_tokens=2000, num_groups=1).stats.load_E.tolist() == [kept, 2000]
 
 
 @pytest.mark.parametrize("mode", ["paper", "dropless"])
 def test_every_second_choice_is_kept_in_evaluation(mode: Mode) -> None:
-    assert route(TopK(), [[0.001, 0.999]] * 50, mode=mode).report.load_E.tolist() == [50, 50]
+    assert route(TopKRouter(), [[0.001, 0.999]] * 50, mode=mode).report.load_E.tolist() == [50, 50]
 
 
 def test_what_is_not_kept_takes_no_slot() -> None:
     """Expert 1 is the first choice of nobody; of the second choices every other is about never kept."""
-    rule = TopK(capacity_factor=0.5, min_capacity=1)
+    rule = TopKRouter(capacity_factor=0.5, min_capacity=1)
     torch.manual_seed(0)
     found = route(rule, [[1 - 1e-20, 1e-20], [0.7, 0.3]] * 4)  # two slots
     assert found.queues[1] == [(1, 0.3), (3, 0.3)]
@@ -109,6 +109,6 @@ def test_probability_overflow_goes_by_the_first_probability_before_gates_are_div
 
 def test_one_choice_that_is_renormalised_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValidationError, match=r"\bk: 1\b.*renormalise: true.*kind: switch.*\bk: 2\b"):
-        TopK(k=1)
-    found = route(TopK(k=1, renormalise=False), [[0.3, 0.7]])
+        TopKRouter(k=1)
+    found = route(TopKRouter(k=1, renormalise=False), [[0.3, 0.7]])
     assert found.queues == [[], [(0, 0.7)]]

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.experts import grouped_product
-from switchcli.model.trainable import Group, check, freeze, members, trainable
+from switchcli.model.trainable import TrainableSet, check, freeze, trainable, trainable_members
 from switchcli.train.loss import cross_entropy
 
-GROUPS: tuple[Group, ...] = ("all", "non_expert", "expert", "dense_feed_forward")
+GROUPS: tuple[TrainableSet, ...] = ("all", "non_expert", "expert", "dense_feed_forward")
 BOTH = SPARSE.model_copy(update={"sparse": "both", "num_layers": 4, "activation": "geglu", "tie_embeddings": False})
 NAMES = {
     "all": r".*",
@@ -32,14 +32,14 @@ def test_every_parameter_is_of_the_experts_or_not_and_of_a_dense_feed_forward_or
     model = on_meta(spec)
     names = [name for name, _ in model.named_parameters()]
     for group in GROUPS:
-        found = members(model, group)
+        found = trainable_members(model, group)
         assert list(found) == [name for name in names if re.fullmatch(NAMES[group], name)]
         if found:
             check(spec, group)
         else:
             with pytest.raises(ValueError, match=r"\ball\b"):
                 check(spec, group)
-    counts = {group: sum(weight.numel() for weight in members(model, group).values()) for group in GROUPS}
+    counts = {group: sum(weight.numel() for weight in trainable_members(model, group).values()) for group in GROUPS}
     assert counts["non_expert"] + counts["expert"] == counts["all"]
     routers = sum(weight.numel() for name, weight in model.named_parameters() if name.endswith("router.weight"))
     assert counts["all"] == count(spec).parameters
@@ -58,19 +58,19 @@ def test_a_group_that_is_empty_is_refused_with_the_way_out() -> None:
         freeze(a_model(DENSE), group)
 
 
-def gradients(spec: ModelSpec, group: Group) -> dict[str, torch.Tensor | None]:
+def gradients(spec: ModelSpec, group: TrainableSet) -> dict[str, torch.Tensor | None]:
     model = a_model(spec).train()
     freeze(model, "expert" if group == "all" else "all")  # what was chosen before does not count
     freeze(model, group)
     loss = cross_entropy(model, rows(0, 0, 8))
     step_total(loss).backward()
-    assert set(trainable(model)) == set(members(model, group))
+    assert set(trainable(model)) == set(trainable_members(model, group))
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("spec", [SPARSE, BOTH], ids=["feed_forward", "both"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_learns_has_the_gradient_that_it_has_when_all_learns(spec: ModelSpec, group: Group) -> None:
+def test_what_learns_has_the_gradient_that_it_has_when_all_learns(spec: ModelSpec, group: TrainableSet) -> None:
     """Within 4e-6 of the largest entry: where fewer gradients are wanted torch takes other kernels, whose sums of some
     hundred float32 terms, each rounded by 6e-8, have another order; which ones depends on the processor."""
     whole = gradients(spec, "all")
@@ -81,7 +81,7 @@ def test_what_learns_has_the_gradient_that_it_has_when_all_learns(spec: ModelSpe
             assert gradient is None, name
 
 
-def flops(group: Group) -> int:
+def flops(group: TrainableSet) -> int:
     """Of a step, without grouped products, which torch does not count."""
     model = a_model(SPARSE).train()
     freeze(model, group)
@@ -99,7 +99,7 @@ def test_frozen_weights_have_no_products_for_their_gradients() -> None:
 
 @pytest.mark.parametrize(("group", "fused"), [("all", 2), ("non_expert", 2), ("expert", 6), ("dense_feed_forward", 6)])
 def test_attention_is_fused_where_positions_do_not_learn(
-    group: Group, fused: int, monkeypatch: pytest.MonkeyPatch
+    group: TrainableSet, fused: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))

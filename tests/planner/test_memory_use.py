@@ -13,27 +13,27 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.init import initial_weights, initialise
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Switch, TopK
+from switchcli.model.init import initial_weights, initialize
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.recompute import recompute_blocks
-from switchcli.model.transformer import Encoded, SwitchTransformer
-from switchcli.planner.memory_use import Bytes, bytes_of, kept
+from switchcli.model.transformer import EncoderOutput, SwitchTransformer
+from switchcli.planner.memory_use import DeviceBytes, activation_bytes, device_bytes
 from switchcli.planner.plan import divisors
-from switchcli.planner.step import FLOAT, Held, Mesh, Step, held, slots
+from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, rank_weights, slots
 from switchcli.recipe.sizes import SIZES
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import StepLoss, cross_entropy
-from switchcli.train.memory import needed
+from switchcli.train.memory import training_bytes
 from switchcli.train.microbatches import Microbatch, RealTokens
 from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
 
 SMALL: dict[str, Any] = {
     **{"vocab_size": 500, "d_model": 48, "d_ff": 176, "d_kv": 8, "num_heads": 4, "num_layers": 2},
-    "router": Switch(capacity_factor=8.0),
+    "router": SwitchRouter(capacity_factor=8.0),
 }
 SPARSE: dict[str, Any] = {"num_experts": 8, "sparse_every": 1}
 TOLERANCE = 0.06
@@ -47,14 +47,14 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "geglu, dropout": {"activation": "geglu", "dropout": 0.1, "expert_dropout": 0.3, **SPARSE},
     "untied, stacks of two lengths": {"tie_embeddings": False, "num_decoder_layers": 3},
     "switch": SPARSE,
-    "switch that drops": {**SPARSE, "router": Switch()},
-    "switch, no jitter": {**SPARSE, "router": Switch(jitter=0.0)},
-    "every second layer, groups": {"num_experts": 16, "router": Switch(group_sequences=2)},
-    "dropless": {**SPARSE, "router": Switch(capacity_factor="dropless")},
-    "top_k": {**SPARSE, "router": TopK(capacity_factor=8.0, keep_threshold=0.0)},
-    "top_k, dropout": {**SPARSE, "dropout": 0.1, "router": TopK()},
-    "no token left behind": {**SPARSE, "router": NoTokenLeftBehind()},
-    "expert choice": {**SPARSE, "router": ExpertChoice(), "decoder_router": Switch()},
+    "switch that drops": {**SPARSE, "router": SwitchRouter()},
+    "switch, no jitter": {**SPARSE, "router": SwitchRouter(jitter=0.0)},
+    "every second layer, groups": {"num_experts": 16, "router": SwitchRouter(group_sequences=2)},
+    "dropless": {**SPARSE, "router": SwitchRouter(capacity_factor="dropless")},
+    "top_k": {**SPARSE, "router": TopKRouter(capacity_factor=8.0, keep_threshold=0.0)},
+    "top_k, dropout": {**SPARSE, "dropout": 0.1, "router": TopKRouter()},
+    "no token left behind": {**SPARSE, "router": NoTokenLeftBehindRouter()},
+    "expert choice": {**SPARSE, "router": ExpertChoiceRouter(), "decoder_router": SwitchRouter()},
     "experts in attention": {**SPARSE, "sparse": "attention"},
     "experts in both": {**SPARSE, "sparse": "both"},
     "wide heads": {"d_model": 64, "num_heads": 8, "d_kv": 16, **SPARSE},
@@ -64,7 +64,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
 
 def a_model(spec: ModelSpec) -> SwitchTransformer:
     model = SwitchTransformer(spec)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     return model.train()
 
 
@@ -77,7 +77,7 @@ def kept_by_autograd(model: SwitchTransformer, batch: Batch, bfloat16: bool, rec
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    def hold(_encoder: nn.Module, _inputs: Any, encoded: Encoded) -> None:
+    def hold(_encoder: nn.Module, _inputs: Any, encoded: EncoderOutput) -> None:
         """Blocks that are computed again hold it in a tuple, and torch's hooks see tensors alone."""
         if recomputed:
             save(encoded.hidden_BSD)
@@ -95,15 +95,15 @@ def kept_by_autograd(model: SwitchTransformer, batch: Batch, bfloat16: bool, rec
 def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = ALONE) -> int:
     """Bytes of all tensors of this rank at once, at most, in one step: torch's count, of a step that it knows nothing
     of."""
-    runtime = Runtime("cpu", "float32" if step.product_bytes == FLOAT else "selective", parallel)
+    context = DistributedContext("cpu", "float32" if step.product_bytes == FLOAT else "selective", parallel)
     with torch.device("meta"):
         model = SwitchTransformer(spec)
-    weights = runtime.spread(model)
-    weights.fill(initial_weights(spec, 0, weights.experts))
+    weights = context.parallelize(model)
+    weights.load_full(initial_weights(spec, 0, weights.experts))
     if step.recomputed:
         recompute_blocks(model)
-    optimizer = Adafactor().build(weights.parameters, weights.cuts)
-    wrapped = runtime.wrap(model.train())
+    optimizer = Adafactor().build(weights.parameters, weights.layouts)
+    wrapped = context.wrap(model.train())
     tracker = MemTracker()
     tracker.track_external(model, *optimizer.state().values())
     generator = torch.Generator().manual_seed(0)
@@ -119,9 +119,9 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
         return cross_entropy(module, batch)
 
     with tracker:
-        microbatches = [rows(number) for number in range(step.sequences // microbatch // runtime.data_ranks)]
+        microbatches = [rows(number) for number in range(step.sequences // microbatch // context.dp_size)]
         real = RealTokens(step.sequences * step.source, step.sequences * step.target)
-        accumulate_gradients(wrapped, objective, microbatches, real, runtime, "")
+        accumulate_gradients(wrapped, objective, microbatches, real, context, "")
         optimizer.step(1e-3)
     return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
 
@@ -132,7 +132,7 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
 def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, microbatch: int) -> None:
     """The plan holds all gradients and all activations at once: of a single microbatch some are gone by then."""
     spec, step = ModelSpec(**{**SMALL, **MODELS[name]}), Step(8, 64, 24, product_bytes=product_bytes, fused=False)
-    planned = bytes_of(spec, step, Mesh(1), held_of(spec), microbatch).total
+    planned = device_bytes(spec, step, Mesh(1), held_of(spec), microbatch).total
     assert (0.9 if microbatch < step.sequences else 0.75) <= peak(spec, step, microbatch) / planned <= 1.0
 
 
@@ -145,7 +145,7 @@ def test_the_peak_falls_where_blocks_are_computed_again_and_is_within_the_plan(
     again = step._replace(recomputed=True)
     seen = {one: peak(spec, one, step.sequences) for one in (step, again)}
     assert seen[again] < most * seen[step]
-    assert 0.75 <= seen[again] / bytes_of(spec, again, Mesh(1), held_of(spec), step.sequences).total <= 1.0
+    assert 0.75 <= seen[again] / device_bytes(spec, again, Mesh(1), held_of(spec), step.sequences).total <= 1.0
 
 
 ORDERED = ParallelSpec(reduction="ordered")
@@ -184,7 +184,7 @@ def test_the_peak_of_a_rank_is_within_the_plan(mesh: str) -> None:
     for seen in on_ranks(where.data * where.model, peaks, parallel):
         for (name, microbatch), most in seen.items():
             spec = ModelSpec(**{**SMALL, **MODELS[name]})
-            planned = bytes_of(spec, step, where, held_of(spec, where.model), microbatch).total
+            planned = device_bytes(spec, step, where, held_of(spec, where.model), microbatch).total
             # Added up in order, what ranks sum lies beside the gradients when the activations are gone.
             assert (0.7 if step.ordered else 0.75) <= most / planned <= 1.0, (name, microbatch)
 
@@ -193,7 +193,7 @@ def predicted(spec: ModelSpec, step: Step) -> int:
     """The same: activations, and what the loss and autocast keep beside them."""
     own = held_of(spec)
     copies = 2 * own.products if step.product_bytes == 2 else 0
-    return kept(spec, step, Mesh(1), step.sequences).total + copies + 4 * spec.vocab_size * spec.d_model
+    return activation_bytes(spec, step, Mesh(1), step.sequences).total + copies + 4 * spec.vocab_size * spec.d_model
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
@@ -229,19 +229,19 @@ def test_of_blocks_that_are_computed_again_it_keeps_the_inputs_and_one_whole(
             block = whole.get_submodule(f"{stack}.blocks.{layer}")
             del block.forward  # the class has its own
             weights = {f"{stack}.blocks.0.{name}": weight for name, weight in block.named_parameters()}
-            copies = 2 * held(weights, {}, 1).products if bfloat16 else 0
+            copies = 2 * rank_weights(weights, {}, 1).products if bfloat16 else 0
             seen.append(kept_by_autograd(whole, batch, bfloat16, recomputed=True) - copies)
     step = Step(*shape, product_bytes=2 if bfloat16 else 4, fused=False, recomputed=True)
-    plain = kept(spec, step._replace(recomputed=False), Mesh(1), sequences).total
-    foreseen = kept(spec, step, Mesh(1), sequences).total
+    plain = activation_bytes(spec, step._replace(recomputed=False), Mesh(1), sequences).total
+    foreseen = activation_bytes(spec, step, Mesh(1), sequences).total
     assert foreseen < plain
     assert foreseen + 4 * spec.vocab_size * spec.d_model == pytest.approx(max(seen), rel=TOLERANCE)
 
 
-def held_of(spec: ModelSpec, model: int = 1, optimizer: OptimizerSpec | None = None) -> Held:
+def held_of(spec: ModelSpec, model: int = 1, optimizer: OptimizerSpec | None = None) -> RankWeights:
     with torch.device("meta"):
         weights = dict(SwitchTransformer(spec).named_parameters())
-    return held(weights, (optimizer or Adafactor()).build(weights).state(), model)
+    return rank_weights(weights, (optimizer or Adafactor()).build(weights).state(), model)
 
 
 @pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["adafactor", "adamw"])
@@ -249,8 +249,8 @@ def held_of(spec: ModelSpec, model: int = 1, optimizer: OptimizerSpec | None = N
 def test_on_one_device_it_is_what_training_says_that_it_needs(size: str, optimizer: OptimizerSpec) -> None:
     spec = ModelSpec(**SIZES[size]._asdict())
     own = held_of(spec, optimizer=optimizer)
-    there = bytes_of(spec, Step(32, 512, 114), Mesh(1), own, 32)
-    assert there.weights + there.gradients + there.optimizer == needed(spec, optimizer)
+    there = device_bytes(spec, Step(32, 512, 114), Mesh(1), own, 32)
+    assert there.weights + there.gradients + there.optimizer == training_bytes(spec, optimizer)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -274,7 +274,7 @@ XXL = ModelSpec(**SIZES["switch-xxl-128"]._asdict())
 STEP = Step(2048, 512, 114)
 
 
-def held_by(model: int) -> Held:
+def held_by(model: int) -> RankWeights:
     return held_of(XXL, model)
 
 
@@ -288,7 +288,7 @@ def test_the_model_axis_divides_all_but_norms_and_routers() -> None:
 
 def test_the_expert_axis_divides_the_experts_alone() -> None:
     own = held_by(1)
-    one, eight = (bytes_of(XXL, STEP, Mesh(64, expert), own, 4) for expert in (1, 8))
+    one, eight = (device_bytes(XXL, STEP, Mesh(64, expert), own, 4) for expert in (1, 8))
     assert one.weights - eight.weights == 4 * (own.expert - own.expert // 8)
     assert one.optimizer - eight.optimizer == own.expert_state - own.expert_state // 8
     assert (one.dispatch, one.vocabulary) == (0, eight.vocabulary)
@@ -298,7 +298,7 @@ def test_the_expert_axis_divides_the_experts_alone() -> None:
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])
 def test_more_data_ranks_never_take_more(shard: Any) -> None:
     own = held_by(1)
-    sizes = [bytes_of(XXL, STEP, Mesh(data, 1, 1, shard), own, 2) for data in (2, 4, 8, 64, 512)]
+    sizes = [device_bytes(XXL, STEP, Mesh(data, 1, 1, shard), own, 2) for data in (2, 4, 8, 64, 512)]
     for fewer, more in itertools.pairwise(sizes):
         assert all(b <= a for a, b in zip(fewer, more, strict=True))
 
@@ -306,16 +306,16 @@ def test_more_data_ranks_never_take_more(shard: Any) -> None:
 def test_more_experts_apart_and_more_model_ranks_never_take_more() -> None:
     own = {model: held_by(model) for model in divisors(64)}
     for field in ("weights", "gradients", "optimizer"):
-        by_expert = [getattr(bytes_of(XXL, STEP, Mesh(128, e), own[1], 2), field) for e in divisors(128)]
+        by_expert = [getattr(device_bytes(XXL, STEP, Mesh(128, e), own[1], 2), field) for e in divisors(128)]
         assert by_expert == sorted(by_expert, reverse=True)
-    for field in Bytes._fields:
-        by_model = [getattr(bytes_of(XXL, STEP, Mesh(128, 8, m), own[m], 2), field) for m in divisors(64)]
+    for field in DeviceBytes._fields:
+        by_model = [getattr(device_bytes(XXL, STEP, Mesh(128, 8, m), own[m], 2), field) for m in divisors(64)]
         assert by_model == sorted(by_model, reverse=True)
 
 
 def test_a_larger_microbatch_takes_more_of_what_it_is_asked_for_alone() -> None:
     own = held_by(8)
-    small, large = (bytes_of(XXL, STEP, Mesh(64, 64, 8), own, size) for size in (2, 4))
+    small, large = (device_bytes(XXL, STEP, Mesh(64, 64, 8), own, size) for size in (2, 4))
     assert large.activations == pytest.approx(2 * small.activations, rel=1e-3)
     assert large.dispatch == 2 * small.dispatch
     assert (small.weights, small.gradients, small.optimizer) == (large.weights, large.gradients, large.optimizer)

@@ -8,23 +8,23 @@ import torch
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.moe.router import Switch, TopK
+from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.planner.plan import Machine, Plan, Refusal, flops_of, meshes, model_axes, plan, portions
-from switchcli.planner.step import Held, Mesh, Step, held
+from switchcli.planner.plan import Machine, Plan, Rejection, flops_of, meshes, microbatch_sizes, model_axes, plan
+from switchcli.planner.step import Mesh, RankWeights, Step, rank_weights
 from switchcli.planner.traffic import Collective, collectives
 from switchcli.train.optimizers import Adafactor
 
 SHAPE: dict[str, Any] = {"vocab_size": 512, "d_model": 64, "d_ff": 256, "d_kv": 16, "num_heads": 4, "num_layers": 2}
-SPARSE = ModelSpec(**SHAPE, num_experts=8, sparse_every=1, router=Switch(capacity_factor=1.25))
+SPARSE = ModelSpec(**SHAPE, num_experts=8, sparse_every=1, router=SwitchRouter(capacity_factor=1.25))
 DENSE = ModelSpec(**SHAPE)
 STEP = Step(64, 512, 114)
 
 
-def held_of(spec: ModelSpec, model: int = 1) -> Held:
+def held_of(spec: ModelSpec, model: int = 1) -> RankWeights:
     with torch.device("meta"):
         weights = dict(SwitchTransformer(spec).named_parameters())
-    return held(weights, Adafactor().build(weights).state(), model)
+    return rank_weights(weights, Adafactor().build(weights).state(), model)
 
 
 def calls(spec: ModelSpec, mesh: Mesh, microbatch: int, step: Step = STEP) -> dict[str, Collective]:
@@ -51,7 +51,7 @@ def test_data_parallel_reduces_every_gradient_once_a_step() -> None:
     dense, expert = found.values()
     assert (dense.calls, dense.ranks, dense.payload_bytes) == (1, 8, 4 * own.dense)
     assert (expert.axis, expert.payload_bytes) == ("data", 4 * own.expert)
-    assert dense.wire_bytes == 2 * 7 * 4 * own.dense / 8
+    assert dense.network_bytes == 2 * 7 * 4 * own.dense / 8
 
 
 def test_tokens_travel_four_times_a_layer_and_microbatch() -> None:
@@ -60,7 +60,7 @@ def test_tokens_travel_four_times_a_layer_and_microbatch() -> None:
     capacity = int(512 * 1.25 / 8)
     assert there.payload_bytes == 2 * 8 * 2 * capacity * 64  # bfloat16: E experts, G groups, C slots, D
     assert (there.calls, there.axis, there.ranks) == (2 * 2 * 4, "expert", 8)  # two layers, four microbatches
-    assert there.wire_bytes == there.calls * there.payload_bytes * 7 / 8
+    assert there.network_bytes == there.calls * there.payload_bytes * 7 / 8
     back = found["all_to_all encoder tokens, back"]
     assert (back.calls, back.payload_bytes) == (there.calls, there.payload_bytes)
     assert "all_reduce expert gradients" not in found  # every expert is there once
@@ -71,7 +71,7 @@ def test_experts_with_replicas_reduce_their_gradients_among_them() -> None:
     assert (call.axis, call.ranks, call.payload_bytes) == ("replica", 2, held_of(SPARSE).expert)  # 4 bytes of a quarter
 
 
-@pytest.mark.parametrize("router", [Switch(min_capacity=1), TopK(min_capacity=1)], ids=["switch", "top_k"])
+@pytest.mark.parametrize("router", [SwitchRouter(min_capacity=1), TopKRouter(min_capacity=1)], ids=["switch", "top_k"])
 def test_the_bytes_of_tokens_do_not_depend_on_the_number_of_experts(router: Any) -> None:
     sizes = {}
     for experts in (8, 16, 32, 64):
@@ -81,7 +81,10 @@ def test_the_bytes_of_tokens_do_not_depend_on_the_number_of_experts(router: Any)
 
 
 def test_without_a_capacity_a_row_for_each_choice_travels_after_the_counts() -> None:
-    for router, choices in ((Switch(capacity_factor="dropless"), 1), (TopK(capacity_factor="dropless", k=3), 3)):
+    for router, choices in (
+        (SwitchRouter(capacity_factor="dropless"), 1),
+        (TopKRouter(capacity_factor="dropless", k=3), 3),
+    ):
         found = calls(SPARSE.model_copy(update={"router": router}), Mesh(8, expert=8), 2)
         assert found["all_to_all encoder tokens, there"].payload_bytes == 2 * choices * 2 * 512 * 64
         counts = found["all_to_all encoder counts"]
@@ -119,13 +122,13 @@ def test_zero_gathers_and_scatters() -> None:
 
 def test_every_mesh_is_planned_or_refused() -> None:
     found = planned(SPARSE, 16)
-    assert {fit.mesh for fit in found.fits} | {one.mesh for one in found.refused} == set(meshes(SPARSE, 16))
+    assert {fit.mesh for fit in found.fits} | {one.mesh for one in found.rejected} == set(meshes(SPARSE, 16))
     assert all(mesh.data * mesh.model == 16 and mesh.data % mesh.expert == 0 for mesh in meshes(SPARSE, 16))
     assert [fit.step_seconds for fit in found.fits] == sorted(fit.step_seconds for fit in found.fits)
 
 
 def reason(found: Plan, **mesh: Any) -> str:
-    (only,) = {one.reason for one in found.refused if one.mesh._asdict().items() >= mesh.items()}
+    (only,) = {one.reason for one in found.rejected if one.mesh._asdict().items() >= mesh.items()}
     return only
 
 
@@ -144,7 +147,7 @@ def test_a_mesh_is_refused_by_the_models_sizes() -> None:
 def test_a_mesh_is_refused_by_the_batch() -> None:
     too_many = reason(planned(DENSE, 128), data=128)
     assert re.search(r"train\.batch_tokens\b.*\b64 sequences\b.*\b128 ranks\b", too_many)
-    grouped = SPARSE.model_copy(update={"router": Switch(group_sequences=8)})
+    grouped = SPARSE.model_copy(update={"router": SwitchRouter(group_sequences=8)})
     no_groups = reason(planned(grouped, 16), data=16, expert=1)
     assert re.search(r"\b4 sequences\b.*\b16 ranks\b.*\b8\b.*model\.router\.group_sequences", no_groups)
     uneven = reason(planned(DENSE, 16, microbatch=3), data=16)
@@ -152,9 +155,9 @@ def test_a_mesh_is_refused_by_the_batch() -> None:
 
 
 def test_a_mesh_is_refused_by_the_memory() -> None:
-    refused = {one.mesh: one for one in planned(SPARSE, 8, gib=0.02).refused}
+    refused = {one.mesh: one for one in planned(SPARSE, 8, gib=0.02).rejected}
     one = refused[Mesh(8)]
-    assert isinstance(one, Refusal)
+    assert isinstance(one, Rejection)
     assert one.kind == "memory"
     assert re.search(r"\b0\.0321 GiB\b.*\b0\.02 GiB\b.*\b1 sequence.*\bweights\b", one.reason)
     assert one.bytes_needed > 0.02 * 2**30
@@ -165,7 +168,7 @@ def test_the_microbatch_is_the_most_that_fits() -> None:
     assert (roomy.microbatch, tight.bytes.total <= 0.2 * 2**30) == (64, True)
     assert 1 <= tight.microbatch < 64
     assert planned(DENSE, 1, microbatch=16).fits[0].microbatch == 16
-    assert portions(24, 4) == [24, 12, 8, 4]
+    assert microbatch_sizes(24, 4) == [24, 12, 8, 4]
 
 
 def test_products_are_those_of_the_formula_and_of_empty_slots() -> None:

@@ -12,12 +12,12 @@ from tiny import SOURCE, TARGET, rows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.mesh import ParallelSpec, Wire
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.mesh import CommDtype, ParallelSpec
 from switchcli.model.config import ModelSpec
-from switchcli.model.moe.router import Switch, TopK
+from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.model.recompute import recompute_blocks
-from switchcli.planner.step import Mesh, Step, held
+from switchcli.planner.step import Mesh, Step, rank_weights
 from switchcli.planner.traffic import collectives
 from switchcli.runs import transformers_checkpoint
 from switchcli.train.config import Precision
@@ -34,7 +34,7 @@ Traffic = Counter[tuple[str, int]]
 
 
 def wider(num_experts: int, capacity_factor: float | str = CAPACITY, **more: Any) -> ModelSpec:
-    router = Switch(capacity_factor=capacity_factor, min_capacity=1, jitter=0.0)
+    router = SwitchRouter(capacity_factor=capacity_factor, min_capacity=1, jitter=0.0)
     return SPARSE.model_copy(update={"num_experts": num_experts, "router": router, **more})
 
 
@@ -43,7 +43,7 @@ SPECS = {
     "4 experts": wider(4),
     "12 experts": wider(12),
     "Switch attention": wider(4, sparse="both"),
-    "top-2": wider(4).model_copy(update={"router": TopK(min_capacity=1), "decoder_router": None}),
+    "top-2": wider(4).model_copy(update={"router": TopKRouter(min_capacity=1), "decoder_router": None}),
     "dropout": wider(4, dropout=0.1),
     "dropless": wider(4, "dropless"),
 }
@@ -53,13 +53,13 @@ NAMES = [*SPECS, *(name + AGAIN for name in ("12 experts", "Switch attention", "
 
 def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32") -> Traffic:
     """Of one step on this rank. The parts in which a gradient is summed are not the plan's: they count as one call."""
-    runtime = Runtime("cpu", precision, parallel)
-    plain = model_of(SPECS[name.removesuffix(AGAIN)], runtime)[0]
+    context = DistributedContext("cpu", precision, parallel)
+    plain = model_of(SPECS[name.removesuffix(AGAIN)], context)[0]
     if name.endswith(AGAIN):
         recompute_blocks(plain)
-    model = runtime.wrap(plain)
+    model = context.wrap(plain)
     if isinstance(model, DistributedDataParallel):  # what it does, by way of Python
-        model.register_comm_hook(runtime.groups.data.group, allreduce_hook)
+        model.register_comm_hook(context.groups.data.group, allreduce_hook)
     calls: Traffic = Counter()
     sums = {DENSE: 0, EXPERTS: 0}
     kinds = {  # the second name of each is that of torch 2.12 and older
@@ -82,18 +82,18 @@ def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32")
         return call
 
     def counting_all_reduce(tensor: torch.Tensor, *how: Any, **named: Any) -> Any:
-        if runtime.groups.model is not None and named["group"] is runtime.groups.model.group:
+        if context.groups.model is not None and named["group"] is context.groups.model.group:
             calls["all_reduce", tensor.nbytes] += tensor.numel() > 1  # the sum of the loss is a number
         else:
             sums[EXPERTS if tensor.ndim == 3 else DENSE] += tensor.nbytes  # stacks; buckets are flat
         return all_reduce(tensor, *how, **named)
 
-    batches = Microbatches(rows, BATCH, MICROBATCH, 1, runtime.data_rank, runtime.data_ranks)
+    batches = Microbatches(rows, BATCH, MICROBATCH, 1, context.dp_rank, context.dp_size)
     dist.all_reduce = counting_all_reduce
     for kind in kinds:
         setattr(dist, kind, counting(kind))
     try:
-        accumulate_gradients(model, cross_entropy, list(batches(0)), RealTokens(36, 27), runtime, "")
+        accumulate_gradients(model, cross_entropy, list(batches(0)), RealTokens(36, 27), context, "")
     finally:
         dist.all_reduce = all_reduce
         for kind in kinds:
@@ -107,11 +107,11 @@ def every_spec(parallel: ParallelSpec) -> dict[str, Traffic]:
     return {name: counted(parallel, name) for name in NAMES if parallel.model == 1 or "att" not in name}
 
 
-def planned(mesh: Mesh, name: str, product_bytes: int = 4, wire_bytes: int | None = None) -> Traffic:
+def planned(mesh: Mesh, name: str, product_bytes: int = 4, comm_bytes: int | None = None) -> Traffic:
     spec = SPECS[name.removesuffix(AGAIN)]
-    own = held(dict(transformers_checkpoint.empty(spec).named_parameters()), {}, mesh.model)
+    own = rank_weights(dict(transformers_checkpoint.meta_model(spec).named_parameters()), {}, mesh.model)
     step = Step(BATCH, SOURCE, TARGET, product_bytes, fused=False, recomputed=name.endswith(AGAIN))
-    step, traffic = step._replace(wire_bytes=wire_bytes), Counter()
+    step, traffic = step._replace(comm_bytes=comm_bytes), Counter()
     for call in collectives(spec, step, mesh, own, MICROBATCH):
         kind = call.kind
         if call.what == "expert gradients" and kind == "all_reduce":
@@ -194,9 +194,11 @@ def in_bfloat16(parallel: ParallelSpec) -> Traffic:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wire", ["compute", "float32"])
+@pytest.mark.parametrize("comm_dtype", ["compute", "float32"])
 @pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(2, 2, 2)], ids=str)
-def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(mesh: Mesh, wire: Wire) -> None:
-    parallel = ParallelSpec(expert=mesh.expert, model=mesh.model, wire=wire)
-    expected = planned(mesh, "dropout", 2, 4 if wire == "float32" else None)
+def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(
+    mesh: Mesh, comm_dtype: CommDtype
+) -> None:
+    parallel = ParallelSpec(expert=mesh.expert, model=mesh.model, comm_dtype=comm_dtype)
+    expected = planned(mesh, "dropout", 2, 4 if comm_dtype == "float32" else None)
     assert on_ranks(mesh.data * mesh.model, in_bfloat16, parallel) == [expected] * mesh.data * mesh.model

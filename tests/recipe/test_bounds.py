@@ -12,12 +12,12 @@ from pydantic import BaseModel
 from schemas import RECIPES, fields
 
 from switchcli.errors import RecipeError
-from switchcli.recipe.schema import standing_alone
+from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import describe
 from switchcli.spec import MOST, Spec
 
-NO_SIZES = {"Files.where", "Hub.where"}
+NO_SIZES = {"FilesCorpus.where", "HubCorpus.where"}
 """Values of a column of the text, which are compared and no more."""
 
 
@@ -76,7 +76,7 @@ def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path
     file = tmp_path / "largest.yaml"
     file.write_text(text)
     began = time.process_time()
-    recipe = standing_alone(str(file))
+    recipe = resolve_standalone(str(file))
     assert isinstance(recipe, TrainingRecipe)
     assert "parameters" in describe.text(recipe)
     assert time.process_time() - began < 5
@@ -102,6 +102,6 @@ def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path
 def test_a_number_beyond_its_bound_is_refused_at_once(override: str, words: str) -> None:
     began = time.process_time()
     with pytest.raises(RecipeError) as raised:
-        standing_alone("quickstart/switch", [override])
+        resolve_standalone("quickstart/switch", [override])
     assert_line(str(raised.value), f"override {override!r}", words)
     assert time.process_time() - began < 5

@@ -16,8 +16,8 @@ def _in_folder(tmp_path, monkeypatch):
 
 
 def test_shipped_recipes_have_names():
-    assert {"quickstart/switch", "quickstart/dense", "pretrain/t5-base"} <= set(library.names())
-    assert library.locate("quickstart/switch") == library.folder() / "quickstart/switch.yaml"
+    assert {"quickstart/switch", "quickstart/dense", "pretrain/t5-base"} <= set(library.recipe_names())
+    assert library.locate("quickstart/switch") == library.recipes_folder() / "quickstart/switch.yaml"
 
 
 def test_an_installed_package_has_them_within(tmp_path, monkeypatch):
@@ -25,12 +25,12 @@ def test_an_installed_package_has_them_within(tmp_path, monkeypatch):
     (package / "recipes/quickstart").mkdir(parents=True)
     (package / "recipes/quickstart/switch.yaml").touch()
     monkeypatch.setattr(library, "__file__", str(package / "recipe/library.py"))
-    assert library.names() == ["quickstart/switch"]
+    assert library.recipe_names() == ["quickstart/switch"]
 
 
 def test_a_file_that_exists_is_taken_before_a_name(tmp_path):
     (tmp_path / "quickstart").mkdir()
-    assert library.locate("quickstart/switch").is_relative_to(library.folder())
+    assert library.locate("quickstart/switch").is_relative_to(library.recipes_folder())
     (tmp_path / "quickstart/switch").touch()
     assert library.locate("quickstart/switch").resolve() == tmp_path / "quickstart/switch"
 

@@ -18,19 +18,19 @@ NO_PLACES = {
     "ModelSpec.size",
     "CorpusSpec.language",
     "CorpusSpec.languages",
-    "TextRows.field",
-    "TextRows.where",
-    "Hub.name",
-    "Hub.split",
-    "Hub.revision",
+    "RowCorpus.field",
+    "RowCorpus.where",
+    "HubCorpus.name",
+    "HubCorpus.split",
+    "HubCorpus.revision",
     "HubTokenizer.revision",
     "Denoiser.prompt",
-    "Named.name",
-    "Own.name",
-    "Own.input",
-    "Own.target",
-    "Own.labels",
-    "Own.metrics",
+    "ShippedTask.name",
+    "CustomTask.name",
+    "CustomTask.input",
+    "CustomTask.target",
+    "CustomTask.labels",
+    "CustomTask.metrics",
 }
 """Keys that hold text of another kind, by the class that defines them. A new key that names a place is not added."""
 
@@ -87,7 +87,7 @@ def test_a_place_that_is_none_is_refused_wherever_it_stands(place: str) -> None:
 
 @pytest.mark.parametrize("url", ["https://u:pa/ss@h/x", "https:/ss@h/x", "//u:ss@h/x", "https%3A%2F%2Fu%3Ass%40h"])
 def test_credentials_of_a_url_in_a_message_are_hidden(url: str) -> None:
-    message = credentials.redacted(f"cannot open {url}: no such file, see s3://bucket/a@b and me@home")
+    message = credentials.redact(f"cannot open {url}: no such file, see s3://bucket/a@b and me@home")
     assert "ss" not in message.replace("cannot", "")
     assert message.endswith("no such file, see s3://bucket/a@b and me@home")
 
@@ -97,16 +97,16 @@ def test_a_long_text_is_searched_in_linear_time(unit: str) -> None:
     """Console messages pass through this search, and may hold a long text without spaces."""
     text = unit * (60_000 // len(unit))
     began = time.process_time()
-    credentials.redacted(text)
-    credentials.redacted(f"https://h.org/{text}")
+    credentials.redact(text)
+    credentials.redact(f"https://h.org/{text}")
     assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("separator", ["::", "%3A%3A", "?a="])
 def test_credentials_behind_many_urls_are_found(separator: str) -> None:
-    assert credentials.problem(separator.join(["https://h.org/x"] * 200 + ["https://u:pass@h.org/x"]))
+    assert credentials.find_credentials(separator.join(["https://h.org/x"] * 200 + ["https://u:pass@h.org/x"]))
 
 
 def test_a_port_before_an_at_sign_of_the_path_has_a_message_of_its_own() -> None:
-    assert "%40" in (credentials.problem("http://h.org:9000/data@v2") or "")
-    assert credentials.problem("http://h.org:9000/data%40v2") is None
+    assert "%40" in (credentials.find_credentials("http://h.org:9000/data@v2") or "")
+    assert credentials.find_credentials("http://h.org:9000/data%40v2") is None

@@ -7,12 +7,14 @@ import torch
 from messages import assert_line
 
 from switchcli.data.objectives.denoisers import Denoisers
-from switchcli.data.objectives.packed_documents import WholeDocuments
+from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.errors import RecipeError
-from switchcli.model.moe.router import Switch, TopK
+from switchcli.errors import RecipeError, RenamedWarning
+from switchcli.model.moe.router import SwitchRouter, TopKRouter
+from switchcli.model.surgery.student import FromTeacherInit
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import RECIPES, PretrainRecipe, editor_schema
+from switchcli.recipe.schema import RECIPES, DistillTextRecipe, PretrainRecipe, editor_schema
+from switchcli.train.config import RandomInit
 
 TEXT = """\
 model: {size: switch-tiny-8, vocab_size: 8192}
@@ -111,7 +113,7 @@ def test_another_kind_of_objective_replaces_the_first(recipe):
     found = recipe("data.objective={kind: prefix_lm, inputs_length: 64, targets_length: 32}")
     assert (found.inputs_length, found.targets_length) == (64, 32)
     assert recipe("data.objective.kind=denoisers").data.objective == Denoisers()
-    assert recipe("data.packing=documents").data.rows == WholeDocuments(SpanCorruption())
+    assert recipe("data.packing=documents").data.rows == WholeDocumentObjective(SpanCorruption())
 
 
 @pytest.mark.parametrize(
@@ -138,11 +140,40 @@ def test_objectives_that_cannot_be(recipe, override, words):
     assert_line(str(raised.value), f"override {override!r}", words)
 
 
-def test_a_key_of_an_earlier_version_names_that_of_today(recipe):
-    override = "data.span_corruption.inputs_length=128"
+RENAMED = [
+    ("data.span_corruption.inputs_length=128", "data.objective.inputs_length=128", "data.objective"),
+    ("data.lanes=4", "data.stream_shards=4", "data.stream_shards"),
+    ("data={lanes: 4}", "data.stream_shards=4", "data.stream_shards"),
+    ("parallel.wire=float32", "parallel.comm_dtype=float32", "parallel.comm_dtype"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "key"), RENAMED)
+def test_the_old_name_of_a_key_works_with_a_warning_that_gives_the_new_one(recipe, old, new, key):
+    with pytest.warns(RenamedWarning, match=key):
+        found = recipe(old)
+    assert found == recipe(new)
+
+
+def test_the_old_names_of_a_students_start_work_with_a_warning(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("student: {kind: teacher, experts: fresh, unfit: refuse}", encoding="utf-8")
+    command = ("distill.teacher=t", "model.size=switch-tiny-8", "train={steps: 1, batch_tokens: 512}")
+    with pytest.warns(RenamedWarning) as warned:
+        found = resolve.resolve(str(file), [*command, "distill.answers.folder=f"], DistillTextRecipe)
+    assert found.student == FromTeacherInit(experts="random_init", on_shape_mismatch="error")
+    assert found.distill.cache is not None
+    assert len(warned) == 4
+    with pytest.warns(RenamedWarning):
+        found = resolve.resolve(str(file), [*command, "student={kind: fresh}"], DistillTextRecipe)
+    assert found.student == RandomInit()
+
+
+def test_a_key_under_both_of_its_names_is_refused(recipe):
+    override = "data={lanes: 4, stream_shards: 4}"
     with pytest.raises(RecipeError) as raised:
         recipe(override)
-    assert_line(str(raised.value), f"override {override!r}", "data.span_corruption data.objective")
+    assert_line(str(raised.value), f"override {override!r}", "data.lanes data.stream_shards")
 
 
 EARLIER = """\
@@ -164,24 +195,22 @@ def test_a_recipe_that_an_earlier_version_saved_is_read_with_the_keys_of_today(r
 
 
 def test_the_recipe_of_a_checkpoint_of_an_earlier_version_is_read_with_the_keys_of_today():
-    tree = resolve.saved(EARLIER.encode(), "step-1/recipe.yaml")
+    tree = resolve.parse_saved(EARLIER.encode(), "step-1/recipe.yaml")
     found = resolve.validate(tree, PretrainRecipe)
     assert found.data.objective == SpanCorruption(inputs_length=128)
     assert len(found.data.corpora) == 3
 
 
-def test_earlier_keys_are_refused_in_a_file_that_no_run_saved(recipe, tmp_path):
+def test_a_key_that_is_gone_is_refused_in_a_file_that_no_run_saved(recipe, tmp_path):
     (tmp_path / "other.yaml").write_text(EARLIER, encoding="utf-8")
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(RecipeError) as raised, pytest.warns(RenamedWarning):
         resolve.resolve("other.yaml", [], PretrainRecipe)
-    streaming, objective = str(raised.value).splitlines()
-    assert_line(streaming, "other.yaml:3", "data.corpora.0.streaming")
-    assert_line(objective, "other.yaml:2", "data.span_corruption data.objective")
+    assert_line(str(raised.value), "other.yaml:3", "data.corpora.0.streaming")
 
 
 def test_a_router_without_a_kind_is_switch(recipe):
-    assert recipe("model.router.jitter=0.5").model.router == Switch(jitter=0.5)
-    assert recipe("model.router={kind: top_k, jitter: 0.5}").model.router == TopK(jitter=0.5)
+    assert recipe("model.router.jitter=0.5").model.router == SwitchRouter(jitter=0.5)
+    assert recipe("model.router={kind: top_k, jitter: 0.5}").model.router == TopKRouter(jitter=0.5)
 
 
 def test_without_a_capacity_none_can_be_too_small(recipe):

@@ -7,7 +7,7 @@ from messages import naming_words
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.recipe.sizes import SIZES, problem
+from switchcli.recipe.sizes import SIZES, size_problem
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,6 @@ def test_a_small_switch_size_has_the_flops_of_the_dense_one(name):
 
 
 def test_an_unknown_size_has_a_way_out():
-    assert problem("tiny") is problem("custom") is None
-    assert re.match(naming_words("t5-bass t5-base"), problem("t5-bass"))
-    assert re.match(naming_words(f"gpt {' '.join(SIZES)}"), problem("gpt"))
+    assert size_problem("tiny") is size_problem("custom") is None
+    assert re.match(naming_words("t5-bass t5-base"), size_problem("t5-bass"))
+    assert re.match(naming_words(f"gpt {' '.join(SIZES)}"), size_problem("gpt"))

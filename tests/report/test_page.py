@@ -17,7 +17,7 @@ from switchcli.report.comparison import compare
 from switchcli.report.evidence import Report, parts
 from switchcli.report.html_page import Charts, HtmlTable, page
 from switchcli.report.runs import Run, read
-from switchcli.report.series import grouped
+from switchcli.report.series import group_by_recipe
 
 pytestmark = needs_chromium
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -73,7 +73,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             runs.append(read_as(path))
     file = folder / "report.html"
-    file.write_text(page(f"report {harmful}", parts(Report(compare(grouped(runs), None, None, 1), [], [harmful]))))
+    file.write_text(
+        page(f"report {harmful}", parts(Report(compare(group_by_recipe(runs), None, None, 1), [], [harmful])))
+    )
     return file
 
 

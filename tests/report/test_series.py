@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from report_folders import a_run
 
 from switchcli.report.runs import Curve, Loads, Run, read
-from switchcli.report.series import band, differences, flat, grouped, smoothed, spread, thinned
+from switchcli.report.series import band, differences, downsample, flatten, group_by_recipe, seed_spread, smooth
 
 doubles = st.floats(-1e6, 1e6)
 
@@ -38,13 +38,13 @@ def runs(tmp_path: Path, *names: str, **recipes: int) -> list[Run]:
 def test_runs_that_differ_by_their_seed_are_one_series(
     tmp_path: Path, names: tuple[str, ...], labels: list[str] | None
 ) -> None:
-    found = grouped(runs(tmp_path, *names))
+    found = group_by_recipe(runs(tmp_path, *names))
     assert [one.label for one in found] == (labels or [f"{tmp_path}/{name}" for name in names])
     assert sum(len(one.runs) for one in found) == len(names)
 
 
 def test_labels_are_unique(tmp_path: Path) -> None:
-    found = grouped(runs(tmp_path, "a-0", "a-1", "a-2", "a-3", **{"a-0": 1, "a-1": 2, "a-2": 1, "a-3": 2}))
+    found = group_by_recipe(runs(tmp_path, "a-0", "a-1", "a-2", "a-3", **{"a-0": 1, "a-1": 2, "a-2": 1, "a-3": 2}))
     assert [len(one.runs) for one in found] == [2, 2]
     assert len({one.label for one in found}) == 2
 
@@ -66,7 +66,7 @@ def test_seeds_that_learned_from_the_teacher_of_their_own_seed_are_one_series(wh
         for experts in (4, 8, 16)
         for seed in seeds
     ]
-    found = grouped(runs)
+    found = group_by_recipe(runs)
     assert [(one.label, [run.seed for run in one.runs]) for one in found] == [
         (f"mixture-{experts}", [*seeds]) for experts in (4, 8, 16)
     ]
@@ -77,19 +77,19 @@ def test_seeds_that_learned_from_the_teacher_of_their_own_seed_are_one_series(wh
 
 def test_only_the_runs_own_seed_in_a_path_counts() -> None:
     other = [of_teacher("a", seed, f"runs/teacher-8-{seed + 1}") for seed in (0, 1)]
-    assert len(grouped(other)) == 2
+    assert len(group_by_recipe(other)) == 2
     one_teacher = [of_teacher("a", seed, "runs/teacher-8") for seed in (0, 1, 8)]
     baseless = [run._replace(recipe={**run.recipe, "distill": {"teacher": "runs/teacher-8"}}) for run in one_teacher]
-    assert len(grouped(baseless)) == 1
+    assert len(group_by_recipe(baseless)) == 1
 
 
 def test_differences_are_the_keys_that_differ() -> None:
     recipe = {"a": 1, "b": {"c": [1, 2], "d": [{"e": 1}, {"e": 2}]}, "train": {"seed": 1}}
-    assert flat(recipe) == {"a": 1, "b.c": [1, 2], "b.d.0.e": 1, "b.d.1.e": 2, "train.seed": 1}
+    assert flatten(recipe) == {"a": 1, "b.c": [1, 2], "b.d.0.e": 1, "b.d.1.e": 2, "train.seed": 1}
 
 
 def test_differences_between_series(tmp_path: Path) -> None:
-    found = grouped(runs(tmp_path, "a-0", "bb-0"))
+    found = group_by_recipe(runs(tmp_path, "a-0", "bb-0"))
     assert differences(found) == {"model.size": [1, 2]}
     assert differences(found[:1]) == {}
 
@@ -100,15 +100,15 @@ def test_a_band_is_the_mean_of_those_that_have_come_so_far() -> None:
     assert found is not None
     assert found.steps.tolist() == [0, 5, 10, 20]
     assert found.mean.tolist() == [1.5, 2, 2, 4]
-    assert found.least.tolist() == [0, 1, 2, 4]
-    assert found.most.tolist() == [3, 3, 2, 4]
+    assert found.low.tolist() == [0, 1, 2, 4]
+    assert found.high.tolist() == [3, 3, 2, 4]
     assert band([]) is None
 
 
 @given(values=st.lists(doubles, min_size=1, max_size=200), most=st.integers(4, 50))
 def test_thinned_curves_keep_their_ends_and_extremes(values: list[float], most: int) -> None:
     array = np.array(values)
-    places = thinned(array, most)
+    places = downsample(array, most)
     assert len(places) <= max(most, min(len(values), most))
     assert [*places] == sorted({*places.tolist()})
     assert places[0] == 0
@@ -120,7 +120,7 @@ def test_thinned_curves_keep_their_ends_and_extremes(values: list[float], most: 
 @given(values=st.lists(doubles, min_size=1, max_size=20), evaluations=st.integers(1, 25))
 def test_smoothed_curves_are_means_of_windows(values: list[float], evaluations: int) -> None:
     curve = Curve(np.arange(len(values)) * 10.0, np.array(values))
-    found = smoothed(curve, evaluations)
+    found = smooth(curve, evaluations)
     width = min(evaluations, len(values))
     windows = [values[start : start + width] for start in range(len(values) - width + 1)]
     assert found.values == pytest.approx([sum(window) / width for window in windows], abs=1e-6)
@@ -128,9 +128,9 @@ def test_smoothed_curves_are_means_of_windows(values: list[float], evaluations: 
 
 
 def test_a_spread_is_of_what_is_known() -> None:
-    found = spread([None, 1.0, float("nan"), 3.0])
+    found = seed_spread([None, 1.0, float("nan"), 3.0])
     assert found == (2.0, 1.0, 3.0)
     assert found is not None
-    assert found.said(".1f") == "2.0 (1.0 to 3.0)"
-    assert spread([1.0]).said(".1f") == "1.0"  # type: ignore[union-attr]
-    assert spread([None]) is None
+    assert found.text(".1f") == "2.0 (1.0 to 3.0)"
+    assert seed_spread([1.0]).text(".1f") == "1.0"  # type: ignore[union-attr]
+    assert seed_spread([None]) is None

@@ -13,8 +13,8 @@ from switchcli.metric_names import HELD_OUT
 from switchcli.metric_names import HELD_OUT_BITS as BITS
 from switchcli.report.comparison import compare
 from switchcli.report.runs import Curve, Run, read
-from switchcli.report.series import Spread, grouped
-from switchcli.report.speed import first_step
+from switchcli.report.series import SeedSpread, group_by_recipe
+from switchcli.report.speed import first_step_reaching
 
 RECIPE = {"train": {"batch_tokens": 1000}}
 
@@ -29,7 +29,7 @@ def test_by_hand(tmp_path: Path) -> None:
     dense = [a_seed(tmp_path, "dense", seed, 0.01) for seed in (0, 1)]
     fast = [a_seed(tmp_path, "fast", seed, 0.01 * rate, seconds=1.0) for seed, rate in ((0, 2.0), (1, 4.0))]
     slow = [a_seed(tmp_path, "slow", 0, 0.005)]
-    found = compare(grouped([*dense, *fast, *slow]), None, None, 1)
+    found = compare(group_by_recipe([*dense, *fast, *slow]), None, None, 1)
     base, quick, never = found.rows
     assert base.speed.times == ((1, 1, 1),) * 3
     assert base.speed.costs == ((100, 100, 100), (50, 50, 50), (100 * FLOPS,) * 3)
@@ -37,7 +37,7 @@ def test_by_hand(tmp_path: Path) -> None:
     assert steps == flops == pytest.approx((3, 2, 4))  # the quality of 100 steps after 50 and after 25
     assert time == pytest.approx((1.5, 1, 2))  # at half the speed
     assert quick.over == pytest.approx((2, 1, 3))
-    assert quick.final == Spread(-2, -3, -1)
+    assert quick.final == SeedSpread(-2, -3, -1)
     assert never.speed.reached == 0
     assert never.speed.times == (None, None, None)
     assert never.over == pytest.approx((-0.5, -0.5, -0.5))
@@ -45,7 +45,7 @@ def test_by_hand(tmp_path: Path) -> None:
 
 def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
     dense, fast = a_seed(tmp_path, "dense", 0, 0.01), a_seed(tmp_path, "fast", 0, 0.02)
-    found = compare(grouped([dense, fast]), fast.name, -4.5, 1)
+    found = compare(group_by_recipe([dense, fast]), fast.name, -4.5, 1)
     assert found.baseline.label == "fast-0"
     assert [row.speed.costs[0] for row in found.rows] == [(50, 50, 50), (25, 25, 25)]
     assert [row.speed.times[0] for row in found.rows] == [(0.5, 0.5, 0.5), (1, 1, 1)]
@@ -53,7 +53,7 @@ def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
 
 def test_of_other_tokenizers_bits_a_byte_count_and_fewer_are_better(tmp_path: Path) -> None:
     runs = [a_seed(tmp_path, "a", 0, 0.01), a_seed(tmp_path, "b", 0, 0.02, tokenizer='{"other": 1}')]
-    found = compare(grouped(runs), None, None, 1)
+    found = compare(group_by_recipe(runs), None, None, 1)
     assert (found.measure.figure, found.tokenizers) == (BITS, 2)
     assert not lacking(found.notes[0], "2 tokenizers bits byte")
     better = found.rows[1]
@@ -64,7 +64,7 @@ def test_of_other_tokenizers_bits_a_byte_count_and_fewer_are_better(tmp_path: Pa
 
 def test_runs_of_other_lengths_are_compared_where_all_have_been(tmp_path: Path) -> None:
     path = a_run(tmp_path / "short", steps=40)
-    found = compare(grouped([a_seed(tmp_path, "a", 0, 0.01), read(path, RECIPE)]), None, None, 1)
+    found = compare(group_by_recipe([a_seed(tmp_path, "a", 0, 0.01), read(path, RECIPE)]), None, None, 1)
     assert found.common_step == 40
     assert [row.at_common for row in found.rows] == [pytest.approx((-4.6,) * 3), pytest.approx((-4.2,) * 3)]
     assert not lacking(found.notes[0], "step 40")
@@ -73,7 +73,7 @@ def test_runs_of_other_lengths_are_compared_where_all_have_been(tmp_path: Path) 
 @given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=12), quality=st.floats(-10, 10))
 def test_the_first_step_is_where_a_search_finds_it(values: list[float], quality: float) -> None:
     steps = np.arange(len(values)) * 8.0
-    found = first_step(Curve(steps, np.array(values)), quality)
+    found = first_step_reaching(Curve(steps, np.array(values)), quality)
     fine = np.linspace(0, steps[-1], int(steps[-1]) * 64 + 1)
     there = np.interp(fine, steps, values)
     if found is None:
@@ -95,7 +95,7 @@ def test_a_run_that_gets_everywhere_in_half_the_steps_is_twice_as_fast(values: l
         for name in ("flops", "tokens"):
             curves[f"{name}_per_second"] = Curve(steps[1:], np.full(len(values) - 1, 1e6))
         runs.append(Run(f"{apart}", {**RECIPE, "apart": apart}, {}, curves, {}, {}, None, ()))
-    row = compare(grouped(runs), None, None, 1).rows[1]
+    row = compare(group_by_recipe(runs), None, None, 1).rows[1]
     assert row.speed.reached == 1
     if values[0] >= values[-1]:  # there before the first step, at no cost
         assert row.speed.times == (None, None, None)

@@ -11,10 +11,10 @@ import test_labelled_tasks
 import test_text_formats
 from sacrebleu import corpus_bleu
 
-from switchcli.tasks.config import Own
+from switchcli.tasks.config import CustomTask
 from switchcli.tasks.registry import METRICS, TASKS
 from switchcli.tasks.scores import score
-from switchcli.tasks.task import Answered, Example, Task
+from switchcli.tasks.task import AnsweredExample, Example, Task
 
 EMPTY = ("", " ", "the", ".")
 ROWS: dict[str, Mapping[str, Any]] = {
@@ -25,7 +25,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
 
 def scored(task: Task, examples: list[Example], prediction: str) -> dict[str, float]:
     """Return every metric of a task whose answers are all the same."""
-    found = score(task, [Answered(example, prediction) for example in examples], draws=0)
+    found = score(task, [AnsweredExample(example, prediction) for example in examples], draws=0)
     return {name: metric.value for name, metric in (found.metrics | found.beside).items()}
 
 
@@ -156,7 +156,7 @@ def test_a_blank_is_no_right_answer(name: str, row: Mapping[str, Any]) -> None:
 def test_in_a_task_of_ones_own_an_answer_that_says_nothing_scores_0_by_any_metric(metric: str, prediction: str) -> None:
     numbers = metric in {"pearson", "spearman"}
     labels = () if numbers else ("no", "yes", "maybe")[: 2 if metric == "f1" else 3]
-    own = Own(name="mine", input="{text}", target="label", labels=labels, metrics=(metric,))
+    own = CustomTask(name="mine", input="{text}", target="label", labels=labels, metrics=(metric,))
     [task] = own.tasks()
     targets = ("0.5", "1.5", "3.0") if numbers else labels
     examples = [example for label in targets for example in task.examples({"text": "x", "label": label}, "scoring")]
@@ -165,7 +165,7 @@ def test_in_a_task_of_ones_own_an_answer_that_says_nothing_scores_0_by_any_metri
 
 def test_in_a_task_of_ones_own_an_empty_target_is_matched_by_an_empty_answer() -> None:
     """The exception: a row of the user's own may say that writing nothing is right."""
-    [task] = Own(name="mine", input="{text}", target="answer").tasks()
+    [task] = CustomTask(name="mine", input="{text}", target="answer").tasks()
     [example] = task.examples({"text": "x", "answer": ""}, "scoring")
     assert scored(task, [example], " ") == {"exact_match": 100}
     assert scored(task, [example], "x") == {"exact_match": 0}

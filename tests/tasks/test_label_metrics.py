@@ -18,7 +18,7 @@ from switchcli.tasks.label_metrics import (
     matthews,
     names_referent,
 )
-from switchcli.tasks.task import Answered, Example, Metric
+from switchcli.tasks.task import AnsweredExample, Example, Metric
 
 TWO, THREE = ("n", "p"), ("a", "b", "c")
 ALL = (
@@ -27,15 +27,15 @@ ALL = (
 )
 
 
-def answers(targets: str, predictions: str, units: str = "") -> list[Answered]:
+def answers(targets: str, predictions: str, units: str = "") -> list[AnsweredExample]:
     """Of words with spaces between; `-` is an empty prediction."""
     said = ["" if word == "-" else word for word in predictions.split()]
     of = units.split() or [""] * len(said)
     rows = zip(targets.split(), said, of, strict=True)
-    return [Answered(Example("", (target,), unit), prediction) for target, prediction, unit in rows]
+    return [AnsweredExample(Example("", (target,), unit), prediction) for target, prediction, unit in rows]
 
 
-def score(metric: Metric, answered: list[Answered]) -> float:
+def score(metric: Metric, answered: list[AnsweredExample]) -> float:
     return metric.combine(metric.measure(answered))
 
 
@@ -81,13 +81,13 @@ def test_multirc_counts_answers_for_f1_and_questions_for_exact_match() -> None:
 
 def test_spaces_around_a_label_do_not_count_and_its_case_does() -> None:
     for metric in (ACCURACY, f1(*TWO), matthews(TWO), macro_f1(TWO)):
-        spaced = [Answered(Example("", (target,)), f" {target}\n") for target in ("n", "p")]
+        spaced = [AnsweredExample(Example("", (target,)), f" {target}\n") for target in ("n", "p")]
         assert score(metric, spaced) == pytest.approx(100)
     assert score(ACCURACY, answers("True", "true")) == 0
 
 
 def test_any_target_is_right_for_accuracy() -> None:
-    assert score(ACCURACY, [Answered(Example("", ("a", "b")), "b")]) == 100
+    assert score(ACCURACY, [AnsweredExample(Example("", ("a", "b")), "b")]) == 100
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_any_target_is_right_for_accuracy() -> None:
 def test_wsc_tells_a_phrase_with_an_apostrophe_from_one_without(prediction: str, referent: str) -> None:
     """T5's rule. The words of one are a subset of the other's, so that without the rule both would name the same."""
     for label, right in (("True", 0), ("False", 100)):
-        answered = [Answered(Example("", (referent,), label=label), prediction)]
+        answered = [AnsweredExample(Example("", (referent,), label=label), prediction)]
         assert score(REFERENT_ACCURACY, answered) == right
 
 
@@ -121,7 +121,7 @@ def test_what_is_not_defined_is_0(metric: Metric, targets: str, predictions: str
 
 @pytest.mark.parametrize("wild", ["nan", "inf", "-Infinity", "1e999", "", "3.4.5", "three", "\ud800", "9" * 5000])
 def test_what_is_no_finite_number_is_below_the_scale(wild: str) -> None:
-    np.testing.assert_array_equal(PEARSON.measure([Answered(Example("", ("3.4",)), wild)]), [[3.4, -1]])
+    np.testing.assert_array_equal(PEARSON.measure([AnsweredExample(Example("", ("3.4",)), wild)]), [[3.4, -1]])
 
 
 def test_huge_numbers_do_not_overflow() -> None:
@@ -153,7 +153,7 @@ def test_a_prediction_of_no_words_names_nothing_and_a_referent_of_none_is_not_na
 
 def test_wsc_compares_the_judgement_with_the_label() -> None:
     asked = [("the dog", "True"), ("the dog", "False"), ("Ann", "True"), ("Ann", "False")]
-    answered = [Answered(Example("", (phrase,), label=label), "dog") for phrase, label in asked]
+    answered = [AnsweredExample(Example("", (phrase,), label=label), "dog") for phrase, label in asked]
     np.testing.assert_array_equal(REFERENT_ACCURACY.measure(answered), [[1], [0], [0], [1]])
     assert score(REFERENT_ACCURACY, answered) == 50
 
@@ -168,13 +168,13 @@ PREDICTIONS = st.one_of(
 
 
 @st.composite
-def answered_lists(draw: st.DrawFn, metric: Metric) -> list[Answered]:
+def answered_lists(draw: st.DrawFn, metric: Metric) -> list[AnsweredExample]:
     targets = st.sampled_from(["0.2", "2.4", "5.0"] if metric in (PEARSON, SPEARMAN) else ["n", "p"])
     example = st.builds(
         lambda target, unit, label: Example("", (target,), unit, label),
         *(targets, st.sampled_from(["", "u", "v"]), st.sampled_from(["True", "False"])),
     )
-    return draw(st.lists(st.builds(Answered, example, PREDICTIONS), min_size=1, max_size=12))
+    return draw(st.lists(st.builds(AnsweredExample, example, PREDICTIONS), min_size=1, max_size=12))
 
 
 @pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.name)
@@ -199,7 +199,7 @@ def test_a_bootstrap_takes_seconds(metric: Metric) -> None:
     numbers = metric in (PEARSON, SPEARMAN)
     said = [f"{value:.1f}" if numbers else "np"[int(value > 0)] for value in rng.normal(size=5000)]
     units = metric.measure(
-        [Answered(Example("", (said[place - 7],), label="True"), said[place]) for place in range(5000)]
+        [AnsweredExample(Example("", (said[place - 7],), label="True"), said[place]) for place in range(5000)]
     )
     assert len(units) == 5000
     begin = time.perf_counter()

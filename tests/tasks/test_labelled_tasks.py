@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from switchcli.tasks import anli, glue, superglue, winogrande
-from switchcli.tasks.task import Answered, Example, Purpose, Row
+from switchcli.tasks.task import AnsweredExample, Example, Purpose, Row
 
 TASKS = {task.name: task for family in (glue, superglue, anli, winogrande) for task in family.TASKS}
 FREE_TEXT = {"wnli", "record", "wsc", "dpr", "winogrande"}
@@ -250,7 +250,7 @@ def test_right_answers_score_100(name: str) -> None:
     rows = [{**ROWS[name], "label": label} for label in labels] or [ROWS[name]]
     examples = [example for row in rows for example in made(name, row)]
     for metric in task.metrics:
-        units = metric.measure([Answered(example, example.targets[0]) for example in examples])
+        units = metric.measure([AnsweredExample(example, example.targets[0]) for example in examples])
         assert units.dtype == "float64"
         assert metric.combine(units) == pytest.approx(100)
     assert 0 <= task.chance <= 50
@@ -323,7 +323,9 @@ def test_record_trains_on_each_answer_and_scores_with_all() -> None:
     assert [example.targets for example in made("record", row, "training")] == [("Ann",), ("ANN",)]
     [scored] = made("record", row)
     assert scored.targets == ("Ann", "ANN")
-    scores = [metric.combine(metric.measure([Answered(scored, "the ann!")])) for metric in TASKS["record"].metrics]
+    scores = [
+        metric.combine(metric.measure([AnsweredExample(scored, "the ann!")])) for metric in TASKS["record"].metrics
+    ]
     assert scores == [100, 100]
 
 
@@ -333,8 +335,8 @@ def test_wsc_trains_on_right_phrases_and_is_judged_by_all() -> None:
     [wrong], [right] = made("wsc", row), made("wsc", ROWS["wsc"])
     assert (wrong.targets, wrong.label, right.label) == (("Mark",), "False", "True")
     [metric] = TASKS["wsc"].metrics
-    assert metric.combine(metric.measure([Answered(wrong, "Mr. Singer"), Answered(right, "mark")])) == 100
-    assert metric.combine(metric.measure([Answered(wrong, "Mark"), Answered(right, "Mr. Singer")])) == 0
+    assert metric.combine(metric.measure([AnsweredExample(wrong, "Mr. Singer"), AnsweredExample(right, "mark")])) == 100
+    assert metric.combine(metric.measure([AnsweredExample(wrong, "Mark"), AnsweredExample(right, "Mr. Singer")])) == 0
 
 
 @pytest.mark.parametrize("bad", [None, "7", 7.0])

@@ -13,7 +13,7 @@ import pytest
 from switchcli.data.prepare.digests import Digests
 from switchcli.tasks import stdlib_tasks
 from switchcli.tasks.stdlib_tasks import MODULES, TASKS, docstring_rows, module_rows, without_names
-from switchcli.tasks.task import Embedded, Row
+from switchcli.tasks.task import EmbeddedSource, Row
 
 Rows = dict[str, list[Row]]
 
@@ -175,7 +175,7 @@ def test_the_functions_of_this_python() -> None:
 
 def test_the_fingerprint_follows_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     source = TASKS[0].source
-    assert isinstance(source, Embedded)
+    assert isinstance(source, EmbeddedSource)
     before = source.fingerprint(Digests())
     assert before == source.fingerprint(Digests())
     monkeypatch.setattr(stdlib_tasks, "ALIKE_WORDS", 9)

@@ -12,7 +12,7 @@ from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import corpus
 from switchcli.errors import DataError
 from switchcli.tasks import reading
-from switchcli.tasks.config import Own
+from switchcli.tasks.config import CustomTask
 from switchcli.tasks.registry import TASKS
 
 
@@ -23,12 +23,12 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def test_a_folder_is_laid_out_as_the_hub(tmp_path: Path) -> None:
     write(tmp_path / "glue/cola/train.jsonl", [{"sentence": "It is.", "label": 1, "idx": 0}])
-    (found,) = reading.examples(TASKS["cola"], "train", "training", str(tmp_path))
+    (found,) = reading.read_examples(TASKS["cola"], "train", "training", str(tmp_path))
     assert (found.input, found.targets) == ("cola sentence: It is.", ("acceptable",))
     with pytest.raises(
         DataError, match=r"glue/cola/validation\.jsonl: .*data\.folder.*FOLDER/glue/cola/validation\.jsonl"
     ):
-        reading.examples(TASKS["cola"], "validation", "scoring", str(tmp_path))
+        reading.read_examples(TASKS["cola"], "validation", "scoring", str(tmp_path))
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(10, 9), (25, 22), (4000, 3417)])
@@ -37,18 +37,18 @@ def test_validation_is_carved_off_the_end_of_training(rows: int, kept: int, tmp_
     questions = [{"question": f"q{n}", "answers": [f"a{n}"]} for n in range(rows)]
     write(tmp_path / "web_questions/train.jsonl", questions)
     task = TASKS["web_questions"]
-    train = reading.examples(task, "train", "training", str(tmp_path))
-    validation = reading.examples(task, "validation", "scoring", str(tmp_path))
+    train = reading.read_examples(task, "train", "training", str(tmp_path))
+    validation = reading.read_examples(task, "validation", "scoring", str(tmp_path))
     assert [one.targets[0] for one in train + validation] == [f"a{n}" for n in range(rows)]
     assert len(train) == kept
 
 
 def test_evaluation_alone(tmp_path: Path) -> None:
-    assert not reading.has(TASKS["ax"], "train")
-    assert reading.has(TASKS["ax"], "validation")
-    assert not reading.has(TASKS["python_modules"], "test")
+    assert not reading.has_split(TASKS["ax"], "train")
+    assert reading.has_split(TASKS["ax"], "validation")
+    assert not reading.has_split(TASKS["python_modules"], "test")
     with pytest.raises(DataError, match=r"tasks: wnli\b.*\btrain\b"):
-        reading.examples(TASKS["wnli"], "train", "training", str(tmp_path))
+        reading.read_examples(TASKS["wnli"], "train", "training", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_a_bad_row_is_told_with_its_file_and_line(line: str, pattern: str, tmp_p
     write(path, [{"sentence": "fine", "label": 0}])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=rf"train\.jsonl:2: .*{pattern}"):
-        reading.examples(TASKS["sst2"], "train", "training", str(tmp_path))
+        reading.read_examples(TASKS["sst2"], "train", "training", str(tmp_path))
 
 
 def test_an_empty_split(tmp_path: Path) -> None:
     write(tmp_path / "glue/sst2/train.jsonl", [])
     with pytest.raises(DataError, match=r"tasks: sst2: .*\btrain\b"):
-        reading.examples(TASKS["sst2"], "train", "training", str(tmp_path))
+        reading.read_examples(TASKS["sst2"], "train", "training", str(tmp_path))
 
 
 def test_the_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"sentence": "fine", "label": 0}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert reading.examples(TASKS["sst2"], "validation", "scoring", None)[0].targets == ("negative",)
+    assert reading.read_examples(TASKS["sst2"], "validation", "scoring", None)[0].targets == ("negative",)
     assert asked == [("nyu-mll/glue", "sst2", "validation")]
 
     def offline(*arguments: Any, **options: Any) -> None:
@@ -106,13 +106,13 @@ def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(DataError, match=r"tasks: sst2: nyu-mll/glue: .*\(no route\).*\bnetwork\b.*data\.folder\b"):
-        reading.examples(TASKS["sst2"], "validation", "scoring", None)
+        reading.read_examples(TASKS["sst2"], "validation", "scoring", None)
     assert corpus.hub_rows is reading.hub_rows
 
 
-def own(**changes: Any) -> Own:
+def own(**changes: Any) -> CustomTask:
     settings = {"name": "mine", "train": ("rows.jsonl",), "input": "say {a} of {b}!", "target": "c"}
-    return Own(**{**settings, **changes})
+    return CustomTask(**{**settings, **changes})
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,20 @@ from hypothesis import strategies as st
 
 from switchcli.tasks.scores import Score, score
 from switchcli.tasks.suites import CLOSED_BOOK_QA, GLUE, MNLI, PAPER, SUITES, SUPER_GLUE
-from switchcli.tasks.task import Answered, Example, Source, Task
+from switchcli.tasks.task import AnsweredExample, Example, HubSource, Task
 from switchcli.tasks.text_metrics import bleu, exact_match, rouge2, squad_em, squad_f1
 
-TASK = Task("t", Source("p", None, "f"), (), lambda row, purpose: [], (exact_match,), 50.0, ("yes", "no"), (squad_f1,))
+TASK = Task(
+    "t", HubSource("p", None, "f"), (), lambda row, purpose: [], (exact_match,), 50.0, ("yes", "no"), (squad_f1,)
+)
 LABEL = st.sampled_from(["yes", "no", "", "perhaps"])
 
 
-def answered(targets: str, predictions: str) -> list[Answered]:
+def answered(targets: str, predictions: str) -> list[AnsweredExample]:
     """`yn-` and `yn?`: yes, no; a secret answer; a malformed one."""
     words = {"y": ("yes",), "n": ("no",), "-": ()}
     said = {"y": "yes", "n": " no\n", "?": "perhaps"}
-    return [Answered(Example("", words[of]), said[by]) for of, by in zip(targets, predictions, strict=True)]
+    return [AnsweredExample(Example("", words[of]), said[by]) for of, by in zip(targets, predictions, strict=True)]
 
 
 def test_a_task_by_hand() -> None:
@@ -38,7 +40,9 @@ def test_a_task_by_hand() -> None:
 
 def test_the_score_is_the_mean_of_the_metrics_drawn_together() -> None:
     task = TASK._replace(metrics=(squad_em, squad_f1), beside=(), labels=())
-    said = [Answered(Example("", ("big moose",)), word) for word in ("big moose", "moose", "elk", "a big, big moose")]
+    said = [
+        AnsweredExample(Example("", ("big moose",)), word) for word in ("big moose", "moose", "elk", "a big, big moose")
+    ]
     found = score(task, said)
     assert found.metrics["em"].value == 25
     assert found.metrics["f1"].value == pytest.approx(100 * (1 + 2 / 3 + 0 + 0.8) / 4)
@@ -60,7 +64,7 @@ def test_without_labels_there_is_no_score(targets: str) -> None:
 
 
 def test_of_equally_frequent_targets_the_first_is_the_majority() -> None:
-    said = [Answered(Example("", targets), "") for targets in (("b", "a"), ("a",), ("b",), ("a",))]
+    said = [AnsweredExample(Example("", targets), "") for targets in (("b", "a"), ("a",), ("b",), ("a",))]
     assert score(TASK, said).majority == 50
     assert score(TASK, said[1:3]).majority == 50
 
@@ -75,7 +79,7 @@ def test_the_same_seed_draws_the_same_units() -> None:
 def test_where_all_are_alike_there_is_no_interval() -> None:
     """0 of 20 right does not say that the score is 0 for certain."""
     assert score(TASK, answered("y" * 20, "n" * 20)).score == Score(0.0, None, None)
-    one = [Answered(Example("", ("yes",), "q"), said) for said in ("yes", "no")]
+    one = [AnsweredExample(Example("", ("yes",), "q"), said) for said in ("yes", "no")]
     assert score(TASK, one).score == Score(50.0, None, None)
 
 
@@ -89,8 +93,8 @@ def test_the_interval_of_a_share_is_about_the_normal_one() -> None:
 def test_answers_of_one_unit_are_drawn_together() -> None:
     """Ten answers to one question say no more than one answer."""
     pairs = [(f"q{number % 10}", "yes" if number % 10 < 7 else "no") for number in range(400)]
-    alone = score(TASK, [Answered(Example("", ("yes",)), said) for _, said in pairs])
-    together = score(TASK, [Answered(Example("", ("yes",), unit), said) for unit, said in pairs])
+    alone = score(TASK, [AnsweredExample(Example("", ("yes",)), said) for _, said in pairs])
+    together = score(TASK, [AnsweredExample(Example("", ("yes",), unit), said) for unit, said in pairs])
     assert alone.score is not None
     assert together.score is not None
     assert (alone.num_units, together.num_units) == (400, 10)
@@ -100,7 +104,7 @@ def test_answers_of_one_unit_are_drawn_together() -> None:
 
 @given(st.lists(st.tuples(LABEL, LABEL), min_size=1, max_size=12))
 def test_an_interval_holds_its_score(pairs: list[tuple[str, str]]) -> None:
-    said = [Answered(Example("", (target,)), prediction) for target, prediction in pairs]
+    said = [AnsweredExample(Example("", (target,)), prediction) for target, prediction in pairs]
     found = score(TASK._replace(metrics=(exact_match, bleu, rouge2)), said, draws=20)
     assert found.score is not None
     for one in (found.score, *found.metrics.values(), *found.beside.values()):

@@ -7,7 +7,7 @@ import pytest
 
 from switchcli.tasks import arc, closed_book_qa, squad, stdlib_tasks, summarization, translation
 from switchcli.tasks.squad import spaced
-from switchcli.tasks.task import Example, Source, Task
+from switchcli.tasks.task import Example, HubSource, Task
 
 FAMILIES = (squad, closed_book_qa, arc, summarization, translation, stdlib_tasks)
 TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
@@ -194,7 +194,7 @@ def test_closed_book_sets_validate_on_the_end_of_their_training_split() -> None:
     sizes = {"natural_questions": 79_168, "web_questions": 3_417, "trivia_qa": 78_785}
     tests = {"natural_questions": "validation", "web_questions": "test", "trivia_qa": "validation"}
     for name, source in left.items():
-        assert isinstance(source, Source)
+        assert isinstance(source, HubSource)
         assert (source.train, source.validation, source.test) == ("train", None, tests[name])
         assert source.num_train == sizes[name]
 

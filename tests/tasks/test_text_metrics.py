@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
-from switchcli.tasks.task import Answered, Example, Metric
+from switchcli.tasks.task import AnsweredExample, Example, Metric
 from switchcli.tasks.text_metrics import (
     bleu,
     by_unit,
@@ -46,13 +46,15 @@ TARGETS = [
 OTHERS = [text[::-1] if number % 2 else f"{text} indeed , and more" for number, text in enumerate(PREDICTIONS)]
 
 
-def value(metric: Metric, answered: list[Answered]) -> float:
+def value(metric: Metric, answered: list[AnsweredExample]) -> float:
     return metric.combine(metric.measure(answered))
 
 
-def answers(*targets: list[str]) -> list[Answered]:
+def answers(*targets: list[str]) -> list[AnsweredExample]:
     """PREDICTIONS, each with one target of every list."""
-    return [Answered(Example("", of), said) for said, of in zip(PREDICTIONS, zip(*targets, strict=True), strict=True)]
+    return [
+        AnsweredExample(Example("", of), said) for said, of in zip(PREDICTIONS, zip(*targets, strict=True), strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +95,12 @@ def test_normal_forms(text: str, squad: str, trivia: str) -> None:
     ],
 )
 def test_answers_by_hand(metric: Metric, prediction: str, targets: tuple[str, ...], expected: float) -> None:
-    assert value(metric, [Answered(Example("", targets), prediction)]) == pytest.approx(100 * expected)
+    assert value(metric, [AnsweredExample(Example("", targets), prediction)]) == pytest.approx(100 * expected)
 
 
 def test_a_mean_weighs_answers_and_not_units() -> None:
-    def answer(right: bool, unit: str) -> Answered:
-        return Answered(Example("", ("yes",), unit), "yes" if right else "no")
+    def answer(right: bool, unit: str) -> AnsweredExample:
+        return AnsweredExample(Example("", ("yes",), unit), "yes" if right else "no")
 
     answered = [answer(True, "q"), answer(True, ""), answer(False, "q"), answer(True, "q"), answer(False, "")]
     assert squad_em.measure(answered).tolist() == [[2, 3], [1, 1], [0, 1]]
@@ -124,12 +126,12 @@ def test_rouge_is_the_mean_of_rouge_score(metric: Metric) -> None:
 
 def test_rouge_by_hand() -> None:
     """Three of four words and, of pairs, one of three are shared; the sentences of Lsum may change places."""
-    said = [Answered(Example("", ("police killed the gunman",)), "the gunman police killed it")]
+    said = [AnsweredExample(Example("", ("police killed the gunman",)), "the gunman police killed it")]
     assert value(rouge1, said) == pytest.approx(100 * 2 * 4 / (4 + 5))
     assert value(rouge2, said) == pytest.approx(100 * 2 * 2 / (3 + 4))
-    turned = [Answered(Example("", ("it rains . he sleeps .",)), "he sleeps . it rains .")]
+    turned = [AnsweredExample(Example("", ("it rains . he sleeps .",)), "he sleeps . it rains .")]
     assert value(rouge_lsum, turned) == 100
-    assert value(rouge1, [Answered(Example("", ("running",)), "run")]) == 0  # no stemming
+    assert value(rouge1, [AnsweredExample(Example("", ("running",)), "run")]) == 0  # no stemming
 
 
 @pytest.mark.parametrize("references", [(TARGETS,), (TARGETS, OTHERS), (OTHERS, TARGETS, OTHERS)])
@@ -142,11 +144,11 @@ def test_bleu_is_sacrebleus(references: tuple[list[str], ...]) -> None:
 def test_bleu_is_smoothed_and_of_the_whole_set() -> None:
     """No four words in a row are right, and the mean of the sentences' own scores is another figure."""
     targets, said = ["the cat is on the mat", "there is a cat"], ["the cat sat on the mat", "here is a dog"]
-    answered = [Answered(Example("", (target,)), text) for target, text in zip(targets, said, strict=True)]
+    answered = [AnsweredExample(Example("", (target,)), text) for target, text in zip(targets, said, strict=True)]
     assert value(bleu, answered) == pytest.approx(BLEU(tokenize="intl").corpus_score(said, [targets]).score)
     assert 0 < value(bleu, answered) < 100
     assert bleu.measure(answered)[:, :2].tolist() == [[6, 6], [4, 4]]
-    assert value(bleu, [Answered(Example("", (target,)), target) for target in targets]) == pytest.approx(100)
+    assert value(bleu, [AnsweredExample(Example("", (target,)), target) for target in targets]) == pytest.approx(100)
 
 
 def test_units_are_measured_apart_and_in_order() -> None:
@@ -166,13 +168,13 @@ TEXT = st.text(max_size=40) | st.text(alphabet=string.ascii_letters + " .,'\n\u2
 @given(pairs=st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=3)), min_size=1, max_size=4))
 @settings(max_examples=30)
 def test_any_text_has_a_score(metric: Metric, pairs: list[tuple[str, list[str]]]) -> None:
-    answered = [Answered(Example("", tuple(targets)), said) for said, targets in pairs]
+    answered = [AnsweredExample(Example("", tuple(targets)), said) for said, targets in pairs]
     assert 0 <= value(metric, answered) <= 100 + 1e-9
-    right = [Answered(Example("", (said, *targets)), said) for said, targets in pairs]
+    right = [AnsweredExample(Example("", (said, *targets)), said) for said, targets in pairs]
     assert value(metric, answered) <= value(metric, right) + 1e-9
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 @pytest.mark.parametrize("said", ["", " ", "\0", "\ud800", "a " * 5000, "<extra_id_0>", "\u202e[/x]"])
 def test_absurd_answers_have_a_score(metric: Metric, said: str) -> None:
-    assert 0 <= value(metric, [Answered(Example("", ("a right answer", "")), said)]) <= 100
+    assert 0 <= value(metric, [AnsweredExample(Example("", ("a right answer", "")), said)]) <= 100

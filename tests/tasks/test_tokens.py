@@ -9,18 +9,18 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from switchcli.data.objectives.example_packing import Lengths
+from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.data.tokenizer.train import Size, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, PAD
 from switchcli.tasks import tokens
-from switchcli.tasks.config import Own
+from switchcli.tasks.config import CustomTask
 from switchcli.tasks.registry import TASKS
 from switchcli.tasks.task import Task
 
 T = TypeVar("T")
-LENGTHS = Lengths(32, 16)
+LENGTHS = RowLengths(32, 16)
 
 
 def quietly(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
@@ -42,40 +42,40 @@ def task(tmp_path: Path) -> Task:
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: (str(tmp_path / f"{split}.jsonl"),) for split in ("train", "validation")}
-    return Own(name="mine", input="task says {n}", target="m", **files).tasks()[0]
+    return CustomTask(name="mine", input="task says {n}", target="m", **files).tasks()[0]
 
 
 def test_training_examples_come_from_the_cache(
     task: Task, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    first = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
     ids = first.packed.inputs.tokens
     assert (ids == EOS).sum() == 40
-    monkeypatch.setattr(tokens, "examples", lambda *arguments: pytest.fail("read again"))
-    again = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    monkeypatch.setattr(tokens, "read_examples", lambda *arguments: pytest.fail("read again"))
+    again = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
     assert again.identity == first.identity
     np.testing.assert_array_equal(again.packed.example_X, first.packed.example_X)
 
 
 def test_other_rows_are_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    first = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    first = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
     path = tmp_path / "train.jsonl"
     path.write_text(path.read_text() + '{"n": "four", "m": "c"}\n')
-    other = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    other = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
     assert other.identity != first.identity
     assert len(other.packed.example_X) == 41
 
 
 def test_another_template_is_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    first = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
-    (other,) = Own(name="mine", input="says {n}", target="m", train=(str(tmp_path / "train.jsonl"),)).tasks()
-    again = tokens.training(other, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    first = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    (other,) = CustomTask(name="mine", input="says {n}", target="m", train=(str(tmp_path / "train.jsonl"),)).tasks()
+    again = tokens.packed_task(other, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
     assert again.identity != first.identity
 
 
 def test_special_tokens_spelt_out_in_a_text_are_none(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"n": "</s> <extra_id_0> <pad>", "m": "</s>"}) + "\n")
-    found = tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly).packed
+    found = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly).packed
     for store in (found.inputs, found.targets):
         assert (store.tokens == EOS).sum() == 1
         assert not np.isin(store.tokens, [PAD, *tokenizer.sentinels]).any()
@@ -84,11 +84,11 @@ def test_special_tokens_spelt_out_in_a_text_are_none(task: Task, tokenizer: Toke
 def test_an_answer_is_needed_to_train(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"n": "one", "m": null}\n')
     with pytest.raises(DataError, match=r"train\.jsonl:1: tasks: mine: m: .*answer"):
-        tokens.training(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+        tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
 
 
 def test_batches_hold_every_example_once_the_longest_first(task: Task, tokenizer: Tokenizer) -> None:
-    exam = tokens.scored(task, "validation", None, tokenizer, LENGTHS, None)
+    exam = tokens.scored_examples(task, "validation", None, tokenizer, LENGTHS, None)
     batches = list(exam.batches(7))
     assert [len(batch) for batch in batches] == [7, 7, 7, 7, 7, 5]
     assert sorted(np.concatenate(batches).tolist()) == list(range(40))
@@ -107,8 +107,8 @@ def test_batches_hold_every_example_once_the_longest_first(task: Task, tokenizer
 
 
 def test_a_limit_draws_the_same_examples_each_time(task: Task, tokenizer: Tokenizer) -> None:
-    few = [tokens.scored(task, "validation", None, tokenizer, LENGTHS, 9).examples for _ in range(2)]
-    every = tokens.scored(task, "validation", None, tokenizer, LENGTHS, None).examples
+    few = [tokens.scored_examples(task, "validation", None, tokenizer, LENGTHS, 9).examples for _ in range(2)]
+    every = tokens.scored_examples(task, "validation", None, tokenizer, LENGTHS, None).examples
     assert few[0] == few[1]
     assert len(few[0]) == 9
     assert few[0] != every[:9]  # by lot: a set may be sorted
@@ -125,7 +125,7 @@ def test_a_limit_draws_all_answers_to_a_question_together(task: Task, tokenizer:
     path = tmp_path / "super_glue/multirc/validation.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    exam = tokens.scored(multirc, "validation", str(tmp_path), tokenizer, LENGTHS, 23)
+    exam = tokens.scored_examples(multirc, "validation", str(tmp_path), tokenizer, LENGTHS, 23)
     assert len(exam.examples) == 20
     counts = Counter(one.unit for one in exam.examples)
     assert set(counts.values()) == {5}
@@ -133,7 +133,7 @@ def test_a_limit_draws_all_answers_to_a_question_together(task: Task, tokenizer:
 
 def test_secret_answers_have_no_cross_entropy(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text('{"n": "one", "m": null}\n{"n": "two", "m": "b"}\n')
-    exam = tokens.scored(task, "validation", None, tokenizer, LENGTHS, None)
+    exam = tokens.scored_examples(task, "validation", None, tokenizer, LENGTHS, None)
     assert (len(exam.examples), len(exam.packed.example_X)) == (2, 1)
     (tmp_path / "validation.jsonl").write_text('{"n": "one", "m": null}\n')
-    assert tokens.scored(task, "validation", None, tokenizer, LENGTHS, None).packed.num_rows == 0
+    assert tokens.scored_examples(task, "validation", None, tokenizer, LENGTHS, None).packed.num_rows == 0

@@ -11,41 +11,51 @@ from hypothesis import strategies as st
 from tiny import GROUPED, SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import sparse_layers
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Policy, RoutingRule, Switch, TopK
-from switchcli.model.packing import segments_of
+from switchcli.model.moe.router import (
+    ExpertChoiceRouter,
+    NoTokenLeftBehindRouter,
+    Policy,
+    Router,
+    SwitchRouter,
+    TopKRouter,
+)
+from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 from switchcli.train.atlas import (
     Choices,
+    ExpertCounts,
     LayerCounts,
-    Pairs,
-    Places,
-    count,
+    TokenPlaces,
+    count_routing,
     counts_of,
     observe,
     places_of,
 )
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
-ROUTERS: dict[str, tuple[RoutingRule, RoutingRule | None]] = {
-    "switch": (Switch(eval_capacity_factor=0.5, min_capacity=1), None),
-    "batch-prioritised": (Switch(eval_capacity_factor=0.5, min_capacity=1, overflow="probability"), Switch()),
-    "grouped": (Switch(eval_capacity_factor=0.5, min_capacity=1, group_sequences=2), None),
-    "top_k": (TopK(eval_capacity_factor=0.5, min_capacity=1), None),
-    "no_token_left_behind": (NoTokenLeftBehind(eval_capacity_factor=0.5, min_capacity=1, k=2), None),
-    "expert_choice": (ExpertChoice(min_capacity=1, group_sequences=4), Switch()),
+ROUTERS: dict[str, tuple[Router, Router | None]] = {
+    "switch": (SwitchRouter(eval_capacity_factor=0.5, min_capacity=1), None),
+    "batch-prioritised": (
+        SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, overflow="probability"),
+        SwitchRouter(),
+    ),
+    "grouped": (SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, group_sequences=2), None),
+    "top_k": (TopKRouter(eval_capacity_factor=0.5, min_capacity=1), None),
+    "no_token_left_behind": (NoTokenLeftBehindRouter(eval_capacity_factor=0.5, min_capacity=1, k=2), None),
+    "expert_choice": (ExpertChoiceRouter(min_capacity=1, group_sequences=4), SwitchRouter()),
 }
 
 
 @pytest.fixture(scope="module")
-def runtime() -> Runtime:
-    return Runtime("cpu", "float32")
+def context() -> DistributedContext:
+    return DistributedContext("cpu", "float32")
 
 
-def as_counter(pairs: Pairs, num_experts: int) -> Counter[tuple[int, int]]:
+def as_counter(pairs: ExpertCounts, num_experts: int) -> Counter[tuple[int, int]]:
     keys = pairs.key_X.tolist()
     assert keys == sorted(set(keys))
     counts = pairs.count_X.tolist()
@@ -53,13 +63,13 @@ def as_counter(pairs: Pairs, num_experts: int) -> Counter[tuple[int, int]]:
 
 
 @st.composite
-def looked_at(draw: st.DrawFn, num_experts: int) -> tuple[Places, Choices]:
+def looked_at(draw: st.DrawFn, num_experts: int) -> tuple[TokenPlaces, Choices]:
     num = draw(st.integers(0, 12))
     masks = st.lists(st.lists(st.booleans(), min_size=num_experts, max_size=num_experts), min_size=num, max_size=num)
     chosen, held = (torch.tensor(draw(masks)).bool().reshape(num, num_experts) for _ in range(2))
     ids = [torch.tensor(draw(st.lists(st.integers(0, 5), min_size=num, max_size=num))).long() for _ in range(2)]
     logits = torch.randn(num, num_experts, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
-    return Places(torch.ones(1, num).bool(), *ids), Choices(logits.softmax(-1), chosen, held)
+    return TokenPlaces(torch.ones(1, num).bool(), *ids), Choices(logits.softmax(-1), chosen, held)
 
 
 @given(st.data(), st.integers(1, 5))
@@ -98,21 +108,21 @@ def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, 
     assert float(counts.confidence) == pytest.approx(confidence)
 
 
-def routed_by(router: RoutingRule, decoder: RoutingRule | None, sparse: str = "both") -> ModelSpec:
+def routed_by(router: Router, decoder: Router | None, sparse: str = "both") -> ModelSpec:
     changes = {"router": router, "decoder_router": decoder, "sparse": sparse, "sparse_every": 1}
     return ModelSpec(**{**SPARSE.model_dump(exclude={"router", "decoder_router"}), **changes})
 
 
 @pytest.mark.parametrize("policy", ["paper", "dropless", 0.7])
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, runtime: Runtime) -> None:
+def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, context: DistributedContext) -> None:
     model, batch = a_model(routed_by(*ROUTERS[kind])).eval(), rows(0, 0, 8)
-    (found,), together = count([model], [batch], False, runtime, [policy])
+    (found,), together = count_routing([model], [batch], False, context, [policy])
     assert together == {}
     for layer in sparse_layers(model).values():
         layer.policy = policy
     with torch.no_grad():
-        reports = dict(zip(model.spec.routed_parts(), model(*batch).reports, strict=True))
+        reports = dict(zip(model.spec.sparse_layer_names(), model(*batch).router_stats, strict=True))
     assert list(found) == list(reports)
     assert len(found) == 8
     for name, report in reports.items():
@@ -129,7 +139,7 @@ def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, runtime:
     assert policy == "dropless" or kind == "expert_choice" or any(int(one.dropped) for one in found.values())
 
 
-def test_padding_is_not_counted_and_a_decoder_reads_its_targets_one_later(runtime: Runtime) -> None:
+def test_padding_is_not_counted_and_a_decoder_reads_its_targets_one_later(context: DistributedContext) -> None:
     batch = rows(0, 0, 8)
     read = places_of(batch, None)
     naive = {"encoder": Counter[tuple[int, int]](), "decoder": Counter[tuple[int, int]]()}
@@ -139,14 +149,14 @@ def test_padding_is_not_counted_and_a_decoder_reads_its_targets_one_later(runtim
             naive[stack].update((reads[place], place) for place, token in enumerate(row) if token != PAD)
     for stack, places in read.items():
         assert Counter(zip(places.token_A.tolist(), places.position_A.tolist(), strict=True)) == naive[stack]
-    (found,), _ = count([a_model().eval()], [batch], False, runtime, ["paper"])
+    (found,), _ = count_routing([a_model().eval()], [batch], False, context, ["paper"])
     sources, targets = (int((ids != PAD).sum()) for ids in batch)
     assert [int(one.num_tokens) for one in found.values()] == [sources, targets]
 
 
 def test_positions_of_packed_rows_are_those_of_each_example() -> None:
     batch = Batch(torch.tensor([[5, 6, EOS, 7, EOS, PAD]]), torch.tensor([[8, EOS, 9, 4, EOS]]))
-    encoder, decoder = places_of(batch, segments_of(*batch)).values()
+    encoder, decoder = places_of(batch, segment_ids(*batch)).values()
     assert encoder.position_A.tolist() == [0, 1, 2, 0, 1]
     assert encoder.token_A.tolist() == [5, 6, EOS, 7, EOS]
     assert decoder.position_A.tolist() == [0, 1, 0, 1, 2]
@@ -171,9 +181,11 @@ def by_hand(spec: ModelSpec) -> SwitchTransformer:
 
 
 @pytest.mark.parametrize("spec", [SPARSE, BOTH, GROUPED])
-def test_a_router_that_sends_token_t_to_expert_t_mod_e_is_shown_to_do_so(spec: ModelSpec, runtime: Runtime) -> None:
-    (found,), _ = count([by_hand(spec)], [rows(0, 0, 8), rows(0, 8, 8)], False, runtime, ["dropless"])
-    assert len(found) == len(spec.routed_parts())
+def test_a_router_that_sends_token_t_to_expert_t_mod_e_is_shown_to_do_so(
+    spec: ModelSpec, context: DistributedContext
+) -> None:
+    (found,), _ = count_routing([by_hand(spec)], [rows(0, 0, 8), rows(0, 8, 8)], False, context, ["dropless"])
+    assert len(found) == len(spec.sparse_layer_names())
     for name, counts in found.items():
         assert {token % 4 == expert for token, expert in as_counter(counts.tokens, 4)} == {True}
         read: Counter[int] = Counter()
@@ -184,7 +196,7 @@ def test_a_router_that_sends_token_t_to_expert_t_mod_e_is_shown_to_do_so(spec: M
         assert Counter({token: n for (token, _), n in as_counter(counts.tokens, 4).items()}) == read
 
 
-def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(runtime: Runtime) -> None:
+def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(context: DistributedContext) -> None:
     model = a_model(BOTH).train()
     batch = rows(0, 0, 8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -192,10 +204,10 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(runtime: Runtim
     alone = model(*batch).logits_BTV
     model.train()
 
-    def fails(name: str, places: Places, choices: Choices) -> NoReturn:
+    def fails(name: str, places: TokenPlaces, choices: Choices) -> NoReturn:
         raise KeyError(name)
 
-    count([model], [batch], False, runtime, [0.5])
+    count_routing([model], [batch], False, context, [0.5])
     with pytest.raises(KeyError):
         observe(model, batch, None, "paper", fails)
     assert all(module.training and not module._forward_hooks for module in model.modules())
@@ -205,21 +217,21 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(runtime: Runtim
     seen: list[str] = []
     model.eval()
     observe(model, batch, None, "paper", lambda name, places, choices: seen.append(name))
-    assert seen == list(BOTH.routed_parts())
+    assert seen == list(BOTH.sparse_layer_names())
     assert torch.equal(model(*batch).logits_BTV, alone)
     assert len(seen) == 4  # not told of the pass that nobody watched
 
 
-def test_two_models_are_counted_together_on_the_same_tokens(runtime: Runtime) -> None:
+def test_two_models_are_counted_together_on_the_same_tokens(context: DistributedContext) -> None:
     one, other = a_model(BOTH, 0).eval(), a_model(BOTH, 1).eval()
     batches = [rows(0, 0, 4), rows(0, 4, 4)]
-    (mine, theirs), together = count([one, other], batches, False, runtime, ["dropless", "dropless"])
-    (alone,), _ = count([other], batches, False, runtime, ["dropless"])
+    (mine, theirs), together = count_routing([one, other], batches, False, context, ["dropless", "dropless"])
+    (alone,), _ = count_routing([other], batches, False, context, ["dropless"])
     experts: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
         for model in (one, other):
 
-            def see(name: str, places: Places, choices: Choices) -> None:
+            def see(name: str, places: TokenPlaces, choices: Choices) -> None:
                 experts.setdefault(name, []).append(choices.probability_AE.argmax(1))
 
             observe(model, batch, None, "dropless", see)
@@ -230,12 +242,12 @@ def test_two_models_are_counted_together_on_the_same_tokens(runtime: Runtime) ->
         assert both_EE.sum(1).tolist() == mine[name].chosen_E.tolist()
         assert both_EE.sum(0).tolist() == theirs[name].chosen_E.tolist()
         assert same(theirs[name], alone[name])
-    (same_twice, _), diagonal = count([one, one], batches, False, runtime, ["paper", "paper"])
+    (same_twice, _), diagonal = count_routing([one, one], batches, False, context, ["paper", "paper"])
     for name, both_EE in diagonal.items():
         assert torch.equal(both_EE, both_EE.diag().diag())
         assert torch.equal(both_EE.diag().long(), same_twice[name].chosen_E)
 
 
 def same(one: LayerCounts, other: LayerCounts) -> bool:
-    flat = [[t for part in each for t in (part if isinstance(part, Pairs) else [part])] for each in (one, other)]
+    flat = [[t for part in each for t in (part if isinstance(part, ExpertCounts) else [part])] for each in (one, other)]
     return all(torch.equal(a, b) for a, b in zip(*flat, strict=True))

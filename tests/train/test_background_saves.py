@@ -14,7 +14,7 @@ from parts import Parts, assert_equal
 from tiny import NOISY
 
 from switchcli.checkpoint import checkpoint
-from switchcli.checkpoint.fsops import DISK, Files
+from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.errors import CheckpointError, DistributedError, NumericsError
 from switchcli.report.console import Console
 from switchcli.train import checkpointer
@@ -28,7 +28,7 @@ STEPS = 4
 class Watched:
     """A disk that writes down what it is told, and before each operation waits until it is `open`."""
 
-    def __init__(self, disk: Files = DISK) -> None:
+    def __init__(self, disk: FileOperations = DISK) -> None:
         self.open = Event()
         self.open.set()
         self.log: list[str] = []
@@ -59,13 +59,13 @@ class Watched:
         self._disk.remove_tree(path)
 
 
-def parts_of(folder: Path, files: Files, background: bool = True) -> Parts:
+def parts_of(folder: Path, files: FileOperations, background: bool = True) -> Parts:
     return Parts(folder, NOISY, AdamW(), seed=0, background=background, files=files)
 
 
 def run(parts: Parts, *others: Callback, steps: int = STEPS) -> None:
     """As a verb does it: a save after every step, and one more after a stop."""
-    with parts.saver.beside_training(parts.stop, NoWarnings()):
+    with parts.saver.background_saves(parts.stop, NoWarnings()):
         if not parts.train(steps, [SaveCallback(1, parts.saver), *others]):
             parts.saver.save(parts.state)
 
@@ -184,7 +184,7 @@ def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
         while state.step == 2 and not parts.stop.requested and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    with parts.saver.beside_training(parts.stop, NoWarnings()):
+    with parts.saver.background_saves(parts.stop, NoWarnings()):
         assert parts.train(STEPS, [SaveCallback(2, parts.saver), Do(1, until_it_failed)]) is False
         assert parts.state.step == 2
         with pytest.raises(CheckpointError, match="No space left on device"):
@@ -209,7 +209,7 @@ def test_a_crash_at_any_operation_leaves_a_run_that_goes_on_the_same(tmp_path: P
 
 def failing(parts: Parts, error: BaseException, console: Console) -> None:
     """A save of the first step is under way when training fails."""
-    with parts.saver.beside_training(parts.stop, console):
+    with parts.saver.background_saves(parts.stop, console):
         parts.train(1, [SaveCallback(1, parts.saver)])
         raise error
 

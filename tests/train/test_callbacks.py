@@ -13,7 +13,7 @@ from tiny import a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.metric_names import HELD_OUT
@@ -65,7 +65,7 @@ class Written:
             schedule=InverseSquareRoot(),
             tokens_per_step=512,
             flops_per_step=10**6,
-            runtime=Runtime("cpu", "float32"),
+            context=DistributedContext("cpu", "float32"),
             log=log,
             console=console,
             state=state,
@@ -77,7 +77,11 @@ class Written:
     def after(self, load: list[list[float]] | None) -> list[str]:
         """The warnings of one more window."""
         told = len(self.warnings)
-        self.log(TrainState(step=10 * (len(self.records) + 1), window=window(load), seconds=len(self.records) + 1.0))
+        self.log(
+            TrainState(
+                step=10 * (len(self.records) + 1), metrics_since_log=window(load), seconds=len(self.records) + 1.0
+            )
+        )
         return self.warnings[told:]
 
 
@@ -91,10 +95,10 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
     written = Written(state)
     state.step, state.seconds, state.targets_seen = 30, 9.0, 777
     loads = {"first": [3, 0], "second": [1, 2]}
-    state.window = window([[float(tokens) for tokens in load] for load in loads.values()])
+    state.metrics_since_log = window([[float(tokens) for tokens in load] for load in loads.values()])
     written.loader.seconds_waited += 0.25
     written.log(state)
-    assert state.window == {}
+    assert state.metrics_since_log == {}
     assert written.records == [
         {
             "step": 30,
@@ -180,7 +184,7 @@ def a_validation(
     stop: StopRequest | StopAfter = NO_STOP,
     loss: Objective = cross_entropy,
 ) -> ValidationCallback:
-    return ValidationCallback(5, model, loss, texts, 2, Runtime("cpu", "float32"), log, "paper", stop)
+    return ValidationCallback(5, model, loss, texts, 2, DistributedContext("cpu", "float32"), log, "paper", stop)
 
 
 ONE = {"": HeldOutText(lambda first, count: rows(9, first, count), 4, 2.5)}
@@ -191,17 +195,19 @@ FR = HeldOutText(lambda first, count: rows(8, first, count), 2, None)
 def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
     state, log = TrainState(step=5), Records()
     a_validation(a_model(), log, ONE)(state)
-    assert -4.5 < state.figures[HELD_OUT] < -3.0  # about ln 37 at the start
+    assert -4.5 < state.eval_metrics[HELD_OUT] < -3.0  # about ln 37 at the start
     assert log.written == [
         {
             "step": 5,
-            "held_out/neg_log_perplexity": state.figures[HELD_OUT],
+            "held_out/neg_log_perplexity": state.eval_metrics[HELD_OUT],
             "held_out/dropped_fraction": pytest.approx(0.0, abs=0.5),
-            "held_out/bits_per_byte": pytest.approx(bits := -state.figures[HELD_OUT] / math.log(2) / 2.5),
+            "held_out/bits_per_byte": pytest.approx(bits := -state.eval_metrics[HELD_OUT] / math.log(2) / 2.5),
         }
     ]
     assert state.bits_per_byte == pytest.approx(bits)
-    assert state.texts == {"": {"neg_log_perplexity": state.figures[HELD_OUT], "bits_per_byte": pytest.approx(bits)}}
+    assert state.texts == {
+        "": {"neg_log_perplexity": state.eval_metrics[HELD_OUT], "bits_per_byte": pytest.approx(bits)}
+    }
 
 
 def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
@@ -219,7 +225,7 @@ def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
     weights = [int((text.rows(0, text.num_rows).targets_BT != PAD).sum()) for text in (DE, FR)]
     values = [figures["neg_log_perplexity"] for figures in alone.values()]
     mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
-    assert state.figures[HELD_OUT] == pytest.approx(mean, rel=1e-6)
+    assert state.eval_metrics[HELD_OUT] == pytest.approx(mean, rel=1e-6)
     (record,) = log.written
     assert record["texts"] == state.texts
     assert "held_out/bits_per_byte" not in record  # of one of them the bytes are not known
@@ -229,7 +235,7 @@ def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
 def test_a_stop_ends_an_evaluation_between_two_batches_and_notes_nothing(seen: int) -> None:
     """Of the first text, or in the second."""
     stop, log = StopAfter(seen), Records()
-    before = TrainState(step=4, figures={HELD_OUT: -2.0}, evaluated_step=4, texts={"de": {}}, bits_per_byte=1.0)
+    before = TrainState(step=4, eval_metrics={HELD_OUT: -2.0}, evaluated_step=4, texts={"de": {}}, bits_per_byte=1.0)
     state, texts = replace(before, step=5), {"de": DE, "fr": FR}
     validation = a_validation(a_model(), log, texts, stop)
     with pytest.raises(StopTraining):
@@ -244,13 +250,13 @@ def test_a_stop_ends_an_evaluation_between_two_batches_and_notes_nothing(seen: i
 
 
 def test_a_held_out_figure_that_is_no_number_ends_the_run_before_it_is_noted() -> None:
-    model, state, log = a_model(), TrainState(step=5, figures={HELD_OUT: -2.0}), Records()
+    model, state, log = a_model(), TrainState(step=5, eval_metrics={HELD_OUT: -2.0}), Records()
     with torch.no_grad():
         model.embedding.fill_(math.nan)
     with pytest.raises(NumericsError, match=naming("step 5", "held-out", "nan")) as raised:
         a_validation(model, log, ONE)(state)
     assert raised.value.exit_code == 5
-    assert state.figures[HELD_OUT] == -2.0
+    assert state.eval_metrics[HELD_OUT] == -2.0
     assert log.written == []
 
 
@@ -260,7 +266,7 @@ def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
 
     state = TrainState(step=5)
     a_validation(a_model(), Records(), ONE, loss=nothing)(state)
-    assert state.figures[HELD_OUT] == 0.0
+    assert state.eval_metrics[HELD_OUT] == 0.0
 
 
 def test_save_is_handed_the_state() -> None:

@@ -1,4 +1,4 @@
-"""Saver: weights, optimizer and state come back bit by bit, window included, for sparse and dense models."""
+"""Checkpointer: weights, optimizer and state come back bit by bit, window included, for sparse and dense models."""
 
 import math
 from pathlib import Path
@@ -11,11 +11,11 @@ from parts import DOCUMENTS, Parts, assert_equal
 from tiny import DENSE, NOISY, SPARSE, a_model
 
 from switchcli.checkpoint import checkpoint, tensor_names
-from switchcli.distributed.layout import whole_weights
+from switchcli.distributed.layout import unsharded_weights
 from switchcli.errors import CheckpointError, NumericsError
 from switchcli.model.config import ModelSpec
-from switchcli.model.trainable import Group, members
-from switchcli.train.checkpointer import carry_over, fill, logical_tensors, preflight
+from switchcli.model.trainable import TrainableSet, trainable_members
+from switchcli.train.checkpointer import load_optimizer_state, load_weights, logical_tensors, preflight
 from switchcli.train.config import CheckpointSpec
 from switchcli.train.metrics import Mean
 from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
@@ -47,7 +47,7 @@ GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
     ],
 )
 def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
-    spec: ModelSpec, group: Group, optimizer: OptimizerSpec, tmp_path: Path
+    spec: ModelSpec, group: TrainableSet, optimizer: OptimizerSpec, tmp_path: Path
 ) -> None:
     before = Parts(tmp_path, spec, optimizer, seed=0, group=group)
     before.train(2)
@@ -81,25 +81,27 @@ def test_nor_is_a_metric_that_is_lost_without_harm(tmp_path: Path) -> None:
     """As the divergence of a teacher whose logits are infinite: state.json, which has them, cannot hold it."""
     parts = Parts(tmp_path, NOISY, AdamW(), seed=0)
     parts.train(1)
-    parts.state.window["divergence"] = Mean(torch.tensor(math.nan), torch.tensor(1.0))
+    parts.state.metrics_since_log["divergence"] = Mean(torch.tensor(math.nan), torch.tensor(1.0))
     with pytest.raises(NumericsError, match=naming("step 1", "divergence", "rank 0")):
         parts.saver.save(parts.state)
 
 
 @pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
-def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(group: Group, tmp_path: Path) -> None:
+def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(
+    group: TrainableSet, tmp_path: Path
+) -> None:
     parts = Parts(tmp_path, NOISY, AdamW(), seed=0, group=group)
     parts.train(2)
     parts.saver.save(parts.state)
-    learning, start = members(parts.model, group), a_model(NOISY, seed=0)
+    learning, start = trainable_members(parts.model, group), a_model(NOISY, seed=0)
     for name, parameter in start.named_parameters():
         assert torch.equal(parameter, parts.model.get_parameter(name)) != (name in learning), name
-    found = checkpoint.find(tmp_path, pytest.fail)
+    found = checkpoint.latest_read_only(tmp_path, pytest.fail)
     assert found is not None
-    fill(whole_weights(start), found.read("model", logical_tensors(start)))
+    load_weights(unsharded_weights(start), found.read("model", logical_tensors(start)))
     for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    slots = tensor_names.split(parts.optimizer.state(), range(NOISY.num_experts))
+    slots = tensor_names.split_experts(parts.optimizer.state(), range(NOISY.num_experts))
     assert found.read("optimizer", slots).keys() == slots.keys()
     assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
     other = Parts(tmp_path, NOISY, AdamW(), seed=0)
@@ -115,16 +117,16 @@ def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
     for name, content in DOCUMENTS.items():
         assert found.document(name) == content
     model = a_model(SPARSE, seed=1)
-    fill(whole_weights(model), found.read("model", logical_tensors(model)))
+    load_weights(unsharded_weights(model), found.read("model", logical_tensors(model)))
     for ours, theirs in zip(model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def saved(folder: Path, optimizer: OptimizerSpec, group: Group = "all") -> tuple[Parts, checkpoint.Checkpoint]:
+def saved(folder: Path, optimizer: OptimizerSpec, group: TrainableSet = "all") -> tuple[Parts, checkpoint.Checkpoint]:
     parts = Parts(folder, NOISY, optimizer, seed=0, group=group)
     parts.train(2)
     parts.saver.save(parts.state)
-    found = checkpoint.find(folder, pytest.fail)
+    found = checkpoint.latest_read_only(folder, pytest.fail)
     assert found is not None
     return parts, found
 
@@ -133,13 +135,13 @@ def saved(folder: Path, optimizer: OptimizerSpec, group: Group = "all") -> tuple
 @pytest.mark.parametrize("group", ["all", "non_expert", "expert", "dense_feed_forward"])
 @pytest.mark.parametrize("optimizer", [Adafactor(min_dim_to_factor=8), AdamW()], ids=["adafactor", "adamw"])
 def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
-    optimizer: OptimizerSpec, group: Group, tmp_path: Path
+    optimizer: OptimizerSpec, group: TrainableSet, tmp_path: Path
 ) -> None:
     before, found = saved(tmp_path, optimizer)
     after = Parts(tmp_path / "other", NOISY, optimizer, seed=1, group=group)
-    carry_over(after.optimizer, found, range(NOISY.num_experts))
+    load_optimizer_state(after.optimizer, found, range(NOISY.num_experts))
     ours, theirs = after.optimizer.state(), before.optimizer.state()
-    learning = members(after.model, group).keys() | {"optimizer"}
+    learning = trainable_members(after.model, group).keys() | {"optimizer"}
     assert ours.keys() == {name for name in theirs if name.rpartition("/")[0] in learning}
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
@@ -155,13 +157,13 @@ def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
     ],
 )
 def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
-    there: OptimizerSpec, there_learned: Group, here: OptimizerSpec, message: str, tmp_path: Path
+    there: OptimizerSpec, there_learned: TrainableSet, here: OptimizerSpec, message: str, tmp_path: Path
 ) -> None:
     _, found = saved(tmp_path, there, there_learned)
     after = Parts(tmp_path / "other", NOISY, here, seed=1)
     before = {name: tensor.clone() for name, tensor in after.optimizer.state().items()}
     with pytest.raises(CheckpointError, match=message + r".*start\.optimizer=reset") as raised:
-        carry_over(after.optimizer, found, range(NOISY.num_experts))
+        load_optimizer_state(after.optimizer, found, range(NOISY.num_experts))
     assert "\n" not in str(raised.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.optimizer.state().items())
 
@@ -171,7 +173,7 @@ def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path:
     weights = logical_tensors(parts.model)
     path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": b"{}"})
     with pytest.raises(CheckpointError, match=naming("step-00000000", "optimizer state", "start.optimizer=reset")):
-        carry_over(parts.optimizer, checkpoint.Checkpoint.open(path), range(NOISY.num_experts))
+        load_optimizer_state(parts.optimizer, checkpoint.Checkpoint.open(path), range(NOISY.num_experts))
 
 
 def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch:
     asked: list[int] = []
     monkeypatch.setattr(checkpoint, "preflight", lambda folder, size: asked.append(size))
     parts = Parts(tmp_path, SPARSE, AdamW(), seed=0)
-    of_run = tmp_path, whole_weights(parts.model), parts.optimizer, parts.runtime
+    of_run = tmp_path, unsharded_weights(parts.model), parts.optimizer, parts.context
     preflight(*of_run, CheckpointSpec(keep_last=2, keep_best=False))
     one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
     assert asked == [3 * one]  # the two that are kept, and one being written

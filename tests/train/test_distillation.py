@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from tiny import DENSE, SPARSE, a_model, rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchcli.data.batch import Answers, Batch, Lesson
+from switchcli.data.batch import Batch, DistillBatch, TeacherTopK
 from switchcli.model.moe.layer import evaluate_by
-from switchcli.model.vocabulary import Vocabulary
+from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD
 from switchcli.train.distillation import (
-    AllProbabilities,
     DistillationLoss,
     DistillSpec,
+    FullTeacherProbs,
     Teacher,
     compression,
     distillation_loss,
@@ -23,8 +23,8 @@ from switchcli.train.distillation import (
     gain_kept,
 )
 from switchcli.train.loss import cross_entropy
-from switchcli.train.teacher_cache import AnswersSpec
-from switchcli.train.teacher_cache_writer import largest
+from switchcli.train.teacher_cache import TeacherCacheSpec
+from switchcli.train.teacher_cache_writer import top_k_probs
 
 V, D, TEACHER_D = 11, 6, 4
 
@@ -44,8 +44,8 @@ def a_case(rows: int, dtype: torch.dtype = torch.float64, scale: float = 1.0):
     return student, (draw(rows, TEACHER_D), draw(V, TEACHER_D)), torch.randint(0, V, (rows,), generator=generator)
 
 
-def factors(pair) -> tuple[torch.Tensor, Vocabulary]:
-    return pair[0], Vocabulary(pair[1])
+def factors(pair) -> tuple[torch.Tensor, VocabularyShard]:
+    return pair[0], VocabularyShard(pair[1])
 
 
 def naive(student, q_NV: torch.Tensor, targets_N: torch.Tensor, f: float, T: float) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_loss_and_gradients_are_those_of_the_formula(rows: int, chunk: int, f: f
     expected = naive(student, q_NV, targets_N, f, T)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.train.loss.CHUNK", chunk)
-        found = distilled_cross_entropy(*factors(student), targets_N, AllProbabilities(*factors(teacher), T), f, T)
+        found = distilled_cross_entropy(*factors(student), targets_N, FullTeacherProbs(*factors(teacher), T), f, T)
     torch.testing.assert_close(found[0], expected)
     gradients = (torch.autograd.grad(0.3 * loss, student) for loss in (found[0], expected))
     torch.testing.assert_close(*gradients)
@@ -98,8 +98,8 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
     rows: int, kept: int, f: float, T: float
 ) -> None:
     student, teacher, targets_N = a_case(rows)
-    all_of_them = AllProbabilities(*factors(teacher), T)
-    answers = largest(all_of_them, rows, AnswersSpec(folder="f", top_k=kept, precision="float32"))
+    all_of_them = FullTeacherProbs(*factors(teacher), T)
+    answers = top_k_probs(all_of_them, rows, TeacherCacheSpec(folder="f", top_k=kept, precision="float32"))
     # Kept in float32, the probabilities are 2**-24 off: so are the loss and its gradient.
     close = {"rtol": 1e-6, "atol": 1e-6}
     with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,9 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
 def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_loss() -> None:
     """Each is rounded when it is kept."""
     student, _, _ = a_case(2)
-    answers = Answers(torch.tensor([[3, 1], [0, 7]]), torch.tensor([[0.5, 0.2], [0.6, 0.3]]), torch.tensor([0.2, 0.3]))
+    answers = TeacherTopK(
+        torch.tensor([[3, 1], [0, 7]]), torch.tensor([[0.5, 0.2], [0.6, 0.3]]), torch.tensor([0.2, 0.3])
+    )
     targets_N = torch.tensor([4, 7])
     assert torch.autograd.gradcheck(
         lambda *pair: distilled_cross_entropy(*factors(pair), targets_N, answers, 0.25, 2.0)[0], student
@@ -135,8 +137,8 @@ def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_l
 def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
     student, teacher, targets_N = a_case(9)
     logits_NV = (student[0] @ student[1].mT).detach().requires_grad_()
-    every, vocabulary = slice(None), Vocabulary(student[1])
-    q = AllProbabilities(*factors(teacher), 2.0).here(every, vocabulary.axis)
+    every, vocabulary = slice(None), VocabularyShard(student[1])
+    q = FullTeacherProbs(*factors(teacher), 2.0).here(every, vocabulary.axis)
     found = distillation_loss(logits_NV, targets_N, q, 0.25, 2.0, vocabulary)[0]
     expected = naive((logits_NV, torch.eye(V, dtype=torch.float64)), q.q_CV, targets_N, 0.25, 2.0)
     gradients = (torch.autograd.grad(0.3 * loss, logits_NV) for loss in (found, expected))
@@ -146,12 +148,12 @@ def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
 def test_a_kept_probability_of_zero_adds_nothing() -> None:
     """A small probability is 0 in float16."""
     logits_CV, targets_C = torch.randn(1, V, dtype=torch.float64), torch.tensor([4])
-    vocabulary = Vocabulary(torch.empty(V, 1))
+    vocabulary = VocabularyShard(torch.empty(V, 1))
     one, both = (
         distillation_loss(logits_CV, targets_C, answers, 1.0, 1.0, vocabulary)
         for answers in (
-            Answers(torch.tensor([[4]]), torch.tensor([[1.0]]), torch.tensor([0.0])),
-            Answers(torch.tensor([[4, 2]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.0])),
+            TeacherTopK(torch.tensor([[4]]), torch.tensor([[1.0]]), torch.tensor([0.0])),
+            TeacherTopK(torch.tensor([[4, 2]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.0])),
         )
     )
     torch.testing.assert_close(both, one)
@@ -164,7 +166,7 @@ def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() 
     exact = [tensor.detach().double().requires_grad_() for tensor in student]
     q_NV = (teacher[0].double() @ teacher[1].double().mT).softmax(-1)
     expected = naive(exact, q_NV, targets_N, 0.25, 1.0)
-    soft_targets = AllProbabilities(*factors(teacher), 1.0)
+    soft_targets = FullTeacherProbs(*factors(teacher), 1.0)
     for enabled, tolerance in ((False, 1e-5), (True, 2**-6)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, 0.25, 1.0)
@@ -211,7 +213,7 @@ def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
 def test_a_teacher_is_asked_in_its_own_precision() -> None:
     model, batch = a_model(DENSE, seed=2).eval(), rows(0, 0, 4)
     exact, rounded = (
-        Teacher(model, precision, 1.0).ask(batch, packed=False).log_probs(slice(None))
+        Teacher(model, precision, 1.0).predict(batch, packed=False).log_probs(slice(None))
         for precision in ("float32", "selective")
     )
     assert 2**-12 < (rounded - exact).abs().max() < 2**-4
@@ -240,7 +242,7 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
     num_targets, V = batch.targets_BT.numel(), DENSE.vocab_size
     alone, both = flops(cross_entropy), flops(DistillationLoss(settings(), teacher, packed=False))
     with FlopCounterMode(display=False) as counter:
-        teacher.ask(batch, packed=False).log_probs(slice(None))
+        teacher.predict(batch, packed=False).log_probs(slice(None))
     forward = counter.get_total_flops()
     dots = 2 * 2 * num_targets * V  # the cross-entropy's and the entropy's sums over the vocabulary
     assert both == alone + forward + dots
@@ -250,7 +252,7 @@ def test_without_gradients_it_only_sums() -> None:
     student, teacher, targets_N = a_case(8)
     with torch.no_grad():
         found = distilled_cross_entropy(
-            *factors(student), targets_N, AllProbabilities(*factors(teacher), 1.0), 0.25, 1.0
+            *factors(student), targets_N, FullTeacherProbs(*factors(teacher), 1.0), 0.25, 1.0
         )
     assert not found.requires_grad
 
@@ -264,7 +266,7 @@ def test_a_soft_fraction_is_a_fraction(wrong: float) -> None:
 def test_a_teacher_with_noise_has_no_answers_to_keep() -> None:
     with pytest.raises(ValueError, match=r"mode \(training\)[^\[]*answers[^\[]*evaluation"):
         settings(mode="training", answers={"folder": "a"})
-    assert settings(answers={"folder": "a"}).answers is not None
+    assert settings(answers={"folder": "a"}).cache is not None
 
 
 def test_the_share_of_the_gain_is_that_of_table_6() -> None:
@@ -280,9 +282,11 @@ def test_a_lesson_brings_the_answers_that_the_teacher_would_give() -> None:
     student, model = a_model(DENSE, seed=1), a_model(SPARSE, seed=2)
     evaluate_by(model, spec.capacity)
     teacher, batch = Teacher(model, "float32", 1.0), rows(0, 0, 4)
-    kept = largest(teacher.ask(batch, packed=False), batch.targets_BT.numel(), AnswersSpec(folder="f", top_k=37))
+    kept = top_k_probs(
+        teacher.predict(batch, packed=False), batch.targets_BT.numel(), TeacherCacheSpec(folder="f", top_k=37)
+    )
     shape = batch.targets_BT.shape
-    lesson = Lesson(*batch, type(kept)(*(part.view(*shape, *part.shape[1:]) for part in kept)))
+    lesson = DistillBatch(*batch, type(kept)(*(part.view(*shape, *part.shape[1:]) for part in kept)))
     online = DistillationLoss(spec, teacher, packed=False)(student, batch)
     offline = DistillationLoss(spec, None, packed=False)(student, lesson)
     # float16 keeps 2**-11 of a probability.

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.train import expert_matching
-from switchcli.train.atlas import Choices, Places, counts_of
-from switchcli.train.expert_matching import agreement, best_matching, figures, greedy_matching
+from switchcli.train.atlas import Choices, TokenPlaces, counts_of
+from switchcli.train.expert_matching import agreement, best_matching, greedy_matching, matching_metrics
 
 TABLES = st.integers(1, 6).flatmap(
     lambda num: st.lists(st.lists(st.integers(0, 9), min_size=num, max_size=num), min_size=num, max_size=num)
@@ -71,9 +71,9 @@ def test_experts_that_only_changed_their_numbers_changed_nothing(most: int, monk
     experts = torch.randint(4, (200,), generator=torch.Generator().manual_seed(0))
     order = torch.tensor([2, 0, 3, 1])
     both = [counted(experts), counted(order[experts])]
-    places = Places(torch.ones(1, 200).bool(), experts, experts)
+    places = TokenPlaces(torch.ones(1, 200).bool(), experts, experts)
     together_EE = both[0].chosen_AE.double().mT @ both[1].chosen_AE.double()
-    found = figures(together_EE, *(counts_of(places, one) for one in both))
+    found = matching_metrics(together_EE, *(counts_of(places, one) for one in both))
     assert found["changed"] == 1.0
     assert found["beyond_chance"] < 0
     assert found["matched"] == {"changed": 0.0, "beyond_chance": 1.0, "experts": order.tolist(), "exact": most == 256}
@@ -84,8 +84,8 @@ def test_experts_that_only_changed_their_numbers_changed_nothing(most: int, monk
 @given(CHOSEN)
 def test_what_is_matched_is_renumbered_and_compared(both: list[tuple[int, int]]) -> None:
     choices = [counted(torch.tensor(experts)) for experts in zip(*both, strict=True)]
-    places = Places(torch.ones(1, len(both)).bool(), *[torch.zeros(len(both)).long()] * 2)
-    found = figures(together(both), *(counts_of(places, one) for one in choices))["matched"]
+    places = TokenPlaces(torch.ones(1, len(both)).bool(), *[torch.zeros(len(both)).long()] * 2)
+    found = matching_metrics(together(both), *(counts_of(places, one) for one in choices))["matched"]
     changed = sum(found["experts"][one] != other for one, other in both) / len(both)
     assert found["changed"] == pytest.approx(changed)
     if found["beyond_chance"] is not None and changed == 0:
@@ -106,9 +106,9 @@ def test_routers_that_chose_by_themselves_agree_by_chance_alone(
             torch.zeros(tokens, experts).scatter_(1, torch.rand(tokens, experts, generator=draw).topk(k).indices, 1.0)
             for _ in range(2)
         ]
-        places = Places(torch.ones(1, tokens).bool(), *[torch.zeros(tokens).long()] * 2)
+        places = TokenPlaces(torch.ones(1, tokens).bool(), *[torch.zeros(tokens).long()] * 2)
         counts = [counts_of(places, Choices(one_AE / k, one_AE.bool(), one_AE.bool())) for one_AE in ones_AE]
-        figure = figures((ones_AE[0].mT @ ones_AE[1]).double(), *counts)
+        figure = matching_metrics((ones_AE[0].mT @ ones_AE[1]).double(), *counts)
         found.append(figure["matched"]["beyond_chance"])
         plain.append(figure["beyond_chance"])
         assert figure["told_by_the_other"]["share"] == pytest.approx(0.0, abs=0.05)

@@ -15,7 +15,7 @@ from tiny import NOISY, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.moe.layer import sparse_layers
@@ -58,7 +58,7 @@ class Run:
             Microbatches(Source(noted), 4, 2, 1, 0, 1),
             self.optimizer,
             SCHEDULE,
-            Runtime("cpu", "float32"),
+            DistributedContext("cpu", "float32"),
             callbacks,
             TrainSpec(steps=steps, batch_tokens=1, seed=seed, clip_norm=clip_norm),
             self.stop,
@@ -111,7 +111,7 @@ def test_callbacks_are_called_in_their_order_after_the_steps_that_they_are_due_a
 def test_the_window_gathers_what_the_steps_said_in_float64() -> None:
     run = Run()
     run.fit(steps=3)
-    window = run.state.window
+    window = run.state.metrics_since_log
     assert window["neg_log_perplexity"].weight == run.state.targets_seen
     assert window["gradient_norm"].weight == 3
     assert window["auxiliary_loss/decoder"].weight == run.state.targets_seen
@@ -131,19 +131,19 @@ def test_a_run_that_is_left_and_taken_up_again_is_bit_equal_to_one_that_is_not()
     second.state = first.state
     assert second.fit() is True
     assert torch.equal(weights(second), weights(straight))
-    assert second.state.window.keys() == straight.state.window.keys()
-    for name, mean in straight.state.window.items():
-        assert all(torch.equal(*pair) for pair in zip(second.state.window[name], mean, strict=True)), name
+    assert second.state.metrics_since_log.keys() == straight.state.metrics_since_log.keys()
+    for name, mean in straight.state.metrics_since_log.items():
+        assert all(torch.equal(*pair) for pair in zip(second.state.metrics_since_log[name], mean, strict=True)), name
 
 
 def test_ranks_are_told_the_place_of_each_microbatch_in_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[tuple[int, int]] = []
 
-    def noted(runtime: Runtime, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
+    def noted(context: DistributedContext, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
         places.append((position, count))
         return nullcontext()
 
-    monkeypatch.setattr(Runtime, "synchronise", noted)
+    monkeypatch.setattr(DistributedContext, "synchronize_gradients", noted)
     Run().fit(steps=2)
     assert places == [(1, 2), (2, 2)] * 2
 
@@ -256,6 +256,6 @@ def test_a_step_without_any_target_moves_by_the_balance_loss_alone() -> None:
 
     run.objective = untargeted
     run.fit(steps=1)
-    norm = run.state.window["gradient_norm"].value()
+    norm = run.state.metrics_since_log["gradient_norm"].value()
     assert torch.isfinite(norm)
     assert norm > 0

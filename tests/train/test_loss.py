@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.data.batch import Batch
 from switchcli.model.config import ModelSpec
-from switchcli.model.vocabulary import Vocabulary
+from switchcli.model.vocabulary import VocabularyShard
 from switchcli.train.loss import cross_entropy, cross_entropy_sum, sum_in_chunks, summed_cross_entropy
 
 
@@ -35,7 +35,7 @@ def test_the_auxiliary_loss_is_the_models_own_and_the_routing_is_told() -> None:
     model, batch = a_model().train(), rows(0, 0, 8)
     loss = cross_entropy(model, batch)
     output = model(*batch)
-    reports = output.reports
+    reports = output.router_stats
     assert len(reports) == 2  # one sparse layer in each stack
     assert loss.auxiliary.mean().item() == output.auxiliary.mean().item()
     for stack, part in zip(("encoder", "decoder"), loss.auxiliary, strict=True):
@@ -83,7 +83,7 @@ def test_in_chunks_of_any_size_loss_and_gradients_are_those_of_the_plain_formula
     hidden_ND, vocabulary_VD, targets_N = factors(rows, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.train.loss.CHUNK", chunk)
-        found = summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N)
+        found = summed_cross_entropy(hidden_ND, VocabularyShard(vocabulary_VD), targets_N)
     expected = plain(hidden_ND, vocabulary_VD, targets_N)
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(0.3 * loss, (hidden_ND, vocabulary_VD)) for loss in (found, expected))
@@ -94,14 +94,14 @@ def test_its_gradients_are_its_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.loss.CHUNK", 3)
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda h, v: summed_cross_entropy(h, Vocabulary(v), targets_N), (hidden_ND, vocabulary_VD)
+        lambda h, v: summed_cross_entropy(h, VocabularyShard(v), targets_N), (hidden_ND, vocabulary_VD)
     )
 
 
 def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float64)
     logits_NV = (hidden_ND @ vocabulary_VD.mT).detach().requires_grad_()
-    found = cross_entropy_sum(logits_NV, targets_N, Vocabulary(vocabulary_VD))
+    found = cross_entropy_sum(logits_NV, targets_N, VocabularyShard(vocabulary_VD))
     expected = F.cross_entropy(logits_NV, targets_N, ignore_index=0, reduction="sum")
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(0.3 * loss, logits_NV) for loss in (found, expected))
@@ -115,7 +115,7 @@ def test_of_several_sums_the_first_alone_has_a_gradient(monkeypatch: pytest.Monk
     def squares_and_sum(logits_CV: torch.Tensor, _: slice) -> torch.Tensor:
         return torch.stack([logits_CV.square().sum(), logits_CV.sum()])
 
-    found = sum_in_chunks(squares_and_sum, hidden_ND, Vocabulary(vocabulary_VD))
+    found = sum_in_chunks(squares_and_sum, hidden_ND, VocabularyShard(vocabulary_VD))
     expected = squares_and_sum(hidden_ND @ vocabulary_VD.mT, slice(None))
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(one, (hidden_ND, vocabulary_VD)) for one in (found.sum(), expected[0]))
@@ -125,11 +125,11 @@ def test_of_several_sums_the_first_alone_has_a_gradient(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_the_gradient_of_one_factor_alone_is_as_with_both_and_the_other_is_not_made(wanted: int) -> None:
     *both, targets_N = factors(8, torch.float32)
-    loss = summed_cross_entropy(both[0], Vocabulary(both[1]), targets_N)
+    loss = summed_cross_entropy(both[0], VocabularyShard(both[1]), targets_N)
     expected = torch.autograd.grad(loss, both)[wanted]
     alone = [tensor.detach().requires_grad_(place == wanted) for place, tensor in enumerate(both)]
     with FlopCounterMode(display=False) as counter:
-        loss = summed_cross_entropy(alone[0], Vocabulary(alone[1]), targets_N)
+        loss = summed_cross_entropy(alone[0], VocabularyShard(alone[1]), targets_N)
         loss.backward()
     assert torch.equal(alone[wanted].grad, expected)
     assert alone[1 - wanted].grad is None
@@ -145,7 +145,7 @@ def test_in_float32_and_under_autocast_it_is_exact_within_the_rounding_of_the_pr
     expected_gradients = torch.autograd.grad(expected, exact)
     for enabled, tolerance in ((False, 1e-6), (True, 2**-6)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found = summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N)
+            found = summed_cross_entropy(hidden_ND, VocabularyShard(vocabulary_VD), targets_N)
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected.item(), rel=tolerance)
         for gradient, right in zip(torch.autograd.grad(found, wrt), expected_gradients, strict=True):
@@ -160,7 +160,7 @@ def test_under_autocast_the_logits_are_rounded_and_the_products_of_a_loss_are_no
         return (logits_CV.float().square() @ torch.ones(11, 1)).sum(0)
 
     with torch.autocast("cpu", torch.bfloat16):
-        found = sum_in_chunks(squares, hidden_ND, Vocabulary(vocabulary_VD))
+        found = sum_in_chunks(squares, hidden_ND, VocabularyShard(vocabulary_VD))
     expected = squares(hidden_ND.bfloat16() @ vocabulary_VD.bfloat16().mT, slice(None))
     torch.testing.assert_close(found, expected)
 
@@ -171,7 +171,9 @@ def test_the_gradient_of_a_bfloat16_vocabulary_is_rounded_once_and_not_with_ever
     """All chunks add up in float32: an entry is off by the roundings of its products, about 2**-9 of each."""
     monkeypatch.setattr("switchcli.train.loss.CHUNK", 2)
     hidden_ND, vocabulary_VD, targets_N = factors(2000, torch.bfloat16)
-    found = torch.autograd.grad(summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N), vocabulary_VD)[0]
+    found = torch.autograd.grad(
+        summed_cross_entropy(hidden_ND, VocabularyShard(vocabulary_VD), targets_N), vocabulary_VD
+    )[0]
     assert found.dtype == torch.bfloat16
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_ND, vocabulary_VD)]
     right = torch.autograd.grad(plain(*exact, targets_N), exact[1])[0]
@@ -181,7 +183,7 @@ def test_the_gradient_of_a_bfloat16_vocabulary_is_rounded_once_and_not_with_ever
 def test_without_gradients_it_only_sums() -> None:
     hidden_ND, vocabulary_VD, targets_N = factors(8, torch.float32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        found = summed_cross_entropy(hidden_ND, Vocabulary(vocabulary_VD), targets_N)
+        found = summed_cross_entropy(hidden_ND, VocabularyShard(vocabulary_VD), targets_N)
     assert not found.requires_grad
     assert counter.get_total_flops() == 2 * 8 * 6 * 11  # the logits alone
     torch.testing.assert_close(found, plain(hidden_ND, vocabulary_VD, targets_N).detach())

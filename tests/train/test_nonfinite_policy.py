@@ -44,10 +44,10 @@ def test_a_run_that_skips_a_step_is_the_run_without_its_batch() -> None:
     idle(like.optimizer, like.state, range(3, 4))
     like.fit()
     assert torch.equal(weights(run), weights(like))
-    assert run.state.left_out == [(3, 3)]
+    assert run.state.skipped_steps == [(3, 3)]
     assert records == [{"step": 3, "left_out": [(3, 3)]}]
     assert seen == [1, 2, 3, 4, 5, 6]
-    assert int(run.state.window["gradient_norm"].weight) == 5
+    assert int(run.state.metrics_since_log["gradient_norm"].weight) == 5
     assert len(said) == 1
     assert re.search(naming("step 3", "nan", "decoder.final_norm.weight"), said[0])
     assert re.search(r"step 3\b.*step 3\b.*\b1\b.*\b10\b.*train\.nonfinite", said[0])
@@ -75,7 +75,7 @@ def test_a_run_that_rolls_back_is_the_run_without_the_batches_since_its_checkpoi
     idle(like.optimizer, like.state, range(3, 5))
     like.fit()
     assert torch.equal(weights(run), weights(like))
-    assert run.state.left_out == [(3, 4)]
+    assert run.state.skipped_steps == [(3, 4)]
     assert run.state.step == 6
     assert re.search(r"step 2\b.*steps 3\b.*\b4\b.*train\.nonfinite", said[0])
 
@@ -110,7 +110,7 @@ def test_callbacks_that_are_of_the_weights_are_called_again_where_one_meets_such
     assert [step for name, step in others if name == "log"] == [2, 4, 6]
     assert [step for name, step in others if name == "evaluation"] == [2, 4, 4, 6]
     assert back == [4]
-    assert run.state.left_out == [(3, 4)]
+    assert run.state.skipped_steps == [(3, 4)]
 
 
 @pytest.mark.parametrize(("policy", "updated"), [("stop", False), ("stop", True), ("skip", True), ("roll_back", False)])

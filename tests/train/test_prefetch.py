@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import rows
 
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.train.microbatches import Microbatch, Microbatches
 from switchcli.train.prefetch import Loader
@@ -26,7 +26,7 @@ class Pinning:
 
 
 def a_loader(workers: int, made: Callable[[int], Iterable[Microbatch]] = make, ahead: int = AHEAD) -> Loader:
-    return Loader(made, workers, ahead, Runtime("cpu", "float32"))
+    return Loader(made, workers, ahead, DistributedContext("cpu", "float32"))
 
 
 class Noted:

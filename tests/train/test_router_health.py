@@ -13,23 +13,23 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from switchcli.data.batch import Batch
 from switchcli.model.moe import dispatch
-from switchcli.model.moe.dispatch import rows_of
+from switchcli.model.moe.dispatch import filled_slots
 from switchcli.model.moe.losses import AuxiliaryLoss, StackLoss
-from switchcli.model.moe.router import RoutingRule, Switch, TopK
-from switchcli.model.moe.stats import RoutingReport
+from switchcli.model.moe.router import Router, SwitchRouter, TopKRouter
+from switchcli.model.moe.stats import RouterStats
 from switchcli.model.transformer import ModelOutput, SwitchTransformer
 from switchcli.spec import PAD
 from switchcli.train.metrics import Mean, merge
-from switchcli.train.router_health import Alarms, record, routing_metrics
+from switchcli.train.router_health import RoutingAlarms, record, routing_metrics
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
 NAMES = ("encoder.first", "decoder.second")
 
 
-def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = None, **fields: float) -> RoutingReport:
+def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = None, **fields: float) -> RouterStats:
     """Of one group; f and P uniform."""
     uniform, count = torch.full((1, len(load)), 1 / len(load)), sum(load) if tokens is None else tokens
-    return RoutingReport(
+    return RouterStats(
         fraction_GE=uniform,
         probability_GE=uniform,
         tokens_G=torch.tensor([count]),
@@ -41,7 +41,7 @@ def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = Non
     )
 
 
-def an_output(encoder: list[RoutingReport], decoder: list[RoutingReport]) -> ModelOutput:
+def an_output(encoder: list[RouterStats], decoder: list[RouterStats]) -> ModelOutput:
     hidden = torch.zeros(1, 1, 1)
     auxiliary = AuxiliaryLoss(*(StackLoss(torch.tensor(total), torch.tensor(8.0)) for total in (3.0, 1.0)))
     return ModelOutput(hidden, hidden[0], auxiliary, tuple(encoder), tuple(decoder))
@@ -128,19 +128,21 @@ def test_metrics_of_a_model_are_those_of_its_reports() -> None:
     sources, targets = (float((ids != PAD).sum()) for ids in batch)
     assert metrics["layer_dropped_fraction"].weight.tolist() == [sources, sources, targets, targets]
     assert metrics["layer_load"].total.sum(1).tolist() == [sources, sources, targets, targets]
-    assert record(metrics, BOTH.routed_parts())["auxiliary_loss"] == pytest.approx(output.auxiliary.mean().item())
+    assert record(metrics, BOTH.sparse_layer_names())["auxiliary_loss"] == pytest.approx(output.auxiliary.mean().item())
     assert 0 < metrics["dropped_fraction"].value() < 1
     assert not any(part.requires_grad for mean in metrics.values() for part in mean)
-    assert metrics["layer_load"].total.shape == (len(BOTH.routed_parts()), 4)
+    assert metrics["layer_load"].total.shape == (len(BOTH.sparse_layer_names()), 4)
 
 
-@pytest.mark.parametrize("router", [DROPPING, TopK(), Switch(capacity_factor="dropless", overflow="random")])
-def test_a_step_and_its_metrics_wait_for_no_number(router: RoutingRule, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "router", [DROPPING, TopKRouter(), SwitchRouter(capacity_factor="dropless", overflow="random")]
+)
+def test_a_step_and_its_metrics_wait_for_no_number(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without content have none to give: `.item()`, `float` and boolean indices fail.
 
     As on a GPU: a CPU, which has nothing to wait for, counts the rows of the experts.
     """
-    monkeypatch.setattr(dispatch, "rows_of", lambda routing, N, exact: rows_of(routing, N, exact=False))
+    monkeypatch.setattr(dispatch, "filled_slots", lambda routing, N, exact: filled_slots(routing, N, exact=False))
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         model = SwitchTransformer(BOTH.model_copy(update={"router": router}))
         ids = torch.empty(4, TARGET, dtype=torch.int64)
@@ -173,7 +175,7 @@ def test_the_record_has_numbers_by_the_name_of_the_layer() -> None:
 def alarms_of(*outputs: ModelOutput) -> list[str]:
     """What is said when each output is a window of ten steps."""
     console = KeepingConsole()
-    alarms = Alarms(NAMES, console)
+    alarms = RoutingAlarms(NAMES, console)
     for output in outputs:
         alarms(routing_metrics(output), 10)
     return console.warnings
@@ -185,7 +187,7 @@ GOOD = a_report([5.0, 5.0, 5.0, 5.0])
 def test_nothing_is_said_of_routing_that_is_well_or_of_a_dense_model() -> None:
     assert alarms_of(an_output([GOOD], [a_report([1.0, 2.0, 3.0, 14.0])])) == []
     console = KeepingConsole()
-    Alarms((), console)({}, 10)
+    RoutingAlarms((), console)({}, 10)
     assert console.warnings == []
 
 

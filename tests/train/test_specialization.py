@@ -9,15 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_atlas import looked_at
 
-from switchcli.train.atlas import Choices, LayerCounts, Pairs, Places, counts_of, summed
-from switchcli.train.specialization import LEAST, TOP, dealt, figures, information, top_tokens
+from switchcli.train.atlas import Choices, ExpertCounts, LayerCounts, TokenPlaces, counts_of, sum_counts
+from switchcli.train.specialization import (
+    LEAST,
+    TOP,
+    information,
+    information_by_chance,
+    specialization_metrics,
+    top_tokens,
+)
 
 CHOICES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=20)
 
 
-def pairs_of(choices: list[tuple[int, int]], num_experts: int) -> Pairs:
+def pairs_of(choices: list[tuple[int, int]], num_experts: int) -> ExpertCounts:
     keys = torch.tensor([value * num_experts + expert for value, expert in choices])
-    return summed(keys, torch.ones_like(keys))
+    return sum_counts(keys, torch.ones_like(keys))
 
 
 @given(CHOICES)
@@ -48,7 +55,7 @@ def test_a_value_that_decides_says_all_and_one_that_is_dealt_at_random_nothing()
 def of_several(experts_AK: torch.Tensor, token_A: torch.Tensor) -> LayerCounts:
     """Of tokens that chose several of 8 experts each."""
     chosen_AE = torch.zeros(len(token_A), 8).scatter_(1, experts_AK, 1.0)
-    places = Places(torch.ones(1, len(token_A)).bool(), token_A, torch.zeros_like(token_A))
+    places = TokenPlaces(torch.ones(1, len(token_A)).bool(), token_A, torch.zeros_like(token_A))
     return counts_of(places, Choices(chosen_AE / experts_AK.shape[1], chosen_AE.bool(), chosen_AE.bool()))
 
 
@@ -57,11 +64,11 @@ def test_a_token_that_decides_all_its_experts_says_all_and_one_that_decides_none
     draw = torch.Generator().manual_seed(0)
     token_A = torch.randint(400, (4000,), generator=draw)
     of_each = torch.rand(400, 8, generator=draw).topk(k).indices
-    decided = figures({"text": of_several(of_each[token_A], token_A)}, [])["told_by"]["token"]
+    decided = specialization_metrics({"text": of_several(of_each[token_A], token_A)}, [])["told_by"]["token"]
     assert decided["share"] == pytest.approx(1.0)
     assert decided["within"] == pytest.approx(math.log(k))
     at_random = torch.rand(4000, 8, generator=draw).topk(k).indices
-    chance = figures({"text": of_several(at_random, token_A)}, [])["told_by"]["token"]
+    chance = specialization_metrics({"text": of_several(at_random, token_A)}, [])["told_by"]["token"]
     assert chance["share"] == pytest.approx(0.0, abs=0.02)
 
 
@@ -71,7 +78,7 @@ def test_what_is_dealt_is_each_value_and_each_expert_as_often_and_no_expert_twic
 ) -> None:
     """Of values that came once each: a pair that is dealt twice would be one expert twice at one token."""
     choices = [(value, expert) for value, order in enumerate(orders) for expert in order[:k]]
-    found = dealt(pairs_of(choices, 5), 5, len(orders))
+    found = information_by_chance(pairs_of(choices, 5), 5, len(orders))
     assert set(found.count_X.tolist()) == {1}
     again = [divmod(key, 5) for key in found.key_X.tolist()]
     assert Counter(value for value, _ in again) == Counter(value for value, _ in choices)
@@ -103,7 +110,7 @@ def test_the_tokens_of_an_expert_are_those_of_a_loop(drawn: list[tuple[int, int,
 @given(st.data())
 def test_the_parts_of_the_figures_add_up(data: st.DataObject) -> None:
     texts = {name: counts_of(*data.draw(looked_at(3))) for name in ("a", "b")}
-    found = figures(texts, [1, 4])
+    found = specialization_metrics(texts, [1, 4])
     chosen = sum(int(one.chosen_E.sum()) for one in texts.values())
     assert sum(found["load"]) == chosen
     assert [sum(column) for column in zip(*found["texts"].values(), strict=True)] == found["load"]
@@ -120,13 +127,13 @@ def of_positions(positions: range) -> LayerCounts:
     num = len(positions)
     chosen = torch.zeros(num, 3, dtype=torch.bool)
     chosen[: num // 2, 0] = chosen[num // 2 :, 1] = True
-    places = Places(torch.ones(1, num).bool(), torch.arange(num) % 7, torch.tensor(positions))
+    places = TokenPlaces(torch.ones(1, num).bool(), torch.arange(num) % 7, torch.tensor(positions))
     return counts_of(places, Choices(torch.full((num, 3), 1 / 3), chosen, chosen))
 
 
 def test_experts_that_go_by_position_and_one_that_takes_nothing() -> None:
     once = of_positions(range(64))
-    found = figures({"text": once + once + once}, [])
+    found = specialization_metrics({"text": once + once + once}, [])
     assert found["told_by"]["position"]["share"] == pytest.approx(1.0)
     assert abs(found["told_by"]["token"]["share"]) < 0.1
     assert "text" not in found["told_by"]

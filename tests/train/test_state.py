@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.checkpoint.saved_state import Best, Saved
+from switchcli.checkpoint.saved_state import Best, SavedState
 from switchcli.metric_names import HELD_OUT
 from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.state import TrainState
@@ -45,23 +45,23 @@ def test_a_state_comes_back_bit_by_bit(
     before.note(figures)
     after = restored(before.to_json(window))
     assert (after.step, after.targets_seen, after.seconds) == (step, targets, seconds)
-    assert after.figures == after.first_figures == figures
+    assert after.eval_metrics == after.first_eval_metrics == figures
     assert after.best == {name: Best(figure, step) for name, figure in figures.items()}
     assert after.evaluated_step == step
     assert (after.texts, after.position) == ({"de": figures}, [0, targets, step])
-    assert after.window.keys() == window.keys()
+    assert after.metrics_since_log.keys() == window.keys()
     for name, mean in window.items():
-        for ours, theirs in zip(after.window[name], mean, strict=True):
+        for ours, theirs in zip(after.metrics_since_log[name], mean, strict=True):
             assert ours.dtype == torch.float64
             assert torch.equal(ours, theirs)
-    assert after.to_json(after.window) == before.to_json(window)
+    assert after.to_json(after.metrics_since_log) == before.to_json(window)
 
 
 def test_one_rank_takes_the_window_and_the_others_start_from_zero() -> None:
     window = {"load": Mean(double([1.0, 2.0]), double(4.0))}
     text = TrainState().to_json(window)
-    assert torch.equal(restored(text).window["load"].total, double([1.0, 2.0]))
-    other = restored(text, with_window=False).window["load"]
+    assert torch.equal(restored(text).metrics_since_log["load"].total, double([1.0, 2.0]))
+    other = restored(text, with_window=False).metrics_since_log["load"]
     assert torch.equal(other.total, double([0.0, 0.0]))
     assert other.weight == 0
 
@@ -75,12 +75,12 @@ def test_the_first_figures_the_last_and_the_best_are_kept_with_their_steps() -> 
     state.step = 250
     after = restored(state.to_json({}))
     assert after == state
-    assert after.first_figures == {"cola": -5.0, "rte": 50.0}
-    assert after.figures == {"cola": -3.0, "rte": 60.0}
+    assert after.first_eval_metrics == {"cola": -5.0, "rte": 50.0}
+    assert after.eval_metrics == {"cola": -3.0, "rte": 60.0}
     assert (after.step, after.evaluated_step) == (250, 200)
     assert after.best == {"cola": Best(-2.0, 100), "rte": Best(60.0, 200)}  # of equals the last
     after.note({"rte": 59.0})
-    assert after.figures == {"rte": 59.0}  # the figures of one evaluation, not of several
+    assert after.eval_metrics == {"rte": 59.0}  # the figures of one evaluation, not of several
 
 
 @pytest.mark.parametrize("evaluated", [None, 3, 5])
@@ -97,10 +97,10 @@ def test_a_state_of_version_0_1_is_read(evaluated: int | None) -> None:
     }
     after = restored(json.dumps(old).encode())
     assert (after.step, after.targets_seen, after.seconds, after.evaluated_step) == (5, 70, 2.5, evaluated)
-    assert after.figures == ({} if evaluated is None else {HELD_OUT: -1.5})
-    assert after.first_figures == ({} if evaluated is None else {HELD_OUT: -7.25})
+    assert after.eval_metrics == ({} if evaluated is None else {HELD_OUT: -1.5})
+    assert after.first_eval_metrics == ({} if evaluated is None else {HELD_OUT: -7.25})
     assert after.best == ({} if evaluated is None else {HELD_OUT: Best(-1.5, evaluated)})
-    assert Saved.read(json.dumps(old).encode()).own_figures() == ({HELD_OUT: -1.5} if evaluated == 5 else {})
+    assert SavedState.read(json.dumps(old).encode()).metrics_at_step() == ({HELD_OUT: -1.5} if evaluated == 5 else {})
     assert restored(after.to_json({})) == after
 
 
@@ -132,9 +132,9 @@ def test_the_text_is_json_that_any_program_reads() -> None:
 
 def test_a_number_that_json_does_not_know_is_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        TrainState(figures={HELD_OUT: math.nan}).to_json({})
+        TrainState(eval_metrics={HELD_OUT: math.nan}).to_json({})
 
 
 def test_a_step_that_is_left_out_twice_counts_once() -> None:
-    assert TrainState(step=9).num_left_out() == 0
-    assert TrainState(step=9, left_out=[(1, 2), (1, 4), (8, 8)]).num_left_out() == 5
+    assert TrainState(step=9).num_skipped_steps() == 0
+    assert TrainState(step=9, skipped_steps=[(1, 2), (1, 4), (8, 8)]).num_skipped_steps() == 5

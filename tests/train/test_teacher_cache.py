@@ -9,20 +9,20 @@ from faulty_files import Crash, FaultyFiles
 from messages import naming
 from tiny import SPARSE, TARGET, a_model, rows
 
-from switchcli.data.batch import Answers
-from switchcli.distributed.context import Runtime
+from switchcli.data.batch import TeacherTopK
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import CheckpointError
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.report.console import silent
 from switchcli.train.distillation import Teacher
-from switchcli.train.teacher_cache import AnswersSpec, AnswerStore, bytes_a_step, id_dtype
-from switchcli.train.teacher_cache_writer import Asking, largest
+from switchcli.train.teacher_cache import TeacherCache, TeacherCacheSpec, bytes_per_step, id_dtype
+from switchcli.train.teacher_cache_writer import TeacherCacheWriter, top_k_probs
 
 ROWS, STEPS = 4, 6
 NO_STOP = StopRequest()
 FACTS = {"teacher": "one", "text": "a", "batches": "b", "top_k": 5, "temperature": 1.0}
-SPEC = AnswersSpec(folder="unused", top_k=5, precision="float32")
+SPEC = TeacherCacheSpec(folder="unused", top_k=5, precision="float32")
 
 
 def teacher() -> Teacher:
@@ -42,35 +42,37 @@ class StopWhenTwo:
         return len(list(self._folder.glob("steps*"))) == 2
 
 
-def fill(store: AnswerStore, parts: list[range], runtime: Runtime, stop: StopRequest | StopWhenTwo = NO_STOP) -> bool:
+def fill(
+    store: TeacherCache, parts: list[range], context: DistributedContext, stop: StopRequest | StopWhenTwo = NO_STOP
+) -> bool:
     """Whether all was answered: False after a stop."""
-    asking = Asking(teacher(), SPEC, rows, ROWS, 2, packed=False)
+    asking = TeacherCacheWriter(teacher(), SPEC, rows, ROWS, 2, packed=False)
     try:
-        asking.fill(store, parts, runtime, silent(), stop)
+        asking.fill(store, parts, context, silent(), stop)
     except StopTraining:
         return False
     return True
 
 
-def opened(folder: Path, facts: dict = FACTS) -> AnswerStore:
-    store = AnswerStore(folder, ROWS)
+def opened(folder: Path, facts: dict = FACTS) -> TeacherCache:
+    store = TeacherCache(folder, ROWS)
     store.begin(facts)
     return store
 
 
-def filled(folder: Path, steps: int = STEPS) -> AnswerStore:
+def filled(folder: Path, steps: int = STEPS) -> TeacherCache:
     store = opened(folder)
-    assert fill(store, store.missing(0, steps, 1), Runtime("cpu", "float32"))
+    assert fill(store, store.missing(0, steps, 1), DistributedContext("cpu", "float32"))
     return store
 
 
-def expected(step: int, first: int, count: int) -> Answers:
+def expected(step: int, first: int, count: int) -> TeacherTopK:
     batch = rows(step, first, count)
-    kept = largest(teacher().ask(batch, packed=False), batch.targets_BT.numel(), SPEC)
-    return Answers(*(part.view(count, TARGET, *part.shape[1:]) for part in kept))
+    kept = top_k_probs(teacher().predict(batch, packed=False), batch.targets_BT.numel(), SPEC)
+    return TeacherTopK(*(part.view(count, TARGET, *part.shape[1:]) for part in kept))
 
 
-def same(found: Answers, right: Answers) -> bool:
+def same(found: TeacherTopK, right: TeacherTopK) -> bool:
     """Probabilities to their rounding: which rows are asked about together changes the order of sums."""
     close = torch.allclose(found.probability_BTK, right.probability_BTK, rtol=1e-5)
     return torch.equal(found.ids_BTK.int(), right.ids_BTK.int()) and close
@@ -100,7 +102,7 @@ def test_the_size_that_is_foretold_is_that_of_the_files(tmp_path: Path) -> None:
     parts = list((tmp_path / "a").glob("steps-*"))
     headers = 1024 * len(parts)
     size = sum(path.stat().st_size for path in parts)
-    assert 0 <= size - STEPS * bytes_a_step(SPEC, ROWS, TARGET, SPARSE.vocab_size) <= headers
+    assert 0 <= size - STEPS * bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size) <= headers
 
 
 def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None:
@@ -121,11 +123,11 @@ def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 1)
-    store, runtime = opened(tmp_path / "a"), Runtime("cpu", "float32")
-    assert not fill(store, store.missing(0, STEPS, 1), runtime, StopWhenTwo(tmp_path / "a"))
+    store, context = opened(tmp_path / "a"), DistributedContext("cpu", "float32")
+    assert not fill(store, store.missing(0, STEPS, 1), context, StopWhenTwo(tmp_path / "a"))
     left = store.missing(0, STEPS, 1)
     assert left == [range(step, step + 1) for step in range(2, STEPS)]
-    assert fill(store, left, runtime)
+    assert fill(store, left, context)
     assert same(store.read(4, 0, ROWS), expected(4, 0, ROWS))
 
 
@@ -160,14 +162,14 @@ def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, mon
 )
 def test_answers_of_something_else_are_refused(tmp_path: Path, fact: dict, tokens: list[str]) -> None:
     opened(tmp_path / "a")
-    with pytest.raises(CheckpointError, match=naming(*tokens, "distill.answers.folder")) as refused:
+    with pytest.raises(CheckpointError, match=naming(*tokens, "distill.cache.folder")) as refused:
         opened(tmp_path / "a", {**FACTS, **fact})
     assert ("batches" in str(refused.value)) == ("batches" in fact)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=naming(str(tmp_path), "distill.answers.folder")):
+    with pytest.raises(CheckpointError, match=naming(str(tmp_path), "distill.cache.folder")):
         opened(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -176,7 +178,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 def test_facts_that_are_broken_are_refused(tmp_path: Path, text: str) -> None:
     opened(tmp_path)
     (tmp_path / "answers.json").write_text(text)
-    with pytest.raises(CheckpointError, match=naming("answers.json", "distill.answers.folder")):
+    with pytest.raises(CheckpointError, match=naming("answers.json", "distill.cache.folder")):
         opened(tmp_path)
 
 
@@ -186,7 +188,7 @@ def test_a_damaged_part_is_told_when_it_is_read_and_asked_for_again(tmp_path: Pa
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    store = AnswerStore(tmp_path, ROWS)
+    store = TeacherCache(tmp_path, ROWS)
     assert store.damaged() == [part]
     with pytest.raises(CheckpointError, match=naming(part.name, "command")):
         store.read(0, 0, ROWS)

@@ -9,31 +9,31 @@ from hypothesis import strategies as st
 from tiny import GROUPED, NOISY, a_model, rows
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
+from switchcli.distributed.context import DistributedContext
 from switchcli.spec import PAD
 from switchcli.train.loss import cross_entropy
 from switchcli.train.metrics import Mean
-from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, evaluate_rows, exact, reduce, shared
+from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, evaluate_rows, exact, rank_batches, reduce
 
 
 @pytest.fixture(scope="module")
-def runtime() -> Runtime:
-    return Runtime("cpu", "float32")
+def context() -> DistributedContext:
+    return DistributedContext("cpu", "float32")
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_it_runs_without_noise_or_gradients_and_puts_the_mode_back(runtime: Runtime, training: bool) -> None:
+def test_it_runs_without_noise_or_gradients_and_puts_the_mode_back(context: DistributedContext, training: bool) -> None:
     model = a_model(NOISY).train(training)
-    one, other = (evaluate(model, cross_entropy, [rows(0, 0, 4)], runtime) for _ in range(2))
+    one, other = (evaluate(model, cross_entropy, [rows(0, 0, 4)], context) for _ in range(2))
     assert one["neg_log_perplexity"].value() == other["neg_log_perplexity"].value()
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_figure_is_a_mean_over_targets_not_over_batches(runtime: Runtime) -> None:
+def test_the_figure_is_a_mean_over_targets_not_over_batches(context: DistributedContext) -> None:
     model = a_model().eval()
     batches = [rows(0, 0, 3), rows(0, 3, 1), rows(0, 4, 4)]
-    found = evaluate(model, cross_entropy, batches, runtime)["neg_log_perplexity"]
+    found = evaluate(model, cross_entropy, batches, context)["neg_log_perplexity"]
     with torch.no_grad():
         means = [cross_entropy(model, batch).metrics["neg_log_perplexity"] for batch in batches]
     total, weight = (sum(float(part) for part in parts) for parts in zip(*means, strict=True))
@@ -49,7 +49,7 @@ def test_ranks_share_every_row_once_in_batches_of_one_shape(sequences: int, rows
         rows_B1 = torch.arange(first + 1, first + count + 1).unsqueeze(1)
         return Batch(rows_B1, rows_B1.expand(-1, 2))
 
-    each = [shared(HeldOutText(numbered, sequences), rows_each, rank, world) for rank in range(world)]
+    each = [rank_batches(HeldOutText(numbered, sequences), rows_each, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in each}) == 1
     assert all(batch.inputs_BS.shape == (rows_each, 1) for batches in each for batch in batches)
     assert all(batch.targets_BT.shape == (rows_each, 2) for batches in each for batch in batches)
@@ -57,21 +57,23 @@ def test_ranks_share_every_row_once_in_batches_of_one_shape(sequences: int, rows
     assert seen[seen != PAD].tolist() == list(range(1, sequences + 1))
 
 
-def test_rows_of_padding_change_no_reported_figure(runtime: Runtime) -> None:
+def test_rows_of_padding_change_no_reported_figure(context: DistributedContext) -> None:
     model = a_model()
     exactly, padded = (
-        evaluate(model, cross_entropy, shared(HeldOutText(lambda f, c: rows(0, f, c), 6), each, 0, 1), runtime)
+        evaluate(model, cross_entropy, rank_batches(HeldOutText(lambda f, c: rows(0, f, c), 6), each, 0, 1), context)
         for each in (6, 4)
     )
     for name in ("neg_log_perplexity", "dropped_fraction"):
         assert padded[name].value().item() == pytest.approx(exactly[name].value().item(), rel=1e-6)
 
 
-def test_rows_of_a_text_are_evaluated_in_whole_groups(runtime: Runtime) -> None:
+def test_rows_of_a_text_are_evaluated_in_whole_groups(context: DistributedContext) -> None:
     model = a_model(GROUPED)
     text = HeldOutText(lambda first, count: rows(0, first, count), 5)
-    found = evaluate_rows(model, cross_entropy, text, 3, runtime)["neg_log_perplexity"]
-    wanted = evaluate(model, cross_entropy, shared(text._replace(num_rows=5), 4, 0, 1), runtime)["neg_log_perplexity"]
+    found = evaluate_rows(model, cross_entropy, text, 3, context)["neg_log_perplexity"]
+    wanted = evaluate(model, cross_entropy, rank_batches(text._replace(num_rows=5), 4, 0, 1), context)[
+        "neg_log_perplexity"
+    ]
     assert torch.equal(found.total, wanted.total)
     assert found.weight == int((rows(0, 0, 5).targets_BT != PAD).sum())
 
@@ -94,7 +96,7 @@ def test_metrics_become_float64() -> None:
     assert (mean.total.dtype, mean.weight.dtype) == (torch.float64, torch.float64)
 
 
-def test_no_metrics_need_no_collective(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
+def test_no_metrics_need_no_collective(monkeypatch: pytest.MonkeyPatch, context: DistributedContext) -> None:
     """A save right after a logged step has an empty window, which is on no device."""
-    monkeypatch.setattr(Runtime, "all_reduce", lambda self, tensor: pytest.fail("a collective of nothing"))
-    assert reduce({}, runtime) == {}
+    monkeypatch.setattr(DistributedContext, "all_reduce", lambda self, tensor: pytest.fail("a collective of nothing"))
+    assert reduce({}, context) == {}

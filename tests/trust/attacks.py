@@ -27,8 +27,8 @@ from tiny_run import RECIPE as TINY
 from tiny_run import write_text
 
 from switchcli.checkpoint import manifest
-from switchcli.data.prepare.store import IDS, TokenStore, facts_of, seal
-from switchcli.data.prepare.verified import Verified
+from switchcli.data.prepare.store import IDS, TokenStore, read_manifest, write_manifest
+from switchcli.data.prepare.verified import VerifiedFolder
 from switchcli.errors import DataError
 
 Attack = Callable[[], str]
@@ -123,13 +123,13 @@ def objects_in_the_cache() -> str:
     schema = pa.schema([pa.field(IDS, ids.type, metadata=kind)])
     with pa.OSFile("type.arrow", "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         stream.write_batch(pa.record_batch([ids], schema=schema))
-    seal(Path(), {})
-    facts = facts_of(Path())
+    write_manifest(Path(), {})
+    facts = read_manifest(Path())
     assert facts is not None
     for name in ("pickle", "type"):
         for in_memory in (True, False):
             with contextlib.suppress(DataError):
-                TokenStore.open(Verified(Path(), facts["files"], in_memory=in_memory), name)
+                TokenStore.open(VerifiedFolder(Path(), facts["files"], in_memory=in_memory), name)
     return blocked(Done(2, "", ""))
 
 

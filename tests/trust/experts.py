@@ -19,21 +19,28 @@ from tiny import SHAPE, SPARSE, a_model
 from tiny import rows as examples
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import here
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import local_values
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
-from switchcli.model.moe.dispatch import Local, Rows
+from switchcli.model.moe.dispatch import LocalDispatcher, LocalMeta
 from switchcli.model.moe.layer import evaluating, sparse_layers
-from switchcli.model.moe.router import ExpertChoice, NoTokenLeftBehind, Routing, RoutingRule, Switch, TopK
+from switchcli.model.moe.router import (
+    ExpertChoiceRouter,
+    NoTokenLeftBehindRouter,
+    Router,
+    Routing,
+    SwitchRouter,
+    TopKRouter,
+)
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 from switchcli.train.callbacks import LogCallback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loop import fit
-from switchcli.train.loss import Always, cross_entropy
+from switchcli.train.loss import FixedLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
 from switchcli.train.optimizers import Adafactor
 from switchcli.train.prefetch import Loader
@@ -83,16 +90,16 @@ def without_tokens(meshes: Sequence[tuple[int, ParallelSpec]]) -> Row:
 def steps_without_tokens(parallel: ParallelSpec) -> list[str]:
     """What is wrong after three steps of each kind on this rank."""
     torch.set_num_threads(1)
-    runtime = Runtime("cpu", "float32", parallel)
+    context = DistributedContext("cpu", "float32", parallel)
     found = []
     for empty in EMPTY:
         with torch.device("meta"):
-            model = SwitchTransformer(SPARSE.model_copy(update={"router": Switch(capacity_factor="dropless")}))
-        weights = runtime.spread(model)
-        weights.fill(initial_weights(SPARSE, 0, weights.experts))
+            model = SwitchTransformer(SPARSE.model_copy(update={"router": SwitchRouter(capacity_factor="dropless")}))
+        weights = context.parallelize(model)
+        weights.load_full(initial_weights(SPARSE, 0, weights.experts))
         for name, weight in weights.parameters.items():
             if ".router." in name and "experts" in empty:
-                here(weight).zero_()  # of equal logits the first is taken
+                local_values(weight).zero_()  # of equal logits the first is taken
         left = 4 if "ranks" in empty else 8
 
         def given(step: int, first: int, count: int, left: int = left) -> Batch:
@@ -104,12 +111,12 @@ def steps_without_tokens(parallel: ParallelSpec) -> list[str]:
         state = TrainState()
         fit(
             state,
-            runtime.wrap(model),
-            Always(cross_entropy),
-            Microbatches(Source(given), 8, None, 1, runtime.data_rank, runtime.data_ranks),
-            Adafactor().build(weights.parameters, weights.cuts),
+            context.wrap(model),
+            FixedLoss(cross_entropy),
+            Microbatches(Source(given), 8, None, 1, context.dp_rank, context.dp_size),
+            Adafactor().build(weights.parameters, weights.layouts),
             InverseSquareRoot(),
-            runtime,
+            context,
             [],
             TrainSpec(steps=3, batch_tokens=1),
             StopRequest(),
@@ -119,16 +126,16 @@ def steps_without_tokens(parallel: ParallelSpec) -> list[str]:
     return found
 
 
-class Counting(Local):
+class Counting(LocalDispatcher):
     """The dispatcher, which notes the tokens in the slots of each group."""
 
     def __init__(self) -> None:
         self.taken: list[set[int]] = []
 
-    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Rows]:
+    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, LocalMeta]:
         N = x_GND.shape[1]
         self.taken = [{token for token in row if token < N} for row in routing.token_GEC.flatten(1).tolist()]
-        return super().send(x_GND, routing, learns)
+        return super().dispatch(x_GND, routing, learns)
 
 
 def accounting(trials: int) -> Row:
@@ -144,7 +151,7 @@ def accounting(trials: int) -> Row:
         batch = Batch(*(padded(draw, count, draw.randint(1, 40)) for _ in range(2)))
         model.train(draw.random() < 0.7)
         output = model(*batch)
-        for (name, each), report in zip(counting.items(), output.reports, strict=True):
+        for (name, each), report in zip(counting.items(), output.router_stats, strict=True):
             ids = batch.inputs_BS if name.startswith("encoder") else batch.targets_BT
             real_GN = (ids != PAD).view(len(each.taken), -1).tolist()
             real = [{place for place, is_real in enumerate(row) if is_real} for row in real_GN]
@@ -162,14 +169,14 @@ def a_spec(draw: random.Random) -> ModelSpec:
     factor, group = draw.choice([0.3, 0.6, 1.0, 1.25, 2.0]), draw.choice([1, 1, 2, 3])
     shared = {"capacity_factor": factor, "eval_capacity_factor": factor, "min_capacity": draw.choice([1, 4])}
     shared["group_sequences"] = group
-    least: RoutingRule = Switch(**shared, overflow=draw.choice(["position", "random"]))
+    least: Router = SwitchRouter(**shared, overflow=draw.choice(["position", "random"]))
     router = draw.choice(
         [
             least,
-            Switch(**shared, overflow="probability"),
-            TopK(**shared),
-            NoTokenLeftBehind(**shared),
-            ExpertChoice(**shared),
+            SwitchRouter(**shared, overflow="probability"),
+            TopKRouter(**shared),
+            NoTokenLeftBehindRouter(**shared),
+            ExpertChoiceRouter(**shared),
         ]
     )
     experts = draw.choice([2, 3, 4, 8])
@@ -291,7 +298,7 @@ def collapsed(model: SwitchTransformer) -> None:
 
 def alarm(seed: int, hostile: bool) -> tuple[int, str]:
     """The step of a training run's first alarm, or its last, and what was said."""
-    router = Switch(balance_loss_coef=0.0) if hostile else Switch()
+    router = SwitchRouter(balance_loss_coef=0.0) if hostile else SwitchRouter()
     spec = ModelSpec(**SHAPE, num_experts=4, router=router)
     model, state, stop, said = a_model(spec, seed), TrainState(), StopRequest(), list[str]()
     if hostile:
@@ -302,20 +309,20 @@ def alarm(seed: int, hostile: bool) -> tuple[int, str]:
             said.append(text)
             stop.request()
 
-    runtime, schedule = Runtime("cpu", "float32"), InverseSquareRoot()
-    layers = spec.routed_parts()
+    context, schedule = DistributedContext("cpu", "float32"), InverseSquareRoot()
+    layers = spec.sparse_layer_names()
     source = Source(examples)
     batches = Microbatches(source, 8, None, 1, 0, 1)
-    loader = Loader(batches, 0, 0, runtime)
-    log = LogCallback(10, ALARM_STEPS, schedule, 1, 1, runtime, Records(), Heard(), state, layers, source, loader)
+    loader = Loader(batches, 0, 0, context)
+    log = LogCallback(10, ALARM_STEPS, schedule, 1, 1, context, Records(), Heard(), state, layers, source, loader)
     trained(
         state,
         model,
-        Always(cross_entropy),
+        FixedLoss(cross_entropy),
         batches,
         Adafactor().build(dict(model.named_parameters())),
         schedule,
-        runtime,
+        context,
         [log],
         TrainSpec(steps=ALARM_STEPS, batch_tokens=1, seed=seed),
         stop,

@@ -21,7 +21,7 @@ from tiny_run import write_text
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import resolve, yaml_nodes
-from switchcli.recipe.schema import PretrainRecipe, standing_alone
+from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import describe
 
@@ -73,7 +73,7 @@ def recipes_made_up(folder: Path, count: int) -> Row:
 
 
 def _resolved(folder: Path, tree: dict[str, Any], accepted: Path) -> None:
-    recipe = standing_alone(str(write(folder, yaml_nodes.write(tree))))
+    recipe = resolve_standalone(str(write(folder, yaml_nodes.write(tree))))
     again = write(folder, resolve.dump(recipe))
     assert resolve.resolve(str(again), [], type(recipe)) == recipe, "what is written is not what is read"
     assert resolve.dump(resolve.resolve(str(again), [], type(recipe))) == resolve.dump(recipe)

@@ -54,8 +54,8 @@ OUTPUTS = {
         "tokenizer.json",
         replaces=True,
     ),
-    "distill --answers-only": Output(
-        ("distill", "--teacher", "run", "--out", "student", "distill.answers.folder=out", "--answers-only"), "out"
+    "distill --cache-only": Output(
+        ("distill", "--teacher", "run", "--out", "student", "distill.cache.folder=out", "--cache-only"), "out"
     ),
     "plan --html": Output(("plan", "tiny.yaml", "--devices", "2", "--html", "out"), "out", replaces=True),
     "recipes copy": Output(("recipes", "copy", "quickstart/switch", "out"), "out"),

@@ -33,7 +33,7 @@ FIGURES = ("report", "run", "--figures", "figures")
 ROUTING = ("report", "run", "--routing", "--html", "page.html", "--figures", "figures")
 COPY = ("recipes", "copy", "quickstart/switch", "mine.yaml")
 VOCABULARY = ("data", "tokenizer", "train", "tiny.yaml", "--out", "tok.json", "--force")
-DISTILL = ("distill", "--teacher", "run", "--out", "student", "distill.answers.folder=answers", "--quiet")
+DISTILL = ("distill", "--teacher", "run", "--out", "student", "distill.cache.folder=answers", "--quiet")
 CHECKPOINTS = "run/checkpoints"
 
 
@@ -189,6 +189,6 @@ TRIALS: dict[str, list[Trial]] = {
 NOT_OURS = [
     *((f"{CHECKPOINTS}/{name}", RESUME) for name in (".tmp-mine", ".del-x", ".old-photos", ".tmp-00000001-notours")),
     *((f"{CHECKPOINTS}/{name}", RESUME) for name in (".old-00000003-0123abcd-mine", ".del-step-mine-0123abcd")),
-    ("answers/.tmp-photos", ("distill", "--teacher", "run", "--out", "s", "distill.answers.folder=answers", "-q")),
-    ("other/.tmp-photos", ("distill", "--teacher", "run", "--out", "s", "distill.answers.folder=other", "-q")),
+    ("answers/.tmp-photos", ("distill", "--teacher", "run", "--out", "s", "distill.cache.folder=answers", "-q")),
+    ("other/.tmp-photos", ("distill", "--teacher", "run", "--out", "s", "distill.cache.folder=other", "-q")),
 ]

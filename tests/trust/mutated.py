@@ -25,18 +25,18 @@ from pyarrow import parquet
 from table import Row
 
 from switchcli.checkpoint import manifest
-from switchcli.checkpoint.checkpoint import Checkpoint, find
-from switchcli.convert.weight_files import is_layout
-from switchcli.data.sources.files import Files
+from switchcli.checkpoint.checkpoint import Checkpoint, latest_read_only
+from switchcli.convert.weight_files import is_hugging_face_folder
+from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.recipe.schema import standing_alone
+from switchcli.recipe.schema import resolve_standalone
 from switchcli.report import evidence
 from switchcli.report.charts import write_files
 from switchcli.report.console import silent
 from switchcli.report.html_page import page
 from switchcli.runs import loading
 from switchcli.runs.run_comparison import compare_runs
-from switchcli.runs.transformers_checkpoint import empty
+from switchcli.runs.transformers_checkpoint import meta_model
 from switchcli.train.checkpointer import logical_tensors
 from switchcli.train.state import TrainState
 
@@ -99,12 +99,12 @@ def _state(base: Base, folder: Path, draw: random.Random) -> str:
     _seal(path, "state.json", mutate_json((path / "state.json").read_bytes(), draw))
 
     def use() -> None:
-        found = find(folder / "run/checkpoints", warn=lambda text: None)
+        found = latest_read_only(folder / "run/checkpoints", warn=lambda text: None)
         state = TrainState()
         state.restore(found.document("state.json"), CPU, with_window=True)
         assert state.step == found.step
         state.note({"held_out/neg_log_perplexity": -1.0})
-        state.to_json(state.window)
+        state.to_json(state.metrics_since_log)
 
     return refused(use)
 
@@ -142,9 +142,9 @@ def _tensors(base: Base, folder: Path, draw: random.Random) -> str:
 
     def use() -> None:
         found = Checkpoint.open(path)
-        found.kinds("optimizer")
-        recipe, _ = loading.documents(found)
-        for tensor in found.read("model", logical_tensors(empty(recipe.model))).values():
+        found.tensor_specs("optimizer")
+        recipe, _ = loading.read_documents(found)
+        for tensor in found.read("model", logical_tensors(meta_model(recipe.model))).values():
             assert tensor.shape is not None
 
     return refused(use)
@@ -159,9 +159,9 @@ def _hugging_face(base: Base, folder: Path, draw: random.Random) -> str:
     file.write_bytes(mutate(file.read_bytes(), draw))
 
     def use() -> None:
-        if is_layout(copy):
+        if is_hugging_face_folder(copy):
             opened = loading.open_model(copy, silent())
-            loading.filled(opened, CPU)
+            loading.load_model(opened, CPU)
 
     return refused(use)
 
@@ -194,7 +194,7 @@ def _run(base: Base, folder: Path, draw: random.Random) -> str:
 def _recipe(base: Base, folder: Path, draw: random.Random) -> str:
     file = folder / "mutated.yaml"
     file.write_bytes(mutate_text(base.recipe, draw))
-    return refused(lambda: standing_alone(str(file)))
+    return refused(lambda: resolve_standalone(str(file)))
 
 
 def _data(base: Base, folder: Path, draw: random.Random) -> str:
@@ -204,7 +204,7 @@ def _data(base: Base, folder: Path, draw: random.Random) -> str:
     file = folder / f"text{ending}"
     file.write_bytes(content)
     sample_by = draw.choice(["line", "paragraph", "document"])
-    return refused(lambda: [*Files(paths=(str(file),), sample_by=sample_by).documents()])
+    return refused(lambda: [*FilesCorpus(paths=(str(file),), sample_by=sample_by).documents()])
 
 
 def _a_line(content: bytes, draw: random.Random) -> bytes:

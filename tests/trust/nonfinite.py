@@ -30,8 +30,8 @@ from tiny import rows as sequences
 from torch import nn
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import Runtime
-from switchcli.distributed.layout import here
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import local_values
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
@@ -39,7 +39,7 @@ from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.callbacks import SaveCallback, ValidationCallback
-from switchcli.train.checkpointer import Saver
+from switchcli.train.checkpointer import Checkpointer
 from switchcli.train.config import CheckpointSpec, NonfiniteSpec, TrainSpec
 from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
 from switchcli.train.loop import fit
@@ -115,7 +115,7 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        runtime: Runtime,
+        context: DistributedContext,
         fault: Fault,
         policy: Policy = "stop",
         without: Container[int] = (),
@@ -123,12 +123,12 @@ class Run:
         """A run without the batches of some steps."""
         with torch.device("meta"):
             self.model = SwitchTransformer(SPARSE)
-        self.weights = runtime.spread(self.model)
-        self.weights.fill(initial_weights(SPARSE, 0, self.weights.experts))
-        self.optimizer = Adafactor().build(self.weights.parameters, self.weights.cuts)
+        self.weights = context.parallelize(self.model)
+        self.weights.load_full(initial_weights(SPARSE, 0, self.weights.experts))
+        self.optimizer = Adafactor().build(self.weights.parameters, self.weights.layouts)
         settings = CheckpointSpec(save_every_steps=SAVE_EVERY, keep_last=STEPS, keep_best=False)
-        self.saver = Saver(folder, self.weights, self.optimizer, runtime, DOCUMENTS, settings)
-        self.state, self.runtime = TrainState(), runtime
+        self.saver = Checkpointer(folder, self.weights, self.optimizer, context, DOCUMENTS, settings)
+        self.state, self.context = TrainState(), context
         self.teacher = a_model(SPARSE, seed=1).eval()
         self.objective: Objective = cross_entropy
         if fault.place == "teacher":
@@ -149,21 +149,21 @@ class Run:
         tensors = {
             f"{kind}/{name}": one for kind, each in (("model", weights), ("optimizer", state)) for name, one in each
         }
-        return {name: here(tensor).double().numpy() for name, tensor in tensors.items()}
+        return {name: local_values(tensor).double().numpy() for name, tensor in tensors.items()}
 
     def note_skipped(self, record: Mapping[str, Any]) -> None:
         """The state has it too."""
 
     def restore(self, state: TrainState) -> bool:
         """As a training verb goes back."""
-        self.runtime.drop_gathered(self.model)
+        self.context.reshard(self.model)
         return self.saver.restore(state, NoWarnings())
 
     def _put(self, fault: Fault) -> None:
         number, inner = NUMBERS[fault.number], self.objective
 
         def now() -> bool:  # in a step, and in no evaluation
-            return self.model.training and fault.rank == self.runtime.rank and self.state.step + 1 == fault.step
+            return self.model.training and fault.rank == self.context.rank and self.state.step + 1 == fault.step
 
         def spoilt(tensor: torch.Tensor, at: tuple[int, ...]) -> torch.Tensor:
             if not now():
@@ -192,26 +192,26 @@ class Run:
             decoder.register_forward_hook(lambda module, given, out: (spoilt(out[0], first), *out[1:]))
 
     def train(self) -> None:
-        runtime = self.runtime
+        context = self.context
         evaluation = ValidationCallback(
             SAVE_EVERY,
             self.model,
             cross_entropy,
-            {"text": HeldOutText(partial(sequences, STEPS), 2 * runtime.data_ranks)},
+            {"text": HeldOutText(partial(sequences, STEPS), 2 * context.dp_size)},
             2,
-            runtime,
+            context,
             Records(),
             "paper",
             StopRequest(),
         )
         fit(
             self.state,
-            runtime.wrap(self.model),
+            context.wrap(self.model),
             LossAt(lambda step: self.objective),
-            Microbatches(Source(sequences), BATCH, 2, 1, runtime.data_rank, runtime.data_ranks),
+            Microbatches(Source(sequences), BATCH, 2, 1, context.dp_rank, context.dp_size),
             self.optimizer,
             InverseSquareRoot(),
-            runtime,
+            context,
             [evaluation, SaveCallback(SAVE_EVERY, self.saver)],
             TrainSpec(steps=STEPS, batch_tokens=1),
             StopRequest(),
@@ -222,26 +222,26 @@ class Run:
 def ended(folder: Path, faults: list[Fault], parallel: ParallelSpec, policy: Policy) -> list[Ended]:
     """How the run of each fault ends on this rank."""
     torch.set_num_threads(1)
-    runtimes = {name: Runtime("cpu", name, parallel) for name in ("float32", "selective")}
+    runtimes = {name: DistributedContext("cpu", name, parallel) for name in ("float32", "selective")}
     straight: dict[tuple[bool, bool], Run] = {}
     found = []
     for number, fault in enumerate(faults):
         kind = (fault.number == "overflow", fault.place == "teacher")
-        runtime, words, code = runtimes["selective" if kind[0] else "float32"], "", 0
+        context, words, code = runtimes["selective" if kind[0] else "float32"], "", 0
         none = fault._replace(step=0)
-        run = Run(folder / str(number), runtime, fault, policy)
+        run = Run(folder / str(number), context, fault, policy)
         try:
             run.train()
             words = " ".join(run.warnings)
         except NumericsError as error:
             words, code = str(error), error.exit_code
-            run = Run(folder / str(number), runtime, none)
+            run = Run(folder / str(number), context, none)
             with suppress(NumericsError):  # of what was saved: `poisoned` finds it
                 run.train()
-        left_out = run.state.left_out
+        left_out = run.state.skipped_steps
         if left_out or kind not in straight:
             without = [step for first, last in left_out for step in range(first, last + 1)]
-            like = Run(folder / f"like {number}", runtime, none, without=without)
+            like = Run(folder / f"like {number}", context, none, without=without)
             like.train()
         if not left_out:
             like = straight.setdefault(kind, like)

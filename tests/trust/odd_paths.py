@@ -102,7 +102,7 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
             (f"{key}, {name}", lambda key=key, path=path: set_key(key, in_yaml(path), sound))
             for place, key in enumerate(KEYS)
             for number, (name, path) in enumerate(PATHS.items())
-            if is_tried(place, number) and not (key == "distill.answers.folder" and path in ONLY_READ)
+            if is_tried(place, number) and not (key == "distill.cache.folder" and path in ONLY_READ)
         ],
         "keys of recipes",
     )

@@ -23,8 +23,8 @@ from trial import STEPS, Trial, clear, log_of, said, trials
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import main
 from switchcli.data.prepare import shards
-from switchcli.data.text_batches import TextStream
-from switchcli.distributed.context import Runtime
+from switchcli.data.text_batches import PreparedTextSource
+from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import STOPPING
 from switchcli.model import generation
 from switchcli.model.transformer import SwitchTransformer
@@ -77,28 +77,30 @@ class Point(NamedTuple):
 FORWARD = (SwitchTransformer, "forward")
 POINTS = {
     "start: recipe resolved": Point("pretrain", trainer, "lock_run_dir", (1, 1, 1), UNSAVED),
-    "start: the others wait for this rank": Point("pretrain", Runtime, "__init__", (1, 1, 1), UNSAVED, late=4.0),
+    "start: the others wait for this rank": Point(
+        "pretrain", DistributedContext, "__init__", (1, 1, 1), UNSAVED, late=4.0
+    ),
     "start: room made for the model": Point("pretrain", trainer, "preflight", (1, 1, 1), UNSAVED),
     "start: weights drawn": Point("pretrain", pretraining, "initial_weights", (1, 1, 1), UNSAVED),
     "start: ready to train": Point("pretrain", trainer.Trainer, "_loader", (1, 1, 1), f"{SAVED}|{UNSAVED}|{LEFT}"),
-    "data: text prepared": Point("pretrain", shards, "seal", (1, 1, 1), UNSAVED, main_only=True, new_cache=True),
-    "data: batch made": Point("pretrain", TextStream, "batch", (1, 4, 9)),
+    "data: text prepared": Point("pretrain", shards, "write_manifest", (1, 1, 1), UNSAVED, main_only=True, new_cache=True),
+    "data: batch made": Point("pretrain", PreparedTextSource, "batch", (1, 4, 9)),
     "step: forward": Point("pretrain", *FORWARD, (1, 5, 11), training=True),
     "step: gradients there": Point("pretrain", loop, "_clip", (1, 3, 6)),
     "step: weights changed": Point("pretrain", Optimizer, "zero_grad", (1, 4, 6)),
     "accumulation": Point("pretrain", loop, "_seed_noise", (2, 6, 12)),
-    "save": Point("pretrain", checkpoint.Saving, "write", (1, 2, 3)),
-    "save in the background": Point("background", checkpoint.Saving, "write", (1, 2, 3)),
+    "save": Point("pretrain", checkpoint.CheckpointWriter, "write", (1, 2, 3)),
+    "save in the background": Point("background", checkpoint.CheckpointWriter, "write", (1, 2, 3)),
     "evaluation": Point("pretrain", *FORWARD, (1, 3, 7), training=False, more=0),
-    "teacher's pass": Point("distill", Teacher, "ask", (2, 5, 11), more=1),
+    "teacher's pass": Point("distill", Teacher, "predict", (2, 5, 11), more=1),
     "teacher asked beforehand": Point(
-        "distill", Teacher, "ask", (3, 6, 11), ASKED, 0, main_only=True, keys=(f"distill.answers.folder={ANSWERS}",)
+        "distill", Teacher, "predict", (3, 6, 11), ASKED, 0, main_only=True, keys=(f"distill.cache.folder={ANSWERS}",)
     ),
     "generation: answers to tasks": Point("finetune", generation, "_step", (2, 5, 9), more=0),
     "generation: samples": Point(
-        "pretrain", trainer, "answers", (1, 2, 1), main_only=True, keys=("log.sample_every_steps=2",)
+        "pretrain", trainer, "answer_texts", (1, 2, 1), main_only=True, keys=("log.sample_every_steps=2",)
     ),
-    "generation: samples at the end": Point("pretrain", trainer, "answers", (1, 1, 1), UNSAVED, main_only=True),
+    "generation: samples at the end": Point("pretrain", trainer, "answer_texts", (1, 1, 1), UNSAVED, main_only=True),
 }
 
 
@@ -233,7 +235,7 @@ def wrong_end(
     faults = {
         f"exit codes {codes}: {said(run)}": codes[0] != (FORCED if forced else STOPPED)
         or not {*codes} <= {STOPPED, FORCED, RANK, -signal.SIGTERM},
-        "a checkpoint is damaged": len(saved) != len(checkpoint.steps(run / "checkpoints")),
+        "a checkpoint is damaged": len(saved) != len(checkpoint.saved_checkpoints(run / "checkpoints")),
     }
     if forced:
         faults[f"{seconds:.1f} s until it was out"] = seconds > FORCED_SECONDS
@@ -256,7 +258,7 @@ def wrong_end(
 
 def sound(run: Path) -> list[checkpoint.Checkpoint]:
     """The whole checkpoints of a run, newest first."""
-    found = checkpoint.verdicts(checkpoint.steps(run / "checkpoints"))
+    found = checkpoint.verify_all(checkpoint.saved_checkpoints(run / "checkpoints"))
     return [verdict for _, verdict in found if isinstance(verdict, checkpoint.Checkpoint)]
 
 

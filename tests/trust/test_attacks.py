@@ -69,12 +69,12 @@ def anything(self: manifest.Manifest, folder: Path, name: str) -> bytes:
     return (folder / name).read_bytes()
 
 
-LOAD, READ, MACHINE, STORED = torch.load, store._read, trainer.machine, weight_files._stored
+LOAD, READ, MACHINE, STORED = torch.load, store._read, trainer.machine_info, weight_files._stored
 UNPICKLE = [
     (manifest, "read_small", unpickling(manifest.read_small)),
     (tensor_file, "safe_open", unpickling(tensor_file.safe_open)),
     (weight_files, "safe_open", unpickling(weight_files.safe_open)),
-    (configs, "document", unpickling(configs.document)),
+    (configs, "read_json", unpickling(configs.read_json)),
     (tokenizer, "read_file", unpickling(tokenizer.read_file)),
     (torch, "load", lambda path, **words: LOAD(path, **{**words, "weights_only": False, "mmap": False})),
     (store, "_read", lambda content, path: unpickling(lambda path: READ(content, path))(path)),
@@ -106,7 +106,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
     "a recipe by itself": (
         attacks.PATHS,
         ["a checkpoint's recipe that extends another"],
-        [(resolve, "saved", lambda document, where: resolve.load(where))],
+        [(resolve, "parse_saved", lambda document, where: resolve.load(where))],
     ),
     "plain names in an index": (
         attacks.PATHS,
@@ -136,17 +136,17 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
         ],
         SAYS,
     ),
-    "names of keys": (shown.TERMINALS, ["in the name of a recipe"], [*SAYS, (yaml_nodes, "name_of", str)]),
+    "names of keys": (shown.TERMINALS, ["in the name of a recipe"], [*SAYS, (yaml_nodes, "display_key", str)]),
     "escaped pages": (shown.PAGES, [*shown.PAGES][:2], [(html_page, "_text", same)]),
     "no environment": (
         shown.SECRETS,
         ["HF_TOKEN while training"],
-        [(trainer, "machine", lambda runtime: {**MACHINE(runtime), "environment": dict(os.environ)})],
+        [(trainer, "machine_info", lambda context: {**MACHINE(context), "environment": dict(os.environ)})],
     ),
     "no password": (
         shown.SECRETS,
         ["a password in a URL"],
-        [(credentials, "problem", lambda place: None)],
+        [(credentials, "find_credentials", lambda place: None)],
     ),
 }
 """By the guard: the attacks that succeed when it is taken out, and how it is."""

@@ -14,7 +14,7 @@ import torch
 from forked import Done, faults, refused
 
 from switchcli.checkpoint.checkpoint import save
-from switchcli.checkpoint.saved_state import Saved
+from switchcli.checkpoint.saved_state import SavedState
 from switchcli.errors import DataError
 from switchcli.recipe import messages
 from switchcli.train.state import TrainState
@@ -73,7 +73,7 @@ def test_keys_that_are_not_named_are_counted(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_state_that_is_taken_as_it_comes_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Saved, "read", lambda text: Saved.model_construct(**json.loads(text)))
+    monkeypatch.setattr(SavedState, "read", lambda text: SavedState.model_construct(**json.loads(text)))
     state = TrainState(step=8)
     state.note({"score": -1.0})
     documents = {"state.json": state.to_json({})}

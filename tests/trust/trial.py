@@ -22,10 +22,10 @@ from conftest import RECIPE, WORDS, lay_out_tuning
 from drill import ended, fingerprint, leftovers, start
 from faulty_files import FaultyFiles, LossyFiles, kill
 
-from switchcli.checkpoint.fsops import Disk, Files
+from switchcli.checkpoint.fsops import DiskOperations, FileOperations
 
 OPERATIONS = ("make_dir", "write", "sync", "rename", "remove_tree")
-REAL: Files = type("Real", (), {name: vars(Disk)[name] for name in OPERATIONS})()
+REAL: FileOperations = type("Real", (), {name: vars(DiskOperations)[name] for name in OPERATIONS})()
 """The disk as it is before `put_under` has a run use another."""
 STEPS = 6
 SETTINGS = ["checkpoint.save_every_steps=2", "log.every_steps=1", "eval.every_steps=2"]
@@ -166,10 +166,10 @@ def _trial(command: list[str], verb: str = "pretrain") -> Trial:
 # What is done to a disk from within a run
 
 
-def put_under(files: Files) -> None:
+def put_under(files: FileOperations) -> None:
     """Have every save of this process go to `files`."""
     for name in OPERATIONS:
-        setattr(Disk, name, lambda self, *arguments, _name=name: getattr(files, _name)(*arguments))
+        setattr(DiskOperations, name, lambda self, *arguments, _name=name: getattr(files, _name)(*arguments))
 
 
 class Beside:

@@ -27,7 +27,7 @@ from switchcli.model import layers
 from switchcli.model.moe import experts
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.report.console import silent
-from switchcli.runs.loading import load
+from switchcli.runs.loading import load_checkpoint
 from switchcli.train import loop
 from switchcli.train.metrics import Metrics
 from switchcli.train.microbatches import Microbatch, RealTokens
@@ -204,7 +204,7 @@ def noting(run: Path, strike: tuple[int, signal.Signals] | None, *, inputs: bool
         objective: loop.Objective,
         microbatches: list[Microbatch],
         real: RealTokens,
-        runtime: loop.Runtime,
+        context: loop.DistributedContext,
         seed: str,
     ) -> Metrics:
         step = int(seed.split("/")[1])
@@ -215,7 +215,7 @@ def noting(run: Path, strike: tuple[int, signal.Signals] | None, *, inputs: bool
                 digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in micro.batch[:2])).hexdigest()
                 file.write(f"{step} {micro.number} {digest}\n")
         seen.clear()
-        metrics = accumulate(model, objective, microbatches, real, runtime, seed)
+        metrics = accumulate(model, objective, microbatches, real, context, seed)
         each = len(seen) // len(microbatches)
         for number, micro in enumerate(microbatches if inputs else ()):
             calls = {str(call): seen[number * each + call] for call in range(each)}
@@ -245,7 +245,7 @@ def rates(run: Path) -> list[float]:
 @torch.no_grad()
 def agreement(one: Path, other: Path) -> float:
     """The share of tokens, of all sparse layers, that have the same first expert."""
-    models = [load(run, torch.device("cpu"), silent()).model for run in (one, other)]
+    models = [load_checkpoint(run, torch.device("cpu"), silent()).model for run in (one, other)]
     draw = torch.Generator().manual_seed(0)
     tokens = [torch.randint(2, models[0].spec.vocab_size, (64, length), generator=draw) for length in (32, 16)]
     first: list[list[torch.Tensor]] = [[], []]

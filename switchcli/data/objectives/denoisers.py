@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from switchcli.data.objectives.example_packing import laid_out, ranges
+from switchcli.data.objectives.example_packing import concatenated_ranges, pad_rows
 from switchcli.data.objectives.span_corruption import (
     Corrupt,
     Draws,
     Ids,
-    Lengths,
     SpanCorruption,
-    enough_sentinels,
-    hide_spans,
-    most_raw_tokens,
+    SpanCounts,
+    corrupt_spans,
+    get_sentinels,
+    max_raw_tokens,
 )
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
@@ -46,7 +46,7 @@ class PrefixLanguageModel(Spec):
     @model_validator(mode="after")
     def _can_be_parted(self) -> Self:
         most = self.inputs_length + self.targets_length - 2
-        if self.raw_length > most:
+        if self.raw_tokens_per_row > most:
             raise ValueError(
                 f"text_length ({self.text_length}) must be at most {most}, what inputs_length ({self.inputs_length}) "
                 f"and targets_length ({self.targets_length}) hold beside an EOS each"
@@ -54,7 +54,7 @@ class PrefixLanguageModel(Spec):
         return self
 
     @property
-    def raw_length(self) -> int:
+    def raw_tokens_per_row(self) -> int:
         return self.text_length or self.inputs_length + self.targets_length - 2
 
     @property
@@ -66,13 +66,13 @@ class PrefixLanguageModel(Spec):
 
     def corrupt(self, raw_RL: Ids, draws: Draws) -> tuple[Ids, Ids]:
         """Inputs [R, inputs_length] and targets [R, targets_length] of raw ids [R, raw_length]."""
-        length, row_R = self.raw_length, np.arange(len(raw_RL))
+        length, row_R = self.raw_tokens_per_row, np.arange(len(raw_RL))
         shortest, longest = max(1, length - self.targets_length + 1), min(length, self.inputs_length) - 1
         prefix_R = shortest + (draws[:, 0] % np.uint64(longest - shortest + 1)).astype(np.int64)
         given_RL = np.arange(length) < prefix_R[:, None]
         return (
-            laid_out(raw_RL[given_RL], prefix_R, row_R, (len(raw_RL), self.inputs_length)),
-            laid_out(raw_RL[~given_RL], length - prefix_R, row_R, (len(raw_RL), self.targets_length)),
+            pad_rows(raw_RL[given_RL], prefix_R, row_R, (len(raw_RL), self.inputs_length)),
+            pad_rows(raw_RL[~given_RL], length - prefix_R, row_R, (len(raw_RL), self.targets_length)),
         )
 
 
@@ -87,8 +87,8 @@ class Denoiser(Spec):
     rate: float = Field(default=1.0, gt=0.0)
     """How often it is taken, next to the others' rates."""
 
-    def lengths(self, raw_length: int) -> Lengths:
-        return Lengths.of(raw_length, self.noise_density, self.mean_span_length)
+    def lengths(self, raw_length: int) -> SpanCounts:
+        return SpanCounts.of(raw_length, self.noise_density, self.mean_span_length)
 
 
 class Denoisers(Spec):
@@ -120,27 +120,27 @@ class Denoisers(Spec):
                 f"prompt_tokens ({self.prompt_tokens})"
             )
         for one in self.denoisers:
-            one.lengths(self.raw_length).check(one.noise_density, one.mean_span_length)
+            one.lengths(self.raw_tokens_per_row).check(one.noise_density, one.mean_span_length)
         return self
 
     @cached_property
-    def raw_length(self) -> int:
+    def raw_tokens_per_row(self) -> int:
         room = self.inputs_length - self.prompt_tokens
-        return most_raw_tokens(lambda length: all(one.lengths(length).inputs <= room for one in self.denoisers))
+        return max_raw_tokens(lambda length: all(one.lengths(length).inputs <= room for one in self.denoisers))
 
     @property
     def targets_length(self) -> int:
         """Of the denoiser that hides most: the others' targets are padded."""
-        return max(one.lengths(self.raw_length).targets for one in self.denoisers)
+        return max(one.lengths(self.raw_tokens_per_row).targets for one in self.denoisers)
 
     @property
     def num_draws(self) -> int:
         """One for the choice of a denoiser, the others as in span corruption."""
-        return self.raw_length - 1
+        return self.raw_tokens_per_row - 1
 
     @property
     def num_sentinels(self) -> int:
-        return max(one.lengths(self.raw_length).num_spans for one in self.denoisers)
+        return max(one.lengths(self.raw_tokens_per_row).num_spans for one in self.denoisers)
 
     def build(self, tokenizer: Tokenizer) -> Corrupt:
         """Raises DataError when prompts are longer than their room or not told apart, or sentinels are too few."""
@@ -158,7 +158,7 @@ class Denoisers(Spec):
                 "same ids: take other prompts, of characters that it knows"
             )
         prompts = [np.array(ids[one.prompt], dtype=np.int64) for one in self.denoisers]
-        sentinels = enough_sentinels(tokenizer, self.num_sentinels)
+        sentinels = get_sentinels(tokenizer, self.num_sentinels)
         return partial(self.corrupt, sentinels=sentinels, prompts=prompts)
 
     def corrupt(self, raw_RL: Ids, draws: Draws, sentinels: Ids, prompts: Sequence[Ids]) -> tuple[Ids, Ids]:
@@ -167,19 +167,19 @@ class Denoisers(Spec):
         `prompts` are the ids of each denoiser's.
         """
         denoiser_R, row_R = self.choose(draws[:, 0]), np.arange(len(raw_RL))
-        share_D3 = np.array([one.lengths(self.raw_length) for one in self.denoisers])
+        share_D3 = np.array([one.lengths(self.raw_tokens_per_row) for one in self.denoisers])
         first_R = row_R * self.num_draws + 1
-        hidden = hide_spans(raw_RL.ravel(), share_D3[denoiser_R], draws.ravel(), first_R, sentinels)
+        hidden = corrupt_spans(raw_RL.ravel(), share_D3[denoiser_R], draws.ravel(), first_R, sentinels)
         length_D = np.array([len(prompt) for prompt in prompts])
         prompt_R = length_D[denoiser_R]
         prompted = np.insert(
             hidden.inputs,
             np.repeat(np.cumsum(hidden.inputs_X) - hidden.inputs_X, prompt_R),
-            np.concatenate(prompts)[ranges((np.cumsum(length_D) - length_D)[denoiser_R], prompt_R)],
+            np.concatenate(prompts)[concatenated_ranges((np.cumsum(length_D) - length_D)[denoiser_R], prompt_R)],
         )
         return (
-            laid_out(prompted, prompt_R + hidden.inputs_X, row_R, (len(raw_RL), self.inputs_length)),
-            laid_out(hidden.targets, hidden.targets_X, row_R, (len(raw_RL), self.targets_length)),
+            pad_rows(prompted, prompt_R + hidden.inputs_X, row_R, (len(raw_RL), self.inputs_length)),
+            pad_rows(hidden.targets, hidden.targets_X, row_R, (len(raw_RL), self.targets_length)),
         )
 
     def choose(self, draws: Draws) -> NDArray[np.int64]:

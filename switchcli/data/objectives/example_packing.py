@@ -19,19 +19,19 @@ OPEN_ROWS = 32
 """Rows that wait for an example that fits: more pack closer and take longer."""
 
 
-class Lengths(NamedTuple):
+class RowLengths(NamedTuple):
     """What a row has room for, in tokens."""
 
     inputs: int
     targets: int
 
 
-class Packed(NamedTuple):
+class PackedExamples(NamedTuple):
     """Which examples share a row, for the whole of a run. An example is cut where it is longer than a row."""
 
     inputs: TokenStore
     targets: TokenStore
-    lengths: Lengths
+    lengths: RowLengths
     example_X: NDArray[np.int64]
     """The examples, row by row."""
     end_R: NDArray[np.int64]
@@ -51,7 +51,7 @@ class Packed(NamedTuple):
         """Inputs [R, S] and targets [R, T] of some rows, int64, padded at the end."""
         start_R = np.concatenate([[0], self.end_R[:-1]])[row_R]
         count_R = self.end_R[row_R] - start_R
-        example_X = self.example_X[ranges(start_R, count_R)]
+        example_X = self.example_X[concatenated_ranges(start_R, count_R)]
         place_X = np.repeat(np.arange(len(row_R)), count_R)
         inputs, targets = (
             _rows_of(store, example_X, place_X, (len(row_R), length))
@@ -60,7 +60,7 @@ class Packed(NamedTuple):
         return inputs, targets
 
 
-def pack(inputs: TokenStore, targets: TokenStore, lengths: Lengths, seed: int) -> Packed:
+def pack(inputs: TokenStore, targets: TokenStore, lengths: RowLengths, seed: int) -> PackedExamples:
     """Pack all examples, in a random order: each into the first of the open rows that has room for it."""
     needs = np.stack([np.diff(store.offsets) for store in (inputs, targets)], axis=1)
     needs = np.minimum(needs, np.array(lengths))
@@ -75,36 +75,38 @@ def pack(inputs: TokenStore, targets: TokenStore, lengths: Lengths, seed: int) -
             row = _Row(lengths)
             open_rows.append(row)
         row.add(int(example), source, target)
-    return packed_as(inputs, targets, lengths, [row.examples for row in full + open_rows])
+    return pack_as_given(inputs, targets, lengths, [row.examples for row in full + open_rows])
 
 
-def packed_as(inputs: TokenStore, targets: TokenStore, lengths: Lengths, rows: Sequence[Sequence[int]]) -> Packed:
+def pack_as_given(
+    inputs: TokenStore, targets: TokenStore, lengths: RowLengths, rows: Sequence[Sequence[int]]
+) -> PackedExamples:
     """Rows of examples as they are given."""
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
     examples = np.array([example for row in rows for example in row], dtype=np.int64)
-    return Packed(inputs, targets, lengths, examples, ends)
+    return PackedExamples(inputs, targets, lengths, examples, ends)
 
 
-def store_of(texts: Iterable[NDArray[np.int64]]) -> TokenStore:
+def store_from_texts(texts: Iterable[NDArray[np.int64]]) -> TokenStore:
     """A store in memory of ids, EOS after each text."""
-    return store_of_ids([np.append(ids, EOS) for ids in texts])
+    return store_from_ids([np.append(ids, EOS) for ids in texts])
 
 
-def store_of_ids(texts: Sequence[NDArray[np.int64]]) -> TokenStore:
+def store_from_ids(texts: Sequence[NDArray[np.int64]]) -> TokenStore:
     """The same as they are; a text without ids is none."""
     found = [ids.astype(np.uint32) for ids in texts if len(ids)]
     offsets = np.cumsum([0, *map(len, found)], dtype=np.int64)
     return TokenStore(np.concatenate([np.zeros(0, np.uint32), *found]), offsets)
 
 
-def ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+def concatenated_ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
     """start[0], start[0] + 1, ... for count[0] of them, then start[1], ..."""
     before = np.cumsum(count) - count
     return np.repeat(start - before, count) + np.arange(count.sum())
 
 
 class _Row:
-    def __init__(self, lengths: Lengths) -> None:
+    def __init__(self, lengths: RowLengths) -> None:
         self.source, self.target = lengths
         self.examples: list[int] = []
 
@@ -120,10 +122,10 @@ def _rows_of(
     """The examples, each in the row that `place_X` says; what is longer than a row is cut."""
     start_X = store.offsets[example_X]
     length_X = np.minimum(store.offsets[example_X + 1] - start_X, shape[1]) - 1
-    return laid_out(store.take(ranges(start_X, length_X)), length_X, place_X, shape)
+    return pad_rows(store.gather(concatenated_ranges(start_X, length_X)), length_X, place_X, shape)
 
 
-def laid_out(
+def pad_rows(
     ids: NDArray[np.integer], length_X: NDArray[np.int64], row_X: NDArray[np.int64], shape: tuple[int, int]
 ) -> NDArray[np.int64]:
     """Texts, which lie end to end in `ids`, each in its row of ascending `row_X` with EOS behind it; padded."""
@@ -131,6 +133,6 @@ def laid_out(
     first = np.searchsorted(row_X, np.arange(shape[0]))
     place_X = row_X * shape[1] + behind_X - np.append(behind_X, 0)[first][row_X]
     out = np.full(shape, PAD, dtype=np.int64)
-    out.reshape(-1)[ranges(place_X, length_X)] = ids
+    out.reshape(-1)[concatenated_ranges(place_X, length_X)] = ids
     out.reshape(-1)[place_X + length_X] = EOS
     return out

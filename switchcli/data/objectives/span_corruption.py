@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from switchcli.data.objectives.example_packing import laid_out, ranges
+from switchcli.data.objectives.example_packing import concatenated_ranges, pad_rows
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 from switchcli.spec import MOST, Spec
@@ -34,7 +34,7 @@ Corrupt = Callable[[Ids, Draws], tuple[Ids, Ids]]
 """`(raw_RL, draws)`: inputs [R, S] and targets [R, T], int64, padded with 0, of raw ids and uniform numbers."""
 
 
-class Lengths(NamedTuple):
+class SpanCounts(NamedTuple):
     """How the tokens of a text are shared out."""
 
     num_kept: int
@@ -82,7 +82,7 @@ def _rounded(x: float) -> int:
     return round(float(np.float32(x)))
 
 
-def most_raw_tokens(fits: Callable[[int], bool]) -> int:
+def max_raw_tokens(fits: Callable[[int], bool]) -> int:
     """Return the most raw tokens, at least 2, that fit. More tokens never make shorter inputs.
 
     Raises ValueError where more than MAX_RAW fit, as when nearly all tokens are hidden.
@@ -109,56 +109,56 @@ class SpanCorruption(Spec):
 
     @model_validator(mode="after")
     def _spans_fit(self) -> Self:
-        self._lengths(self.raw_length).check(self.noise_density, self.mean_span_length)
+        self._lengths(self.raw_tokens_per_row).check(self.noise_density, self.mean_span_length)
         return self
 
-    def _lengths(self, raw_length: int) -> Lengths:
-        return Lengths.of(raw_length, self.noise_density, self.mean_span_length)
+    def _lengths(self, raw_length: int) -> SpanCounts:
+        return SpanCounts.of(raw_length, self.noise_density, self.mean_span_length)
 
     @cached_property
-    def raw_length(self) -> int:
+    def raw_tokens_per_row(self) -> int:
         """The most raw tokens whose corrupted form fits `inputs_length`: 568 for 512.
 
         # Deviates: T5's helper counts in float64 here, though its masks count in float32. At other noise than the
         # default a text may then be one token longer or shorter, and T5 cuts or pads the row.
         """
-        length = most_raw_tokens(lambda length: self._lengths(length).inputs <= self.inputs_length)
+        length = max_raw_tokens(lambda length: self._lengths(length).inputs <= self.inputs_length)
         lengths = self._lengths(length)
         # T5: at half noise the rounding may favour the targets by one token; the inputs are to be the longer.
         return length - 1 if self.noise_density == 0.5 and lengths.targets > lengths.inputs and length > 2 else length
 
     @property
     def num_noise(self) -> int:
-        return self._lengths(self.raw_length).num_noise
+        return self._lengths(self.raw_tokens_per_row).num_noise
 
     @property
     def num_sentinels(self) -> int:
         """Sentinels that a row needs: one for each hidden span."""
-        return self._lengths(self.raw_length).num_spans
+        return self._lengths(self.raw_tokens_per_row).num_spans
 
     @property
     def targets_length(self) -> int:
         """Tokens of a target row, sentinels and EOS included: 114 for 512."""
-        return self._lengths(self.raw_length).targets
+        return self._lengths(self.raw_tokens_per_row).targets
 
     @property
     def num_draws(self) -> int:
         """Random numbers that a row takes: one for each place where a segment may be cut."""
-        return self.raw_length - 2
+        return self.raw_tokens_per_row - 2
 
-    def shares(self, length_X: Ids) -> Ids:
+    def span_counts(self, length_X: Ids) -> Ids:
         """Kept tokens, hidden ones and spans [X, 3] of texts of 2 to `raw_length` tokens."""
-        return self._shares[length_X]
+        return self._span_counts_by_length[length_X]
 
     @cached_property
-    def _shares(self) -> Ids:
+    def _span_counts_by_length(self) -> Ids:
         # A short text may leave fewer tokens to part its spans than they are.
-        found = [self._lengths(length) for length in range(2, self.raw_length + 1)]
+        found = [self._lengths(length) for length in range(2, self.raw_tokens_per_row + 1)]
         return np.array([(0, 0, 0)] * 2 + [(kept, noise, min(kept, spans)) for kept, noise, spans in found])
 
     def build(self, tokenizer: Tokenizer) -> Corrupt:
         """Raises DataError when the tokenizer has fewer sentinels than a row needs."""
-        return partial(self.corrupt, sentinels=enough_sentinels(tokenizer, self.num_sentinels))
+        return partial(self.corrupt, sentinels=get_sentinels(tokenizer, self.num_sentinels))
 
     def corrupt(self, raw_RL: Ids, draws: Draws, sentinels: Ids) -> tuple[Ids, Ids]:
         """Inputs [R, inputs_length] and targets [R, targets_length], int64, padded with 0, of raw ids [R, raw_length].
@@ -167,15 +167,15 @@ class SpanCorruption(Spec):
         ids in order of use.
         """
         row_R = np.arange(len(raw_RL))
-        share_R3 = np.tile(self._lengths(self.raw_length), (len(raw_RL), 1))
-        hidden = hide_spans(raw_RL.ravel(), share_R3, draws.ravel(), row_R * self.num_draws, sentinels)
+        share_R3 = np.tile(self._lengths(self.raw_tokens_per_row), (len(raw_RL), 1))
+        hidden = corrupt_spans(raw_RL.ravel(), share_R3, draws.ravel(), row_R * self.num_draws, sentinels)
         return (
-            laid_out(hidden.inputs, hidden.inputs_X, row_R, (len(raw_RL), self.inputs_length)),
-            laid_out(hidden.targets, hidden.targets_X, row_R, (len(raw_RL), self.targets_length)),
+            pad_rows(hidden.inputs, hidden.inputs_X, row_R, (len(raw_RL), self.inputs_length)),
+            pad_rows(hidden.targets, hidden.targets_X, row_R, (len(raw_RL), self.targets_length)),
         )
 
 
-class Hidden(NamedTuple):
+class CorruptedTexts(NamedTuple):
     """Corrupted texts end to end, without EOS, and how many tokens each has."""
 
     inputs: Ids
@@ -184,22 +184,25 @@ class Hidden(NamedTuple):
     targets_X: Ids
 
 
-def hide_spans(raw: Ids, share_X3: Ids, draws: Draws, first_X: Ids, sentinels: Ids) -> Hidden:
+def corrupt_spans(raw: Ids, share_X3: Ids, draws: Draws, first_X: Ids, sentinels: Ids) -> CorruptedTexts:
     """Corrupt texts that lie end to end in `raw`, each of kept and hidden tokens and spans as `share_X3` says.
 
     Kept and hidden segments are cut independently, each way of cutting into non-empty ones being equally likely; they
     alternate, a kept one first. A text of N tokens takes N - 2 of the `draws`, from `first_X` on.
     """
     kept_X, noise_X, spans_X = share_X3.T
-    kept, noise = _cut(draws, first_X, kept_X, spans_X), _cut(draws, first_X + kept_X - 1, noise_X, spans_X)
+    kept, noise = (
+        _segment_lengths(draws, first_X, kept_X, spans_X),
+        _segment_lengths(draws, first_X + kept_X - 1, noise_X, spans_X),
+    )
     hidden = np.repeat(np.tile([False, True], len(kept)), np.stack([kept, noise], axis=1).ravel())
-    marks = sentinels[ranges(np.zeros_like(spans_X), spans_X)]
-    return Hidden(
+    marks = sentinels[concatenated_ranges(np.zeros_like(spans_X), spans_X)]
+    return CorruptedTexts(
         _replace_spans(raw, hidden, marks), kept_X + spans_X, _replace_spans(raw, ~hidden, marks), noise_X + spans_X
     )
 
 
-def enough_sentinels(tokenizer: Tokenizer, number: int) -> Ids:
+def get_sentinels(tokenizer: Tokenizer, number: int) -> Ids:
     """The tokenizer's sentinels. Raises DataError when there are fewer."""
     if len(tokenizer.sentinels) < number:
         raise DataError(
@@ -209,7 +212,7 @@ def enough_sentinels(tokenizer: Tokenizer, number: int) -> Ids:
     return tokenizer.sentinels
 
 
-def _cut(draws: Draws, first_X: Ids, items_X: Ids, segments_X: Ids) -> Ids:
+def _segment_lengths(draws: Draws, first_X: Ids, items_X: Ids, segments_X: Ids) -> Ids:
     """Random lengths >= 1 of each text's segments, which add up to its items: cut where its N - 1 draws are least."""
     place, cuts_X, start_X = np.arange(items_X.max(initial=1) - 1), segments_X - 1, np.cumsum(items_X) - items_X
     least = draws.take(first_X[:, None] + place, mode="clip")

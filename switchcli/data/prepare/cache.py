@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from switchcli import publish
-from switchcli.data.prepare.store import facts_of, is_whole
+from switchcli.data.prepare.store import is_complete, read_manifest
 from switchcli.errors import RecipeError, disk_errors
 
 PARTIAL = ".partial-"
@@ -30,20 +30,20 @@ def default_cache() -> Path:
 
 
 @contextmanager
-def cached(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
+def get_or_build(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
     """Have `folder` in the cache, whole: if it is not, `build` makes and seals it at the path that it is given.
 
     Raises:
         CheckpointError: what the disk refuses, from within too.
     """
     with disk_errors(folder.parents[1], ELSEWHERE):
-        sweep(folder.parent)
-        if not is_whole(folder):
-            make(folder, build)
+        remove_stale(folder.parent)
+        if not is_complete(folder):
+            build_atomically(folder, build)
         yield
 
 
-def make(folder: Path, build: Callable[[Path], None]) -> None:
+def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
     """Let `build` make a folder elsewhere, and give it its name. An equal folder that is there already stays instead.
 
     Callers `sweep` the parent before: once, and not for each of its many pieces.
@@ -61,12 +61,12 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         yield scratch
 
 
-def sweep(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Remove the unfinished folders that killed processes of this machine left in `folder`.
 
     Those of other machines stay: a network file system may keep locks from them.
     """
-    publish.remove_dead_of(folder, publish.form_of(_prefix()))
+    publish.remove_stale_in(folder, publish.temporary_name_pattern(_prefix()))
 
 
 def _prefix() -> str:
@@ -81,11 +81,11 @@ def _publish(scratch: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if not is_whole(folder) or _said(folder) != _said(scratch / "built"):
+        if not is_complete(folder) or _said(folder) != _said(scratch / "built"):
             folder.rename(scratch / "damaged")
             (scratch / "built").rename(folder)
 
 
 def _said(folder: Path) -> dict[str, object]:
     """What a folder is of: a vocabulary that is trained twice need not be the same, byte for byte."""
-    return {**(facts_of(folder) or {}), "files": None}
+    return {**(read_manifest(folder) or {}), "files": None}

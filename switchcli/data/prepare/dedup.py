@@ -55,7 +55,7 @@ class Duplicates(Spec):
         return keys_BD.T
 
 
-def kept(
+def first_occurrences(
     signatures: Sequence[Keys], track: Callable[[range], Iterable[int]] = lambda bands: bands
 ) -> list[NDArray[np.bool_]]:
     """Return for each piece a mask [D] of the documents that share no key, in the same band, with an earlier one.

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
-from switchcli.data.sources.io_errors import refusals
+from switchcli.data.sources.io_errors import data_errors
 from switchcli.errors import DataError
 
 WHOLE_BYTES: Final = 2**34
@@ -90,7 +90,7 @@ class Digests:
 
         Samples do not cover the whole content, so that those digests hold the time of modification too.
         """
-        with refusals("data: a file cannot be read", "check that it is there and may be read"):
+        with data_errors("data: a file cannot be read", "check that it is there and may be read"):
             stats = {path: FileStat.of(path.stat()) for path in paths}
         kind = "samples" if self._sampled and sum(stat.size for stat in stats.values()) > WHOLE_BYTES else "sha256"
         names = {path: f"{kind}:{path.absolute()}" for path in paths}
@@ -146,7 +146,7 @@ class Digests:
         if not paths:
             return {}
         with (
-            refusals("data: a file cannot be read", "check that it is there and may be read"),
+            data_errors("data: a file cannot be read", "check that it is there and may be read"),
             ThreadPoolExecutor(min(8, len(paths), os.cpu_count() or 1)) as pool,  # hashing releases the interpreter
         ):
             found = pool.map(lambda path: _digest(path, kind), paths)

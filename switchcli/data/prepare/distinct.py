@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.prepare.dedup import Duplicates, kept
+from switchcli.data.prepare.dedup import Duplicates, first_occurrences
 from switchcli.data.prepare.digests import Track
-from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, Text, seal_text
-from switchcli.data.prepare.store import Shard, ShardFacts, StoreWriter
+from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, PreparedText, write_text_manifest
+from switchcli.data.prepare.store import ShardManifest, StoreWriter, TokenShard
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 
 def find_distinct(
-    texts: Sequence[Text], duplicates: Duplicates, scratch: Path, track: Track
+    texts: Sequence[PreparedText], duplicates: Duplicates, scratch: Path, track: Track
 ) -> list[list[NDArray[np.bool_]]]:
     """Return for each text which documents are no duplicate of an earlier one, as a mask [D] for each of its shards.
 
@@ -32,18 +32,23 @@ def find_distinct(
     with file.open("wb") as keys_file:
         for text, shard in track(shards, "looking for duplicates, in shards", len(shards)):
             store = shard.open()
-            keys_BD = duplicates.signatures(store.take(slice(None)), store.offsets).T
+            keys_BD = duplicates.signatures(store.gather(slice(None)), store.offsets).T
             keys_file.write(np.ascontiguousarray(keys_BD).data)
             ends.append(ends[-1] + keys_BD.size)
             text.check()  # now, not at the end: a shard that was not checked since it was read is held open
     all_keys = np.memmap(file, np.uint64, "r") if ends[-1] else np.zeros(0, np.uint64)  # an empty file has no mapping
     keys = [all_keys[first:end].reshape(duplicates.num_keys, -1).T for first, end in pairwise(ends)]
-    masks = iter(kept(keys, lambda bands: track(bands, "comparing their keys, in bands", len(bands))))
+    masks = iter(first_occurrences(keys, lambda bands: track(bands, "comparing their keys, in bands", len(bands))))
     return [[next(masks) for _ in _shards(text)] for text in texts]
 
 
 def write_distinct(
-    text: Text, stays: Sequence[NDArray[np.bool_]], reason: str, tokenizer: Tokenizer, folder: Path, track: Track
+    text: PreparedText,
+    stays: Sequence[NDArray[np.bool_]],
+    reason: str,
+    tokenizer: Tokenizer,
+    folder: Path,
+    track: Track,
 ) -> None:
     """Write the documents of `text` that stay, in shards as they were. `stays` is from `find_distinct`.
 
@@ -51,7 +56,7 @@ def write_distinct(
     """
     folder.mkdir()
     arrays: dict[str, object] = {}
-    facts: dict[str, list[ShardFacts]] = {TRAIN: [], HELD_OUT: []}
+    facts: dict[str, list[ShardManifest]] = {TRAIN: [], HELD_OUT: []}
     dropped = Counter(text.dropped)
     shards = track(_shards(text), "leaving duplicates out, in shards", len(stays))
     for (part, shard), stays_D in zip(shards, stays, strict=True):
@@ -59,7 +64,7 @@ def write_distinct(
         length_D = np.diff(store.offsets)
         name = f"{part}-{len(facts[part]):05}"
         with StoreWriter(folder, name, tokenizer.vocab_size) as writer:
-            writer.add_all(store.take(np.flatnonzero(np.repeat(stays_D, length_D))), length_D[stays_D])
+            writer.add_all(store.gather(np.flatnonzero(np.repeat(stays_D, length_D))), length_D[stays_D])
         arrays |= writer.arrays
         tokens = int(length_D[stays_D].sum())
         counts = text.counts[part]
@@ -67,8 +72,8 @@ def write_distinct(
         facts[part].append({"name": name, "documents": int(stays_D.sum()), "tokens": tokens, "bytes": num_bytes})
         dropped[reason] += int((~stays_D).sum())
     text.check()
-    seal_text(folder, facts, dropped, tokenizer.sha256, arrays)
+    write_text_manifest(folder, facts, dropped, tokenizer.sha256, arrays)
 
 
-def _shards(text: Text) -> list[tuple[str, Shard]]:
+def _shards(text: PreparedText) -> list[tuple[str, TokenShard]]:
     return [(part, shard) for part in (HELD_OUT, TRAIN) for shard in text.shards[part]]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from switchcli.data.config import DataSpec
-from switchcli.data.prepare.cache import ELSEWHERE, cached, make, scratch_folder, sweep
+from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, get_or_build, remove_stale, scratch_folder
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.digests import Digests, Track
 from switchcli.data.prepare.distinct import find_distinct, write_distinct
@@ -27,22 +27,22 @@ from switchcli.data.prepare.prepared_text import (
     LAYOUT,
     PARTS,
     TRAIN,
-    Text,
+    PreparedText,
     is_large,
-    num_bytes,
-    open_text,
-    seal_text,
+    manifest_bytes,
+    open_prepared_text,
+    write_text_manifest,
 )
-from switchcli.data.prepare.shards import Job, Progress, build, cut_up
+from switchcli.data.prepare.shards import PrepareProgress, TokenizeJob, split_text, tokenize_shards
 from switchcli.data.prepare.store import (
-    ShardFacts,
+    ShardManifest,
     ShardWriter,
     digest_of,
-    facts_of,
     has_sizes,
-    is_true,
-    is_whole,
-    seal,
+    is_complete,
+    matches_identity,
+    read_manifest,
+    write_manifest,
 )
 from switchcli.data.sources.corpus import Corpus
 from switchcli.data.sources.document import Document, is_held_out
@@ -53,20 +53,20 @@ PROCESSES_FROM = 2**23
 """Bytes of sources from which more than one process pays."""
 
 
-class Shown(Protocol):
+class ShowProgress(Protocol):
     """Shows how far a preparation is, of so many pieces and bytes; within, the progress is told as it changes."""
 
     def __call__(
         self, label: str, pieces: int, size: int | None, /
-    ) -> AbstractContextManager[Callable[[Progress], None]]: ...
+    ) -> AbstractContextManager[Callable[[PrepareProgress], None]]: ...
 
 
-class Means(NamedTuple):
+class PrepareContext(NamedTuple):
     """What preparing is done with."""
 
     cache: Path
     track: Track
-    show: Shown
+    show: ShowProgress
     processes: int | None = None
     """At once; None: as many as there are processors, where it pays."""
     share: tuple[int, int] = (0, 1)
@@ -81,11 +81,11 @@ class Means(NamedTuple):
     """Digests of the sources, one object for all that one command prepares; see `with_digests`."""
 
 
-class Prepared(NamedTuple):
+class PreparedTexts(NamedTuple):
     """What training reads."""
 
     tokenizer: Tokenizer
-    texts: Mapping[str, Text]
+    texts: Mapping[str, PreparedText]
     """The texts by label; see `DataSpec.texts`."""
 
     @property
@@ -101,7 +101,7 @@ class Prepared(NamedTuple):
             text.check()
 
 
-def with_digests(spec: DataSpec, means: Means) -> Means:
+def with_digests(spec: DataSpec, means: PrepareContext) -> PrepareContext:
     """Return `means` with the digests of the sources of `spec`, which further calls then share."""
     if means.digests is not None:
         return means
@@ -110,7 +110,7 @@ def with_digests(spec: DataSpec, means: Means) -> Means:
     return means._replace(digests=digests)
 
 
-def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(spec: DataSpec, means: PrepareContext, tokenizer: Tokenizer | None = None) -> PreparedTexts:
     """The spec's texts as ids, from the cache where they are there already.
 
     `tokenizer` takes the place of the spec's, for a model trained with it. Raises DataError for anything wrong with the
@@ -119,23 +119,23 @@ def prepare(spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None) ->
     used, texts = prepare_share(spec, means, tokenizer)
     complete = {label: text for label, text in texts.items() if text is not None}
     assert len(complete) == len(texts), "all shares"
-    return Prepared(used, complete)
+    return PreparedTexts(used, complete)
 
 
 def prepare_share(
-    spec: DataSpec, means: Means, tokenizer: Tokenizer | None = None
-) -> tuple[Tokenizer, dict[str, Text | None]]:
+    spec: DataSpec, means: PrepareContext, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, dict[str, PreparedText | None]]:
     """Do as `prepare` with this machine's share of the pieces: a text is None while others' are not there.
 
     With `data.duplicates` a text depends on those before it, and is None while one of them is.
     """
     means = with_digests(spec, means)
-    used = tokenizer or vocabulary(spec, means)
+    used = tokenizer or load_tokenizer(spec, means)
     means.accept(used)
     folder = means.cache / "tokenizers" / used.sha256[:32]
-    with cached(folder, lambda built: _write(built, used)):
+    with get_or_build(folder, lambda built: _write(built, used)):
         file = folder / "tokenizer.json"
-    texts: dict[str, Text | None] = {}
+    texts: dict[str, PreparedText | None] = {}
 
     def make_missing() -> None:
         for label, corpora in spec.texts().items():
@@ -146,7 +146,7 @@ def prepare_share(
     make_missing()
     if (duplicates := spec.duplicates) is not None:
         make_missing()  # meanwhile another machine may have made the last piece of one
-        complete: dict[str, Text] = {}
+        complete: dict[str, PreparedText] = {}
         for label, text in texts.items():
             if text is None:
                 break
@@ -158,22 +158,22 @@ def prepare_share(
     return used, texts
 
 
-def vocabulary(spec: DataSpec, means: Means) -> Tokenizer:
+def load_tokenizer(spec: DataSpec, means: PrepareContext) -> Tokenizer:
     """The spec's tokenizer; one that is trained, from the cache where it was trained before on the same text."""
 
     def load() -> Tokenizer:
-        return spec.tokenizer.load(lambda: documents(spec, means.track, held_out=False))
+        return spec.tokenizer.load(lambda: iter_documents(spec, means.track, held_out=False))
 
     if spec.tokenizer.kind != "train":
         return load()
     parts = [spec.tokenizer.fingerprint(), *_sources(spec, chain.from_iterable(spec.texts().values()), means)]
     folder = means.cache / "vocabularies" / _digest(parts)
-    with cached(folder, lambda built: _write(built, load())):
+    with get_or_build(folder, lambda built: _write(built, load())):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         return Tokenizer.from_json(text, str(folder / "tokenizer.json"))
 
 
-def documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str, Iterator[Document]]:
+def iter_documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str, Iterator[Document]]:
     """The documents of each text that are held out, or those that are not, read as they are asked for."""
 
     def of(label: str, corpora: Sequence[Corpus]) -> Iterator[Document]:
@@ -185,28 +185,28 @@ def documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str, Iter
     return {label: of(label, corpora) for label, corpora in spec.texts().items()}
 
 
-def source(spec: DataSpec, tokenizer: Tokenizer, means: Means) -> str:
+def source_digest(spec: DataSpec, tokenizer: Tokenizer, means: PrepareContext) -> str:
     """Return a digest of all that the ids of a spec's texts depend on, whether they are prepared or not."""
     return _digest([*_sources(spec, chain.from_iterable(spec.texts().values()), means), tokenizer.sha256])
 
 
-def former_source(spec: DataSpec, tokenizer: Tokenizer) -> str:
+def legacy_source_digest(spec: DataSpec, tokenizer: Tokenizer) -> str:
     """Return `source` as versions up to 0.1 had it, from the files' paths, sizes and times.
 
     A checkpoint of a stream holds it. A run goes on from such a checkpoint, and its next one holds `source`.
     """
     corpora = chain.from_iterable(spec.texts().values())
-    parts = ["2", *(corpus.former_fingerprint() for corpus in corpora), *_rules(spec), tokenizer.sha256]
+    parts = ["2", *(corpus.legacy_fingerprint() for corpus in corpora), *_rules(spec), tokenizer.sha256]
     return _digest(parts)
 
 
 def _write(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir()
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    seal(folder, {})
+    write_manifest(folder, {})
 
 
-def _sources(spec: DataSpec, corpora: Iterable[Corpus], means: Means) -> list[str]:
+def _sources(spec: DataSpec, corpora: Iterable[Corpus], means: PrepareContext) -> list[str]:
     """Return all that documents depend on, as strings to digest."""
     digests = with_digests(spec, means).digests
     assert digests is not None
@@ -222,8 +222,14 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def _text(
-    label: str, corpora: Sequence[Corpus], spec: DataSpec, tokenizer: Tokenizer, file: Path, means: Means, before: int
-) -> Text | None:
+    label: str,
+    corpora: Sequence[Corpus],
+    spec: DataSpec,
+    tokenizer: Tokenizer,
+    file: Path,
+    means: PrepareContext,
+    before: int,
+) -> PreparedText | None:
     """Return one text, made if it is not there or not whole; None if pieces of other machines are missing.
 
     `before` counts the bytes of the texts that come before it.
@@ -231,15 +237,17 @@ def _text(
     key = _digest([*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT])
     folder = means.cache / "tokens" / key
     with disk_errors(means.cache, ELSEWHERE):
-        sweep(folder.parent)
-        facts = facts_of(folder)
+        remove_stale(folder.parent)
+        facts = read_manifest(folder)
         if facts is None or not _is_sound(folder, facts, means, before):
-            sweep(folder)
+            remove_stale(folder)
             jobs = [
-                Job(corpus, piece, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
-                for number, (corpus, piece) in enumerate((one, piece) for one in corpora for piece in one.pieces())
+                TokenizeJob(corpus, piece, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
+                for number, (corpus, piece) in enumerate(
+                    (one, piece) for one in corpora for piece in one.source_shards()
+                )
             ]
-            begun = [piece for job in jobs if (piece := facts_of(job.folder)) is not None]
+            begun = [piece for job in jobs if (piece := read_manifest(job.folder)) is not None]
             trusted = facts is None and not means.check and is_large(*begun, before=before)
             number, count = means.share
             mine = [job for job in jobs[number::count] if not _is_made(job, trusted, means.warn)]
@@ -254,14 +262,14 @@ def _text(
             if not all(_is_made(job, trusted=True, warn=means.warn) for job in jobs):  # those of other machines too
                 return None
             _seal(folder, jobs, tokenizer)
-        text = open_text(folder, before)
+        text = open_prepared_text(folder, before)
     _check_text(label, text, spec)
     return text
 
 
 def _distinct_texts(
-    complete: Mapping[str, Text], duplicates: Duplicates, tokenizer: Tokenizer, means: Means
-) -> dict[str, Text]:
+    complete: Mapping[str, PreparedText], duplicates: Duplicates, tokenizer: Tokenizer, means: PrepareContext
+) -> dict[str, PreparedText]:
     """Return the texts without documents of which an earlier one, of any of them, is a duplicate.
 
     They are made where they are not there or not whole. A folder is named by the text and those before it, on which it
@@ -274,9 +282,9 @@ def _distinct_texts(
     with disk_errors(means.cache, ELSEWHERE):
         missing, before = list[str](), 0
         for label, folder in folders.items():
-            facts = facts_of(folder)
+            facts = read_manifest(folder)
             if facts is not None and _is_sound(folder, facts, means, before):
-                before += num_bytes(facts)
+                before += manifest_bytes(facts)
                 continue
             if facts is not None:
                 means.warn(_damaged(folder))
@@ -288,19 +296,19 @@ def _distinct_texts(
             stays, reason = dict(zip(read, masks, strict=True)), f"{duplicates.kind} duplicates"
             for label in missing:
                 write = partial(write_distinct, complete[label], stays[label], reason, tokenizer, track=means.track)
-                make(folders[label], write)
-        texts: dict[str, Text] = {}
+                build_atomically(folders[label], write)
+        texts: dict[str, PreparedText] = {}
         for label, folder in folders.items():
-            texts[label] = open_text(folder, before=sum(text.num_bytes for text in texts.values()))
+            texts[label] = open_prepared_text(folder, before=sum(text.num_bytes for text in texts.values()))
     return texts
 
 
-def _is_made(job: Job, trusted: bool, warn: Callable[[str], None]) -> bool:
+def _is_made(job: TokenizeJob, trusted: bool, warn: Callable[[str], None]) -> bool:
     """Whether a piece is there; one that is damaged is told of."""
-    facts = facts_of(job.folder)
-    if facts is None or facts.get("piece") != job.piece.name:
+    facts = read_manifest(job.folder)
+    if facts is None or facts.get("piece") != job.source_shard.name:
         return False
-    if (has_sizes if trusted else is_whole)(job.folder):
+    if (has_sizes if trusted else is_complete)(job.folder):
         return True
     warn(_damaged(job.folder))
     return False
@@ -310,27 +318,29 @@ def _damaged(folder: Path) -> str:
     return f"{folder}: not what was prepared, cut or altered since: it is made anew"
 
 
-def _is_sound(folder: Path, facts: Mapping[str, Any], means: Means, before: int) -> bool:
+def _is_sound(folder: Path, facts: Mapping[str, Any], means: PrepareContext, before: int) -> bool:
     """Whether all of a text that was whole agrees with its checksums, which is looked at where it is soon done."""
     if not is_large(facts, before=before):
-        return is_whole(folder)
+        return is_complete(folder)
     if not means.check:
         return True
     files = facts["files"]
-    return all(is_true(folder / name, files[name]) for name in means.track(files, "comparing checksums", len(files)))
+    return all(
+        matches_identity(folder / name, files[name]) for name in means.track(files, "comparing checksums", len(files))
+    )
 
 
-def _make(jobs: Sequence[Job], label: str, file: Path, means: Means) -> None:
+def _make(jobs: Sequence[TokenizeJob], label: str, file: Path, means: PrepareContext) -> None:
     """Make the pieces of these jobs."""
     if not jobs:
         return
     processors = _processors()
-    sizes = [job.piece.size for job in jobs]
+    sizes = [job.source_shard.size for job in jobs]
     size = None if None in sizes else sum(one or 0 for one in sizes)
     pays = size is None or size >= PROCESSES_FROM
     processes = min(means.processes or (processors if pays else 1), len(jobs))
     with means.show(f"tokenising{_named(label)}", len(jobs), size) as show:
-        build(jobs, file, processes, max(1, processors // processes), show)
+        tokenize_shards(jobs, file, processes, max(1, processors // processes), show)
 
 
 def _processors() -> int:
@@ -345,57 +355,57 @@ def _named(label: str) -> str:
     return f" {label}" if label else ""
 
 
-def _seal(folder: Path, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
+def _seal(folder: Path, jobs: Sequence[TokenizeJob], tokenizer: Tokenizer) -> None:
     """Write the manifest of a text whose pieces are all there."""
     files: dict[str, object] = {}
     arrays: dict[str, object] = {}
     dropped: Counter[str] = Counter()
-    shards: dict[str, list[ShardFacts]] = {part: [] for part in PARTS}
+    shards: dict[str, list[ShardManifest]] = {part: [] for part in PARTS}
     for job in jobs:
-        facts = facts_of(job.folder)
+        facts = read_manifest(job.folder)
         assert facts is not None, "was looked at"
         dropped.update(facts["dropped"])
         files |= {f"{job.folder.name}/{name}": said for name, said in facts["files"].items()}
         arrays |= {f"{job.folder.name}/{name}": said for name, said in facts["arrays"].items()}
         for part, found in facts["shards"].items():
             shards[part] += [{**one, "name": f"{job.folder.name}/{one['name']}"} for one in found]
-    seal_text(folder, shards, dropped, tokenizer.sha256, arrays, files)
+    write_text_manifest(folder, shards, dropped, tokenizer.sha256, arrays, files)
 
 
-def held_out_head(spec: DataSpec, means: Means, tokenizer: Tokenizer, num_tokens: int) -> Prepared:
+def held_out_sample(spec: DataSpec, means: PrepareContext, tokenizer: Tokenizer, num_tokens: int) -> PreparedTexts:
     """Return of each text the first held-out documents, of `num_tokens` tokens or a few more, and none to train on.
 
     A run that streams its text is evaluated on them.
     """
     means = with_digests(spec, means)
     texts = {}
-    found = documents(spec, means.track, held_out=True)
+    found = iter_documents(spec, means.track, held_out=True)
     for label, corpora in spec.texts().items():
         parts = [*_sources(spec, corpora, means), tokenizer.sha256, LAYOUT, f"the first {num_tokens} held-out tokens"]
         folder = means.cache / "tokens" / _digest(parts)
-        with cached(folder, partial(_write_head, found[label], tokenizer, num_tokens)):
-            texts[label] = open_text(folder)
-    return Prepared(tokenizer, texts)
+        with get_or_build(folder, partial(_write_head, found[label], tokenizer, num_tokens)):
+            texts[label] = open_prepared_text(folder)
+    return PreparedTexts(tokenizer, texts)
 
 
 def _write_head(found: Iterable[Document], tokenizer: Tokenizer, num_tokens: int, folder: Path) -> None:
     folder.mkdir()
     with ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as writer:
         for document in found:
-            parts = [*cut_up(document.text)]
+            parts = [*split_text(document.text)]
             for number, (text, ids) in enumerate(zip(parts, tokenizer.encode_batch(parts), strict=True)):
                 writer.add(ids, len(text.encode()), starts_document=number == 0)
             if sum(one["tokens"] for one in writer.shards) >= num_tokens:
                 break
-    seal_text(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256, writer.arrays)
+    write_text_manifest(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256, writer.arrays)
 
 
-def _check_text(label: str, text: Text, spec: DataSpec) -> None:
+def _check_text(label: str, text: PreparedText, spec: DataSpec) -> None:
     """Raise DataError for a text without documents, or without any of them in one of its parts."""
     num_train, num_held_out = (text.counts[part].documents for part in PARTS)
     if not num_train and not num_held_out:
         if not text.dropped:
-            raise spec.texts()[label][0].no_text()
+            raise spec.texts()[label][0].empty_error()
         said = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
         raise DataError(f"data{_named(label)}: nothing is left of the text: left out were {said}")
     if not num_train or not num_held_out:

@@ -5,8 +5,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.data.prepare.store import OFFSETS, TOKENS, Shard, ShardFacts, TokenStore, digest_of, facts_of, seal
-from switchcli.data.prepare.verified import IN_MEMORY_BYTES, Verified
+from switchcli.data.prepare.store import (
+    OFFSETS,
+    TOKENS,
+    ShardManifest,
+    TokenShard,
+    TokenStore,
+    digest_of,
+    read_manifest,
+    write_manifest,
+)
+from switchcli.data.prepare.verified import IN_MEMORY_BYTES, VerifiedFolder
 
 FORMAT = 3  # raise when the same key would come to mean other ids
 LAYOUT = "arrow"
@@ -19,7 +28,7 @@ CHECKED_AT_START = 2**30
 where they differ. Every shard is compared when it is opened, whatever the size."""
 
 
-class Counts(NamedTuple):
+class TextCounts(NamedTuple):
     """How much is in a part of a text."""
 
     documents: int
@@ -32,12 +41,12 @@ class Counts(NamedTuple):
         return self.bytes / self.tokens
 
 
-class Text(NamedTuple):
+class PreparedText(NamedTuple):
     """One text as ids."""
 
-    shards: Mapping[str, tuple[Shard, ...]]
+    shards: Mapping[str, tuple[TokenShard, ...]]
     """The shards of each part."""
-    counts: Mapping[str, Counts]
+    counts: Mapping[str, TextCounts]
     dropped: Mapping[str, int]
     """What was left out of it, by reason."""
     identity: str
@@ -49,9 +58,9 @@ class Text(NamedTuple):
     """Raises DataError if a shard that was read is not what was prepared any more; see `Verified.check`."""
 
 
-def seal_text(
+def write_text_manifest(
     folder: Path,
-    shards: Mapping[str, Sequence[ShardFacts]],
+    shards: Mapping[str, Sequence[ShardManifest]],
     dropped: Mapping[str, int],
     tokenizer: str,
     arrays: Mapping[str, object],
@@ -62,7 +71,7 @@ def seal_text(
     `arrays` are their sizes and digests as `ShardWriter` has them; `files` those of the files, if they were digested.
     """
     counts = {
-        part: {fact: sum(one[fact] for one in found) for fact in Counts._fields} for part, found in shards.items()
+        part: {fact: sum(one[fact] for one in found) for fact in TextCounts._fields} for part, found in shards.items()
     }
     facts = {
         "format": FORMAT,
@@ -72,42 +81,42 @@ def seal_text(
         "shards": shards,
         "arrays": arrays,
     }
-    seal(folder, facts, files)
+    write_manifest(folder, facts, files)
 
 
-def open_text(folder: Path, before: int = 0) -> Text:
+def open_prepared_text(folder: Path, before: int = 0) -> PreparedText:
     """Return the text of a folder that was sealed. The shards are opened, and verified, when they are first read.
 
     `before` are the bytes of the texts that come before it: together up to IN_MEMORY_BYTES are held in memory.
     """
-    facts = facts_of(folder)
+    facts = read_manifest(folder)
     assert facts is not None, "sealed, or found whole"
     arrays = facts["arrays"]
-    verified = Verified(folder, facts["files"], in_memory=before + num_bytes(facts) <= IN_MEMORY_BYTES)
+    verified = VerifiedFolder(folder, facts["files"], in_memory=before + manifest_bytes(facts) <= IN_MEMORY_BYTES)
     named: dict[str, object] = {}
     for part in PARTS:
         for number, one in enumerate(facts["shards"][part]):
             # The first shard's as if it were alone: a text of one shard has the identity that it had before shards.
             place = f"{part}-{number}" if number else part
             named |= {f"{place}/{name}": arrays[f"{one['name']}/{name}"] for name in (OFFSETS, TOKENS)}
-    return Text(
+    return PreparedText(
         {
             part: tuple(
-                Shard(
+                TokenShard(
                     one["documents"],
                     one["tokens"],
                     partial(TokenStore.open, verified, one["name"]),
-                    partial(TokenStore.glance, verified, one["name"], arrays[f"{one['name']}/{OFFSETS}"]),
+                    partial(TokenStore.open_index, verified, one["name"], arrays[f"{one['name']}/{OFFSETS}"]),
                 )
                 for one in facts["shards"][part]
             )
             for part in PARTS
         },
-        {part: Counts(*(facts["counts"][part][fact] for fact in Counts._fields)) for part in PARTS},
+        {part: TextCounts(*(facts["counts"][part][fact] for fact in TextCounts._fields)) for part in PARTS},
         facts["dropped"],
         digest_of(named),
         folder,
-        num_bytes(facts),
+        manifest_bytes(facts),
         verified.check,
     )
 
@@ -115,9 +124,9 @@ def open_text(folder: Path, before: int = 0) -> Text:
 def is_large(*facts: Mapping[str, Any], before: int = 0) -> bool:
     """Whether comparing all of a text, or of these pieces of one, with its checksums takes long; `before` are the bytes
     of other texts that were compared."""
-    return before + sum(map(num_bytes, facts)) > CHECKED_AT_START
+    return before + sum(map(manifest_bytes, facts)) > CHECKED_AT_START
 
 
-def num_bytes(facts: Mapping[str, Any]) -> int:
+def manifest_bytes(facts: Mapping[str, Any]) -> int:
     """Return the bytes of all files that a manifest names."""
     return sum(said["bytes"] for said in facts["files"].values())

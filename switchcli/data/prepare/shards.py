@@ -18,11 +18,11 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from switchcli.data.prepare.cache import ELSEWHERE, make, sweep
+from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, remove_stale
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.prepared_text import FORMAT, HELD_OUT, TRAIN
-from switchcli.data.prepare.store import ShardWriter, seal
-from switchcli.data.sources.corpus import Corpus, Piece
+from switchcli.data.prepare.store import ShardWriter, write_manifest
+from switchcli.data.sources.corpus import Corpus, SourceShard
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import OutOfMemory, disk_errors
@@ -38,20 +38,20 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 _JOBS_AHEAD = 2  # for each process: a text may have more pieces than the queues of a pool can hold
 
 
-class Job(NamedTuple):
+class TokenizeJob(NamedTuple):
     """A piece, and the folder for its ids."""
 
     corpus: Corpus
-    piece: Piece
+    source_shard: SourceShard
     folder: Path
     held_out_fraction: float
     filters: Filters
 
 
-class Progress(NamedTuple):
+class PrepareProgress(NamedTuple):
     """How far a preparation is."""
 
-    pieces: int
+    source_shards: int
     """Whole ones."""
     size: int
     """Bytes of their sources, of those whose size is known."""
@@ -59,7 +59,9 @@ class Progress(NamedTuple):
     """Written, also of pieces that are not whole yet."""
 
 
-def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, show: Callable[[Progress], None]) -> None:
+def tokenize_shards(
+    jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[PrepareProgress], None]
+) -> None:
     """Make every job's folder, `processes` at once with `threads` each; `tokenizer` is its tokenizer.json.
 
     Raises:
@@ -69,7 +71,7 @@ def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, sh
     """
     used = _read(tokenizer)
     if processes == 1:
-        done = Progress(0, 0, 0)
+        done = PrepareProgress(0, 0, 0)
 
         def count(tokens: int) -> None:
             nonlocal done
@@ -78,24 +80,24 @@ def build(jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, sh
 
         for job in jobs:
             _build(job, used, count)
-            done = Progress(done.pieces + 1, done.size + (job.piece.size or 0), done.tokens)
+            done = PrepareProgress(done.source_shards + 1, done.size + (job.source_shard.size or 0), done.tokens)
             show(done)
         return
     try:
         _build_in_processes(jobs, tokenizer, processes, threads, show)
     finally:
         for folder in {job.folder.parent for job in jobs}:
-            sweep(folder)
+            remove_stale(folder)
 
 
 def _build_in_processes(
-    jobs: Sequence[Job], tokenizer: Path, processes: int, threads: int, show: Callable[[Progress], None]
+    jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[PrepareProgress], None]
 ) -> None:
     """Build in a pool of processes. The first error ends all of them."""
     context = multiprocessing.get_context("spawn")  # the threads of this process do not survive a fork
     written = context.RawArray("q", len(jobs))  # each job writes to its own number alone: no lock is needed
     others, pieces, size = {*multiprocessing.active_children()}, 0, 0
-    waiting, pending = iter(enumerate(jobs)), dict[Future[None], Job]()
+    waiting, pending = iter(enumerate(jobs)), dict[Future[None], TokenizeJob]()
     with _stopping_blocked():  # starts the resource tracker of multiprocessing: it needs the mask too
         executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
     try:
@@ -109,8 +111,8 @@ def _build_in_processes(
             for future in done:
                 future.result()
                 job = pending.pop(future)
-                pieces, size = pieces + 1, size + (job.piece.size or 0)
-            show(Progress(pieces, size, sum(written)))
+                pieces, size = pieces + 1, size + (job.source_shard.size or 0)
+            show(PrepareProgress(pieces, size, sum(written)))
     except BaseException as error:
         # The executor itself would send SIGTERM, which they block, and wait until they are done with their jobs.
         for process in {*multiprocessing.active_children()} - others:
@@ -158,7 +160,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _build_in_worker(number: int, job: Job) -> None:
+def _build_in_worker(number: int, job: TokenizeJob) -> None:
     def count(tokens: int) -> None:
         _Worker.written[number] += tokens
 
@@ -174,33 +176,34 @@ def _read_once(tokenizer: Path) -> Tokenizer:
     return _read(tokenizer)
 
 
-def _build(job: Job, tokenizer: Tokenizer, count: Callable[[int], None]) -> None:
+def _build(job: TokenizeJob, tokenizer: Tokenizer, count: Callable[[int], None]) -> None:
     """Make the folder of one job; `count` is told of tokens as they are written."""
 
     def write(folder: Path) -> None:
         folder.mkdir()
         dropped: Counter[str] = Counter()
-        found = job.filters(job.corpus.read(job.piece, dropped=dropped), dropped)
+        found = job.filters(job.corpus.read(job.source_shard, dropped=dropped), dropped)
         with (
             ShardWriter(folder, TRAIN, tokenizer.vocab_size) as train,
             ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as held_out,
         ):
-            for chunk in chunks(parts(found, job.held_out_fraction)):
+            for chunk in group_parts(split_documents(found, job.held_out_fraction)):
                 for part, ids in zip(chunk, tokenizer.encode_batch([part.text for part in chunk]), strict=True):
                     writer = held_out if part.held_out else train
                     writer.add(ids, len(part.text.encode()), starts_document=part.starts_document)
                     count(len(ids))
         shards = {TRAIN: train.shards, HELD_OUT: held_out.shards}
         arrays = train.arrays | held_out.arrays
-        seal(
-            folder, {"format": FORMAT, "piece": job.piece.name, "dropped": dropped, "shards": shards, "arrays": arrays}
+        write_manifest(
+            folder,
+            {"format": FORMAT, "piece": job.source_shard.name, "dropped": dropped, "shards": shards, "arrays": arrays},
         )
 
     with disk_errors(job.folder.parents[2], ELSEWHERE):
-        make(job.folder, write)
+        build_atomically(job.folder, write)
 
 
-class Part(NamedTuple):
+class DocumentPart(NamedTuple):
     """So much of a document as is encoded at once."""
 
     held_out: bool
@@ -208,15 +211,15 @@ class Part(NamedTuple):
     text: str
 
 
-def parts(documents: Iterable[Document], fraction: float) -> Iterator[Part]:
+def split_documents(documents: Iterable[Document], fraction: float) -> Iterator[DocumentPart]:
     """Documents cut up, and whether they are of the `fraction` that is held out."""
     for document in documents:
         held_out = is_held_out(document.identity, fraction)
-        for index, text in enumerate(cut_up(document.text)):
-            yield Part(held_out, index == 0, text)
+        for index, text in enumerate(split_text(document.text)):
+            yield DocumentPart(held_out, index == 0, text)
 
 
-def cut_up(text: str) -> Iterator[str]:
+def split_text(text: str) -> Iterator[str]:
     """Parts of at most PART_CHARACTERS, cut at a space where possible: encoding begins each part with one again."""
     start = 0
     while len(text) - start > PART_CHARACTERS:
@@ -227,9 +230,9 @@ def cut_up(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def chunks(found: Iterable[Part]) -> Iterator[list[Part]]:
+def group_parts(found: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
     """Group parts into lists of about CHUNK_CHARACTERS characters, which are encoded at once."""
-    chunk: list[Part] = []
+    chunk: list[DocumentPart] = []
     size = 0
     for part in found:
         chunk.append(part)

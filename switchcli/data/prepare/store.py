@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from switchcli import publish
 from switchcli.data.prepare import verified
-from switchcli.data.prepare.verified import MappedFile, Verified, changed
+from switchcli.data.prepare.verified import MappedFile, VerifiedFolder, changed_data_error
 
 MANIFEST, ARROW, IDS = "manifest.json", ".arrow", "ids"
 TOKENS, OFFSETS = "tokens.npy", "offsets.npy"
@@ -45,11 +45,11 @@ class TokenStore(NamedTuple):
 
     tokens: NDArray[np.uint16] | NDArray[np.uint32]
     offsets: NDArray[np.int64]
-    source: tuple[Verified, MappedFile] | None = None
+    source: tuple[VerifiedFolder, MappedFile] | None = None
     """What vouches for mapped tokens."""
 
     @classmethod
-    def open(cls, verified: Verified, name: str) -> Self:
+    def open(cls, verified: VerifiedFolder, name: str) -> Self:
         """Open the store of that name in a sealed folder. Raises DataError if its file is not what was sealed."""
         content, mapped = verified.open(f"{name}{ARROW}")
         tokens, offsets = _read(content, verified.path(f"{name}{ARROW}"))
@@ -58,7 +58,7 @@ class TokenStore(NamedTuple):
         return cls(tokens, offsets.copy(), (verified, mapped))  # only `take` may read the mapping from now on
 
     @classmethod
-    def glance(cls, verified: Verified, name: str, identity: Mapping[str, Any]) -> Self:
+    def open_index(cls, verified: VerifiedFolder, name: str, identity: Mapping[str, Any]) -> Self:
         """Open the index alone: a store without tokens. `identity` is that of the offsets, as the manifest has it.
 
         The tokens are neither read nor compared. Raises DataError as `open`.
@@ -67,15 +67,15 @@ class TokenStore(NamedTuple):
         content = verified.head(f"{name}{ARROW}", identity["bytes"] + _ARROW_HEADER_BYTES)
         offsets = _read(content, path)[1].copy()  # the rest of the content is freed
         if _array_identity(offsets) != identity:
-            raise changed(path)
+            raise changed_data_error(path)
         return cls(np.zeros(0, np.uint16), offsets)
 
-    def take(self, places: NDArray[np.int64] | slice) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    def gather(self, places: NDArray[np.int64] | slice) -> NDArray[np.uint16] | NDArray[np.uint32]:
         """Return a copy of the tokens at some places. Raises DataError if the file that holds them is cut."""
         if self.source is None:
             return self.tokens[places]
         verified, mapped = self.source
-        return verified.take(self.tokens, mapped, places)
+        return verified.gather(self.tokens, mapped, places)
 
     @property
     def num_tokens(self) -> int:
@@ -86,13 +86,13 @@ class TokenStore(NamedTuple):
         return len(self.offsets) - 1
 
 
-class Shard(NamedTuple):
+class TokenShard(NamedTuple):
     """How much is in a part of a text, and what opens it when it is first read."""
 
     num_documents: int
     num_tokens: int
     open: Callable[[], TokenStore]
-    glance: Callable[[], TokenStore]
+    open_index: Callable[[], TokenStore]
     """Opens its index alone."""
 
     @classmethod
@@ -173,13 +173,13 @@ def _read(content: Any, path: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:
         arrays: tuple[NDArray[Any], NDArray[Any]] = np.from_dlpack(ids.values), np.from_dlpack(ids.offsets)
         tokens, offsets = arrays  # `to_numpy` would import pandas
     except (pa.ArrowException, OSError, AttributeError, LookupError, StopIteration) as error:
-        raise changed(path) from error
+        raise changed_data_error(path) from error
     if tokens.dtype not in (np.uint16, np.uint32) or offsets.dtype != np.int64 or offsets[-1] != len(tokens):
-        raise changed(path)
+        raise changed_data_error(path)
     return tokens, offsets
 
 
-ShardFacts = dict[str, Any]
+ShardManifest = dict[str, Any]
 """A shard's name, and its documents, tokens and bytes of text."""
 
 
@@ -190,7 +190,7 @@ class ShardWriter:
         """`folder` is where the shards lie, `part` what their names begin with."""
         self._folder, self._part, self._vocab_size = folder, part, vocab_size
         self._writer: StoreWriter | None = None
-        self.shards: list[ShardFacts] = []
+        self.shards: list[ShardManifest] = []
         self.arrays: dict[str, object] = {}
         """Size and digest of the arrays of all shards, at the end; see `StoreWriter`."""
 
@@ -233,7 +233,7 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def seal(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] | None = None) -> None:
+def write_manifest(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] | None = None) -> None:
     """Writes the manifest: `facts`, and the size and digest of every file in the folder, if `files` does not say."""
     if files is None:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -243,7 +243,7 @@ def seal(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] 
     publish.write_file(folder / MANIFEST, sealed)
 
 
-def facts_of(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a folder's manifest says; None where there is none that is true of itself."""
     try:
         sealed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -255,15 +255,17 @@ def facts_of(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and true of the folder's files."""
-    facts = facts_of(folder)
-    return facts is not None and all(is_true(folder / name, identity) for name, identity in facts["files"].items())
+    facts = read_manifest(folder)
+    return facts is not None and all(
+        matches_identity(folder / name, identity) for name, identity in facts["files"].items()
+    )
 
 
 def has_sizes(folder: Path) -> bool:
     """Return whether the manifest is there and gives the sizes of the folder's files. Digests are not compared."""
-    facts = facts_of(folder)
+    facts = read_manifest(folder)
     try:
         return facts is not None and all(
             (folder / name).stat().st_size == identity["bytes"] for name, identity in facts["files"].items()
@@ -272,9 +274,9 @@ def has_sizes(folder: Path) -> bool:
         return False
 
 
-def identity(folder: Path, parts: Iterable[str]) -> str:
+def identity_of_stores(folder: Path, parts: Iterable[str]) -> str:
     """A digest of the arrays of some stores of a sealed folder, by what its manifest says of them."""
-    facts = facts_of(folder)
+    facts = read_manifest(folder)
     assert facts is not None, "sealed"
     return digest_of({name: said for name, said in facts["arrays"].items() if name.split("/")[0] in parts})
 
@@ -290,7 +292,7 @@ def identity_of(path: Path) -> dict[str, object]:
         return verified.identity_of(file.fileno())
 
 
-def is_true(path: Path, identity: object) -> bool:
+def matches_identity(path: Path, identity: object) -> bool:
     """Whether a file is there with this size and digest."""
     try:
         return identity_of(path) == identity

@@ -44,7 +44,7 @@ class MappedFile:
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise changed(path) from error
+            raise changed_data_error(path) from error
         weakref.finalize(self, os.close, self._handle)
         self._verify()
 
@@ -53,12 +53,12 @@ class MappedFile:
         try:
             return mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
         except (ValueError, OSError) as error:
-            raise changed(self._path) from error
+            raise changed_data_error(self._path) from error
 
     def check_size(self) -> None:
         """Raise DataError if the file is shorter than it was."""
         if self._status().size < self._stat.size:
-            raise changed(self._path)
+            raise changed_data_error(self._path)
 
     def check(self) -> None:
         """Raise DataError if the file was written to since it was verified and its content is another now."""
@@ -71,19 +71,19 @@ class MappedFile:
         try:
             identity = identity_of(self._handle)
         except OSError as error:
-            raise changed(self._path) from error
+            raise changed_data_error(self._path) from error
         if identity != self._identity or self._status() != stat:
-            raise changed(self._path)
+            raise changed_data_error(self._path)
         self._stat = stat  # not before: the next check of a file that is damaged must find it so again
 
     def _status(self) -> FileStat:
         try:
             return FileStat.of(os.fstat(self._handle))
         except OSError as error:  # ESTALE: another machine removed the file from a network file system
-            raise changed(self._path) from error
+            raise changed_data_error(self._path) from error
 
 
-class Verified:
+class VerifiedFolder:
     """The files of a sealed folder. Threads may read at the same time."""
 
     def __init__(self, folder: Path, files: Mapping[str, object], *, in_memory: bool) -> None:
@@ -121,9 +121,9 @@ class Verified:
                 size = os.fstat(file.fileno()).st_size
                 head = os.pread(file.fileno(), min(num_bytes, size), 0)
         except OSError as error:
-            raise changed(path) from error
+            raise changed_data_error(path) from error
         if not isinstance(expected, Mapping) or size != expected.get("bytes"):
-            raise changed(path)
+            raise changed_data_error(path)
         content = np.zeros(size, np.uint8)
         content[: len(head)] = np.frombuffer(head, np.uint8)
         return content
@@ -134,14 +134,14 @@ class Verified:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise changed(path) from error
+            raise changed_data_error(path) from error
         if {"bytes": len(content), "sha256": hashlib.sha256(content[: CHECKED_MEBIBYTES * 2**20]).hexdigest()} != (
             self._files[name]
         ):
-            raise changed(path)
+            raise changed_data_error(path)
         return content
 
-    def take(self, array: NDArray[Any], mapped: MappedFile, places: NDArray[np.int64] | slice) -> NDArray[Any]:
+    def gather(self, array: NDArray[Any], mapped: MappedFile, places: NDArray[np.int64] | slice) -> NDArray[Any]:
         """Return a copy of some places of a mapped array. Raises DataError if its file is cut."""
         mapped.check_size()
         try:
@@ -172,7 +172,7 @@ class Verified:
 
 
 @contextmanager
-def changed_data_explained(check: Callable[[], None]) -> Iterator[None]:
+def explain_changed_data(check: Callable[[], None]) -> Iterator[None]:
     """Raise the error of `check` in place of an error that bad data may have caused, such as an IndexError or a NaN."""
     try:
         yield
@@ -193,7 +193,7 @@ def identity_of(handle: int) -> dict[str, object]:
     return {"bytes": os.fstat(handle).st_size, "sha256": digest.hexdigest()}
 
 
-def changed(path: Path) -> DataError:
+def changed_data_error(path: Path) -> DataError:
     """The error for prepared data that is not what was prepared."""
     return DataError(
         f"{path}: not what was prepared: the file was removed, cut or changed since: the same command prepares it "

@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import Field
 
 from switchcli.data.prepare.digests import Digests
-from switchcli.data.sources.document import LABELS, CorpusSpec, Document, Piece
-from switchcli.data.sources.files import Files
-from switchcli.data.sources.io_errors import reason, refusals
-from switchcli.data.sources.paths import File, former_fingerprint
+from switchcli.data.sources.document import LABELS, CorpusSpec, Document, SourceShard
+from switchcli.data.sources.files import FilesCorpus
+from switchcli.data.sources.io_errors import data_errors, reason
+from switchcli.data.sources.paths import SourceFile, legacy_fingerprint
 from switchcli.data.sources.python_stdlib import PythonStdlib
-from switchcli.data.sources.records import Row, TextRows
+from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
 from switchcli.spec import MOST, Place
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-__all__ = ["Corpus", "CorpusSpec", "Document", "Files", "Hub", "Piece", "PythonStdlib"]
+__all__ = ["Corpus", "CorpusSpec", "Document", "FilesCorpus", "HubCorpus", "PythonStdlib", "SourceShard"]
 
-MAX_PIECES: Final = 4096
+MAX_SHARDS: Final = 4096
 
 
-class Hub(TextRows):
+class HubCorpus(RowCorpus):
     """A dataset of the Hugging Face hub, or a folder of data files, as it comes: no copy is kept, no code is run."""
 
     kind: Literal["hub"] = "hub"
@@ -49,17 +49,17 @@ class Hub(TextRows):
     max_documents: int | None = Field(default=None, ge=1, le=MOST["count"])
     """Rows that are looked at, from the first; they are one piece."""
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def source_shards(self) -> tuple[SourceShard, ...]:
         """The dataset's shards, which are mostly its files, or groups of them where they are over 4,096.
 
         Raises DataError for no network, an unknown or closed dataset, a split or files that are not there.
         """
         if self.max_documents is not None:
-            return (Piece("first rows", None),)
+            return (SourceShard("first rows", None),)
         _opened.cache_clear()  # look anew
-        return tuple(Piece(name, None) for name in _groups(self._dataset().num_shards))
+        return tuple(SourceShard(name, None) for name in _groups(self._dataset().num_shards))
 
-    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """In the dataset's own order. Raises DataError as `pieces`, and for a column that is not there or no text.
 
         The rows before `start` are fetched, but not looked into: some 300,000 of C4's size a second.
@@ -84,10 +84,10 @@ class Hub(TextRows):
         contents = [*zip(found, digests.of([*found.values()]), strict=True)]
         return f"hub {options} {contents}"
 
-    def former_fingerprint(self) -> str:
+    def legacy_fingerprint(self) -> str:
         options = self.model_dump_json(exclude=LABELS)
         paths = _files_below(Path(self.path))
-        return f"hub {options} {former_fingerprint(map(File.here, paths))}"
+        return f"hub {options} {legacy_fingerprint(map(SourceFile.local, paths))}"
 
     def _local_files(self) -> dict[str, Path]:
         """The files of this machine that the dataset may read, by the names that `datasets` chooses splits by."""
@@ -98,15 +98,15 @@ class Hub(TextRows):
         found = (Path(name) for pattern in patterns for name in sorted(glob(pattern, recursive=True)))  # noqa: PTH207
         return {path.as_posix(): path for path in found if path.is_file()}
 
-    def no_text(self) -> DataError:
+    def empty_error(self) -> DataError:
         return DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
 
-    def _rows(self, dataset: "IterableDataset", piece: Piece, start: int, stop: int | None) -> Iterator[Row]:
+    def _rows(self, dataset: "IterableDataset", piece: SourceShard, start: int, stop: int | None) -> Iterator[RawRow]:
         parts = "/".join(filter(None, (self.path, self.name, self.split)))
         with self._refusals():
             for number, fields in enumerate(islice(dataset, stop), start):
                 name = f"{parts}, {piece.name}:{number}"
-                yield Row(name, partial(str, name), partial(dict, fields))
+                yield RawRow(name, partial(str, name), partial(dict, fields))
 
     def _dataset(self) -> "IterableDataset":
         with self._refusals():
@@ -114,7 +114,7 @@ class Hub(TextRows):
 
     def _refusals(self) -> AbstractContextManager[None]:
         way_out = "check path, name, split, revision and the network; or use `kind: files` with text that is here"
-        return hub_refusals(self.path, "data.corpora", way_out)
+        return hub_errors(self.path, "data.corpora", way_out)
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -128,18 +128,18 @@ def hub_rows(path: str, name: str | None, split: str, key: str, way_out: str) ->
     """
     from datasets import load_dataset
 
-    with hub_refusals(path, key, way_out):
+    with hub_errors(path, key, way_out):
         yield from load_dataset(path, name, split=split)
 
 
 @contextmanager
-def hub_refusals(path: str, key: str, way_out: str) -> Iterator[None]:
+def hub_errors(path: str, key: str, way_out: str) -> Iterator[None]:
     """Within, what the hub and `datasets` refuse is raised as a DataError, with `way_out` or one that they suggest."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import RepositoryNotFoundError
 
     where = f"{key}: {path}: the dataset cannot be opened"
-    with refusals(where, way_out):
+    with data_errors(where, way_out):
         try:
             yield
         except (DatasetNotFoundError, RepositoryNotFoundError) as error:
@@ -161,7 +161,7 @@ def _opened(
 
 def _groups(num_shards: int) -> list[str]:
     """Names of groups of consecutive shards, as `shard(contiguous=True)` makes them."""
-    count = min(num_shards, MAX_PIECES)
+    count = min(num_shards, MAX_SHARDS)
     sizes = [num_shards // count + (index < num_shards % count) for index in range(count)]
     ends = accumulate(sizes)
     return [
@@ -170,4 +170,4 @@ def _groups(num_shards: int) -> list[str]:
     ]
 
 
-Corpus = Annotated[PythonStdlib | Files | Hub, Field(discriminator="kind")]
+Corpus = Annotated[PythonStdlib | FilesCorpus | HubCorpus, Field(discriminator="kind")]

@@ -31,7 +31,7 @@ class Document(NamedTuple):
     """Its number among the raw rows of its piece, from 0: rows that gave no document count too."""
 
 
-class Piece(NamedTuple):
+class SourceShard(NamedTuple):
     """A part of a corpus that is read by itself: in any process, on any machine."""
 
     name: str
@@ -63,7 +63,7 @@ class CorpusSpec(Spec, ABC):
             raise ValueError(f"{LANGUAGE} stands for each of languages, and none are given: give languages")
         return self
 
-    def each(self) -> tuple[Self, ...]:
+    def per_language(self) -> tuple[Self, ...]:
         """The corpus itself, or one for each of `languages`."""
         if not self.languages:
             return (self,)
@@ -72,11 +72,11 @@ class CorpusSpec(Spec, ABC):
         return tuple(type(self).model_validate(one) for one in found)
 
     @abstractmethod
-    def pieces(self) -> tuple[Piece, ...]:
+    def source_shards(self) -> tuple[SourceShard, ...]:
         """All pieces, in order, the same on every machine; no text is read. Raises DataError where there is nothing."""
 
     @abstractmethod
-    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """The documents of a piece in order, from raw row `start`. What is passed over on purpose is counted in
         `dropped`, by reason. Raises DataError for what cannot be read."""
 
@@ -87,24 +87,24 @@ class CorpusSpec(Spec, ABC):
         `digests` gives the contents of local files. Raises DataError as `pieces`.
         """
 
-    def former_fingerprint(self) -> str:
+    def legacy_fingerprint(self) -> str:
         """Return the fingerprint of versions up to 0.1, which checkpoints of streams recorded; "" for newer kinds."""
         return ""
 
     @abstractmethod
-    def no_text(self) -> DataError:
+    def empty_error(self) -> DataError:
         """What to raise when all pieces together have no document."""
 
     def documents(self) -> Iterator[Document]:
         """All of them, piece after piece; of each language in turn. Raises DataError as `read`, and for no text."""
         empty = True
-        for corpus in self.each():
-            for piece in corpus.pieces():
+        for corpus in self.per_language():
+            for piece in corpus.source_shards():
                 for document in corpus.read(piece):
                     empty = False
                     yield document
         if empty:
-            raise self.no_text()
+            raise self.empty_error()
 
 
 def is_held_out(document_identity: str, fraction: float) -> bool:

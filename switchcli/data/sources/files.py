@@ -19,19 +19,19 @@ from pydantic import Field
 
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import parquet
-from switchcli.data.sources.document import LABELS, Document, Piece
-from switchcli.data.sources.lines import Line, Span, decode, lines, paragraphs
-from switchcli.data.sources.paths import File, fingerprint, former_fingerprint, matches
-from switchcli.data.sources.records import Row, TextRows, Unreadable
+from switchcli.data.sources.document import LABELS, Document, SourceShard
+from switchcli.data.sources.lines import ByteRange, Line, decode, lines, paragraphs
+from switchcli.data.sources.paths import SourceFile, expand_paths, fingerprint, legacy_fingerprint
+from switchcli.data.sources.records import RawRow, RowCorpus, UnreadableRow
 from switchcli.errors import DataError
 from switchcli.spec import Place
 
-PIECE_BYTES: Final = 2**26
+SHARD_BYTES: Final = 2**26
 _JSON = (".json", ".jsonl")
 _PARQUET = ".parquet"
 
 
-class Files(TextRows):
+class FilesCorpus(RowCorpus):
     """Text or JSON Lines (.json, .jsonl), either compressed (.gz, .bz2, .xz, .zst) or not; or Parquet (.parquet)."""
 
     kind: Literal["files"] = "files"
@@ -40,12 +40,12 @@ class Files(TextRows):
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
     """What a document is in a text file; paragraphs are parted by blank lines. The unit that is held out."""
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def source_shards(self) -> tuple[SourceShard, ...]:
         """In the order of `paths`, each glob's files by name. Raises DataError for no match and for a folder."""
         _layout.cache_clear()  # look anew
         return tuple(self._layout())
 
-    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """Named by the path as given, or URL, and the first line; in a piece that does not begin its file `path@byte`.
 
         A document's row counts lines (blank ones too), paragraphs, files or rows of Parquet, as `sample_by` and the
@@ -63,77 +63,77 @@ class Files(TextRows):
     def fingerprint(self, digests: Digests) -> str:
         """Return the options that choose the text, and a digest of the files' contents."""
         options = self.model_dump_json(exclude=LABELS | {"paths"})
-        return f"{options} {fingerprint(matches(self.paths, 'data.corpora'), digests)}"
+        return f"{options} {fingerprint(expand_paths(self.paths, 'data.corpora'), digests)}"
 
-    def former_fingerprint(self) -> str:
+    def legacy_fingerprint(self) -> str:
         options = self.model_dump_json(exclude=LABELS | {"paths"})
-        return f"{options} {former_fingerprint(matches(self.paths, 'data.corpora'))}"
+        return f"{options} {legacy_fingerprint(expand_paths(self.paths, 'data.corpora'))}"
 
-    def no_text(self) -> DataError:
+    def empty_error(self) -> DataError:
         return DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")
 
-    def _layout(self) -> dict[Piece, tuple[Span, ...]]:
+    def _layout(self) -> dict[SourceShard, tuple[ByteRange, ...]]:
         return _layout(self.paths, self.sample_by == "document")
 
-    def _rows(self, span: Span) -> Iterator[Row]:
+    def _rows(self, span: ByteRange) -> Iterator[RawRow]:
         file = span.file
         if file.kind == _PARQUET:
             yield from parquet.rows(span, (self.field, *self.where))
         elif file.kind in _JSON:
-            yield from (Row(line.name, line.place, partial(_fields, line, self.field)) for line in lines(span))
+            yield from (RawRow(line.name, line.place, partial(_fields, line, self.field)) for line in lines(span))
         elif self.where:
             raise DataError(
                 f"data.corpora: where: {file.name} is plain text, without columns: leave out one of the two"
             )
         elif self.sample_by == "line":
-            yield from (Row(line.name, line.place, line.text) for line in lines(span))
+            yield from (RawRow(line.name, line.place, line.text) for line in lines(span))
         elif self.sample_by == "paragraph":
             for first, *rest in paragraphs(span):
-                yield Row(first.name, first.place, partial(_text, (first, *rest)))
+                yield RawRow(first.name, first.place, partial(_text, (first, *rest)))
         else:
-            yield Row(file.name, partial(str, file.name), partial(_text, lines(span)))
+            yield RawRow(file.name, partial(str, file.name), partial(_text, lines(span)))
 
 
-def json_rows(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a JSON Lines file with its `path:line`; blank lines are passed over. DataError for other JSON."""
-    for line in lines(Span(file)):
+    for line in lines(ByteRange(file)):
         if not line.is_blank:
             try:
                 yield line.name, _object(line)
-            except Unreadable as error:
+            except UnreadableRow as error:
                 raise DataError(f"{line.name}: {error.words}") from error
 
 
 @lru_cache(maxsize=1024)  # a look at each file, and each piece asks for all of them
-def _layout(paths: tuple[str, ...], whole: bool) -> dict[Piece, tuple[Span, ...]]:
+def _layout(paths: tuple[str, ...], whole: bool) -> dict[SourceShard, tuple[ByteRange, ...]]:
     """Every piece with what it reads: a range of a file, or files of together PIECE_BYTES at most.
 
     whole: text files are not cut.
     """
-    layout: dict[Piece, tuple[Span, ...]] = {}
-    group: list[File] = []
+    layout: dict[SourceShard, tuple[ByteRange, ...]] = {}
+    group: list[SourceFile] = []
     size = 0  # of the group
 
     def close() -> None:
         if group:
             more = f" and {len(group) - 1} more" if len(group) > 1 else ""
             known = None if None in (sizes := [file.size for file in group]) else sum(filter(None, sizes))
-            layout[Piece(f"{group[0].name}{more}", known)] = tuple(Span(file) for file in group)
+            layout[SourceShard(f"{group[0].name}{more}", known)] = tuple(ByteRange(file) for file in group)
             group.clear()
 
-    for file in matches(paths, "data.corpora"):
+    for file in expand_paths(paths, "data.corpora"):
         is_text = file.kind not in (*_JSON, _PARQUET)
-        more = PIECE_BYTES if file.size is None else file.size  # one that is not known may be any
-        if size + more > PIECE_BYTES:
+        more = SHARD_BYTES if file.size is None else file.size  # one that is not known may be any
+        if size + more > SHARD_BYTES:
             close()
             size = 0
-        if file.size and file.size > PIECE_BYTES and not file.is_compressed and not (whole and is_text):
-            cuts = range(0, file.size, PIECE_BYTES)
+        if file.size and file.size > SHARD_BYTES and not file.is_compressed and not (whole and is_text):
+            cuts = range(0, file.size, SHARD_BYTES)
             for number, begin in enumerate(cuts):
                 # The last goes on to the file's end, should the file have grown.
-                end = begin + PIECE_BYTES if number + 1 < len(cuts) else None
-                piece = Piece(f"{file.name}#{number}", min(PIECE_BYTES, file.size - begin))
-                layout[piece] = (Span(file, begin, end),)
+                end = begin + SHARD_BYTES if number + 1 < len(cuts) else None
+                piece = SourceShard(f"{file.name}#{number}", min(SHARD_BYTES, file.size - begin))
+                layout[piece] = (ByteRange(file, begin, end),)
         else:
             group.append(file)
             size += more
@@ -155,7 +155,7 @@ def _fields(line: Line, field: str) -> str | Mapping[str, object]:
             decode(text.encode("utf-8"))  # JSON can spell what a file of text cannot hold
         except UnicodeEncodeError as error:
             words = f"field {field!r} holds half a surrogate pair: clean the text"
-            raise Unreadable("half a surrogate pair", words) from error
+            raise UnreadableRow("half a surrogate pair", words) from error
     return fields
 
 
@@ -163,8 +163,8 @@ def _object(line: Line) -> dict[str, Any]:
     try:
         value = json.loads(line.text())
     except (ValueError, RecursionError) as error:
-        raise Unreadable("not JSON", f"not JSON ({error}): one whole JSON object a line is needed") from error
+        raise UnreadableRow("not JSON", f"not JSON ({error}): one whole JSON object a line is needed") from error
     if not isinstance(value, dict):
         kind = type(value).__name__
-        raise Unreadable("not JSON", f"a JSON object is needed in each line, this is a {kind}")
+        raise UnreadableRow("not JSON", f"a JSON object is needed in each line, this is a {kind}")
     return value

@@ -16,7 +16,7 @@ _PACKAGES = frozenset(
 
 
 @contextmanager
-def refusals(where: str, way_out: str) -> Iterator[None]:
+def data_errors(where: str, way_out: str) -> Iterator[None]:
     """Within, what is refused is raised as a DataError: `where`, why, `way_out`."""
     try:
         yield

@@ -4,17 +4,17 @@ out its lines, each whole, whatever the cuts."""
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from switchcli.data.sources.paths import File
-from switchcli.data.sources.records import Unreadable
+from switchcli.data.sources.paths import SourceFile
+from switchcli.data.sources.records import UnreadableRow
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 2**16
 
 
-class Span(NamedTuple):
+class ByteRange(NamedTuple):
     """A range of a file's bytes, to its end where `end` is None."""
 
-    file: File
+    file: SourceFile
     begin: int = 0
     end: int | None = None
 
@@ -25,7 +25,7 @@ class Span(NamedTuple):
 class Line(NamedTuple):
     """A line, its end left out."""
 
-    file: File
+    file: SourceFile
     number: int | None
     """From 1; None in a range that does not begin the file, where it would have to be counted."""
     offset: int
@@ -50,7 +50,7 @@ class Line(NamedTuple):
         raw = self._raw_text()
         try:
             return decode(raw, self.offset + len(self.raw) - len(raw))
-        except Unreadable as error:
+        except UnreadableRow as error:
             error.place = self.place
             raise
 
@@ -63,19 +63,19 @@ def decode(raw: bytes, offset: int = 0) -> str:
     if b"\0" in raw:
         place = offset + raw.index(b"\0")
         words = f"a NUL byte at offset {place}: this is not a text file; leave it out or clean it"
-        raise Unreadable("a NUL byte", words)
+        raise UnreadableRow("a NUL byte", words)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte, place = raw[error.start], offset + error.start
-        raise Unreadable(
+        raise UnreadableRow(
             "not UTF-8",
             f"byte 0x{byte:02x} at offset {place} is not UTF-8: convert the file, for example with "
             "`iconv -f latin1 -t utf-8`",
         ) from error
 
 
-def lines(span: Span) -> Iterator[Line]:
+def lines(span: ByteRange) -> Iterator[Line]:
     """The lines that start in the span. DataError for a file that cannot be read."""
     for line in _lines(span):
         if span.holds(line.offset):
@@ -84,7 +84,7 @@ def lines(span: Span) -> Iterator[Line]:
             return
 
 
-def paragraphs(span: Span) -> Iterator[list[Line]]:
+def paragraphs(span: ByteRange) -> Iterator[list[Line]]:
     """The paragraphs that start in the span: at a line that is not blank, after a blank one or the file's start."""
     paragraph: list[Line] = []
     of_others = False  # within a paragraph that starts before the span
@@ -106,7 +106,7 @@ def paragraphs(span: Span) -> Iterator[list[Line]]:
         yield paragraph
 
 
-def _lines(span: Span) -> Iterator[Line]:
+def _lines(span: ByteRange) -> Iterator[Line]:
     """From the line before the span to the file's end."""
     with span.file.open() as file:
         offset = 0
@@ -132,7 +132,7 @@ def _start_of_line(file: BinaryIO, offset: int) -> int:
     return 0
 
 
-def _count(file: File, offset: int) -> int:
+def _count(file: SourceFile, offset: int) -> int:
     """The lines that end before `offset`."""
     count = 0
     with file.open() as opened:

@@ -5,8 +5,8 @@ from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from switchcli.data.sources.lines import Span, decode
-from switchcli.data.sources.records import Row
+from switchcli.data.sources.lines import ByteRange, decode
+from switchcli.data.sources.records import RawRow
 
 if TYPE_CHECKING:
     from pyarrow import Array
@@ -16,7 +16,7 @@ _ROWS_AT_ONCE = 256
 _BUFFER_BYTES = 2**20
 
 
-def rows(span: Span, columns: Sequence[str]) -> Iterator[Row]:
+def rows(span: ByteRange, columns: Sequence[str]) -> Iterator[RawRow]:
     """Rows with these columns; where one is missing, all have their names, but what is not needed the value None.
 
     Named by their number in the file, from 1. Raises DataError for a file that is no Parquet.
@@ -40,7 +40,7 @@ def rows(span: Span, columns: Sequence[str]) -> Iterator[Row]:
                     number += 1
                     name = f"{span.file.name}:{number}"
                     fields = others | dict(zip(batch.schema.names, found, strict=True))
-                    yield Row(name, partial(str, name), partial(_decoded, fields))
+                    yield RawRow(name, partial(str, name), partial(_decoded, fields))
 
 
 def _begin(metadata: "FileMetaData", group: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, cast
 
 from switchcli.data.prepare.digests import Digests
-from switchcli.data.sources.io_errors import reason, refusals
+from switchcli.data.sources.io_errors import data_errors, reason
 from switchcli.errors import DataError
 from switchcli.user_files import expanded, open_regular, other_kind
 
@@ -28,7 +28,7 @@ _BUFFER_BYTES = 2**20
 _VERSION = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
 
 
-class File(NamedTuple):
+class SourceFile(NamedTuple):
     """A file as it was found."""
 
     name: str
@@ -38,7 +38,7 @@ class File(NamedTuple):
     """What is known of its content: its time of change, or a digest that the store has."""
 
     @classmethod
-    def here(cls, path: Path) -> Self:
+    def local(cls, path: Path) -> Self:
         stat = path.stat()
         return cls(path.as_posix(), stat.st_size, str(stat.st_mtime_ns))
 
@@ -54,7 +54,7 @@ class File(NamedTuple):
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Its bytes, decompressed. DataError, here and within, for what cannot be read."""
-        with refusals(f"{self.name}: cannot be read", "fix or leave out the file"), ExitStack() as stack:
+        with data_errors(f"{self.name}: cannot be read", "fix or leave out the file"), ExitStack() as stack:
             if _URL.match(self.name):
                 system, path = _system(self.name)
                 raw = cast("BinaryIO", io.BufferedReader(stack.enter_context(system.open(path, "rb")), _BUFFER_BYTES))
@@ -63,7 +63,7 @@ class File(NamedTuple):
             yield cast("BinaryIO", stack.enter_context(_decompressed(raw, Path(self.name).suffix)))
 
 
-def fingerprint(files: Iterable[File], digests: Digests) -> str:
+def fingerprint(files: Iterable[SourceFile], digests: Digests) -> str:
     """Return a digest of the files' contents and kinds, in order.
 
     Where a file of this machine lies, and when it was written, does not count. A file elsewhere counts by its URL,
@@ -81,22 +81,22 @@ def fingerprint(files: Iterable[File], digests: Digests) -> str:
     return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def former_fingerprint(files: Iterable[File]) -> str:
+def legacy_fingerprint(files: Iterable[SourceFile]) -> str:
     """Return the fingerprint of versions up to 0.1: paths, sizes and versions. Streams recorded it in checkpoints."""
     identity = [(_resolved(file.name), file.size, file.version) for file in files]
     return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def matches(patterns: Iterable[str], key: str) -> list[File]:
+def expand_paths(patterns: Iterable[str], key: str) -> list[SourceFile]:
     """The files that `patterns` (paths, URLs, globs) name, each once. DataError, naming a recipe's `key`, for none."""
-    found: dict[str, File] = {}
+    found: dict[str, SourceFile] = {}
     for pattern in patterns:
         for file in _elsewhere(pattern, key) if _URL.match(pattern) else _here(pattern, key):
             found.setdefault(_resolved(file.name), file)
     return list(found.values())
 
 
-def _here(pattern: str, key: str) -> list[File]:
+def _here(pattern: str, key: str) -> list[SourceFile]:
     try:
         path = expanded(Path(pattern))
         kind = other_kind(path) if path.exists() else None
@@ -107,7 +107,7 @@ def _here(pattern: str, key: str) -> list[File]:
     if kind:
         raise DataError(f"{key}: {pattern}: it is {kind}, not a file: save its content to a file, and name that")
     if kind is not None:
-        return [File.here(path)]
+        return [SourceFile.local(path)]
     if not set(pattern) & set("*?["):
         raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): fix the path")
     anchor = Path(path.anchor)
@@ -121,11 +121,11 @@ def _here(pattern: str, key: str) -> list[File]:
         raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the pattern") from error
     if not files:
         raise DataError(f"{key}: {pattern}: no file matches (from {Path.cwd()}): fix the pattern")
-    return [File.here(file) for file in files]
+    return [SourceFile.local(file) for file in files]
 
 
-def _elsewhere(pattern: str, key: str) -> list[File]:
-    with refusals(f"{key}: {pattern}: cannot be listed", "check the address, the network and your rights to it"):
+def _elsewhere(pattern: str, key: str) -> list[SourceFile]:
+    with data_errors(f"{key}: {pattern}: cannot be listed", "check the address, the network and your rights to it"):
         system, path = _system(pattern)
         # A glob asks for names, sizes and versions at once; asking for each file would take an hour for some corpora.
         found = system.glob(path, detail=True) if set(path) & set("*?[") else {path: system.info(path)}
@@ -134,7 +134,7 @@ def _elsewhere(pattern: str, key: str) -> list[File]:
     files = [(system.unstrip_protocol(name), info) for name, info in sorted(found.items()) if info["type"] == "file"]
     if not files:
         raise DataError(f"{key}: {pattern}: no file matches: fix the pattern")
-    return [File(name, info.get("size"), _version(info)) for name, info in files]
+    return [SourceFile(name, info.get("size"), _version(info)) for name, info in files]
 
 
 def _version(info: Mapping[str, Any]) -> str:

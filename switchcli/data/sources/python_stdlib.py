@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from switchcli.data.prepare.digests import Digests
-from switchcli.data.sources.document import CorpusSpec, Document, Piece
+from switchcli.data.sources.document import CorpusSpec, Document, SourceShard
 from switchcli.errors import DataError
 
 LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -29,11 +29,11 @@ class PythonStdlib(CorpusSpec):
     sources: bool = False
     """A module's document is its whole source text, docstrings and all; otherwise its docstrings alone."""
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def source_shards(self) -> tuple[SourceShard, ...]:
         """One: some 2.2 MB on Python 3.11, 12 MB with sources. Builds without the topics have the modules alone."""
-        return (Piece("python-stdlib", None),)
+        return (SourceShard("python-stdlib", None),)
 
-    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """A document's identity is its name, the same whatever the Python's version; nothing is dropped."""
         for row, (name, text) in enumerate(self._texts()):
             if row >= start and text.strip():
@@ -55,13 +55,13 @@ class PythonStdlib(CorpusSpec):
         identity = repr((sys.version, self.sources, [*zip(names, digests.of(paths), strict=True)]))
         return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
 
-    def former_fingerprint(self) -> str:
+    def legacy_fingerprint(self) -> str:
         root = library_root()
         files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in module_paths(root)]
         identity = repr((sys.version, self.sources, (root / TOPICS).exists(), files))
         return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
 
-    def no_text(self) -> DataError:
+    def empty_error(self) -> DataError:
         return DataError("data.corpora: this Python's standard library holds no text: use `kind: files`")
 
 
@@ -85,7 +85,7 @@ def module_paths(root: Path) -> list[Path]:
     return sorted((path for path in found if path != root / TOPICS), key=lambda path: path.relative_to(root).parts)
 
 
-def parse(source: bytes) -> ast.Module:
+def parse_source(source: bytes) -> ast.Module:
     """A syntax tree, empty where this Python cannot read the file (an encoding or a syntax kept as an example)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,7 +98,7 @@ def parse(source: bytes) -> ast.Module:
 def _topics(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         return
-    for node in parse(path.read_bytes()).body:
+    for node in parse_source(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for name, text in sorted(ast.literal_eval(node.value).items()):
                 yield f"topic {name}", text
@@ -114,7 +114,7 @@ def source_text(path: Path) -> str:
         return ""
 
 
-def documented(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
+def iter_docstrings(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
     """What has a docstring: its qualified name (the module's is empty), its node, and the docstring without indent."""
 
     def visit(node: ast.AST, names: tuple[str, ...]) -> Iterator[tuple[str, Definition, str]]:
@@ -133,4 +133,4 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
 
 
 def _docstrings(path: Path) -> str:
-    return "\n\n".join(text for _, _, text in documented(parse(path.read_bytes())))
+    return "\n\n".join(text for _, _, text in iter_docstrings(parse_source(path.read_bytes())))

@@ -1,4 +1,4 @@
-"""TextRows: what corpora of rows share, be a row a line, a paragraph or a record of fields: which column is the text,
+"""RowCorpus: what corpora of rows share, be a row a line, a paragraph or a record of fields: which column is the text,
 which rows are wanted, and what becomes of those that cannot be read."""
 
 from abc import ABC
@@ -12,7 +12,7 @@ from switchcli.data.sources.document import CorpusSpec, Document
 from switchcli.errors import DataError
 
 
-class Unreadable(Exception):
+class UnreadableRow(Exception):
     """A row that gives no text: a word for the count of such rows, the whole story, and the place where it is known
     better than the row's."""
 
@@ -21,7 +21,7 @@ class Unreadable(Exception):
         self.reason, self.words, self.place = reason, words, place
 
 
-class Row(NamedTuple):
+class RawRow(NamedTuple):
     """A raw row, not looked into yet."""
 
     name: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     """Its text, or its fields. Raises Unreadable."""
 
 
-class TextRows(CorpusSpec, ABC):
+class RowCorpus(CorpusSpec, ABC):
     """A corpus of rows."""
 
     field: str = "text"
@@ -41,14 +41,14 @@ class TextRows(CorpusSpec, ABC):
     unreadable: Literal["refuse", "skip"] = "refuse"
     """What is no UTF-8, has NULs, is no JSON or lacks a field ends the run, or is passed over and counted."""
 
-    def select(self, rows: Iterable[tuple[int, Row]], dropped: Counter[str] | None) -> Iterator[Document]:
+    def select(self, rows: Iterable[tuple[int, RawRow]], dropped: Counter[str] | None) -> Iterator[Document]:
         """The documents of numbered rows. Raises DataError for one that is unreadable, unless such are skipped."""
         dropped = Counter() if dropped is None else dropped
         for number, row in rows:
             try:
                 value = row.value()
                 text = value if isinstance(value, str) else self._wanted(value, dropped)
-            except Unreadable as error:
+            except UnreadableRow as error:
                 if self.unreadable == "refuse":
                     raise DataError(f"{(error.place or row.place)()}: {error.words}") from error
                 dropped[error.reason] += 1
@@ -66,12 +66,12 @@ class TextRows(CorpusSpec, ABC):
         text = _field(fields, self.field, "field")
         if not isinstance(text, str):
             kind = type(text).__name__
-            raise Unreadable("no text", f"field {self.field!r} is a {kind}, text is needed: set `field` to another")
+            raise UnreadableRow("no text", f"field {self.field!r} is a {kind}, text is needed: set `field` to another")
         return text
 
 
 def _field(fields: Mapping[str, object], name: str, key: str) -> object:
     if name not in fields:
         here = ", ".join(map(str, fields)) or "none"
-        raise Unreadable("no field", f"no field {name!r} (fields here: {here}): set `{key}` to one that is there")
+        raise UnreadableRow("no field", f"no field {name!r} (fields here: {here}): set `{key}` to one that is there")
     return fields[name]

@@ -15,7 +15,7 @@ MAX_READ: Final = 2**30
 """Characters of each component that are looked at, in its own order: 1 GiB of English."""
 
 
-def sample(
+def sample_texts(
     components: Mapping[str, Iterable[Document]],
     max_characters: int,
     alpha: float | None = None,

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from switchcli.data.sources.document import Document
-from switchcli.data.sources.io_errors import refusals
-from switchcli.data.tokenizer.sample import sample
+from switchcli.data.sources.io_errors import data_errors
+from switchcli.data.tokenizer.sample import sample_texts
 from switchcli.data.tokenizer.sentencepiece import read_model
 from switchcli.data.tokenizer.train import BYTES, NUM_SENTINELS, Size, sentinel, train_unigram
 from switchcli.errors import DataError
@@ -198,7 +198,7 @@ class TrainedTokenizer(Spec):
 
     def load(self, documents: Documents) -> Tokenizer:
         """Trains on what `documents()` gives. Raises DataError when that is nothing, or has too many characters."""
-        texts = sample(documents(), self.max_characters, self.alpha)
+        texts = sample_texts(documents(), self.max_characters, self.alpha)
         return Tokenizer(train_unigram(texts, self._size, self.character_coverage), "data.tokenizer")
 
 
@@ -234,7 +234,7 @@ class HubTokenizer(Spec):
 
         where = f"data.tokenizer: {self.path}: no tokenizer.json or spiece.model can be had from the hub"
         way_out = "check path, revision and the network; or use `kind: file` with one that is here"
-        with refusals(where, way_out):
+        with data_errors(where, way_out):
             try:
                 file = hf_hub_download(self.path, "tokenizer.json", revision=self.revision)
             except EntryNotFoundError:

@@ -16,7 +16,7 @@ from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.router import Routing
 
 
-class Rows(NamedTuple):
+class LocalMeta(NamedTuple):
     """Where each row that goes to an expert comes from, the first expert's rows first."""
 
     source_A: torch.Tensor
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     """int32: the end of each expert's rows."""
 
 
-class Sent(Protocol):
+class DispatchMeta(Protocol):
     """What a dispatcher needs to have back what it sent."""
 
     @property
@@ -35,50 +35,52 @@ class Sent(Protocol):
         """int32: the end of the rows of each expert that is here."""
 
 
-S = TypeVar("S", bound=Sent)
+S = TypeVar("S", bound=DispatchMeta)
 
 
 class Dispatcher(Protocol[S]):
     """The way of the tokens to the experts, and back."""
 
-    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, S]:
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, S]:
         """The rows of the experts that are here, the first one's first, in the type of products: [A, D].
 
         `learns`: this is training, where every process has a batch of the same size.
         """
 
-    def spread(self, mask_BF: torch.Tensor, sent: S, length: int) -> torch.Tensor:
+    def expand_mask(self, mask_BF: torch.Tensor, sent: S, length: int) -> torch.Tensor:
         """To each row that was sent, what belongs to its sequence of `length` positions: [A, F]."""
 
-    def receive(self, y_AO: torch.Tensor, sent: S, x_GND: torch.Tensor) -> torch.Tensor:
+    def combine(self, y_AO: torch.Tensor, sent: S, x_GND: torch.Tensor) -> torch.Tensor:
         """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
 
 
-class Local:
+class LocalDispatcher:
     """The way there and back when every expert is here."""
 
-    def send(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, Rows]:
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, LocalMeta]:
         """Gather the token of each filled slot, in the type that products are computed in: [A, D]."""
-        rows = rows_of(routing, x_GND.shape[1], exact=x_GND.is_cpu)
+        rows = filled_slots(routing, x_GND.shape[1], exact=x_GND.is_cpu)
         return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, rows.source_A), rows
 
-    def spread(self, mask_BF: torch.Tensor, rows: Rows, length: int) -> torch.Tensor:
+    def expand_mask(self, mask_BF: torch.Tensor, rows: LocalMeta, length: int) -> torch.Tensor:
         """[A, F]."""
         return mask_BF.index_select(0, rows.source_A // length)
 
-    def receive(self, y_AO: torch.Tensor, rows: Rows, x_GND: torch.Tensor) -> torch.Tensor:
+    def combine(self, y_AO: torch.Tensor, rows: LocalMeta, x_GND: torch.Tensor) -> torch.Tensor:
         """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
         G, N, _D = x_GND.shape
-        return combine(y_AO, rows.weight_A, rows.source_A, G * N).view(G, N, -1)
+        return weighted_scatter_add(y_AO, rows.weight_A, rows.source_A, G * N).view(G, N, -1)
 
 
-def combine(y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def weighted_scatter_add(
+    y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
     """Each row times its weight, added to the token `source_A` that it came from: [tokens, O] in the type of y."""
-    combined: torch.Tensor = _Combine.apply(y_AO, weight_A, source_A, num_tokens)  # type: ignore[no-untyped-call]
+    combined: torch.Tensor = _WeightedScatterAdd.apply(y_AO, weight_A, source_A, num_tokens)  # type: ignore[no-untyped-call]
     return combined
 
 
-class _Combine(torch.autograd.Function):
+class _WeightedScatterAdd(torch.autograd.Function):
     """Keeps what an expert said, not its product with the weight: `index_add` would keep that for its shape alone."""
 
     @staticmethod
@@ -97,7 +99,7 @@ class _Combine(torch.autograd.Function):
         return gradient_AO.mul_(weight_A.unsqueeze(1).to(gradient_AO.dtype)), for_weight_A, None, None
 
 
-def rows_of(routing: Routing, group_size: int, exact: bool) -> Rows:
+def filled_slots(routing: Routing, group_size: int, exact: bool) -> LocalMeta:
     """The filled slots in order, of all groups together for each expert.
 
     `exact`: as many rows as there are filled slots. Off the CPU their number would have to be waited for: then there
@@ -109,7 +111,7 @@ def rows_of(routing: Routing, group_size: int, exact: bool) -> Rows:
     if exact:
         slot_A = filled_EGC.flatten().nonzero().squeeze(1)
     else:
-        slot_A = filled_EGC.flatten().nonzero_static(size=routing.most_rows, fill_value=0).squeeze(1)
+        slot_A = filled_EGC.flatten().nonzero_static(size=routing.max_filled_slots, fill_value=0).squeeze(1)
     num_rows = filled_EGC.sum()
     start_A = slot_A // C % G * group_size
     token_A = token_EGC.flatten()[slot_A].clamp(max=group_size - 1)
@@ -117,4 +119,4 @@ def rows_of(routing: Routing, group_size: int, exact: bool) -> Rows:
     weight_A = weight_A.masked_fill(torch.arange(len(slot_A), device=slot_A.device) >= num_rows, 0.0)
     end_E = filled_EGC.sum((1, 2)).cumsum(0)
     end_E[-1] = len(slot_A)
-    return Rows(start_A + token_A, weight_A, end_E.int())
+    return LocalMeta(start_A + token_A, weight_A, end_E.int())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.axis import UNDIVIDED, part_of
+from switchcli.model.axis import SINGLE_PROCESS, local_slice
 from switchcli.model.config import ModelSpec
 from switchcli.model.layers import activate
 
@@ -29,20 +29,20 @@ class Experts(nn.Module):
         self.dropout = spec.experts_dropout
         self.num_experts = E
         """Experts of the whole layer."""
-        self.here = range(E)
+        self.expert_ids = range(E)
         """The numbers of the experts whose weights this process stores: all of them unless others store the rest."""
-        self.axis = UNDIVIDED
+        self.axis = SINGLE_PROCESS
         """The processes among which the hidden units are divided."""
 
-    def keep(self, part: int, parts: int) -> None:
+    def keep_slice(self, part: int, parts: int) -> None:
         """Hold part number `part` alone, of `parts` equal ones; a divisor of the experts."""
         here = self.num_experts // parts
-        self.here = range(part * here, (part + 1) * here)
+        self.expert_ids = range(part * here, (part + 1) * here)
         for name, weight in list(self.named_parameters()):
-            kept = weight.detach()[self.here.start : self.here.stop].clone()
+            kept = weight.detach()[self.expert_ids.start : self.expert_ids.stop].clone()
             self.register_parameter(name, nn.Parameter(kept, weight.requires_grad))
 
-    def mask(self, x_AD: torch.Tensor, num_sequences: int) -> torch.Tensor | None:
+    def draw_dropout_mask(self, x_AD: torch.Tensor, num_sequences: int) -> torch.Tensor | None:
         """The dropout of each sequence's hidden vectors, drawn: [B, F] in the type of x; None where there is none.
 
         # Deviates: the positions of a sequence share a mask, as in T5's other layers; Mesh-TensorFlow's experts draw
@@ -51,7 +51,7 @@ class Experts(nn.Module):
         if not self.training or not self.dropout:
             return None
         mask_BF = F.dropout(x_AD.new_ones(num_sequences, self.wi.shape[1] * self.axis.size), self.dropout)
-        return part_of(mask_BF, self.axis, 1)
+        return local_slice(mask_BF, self.axis, 1)
 
     def forward(self, x_AD: torch.Tensor, end_E: torch.Tensor, mask_AF: torch.Tensor | None) -> torch.Tensor:
         """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0.

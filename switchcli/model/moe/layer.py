@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.config import ModelSpec, Stack
-from switchcli.model.moe.dispatch import Dispatcher, Local
+from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.router import Mode, Policy
-from switchcli.model.moe.stats import RoutingReport
+from switchcli.model.moe.stats import RouterStats
 
 
-class Router(nn.Module):
+class RouterWeights(nn.Module):
     """h(x) = W x, no bias, in float32 whatever the precision around it (selective precision, section 2.4)."""
 
     def __init__(self, spec: ModelSpec, stack: Stack) -> None:
@@ -50,7 +50,7 @@ class SwitchOutput(NamedTuple):
     """What the layer gives back: the tokens' outputs and the report that carries its losses."""
 
     y_BSO: torch.Tensor
-    report: RoutingReport
+    stats: RouterStats
 
 
 class SwitchLayer(nn.Module):
@@ -59,9 +59,9 @@ class SwitchLayer(nn.Module):
     def __init__(self, spec: ModelSpec, stack: Stack, num_outputs: int) -> None:
         super().__init__()
         self.rule = spec.router_of(stack)
-        self.router = Router(spec, stack)
+        self.router = RouterWeights(spec, stack)
         self.experts = Experts(spec, num_outputs)
-        self.dispatcher: Dispatcher[Any] = Local()
+        self.dispatcher: Dispatcher[Any] = LocalDispatcher()
         self.policy: Policy = "paper"
 
     @property
@@ -72,16 +72,16 @@ class SwitchLayer(nn.Module):
         """`real_BS` is False for padding. B must be a multiple of the sequences that the router takes `together`."""
         axis = self.experts.axis
         B, S, D = x_BSD.shape
-        x_GND = x_BSD.reshape(B // self.rule.together(self.mode), -1, D)
+        x_GND = x_BSD.reshape(B // self.rule.group_size(self.mode), -1, D)
         with torch.autocast(x_BSD.device.type, enabled=False):  # which would choose a precision for the softmax
             routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
-            routing = routing._replace(weight_GEC=axis.enter(routing.weight_GEC))
-        x_AD, sent = self.dispatcher.send(axis.enter(x_GND), routing, self.training)
-        mask_BF = self.experts.mask(x_AD, B)
-        mask_AF = None if mask_BF is None else self.dispatcher.spread(mask_BF, sent, S)
+            routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
+        x_AD, sent = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, self.training)
+        mask_BF = self.experts.draw_dropout_mask(x_AD, B)
+        mask_AF = None if mask_BF is None else self.dispatcher.expand_mask(mask_BF, sent, S)
         y_AO = self.experts(x_AD, sent.end_E, mask_AF)
-        y_GNO = axis.leave(self.dispatcher.receive(y_AO, sent, x_GND))
-        return SwitchOutput(y_GNO.reshape(B, S, -1), routing.report)
+        y_GNO = axis.all_reduce(self.dispatcher.combine(y_AO, sent, x_GND))
+        return SwitchOutput(y_GNO.reshape(B, S, -1), routing.stats)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SwitchLayer]:
@@ -90,9 +90,9 @@ def sparse_layers(model: nn.Module) -> dict[str, SwitchLayer]:
     return {name.removesuffix(".switch"): layer for name, layer in found}
 
 
-def experts_here(model: nn.Module) -> range:
+def local_experts(model: nn.Module) -> range:
     """The numbers of the experts whose weights `model` holds: the same ones in every sparse layer."""
-    return next((module.here for module in model.modules() if isinstance(module, Experts)), range(1))
+    return next((module.expert_ids for module in model.modules() if isinstance(module, Experts)), range(1))
 
 
 @contextmanager

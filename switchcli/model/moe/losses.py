@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from switchcli.model.moe.router import RouterSpec
-from switchcli.model.moe.stats import Reports, RoutingReport
+from switchcli.model.moe.stats import RouterStats, StackStats
 
 Reduction = Literal["sum", "mean", "pooled"]
 
@@ -39,7 +39,7 @@ class AuxiliaryLoss(NamedTuple):
         return self.encoder.mean() + self.decoder.mean()
 
 
-def auxiliary_loss(stacks: Sequence[tuple[RouterSpec, Reports]], reduction: Reduction) -> AuxiliaryLoss | None:
+def auxiliary_loss(stacks: Sequence[tuple[RouterSpec, StackStats]], reduction: Reduction) -> AuxiliaryLoss | None:
     """Return the auxiliary losses of encoder and decoder, or None when there is no sparse layer.
 
     Each group of tokens is weighted by its real tokens.
@@ -63,14 +63,14 @@ def auxiliary_loss(stacks: Sequence[tuple[RouterSpec, Reports]], reduction: Redu
     return AuxiliaryLoss(encoder, decoder)
 
 
-def _stack_loss(router: RouterSpec, reports: Reports, reduction: Reduction, num_layers: int) -> StackLoss:
+def _stack_loss(router: RouterSpec, reports: StackStats, reduction: Reduction, num_layers: int) -> StackLoss:
     """`num_layers` are the sparse layers of both stacks."""
     counted = _pooled(reports) if reduction == "pooled" else reports
-    losses = [router.balance_loss_coef * one.balance_sum + router.z_loss_coef * one.z_sum for one in counted]
+    losses = [router.balance_loss_coef * one.load_balancing_sum + router.z_loss_coef * one.z_sum for one in counted]
     total = torch.stack(losses).sum()
     return StackLoss(total / num_layers if reduction == "mean" else total, reports[0].tokens)
 
 
-def _pooled(reports: Reports) -> Reports:
+def _pooled(reports: StackStats) -> StackStats:
     """One report with the mean of every field over the layers of a stack."""
-    return (RoutingReport(*(torch.stack(field).mean(0) for field in zip(*reports, strict=True))),)
+    return (RouterStats(*(torch.stack(field).mean(0) for field in zip(*reports, strict=True))),)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, model_validator
 
-from switchcli.model.moe.stats import RoutingReport, count_each, report_of, share
+from switchcli.model.moe.stats import RouterStats, choice_fraction, count_per_group, router_stats
 from switchcli.spec import MOST, Spec
 
 Factor = Annotated[float, Field(gt=0.0, le=1e12)]
@@ -37,12 +37,12 @@ class Routing(NamedTuple):
     weight_GEC: torch.Tensor
     """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty; differentiable, in the router's
     precision."""
-    most_rows: int
+    max_filled_slots: int
     """No more slots than this are filled, whatever the tokens choose."""
-    report: RoutingReport
+    stats: RouterStats
 
 
-class RoutingRule(Spec, ABC):
+class Router(Spec, ABC):
     """What every router has: capacities, groups, noise, losses.
 
     Each router also has `capacity_factor` and `balance_loss_coef`, as keys or as constants of the class.
@@ -88,7 +88,7 @@ class RoutingRule(Spec, ABC):
         """
         return 1.0 if self.gates_sum_to_one else num_experts / self.experts_per_token
 
-    def misfit(self, num_experts: int) -> str | None:
+    def incompatibility(self, num_experts: int) -> str | None:
         """Return why the router cannot do with so many experts, beginning with its key; None where it can."""
         return None
 
@@ -103,11 +103,11 @@ class RoutingRule(Spec, ABC):
         """
 
     @abstractmethod
-    def together(self, mode: Mode) -> int:
+    def group_size(self, mode: Mode) -> int:
         """Sequences that must be routed together: a group, unless it makes no difference."""
 
     @abstractmethod
-    def sees_the_future(self) -> str | None:
+    def causality_violation(self) -> str | None:
         """Why a causal decoder may not route so, if it may not."""
 
     def _capacity(self, factor: float | str, num_tokens: int, num_experts: int) -> int:
@@ -116,7 +116,7 @@ class RoutingRule(Spec, ABC):
         return min(num_tokens, max(self.min_capacity, int(num_tokens * factor / num_experts)))
 
 
-class TokenChoice(RoutingRule, ABC):
+class TokenChoiceRouter(Router, ABC):
     """Each token chooses experts, and queues at them; a queue is cut at the capacity."""
 
     capacity_factor: Factor | Literal["dropless"] = 1.25
@@ -135,7 +135,7 @@ class TokenChoice(RoutingRule, ABC):
         """K: how many experts a token may name."""
 
     @abstractmethod
-    def _places(self, num_choices: int) -> int:
+    def _max_slots_per_token(self, num_choices: int) -> int:
         """How many slots a token may sit in."""
 
     @abstractmethod
@@ -143,13 +143,13 @@ class TokenChoice(RoutingRule, ABC):
         """The weights of the choices, from their probabilities."""
 
     @abstractmethod
-    def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
+    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         """bool: which tokens queue at their next choice (after the first), given which are in a slot already."""
 
-    def together(self, mode: Mode) -> int:
+    def group_size(self, mode: Mode) -> int:
         return 1 if mode == "dropless" else self.group_sequences
 
-    def sees_the_future(self) -> str | None:
+    def causality_violation(self) -> str | None:
         if self.overflow == "probability":
             return "overflow: probability lets a later token take the slot of an earlier one"
         return None
@@ -180,9 +180,9 @@ class TokenChoice(RoutingRule, ABC):
         for choice in range(K):
             joins_GN = real_GN
             if choice:
-                joins_GN = real_GN & self._joins(gate_GNK[..., choice], placed_GN, training)
+                joins_GN = real_GN & self._eligible(gate_GNK[..., choice], placed_GN, training)
             queue_GN = expert_GNK[..., choice].masked_fill(~joins_GN, E)
-            position_GN, asked_GE = _line_up(queue_GN, filled_GE, order_GN)
+            position_GN, asked_GE = _positions_in_expert(queue_GN, filled_GE, order_GN)
             fits_GN = joins_GN & (position_GN < C)
             places.append((queue_GN * C + position_GN).where(fits_GN, E * C))
             placed_GN = placed_GN | fits_GN
@@ -193,7 +193,7 @@ class TokenChoice(RoutingRule, ABC):
         token_A = torch.arange(N, device=place_GA.device).repeat(K)
         token_GS = place_GA.new_full((G, E * C + 1), N).scatter_(1, place_GA, token_A.expand(G, -1))
         weight_GS = gate_GNK.new_zeros(G, E * C + 1).scatter(1, place_GA, gate_GNK.transpose(1, 2).flatten(1))
-        report = report_of(
+        report = router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
@@ -201,7 +201,7 @@ class TokenChoice(RoutingRule, ABC):
             placed_GN=placed_GN,
         )
         token_GEC, weight_GEC = token_GS[:, :-1].view(G, E, C), weight_GS[:, :-1].view(G, E, C)
-        return Routing(token_GEC, weight_GEC, G * min(E * C, N * self._places(K)), report)
+        return Routing(token_GEC, weight_GEC, G * min(E * C, N * self._max_slots_per_token(K)), report)
 
     def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
         """int64 [G, N, K]: the experts of each token, the first choice first."""
@@ -223,10 +223,10 @@ class TokenChoice(RoutingRule, ABC):
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
         """f, of first choices alone (Mesh-TensorFlow); no gradient."""
-        return share(expert_GNK[..., :1], real_GN, num_experts)
+        return choice_fraction(expert_GNK[..., :1], real_GN, num_experts)
 
 
-class Switch(TokenChoice):
+class SwitchRouter(TokenChoiceRouter):
     """Top-1 routing: each token to its most probable expert, weighted by that raw probability (section 2.1).
 
     The weight is not renormalised: over one expert that gives 1, and no gradient to the router.
@@ -238,17 +238,17 @@ class Switch(TokenChoice):
     def num_choices(self, num_experts: int) -> int:
         return 1
 
-    def _places(self, num_choices: int) -> int:
+    def _max_slots_per_token(self, num_choices: int) -> int:
         return 1
 
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK
 
-    def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
+    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         raise AssertionError("there is one choice")
 
 
-class TopK(TokenChoice):
+class TopKRouter(TokenChoiceRouter):
     """Mixture-of-Experts routing with k experts a token (eq. 2): the paper's MoE baseline, by Mesh-TensorFlow's top-2.
 
     First choices take their slots before any second one: in a decoder a later token's first choice then goes before an
@@ -282,29 +282,29 @@ class TopK(TokenChoice):
     def gates_sum_to_one(self) -> bool:
         return self.renormalise
 
-    def misfit(self, num_experts: int) -> str | None:
+    def incompatibility(self, num_experts: int) -> str | None:
         return f"k ({self.k}) must be at most num_experts ({num_experts})" if self.k > num_experts else None
 
     def num_choices(self, num_experts: int) -> int:
         return self.k
 
-    def _places(self, num_choices: int) -> int:
+    def _max_slots_per_token(self, num_choices: int) -> int:
         return num_choices
 
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK / gate_GNK.sum(-1, keepdim=True) if self.renormalise else gate_GNK
 
-    def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
+    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         if not training:
             return torch.ones_like(placed_GN)
         return torch.rand_like(gate_GN, dtype=torch.float32) * self.keep_threshold <= gate_GN.detach()
 
 
-class NoTokenLeftBehind(TokenChoice):
+class NoTokenLeftBehindRouter(TokenChoiceRouter):
     """Switch routing in k rounds: a token that found no slot tries its next choice (Appendix B).
 
     Weights are raw probabilities; f of the balance loss is the mean over the k choices (Mesh-TensorFlow), so with no
-    more than k experts it is uniform whatever the router does, and the loss pulls nowhere. As in `TopK` a later token's
+    more than k experts it is uniform whatever the router does, and the loss pulls nowhere. As in `TopKRouter` a later
     first choice goes before an earlier token's second.
 
     # Deviates: Mesh-TensorFlow takes this softmax in the precision of the activations; here it is the router's.
@@ -317,20 +317,20 @@ class NoTokenLeftBehind(TokenChoice):
     def num_choices(self, num_experts: int) -> int:
         return min(self.k, num_experts)
 
-    def _places(self, num_choices: int) -> int:
+    def _max_slots_per_token(self, num_choices: int) -> int:
         return 1
 
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK
 
-    def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
+    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         return ~placed_GN
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
-        return share(expert_GNK, real_GN, num_experts)
+        return choice_fraction(expert_GNK, real_GN, num_experts)
 
 
-class ExpertChoice(RoutingRule):
+class ExpertChoiceRouter(Router):
     """Each expert takes the tokens that are most probable for it, as many as it has slots (Zhou et al. 2022).
 
     Beyond the paper. Loads are equal by construction, so there is no balance loss; a token may be taken by several
@@ -349,10 +349,10 @@ class ExpertChoice(RoutingRule):
     def dense_equivalent_scale(self, num_experts: int) -> float:
         return num_experts / self.capacity_factor
 
-    def together(self, mode: Mode) -> int:
+    def group_size(self, mode: Mode) -> int:
         return self.group_sequences
 
-    def sees_the_future(self) -> str | None:
+    def causality_violation(self) -> str | None:
         return "kind: expert_choice lets each expert choose among all positions, later ones too"
 
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
@@ -372,7 +372,7 @@ class ExpertChoice(RoutingRule):
         token_GEC = token_GEC.masked_fill(empty_G1C, N)
         placed_GN = F.pad(torch.zeros_like(real_GN), (0, 1)).scatter_(1, token_GEC.flatten(1), True)[:, :-1]
         load_GE = (~empty_G1C).sum(-1).expand(-1, E)
-        report = report_of(
+        report = router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=load_GE / load_GE.sum(1, keepdim=True).clamp(min=1),
@@ -388,14 +388,14 @@ def _switch_unless_said(value: object) -> object:
 
 
 RouterSpec = Annotated[
-    Switch | TopK | NoTokenLeftBehind | ExpertChoice,
+    SwitchRouter | TopKRouter | NoTokenLeftBehindRouter | ExpertChoiceRouter,
     Field(discriminator="kind"),
     BeforeValidator(_switch_unless_said),
 ]
 """The routers that a recipe can name by `kind`; without one it is `switch`."""
 
 
-def _line_up(
+def _positions_in_expert(
     queue_GN: torch.Tensor, filled_GE: torch.Tensor, order_GN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The position of each token in its queue, behind the `filled_GE` that are there, and how many joined each queue.
@@ -404,7 +404,7 @@ def _line_up(
     """
     if order_GN is not None:
         queue_GN = queue_GN.gather(1, order_GN)
-    joined_GF = count_each(queue_GN, filled_GE.shape[1] + 1)
+    joined_GF = count_per_group(queue_GN, filled_GE.shape[1] + 1)
     sorted_GN, token_GN = queue_GN.sort(dim=1, stable=True)  # the queues end to end, each in order
     shift_GF = F.pad(filled_GE, (0, 1)) - (joined_GF.cumsum(1) - joined_GF)
     position_GN = torch.arange(queue_GN.shape[1], device=queue_GN.device) + shift_GF.gather(1, sorted_GN)

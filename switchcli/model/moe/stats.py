@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 
-class RoutingReport(NamedTuple):
+class RouterStats(NamedTuple):
     """What one sparse layer did in one forward pass; `probability_GE` and `z_sum` carry gradients."""
 
     fraction_GE: torch.Tensor
@@ -34,7 +34,7 @@ class RoutingReport(NamedTuple):
         return self.tokens_G.sum()
 
     @property
-    def balance_sum(self) -> torch.Tensor:
+    def load_balancing_sum(self) -> torch.Tensor:
         """float32 scalar: E * sum_i f_i P_i (eq. 4 without alpha) times the real tokens of a group, summed over groups.
 
         It is a sum over tokens, as the cross-entropy is. Divided by the real tokens of the whole step it depends on
@@ -44,34 +44,34 @@ class RoutingReport(NamedTuple):
         return (balance_G * self.tokens_G).sum()
 
     @property
-    def balance(self) -> torch.Tensor:
+    def load_balancing_loss(self) -> torch.Tensor:
         """float32 scalar: the mean of `balance_sum` over real tokens; 1 when routing is uniform, 0 without tokens."""
-        return self.balance_sum / self.tokens.clamp(min=1)
+        return self.load_balancing_sum / self.tokens.clamp(min=1)
 
     @property
-    def z(self) -> torch.Tensor:
+    def z_loss(self) -> torch.Tensor:
         """float32 scalar: the mean of `z_sum` over real tokens."""
         return self.z_sum / self.tokens.clamp(min=1)
 
 
-Reports = tuple[RoutingReport, ...]
+StackStats = tuple[RouterStats, ...]
 """One for each sparse layer, in the order of the forward pass."""
 
 
-def report_of(
+def router_stats(
     logits_GNE: torch.Tensor,
     real_GN: torch.Tensor,
     fraction_GE: torch.Tensor,
     load_GE: torch.Tensor,
     placed_GN: torch.Tensor,
-) -> RoutingReport:
+) -> RouterStats:
     """The report of one assignment; `placed_GN` says which tokens are in a slot, the others are named as above."""
     log_probability_GNE = logits_GNE.float().log_softmax(-1)
     probability_GNE = log_probability_GNE.exp()
     tokens_G1 = real_GN.sum(1, keepdim=True)
     log_total_GN = logits_GNE[..., 0] - log_probability_GNE[..., 0]
     entropy_GN = -(probability_GNE.detach() * log_probability_GNE.detach()).sum(-1)
-    return RoutingReport(
+    return RouterStats(
         fraction_GE=fraction_GE,
         probability_GE=(probability_GNE * real_GN.unsqueeze(-1)).sum(1) / tokens_G1.clamp(min=1),
         tokens_G=tokens_G1.squeeze(1).float(),
@@ -83,13 +83,13 @@ def report_of(
     )
 
 
-def share(expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
+def choice_fraction(expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
     """float32 [G, E]: each expert's share of the real tokens' choices."""
     chosen_GA = expert_GNK.masked_fill(~real_GN.unsqueeze(-1), num_experts).flatten(1)
     choices_G1 = real_GN.sum(1, keepdim=True) * expert_GNK.shape[-1]
-    return count_each(chosen_GA, num_experts + 1)[:, :-1] / choices_G1.clamp(min=1)
+    return count_per_group(chosen_GA, num_experts + 1)[:, :-1] / choices_G1.clamp(min=1)
 
 
-def count_each(index_GA: torch.Tensor, size: int) -> torch.Tensor:
+def count_per_group(index_GA: torch.Tensor, size: int) -> torch.Tensor:
     """int64 [G, size]: how often each index occurs in each group."""
     return index_GA.new_zeros(len(index_GA), size).scatter_add_(1, index_GA, torch.ones_like(index_GA))

@@ -14,7 +14,7 @@ from switchcli.model.attention import KeyValue, attend
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.layers import linear
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.moe.stats import RoutingReport
+from switchcli.model.moe.stats import RouterStats
 
 
 class SwitchAttention(nn.Module):
@@ -28,7 +28,7 @@ class SwitchAttention(nn.Module):
         self.num_heads = spec.num_heads
         self.dropout = spec.dropout
 
-    def project(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, KeyValue, RoutingReport]:
+    def project(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, KeyValue, RouterStats]:
         """Queries [B, H, S, K], keys and values of the positions of x, and the report of the routed layer."""
         y_BSO, report = self.switch(x_BSD, real_BS)
         B, S, _ = y_BSO.shape

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.model.moe.layer import SwitchLayer, SwitchOutput, sparse_layers
-from switchcli.model.moe.router import RoutingRule
+from switchcli.model.moe.router import Router
 from switchcli.model.transformer import SwitchTransformer
 
 By = Literal["drop", "merge"]
 Gate = Literal["scaled", "raw"]
 
 
-class Cut(NamedTuple):
+class LayerPruning(NamedTuple):
     """What is done to one sparse layer."""
 
     load: Sequence[int]
@@ -37,27 +37,27 @@ class Cut(NamedTuple):
     """Factor of the last matrix of those that stay: a token that keeps its expert gets on average what it got."""
 
 
-def cuts(
+def plan_pruning(
     model: SwitchTransformer,
     loads: Mapping[str, Sequence[int]],
     mass: Mapping[str, torch.Tensor],
     num_kept: int,
     gate: Gate,
-) -> dict[str, Cut]:
+) -> dict[str, LayerPruning]:
     """How each layer is cut, from its load and its `probability_mass`; with `raw` gates weights stay as they are."""
     return {
         name: _cut(layer.rule, loads[name], mass[name], num_kept, gate) for name, layer in sparse_layers(model).items()
     }
 
 
-def _cut(rule: RoutingRule, load_E: Sequence[int], mass_EE: torch.Tensor, num_kept: int, gate: Gate) -> Cut:
+def _cut(rule: Router, load_E: Sequence[int], mass_EE: torch.Tensor, num_kept: int, gate: Gate) -> LayerPruning:
     kept = sorted(sorted(range(len(load_E)), key=lambda expert: -load_E[expert])[:num_kept])
     lost = sum(load_E) - sum(load_E[expert] for expert in kept)
     mass_NE = mass_EE[kept]
     wo = mass_NE[:, kept].sum() / mass_NE.sum()
     if gate == "raw" or rule.gates_sum_to_one or not mass_NE.any():
         wo = torch.ones_like(wo)
-    return Cut(load_E, kept, lost / max(1, sum(load_E)), wo)
+    return LayerPruning(load_E, kept, lost / max(1, sum(load_E)), wo)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def prune(model: SwitchTransformer, cuts: Mapping[str, Cut], into: SwitchTransformer, by: By) -> None:
+def prune(model: SwitchTransformer, cuts: Mapping[str, LayerPruning], into: SwitchTransformer, by: By) -> None:
     """Fill `into`, which has fewer experts and is else of the same shape, from the weights of `model`.
 
     The routers keep the rows of the experts that stay. `drop` takes those experts as they are; `merge` averages each
@@ -95,7 +95,7 @@ def prune(model: SwitchTransformer, cuts: Mapping[str, Cut], into: SwitchTransfo
         layer = name.partition(".experts.")[0].removesuffix(".router.weight")
         if found := cuts.get(layer.removesuffix(".switch")):
             if by == "merge" and ".experts." in name:
-                share_NE = shares(whole[f"{layer}.router.weight"], found)
+                share_NE = merge_shares(whole[f"{layer}.router.weight"], found)
                 weight = torch.tensordot(share_NE.to(weight.dtype), weight, dims=1)
             else:
                 weight = weight[found.kept]
@@ -104,7 +104,7 @@ def prune(model: SwitchTransformer, cuts: Mapping[str, Cut], into: SwitchTransfo
         parameter.copy_(weight)
 
 
-def shares(router_ED: torch.Tensor, found: Cut) -> torch.Tensor:
+def merge_shares(router_ED: torch.Tensor, found: LayerPruning) -> torch.Tensor:
     """float64 [N, E]: the part that each expert has in the one which it is merged into; rows add up to 1.
 
     Each goes to the kept expert whose router row has the largest cosine with its own, weighed by its load; one without

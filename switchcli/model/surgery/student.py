@@ -29,35 +29,35 @@ DIMENSIONS = (
 """What two models have in common when the weights of the one mean the same in the other."""
 
 
-class FromTeacher(Spec):
+class FromTeacherInit(Spec):
     """Start from the teacher's weights."""
 
     kind: Literal["teacher"] = "teacher"
-    experts: Literal["fresh", "mean", "most_used"] = "fresh"
+    experts: Literal["random_init", "mean", "most_used"] = "random_init"
     """What a feed-forward takes where the teacher has experts: `fresh` is the paper's; `most_used` is the expert to
     which most tokens of held-out text go."""
-    unfit: Literal["refuse", "fresh"] = "refuse"
+    on_shape_mismatch: Literal["error", "random_init"] = "error"
     """Of a student with other dimensions than its teacher's: `fresh` copies the tensors that fit and starts the others
     afresh."""
 
 
-class Inheritance(NamedTuple):
+class StudentInit(NamedTuple):
     """What each parameter of a student starts from, by name."""
 
     copied: tuple[str, ...]
     """The teacher's of the same name."""
     from_experts: Mapping[str, str]
     """The stacked experts of the teacher, [E, ...], that it is made of."""
-    fresh: tuple[str, ...]
+    random_init: tuple[str, ...]
 
 
-def other_dimensions(student: ModelSpec, teacher: ModelSpec) -> list[tuple[str, object, object]]:
+def differing_dimensions(student: ModelSpec, teacher: ModelSpec) -> list[tuple[str, object, object]]:
     """Key, student's value and teacher's value of each dimension in which they differ."""
     values = ((name, getattr(student, name), getattr(teacher, name)) for name in DIMENSIONS)
     return [one for one in values if one[1] != one[2]]
 
 
-def plan(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromTeacher) -> Inheritance:
+def plan_init(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromTeacherInit) -> StudentInit:
     """What the student can take, by names and shapes alone: models on `meta` will do."""
     there = {name: weight.shape for name, weight in teacher.named_parameters()}
     layers = [part for part in student.modules() if isinstance(part, SwitchLayer)]
@@ -68,7 +68,7 @@ def plan(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromT
         one_expert = weight.shape[1:] if id(weight) in routed else weight.shape
         if id(weight) not in routed and there.get(name) == weight.shape:
             copied.append(name)
-        elif settings.experts != "fresh" and ".experts." in source and there.get(source, ())[1:] == one_expert:
+        elif settings.experts != "random_init" and ".experts." in source and there.get(source, ())[1:] == one_expert:
             from_experts[name] = source
         else:
             fresh.append(name)
@@ -78,15 +78,15 @@ def plan(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromT
         }
         fresh = [name for name in fresh if name not in with_router]
         from_experts |= {name: name for name in sorted(with_router)}
-    return Inheritance(tuple(copied), from_experts, tuple(fresh))
+    return StudentInit(tuple(copied), from_experts, tuple(fresh))
 
 
-def inherited(
+def init_weights(
     spec: ModelSpec,
     experts: range,
-    plan: Inheritance,
+    plan: StudentInit,
     weight_of: Callable[[str], torch.Tensor],
-    settings: FromTeacher,
+    settings: FromTeacherInit,
     load: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight of a student `spec` that is not fresh, by its name; of each stack these experts.

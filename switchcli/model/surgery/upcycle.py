@@ -25,7 +25,7 @@ RANKED = 1e-2
 """Small, and yet large enough that probabilities differ: expert choice ranks tokens by them, ties by position."""
 
 
-class Correction(NamedTuple):
+class GateCorrection(NamedTuple):
     """What makes up for the gates of a stack's sparse layers."""
 
     wo: float
@@ -36,22 +36,22 @@ class Correction(NamedTuple):
     """Whether a token that no capacity drops gets what the dense layer gave it, in evaluation and float32."""
 
 
-def correction(router: RouterSpec, num_experts: int, gate: Gate) -> Correction:
+def gate_correction(router: RouterSpec, num_experts: int, gate: Gate) -> GateCorrection:
     """`raw` changes nothing. Otherwise gates are made 1/E by a small router, and `wo` is divided by their sum.
 
     Gates that are divided by their own sum add up to 1 as they are. Under expert choice a token is taken by no expert
     or by several, so that only the mean over the tokens is right.
     """
     if router.gates_sum_to_one:
-        return Correction(1.0, 1.0, exact=True)
+        return GateCorrection(1.0, 1.0, exact=True)
     if gate == "raw":
-        return Correction(1.0, 1.0, exact=False)
+        return GateCorrection(1.0, 1.0, exact=False)
     scale, chosen = router.dense_equivalent_scale(num_experts), router.experts_choose
-    return Correction(scale, RANKED if chosen else UNIFORM, exact=not chosen)
+    return GateCorrection(scale, RANKED if chosen else UNIFORM, exact=not chosen)
 
 
 @final
-class Upcycled(Mapping[str, torch.Tensor]):
+class UpcycledWeights(Mapping[str, torch.Tensor]):
     """The sparse model's weights by their names on disk; each is made whenever it is asked for, none is kept."""
 
     def __init__(
@@ -70,8 +70,8 @@ class Upcycled(Mapping[str, torch.Tensor]):
         drawn from `seed`.
         """
         self._dense, self._names, self._spec, self._noise, self._seed = dense, names, spec, noise, seed
-        self._corrections: dict[str, Correction] = {
-            stack: correction(spec.router_of(stack), spec.num_experts, gate) for stack in STACKS
+        self._corrections: dict[str, GateCorrection] = {
+            stack: gate_correction(spec.router_of(stack), spec.num_experts, gate) for stack in STACKS
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -21,9 +21,9 @@ LATE_SECONDS = 4
 
 
 def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
-    from switchcli.checkpoint.checkpoint import Saving
+    from switchcli.checkpoint.checkpoint import CheckpointWriter
     from switchcli.distributed import expert_parallel
-    from switchcli.distributed.context import Runtime
+    from switchcli.distributed.context import DistributedContext
     from switchcli.runs.trainer import Trainer
     from switchcli.train import loop
     from switchcli.train.callbacks import ValidationCallback
@@ -49,10 +49,10 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
 
     # Each is called on every rank.
     places: dict[str, tuple[Any, str, int]] = {
-        "start": (Runtime, "__init__", 1),
+        "start": (DistributedContext, "__init__", 1),
         "step": (loop, "accumulate_gradients", STEP),
         "all-to-all": (expert_parallel, "_all_to_all", 100),
-        "save": (Saving, "write", 2),
+        "save": (CheckpointWriter, "write", 2),
         "evaluation": (ValidationCallback, "__call__", 2),
         "end": (Trainer, "sample", 1),
     }
