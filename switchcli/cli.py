@@ -18,7 +18,7 @@ from switchcli.errors import CheckpointError, RecipeError, RenamedWarning, Switc
 
 ORDER = (
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
-    *("recipes", "data", "convert", "upcycle", "prune", "report"),
+    *("recipes", "data", "convert", "upcycle", "prune", "report", "sweep", "launch"),
 )
 """The verbs as `--help` lists them. A verb that is not named here comes after these."""
 

@@ -4,10 +4,8 @@ import importlib.util
 import ipaddress
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -106,15 +104,6 @@ def seed() -> None:
     import torch  # here, where what stands at the top of this file has been set
 
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def sweep() -> ModuleType:
-    """scripts/sweep.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("sweep", Path(__file__).resolve().parent.parent / "scripts/sweep.py")
-    module = sys.modules["sweep"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session", autouse=True)

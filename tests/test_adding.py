@@ -561,9 +561,8 @@ def use_table(run: Fork) -> None:
     folder = run.root / "recipes/paper/table12"
     assert {folder / "full.runs", folder / "small.runs"} <= {*found.LISTS}
     found.test_a_table_of_the_paper_has_its_runs_at_full_scale_its_results_and_a_line_in_the_summary(folder)
-    sweep = imported(ROOT / "scripts/sweep.py")
     for name in ("full.runs", "small.runs"):
-        found.test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(folder / name, sweep)
+        found.test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(folder / name)
 
 
 # Reports

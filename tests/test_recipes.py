@@ -10,6 +10,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import library, resolve
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.runs import sweep_list
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = sorted((ROOT / "recipes").rglob("*.runs"))
@@ -56,16 +57,18 @@ def test_the_quickstarts_differ_in_their_experts_alone():
     "table6-full",
 )
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path, sweep):
-    runs = sweep.runs_of([str(path)], Path("out"))
+def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path):
+    runs = sweep_list.parse_sweep([str(path)], Path("out"))
     # Figure 13 looks at the models of Figure 4.
     before = (
-        sweep.listed(path.parent.parent / "figure1/full.runs", [], Path("out")) if "appendix_e" in path.parts else []
+        sweep_list.parse_list(path.parent.parent / "figure1/full.runs", [], Path("out"))
+        if "appendix_e" in path.parts
+        else []
     )
     made = {run.name: -1 for run in before} | {run.name: run.stage for run in runs}
     for run in runs:
         verb, name, *rest = run.arguments
-        keys = [argument for argument in rest if sweep.is_key(argument)]
+        keys = [argument for argument in rest if sweep_list.is_key(argument)]
         assert resolve_standalone(name, keys).verb == verb
         for needed in (argument.removeprefix("out/") for argument in rest if argument.startswith("out/")):
             assert made[needed] < run.stage, f"{run.name}: {needed} is not made before it"

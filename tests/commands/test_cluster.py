@@ -1,4 +1,4 @@
-"""Several machines: torchrun's agents, each with ranks of its own, and SLURM's tasks, played by processes here."""
+"""`switchcli launch`: several machines by torchrun and by SLURM, played by processes of this machine."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from drill import kill_one
 from messages import lacking
 from ranks import free_port
 
-CLUSTER = Path(__file__).parents[2] / "scripts" / "cluster"
+LAUNCH = (sys.executable, "-m", "switchcli", "launch")
+SKYPILOT = Path(__file__).parents[2] / "scripts" / "skypilot.yaml"
 KEYS = ("train.steps=4", "train.batch_tokens=512", "parallel.expert=4", "-q", "--out", "run")
 SRUN = """\
 import os, subprocess, sys
@@ -47,12 +48,20 @@ def figure() -> float:
     return json.loads(Path("run/result.json").read_text())["held_out/neg_log_perplexity"]
 
 
+def job_script(*arguments: str) -> Path:
+    """Return the file of a job script, as `sbatch` would get it."""
+    printed = subprocess.run([*LAUNCH, "--slurm", "--print", *arguments], check=True, capture_output=True, text=True)
+    script = Path("job.sh").resolve()
+    script.write_text(printed.stdout)
+    script.chmod(0o755)
+    return script
+
+
 def two_machines(*arguments: str) -> list["subprocess.Popen[str]"]:
-    """Two agents of two ranks each."""
-    machine = {"PYTHON": sys.executable, "HEAD": "localhost", "PORT": str(free_port()), "NODES": "2", "RANKS": "2"}
-    command = [CLUSTER / "torchrun", *arguments]
-    environment = {**os.environ, **machine}
-    return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    """Start the agents of two machines with two ranks each."""
+    options = ("--torchrun", "--head", "localhost", "--port", str(free_port()), "--nodes", "2", "--ranks", "2", "--")
+    command = [*LAUNCH, *options, *arguments]
+    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
 
 
 @pytest.mark.slow
@@ -80,13 +89,13 @@ def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str
 
 @pytest.mark.slow
 def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, job: dict[str, str]) -> None:
-    command = [CLUSTER / "slurm", "pretrain", recipe, *KEYS]
-    done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=120, check=False)
+    command = ("--ranks", "2", "--nodes", "2", "--", "pretrain", recipe, *KEYS)
+    done = subprocess.run([job_script(*command)], env=job, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("run/result.json").read_text())["hardware"]["ranks"] == 4
     assert not Path("scontrol.log").exists()
     refused = subprocess.run(
-        [*command, "train.seed=9"], env=job, capture_output=True, text=True, timeout=120, check=False
+        [job_script(*command, "train.seed=9")], env=job, capture_output=True, text=True, timeout=120, check=False
     )
     assert refused.returncode == 2
     assert not lacking(refused.stderr, "error: run train.seed 0 9 --out --no-resume")
@@ -94,8 +103,8 @@ def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, j
 
 @pytest.mark.slow
 def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str, job: dict[str, str]) -> None:
-    command = [CLUSTER / "slurm", "pretrain", recipe, *KEYS, "train.steps=100000", "checkpoint.save_every_steps=5"]
-    process = subprocess.Popen(command, env=job, stderr=subprocess.PIPE, text=True)
+    script = job_script("--", "pretrain", recipe, *KEYS, "train.steps=100000", "checkpoint.save_every_steps=5")
+    process = subprocess.Popen([script], env=job, stderr=subprocess.PIPE, text=True)
     while not list(Path("run").glob("checkpoints/step-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -110,34 +119,57 @@ def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str
 def test_a_job_that_is_stopped_as_soon_as_it_begins_does_not_come_back_for_ever(
     job: dict[str, str], tmp_path: Path, restarts: str, code: int
 ) -> None:
-    """As one that is stopped because a rank fails on another machine."""
-    stopped = tmp_path / "stopped"
+    """As a job whose ranks are stopped because one fails on another machine."""
+    stopped = tmp_path / "tools" / "srun"
     stopped.write_text("#!/bin/sh\nexit 75\n")
-    stopped.chmod(0o755)
-    environment = {**job, "SWITCHCLI": str(stopped), "SLURM_RESTART_COUNT": restarts}
-    done = subprocess.run([CLUSTER / "slurm"], env=environment, capture_output=True, timeout=60, check=False)
+    environment = {**job, "SLURM_RESTART_COUNT": restarts}
+    done = subprocess.run([job_script("--", "pretrain", "x")], env=environment, capture_output=True, check=False)
     assert (done.returncode, Path("scontrol.log").exists()) == (code, code == 0)
 
 
+def test_what_a_job_asks_for_is_in_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = job_script("--nodes", "4", "--ranks", "2", "--time", "1:00", "--sbatch=--partition=a", "--", "eval", "run")
+    lines = [line.removeprefix("#SBATCH ") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=1:00", "--partition=a"} <= {*lines}
+    assert {"--signal=USR1@300", "--requeue"} <= {*lines}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "--slurm --torchrun"),
+        (("--slurm", "--torchrun"), "--slurm --torchrun"),
+        (("--torchrun", "--nodes", "2"), "--head"),
+        (("--slurm",), "sbatch --print"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(options: tuple[str, ...], words: str) -> None:
+    command = [*LAUNCH, *options, "--", "pretrain", "x"]
+    refused = subprocess.run(command, env={**os.environ, "PATH": ""}, capture_output=True, text=True, check=False)
+    assert refused.returncode in (2, 6)
+    assert not lacking(refused.stderr, words)
+    assert refused.stderr.count("\n") == 1
+
+
 def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
-    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
-    assert "scripts/cluster/torchrun $ARGUMENTS" in task["run"]
+    task = yaml.safe_load(SKYPILOT.read_text())
+    assert "switchcli launch --torchrun" in task["run"]
     assert task["envs"]["ARGUMENTS"].split()[0] == "pretrain"
 
 
 @pytest.mark.slow
 def test_the_tasks_of_a_slurm_array_prepare_a_share_each(recipe: str, job: dict[str, str], tmp_path: Path) -> None:
     corpora = ", ".join("{kind: files, paths: [text.txt], sample_by: line}" for _ in range(2))
-    command = [CLUSTER / "slurm-prepare", recipe, f"data.corpora=[{corpora}]", "--json"]
-    array = {f"SLURM_ARRAY_TASK_{name}": value for name, value in {"MIN": "1", "MAX": "2", "COUNT": "2"}.items()}
-    array["SWITCHCLI_CACHE"] = str(tmp_path / "cache")
+    keys = (recipe, f"data.corpora=[{corpora}]", "--json")
+    command = [job_script("--nodes", "2", "--", "data", "prepare", *keys)]
+    assert "#SBATCH --array=1-2" in command[0].read_text()
+    array = {"SWITCHCLI_CACHE": str(tmp_path / "cache")}
     whole = []
     for task in ("1", "2"):
         environment = {**job, **array, "SLURM_ARRAY_TASK_ID": task}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         whole.append(json.loads(done.stdout)["whole"])
     assert whole == [False, True]
-    odd = {"SLURM_ARRAY_TASK_MAX": "3"}  # --array 1,3 or 1-3:2
-    for change in ({"SWITCHCLI_CACHE": ""}, {"SLURM_ARRAY_TASK_MIN": "0"}, odd):
-        environment = {**job, **array, "SLURM_ARRAY_TASK_ID": "1", **change}
-        assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0
+    environment = {**job, "SLURM_ARRAY_TASK_ID": "1", "SWITCHCLI_CACHE": ""}
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0

@@ -83,7 +83,9 @@ POINTS = {
     "start: room made for the model": Point("pretrain", trainer, "preflight", (1, 1, 1), UNSAVED),
     "start: weights drawn": Point("pretrain", pretraining, "initial_weights", (1, 1, 1), UNSAVED),
     "start: ready to train": Point("pretrain", trainer.Trainer, "_loader", (1, 1, 1), f"{SAVED}|{UNSAVED}|{LEFT}"),
-    "data: text prepared": Point("pretrain", shards, "write_manifest", (1, 1, 1), UNSAVED, main_only=True, new_cache=True),
+    "data: text prepared": Point(
+        "pretrain", shards, "write_manifest", (1, 1, 1), UNSAVED, main_only=True, new_cache=True
+    ),
     "data: batch made": Point("pretrain", PreparedTextSource, "batch", (1, 4, 9)),
     "step: forward": Point("pretrain", *FORWARD, (1, 5, 11), training=True),
     "step: gradients there": Point("pretrain", loop, "_clip", (1, 3, 6)),

@@ -1,4 +1,4 @@
-"""scripts/sweep: how a grid and a list are read, and what becomes of runs that are whole, cut, or fail."""
+"""`switchcli sweep`: parsing of grids and lists; complete, interrupted and failed runs; job arrays."""
 
 import json
 import os
@@ -12,25 +12,29 @@ from pathlib import Path
 import pytest
 from messages import lacking
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "sweep.py"
+from switchcli.runs import sweep, sweep_list
+
+SWEEP = (sys.executable, "-m", "switchcli", "sweep")
 
 
-def test_commas_part_values_outside_brackets_and_quotes(sweep):
-    assert sweep.values("2,4") == ["2", "4"]
-    assert sweep.values("[rte,cola]") == ["[rte,cola]"]
-    assert sweep.values("{kind: a, b: [1,2]},{kind: c}") == ["{kind: a, b: [1,2]}", "{kind: c}"]
-    assert sweep.values('"a,b",c') == ['"a,b"', "c"]
-    assert sweep.values("") == [""]
+def test_commas_part_values_outside_brackets_and_quotes():
+    assert sweep_list.split_values("2,4") == ["2", "4"]
+    assert sweep_list.split_values("[rte,cola]") == ["[rte,cola]"]
+    assert sweep_list.split_values("{kind: a, b: [1,2]},{kind: c}") == ["{kind: a, b: [1,2]}", "{kind: c}"]
+    assert sweep_list.split_values('"a,b",c') == ['"a,b"', "c"]
+    assert sweep_list.split_values("") == [""]
 
 
-def test_a_grid_names_its_runs_by_what_varies(sweep):
-    runs = sweep.runs_of(["pretrain", "quickstart/switch", "model.num_experts=2,4", "train.seed=0,1"], Path("runs"))
+def test_a_grid_names_its_runs_by_what_varies():
+    runs = sweep_list.parse_sweep(
+        ["pretrain", "quickstart/switch", "model.num_experts=2,4", "train.seed=0,1"], Path("runs")
+    )
     assert [run.name for run in runs] == ["2-0", "2-1", "4-0", "4-1"]
     assert runs[2].arguments == ("pretrain", "quickstart/switch", "model.num_experts=4", "train.seed=0")
-    assert [run.name for run in sweep.runs_of(["pretrain", "quickstart/switch"], Path("runs"))] == ["switch"]
+    assert [run.name for run in sweep_list.parse_sweep(["pretrain", "quickstart/switch"], Path("runs"))] == ["switch"]
 
 
-def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
+def test_a_list_has_stages_and_fills_in_what_its_runs_know(tmp_path):
     path = tmp_path / "runs"
     path.write_text(
         "# what stands after # is not read\n"
@@ -38,7 +42,7 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
         "student distill r --teacher {out}/teacher-{train.seed} 'student={kind: random_init}' train.seed=0,1\n"
         "scores eval {out}/teacher-0\n"
     )
-    runs = sweep.runs_of([str(path), "train.steps=5"], Path("runs/t"))
+    runs = sweep_list.parse_sweep([str(path), "train.steps=5"], Path("runs/t"))
     assert [(run.name, run.stage) for run in runs] == [
         ("teacher-0", 0),
         ("teacher-1", 0),
@@ -59,7 +63,7 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "runs: no run"),
+        ("", "runs: run"),
         ("dense\n", "runs:1 'dense' run"),
         ("a pretrain x\na pretrain y\n", "two runs a"),
         ("a pretrain 'x\n", "runs:1 quotation"),
@@ -85,7 +89,7 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path
     assert not lacking(first.stderr, "failed: bad: code 2 train.steps")
     assert json.loads((tmp_path / "out/good/result.json").read_text())["step"] == 2
     again = _sweep(path, tmp_path)
-    assert not lacking(again.stdout, "[2/2] good: done")
+    assert not lacking(again.stderr, "[2/2] good: complete")
     assert again.returncode == 1
 
 
@@ -100,13 +104,13 @@ def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     assert not lacking(ended.stderr, "failed: other: code 2")
 
 
-def test_keys_after_a_list_take_the_place_of_its_own(sweep, tmp_path):
+def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
     path = tmp_path / "runs"
     path.write_text(
         "teacher pretrain quickstart/switch train.seed=0,1\n---\n"
         "student distill r --teacher {out}/teacher-{train.seed} train.seed=0,1\nscores eval {out}/teacher-2\n"
     )
-    runs = sweep.runs_of([str(path), "train.seed=2", "train.steps=5"], Path("out"))
+    runs = sweep_list.parse_sweep([str(path), "train.seed=2", "train.steps=5"], Path("out"))
     assert [(run.name, *run.arguments) for run in runs] == [
         ("teacher-2", "pretrain", "quickstart/switch", "train.seed=2", "train.steps=5"),
         ("student-2", "distill", "r", "--teacher", "out/teacher-2", "train.seed=2", "train.steps=5"),
@@ -144,7 +148,7 @@ def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
 def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
     path = tmp_path / "runs"
     path.write_text("one pretrain quickstart/dense train.steps=100000 eval.sequences=16 log.every_steps=1\n")
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--jobs", "1", str(path)]
+    command = [*SWEEP, "--out", str(tmp_path / "out"), "--jobs", "1", "--quiet", str(path)]
     metrics = tmp_path / "out/one/metrics.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as going:
         deadline = time.monotonic() + 120
@@ -153,25 +157,74 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
             assert going.poll() is None
             time.sleep(0.1)
         going.send_signal(signal.SIGTERM)
-        _, said = going.communicate(timeout=60)
+        _, printed = going.communicate(timeout=60)
     assert going.returncode == 75
-    assert said.count("\n") == 1
-    assert not lacking(said, "stopped same command")
+    assert printed.count("\n") == 1
+    assert not lacking(printed, "stopped same command")
     assert list((tmp_path / "out/one/checkpoints").glob("step-*"))
 
 
-def test_slots_are_gpus_else_processors(sweep, monkeypatch):
+def test_slots_are_gpus_else_processors(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.slots_at_hand(None)] == ["0", "2"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.slots_at_hand(3)] == ["0", "2", "0"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.available_slots(None)] == ["0", "2"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.available_slots(3)] == ["0", "2", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert sweep.slots_at_hand(None) == [{"OMP_NUM_THREADS": "1"}] * cores
+    assert sweep.available_slots(None) == [{"OMP_NUM_THREADS": "1"}] * cores
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert sweep.slots_at_hand(2) == [{}, {}]
+    assert sweep.available_slots(2) == [{}, {}]
+
+
+@pytest.mark.slow
+def test_the_result_for_scripts_has_command_and_status_of_each_run(tmp_path):
+    short = ("train.steps=2", "schedule.warmup_steps=1", "eval.sequences=16")
+    grid = ("pretrain", "quickstart/dense", *short, "train.seed=0,no", "--jobs", "1", "--json", "--quiet")
+    done = subprocess.run([*SWEEP, "--out", "out", *grid], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    first, second = json.loads(done.stdout)["runs"]
+    assert (first["name"], first["status"]) == ("0", "done")
+    assert (second["name"], second["status"]) == ("no", "failed")
+    assert first["command"][:3] == ["switchcli", "pretrain", "quickstart/dense"]
+
+
+def test_the_commands_of_a_sweep_are_printed_for_a_shell(tmp_path):
+    path = tmp_path / "runs"
+    path.write_text("a pretrain x 'student={kind: b}'\n")
+    done = subprocess.run([*SWEEP, str(path), "--print", "--out", "o"], check=True, capture_output=True, text=True)
+    assert done.stdout == "switchcli pretrain x 'student={kind: b}' --out o/a --quiet\n"
+
+
+def test_a_sweep_for_slurm_is_a_script_with_an_array_for_each_stage(tmp_path):
+    """`sbatch` writes down its arguments and the job; a task of an array runs its own run."""
+    path = tmp_path / "runs"
+    path.write_text("a pretrain x train.seed=0,1\n---\nb distill y --teacher {out}/a-0\n")
+    script = subprocess.run([*SWEEP, str(path), "--slurm", "--out", "o"], check=True, capture_output=True, text=True)
+    tools = {
+        "sbatch": 'n=$(ls | grep -c "^job"); echo "$@" >"arguments-$n"; cat >"job-$n"; echo "$((40 + n))"',
+        "srun": 'shift; echo "$@" >>ran; exit "$CODE"',
+        "scontrol": 'echo "$@" >>requeued',
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    arguments = ["bash", "-s", "--", "--partition=a"]
+    subprocess.run(arguments, input=script.stdout, text=True, check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "arguments-0").read_text() == "--parsable --partition=a\n"
+    assert (tmp_path / "arguments-1").read_text() == "--parsable --dependency=afterany:40 --partition=a\n"
+    assert "#SBATCH --array=0-1" in (tmp_path / "job-0").read_text()
+    for task, code in (("1", "0"), ("0", "75")):
+        task_environment = {**environment, "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_JOB_ID": "40", "CODE": code}
+        subprocess.run(["bash", "job-0"], check=True, cwd=tmp_path, env=task_environment)
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert [line.split()[-4:] for line in ran] == [
+        ["train.seed=1", "--out", "o/a-1", "--quiet"],
+        ["train.seed=0", "--out", "o/a-0", "--quiet"],
+    ]
+    assert (tmp_path / "requeued").read_text() == "requeue 40_0\n"
 
 
 def _sweep(path, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out"), "--jobs", "1", str(path)]
+    command = [*SWEEP, "--out", str(tmp_path / "out"), "--jobs", "1", str(path)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)

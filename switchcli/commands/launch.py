@@ -1,0 +1,66 @@
+"""`switchcli launch`: a run on several machines, by SLURM or by torchrun. Imports no torch."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from typing import Annotated
+
+import typer
+
+from switchcli.errors import DistributedError, RecipeError
+from switchcli.runs import cluster
+
+app = typer.Typer()
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def launch(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="-- VERB ...", help="The command to run on the ranks.", show_default=False)
+    ],
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit a SLURM job that saves and requeues in time.")] = False,
+    torchrun: Annotated[
+        bool, typer.Option("--torchrun", help="Start this machine's ranks; run the same command on each machine.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks per machine; absent: 8 with --slurm, one per GPU with --torchrun.")
+    ] = None,
+    time: Annotated[str, typer.Option(help="With --slurm: time limit of the job.")] = "24:00:00",
+    cpus: Annotated[int, typer.Option(min=1, help="With --slurm: processors per rank.")] = 8,
+    gpus: Annotated[bool, typer.Option(help="With --slurm: ask for one GPU per rank.")] = True,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="With --slurm: an option of sbatch; may be repeated.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="With --torchrun: the host at which the machines meet.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="With --torchrun: the port on that host.")] = 29500,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="With --torchrun: restarts from the last checkpoint when a rank dies.")
+    ] = 3,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the job script or the command, and stop.")] = False,
+) -> None:
+    """Run a verb on several machines that see the same folders, by SLURM or by torchrun."""
+    if slurm == torchrun:
+        raise RecipeError("launch: give one of --slurm and --torchrun")
+    if slurm:
+        wanted = cluster.Nodes(nodes, ranks or 8, cpus, time, gpus, tuple(sbatch or ()))
+        make = cluster.slurm_preparation if arguments[:2] == ["data", "prepare"] else cluster.slurm_job
+        script = make(arguments, wanted)
+        if print_only:
+            typer.echo(script, nl=False)
+            return
+        if shutil.which("sbatch") is None:
+            raise DistributedError(
+                "sbatch: not found: run this on a machine of the cluster, or save the script by --print"
+            )
+        raise typer.Exit(subprocess.run(["sbatch"], input=script, text=True, check=False).returncode)
+    if head is None:
+        if nodes > 1:
+            raise RecipeError("--head: missing: the host name or address of one of the machines, the same on each")
+        head = "localhost"
+    command = cluster.torchrun_command(arguments, head, port, nodes, ranks, restarts)
+    if print_only:
+        typer.echo(shlex.join(command))
+        return
+    os.execve(command[0], command, cluster.torchrun_environment())

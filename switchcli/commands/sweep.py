@@ -1,0 +1,68 @@
+"""`switchcli sweep`: many runs by one command, as many at once as there are GPUs or processors. Imports no torch."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from switchcli.commands._options import Json, Quiet
+from switchcli.errors import RecipeError
+from switchcli.report.console import Console
+from switchcli.report.output import print_json
+from switchcli.runs import cluster, sweep_list
+
+app = typer.Typer()
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def sweep(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="LIST [KEY=VALUE ...] | VERB RECIPE [KEY=VALUE,VALUE ...]",
+            help="A file that lists runs, or a command whose keys may have several values, separated by commas.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")] = Path("runs/sweep"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; absent: one per GPU, else one per processor.")
+    ] = None,
+    print_only: Annotated[
+        bool, typer.Option("--print", "--dry-run", help="Print the commands of the runs, and stop.")
+    ] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Print a shell script that submits the runs as SLURM job arrays, and stop.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid or a list of runs. Complete runs are skipped, interrupted ones resume.
+
+    A failed run stops no others, except those that need it. The exit code is then 1.
+    """
+    runs = sweep_list.parse_sweep(arguments, out)
+    if slurm:
+        typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
+        return
+    from switchcli.runs.sweep import Sweep, available_slots, command
+
+    if print_only:
+        for run in runs:
+            typer.echo(shlex.join(command(run, out)))
+        return
+    if errors := list(sweep_list.missing_runs(runs, out)):
+        raise RecipeError(*errors)
+    console = Console(quiet=quiet)
+    started = Sweep(runs, out, available_slots(jobs), console)
+    started.run()
+    failed = {
+        name: outcome for name, outcome in started.outcomes.items() if outcome.status in ("failed", "not started")
+    }
+    for name, outcome in failed.items():
+        console.warning(f"failed: {name}: {outcome.reason}")
+    if as_json:
+        print_json(started.to_json())
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,170 @@
+"""Which runs a sweep has: a grid on the command line, or a list of grids in a file.
+
+A grid is a command whose keys may have several values, separated by commas:
+
+    pretrain quickstart/switch model.num_experts=2,4 train.seed=0,1
+
+has four runs, named by the values that vary: 2-0, 2-1, 4-0 and 4-1. A line of a list is a name and a grid:
+
+    dense    pretrain quickstart/dense train.seed=0,1,2
+    teacher  pretrain quickstart/switch train.seed=0,1,2
+    ---
+    student  distill quickstart/distill --teacher {out}/teacher-{train.seed} train.seed=0,1,2
+
+`{out}` is the folder of the sweep and `{KEY}` the value that the run has for a key. Runs below a line `---` start when
+all runs above it have ended. Text after `#` is a comment.
+"""
+
+import itertools
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from switchcli.errors import RecipeError
+
+VERBS = ("pretrain", "finetune", "distill", "eval")
+"""The verbs of which a sweep can have runs: each writes a result.json and resumes."""
+
+
+class SweepRun(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    """Name of its folder in the folder of the sweep."""
+    arguments: tuple[str, ...]
+    """Arguments of `switchcli`: verb, recipe, options and overrides, without `--out`."""
+    stage: int = 0
+    """Number of lines `---` above it."""
+
+
+def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
+    """Return the runs that a command line names, in order.
+
+    `arguments` are a list's file and overrides for each of its training runs, or a verb, a recipe, options and keys.
+
+    Raises:
+        RecipeError: the file cannot be read, a line is not a run, or two runs have the same name.
+    """
+    path = Path(arguments[0])
+    runs = parse_list(path, arguments[1:], out) if path.is_file() else list(expand_grid("", arguments, out))
+    if not runs:
+        raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")
+    for run in runs:
+        if len(run.arguments) < 2 or run.arguments[0] not in VERBS:
+            raise RecipeError(
+                f"{run.arguments[0]}: must be a file that lists runs, or {', '.join(VERBS)} with a recipe"
+            )
+    runs = [run._replace(name=run.name or Path(run.arguments[1]).stem) for run in runs]
+    names = [run.name for run in runs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"two runs have the same name: {', '.join(repeated)}: give their lines different names")
+    return runs
+
+
+def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun]:
+    """Return the runs of a list. `overrides` replace the keys of every line, except of an `eval`.
+
+    Raises:
+        RecipeError: the file cannot be read, or a line is not a run.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    runs: list[SweepRun] = []
+    stage = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise RecipeError(f"{path}:{number}: {error}") from error
+        if not words:
+            continue
+        if words == ["---"]:
+            stage += 1
+            continue
+        if len(words) == 1:
+            raise RecipeError(f"{path}:{number}: {line.strip()!r} is not a run: write NAME VERB RECIPE [KEY=VALUE ...]")
+        name, *command = words
+        if "/" in name:
+            raise RecipeError(f"{path}:{number}: {name!r} must be the name of a folder in {out}: remove the /")
+        runs += expand_grid(name, command, out, stage, () if command[0] == "eval" else overrides)
+    return runs
+
+
+def expand_grid(
+    name: str, command: Sequence[str], out: Path, stage: int = 0, overrides: Sequence[str] = ()
+) -> Iterator[SweepRun]:
+    """Yield a run for each combination of the values of the keys of `command`. The last key varies fastest.
+
+    An override replaces the value of its key. A key with several values in `command` is part of the names of the runs
+    even when an override leaves one value.
+    """
+    replaced = {override.partition("=")[0]: override for override in overrides}
+    current = [replaced.pop(argument.partition("=")[0], argument) for argument in command]
+    original = [*command, *replaced.values()]
+    current += replaced.values()
+    values = [split_values(argument.partition("=")[2]) if is_key(argument) else [argument] for argument in current]
+    is_in_name = [
+        max(len(now), len(split_values(before)) if is_key(before) else 1) > 1
+        for before, now in zip(original, values, strict=True)
+    ]
+    keys = [argument.partition("=")[0] if is_key(argument) else None for argument in current]
+    for chosen in itertools.product(*values):
+        known = {"out": str(out)}
+        known.update((key, value) for key, value in zip(keys, chosen, strict=True) if key is not None)
+        arguments = [value if key is None else f"{key}={value}" for key, value in zip(keys, chosen, strict=True)]
+        name_parts = [name, *(_as_name(value) for value, shown in zip(chosen, is_in_name, strict=True) if shown)]
+        yield SweepRun(
+            "-".join(part for part in name_parts if part),
+            tuple(_substitute(argument, known) for argument in arguments),
+            stage,
+        )
+
+
+def split_values(text: str) -> list[str]:
+    """Split `2,4` into 2 and 4. A comma within brackets, braces or quotes does not separate values."""
+    values, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+        if character == "," and depth == 0 and not quote:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
+
+
+def is_key(argument: str) -> bool:
+    """Return whether an argument sets a key: `train.seed=0`."""
+    return re.match(r"[A-Za-z_][\w.]*=", argument) is not None
+
+
+def missing_runs(runs: Sequence[SweepRun], out: Path) -> Iterator[str]:
+    """Yield an error for each run that needs a folder in `out` which is not there, and which no earlier stage makes."""
+    stages = {run.name: run.stage for run in runs}
+    for run in runs:
+        for argument in run.arguments:
+            if not argument.startswith(f"{out}/"):
+                continue
+            needed = argument.removeprefix(f"{out}/").partition("/")[0]
+            if stages.get(needed, run.stage) >= run.stage and not (out / needed).exists():
+                folder = out / needed
+                yield f"{run.name}: needs {folder}, which does not exist: run it first, or list it above a line of ---"
+
+
+def _as_name(value: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", value).strip("_")
+
+
+def _substitute(argument: str, known: Mapping[str, str]) -> str:
+    """Replace `{out}` and `{train.seed}` by their values. Other braces are YAML and stay."""
+    return re.sub(r"\{([\w.]+)\}", lambda match: known.get(match[1], match[0]), argument)
