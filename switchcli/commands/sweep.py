@@ -46,7 +46,7 @@ def sweep(
     if slurm:
         typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
         return
-    from switchcli.runs.sweep import Sweep, available_slots, command
+    from switchcli.runs.sweep_runner import Sweep, available_slots, command
 
     if print_only:
         for run in runs:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from switchcli.runs.sweep import command
 from switchcli.runs.sweep_list import SweepRun
+from switchcli.runs.sweep_runner import command
 
 
 class Nodes(NamedTuple):

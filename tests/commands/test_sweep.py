@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from messages import lacking
 
-from switchcli.runs import sweep, sweep_list
+from switchcli.runs import sweep_list, sweep_runner
 
 SWEEP = (sys.executable, "-m", "switchcli", "sweep")
 
@@ -167,13 +167,13 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
 def test_slots_are_gpus_else_processors(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.available_slots(None)] == ["0", "2"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.available_slots(3)] == ["0", "2", "0"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(None)] == ["0", "2"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(3)] == ["0", "2", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert sweep.available_slots(None) == [{"OMP_NUM_THREADS": "1"}] * cores
+    assert sweep_runner.available_slots(None) == [{"OMP_NUM_THREADS": "1"}] * cores
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert sweep.available_slots(2) == [{}, {}]
+    assert sweep_runner.available_slots(2) == [{}, {}]
 
 
 @pytest.mark.slow

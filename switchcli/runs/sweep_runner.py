@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+import psutil
+
 from switchcli.errors import Interrupted
 from switchcli.report.console import Console
 from switchcli.runs.sweep_list import SweepRun
@@ -168,7 +170,7 @@ def available_slots(jobs: int | None) -> list[dict[str, str]]:
     Several slots share a GPU if there are more jobs than GPUs. OpenMP threads are divided among the slots.
     """
     gpus = _visible_gpus()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
     count = jobs or len(gpus) or cores
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // count))}
     if not gpus:
