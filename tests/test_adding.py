@@ -176,13 +176,13 @@ class Pair(TokenChoiceRouter):
     def num_choices(self, num_experts: int) -> int:
         return 2
 
-    def _places(self, num_choices: int) -> int:
+    def _max_slots_per_token(self, num_choices: int) -> int:
         return 2
 
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK
 
-    def _joins(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
+    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
         return torch.ones_like(placed_GN)
 
 
@@ -227,7 +227,7 @@ from typing import Literal
 from switchcli.tasks.columns import asked, text
 from switchcli.tasks.label_metrics import ACCURACY
 from switchcli.tasks.suites import Suite
-from switchcli.tasks.task import Embedded, Example, Purpose, Row, Task
+from switchcli.tasks.task import EmbeddedSource, Example, Purpose, Row, Task
 
 
 def _rows(split: Literal["train", "validation"]) -> Iterator[Row]:
@@ -242,7 +242,7 @@ def _examples(row: Row, purpose: Purpose) -> Iterator[Example]:
 TASKS: tuple[Task, ...] = (
     Task(
         "parity",
-        Embedded(_rows, lambda digests: "parity 1"),
+        EmbeddedSource(_rows, lambda digests: "parity 1"),
         ("number", "parity"),
         _examples,
         (ACCURACY,),
@@ -308,15 +308,15 @@ class Momentum(Spec):
     kind: Literal["momentum"] = "momentum"
     decay: float = Field(default=0.9, ge=0.0, lt=1.0)
 
-    def build(self, parameters: Named, cuts: Layouts = WHOLE) -> Optimizer:
-        return _Momentum(self, parameters, cuts)
+    def build(self, parameters: Named, layouts: Layouts = WHOLE) -> Optimizer:
+        return _Momentum(self, parameters, layouts)
 
 
 class _Momentum(Optimizer):
-    def __init__(self, spec: Momentum, parameters: Named, cuts: Layouts) -> None:
-        super().__init__(parameters, cuts)
+    def __init__(self, spec: Momentum, parameters: Named, layouts: Layouts) -> None:
+        super().__init__(parameters, layouts)
         self.spec = spec
-        self._mean = {name: torch.zeros_like(here(weight)) for name, weight in self.parameters.items()}
+        self._mean = {name: torch.zeros_like(local_values(weight)) for name, weight in self.parameters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         return {f"{name}/mean": mean for name, mean in self._mean.items()}
@@ -325,8 +325,8 @@ class _Momentum(Optimizer):
     def step(self, learning_rate: float) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                mean = self._mean[name].lerp_(here(parameter.grad), 1.0 - self.spec.decay)
-                here(parameter).sub_(mean, alpha=learning_rate)
+                mean = self._mean[name].lerp_(local_values(parameter.grad), 1.0 - self.spec.decay)
+                local_values(parameter).sub_(mean, alpha=learning_rate)
 
 
 '''
@@ -386,7 +386,7 @@ def tripled(model: nn.Module, batch: AnyBatch) -> StepLoss:
     tree.insert("switchcli/train/loss.py", loss, after=r"\Z")
     pretraining = "switchcli/runs/pretraining.py"
     tree.insert(pretraining, "tripled, ", after=r"^from switchcli.train.loss import ")
-    tree.insert(pretraining, "    return tripled\n", after=r'^def loss_of\(.*\n    """.*\n')
+    tree.insert(pretraining, "    return tripled\n", after=r'^def text_loss\(.*\n    """.*\n')
 
 
 def use_loss(run: Fork) -> None:
@@ -412,7 +412,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from switchcli.data.prepare.digests import Digests
-from switchcli.data.sources.document import CorpusSpec, Document, Piece
+from switchcli.data.sources.document import CorpusSpec, Document, SourceShard
 from switchcli.errors import DataError
 
 
@@ -422,10 +422,10 @@ class Numerals(CorpusSpec):
     kind: Literal["numerals"] = "numerals"
     count: int = 300
 
-    def pieces(self) -> tuple[Piece, ...]:
-        return (Piece("numerals", 50 * self.count),)
+    def source_shards(self) -> tuple[SourceShard, ...]:
+        return (SourceShard("numerals", 50 * self.count),)
 
-    def read(self, piece: Piece, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
+    def read(self, shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         for row in range(start, self.count):
             text = " ".join(str(7 * row + place) for place in range(20))
             yield Document(f"numerals {row}", text, text, row)
@@ -433,7 +433,7 @@ class Numerals(CorpusSpec):
     def fingerprint(self, digests: Digests) -> str:
         return f"numerals {self.count}"
 
-    def no_text(self) -> DataError:
+    def empty_error(self) -> DataError:
         return DataError("data.corpora: numerals: count is 0")
 ''',
     )
@@ -449,7 +449,7 @@ def use_corpus(run: Fork) -> None:
 
 def add_mixture(tree: Tree) -> None:
     mixture = '''
-class Squared(Mixing):
+class Squared(TextMixing):
     """By the square of each corpus's `weight`."""
 
     kind: Literal["squared"] = "squared"
@@ -487,7 +487,7 @@ class Echo(Spec):
         return self.inputs_length
 
     @property
-    def raw_length(self) -> int:
+    def raw_tokens_per_row(self) -> int:
         return self.inputs_length - 1
 
     @property
@@ -498,9 +498,9 @@ class Echo(Spec):
         return self.corrupt
 
     def corrupt(self, raw_RL: Ids, draws: Draws) -> tuple[Ids, Ids]:
-        """Inputs and targets [R, inputs_length] of raw ids [R, raw_length]."""
-        rows, length = len(raw_RL), self.raw_length
-        echoed = laid_out(raw_RL.ravel(), np.full(rows, length), np.arange(rows), (rows, self.inputs_length))
+        """Inputs and targets [R, inputs_length] of raw ids [R, raw_tokens_per_row]."""
+        rows, length = len(raw_RL), self.raw_tokens_per_row
+        echoed = pad_rows(raw_RL.ravel(), np.full(rows, length), np.arange(rows), (rows, self.inputs_length))
         return echoed, echoed
 
 
@@ -603,10 +603,10 @@ def use_figure(run: Fork) -> None:
 
 def add_probe(tree: Tree) -> None:
     probe = '''
-def embedding_scale(subject: Subject) -> Answer:
+def embedding_scale(subject: Subject) -> ProbeResult:
     """The standard deviation of the first weight."""
     scale = float(next(iter(subject.parameters.values())).detach().std())
-    return Answer("pass", f"{scale:.2g}", scale)
+    return ProbeResult("pass", f"{scale:.2g}", scale)
 
 
 '''
@@ -692,7 +692,7 @@ def rehearse(
     quiet: Quiet = False,
 ) -> None:
     """Train as `pretrain` does, and say so."""
-    with _exit.stoppable(ranks=True):
+    with _exit.interruptible(ranks=True):
         from switchcli.commands import _job
         from switchcli.recipe.schema import RehearseRecipe
         from switchcli.runs import trainer, warm_start
@@ -700,12 +700,12 @@ def rehearse(
 
         out = out or default_out(recipe)
         job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), RehearseRecipe)
-        if _job.described(job.recipe, dry_run, as_json):
+        if _job.print_dry_run(job.recipe, dry_run, as_json):
             return
         _job.start_ranks(processes, job.recipe, as_json)
-        with trainer.opened(job, Rehearsing, out, resume, quiet) as run:
+        with trainer.open_trainer(job, Rehearsing, out, resume, quiet) as run:
             result = run.run()
-        _job.end(result, as_json)
+        _job.finish(result, as_json)
 ''',
     )
     tree.create(
@@ -716,7 +716,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.layout import Weights
+from switchcli.distributed.layout import ModelWeights
 from switchcli.report.console import Console
 from switchcli.runs.train_data import TrainData
 from switchcli.runs.pretraining import Pretraining
@@ -737,7 +737,7 @@ class Rehearsing(TrainingTask):
     def build_data(self) -> TrainData:
         return self._pretraining.build_data()
 
-    def init_weights(self, weights: Weights, optimizer: Optimizer) -> None:
+    def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:
         self._pretraining.init_weights(weights, optimizer)
 
     def results(self, trainer: "Trainer") -> dict[str, Any]:
@@ -745,7 +745,7 @@ class Rehearsing(TrainingTask):
 ''',
     )
     recipe = '''
-class RehearseRecipe(OnText):
+class RehearseRecipe(TextRecipe):
     """One run of `switchcli rehearse`."""
 
     verb: Literal["rehearse"] = "rehearse"

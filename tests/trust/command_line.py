@@ -40,6 +40,8 @@ SOUND: dict[str, list[str]] = {
     "upcycle": ["{sound}/dense", "made", "--experts", "2"],
     "prune": ["{sound}/run", "made", "--experts", "2", "text.sequences=4"],
     "report": ["{sound}/run"],
+    "sweep": ["pretrain", "{sound}/tiny.yaml", "train.steps=2", "--out", "made", "--print"],
+    "launch": ["--torchrun", "--ranks", "1", "--print", "--", "pretrain", "{sound}/tiny.yaml"],
 }
 """What each verb takes without complaint; a verb that is not here fails the part."""
 
