@@ -1,4 +1,4 @@
-"""DataSpec: what a run reads, as the `data:` part of a recipe says it. It opens nothing; `prepare` does."""
+"""DataSpec: the `data:` section of a recipe, which says what a run reads. It opens no file; `data.prepare` does."""
 
 from abc import ABC
 from collections.abc import Sequence
@@ -17,91 +17,106 @@ from switchcli.data.tokenizer.tokenizer import TokenizerSpec, TrainedTokenizer
 from switchcli.spec import MOST, Spec
 
 RowObjective = TextObjective | WholeDocumentObjective
-"""What a row of a batch is made by."""
+"""An objective that turns raw rows into the rows of a batch."""
 
 
 class TextsSpec(Spec, ABC):
-    """Which text, and what becomes of it before it is cut into ids."""
+    """The text that is read, and how it is filtered and divided before it is encoded."""
 
     corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)] = (PythonStdlib(),)
-    """Where the text comes from, each by its `kind`."""
+    """Where the text comes from: corpora, each chosen by its `kind`."""
     mixture: TextMixtureSpec = JoinedTexts()
-    """How the corpora are mixed, by its `kind`; `joined` makes one text of them. Mixed texts are measured apart."""
+    """How the corpora are mixed, chosen by `kind`. `joined` makes one text of them; mixed texts are also evaluated
+    separately."""
     filters: Filters = Filters()
+    """Which documents, and which of their lines, are left out."""
     duplicates: Duplicates | None = None
-    """Leave out documents that an earlier one is the same as, or nearly; of prepared text. Of several texts of a
-    mixture that hold the same document, the first keeps it."""
+    """Whether documents are left out that equal, or nearly equal, an earlier one. Only for prepared text. If several
+    texts of a mixture hold the same document, the first text keeps it."""
     access: Literal["prepared", "stream"] = "prepared"
-    """Cut into ids once, before the first step; or read as training goes on: for text of which a run sees a part. What
-    a stream is measured on is the beginning of its held-out part."""
+    """`prepared` encodes all text before the first step; `stream` reads it during training, for text of which a run
+    sees only a part. A stream is evaluated on the beginning of its held-out documents."""
     held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
-    """Share of the documents kept for evaluation, chosen by a hash of each document alone."""
+    """Fraction of the documents that is kept for evaluation, chosen by a hash of each document alone."""
 
     def texts(self) -> dict[str, tuple[Corpus, ...]]:
-        """What is mixed and measured apart, by label: a language, or a corpus without one; all together if joined."""
+        """Return the corpora of each text by its label: a language, or the number of a corpus without one.
+
+        A text is what is mixed and evaluated separately. If the corpora are joined there is one, labeled "".
+        """
         if self.mixture.kind == "joined":
-            return {"": tuple(one for corpus in self.corpora for one in corpus.per_language())}
-        found: dict[str, tuple[Corpus, ...]] = {}
+            return {"": tuple(single for corpus in self.corpora for single in corpus.per_language())}
+        texts: dict[str, tuple[Corpus, ...]] = {}
         for number, corpus in enumerate(self.corpora, 1):
-            for one in corpus.per_language():
-                label = one.language or f"corpus-{number}"
-                found[label] = (*found.get(label, ()), one)
-        return found
+            for single in corpus.per_language():
+                label = single.language or f"corpus-{number}"
+                texts[label] = (*texts.get(label, ()), single)
+        return texts
 
     @model_validator(mode="after")
-    def _can_be_a_stream(self) -> Self:
+    def _check_stream(self) -> Self:
         if self.access == "prepared":
             return self
         if self.duplicates is not None:
-            raise ValueError("duplicates are found among prepared text: leave them out, or take access=prepared")
+            raise ValueError("duplicates are found only in prepared text: leave them out, or take access=prepared")
         if self.mixture.kind != "joined" and self.mixture.max_epochs is not None:
-            raise ValueError("mixture.max_epochs: how large a stream is nobody knows: leave it out, or access=prepared")
+            raise ValueError(
+                "mixture.max_epochs: the size of a stream is not known: leave it out, or take access=prepared"
+            )
         return self
 
     @model_validator(mode="after")
-    def _weights_count(self) -> Self:
+    def _check_weights(self) -> Self:
         if not self.mixture.uses_weights and any(corpus.weight != 1.0 for corpus in self.corpora):
             raise ValueError(
-                f"a weight of a corpus counts in a mixture of kind weighted alone, and it is {self.mixture.kind}: take "
-                "mixture.kind=weighted, or leave the weight out"
+                "the weight of a corpus counts only in a mixture of kind weighted, and this one is of kind "
+                f"{self.mixture.kind}: take mixture.kind=weighted, or leave the weight out"
             )
         return self
 
 
 class DataSpec(TextsSpec):
-    """Text, the vocabulary that cuts it into ids, and what is asked of them."""
+    """The text of a run, the tokenizer that encodes it, and the objective that makes examples of it."""
 
     tokenizer: TokenizerSpec = TrainedTokenizer()
-    """The vocabulary. `kind` is train, file or hub."""
+    """The tokenizer, chosen by `kind`: train, file or hub."""
     objective: ObjectiveSpec = SpanCorruption()
-    """What a model is given of a text, and what it has to say of it, by its `kind`."""
+    """The objective, chosen by `kind`: what the model sees of a text, and what it has to predict."""
     packing: Literal["windows", "documents"] = "windows"
-    """Documents end to end, cut into rows; or rows of whole documents, which do not see one another."""
+    """`windows` joins documents end to end and cuts rows from them; `documents` packs whole documents into rows, masked
+    from each other."""
     stream_shards: int = Field(default=8, ge=1, le=MOST["ranks"])
-    """How many parts of a batch a stream reads apart; at most so many ranks can share it."""
+    """Number of parts of a batch that a stream reads independently. It is the largest number of ranks that can share a
+    batch."""
 
     @property
     def rows(self) -> RowObjective:
+        """The objective, in the form that `packing` needs."""
         if self.packing == "documents":
             assert isinstance(self.objective, SpanCorruption)
             return WholeDocumentObjective(self.objective)
         return self.objective
 
-    def mixed(self, sizes: Sequence[int], rows_per_epoch: Sequence[int], rows: int, seed: int) -> TextMixture | None:
-        """How the texts, of these sizes, are mixed in a run of so many rows; None for one text.
+    def build_mixture(
+        self, sizes: Sequence[int], rows_per_epoch: Sequence[int], num_rows: int, seed: int
+    ) -> TextMixture | None:
+        """Return the mixture of texts with these sizes in a run of `num_rows` rows, or None for joined texts.
+
+        `sizes` are tokens, or bytes of a stream; they and `rows_per_epoch` are in the order of `texts()`.
 
         Raises:
-            RecipeError: they are too small for `max_epochs`, or a share is too small to be kept.
+            RecipeError: the texts are too small for `max_epochs`, or a fraction is too small for a schedule.
         """
         if self.mixture.kind == "joined":
             return None
-        weights = [sum(corpus.weight for corpus in corpora) for corpora in self.texts().values()]
-        shares = self.mixture.shares(sizes, weights, rows_per_epoch, rows)
-        lanes = self.stream_shards if self.access == "stream" else 1
-        return TextMixture(dict(zip(self.texts(), shares.tolist(), strict=True)), seed, lanes)
+        texts = self.texts()
+        weights = [sum(corpus.weight for corpus in corpora) for corpora in texts.values()]
+        fractions = self.mixture.row_fractions(sizes, weights, rows_per_epoch, num_rows)
+        stream_shards = self.stream_shards if self.access == "stream" else 1
+        return TextMixture(dict(zip(texts, fractions.tolist(), strict=True)), seed, stream_shards)
 
     @model_validator(mode="after")
-    def _can_be_packed(self) -> Self:
+    def _check_packing(self) -> Self:
         if self.packing == "documents" and not isinstance(self.objective, SpanCorruption):
             raise ValueError(
                 f"packing (documents) needs objective.kind=span_corruption, and it is {self.objective.kind}: take "
@@ -111,7 +126,7 @@ class DataSpec(TextsSpec):
 
 
 class TextSpec(TextsSpec):
-    """Text to measure a model on: the held-out part of it, as `DataSpec` has it, cut by the model's own vocabulary."""
+    """Text to evaluate a model on: its held-out documents, encoded by the model's own tokenizer."""
 
     sequences: int = Field(default=512, ge=1, le=MOST["count"])
-    """Rows of each text that are looked at, at most as many as there are."""
+    """Rows of each text to evaluate, or all if there are fewer."""

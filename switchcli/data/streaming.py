@@ -1,12 +1,15 @@
-"""Live texts: rows cut from documents as they are read, for text that is not prepared: a hub's, or larger than a disk.
+"""Streamed texts: rows cut from documents while training runs, for text on a hub or larger than the disk.
 
-The rows of a step are shared among `lanes`, a number of the recipe's. Each has pieces of every text to itself, other
-ones in each epoch, and reads them in order: a rank reads the lanes of its rows alone, and the rows are the same on any
-number of ranks. A lane takes a window of documents at a time, whose rows are made and shuffled as those of a prepared
-shard. Where it stands is a few numbers: to go on, the piece is read from its start but not looked into, up to the
-window, which is cut again.
+The rows of a step are divided among `data.stream_shards` stream shards, a number that the recipe fixes. A stream shard
+reads source shards (files, or ranges of them) of its own, others in every epoch. A rank reads only the stream shards
+of its own rows, so the rows do not depend on the number of ranks.
 
-Legend  R rows  L raw tokens of a row
+A stream shard reads one window of documents at a time. The rows of a window are made and shuffled like those of a
+prepared shard (`data.dataset`). The state that a checkpoint saves is a `StreamPosition` for each stream shard and text:
+resuming passes over the rows of the current source shard before the window without parsing them, and builds the window
+again.
+
+Legend  R rows  L raw tokens per row
 """
 
 import hashlib
@@ -32,88 +35,102 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 
 WINDOW_CHARACTERS = 2**20
-"""Of all texts of a lane together, by their shares; it ends with the epoch."""
-LEAST_CHARACTERS = 2**14
-"""Of one text."""
-_MOST_EPOCHS = 64
-"""That a window takes of a text with less than a row: then there is none."""
-Pieces = Sequence[tuple[Corpus, SourceShard]]
+"""Characters in the windows of all texts of a stream shard together, divided by the texts' fractions in the mixture."""
+MIN_WINDOW_CHARACTERS = 2**14
+"""Characters in the window of one text, however small its fraction is."""
+_MAX_EPOCHS_PER_WINDOW = 64
+"""Epochs after which a text that has not yielded a single row is reported as too small."""
+CorpusShards = Sequence[tuple[Corpus, SourceShard]]
+"""The source shards of a text, each with the corpus that reads it."""
 
 
 class StreamPosition(NamedTuple):
-    """Where a lane stands in a text."""
+    """The position of a stream shard in a text. Checkpoints hold its fields as integers, in this order."""
 
     epoch: int = 0
-    """Of the pieces."""
-    place: int = 0
-    """Of the piece where the window begins, in the order of the epoch."""
+    """Epoch of the text in which the window begins."""
+    shard: int = 0
+    """Index of the source shard in which the window begins, among those that the stream shard reads in the epoch."""
     row: int = 0
-    """Of the piece where the window begins."""
+    """Raw row of that source shard at which the window begins."""
     window: int = 0
-    """Its number."""
+    """Number of windows before this one. It seeds the order of the window's rows."""
     used: int = 0
-    """Rows of the window that were shown."""
+    """Rows of the window that were returned."""
 
 
 class StreamedTextSource(BatchSource):
-    """Batches of rows that are read as training goes on, asked for in their order by one thread."""
+    """Batches of rows that are read while training runs. One thread must ask for them, in the order of the steps."""
 
     def __init__(
         self,
         spec: DataSpec,
-        pieces: Mapping[str, Pieces],
+        source_shards: Mapping[str, CorpusShards],
         tokenizer: Tokenizer,
         mixture: TextMixture | None,
         seed: int,
         batch_rows: int,
-        place: tuple[int, int],
+        rank_and_count: tuple[int, int],
         kept_steps: int,
     ) -> None:
-        """`place`: this rank, and how many share the rows of a step; `kept_steps`: of how many of the last ones
-        `state` can tell.
+        """Divide the stream shards among the ranks. No text is read yet.
 
-        Raises DataError as the objective says of the tokenizer; RecipeError where the ranks cannot share the lanes.
+        `source_shards` are given by the label of their text. `rank_and_count` are this rank and the number of ranks
+        that divide the rows of a step. `state` can be asked for the last `kept_steps` steps.
+
+        Raises:
+            DataError: the tokenizer does not suit the objective.
+            RecipeError: `data.stream_shards` is not a multiple of the number of ranks.
         """
-        rank, ranks = place
+        rank, ranks = rank_and_count
         if spec.stream_shards % ranks:
             raise RecipeError(
                 f"data.stream_shards ({spec.stream_shards}) must be a multiple of the {ranks} ranks of a batch: "
                 f"try {-(-spec.stream_shards // ranks) * ranks}, from the run's beginning"
             )
         self._corruption = BatchCorruption(spec.rows, tokenizer, seed)
-        self._rows_a_lane, self._kept_steps = batch_rows // spec.stream_shards, kept_steps
+        self._rows_per_shard, self._kept_steps = batch_rows // spec.stream_shards, kept_steps
         self._mixture, self._batch_rows = mixture, batch_rows
-        mine = range(rank * spec.stream_shards // ranks, (rank + 1) * spec.stream_shards // ranks)
-        self._lanes = {lane: _StreamShard(lane, pieces, spec, tokenizer, mixture, seed) for lane in mine}
-        self._shape = (spec.stream_shards, len(pieces), len(StreamPosition._fields))
-        self._behind = {0: self._position()}
+        # A rank's rows of a batch are contiguous, and so are the stream shards that make them.
+        shards_per_rank = spec.stream_shards // ranks
+        self._stream_shards = {
+            index: _StreamShard(index, source_shards, spec, tokenizer, mixture, seed)
+            for index in range(rank * shards_per_rank, (rank + 1) * shards_per_rank)
+        }
+        self._state_shape = (spec.stream_shards, len(source_shards), len(StreamPosition._fields))
+        self._states = {0: self._positions()}
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """Rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
+        """Return rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
         raw = []
-        for lane, reading in self._lanes.items():
+        for index, stream_shard in self._stream_shards.items():
+            # Stream shard i makes rows i * n to (i + 1) * n of every batch, for n rows per shard. `begin` and `end`
+            # bound those of its n rows that are in first..first+count.
             begin, end = (
-                min(max(row - lane * self._rows_a_lane, 0), self._rows_a_lane) for row in (first, first + count)
+                min(max(row - index * self._rows_per_shard, 0), self._rows_per_shard) for row in (first, first + count)
             )
             if end > begin:
-                assert reading.next_row == step * self._rows_a_lane + begin, "rows are asked for in order"
-                raw.append(reading.raw_rows(end - begin))
-        if all(reading.next_row == (step + 1) * self._rows_a_lane for reading in self._lanes.values()):
-            self._behind[step + 1] = self._position()
-            self._behind.pop(step - self._kept_steps, None)
+                assert stream_shard.next_row == step * self._rows_per_shard + begin, "rows are asked for in order"
+                raw.append(stream_shard.raw_rows(end - begin))
+        # The state after a step exists once all rows of this rank have been read.
+        if all(shard.next_row == (step + 1) * self._rows_per_shard for shard in self._stream_shards.values()):
+            self._states[step + 1] = self._positions()
+            self._states.pop(step - self._kept_steps, None)
         return self._corruption.batch(np.concatenate(raw), step, first)
 
     def state(self, step: int) -> list[int]:
-        """Where this rank's lanes stand after so many steps, one of the last; zeros for the lanes of others, so that
-        the sum over ranks is where all stand."""
-        return [int(number) for number in self._behind[step].ravel()]
+        """Return the positions of this rank's stream shards after `step` steps, one of the last `kept_steps`.
+
+        The positions of other ranks' stream shards are zeros, so the sum over ranks is the state of all.
+        """
+        return [int(number) for number in self._states[step].ravel()]
 
     def restore_state(self, step: int, state: Sequence[int]) -> None:
-        """Go on after so many steps, from where all lanes stood then."""
-        stood = np.array(state).reshape(self._shape)
-        for lane, reading in self._lanes.items():
-            reading.seek(step * self._rows_a_lane, stood[lane])
-        self._behind = {step: self._position()}
+        """Continue after `step` steps from `state`, the positions of all stream shards at that step."""
+        positions = np.array(state).reshape(self._state_shape)
+        for index, stream_shard in self._stream_shards.items():
+            stream_shard.seek(step * self._rows_per_shard, positions[index])
+        self._states = {step: self._positions()}
 
     def record(self, step: int) -> Mapping[str, Any]:
         return {"mixture": self._mixture.compare_with_intended(step * self._batch_rows)} if self._mixture else {}
@@ -122,157 +139,173 @@ class StreamedTextSource(BatchSource):
     def is_sequential(self) -> bool:
         return True
 
-    def _position(self) -> NDArray[np.int64]:
-        found = np.zeros(self._shape, dtype=np.int64)
-        for lane, reading in self._lanes.items():
-            found[lane] = [reader.position for reader in reading.readers]
-        return found
+    def _positions(self) -> NDArray[np.int64]:
+        """Return the positions of this rank's stream shards [stream shards, texts, fields], zeros for all others."""
+        positions = np.zeros(self._state_shape, dtype=np.int64)
+        for index, stream_shard in self._stream_shards.items():
+            positions[index] = [reader.position for reader in stream_shard.readers]
+        return positions
 
 
 class _StreamShard:
-    """One lane's rows of all texts, in the order of its own turns."""
+    """The rows that one stream shard makes: those of every text, mixed by a schedule of its own."""
 
     def __init__(
         self,
-        lane: int,
-        pieces: Mapping[str, Pieces],
+        index: int,
+        source_shards: Mapping[str, CorpusShards],
         spec: DataSpec,
         tokenizer: Tokenizer,
         mixture: TextMixture | None,
         seed: int,
     ) -> None:
-        sizes = {
-            label: WINDOW_CHARACTERS if mixture is None else WINDOW_CHARACTERS * mixture.shares[label]
-            for label in pieces
-        }
-        self.readers = [
-            StreamReader(found, spec, tokenizer, lane, label, seed, max(LEAST_CHARACTERS, sizes[label]))
-            for label, found in pieces.items()
-        ]
+        self.readers: list[StreamReader] = []
+        for label, shards in source_shards.items():
+            size = WINDOW_CHARACTERS if mixture is None else WINDOW_CHARACTERS * mixture.fractions[label]
+            size = max(MIN_WINDOW_CHARACTERS, size)
+            self.readers.append(StreamReader(shards, spec, tokenizer, index, label, seed, size))
         self.next_row = 0
         self._raw_length = spec.rows.raw_tokens_per_row
-        self._turns = None if mixture is None else mixture.turns[lane]
+        self._schedule = None if mixture is None else mixture.schedules[index]
 
     def raw_rows(self, count: int) -> NDArray[np.int64]:
-        """The next `count` rows [count, L]."""
+        """Return the next `count` rows [count, L]."""
         row_R = self.next_row + np.arange(count)
         self.next_row += count
-        if self._turns is None:
+        if self._schedule is None:
             return self.readers[0].raw_rows(count)
         raw_RL = np.empty((count, self._raw_length), dtype=np.int64)
-        text_R, _ = self._turns(row_R)
+        # The schedule's second result, the row's number within its text, is not needed: readers count by themselves.
+        text_R, _ = self._schedule(row_R)
         for text in np.unique(text_R):
-            mine_R = text_R == text
-            raw_RL[mine_R] = self.readers[text].raw_rows(int(mine_R.sum()))
+            is_text_R = text_R == text
+            raw_RL[is_text_R] = self.readers[text].raw_rows(int(is_text_R.sum()))
         return raw_RL
 
     def seek(self, next_row: int, positions: NDArray[np.int64]) -> None:
+        """Continue at row `next_row` from `positions` [texts, fields of a StreamPosition]."""
         self.next_row = next_row
         for reader, position in zip(self.readers, positions.tolist(), strict=True):
             reader.seek(StreamPosition(*position))
 
 
 class StreamReader:
-    """The rows of one text in one lane, from a position on."""
+    """The endless rows of one text in one stream shard."""
 
     def __init__(
         self,
-        pieces: Pieces,
+        source_shards: CorpusShards,
         spec: DataSpec,
         tokenizer: Tokenizer,
-        lane: int,
+        stream_shard: int,
         label: str,
         seed: int,
         window_characters: float,
     ) -> None:
-        # A lane without a piece of its own would have nothing: then all read all pieces, each its own documents.
-        self._alone = len(pieces) >= spec.stream_shards
-        self._pieces = pieces
+        # With fewer source shards than stream shards, some stream shards would get none. Then every stream shard reads
+        # all source shards, and takes every n-th row of each.
+        self._divides_source_shards = len(source_shards) >= spec.stream_shards
+        self._source_shards = source_shards
         self._spec, self._rows, self._tokenizer = spec, spec.rows, tokenizer
-        self._lane, self._label, self._window_characters = lane, label, window_characters
-        self._order_seed, self._seed = (_seed(f"{seed}/{label}"), _seed(f"{seed}/{lane}/{label}"))
-        self.position = self._next = StreamPosition()
+        self._stream_shard, self._label, self._window_characters = stream_shard, label, window_characters
+        # All stream shards must agree on the order of the source shards. The order of rows is a stream shard's own.
+        self._order_seed, self._row_seed = _seed(f"{seed}/{label}"), _seed(f"{seed}/{stream_shard}/{label}")
+        self.position = self._next_window = StreamPosition()
         self._window: ShuffleWindow | None = None
-        self._coming: Iterator[tuple[StreamPosition, Document | None]] | None = None
+        self._documents: Iterator[tuple[StreamPosition, Document | None]] | None = None
 
     def raw_rows(self, count: int) -> NDArray[np.int64]:
-        """The next `count` rows [count, L]."""
-        found = []
+        """Return the next `count` rows [count, L]. Raises DataError if the stream shard has no row of this text."""
+        chunks = []
         while count:
-            window = self._entered()
-            taken = min(count, window.num_rows - self.position.used)
-            found.append(window.raw_rows(self.position.used + np.arange(taken)))
-            count -= taken
-            self.position = self.position._replace(used=self.position.used + taken)
-        return np.concatenate(found)
+            window = self._current_window()
+            size = min(count, window.num_rows - self.position.used)
+            chunks.append(window.raw_rows(self.position.used + np.arange(size)))
+            count -= size
+            self.position = self.position._replace(used=self.position.used + size)
+        return np.concatenate(chunks)
 
     def seek(self, position: StreamPosition) -> None:
-        """Go on from there."""
-        self.position, self._window, self._coming = position, None, None
+        """Continue from `position`. Text is read when the next rows are asked for."""
+        self.position, self._window, self._documents = position, None, None
 
-    def _entered(self) -> ShuffleWindow:
+    def _current_window(self) -> ShuffleWindow:
         if self._window is not None and self.position.used == self._window.num_rows:
-            self.position, self._window = self._next, None
+            self.position, self._window = self._next_window, None
         if self._window is None:
-            if self._coming is None:
-                self._coming = self._documents(self.position)
-            self._window, self._next = self._read(self._coming)
+            if self._documents is None:
+                self._documents = self._iter_documents(self.position)
+            self._window, self._next_window = self._read_window(self._documents)
         return self._window
 
-    def _read(self, coming: Iterator[tuple[StreamPosition, Document | None]]) -> tuple[ShuffleWindow, StreamPosition]:
-        """The next window, and where the one after it begins."""
+    def _read_window(
+        self, documents: Iterator[tuple[StreamPosition, Document | None]]
+    ) -> tuple[ShuffleWindow, StreamPosition]:
+        """Return the next window, of one row at least, and the position at which the window after it begins.
+
+        A window ends after `window_characters` or with the epoch. One without a row is extended, until
+        `_MAX_EPOCHS_PER_WINDOW` epochs have passed: then DataError is raised.
+        """
         ids: list[NDArray[np.int64]] = []
-        waiting: list[list[str]] = []
+        pending: list[list[str]] = []  # documents that are not encoded yet, each in the parts that are encoded apart
         size = 0
-        for behind, document in coming:  # without end
+        for end, document in documents:
             if document is not None:
-                waiting.append([*split_text(document.text)])
+                pending.append([*split_text(document.text)])
                 size += len(document.text)
                 if size < self._window_characters:
                     continue
-            elif behind.epoch - self.position.epoch > _MOST_EPOCHS:
+            elif end.epoch - self.position.epoch > _MAX_EPOCHS_PER_WINDOW:
                 break
-            ids += self._encoded(waiting)
-            waiting, size = [], 0
-            shard = count_rows(TokenShard.of(store_from_ids(ids)), self._rows, self._seed, 0)
+            ids += self._encode(pending)
+            pending, size = [], 0
+            shard = count_rows(TokenShard.of(store_from_ids(ids)), self._rows, self._row_seed, 0)
             if shard.num_rows:
+                # The window's number takes the place of the epoch, so that every window has a random order of its own.
                 number = self.position.window
-                return ShuffleWindow({0: shard}, self._rows, self._seed, number, 0), behind._replace(window=number + 1)
+                window = ShuffleWindow({0: shard}, self._rows, self._row_seed, number, 0)
+                return window, end._replace(window=number + 1)
         raise DataError(
-            f"data.corpora{f' ({self._label})' if self._label else ''}: no row of text to train on in the share of "
-            f"lane {self._lane + 1} of {self._spec.stream_shards}: take fewer data.stream_shards, or add text"
+            f"data.corpora{f' ({self._label})' if self._label else ''}: stream shard {self._stream_shard + 1} of "
+            f"{self._spec.stream_shards} has no row of text to train on: take fewer data.stream_shards, or add text"
         )
 
-    def _encoded(self, documents: Sequence[Sequence[str]]) -> list[NDArray[np.int64]]:
-        """The ids of each document, of which the parts are encoded apart."""
-        found = iter(self._tokenizer.encode_batch([part for parts in documents for part in parts]))
-        return [np.concatenate([next(found) for _ in parts]) for parts in documents]
+    def _encode(self, documents: Sequence[Sequence[str]]) -> list[NDArray[np.int64]]:
+        """Return the ids of each document. The parts of all documents are encoded in one call."""
+        encoded = iter(self._tokenizer.encode_batch([part for parts in documents for part in parts]))
+        return [np.concatenate([next(encoded) for _ in parts]) for parts in documents]
 
-    def _documents(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, Document | None]]:
-        """Training documents from a position on, without end, each with the position behind it; None at each end of
-        the lane's pieces, which in each epoch are others."""
-        epoch, place, row = start.epoch, start.place, start.row
+    def _iter_documents(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, Document | None]]:
+        """Yield the training documents from `start` on, endlessly, each with the position after it.
+
+        At the end of an epoch it yields None with the position at which the next epoch begins.
+        """
+        epoch, first, row = start.epoch, start.shard, start.row
         dropped: Counter[str] = Counter()
         while True:
-            order = permutation(len(self._pieces), self._order_seed, epoch, SHARDS).tolist()
-            mine = order[self._lane :: self._spec.stream_shards] if self._alone else order
-            for number in range(place, len(mine)):
-                corpus, piece = self._pieces[mine[number]]
-                for document in self._spec.filters(corpus.read(piece, row, dropped), dropped):
-                    if self._is_mine(document):
+            order = permutation(len(self._source_shards), self._order_seed, epoch, SHARDS).tolist()
+            if self._divides_source_shards:
+                # Of n stream shards, number i reads positions i, i + n, i + 2n, ... of the epoch's order: each source
+                # shard is read by exactly one of them.
+                order = order[self._stream_shard :: self._spec.stream_shards]
+            for number in range(first, len(order)):
+                corpus, source_shard = self._source_shards[order[number]]
+                for document in self._spec.filters(corpus.read(source_shard, row, dropped), dropped):
+                    if self._is_selected(document):
                         yield StreamPosition(epoch, number, document.row + 1), document
-                row = 0
-            epoch, place = epoch + 1, 0
+                row = 0  # only the first source shard is entered in its middle
+            epoch, first = epoch + 1, 0
             yield StreamPosition(epoch), None
 
-    def _is_mine(self, document: Document) -> bool:
-        mine = self._alone or document.row % self._spec.stream_shards == self._lane
-        return mine and not is_held_out(document.identity, self._spec.held_out_fraction)
+    def _is_selected(self, document: Document) -> bool:
+        """Whether a document of a source shard that is read is for training, and of this stream shard."""
+        is_own = self._divides_source_shards or document.row % self._spec.stream_shards == self._stream_shard
+        return is_own and not is_held_out(document.identity, self._spec.held_out_fraction)
 
 
-def source_shards_of(corpora: Sequence[Corpus]) -> Pieces:
-    """Those of several corpora, in order. Raises DataError as they do."""
-    return [(corpus, piece) for corpus in corpora for piece in corpus.source_shards()]
+def source_shards_of(corpora: Sequence[Corpus]) -> CorpusShards:
+    """Return the source shards of all `corpora`, in order. Raises DataError if a corpus has none."""
+    return [(corpus, source_shard) for corpus in corpora for source_shard in corpus.source_shards()]
 
 
 def _seed(name: str) -> int:

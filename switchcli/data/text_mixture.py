@@ -1,4 +1,4 @@
-"""Mixtures of texts: the share of the rows that each language or corpus has.
+"""Mixtures of texts: the fraction of a run's rows that each language or corpus makes up.
 
 Legend  K texts
 """
@@ -17,14 +17,14 @@ from switchcli.data.prepare.store import digest_of
 from switchcli.errors import RecipeError
 from switchcli.spec import Spec
 
-_LEAST_ROWS = 100
-"""Rows of a turn for the smallest share at least: it is kept to a hundredth."""
-_MOST_ROWS = 2**20
-"""Rows of a turn at most: its order is held in memory."""
+_MIN_SMALLEST_ROWS = 100
+"""Rows of the text with the smallest fraction in a cycle of the schedule: rounding then changes it by 1% at most."""
+_MAX_CYCLE_ROWS = 2**20
+"""Rows in a cycle of the schedule. The order of a cycle is in memory."""
 
 
 class JoinedTexts(Spec):
-    """No mixture: the corpora are one text, in proportion to their size."""
+    """All corpora as one text, in proportion to their sizes."""
 
     kind: Literal["joined"] = "joined"
     uses_weights: ClassVar[bool] = False
@@ -32,48 +32,52 @@ class JoinedTexts(Spec):
 
 
 class TextMixing(Spec, ABC):
-    """Each language, or corpus without one, by itself."""
+    """A rule for the fraction of the rows that each language, or corpus without a language, makes up."""
 
     uses_weights: ClassVar[bool] = False
-    """The shares depend on the `weight` of each corpus; otherwise a recipe that gives one is refused."""
+    """Whether the fractions depend on the `weight` of each corpus. If not, a recipe that sets one is refused."""
     uses_sizes: ClassVar[bool] = True
-    """The shares depend on the size of each text, so a stream of texts of unknown size is refused."""
+    """Whether the fractions depend on the size of each text. If so, streamed texts of unknown size are refused."""
     max_epochs: float | None = Field(default=None, gt=0.0)
-    """How often a run shows a text at most: what a small one may not have goes to the others, in proportion."""
+    """Epochs of a text that a run shows at most. Rows that a small text cannot fill go to the others, in proportion."""
 
     @abstractmethod
     def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What the shares are in proportion to, of texts of so many tokens with these weights in the recipe [K]."""
+        """Return unnormalized fractions [K] of texts with `tokens` [K] tokens and `weights` [K] in the recipe."""
 
-    def shares(
-        self, tokens: Sequence[int], weights: Sequence[float], rows_per_epoch: Sequence[int], rows: int
+    def row_fractions(
+        self, tokens: Sequence[int], weights: Sequence[float], rows_per_epoch: Sequence[int], num_rows: int
     ) -> NDArray[np.float64]:
-        """The share of each text in the `rows` of a run [K]; they add up to 1.
+        """Return the fraction of each text [K] in a run of `num_rows` rows. They add up to 1.
 
         Raises:
             RecipeError: the texts are too small for `max_epochs`.
         """
-        wanted = self.weights(np.asarray(tokens), np.asarray(weights))
-        shares = wanted / wanted.sum()
+        weights_K = self.weights(np.asarray(tokens), np.asarray(weights))
+        fraction_K = weights_K / weights_K.sum()
         if self.max_epochs is None:
-            return shares
-        most = self.max_epochs * np.asarray(rows_per_epoch) / rows
-        if most.sum() < 1:
+            return fraction_K
+        max_fraction_K = self.max_epochs * np.asarray(rows_per_epoch) / num_rows
+        if max_fraction_K.sum() < 1:
+            least_epochs = math.ceil(100 * self.max_epochs / max_fraction_K.sum()) / 100
             raise RecipeError(
                 f"data.mixture.max_epochs ({self.max_epochs:g}): all texts together are {sum(rows_per_epoch):,} rows, "
-                f"and the run takes {rows:,}: raise it to {math.ceil(100 * self.max_epochs / most.sum()) / 100:.2f}, "
-                "take fewer train.steps, or add text"
+                f"and the run takes {num_rows:,}: raise it to {least_epochs:.2f}, take fewer train.steps, or add text"
             )
-        full = np.zeros(len(shares), dtype=np.bool_)
-        while (over := shares > most).any():
-            full |= over
-            rest = np.where(full, 0.0, wanted)
-            shares = np.where(full, most, rest / (rest.sum() or 1.0) * (1 - most[full].sum()))
-        return shares
+        # Texts above their limit are fixed there, and the others divide the rest by their weights. That may raise
+        # further texts above their limits, so it is repeated: at most K times, since no text is released again.
+        is_limited_K = np.zeros(len(fraction_K), dtype=np.bool_)
+        while (over_K := fraction_K > max_fraction_K).any():
+            is_limited_K |= over_K
+            free_K = np.where(is_limited_K, 0.0, weights_K)
+            remaining = 1 - max_fraction_K[is_limited_K].sum()
+            # Where all texts are limited, the sum of `free_K` is 0 and nothing remains to divide.
+            fraction_K = np.where(is_limited_K, max_fraction_K, free_K / (free_K.sum() or 1.0) * remaining)
+        return fraction_K
 
 
 class WeightedMixing(TextMixing):
-    """By the `weight` of each corpus."""
+    """Fractions in proportion to the `weight` of each corpus."""
 
     kind: Literal["weighted"] = "weighted"
     uses_weights: ClassVar[bool] = True
@@ -84,11 +88,11 @@ class WeightedMixing(TextMixing):
 
 
 class TemperatureMixing(TextMixing):
-    """By the size of each text, smoothed: p ~ tokens ** alpha (mT5: 0.3); of a stream by the bytes of its files."""
+    """Fractions in proportion to tokens ** alpha, as in mT5. A stream counts the bytes of its files instead."""
 
     kind: Literal["temperature"] = "temperature"
     alpha: float = Field(default=0.3, ge=0.0, le=1.0)
-    """1: in proportion to size; 0: all alike."""
+    """Exponent of the size: 1 keeps the proportions, 0 makes all texts equal. mT5 uses 0.3."""
 
     def weights(self, tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray((tokens / tokens.max()) ** self.alpha)
@@ -98,37 +102,45 @@ TextMixtureSpec = Annotated[JoinedTexts | WeightedMixing | TemperatureMixing, Fi
 
 
 class TextMixture:
-    """Shares that are settled: the rows of a run by text."""
+    """The fraction of each text in a run, and the schedules that assign a text to every row."""
 
-    def __init__(self, shares: Mapping[str, float], seed: int, lanes: int = 1) -> None:
-        """`lanes` share the rows of each step, and each takes turns of its own.
+    def __init__(self, fractions: Mapping[str, float], seed: int, stream_shards: int = 1) -> None:
+        """Build the schedules. The rows of a step are divided among `stream_shards`, each with a schedule of its own.
 
         Raises:
-            RecipeError: a share is too small to be kept.
+            RecipeError: a fraction is too small for a schedule.
         """
-        # The last bits of a power are the processor's.
-        self.shares = {label: round(share, 12) for label, share in shares.items()}
-        """Intended, by label."""
-        intended = np.array(list(self.shares.values()))
-        if intended.min() * _MOST_ROWS < 1:
-            label = min(self.shares, key=lambda one: self.shares[one])
+        # Powers and sums differ in their last bits among processors. Rounding makes schedules and identity the same.
+        self.fractions = {label: round(fraction, 12) for label, fraction in fractions.items()}
+        """Intended fraction of the rows, by the label of the text."""
+        fraction_K = np.array(list(self.fractions.values()))
+        if fraction_K.min() * _MAX_CYCLE_ROWS < 1:
+            label = min(self.fractions, key=lambda label: self.fractions[label])
             raise RecipeError(
-                f"data.mixture: the share of {label} is {self.shares[label]:.2g}, less than a row in {_MOST_ROWS:,}: "
-                "leave it out, or give it the language of another corpus"
+                f"data.mixture: the share of {label} is {self.fractions[label]:.2g}, less than a row in "
+                f"{_MAX_CYCLE_ROWS:,}: leave it out, or give it the language of another corpus"
             )
-        rows = int(np.clip(np.ceil(_LEAST_ROWS / intended.min() - 1e-6), _LEAST_ROWS * len(intended), _MOST_ROWS))
-        each = largest_remainder(intended, rows)
-        self.identity = digest_of({label: int(number) for label, number in zip(self.shares, each, strict=True)})
-        """A digest of whose row each is, but for the seed."""
-        self.turns = tuple(MixtureSchedule.spread_evenly(each, seed + lane * 2**32) for lane in range(lanes))
-        """Of each lane."""
+        # A cycle is long enough for _MIN_SMALLEST_ROWS rows of the smallest text. The subtraction keeps a quotient that
+        # is a whole number but for rounding from being rounded up to the next one.
+        least_rows = np.ceil(_MIN_SMALLEST_ROWS / fraction_K.min() - 1e-6)
+        cycle_rows = int(np.clip(least_rows, _MIN_SMALLEST_ROWS * len(fraction_K), _MAX_CYCLE_ROWS))
+        rows_K = largest_remainder(fraction_K, cycle_rows)
+        self.identity = digest_of({label: int(count) for label, count in zip(self.fractions, rows_K, strict=True)})
+        """Digest of all that the schedules depend on except the seed."""
+        self.schedules = tuple(
+            MixtureSchedule.spread_evenly(rows_K, seed + stream_shard * 2**32) for stream_shard in range(stream_shards)
+        )
+        """Schedule of each stream shard."""
 
-    def shares_after(self, num_rows: int) -> dict[str, float]:
-        """The share of each text in the first `num_rows` rows, those of whole steps."""
-        each = [turns.rows_per_source(num_rows // len(self.turns)) for turns in self.turns]
-        return dict(zip(self.shares, (np.sum(each, axis=0) / max(1, num_rows)).tolist(), strict=True))
+    def fractions_after(self, num_rows: int) -> dict[str, float]:
+        """Return the fraction of each text in the first `num_rows` rows, which must be whole steps."""
+        # Every stream shard makes the same number of the rows of a step.
+        rows_per_shard = num_rows // len(self.schedules)
+        counts = [schedule.rows_per_source(rows_per_shard) for schedule in self.schedules]
+        fraction_K = np.sum(counts, axis=0) / max(1, num_rows)
+        return dict(zip(self.fractions, fraction_K.tolist(), strict=True))
 
     def compare_with_intended(self, num_rows: int) -> dict[str, dict[str, float]]:
-        """The same beside what was intended."""
-        shown = self.shares_after(num_rows)
-        return {label: {"shown": shown[label], "intended": share} for label, share in self.shares.items()}
+        """Return `fractions_after(num_rows)` as `shown` and the run's fractions as `intended`, for each text."""
+        shown = self.fractions_after(num_rows)
+        return {label: {"shown": shown[label], "intended": fraction} for label, fraction in self.fractions.items()}

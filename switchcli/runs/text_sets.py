@@ -79,7 +79,7 @@ def prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
     rows = recipe.train.steps * batch_rows
     rows_per_epoch = [one.rows_per_epoch for one in chunks.values()]
     tokens = [one.counts[TRAIN].tokens for one in text.texts.values()]
-    mixture = data.mixed(tokens, rows_per_epoch, rows, seed)
+    mixture = data.build_mixture(tokens, rows_per_epoch, rows, seed)
     if context.is_main:
         _tell(text, chunks, mixture, rows, console)
     stream = PreparedTextSource([*chunks.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
@@ -100,7 +100,7 @@ def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
             "needs: take mixture.kind=weighted and a weight for each corpus, or access=prepared"
         )
     known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
-    mixture = data.mixed(known, known, recipe.train.steps * batch_rows, seed)
+    mixture = data.build_mixture(known, known, recipe.train.steps * batch_rows, seed)
     _allow_many_files()  # each lane keeps a piece of each text open
     stream = StreamedTextSource(
         data,
@@ -164,7 +164,7 @@ def _tell(
         )
     else:
         lines = []
-        for label, share in mixture.shares.items():
+        for label, share in mixture.fractions.items():
             documents, tokens, _ = text.texts[label].counts[TRAIN]
             lines.append([label, f"{documents:,}", f"{tokens:,}", f"{share:.2%}", f"{share * epochs[label]:.3g}"])
         console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)

@@ -20,7 +20,7 @@ from messages import lacking
 from switchcli.data.prepare.prepared_text import TextCounts
 from switchcli.data.prepare.store import TOKENS
 from switchcli.data.sources.corpus import Corpus
-from switchcli.data.streaming import Pieces, source_shards_of
+from switchcli.data.streaming import CorpusShards, source_shards_of
 
 MIXED = ("data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]",)
 INTERRUPTED = 75
@@ -222,7 +222,7 @@ def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of texts that are far larger than a window."""
     monkeypatch.setattr("switchcli.data.streaming.WINDOW_CHARACTERS", 4000)
-    monkeypatch.setattr("switchcli.data.streaming.LEAST_CHARACTERS", 1000)
+    monkeypatch.setattr("switchcli.data.streaming.MIN_WINDOW_CHARACTERS", 1000)
 
 
 @pytest.mark.slow
@@ -562,7 +562,7 @@ def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
     )
     command = ("pretrain", *stream(languages), f"data.corpora=[{corpora}]", "--out")
 
-    def unsized(corpora: Sequence[Corpus]) -> Pieces:
+    def unsized(corpora: Sequence[Corpus]) -> CorpusShards:
         found = source_shards_of(corpora)
         return [*found[:1], *((corpus, piece._replace(size=None)) for corpus, piece in found[1:])]
 

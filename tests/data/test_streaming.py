@@ -46,7 +46,7 @@ NUM_WORDS = sum(FILES.values()) * DOCUMENTS * WORDS_A_DOCUMENT
 def shrink(patch: pytest.MonkeyPatch) -> None:
     """As windows are beside texts that are far larger than one."""
     patch.setattr(module, "WINDOW_CHARACTERS", WINDOW)
-    patch.setattr(module, "LEAST_CHARACTERS", WINDOW // 10)
+    patch.setattr(module, "MIN_WINDOW_CHARACTERS", WINDOW // 10)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def a_spec(folder: Path, lanes: int = LANES) -> DataSpec:
     )
 
 
-def a_reader(spec: DataSpec, lane: int, label: str, pieces: module.Pieces | None = None) -> module.StreamReader:
+def a_reader(spec: DataSpec, lane: int, label: str, pieces: module.CorpusShards | None = None) -> module.StreamReader:
     return module.StreamReader(pieces or source_shards_of(spec.texts()[label]), spec, TOKENIZER, lane, label, 0, WINDOW)
 
 
@@ -125,7 +125,7 @@ class Run:
     def position(self, step: int) -> list[int]:
         return np.sum([stream.state(step) for stream in self.streams], axis=0).tolist()
 
-    def resume(self, step: int, position: list[int]) -> None:
+    def restore_state(self, step: int, position: list[int]) -> None:
         for stream in self.streams:
             stream.restore_state(step, position)
 
@@ -239,7 +239,9 @@ def test_documents_are_parted_among_the_lanes(label: str, folder: Path) -> None:
     spec = a_spec(folder)
     seen = []
     for lane in range(LANES):
-        found = islice(a_reader(spec, lane, label)._documents(module.StreamPosition()), 2 * FILES[label] * DOCUMENTS)
+        found = islice(
+            a_reader(spec, lane, label)._iter_documents(module.StreamPosition()), 2 * FILES[label] * DOCUMENTS
+        )
         seen.append([document.text for position, document in found if document is not None and position.epoch == 0])
         assert len(seen[-1]) == len({*seen[-1]}) > 0
     assert sorted(text for lane in seen for text in lane) == sorted(training_documents(spec, label))
@@ -249,7 +251,7 @@ def test_epochs_go_through_the_pieces_in_other_orders(folder: Path) -> None:
     spec = a_spec(folder, lanes=1)
     orders: dict[int, list[str]] = {}
     for position, document in islice(
-        a_reader(spec, 0, "a")._documents(module.StreamPosition()), 8 * FILES["a"] * DOCUMENTS
+        a_reader(spec, 0, "a")._iter_documents(module.StreamPosition()), 8 * FILES["a"] * DOCUMENTS
     ):
         if document is None:
             continue
@@ -266,7 +268,7 @@ def test_rows_are_mixed_as_intended(straight: Straight) -> None:
     rows = [row for batch in straight[0] for row in texts(batch)]
     for steps in (10, STEPS):
         shown = sum(row[0] >= first_of_b for row in rows[: steps * BATCH])
-        assert shown / (steps * BATCH) == TextMixture(SHARES, 5, LANES).shares_after(steps * BATCH)["b"]
+        assert shown / (steps * BATCH) == TextMixture(SHARES, 5, LANES).fractions_after(steps * BATCH)["b"]
     assert shown / len(rows) == pytest.approx(0.3, abs=0.01)
 
 
@@ -341,7 +343,7 @@ def test_ranks_that_cannot_share_the_lanes_are_refused_with_a_number(folder: Pat
         Run(a_spec(folder), world=3)
 
 
-def lines_in_files(folder: Path, files: Sequence[int], lanes: int = LANES) -> tuple[DataSpec, module.Pieces]:
+def lines_in_files(folder: Path, files: Sequence[int], lanes: int = LANES) -> tuple[DataSpec, module.CorpusShards]:
     """A stream of files of so many documents, whose words are numbers, none of which comes twice."""
     ends = np.cumsum([0, *files])
     for file, (begin, end) in enumerate(pairwise(ends.tolist())):
@@ -410,7 +412,7 @@ def test_a_stream_goes_through_each_row_of_a_piece_once_while_it_goes_on(folder:
         passed.append(rows.passed)
     assert reader.position.window > 200, "windows of an epoch"
     assert passed[-1] <= 4 * 600 + 2 * WINDOW // 20
-    middle = next(number for number, one in enumerate(stood) if one.place == 2 and one.row > 300)
+    middle = next(number for number, one in enumerate(stood) if one.shard == 2 and one.row > 300)
     wanted = reader = a_reader(spec, 0, "a", pieces)
     wanted.raw_rows(middle)
     following = wanted.raw_rows(3)

@@ -46,20 +46,20 @@ MC4 = [int(2.6e12 * 0.9**rank) for rank in range(101)]
     ],
 )
 def test_shares_are_those_by_hand(mixing: TextMixing, weights: list[float], wanted: list[float]) -> None:
-    np.testing.assert_allclose(mixing.shares(TOKENS, weights, [1, 1, 1], 100), wanted, rtol=1e-6)
+    np.testing.assert_allclose(mixing.row_fractions(TOKENS, weights, [1, 1, 1], 100), wanted, rtol=1e-6)
 
 
 def test_what_a_text_may_not_show_goes_to_the_others_in_proportion() -> None:
     mixing = WeightedMixing(max_epochs=2.0)
     # 100 rows a run: at most 2 epochs of 5 rows are a tenth; 0.9 is left for 2 to 1.
-    np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [500, 500, 5], 100), [0.6, 0.3, 0.1])
+    np.testing.assert_allclose(mixing.row_fractions([1, 1, 1], [2.0, 1.0, 1.0], [500, 500, 5], 100), [0.6, 0.3, 0.1])
     # The second is full only because the third gave some to it: 2 epochs of 14 rows.
-    np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [500, 14, 5], 100), [0.62, 0.28, 0.1])
+    np.testing.assert_allclose(mixing.row_fractions([1, 1, 1], [2.0, 1.0, 1.0], [500, 14, 5], 100), [0.62, 0.28, 0.1])
     # As much as there is.
-    np.testing.assert_allclose(mixing.shares([1, 1, 1], [2.0, 1.0, 1.0], [20, 20, 10], 100), [0.4, 0.4, 0.2])
-    nearly = WeightedMixing(max_epochs=1.0).shares([1, 1], [1.0, 1.0], [499_999, 500_001], 10**6)
+    np.testing.assert_allclose(mixing.row_fractions([1, 1, 1], [2.0, 1.0, 1.0], [20, 20, 10], 100), [0.4, 0.4, 0.2])
+    nearly = WeightedMixing(max_epochs=1.0).row_fractions([1, 1], [1.0, 1.0], [499_999, 500_001], 10**6)
     np.testing.assert_allclose(nearly, [0.499999, 0.500001], rtol=1e-9)
-    np.testing.assert_allclose(WeightedMixing().shares([1, 1], [1.0, 1.0], [1, 1], 10**6), [0.5, 0.5])
+    np.testing.assert_allclose(WeightedMixing().row_fractions([1, 1], [1.0, 1.0], [1, 1], 10**6), [0.5, 0.5])
 
 
 def filled(wanted: list[float], most: list[float]) -> list[float]:
@@ -92,9 +92,9 @@ def test_capped_shares_are_those_of_filling_up_slowly(
     assume(abs(sum(most) - 1) > 1e-9)  # whose rounding decides
     if sum(most) < 1:
         with pytest.raises(RecipeError, match=r"data\.mixture\.max_epochs\b.*\d.*\btrain\.steps\b"):
-            mixing.shares(tokens, weights, rows_per_epoch, rows)
+            mixing.row_fractions(tokens, weights, rows_per_epoch, rows)
         return
-    found = mixing.shares(tokens, weights, rows_per_epoch, rows)
+    found = mixing.row_fractions(tokens, weights, rows_per_epoch, rows)
     np.testing.assert_allclose(found, filled(wanted, most), rtol=1e-9, atol=1e-12)
     assert found.sum() == pytest.approx(1)
     assert (found <= most).all()
@@ -103,14 +103,14 @@ def test_capped_shares_are_those_of_filling_up_slowly(
 def test_the_way_out_of_too_little_text_is_one() -> None:
     mixing = WeightedMixing(max_epochs=2.0)
     with pytest.raises(RecipeError, match=naming_words("data.mixture.max_epochs 2 30 100 train.steps")) as raised:
-        mixing.shares([1, 1], [1.0, 1.0], [20, 10], 100)
+        mixing.row_fractions([1, 1], [1.0, 1.0], [20, 10], 100)
     (found,) = re.findall(r"\b\d+\.\d+", str(raised.value))
-    shares = WeightedMixing(max_epochs=float(found)).shares([1, 1], [1.0, 1.0], [20, 10], 100)
+    shares = WeightedMixing(max_epochs=float(found)).row_fractions([1, 1], [1.0, 1.0], [20, 10], 100)
     np.testing.assert_allclose(shares, [2 / 3, 1 / 3], atol=0.01)
 
 
 def shares_of(mixing: TextMixing, tokens: list[int]) -> dict[str, float]:
-    found = mixing.shares(tokens, [1.0] * len(tokens), [10**9] * len(tokens), 1)
+    found = mixing.row_fractions(tokens, [1.0] * len(tokens), [10**9] * len(tokens), 1)
     return {f"text {number}": float(share) for number, share in enumerate(found)}
 
 
@@ -127,20 +127,20 @@ MIXTURES = {
 @pytest.mark.parametrize("name", MIXTURES)
 def test_after_ten_thousand_rows_every_share_is_as_intended_within_a_hundredth(name: str, lanes: int) -> None:
     """Of itself, or by the rows that a lane's share is rounded by: 20 rows are no more than 20."""
-    mixture, rows = TextMixture(MIXTURES[name], seed=7, lanes=lanes), 10_000
-    found = np.array([*mixture.shares_after(rows).values()])
+    mixture, rows = TextMixture(MIXTURES[name], seed=7, stream_shards=lanes), 10_000
+    found = np.array([*mixture.fractions_after(rows).values()])
     intended = np.array([*MIXTURES[name].values()])
     assert found.sum() == pytest.approx(1)
     assert np.abs(found - intended).max() < 0.001
     off = np.abs(found - intended) * rows
     assert (off <= np.maximum(0.01 * intended * rows, 1.5 * np.sqrt(lanes) + 0.5)).all(), (off.max(), intended)
-    after_long = np.array([*mixture.shares_after(10**7 // lanes * lanes).values()])
+    after_long = np.array([*mixture.fractions_after(10**7 // lanes * lanes).values()])
     np.testing.assert_allclose(after_long, intended, rtol=0.01)
 
 
 def test_a_share_of_less_than_a_row_of_the_longest_turn_is_refused_by_name() -> None:
     least = 2.0**-20
-    assert TextMixture({"a": 1 - 2 * least, "b": 2 * least}, 0).shares_after(10**6)["b"] > 0
+    assert TextMixture({"a": 1 - 2 * least, "b": 2 * least}, 0).fractions_after(10**6)["b"] > 0
     with pytest.raises(RecipeError, match=naming_words("data.mixture b 9.5e-07 1,048,576 language")):
         TextMixture({"a": 1 - 0.999 * least, "b": 0.999 * least}, 0)
 
@@ -154,7 +154,7 @@ def test_the_last_bits_of_shares_change_no_row(weights: list[float], up: list[bo
     other = {label: float(np.nextafter(share, one)) for (label, share), one in zip(shares.items(), up, strict=False)}
     first, second = TextMixture(shares, 0), TextMixture(other, 0)
     assert first.identity == second.identity
-    np.testing.assert_array_equal(first.turns[0](np.arange(500)), second.turns[0](np.arange(500)))
+    np.testing.assert_array_equal(first.schedules[0](np.arange(500)), second.schedules[0](np.arange(500)))
 
 
 def test_the_identity_of_a_mixture_is_of_its_texts_and_how_often_each_comes() -> None:
@@ -176,12 +176,12 @@ def test_shown_is_what_counting_the_turns_row_by_row_gives(
     mixture = TextMixture(shares, seed, lanes)
     counts: Counter[str] = Counter()
     rows -= rows % lanes
-    for turns in mixture.turns:
+    for turns in mixture.schedules:
         text_R, nth_R = turns(np.arange(rows // lanes))
         counts.update(str(text) for text in text_R.tolist())
         for text in range(len(weights)):
             assert sorted(nth_R[text_R == text]) == list(range(np.count_nonzero(text_R == text))), "rows in order"
-    shown = mixture.shares_after(rows)
+    shown = mixture.fractions_after(rows)
     assert shown == {label: pytest.approx(counts[label] / max(1, rows)) for label in shares}
     assert mixture.compare_with_intended(rows) == {
         label: {"shown": shown[label], "intended": round(share, 12)} for label, share in shares.items()
@@ -189,9 +189,9 @@ def test_shown_is_what_counting_the_turns_row_by_row_gives(
 
 
 def test_turns_differ_among_lanes_seeds_and_from_one_to_the_next() -> None:
-    mixture = TextMixture({"a": 0.5, "b": 0.3, "c": 0.2}, 0, lanes=2)
-    first, lane = (turns(np.arange(600))[0].tolist() for turns in mixture.turns)
-    other = TextMixture(mixture.shares, 1).turns[0](np.arange(600))[0].tolist()
+    mixture = TextMixture({"a": 0.5, "b": 0.3, "c": 0.2}, 0, stream_shards=2)
+    first, lane = (turns(np.arange(600))[0].tolist() for turns in mixture.schedules)
+    other = TextMixture(mixture.fractions, 1).schedules[0](np.arange(600))[0].tolist()
     assert first != lane != other != first
     assert first[:300] != first[300:]
     runs = np.diff(np.flatnonzero(np.diff(first)))
@@ -225,7 +225,7 @@ def test_rows_are_of_the_texts_that_the_turns_say_and_each_goes_through_its_own(
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
     found = stream(shares)
     shown = Counter(text for step in range(100) for text in texts_shown(found.batch(step, 0, BATCH)))
-    wanted = TextMixture(shares, seed=3).shares_after(100 * BATCH)
+    wanted = TextMixture(shares, seed=3).fractions_after(100 * BATCH)
     assert {label: shown[number] / (100 * BATCH) for number, label in enumerate(shares)} == wanted
     firsts: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for step in range(60):
