@@ -30,7 +30,7 @@ TOKEN = "hf_SecretOfTheUser0123456789"
 
 @pytest.fixture(autouse=True)
 def nothing_opened() -> None:
-    module._opened.cache_clear()
+    module._open_dataset.cache_clear()
 
 
 class _Dataset:

@@ -1,1 +1,1 @@
-"""Sources of documents: files, Parquet, the standard library of Python, datasets of a hub."""
+"""Sources of documents: files, Parquet, Python's standard library, datasets of the Hugging Face hub."""

@@ -1,7 +1,7 @@
-"""Corpora: where documents come from, told apart by `kind`. The only file that opens a Hugging Face dataset.
+"""Corpora: sources of documents, chosen by `kind`. This is the only module that opens Hugging Face datasets.
 
-A corpus is read piece by piece (`pieces`, `read`) or whole (`documents`), in a fixed order, and has a `fingerprint()`,
-which changes when its text may have.
+A corpus is read in source shards (`source_shards`, `read`) or completely (`documents`), always in the same order. Its
+`fingerprint()` changes when its text may have changed.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from glob import glob
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -31,57 +31,64 @@ if TYPE_CHECKING:
 __all__ = ["Corpus", "CorpusSpec", "Document", "FilesCorpus", "HubCorpus", "PythonStdlib", "SourceShard"]
 
 MAX_SHARDS: Final = 4096
+"""Source shards of a dataset. A dataset of more shards is read in groups of consecutive ones."""
 
 
 class HubCorpus(RowCorpus):
-    """A dataset of the Hugging Face hub, or a folder of data files, as it comes: no copy is kept, no code is run."""
+    """A dataset of the Hugging Face hub, or a local folder of data files, streamed. Its own code is never run."""
 
     kind: Literal["hub"] = "hub"
     path: Place
-    """Its name, such as `allenai/c4`, or a folder here."""
+    """Name on the hub, such as `allenai/c4`, or a local folder."""
     name: str | None = None
-    """The subset, such as `en`."""
+    """Subset of the dataset, such as `en`."""
     split: str = "train"
+    """Split of the dataset."""
     data_files: Place | tuple[Place, ...] | None = None
-    """Files of it, or globs, in place of a subset: `en/*.json.gz`."""
+    """Files of the dataset, or globs of them, instead of a subset: `en/*.json.gz`."""
     revision: str | None = None
-    """A commit or tag. Without one, what is there on the day."""
+    """Commit or tag. Default: the newest one on the day."""
     max_documents: int | None = Field(default=None, ge=1, le=MOST["count"])
-    """Rows that are looked at, from the first; they are one piece."""
+    """Rows to read, from the first. They are one source shard. Default: all."""
 
     def source_shards(self) -> tuple[SourceShard, ...]:
-        """The dataset's shards, which are mostly its files, or groups of them where they are over 4,096.
+        """Return the dataset's shards, usually its files, or groups of them if there are more than MAX_SHARDS.
 
-        Raises DataError for no network, an unknown or closed dataset, a split or files that are not there.
+        Raises DataError for no network, an unknown or closed dataset, and a split or files that do not exist.
         """
         if self.max_documents is not None:
             return (SourceShard("first rows", None),)
-        _opened.cache_clear()  # look anew
-        return tuple(SourceShard(name, None) for name in _groups(self._dataset().num_shards))
+        _open_dataset.cache_clear()  # the dataset may have changed since
+        return tuple(SourceShard(name, None) for name in _group_names(self._dataset().num_shards))
 
-    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
-        """In the dataset's own order. Raises DataError as `pieces`, and for a column that is not there or no text.
+    def read(
+        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
+    ) -> Iterator[Document]:
+        """Yield documents in the dataset's order. Raises DataError as `source_shards`, and for a row without text.
 
-        The rows before `start` are fetched, but not looked into: some 300,000 of C4's size a second.
+        Rows before `start` are fetched but not parsed.
         """
         dataset = self._dataset()
-        stop = None
+        count = None
         if self.max_documents is None:
-            groups = _groups(dataset.num_shards)
-            if piece.name not in groups:
+            names = _group_names(dataset.num_shards)
+            if source_shard.name not in names:
                 raise DataError(
-                    f"data.corpora: {self.path}: no {piece.name} any more: give the `revision` that was read before"
+                    f"data.corpora: {self.path}: {source_shard.name} is not there any more: give the `revision` that "
+                    "was read before"
                 )
-            dataset = dataset.shard(num_shards=len(groups), index=groups.index(piece.name), contiguous=True)
+            index = names.index(source_shard.name)
+            dataset = dataset.shard(num_shards=len(names), index=index, contiguous=True)
         else:
-            stop = max(self.max_documents - start, 0)
-        return self.select(enumerate(self._rows(dataset.skip(start), piece, start, stop), start), dropped)
+            count = max(self.max_documents - start, 0)
+        rows = self._rows(dataset.skip(start), source_shard, start, count)
+        return self.select(enumerate(rows, start), dropped)
 
     def fingerprint(self, digests: Digests) -> str:
-        """Return the options that choose the text; of a folder, or of local `data_files`, names and contents too."""
+        """Return the options that choose the text and, of a folder or local `data_files`, file names and contents."""
         options = self.model_dump_json(exclude=LABELS)
-        found = self._local_files()
-        contents = [*zip(found, digests.of([*found.values()]), strict=True)]
+        files = self._local_files()
+        contents = [*zip(files, digests.of([*files.values()]), strict=True)]
         return f"hub {options} {contents}"
 
     def legacy_fingerprint(self) -> str:
@@ -90,67 +97,70 @@ class HubCorpus(RowCorpus):
         return f"hub {options} {legacy_fingerprint(map(SourceFile.local, paths))}"
 
     def _local_files(self) -> dict[str, Path]:
-        """The files of this machine that the dataset may read, by the names that `datasets` chooses splits by."""
+        """Return the local files that the dataset may read, by the names from which `datasets` infers splits."""
         folder = Path(self.path)
         if folder.is_dir():
             return {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
         patterns = (self.data_files,) if isinstance(self.data_files, str) else self.data_files or ()
-        found = (Path(name) for pattern in patterns for name in sorted(glob(pattern, recursive=True)))  # noqa: PTH207
-        return {path.as_posix(): path for path in found if path.is_file()}
+        paths = (Path(name) for pattern in patterns for name in sorted(glob(pattern, recursive=True)))  # noqa: PTH207
+        return {path.as_posix(): path for path in paths if path.is_file()}
 
     def empty_error(self) -> DataError:
         return DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
 
-    def _rows(self, dataset: "IterableDataset", piece: SourceShard, start: int, stop: int | None) -> Iterator[RawRow]:
-        parts = "/".join(filter(None, (self.path, self.name, self.split)))
-        with self._refusals():
-            for number, fields in enumerate(islice(dataset, stop), start):
-                name = f"{parts}, {piece.name}:{number}"
+    def _rows(
+        self, dataset: "IterableDataset", source_shard: SourceShard, start: int, count: int | None
+    ) -> Iterator[RawRow]:
+        """Yield the records of a dataset, or the first `count` of them, as rows that are numbered from `start`."""
+        dataset_name = "/".join(filter(None, (self.path, self.name, self.split)))
+        with self._dataset_errors():
+            for number, fields in enumerate(islice(dataset, count), start):
+                name = f"{dataset_name}, {source_shard.name}:{number}"
                 yield RawRow(name, partial(str, name), partial(dict, fields))
 
     def _dataset(self) -> "IterableDataset":
-        with self._refusals():
-            return _opened(self.path, self.name, self.split, self.data_files, self.revision)
+        with self._dataset_errors():
+            return _open_dataset(self.path, self.name, self.split, self.data_files, self.revision)
 
-    def _refusals(self) -> AbstractContextManager[None]:
-        way_out = "check path, name, split, revision and the network; or use `kind: files` with text that is here"
-        return hub_errors(self.path, "data.corpora", way_out)
+    def _dataset_errors(self) -> AbstractContextManager[None]:
+        fix = "check path, name, split, revision and the network; or use `kind: files` with local text"
+        return hub_errors(self.path, "data.corpora", fix)
 
 
 def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
-def hub_rows(path: str, name: str | None, split: str, key: str, way_out: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of a split of a dataset on the hub, in order, through a copy that is kept in the cache of `datasets`.
+def hub_rows(path: str, name: str | None, split: str, key: str, fix: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a split of a hub dataset, in order. `datasets` keeps a copy of the dataset in its cache.
 
-    DataError, naming the recipe's `key` and `way_out`, for no network and unknown names.
+    Raises DataError, naming the recipe's `key` and the `fix`, for no network and unknown names.
     """
     from datasets import load_dataset
 
-    with hub_errors(path, key, way_out):
+    with hub_errors(path, key, fix):
         yield from load_dataset(path, name, split=split)
 
 
 @contextmanager
-def hub_errors(path: str, key: str, way_out: str) -> Iterator[None]:
-    """Within, what the hub and `datasets` refuse is raised as a DataError, with `way_out` or one that they suggest."""
+def hub_errors(path: str, key: str, fix: str) -> Iterator[None]:
+    """Raise errors of the hub and of `datasets` inside the block as DataError, with `fix` or one that fits better."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import RepositoryNotFoundError
 
     where = f"{key}: {path}: the dataset cannot be opened"
-    with data_errors(where, way_out):
+    with data_errors(where, fix):
         try:
             yield
         except (DatasetNotFoundError, RepositoryNotFoundError) as error:
             raise DataError(
-                f"{where} ({reason(error)}): check the spelling of path and revision; to a private or gated one log in "
-                f"by `hf auth login`, once https://huggingface.co/datasets/{path} lets you in"
+                f"{where} ({reason(error)}): check the spelling of path and revision; for a private or gated dataset, "
+                f"log in with `hf auth login` once https://huggingface.co/datasets/{path} grants you access"
             ) from error
 
 
-@lru_cache(maxsize=1024)  # opening asks the hub several questions, and each piece of a corpus opens it
-def _opened(
+@lru_cache(maxsize=1024)  # opening takes several requests to the hub, and reading each source shard opens the dataset
+def _open_dataset(
     path: str, name: str | None, split: str, data_files: str | tuple[str, ...] | None, revision: str | None
 ) -> "IterableDataset":
     from datasets import load_dataset
@@ -159,15 +169,17 @@ def _opened(
     return load_dataset(path, name, split=split, data_files=files, revision=revision, streaming=True)
 
 
-def _groups(num_shards: int) -> list[str]:
-    """Names of groups of consecutive shards, as `shard(contiguous=True)` makes them."""
-    count = min(num_shards, MAX_SHARDS)
-    sizes = [num_shards // count + (index < num_shards % count) for index in range(count)]
-    ends = accumulate(sizes)
-    return [
-        f"shard {end - 1}" if size == 1 else f"shards {end - size}-{end - 1}"
-        for size, end in zip(sizes, ends, strict=True)
-    ]
+def _group_names(num_shards: int) -> list[str]:
+    """Return names of at most MAX_SHARDS groups of consecutive shards, as `shard(contiguous=True)` makes them."""
+    num_groups = min(num_shards, MAX_SHARDS)
+    # The first `remainder` groups have one shard more than the others.
+    size, remainder = divmod(num_shards, max(1, num_groups))
+    names = []
+    end = 0
+    for index in range(num_groups):
+        begin, end = end, end + size + (index < remainder)
+        names.append(f"shard {begin}" if end - begin == 1 else f"shards {begin}-{end - 1}")
+    return names
 
 
 Corpus = Annotated[PythonStdlib | FilesCorpus | HubCorpus, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""Document and CorpusSpec: one text of a corpus, and what every kind of corpus can do. The kinds are in `corpus`."""
+"""Document, SourceShard and CorpusSpec: the interface of every kind of corpus. The kinds are in `corpus`."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -13,78 +13,88 @@ from switchcli.errors import DataError
 from switchcli.spec import Spec
 
 LANGUAGE: Final = "{language}"
-"""What stands in a corpus of several `languages` for each of them."""
+"""Placeholder that stands for each of a corpus's `languages`."""
 
 LABELS: Final = {"weight", "language", "languages"}
-"""Keys of a corpus that change nothing of its text."""
+"""Keys of a corpus that do not affect its text."""
 
 
 class Document(NamedTuple):
     """A text of a corpus."""
 
     name: str
-    """Where it is, for messages."""
+    """Position of the document, for messages."""
     text: str
     identity: str
-    """What decides whether it is held out: the text itself, so that equal texts are on one side wherever they lie."""
+    """String whose hash decides whether the document is held out. It is the text itself, so that equal texts are on the
+    same side wherever they come from."""
     row: int
-    """Its number among the raw rows of its piece, from 0: rows that gave no document count too."""
+    """Number among the raw rows of its source shard, from 0. Rows that gave no document count too."""
 
 
 class SourceShard(NamedTuple):
-    """A part of a corpus that is read by itself: in any process, on any machine."""
+    """A part of a corpus that can be read independently, in any process and on any machine."""
 
     name: str
-    """No other piece of the corpus has it, and it stays the same while the corpus does."""
+    """Unique within the corpus, and the same as long as the corpus does not change."""
     size: int | None
-    """Bytes to read, None where unknown: for progress."""
+    """Bytes to read, for progress. None if unknown."""
 
 
 class CorpusSpec(Spec, ABC):
-    """Where documents come from: a fixed sequence of pieces, each a fixed sequence of documents."""
+    """A source of documents: a fixed sequence of source shards, each a fixed sequence of documents."""
 
     weight: float = Field(default=1.0, gt=0.0)
-    """How often it is shown beside others, in a mixture."""
+    """Relative frequency of the corpus in a mixture of kind `weighted`."""
     language: str | None = Field(default=None, min_length=1)
-    """A label: texts of one language are mixed and measured together."""
+    """Label of the text: corpora of one language are mixed and evaluated together."""
     languages: tuple[str, ...] = ()
-    """Makes this a corpus for each of them: `{language}`, in any other value here, is replaced by it."""
+    """Languages to make a corpus for each of: `{language}` in any other value is replaced by it."""
 
     @model_validator(mode="after")
-    def _languages_have_their_place(self) -> Self:
-        templated = LANGUAGE in str(self.model_dump(exclude=LABELS))
+    def _check_languages(self) -> Self:
+        is_template = LANGUAGE in str(self.model_dump(exclude=LABELS))
         if self.languages and self.language is not None:
             raise ValueError("language is the label of one corpus, languages makes one for each: give one of the two")
         if len(set(self.languages)) < len(self.languages):
             raise ValueError(f"languages names one twice ({', '.join(self.languages)}): name each once")
-        if self.languages and not templated:
-            raise ValueError(f"languages is given, but {LANGUAGE} stands nowhere here, such as in a path: put it there")
-        if templated and not self.languages:
+        if self.languages and not is_template:
+            raise ValueError(f"languages is given, but {LANGUAGE} is in no value, such as a path: put it there")
+        if is_template and not self.languages:
             raise ValueError(f"{LANGUAGE} stands for each of languages, and none are given: give languages")
         return self
 
     def per_language(self) -> tuple[Self, ...]:
-        """The corpus itself, or one for each of `languages`."""
+        """Return one corpus for each of `languages`, or the corpus itself if there are none."""
         if not self.languages:
             return (self,)
         settings = self.model_dump(exclude={"languages"})
-        found = [{**_filled(settings, language), "language": language} for language in self.languages]
-        return tuple(type(self).model_validate(one) for one in found)
+        return tuple(
+            type(self).model_validate({**_substitute(settings, language), "language": language})
+            for language in self.languages
+        )
 
     @abstractmethod
     def source_shards(self) -> tuple[SourceShard, ...]:
-        """All pieces, in order, the same on every machine; no text is read. Raises DataError where there is nothing."""
+        """Return all source shards, in an order that is the same on every machine. No text is read.
+
+        Raises DataError if there are none.
+        """
 
     @abstractmethod
-    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
-        """The documents of a piece in order, from raw row `start`. What is passed over on purpose is counted in
-        `dropped`, by reason. Raises DataError for what cannot be read."""
+    def read(
+        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
+    ) -> Iterator[Document]:
+        """Yield the documents of a source shard in order, from raw row `start` on.
+
+        `dropped` counts the rows that are left out on purpose, by reason. Raises DataError for what cannot be read.
+        """
 
     @abstractmethod
     def fingerprint(self, digests: Digests) -> str:
-        """Return a text that changes when the corpus's documents may have. Weight and label do not count.
+        """Return a string that changes whenever the documents may have changed. Weight and labels do not count.
 
-        `digests` gives the contents of local files. Raises DataError as `pieces`.
+        `digests` digests the contents of local files. Raises DataError as `source_shards`.
         """
 
     def legacy_fingerprint(self) -> str:
@@ -93,29 +103,34 @@ class CorpusSpec(Spec, ABC):
 
     @abstractmethod
     def empty_error(self) -> DataError:
-        """What to raise when all pieces together have no document."""
+        """Return the error to raise when all source shards together have no document."""
 
     def documents(self) -> Iterator[Document]:
-        """All of them, piece after piece; of each language in turn. Raises DataError as `read`, and for no text."""
-        empty = True
+        """Yield the documents of all source shards, one language after the other.
+
+        Raises DataError as `read`, and if there is no document.
+        """
+        is_empty = True
         for corpus in self.per_language():
-            for piece in corpus.source_shards():
-                for document in corpus.read(piece):
-                    empty = False
+            for source_shard in corpus.source_shards():
+                for document in corpus.read(source_shard):
+                    is_empty = False
                     yield document
-        if empty:
+        if is_empty:
             raise self.empty_error()
 
 
 def is_held_out(document_identity: str, fraction: float) -> bool:
-    """Whether the document of this identity is of the `fraction` kept for evaluation: the same anywhere, always."""
+    """Whether a document belongs to the `fraction` held out for evaluation. It depends on the identity alone."""
     digest = hashlib.blake2b(document_identity.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    # The digest is uniform over [0, 2^64). A larger fraction holds out a superset.
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def _filled(value: Any, language: str) -> Any:
+def _substitute(value: Any, language: str) -> Any:
+    """Return a value of a corpus with the placeholder replaced, in nested tuples and dictionaries too."""
     if isinstance(value, str):
         return value.replace(LANGUAGE, language)
     if isinstance(value, tuple):
-        return tuple(_filled(one, language) for one in value)
-    return {key: _filled(one, language) for key, one in value.items()} if isinstance(value, dict) else value
+        return tuple(_substitute(item, language) for item in value)
+    return {key: _substitute(item, language) for key, item in value.items()} if isinstance(value, dict) else value

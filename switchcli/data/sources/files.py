@@ -1,11 +1,11 @@
-"""A corpus in files: text, JSON Lines or Parquet, here or elsewhere, streamed. Every fault is told with file and line.
+"""FilesCorpus: text, JSON Lines or Parquet files, local or remote, streamed. Errors name the file and the line.
 
-The builders of `datasets` read the same formats, but draw other bounds: a lone carriage return ends a line, a byte
-order mark stays in the text, and exactly two line feeds part paragraphs. Their JSON builder infers types: a text that
-looks like a date becomes one. Files are read here, since other documents would change the ids of existing runs, and
-since an error has to name the file and the line.
+The builders of `datasets` read the same formats but divide text differently: a lone carriage return ends a line, a byte
+order mark stays in the text, and only exactly two line feeds separate paragraphs. Their JSON builder infers types, so a
+text that looks like a date becomes one. Files are read here because other documents would change the ids of existing
+runs, and because an error has to name the file and the line.
 
-Its pieces are ranges of bytes of a large file, or several small files, so that many processes share out either.
+A source shard is a byte range of a large file, or several small files: many processes can divide either.
 """
 
 import json
@@ -27,37 +27,45 @@ from switchcli.errors import DataError
 from switchcli.spec import Place
 
 SHARD_BYTES: Final = 2**26
+"""Largest size of a source shard, in bytes of the files as stored."""
 _JSON = (".json", ".jsonl")
 _PARQUET = ".parquet"
 
 
 class FilesCorpus(RowCorpus):
-    """Text or JSON Lines (.json, .jsonl), either compressed (.gz, .bz2, .xz, .zst) or not; or Parquet (.parquet)."""
+    """Text or JSON Lines files (.json, .jsonl), optionally compressed (.gz, .bz2, .xz, .zst), or Parquet (.parquet)."""
 
     kind: Literal["files"] = "files"
     paths: Annotated[tuple[Place, ...], Field(min_length=1)]
-    """Files, URLs (s3://, gs://, hf://datasets/...) or globs of them (`**` goes down), from the current folder."""
+    """Files, URLs (s3://, gs://, hf://datasets/...) or globs of them (`**` matches nested folders), relative to the
+    current folder."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
-    """What a document is in a text file; paragraphs are parted by blank lines. The unit that is held out."""
+    """What a document is in a text file: a line, a paragraph (blank lines separate them) or the whole file. It is also
+    the unit that is held out."""
 
     def source_shards(self) -> tuple[SourceShard, ...]:
-        """In the order of `paths`, each glob's files by name. Raises DataError for no match and for a folder."""
-        _layout.cache_clear()  # look anew
+        """Return the source shards in the order of `paths`, the files of a glob by name.
+
+        Raises DataError for a path without a match and for a folder.
+        """
+        _layout.cache_clear()  # files may have changed since
         return tuple(self._layout())
 
-    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
-        """Named by the path as given, or URL, and the first line; in a piece that does not begin its file `path@byte`.
+    def read(
+        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
+    ) -> Iterator[Document]:
+        """Yield documents named by path or URL and first line: `path:line`, or `path@byte` behind a file's first shard.
 
-        A document's row counts lines (blank ones too), paragraphs, files or rows of Parquet, as `sample_by` and the
-        file have it. Raises DataError for what cannot be read, or is unreadable and not skipped.
+        `start` and a document's row count lines (blank ones too), paragraphs, files or Parquet rows, depending on
+        `sample_by` and the format. Raises DataError for what cannot be read, or is unreadable and not skipped.
         """
-        spans = self._layout().get(piece)
-        if spans is None:
+        byte_ranges = self._layout().get(source_shard)
+        if byte_ranges is None:
             raise DataError(
-                f"data.corpora: {piece.name}: the files are not those that were listed: begin again when no other "
-                "program changes them"
+                f"data.corpora: {source_shard.name}: the files changed after they were listed: start again when no "
+                "other program changes them"
             )
-        rows = chain.from_iterable(self._rows(span) for span in spans)
+        rows = chain.from_iterable(self._rows(byte_range) for byte_range in byte_ranges)
         return self.select(islice(enumerate(rows), start, None), dropped)
 
     def fingerprint(self, digests: Digests) -> str:
@@ -75,87 +83,96 @@ class FilesCorpus(RowCorpus):
     def _layout(self) -> dict[SourceShard, tuple[ByteRange, ...]]:
         return _layout(self.paths, self.sample_by == "document")
 
-    def _rows(self, span: ByteRange) -> Iterator[RawRow]:
-        file = span.file
+    def _rows(self, byte_range: ByteRange) -> Iterator[RawRow]:
+        """Yield the rows of a byte range, not parsed yet, as the file's format and `sample_by` define them."""
+        file = byte_range.file
         if file.kind == _PARQUET:
-            yield from parquet.rows(span, (self.field, *self.where))
+            yield from parquet.read_rows(byte_range, (self.field, *self.where))
         elif file.kind in _JSON:
-            yield from (RawRow(line.name, line.place, partial(_fields, line, self.field)) for line in lines(span))
+            for line in lines(byte_range):
+                yield RawRow(line.name, line.location, partial(_fields, line, self.field))
         elif self.where:
             raise DataError(
                 f"data.corpora: where: {file.name} is plain text, without columns: leave out one of the two"
             )
         elif self.sample_by == "line":
-            yield from (RawRow(line.name, line.place, line.text) for line in lines(span))
+            for line in lines(byte_range):
+                yield RawRow(line.name, line.location, line.text)
         elif self.sample_by == "paragraph":
-            for first, *rest in paragraphs(span):
-                yield RawRow(first.name, first.place, partial(_text, (first, *rest)))
+            for paragraph in paragraphs(byte_range):
+                yield RawRow(paragraph[0].name, paragraph[0].location, partial(_text, paragraph))
         else:
-            yield RawRow(file.name, partial(str, file.name), partial(_text, lines(span)))
+            yield RawRow(file.name, partial(str, file.name), partial(_text, lines(byte_range)))
 
 
 def json_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSON Lines file with its `path:line`; blank lines are passed over. DataError for other JSON."""
+    """Yield the name `path:line` and the object of each line of a JSON Lines file that is not blank.
+
+    Raises DataError for a line that is not a JSON object.
+    """
     for line in lines(ByteRange(file)):
         if not line.is_blank:
             try:
                 yield line.name, _object(line)
             except UnreadableRow as error:
-                raise DataError(f"{line.name}: {error.words}") from error
+                raise DataError(f"{line.name}: {error.message}") from error
 
 
-@lru_cache(maxsize=1024)  # a look at each file, and each piece asks for all of them
-def _layout(paths: tuple[str, ...], whole: bool) -> dict[SourceShard, tuple[ByteRange, ...]]:
-    """Every piece with what it reads: a range of a file, or files of together PIECE_BYTES at most.
+@lru_cache(maxsize=1024)  # it looks at every file, and reading each source shard asks for the whole layout
+def _layout(paths: tuple[str, ...], keep_text_whole: bool) -> dict[SourceShard, tuple[ByteRange, ...]]:
+    """Return all source shards in order, each with the byte ranges it consists of.
 
-    whole: text files are not cut.
+    A file of more than SHARD_BYTES is divided into ranges of that size, one per shard, unless it is compressed, or a
+    text file and `keep_text_whole`. Other files are grouped into shards of up to SHARD_BYTES.
     """
     layout: dict[SourceShard, tuple[ByteRange, ...]] = {}
     group: list[SourceFile] = []
-    size = 0  # of the group
+    group_bytes = 0
 
-    def close() -> None:
+    def close_group() -> None:
         if group:
-            more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-            known = None if None in (sizes := [file.size for file in group]) else sum(filter(None, sizes))
-            layout[SourceShard(f"{group[0].name}{more}", known)] = tuple(ByteRange(file) for file in group)
+            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            sizes = [file.size for file in group]
+            total = None if None in sizes else sum(filter(None, sizes))
+            layout[SourceShard(f"{group[0].name}{others}", total)] = tuple(ByteRange(file) for file in group)
             group.clear()
 
     for file in expand_paths(paths, "data.corpora"):
         is_text = file.kind not in (*_JSON, _PARQUET)
-        more = SHARD_BYTES if file.size is None else file.size  # one that is not known may be any
-        if size + more > SHARD_BYTES:
-            close()
-            size = 0
-        if file.size and file.size > SHARD_BYTES and not file.is_compressed and not (whole and is_text):
-            cuts = range(0, file.size, SHARD_BYTES)
-            for number, begin in enumerate(cuts):
-                # The last goes on to the file's end, should the file have grown.
-                end = begin + SHARD_BYTES if number + 1 < len(cuts) else None
-                piece = SourceShard(f"{file.name}#{number}", min(SHARD_BYTES, file.size - begin))
-                layout[piece] = (ByteRange(file, begin, end),)
+        size = SHARD_BYTES if file.size is None else file.size  # a file of unknown size may be large: a shard by itself
+        if group_bytes + size > SHARD_BYTES:
+            close_group()
+            group_bytes = 0
+        if file.size and file.size > SHARD_BYTES and not file.is_compressed and not (keep_text_whole and is_text):
+            # The group was closed above, so the shards stay in the order of the files.
+            starts = range(0, file.size, SHARD_BYTES)
+            for number, begin in enumerate(starts):
+                # The last range has no end: it includes what was appended since.
+                end = begin + SHARD_BYTES if number + 1 < len(starts) else None
+                source_shard = SourceShard(f"{file.name}#{number}", min(SHARD_BYTES, file.size - begin))
+                layout[source_shard] = (ByteRange(file, begin, end),)
         else:
             group.append(file)
-            size += more
-    close()
+            group_bytes += size
+    close_group()
     return layout
 
 
-def _text(found: Iterable[Line]) -> str:
-    return "\n".join(line.text() for line in found)
+def _text(text_lines: Iterable[Line]) -> str:
+    return "\n".join(line.text() for line in text_lines)
 
 
 def _fields(line: Line, field: str) -> str | Mapping[str, object]:
-    """A blank line is no object, and no fault either."""
+    """Return the fields of a JSON line, or "" for a blank line, which is neither an object nor an error."""
     if line.is_blank:
         return ""
     fields = _object(line)
     if isinstance(text := fields.get(field), str):
         try:
-            decode(text.encode("utf-8"))  # JSON can spell what a file of text cannot hold
+            decode(text.encode("utf-8"))  # JSON escapes can spell a NUL or half a surrogate pair
         except UnicodeEncodeError as error:
-            words = f"field {field!r} holds half a surrogate pair: clean the text"
-            raise UnreadableRow("half a surrogate pair", words) from error
+            message = f"field {field!r} holds half a surrogate pair: clean the text"
+            raise UnreadableRow("half a surrogate pair", message) from error
     return fields
 
 

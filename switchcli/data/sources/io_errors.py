@@ -1,4 +1,4 @@
-"""What disks, stores and hubs refuse, as one line for the user, without the secrets that their words may hold."""
+"""Errors of disks, stores and hubs as DataError: one line each, without the secrets that their messages may hold."""
 
 import lzma
 import re
@@ -8,29 +8,29 @@ from contextlib import contextmanager
 
 from switchcli.errors import DataError
 
-_KINDS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
+_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
 _PACKAGES = frozenset(
     {"adlfs", "aiohttp", "azure", "botocore", "datasets", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub"}
 )
-"""Their errors are of no common kind."""
+"""Packages whose errors have no base class among `_ERRORS`."""
 
 
 @contextmanager
-def data_errors(where: str, way_out: str) -> Iterator[None]:
-    """Within, what is refused is raised as a DataError: `where`, why, `way_out`."""
+def data_errors(where: str, fix: str) -> Iterator[None]:
+    """Raise errors of reading data inside the block as a DataError: `where`, the reason, and `fix`."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, _KINDS) and type(error).__module__.split(".")[0] not in _PACKAGES:
+        if not isinstance(error, _ERRORS) and type(error).__module__.split(".")[0] not in _PACKAGES:
             raise
-        raise DataError(f"{where} ({reason(error)}): {way_out}") from error
+        raise DataError(f"{where} ({reason(error)}): {fix}") from error
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's words, with the hub's token, whatever it looks like, left out."""
+    """Return the first line of an error's message, with the hub's token replaced, whatever it looks like."""
     from huggingface_hub import get_token
 
-    words = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    line = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
     if token := get_token():
-        words = words.replace(token, "[token]")
-    return re.sub(r"\b(hf|api_org)_\w{6,}", "[token]", words)
+        line = line.replace(token, "[token]")
+    return re.sub(r"\b(hf|api_org)_\w{6,}", "[token]", line)

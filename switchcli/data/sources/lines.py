@@ -1,5 +1,8 @@
-"""Lines and paragraphs of a range of a file's bytes: those that start in it, so that ranges that share out a file share
-out its lines, each whole, whatever the cuts."""
+"""Lines and paragraphs of a byte range of a file.
+
+A range yields the lines and paragraphs that start in it, each to its end, even beyond the range. Ranges that cover a
+file without overlap therefore yield each of them exactly once, wherever the bounds are.
+"""
 
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -12,131 +15,145 @@ _BLOCK_BYTES = 2**16
 
 
 class ByteRange(NamedTuple):
-    """A range of a file's bytes, to its end where `end` is None."""
+    """The bytes `begin` to `end` (exclusive) of a file, or to the file's end if `end` is None."""
 
     file: SourceFile
     begin: int = 0
     end: int | None = None
 
-    def holds(self, offset: int) -> bool:
+    def contains(self, offset: int) -> bool:
         return self.begin <= offset and (self.end is None or offset < self.end)
 
 
 class Line(NamedTuple):
-    """A line, its end left out."""
+    """A line of a file, without its line break."""
 
     file: SourceFile
     number: int | None
-    """From 1; None in a range that does not begin the file, where it would have to be counted."""
+    """Line number, from 1. None in a range that does not begin the file: lines before it would have to be counted."""
     offset: int
+    """Byte offset in the file, decompressed."""
     raw: bytes
 
     @property
     def name(self) -> str:
-        """`path:line`, or `path@offset` where the line's number is not known."""
+        """`path:line`, or `path@offset` if the line number is not known."""
         return f"{self.file.name}@{self.offset}" if self.number is None else f"{self.file.name}:{self.number}"
 
-    def place(self) -> str:
-        """`path:line`, counted if need be."""
-        return self.name if self.number is not None else f"{self.file.name}:{_count(self.file, self.offset) + 1}"
+    def location(self) -> str:
+        """Return `path:line`. Reads the file up to this line if the number is not known."""
+        if self.number is not None:
+            return self.name
+        return f"{self.file.name}:{_count_newlines(self.file, self.offset) + 1}"
 
     @property
     def is_blank(self) -> bool:
-        raw = self._raw_text()
-        return not raw or raw.decode("utf-8", "replace").isspace()  # what is not UTF-8 is not blank
+        raw = self._without_bom()
+        return not raw or raw.decode("utf-8", "replace").isspace()  # a byte that is not UTF-8 is not blank
 
     def text(self) -> str:
-        """Without a byte-order mark. Raises Unreadable for a NUL and for what is not UTF-8."""
-        raw = self._raw_text()
+        """Return the text without a byte order mark. Raises UnreadableRow for a NUL or bytes that are not UTF-8."""
+        raw = self._without_bom()
         try:
             return decode(raw, self.offset + len(self.raw) - len(raw))
         except UnreadableRow as error:
-            error.place = self.place
+            error.location = self.location
             raise
 
-    def _raw_text(self) -> bytes:
+    def _without_bom(self) -> bytes:
         return self.raw if self.offset else self.raw.removeprefix(_BOM)
 
 
 def decode(raw: bytes, offset: int = 0) -> str:
-    """Raises Unreadable for a NUL and for what is not UTF-8."""
+    """Decode UTF-8 bytes that begin at `offset`. Raises UnreadableRow, with the position of a NUL or invalid byte."""
     if b"\0" in raw:
-        place = offset + raw.index(b"\0")
-        words = f"a NUL byte at offset {place}: this is not a text file; leave it out or clean it"
-        raise UnreadableRow("a NUL byte", words)
+        position = offset + raw.index(b"\0")
+        message = f"a NUL byte at offset {position}: this is not a text file; leave it out or clean it"
+        raise UnreadableRow("a NUL byte", message)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte, place = raw[error.start], offset + error.start
+        byte, position = raw[error.start], offset + error.start
         raise UnreadableRow(
             "not UTF-8",
-            f"byte 0x{byte:02x} at offset {place} is not UTF-8: convert the file, for example with "
+            f"byte 0x{byte:02x} at offset {position} is not UTF-8: convert the file, for example with "
             "`iconv -f latin1 -t utf-8`",
         ) from error
 
 
-def lines(span: ByteRange) -> Iterator[Line]:
-    """The lines that start in the span. DataError for a file that cannot be read."""
-    for line in _lines(span):
-        if span.holds(line.offset):
+def lines(byte_range: ByteRange) -> Iterator[Line]:
+    """Yield the lines that start in the range. Raises DataError if the file cannot be read."""
+    for line in _lines_from_before(byte_range):
+        if byte_range.contains(line.offset):
             yield line
-        elif line.offset >= span.begin:
+        elif line.offset >= byte_range.begin:  # the first line behind the range
             return
 
 
-def paragraphs(span: ByteRange) -> Iterator[list[Line]]:
-    """The paragraphs that start in the span: at a line that is not blank, after a blank one or the file's start."""
+def paragraphs(byte_range: ByteRange) -> Iterator[list[Line]]:
+    """Yield the paragraphs whose first line starts in the range. Raises DataError if the file cannot be read.
+
+    A paragraph starts at a line that is not blank and that follows a blank line or begins the file.
+    """
     paragraph: list[Line] = []
-    of_others = False  # within a paragraph that starts before the span
-    for line in _lines(span):
+    started_before = False  # whether the current paragraph belongs to the range before this one
+    # The line before the range is read too: it tells whether a paragraph is in progress where the range begins.
+    for line in _lines_from_before(byte_range):
         if line.is_blank:
-            of_others = False
+            started_before = False
             if paragraph:
                 yield paragraph
                 paragraph = []
         elif paragraph:
-            paragraph.append(line)
-        elif line.offset < span.begin:
-            of_others = True
-        elif not span.holds(line.offset):
+            paragraph.append(line)  # a paragraph is completed even behind the range
+        elif line.offset < byte_range.begin:
+            started_before = True
+        elif not byte_range.contains(line.offset):
             return
-        elif not of_others:
+        elif not started_before:
             paragraph = [line]
     if paragraph:
         yield paragraph
 
 
-def _lines(span: ByteRange) -> Iterator[Line]:
-    """From the line before the span to the file's end."""
-    with span.file.open() as file:
+def _lines_from_before(byte_range: ByteRange) -> Iterator[Line]:
+    """Yield lines to the end of the file, starting with the line that holds the last byte before the range.
+
+    A range that begins the file has no such line and starts at its first one.
+    """
+    with byte_range.file.open() as file:
         offset = 0
-        if span.begin:
-            offset = _start_of_line(file, span.begin - 1)
+        if byte_range.begin:
+            # If byte `begin - 1` is a line break, the line that it ends is yielded before the first line of the range.
+            # Otherwise the line across `begin` is, which starts before the range and belongs to another one.
+            offset = _start_of_line(file, byte_range.begin - 1)
             file.seek(offset)
-        number = None if span.begin else 0
+        number = None if byte_range.begin else 0
         for raw in file:
             number = None if number is None else number + 1
-            yield Line(span.file, number, offset, raw.rstrip(b"\r\n"))
+            yield Line(byte_range.file, number, offset, raw.rstrip(b"\r\n"))
             offset += len(raw)
 
 
 def _start_of_line(file: BinaryIO, offset: int) -> int:
-    """Where the line begins that the byte at `offset` is of."""
+    """Return the offset at which the line begins that holds the byte at `offset`."""
+    # Search backward, block by block, for the last line break in bytes [0, offset). The byte at `offset` may itself be
+    # a line break: it then ends the line in question, and is not searched.
     while offset > 0:
-        block = min(offset, _BLOCK_BYTES)
-        file.seek(offset - block)
-        newline = file.read(block).rfind(b"\n")
+        size = min(offset, _BLOCK_BYTES)
+        file.seek(offset - size)
+        newline = file.read(size).rfind(b"\n")
         if newline >= 0:
-            return offset - block + newline + 1
-        offset -= block
+            return offset - size + newline + 1
+        offset -= size
     return 0
 
 
-def _count(file: SourceFile, offset: int) -> int:
-    """The lines that end before `offset`."""
+def _count_newlines(file: SourceFile, end: int) -> int:
+    """Return the number of line breaks in the first `end` bytes."""
     count = 0
     with file.open() as opened:
-        while offset > 0 and (block := opened.read(min(offset, 2**20))):
+        while end > 0 and (block := opened.read(min(end, 2**20))):
             count += block.count(b"\n")
-            offset -= len(block)
+            end -= len(block)
     return count

@@ -1,4 +1,4 @@
-"""Rows of Parquet files: of the row groups that begin in a range of bytes, the needed columns alone, some at a time."""
+"""Rows of Parquet files: those of the row groups that begin in a byte range, only the needed columns, in batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -12,45 +12,51 @@ if TYPE_CHECKING:
     from pyarrow import Array
     from pyarrow.parquet import FileMetaData
 
-_ROWS_AT_ONCE = 256
+_BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20
 
 
-def rows(span: ByteRange, columns: Sequence[str]) -> Iterator[RawRow]:
-    """Rows with these columns; where one is missing, all have their names, but what is not needed the value None.
+def read_rows(byte_range: ByteRange, columns: Sequence[str]) -> Iterator[RawRow]:
+    """Yield the rows of the range with these columns, named by their number in the file, from 1.
 
-    Named by their number in the file, from 1. Raises DataError for a file that is no Parquet.
+    If one of `columns` is missing, a row has all columns of the file, those that are not needed with the value None:
+    the error can then name them. Raises DataError for a file that is not Parquet.
     """
     from pyarrow.parquet import ParquetFile
 
-    with span.file.open() as file:
-        # Read through a buffer, not a column of a row group at once, which may be gigabytes.
+    with byte_range.file.open() as file:
+        # Reads a column of a row group through a buffer. By default all of it is read at once, which may be gigabytes.
         table = ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         present = table.schema_arrow.names
         needed = [name for name in present if name in columns]
-        others = {} if set(columns) <= set(present) else dict.fromkeys(present)
+        unread = {} if set(columns) <= set(present) else dict.fromkeys(present)
         number = 0
         for group in range(table.num_row_groups):
-            if not span.holds(_begin(table.metadata, group)):
+            if not byte_range.contains(_start_offset(table.metadata, group)):
+                # Rows of other ranges count too: a row is named by its number in the file.
                 number += table.metadata.row_group(group).num_rows
                 continue
-            for batch in table.iter_batches(_ROWS_AT_ONCE, [group], needed, use_threads=False):
-                values = zip(*map(_values, batch.columns), strict=True) if needed else repeat((), batch.num_rows)
-                for found in values:
+            for batch in table.iter_batches(_BATCH_ROWS, [group], needed, use_threads=False):
+                # A batch holds columns; turn them into rows. Without a needed column, each row is an empty tuple.
+                rows = zip(*map(_values, batch.columns), strict=True) if needed else repeat((), batch.num_rows)
+                for row in rows:
                     number += 1
-                    name = f"{span.file.name}:{number}"
-                    fields = others | dict(zip(batch.schema.names, found, strict=True))
-                    yield RawRow(name, partial(str, name), partial(_decoded, fields))
+                    name = f"{byte_range.file.name}:{number}"
+                    fields = unread | dict(zip(batch.schema.names, row, strict=True))
+                    yield RawRow(name, partial(str, name), partial(_decode_fields, fields))
 
 
-def _begin(metadata: "FileMetaData", group: int) -> int:
-    """Where a row group begins in the file; the rule of who reads it, so that any number does that is in order."""
+def _start_offset(metadata: "FileMetaData", group: int) -> int:
+    """Return the byte offset at which a row group begins: that of the first page of its first column.
+
+    It decides which byte range reads the group. Any offset that increases from group to group would do.
+    """
     column = metadata.row_group(group).column(0)
     return int(column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset)
 
 
 def _values(column: "Array") -> list[Any]:
-    """Text as bytes: what is not UTF-8 is told row by row, as for other files."""
+    """Return the values of a column, text as bytes: rows that are not UTF-8 are then reported one by one."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
@@ -59,5 +65,5 @@ def _values(column: "Array") -> list[Any]:
     return (column.cast(pa.large_binary()) if is_text else column).to_pylist()
 
 
-def _decoded(fields: Mapping[str, object]) -> Mapping[str, object]:
+def _decode_fields(fields: Mapping[str, object]) -> Mapping[str, object]:
     return {name: decode(value) if isinstance(value, bytes) else value for name, value in fields.items()}

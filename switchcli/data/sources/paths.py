@@ -1,5 +1,8 @@
-"""File: a file here, or anywhere that fsspec reaches (s3://, gs://, hf://, ...); found by path or glob, read in bytes,
-decompressed by its name. The only file that knows fsspec."""
+"""SourceFile: a file on this machine, or anywhere that fsspec reaches (s3://, gs://, hf://, ...).
+
+Files are found by path or glob, and read as bytes, decompressed according to their names. This is the only module that
+uses fsspec.
+"""
 
 import bz2
 import gzip
@@ -23,19 +26,30 @@ if TYPE_CHECKING:
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BUFFER_BYTES = 2**20
-# What stores say of a file's version, each by names of its own; the first counts. They say more, but other things when
-# they list and when they are asked of one file: the `ukey` of fsspec depends on which came first.
-_VERSION = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
+# Keys under which stores report the version of a file; the first one that is there is used. Other values that they
+# report differ between a listing and a request for one file, and so does fsspec's `ukey`, which digests all of them.
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "blob_id",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "created",
+)
 
 
 class SourceFile(NamedTuple):
-    """A file as it was found."""
+    """A file, with its size and version when it was found."""
 
     name: str
-    """As it was written, or a URL."""
+    """Path as the user wrote it, or URL."""
     size: int | None
+    """Bytes as stored, compressed or not. None if the store does not report it."""
     version: str
-    """What is known of its content: its time of change, or a digest that the store has."""
+    """Time of the last change, or the digest that the store reports; "" if it reports neither."""
 
     @classmethod
     def local(cls, path: Path) -> Self:
@@ -48,16 +62,17 @@ class SourceFile(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The ending of its name, that of compression left out, such as `.jsonl`."""
+        """The suffix of the name without that of the compression, such as `.jsonl`."""
         return Path(Path(self.name).stem if self.is_compressed else self.name).suffix
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Its bytes, decompressed. DataError, here and within, for what cannot be read."""
+        """Open the file for reading decompressed bytes. Errors of opening, and inside the block, become DataError."""
         with data_errors(f"{self.name}: cannot be read", "fix or leave out the file"), ExitStack() as stack:
             if _URL.match(self.name):
-                system, path = _system(self.name)
-                raw = cast("BinaryIO", io.BufferedReader(stack.enter_context(system.open(path, "rb")), _BUFFER_BYTES))
+                filesystem, path = _filesystem(self.name)
+                remote = stack.enter_context(filesystem.open(path, "rb"))
+                raw = cast("BinaryIO", io.BufferedReader(remote, _BUFFER_BYTES))
             else:
                 raw = stack.enter_context(open_regular(Path(self.name), _BUFFER_BYTES))
             yield cast("BinaryIO", stack.enter_context(_decompressed(raw, Path(self.name).suffix)))
@@ -66,46 +81,51 @@ class SourceFile(NamedTuple):
 def fingerprint(files: Iterable[SourceFile], digests: Digests) -> str:
     """Return a digest of the files' contents and kinds, in order.
 
-    Where a file of this machine lies, and when it was written, does not count. A file elsewhere counts by its URL,
-    its size and the version that its store gives.
+    The path and the time of change of a local file do not count. A remote file counts by its URL, its size and the
+    version that its store reports.
     """
-    found = [*files]
-    local = {file: path for file in found if (path := _local(file.name)) is not None}
-    content = dict(zip(local, digests.of([*local.values()]), strict=True))
-    identity = [
-        (file.kind, Path(file.name).suffix if file.is_compressed else "", file.size, content[file])
-        if file in content
-        else (file.name, file.size, file.version)
-        for file in found
-    ]
+    files = [*files]
+    local_paths = {file: path for file in files if (path := _local_path(file.name)) is not None}
+    contents = dict(zip(local_paths, digests.of([*local_paths.values()]), strict=True))
+    identity: list[tuple[object, ...]] = []
+    for file in files:
+        if file in contents:
+            compression = Path(file.name).suffix if file.is_compressed else ""
+            identity.append((file.kind, compression, file.size, contents[file]))
+        else:
+            identity.append((file.name, file.size, file.version))
     return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def legacy_fingerprint(files: Iterable[SourceFile]) -> str:
     """Return the fingerprint of versions up to 0.1: paths, sizes and versions. Streams recorded it in checkpoints."""
-    identity = [(_resolved(file.name), file.size, file.version) for file in files]
+    identity = [(_absolute(file.name), file.size, file.version) for file in files]
     return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def expand_paths(patterns: Iterable[str], key: str) -> list[SourceFile]:
-    """The files that `patterns` (paths, URLs, globs) name, each once. DataError, naming a recipe's `key`, for none."""
-    found: dict[str, SourceFile] = {}
+    """Return the files that `patterns` (paths, URLs, globs) name, each once, in order.
+
+    Raises DataError, naming the recipe's `key`, for a pattern that names no file or a folder.
+    """
+    files: dict[str, SourceFile] = {}
     for pattern in patterns:
-        for file in _elsewhere(pattern, key) if _URL.match(pattern) else _here(pattern, key):
-            found.setdefault(_resolved(file.name), file)
-    return list(found.values())
+        for file in _expand_url(pattern, key) if _URL.match(pattern) else _expand_path(pattern, key):
+            files.setdefault(_absolute(file.name), file)
+    return list(files.values())
 
 
-def _here(pattern: str, key: str) -> list[SourceFile]:
+def _expand_path(pattern: str, key: str) -> list[SourceFile]:
     try:
         path = expanded(Path(pattern))
         kind = other_kind(path) if path.exists() else None
     except OSError as error:
         raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the path") from error
     if kind == "a folder":
-        raise _is_folder(pattern, str(path / "*.txt"), key)
+        raise _folder_error(pattern, str(path / "*.txt"), key)
     if kind:
         raise DataError(f"{key}: {pattern}: it is {kind}, not a file: save its content to a file, and name that")
+    # A file whose name holds brackets or stars is that file, not a glob.
     if kind is not None:
         return [SourceFile.local(path)]
     if not set(pattern) & set("*?["):
@@ -124,55 +144,62 @@ def _here(pattern: str, key: str) -> list[SourceFile]:
     return [SourceFile.local(file) for file in files]
 
 
-def _elsewhere(pattern: str, key: str) -> list[SourceFile]:
+def _expand_url(pattern: str, key: str) -> list[SourceFile]:
     with data_errors(f"{key}: {pattern}: cannot be listed", "check the address, the network and your rights to it"):
-        system, path = _system(pattern)
-        # A glob asks for names, sizes and versions at once; asking for each file would take an hour for some corpora.
-        found = system.glob(path, detail=True) if set(path) & set("*?[") else {path: system.info(path)}
-    if len(found) == 1 and next(iter(found.values()))["type"] == "directory":
-        raise _is_folder(pattern, f"{pattern.rstrip('/')}/*.txt", key)
-    files = [(system.unstrip_protocol(name), info) for name, info in sorted(found.items()) if info["type"] == "file"]
+        filesystem, path = _filesystem(pattern)
+        # One listing reports names, sizes and versions. A request per file would take an hour for some corpora.
+        listing = filesystem.glob(path, detail=True) if set(path) & set("*?[") else {path: filesystem.info(path)}
+    if len(listing) == 1 and next(iter(listing.values()))["type"] == "directory":
+        raise _folder_error(pattern, f"{pattern.rstrip('/')}/*.txt", key)
+    files = [
+        SourceFile(filesystem.unstrip_protocol(name), info.get("size"), _version(info))
+        for name, info in sorted(listing.items())
+        if info["type"] == "file"
+    ]
     if not files:
         raise DataError(f"{key}: {pattern}: no file matches: fix the pattern")
-    return [SourceFile(name, info.get("size"), _version(info)) for name, info in files]
+    return files
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    return next((str(info[name]) for name in _VERSION if name in info), "")
+    return next((str(info[key]) for key in _VERSION_KEYS if key in info), "")
 
 
-def _is_folder(pattern: str, way_out: str, key: str) -> DataError:
-    return DataError(f"{key}: {pattern} is a folder: name the files in it, such as {way_out}")
+def _folder_error(pattern: str, example: str, key: str) -> DataError:
+    return DataError(f"{key}: {pattern} is a folder: name the files in it, such as {example}")
 
 
-def _local(name: str) -> Path | None:
-    """The path of a file of this machine; None for a file elsewhere."""
+def _local_path(name: str) -> Path | None:
+    """Return the path of a file on this machine, or None for a remote file."""
     if not _URL.match(name):
         return Path(name)
     protocol, _, path = name.partition("://")
     return Path(path) if protocol.lower() in ("file", "local") else None
 
 
-def _resolved(name: str) -> str:
+def _absolute(name: str) -> str:
+    """Return a URL as it is, and a path with symbolic links and `..` resolved."""
     return name if _URL.match(name) else str(Path(name).resolve())
 
 
-def _system(url: str) -> "tuple[AbstractFileSystem, str]":
+def _filesystem(url: str) -> "tuple[AbstractFileSystem, str]":
+    """Return the fsspec file system of a URL, and the path in it. Raises DataError naming a package that is missing."""
     import fsspec
     from fsspec.registry import known_implementations
 
     try:
-        system, path = fsspec.url_to_fs(url)
+        filesystem, path = fsspec.url_to_fs(url)
     except ImportError as error:
         protocol = url.partition(":")[0].lower()
         package = known_implementations[protocol]["class"].split(".")[0]
+        # fsspec's own implementations need packages that its extras name, such as fsspec[http] for https.
         package = f"'fsspec[{protocol.removesuffix('s')}]'" if package == "fsspec" else package
         raise DataError(f"{url}: {protocol}:// needs a package ({reason(error)}): pip install {package}") from error
-    return system, path
+    return filesystem, path
 
 
-def _decompressed(raw: BinaryIO, ending: str) -> IO[bytes]:
-    match ending:
+def _decompressed(raw: BinaryIO, suffix: str) -> IO[bytes]:
+    match suffix:
         case ".gz":
             return cast("IO[bytes]", gzip.open(raw, "rb"))
         case ".bz2":
@@ -182,7 +209,7 @@ def _decompressed(raw: BinaryIO, ending: str) -> IO[bytes]:
         case ".zst":
             import pyarrow
 
-            # Through pyarrow, which is there anyway, and which tells of a file that was cut off.
+            # pyarrow is installed anyway, and it reports a file that is cut off.
             return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BUFFER_BYTES)
         case _:
             return raw

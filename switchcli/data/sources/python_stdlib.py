@@ -1,4 +1,4 @@
-"""The embedded corpus: the text of the running Python's own standard library. Files are parsed, never imported."""
+"""PythonStdlib: the text of the running Python's own standard library. Files are parsed, never imported."""
 
 import ast
 import hashlib
@@ -17,29 +17,32 @@ from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources.document import CorpusSpec, Document, SourceShard
 from switchcli.errors import DataError
 
-LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 TOPICS = Path("pydoc_data/topics.py")
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonStdlib(CorpusSpec):
-    """Documentation topics (a document each) and modules (a document each), in order of name."""
+    """Documentation topics and modules of Python's standard library, each a document, in order of name."""
 
     kind: Literal["python-stdlib"] = "python-stdlib"
     sources: bool = False
-    """A module's document is its whole source text, docstrings and all; otherwise its docstrings alone."""
+    """Whether a module's document is its complete source text. Default: only its docstrings."""
 
     def source_shards(self) -> tuple[SourceShard, ...]:
-        """One: some 2.2 MB on Python 3.11, 12 MB with sources. Builds without the topics have the modules alone."""
+        """Return the single source shard: some 2.2 MB on Python 3.11, or 12 MB with `sources`."""
         return (SourceShard("python-stdlib", None),)
 
-    def read(self, piece: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
-        """A document's identity is its name, the same whatever the Python's version; nothing is dropped."""
+    def read(
+        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
+    ) -> Iterator[Document]:
+        """Yield the documents. Their identity is their name, which does not depend on Python's version."""
         for row, (name, text) in enumerate(self._texts()):
             if row >= start and text.strip():
                 yield Document(name, text, name, row)
 
     def _texts(self) -> Iterator[tuple[str, str]]:
+        """Yield the name and text of every topic and module. Builds of Python without topics have only modules."""
         root = library_root()
         yield from _topics(root / TOPICS)
         for path in module_paths(root):
@@ -66,27 +69,31 @@ class PythonStdlib(CorpusSpec):
 
 
 def library_root() -> Path:
-    """The folder of the standard library; DataError where this Python has none."""
+    """Return the folder of the standard library. Raises DataError if this Python has none."""
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "ast.py").is_file():
         raise DataError(
-            f"{root}: this Python keeps its standard library elsewhere than in files, so the corpus python-stdlib is "
-            "not there: use `kind: files`, or a Python with its library unpacked"
+            f"{root}: this Python's standard library is not in files, so the corpus python-stdlib is not available: "
+            "use `kind: files`, or a Python with its library unpacked"
         )
     return root
 
 
 def module_paths(root: Path) -> list[Path]:
-    """The library's modules in order of name, without its tests and what was installed beside it."""
-    found: list[Path] = []
+    """Return the library's modules in order of name, without its tests and the packages installed beside it."""
+    paths: list[Path] = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]  # site-packages may take seconds to walk
-        found += (Path(folder, name) for name in files if name.endswith(".py"))
-    return sorted((path for path in found if path != root / TOPICS), key=lambda path: path.relative_to(root).parts)
+        # os.walk descends only into the folders that are left in its list: site-packages may take seconds.
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        paths += (Path(folder, name) for name in files if name.endswith(".py"))
+    return sorted((path for path in paths if path != root / TOPICS), key=lambda path: path.relative_to(root).parts)
 
 
 def parse_source(source: bytes) -> ast.Module:
-    """A syntax tree, empty where this Python cannot read the file (an encoding or a syntax kept as an example)."""
+    """Return the syntax tree of a module, empty if this Python cannot parse it.
+
+    The library holds examples of broken syntax and unknown encodings.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -96,6 +103,7 @@ def parse_source(source: bytes) -> ast.Module:
 
 
 def _topics(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and text of each documentation topic, a dictionary literal in `pydoc_data/topics.py`."""
     if not path.is_file():
         return
     for node in parse_source(path.read_bytes()).body:
@@ -105,7 +113,7 @@ def _topics(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def source_text(path: Path) -> str:
-    """A file's text with Unix line ends; empty where it is in no encoding that Python knows."""
+    """Return a file's text with Unix line breaks, or "" if Python does not know its encoding."""
     raw = path.read_bytes()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
@@ -115,7 +123,7 @@ def source_text(path: Path) -> str:
 
 
 def iter_docstrings(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
-    """What has a docstring: its qualified name (the module's is empty), its node, and the docstring without indent."""
+    """Yield the qualified name (the module's is ""), node and dedented docstring of each definition that has one."""
 
     def visit(node: ast.AST, names: tuple[str, ...]) -> Iterator[tuple[str, Definition, str]]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -123,7 +131,7 @@ def iter_docstrings(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
-                # A docstring may spell half a surrogate pair, which is no text.
+                # A docstring may hold half a surrogate pair, which cannot be encoded.
                 yield ".".join(names), node, text.encode("utf-8", "replace").decode("utf-8")
         if not isinstance(node, ast.expr):
             for child in ast.iter_child_nodes(node):

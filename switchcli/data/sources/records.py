@@ -1,5 +1,7 @@
-"""RowCorpus: what corpora of rows share, be a row a line, a paragraph or a record of fields: which column is the text,
-which rows are wanted, and what becomes of those that cannot be read."""
+"""RowCorpus: a corpus of rows, each a line, a paragraph or a record with fields.
+
+It decides which field of a row is the text, which rows are selected, and what happens to rows that cannot be read.
+"""
 
 from abc import ABC
 from collections import Counter
@@ -13,54 +15,63 @@ from switchcli.errors import DataError
 
 
 class UnreadableRow(Exception):
-    """A row that gives no text: a word for the count of such rows, the whole story, and the place where it is known
-    better than the row's."""
+    """A row that yields no text.
 
-    def __init__(self, reason: str, words: str, place: Callable[[], str] | None = None) -> None:
-        super().__init__(words)
-        self.reason, self.words, self.place = reason, words, place
+    `reason` is a short phrase under which such rows are counted. `message` explains the fault and the fix. `location`
+    returns the exact position if it is known better than the row's.
+    """
+
+    def __init__(self, reason: str, message: str, location: Callable[[], str] | None = None) -> None:
+        super().__init__(message)
+        self.reason, self.message, self.location = reason, message, location
 
 
 class RawRow(NamedTuple):
-    """A raw row, not looked into yet."""
+    """A row that is not parsed yet."""
 
     name: str
-    place: Callable[[], str]
-    """Where it is, for an error: may be dear."""
+    """Name of the document that the row becomes."""
+    location: Callable[[], str]
+    """Function that returns the row's position for an error message. It may read the file again."""
     value: Callable[[], str | Mapping[str, object]]
-    """Its text, or its fields. Raises Unreadable."""
+    """Function that returns the row's text, or its fields. Raises UnreadableRow."""
 
 
 class RowCorpus(CorpusSpec, ABC):
     """A corpus of rows."""
 
     field: str = "text"
-    """The column, or the key in JSON Lines, that holds the text."""
+    """Column, or key in JSON Lines, that holds the text."""
     where: dict[str, tuple[str | int | bool, ...]] = Field(default={})
-    """Only rows whose columns of these names hold one of the values: `{lang: [de, fr]}`."""
+    """Selects the rows whose columns hold one of the listed values, such as `{lang: [de, fr]}`. Default: all rows."""
     unreadable: Literal["refuse", "skip"] = "refuse"
-    """What is no UTF-8, has NULs, is no JSON or lacks a field ends the run, or is passed over and counted."""
+    """What happens to rows that are not UTF-8, hold a NUL, are not JSON or lack a field: `refuse` ends the run with an
+    error, `skip` leaves them out and counts them."""
 
     def select(self, rows: Iterable[tuple[int, RawRow]], dropped: Counter[str] | None) -> Iterator[Document]:
-        """The documents of numbered rows. Raises DataError for one that is unreadable, unless such are skipped."""
+        """Yield the documents of numbered rows, without blank ones. `dropped` counts rows left out, by reason.
+
+        Raises DataError for an unreadable row, unless such rows are skipped.
+        """
         dropped = Counter() if dropped is None else dropped
         for number, row in rows:
             try:
                 value = row.value()
-                text = value if isinstance(value, str) else self._wanted(value, dropped)
+                text = value if isinstance(value, str) else self._selected_text(value, dropped)
             except UnreadableRow as error:
                 if self.unreadable == "refuse":
-                    raise DataError(f"{(error.place or row.place)()}: {error.words}") from error
+                    raise DataError(f"{(error.location or row.location)()}: {error.message}") from error
                 dropped[error.reason] += 1
                 continue
             if text and not text.isspace():
                 yield Document(row.name, text, text, number)
 
-    def _wanted(self, fields: Mapping[str, object], dropped: Counter[str]) -> str | None:
+    def _selected_text(self, fields: Mapping[str, object], dropped: Counter[str]) -> str | None:
+        """Return the text of a record, or None if `where` does not select it."""
         for column, values in self.where.items():
             value = _field(fields, column, "where")
-            # By type too: True is 1 to Python, not to a reader of a recipe.
-            if not any(type(value) is type(one) and value == one for one in values):
+            # Types must match: in Python, True == 1.
+            if not any(type(value) is type(other) and value == other for other in values):
                 dropped[f"where {column}"] += 1
                 return None
         text = _field(fields, self.field, "field")
@@ -71,7 +82,8 @@ class RowCorpus(CorpusSpec, ABC):
 
 
 def _field(fields: Mapping[str, object], name: str, key: str) -> object:
+    """Return a field. If it is missing, raises UnreadableRow with the fix to set the corpus's `key`."""
     if name not in fields:
-        here = ", ".join(map(str, fields)) or "none"
-        raise UnreadableRow("no field", f"no field {name!r} (fields here: {here}): set `{key}` to one that is there")
+        present = ", ".join(map(str, fields)) or "none"
+        raise UnreadableRow("no field", f"no field {name!r} (fields: {present}): set `{key}` to one that is there")
     return fields[name]
