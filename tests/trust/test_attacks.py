@@ -123,7 +123,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
     "words for what a tokenizer cannot do": (
         attacks.TOKENIZERS,
         ["nothing for what is unknown", "rules that are none"],
-        [(tokenizer, "_explained", unexplained)],
+        [(tokenizer, "_library_errors", unexplained)],
     ),
     "one_line": (
         shown.TERMINALS,

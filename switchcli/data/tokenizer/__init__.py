@@ -1,1 +1,1 @@
-"""Tokenizers in T5's layout: load, train, measure."""
+"""Tokenizers in T5's layout: load, train and measure them."""

@@ -1,4 +1,4 @@
-"""What tokenizers make of a text: how many ids, and how many of them say nothing, or a byte."""
+"""Statistics of the ids that tokenizers assign to a text: how many there are, and how many are unknown or bytes."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -11,17 +11,18 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 
 class TokenCounts(NamedTuple):
-    """The ids of a text."""
+    """Counts of the ids of a text."""
 
     tokens: int
+    """Number of ids."""
     unknown: int
-    """Of them those that stand for characters without a piece, of which nothing is left."""
+    """Number of ids that are `<unk>`: their characters are lost."""
     in_bytes: int
-    """Of them those that are a byte of such a character."""
+    """Number of ids that are one byte of a character without a piece."""
 
 
 class MeasuredText(NamedTuple):
-    """A text, and the ids that each tokenizer makes of it."""
+    """A text's size, and the counts of its ids for each tokenizer."""
 
     documents: int
     bytes: int
@@ -29,14 +30,14 @@ class MeasuredText(NamedTuple):
 
 
 def measure_tokenizers(documents: Iterable[Document], tokenizers: Sequence[Tokenizer]) -> MeasuredText:
-    """Reads the documents once, whatever the number of tokenizers, and holds few of them."""
-    sums = np.zeros((len(tokenizers), len(TokenCounts._fields)), np.int64)
+    """Return the statistics of all tokenizers. Reads the documents once, with few of them in memory."""
+    counts = np.zeros((len(tokenizers), len(TokenCounts._fields)), np.int64)
     num_documents = num_bytes = 0
     for chunk in group_parts(split_documents(documents, 0.0)):
         texts = [part.text for part in chunk]
         num_documents += sum(part.starts_document for part in chunk)
         num_bytes += sum(len(text.encode()) for text in texts)
-        for place, tokenizer in enumerate(tokenizers):
+        for index, tokenizer in enumerate(tokenizers):
             ids = np.concatenate(tokenizer.encode_batch(texts))
-            sums[place] += (len(ids), (ids == tokenizer.unknown).sum(), tokenizer.is_byte_V[ids].sum())
-    return MeasuredText(num_documents, num_bytes, tuple(TokenCounts(*map(int, one)) for one in sums))
+            counts[index] += (len(ids), (ids == tokenizer.unknown).sum(), tokenizer.is_byte_V[ids].sum())
+    return MeasuredText(num_documents, num_bytes, tuple(TokenCounts(*map(int, row)) for row in counts))

@@ -1,8 +1,8 @@
 """Tokenizer: text to ids and back, in T5's layout; and the specs that load one.
 
-The layout: 0 `<pad>`, 1 `</s>`, and anywhere `<unk>` (T5's 2, umT5's 3) and the sentinels `<extra_id_0>`,
-`<extra_id_1>`, ... Training a vocabulary is in `switchcli.data.tokenizer.train`, reading one of SentencePiece in
-`switchcli.data.tokenizer.sentencepiece`.
+In this layout id 0 is `<pad>` and id 1 is `</s>`. `<unk>` (2 in T5, 3 in umT5) and the sentinels `<extra_id_0>`,
+`<extra_id_1>`, ... may have any ids. `data.tokenizer.train` trains a vocabulary, `data.tokenizer.sentencepiece` reads
+one of SentencePiece.
 """
 
 import hashlib
@@ -29,29 +29,29 @@ from switchcli.spec import EOS, MOST, PAD, Place, Spec
 from switchcli.user_files import expanded, read_regular
 
 MAX_BYTES: Final = 2**28
-"""Of a file: the largest vocabularies have some 2^25."""
+"""Largest size of a tokenizer's file. The files of the largest vocabularies have some 2^25 bytes."""
 
 _MAX_IDS: Final = 2**24
-"""More rows than any embedding has."""
+"""Largest vocabulary, above the rows of any published embedding."""
 
-_USE: Final = "use one written by `tokenizers`"
-_CANNOT: Final = "fails on this text"
-_PATH: Final = "data.tokenizer.path"
+_FIX: Final = "use one written by `tokenizers`"
+_ENCODING_FAILED: Final = "fails on this text"
+_PATH_KEY: Final = "data.tokenizer.path"
 
 Documents = Callable[[], Mapping[str, Iterable[Document]]]
-"""The training documents of each component, a corpus or a language; asked for only where a vocabulary is trained."""
+"""Function that returns the training documents of each component, a corpus or a language. It is called only if a
+vocabulary is trained."""
 
 
 class Tokenizer:
-    """A `tokenizer.json` whose ids are T5's.
-
-    vocab_size: one more than the highest id. sentinels: int64 ids, `<extra_id_0>` first. unknown: the id of `<unk>`.
-    is_byte_V: bool [vocab_size], the ids that stand for a byte of a character without a piece. sha256: of `to_json()`.
-    """
+    """A tokenizer of the `tokenizers` library whose ids are in T5's layout."""
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str) -> None:
-        """Takes over `inner`. Raises DataError, naming `where`, for other special ids or no sentinels."""
-        inner.no_truncation()  # a saved tokenizer may cut or pad every text
+        """Wrap `inner`, which must not be used otherwise from then on.
+
+        Raises DataError, naming `where`, for other special ids or no sentinels.
+        """
+        inner.no_truncation()  # a saved tokenizer may truncate or pad every text
         inner.no_padding()
         for index, piece in ((PAD, "<pad>"), (EOS, "</s>")):
             if inner.id_to_token(index) != piece:
@@ -62,8 +62,10 @@ class Tokenizer:
         if (unknown := inner.token_to_id("<unk>")) is None:
             raise DataError(f"{where}: no <unk> in the vocabulary: use a T5 tokenizer, or train one (kind: train)")
         self.unknown = int(unknown)
+        """Id of `<unk>`."""
         ids = (inner.token_to_id(sentinel(index)) for index in count())
         self.sentinels: NDArray[np.int64] = np.array(list(takewhile(lambda id_: id_ is not None, ids)), dtype=np.int64)
+        """Ids of the sentinels, `<extra_id_0>` first."""
         if not self.sentinels.size:
             raise DataError(
                 f"{where}: no {sentinel(0)} in the vocabulary, span corruption needs sentinels: use a T5 tokenizer, "
@@ -71,27 +73,32 @@ class Tokenizer:
             )
         self._inner, self._where = inner, where
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the highest id. Ids below it may be without a piece."""
         if self.vocab_size > _MAX_IDS:
-            raise DataError(f"{where}: ids up to {self.vocab_size - 1}, at most {_MAX_IDS - 1} can be used: {_USE}")
-        self._plain = np.arange(self.vocab_size)
-        self._plain[[PAD, EOS, *self.sentinels]] = self.unknown
+            raise DataError(f"{where}: ids up to {self.vocab_size - 1}, at most {_MAX_IDS - 1} can be used: {_FIX}")
+        # Maps each id to itself, and those that no text of a corpus may have to <unk>.
+        self._corpus_id_V = np.arange(self.vocab_size)
+        self._corpus_id_V[[PAD, EOS, *self.sentinels]] = self.unknown
         text = self.to_json()
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        in_bytes = map(inner.token_to_id, BYTES if json.loads(text)["model"].get("byte_fallback") else ())
-        self.is_byte_V = np.isin(np.arange(self.vocab_size), [index for index in in_bytes if index is not None])
+        """Digest of `to_json()`."""
+        has_bytes = json.loads(text)["model"].get("byte_fallback")
+        byte_ids = [index for index in map(inner.token_to_id, BYTES if has_bytes else ()) if index is not None]
+        self.is_byte_V = np.isin(np.arange(self.vocab_size), byte_ids)
+        """Whether each id is one byte of a character without a piece: bool [vocab_size]."""
 
     @classmethod
     def from_json(cls, text: str, where: str = "tokenizer.json") -> Self:
-        """Raises DataError, naming `where`, for anything that `tokenizers` cannot load."""
-        with _explained(where, "not a tokenizer.json"):
-            if not isinstance(json.loads(text), dict):  # what is not an object makes the library panic
+        """Load the content of a tokenizer.json. Raises DataError, naming `where`, if `tokenizers` cannot load it."""
+        with _library_errors(where, "not a tokenizer.json"):
+            if not isinstance(json.loads(text), dict):  # on other JSON values the library panics
                 raise ValueError("not a JSON object")
             inner = tokenizers.Tokenizer.from_str(text)
         return cls(inner, where)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Self:
-        """Of a `tokenizer.json` or a `spiece.model`. Raises DataError, naming `where`, for anything else."""
+        """Load a `tokenizer.json` or a `spiece.model`. Raises DataError, naming `where`, for anything else."""
         if data.lstrip()[:1] != b"{":
             return cls(read_model(data, where), where)
         try:
@@ -101,7 +108,7 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path: Path, key: str = "") -> Self:
-        """A `tokenizer.json` or a `spiece.model`. Raises DataError, naming the recipe's `key`, for anything else."""
+        """Read a `tokenizer.json` or a `spiece.model`. Raises DataError, naming the recipe's `key`, for others."""
         return cls.from_bytes(read_file(path, key), str(path))
 
     def to_json(self) -> str:
@@ -111,32 +118,38 @@ class Tokenizer:
         return [str(self._inner.id_to_token(index)) for index in ids]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt: `<extra_id_0>` in it is that sentinel. No EOS is added."""
-        with _explained(self._where, _CANNOT):
+        """Return the ids of a prompt, without EOS. `<extra_id_0>` in it becomes that sentinel."""
+        with _library_errors(self._where, _ENCODING_FAILED):
             return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int64]]:
-        """The ids, int64, of each text of a corpus: padding, EOS or a sentinel spelt out there is none. Adds no EOS."""
+        """Return the ids of each text of a corpus, int64, without EOS.
+
+        Special tokens spelled out in a text, such as `</s>` or `<extra_id_0>`, are encoded as ordinary text.
+        """
         self._inner.encode_special_tokens = True
         try:
-            with _explained(self._where, _CANNOT):
+            with _library_errors(self._where, _ENCODING_FAILED):
                 encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
         finally:
             self._inner.encode_special_tokens = False
-        # T5's own vocabulary has them as ordinary pieces too, so that text may still match one: it becomes <unk>.
-        # An array makes numbers of Python's integers in half the time that numpy takes.
-        return [self._plain[np.frombuffer(array("I", encoding.ids), dtype=np.uintc)] for encoding in encodings]
+        # T5's own vocabulary has the special tokens as ordinary pieces too: text that matches one becomes <unk>.
+        # array("I") converts a list of integers in half the time of np.array.
+        return [self._corpus_id_V[np.frombuffer(array("I", encoding.ids), dtype=np.uintc)] for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text: padding and EOS left out, sentinels as `<extra_id_0>`."""
-        kept = [index for index in ids if index not in (PAD, EOS)]
-        with _explained(self._where, _CANNOT):
-            return str(self._inner.decode(kept, skip_special_tokens=False))
+        """Return the text of `ids` without padding and EOS, with sentinels spelled out as `<extra_id_0>`."""
+        text_ids = [index for index in ids if index not in (PAD, EOS)]
+        with _library_errors(self._where, _ENCODING_FAILED):
+            return str(self._inner.decode(text_ids, skip_special_tokens=False))
 
 
 @contextmanager
-def _explained(where: str, fault: str) -> Iterator[None]:
-    """The library's failures as DataError: it raises bare `Exception`, and a panic that is not even one."""
+def _library_errors(where: str, fault: str) -> Iterator[None]:
+    """Raise failures of `tokenizers` inside the block as DataError.
+
+    The library raises bare `Exception`, or PanicException, which is a BaseException.
+    """
     try:
         yield
     except BaseException as error:
@@ -145,43 +158,47 @@ def _explained(where: str, fault: str) -> Iterator[None]:
             or isinstance(error, ValueError | RecursionError)
             or type(error).__name__ == "PanicException"
         ):
-            raise DataError(f"{where}: {fault} ({error}): {_USE}") from error
+            raise DataError(f"{where}: {fault} ({error}): {_FIX}") from error
         raise
 
 
 def read_file(path: Path, key: str = "") -> bytes:
-    """What is in a tokenizer's file. Raises DataError, naming the recipe's `key`."""
+    """Return the content of a tokenizer's file. Raises DataError, naming the recipe's `key`, if it cannot be read."""
     where = f"{key}: {path}" if key else str(path)
-    way_out = "name a tokenizer.json or a spiece.model"
     try:
         return read_regular(expanded(path), MAX_BYTES)
     except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error.strerror}): {way_out}") from error
+        raise DataError(
+            f"{where}: cannot be read ({error.strerror}): name a tokenizer.json or a spiece.model"
+        ) from error
 
 
 class TrainedTokenizer(Spec):
-    """A Unigram vocabulary trained on the training documents: the same prose or code gives the same one.
+    """A Unigram vocabulary trained on the training documents. The same text gives the same vocabulary.
 
-    Where words are few and equally frequent, training breaks ties by chance; cache and checkpoint keep its choice.
+    The exception is a text of few, equally frequent words: training breaks its ties at random. The cache and
+    checkpoints keep the result.
     """
 
     kind: Literal["train"] = "train"
     vocab_size: int = Field(default=8192, ge=1, le=MOST["vocab_size"])
-    """Ids in all, sentinels and bytes included; what a small corpus leaves free is filled with pieces that no text
-    uses."""
+    """Number of ids, including sentinels and bytes. If a small corpus yields fewer pieces, unused ones are added."""
     max_characters: int = Field(default=10_000_000, ge=1, le=MOST["count"])
-    """Trained on a sample of the documents of at most so many characters."""
+    """Size in characters of the sample of documents to train on."""
     byte_fallback: bool = False
-    """Whether a character without a piece becomes its UTF-8 bytes, by 256 ids, and not `<unk>`."""
+    """Whether a character without a piece becomes its UTF-8 bytes, which have 256 ids, instead of `<unk>`."""
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
-    """Share of the sample's characters that get a piece; the rare rest does not."""
+    """Fraction of the sample's characters, by frequency, that have a piece. Rarer characters become `<unk>` or
+    bytes."""
     num_sentinels: int = Field(default=NUM_SENTINELS, ge=1, le=MOST["row_tokens"])
+    """Number of sentinels. T5 has 100."""
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
-    """The share of a component (a corpus, a language) of the sample is in proportion to (its characters)^alpha: 0.3 in
-    mT5, 1 as they are, 0 the same for all. Absent: documents of all as they come."""
+    """Exponent for the fraction of the sample that each component (a corpus or a language) makes up: it is in
+    proportion to (its characters) ** alpha. mT5 uses 0.3; 1 keeps the proportions, 0 makes all equal. Default:
+    documents of all components are sampled alike."""
 
     @model_validator(mode="after")
-    def _there_is_room(self) -> Self:
+    def _check_vocab_size(self) -> Self:
         if self.vocab_size <= (reserved := self._size.num_reserved):
             raise ValueError(
                 f"vocab_size ({self.vocab_size}) must be more than the {reserved} ids of special "
@@ -197,44 +214,45 @@ class TrainedTokenizer(Spec):
         return f"train {self.model_dump_json()} tokenizers {tokenizers.__version__}"
 
     def load(self, documents: Documents) -> Tokenizer:
-        """Trains on what `documents()` gives. Raises DataError when that is nothing, or has too many characters."""
+        """Train on `documents()`. Raises DataError if there is no text, or if it has too many distinct characters."""
         texts = sample_texts(documents(), self.max_characters, self.alpha)
         return Tokenizer(train_unigram(texts, self._size, self.character_coverage), "data.tokenizer")
 
 
 class TokenizerFile(Spec):
-    """A `tokenizer.json` in T5's layout, or SentencePiece's `spiece.model` of a Unigram model, whatever its name."""
+    """A `tokenizer.json` in T5's layout, or a SentencePiece Unigram model (`spiece.model`), under any name."""
 
     kind: Literal["file"] = "file"
     path: Place
+    """Path of the file."""
 
     def fingerprint(self) -> str:
-        return f"file {hashlib.sha256(read_file(Path(self.path), _PATH)).hexdigest()}"
+        return f"file {hashlib.sha256(read_file(Path(self.path), _PATH_KEY)).hexdigest()}"
 
     def load(self, documents: Documents) -> Tokenizer:
-        """Raises DataError when the file is missing or no such tokenizer. `documents` is not called."""
-        return Tokenizer.read(Path(self.path), _PATH)
+        """Read the file. Raises DataError if it is missing or not such a tokenizer. `documents` is not called."""
+        return Tokenizer.read(Path(self.path), _PATH_KEY)
 
 
 class HubTokenizer(Spec):
-    """The `tokenizer.json`, or else the `spiece.model`, of a repository of the hub, such as `google-t5/t5-base`."""
+    """The `tokenizer.json`, or else the `spiece.model`, of a repository on the Hugging Face hub."""
 
     kind: Literal["hub"] = "hub"
     path: Place
+    """Name of the repository, such as `google-t5/t5-base`."""
     revision: str = "main"
-    """A commit or tag. With a branch, what was first read stays in the cache."""
+    """Commit, tag or branch. The file of a branch stays in the cache as it was when it was first read."""
 
     def fingerprint(self) -> str:
         return f"hub {self.path} {self.revision}"
 
     def load(self, documents: Documents) -> Tokenizer:
-        """Raises DataError without the network or such a repository. `documents` is not called."""
+        """Download the file. Raises DataError for no network or an unknown repository. `documents` is not called."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        where = f"data.tokenizer: {self.path}: no tokenizer.json or spiece.model can be had from the hub"
-        way_out = "check path, revision and the network; or use `kind: file` with one that is here"
-        with data_errors(where, way_out):
+        where = f"data.tokenizer: {self.path}: no tokenizer.json or spiece.model can be read from the hub"
+        with data_errors(where, "check path, revision and the network; or use `kind: file` with a local one"):
             try:
                 file = hf_hub_download(self.path, "tokenizer.json", revision=self.revision)
             except EntryNotFoundError:
@@ -243,15 +261,15 @@ class HubTokenizer(Spec):
 
 
 def cached_file(repository: str, name: str) -> Path | None:
-    """Return a file of a hub repository from the local Hugging Face cache, or None. No network is used."""
+    """Return the path of a hub repository's file in the local Hugging Face cache, or None. No network is used."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(repository, name)
+        path = try_to_load_from_cache(repository, name)
     except HFValidationError:  # not a name on the hub
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None  # else None, or a marker that the hub has no such file
 
 
 TokenizerSpec = Annotated[TrainedTokenizer | TokenizerFile | HubTokenizer, Field(discriminator="kind")]

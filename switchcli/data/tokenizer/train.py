@@ -1,9 +1,9 @@
 """Training a Unigram vocabulary in T5's layout: `<pad>`, `</s>`, `<unk>`, pieces, `<extra_id_99>` ... `<extra_id_0>`.
 
-Text is NFKC-normalised and keeps its line breaks and indentation, which source code needs. Every line starts with the
-space that T5 puts before a text, so that a word is the same piece at the start of a line as within it. A piece never
-joins letters, digits, punctuation or line breaks: on source code, "words" that run on make training take many times as
-long.
+Text is NFKC-normalized and keeps its line breaks and indentation, which source code needs. T5 puts a space before a
+text; here every line starts with one, so that a word is the same piece at the start of a line as inside it. A piece
+never joins letters, digits, punctuation and line breaks: source code has long runs of them without a space, and
+training on such "words" takes many times as long.
 """
 
 import json
@@ -18,18 +18,21 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from switchcli.errors import DataError
 
 NUM_SENTINELS = 100
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark for a space
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's mark for a space."""
 SPECIAL = ("<pad>", "</s>", "<unk>")
-BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # SentencePiece's names
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+"""Pieces that stand for a byte, as SentencePiece names them."""
 WORDS = "|".join(
     [
-        rf"[\n{SPACE}]{{1,16}}(?={SPACE})",  # line breaks and indentation, but for the space that begins a word
+        rf"[\n{SPACE}]{{1,16}}(?={SPACE})",  # line breaks and indentation, except the space that begins a word
         rf"{SPACE}?[\p{{L}}\p{{M}}]{{1,32}}",
         rf"{SPACE}?\p{{N}}",
         rf"{SPACE}?[^\p{{L}}\p{{M}}\p{{N}}\s{SPACE}]{{1,8}}",
         rf"[\s{SPACE}]",
     ]
 )
+"""Pattern of the words that text is split into before pieces are found. No piece crosses the bounds of a word."""
 
 
 def sentinel(index: int) -> str:
@@ -37,12 +40,12 @@ def sentinel(index: int) -> str:
 
 
 def sentinel_tokens(names: Iterable[str]) -> list[AddedToken]:
-    """Spaces around a sentinel belong to it: the text after it gets the space of a text's start again."""
+    """Return the tokens of sentinels. They absorb the spaces around them: text after one starts with a space again."""
     return [AddedToken(name, lstrip=True, rstrip=True) for name in names]
 
 
 class Size(NamedTuple):
-    """How many ids there are in all, and those that are no pieces of text."""
+    """The size of a vocabulary, and which of its ids are reserved."""
 
     vocab_size: int
     num_sentinels: int = NUM_SENTINELS
@@ -50,17 +53,18 @@ class Size(NamedTuple):
 
     @property
     def num_reserved(self) -> int:
+        """Number of ids that are special, sentinels or bytes, not pieces of text."""
         return len(SPECIAL) + self.num_sentinels + len(BYTES) * self.byte_fallback
 
 
 def train_unigram(texts: list[str], size: Size, character_coverage: float = 0.9995) -> Tokenizer:
-    """A tokenizer of exactly `size.vocab_size` ids. Characters beyond the coverage have bytes, or `<unk>`.
+    """Train a tokenizer of exactly `size.vocab_size` ids. Characters beyond the coverage become bytes or `<unk>`.
 
-    Raises DataError when there is no text, or when its characters alone outnumber the pieces.
+    Raises DataError if there is no text, or if its distinct characters alone outnumber the pieces.
     """
     if not texts:
         raise DataError("data.corpora: no text to train a vocabulary on: add text, or take a smaller held_out_fraction")
-    rare, alphabet = _alphabet(texts, character_coverage)
+    blank_rare, alphabet = _alphabet(texts, character_coverage)
     if (least := len(alphabet) + size.num_reserved) > size.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size ({size.vocab_size}) must hold {len(SPECIAL)} special ids, {size.num_sentinels} "
@@ -73,7 +77,7 @@ def train_unigram(texts: list[str], size: Size, character_coverage: float = 0.99
             normalizers.NFKC(),
             normalizers.Replace("\r\n", "\n"),
             normalizers.Prepend(" "),
-            normalizers.Replace("\n", "\n "),
+            normalizers.Replace("\n", "\n "),  # a space at the start of every line; the decoder removes it
             normalizers.Replace(" ", SPACE),
         ]
     )
@@ -92,23 +96,23 @@ def train_unigram(texts: list[str], size: Size, character_coverage: float = 0.99
     trainer = trainers.UnigramTrainer(
         vocab_size=len(SPECIAL) + num_pieces, show_progress=False, special_tokens=list(SPECIAL), unk_token="<unk>"
     )
-    tokenizer.train_from_iterator((text.translate(rare) for text in texts), trainer)
+    tokenizer.train_from_iterator((text.translate(blank_rare) for text in texts), trainer)
     _complete(tokenizer, num_pieces, size)
     return tokenizer
 
 
 def _complete(tokenizer: Tokenizer, num_pieces: int, size: Size) -> None:
-    """Orders the pieces, adds what a small text does not yield of `num_pieces`, the bytes and the sentinels."""
+    """Put the trained pieces in order, and add special, byte and unused pieces (up to `num_pieces`), and sentinels."""
     vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
     special, trained = vocabulary[: len(SPECIAL)], vocabulary[len(SPECIAL) :]
-    # Training adds up in an order that is another each time: scores differ by some 1e-11, which must not reach the ids.
+    # Training adds up in a different order each time. Scores differ by about 1e-11, which must not change the ids.
     pieces = sorted(((piece, round(score, 4)) for piece, score in trained), key=lambda item: (-item[1], item[0]))
     lowest = pieces[-1][1]
-    # A piece across digits and punctuation is never matched, for the words it would be sought in do not join them.
+    # "<unused_0>" joins punctuation, letters and digits. No word does, so the piece never matches.
     unused = [(f"<unused_{index}>", lowest) for index in range(num_pieces - len(trained))]
-    in_bytes = [(piece, 0.0) for piece in BYTES] if size.byte_fallback else []
+    byte_pieces = [(piece, 0.0) for piece in BYTES] if size.byte_fallback else []
     tokenizer.model = models.Unigram(
-        [*map(tuple, special), *in_bytes, *pieces, *unused],
+        [*map(tuple, special), *byte_pieces, *pieces, *unused],
         unk_id=SPECIAL.index("<unk>"),
         byte_fallback=size.byte_fallback,
     )
@@ -116,13 +120,15 @@ def _complete(tokenizer: Tokenizer, num_pieces: int, size: Size) -> None:
 
 
 def _alphabet(texts: list[str], coverage: float) -> tuple[dict[int, str], set[str]]:
-    """For `str.translate`, what blanks out the rare characters; and the normalised ones that are left for pieces."""
+    """Return a table for `str.translate` that blanks rare characters, and the other characters, NFKC-normalized."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    by_number = sorted(counts, key=lambda character: (-counts[character], character))
-    covered = accumulate((counts[character] for character in by_number), initial=0)
-    enough = sum(counts.values()) * coverage
-    num_common = sum(before < enough for before in covered)  # characters before which the coverage is not reached yet
-    rare = {ord(character): " " for character in by_number[num_common:]}
-    return rare, {" ", *unicodedata.normalize("NFKC", "".join(by_number[:num_common]))}
+    by_count = sorted(counts, key=lambda character: (-counts[character], character))
+    # Number of characters of text before each distinct character in `by_count`. A distinct character is common if the
+    # ones before it do not reach the coverage yet.
+    preceding = accumulate((counts[character] for character in by_count), initial=0)
+    wanted = sum(counts.values()) * coverage
+    num_common = sum(number < wanted for number in preceding)
+    blank_rare = {ord(character): " " for character in by_count[num_common:]}
+    return blank_rare, {" ", *unicodedata.normalize("NFKC", "".join(by_count[:num_common]))}
