@@ -61,9 +61,7 @@ class HubCorpus(RowCorpus):
         _open_dataset.cache_clear()  # the dataset may have changed since
         return tuple(SourceShard(name, None) for name in _group_names(self._dataset().num_shards))
 
-    def read(
-        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
-    ) -> Iterator[Document]:
+    def read(self, shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield documents in the dataset's order. Raises DataError as `source_shards`, and for a row without text.
 
         Rows before `start` are fetched but not parsed.
@@ -72,16 +70,16 @@ class HubCorpus(RowCorpus):
         count = None
         if self.max_documents is None:
             names = _group_names(dataset.num_shards)
-            if source_shard.name not in names:
+            if shard.name not in names:
                 raise DataError(
-                    f"data.corpora: {self.path}: {source_shard.name} is not there any more: give the `revision` that "
+                    f"data.corpora: {self.path}: {shard.name} is not there any more: give the `revision` that "
                     "was read before"
                 )
-            index = names.index(source_shard.name)
+            index = names.index(shard.name)
             dataset = dataset.shard(num_shards=len(names), index=index, contiguous=True)
         else:
             count = max(self.max_documents - start, 0)
-        rows = self._rows(dataset.skip(start), source_shard, start, count)
+        rows = self._rows(dataset.skip(start), shard, start, count)
         return self.select(enumerate(rows, start), dropped)
 
     def fingerprint(self, digests: Digests) -> str:
@@ -108,14 +106,12 @@ class HubCorpus(RowCorpus):
     def empty_error(self) -> DataError:
         return DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
 
-    def _rows(
-        self, dataset: "IterableDataset", source_shard: SourceShard, start: int, count: int | None
-    ) -> Iterator[RawRow]:
+    def _rows(self, dataset: "IterableDataset", shard: SourceShard, start: int, count: int | None) -> Iterator[RawRow]:
         """Yield the records of a dataset, or the first `count` of them, as rows that are numbered from `start`."""
         dataset_name = "/".join(filter(None, (self.path, self.name, self.split)))
         with self._dataset_errors():
             for number, fields in enumerate(islice(dataset, count), start):
-                name = f"{dataset_name}, {source_shard.name}:{number}"
+                name = f"{dataset_name}, {shard.name}:{number}"
                 yield RawRow(name, partial(str, name), partial(dict, fields))
 
     def _dataset(self) -> "IterableDataset":

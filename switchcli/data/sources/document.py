@@ -82,9 +82,7 @@ class CorpusSpec(Spec, ABC):
         """
 
     @abstractmethod
-    def read(
-        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
-    ) -> Iterator[Document]:
+    def read(self, shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield the documents of a source shard in order, from raw row `start` on.
 
         `dropped` counts the rows that are left out on purpose, by reason. Raises DataError for what cannot be read.

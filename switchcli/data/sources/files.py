@@ -27,7 +27,7 @@ from switchcli.errors import DataError
 from switchcli.spec import Place
 
 SHARD_BYTES: Final = 2**26
-"""Largest size of a source shard, in bytes of the files as stored."""
+"""Bytes of files as stored, compressed or not, above which they are divided among source shards."""
 _JSON = (".json", ".jsonl")
 _PARQUET = ".parquet"
 
@@ -51,18 +51,16 @@ class FilesCorpus(RowCorpus):
         _layout.cache_clear()  # files may have changed since
         return tuple(self._layout())
 
-    def read(
-        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
-    ) -> Iterator[Document]:
+    def read(self, shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield documents named by path or URL and first line: `path:line`, or `path@byte` behind a file's first shard.
 
         `start` and a document's row count lines (blank ones too), paragraphs, files or Parquet rows, depending on
         `sample_by` and the format. Raises DataError for what cannot be read, or is unreadable and not skipped.
         """
-        byte_ranges = self._layout().get(source_shard)
+        byte_ranges = self._layout().get(shard)
         if byte_ranges is None:
             raise DataError(
-                f"data.corpora: {source_shard.name}: the files changed after they were listed: start again when no "
+                f"data.corpora: {shard.name}: the files changed after they were listed: start again when no "
                 "other program changes them"
             )
         rows = chain.from_iterable(self._rows(byte_range) for byte_range in byte_ranges)

@@ -28,17 +28,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BUFFER_BYTES = 2**20
 # Keys under which stores report the version of a file; the first one that is there is used. Other values that they
 # report differ between a listing and a request for one file, and so does fsspec's `ukey`, which digests all of them.
-_VERSION_KEYS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "content_md5",
-    "blob_id",
-    "mtime",
-    "LastModified",
-    "last_modified",
-    "created",
-)
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
 
 
 class SourceFile(NamedTuple):
@@ -162,7 +152,7 @@ def _expand_url(pattern: str, key: str) -> list[SourceFile]:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    return next((str(info[key]) for key in _VERSION_KEYS if key in info), "")
+    return next((str(info[key]) for key in _VERSIONS if key in info), "")
 
 
 def _folder_error(pattern: str, example: str, key: str) -> DataError:

@@ -33,9 +33,7 @@ class PythonStdlib(CorpusSpec):
         """Return the single source shard: some 2.2 MB on Python 3.11, or 12 MB with `sources`."""
         return (SourceShard("python-stdlib", None),)
 
-    def read(
-        self, source_shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None
-    ) -> Iterator[Document]:
+    def read(self, shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield the documents. Their identity is their name, which does not depend on Python's version."""
         for row, (name, text) in enumerate(self._texts()):
             if row >= start and text.strip():

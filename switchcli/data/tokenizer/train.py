@@ -65,11 +65,11 @@ def train_unigram(texts: list[str], size: Size, character_coverage: float = 0.99
     if not texts:
         raise DataError("data.corpora: no text to train a vocabulary on: add text, or take a smaller held_out_fraction")
     blank_rare, alphabet = _alphabet(texts, character_coverage)
-    if (least := len(alphabet) + size.num_reserved) > size.vocab_size:
+    if (min_size := len(alphabet) + size.num_reserved) > size.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size ({size.vocab_size}) must hold {len(SPECIAL)} special ids, {size.num_sentinels} "
             f"sentinels{f', {len(BYTES)} bytes' * size.byte_fallback} and the text's {len(alphabet)} characters: take "
-            f"{least} or more, or a smaller character_coverage"
+            f"{min_size} or more, or a smaller character_coverage"
         )
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
