@@ -1,8 +1,8 @@
 """Streamed texts: rows cut from documents while training runs, for text on a hub or larger than the disk.
 
 The rows of a step are divided among `data.stream_shards` stream shards, a number that the recipe fixes. A stream shard
-reads source shards (files, or ranges of them) of its own, others in every epoch. A rank reads only the stream shards
-of its own rows, so the rows do not depend on the number of ranks.
+reads source shards (files, or ranges of them) of its own, different ones in every epoch. A rank reads only the stream
+shards of its own rows, so the rows do not depend on the number of ranks.
 
 A stream shard reads one window of documents at a time. The rows of a window are made and shuffled like those of a
 prepared shard (`data.dataset`). The state that a checkpoint saves is a `StreamPosition` for each stream shard and text:
@@ -121,7 +121,8 @@ class StreamedTextSource(BatchSource):
     def state(self, step: int) -> list[int]:
         """Return the positions of this rank's stream shards after `step` steps, one of the last `kept_steps`.
 
-        The positions of other ranks' stream shards are zeros, so the sum over ranks is the state of all.
+        The list is [stream shards, texts, fields of StreamPosition], flattened. The positions of other ranks' stream
+        shards are zeros, so the sum over ranks is the state of all.
         """
         return [int(number) for number in self._states[step].ravel()]
 

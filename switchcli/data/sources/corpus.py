@@ -47,7 +47,7 @@ class HubCorpus(RowCorpus):
     data_files: Place | tuple[Place, ...] | None = None
     """Files of the dataset, or globs of them, instead of a subset: `en/*.json.gz`."""
     revision: str | None = None
-    """Commit or tag. Default: the newest one on the day."""
+    """Commit or tag. Default: the latest commit when the dataset is opened."""
     max_documents: int | None = Field(default=None, ge=1, le=MOST["count"])
     """Rows to read, from the first. They are one source shard. Default: all."""
 

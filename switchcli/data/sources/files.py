@@ -52,7 +52,7 @@ class FilesCorpus(RowCorpus):
         return tuple(self._layout())
 
     def read(self, shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
-        """Yield documents named by path or URL and first line: `path:line`, or `path@byte` behind a file's first shard.
+        """Yield documents named by path or URL and first line: `path:line`, or `path@byte` after a file's first shard.
 
         `start` and a document's row count lines (blank ones too), paragraphs, files or Parquet rows, depending on
         `sample_by` and the format. Raises DataError for what cannot be read, or is unreadable and not skipped.

@@ -86,7 +86,7 @@ def lines(byte_range: ByteRange) -> Iterator[Line]:
     for line in _lines_from_before(byte_range):
         if byte_range.contains(line.offset):
             yield line
-        elif line.offset >= byte_range.begin:  # the first line behind the range
+        elif line.offset >= byte_range.begin:  # the first line after the range
             return
 
 
@@ -105,7 +105,7 @@ def paragraphs(byte_range: ByteRange) -> Iterator[list[Line]]:
                 yield paragraph
                 paragraph = []
         elif paragraph:
-            paragraph.append(line)  # a paragraph is completed even behind the range
+            paragraph.append(line)  # a paragraph is completed even after the end of the range
         elif line.offset < byte_range.begin:
             started_before = True
         elif not byte_range.contains(line.offset):

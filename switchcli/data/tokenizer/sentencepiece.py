@@ -98,7 +98,7 @@ def _build_tokenizer(model: Any) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(
         [*_charsmap_normalizers(normalizer.precompiled_charsmap), *_space_normalizers(normalizer)]
     )
-    # If no piece holds a space behind its first character, none crosses a word boundary. Splitting at spaces then gives
+    # If no piece holds a space after its first character, none crosses a word boundary. Splitting at spaces then gives
     # the same ids, faster.
     if SPACE in texts and not any(SPACE in text[1:] for text in texts):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)

@@ -47,7 +47,7 @@ class Tokenizer:
     """A tokenizer of the `tokenizers` library whose ids are in T5's layout."""
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str) -> None:
-        """Wrap `inner`, which must not be used otherwise from then on.
+        """Take over `inner`: no other code may use it afterwards.
 
         Raises DataError, naming `where`, for other special ids or no sentinels.
         """
