@@ -11,7 +11,7 @@ import pytest
 
 from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.data.tokenizer.train import Size, train_unigram
+from switchcli.data.tokenizer.train import VocabSize, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, PAD
 from switchcli.tasks import tokens
@@ -30,7 +30,7 @@ def quietly(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     text = "task says one two three four five a b c d e </s> and <extra_id_0> are no words here"
-    return Tokenizer(train_unigram([text], Size(256)), "here")
+    return Tokenizer(train_unigram([text], VocabSize(256)), "here")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tiny import SPARSE, a_model
 
 from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.data.tokenizer.train import Size, train_unigram
+from switchcli.data.tokenizer.train import VocabSize, train_unigram
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopTraining
 from switchcli.model.decoding import Decoding
@@ -25,7 +25,7 @@ from switchcli.train.scoring import ScoringSpec, TaskPredictor, score_metrics, s
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(train_unigram(["one two three four five six"], Size(128)), "here")
+    return Tokenizer(train_unigram(["one two three four five six"], VocabSize(128)), "here")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pydantic import Field
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import parquet
 from switchcli.data.sources.document import LABELS, Document, SourceShard
-from switchcli.data.sources.lines import ByteRange, Line, decode, lines, paragraphs
+from switchcli.data.sources.lines import ByteRange, FileLine, decode, lines, paragraphs
 from switchcli.data.sources.paths import SourceFile, expand_paths, fingerprint, legacy_fingerprint
 from switchcli.data.sources.records import RawRow, RowCorpus, UnreadableRow
 from switchcli.errors import DataError
@@ -156,11 +156,11 @@ def _layout(paths: tuple[str, ...], keep_text_whole: bool) -> dict[SourceShard, 
     return layout
 
 
-def _text(text_lines: Iterable[Line]) -> str:
+def _text(text_lines: Iterable[FileLine]) -> str:
     return "\n".join(line.text() for line in text_lines)
 
 
-def _fields(line: Line, field: str) -> str | Mapping[str, object]:
+def _fields(line: FileLine, field: str) -> str | Mapping[str, object]:
     """Return the fields of a JSON line, or "" for a blank line, which is neither an object nor an error."""
     if line.is_blank:
         return ""
@@ -174,7 +174,7 @@ def _fields(line: Line, field: str) -> str | Mapping[str, object]:
     return fields
 
 
-def _object(line: Line) -> dict[str, Any]:
+def _object(line: FileLine) -> dict[str, Any]:
     try:
         value = json.loads(line.text())
     except (ValueError, RecursionError) as error:

@@ -25,7 +25,7 @@ class ByteRange(NamedTuple):
         return self.begin <= offset and (self.end is None or offset < self.end)
 
 
-class Line(NamedTuple):
+class FileLine(NamedTuple):
     """A line of a file, without its line break."""
 
     file: SourceFile
@@ -81,7 +81,7 @@ def decode(raw: bytes, offset: int = 0) -> str:
         ) from error
 
 
-def lines(byte_range: ByteRange) -> Iterator[Line]:
+def lines(byte_range: ByteRange) -> Iterator[FileLine]:
     """Yield the lines that start in the range. Raises DataError if the file cannot be read."""
     for line in _lines_from_before(byte_range):
         if byte_range.contains(line.offset):
@@ -90,12 +90,12 @@ def lines(byte_range: ByteRange) -> Iterator[Line]:
             return
 
 
-def paragraphs(byte_range: ByteRange) -> Iterator[list[Line]]:
+def paragraphs(byte_range: ByteRange) -> Iterator[list[FileLine]]:
     """Yield the paragraphs whose first line starts in the range. Raises DataError if the file cannot be read.
 
     A paragraph starts at a line that is not blank and that follows a blank line or begins the file.
     """
-    paragraph: list[Line] = []
+    paragraph: list[FileLine] = []
     started_before = False  # whether the current paragraph belongs to the range before this one
     # The line before the range is read too: it tells whether a paragraph is in progress where the range begins.
     for line in _lines_from_before(byte_range):
@@ -116,7 +116,7 @@ def paragraphs(byte_range: ByteRange) -> Iterator[list[Line]]:
         yield paragraph
 
 
-def _lines_from_before(byte_range: ByteRange) -> Iterator[Line]:
+def _lines_from_before(byte_range: ByteRange) -> Iterator[FileLine]:
     """Yield lines to the end of the file, starting with the line that holds the last byte before the range.
 
     A range that begins the file has no such line and starts at its first one.
@@ -131,7 +131,7 @@ def _lines_from_before(byte_range: ByteRange) -> Iterator[Line]:
         number = None if byte_range.begin else 0
         for raw in file:
             number = None if number is None else number + 1
-            yield Line(byte_range.file, number, offset, raw.rstrip(b"\r\n"))
+            yield FileLine(byte_range.file, number, offset, raw.rstrip(b"\r\n"))
             offset += len(raw)
 
 

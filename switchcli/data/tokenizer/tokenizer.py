@@ -23,7 +23,7 @@ from switchcli.data.sources.document import Document
 from switchcli.data.sources.io_errors import data_errors
 from switchcli.data.tokenizer.sample import sample_texts
 from switchcli.data.tokenizer.sentencepiece import read_model
-from switchcli.data.tokenizer.train import BYTES, NUM_SENTINELS, Size, sentinel, train_unigram
+from switchcli.data.tokenizer.train import BYTES, NUM_SENTINELS, VocabSize, sentinel, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, MOST, PAD, Place, Spec
 from switchcli.user_files import expanded, read_regular
@@ -207,8 +207,8 @@ class TrainedTokenizer(Spec):
         return self
 
     @property
-    def _size(self) -> Size:
-        return Size(self.vocab_size, self.num_sentinels, self.byte_fallback)
+    def _size(self) -> VocabSize:
+        return VocabSize(self.vocab_size, self.num_sentinels, self.byte_fallback)
 
     def fingerprint(self) -> str:
         return f"train {self.model_dump_json()} tokenizers {tokenizers.__version__}"

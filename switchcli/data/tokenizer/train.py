@@ -44,7 +44,7 @@ def sentinel_tokens(names: Iterable[str]) -> list[AddedToken]:
     return [AddedToken(name, lstrip=True, rstrip=True) for name in names]
 
 
-class Size(NamedTuple):
+class VocabSize(NamedTuple):
     """The size of a vocabulary, and which of its ids are reserved."""
 
     vocab_size: int
@@ -57,7 +57,7 @@ class Size(NamedTuple):
         return len(SPECIAL) + self.num_sentinels + len(BYTES) * self.byte_fallback
 
 
-def train_unigram(texts: list[str], size: Size, character_coverage: float = 0.9995) -> Tokenizer:
+def train_unigram(texts: list[str], size: VocabSize, character_coverage: float = 0.9995) -> Tokenizer:
     """Train a tokenizer of exactly `size.vocab_size` ids. Characters beyond the coverage become bytes or `<unk>`.
 
     Raises DataError if there is no text, or if its distinct characters alone outnumber the pieces.
@@ -101,7 +101,7 @@ def train_unigram(texts: list[str], size: Size, character_coverage: float = 0.99
     return tokenizer
 
 
-def _complete(tokenizer: Tokenizer, num_pieces: int, size: Size) -> None:
+def _complete(tokenizer: Tokenizer, num_pieces: int, size: VocabSize) -> None:
     """Put the trained pieces in order, and add special, byte and unused pieces (up to `num_pieces`), and sentinels."""
     vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
     special, trained = vocabulary[: len(SPECIAL)], vocabulary[len(SPECIAL) :]
