@@ -42,7 +42,7 @@ def main() -> int:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"of {', '.join(f'{letter} ({file})' for letter, file in PARTS.items())}, see CONTRIBUTING.md",
+        help=f"of {', '.join(f'{letter} ({file})' for letter, file in PARTS.items())}, see README.md beside it",
     )
     parser.add_argument("--short", action="store_true", help="as few trials as the tests make")
     parser.add_argument("--json", action="store_true", help="one JSON object: tried and failed, by part and by class")

@@ -1,7 +1,7 @@
 """Every signal that a process can catch, sent to a training run in the middle of a step.
 
 A run saves and exits with 75, or goes on as if nothing had happened, or dies of the signal. In each case the same
-command then ends as a run that nothing happened to, and nothing hangs. CONTRIBUTING.md says what each signal does.
+command then ends as a run that nothing happened to, and nothing hangs. README.md says what each signal does.
 """
 
 import os

@@ -12,7 +12,7 @@ class Row(NamedTuple):
     """One line of the table."""
 
     part: str
-    """The letter of its section in CONTRIBUTING.md."""
+    """The letter of its row in README.md."""
     what: str
     """What was done: a few words."""
     trials: int
