@@ -1,4 +1,4 @@
-"""`python -m switchcli`, and so `torchrun -m switchcli` and `accelerate launch -m switchcli`."""
+"""The entry point of `python -m switchcli`, and of `torchrun -m switchcli` and `accelerate launch -m switchcli`."""
 
 if __name__ == "__main__":
     from switchcli.startup import end_with_launcher

@@ -1,4 +1,4 @@
-"""The command line: finds the verbs, and turns errors into exit codes. No verb imports what computes until it runs."""
+"""The command line: finds and runs the verbs, and turns errors into exit codes. Heavy imports wait for a verb."""
 
 import errno
 import importlib
@@ -20,7 +20,7 @@ ORDER = (
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
     *("recipes", "data", "convert", "upcycle", "prune", "report", "sweep", "launch"),
 )
-"""The verbs as `--help` lists them. A verb that is not named here comes after these."""
+"""The verbs in the order of `--help`. A verb that is not listed comes after these."""
 
 app = typer.Typer(
     cls=CheckedGroup,
@@ -31,22 +31,24 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"switchcli {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 
 def _add_verbs() -> None:
-    """Add the `app` of each module of commands/ that has one. What begins with an underscore is not imported."""
-    found = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    for name in (*ORDER, *(name for name in found if name not in ORDER)):
+    """Add the `app` of each module of commands/ that has one. Modules with a leading underscore are not imported."""
+    names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
+    for name in (*ORDER, *(name for name in names if name not in ORDER)):
         verb = getattr(importlib.import_module(f"switchcli.commands.{name}"), "app", None)
         if verb is not None:
             app.add_typer(verb)
@@ -56,6 +58,7 @@ _add_verbs()
 
 
 def _require_working_directory() -> None:
+    """Raise RecipeError if the working directory was removed or may not be read."""
     try:
         Path.cwd()
     except OSError as error:
@@ -64,20 +67,20 @@ def _require_working_directory() -> None:
         ) from error
 
 
-_show_other_warning = warnings.showwarning
+_python_showwarning = warnings.showwarning
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """Print a warning about the user's recipe as a line of ours; leave those of libraries to Python."""
+def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    """Print a warning about the user's recipe as one line; leave warnings of libraries to Python."""
     if issubclass(category, RenamedWarning):
         _exit.console().warning(str(message))
     else:
-        _show_other_warning(message, category, *place, **more)
+        _python_showwarning(message, category, *args, **kwargs)
 
 
 def main() -> None:
-    """Run the command line; every failure that a user can mend ends in one line and the exit code of its kind."""
-    startup.limit_spinning(os.environ)
+    """Run the command line. An error that a user can fix ends in one line and the exit code of its kind."""
+    startup.limit_spinning(os.environ)  # before torch is imported
     startup.end_with_launcher()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell: `>&-`

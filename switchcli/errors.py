@@ -1,7 +1,7 @@
-"""What a user can mend: each kind of error with its exit code.
+"""Errors that a user can fix, each kind with its exit code.
 
-A message is one line that says the rule, the numbers, where it was broken (file:line and key) and the way out.
-`assert` is for our own mistakes; these are for a user's input, files and machines.
+A message is one line: the rule, the numbers, the location of the violation (file:line and key) and the fix.
+`assert` is for bugs of this package; these errors are for a user's input, files and machines.
 """
 
 import errno
@@ -15,11 +15,11 @@ from typing import ClassVar, Final
 
 
 class SwitchError(Exception):
-    """A failure that the user is told about in one line, without a traceback; with several arguments, in several."""
+    """A failure that is reported in one line per argument, without a traceback."""
 
     exit_code: int = 1
     on_every_rank: ClassVar[bool] = False
-    """All ranks raise it together, so that one of them says it."""
+    """Whether all ranks raise this error together, so that only one of them reports it."""
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
@@ -35,65 +35,65 @@ class RenamedWarning(FutureWarning):
 
 
 class OutOfMemory(SwitchError):
-    """The device or the machine has no room for a tensor."""
+    """The device or the machine has no memory left for a tensor."""
 
 
 class RecipeError(SwitchError):
-    """A recipe, an override or an option that breaks a rule."""
+    """A recipe, an override or an option breaks a rule."""
 
     exit_code = 2
 
 
 class DataError(SwitchError):
-    """A corpus, a tokenizer or a text that cannot be used."""
+    """A corpus, a tokenizer or a text cannot be used."""
 
     exit_code = 3
 
 
 class CheckpointError(SwitchError):
-    """A checkpoint, a lock or a disk that cannot be used."""
+    """A checkpoint, a lock or a disk cannot be used."""
 
     exit_code = 4
 
 
 class NumericsError(SwitchError):
-    """NaN, infinity or divergence."""
+    """A value is NaN or infinite, or training diverged."""
 
     exit_code = 5
     on_every_rank = True
 
-    def __init__(self, found: str, mend: str) -> None:
-        """`found`: what is not finite, where, and at which step."""
-        super().__init__(f"{found}: {mend}")
-        self.found, self.mend = found, mend
+    def __init__(self, problem: str, fix: str) -> None:
+        """`problem` says which value is not finite, where, and at which step."""
+        super().__init__(f"{problem}: {fix}")
+        self.problem, self.fix = problem, fix
 
 
 class DistributedError(SwitchError):
-    """A rank or the network between ranks."""
+    """A rank or the network between ranks failed."""
 
     exit_code = 6
 
 
 class LostRankError(DistributedError):
-    """Another rank is gone: which, and how, in a few words; `where` says after which step."""
+    """Another rank is gone. The message says which one and how; a note says after which step."""
 
 
 class Interrupted(SwitchError):
-    """Stopped by a signal after saving: the same command goes on from there."""
+    """The run was stopped by a signal and saved; the same command resumes it."""
 
     exit_code = 75
     on_every_rank = True
 
 
 class InterruptedByForce(SwitchError):
-    """Stopped by a second Ctrl-C, without saving."""
+    """The run was stopped by a second Ctrl-C, without saving."""
 
     exit_code = 130
     on_every_rank = True
 
 
 class OtherRankError(SwitchError):
-    """Another rank failed, mostly the main one, and says why: the others leave with its exit code and no words."""
+    """Another rank, usually the main one, failed and reports why; this rank exits silently with the same code."""
 
     on_every_rank = True
 
@@ -103,89 +103,103 @@ class OtherRankError(SwitchError):
 
 
 class RankError(SwitchError):
-    """What a rank other than the main one failed with: the main one says it for all."""
+    """A failure of a rank other than the main one, reported by the main rank."""
 
     on_every_rank = True
 
-    def __init__(self, rank: int, exit_code: int, words: str) -> None:
-        super().__init__(f"rank {rank}: {words}")
+    def __init__(self, rank: int, exit_code: int, message: str) -> None:
+        super().__init__(f"rank {rank}: {message}")
         self.exit_code = exit_code
 
 
-_MEND: Final = {
+_DISK_FIX: Final = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
     **dict.fromkeys((errno.ELOOP, errno.ENXIO), "remove it"),
 }
-_IN_THE_WAY: Final = (errno.ELOOP, errno.ENXIO)
-"""A link, a pipe or a device (`publish.check_file`): the error's own path says which."""
+_OCCUPIED: Final = (errno.ELOOP, errno.ENXIO)
+"""A link, a pipe or a device has the name of an output (`publish.check_file`); the error's own path says which."""
 
 
 @contextmanager
 def disk_errors(
-    path: Path, elsewhere: str = "give another folder by --out", bytes_needed: int | None = None
+    path: Path, alternative: str = "give another folder by --out", bytes_needed: int | None = None
 ) -> Iterator[None]:
-    """Within, what the disk refuses (OSError) is raised as a CheckpointError: where, why, and the ways out."""
+    """Raise an OSError of the `with` block as a CheckpointError that says where, why, and how to fix it.
+
+    `alternative` is the second fix that the message offers. With `bytes_needed` the message compares it with the free
+    space, whatever the error is.
+    """
     try:
         yield
     except OSError as error:
-        room = f" ({_free_bytes(path)} bytes free)" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        space = ""
         if bytes_needed is not None:
-            room = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
-        mend = _MEND.get(error.errno or 0, "check the disk")
-        where = error.filename if error.filename and error.errno in _IN_THE_WAY else path
-        raise CheckpointError(f"{where}: {error.strerror or error}{room}: {mend}, or {elsewhere}") from error
+            space = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            space = f" ({_free_bytes(path)} bytes free)"
+        fix = _DISK_FIX.get(error.errno or 0, "check the disk")
+        location = error.filename if error.filename and error.errno in _OCCUPIED else path
+        raise CheckpointError(f"{location}: {error.strerror or error}{space}: {fix}, or {alternative}") from error
 
 
+_NO_PERMISSION: Final = "you have no permission: change its mode, or give another path"
 _PATH_FIX: Final = {
     errno.ENAMETOOLONG: "a name has at most 255 bytes, and a path 4,095: give a shorter one",
     errno.ELOOP: "a link leads to itself: name a file or a folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder: fix the path",
     errno.EISDIR: "it is a folder, and a file is needed: name a file in it",
-    errno.EACCES: "you have no right to it: change its mode, or give another path",
-    errno.EPERM: "you have no right to it: change its mode, or give another path",
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
     errno.EROFS: "the disk is read-only: give another path",
     errno.ENXIO: "it is a pipe, a socket or a device: name a file",
 }
 
 
 def path_error(error: Exception) -> RecipeError | None:
-    """Return the error of a path that a user named and the system refuses; None for a failure that is a defect.
+    """Return the RecipeError for a user's path that the system refuses, or None if `error` is a bug.
 
-    The last guard of the command line. A missing file is not among them: one that a user named has its own message.
+    The command line calls this for every unexpected exception. A missing file is not covered: where a user names one,
+    the code that opens it has a message of its own.
     """
     if isinstance(error, OSError) and error.filename is not None and error.errno in _PATH_FIX:
-        return RecipeError(f"{_shortened(os.fsdecode(error.filename))}: {error.strerror}: {_PATH_FIX[error.errno]}")
+        return RecipeError(f"{_shorten(os.fsdecode(error.filename))}: {error.strerror}: {_PATH_FIX[error.errno]}")
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib, before Python 3.13
         return RecipeError(f"{str(error).removeprefix('Symlink loop from ')}: {_PATH_FIX[errno.ELOOP]}")
+    # Python decodes the bytes of a file name that are not UTF-8 to these surrogates, which cannot be encoded again.
     if isinstance(error, UnicodeEncodeError) and re.search("[\udc80-\udcff]", error.object[error.start : error.end]):
+        # The name is the line around the surrogate: error.object may be a whole document.
         before, after = error.object[: error.start].split("\n")[-1], error.object[error.start :].split("\n")[0]
         return RecipeError(
-            f"{_shortened(before + after)}: a name in it is not UTF-8, and a run is saved as UTF-8: rename the file or "
+            f"{_shorten(before + after)}: a name in it is not UTF-8, and a run is saved as UTF-8: rename the file or "
             "the folder"
         )
     return None
 
 
-def _shortened(path: str) -> str:
+def _shorten(path: str) -> str:
     return path if len(path) <= 200 else f"{path[:100]}...{path[-60:]}"
 
 
 OUTSIDE = "outside training"
+"""The location of an error that was raised outside training."""
 UNKNOWN = "at a step that is not known"
-"""The note of an error that cannot say it."""
+"""The location of an error of which it is not known after which step it was raised."""
 
 
 def training_location(error: BaseException | None) -> str:
-    """After which step of training, by a note of the error or of what it came of; or that it was outside."""
-    notes = [note for one in cause_chain(error) for note in getattr(one, "__notes__", ())]
+    """Return where in training an error was raised: "after step N", `UNKNOWN` or `OUTSIDE`.
+
+    The location is a note (PEP 678) of the error or of one of its causes.
+    """
+    notes = [note for cause in cause_chain(error) for note in getattr(cause, "__notes__", ())]
     return next((note for note in notes if note.startswith(("after step", UNKNOWN))), OUTSIDE)
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of; an end of the chain that comes back to its beginning, too."""
+    """Yield an error, its cause, the cause of that, and so on. A circular chain ends before it repeats."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -194,11 +208,12 @@ def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def machine_bytes() -> int:
-    """Bytes of this machine's memory, taken or not: what OutOfMemory has to say."""
+    """Return the bytes of this machine's memory, in use or free. Messages of `OutOfMemory` state it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _free_bytes(path: Path) -> str:
+    """Return the free bytes of the disk that holds `path`, which need not exist, as text."""
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
         return f"{shutil.disk_usage(nearest).free:,}"

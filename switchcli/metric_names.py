@@ -7,7 +7,7 @@ FLOPS_PER_SECOND = "flops_per_second"
 LEARNING_RATE = "learning_rate"
 GRADIENT_NORM = "gradient_norm"
 BALANCE = "balance"
-"""The load-balancing loss of the sparse layers over its least value; 1 where all experts have equal loads."""
+"""The load-balancing loss of the sparse layers divided by its minimum: 1 if all experts have equal loads."""
 DEAD_EXPERTS = "dead_experts"
 AUXILIARY_LOSS = "auxiliary_loss"
 SOFT_CROSS_ENTROPY = "soft_cross_entropy"
@@ -15,21 +15,23 @@ TEACHER_DIVERGENCE = "teacher_divergence"
 BITS_PER_BYTE = "bits_per_byte"
 
 HELD_OUT_PREFIX = "held_out/"
-"""Before the name of a metric on held-out text."""
+"""The prefix of a metric that is measured on held-out text."""
 HELD_OUT = f"{HELD_OUT_PREFIX}{NEG_LOG_PERPLEXITY}"
 FIRST_HELD_OUT = "held_out/first_neg_log_perplexity"
-"""Before the first step."""
+"""The value of `HELD_OUT` before the first step."""
 HELD_OUT_BITS = f"{HELD_OUT_PREFIX}{BITS_PER_BYTE}"
 
 TASK_PREFIX = "tasks/"
+"""The prefix of a task's score."""
 TASKS_AVERAGE = f"{TASK_PREFIX}average"
+"""The average of the scores of all tasks."""
 
 
 def task_score(task: str) -> str:
-    """Return the name of a task's score."""
+    """Return the metric name of a task's score."""
     return f"{TASK_PREFIX}{task}"
 
 
 def suite_score(suite: str) -> str:
-    """Return the name of the average of a benchmark."""
+    """Return the metric name of a benchmark's average score."""
     return f"suites/{suite}"

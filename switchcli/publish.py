@@ -1,9 +1,9 @@
 """Publish files and folders: complete or not at all, durable, and never through a link.
 
-An output is written under a temporary name beside its target, synced, and renamed to the target. After a crash at any
-moment the old output or the new one is there, and perhaps a temporary file or folder. The writer holds a lock (flock)
-on what it writes, and the system releases the lock of a process that dies. The next publication of the same target
-therefore removes what is left of earlier ones, and nothing that another process is still writing.
+An output is written under a temporary name beside its target, synced, and renamed to the target. A crash at any moment
+leaves the old output or the new one, and perhaps a temporary file or folder. The writer holds a lock (flock) on its
+temporary file or folder, and the system releases the lock of a process that dies. The next publication of the same
+target therefore removes what dead processes left, and nothing that another process is still writing.
 
 Temporary names are PREFIX followed by 16 random hexadecimal digits. No other name is removed, and a link is neither
 followed nor removed. Every function raises OSError when the system refuses.
@@ -23,24 +23,27 @@ from pathlib import Path
 from typing import IO
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}-[0-9a-f]{16}")
-"""The names of temporary files and folders that are published beside their target."""
+"""Names of the temporary files and folders of any target."""
 Content = str | bytes | Iterable[bytes]
-"""A text, which is written as UTF-8, or bytes, whole or in parts."""
+"""The content of a file: text, which is written as UTF-8, or bytes, in one piece or several."""
 _RANDOM = "[0-9a-f]{16}"
-_LOCK, _OLD = "lock", "old"
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOCK, _REPLACED = "lock", "old"
+"""Names in a temporary folder: its lock, and the old folder of the target while it is being replaced."""
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of flock on file systems without locks."""
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+"""Errors of fsync on a folder, where the file system cannot sync one or the user may not read it."""
 
 
 # Files
 
 
 def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
-    """Publish one file. Without `replace` raise FileExistsError where there is one.
+    """Publish one file. Without `replace`, raise FileExistsError if the target exists.
 
-    A replaced file hands on its permissions, and its owner may read and write the new one. A target that is a link, a
-    folder or a device is refused.
+    The new file gets the permissions of the file that it replaces, and its owner may always read and write it. A target
+    that is a link, a folder or a device is refused.
     """
     remove_stale(path)
     if not replace and os.path.lexists(path):
@@ -48,7 +51,7 @@ def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
     check_file(path)
     temporary, descriptor = _new_file(path.parent, _prefix(path))
     try:
-        _fill(descriptor, content, path)
+        _write_and_sync(descriptor, content, path)
         temporary.rename(path)
     finally:
         with suppress(OSError):
@@ -58,16 +61,16 @@ def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
 
 
 def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Publish several files in a folder, as `write_file`: none is renamed before all are written and synced."""
+    """Publish several files in a folder, each like `write_file`. All are written and synced before one is renamed."""
     prefix = _prefix(folder)
     remove_stale_in(folder, temporary_name_pattern(prefix))
     for name in contents:
         check_file(folder / name)
     with locked_folder(folder, prefix) as temporary:
         for name, content in contents.items():
-            descriptor = os.open(temporary / name, _NEW, 0o666)
+            descriptor = os.open(temporary / name, _CREATE, 0o666)
             try:
-                _fill(descriptor, content, folder / name)
+                _write_and_sync(descriptor, content, folder / name)
             finally:
                 os.close(descriptor)
         for name in contents:
@@ -75,22 +78,22 @@ def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
     _sync_folder(folder)
 
 
-def _fill(descriptor: int, content: Content, target: Path) -> None:
-    """Write and sync a new file that will replace the target."""
+def _write_and_sync(descriptor: int, content: Content, target: Path) -> None:
+    """Write and sync a new file, with the permissions of the target that it will replace."""
     with suppress(OSError):  # no such target, or a file system without permissions
         os.fchmod(descriptor, target.lstat().st_mode & 0o777 | 0o600)
     with open(descriptor, "wb", closefd=False) as stream:
-        parts = [content.encode()] if isinstance(content, str) else content
-        stream.writelines([parts] if isinstance(parts, bytes) else parts)
+        chunks = content.encode() if isinstance(content, str) else content
+        stream.writelines([chunks] if isinstance(chunks, bytes) else chunks)
     os.fsync(descriptor)
 
 
 def _new_file(parent: Path, prefix: str) -> tuple[Path, int]:
-    """An empty temporary file and its descriptor, which holds the lock."""
+    """Return an empty temporary file and its descriptor, which holds the lock."""
     while True:
         path = parent / f"{prefix}{secrets.token_hex(8)}"
-        descriptor = os.open(path, _NEW, 0o666)
-        if _hold(path, descriptor):
+        descriptor = os.open(path, _CREATE, 0o666)
+        if _lock_new_file(path, descriptor):
             return path, descriptor
 
 
@@ -99,9 +102,9 @@ def _new_file(parent: Path, prefix: str) -> tuple[Path, int]:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """Within: a temporary folder beside the target, to build a folder in that `publish_folder` gives the target's name.
+    """Yield a temporary folder beside the target. Build a folder in it, and pass that to `publish_folder`.
 
-    Leftovers of earlier publications of the target are removed first (`remove_dead`).
+    Leftovers of earlier publications of the target are removed first (`remove_stale`).
     """
     remove_stale(target)
     with locked_folder(target.parent, _prefix(target), target) as folder:
@@ -111,25 +114,25 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
     """Sync `built`, a child of `temporary_folder(target)`, and rename it to the target.
 
-    The target may be an empty folder. With `replace` it may be any folder: it is moved into the temporary folder first,
-    from where it comes back if this process dies or fails before the new one is in place.
+    The target may be an empty folder. With `replace` it may be any folder. It is moved into the temporary folder first,
+    and moved back if this process dies or fails before the new one has its name.
     """
     check_folder(target)
     for folder, _, names in os.walk(built):
         for name in names:
-            _sync(Path(folder, name))
+            sync(Path(folder, name))
         _sync_folder(Path(folder))
     if replace and target.exists():
-        target.rename(built.parent / _OLD)
+        target.rename(built.parent / _REPLACED)
     built.rename(target)
     _sync_folder(target.parent)
 
 
 @contextmanager
 def locked_folder(parent: Path, prefix: str, target: Path | None = None) -> Iterator[Path]:
-    """Within: a new folder `parent`/`prefix`RANDOM, known to be in use by the lock on its file `lock`.
+    """Yield a new folder `parent`/`prefix`RANDOM. The lock on its file `lock` shows other processes that it is in use.
 
-    It is removed at the end, after what it holds of the target came back, if need be.
+    It is removed at the end. If it holds the old folder of a target that has no new one, that is moved back first.
     """
     path, descriptor = _new_folder(parent, prefix)
     try:
@@ -139,21 +142,22 @@ def locked_folder(parent: Path, prefix: str, target: Path | None = None) -> Iter
             _restore(path, target)
             _remove(path)
         os.close(descriptor)
-        _remove_emptied(path)
+        _remove_if_empty(path)
 
 
 def _new_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Return a new temporary folder and the descriptor of its lock file, which holds the lock."""
     while True:
         path = parent / f"{prefix}{secrets.token_hex(8)}"
         path.mkdir(mode=0o700)
         try:
-            descriptor = os.open(path / _LOCK, _NEW, 0o600)
-        except FileNotFoundError:  # another process took the folder for a leftover before it was locked
+            descriptor = os.open(path / _LOCK, _CREATE, 0o600)
+        except FileNotFoundError:  # another process took the folder for a leftover, as it had no lock yet
             continue
         except OSError:
             path.rmdir()
             raise
-        if _hold(path / _LOCK, descriptor):
+        if _lock_new_file(path / _LOCK, descriptor):
             return path, descriptor
 
 
@@ -161,27 +165,27 @@ def _new_folder(parent: Path, prefix: str) -> tuple[Path, int]:
 
 
 def remove_stale(target: Path) -> None:
-    """Remove the temporary files and folders of publications of `target` whose process is gone.
+    """Remove the temporary files and folders that dead processes left when they published `target`.
 
-    A folder that such a process was replacing comes back. What the system refuses to remove stays.
+    A folder that such a process was replacing is moved back. What the system refuses to remove stays.
     """
     remove_stale_in(target.parent, temporary_name_pattern(_prefix(target)), target)
 
 
 def temporary_name_pattern(prefix: str) -> re.Pattern[str]:
-    """The names of temporary files and folders with this prefix."""
+    """Return the pattern of the names of temporary files and folders with this prefix."""
     return re.compile(re.escape(prefix) + _RANDOM)
 
 
-def remove_stale_in(parent: Path, form: re.Pattern[str], target: Path | None = None) -> None:
-    """Remove the temporary files and folders in `parent` with names of this form whose process is gone."""
+def remove_stale_in(parent: Path, pattern: re.Pattern[str], target: Path | None = None) -> None:
+    """Remove the temporary files and folders of dead processes in `parent` whose names match `pattern`."""
     with suppress(OSError):
-        for path in sorted(path for path in parent.iterdir() if form.fullmatch(path.name)):
+        for path in sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name)):
             with suppress(OSError):
-                _remove_if_dead(path, target)
+                _remove_if_stale(path, target)
 
 
-def _remove_if_dead(path: Path, target: Path | None) -> None:
+def _remove_if_stale(path: Path, target: Path | None) -> None:
     mode = path.lstat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         return
@@ -189,26 +193,26 @@ def _remove_if_dead(path: Path, target: Path | None) -> None:
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        path.rmdir()  # its process died before it had the lock, or after it had removed it: an empty folder
+        path.rmdir()  # empty: its process died before it made the lock, or after it had removed it
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where another process holds it
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if another process holds it
         _restore(path, target)
         _remove(path)
     finally:
         os.close(descriptor)
-        _remove_emptied(path)
+        _remove_if_empty(path)
 
 
 def _restore(folder: Path, target: Path | None) -> None:
-    """Give a folder that was being replaced its name back, unless the new one is in place."""
-    if target is not None and is_folder(folder / _OLD) and not os.path.lexists(target):
-        (folder / _OLD).rename(target)
+    """Move a folder that was being replaced back to the target, unless the new one is there."""
+    if target is not None and is_folder(folder / _REPLACED) and not os.path.lexists(target):
+        (folder / _REPLACED).rename(target)
         _sync_folder(target.parent)
 
 
 def _remove(path: Path) -> None:
-    """Remove a temporary file or folder. The lock goes last: until then the folder can be known for a leftover."""
+    """Remove a temporary file or folder. The lock goes last: until then another process sees that it is a leftover."""
     if not is_folder(path):
         path.unlink()
         return
@@ -221,11 +225,11 @@ def _remove(path: Path) -> None:
     path.rmdir()
 
 
-def _remove_emptied(path: Path) -> None:
+def _remove_if_empty(path: Path) -> None:
     """Remove a temporary folder that is empty now that its lock is closed.
 
-    NFS keeps a removed file under another name, in the same folder, as long as it is open: `_remove` cannot remove the
-    folder then.
+    NFS keeps a removed file under another name in the same folder as long as it is open: until then `_remove` cannot
+    remove the folder.
     """
     with suppress(OSError):
         if is_folder(path):
@@ -233,19 +237,19 @@ def _remove_emptied(path: Path) -> None:
 
 
 def _prefix(target: Path) -> str:
-    """How the temporary names of a target begin: of a length that any file system allows."""
+    """Return the start of the temporary names of a target, of a length that any file system allows."""
     return f".tmp-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
 
 
-def _hold(path: Path, descriptor: int) -> bool:
-    """Lock a new file. False, and the descriptor is closed, where it was removed as a leftover before it was locked."""
+def _lock_new_file(path: Path, descriptor: int) -> bool:
+    """Lock a new file. Return False, with the descriptor closed, if it was removed as a leftover before the lock."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for a process that is removing the file, not longer
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits only for a process that is removing the file
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             os.close(descriptor)
             raise
-        return True  # without locks no process can take it for dead either
+        return True  # without locks no process can take it for a leftover either
     with suppress(FileNotFoundError):
         if os.path.samestat(path.lstat(), os.fstat(descriptor)):
             return True
@@ -262,7 +266,7 @@ def is_folder(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raise OSError where `path` is there and not a regular file: a link, a folder, a pipe, a device."""
+    """Raise OSError if `path` exists and is not a regular file: a link, a folder, a pipe, a device."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         _check_no_link(path, mode)
@@ -273,7 +277,7 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise OSError where `path` is there and not a folder, or a link to one."""
+    """Raise OSError if `path` exists and is not a folder; a link to one is refused too."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         _check_no_link(path, mode)
@@ -287,19 +291,21 @@ def _check_no_link(path: Path, mode: int) -> None:
 
 
 def open_append(path: Path) -> IO[str]:
-    """Open a text file to append to, made if it is not there. Anything but a regular file is refused."""
+    """Open a text file to append to, and make it if it does not exist. Anything but a regular file is refused."""
     check_file(path)
-    return open(path, "a", encoding="utf-8", opener=_no_link)
+    return open(path, "a", encoding="utf-8", opener=open_without_links)
 
 
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe must not keep us waiting
+def open_without_links(path: str, flags: int) -> int:
+    """Open a file for `open(opener=...)`: raise OSError for a link, and do not wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 # Syncing
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return once the bytes of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -308,9 +314,9 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Sync the names in a folder, on file systems that can, of folders that may be read."""
+    """Sync the names in a folder, if the file system can and the user may read the folder."""
     try:
-        _sync(path)
+        sync(path)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise

@@ -1,9 +1,8 @@
-"""What every room may know: Spec, the base of every setting, Place, the type of paths and URLs, and T5's two tokens.
+"""Types that all packages share: `Spec`, the base class of settings, `Place`, a path or URL, and T5's special tokens.
 
-A Spec is a frozen pydantic value that refuses unknown keys.
-
-A choice among several is a union of specs told apart by their `kind`; the spec itself does the work (`assign`, `build`,
-a call), so that YAML validates straight into the object that is used.
+A Spec is a frozen pydantic model that refuses unknown keys. A choice among several is a union of specs with a
+discriminator, `kind`. The spec itself does the work (`assign`, `build`, a call), so that YAML validates straight into
+the object that is used.
 """
 
 from types import MappingProxyType
@@ -14,10 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from switchcli import credentials
 
 PAD: Final = 0
-"""T5: the padding token, and the token that starts the decoder."""
+"""The ID of T5's padding token, which also starts the decoder."""
 EOS: Final = 1
-"""T5: the token that ends inputs and targets."""
-
+"""The ID of T5's token that ends inputs and targets."""
 
 MOST: Final = MappingProxyType(
     {
@@ -43,12 +41,13 @@ MOST: Final = MappingProxyType(
         "seed": (1 << 63) - 1,
     }
 )
-"""Upper bounds of what a recipe or a config.json may ask for. They are far above any model published: Switch-C has
-2,048 experts in each of 30 blocks, 61,440 in all, and batches of 2**20 tokens."""
+"""Upper bounds of sizes in a recipe or a config.json, far above any published model.
+
+Switch-C has 2,048 experts in each of 30 blocks, 61,440 in all, and batches of 2**20 tokens."""
 
 
 def check_place(place: str) -> str:
-    """Return `place`. Raises ValueError for what names no place, and for one that holds credentials."""
+    """Return `place`, a path or URL. Raises ValueError if it is empty, holds a NUL character or holds credentials."""
     if not place:
         raise ValueError("is empty: name a file, a folder or a URL")
     if "\0" in place:
@@ -63,7 +62,7 @@ Place = Annotated[str, AfterValidator(check_place)]
 
 
 class Spec(BaseModel):
-    """Immutable settings: unknown keys are refused, defaults are checked, NaN and infinity are no numbers."""
+    """The base class of settings: immutable, without unknown keys, with validated defaults, no NaN and no infinity."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -1,6 +1,6 @@
-"""What a process does before it imports anything large: OpenMP's threads, the launcher's death, an unwritable stderr.
+"""Process setup before any large import: OpenMP's spinning, the death of the launcher, an unwritable stderr.
 
-It imports the standard library only, so that it takes effect within the first milliseconds.
+This module imports the standard library only, so that it takes effect within the first milliseconds.
 """
 
 import ctypes
@@ -14,16 +14,16 @@ from typing import Any
 SPIN_COUNT = "10000"
 """Iterations for which a thread of libgomp spins at a barrier before it sleeps."""
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-"""Each of them says how long OpenMP's threads spin."""
+"""Environment variables that set how long OpenMP's threads spin, of GNU, the standard and Intel."""
 LAUNCHER = "SWITCHCLI_LAUNCHER"
 """The environment variable that gives a rank of `--processes` the process ID of its launcher."""
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:
-    """Have OpenMP's threads sleep soon at a barrier, unless the user has decided how long they spin.
+    """Let OpenMP's threads sleep soon at a barrier, unless the user has set how long they spin.
 
-    By default libgomp's threads spin for milliseconds, which keeps the cores from every other process and from the
+    By default libgomp's threads spin for milliseconds, which takes the cores from every other process and from the
     thread that they wait for. libgomp reads the variable when it is loaded: call this before torch is imported.
     """
     if not any(name in environment for name in SPIN_VARIABLES):
@@ -31,10 +31,10 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
 
 
 def end_with_launcher() -> None:
-    """Have this rank of `--processes` get SIGTERM when its launcher dies, or now if it is dead already.
+    """Ask for SIGTERM when the launcher of this rank dies, or send it now if the launcher is dead already.
 
-    Call this first in a rank: until then nothing ends it with its launcher. A process that is no such rank is left
-    alone. The kernel sends the signal on Linux only; elsewhere a launcher that dies later leaves its ranks running.
+    Call this first in a rank of `--processes`: until then the rank outlives its launcher. In any other process it does
+    nothing. The kernel sends the signal on Linux only; elsewhere a launcher that dies later leaves its ranks running.
     """
     launcher = os.environ.get(LAUNCHER)
     if launcher is None:
@@ -46,7 +46,7 @@ def end_with_launcher() -> None:
 
 
 class _LenientFile(io.FileIO):
-    """A file that drops what it cannot write."""
+    """A file that ignores write errors and drops the data."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -56,9 +56,9 @@ class _LenientFile(io.FileIO):
 
 
 def make_stderr_lenient() -> None:
-    """Replace `sys.stderr` by a stream to the same file descriptor that drops what cannot be written.
+    """Replace `sys.stderr` by a stream to the same file descriptor that ignores write errors.
 
-    A message must not end a run: after its terminal was closed, every write fails with EIO.
+    A message must not end a run: after the terminal was closed, every write fails with EIO.
     """
     stream = sys.__stderr__
     if stream is not None and sys.stderr is stream:

@@ -1,4 +1,4 @@
-"""Open files that a user names: regular files alone, so that a pipe or a device holds nothing up."""
+"""Open files that a user names. Only regular files are opened: a pipe or a device could block forever."""
 
 import errno
 import io
@@ -18,24 +18,28 @@ _KINDS = {
 def other_kind(path: Path) -> str:
     """Return what `path` is instead of a regular file, such as "a pipe"; an empty string for a regular file.
 
-    Raises OSError where there is none.
+    Raises OSError if nothing has that path.
     """
-    kind = stat.S_IFMT(path.stat().st_mode)
-    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no file")
+    return _other_kind(path.stat().st_mode)
+
+
+def _other_kind(mode: int) -> str:
+    kind = stat.S_IFMT(mode)
+    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "a special file")
 
 
 def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> "io.BufferedReader[io.FileIO]":
     """Open a regular file, or a link to one, for reading bytes.
 
-    Raises OSError for anything else, with a `strerror` that says what it is and what to do; it waits for no writer.
+    Raises OSError for anything else, with a `strerror` that says what it is and what to do. Never blocks.
     """
     _refuse(other_kind(path), path)
-    # Another file may have taken the name since: do not wait for the writer of a pipe, and look at what was opened.
+    # Another process may have replaced the file since: do not wait for the writer of a pipe (O_NONBLOCK), and check what
+    # was opened.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     file = io.BufferedReader(io.FileIO(descriptor), buffer_bytes)
     try:
-        kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
-        _refuse("" if kind == stat.S_IFREG else _KINDS.get(kind, "no file"), path)
+        _refuse(_other_kind(os.fstat(file.fileno()).st_mode), path)
     except OSError:
         file.close()
         raise
@@ -43,15 +47,15 @@ def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> "io.
 
 
 def expanded(path: Path) -> Path:
-    """Return `path` with `~` replaced by a home folder. Raises OSError where that is not known."""
+    """Return `path` with `~` or `~user` replaced by the home folder. Raises OSError if that is not known."""
     try:
         return path.expanduser()
     except RuntimeError as error:  # no such user, or no HOME
-        raise OSError(errno.ENOENT, f"no home folder is known of {path.parts[0]}", str(path)) from error
+        raise OSError(errno.ENOENT, f"the home folder of {path.parts[0]} is not known", str(path)) from error
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """Return the content of a regular file. Raises OSError as `open_regular`, and for more than `max_bytes` bytes."""
+    """Return the content of a regular file. Raises OSError like `open_regular`, and for more than `max_bytes` bytes."""
     with open_regular(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -60,6 +64,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def _refuse(kind: str, path: Path) -> None:
+    """Raise OSError if `kind`, as returned by `other_kind`, is not that of a regular file."""
     if kind == "a folder":
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if kind:

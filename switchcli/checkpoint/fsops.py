@@ -1,20 +1,21 @@
-"""The file operations of a save, and nothing else: five of them, handed in as one object.
+"""The five operations by which a save changes the disk, as one object.
 
-A save calls these alone to change the disk, so that a test can count them, fail them or die at any of them.
-Reading is not here: it changes nothing.
+A save changes the disk through this interface only, so that a test can count the operations, and fail or crash at any
+of them. Reading is not part of it.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Final, Protocol, final
 
+from switchcli import publish
+
 
 class FileOperations(Protocol):
-    """What a save may do to a disk. Every method raises OSError when the system refuses."""
+    """Operations of a save on the disk. Every method raises OSError when the system refuses."""
 
     def make_dir(self, path: Path) -> None:
-        """Make a folder, with its parents; one that exists is left as it is."""
+        """Make a folder and its parents; nothing happens if it exists."""
 
     def write(self, path: Path, content: bytes | memoryview) -> None:
         """Write a file that must not exist yet."""
@@ -26,7 +27,7 @@ class FileOperations(Protocol):
         """Rename in one step, within one file system."""
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a folder and what it holds; a link is removed, not followed."""
+        """Remove a folder with its content; a link is removed, not followed."""
 
 
 @final
@@ -41,17 +42,13 @@ class DiskOperations:
             stream.write(content)
 
     def sync(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        publish.sync(path)
 
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
 
     def remove_tree(self, path: Path) -> None:
-        if path.is_dir() and not path.is_symlink():
+        if publish.is_folder(path):
             shutil.rmtree(path)
         else:
             path.unlink()

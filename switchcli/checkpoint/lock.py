@@ -1,8 +1,8 @@
-"""One run folder, one run: an exclusive lock on `run.lock` that says who holds it.
+"""An exclusive lock on a run folder, so that only one run writes to it: the file `run.lock`.
 
-The kernel holds the lock (flock), the file only says by whom: a run killed by any means leaves no lock behind, whatever
-the file says. The descriptor is not passed on to programs that the run starts; a child made by fork alone shares it.
-With several ranks, the first takes the lock for all.
+The kernel holds the lock (flock); the content of the file only says which process has it. A run that is killed by any
+means therefore leaves no lock behind. The descriptor is not inherited by programs that the run starts; a child made by
+fork alone shares it. With several ranks, the first takes the lock for all.
 """
 
 import errno
@@ -20,24 +20,26 @@ from pathlib import Path
 from switchcli import publish
 from switchcli.errors import CheckpointError, disk_errors
 
-_PATIENCE_SECONDS = 0.2  # how long a second run waits for the first to have written its name
+_HOLDER_TIMEOUT = 0.2
+"""Seconds that a second run waits for the first to write its name into the file."""
 
 
 @contextmanager
-def lock(run_folder: Path, elsewhere: str = "give another folder by --out") -> Iterator[None]:
-    """Hold the run folder, made if it is not there, for the length of a `with`; `elsewhere` is a way out for messages.
+def lock(run_folder: Path, alternative: str = "give another folder by --out") -> Iterator[None]:
+    """Hold the lock of a run folder for the length of a `with` block. The folder is made if it does not exist.
 
-    Raises CheckpointError, at once, when another run holds it, or the folder cannot be written or locked.
+    Raises CheckpointError, without waiting, when another run holds the lock, or the folder cannot be written or locked.
+    `alternative` is the last fix that the message offers.
     """
     path = run_folder / "run.lock"
-    with disk_errors(path, elsewhere):
+    with disk_errors(path, alternative):
         run_folder.resolve().mkdir(parents=True, exist_ok=True)
         publish.check_file(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        with disk_errors(path, elsewhere):
-            _check_own(descriptor)
-            _take(descriptor, path, elsewhere)
+        with disk_errors(path, alternative):
+            _check_not_hard_link(descriptor)
+            _acquire(descriptor, path, alternative)
         try:
             yield
         finally:
@@ -47,19 +49,20 @@ def lock(run_folder: Path, elsewhere: str = "give another folder by --out") -> I
         os.close(descriptor)
 
 
-def _check_own(descriptor: int) -> None:
-    """Raise OSError where the file has another name too: its content, which is replaced, may be somebody's."""
+def _check_not_hard_link(descriptor: int) -> None:
+    """Raise OSError if the file has a second name: its content, which is replaced, may belong to somebody else."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
 
 
-def _take(descriptor: int, path: Path, elsewhere: str) -> None:
+def _acquire(descriptor: int, path: Path, alternative: str) -> None:
+    """Lock the file and write this process into it. Raises CheckpointError if another process has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise CheckpointError(
-            f"{path.parent}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or {elsewhere}."
+            f"{path.parent}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or {alternative}."
         ) from None
     holder = {"host": platform.node(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     os.ftruncate(descriptor, 0)
@@ -67,10 +70,12 @@ def _take(descriptor: int, path: Path, elsewhere: str) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Who holds the lock, in words. The holder may not have written it yet."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not (text := os.pread(descriptor, 4096, 0)).endswith(b"\n") and time.monotonic() < deadline:
+    """Return a description of the process that has the lock, which may not have written the file yet."""
+    deadline = time.monotonic() + _HOLDER_TIMEOUT
+    text = os.pread(descriptor, 4096, 0)
+    while not text.endswith(b"\n") and time.monotonic() < deadline:
         time.sleep(0.01)
+        text = os.pread(descriptor, 4096, 0)
     try:
         holder = json.loads(text)
         return f"host {holder['host']}, process {holder['pid']}, started {holder['started']}"

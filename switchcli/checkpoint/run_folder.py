@@ -1,4 +1,4 @@
-"""RunFolder: what lies where in a run's folder, and how its small files are written."""
+"""The layout of a run's folder, and the writing of its small files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from switchcli.report.sinks import publish_file
 
 
 class RunFolder:
-    """The folder of one run (see the README for its layout); nothing is made until it is written."""
+    """The paths in the folder of one run (see the README for its layout). Nothing is created until it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -23,7 +23,7 @@ class RunFolder:
         self.result = path / "result.json"
 
     def check_links(self) -> None:
-        """Raise CheckpointError where a link, or something else that is not ours, is where the run would write."""
+        """Raise CheckpointError if a link, or another file that no run makes, is where the run would write."""
         with disk_errors(self.path):
             for file in (self.recipe, self.tokenizer, self.metrics, self.result):
                 publish.check_file(file)
@@ -40,10 +40,10 @@ class RunFolder:
         publish_file(self.result, json.dumps(result, indent=1) + "\n")
 
     def archive(self) -> Path | None:
-        """Rename the folder of an earlier run, so that a new run can begin here. Return its new name, or None.
+        """Rename the folder of an earlier run, so that a new run can begin here. Return its new path, or None if none.
 
-        Where the run folder is a link, the folder that it names is renamed, and the link stays: the new run will be
-        where the earlier one was. Raises RecipeError for a folder that the process works in.
+        If the run folder is a link, the folder that it names is renamed, and the link stays: the new run will be where
+        the earlier one was. Raises RecipeError if the current folder is in the run folder.
         """
         if not os.path.lexists(self.recipe) and not os.path.lexists(self.checkpoints):
             return None
@@ -53,8 +53,8 @@ class RunFolder:
                 f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
         number = 1
-        while os.path.lexists(aside := path.with_name(f"{path.name}.before-{number}")):
+        while os.path.lexists(archived := path.with_name(f"{path.name}.before-{number}")):
             number += 1
         with disk_errors(self.path):
-            path.rename(aside)
-        return aside
+            path.rename(archived)
+        return archived

@@ -1,4 +1,4 @@
-"""The state file of a checkpoint: what resuming needs beside the tensors, as JSON."""
+"""The state file of a checkpoint, state.json: everything that resuming needs besides the tensors."""
 
 import json
 from collections.abc import Mapping
@@ -11,57 +11,72 @@ from switchcli.spec import Spec
 
 
 class Best(NamedTuple):
-    """The highest value of a figure, and the last step that had it."""
+    """The highest value of a metric, and the last step that had it."""
 
     value: float
     step: int
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-_Part = float | list[float] | list[list[float]]
+_Sums = float | list[float] | list[list[float]]
 
 
 class SavedState(Spec):
-    """A state.json: the state's own names, and of the window each metric's total and weight; what is more is of a
-    later version, which no damage is."""
+    """The content of a state.json. Unknown keys are those of a later version, and are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     step: Count = 0
+    """Optimizer steps taken."""
     targets_seen: Count = 0
+    """Target tokens without padding that the run learned from."""
     seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds spent in training steps."""
     eval_metrics: dict[str, float] = Field(default_factory=dict)
+    """Metrics of the last evaluation, by name; higher is better."""
     evaluated_step: Count | None = None
+    """The step of the last evaluation."""
     first_eval_metrics: dict[str, float] = Field(default_factory=dict)
+    """The first value of each metric."""
     best: dict[str, Best] = Field(default_factory=dict)
+    """The best value of each metric over all evaluations."""
     texts: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Metrics of each held-out text at the last evaluation, by its label."""
     bits_per_byte: float | None = None
+    """Bits per byte of all held-out text at the last evaluation; None if unknown."""
     position: list[Count] = Field(default_factory=list)
+    """The position in a stream of text; empty if the step alone determines the batch."""
     skipped_steps: list[tuple[Count, Count]] = Field(default_factory=list)
-    metrics_since_log: dict[str, tuple[_Part, _Part]] = Field(default_factory=dict)
+    """First and last step of each range whose batches were skipped because of values that are not finite."""
+    metrics_since_log: dict[str, tuple[_Sums, _Sums]] = Field(default_factory=dict)
+    """Total and weight of each training metric since the last log record, summed over ranks."""
 
     @classmethod
     def read(cls, text: bytes) -> "SavedState":
-        """Raises ValueError or RecursionError for what no run wrote."""
+        """Return the state in the JSON `text`. Raises ValueError or RecursionError if no run wrote it."""
         return cls.model_validate_json(json.dumps(_upgrade(json.loads(text))))
 
     def metrics_at_step(self) -> Mapping[str, float]:
-        """The figures of the very weights that this lies beside: none when it was not their step's evaluation."""
+        """Return the evaluation metrics of this checkpoint's weights. Empty if they were not evaluated at its step."""
         return self.eval_metrics if self.evaluated_step == self.step else {}
 
 
-_RENAMED = {"figures": "eval_metrics", "first_figures": "first_eval_metrics", "left_out": "skipped_steps",
-            "window": "metrics_since_log"}  # fmt: skip
-"""Keys that versions up to 0.1 wrote, and their names now."""
+_RENAMED = {
+    "figures": "eval_metrics",
+    "first_figures": "first_eval_metrics",
+    "left_out": "skipped_steps",
+    "window": "metrics_since_log",
+}
+"""Keys that versions up to 0.1 wrote, and their new names."""
 
 
 def _upgrade(state: Any) -> Any:
-    """Return the state of an earlier version under the keys of this one."""
+    """Return the state of an earlier version under the keys of this version."""
     if not isinstance(state, dict):
         return state
     state = {_RENAMED.get(key, key): value for key, value in state.items()}
     if "held_out_step" not in state:
         return state
-    # The first versions saved one metric, and not which step was the best.
+    # The first versions saved one metric, and not the step of its best value.
     step = state.pop("held_out_step")
     last, first = (
         {} if value is None else {HELD_OUT: value}

@@ -1,6 +1,6 @@
-"""safetensors files: cut to a bounded size, and judged by the header before tensors are read.
+"""safetensors files: written in shards of bounded size, and checked by their headers before tensors are read.
 
-The library reads them, and refuses overlapping, missing and trailing bytes.
+The safetensors library reads the files, and refuses overlapping, missing and trailing bytes.
 """
 
 import json
@@ -24,11 +24,11 @@ _DTYPES: Final = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""In the order in which the library puts them into a file: each tensor then lies at a multiple of its items' size."""
+"""Dtypes by their codes, in the order of tensors in a file: largest items first, so that every tensor is aligned."""
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor is before its values: its dtype and shape."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -38,71 +38,78 @@ class TensorSpec(NamedTuple):
 
 
 def tensor_spec(tensor: Tensor) -> TensorSpec:
-    """The kind of a tensor on any device, `meta` too."""
+    """Return dtype and shape of a tensor on any device, including `meta`."""
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that the values of these tensors take on disk; headers are some hundred bytes a tensor more."""
+    """Return the bytes of the values of these tensors on disk. Headers add about a hundred bytes per tensor."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def encode(named: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> memoryview:
+def encode(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> memoryview:
     """Return the bytes of a safetensors file with these tensors, of any device and stride, copied once.
 
-    They are the bytes that the library makes (0.8.0). Its `save` copies twice and blocks every thread meanwhile. Its
-    `save_file` copies nothing, but the digest of the manifest is of the bytes in memory, which it does not give. It
-    also writes a file that only its owner may read, and its errors have no errno, by which a full disk is known.
+    The bytes equal those of the safetensors library (0.8.0). Its `save` copies twice and blocks all threads meanwhile.
+    Its `save_file` copies nothing, but the digest in the manifest needs the bytes in memory; it also makes a file that
+    only its owner may read, and its errors have no errno, which is needed to recognize a full disk.
     """
     codes = {dtype: code for code, dtype in _DTYPES.items()}
     order = list(codes)
-    tensors = sorted(named.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
+    items = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    ends = [0]
-    for name, tensor in tensors:
-        ends.append(ends[-1] + num_bytes([tensor]))
-        header[name] = {"dtype": codes[tensor.dtype], "shape": [*tensor.shape], "data_offsets": ends[-2:]}
+    # Tensor i occupies bytes offsets[i] to offsets[i + 1], counted from the end of the header.
+    offsets = [0]
+    for name, tensor in items:
+        offsets.append(offsets[-1] + num_bytes([tensor]))
+        header[name] = {"dtype": codes[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets[-2:]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # to a multiple of 8 bytes, which aligns the tensors
     head = len(text).to_bytes(8, "little") + text
-    content = torch.empty(len(head) + ends[-1], dtype=torch.uint8)
+    content = torch.empty(len(head) + offsets[-1], dtype=torch.uint8)
     content[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    for (_, tensor), begin, end in zip(tensors, ends, ends[1:], strict=False):
-        place = content[len(head) + begin : len(head) + end]
-        place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    for (_, tensor), begin, end in zip(items, offsets, offsets[1:], strict=False):
+        destination = content[len(head) + begin : len(head) + end]
+        destination.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
     return content.numpy().data
 
 
 def read_tensor_specs(path: Path) -> dict[str, TensorSpec]:
-    """Name and kind of each tensor of a file, from its header alone. Raises ValueError when the file is not sound."""
-    kinds: dict[str, TensorSpec] = {}
-    held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # it may be removed between the library's two ways to open it
+    """Return dtype and shape of each tensor of a file by its name, from the header alone.
+
+    Raises ValueError if the file is invalid.
+    """
+    specs: dict[str, TensorSpec] = {}
+    # The library opens the path twice; another process may remove the file in between. A descriptor keeps it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with safe_open(f"/dev/fd/{held}", framework="pt") as stream:
+        with safe_open(f"/dev/fd/{descriptor}", framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118 (not a mapping)
                 header = stream.get_slice(name)
-                kinds[name] = TensorSpec(_DTYPES[header.get_dtype()], tuple(header.get_shape()))
+                specs[name] = TensorSpec(_DTYPES[header.get_dtype()], tuple(header.get_shape()))
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     except KeyError as error:
         raise ValueError(f"a tensor of type {error}") from error
     finally:
-        os.close(held)
-    return kinds
+        os.close(descriptor)
+    return specs
 
 
 @final
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors in files, which may be removed meanwhile: each is read whenever it is asked for, into memory of its own
-    on the CPU, and none is kept."""
+    """Tensors in files. Each access reads a tensor into new memory on the CPU; nothing is cached.
 
-    def __init__(self, places: Mapping[str, Path]) -> None:
-        """`places` gives the file of each name."""
-        self._places = places
-        self._held: dict[Path, int] = {}
-        for path in {*places.values()}:
-            self._held[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._held[path])
+    The files may be removed meanwhile: a descriptor of each is open as long as this object exists.
+    """
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        """`paths` gives the file of each tensor name."""
+        self._paths = paths
+        self._descriptors: dict[Path, int] = {}
+        for path in {*paths.values()}:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptors[path])
         self._open: tuple[int, safe_open] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -110,35 +117,36 @@ class LazyTensors(Mapping[str, Tensor]):
         return tensor.clone()
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """What lies there of a tensor; no more of it is read."""
+        """Return `tensor[index]` of the tensor called `name`, without reading the rest of it."""
         if not index:
             return self[name]
-        part: Tensor = self._file(name).get_slice(name)[index]  # type: ignore[no-untyped-call]
-        return part.clone()
+        tensor: Tensor = self._file(name).get_slice(name)[index]  # type: ignore[no-untyped-call]
+        return tensor.clone()
 
     def _file(self, name: str) -> safe_open:
-        held = self._held[self._places[name]]
-        if self._open is None or self._open[0] != held:
-            self._open = held, safe_open(f"/dev/fd/{held}", framework="pt")
+        """Return the open file of a tensor. The file of the last access stays open."""
+        descriptor = self._descriptors[self._paths[name]]
+        if self._open is None or self._open[0] != descriptor:
+            self._open = descriptor, safe_open(f"/dev/fd/{descriptor}", framework="pt")
         return self._open[1]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._paths)
 
 
-def group_by_bytes(named: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in the order given, in runs of at most max_bytes; a larger tensor is alone."""
+def group_by_bytes(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors, in order, in shards of at most `max_bytes`. A larger tensor is a shard of its own."""
     shard: dict[str, Tensor] = {}
-    room = max_bytes
-    for name, tensor in named.items():
+    remaining = max_bytes
+    for name, tensor in tensors.items():
         size = num_bytes([tensor])
-        if shard and size > room:
+        if shard and size > remaining:
             yield shard
-            shard, room = {}, max_bytes
+            shard, remaining = {}, max_bytes
         shard[name] = tensor
-        room -= size
+        remaining -= size
     if shard:
         yield shard

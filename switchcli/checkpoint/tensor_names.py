@@ -1,12 +1,12 @@
-"""Names of tensors on disk: a stacked expert weight [E, ...] is stored as E tensors, by each expert's global number.
+"""Names of tensors on disk. A stacked expert weight [E, ...] is stored as E tensors, numbered by global expert.
 
     encoder.blocks.1.feed_forward.layer.experts.wi      [E, F, D]   in the model
     encoder.blocks.1.feed_forward.layer.experts.{e}.wi  [F, D]      on disk, for each expert e
-    ...experts.wi/row  <->  ...experts.{e}.wi/row       optimizer state, `<parameter>/<slot>`, in the same way
+    ...experts.wi/row  <->  ...experts.{e}.wi/row       optimizer state, `<parameter>/<slot>`, likewise
 
-Of a tensor that is cut, each rank that has a part has it under the name of the whole.
-So a checkpoint does not know how many ranks wrote it. A slot that is not stacked (a step count, say) keeps the name of
-the stacked parameter. This file knows names and views; it reads and writes nothing.
+Each rank names its part of a sharded tensor like the full tensor. A checkpoint therefore does not depend on the number
+of ranks that wrote it. An optimizer slot without an expert dimension, such as a step count, keeps the name of the
+stacked parameter. This file works on names and views; it reads and writes nothing.
 """
 
 import re
@@ -21,41 +21,48 @@ _STACKED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<tail>[^/]+(?P<slot>/
 _NUMBERED = re.compile(r"(?P<head>(?:[^/]+?\.)?experts)\.(?P<expert>0|[1-9][0-9]*)\.(?P<tail>.+)")
 
 
-def split_experts(named: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
-    """Whole logical tensors of what one process holds, as views of the tensors given.
+def split_experts(tensors: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
+    """Return this process's tensors under their logical names, stacks split into experts, as views.
 
-    `experts` are the global numbers of those in each stack here, as many as its first dimension. A parameter with
-    `experts` in its name must be stacked; a slot is split when its first dimension is as long.
+    `experts` are the global numbers of the experts in every stack, as many as its first dimension. A parameter with
+    `experts` in its name must be stacked; an optimizer slot is split if its first dimension has that length.
     """
     logical: dict[str, Tensor] = {}
-    for name, tensor in named.items():
+    for name, tensor in tensors.items():
         match = _STACKED.fullmatch(name)
         assert not _NUMBERED.fullmatch(name), f"{name} has an expert's number already"
-        stacked = match is not None and tensor.shape[:1] == (len(experts),)
-        assert stacked or match is None or match["slot"], (
+        is_stack = match is not None and tensor.shape[:1] == (len(experts),)
+        assert is_stack or match is None or match["slot"], (
             f"{name} {list(tensor.shape)} is not stacked over {len(experts)} experts"
         )
-        if match is not None and stacked:
-            for expert, part in zip(experts, tensor.unbind(0), strict=True):
-                logical[f"{match['head']}.{expert}.{match['tail']}"] = part
+        if match is not None and is_stack:
+            for expert, expert_tensor in zip(experts, tensor.unbind(0), strict=True):
+                logical[f"{match['head']}.{expert}.{match['tail']}"] = expert_tensor
         else:
             logical[name] = tensor
     return logical
 
 
-def logical_parts(named: Mapping[str, Tensor], cuts: Mapping[str, Layout], experts: range) -> dict[str, LocalPart]:
-    """The same, each with the cuts by which it is a part of the logical tensor; `cuts` by the names of `named`."""
-    found: dict[str, LocalPart] = {}
-    for name, tensor in named.items():
-        own = cuts.get(name, ())
-        for logical, piece in split_experts({name: tensor}, experts).items():
-            shift = tensor.ndim - piece.ndim  # a stack's first dim is gone
-            found[logical] = LocalPart(piece, tuple(cut._replace(dim=cut.dim - shift) for cut in own))
-    return found
+def logical_parts(
+    tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], experts: range
+) -> dict[str, LocalPart]:
+    """Return the tensors of `split_experts`, each with its layout within the full logical tensor.
+
+    `layouts` has the names of `tensors`; a tensor without a layout is not sharded.
+    """
+    parts: dict[str, LocalPart] = {}
+    for name, tensor in tensors.items():
+        layout = layouts.get(name, ())
+        for logical_name, logical_tensor in split_experts({name: tensor}, experts).items():
+            # 1 if the expert dim of a stack was removed: every later dim moves down by one. Otherwise 0.
+            removed_dims = tensor.ndim - logical_tensor.ndim
+            shifted = tuple(sharded._replace(dim=sharded.dim - removed_dims) for sharded in layout)
+            parts[logical_name] = LocalPart(logical_tensor, shifted)
+    return parts
 
 
 def stack_experts(logical: Mapping[str, Tensor], name: str, num_experts: int) -> Tensor:
-    """The tensor of a name in the model: stacked, where it is an expert's."""
+    """Return the tensor with this name in the model. The tensors of experts are stacked, in new memory."""
     match = _STACKED.fullmatch(name)
     if match is None:
         return logical[name]
@@ -63,5 +70,5 @@ def stack_experts(logical: Mapping[str, Tensor], name: str, num_experts: int) ->
 
 
 def expert_numbers(names: Iterable[str]) -> list[int]:
-    """The global numbers of the experts that logical names speak of, ascending."""
+    """Return the sorted global numbers of the experts that occur in logical names."""
     return sorted({int(match["expert"]) for name in names if (match := _NUMBERED.fullmatch(name))})

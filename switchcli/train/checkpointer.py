@@ -256,7 +256,7 @@ def load_optimizer_state(optimizer: Optimizer, found: checkpoint.Checkpoint, exp
         raise CheckpointError(f"{found.path}: holds no optimizer state: start.optimizer=reset begins with a new one.")
     if not held.keys() & slots.keys():
         raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
-    load_parts(slots, found.read("optimizer", full_tensors(slots), some=True, way_out=way_out))
+    load_parts(slots, found.read("optimizer", full_tensors(slots), allow_extra=True, fix=way_out))
 
 
 def load_weights(weights: ModelWeights, tensors: Mapping[str, torch.Tensor]) -> None:

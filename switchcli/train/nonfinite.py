@@ -53,7 +53,7 @@ class NonFiniteHandler:
             others = (
                 f"after {len(left_out)} others in this run (train.nonfinite.at_most is {at_most}: raise it to go on)"
             )
-            raise NumericsError(f"{error.found}, {others}", error.mend)
+            raise NumericsError(f"{error.problem}, {others}", error.fix)
         if policy == "roll_back":
             if not self._run.restore(state):
                 raise error
@@ -65,7 +65,7 @@ class NonFiniteHandler:
         weights = f"with the weights of step {first - 1} and " if policy == "roll_back" else ""
         those = f"step {step}" if first == step else f"steps {first} to {step}"
         self._console.warning(
-            f"{error.found}: going on {weights}without the batches of {those} "
+            f"{error.problem}: going on {weights}without the batches of {those} "
             f"(time {len(state.skipped_steps)} of at most {at_most}: train.nonfinite)"
         )
 

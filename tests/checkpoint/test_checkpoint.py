@@ -170,14 +170,14 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
 def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_step(tmp_path, 4))
     some = {name: tensor for name, tensor in wanted(OPTIMIZER).items() if "norm" not in name}
-    found = checkpoint.read("optimizer", some, some=True)
+    found = checkpoint.read("optimizer", some, allow_extra=True)
     assert equal(found, {name: tensor for name, tensor in numbered(OPTIMIZER, 4).items() if name in some})
     assert checkpoint.tensor_specs("optimizer") == {name: tensor_file.tensor_spec(t) for name, t in OPTIMIZER.items()}
     with pytest.raises(CheckpointError, match=naming("optimizer", "norm.weight/empty")):
         checkpoint.read("optimizer", some)
     for other in ({"embed.weight/row": torch.empty(5)}, {"embed.weight/momentum": torch.empty(4)}):
         with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/.*: another way\.$"):
-            checkpoint.read("optimizer", some | other, some=True, way_out="another way.")
+            checkpoint.read("optimizer", some | other, allow_extra=True, fix="another way.")
 
 
 def test_a_file_that_is_removed_while_it_is_opened_is_read_to_its_end(
@@ -461,7 +461,7 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch:
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(manifests, "_descriptor", refuse)
+    monkeypatch.setattr(publish, "open_without_links", refuse)
     with pytest.raises(CheckpointError, match=naming("MANIFEST", "Permission denied", "readable")):
         latest(tmp_path, fail)
     assert path.exists()
