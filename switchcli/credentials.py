@@ -41,7 +41,7 @@ _TOKEN: Final = re.compile(
     r"\b(hf_\w{16,}|gh[a-z]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|(AKIA|ASIA)[A-Z0-9]{12,})"
 )
 """Tokens of hubs and clouds that have a recognizable form."""
-_SECRET_SUBSTRINGS: Final = tuple("signature credential secret passw accesskey apikey privatekey authoriz".split())
+_SECRET_WORDS: Final = ("signature", "credential", "secret", "passw", "accesskey", "apikey", "privatekey", "authoriz")
 _SECRET_SUFFIXES: Final = ("token", "key")
 _SECRET_NAMES: Final = frozenset({"sig", "sas", "auth", "pwd", "pass", "jwt", "bearer"})
 _MAX_DECODINGS: Final = 3
@@ -123,4 +123,4 @@ def _is_secret(name: str) -> bool:
     letters = re.sub(r"[^a-z]", "", name.lower())
     if letters in _SECRET_NAMES or letters.endswith(_SECRET_SUFFIXES):
         return True
-    return any(substring in letters for substring in _SECRET_SUBSTRINGS)
+    return any(word in letters for word in _SECRET_WORDS)

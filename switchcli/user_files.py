@@ -34,8 +34,8 @@ def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> "io.
     Raises OSError for anything else, with a `strerror` that says what it is and what to do. Never blocks.
     """
     _refuse(other_kind(path), path)
-    # Another process may have replaced the file since: do not wait for the writer of a pipe (O_NONBLOCK), and check what
-    # was opened.
+    # Another process may have replaced the file since: do not wait for the writer of a pipe (O_NONBLOCK), and check the
+    # file that was opened.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     file = io.BufferedReader(io.FileIO(descriptor), buffer_bytes)
     try:

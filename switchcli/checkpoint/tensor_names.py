@@ -43,9 +43,7 @@ def split_experts(tensors: Mapping[str, Tensor], experts: range) -> dict[str, Te
     return logical
 
 
-def logical_parts(
-    tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], experts: range
-) -> dict[str, LocalPart]:
+def logical_parts(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], experts: range) -> dict[str, LocalPart]:
     """Return the tensors of `split_experts`, each with its layout within the full logical tensor.
 
     `layouts` has the names of `tensors`; a tensor without a layout is not sharded.

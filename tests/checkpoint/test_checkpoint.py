@@ -18,6 +18,7 @@ from messages import naming
 from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, wanted
 from torch import Tensor
 
+from switchcli import publish
 from switchcli.checkpoint import checkpoint as checkpoints
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file

@@ -16,7 +16,7 @@ import shown
 import torch
 from forked import Done, command
 
-from switchcli import credentials
+from switchcli import credentials, publish
 from switchcli.checkpoint import manifest, tensor_file
 from switchcli.commands import _exit, tokenizers
 from switchcli.commands import recipes as recipes_verb
@@ -96,7 +96,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
     "no links": (
         attacks.PATHS,
         ["weights that are a link", "a manifest that is a link"],
-        [(manifest, "_descriptor", os.open)],
+        [(publish, "open_without_links", os.open)],
     ),
     "files that the manifest names": (
         attacks.PATHS,
