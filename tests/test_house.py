@@ -62,7 +62,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/distributed/launch.py": "psutil",
     "switchcli/doctor/of_transformers.py": "transformers huggingface_hub",
 }
-READS_PICKLES = "switchcli/convert/pickled.py"
+READS_PICKLES = "switchcli/convert/weight_files.py"
 FINDS_MODULES = {"switchcli/tasks/registry.py": "switchcli.tasks.", "switchcli/cli.py": "switchcli.commands."}
 """The files that import modules by their names, and the package that these modules are in."""
 

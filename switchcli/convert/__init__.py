@@ -1,1 +1,1 @@
-"""Checkpoints of other systems: read, and write in their layout."""
+"""Checkpoints of other systems: read them, and write their layout."""

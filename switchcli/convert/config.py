@@ -1,12 +1,12 @@
-"""config.json of T5 and SwitchTransformers into a `ModelSpec`, by what transformers does with each key.
+"""Read config.json of T5 and SwitchTransformers into a `ModelSpec`, with the meaning that transformers gives each key.
 
-The way back is in `express`; weights are read in `files`. The facts are those of transformers 5.24, which
-keeps the keys of version 4. A key that changes what the model computes, and has a value that we cannot build, is
-refused; keys without effect are passed over.
+to_transformers.py is the inverse, and weight_files.py reads the weights. The keys are those of transformers 4 and 5;
+their meaning was checked with version 5.24. A value that changes what the model computes, and that switchcli cannot
+build, is refused. Keys without effect are ignored.
 
-transformers counts `expert_capacity` slots of an expert in each sequence, whatever its length. Ours is a share of the
-group; the two are equal with one sequence a group, `min_capacity` = `expert_capacity`, and a capacity factor that gives
-no more than that up to the longest sequence.
+transformers gives an expert `expert_capacity` slots per sequence, whatever its length. In switchcli the capacity is a
+fraction of the tokens of a group. The two are equal with one sequence per group, `min_capacity` = `expert_capacity`,
+and a capacity factor that gives at most that for all lengths up to the longest sequence.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from switchcli.convert.weight_names import Kind
+from switchcli.convert.weight_names import ModelType
 from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.moe.router import SwitchRouter
@@ -40,8 +40,8 @@ _SIZES: Final = (
     "relative_attention_num_buckets",
     "relative_attention_max_distance",
 )
-"""The keys of config.json that `bound` checks; other keys of the file, such as a trainer's `seed`, are ignored."""
-_CLASSES: Final[Mapping[str, Kind]] = {
+"""The keys of config.json that `check_sizes` checks. Others with a bound, such as a trainer's `seed`, are ignored."""
+_CLASSES: Final[Mapping[str, ModelType]] = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",
     "SwitchTransformersForConditionalGeneration": "switch_transformers",
@@ -49,14 +49,14 @@ _CLASSES: Final[Mapping[str, Kind]] = {
 
 
 class StackLengths(NamedTuple):
-    """Tokens of the longest sequence of each stack for which capacities are to agree."""
+    """The length in tokens, per stack, of the longest sequence for which expert capacities must agree."""
 
     encoder: int
     decoder: int
 
 
-class _Shape(Spec):
-    """What both kinds have. Keys that every `save_pretrained` writes are required: their defaults differ by kind."""
+class _CommonConfig(Spec):
+    """Keys of both model types. Keys that `save_pretrained` always writes are required: defaults differ by type."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -82,7 +82,8 @@ class _Shape(Spec):
     def decoder_layers(self) -> int:
         return self.num_decoder_layers or self.num_layers
 
-    def _spec(self, scaled: bool, **more: Any) -> ModelSpec:
+    def _model_spec(self, tie_embeddings: bool, **kwargs: Any) -> ModelSpec:
+        """Return the ModelSpec with the common keys. `kwargs` are fields of ModelSpec that differ by model type."""
         return ModelSpec(
             vocab_size=self.vocab_size,
             d_model=self.d_model,
@@ -91,23 +92,23 @@ class _Shape(Spec):
             num_heads=self.num_heads,
             num_layers=self.num_layers,
             num_decoder_layers=None if self.decoder_layers == self.num_layers else self.decoder_layers,
-            tie_embeddings=scaled,
+            tie_embeddings=tie_embeddings,
             dropout=self.dropout_rate,
             layer_norm_epsilon=self.layer_norm_epsilon,
             relative_attention_num_buckets=self.relative_attention_num_buckets,
             relative_attention_max_distance=self.relative_attention_max_distance,
-            **more,
+            **kwargs,
         )
 
 
-class T5Config(_Shape):
-    """The dense model: 1.0 (relu, tied) and 1.1 (gated-gelu, with a softmax matrix of its own)."""
+class T5Config(_CommonConfig):
+    """config.json of a dense T5: version 1.0 (relu, tied embeddings) or 1.1 (gated-gelu, untied)."""
 
     model_type: Literal["t5"] = "t5"
     feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
     dense_act_fn: Literal["relu", "gelu_new"] | None = None
     scale_decoder_outputs: bool | None = None
-    """Version 5's: it ties the matrices whatever `tie_word_embeddings` said, and keeps here what that meant."""
+    """Key of transformers 5, which always ties the matrices. It says what `tie_word_embeddings` says in version 4."""
 
     @property
     def gated(self) -> bool:
@@ -118,15 +119,15 @@ class T5Config(_Shape):
         return 1
 
     def spec(self, lengths: StackLengths) -> ModelSpec:
-        """The same model in our words. A `ValueError` says what is wrong with it."""
+        """Return the model as a ModelSpec. Raises ValueError (a pydantic ValidationError too) if it cannot be built."""
         if self.dense_act_fn not in (None, "gelu_new" if self.gated else "relu"):
             raise ValueError(f"dense_act_fn ({self.dense_act_fn}) is not that of {self.feed_forward_proj}")
-        scaled = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
-        return self._spec(scaled, activation="geglu" if self.gated else "relu")
+        tied = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
+        return self._model_spec(tied, activation="geglu" if self.gated else "relu")
 
 
-class SwitchConfig(_Shape):
-    """The sparse model: relu, top-1 routing."""
+class SwitchConfig(_CommonConfig):
+    """config.json of a Switch Transformer: relu, top-1 routing."""
 
     model_type: Literal["switch_transformers"] = "switch_transformers"
     num_experts: int = Field(ge=2)
@@ -137,7 +138,7 @@ class SwitchConfig(_Shape):
     decoder_sparse_step: int | None = Field(default=None, ge=0)
     router_jitter_noise: float = Field(default=0.01, ge=0.0, lt=1.0)
     router_dtype: Literal["float32"] = "float32"
-    """In bfloat16 transformers chooses by probabilities rounded to 8 bits, some of them equal; we choose by logits."""
+    """In bfloat16 transformers selects experts by rounded probabilities, some of them equal; switchcli by logits."""
     router_z_loss_coef: float = Field(default=0.001, ge=0.0)
     router_aux_loss_coef: float = Field(default=0.001, ge=0.0)
     router_bias: Literal[False] = False
@@ -150,37 +151,44 @@ class SwitchConfig(_Shape):
         return False
 
     def sparse_layers(self, stack: Stack) -> tuple[int, ...]:
-        """Where transformers puts experts. A step that the file states counts, not the number that it came from."""
+        """Return the blocks of a stack in which transformers puts experts.
+
+        A `*_sparse_step` in the file takes precedence over the `num_sparse_*_layers` from which it was computed.
+        """
         if stack == "encoder":
-            blocks, number, step = self.num_layers, self.num_sparse_encoder_layers, self.encoder_sparse_step
+            num_blocks, num_sparse, step = self.num_layers, self.num_sparse_encoder_layers, self.encoder_sparse_step
         else:
-            blocks, number, step = self.decoder_layers, self.num_sparse_decoder_layers, self.decoder_sparse_step
-        return sparse_blocks(blocks, sparse_step(blocks, number) if step is None else step)
+            num_blocks, num_sparse, step = self.decoder_layers, self.num_sparse_decoder_layers, self.decoder_sparse_step
+        return sparse_blocks(num_blocks, sparse_step(num_blocks, num_sparse) if step is None else step)
 
     def spec(self, lengths: StackLengths) -> ModelSpec:
-        """The same model in our words, its capacities equal for sequences of up to `lengths`."""
+        """Return the model as a ModelSpec with equal capacities for sequences of up to `lengths` tokens."""
         encoder, decoder = map(self.sparse_layers, STACKS)
         if not encoder and not decoder:
-            return self._spec(self.tie_word_embeddings)
-        blocks = (self.num_layers, self.decoder_layers)
-        every = next((n for n in range(1, min(blocks) + 1) if (encoder, decoder) == _every(n, blocks)), None)
-        where: dict[str, Any] = (
+            return self._model_spec(self.tie_word_embeddings)
+        num_blocks = (self.num_layers, self.decoder_layers)
+        candidates = range(1, min(num_blocks) + 1)
+        every = next((step for step in candidates if (encoder, decoder) == _sparse_every(step, num_blocks)), None)
+        layers: dict[str, Any] = (
             {"sparse_every": every} if every else {"sparse_encoder_layers": encoder, "sparse_decoder_layers": decoder}
         )
-        # One router serves both stacks unless that would leave the shorter one less than a slot by the factor alone.
+        # Both stacks share a router with the factor expert_capacity * E / max(lengths). In the shorter stack that gives
+        # an expert expert_capacity * min(lengths) / max(lengths) slots. If that is less than one, each has its own.
         shared = self.expert_capacity * min(lengths) >= max(lengths)
-        return self._spec(
+        return self._model_spec(
             self.tie_word_embeddings,
             num_experts=self.num_experts,
             router=self._router(max(lengths) if shared else lengths.encoder),
             decoder_router=None if shared else self._router(lengths.decoder),
             balance_reduction="pooled",
-            **where,
+            **layers,
         )
 
     def _router(self, length: int) -> SwitchRouter:
+        """Return the router whose capacity for `length` tokens is `expert_capacity` slots per expert."""
+        # capacity = length * factor / E
         factor = self.expert_capacity * self.num_experts / length
-        if length * factor < self.num_experts:  # by rounding: one slot must stay one
+        if length * factor < self.num_experts:  # rounded to less than one slot
             factor = math.nextafter(factor, math.inf)
         return SwitchRouter(
             capacity_factor=factor,
@@ -196,27 +204,27 @@ Config = T5Config | SwitchConfig
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What is in the file `path`; nothing where it is no mapping. Raises CheckpointError when it cannot be read."""
+    """Return the JSON object in a file, empty if it holds another value. Raises CheckpointError if it is unreadable."""
     try:
-        found = json.loads(read_regular(path, _MAX_BYTES))
+        content = json.loads(read_regular(path, _MAX_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): take a folder of save_pretrained") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: take the file that save_pretrained wrote") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def check_sizes(found: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError where the sizes in `found`, of the file `path`, are far beyond any model."""
-    sizes = {key: value for key in _SIZES if type(value := found.get(key)) is int}
+def check_sizes(config: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if a size in `config`, the content of the file `path`, is far above any known model."""
+    sizes = {key: value for key in _SIZES if type(value := config.get(key)) is int}
     for key, size in sizes.items():
         if not 1 <= size <= MOST[key]:
             raise CheckpointError(
                 f"{path}: {key}: from 1 to {MOST[key]:,} (got {reprlib.repr(size)}): take the file that "
                 "save_pretrained wrote"
             )
-    blocks = sizes.get("num_layers", 0)
-    blocks += sizes.get("num_decoder_layers", blocks)
+    encoder_blocks = sizes.get("num_layers", 0)
+    blocks = encoder_blocks + sizes.get("num_decoder_layers", encoder_blocks)
     if blocks * sizes.get("num_experts", 1) > MOST["experts_in_all"]:
         raise CheckpointError(
             f"{path}: num_experts ({sizes['num_experts']}) in {blocks} blocks: at most {MOST['experts_in_all']:,} in "
@@ -225,67 +233,71 @@ def check_sizes(found: Mapping[str, Any], path: Path) -> None:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration in the file `path`. Raises CheckpointError for what is no model of ours."""
-    found = read_json(path)
-    kind, names = found.get("model_type"), found.get("architectures")
-    names = names if isinstance(names, list) else []
-    named = [_CLASSES[name] for name in names if isinstance(name, str) and name in _CLASSES] if names else [kind]
-    if kind not in _CLASSES.values() or kind not in named:
+    """Return the configuration in the file `path`. Raises CheckpointError if switchcli has no such model."""
+    content = read_json(path)
+    model_type, classes = content.get("model_type"), content.get("architectures")
+    classes = classes if isinstance(classes, list) else []
+    types = [_CLASSES[name] for name in classes if isinstance(name, str) and name in _CLASSES]
+    if model_type not in _CLASSES.values() or (classes and model_type not in types):
         raise CheckpointError(
-            f"{path}: model_type {kind!r} with architectures {names!r}: switchcli reads "
+            f"{path}: model_type {model_type!r} with architectures {classes!r}: switchcli reads "
             "T5ForConditionalGeneration (t5) and SwitchTransformersForConditionalGeneration (switch_transformers)"
         )
-    check_sizes(found, path)
+    check_sizes(content, path)
     try:
-        return T5Config.model_validate(found) if kind == "t5" else SwitchConfig.model_validate(found)
+        return T5Config.model_validate(content) if model_type == "t5" else SwitchConfig.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {_first(error)}") from error
+        raise CheckpointError(f"{path}: {_first_problem(error)}") from error
 
 
 def to_model_spec(config: Config, lengths: StackLengths, path: Path) -> ModelSpec:
-    """`config.spec(lengths)`. Raises CheckpointError, naming the file `path`, where our model has rules of its own."""
+    """Return `config.spec(lengths)`. Raises CheckpointError, naming the file `path`, if it is no valid ModelSpec."""
     try:
         return config.spec(lengths)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {_first(error)}") from error
+        raise CheckpointError(f"{path}: {_first_problem(error)}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem that pydantic found, in one line."""
     first = error.errors()[0]
     key, rule = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{key}: missing: take the file that save_pretrained wrote"
     got = f" (got {reprlib.repr(first['input'])})" if key else ""
-    return f"{key}: {rule}{got}: switchcli can build no such model".removeprefix(": ")
+    return f"{key}: {rule}{got}: switchcli has no such model".removeprefix(": ")
 
 
 def config_json(config: Config) -> bytes:
-    """The text of config.json."""
-    name = next(name for name, kind in _CLASSES.items() if kind == config.model_type)
+    """Return the text of config.json."""
+    name = next(name for name, model_type in _CLASSES.items() if model_type == config.model_type)
     keys = {key: value for key, value in config.model_dump().items() if value is not None}
     return (json.dumps({"architectures": [name], **keys, "dtype": "float32"}, indent=2) + "\n").encode()
 
 
 def generation_config_json() -> bytes:
-    """The text of generation_config.json: the ids by which transformers' `generate` begins and ends."""
+    """Return the text of generation_config.json: the token IDs with which transformers' `generate` starts and ends."""
     ids = {"decoder_start_token_id": PAD, "eos_token_id": EOS, "pad_token_id": PAD}
     return (json.dumps(ids, indent=2) + "\n").encode()
 
 
-def sparse_step(blocks: int, number: int) -> int:
-    """transformers' step between sparse blocks: 0 is for none, which `number` = 0 is not."""
-    return blocks // number if number else blocks
+def sparse_step(num_blocks: int, num_sparse: int) -> int:
+    """Return the `*_sparse_step` that transformers computes from `num_sparse_*_layers`, as it does.
+
+    For `num_sparse` = 0 it is `num_blocks`, which makes one sparse block. It is 0, for none, only if `num_sparse` is
+    larger than `num_blocks`.
+    """
+    return num_blocks // num_sparse if num_sparse else num_blocks
 
 
-def sparse_blocks(blocks: int, step: int) -> tuple[int, ...]:
-    """The sparse blocks that transformers makes of a step."""
-    return tuple(block for block in range(blocks) if step and (step == 1 or block % step == 1))
+def sparse_blocks(num_blocks: int, step: int) -> tuple[int, ...]:
+    """Return the blocks that transformers makes sparse: 1, 1 + step, 1 + 2 step, ...; all if step = 1, none if 0."""
+    return tuple(block for block in range(num_blocks) if step and (step == 1 or block % step == 1))
 
 
-def _every(step: int, blocks: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The sparse blocks of both stacks that our `sparse_every` makes."""
-    encoder, decoder = (tuple(range(step - 1, number, step)) for number in blocks)
+def _sparse_every(step: int, num_blocks: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sparse blocks of both stacks for `ModelSpec.sparse_every` = step: step - 1, 2 step - 1, ..."""
+    encoder, decoder = (tuple(range(step - 1, number, step)) for number in num_blocks)
     return encoder, decoder

@@ -1,4 +1,4 @@
-"""The files of a repository of the Hugging Face hub that a conversion needs, and no others."""
+"""Download the files of a Hugging Face hub repository that a conversion needs, and no others."""
 
 import re
 from pathlib import Path
@@ -11,18 +11,20 @@ from switchcli.data.sources.io_errors import reason
 from switchcli.errors import CheckpointError
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WEIGHTS: Final = [SAFE, "model-*-of-*.safetensors"]
-_ALWAYS: Final = [config.NAME, *FILES, "tokenizer_config.json", *_WEIGHTS, f"{SAFE}{INDEX}"]
-_PICKLED: Final = ["pytorch_model*.bin", f"{PICKLED}{INDEX}"]
+_SAFETENSORS: Final = [SAFE, "model-*-of-*.safetensors"]
+_FILES: Final = [config.NAME, *FILES, "tokenizer_config.json", *_SAFETENSORS, f"{SAFE}{INDEX}"]
+_PICKLES: Final = ["pytorch_model*.bin", f"{PICKLED}{INDEX}"]
 
 
 def is_repository_id(source: str) -> bool:
-    """Whether a source can be a name on the hub, such as google/switch-base-8."""
+    """Return whether `source` has the form of a repository name, such as google/switch-base-8."""
     return _NAME.fullmatch(source) is not None
 
 
 def download(name: str, revision: str, *, unpickle: bool) -> Path:
-    """The folder in the hub's cache that holds them; pickled weights only if asked for, and if there are no others.
+    """Download a repository and return its folder in the hub's cache.
+
+    Pickled weights are downloaded only with `unpickle`, and only if there are no safetensors.
 
     Raises:
         CheckpointError: no network, no such repository or revision.
@@ -30,12 +32,12 @@ def download(name: str, revision: str, *, unpickle: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_ALWAYS))
-        if unpickle and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_ALWAYS, *_PICKLED]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        if unpickle and not any(path for pattern in _SAFETENSORS for path in folder.glob(pattern)):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *_PICKLES]))
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{name}: no folder of that name, and it cannot be had from the hub ({reason(error)}): check the name, "
+            f"{name}: no folder has that name, and the download from the hub failed ({reason(error)}): check the name, "
             "--revision and the network"
         ) from error
     return folder

@@ -1,7 +1,7 @@
-"""Our model in transformers' words: the config.json that computes the same, what cannot be said, what is lost.
+"""Express our model as a config.json of transformers, and say what differs.
 
-Refused is what computes something else for any input: another router, other sparse layers. Warned of is what only
-trains otherwise, or drops other tokens where a queue overflows.
+A model that would compute something else there for any input is refused: another router, other sparse layers. A
+difference that concerns only training, or only which tokens are dropped when an expert overflows, is a warning.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,14 +22,16 @@ _MODES: tuple[Mode, Mode] = ("training", "paper")
 
 
 def transformers_config(
-    spec: ModelSpec, lengths: StackLengths, where: Path, router_dtype: torch.dtype = torch.float32
+    spec: ModelSpec, lengths: StackLengths, path: Path, router_dtype: torch.dtype = torch.float32
 ) -> tuple[Config, list[str]]:
-    """The configuration of our model, and what transformers will do otherwise, a line each.
+    """Return the configuration of our model, and one line for each thing that transformers does differently.
+
+    `lengths` are those of the longest sequences in tokens. `path` names the checkpoint in messages.
 
     Raises:
         CheckpointError: transformers has no such model.
     """
-    shape: dict[str, Any] = {
+    common: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
         "d_model": spec.d_model,
         "d_kv": spec.head_width,
@@ -44,87 +46,90 @@ def transformers_config(
         "tie_word_embeddings": spec.tie_embeddings,
         "decoder_start_token_id": PAD,
     }
-    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
-    if not stacks:
-        gated = spec.activation == "geglu"
-        return T5Config(**shape, feed_forward_proj="gated-gelu" if gated else "relu"), []
+    sparse_stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
+    if not sparse_stacks:
+        return T5Config(**common, feed_forward_proj="gated-gelu" if spec.activation == "geglu" else "relu"), []
     if router_dtype != torch.float32:
-        raise CheckpointError(f"{where}: its routers are in bfloat16, where transformers' would choose other experts")
-    if reason := _impossible(spec, stacks):
-        raise CheckpointError(f"{where}: {reason}: transformers has no such model; switchcli's own layout keeps it")
-    routers = {stack: _switch(spec.router_of(stack)) for stack in stacks}
-    first = routers[stacks[0]]
-    length = {stack: getattr(lengths, stack) for stack in stacks}
+        raise CheckpointError(f"{path}: its routers are in bfloat16, where transformers' would select other experts")
+    if reason := _unsupported(spec, sparse_stacks):
+        raise CheckpointError(f"{path}: {reason}: transformers has no such model; switchcli's own layout keeps it")
+    routers = {stack: _switch_router(spec.router_of(stack)) for stack in sparse_stacks}
+    # transformers has one capacity for both stacks: the larger of their capacities in evaluation.
     capacity = max(
-        max(router.capacity(length[stack], spec.num_experts, "paper"), router.min_capacity)
+        max(router.capacity(getattr(lengths, stack), spec.num_experts, "paper"), router.min_capacity)
         for stack, router in routers.items()
     )
-    steps: dict[str, Any] = {}
+    sparse: dict[str, Any] = {}
     for stack in STACKS:
-        number = _number(spec.sparse_layers(stack), spec.num_blocks(stack))
-        assert number is not None
-        steps |= {
-            f"num_sparse_{stack}_layers": number,
-            f"{stack}_sparse_step": sparse_step(spec.num_blocks(stack), number),
-        }
+        num_sparse = _num_sparse_layers(spec.sparse_layers(stack), spec.num_blocks(stack))
+        assert num_sparse is not None
+        sparse[f"num_sparse_{stack}_layers"] = num_sparse
+        sparse[f"{stack}_sparse_step"] = sparse_step(spec.num_blocks(stack), num_sparse)
+    first = routers[sparse_stacks[0]]
     config = SwitchConfig(
-        **shape,
-        **steps,
+        **common,
+        **sparse,
         num_experts=spec.num_experts,
         expert_capacity=capacity,
         router_jitter_noise=first.jitter,
         router_z_loss_coef=first.z_loss_coef,
         router_aux_loss_coef=first.balance_loss_coef,
     )
-    return config, [*_other_drops(spec, routers, length, capacity), *_other_training(spec, routers)]
+    return config, [*_drop_differences(spec, routers, lengths, capacity), *_training_differences(spec, routers)]
 
 
 def rename_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors, each expert's its own, under transformers' names."""
+    """Return our tensors, split into experts, under their names in transformers."""
     their_name = transformers_names(config.model_type, config.gated)
-    theirs = {their_name(name): tensor for name, tensor in tensors.items()}
+    renamed = {their_name(name): tensor for name, tensor in tensors.items()}
     if isinstance(config, SwitchConfig) and not config.tie_word_embeddings:
-        # Its stacks look up matrices of their own then. Copies, for safetensors refuses two names of one memory.
-        theirs |= {name: tensors["embedding"].clone() for name in EMBEDDINGS[1:]}
-    return theirs
+        # Each stack then has a matrix of its own. They are copies: safetensors refuses two names of the same memory.
+        renamed |= {name: tensors["embedding"].clone() for name in EMBEDDINGS[1:]}
+    return renamed
 
 
-def _number(layers: tuple[int, ...], blocks: int) -> int | None:
-    """The num_sparse_*_layers that gives these blocks; None when none does. More than there are blocks gives none."""
-    numbers = sorted(range(blocks + 2), key=lambda number: abs(number - len(layers)))
-    return next((number for number in numbers if sparse_blocks(blocks, sparse_step(blocks, number)) == layers), None)
+def _num_sparse_layers(layers: tuple[int, ...], num_blocks: int) -> int | None:
+    """Return the num_sparse_*_layers for which transformers makes exactly `layers` sparse, or None.
+
+    `num_blocks + 1` is a candidate too: it makes none sparse. The candidate nearest to the number of layers is chosen.
+    """
+    candidates = sorted(range(num_blocks + 2), key=lambda number: abs(number - len(layers)))
+    matching = (number for number in candidates if sparse_blocks(num_blocks, sparse_step(num_blocks, number)) == layers)
+    return next(matching, None)
 
 
-def _switch(router: RouterSpec) -> SwitchRouter:
-    """The router as the one that transformers has; `_impossible` has refused the others."""
+def _switch_router(router: RouterSpec) -> SwitchRouter:
+    """Return the router with the type that transformers has; `_unsupported` has refused all others."""
     assert router.is_in_transformers
     return cast("SwitchRouter", router)
 
 
-def _impossible(spec: ModelSpec, stacks: list[Stack]) -> str | None:
-    """Why transformers has no such sparse model."""
-    for stack in stacks:
+def _unsupported(spec: ModelSpec, sparse_stacks: list[Stack]) -> str | None:
+    """Return why transformers has no such sparse model, or None if it has."""
+    for stack in sparse_stacks:
         if not (router := spec.router_of(stack)).is_in_transformers:
-            return f"the {stack}'s router is of kind {router.kind}, where transformers has switch alone"
+            return f"the {stack}'s router is of kind {router.kind}, where transformers has only switch"
     if spec.sparse != "feed_forward":
-        return f"sparse ({spec.sparse}) routes attention, where transformers routes feed-forwards alone"
+        return f"sparse ({spec.sparse}) routes attention, where transformers routes only feed-forwards"
     if spec.activation != "relu":
         return f"activation ({spec.activation}) of {spec.num_experts} experts, where transformers' experts have relu"
     for stack in STACKS:
-        layers, blocks = spec.sparse_layers(stack), spec.num_blocks(stack)
-        if _number(layers, blocks) is None:
-            layouts = dict.fromkeys(sparse_blocks(blocks, sparse_step(blocks, number)) for number in range(blocks + 2))
-            choices = " or ".join(str(list(layout)) for layout in layouts)
+        layers, num_blocks = spec.sparse_layers(stack), spec.num_blocks(stack)
+        if _num_sparse_layers(layers, num_blocks) is None:
+            steps = (sparse_step(num_blocks, number) for number in range(num_blocks + 2))
+            possible = dict.fromkeys(sparse_blocks(num_blocks, step) for step in steps)
+            choices = " or ".join(str(list(blocks)) for blocks in possible)
             return f"the sparse blocks of the {stack} are {list(layers)}, where transformers can have {choices}"
     return None
 
 
-def _other_drops(
-    spec: ModelSpec, routers: Mapping[Stack, SwitchRouter], length: Mapping[Stack, int], capacity: int
+def _drop_differences(
+    spec: ModelSpec, routers: Mapping[Stack, SwitchRouter], lengths: StackLengths, expert_capacity: int
 ) -> Iterator[str]:
-    """How tokens are dropped here and not there."""
+    """Yield a line for each difference in the tokens that are dropped."""
     experts = spec.num_experts
     for stack, router in routers.items():
+        max_length = getattr(lengths, stack)
         if router.overflow != "position":
             yield f"overflow ({router.overflow}) of the {stack}'s router: transformers' is position"
         if router.group_sequences > 1:
@@ -133,42 +138,45 @@ def _other_drops(
                 "counts it in each sequence"
             )
             continue
-        training, evaluation = (router.capacity(length[stack], experts, mode) for mode in _MODES)
+        training, evaluation = (router.capacity(max_length, experts, mode) for mode in _MODES)
+        # Both drop the same tokens if the capacity here is expert_capacity, or the length where that is less.
         if any(
-            router.capacity(tokens, experts, mode) != min(tokens, capacity)
-            for tokens in range(1, length[stack] + 1)
+            router.capacity(length, experts, mode) != min(length, expert_capacity)
+            for length in range(1, max_length + 1)
             for mode in _MODES
         ):
             yield (
                 f"an expert of the {stack} has {training} slots in training and {evaluation} in evaluation for "
-                f"{length[stack]} tokens, fewer for fewer; transformers has expert_capacity ({capacity}) for any number"
+                f"{max_length} tokens, fewer for fewer; transformers has expert_capacity ({expert_capacity}) for any "
+                "number"
             )
 
 
-def _other_training(spec: ModelSpec, routers: Mapping[Stack, SwitchRouter]) -> Iterator[str]:
-    """What transformers would train otherwise."""
+def _training_differences(spec: ModelSpec, routers: Mapping[Stack, SwitchRouter]) -> Iterator[str]:
+    """Yield a line for each difference that concerns training alone."""
     first = next(iter(routers.values()))
     if spec.balance_reduction != "pooled":
         yield f"balance_reduction ({spec.balance_reduction}): transformers pools the layers of a stack (training alone)"
-    differ = any(router != first for router in routers.values())
-    distinct = (
-        {f"the {stack}'s router": router for stack, router in routers.items()} if differ else {"the router": first}
-    )
-    for which, router in distinct.items():
-        unsaid = [name for name in ("input_dropout", "sample_temperature") if getattr(router, name) not in (0.0, None)]
-        if unsaid:
-            yield f"{' and '.join(unsaid)} of {which}: transformers has no such noise (training alone)"
+    labeled = {"the router": first}
+    if any(router != first for router in routers.values()):
+        labeled = {f"the {stack}'s router": router for stack, router in routers.items()}
+    for label, router in labeled.items():
+        noise = [name for name in ("input_dropout", "sample_temperature") if getattr(router, name) not in (0.0, None)]
+        if noise:
+            yield f"{' and '.join(noise)} of {label}: transformers has no such noise (training alone)"
         if (router.jitter, router.balance_loss_coef, router.z_loss_coef) != (
             first.jitter,
             first.balance_loss_coef,
             first.z_loss_coef,
         ):
             yield "jitter or coefficients of the decoder's router alone: transformers has one set (training alone)"
-    full = [stack for stack in routers if len(spec.sparse_layers(stack)) == spec.num_blocks(stack)]
-    if lost := [stack for stack in full if routers[stack].balance_loss_coef or routers[stack].z_loss_coef]:
+    fully_sparse = [stack for stack in routers if len(spec.sparse_layers(stack)) == spec.num_blocks(stack)]
+    if without_loss := [
+        stack for stack in fully_sparse if routers[stack].balance_loss_coef or routers[stack].z_loss_coef
+    ]:
         yield (
-            f"every block of the {' and the '.join(lost)} is sparse: transformers then leaves the balance and z-loss "
-            "of its routers out (training alone)"
+            f"every block of the {' and the '.join(without_loss)} is sparse: transformers then leaves the balance and "
+            "z-loss of its routers out (training alone)"
         )
     if spec.experts_dropout != spec.dropout:
         yield f"expert_dropout ({spec.experts_dropout}): transformers takes dropout ({spec.dropout}) (training alone)"

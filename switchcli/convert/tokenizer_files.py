@@ -1,7 +1,7 @@
-"""The tokenizer of a folder in the Hugging Face layout: where it is, and a tokenizer.json as transformers wants it.
+"""Tokenizer files in the Hugging Face layout: find them, and write a tokenizer.json as transformers expects it.
 
-transformers ends a text with `</s>` by the file's post-processor alone; ours add it by themselves, and what they write
-has none.
+transformers appends `</s>` to a text only if the file has a post-processor that does so. switchcli's tokenizers append
+it themselves, and their files have no post-processor.
 """
 
 import json
@@ -14,10 +14,10 @@ from switchcli.spec import EOS
 from switchcli.user_files import read_regular
 
 FILES: Final = ("tokenizer.json", "spiece.model")
-"""The names that a tokenizer's file has; the first that is there counts, as in transformers."""
+"""Names of tokenizer files. The first that exists is used, as in transformers."""
 _MAX_CONFIG_BYTES: Final = 2**22
 _END = "</s>"
-_ENDED = {
+_POST_PROCESSOR = {
     "type": "TemplateProcessing",
     "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": _END, "type_id": 0}}],
     "pair": [
@@ -31,10 +31,14 @@ _ENDED = {
 
 
 def tokenizer_documents(tokenizer: str, sentinels: Sequence[str], max_length: int) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json; `tokenizer` is the text of a tokenizer.json in T5's layout."""
-    inner = json.loads(tokenizer)
-    if inner.get("post_processor") is None:
-        inner["post_processor"] = _ENDED
+    """Return tokenizer.json and tokenizer_config.json for transformers by name.
+
+    `tokenizer` is the text of a tokenizer.json with T5's special tokens, `sentinels` are its sentinel tokens, and
+    `max_length` is the maximum number of tokens of a text.
+    """
+    content = json.loads(tokenizer)
+    if content.get("post_processor") is None:
+        content["post_processor"] = _POST_PROCESSOR
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
@@ -45,29 +49,29 @@ def tokenizer_documents(tokenizer: str, sentinels: Sequence[str], max_length: in
         "clean_up_tokenization_spaces": False,
     }
     return {
-        "tokenizer.json": json.dumps(inner, ensure_ascii=False).encode(),
+        "tokenizer.json": json.dumps(content, ensure_ascii=False).encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
     }
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """Return the file of the tokenizer that belongs to a folder in the Hugging Face layout; None if there is none.
+    """Return the tokenizer file that belongs to a folder in the Hugging Face layout, or None.
 
-    In this order: the folder's own tokenizer.json or spiece.model; a file that its tokenizer_config.json names; those
-    of a local folder that its tokenizer_config.json or config.json names; those of a repository that they name, as
-    far as the local Hugging Face cache holds it. Nothing is downloaded.
+    The first of: tokenizer.json or spiece.model in the folder; a file that tokenizer_config.json names; a file in a
+    local folder that tokenizer_config.json or config.json names; a file of a repository that they name, if it is in the
+    local Hugging Face cache. Nothing is downloaded.
     """
-    if (own := _in_folder(folder)) is not None:
-        return own
-    settings = [_settings(folder / name) for name in ("tokenizer_config.json", "config.json")]
+    if (file := _in_folder(folder)) is not None:
+        return file
+    configs = [_read_config(folder / name) for name in ("tokenizer_config.json", "config.json")]
     for key in ("tokenizer_file", "vocab_file"):
-        named = settings[0].get(key)
-        if isinstance(named, str) and (file := _file(folder / Path(named))) is not None:
+        path = configs[0].get(key)
+        if isinstance(path, str) and (file := _regular_file(folder / path)) is not None:
             return file
-    names = [one.get(key) for one in settings for key in ("name_or_path", "_name_or_path")]
+    names = [config.get(key) for config in configs for key in ("name_or_path", "_name_or_path")]
     for name in dict.fromkeys(name for name in names if isinstance(name, str) and name):
-        for place in (folder / name, Path(name)):
-            if (file := _in_folder(place)) is not None:
+        for other_folder in (folder / name, Path(name)):
+            if (file := _in_folder(other_folder)) is not None:
                 return file
         if (file := _in_cache(name)) is not None:
             return file
@@ -75,12 +79,12 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 def _in_folder(folder: Path) -> Path | None:
-    found = (_file(folder / name) for name in FILES)
-    return next((file for file in found if file is not None), None)
+    files = (_regular_file(folder / name) for name in FILES)
+    return next((file for file in files if file is not None), None)
 
 
-def _file(path: Path) -> Path | None:
-    """Return the path if it is a regular file: reading a pipe or a device might not end."""
+def _regular_file(path: Path) -> Path | None:
+    """Return the path if it is a regular file, else None: reading a pipe or a device might not end."""
     try:
         return path if path.is_file() else None
     except (OSError, ValueError):  # a name that no file can have
@@ -88,14 +92,14 @@ def _file(path: Path) -> Path | None:
 
 
 def _in_cache(repository: str) -> Path | None:
-    found = (cached_file(repository, name) for name in FILES)
-    return next((file for file in found if file is not None), None)
+    files = (cached_file(repository, name) for name in FILES)
+    return next((file for file in files if file is not None), None)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """Return a small JSON object, or an empty one for anything else: the folder may be a stranger's."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or an empty one if there is no valid one: the folder is not trusted."""
     try:
-        found = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
+        config = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}

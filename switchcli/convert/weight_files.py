@@ -1,16 +1,21 @@
-"""The weights of a folder in the Hugging Face layout, checked by name and shape before any is read.
+"""Read the weights of a folder in the Hugging Face layout, after a check of all names and shapes.
 
     config.json
-    model.safetensors                                   or in shards, listed in model.safetensors.index.json
-    pytorch_model.bin, pytorch_model.bin.index.json     the same as pickles (see `pickled`), when the user asks for them
+    model.safetensors                                   or shards, listed in model.safetensors.index.json
+    pytorch_model.bin, pytorch_model.bin.index.json     the same as pickles, only if the user asks for them
 
-What is there must be exactly what config.json wants. Values are taken as they are, float16 and bfloat16 as float32,
-which holds them exactly; one that is no finite number is refused. The hub's cache is made of links: they are followed,
-but an index names files of its own folder only.
+The tensors must be exactly those that config.json implies. float16 and bfloat16 values become float32, which holds them
+exactly; NaN and infinity are refused. Links are followed, as the hub's cache consists of links, but an index may name
+only files of its own folder.
+
+A pickle is a program. `torch.load(weights_only=True)` runs only the few functions that build tensors, but it has had
+security holes. This is therefore the only file that reads pickles, and only those that the user trusts.
 """
 
 import json
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from switchcli.convert import config as configs
-from switchcli.convert import pickled
 from switchcli.convert.config import Config
 from switchcli.convert.weight_names import EMBEDDINGS, HEAD, UNUSED, transformers_names
 from switchcli.errors import CheckpointError
@@ -31,13 +35,15 @@ SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX: Final = ".index.json"
 _MAX_INDEX_BYTES: Final = 1 << 28
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_EXACT: Final = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
-"""The types that float32 holds exactly, by safetensors' names and torch's."""
-_WHOLE: Final = "take the whole folder as save_pretrained wrote it"
+_FLOATS: Final = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
+"""Dtypes that float32 holds exactly, as safetensors and torch name them."""
+_UNPICKLING_ERRORS: Final = ("UnpicklingError", "KeyError", "IndexError", "TypeError", "AttributeError")
+"""Names of exceptions that unpickling raises, also for files that are no pickles."""
+_FIX: Final = "take the complete folder as save_pretrained wrote it"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a file, not yet read."""
+    """A tensor in a file, not yet read."""
 
     path: Path
     dtype: str
@@ -47,54 +53,57 @@ class StoredTensor(NamedTuple):
 
 @final
 class HuggingFaceWeights(Mapping[str, Tensor]):
-    """Our model's tensors under our names, float32, on the CPU; each is read, and checked, whenever it is asked for."""
+    """The tensors of our model under our names, float32, on the CPU. Each access reads and checks a tensor."""
 
-    def __init__(self, places: Mapping[str, tuple[str, StoredTensor]]) -> None:
-        """`places` holds, by our name, theirs and where the tensor is."""
-        self._places = places
+    def __init__(self, stored: Mapping[str, tuple[str, StoredTensor]]) -> None:
+        """`stored` gives, for each of our names, the name in transformers and the tensor."""
+        self._stored = stored
 
     def __getitem__(self, name: str) -> Tensor:
-        theirs, place = self._places[name]
-        return _finite(theirs, place)
+        return _read_finite(*self._stored[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._stored)
 
 
 def is_hugging_face_folder(folder: Path) -> bool:
-    """Whether a folder claims to be in this layout."""
+    """Return whether a folder looks like one in the Hugging Face layout: it has a config.json."""
     return (folder / configs.NAME).is_file()
 
 
-def open_weights(folder: Path, config: Config, wanted: Mapping[str, Tensor], *, unpickle: bool) -> HuggingFaceWeights:
-    """The tensors of `folder` under our names, which `wanted` gives with their shapes (tensors on `meta` will do).
+def open_weights(folder: Path, config: Config, expected: Mapping[str, Tensor], *, unpickle: bool) -> HuggingFaceWeights:
+    """Return the weights of `folder` under our names.
+
+    `expected` gives our names and the shapes; its tensors may be on `meta`.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, in two files, of another shape or type, or a copy of the
-            embedding is none; or the weights are pickled and `unpickle` is False.
+        CheckpointError: a tensor is missing, unknown, in two files, or of another shape or dtype; or a copy of the
+            embedding differs from it; or the weights are pickled and `unpickle` is False.
     """
     stored = _stored(folder, unpickle)
     their_name = transformers_names(config.model_type, config.gated)
     embedding = next((name for name in EMBEDDINGS if name in stored), EMBEDDINGS[0])
-    names = {name: their_name(name) for name in wanted} | {"embedding": embedding}
+    names = {name: their_name(name) for name in expected} | {"embedding": embedding}
     copies = [name for name in EMBEDDINGS if name in stored and name != embedding]
-    if "head.weight" not in wanted:
+    if "head.weight" not in expected:
         copies += [HEAD] if HEAD in stored else []
-    elif config.tie_word_embeddings and HEAD not in stored:  # version 5's T5: tied, and yet not scaled
+    elif config.tie_word_embeddings and HEAD not in stored:
+        # T5 1.1 of transformers 5: the matrices are tied, but decoder outputs are not scaled as with tied ones.
         names["head.weight"] = embedding
     for name, theirs in names.items():
-        _check(folder, stored, theirs, tuple(wanted[name].shape))
+        _check(folder, stored, theirs, tuple(expected[name].shape))
     for copy in copies:
-        _check(folder, stored, copy, tuple(wanted["embedding"].shape))
+        _check(folder, stored, copy, tuple(expected["embedding"].shape))
     if unknown := sorted(stored.keys() - {*names.values(), *copies} - UNUSED):
         raise CheckpointError(
-            f"{stored[unknown[0]].path}: {unknown[0]}: {configs.NAME} has no place for it: is it that of these weights?"
+            f"{stored[unknown[0]].path}: {unknown[0]}: the model of {configs.NAME} has no such tensor: does that file "
+            "belong to these weights?"
         )
     for copy in copies:
-        if not torch.equal(_finite(embedding, stored[embedding]), _finite(copy, stored[copy])):
+        if not torch.equal(_read_finite(embedding, stored[embedding]), _read_finite(copy, stored[copy])):
             raise CheckpointError(
                 f"{stored[copy].path}: {copy} is not {embedding}, and switchcli has one matrix for both: it cannot "
                 "compute what these weights do"
@@ -103,85 +112,113 @@ def open_weights(folder: Path, config: Config, wanted: Mapping[str, Tensor], *, 
 
 
 def _check(folder: Path, stored: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError unless a tensor is there with that shape, and of a type that float32 holds."""
+    """Raise CheckpointError unless the tensor exists with that shape and a dtype that float32 holds exactly."""
     if name not in stored:
-        raise CheckpointError(f"{folder}: {name}: not there, and {configs.NAME} wants it, {list(shape)}: {_WHOLE}")
-    place = stored[name]
-    if place.shape != shape:
+        raise CheckpointError(f"{folder}: {name}: missing, and {configs.NAME} wants it, {list(shape)}: {_FIX}")
+    tensor = stored[name]
+    if tensor.shape != shape:
         raise CheckpointError(
-            f"{place.path}: {name}: {list(place.shape)}, and {configs.NAME} wants {list(shape)}: {_WHOLE}"
+            f"{tensor.path}: {name}: {list(tensor.shape)}, and {configs.NAME} wants {list(shape)}: {_FIX}"
         )
-    if place.dtype not in _EXACT:
+    if tensor.dtype not in _FLOATS:
         raise CheckpointError(
-            f"{place.path}: {name}: of type {place.dtype}, where float32, bfloat16 and float16 are read: save it as one"
+            f"{tensor.path}: {name}: of type {tensor.dtype}, where float32, bfloat16 and float16 are read: save it as "
+            "one of them"
         )
 
 
-def _finite(name: str, place: StoredTensor) -> Tensor:
+def _read_finite(name: str, stored: StoredTensor) -> Tensor:
+    """Return the values of a tensor in float32. Raises CheckpointError for NaN and infinity."""
     try:
-        tensor = place.read().float()
+        tensor = stored.read().float()
     except SafetensorError as error:
-        raise CheckpointError(f"{place.path}: {name}: {error}: {_WHOLE}") from error
+        raise CheckpointError(f"{stored.path}: {name}: {error}: {_FIX}") from error
     if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{place.path}: {name}: holds NaN or infinity: take a checkpoint from before it diverged")
+        raise CheckpointError(
+            f"{stored.path}: {name}: holds NaN or infinity: take a checkpoint from before it diverged"
+        )
     return tensor
 
 
 def _stored(folder: Path, unpickle: bool) -> dict[str, StoredTensor]:
-    """Every tensor of the folder by its name; safetensors come first, as with transformers."""
-    for name, read in ((SAFE, _safe), (PICKLED, _pickled)):
-        whole, index = folder / name, folder / f"{name}{INDEX}"
-        if not whole.is_file() and not index.is_file():
+    """Return every tensor of the folder by its name. safetensors take precedence over pickles, as in transformers."""
+    for name, read in ((SAFE, _read_safetensors), (PICKLED, _read_pickle)):
+        single_file, index = folder / name, folder / f"{name}{INDEX}"
+        if not single_file.is_file() and not index.is_file():
             continue
         if name == PICKLED and not unpickle:
             raise CheckpointError(
                 f"{folder}: its weights are a pickle ({name}), which can run code when it is read: if you trust its "
-                f"maker, `switchcli convert {folder} DESTINATION --to switchcli --unpickle` makes safetensors of it"
+                f"author, `switchcli convert {folder} DESTINATION --to switchcli --unpickle` makes safetensors of it"
             )
-        return read(whole) if whole.is_file() else _shards(folder, index, read)
-    raise CheckpointError(f"{folder}: no {SAFE} beside {configs.NAME}: {_WHOLE}")
+        return read(single_file) if single_file.is_file() else _read_shards(folder, index, read)
+    raise CheckpointError(f"{folder}: no {SAFE} beside {configs.NAME}: {_FIX}")
 
 
-def _safe(path: Path) -> dict[str, StoredTensor]:
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file, which stays open."""
+    tensors = {}
     try:
-        stream: Any = safe_open(path, framework="pt")  # left open: its tensors are read when they are asked for
-        found = {}
+        stream: Any = safe_open(path, framework="pt")
         for name in stream.keys():  # noqa: SIM118 (not a mapping)
             header = stream.get_slice(name)
             read = partial(stream.get_tensor, name)
-            found[name] = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()), read)
+            tensors[name] = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()), read)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}): copy it again") from error
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}): copy it again") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}): {_WHOLE}") from error
-    return found
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}): {_FIX}") from error
+    return tensors
 
 
-def _pickled(path: Path) -> dict[str, StoredTensor]:
+def _read_pickle(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a pickled state dict.
+
+    The tensors of a zip file, which torch writes since 1.6, stay on disk until used.
+
+    Raises:
+        CheckpointError: the file holds other objects, or it is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on the format are for programmers
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # UnpicklingError is known by its name, for this package never imports the module pickle.
+        if isinstance(error, RuntimeError | ValueError | EOFError | OSError) or (
+            type(error).__name__ in _UNPICKLING_ERRORS
+        ):
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if type(error).__name__ == "UnpicklingError":  # torch's own text advises to load the file unsafely
+                reason = "it holds other objects, or is damaged"
+            raise CheckpointError(f"{path}: not a file of tensors alone ({reason}): take a safetensors file") from error
+        raise
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: not names with tensors: take a file that save_pretrained wrote")
     return {
-        name: StoredTensor(path, str(tensor.dtype), tuple(tensor.shape), tensor.detach)
-        for name, tensor in pickled.read(path).items()
+        str(name): StoredTensor(path, str(tensor.dtype), tuple(tensor.shape), tensor.detach)
+        for name, tensor in state.items()
     }
 
 
-def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """The tensors of all files that an index names, each in the file that it says."""
+def _read_shards(folder: Path, index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """Return the tensors of all files in an index. Each must be in the file that the index names, and in no other."""
     try:
         files = json.loads(read_regular(index, _MAX_INDEX_BYTES))["weight_map"]
         pairs = list(files.items())
     except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read ({error.strerror}): {_WHOLE}") from error
+        raise CheckpointError(f"{index}: cannot be read ({error.strerror}): {_FIX}") from error
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of tensors (weight_map): {_WHOLE}") from error
-    found: dict[str, StoredTensor] = {}
+        raise CheckpointError(f"{index}: not an index of tensors (weight_map): {_FIX}") from error
+    tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(file for _, file in pairs):
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise CheckpointError(f"{index}: names {file!r}, which is no file of its folder: do not use these weights")
-        for name, place in read(folder / file).items():
-            if name in found:
-                raise CheckpointError(f"{folder}: {name}: in {file} and in {found[name].path.name}: {_WHOLE}")
-            found[name] = place
+        for name, tensor in read(folder / file).items():
+            if name in tensors:
+                raise CheckpointError(f"{folder}: {name}: in {file} and in {tensors[name].path.name}: {_FIX}")
+            tensors[name] = tensor
     for name, file in pairs:
-        if name not in found or found[name].path.name != file:
-            raise CheckpointError(f"{index}: says that {file} holds {name}, which it does not: {_WHOLE}")
-    return found
+        if name not in tensors or tensors[name].path.name != file:
+            raise CheckpointError(f"{index}: says that {file} holds {name}, which it does not: {_FIX}")
+    return tensors
