@@ -1,1 +1,1 @@
-"""YAML text in, one frozen value out."""
+"""Recipes: YAML text to one frozen value."""

@@ -1,6 +1,6 @@
-"""The recipes that ship: their names, and where a recipe lies that is given by name or by path.
+"""The recipes that ship with the package: list, describe, locate and copy them.
 
-No torch is imported here: listing and showing are quick.
+This module does not import torch, so that listing and showing are fast.
 """
 
 import difflib
@@ -13,28 +13,28 @@ from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.yaml_nodes import display_key, read_file
 
 SUFFIXES = (".yaml", ".yml")
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Errors that another name on the same disk does not avoid."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Error numbers that concern the whole disk: another name on it does not help."""
 
 
 def recipes_folder() -> Path:
-    """The folder of the recipes: inside the installed package, or beside the package in a checkout."""
+    """Return the folder of the recipes: inside the installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship, such as `quickstart/switch`, in alphabetical order."""
+    """Return the names of the recipes that ship, such as `quickstart/switch`, in alphabetical order."""
     root = recipes_folder()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
 def recipe_file(name: str) -> Path:
-    """The file of the shipped recipe `name`.
+    """Return the file of the shipped recipe `name`.
 
     Raises:
-        RecipeError: there is none; the message has the nearest name.
+        RecipeError: there is no such recipe; the message has the nearest name.
     """
     if name not in recipe_names():
         raise RecipeError(f"{display_key(name)}: no such recipe ships.{_hint(name)}")
@@ -42,26 +42,27 @@ def recipe_file(name: str) -> Path:
 
 
 def description(name: str) -> str:
-    """The one line that the shipped recipe `name` says of itself; one that it inherits would be another's."""
+    """Return the `description` of the shipped recipe `name`, or "". An inherited one is ignored: it is the parent's."""
     root = read_file(recipe_file(name)).value
     assert isinstance(root, dict)
     return str(root["description"].value) if "description" in root else ""
 
 
 def locate(name_or_path: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path from `beside` (the current folder when absent), or the name of one that ships.
+    """Return the file of a recipe, given as a path relative to `beside` or as the name of a recipe that ships.
 
-    A file that exists is taken as the path. Otherwise what ends in .yaml or .yml is a path, and anything else a name.
+    `beside` defaults to the current folder. If the file exists, the argument is its path. Otherwise it is a path if it
+    ends in .yaml or .yml, and a name if not.
 
     Raises:
         RecipeError: no such file, or no such shipped recipe; the message has the nearest name.
     """
     path = (beside or Path()) / name_or_path
     try:
-        is_there, is_folder = path.exists(), path.is_dir()
+        exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered
         raise RecipeError(f"{display_key(str(path))}: cannot be read: {error.strerror}") from error
-    if is_there and not is_folder:
+    if exists and not is_folder:
         return path
     if is_folder and name_or_path not in recipe_names():
         raise RecipeError(f"{display_key(name_or_path)}: a folder, not a recipe: name a .yaml file in it")
@@ -71,36 +72,38 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
 
 
 def _hint(name: str) -> str:
+    """Return a sentence with the recipe that the user may have meant, to append to a message."""
     name = name.removeprefix("recipes/")
-    near = [ours for ours in recipe_names() if ours.endswith(f"/{name}")] or difflib.get_close_matches(
-        name, recipe_names(), n=1
-    )
-    return f" Did you mean {min(near, key=len)}?" if near else " `switchcli recipes list` shows those that ship."
+    candidates = [known for known in recipe_names() if known.endswith(f"/{name}")]
+    candidates = candidates or difflib.get_close_matches(name, recipe_names(), n=1)
+    if not candidates:
+        return " `switchcli recipes list` shows those that ship."
+    return f" Did you mean {min(candidates, key=len)}?"
 
 
 def copy_recipe(name: str, target: Path) -> Path:
-    """Write a copy of the shipped recipe `name` to `target`, a new file or a folder for it, and return the new file.
+    """Copy the shipped recipe `name` to `target`, a new file or a folder, and return the new file.
 
     Raises:
-        RecipeError: no such recipe, or the file is there already or cannot be written.
+        RecipeError: no such recipe, or the file exists or cannot be written.
         CheckpointError: the disk is full or broken.
     """
     source = recipe_file(name)
     target = target / source.name if target.is_dir() else target
     with disk_errors(target, "give another name"):
         try:
-            publish.write_file(target, _free_standing(source), replace=False)
+            publish.write_file(target, _standalone_text(source), replace=False)
         except FileExistsError as error:
-            raise RecipeError(f"{target}: is there already: give another name, or remove it first") from error
+            raise RecipeError(f"{target}: exists already: give another name, or remove it first") from error
         except OSError as error:
-            if error.errno in OF_THE_DISK:
+            if error.errno in DISK_ERRORS:
                 raise
             raise RecipeError(f"{target}: cannot be written: {error.strerror}") from error
     return target
 
 
-def _free_standing(source: Path) -> str:
-    """Return the text of `source` with the recipe that it extends named as it ships."""
+def _standalone_text(source: Path) -> str:
+    """Return the text of a shipped recipe, with the path after `extends` replaced by the name of that recipe."""
     root = read_file(source).value
     content = source.read_text(encoding="utf-8")
     if not isinstance(root, dict) or "extends" not in root:

@@ -1,8 +1,8 @@
-"""What pydantic found wrong, in a user's words: where it was said, the dotted key, the rule, the value, the way out.
+"""Turn pydantic's errors into messages for users: location, dotted key, rule, value and fix.
 
-A spec's own rule is the ValueError of its validator. When its message starts with a key of that spec, as in
-"steps (0) must be ...", the line is that key's; when the recipe leaves that key out, the line is that of the first
-dotted key in the message which it states. An error of several arguments is several rules.
+A spec's own rule is the ValueError of its validator. If its message starts with a key of that spec, as in
+"steps (0) must be ...", the location is that of the key. If the recipe does not state that key, the location is that of
+the first dotted key in the message which it states. A ValueError with several arguments holds several rules.
 """
 
 import difflib
@@ -18,6 +18,7 @@ from switchcli import credentials
 from switchcli.recipe.yaml_nodes import Node, display_key
 
 Keys = tuple[str | int, ...]
+"""The path of a value in a recipe: keys of mappings and positions in lists."""
 Models = tuple[type[BaseModel], ...]
 
 _RULES: Mapping[str, str] = MappingProxyType(
@@ -40,14 +41,17 @@ _RULES: Mapping[str, str] = MappingProxyType(
         "too_short": "must have at least {min_length} items",
     }
 )
-_MOST = 100  # things wrong of one recipe that are told
-_WORDS: Mapping[str, str] = MappingProxyType(
+"""Our text for the rule of each error type of pydantic."""
+_MAX_ERRORS = 100
+"""Maximum number of errors of one recipe that are reported."""
+_BOOLEANS: Mapping[str, str] = MappingProxyType(
     {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 )
+"""Booleans of YAML 1.1, which YAML 1.2 reads as text."""
 
 
-class _Place(NamedTuple):
-    """A place of the schema: the specs that may stand there (several are told apart by `kind`), and the path to it."""
+class _SchemaNode(NamedTuple):
+    """A position in the schema: the specs allowed there (several for a choice by `kind`), its annotation and path."""
 
     models: Models
     annotation: Any
@@ -55,26 +59,26 @@ class _Place(NamedTuple):
 
 
 def error_lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[str]:
-    """One line for each thing wrong with `tree` as a value of `schema`, in the order of the schema."""
-    found: dict[tuple[str, str], str] = {}
+    """Return one line for each error of `tree` as a value of `schema`, in the order of the schema."""
+    lines: dict[tuple[str, str], str] = {}
     errors = error.errors(include_url=False)
-    for details in errors[:_MOST]:
+    for details in errors[:_MAX_ERRORS]:
         if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
-            continue  # pydantic counts the items that are right, and each that is wrong has a line of its own
-        for path, line in _explained(details, tree, schema):
-            # Of a union without kinds pydantic reports each member; the first rule is enough.
-            found.setdefault((dotted(path), "" if details["type"] != "value_error" else line), line)
-    more = len(errors) - _MOST
-    return [*found.values(), *([f"and {more:,} more"] if more > 0 else [])]
+            continue  # pydantic counts only the valid items of a list, and each invalid one has a line of its own
+        for path, line in _explain(details, tree, schema):
+            # pydantic reports every member of a union without kinds; the first rule of a key is enough.
+            lines.setdefault((dotted(path), "" if details["type"] != "value_error" else line), line)
+    omitted = len(errors) - _MAX_ERRORS
+    return [*lines.values(), *([f"and {omitted:,} more"] if omitted > 0 else [])]
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """`path` as a recipe's user writes it: `data.corpora.0.path`."""
+    """Return `path` as users write it in an override: `data.corpora.0.path`."""
     return ".".join(display_key(key) for key in path)
 
 
 def display_value(value: Any) -> str:
-    """`value` as YAML shows it, shortened."""
+    """Return `value` as it looks in YAML, shortened. Credentials are hidden."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):
@@ -83,115 +87,132 @@ def display_value(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str) and credentials.find_credentials(value):
         return credentials.HIDDEN
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _explained(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iterator[tuple[Keys, str]]:
-    place = _find(schema, details["loc"])
-    path, kind = place.path, details["type"]
-    if kind == "value_error":
-        yield from _own_rules(details["ctx"]["error"].args, place, tree)
+def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iterator[tuple[Keys, str]]:
+    """Yield the path and the line of each rule that an error of pydantic reports."""
+    node = _schema_node(schema, details["loc"])
+    path, error_type = node.path, details["type"]
+    if error_type == "value_error":
+        yield from _explain_own_rules(details["ctx"]["error"].args, node, tree)
         return
-    if kind == "extra_forbidden":
-        rule = _unknown_key(_find(schema, details["loc"][:-1]), str(path[-1]), schema)
-    elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        rule = _kind_rule(place.models, details)
+    if error_type == "extra_forbidden":
+        rule = _unknown_key(_schema_node(schema, details["loc"][:-1]), str(path[-1]), schema)
+    elif error_type in ("union_tag_invalid", "union_tag_not_found"):
+        rule = _kind_rule(node.models, details)
         path = (*path, "kind")
     else:
-        rule = _value_rule(details, place, schema)
+        rule = _value_rule(details, node, schema)
     yield path, f"{_where(tree, path)}: {dotted(path)}: {rule}"
 
 
-def _own_rules(rules: Sequence[str], place: _Place, tree: Node) -> Iterator[tuple[Keys, str]]:
-    fields = {name for model in place.models for name in model.model_fields}
+def _explain_own_rules(rules: Sequence[str], node: _SchemaNode, tree: Node) -> Iterator[tuple[Keys, str]]:
+    """Yield the path and the line of each rule of a spec's validator."""
+    fields = {name for model in node.models for name in model.model_fields}
     for rule in rules:
-        named = [tuple(keys.split(".")) for keys in re.findall(r"^[a-z_]\w*(?:\.\w+)*|\b[a-z_]\w*+(?:\.\w+)+", rule)]
-        about = [(*place.path, *keys) for keys in named if keys[0] in fields]
-        starts_with_key = bool(about) and rule.startswith(dotted(about[0][len(place.path) :]))
-        path = next((path for path in about if _said(tree, path)[1]), about[0]) if starts_with_key else place.path
-        prefix = dotted(place.path) + ("." if starts_with_key else ": ") if place.path else ""
-        yield path, f"{_where(tree, path)}: {prefix}{rule}"
+        # A key at the start of the message, dotted or not, and dotted keys anywhere.
+        matches = re.findall(r"^[a-z_]\w*(?:\.\w+)*|\b[a-z_]\w*+(?:\.\w+)+", rule)
+        candidates = [tuple(match.split(".")) for match in matches]
+        mentioned = [keys for keys in candidates if keys[0] in fields]
+        path, prefix = node.path, f"{dotted(node.path)}: "
+        if mentioned and rule.startswith(dotted(mentioned[0])):
+            paths = [(*node.path, *keys) for keys in mentioned]
+            path = next((path for path in paths if _lookup(tree, path)[1]), paths[0])
+            prefix = f"{dotted(node.path)}."
+        yield path, f"{_where(tree, path)}: {prefix if node.path else ''}{rule}"
 
 
-def _value_rule(details: ErrorDetails, place: _Place, schema: type[BaseModel]) -> str:
-    kind = details["type"]
-    ours = _RULES[kind].format(**details.get("ctx", {})) if kind in _RULES else None
-    rule = ours or re.sub(r"^\w+ should", "must", details["msg"])
-    if kind == "missing":
-        return f"{rule}: add it, as {dotted(place.path)}=VALUE on the command line or in the recipe"
-    value = details["input"]
-    if kind == "literal_error":
-        way_out = _did_you_mean(str(value), [str(choice) for choice in _choices(place.annotation)])
+def _value_rule(details: ErrorDetails, node: _SchemaNode, schema: type[BaseModel]) -> str:
+    """Return the rule for a value of the wrong type or range, with the value and a fix."""
+    error_type = details["type"]
+    if error_type in _RULES:
+        rule = _RULES[error_type].format(**details.get("ctx", {}))
     else:
-        way_out = _rewritten(kind, value) or _leave_out(schema, details["loc"])
-    return f"{rule} (got {display_value(value)}){way_out}"
+        rule = re.sub(r"^\w+ should", "must", details["msg"])
+    if error_type == "missing":
+        return f"{rule}: add it, as {dotted(node.path)}=VALUE on the command line or in the recipe"
+    value = details["input"]
+    if error_type == "literal_error":
+        fix = _did_you_mean(str(value), [str(choice) for choice in _choices(node.annotation)])
+    else:
+        fix = _rewrite_hint(error_type, value) or _default_hint(schema, details["loc"])
+    return f"{rule} (got {display_value(value)}){fix}"
 
 
-def _rewritten(kind: str, value: Any) -> str | None:
-    """How to write what `value`, which is of the wrong type, seems to mean."""
-    if kind == "bool_type" and isinstance(value, str) and value.lower() in _WORDS:
-        return f"; YAML 1.2 reads {value} as text: write {_WORDS[value.lower()]}"
-    if kind in ("int_type", "float_type", "float_parsing") and isinstance(value, str) and _bare(value):
-        return f"; write {_bare(value)}"
-    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+def _rewrite_hint(error_type: str, value: Any) -> str | None:
+    """Return how to write the value that `value`, which has the wrong type, seems to mean, or None."""
+    if error_type == "bool_type" and isinstance(value, str) and value.lower() in _BOOLEANS:
+        return f"; YAML 1.2 reads {value} as text: write {_BOOLEANS[value.lower()]}"
+    if error_type in ("int_type", "float_type", "float_parsing") and isinstance(value, str):
+        number = _plain_number(value)
+        return f"; write {number}" if number else None
+    if error_type in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
-    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+    if error_type == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
         return f"; put it in quotes: '{value}'"
     return None
 
 
-def _bare(value: str) -> str | None:
-    """The number that quoted or grouped digits mean, if they do."""
+def _plain_number(value: str) -> str | None:
+    """Return the number in a text without quotes, commas and underscores, or None if the text is not a number."""
     digits = value.replace("_", "").replace(",", "").strip()
     return digits if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", digits) else None
 
 
-def _leave_out(schema: type[BaseModel], location: Keys) -> str:
-    """The way out by the default of the key at `location`, if it has one."""
-    parent = _find(schema, location[:-1])
+def _default_hint(schema: type[BaseModel], location: Keys) -> str:
+    """Return the advice to leave out the key at `location`, with its default; "" if the key is required."""
+    parent = _schema_node(schema, location[:-1])
     field = parent.models[0].model_fields.get(str(location[-1])) if parent.models else None
     if field is None or field.is_required():
         return ""
-    shown = f", {display_value(field.default)}" if isinstance(field.default, str | int | float | None) else ""
-    return f"; leave it out for the default{shown}"
+    default = f", {display_value(field.default)}" if isinstance(field.default, str | int | float | None) else ""
+    return f"; leave it out for the default{default}"
 
 
-def _unknown_key(place: _Place, key: str, schema: type[BaseModel]) -> str:
-    here = [name for model in place.models for name in model.model_fields]
-    if near := _did_you_mean(key, here, cutoff=0.8):
-        return f"no such key{near}"
-    if kinds := _kinds([model for model in _find(schema, place.path).models if key in model.model_fields]):
+def _unknown_key(node: _SchemaNode, key: str, schema: type[BaseModel]) -> str:
+    """Return the message for a key that `node` does not have.
+
+    It suggests, in this order: a very similar key of `node`, another kind that has the key, a very similar key
+    anywhere, a similar key of `node`.
+    """
+    siblings = [name for model in node.models for name in model.model_fields]
+    if suggestion := _did_you_mean(key, siblings, cutoff=0.8):
+        return f"no such key{suggestion}"
+    all_kinds = _schema_node(schema, node.path).models
+    if kinds := _kinds([model for model in all_kinds if key in model.model_fields]):
         return f"no such key for this kind; it belongs to kind: {' or '.join(kinds)}"
-    elsewhere = list(_keys(schema, ()))
-    if close := difflib.get_close_matches(key, [str(path[-1]) for path in elsewhere], n=1, cutoff=0.8):
-        least_deep = min((path for path in elsewhere if path[-1] == close[0]), key=len)
-        return f"no such key. Did you mean {dotted(least_deep)}?"
-    return f"no such key{_did_you_mean(key, here) or '; the keys are ' + ', '.join(here)}"
+    all_paths = list(_all_keys(schema, ()))
+    if close := difflib.get_close_matches(key, [str(path[-1]) for path in all_paths], n=1, cutoff=0.8):
+        shortest = min((path for path in all_paths if path[-1] == close[0]), key=len)
+        return f"no such key. Did you mean {dotted(shortest)}?"
+    return f"no such key{_did_you_mean(key, siblings) or '; the keys are ' + ', '.join(siblings)}"
 
 
 def _kind_rule(models: Models, details: ErrorDetails) -> str:
+    """Return the message for a choice whose `kind` is missing or unknown."""
     kinds = _kinds(models)
     value = details["input"].get("kind") if isinstance(details["input"], dict) else None
     if details["type"] == "union_tag_not_found":
-        given = [str(key) for key in details["input"]] if isinstance(details["input"], dict) else []
-        near = difflib.get_close_matches("kind", given, n=1)
-        slip = f"; {near[0]}: no such key. Did you mean kind?" if near else ""
-        return f"missing; it is one of {', '.join(kinds)}{slip}"
+        keys = [str(key) for key in details["input"]] if isinstance(details["input"], dict) else []
+        close = difflib.get_close_matches("kind", keys, n=1)
+        typo = f"; {close[0]}: no such key. Did you mean kind?" if close else ""
+        return f"missing; it is one of {', '.join(kinds)}{typo}"
     return f"must be one of {', '.join(kinds)} (got {display_value(value)}){_did_you_mean(str(value), kinds)}"
 
 
 def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:
-    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
-    return f". Did you mean {near[0]}?" if near else ""
+    close = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+    return f". Did you mean {close[0]}?" if close else ""
 
 
 def _where(tree: Node, path: Keys) -> str:
-    return _said(tree, path)[0].where
+    return _lookup(tree, path)[0].where
 
 
-def _said(tree: Node, path: Keys) -> tuple[Node, bool]:
-    """The node at `path`, or the nearest one above it that the recipe states; and whether it is the one at `path`."""
+def _lookup(tree: Node, path: Keys) -> tuple[Node, bool]:
+    """Return the node at `path` and True, or its nearest ancestor that the recipe states and False."""
     for key in path:
         if isinstance(tree.value, dict) and key in tree.value:
             tree = tree.value[str(key)]
@@ -202,40 +223,40 @@ def _said(tree: Node, path: Keys) -> tuple[Node, bool]:
     return tree, True
 
 
-def _find(schema: type[BaseModel], location: Keys) -> _Place:
-    """The place at pydantic's `location`, which names the kind wherever it chose by one; the path leaves it out."""
-    place = _Place((schema,), schema, ())
+def _schema_node(schema: type[BaseModel], location: Keys) -> _SchemaNode:
+    """Return the schema node at pydantic's `location`, which, unlike the node's path, also names each chosen kind."""
+    node = _SchemaNode((schema,), schema, ())
     for key in location:
-        if len(place.models) > 1 and key in _kinds(place.models):
-            place = place._replace(models=tuple(model for model in place.models if key in _kinds([model])))
-        elif place.models:
-            field = place.models[0].model_fields.get(str(key))
-            place = _at(field.annotation if field else None, (*place.path, key))
-        elif get_origin(place.annotation) is tuple:
-            place = _at(get_args(place.annotation)[0], (*place.path, key))
-    return place
+        if len(node.models) > 1 and key in _kinds(node.models):
+            node = node._replace(models=tuple(model for model in node.models if key in _kinds([model])))
+        elif node.models:
+            field = node.models[0].model_fields.get(str(key))
+            node = _annotated_node(field.annotation if field else None, (*node.path, key))
+        elif get_origin(node.annotation) is tuple:
+            node = _annotated_node(get_args(node.annotation)[0], (*node.path, key))
+    return node
 
 
-def _at(annotation: Any, path: Keys) -> _Place:
-    """The place of a value of type `annotation`: through Annotated, and through None in a union."""
+def _annotated_node(annotation: Any, path: Keys) -> _SchemaNode:
+    """Return the schema node of a value with this annotation. Annotated and a union with None are unwrapped."""
     if get_origin(annotation) is Annotated:
-        return _at(get_args(annotation)[0], path)
+        return _annotated_node(get_args(annotation)[0], path)
     members: tuple[Any, ...] = (annotation,)
     if get_origin(annotation) in (Union, UnionType):
         members = tuple(member for member in get_args(annotation) if member is not type(None))
     models = tuple(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
-    return _Place(models, members[0], path)
+    return _SchemaNode(models, members[0], path)
 
 
-def _keys(model: type[BaseModel], path: Keys) -> Iterator[Keys]:
-    """The path of every key of `model`, through every kind; the first item stands for those of a list."""
+def _all_keys(model: type[BaseModel], path: Keys) -> Iterator[Keys]:
+    """Yield the path of every key of `model`, in all kinds. Keys of list items have the position 0."""
     for name, field in model.model_fields.items():
-        place = _at(field.annotation, (*path, name))
-        yield place.path
-        if get_origin(place.annotation) is tuple:
-            place = _at(get_args(place.annotation)[0], (*place.path, 0))
-        for member in place.models:
-            yield from _keys(member, place.path)
+        node = _annotated_node(field.annotation, (*path, name))
+        yield node.path
+        if get_origin(node.annotation) is tuple:
+            node = _annotated_node(get_args(node.annotation)[0], (*node.path, 0))
+        for member in node.models:
+            yield from _all_keys(member, node.path)
 
 
 def _kinds(models: Sequence[type[BaseModel]]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Names that recipe keys and values had in earlier versions: they are still read, under their names of today.
+"""Old names of recipe keys and values, which are still read and replaced by the current names.
 
-A recipe file or an override that uses an old name gets a warning with the new one. The recipe that a run saved gets
+A recipe file or an override that uses an old name causes a warning with the new one. The recipe that a run saved causes
 none: its user did not write it.
 """
 
@@ -22,7 +22,7 @@ KEYS: Mapping[str, str] = MappingProxyType(
         "student.unfit": "student.on_shape_mismatch",
     }
 )
-"""Dotted keys of two parts, each with its name of today."""
+"""Old dotted keys of the form section.key, and their current names."""
 
 VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -31,45 +31,46 @@ VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "student.on_shape_mismatch": {"refuse": "error", "fresh": "random_init"},
     }
 )
-"""Values of a key, each with its name of today. Applied after `KEYS`."""
+"""For each current key, old values and their current names. Applied after `KEYS`."""
 
 
 def upgrade(recipe: Node, warn: bool) -> Node:
-    """Return one layer of a recipe under the names of today. `recipe` is changed in place.
+    """Replace old names in one layer of a recipe, in place, and return it.
 
     Raises:
-        RecipeError: a key is given under its old name and under its new one.
+        RecipeError: a key is given under both its old and its new name.
     """
     for old, new in KEYS.items():
-        part, key = old.split(".")
-        keys = _mapping(recipe, part)
+        section, key = old.split(".")
+        keys = _section(recipe, section)
         if key not in keys:
             continue
-        renamed = new.removeprefix(f"{part}.")
+        renamed = new.removeprefix(f"{section}.")
         if renamed in keys:
             raise RecipeError(f"{keys[key].where}: {old}: the old name of {new}, which is given too: leave {old} out")
         keys[renamed] = keys.pop(key)
         if warn:
             _warn(keys[renamed], old, new)
     for dotted, values in VALUES.items():
-        part, key = dotted.split(".")
-        node = _mapping(recipe, part).get(key)
+        section, key = dotted.split(".")
+        node = _section(recipe, section).get(key)
         if node is not None and isinstance(node.value, str) and node.value in values:
-            _mapping(recipe, part)[key] = node._replace(value=values[node.value])
+            _section(recipe, section)[key] = node._replace(value=values[node.value])
             if warn:
                 _warn(node, f"{dotted}: {node.value}", values[node.value])
     if not warn:
         for corpus in _corpora(recipe):
-            corpus.pop("streaming", None)  # it said how a corpus of the hub was read, and never changed the text
+            corpus.pop("streaming", None)  # a removed key: how a hub corpus was read, which never changed the text
     return recipe
 
 
 def upgrade_override(path: Path, value: Node) -> tuple[Path, Node]:
-    """Return the path and the value of an override KEY=VALUE under the names of today."""
+    """Return the path and the value of an override KEY=VALUE with old names replaced."""
     new = KEYS.get(".".join(path[:2]))
     if new is not None:
         _warn(value, ".".join(path[:2]), new)
         path = (*new.split("."), *path[2:])
+    # Wrap the value in its path, so that `upgrade` can replace old values in it, and unwrap it again.
     nested = value
     for key in reversed(path):
         nested = Node({key: nested}, value.where)
@@ -80,14 +81,14 @@ def upgrade_override(path: Path, value: Node) -> tuple[Path, Node]:
     return path, nested
 
 
-def _mapping(recipe: Node, part: str) -> dict[str, Node]:
-    """Return the keys of one part of a recipe; an empty mapping if it has none."""
-    node = recipe.value.get(part) if isinstance(recipe.value, dict) else None
+def _section(recipe: Node, name: str) -> dict[str, Node]:
+    """Return the keys of a top-level section, such as `data`, or an empty mapping if the recipe has none."""
+    node = recipe.value.get(name) if isinstance(recipe.value, dict) else None
     return node.value if node is not None and isinstance(node.value, dict) else {}
 
 
 def _corpora(recipe: Node) -> Iterator[dict[str, Node]]:
-    corpora = _mapping(recipe, "data").get("corpora")
+    corpora = _section(recipe, "data").get("corpora")
     if corpora is not None and isinstance(corpora.value, list):
         yield from (corpus.value for corpus in corpora.value if isinstance(corpus.value, dict))
 

@@ -1,4 +1,4 @@
-"""The recipe of each verb: the rooms' specs put together."""
+"""The recipe of each verb, composed of the specs of other packages."""
 
 import math
 from abc import ABC
@@ -26,11 +26,12 @@ from switchcli.train.scoring import ScoringSpec
 
 
 class TextRecipe(TrainingRecipe, ABC):
-    """A run on plain text."""
+    """A run that trains on plain text."""
 
     schedule: ScheduleSpec = InverseSquareRoot()
-    """The learning rate of each step, by the schedule's `kind`."""
+    """The learning rate of each step, by the schedule's `kind`; the default is T5's for pre-training."""
     data: DataSpec = DataSpec()
+    """The text to train on, the tokenizer and the objective."""
 
     @property
     def inputs_length(self) -> int:
@@ -40,30 +41,32 @@ class TextRecipe(TrainingRecipe, ABC):
     def targets_length(self) -> int:
         return self.data.objective.targets_length
 
-    def _text_rules(self) -> Iterator[str]:
-        tokenizer, rows = self.data.tokenizer, self.model.vocab_size
-        if tokenizer.kind == "train" and tokenizer.vocab_size > rows:
+    def _data_rules(self) -> Iterator[str]:
+        tokenizer, model_vocab_size = self.data.tokenizer, self.model.vocab_size
+        if tokenizer.kind == "train" and tokenizer.vocab_size > model_vocab_size:
             yield (
-                f"data.tokenizer.vocab_size ({tokenizer.vocab_size}) must be at most the {rows} rows of "
+                f"data.tokenizer.vocab_size ({tokenizer.vocab_size}) must be at most the {model_vocab_size} rows of "
                 f"model.vocab_size: try model.vocab_size={tokenizer.vocab_size}."
             )
-        lanes = self.data.stream_shards
-        if self.data.access == "stream" and self.rows_per_step % lanes:
+        shards = self.data.stream_shards
+        if self.data.access == "stream" and self.rows_per_step % shards:
             yield (
-                f"data.stream_shards ({lanes}) must divide the {self.rows_per_step} sequences of a step: try "
-                f"data.stream_shards={math.gcd(lanes, self.rows_per_step)}."
+                f"data.stream_shards ({shards}) must divide the {self.rows_per_step} sequences of a step: try "
+                f"data.stream_shards={math.gcd(shards, self.rows_per_step)}."
             )
 
 
 class TaskRecipe(TrainingRecipe, ABC):
-    """A run on text-to-text tasks, scored on them."""
+    """A run that trains on text-to-text tasks and is scored on them."""
 
     schedule: ScheduleSpec = Constant()
-    """The learning rate of each step, by the schedule's `kind`."""
+    """The learning rate of each step, by the schedule's `kind`; the default is T5's for fine-tuning."""
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     """Names of tasks and suites, or tasks of your own (`kind: files`)."""
     data: TaskDataSpec = TaskDataSpec()
+    """Lengths in tokens and the mixture of the tasks."""
     scoring: ScoringSpec = ScoringSpec()
+    """How answers are generated and scored."""
 
     @property
     def inputs_length(self) -> int:
@@ -73,35 +76,37 @@ class TaskRecipe(TrainingRecipe, ABC):
     def targets_length(self) -> int:
         return self.data.targets_length
 
-    def _text_rules(self) -> Iterator[str]:
-        evaluate, save = self.eval.every_steps, self.checkpoint.save_every_steps
-        if evaluate % save and self.checkpoint.keep_best:
+    def _data_rules(self) -> Iterator[str]:
+        eval_steps, save_steps = self.eval.every_steps, self.checkpoint.save_every_steps
+        if eval_steps % save_steps and self.checkpoint.keep_best:
             yield (
-                f"eval.every_steps ({evaluate}) must be a multiple of checkpoint.save_every_steps ({save}), so that "
-                f"the best checkpoint of each task is there to be kept: try checkpoint.save_every_steps={evaluate}."
+                f"eval.every_steps ({eval_steps}) must be a multiple of checkpoint.save_every_steps ({save_steps}), so "
+                "that the best checkpoint of each task exists and can be kept: try "
+                f"checkpoint.save_every_steps={eval_steps}."
             )
         yield from names_twice(self.tasks)
 
 
 class PretrainRecipe(TextRecipe):
-    """One run of `switchcli pretrain`. With a `start`, keys of `model` that it leaves out are the checkpoint's."""
+    """A run of `switchcli pretrain`. With `start`, keys of `model` that are left out come from the checkpoint."""
 
     verb: Literal["pretrain"] = "pretrain"
     """The command that runs this recipe."""
     start: StartSpec | None = None
-    """Absent: from scratch."""
+    """The checkpoint to start from; absent: initial weights."""
 
 
 class FinetuneRecipe(TaskRecipe):
-    """One run of `switchcli finetune`. Keys of `model` that it leaves out are the checkpoint's."""
+    """A run of `switchcli finetune`. Keys of `model` that are left out come from the checkpoint."""
 
     verb: Literal["finetune"] = "finetune"
     """The command that runs this recipe."""
     start: StartSpec
+    """The checkpoint to start from."""
     update: TrainableSet = "all"
-    """Which weights learn: all, non_expert, expert (with the routers), dense_feed_forward."""
+    """Which weights are trained: all, non_expert, expert (with the routers) or dense_feed_forward."""
 
-    def _own_rules(self) -> Iterator[str]:
+    def _verb_rules(self) -> Iterator[str]:
         try:
             check(self.model, self.update)
         except ValueError as error:
@@ -109,17 +114,21 @@ class FinetuneRecipe(TaskRecipe):
 
 
 class DistillRecipe(TrainingRecipe, ABC):
-    """A run of `switchcli distill`. What it leaves out is the teacher's: the text or the tasks, the length of the run,
-    batch, optimizer and schedule; of `model` the dense model with the teacher's FLOPs a token."""
+    """A run of `switchcli distill`.
+
+    Keys that are left out come from the teacher's run: the text or the tasks, the number of steps, batch, optimizer and
+    schedule. The default `model` is the dense model with the teacher's FLOPs per token.
+    """
 
     distill: DistillSpec
+    """The teacher, and how the student learns from it."""
     student: StudentSpec = FromTeacherInit()
-    """What the student starts from, by its `kind`: teacher, fresh, checkpoint."""
+    """The initial weights of the student, by `kind`: teacher, random_init or checkpoint."""
 
-    def _own_rules(self) -> Iterator[str]:
+    def _verb_rules(self) -> Iterator[str]:
         start, steps = self.distill.start_step, self.train.steps
         if start >= steps:
-            yield f"distill.start_step ({start}) must be less than train.steps ({steps}): the teacher is never asked."
+            yield f"distill.start_step ({start}) must be less than train.steps ({steps}): the teacher is never used."
 
 
 class DistillTextRecipe(TextRecipe, DistillRecipe):
@@ -128,12 +137,12 @@ class DistillTextRecipe(TextRecipe, DistillRecipe):
     verb: Literal["distill"] = "distill"
     """The command that runs this recipe."""
 
-    def _own_rules(self) -> Iterator[str]:
-        yield from super()._own_rules()
+    def _verb_rules(self) -> Iterator[str]:
+        yield from super()._verb_rules()
         if self.distill.cache is not None and self.data.access == "stream":
             yield (
-                "distill.cache: a stream is read once and in order, and answers are asked for before: take "
-                "data.access=prepared, or leave them out."
+                "distill.cache: a stream is read once and in order, and the cache is filled before training: take "
+                "data.access=prepared, or leave distill.cache out."
             )
 
 
@@ -145,9 +154,9 @@ class DistillTasksRecipe(TaskRecipe, DistillRecipe):
 
 
 class EvalRecipe(Spec):
-    """One run of `switchcli eval`: what a checkpoint is measured on, and how it answers.
+    """A run of `switchcli eval`: what a checkpoint is evaluated on, and how its answers are decoded.
 
-    Keys that it leaves out are the run's that trained the checkpoint: its tasks or its text, its lengths, its decoding.
+    Keys that are left out come from the run that trained the checkpoint: tasks or text, lengths, decoding.
     """
 
     verb: Literal["eval"] = "eval"
@@ -155,34 +164,38 @@ class EvalRecipe(Spec):
     description: str = ""
     """One line for `switchcli recipes list`."""
     tasks: tuple[TaskSpec, ...] = ()
-    """Names of tasks and suites, or tasks of your own (`kind: files`), which the checkpoint's may be named as well."""
+    """Names of tasks and suites, tasks of your own (`kind: files`), or names of the checkpoint's own tasks."""
     data: TaskDataSpec = TaskDataSpec()
+    """Lengths in tokens and the mixture of the tasks."""
     text: TextSpec | None = None
-    """Text for the held-out neg. log perplexity."""
+    """Held-out text to measure negative log perplexity on; absent: the text of the checkpoint's run, if it had one."""
     scoring: ScoringSpec = ScoringSpec()
+    """How answers are generated and scored."""
     capacities: Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None
-    """How the routers count capacity: `paper` by their eval_capacity_factor, `dropless`, or a factor of its own; all is
-    measured under each. Absent: tasks by `scoring.capacity`, text as the run measured it."""
+    """Expert capacities to evaluate with, each in turn: `paper` (the routers' eval_capacity_factor), `dropless`, or a
+    factor; absent: `scoring.capacity` for tasks, and for text the capacity with which the run evaluated it."""
     precision: Precision = "float32"
+    """Precision of the matrix products; the default is the most accurate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The device; `auto` takes a GPU if there is one."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        if broken := [*names_twice(self.tasks)]:
-            raise ValueError(*broken)
+        if errors := [*names_twice(self.tasks)]:
+            raise ValueError(*errors)
         return self
 
 
 StartedRecipe = PretrainRecipe | FinetuneRecipe
-"""The recipes whose key `start` may name a checkpoint to start from."""
+"""The recipes that have the key `start`."""
 RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
     {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillTextRecipe, "eval": EvalRecipe}
 )
-"""The recipe of each verb that has one; of distill on text."""
+"""The recipe of each verb that takes one. For distill it is the one on text."""
 
 
 def schema_of(tree: Node) -> type[Spec] | None:
-    """The recipe of the verb that `tree` is of; None if it may be any, or the verb has none."""
+    """Return the recipe class for the verb of `tree`, or None if the verb is not clear or takes no recipe."""
     verb = resolve.verb_of(tree)
     if verb == "distill" and resolve.stated(tree, "tasks") is not None:
         return DistillTasksRecipe
@@ -190,28 +203,30 @@ def schema_of(tree: Node) -> type[Spec] | None:
 
 
 def resolve_standalone(name: str, overrides: Sequence[str] = ()) -> Spec:
-    """The recipe `name` by the verb that it states, without the checkpoint that it may need: any sparse one will do.
+    """Return the recipe `name` as its verb resolves it, without the checkpoint that it may need.
+
+    In place of the checkpoint's keys there are stand-ins: 8 experts, and a long run for a student.
 
     Raises:
-        RecipeError: one line for each thing that is wrong.
+        RecipeError: one line for each error.
     """
     tree = resolve.load(name, overrides)
     schema = schema_of(tree) or (EvalRecipe if resolve.stated(tree, "tasks") is not None else PretrainRecipe)
-    below: Mapping[str, Any] = {}
+    checkpoint_keys: Mapping[str, Any] = {}
     if schema is FinetuneRecipe:
-        below = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
+        checkpoint_keys = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}
     elif issubclass(schema, DistillRecipe):
-        below = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
-    if below:
-        tree = resolve.load(name, overrides, resolve.layer(below, name))
+        checkpoint_keys = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
+    if checkpoint_keys:
+        tree = resolve.load(name, overrides, resolve.layer(checkpoint_keys, name))
     return resolve.validate(tree, schema)
 
 
 def resolve_text_recipe(name: str, overrides: Sequence[str] = ()) -> TextRecipe:
-    """The same of a recipe of plain text.
+    """Return `resolve_standalone(name, overrides)` if that recipe trains on plain text.
 
     Raises:
-        RecipeError: one line for each thing that is wrong; or it is one of tasks.
+        RecipeError: one line for each error; or the recipe trains on tasks.
     """
     recipe = resolve_standalone(name, overrides)
     if not isinstance(recipe, TextRecipe):
@@ -220,8 +235,10 @@ def resolve_text_recipe(name: str, overrides: Sequence[str] = ()) -> TextRecipe:
 
 
 def editor_schema(verb: str) -> dict[str, Any]:
-    """The JSON Schema by which an editor completes a verb's recipe file: with `extends`, the names of the sizes, and no
-    key required, since the file that is extended may hold it."""
+    """Return the JSON Schema with which an editor completes recipe files of a verb.
+
+    It has `extends` and the names of the sizes. No key is required, as the extended recipe may have it.
+    """
     if verb != "distill":
         return _editor_schema(RECIPES[verb])
     on_text, on_tasks = (_editor_schema(recipe) for recipe in (DistillTextRecipe, DistillTasksRecipe))
@@ -232,8 +249,8 @@ def editor_schema(verb: str) -> dict[str, Any]:
 def _editor_schema(recipe: type[Spec]) -> dict[str, Any]:
     schema = recipe.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "The recipe that this one changes."}
-    for part in (schema, *schema["$defs"].values()):
-        part.pop("required", None)
+    for definition in (schema, *schema["$defs"].values()):
+        definition.pop("required", None)
     if "ModelSpec" in schema["$defs"]:
         schema["$defs"]["ModelSpec"]["properties"]["size"]["enum"] = [CUSTOM, *SIZES]
     return schema

@@ -1,7 +1,7 @@
-"""Shapes by name: Table 9 as printed, the released checkpoints, T5's own, and small ones for a laptop. One line a size.
+"""Model sizes by name: Table 9 as printed, released checkpoints, T5, and small ones for a laptop. One line per size.
 
-A size is a shape and no more: vocabulary, dropout, router and training settings are the recipe's.
-`model.size` fills these keys beneath the ones a recipe states (`switchcli.recipe.resolve` says exactly when).
+A size sets only the shape: vocabulary, dropout, router and training settings belong to the recipe. `model.size` fills
+these keys below the ones that a recipe states (`switchcli.recipe.resolve` says exactly when).
 """
 
 import difflib
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """The keys of `ModelSpec` that a name fills. Both stacks have `num_layers` blocks."""
+    """The keys of `ModelSpec` that a size fills. Both stacks have `num_layers` blocks."""
 
     d_model: int
     d_ff: int
@@ -27,9 +27,9 @@ class Size(NamedTuple):
 
 # fmt: off
 SIZES: Mapping[str, Size] = MappingProxyType({
-    # Table 9 as printed. It does not say whether embeddings are tied; its parameter counts fit tied ones. Three rows do
-    # not give the figures printed beside them: the Large ones fit ReLU and d_ff 4096 (T5-Large is 750M here, printed
-    # 739M; Switch-Large 27B, printed 26B), Switch-XXL fits 128 experts (201B here, printed 395B).
+    # Table 9 as printed. It does not say whether embeddings are tied; its parameter counts fit tied ones. In three rows
+    # the shape does not give the printed parameter count. The Large counts fit ReLU and d_ff 4096 (T5-Large is 750M
+    # here, printed 739M; Switch-Large 27B, printed 26B); Switch-XXL's fits 128 experts (201B here, printed 395B).
     "t5-base":      Size(768, 2048, 64, 12, 12, "geglu"),
     "t5-large":     Size(1024, 2816, 64, 16, 24, "geglu"),
     "t5-xxl":       Size(4096, 10240, 64, 64, 24, "geglu"),
@@ -49,7 +49,7 @@ SIZES: Mapping[str, Size] = MappingProxyType({
     "switch-xxl-128":   Size(4096, 10240, 64, 64, 24, "geglu", False, num_experts=128),
     "switch-c-2048":    Size(2080, 6144, 64, 30, 15, "relu", False, num_experts=2048, sparse_every=1),
 
-    # T5 1.0 as released; its base and large are not the rows of Table 9, hence the longer names.
+    # T5 1.0 as released. Its base and large differ from those of Table 9, hence the longer names.
     "t5-small":      Size(512, 2048, 64, 8, 6),
     "t5-v1_0-base":  Size(768, 3072, 64, 12, 12),
     "t5-v1_0-large": Size(1024, 4096, 64, 16, 24),
@@ -63,7 +63,7 @@ SIZES: Mapping[str, Size] = MappingProxyType({
     "t5-v1_1-xl":    Size(2048, 5120, 64, 32, 24, "geglu", False),
     "t5-v1_1-xxl":   Size(4096, 10240, 64, 64, 24, "geglu", False),
 
-    # Ours, for a laptop; each switch- size has the FLOPs a token of the dense one.
+    # For a laptop. Each switch- size has the FLOPs per token of the dense one.
     "tiny":          Size(128, 512, None, 4, 2),
     "mini":          Size(256, 1024, None, 4, 4),
     "small":         Size(384, 1536, None, 6, 6),
@@ -74,14 +74,13 @@ SIZES: Mapping[str, Size] = MappingProxyType({
 # fmt: on
 
 CUSTOM = "custom"
-"""The label of a model that names no size."""
+"""The value of `model.size` for a model without a named size."""
 
 
 def size_problem(name: str) -> str | None:
-    """What is wrong with `name` as a `model.size`, and the way out; None when nothing is."""
+    """Return what is wrong with `name` as a `model.size` and how to fix it, or None if it is a size."""
     if name == CUSTOM or name in SIZES:
         return None
-    near = difflib.get_close_matches(name, SIZES, n=1)
-    return f"no such size (got {name!r}). " + (
-        f"Did you mean {near[0]}?" if near else f"The sizes are {', '.join(SIZES)}"
-    )
+    close = difflib.get_close_matches(name, SIZES, n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"The sizes are {', '.join(SIZES)}"
+    return f"no such size (got {name!r}). {hint}"

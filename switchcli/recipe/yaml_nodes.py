@@ -1,11 +1,11 @@
-"""YAML text to nodes that know their line, and plain data to YAML text.
+"""Parse YAML text to nodes that know their line, and write plain data as YAML text.
 
-Scalars are read by the core schema of YAML 1.2: `1e-4` is a number, `no` and `12:30` are text, `012` is 12. Refused,
-because a recipe needs none of them and each has hidden a mistake or an attack: aliases, anchors, tags, merge keys, keys
-that are not text, a key given twice, a second document, nesting beyond 32, more than 1 MiB or 10,000 values (reading
-them would take long), bytes that are not UTF-8.
+Scalars follow the core schema of YAML 1.2: `1e-4` is a number, `no` and `12:30` are text, `012` is 12. Some features
+are refused, because a recipe does not need them and each can hide a mistake or an attack: aliases, anchors, tags, merge
+keys, keys that are not text, duplicate keys, a second document, nesting beyond 32, more than 1 MiB or 10,000 values
+(which would take long to read), bytes that are not UTF-8.
 
-This file knows nothing of recipes: what the keys mean is for `resolve` and the schema.
+This module knows nothing about recipes: `resolve` and the schema give keys their meaning.
 """
 
 import re
@@ -27,7 +27,7 @@ Scalar = str | int | float | bool | None
 
 
 class Node(NamedTuple):
-    """A value, and the place that a message about it names: `file:line` of its key, or the override that set it."""
+    """A value and its source, as messages name it: `file:line` of its key, or the override that set it."""
 
     value: "Scalar | list[Node] | dict[str, Node]"
     where: str
@@ -38,8 +38,8 @@ def _integer(text: str) -> int:
     return int(text, bases.get(text[:2], 10))
 
 
-# Tag, pattern, first characters and reader of each plain scalar that is not text (YAML 1.2.2, section 10.3.2).
-_PLAIN: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Scalar]], ...] = (
+# Tag, pattern, first characters and parser of each kind of plain scalar that is not text (YAML 1.2.2, section 10.3.2).
+_PLAIN_SCALARS: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Scalar]], ...] = (
     ("null", re.compile(r"(?:null|Null|NULL|~|)\Z"), "nN~", lambda text: None),
     ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), "tTfF", lambda text: text[0] in "tT"),
     ("int", re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), "-+0123456789", _integer),
@@ -59,7 +59,7 @@ _PLAIN: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Scalar]], ...] = 
 
 
 def plain(node: Node) -> Any:
-    """The value of `node` as dicts, lists and scalars."""
+    """Return the value of `node` as dicts, lists and scalars."""
     if isinstance(node.value, dict):
         return {key: plain(child) for key, child in node.value.items()}
     if isinstance(node.value, list):
@@ -68,16 +68,16 @@ def plain(node: Node) -> Any:
 
 
 def display_path(path: Path) -> str:
-    """`path` as a message names it: from the current folder when it lies within."""
-    resolved, here = path.resolve(), Path.cwd()
-    return display_key(str(resolved.relative_to(here) if resolved.is_relative_to(here) else path))
+    """Return `path` as messages show it: relative to the current folder if it is inside."""
+    resolved, current = path.resolve(), Path.cwd()
+    return display_key(str(resolved.relative_to(current) if resolved.is_relative_to(current) else path))
 
 
 def read_file(path: Path) -> Node:
-    """The YAML file at `path`.
+    """Return the root node of the YAML file at `path`.
 
     Raises:
-        RecipeError: `file:line: ...` when it cannot be read, or is not the YAML of a recipe.
+        RecipeError: `file:line: ...` if it cannot be read or is not valid YAML for a recipe.
     """
     name = display_path(path)
     try:
@@ -89,7 +89,7 @@ def read_file(path: Path) -> Node:
 
 
 def read_bytes(data: bytes, name: str) -> Node:
-    """The YAML in the content of a file, which messages call `name`. Raises RecipeError as `read_file`."""
+    """Return the root node of the YAML in `data`, which messages call `name`. Raises RecipeError like `read_file`."""
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{name}: more than the {MAX_BYTES} bytes that a recipe may have: is it a recipe?")
     try:
@@ -101,10 +101,10 @@ def read_bytes(data: bytes, name: str) -> Node:
 
 
 def read(text: str, where: Callable[[int], str]) -> Node:
-    """The value of YAML `text`; `where` turns a line, counted from 1, into the place that messages name.
+    """Return the root node of YAML `text`. `where` returns the source of a line, counted from 1, for messages.
 
     Raises:
-        RecipeError: `where(line): ...` for what the module refuses.
+        RecipeError: `where(line): ...` if the text is not YAML or uses a feature that is refused.
     """
     try:
         _refuse(text, where)
@@ -122,7 +122,7 @@ def read(text: str, where: Callable[[int], str]) -> Node:
 
 
 def _refuse(text: str, where: Callable[[int], str]) -> None:
-    """Raise RecipeError for what no recipe may hold. Events come one at a time: a bomb is refused before it unpacks."""
+    """Raise RecipeError for a feature that is refused. Events are read one by one, so that no bomb is expanded."""
     depth = documents = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         rule = None
@@ -150,58 +150,58 @@ def _refuse(text: str, where: Callable[[int], str]) -> None:
 
 
 def _node(node: yaml.Node, where: Callable[[int], str]) -> Node:
-    here = where(_line(node))
+    source = where(_line(node))
     if isinstance(node, yaml.MappingNode):
-        return Node(_mapping(node, where), here)
+        return Node(_mapping(node, where), source)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_node(child, where) for child in node.value], here)
+        return Node([_node(child, where) for child in node.value], source)
     assert isinstance(node, yaml.ScalarNode)
-    return Node(_scalar(node, here), here)
+    return Node(_scalar(node, source), source)
 
 
 def _mapping(node: yaml.MappingNode, where: Callable[[int], str]) -> dict[str, Node]:
     children: dict[str, Node] = {}
     for name, child in node.value:
-        here = where(_line(name))
-        key = _scalar(name, here) if isinstance(name, yaml.ScalarNode) else None
+        source = where(_line(name))
+        key = _scalar(name, source) if isinstance(name, yaml.ScalarNode) else None
         if not isinstance(key, str):
-            raise RecipeError(f"{here}: a key must be text: put it in quotes")
+            raise RecipeError(f"{source}: a key must be text: put it in quotes")
         if key == "<<":
-            raise RecipeError(f"{here}: merge keys (<<) are not allowed: write the keys out, or use extends")
+            raise RecipeError(f"{source}: merge keys (<<) are not allowed: write the keys out, or use extends")
         if key in children:
             first = children[key].where
-            raise RecipeError(f"{here}: {display_key(key)}: given twice, first at {first}: remove one")
-        children[key] = _node(child, where)._replace(where=here)
+            raise RecipeError(f"{source}: {display_key(key)}: given twice, first at {first}: remove one")
+        children[key] = _node(child, where)._replace(where=source)
     return children
 
 
-def _scalar(node: yaml.ScalarNode, here: str) -> Scalar:
+def _scalar(node: yaml.ScalarNode, source: str) -> Scalar:
     text = str(node.value)
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RecipeError(f"{here}: half a surrogate pair is no character: write the character itself")
+        raise RecipeError(f"{source}: half a surrogate pair is not a character: write the character itself")
     if node.style is not None:  # quoted or block: text
         return text
-    for tag, pattern, _, convert in _PLAIN:
+    for tag, pattern, _, parse in _PLAIN_SCALARS:
         if pattern.match(text):
             if tag == "int" and len(text) > MAX_DIGITS:
-                raise RecipeError(f"{here}: an integer of more than {MAX_DIGITS} digits: is a digit stuck?")
-            return convert(text)
+                raise RecipeError(f"{source}: an integer of more than {MAX_DIGITS} digits: remove the extra ones")
+            return parse(text)
     return text
 
 
-def _line(place: yaml.Event | yaml.Node) -> int:
-    assert place.start_mark is not None
-    return place.start_mark.line + 1
+def _line(item: yaml.Event | yaml.Node) -> int:
+    assert item.start_mark is not None
+    return item.start_mark.line + 1
 
 
 def display_key(key: str | int) -> str:
-    """`key` as a message shows it: on one line, without control characters."""
+    """Return `key` as messages show it: on one line, without control characters."""
     text = str(key)
     return text if text and text.isprintable() else repr(text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes so that `read` gives the same value again: text is quoted where the core schema would see a number."""
+    """A dumper whose output `read` parses to an equal value: it quotes text that would be read as a number."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML declares it
 
@@ -209,8 +209,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _tag, _pattern, _first, _ in _PLAIN:
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, [*_first] + [""] * (_tag == "null"))
+# PyYAML looks up patterns by the first character of a scalar. That of an empty scalar, which is null, is "".
+for _tag, _pattern, _first_characters, _ in _PLAIN_SCALARS:
+    _keys = [*_first_characters, *([""] if _tag == "null" else [])]
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _keys)
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
@@ -219,7 +221,7 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    # Left to itself PyYAML writes U+0085 and U+2028 as line breaks, which read back as others.
+    # By default PyYAML writes U+0085 and U+2028 as line breaks, which are read back as other characters.
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
 
 
@@ -228,5 +230,5 @@ _Dumper.add_representer(str, _text)
 
 
 def write(data: Any) -> str:
-    """YAML text of dicts, lists and scalars in the order given; `read` gives it back equal, floats to the last bit."""
+    """Return YAML text of dicts, lists and scalars, in order. `read` gives an equal value, floats bit for bit."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -20,8 +20,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.launch import SAVING_SECONDS, Exit, is_rank, launch, saving_seconds
 from switchcli.distributed.mesh import ALONE, check_world
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.recipe.differences import differences
-from switchcli.recipe.resolve import dump
+from switchcli.recipe.resolve import differences, dump
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console

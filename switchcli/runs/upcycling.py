@@ -8,7 +8,6 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import STACKS
 from switchcli.model.surgery.upcycle import Gate, UpcycledWeights, gate_correction
 from switchcli.recipe import resolve
-from switchcli.recipe.differences import differences
 from switchcli.recipe.sizes import CUSTOM
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
@@ -97,7 +96,7 @@ def with_experts(opened: CheckpointHandle, experts: int, overrides: Sequence[str
     same = opened.recipe.model_copy(update={"model": model, "description": where})
     tree = resolve.load(None, overrides, resolve.layer(same.model_dump(mode="json"), where))
     recipe = resolve.validate(tree, type(opened.recipe))
-    for key, old, new in differences(same, recipe):
+    for key, old, new in resolve.differences(same, recipe):
         if not key.startswith(MAY_CHANGE):
             raise RecipeError(
                 f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(MAY_CHANGE)}"

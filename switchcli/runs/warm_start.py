@@ -13,7 +13,6 @@ from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.recipe import resolve
-from switchcli.recipe.differences import differences
 from switchcli.recipe.schema import StartedRecipe, TextRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
@@ -108,7 +107,7 @@ def start_tokenizer(start: CheckpointHandle | None, folder: RunFolder, context: 
 
 def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
     """Raise a RecipeError where weights of the shape `before` would not be those of `after`."""
-    for key, old, new in differences(before, after):
+    for key, old, new in resolve.differences(before, after):
         if key.split(".")[0] not in NEW:
             raise RecipeError(
                 f"model.{key}: the recipe says {new}, the weights of {path} are of {old}: leave it out; of the model a "
