@@ -119,7 +119,7 @@ class T5Config(_CommonConfig):
         return 1
 
     def spec(self, lengths: StackLengths) -> ModelSpec:
-        """Return the model as a ModelSpec. Raises ValueError (a pydantic ValidationError too) if it cannot be built."""
+        """Return the model as a ModelSpec. Raises ValueError (or ValidationError) if it cannot be built."""
         if self.dense_act_fn not in (None, "gelu_new" if self.gated else "relu"):
             raise ValueError(f"dense_act_fn ({self.dense_act_fn}) is not that of {self.feed_forward_proj}")
         tied = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs

@@ -64,9 +64,9 @@ class TaskRecipe(TrainingRecipe, ABC):
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     """Names of tasks and suites, or tasks of your own (`kind: files`)."""
     data: TaskDataSpec = TaskDataSpec()
-    """Lengths in tokens and the mixture of the tasks."""
+    """Where the examples are, the lengths of rows in tokens, and the mixture of the tasks."""
     scoring: ScoringSpec = ScoringSpec()
-    """How answers are generated and scored."""
+    """How answers are generated and scored, on how many examples."""
 
     @property
     def inputs_length(self) -> int:
@@ -166,11 +166,11 @@ class EvalRecipe(Spec):
     tasks: tuple[TaskSpec, ...] = ()
     """Names of tasks and suites, tasks of your own (`kind: files`), or names of the checkpoint's own tasks."""
     data: TaskDataSpec = TaskDataSpec()
-    """Lengths in tokens and the mixture of the tasks."""
+    """Where the examples are, the lengths of rows in tokens, and the mixture of the tasks."""
     text: TextSpec | None = None
-    """Held-out text to measure negative log perplexity on; absent: the text of the checkpoint's run, if it had one."""
+    """Held-out text to measure negative log perplexity on; absent: if `tasks` is too, the text of the run."""
     scoring: ScoringSpec = ScoringSpec()
-    """How answers are generated and scored."""
+    """How answers are generated and scored, on how many examples."""
     capacities: Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None
     """Expert capacities to evaluate with, each in turn: `paper` (the routers' eval_capacity_factor), `dropless`, or a
     factor; absent: `scoring.capacity` for tasks, and for text the capacity with which the run evaluated it."""
