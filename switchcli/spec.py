@@ -46,15 +46,15 @@ MOST: Final = MappingProxyType(
 Switch-C has 2,048 experts in each of 30 blocks, 61,440 in all, and batches of 2**20 tokens."""
 
 
-def check_place(place: str) -> str:
-    """Return `place`, a path or URL. Raises ValueError if it is empty, holds a NUL character or holds credentials."""
-    if not place:
+def check_place(text: str) -> str:
+    """Return `text`, a path or URL. Raises ValueError if it is empty, holds a NUL character or holds credentials."""
+    if not text:
         raise ValueError("is empty: name a file, a folder or a URL")
-    if "\0" in place:
+    if "\0" in text:
         raise ValueError("holds a NUL character, which no path can hold: remove it")
-    if found := credentials.find_credentials(place):
-        raise ValueError(f"holds {found}: {credentials.FIX}")
-    return place
+    if secret := credentials.find_credentials(text):
+        raise ValueError(f"holds {secret}: {credentials.FIX}")
+    return text
 
 
 Place = Annotated[str, AfterValidator(check_place)]
