@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from switchcli.errors import RecipeError, RenamedWarning
-from switchcli.recipe.yaml_nodes import Node
+from switchcli.recipe.yaml_nodes import Node, nest
 
 Path = tuple[str, ...]
 
@@ -70,15 +70,11 @@ def upgrade_override(path: Path, value: Node) -> tuple[Path, Node]:
     if new is not None:
         _warn(value, ".".join(path[:2]), new)
         path = (*new.split("."), *path[2:])
-    # Wrap the value in its path, so that `upgrade` can replace old values in it, and unwrap it again.
-    nested = value
-    for key in reversed(path):
-        nested = Node({key: nested}, value.where)
-    nested = upgrade(nested, warn=True)
+    node = upgrade(nest(path, value), warn=True)
     for key in path:
-        assert isinstance(nested.value, dict)
-        nested = nested.value[key]
-    return path, nested
+        assert isinstance(node.value, dict)
+        node = node.value[key]
+    return path, node
 
 
 def _section(recipe: Node, name: str) -> dict[str, Node]:

@@ -267,7 +267,7 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
     """Return `tree` with the KEY=VALUE `overrides` over it."""
     parsed = [_parse_override(override) for override in overrides]
     for path, value in parsed:
-        tree = _fill_size(tree, _stated_size(_nest(path, value)))
+        tree = _fill_size(tree, _stated_size(yaml_nodes.nest(path, value)))
     # Shorter paths first, and `kind` before the other keys: a mapping or a kind that comes later would replace the keys
     # that another override sets in it.
     for path, value in sorted(parsed, key=lambda item: (len(item[0]), item[0][-1] != "kind")):
@@ -290,13 +290,6 @@ def _parse_override(override: str) -> tuple[tuple[str, ...], Node]:
     if path[0] == "extends":
         raise RecipeError(f"{where}: extends belongs in a file: name that recipe on the command line instead")
     return renames.upgrade_override(path, yaml_nodes.read(value, lambda line: where))
-
-
-def _nest(path: Sequence[str], value: Node) -> Node:
-    """Return the tree that has `value` at `path` and nothing else."""
-    for key in reversed(path):
-        value = Node({key: value}, value.where)
-    return value
 
 
 def _set(below: Node, path: Sequence[str], value: Node, parent: tuple[str, ...] = ()) -> Node:

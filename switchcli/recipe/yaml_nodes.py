@@ -9,7 +9,7 @@ This module knows nothing about recipes: `resolve` and the schema give keys thei
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,13 @@ def plain(node: Node) -> Any:
     if isinstance(node.value, list):
         return [plain(child) for child in node.value]
     return node.value
+
+
+def nest(path: Sequence[str], value: Node) -> Node:
+    """Return the tree that has `value` at `path` and nothing else."""
+    for key in reversed(path):
+        value = Node({key: value}, value.where)
+    return value
 
 
 def display_path(path: Path) -> str:
