@@ -479,7 +479,7 @@ import sys
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from switchcli.data.prepare.pipeline import Means, prepare
+from switchcli.data.prepare.pipeline import PrepareContext, prepare
 from switchcli.data.config import DataSpec
 
 @contextmanager
@@ -489,7 +489,7 @@ def show(label, pieces, size):
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
     spec = DataSpec.model_validate_json(Path("spec.json").read_text(), strict=False)
-    print(prepare(spec, Means(Path("cache"), lambda items, *_: iter(items), show, 2)).identity)
+    print(prepare(spec, PrepareContext(Path("cache"), lambda items, *_: iter(items), show, 2)).identity)
 """
 
 
@@ -609,15 +609,15 @@ import os, platform, sys
 from pathlib import Path
 platform.node = lambda: sys.argv[2]
 os.getpid = lambda: 2**22 + 1  # a number that no process has here
-from switchcli.data.prepare.cache import make
-from switchcli.data.prepare.store import seal
+from switchcli.data.prepare.cache import build_atomically
+from switchcli.data.prepare.store import write_manifest
 def build(folder):
     folder.mkdir()
     print("building", flush=True)
     sys.stdin.readline()
     (folder / "ids").write_text("first")
-    seal(folder, {})
-make(Path(sys.argv[1]), build)
+    write_manifest(folder, {})
+build_atomically(Path(sys.argv[1]), build)
 """
 
 
@@ -1169,12 +1169,12 @@ USE_STORE = """
 import sys
 from pathlib import Path
 import numpy as np
-from switchcli.data.prepare.store import StoreWriter, TokenStore, facts_of, seal
-from switchcli.data.prepare.verified import Verified
+from switchcli.data.prepare.store import StoreWriter, TokenStore, read_manifest, write_manifest
+from switchcli.data.prepare.verified import VerifiedFolder
 with StoreWriter(Path(), "store", 8) as writer:
     writer.add(np.arange(8), starts_document=True)
-seal(Path(), {})
-found = TokenStore.open(Verified(Path(), facts_of(Path())["files"], in_memory=True), "store")
+write_manifest(Path(), {})
+found = TokenStore.open(VerifiedFolder(Path(), read_manifest(Path())["files"], in_memory=True), "store")
 assert found.tokens.tolist() == [*range(8)]
 assert not found.tokens.flags.owndata
 print(*{"pandas", "datasets"} & sys.modules.keys())

@@ -29,24 +29,24 @@ import numpy as np
 from switchcli.data.prepare import store
 from switchcli.data.sources import files
 from switchcli.data.dataset import TokenDataset
-from switchcli.data.sources.corpus import Files
-from switchcli.data.prepare.pipeline import Means, prepare
+from switchcli.data.sources.corpus import FilesCorpus
+from switchcli.data.prepare.pipeline import PrepareContext, prepare
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare.prepared_text import TRAIN
 from switchcli.data.tokenizer.tokenizer import TrainedTokenizer
 
 store.SHARD_TOKENS = 2**17
-files.PIECE_BYTES = 2**22
+files.SHARD_BYTES = 2**22
 
 @contextmanager
 def show(label, pieces, size):
     yield lambda done: None
 
 path, cache = sys.argv[1:]
-corpora = (Files(paths=(path,)),)
+corpora = (FilesCorpus(paths=(path,)),)
 tokenizer = TrainedTokenizer(vocab_size=2000, max_characters=200_000)
 spec = DataSpec(corpora=corpora, tokenizer=tokenizer, held_out_fraction=0.01)
-(text,) = prepare(spec, Means(Path(cache), lambda items, *_: iter(items), show, 1)).texts.values()
+(text,) = prepare(spec, PrepareContext(Path(cache), lambda items, *_: iter(items), show, 1)).texts.values()
 chunks = TokenDataset(text.shards[TRAIN], spec.rows, 0)
 for first in range(0, chunks.rows_per_epoch, 64):
     chunks.raw_rows(first + np.arange(64))
