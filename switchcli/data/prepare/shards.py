@@ -1,6 +1,7 @@
-"""A piece of a corpus as ids: read, filtered, cut and written as shards, the same by any process on any machine.
+"""Tokenize source shards: read, filter, split and encode their documents, and write the ids as shards.
 
-Several processes are given pieces one by one; each writes whole folders, so that what was done before a stop stays.
+The files are the same, byte for byte, for any number of processes on any machines. A pool of processes gets the source
+shards one by one. Each becomes a folder that appears when it is complete, so finished folders outlive a stop.
 """
 
 import multiprocessing
@@ -30,106 +31,128 @@ from switchcli.errors import OutOfMemory, disk_errors
 if TYPE_CHECKING:
     from ctypes import Array, c_int64
 
-PART_CHARACTERS = 2**16  # longer documents are encoded in parts: the tokenizer holds many times its text in memory
-CHUNK_CHARACTERS = 2**20  # encoded at once, by the tokenizer's own threads
+PART_CHARACTERS = 2**16
+"""Characters of a document that are encoded together. The tokenizer takes many times the memory of its text."""
+CHUNK_CHARACTERS = 2**20
+"""Characters that are encoded by one call, by the tokenizer's own threads."""
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
-"""Equal to `distributed.signals.STOPPING`, which this package cannot import."""
-_SECONDS_BETWEEN_LOOKS = 0.2
-_JOBS_AHEAD = 2  # for each process: a text may have more pieces than the queues of a pool can hold
+"""Signals that ask a run to stop. They equal `distributed.signals.STOPPING`, which this package cannot import."""
+_POLL_SECONDS = 0.2
+_JOBS_PER_PROCESS = 2
+"""Jobs that the pool holds for each process. A text may have more source shards than the queues of a pool can hold."""
 
 
 class TokenizeJob(NamedTuple):
-    """A piece, and the folder for its ids."""
+    """A source shard to tokenize, and the folder for its ids."""
 
     corpus: Corpus
     source_shard: SourceShard
     folder: Path
+    """CACHE/tokens/DIGEST/piece-NUMBER."""
     held_out_fraction: float
     filters: Filters
 
 
 class PrepareProgress(NamedTuple):
-    """How far a preparation is."""
+    """Work that is done so far."""
 
     source_shards: int
-    """Whole ones."""
+    """Source shards that are complete."""
     size: int
-    """Bytes of their sources, of those whose size is known."""
+    """Bytes of the complete source shards, as far as their sizes are known."""
     tokens: int
-    """Written, also of pieces that are not whole yet."""
+    """Tokens written, including those of incomplete source shards."""
 
 
 def tokenize_shards(
     jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[PrepareProgress], None]
 ) -> None:
-    """Make every job's folder, `processes` at once with `threads` each; `tokenizer` is its tokenizer.json.
+    """Build the folder of every job. Folders that are complete when an error is raised stay.
+
+    Args:
+        tokenizer: the tokenizer.json to encode with.
+        processes: how many processes work at the same time; 1: this one does all the work.
+        threads: tokenizer threads of each process, if there are several.
+        show: called with the progress as it changes.
 
     Raises:
-        DataError: of the text. What is whole by then stays, then and below.
-        CheckpointError: the disk is full, or refuses.
+        DataError: a text cannot be used.
+        CheckpointError: the disk is full, or refuses to write.
         OutOfMemory: a process was killed.
     """
-    used = _read(tokenizer)
+    loaded = _load_tokenizer(tokenizer)  # before any process starts, so that an error is raised once
     if processes == 1:
-        done = PrepareProgress(0, 0, 0)
-
-        def count(tokens: int) -> None:
-            nonlocal done
-            done = done._replace(tokens=done.tokens + tokens)
-            show(done)
-
-        for job in jobs:
-            _build(job, used, count)
-            done = PrepareProgress(done.source_shards + 1, done.size + (job.source_shard.size or 0), done.tokens)
-            show(done)
+        _build_here(jobs, loaded, show)
         return
     try:
         _build_in_processes(jobs, tokenizer, processes, threads, show)
     finally:
         for folder in {job.folder.parent for job in jobs}:
-            remove_stale(folder)
+            remove_stale(folder)  # killed processes leave unfinished folders
+
+
+def _build_here(jobs: Sequence[TokenizeJob], tokenizer: Tokenizer, show: Callable[[PrepareProgress], None]) -> None:
+    """Build the folders one after the other in this process."""
+    progress = PrepareProgress(0, 0, 0)
+
+    def add_tokens(count: int) -> None:
+        nonlocal progress
+        progress = progress._replace(tokens=progress.tokens + count)
+        show(progress)
+
+    for job in jobs:
+        _build(job, tokenizer, add_tokens)
+        size = progress.size + (job.source_shard.size or 0)
+        progress = PrepareProgress(progress.source_shards + 1, size, progress.tokens)
+        show(progress)
 
 
 def _build_in_processes(
     jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[PrepareProgress], None]
 ) -> None:
-    """Build in a pool of processes. The first error ends all of them."""
-    context = multiprocessing.get_context("spawn")  # the threads of this process do not survive a fork
-    written = context.RawArray("q", len(jobs))  # each job writes to its own number alone: no lock is needed
-    others, pieces, size = {*multiprocessing.active_children()}, 0, 0
-    waiting, pending = iter(enumerate(jobs)), dict[Future[None], TokenizeJob]()
-    with _stopping_blocked():  # starts the resource tracker of multiprocessing: it needs the mask too
+    """Build the folders in a pool of processes. The first error ends all of them."""
+    context = multiprocessing.get_context("spawn")  # the threads of this process would not survive a fork
+    written = context.RawArray("q", len(jobs))  # int64 [jobs]: each job adds to its own element, so no lock is needed
+    others = {*multiprocessing.active_children()}
+    num_complete = size = 0
+    waiting = iter(enumerate(jobs))
+    pending: dict[Future[None], TokenizeJob] = {}
+    with _stop_signals_blocked():  # this starts multiprocessing's resource tracker, which must not be stopped either
         executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
     try:
         while True:
-            with _stopping_blocked():  # `submit` starts the processes
-                for number, job in islice(waiting, _JOBS_AHEAD * processes - len(pending)):
+            with _stop_signals_blocked():  # `submit` starts the processes
+                for number, job in islice(waiting, _JOBS_PER_PROCESS * processes - len(pending)):
                     pending[executor.submit(_build_in_worker, number, job)] = job
             if not pending:
                 break
-            done, _ = wait(pending, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            done, _ = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
             for future in done:
                 future.result()
-                job = pending.pop(future)
-                pieces, size = pieces + 1, size + (job.source_shard.size or 0)
-            show(PrepareProgress(pieces, size, sum(written)))
-    except BaseException as error:
-        # The executor itself would send SIGTERM, which they block, and wait until they are done with their jobs.
+                num_complete += 1
+                size += pending.pop(future).source_shard.size or 0
+            show(PrepareProgress(num_complete, size, sum(written)))
+    except BrokenProcessPool as error:
+        if error.__cause__ is not None:  # no process was killed: the result of one cannot be unpickled
+            raise
+        raise OutOfMemory(
+            "a process that prepared data was killed, perhaps because memory ran out: what is complete stays; run the "
+            "same command again, with fewer --processes if it happens again"
+        ) from None
+    finally:
+        # After an error the executor would send SIGTERM, which the processes block, and wait for their jobs. After the
+        # last job everything is written, and killing the processes is faster than their orderly exit.
         for process in {*multiprocessing.active_children()} - others:
             process.kill()
-        if isinstance(error, BrokenProcessPool) and error.__cause__ is None:  # the cause: a result cannot be unpickled
-            raise OutOfMemory(
-                "a process that prepared data was killed, out of memory as it may be: what is whole stays; run it "
-                "again, with fewer --processes if it comes again"
-            ) from None
-        raise
-    finally:
         executor.shutdown()
 
 
 @contextmanager
-def _stopping_blocked() -> Iterator[None]:
-    """Let signals wait. Processes that are started inherit this: a terminal signals all, and this one decides."""
+def _stop_signals_blocked() -> Iterator[None]:
+    """Let stop signals wait. Processes that start meanwhile block them for good.
+
+    A terminal sends a signal to all processes, but this one alone decides what to do.
+    """
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -138,22 +161,23 @@ def _stopping_blocked() -> Iterator[None]:
 
 
 class _Worker:
-    """What a process of the pool builds with."""
+    """State of a process of the pool, set by `_start_worker`."""
 
     tokenizer: Path
-    """Its tokenizer.json."""
+    """The tokenizer.json."""
     written: "Array[c_int64]"
-    """Tokens of each job that are written."""
+    """Tokens that each job has written, shared with the parent process."""
 
 
 def _start_worker(tokenizer: Path, threads: int, written: "Array[c_int64]") -> None:
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
-    _Worker.tokenizer, _Worker.written = tokenizer, written  # a job reads it: an error here would lose its message
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the tokenizer
+    # The first job loads the tokenizer, because the pool would hide the message of an error here.
+    _Worker.tokenizer, _Worker.written = tokenizer, written
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """Wait until the process that started this one is gone, and leave too."""
+    """Exit when the parent process has gone, even if it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -161,80 +185,86 @@ def _exit_with_parent() -> None:
 
 
 def _build_in_worker(number: int, job: TokenizeJob) -> None:
-    def count(tokens: int) -> None:
-        _Worker.written[number] += tokens
+    def add_tokens(count: int) -> None:
+        _Worker.written[number] += count
 
-    _build(job, _read_once(_Worker.tokenizer), count)
-
-
-def _read(tokenizer: Path) -> Tokenizer:
-    return Tokenizer.from_json(tokenizer.read_text(encoding="utf-8"), str(tokenizer))
+    _build(job, _load_tokenizer_once(_Worker.tokenizer), add_tokens)
 
 
-@cache
-def _read_once(tokenizer: Path) -> Tokenizer:
-    return _read(tokenizer)
+def _load_tokenizer(file: Path) -> Tokenizer:
+    return Tokenizer.from_json(file.read_text(encoding="utf-8"), str(file))
 
 
-def _build(job: TokenizeJob, tokenizer: Tokenizer, count: Callable[[int], None]) -> None:
-    """Make the folder of one job; `count` is told of tokens as they are written."""
+_load_tokenizer_once = cache(_load_tokenizer)
+
+
+def _build(job: TokenizeJob, tokenizer: Tokenizer, add_tokens: Callable[[int], None]) -> None:
+    """Build the folder of one job. `add_tokens` is called with the number of tokens at each write."""
 
     def write(folder: Path) -> None:
         folder.mkdir()
         dropped: Counter[str] = Counter()
-        found = job.filters(job.corpus.read(job.source_shard, dropped=dropped), dropped)
+        documents = job.filters(job.corpus.read(job.source_shard, dropped=dropped), dropped)
         with (
             ShardWriter(folder, TRAIN, tokenizer.vocab_size) as train,
             ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as held_out,
         ):
-            for chunk in group_parts(split_documents(found, job.held_out_fraction)):
-                for part, ids in zip(chunk, tokenizer.encode_batch([part.text for part in chunk]), strict=True):
+            for chunk in group_parts(split_documents(documents, job.held_out_fraction)):
+                ids_of_parts = tokenizer.encode_batch([part.text for part in chunk])
+                for part, ids in zip(chunk, ids_of_parts, strict=True):
                     writer = held_out if part.held_out else train
                     writer.add(ids, len(part.text.encode()), starts_document=part.starts_document)
-                    count(len(ids))
-        shards = {TRAIN: train.shards, HELD_OUT: held_out.shards}
-        arrays = train.arrays | held_out.arrays
-        write_manifest(
-            folder,
-            {"format": FORMAT, "piece": job.source_shard.name, "dropped": dropped, "shards": shards, "arrays": arrays},
-        )
+                    add_tokens(len(ids))
+        facts = {
+            "format": FORMAT,
+            "piece": job.source_shard.name,
+            "dropped": dropped,
+            "shards": {TRAIN: train.shards, HELD_OUT: held_out.shards},
+            "arrays": train.arrays | held_out.arrays,
+        }
+        write_manifest(folder, facts)
 
-    with disk_errors(job.folder.parents[2], ELSEWHERE):
+    with disk_errors(job.folder.parents[2], ELSEWHERE):  # the cache itself
         build_atomically(job.folder, write)
 
 
 class DocumentPart(NamedTuple):
-    """So much of a document as is encoded at once."""
+    """A part of a document that is encoded by itself."""
 
     held_out: bool
     starts_document: bool
     text: str
 
 
-def split_documents(documents: Iterable[Document], fraction: float) -> Iterator[DocumentPart]:
-    """Documents cut up, and whether they are of the `fraction` that is held out."""
+def split_documents(documents: Iterable[Document], held_out_fraction: float) -> Iterator[DocumentPart]:
+    """Yield the parts of each document, and whether it is held out; `held_out_fraction` of the documents are."""
     for document in documents:
-        held_out = is_held_out(document.identity, fraction)
+        held_out = is_held_out(document.identity, held_out_fraction)
         for index, text in enumerate(split_text(document.text)):
             yield DocumentPart(held_out, index == 0, text)
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Parts of at most PART_CHARACTERS, cut at a space where possible: encoding begins each part with one again."""
+    """Yield parts of at most PART_CHARACTERS characters, split at spaces where possible."""
     start = 0
     while len(text) - start > PART_CHARACTERS:
+        # From start + 1, because a space at `start` would leave an empty part.
         space = text.rfind(" ", start + 1, start + PART_CHARACTERS)
-        end = space if space > 0 else start + PART_CHARACTERS
+        if space == -1:  # one long word
+            end = next_start = start + PART_CHARACTERS
+        else:
+            # The space is left out, because encoding puts one before the next part.
+            end, next_start = space, space + 1
         yield text[start:end]
-        start = end + 1 if space > 0 else end
+        start = next_start
     yield text[start:]
 
 
-def group_parts(found: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
-    """Group parts into lists of about CHUNK_CHARACTERS characters, which are encoded at once."""
+def group_parts(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
+    """Yield lists of consecutive parts, each of about CHUNK_CHARACTERS characters: a list is encoded by one call."""
     chunk: list[DocumentPart] = []
     size = 0
-    for part in found:
+    for part in parts:
         chunk.append(part)
         size += len(part.text)
         if size >= CHUNK_CHARACTERS:
