@@ -1,7 +1,7 @@
-"""The cache: folders named by everything that their contents depend on.
+"""Cache of prepared data: each folder is named by a digest of everything that its contents depend on.
 
-A folder appears by a rename, whole or not at all; a damaged one is made anew; of two processes that make the same one,
-the later uses the earlier's.
+A folder is built under a temporary name and appears, complete, by a rename. A damaged folder is built again. When two
+processes build the same folder, the second one to finish uses the first one's.
 """
 
 import errno
@@ -16,26 +16,30 @@ from switchcli.data.prepare.store import is_complete, read_manifest
 from switchcli.errors import RecipeError, disk_errors
 
 PARTIAL = ".partial-"
-ELSEWHERE = "name another folder for the cache in $SWITCHCLI_CACHE"
+ELSEWHERE = "set $SWITCHCLI_CACHE to another folder"
+"""The alternative fix in messages about a disk that refuses to hold the cache."""
 
 
 def default_cache() -> Path:
-    """`$SWITCHCLI_CACHE`, or ~/.cache/switchcli. Where a cache lies does not change a result."""
-    if given := os.environ.get("SWITCHCLI_CACHE"):
-        return Path(given)
+    """Return `$SWITCHCLI_CACHE`, or ~/.cache/switchcli. The location of the cache does not change any result."""
+    if folder := os.environ.get("SWITCHCLI_CACHE"):
+        return Path(folder)
     try:
         return Path.home() / ".cache" / "switchcli"
-    except RuntimeError as error:  # HOME is not set, and no database knows the user
-        raise RecipeError("no home folder is known for the cache: set SWITCHCLI_CACHE, or HOME") from error
+    except RuntimeError as error:  # HOME is not set, and the user database has no home folder
+        raise RecipeError("the cache needs a folder, and your home is unknown: set SWITCHCLI_CACHE or HOME") from error
 
 
 @contextmanager
 def get_or_build(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
-    """Have `folder` in the cache, whole: if it is not, `build` makes and seals it at the path that it is given.
+    """Make sure that the cache holds a complete `folder` while the body of the `with` statement runs.
+
+    If the folder is missing or damaged, `build` creates it, manifest included, at the path that it is called with.
 
     Raises:
-        CheckpointError: what the disk refuses, from within too.
+        CheckpointError: the disk refuses something, here or in the body.
     """
+    # A folder of the cache is CACHE/KIND/DIGEST, so parents[1] is the cache itself.
     with disk_errors(folder.parents[1], ELSEWHERE):
         remove_stale(folder.parent)
         if not is_complete(folder):
@@ -44,9 +48,10 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
 
 
 def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` make a folder elsewhere, and give it its name. An equal folder that is there already stays instead.
+    """Let `build` create a folder under a temporary name, then rename it to `folder`.
 
-    Callers `sweep` the parent before: once, and not for each of its many pieces.
+    If a complete folder with the same contents exists by then, it stays. Callers run `remove_stale` on the parent
+    beforehand: once, and not for each folder in it.
     """
     with scratch_folder(folder.parent) as scratch:
         build(scratch / "built")
@@ -55,7 +60,7 @@ def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Make a new folder in `parent` and remove it at the end. `sweep` removes the one that a killed process left."""
+    """Create a new folder in `parent` and remove it at the end. `remove_stale` removes those of killed processes."""
     parent.mkdir(parents=True, exist_ok=True)
     with publish.locked_folder(parent, _prefix()) as scratch:
         yield scratch
@@ -64,28 +69,38 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 def remove_stale(folder: Path) -> None:
     """Remove the unfinished folders that killed processes of this machine left in `folder`.
 
-    Those of other machines stay: a network file system may keep locks from them.
+    Unfinished folders of other machines stay, because a network file system may not show the locks of their processes.
     """
     publish.remove_stale_in(folder, publish.temporary_name_pattern(_prefix()))
 
 
+def damage_warning(folder: Path) -> str:
+    """Return the warning about a folder whose files do not match its manifest."""
+    return f"{folder}: a file is missing, or has changed since it was prepared: it is prepared again"
+
+
 def _prefix() -> str:
-    """How the names of this machine's unfinished folders begin; a host name has no plus in it."""
+    """Return the prefix of the names of this machine's unfinished folders."""
+    # A host name contains no plus sign, so the prefix of `gpu` does not match a folder of `gpu-1`.
     return f"{PARTIAL}{platform.node()}+"
 
 
 def _publish(scratch: Path, folder: Path) -> None:
-    """Renames scratch/built to `folder`. Another process's stays instead; a damaged or foreign one goes to scratch."""
+    """Rename scratch/built to `folder`, unless another process has published the same contents there.
+
+    A damaged folder, or one with other contents, is replaced.
+    """
+    built = scratch / "built"
     try:
-        publish.publish_folder(scratch / "built", folder)
+        publish.publish_folder(built, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if not is_complete(folder) or _said(folder) != _said(scratch / "built"):
-            folder.rename(scratch / "damaged")
-            (scratch / "built").rename(folder)
+        if not is_complete(folder) or _facts(folder) != _facts(built):
+            folder.rename(scratch / "replaced")
+            built.rename(folder)
 
 
-def _said(folder: Path) -> dict[str, object]:
-    """What a folder is of: a vocabulary that is trained twice need not be the same, byte for byte."""
+def _facts(folder: Path) -> dict[str, object]:
+    """Return a folder's manifest without file digests: training a vocabulary twice may not give the same bytes."""
     return {**(read_manifest(folder) or {}), "files": None}

@@ -1,4 +1,4 @@
-"""Filters: which documents of a corpus are kept, and which of their lines; by length and repetition, not quality."""
+"""Filters: which documents of a corpus are used, and which of their lines; by length and repetition, not by quality."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,19 +10,23 @@ from switchcli.data.sources.document import Document
 from switchcli.spec import MOST, Spec
 
 SHORT_LINE: Final = 10
-"""Characters: a shorter line may well stand twice, such as a bracket, a bullet or `Yes.`"""
+"""Characters below which a repeated line always stays, such as a bracket, a bullet or `Yes.`"""
 
 
 class Filters(Spec):
-    """What is left out of a corpus. The lines come first: a document's length is that of what is left of it."""
+    """Rules for leaving documents and lines out of a corpus. Lines are filtered first, so they do not count as length.
+
+    The names of rules in `dropped` are recorded with prepared text and do not change.
+    """
 
     min_characters: int | None = Field(default=None, ge=1, le=MOST["count"])
-    """Shorter documents are left out."""
+    """Length below which a document is left out, in characters. Absent: documents may be as short as they like."""
     max_characters: int | None = Field(default=None, ge=1, le=MOST["count"])
-    """Longer documents are left out."""
+    """Length above which a document is left out, in characters. Absent: documents may be as long as they like."""
     repeated_lines: Literal["keep", "drop"] = "keep"
-    """Of lines of one document that are the same but for blanks around them, the first alone stays, as in the C4 of
-    section 5.6. Lines of fewer than 10 characters always stay."""
+    """Whether a line that repeats an earlier one of its document is kept; drop imitates the C4 of section 5.6.
+
+    Spaces around a line do not count, and lines of fewer than 10 characters always stay."""
 
     @model_validator(mode="after")
     def _some_length_is_left(self) -> Self:
@@ -34,30 +38,31 @@ class Filters(Spec):
         return self
 
     def __call__(self, documents: Iterable[Document], dropped: Counter[str]) -> Iterator[Document]:
-        """The documents that are kept; `dropped` counts the others, and the lines, by reason."""
+        """Yield the documents that pass; count the others, and dropped lines, in `dropped` by reason."""
         for document in documents:
-            found = self._with_new_lines(document, dropped) if self.repeated_lines == "drop" else document
-            size = len(found.text)
+            filtered = self._drop_repeated_lines(document, dropped) if self.repeated_lines == "drop" else document
+            size = len(filtered.text)
             if self.min_characters is not None and size < self.min_characters:
                 dropped["shorter than min_characters"] += 1
             elif self.max_characters is not None and size > self.max_characters:
                 dropped["longer than max_characters"] += 1
             else:
-                yield found
+                yield filtered
 
-    def _with_new_lines(self, document: Document, dropped: Counter[str]) -> Document:
+    def _drop_repeated_lines(self, document: Document, dropped: Counter[str]) -> Document:
         lines = document.text.split("\n")
         seen: set[str] = set()
         kept = []
         for line in lines:
-            bare = line.strip()
-            if len(bare) < SHORT_LINE or bare not in seen:
-                seen.add(bare)
+            stripped = line.strip()
+            if len(stripped) < SHORT_LINE or stripped not in seen:
+                seen.add(stripped)
                 kept.append(line)
         if len(kept) == len(lines):
             return document
         dropped["lines that repeat one of their document"] += len(lines) - len(kept)
         text = "\n".join(kept)
-        # Where equal texts are to be on one side, texts that have become equal are.
+        # A document that is identified by its text is now identified by the shorter text: documents that became equal
+        # then fall on the same side of the held-out split.
         identity = text if document.identity == document.text else document.identity
         return document._replace(text=text, identity=identity)

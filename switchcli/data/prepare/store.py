@@ -1,17 +1,17 @@
-"""TokenStore: documents as token ids in an Arrow file; and the folder that proves itself whole.
+"""TokenStore: documents as token ids in an Arrow file; and the manifest that shows whether a folder is complete.
 
 An Arrow file holds one record batch with one column, `ids`: a list of token ids for each document. It is a stream of
 Arrow's IPC format, which `datasets.Dataset.from_file` opens too.
 
-A folder is written elsewhere, sealed with a manifest of sizes and digests, and only then renamed into place, which is
-`prepare`'s work.
+A folder is written under a temporary name, gets a manifest with the size and digest of each file, and is only then
+renamed to its final name (cache.py).
 """
 
 import hashlib
 import io
 import json
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -26,56 +26,59 @@ from switchcli.data.prepare.verified import MappedFile, VerifiedFolder, changed_
 
 MANIFEST, ARROW, IDS = "manifest.json", ".arrow", "ids"
 TOKENS, OFFSETS = "tokens.npy", "offsets.npy"
-"""The names of a store's two arrays in `arrays` of a manifest.
+"""Names of a store's two arrays in the `arrays` of a manifest.
 
-Versions up to 0.1 kept each in a NumPy file. The digests are still those of such files, so that the same ids keep the
-identity that checkpoints recorded."""
+Versions up to 0.1 stored each array in a NumPy file. The digests are still those of such files, so that equal ids keep
+the identity that checkpoints recorded."""
 _ARROW_HEADER_BYTES = 2**12
-"""More than Arrow writes before the offsets: the schema and where the arrays begin, 360 bytes with pyarrow 26."""
+"""An upper bound on what Arrow writes before the offsets: the schema and the positions of the arrays. pyarrow 26 writes
+360 bytes."""
 SHARD_TOKENS = 2**24
+"""Tokens after which a new shard begins, at the next document."""
 SHARD_DOCUMENTS = 2**20
+"""Documents after which a new shard begins."""
 
 
 class TokenStore(NamedTuple):
-    """All documents of one part.
-
-    tokens: uint16 or uint32 [num_tokens], in memory or mapped, read only; `take` reads them.
-    offsets: int64 [num_documents + 1], where each document begins.
-    """
+    """Documents as token ids, end to end: document d is tokens[offsets[d] : offsets[d + 1]]."""
 
     tokens: NDArray[np.uint16] | NDArray[np.uint32]
+    """uint16 or uint32 [num_tokens], read only: in memory, or mapped from a file, which only `gather` may read."""
     offsets: NDArray[np.int64]
+    """int64 [num_documents + 1]: the position of each document's first token, and at the end the number of tokens."""
     source: tuple[VerifiedFolder, MappedFile] | None = None
-    """What vouches for mapped tokens."""
+    """The folder and the file that verify mapped tokens; None for tokens in memory."""
 
     @classmethod
     def open(cls, verified: VerifiedFolder, name: str) -> Self:
-        """Open the store of that name in a sealed folder. Raises DataError if its file is not what was sealed."""
+        """Open the store of that name in a complete folder. Raises DataError if its file has changed."""
         content, mapped = verified.open(f"{name}{ARROW}")
         tokens, offsets = _read(content, verified.path(f"{name}{ARROW}"))
         if mapped is None:
             return cls(tokens, offsets)
-        return cls(tokens, offsets.copy(), (verified, mapped))  # only `take` may read the mapping from now on
+        return cls(tokens, offsets.copy(), (verified, mapped))  # a copy: only `gather` may read the mapping from now on
 
     @classmethod
     def open_index(cls, verified: VerifiedFolder, name: str, identity: Mapping[str, Any]) -> Self:
-        """Open the index alone: a store without tokens. `identity` is that of the offsets, as the manifest has it.
+        """Open only the offsets: the store has no tokens. `identity` is the offsets' size and digest from the manifest.
 
-        The tokens are neither read nor compared. Raises DataError as `open`.
+        Raises DataError if the offsets do not match. The tokens are neither read nor compared.
         """
         path = verified.path(f"{name}{ARROW}")
+        # In the file the offsets come before the tokens. The bytes of `identity` are those of a NumPy header and the
+        # offsets, so this is enough for Arrow's header and the offsets.
         content = verified.head(f"{name}{ARROW}", identity["bytes"] + _ARROW_HEADER_BYTES)
-        offsets = _read(content, path)[1].copy()  # the rest of the content is freed
+        offsets = _read(content, path)[1].copy()  # a copy, so that the rest of the content is freed
         if _array_identity(offsets) != identity:
             raise changed_data_error(path)
         return cls(np.zeros(0, np.uint16), offsets)
 
-    def gather(self, places: NDArray[np.int64] | slice) -> NDArray[np.uint16] | NDArray[np.uint32]:
-        """Return a copy of the tokens at some places. Raises DataError if the file that holds them is cut."""
+    def gather(self, positions: NDArray[np.int64] | slice) -> NDArray[np.uint16] | NDArray[np.uint32]:
+        """Return the tokens at these positions. Raises DataError if their file was truncated."""
         if self.source is None:
-            return self.tokens[places]
+            return self.tokens[positions]
         verified, mapped = self.source
-        return verified.gather(self.tokens, mapped, places)
+        return verified.gather(self.tokens, mapped, positions)
 
     @property
     def num_tokens(self) -> int:
@@ -87,45 +90,45 @@ class TokenStore(NamedTuple):
 
 
 class TokenShard(NamedTuple):
-    """How much is in a part of a text, and what opens it when it is first read."""
+    """Size of a shard of a text, and functions that open the shard when it is first read."""
 
     num_documents: int
     num_tokens: int
     open: Callable[[], TokenStore]
     open_index: Callable[[], TokenStore]
-    """Opens its index alone."""
+    """Opens only the offsets: the store has no tokens."""
 
     @classmethod
     def of(cls, store: TokenStore) -> Self:
-        """Return the shard of a store that is open."""
+        """Return the shard of an open store."""
         return cls(store.num_documents, store.num_tokens, lambda: store, lambda: store)
 
 
 class StoreWriter:
-    """Writes a TokenStore of a length not known beforehand; used in a `with`.
+    """Writer of a TokenStore, used in a `with` statement; the number of documents need not be known beforehand.
 
     It holds the tokens in memory until the end: 2 bytes each, or 4 with a vocabulary of more than 2**16. A
-    `ShardWriter` begins a new store after SHARD_TOKENS: then this is 32 MiB, or 64, and the rest of the last document.
+    `ShardWriter` begins a new store after SHARD_TOKENS, which bounds this to 32 MiB, or 64 MiB, and one document.
     """
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        """The file is called `name`.arrow, in `folder`."""
+        """Prepare to write folder/`name`.arrow."""
         self._folder, self._name = folder, name
         self._dtype = token_type(vocab_size)
         self._lengths = array("q")
         self._tokens = bytearray()
         self.arrays: dict[str, object] = {}
-        """Size and digest of the two arrays by their names, at the end; see TOKENS."""
+        """Size and digest of the two arrays by name (see TOKENS); set at the end of the `with` statement."""
 
     def add(self, ids: NDArray[np.int64], *, starts_document: bool) -> None:
-        """Appends ids to the last document, or as a new one."""
+        """Append ids to the last document, or as a new one."""
         if starts_document:
             self._lengths.append(0)
         self._lengths[-1] += len(ids)
         self._tokens += ids.astype(self._dtype).data
 
     def add_all(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
-        """Appends documents of these lengths, end to end."""
+        """Append documents of these lengths, whose tokens lie end to end."""
         self._lengths.extend(lengths.tolist())
         self._tokens += tokens.astype(self._dtype).data
 
@@ -139,13 +142,14 @@ class StoreWriter:
             self._write()
 
     def _write(self) -> None:
-        """Write the file, without documents that have no tokens."""
+        """Write the file. Documents without tokens are left out."""
         import pyarrow as pa
 
         lengths = np.array(self._lengths, dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
+        offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])  # [num_documents + 1]
         tokens = np.frombuffer(self._tokens, self._dtype)
-        # From buffers, which are not copied: `pa.array` would import pandas.
+        # Arrays over our buffers need no copy, and `pa.array` would import pandas. None stands for the validity bitmap,
+        # as no value is null. A large list has int64 offsets.
         values = pa.Array.from_buffers(pa.from_numpy_dtype(self._dtype), len(tokens), [None, pa.py_buffer(tokens)])
         ids_type, buffers = pa.large_list(values.type), [None, pa.py_buffer(offsets)]
         ids = pa.Array.from_buffers(ids_type, len(offsets) - 1, buffers, children=[values])
@@ -160,18 +164,19 @@ class StoreWriter:
 
 
 def _read(content: Any, path: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return the tokens and the offsets of an Arrow file as arrays over `content`, a buffer; nothing is copied.
+    """Return the tokens and the offsets of an Arrow file as arrays over the buffer `content`, without a copy.
 
-    Raises DataError, naming `path`, for other content.
+    Raises DataError, naming `path`, if the content is not that of a store.
     """
     import pyarrow as pa
 
     try:
         with pa.ipc.open_stream(pa.py_buffer(content)) as stream:
             ids = stream.read_next_batch().column(IDS)
-        ids.validate(full=True)  # no document reaches beyond the tokens
-        arrays: tuple[NDArray[Any], NDArray[Any]] = np.from_dlpack(ids.values), np.from_dlpack(ids.offsets)
-        tokens, offsets = arrays  # `to_numpy` would import pandas
+        ids.validate(full=True)  # offsets ascend, and none is beyond the tokens
+        # DLPack, because `to_numpy` would import pandas.
+        tokens: NDArray[Any] = np.from_dlpack(ids.values)
+        offsets: NDArray[Any] = np.from_dlpack(ids.offsets)
     except (pa.ArrowException, OSError, AttributeError, LookupError, StopIteration) as error:
         raise changed_data_error(path) from error
     if tokens.dtype not in (np.uint16, np.uint32) or offsets.dtype != np.int64 or offsets[-1] != len(tokens):
@@ -180,30 +185,32 @@ def _read(content: Any, path: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 ShardManifest = dict[str, Any]
-"""A shard's name, and its documents, tokens and bytes of text."""
+"""Facts about a shard in the manifest: its `name`, and its number of `documents`, `tokens` and `bytes` of text."""
 
 
 class ShardWriter:
-    """Writes one part of a text as shards; used in a `with`. A document is in one shard whole."""
+    """Writer of one split of a text as shards, used in a `with` statement. No document is divided between shards."""
 
-    def __init__(self, folder: Path, part: str, vocab_size: int) -> None:
-        """`folder` is where the shards lie, `part` what their names begin with."""
-        self._folder, self._part, self._vocab_size = folder, part, vocab_size
+    def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
+        """Prepare to write shards `split`-000, `split`-001, ... in `folder`."""
+        self._folder, self._split, self._vocab_size = folder, split, vocab_size
         self._writer: StoreWriter | None = None
         self.shards: list[ShardManifest] = []
         self.arrays: dict[str, object] = {}
-        """Size and digest of the arrays of all shards, at the end; see `StoreWriter`."""
+        """Size and digest of the arrays of all shards; complete at the end of the `with` statement."""
 
     def add(self, ids: NDArray[np.int64], num_bytes: int, *, starts_document: bool) -> None:
-        """Appends ids of so many bytes of text to the last document, or as a new one."""
+        """Append the ids of `num_bytes` bytes of text to the last document, or as a new one."""
         if self._writer is None or (starts_document and self._is_full()):
             self._close()
-            name = f"{self._part}-{len(self.shards):03}"
+            name = f"{self._split}-{len(self.shards):03}"
             self._writer = StoreWriter(self._folder, name, self._vocab_size)
             self.shards.append({"name": name, "documents": 0, "tokens": 0, "bytes": 0})
         self._writer.add(ids, starts_document=starts_document)
-        for fact, more in (("documents", int(starts_document)), ("tokens", len(ids)), ("bytes", num_bytes)):
-            self.shards[-1][fact] += more
+        shard = self.shards[-1]
+        shard["documents"] += int(starts_document)
+        shard["tokens"] += len(ids)
+        shard["bytes"] += num_bytes
 
     def __enter__(self) -> Self:
         return self
@@ -222,19 +229,22 @@ class ShardWriter:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        writer, self._writer = self._writer, None  # where closing fails, it is not closed again
+        writer, self._writer = self._writer, None  # first: a writer whose closing fails is not closed again
         if writer is not None:
             writer.__exit__(kind, error, trace)
             self.arrays |= writer.arrays
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
-    """What ids are kept as."""
+    """Return the smallest type that ids of the vocabulary are stored as."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def write_manifest(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] | None = None) -> None:
-    """Writes the manifest: `facts`, and the size and digest of every file in the folder, if `files` does not say."""
+    """Write the manifest: `facts`, and the size and digest of each file.
+
+    Without `files`, all files in the folder are read to compute these.
+    """
     if files is None:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): identity_of(path) for path in paths}
@@ -244,7 +254,7 @@ def write_manifest(folder: Path, facts: Mapping[str, object], files: Mapping[str
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a folder's manifest says; None where there is none that is true of itself."""
+    """Return the facts in a folder's manifest; None if it is missing or does not match its own digest."""
     try:
         sealed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if _digest(sealed["manifest"].encode()) != sealed["sha256"]:
@@ -256,7 +266,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and true of the folder's files."""
+    """Return whether the folder has a manifest and all files match the digests in it."""
     facts = read_manifest(folder)
     return facts is not None and all(
         matches_identity(folder / name, identity) for name, identity in facts["files"].items()
@@ -264,7 +274,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def has_sizes(folder: Path) -> bool:
-    """Return whether the manifest is there and gives the sizes of the folder's files. Digests are not compared."""
+    """Return whether the folder has a manifest and all files have the sizes in it. Digests are not compared."""
     facts = read_manifest(folder)
     try:
         return facts is not None and all(
@@ -274,26 +284,32 @@ def has_sizes(folder: Path) -> bool:
         return False
 
 
-def identity_of_stores(folder: Path, parts: Iterable[str]) -> str:
-    """A digest of the arrays of some stores of a sealed folder, by what its manifest says of them."""
+def identity_of_stores(folder: Path, names: Sequence[str]) -> str:
+    """Return a digest of the arrays of some stores of a complete folder, computed from the digests in its manifest."""
     facts = read_manifest(folder)
-    assert facts is not None, "sealed"
-    return digest_of({name: said for name, said in facts["arrays"].items() if name.split("/")[0] in parts})
+    assert facts is not None, "the folder is complete"
+    # Arrays are named STORE/ARRAY.
+    return digest_of({name: identity for name, identity in facts["arrays"].items() if name.split("/")[0] in names})
 
 
 def digest_of(files: Mapping[str, object]) -> str:
-    """One digest for the identities of several files."""
+    """Return one digest for the identities of several files, whatever their order."""
     return _digest(json.dumps(dict(sorted(files.items()))).encode())
 
 
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """Return one digest for several strings in this order, as 32 hexadecimal digits: it names a folder of the cache."""
+    return _digest("\n".join(lines).encode("utf-8", "surrogateescape"))[:32]
+
+
 def identity_of(path: Path) -> dict[str, object]:
-    """Size and digest of a file."""
+    """Return the size and digest of a file."""
     with path.open("rb") as file:
         return verified.identity_of(file.fileno())
 
 
 def matches_identity(path: Path, identity: object) -> bool:
-    """Whether a file is there with this size and digest."""
+    """Return whether the file exists and has this size and digest."""
     try:
         return identity_of(path) == identity
     except FileNotFoundError:
@@ -301,7 +317,7 @@ def matches_identity(path: Path, identity: object) -> bool:
 
 
 def _array_identity(values: NDArray[Any]) -> dict[str, object]:
-    """Size and digest of a NumPy file (.npy) that holds the array."""
+    """Return the size and digest of the NumPy file (.npy) that would hold the array."""
     header = io.BytesIO()
     npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(values))
     digest = hashlib.sha256(header.getvalue())
