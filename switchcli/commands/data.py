@@ -63,12 +63,12 @@ def prepare(
 
 def _show(result: Mapping[str, Any], console: Console) -> None:
     """Print how much there is of each text."""
-    from switchcli.data.prepare.prepared_text import PARTS
+    from switchcli.data.prepare.prepared_text import SPLITS
 
     there = {label or "text": text for label, text in result["texts"].items() if text is not None}
     rows = []
     for label, text in there.items():
-        train, held_out = (text[part] for part in PARTS)
+        train, held_out = (text[part] for part in SPLITS)
         figures = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
         rows.append([label, *(f"{figure:,}" for figure in figures), binary(train["bytes"] + held_out["bytes"])])
     console.rows("prepared", ("", "documents", "tokens", "held out", "tokens", "text"), rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.data.prepare.pipeline import prepare_share
-from switchcli.data.prepare.prepared_text import PARTS, PreparedText
+from switchcli.data.prepare.prepared_text import SPLITS, PreparedText
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_text_recipe
@@ -64,7 +64,7 @@ def prepare(
 
 
 def _facts(text: PreparedText) -> dict[str, Any]:
-    counts = {part: text.counts[part]._asdict() for part in PARTS}
+    counts = {part: text.counts[part]._asdict() for part in SPLITS}
     return {**counts, "dropped": text.dropped, "identity": text.identity, "folder": str(text.folder)}
 
 

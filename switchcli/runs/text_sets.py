@@ -10,9 +10,9 @@ from switchcli.data.batch import BatchSource
 from switchcli.data.config import DataSpec, RowObjective
 from switchcli.data.dataset import TokenDataset, group_small_shards
 from switchcli.data.prepare.cache import default_cache
+from switchcli.data.prepare.context import PrepareContext
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.prepare.pipeline import (
-    PrepareContext,
     PreparedTexts,
     held_out_sample,
     legacy_source_digest,

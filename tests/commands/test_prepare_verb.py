@@ -117,7 +117,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused_before_any_text_is_cut(
     done = switchcli(*command, recipe, tokenizer, "model.vocab_size=400", f"data.access={access}")
     assert (done.code, done.out) == (2, "")
     assert not lacking(done.err, "error: model.vocab_size 400 512")
-    assert "tokenising" not in done.err
+    assert "tokenizing" not in done.err
     assert not (own_cache / "tokens").exists()
 
 

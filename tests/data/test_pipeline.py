@@ -31,12 +31,12 @@ from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import build_atomically, default_cache, remove_stale
-from switchcli.data.prepare.dedup import Duplicates
+from switchcli.data.prepare.context import PrepareContext
+from switchcli.data.prepare.dedup import Duplicates, find_distinct, write_distinct
 from switchcli.data.prepare.digests import Track
-from switchcli.data.prepare.distinct import find_distinct, write_distinct
 from switchcli.data.prepare.filters import Filters
-from switchcli.data.prepare.pipeline import PrepareContext, PreparedTexts
-from switchcli.data.prepare.prepared_text import HELD_OUT, PARTS, TRAIN, PreparedText
+from switchcli.data.prepare.pipeline import PreparedTexts
+from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
 from switchcli.data.prepare.shards import PrepareProgress
 from switchcli.data.prepare.store import (
     OFFSETS,
@@ -174,7 +174,7 @@ def test_processes_agree_on_every_byte(corpus: Corpus, processes: int) -> None:
     assert text.identity == alone.identity
     assert contents(other.cache / "tokens") == contents(corpus.cache / "tokens")
     size = sum(Path(f"{number}.txt").stat().st_size for number in range(NUM_FILES))
-    assert first.told == [("tokenising", NUM_FILES, size)]
+    assert first.told == [("tokenizing", NUM_FILES, size)]
     assert first.done[-1] == (NUM_FILES, size, sum(counts.tokens for counts in text.counts.values()))
 
 
@@ -370,7 +370,7 @@ def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.Monke
         flip(texts[str(number)].folder / "piece-00000/train-000.arrow")
     shows = Shows()
     again = module.prepare(spec, corpus.means(shows)).texts
-    assert [label for label, *_ in shows.told] == ["tokenising 0"]
+    assert [label for label, *_ in shows.told] == ["tokenizing 0"]
     with pytest.raises(DataError, match=r"\.arrow: .*prepare RECIPE --check"):
         again["5"].shards[TRAIN][0].open()
 
@@ -479,7 +479,8 @@ import sys
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from switchcli.data.prepare.pipeline import PrepareContext, prepare
+from switchcli.data.prepare.context import PrepareContext
+from switchcli.data.prepare.pipeline import prepare
 from switchcli.data.config import DataSpec
 
 @contextmanager
@@ -570,7 +571,8 @@ def test_the_loser_of_a_race_takes_the_winners(corpus: Corpus, monkeypatch: pyte
     winner = corpus.prepare()
     folder = corpus.folders[2]
     before = folder.stat().st_ino
-    monkeypatch.setattr(module, "is_complete", lambda folder: folder.name != "piece-00002" and folder.name[0] == "p")
+    for part in (module, text_module):
+        monkeypatch.setattr(part, "is_complete", lambda folder: folder.name != "piece-00002" and folder.name[0] == "p")
     shows = Shows()
     assert corpus.prepare(shows).identity == winner.identity
     assert (shows.num_pieces, folder.stat().st_ino) == (1, before)
@@ -821,9 +823,9 @@ def test_long_documents_are_encoded_in_parts_and_stay_documents(
     text, parts = corpus.prepare(), [*shards.split_text(document)]
     assert len(parts) > 8
     assert "".join(parts).replace(" ", "") == document.replace(" ", "")
-    (long,) = (ids for part in PARTS for ids in documents(text.shards[part]) if len(ids) > 1000)
+    (long,) = (ids for part in SPLITS for ids in documents(text.shards[part]) if len(ids) > 1000)
     assert long == [index for part in parts for index in letters().encode(part)]
-    assert sum(text.counts[part].documents for part in PARTS) == 2 + (NUM_FILES - 1) * 60
+    assert sum(text.counts[part].documents for part in SPLITS) == 2 + (NUM_FILES - 1) * 60
     monkeypatch.setattr(shards, "PART_CHARACTERS", 16)
     assert list(shards.split_text("x" * 40)) == ["x" * 16, "x" * 16, "x" * 8]
     assert list(shards.split_text("ab " * 10)) == ["ab ab ab ab ab", "ab ab ab ab ab "]
@@ -847,7 +849,7 @@ def test_full_shards_are_closed_and_a_document_is_in_one(corpus: Corpus, monkeyp
     small = corpus._replace(cache=corpus.cache.with_name("small")).prepare()
     assert len(small.shards[TRAIN]) > 3 * NUM_FILES
     space = letters().encode(" ")[0]
-    for part in PARTS:
+    for part in SPLITS:
         found, wanted = documents(small.shards[part]), documents(whole.shards[part])
         assert [[ids for ids in one if ids != space] for one in found] == [
             [ids for ids in one if ids != space] for one in wanted
@@ -866,7 +868,7 @@ def test_languages_are_texts_of_their_own(corpus: Corpus) -> None:
     prepared = module.prepare(spec, corpus.means(shows))
     assert [*prepared.texts] == ["de", "fr", "corpus-4", "corpus-6"]
     assert [(label, number) for label, number, _ in shows.told] == [
-        ("tokenising de", 2), ("tokenising fr", 2), ("tokenising corpus-4", 1), ("tokenising corpus-6", 1),
+        ("tokenizing de", 2), ("tokenizing fr", 2), ("tokenizing corpus-4", 1), ("tokenizing corpus-6", 1),
     ]  # fmt: skip
     for label, numbers in (("de", (0, 2)), ("fr", (1, 4)), ("corpus-4", (3,))):
         alone = spec.model_copy(update={"corpora": tuple(corpora[one] for one in numbers)})
@@ -887,7 +889,7 @@ def test_what_is_dropped_is_counted(corpus: Corpus) -> None:
     spec = corpus.spec.model_copy(update={"corpora": corpora, "filters": Filters(min_characters=10)})
     text = corpus._replace(spec=spec).prepare(processes=2)
     assert text.dropped == {"not UTF-8": 2, "shorter than min_characters": 3}
-    kept = sum(text.counts[part].documents for part in PARTS)
+    kept = sum(text.counts[part].documents for part in SPLITS)
     assert kept == 4 + (NUM_FILES - 2) * 60
 
 
@@ -926,8 +928,8 @@ def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus,
     assert found.dropped == {f"{kind} duplicates": 50}
     trained, held_out = (documents(found.shards[part]) for part in (TRAIN, HELD_OUT))
     assert len(trained) + len(held_out) == 300
-    assert {part: len(documents(found.shards[part])) for part in PARTS} == {
-        part: found.counts[part].documents for part in PARTS
+    assert {part: len(documents(found.shards[part])) for part in SPLITS} == {
+        part: found.counts[part].documents for part in SPLITS
     }
     beginnings = [tuple(ids[:75]) for ids in (*trained, *held_out)]
     assert len({*beginnings}) == 300
@@ -980,7 +982,7 @@ def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_
     earlier: list[NDArray[np.uint64]] = []
     for label, text in whole.items():
         dropped = 0
-        alone = {tuple(ids) for part in PARTS for ids in documents(text.shards[part])}
+        alone = {tuple(ids) for part in SPLITS for ids in documents(text.shards[part])}
         for part in (HELD_OUT, TRAIN):
             wanted = []
             for ids in documents(text.shards[part]):
@@ -1053,7 +1055,7 @@ def test_the_machine_that_makes_the_last_piece_leaves_out_the_duplicates_of_all_
 ) -> None:
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
     first, second = (mixture.means()._replace(share=(number, 2)) for number in range(2))
-    make = module._make
+    make = module._tokenize
     calls = 0
 
     def others_are_faster(*given: object) -> None:
@@ -1064,7 +1066,7 @@ def test_the_machine_that_makes_the_last_piece_leaves_out_the_duplicates_of_all_
         if calls == 2:
             assert [label for label, text in module.prepare_share(spec, second)[1].items() if text is None] == ["c"]
 
-    monkeypatch.setattr(module, "_make", others_are_faster)
+    monkeypatch.setattr(module, "_tokenize", others_are_faster)
     texts = module.prepare_share(spec, first)[1]
     alone = mixture._replace(cache=mixture.cache.with_name("alone"))
     assert {label: text and text.identity for label, text in texts.items()} == {
@@ -1108,7 +1110,7 @@ def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) ->
     text = corpus._replace(spec=corpus.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})).prepare()
     assert text.counts[TRAIN].documents + text.counts[HELD_OUT].documents == 60
     assert [shard.num_tokens for shard in text.shards[TRAIN]][1:] == [0] * (NUM_FILES - 1)
-    assert all(len(shard.open().tokens) == shard.num_tokens for part in PARTS for shard in text.shards[part])
+    assert all(len(shard.open().tokens) == shard.num_tokens for part in SPLITS for shard in text.shards[part])
 
 
 def test_of_documents_without_tokens_none_stays(tmp_path: Path) -> None:
@@ -1138,7 +1140,7 @@ def test_processors_where_a_system_does_not_say_which_may_be_used(
 ) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: count)
-    assert module._processors() == processors
+    assert module._available_processors() == processors
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
@@ -1191,7 +1193,7 @@ def test_the_files_are_those_of_datasets(corpus: Corpus) -> None:
     from datasets import Dataset
 
     text = corpus.prepare()
-    for part in PARTS:
+    for part in SPLITS:
         files = sorted(text.folder.glob(f"piece-*/{part}-*.arrow"))
         assert [ids for file in files for ids in Dataset.from_file(str(file))["ids"]] == documents(text.shards[part])
 
@@ -1237,7 +1239,7 @@ def test_the_manifest_says_what_is_in_it(corpus: Corpus) -> None:
     facts = json.loads(json.loads((text.folder / "manifest.json").read_text())["manifest"])
     assert facts == read_manifest(text.folder)
     assert facts["tokenizer"] == letters().sha256
-    for part in PARTS:
+    for part in SPLITS:
         assert facts["counts"][part] == text.counts[part]._asdict()
         assert [shard["name"] for shard in facts["shards"][part]] == [
             f"piece-{number:05}/{part}-000" for number in range(NUM_FILES)
@@ -1261,7 +1263,7 @@ def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(files, "SHARD_BYTES", 1000)
     cut_up = prepared("cut").texts[""]
     assert len(cut_up.shards[TRAIN]) == -(-Path("text.txt").stat().st_size // 1000)
-    for part in PARTS:
+    for part in SPLITS:
         assert documents(cut_up.shards[part]) == documents(whole.shards[part])
 
 

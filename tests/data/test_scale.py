@@ -30,7 +30,8 @@ from switchcli.data.prepare import store
 from switchcli.data.sources import files
 from switchcli.data.dataset import TokenDataset
 from switchcli.data.sources.corpus import FilesCorpus
-from switchcli.data.prepare.pipeline import PrepareContext, prepare
+from switchcli.data.prepare.context import PrepareContext
+from switchcli.data.prepare.pipeline import prepare
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare.prepared_text import TRAIN
 from switchcli.data.tokenizer.tokenizer import TrainedTokenizer

@@ -1,0 +1,38 @@
+"""PrepareContext: the machine that prepares data: its cache, its processes, and what shows progress and warnings."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from switchcli.data.prepare.digests import Digests, Track
+from switchcli.data.prepare.shards import PrepareProgress
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+
+
+class ShowProgress(Protocol):
+    """Opens a progress display for a number of source shards, and their bytes if known; the result updates it."""
+
+    def __call__(
+        self, label: str, source_shards: int, size: int | None, /
+    ) -> AbstractContextManager[Callable[[PrepareProgress], None]]: ...
+
+
+class PrepareContext(NamedTuple):
+    """Settings that do not change what is prepared: any context gives the same ids."""
+
+    cache: Path
+    track: Track
+    show: ShowProgress
+    processes: int | None = None
+    """Number of processes; None: one for each processor, or a single one if the text is small."""
+    share: tuple[int, int] = (0, 1)
+    """Number of this machine, from 0, and the count of machines that divide the source shards among them."""
+    check: bool = False
+    """Whether to compare all data in the cache with its digests, however large it is."""
+    warn: Callable[[str], None] = lambda text: None
+    """Called with one line about each damaged folder, and about each file that changed since it was prepared."""
+    accept: Callable[[Tokenizer], None] = lambda tokenizer: None
+    """Raises an error if the run cannot use a tokenizer. It is called before any text is tokenized."""
+    digests: Digests | None = None
+    """Digests of the sources, shared by all that a command prepares; see `with_digests`."""
