@@ -1,9 +1,10 @@
-"""Objectives of pre-training: what a model is given of a text, and what it has to say of it; an acting spec each.
+"""Pre-training objectives that a recipe can name: prefix language modelling, UL2's denoisers and span corruption.
 
-All have static rows, `inputs_length` and `targets_length`; `raw_length` and `num_draws` are the tokens of text and the
-uniform numbers that a row takes. `build(tokenizer)` makes what corrupts them. Span corruption has a file of its own.
+An objective is a spec that acts. All rows have a fixed size: `inputs_length` and `targets_length` tokens, made of
+`raw_tokens_per_row` tokens of text and `num_draws` uniform random numbers. `build(tokenizer)` returns the function that
+corrupts rows. Span corruption has its own file.
 
-Legend  R rows  L raw tokens  S source  T target positions  D denoisers
+Legend  R rows  L raw tokens of a row  D denoisers
 """
 
 from collections.abc import Sequence
@@ -31,25 +32,27 @@ from switchcli.spec import MOST, Spec
 
 
 class PrefixLanguageModel(Spec):
-    """A text is parted at a random place: its beginning is given, the rest is to be said. No sentinels.
+    """Prefix language modelling: a text is split at a random position into inputs and targets, without sentinels.
 
-    Every place is equally likely at which both parts have a token and fit their rows with EOS.
+    Every position is equally likely at which both parts have a token and fit their rows together with EOS.
     """
 
     kind: Literal["prefix_lm"] = "prefix_lm"
     inputs_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
+    """Tokens of the encoder's input, including EOS; 512 as in T5."""
     targets_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
+    """Tokens of a target row, including EOS; 512, so that any position of a text of 512 tokens is possible."""
     text_length: int | None = Field(default=None, ge=2, le=MOST["row_tokens"])
-    """Tokens of text; T5 takes as many as `inputs_length` and `targets_length`. Absent: all that the two hold together,
-    which leaves one place to part it at."""
+    """Tokens of text in a row; T5 takes as many as `inputs_length` and `targets_length`. Absent: as many as both hold
+    together, which leaves only one position to split at."""
 
     @model_validator(mode="after")
-    def _can_be_parted(self) -> Self:
-        most = self.inputs_length + self.targets_length - 2
-        if self.raw_tokens_per_row > most:
+    def _can_be_split(self) -> Self:
+        max_length = self.inputs_length + self.targets_length - 2
+        if self.raw_tokens_per_row > max_length:
             raise ValueError(
-                f"text_length ({self.text_length}) must be at most {most}, what inputs_length ({self.inputs_length}) "
-                f"and targets_length ({self.targets_length}) hold beside an EOS each"
+                f"text_length ({self.text_length}) must be at most {max_length}, what inputs_length "
+                f"({self.inputs_length}) and targets_length ({self.targets_length}) hold beside an EOS each"
             )
         return self
 
@@ -65,43 +68,48 @@ class PrefixLanguageModel(Spec):
         return self.corrupt
 
     def corrupt(self, raw_RL: Ids, draws: Draws) -> tuple[Ids, Ids]:
-        """Inputs [R, inputs_length] and targets [R, targets_length] of raw ids [R, raw_length]."""
-        length, row_R = self.raw_tokens_per_row, np.arange(len(raw_RL))
-        shortest, longest = max(1, length - self.targets_length + 1), min(length, self.inputs_length) - 1
-        prefix_R = shortest + (draws[:, 0] % np.uint64(longest - shortest + 1)).astype(np.int64)
-        given_RL = np.arange(length) < prefix_R[:, None]
+        """Return inputs [R, inputs_length] and targets [R, targets_length] of raw ids [R, raw_tokens_per_row]."""
+        num_rows, length = raw_RL.shape
+        row_R = np.arange(num_rows)
+        # Prefixes have min_prefix..max_prefix tokens: both parts have a token, and fit their rows with EOS.
+        min_prefix = max(1, length - (self.targets_length - 1))
+        max_prefix = min(length - 1, self.inputs_length - 1)
+        prefix_R = min_prefix + (draws[:, 0] % np.uint64(max_prefix - min_prefix + 1)).astype(np.int64)
+        is_prefix_RL = np.arange(length) < prefix_R[:, None]
+        # Indexing with a mask goes row by row, so that it puts the prefixes, or the rests, end to end.
         return (
-            pad_rows(raw_RL[given_RL], prefix_R, row_R, (len(raw_RL), self.inputs_length)),
-            pad_rows(raw_RL[~given_RL], length - prefix_R, row_R, (len(raw_RL), self.targets_length)),
+            pad_rows(raw_RL[is_prefix_RL], prefix_R, row_R, (num_rows, self.inputs_length)),
+            pad_rows(raw_RL[~is_prefix_RL], length - prefix_R, row_R, (num_rows, self.targets_length)),
         )
 
 
 class Denoiser(Spec):
-    """One way of hiding spans, and the text that tells the model of it."""
+    """One setting of span corruption, and the prompt that identifies it to the model."""
 
     prompt: str
-    """Stands before the inputs."""
+    """Text before the inputs; empty: none."""
     noise_density: float = Field(gt=0.0, lt=1.0)
+    """Fraction of the tokens that are hidden."""
     mean_span_length: float | None = Field(default=None, ge=1.0)
-    """Absent: one span, the end of the text, which is prefix language modelling."""
+    """Average length of a hidden span, in tokens. Absent: one span, the end of the text: prefix language modelling."""
     rate: float = Field(default=1.0, gt=0.0)
-    """How often it is taken, next to the others' rates."""
+    """Frequency of this denoiser, relative to the rates of the others; equal by default, as in UL2."""
 
-    def lengths(self, raw_length: int) -> SpanCounts:
+    def span_counts(self, raw_length: int) -> SpanCounts:
         return SpanCounts.of(raw_length, self.noise_density, self.mean_span_length)
 
 
 class Denoisers(Spec):
-    """UL2's mixture of denoisers (Tay et al. 2022, Table 1): each row is of one, drawn by the rates.
+    """UL2's mixture of denoisers (Tay et al. 2022, Table 1): the denoiser of each row is drawn by the rates.
 
-    A row takes as much text as every denoiser's inputs have room for.
+    A row takes as much text as fits the inputs of every denoiser.
     """
 
     kind: Literal["denoisers"] = "denoisers"
     inputs_length: int = Field(default=512, ge=3, le=MOST["row_tokens"])
-    """Tokens of the encoder's input: its prompt, sentinels and EOS included."""
+    """Tokens of the encoder's input, including its prompt, sentinels and EOS; 512 as in UL2."""
     prompt_tokens: int = Field(default=4, ge=0, le=MOST["row_tokens"])
-    """Room for the longest prompt in the inputs."""
+    """Room for the longest prompt in the inputs, in tokens; 4 hold a space and the three characters of `[R]`."""
     denoisers: Annotated[tuple[Denoiser, ...], Field(min_length=1)] = (
         Denoiser(prompt="[R]", noise_density=0.15, mean_span_length=3.0),
         Denoiser(prompt="[R]", noise_density=0.15, mean_span_length=8.0),
@@ -111,6 +119,7 @@ class Denoisers(Spec):
         Denoiser(prompt="[X]", noise_density=0.15, mean_span_length=64.0),
         Denoiser(prompt="[X]", noise_density=0.5, mean_span_length=64.0),
     )
+    """The denoisers; by default UL2's seven."""
 
     @model_validator(mode="after")
     def _spans_fit(self) -> Self:
@@ -119,34 +128,44 @@ class Denoisers(Spec):
                 f"inputs_length ({self.inputs_length}) must be at least {self.prompt_tokens + 3}, 3 more than "
                 f"prompt_tokens ({self.prompt_tokens})"
             )
-        for one in self.denoisers:
-            one.lengths(self.raw_tokens_per_row).check(one.noise_density, one.mean_span_length)
+        for denoiser, counts in zip(self.denoisers, self._row_counts, strict=True):
+            counts.check(denoiser.noise_density, denoiser.mean_span_length)
         return self
 
     @cached_property
     def raw_tokens_per_row(self) -> int:
         room = self.inputs_length - self.prompt_tokens
-        return max_raw_tokens(lambda length: all(one.lengths(length).inputs <= room for one in self.denoisers))
+        return max_raw_tokens(
+            lambda length: all(denoiser.span_counts(length).inputs_length <= room for denoiser in self.denoisers)
+        )
+
+    @property
+    def _row_counts(self) -> list[SpanCounts]:
+        """The span counts of a row for each denoiser."""
+        return [denoiser.span_counts(self.raw_tokens_per_row) for denoiser in self.denoisers]
 
     @property
     def targets_length(self) -> int:
-        """Of the denoiser that hides most: the others' targets are padded."""
-        return max(one.lengths(self.raw_tokens_per_row).targets for one in self.denoisers)
+        """Tokens of a target row: those of the denoiser with the longest targets. Shorter targets are padded."""
+        return max(counts.targets_length for counts in self._row_counts)
 
     @property
     def num_draws(self) -> int:
-        """One for the choice of a denoiser, the others as in span corruption."""
-        return self.raw_tokens_per_row - 1
+        """The number of random numbers that a row takes: one chooses the denoiser, the others divide the spans."""
+        return 1 + (self.raw_tokens_per_row - 2)
 
     @property
     def num_sentinels(self) -> int:
-        return max(one.lengths(self.raw_tokens_per_row).num_spans for one in self.denoisers)
+        return max(counts.num_spans for counts in self._row_counts)
 
     def build(self, tokenizer: Tokenizer) -> Corrupt:
-        """Raises DataError when prompts are longer than their room or not told apart, or sentinels are too few."""
-        texts = dict.fromkeys(one.prompt for one in self.denoisers)
-        ids = {text: tuple(tokenizer.encode(text)) if text else () for text in texts}
-        longest = max(texts, key=lambda text: len(ids[text]))
+        """Return the function that corrupts rows.
+
+        Raises DataError if prompts are too long or have the same ids, or if the tokenizer has too few sentinels.
+        """
+        prompts = dict.fromkeys(denoiser.prompt for denoiser in self.denoisers)
+        ids = {prompt: tuple(tokenizer.encode(prompt)) if prompt else () for prompt in prompts}
+        longest = max(prompts, key=lambda prompt: len(ids[prompt]))
         if len(ids[longest]) > self.prompt_tokens:
             raise DataError(
                 f"data.objective.prompt_tokens ({self.prompt_tokens}) must be at least {len(ids[longest])}, the ids "
@@ -154,38 +173,43 @@ class Denoisers(Spec):
             )
         if len(set(ids.values())) < len(ids):
             raise DataError(
-                f"data.objective.denoisers: by this tokenizer some of the prompts {', '.join(map(repr, ids))} are the "
+                f"data.objective.denoisers: this tokenizer gives some of the prompts {', '.join(map(repr, ids))} the "
                 "same ids: take other prompts, of characters that it knows"
             )
-        prompts = [np.array(ids[one.prompt], dtype=np.int64) for one in self.denoisers]
+        prompt_ids = [np.array(ids[denoiser.prompt], dtype=np.int64) for denoiser in self.denoisers]
         sentinels = get_sentinels(tokenizer, self.num_sentinels)
-        return partial(self.corrupt, sentinels=sentinels, prompts=prompts)
+        return partial(self.corrupt, sentinels=sentinels, prompts=prompt_ids)
 
     def corrupt(self, raw_RL: Ids, draws: Draws, sentinels: Ids, prompts: Sequence[Ids]) -> tuple[Ids, Ids]:
-        """Inputs [R, inputs_length] and targets [R, targets_length] of raw ids [R, raw_length].
+        """Return inputs [R, inputs_length] and targets [R, targets_length] of raw ids [R, raw_tokens_per_row].
 
-        `prompts` are the ids of each denoiser's.
+        `prompts` are the ids of each denoiser's prompt; the other arguments are as in `SpanCorruption.corrupt`.
         """
-        denoiser_R, row_R = self.choose(draws[:, 0]), np.arange(len(raw_RL))
-        share_D3 = np.array([one.lengths(self.raw_tokens_per_row) for one in self.denoisers])
-        first_R = row_R * self.num_draws + 1
-        hidden = corrupt_spans(raw_RL.ravel(), share_D3[denoiser_R], draws.ravel(), first_R, sentinels)
-        length_D = np.array([len(prompt) for prompt in prompts])
-        prompt_R = length_D[denoiser_R]
-        prompted = np.insert(
-            hidden.inputs,
-            np.repeat(np.cumsum(hidden.inputs_X) - hidden.inputs_X, prompt_R),
-            np.concatenate(prompts)[concatenated_ranges((np.cumsum(length_D) - length_D)[denoiser_R], prompt_R)],
-        )
+        num_rows, row_R = len(raw_RL), np.arange(len(raw_RL))
+        denoiser_R = self.choose(draws[:, 0])
+        counts_R3 = np.array(self._row_counts)[denoiser_R]
+        first_draw_R = row_R * self.num_draws + 1  # in the flattened draws, behind the one that chose the denoiser
+        corrupted = corrupt_spans(raw_RL.ravel(), counts_R3, draws.ravel(), first_draw_R, sentinels)
+
+        # The prompts of all rows, end to end: ranges of the prompts of all denoisers, end to end.
+        prompt_length_D = np.array([len(prompt) for prompt in prompts])
+        prompt_start_D = np.cumsum(prompt_length_D) - prompt_length_D
+        prompt_length_R = prompt_length_D[denoiser_R]
+        prompt_position = concatenated_ranges(prompt_start_D[denoiser_R], prompt_length_R)
+        # Insert each row's prompt before the row's first token, whose index is given once for each token of the prompt.
+        first_input_R = np.cumsum(corrupted.num_inputs_X) - corrupted.num_inputs_X
+        insert_position = np.repeat(first_input_R, prompt_length_R)
+        inputs = np.insert(corrupted.inputs, insert_position, np.concatenate(prompts)[prompt_position])
         return (
-            pad_rows(prompted, prompt_R + hidden.inputs_X, row_R, (len(raw_RL), self.inputs_length)),
-            pad_rows(hidden.targets, hidden.targets_X, row_R, (len(raw_RL), self.targets_length)),
+            pad_rows(inputs, prompt_length_R + corrupted.num_inputs_X, row_R, (num_rows, self.inputs_length)),
+            pad_rows(corrupted.targets, corrupted.num_targets_X, row_R, (num_rows, self.targets_length)),
         )
 
-    def choose(self, draws: Draws) -> NDArray[np.int64]:
-        """The denoiser of each row by a uniform number."""
-        ends_D = np.cumsum([one.rate for one in self.denoisers])
-        return np.searchsorted(ends_D / ends_D[-1], (draws >> np.uint64(11)) * 2.0**-53, side="right")
+    def choose(self, draw_R: Draws) -> NDArray[np.int64]:
+        """Return the denoiser of each row [R], chosen by a uniform random number."""
+        cumulative_rate_D = np.cumsum([denoiser.rate for denoiser in self.denoisers])
+        uniform_R = (draw_R >> np.uint64(11)) * 2.0**-53  # the upper 53 bits as a float64 in [0, 1)
+        return np.searchsorted(cumulative_rate_D / cumulative_rate_D[-1], uniform_R, side="right")
 
 
 TextObjective = SpanCorruption | PrefixLanguageModel | Denoisers

@@ -1,15 +1,13 @@
-"""Span corruption: T5's objective on chunks of token ids (section 2.1 of the paper).
+"""Span corruption: T5's objective on rows of token ids (section 2.1 of the paper).
 
-What it is not: it reads no text and draws no random numbers; `switchcli.data.text_batches` does both.
+    raw      a b c d e f g h i j         the spans "c d" and "g h i j" are noise: they are hidden
+    inputs   a b <0> e f <1> </s>        each noise span becomes a sentinel
+    targets  <0> c d <1> g h i j </s>    each span that is kept becomes a sentinel; no closing sentinel, as in T5's code
 
-    raw      a b c d e f g h i j         spans "c d" and "g h i j" are hidden
-    inputs   a b <0> e f <1> </s>
-    targets  <0> c d <1> g h i j </s>    no closing sentinel, as in T5's code
+Texts of different lengths are corrupted together, end to end (`corrupt_spans`). Here each row is one text; denoisers.py
+and packed_documents.py use it in their ways. Nothing here reads text or draws random numbers: text_batches.py does.
 
-Texts of any lengths are corrupted at once, end to end: a chunk a row here, and what `objectives` and `whole_documents`
-make of it.
-
-Legend  R rows  L raw tokens  S source  T target positions  X texts  N items of a text
+Legend  R rows  L raw tokens of a row  S source  T target positions  X texts  N items (tokens) of a text
 """
 
 from bisect import bisect_left
@@ -27,183 +25,219 @@ from switchcli.errors import DataError
 from switchcli.spec import MOST, Spec
 
 MAX_RAW = 1 << 23
-"""Tokens of text of a row, at most."""
+"""Upper bound on the raw tokens of a row."""
 Ids = NDArray[np.int64]
 Draws = NDArray[np.uint64]
 Corrupt = Callable[[Ids, Draws], tuple[Ids, Ids]]
-"""`(raw_RL, draws)`: inputs [R, S] and targets [R, T], int64, padded with 0, of raw ids and uniform numbers."""
+"""A function of raw ids [R, L] and uniform random numbers [R, num_draws] that returns inputs [R, S] and targets [R, T].
+
+All ids are int64. Inputs and targets are padded with 0."""
 
 
 class SpanCounts(NamedTuple):
-    """How the tokens of a text are shared out."""
+    """The numbers of kept tokens, noise tokens and noise spans of a text. There are as many kept spans."""
 
     num_kept: int
     num_noise: int
     num_spans: int
 
     @property
-    def inputs(self) -> int:
+    def inputs_length(self) -> int:
+        """Tokens of the inputs: kept tokens, a sentinel for each noise span, and EOS."""
         return self.num_kept + self.num_spans + 1
 
     @property
-    def targets(self) -> int:
+    def targets_length(self) -> int:
+        """Tokens of the targets: noise tokens, a sentinel for each kept span, and EOS."""
         return self.num_noise + self.num_spans + 1
 
     @classmethod
     def of(cls, raw_length: int, noise_density: float, mean_span_length: float | None) -> Self:
-        """Return T5's counts for a text: at least one kept and one hidden token, and one span without a mean.
+        """Return T5's counts for a text: at least one kept and one noise token; one span if there is no mean length.
 
-        Products and quotients are float32, as in T5, and round half to even: of 190 tokens 15 % are 28.500002, so 29
-        are hidden, where float64 would give 28.5 and 28.
+        Products and quotients are float32, as in T5, and round half to even. For example, 15 % of 190 tokens are
+        28.500002 in float32, so 29 tokens are noise. In float64 they would be 28.5 and 28.
         """
         density = float(np.float32(noise_density))
-        num_noise = min(max(_rounded(float(np.float32(raw_length)) * density), 1), raw_length - 1)
+        num_noise = min(max(_round_float32(float(np.float32(raw_length)) * density), 1), raw_length - 1)
         if mean_span_length is None:
             return cls(raw_length - num_noise, num_noise, 1)
-        num_spans = max(_rounded(float(np.float32(num_noise)) / float(np.float32(mean_span_length))), 1)
+        num_spans = max(_round_float32(float(np.float32(num_noise)) / float(np.float32(mean_span_length))), 1)
         return cls(raw_length - num_noise, num_noise, num_spans)
 
     def check(self, noise_density: float, mean_span_length: float | None) -> None:
-        """Raise a ValueError where spans would touch."""
+        """Raise ValueError if there are too few kept tokens to separate the noise spans."""
         if self.num_spans > self.num_kept:
             raise ValueError(
                 f"noise_density ({noise_density}) and mean_span_length ({mean_span_length}) make "
-                f"{self.num_spans} spans, but only {self.num_kept} tokens are left to part them: lower "
+                f"{self.num_spans} spans, but only {self.num_kept} tokens are left to separate them: lower "
                 "noise_density or raise mean_span_length"
             )
 
 
-def _rounded(x: float) -> int:
-    """Round the float32 nearest to x, half to even.
+def _round_float32(x: float) -> int:
+    """Round x to the nearest float32, then to the nearest integer, half to even.
 
-    The float64 product or quotient of two float32 numbers, rounded to float32, is what float32 arithmetic gives:
-    float64 keeps more than twice the digits, so rounding twice is harmless.
+    If x is the float64 product or quotient of two float32 numbers, its float32 is exactly the result of float32
+    arithmetic, because float64 has more than twice the digits.
     """
     return round(float(np.float32(x)))
 
 
 def max_raw_tokens(fits: Callable[[int], bool]) -> int:
-    """Return the most raw tokens, at least 2, that fit. More tokens never make shorter inputs.
+    """Return the largest number of raw tokens, at least 2, for which `fits` is true.
 
-    Raises ValueError where more than MAX_RAW fit, as when nearly all tokens are hidden.
+    `fits` must be true up to some number and false from there on. Raises ValueError if more than MAX_RAW tokens fit,
+    which happens if nearly all tokens are noise.
     """
-    top = 4
-    while fits(top):
-        top *= 2
-        if top > MAX_RAW:
+    upper = 4
+    while fits(upper):
+        upper *= 2
+        if upper > MAX_RAW:
             raise ValueError(
                 f"noise_density hides so much that a row takes more than {MAX_RAW:,} tokens of text: lower it, or take "
                 "a smaller inputs_length"
             )
-    return 2 + bisect_left(range(3, top + 1), True, key=lambda length: not fits(length))
+    # Index 0 of the range stands for 3 tokens: if index i is the first number that does not fit, 2 + i is the last
+    # that does.
+    return 2 + bisect_left(range(3, upper + 1), True, key=lambda length: not fits(length))
 
 
 class SpanCorruption(Spec):
-    """Hides `noise_density` of the tokens in spans of `mean_span_length` on average; lengths are counts of tokens."""
+    """T5's span corruption: hides random spans of a text, and the targets are the hidden tokens."""
 
     kind: Literal["span_corruption"] = "span_corruption"
     inputs_length: int = Field(default=512, ge=3, le=MOST["row_tokens"])
-    """Tokens of the encoder's input, its sentinels and EOS included."""
+    """Tokens of the encoder's input, including its sentinels and EOS; 512 as in T5."""
     noise_density: float = Field(default=0.15, gt=0.0, lt=1.0)
+    """Fraction of the tokens that are hidden; 0.15 as in T5."""
     mean_span_length: float = Field(default=3.0, ge=1.0)
+    """Average length of a hidden span, in tokens; 3 as in T5."""
 
     @model_validator(mode="after")
     def _spans_fit(self) -> Self:
-        self._lengths(self.raw_tokens_per_row).check(self.noise_density, self.mean_span_length)
+        self._row_counts.check(self.noise_density, self.mean_span_length)
         return self
 
-    def _lengths(self, raw_length: int) -> SpanCounts:
+    def _counts(self, raw_length: int) -> SpanCounts:
         return SpanCounts.of(raw_length, self.noise_density, self.mean_span_length)
+
+    @property
+    def _row_counts(self) -> SpanCounts:
+        return self._counts(self.raw_tokens_per_row)
 
     @cached_property
     def raw_tokens_per_row(self) -> int:
-        """The most raw tokens whose corrupted form fits `inputs_length`: 568 for 512.
+        """The largest number of raw tokens whose corrupted form fits `inputs_length`: 568 for 512.
 
         # Deviates: T5's helper counts in float64 here, though its masks count in float32. At other noise than the
         # default a text may then be one token longer or shorter, and T5 cuts or pads the row.
         """
-        length = max_raw_tokens(lambda length: self._lengths(length).inputs <= self.inputs_length)
-        lengths = self._lengths(length)
-        # T5: at half noise the rounding may favour the targets by one token; the inputs are to be the longer.
-        return length - 1 if self.noise_density == 0.5 and lengths.targets > lengths.inputs and length > 2 else length
+        length = max_raw_tokens(lambda length: self._counts(length).inputs_length <= self.inputs_length)
+        counts = self._counts(length)
+        # At half noise, rounding may make the targets longer than the inputs. T5 then takes one token less.
+        if self.noise_density == 0.5 and counts.targets_length > counts.inputs_length and length > 2:
+            return length - 1
+        return length
 
     @property
     def num_noise(self) -> int:
-        return self._lengths(self.raw_tokens_per_row).num_noise
+        return self._row_counts.num_noise
 
     @property
     def num_sentinels(self) -> int:
-        """Sentinels that a row needs: one for each hidden span."""
-        return self._lengths(self.raw_tokens_per_row).num_spans
+        """The number of sentinels that a row needs: one for each noise span."""
+        return self._row_counts.num_spans
 
     @property
     def targets_length(self) -> int:
-        """Tokens of a target row, sentinels and EOS included: 114 for 512."""
-        return self._lengths(self.raw_tokens_per_row).targets
+        """Tokens of a target row, including sentinels and EOS: 114 for inputs of 512."""
+        return self._row_counts.targets_length
 
     @property
     def num_draws(self) -> int:
-        """Random numbers that a row takes: one for each place where a segment may be cut."""
+        """The number of random numbers that a row takes; see `corrupt_spans`."""
         return self.raw_tokens_per_row - 2
 
     def span_counts(self, length_X: Ids) -> Ids:
-        """Kept tokens, hidden ones and spans [X, 3] of texts of 2 to `raw_length` tokens."""
+        """Return `SpanCounts` [X, 3] of texts of 2 to `raw_tokens_per_row` tokens."""
         return self._span_counts_by_length[length_X]
 
     @cached_property
     def _span_counts_by_length(self) -> Ids:
-        # A short text may leave fewer tokens to part its spans than they are.
-        found = [self._lengths(length) for length in range(2, self.raw_tokens_per_row + 1)]
-        return np.array([(0, 0, 0)] * 2 + [(kept, noise, min(kept, spans)) for kept, noise, spans in found])
+        """`SpanCounts` by length [raw_tokens_per_row + 1, 3]. Lengths 0 and 1 are not used."""
+        table = [(0, 0, 0), (0, 0, 0)]
+        for length in range(2, self.raw_tokens_per_row + 1):
+            num_kept, num_noise, num_spans = self._counts(length)
+            # A short text may have too few kept tokens to separate all its spans.
+            table.append((num_kept, num_noise, min(num_kept, num_spans)))
+        return np.array(table)
 
     def build(self, tokenizer: Tokenizer) -> Corrupt:
-        """Raises DataError when the tokenizer has fewer sentinels than a row needs."""
+        """Return the function that corrupts rows. Raises DataError if the tokenizer has too few sentinels."""
         return partial(self.corrupt, sentinels=get_sentinels(tokenizer, self.num_sentinels))
 
     def corrupt(self, raw_RL: Ids, draws: Draws, sentinels: Ids) -> tuple[Ids, Ids]:
-        """Inputs [R, inputs_length] and targets [R, targets_length], int64, padded with 0, of raw ids [R, raw_length].
+        """Return inputs [R, inputs_length] and targets [R, targets_length], int64, padded with 0.
 
-        `draws` [R, num_draws] are uniform; only their order within a row counts. `sentinels` [>= num_sentinels] are the
-        ids in order of use.
+        Args:
+            raw_RL: raw ids [R, raw_tokens_per_row].
+            draws: uniform random numbers [R, num_draws]. Only their order within a row has an effect.
+            sentinels: ids in the order of use, at least `num_sentinels`.
         """
-        row_R = np.arange(len(raw_RL))
-        share_R3 = np.tile(self._lengths(self.raw_tokens_per_row), (len(raw_RL), 1))
-        hidden = corrupt_spans(raw_RL.ravel(), share_R3, draws.ravel(), row_R * self.num_draws, sentinels)
+        num_rows, row_R = len(raw_RL), np.arange(len(raw_RL))
+        counts_R3 = np.tile(self._row_counts, (num_rows, 1))
+        first_draw_R = row_R * self.num_draws  # in the flattened draws
+        corrupted = corrupt_spans(raw_RL.ravel(), counts_R3, draws.ravel(), first_draw_R, sentinels)
         return (
-            pad_rows(hidden.inputs, hidden.inputs_X, row_R, (len(raw_RL), self.inputs_length)),
-            pad_rows(hidden.targets, hidden.targets_X, row_R, (len(raw_RL), self.targets_length)),
+            pad_rows(corrupted.inputs, corrupted.num_inputs_X, row_R, (num_rows, self.inputs_length)),
+            pad_rows(corrupted.targets, corrupted.num_targets_X, row_R, (num_rows, self.targets_length)),
         )
 
 
 class CorruptedTexts(NamedTuple):
-    """Corrupted texts end to end, without EOS, and how many tokens each has."""
+    """Corrupted texts end to end, without EOS."""
 
     inputs: Ids
-    inputs_X: Ids
+    num_inputs_X: Ids
+    """The number of input tokens of each text."""
     targets: Ids
-    targets_X: Ids
+    num_targets_X: Ids
+    """The number of target tokens of each text."""
 
 
-def corrupt_spans(raw: Ids, share_X3: Ids, draws: Draws, first_X: Ids, sentinels: Ids) -> CorruptedTexts:
-    """Corrupt texts that lie end to end in `raw`, each of kept and hidden tokens and spans as `share_X3` says.
+def corrupt_spans(raw: Ids, counts_X3: Ids, draws: Draws, first_draw_X: Ids, sentinels: Ids) -> CorruptedTexts:
+    """Corrupt texts that lie end to end in `raw`.
 
-    Kept and hidden segments are cut independently, each way of cutting into non-empty ones being equally likely; they
-    alternate, a kept one first. A text of N tokens takes N - 2 of the `draws`, from `first_X` on.
+    The kept tokens of a text are divided into spans at random, with the same probability for each division into
+    non-empty spans. So are its noise tokens. Kept and noise spans then alternate, a kept one first.
+
+    Args:
+        raw: raw ids of all texts.
+        counts_X3: `SpanCounts` of each text.
+        draws: uniform random numbers. A text of N tokens uses N - 2 of them, from `first_draw_X` on.
+        sentinels: ids in the order of use, the same for each text.
     """
-    kept_X, noise_X, spans_X = share_X3.T
-    kept, noise = (
-        _segment_lengths(draws, first_X, kept_X, spans_X),
-        _segment_lengths(draws, first_X + kept_X - 1, noise_X, spans_X),
-    )
-    hidden = np.repeat(np.tile([False, True], len(kept)), np.stack([kept, noise], axis=1).ravel())
-    marks = sentinels[concatenated_ranges(np.zeros_like(spans_X), spans_X)]
+    num_kept_X, num_noise_X, num_spans_X = counts_X3.T
+    # num_kept - 1 draws for the kept spans, then num_noise - 1 for the noise spans: N - 2 together.
+    kept_lengths = _random_span_lengths(draws, first_draw_X, num_kept_X, num_spans_X)
+    noise_lengths = _random_span_lengths(draws, first_draw_X + num_kept_X - 1, num_noise_X, num_spans_X)
+    # Both have an element for each span of each text, so interleaving them gives kept, noise, kept, noise, ... in
+    # every text. Repeating False, True, False, True, ... by these lengths gives the noise mask, one value a token.
+    alternating_lengths = np.stack([kept_lengths, noise_lengths], axis=1).ravel()
+    is_noise = np.repeat(np.tile([False, True], len(kept_lengths)), alternating_lengths)
+    # The first num_spans sentinels for each text, end to end.
+    span_sentinels = sentinels[concatenated_ranges(np.zeros_like(num_spans_X), num_spans_X)]
     return CorruptedTexts(
-        _replace_spans(raw, hidden, marks), kept_X + spans_X, _replace_spans(raw, ~hidden, marks), noise_X + spans_X
+        inputs=_replace_spans(raw, is_noise, span_sentinels),
+        num_inputs_X=num_kept_X + num_spans_X,
+        targets=_replace_spans(raw, ~is_noise, span_sentinels),
+        num_targets_X=num_noise_X + num_spans_X,
     )
 
 
 def get_sentinels(tokenizer: Tokenizer, number: int) -> Ids:
-    """The tokenizer's sentinels. Raises DataError when there are fewer."""
+    """Return the tokenizer's sentinels. Raises DataError if there are fewer than `number`."""
     if len(tokenizer.sentinels) < number:
         raise DataError(
             f"data.objective hides {number} spans a row and needs as many sentinels, the tokenizer has "
@@ -212,21 +246,40 @@ def get_sentinels(tokenizer: Tokenizer, number: int) -> Ids:
     return tokenizer.sentinels
 
 
-def _segment_lengths(draws: Draws, first_X: Ids, items_X: Ids, segments_X: Ids) -> Ids:
-    """Random lengths >= 1 of each text's segments, which add up to its items: cut where its N - 1 draws are least."""
-    place, cuts_X, start_X = np.arange(items_X.max(initial=1) - 1), segments_X - 1, np.cumsum(items_X) - items_X
-    least = draws.take(first_X[:, None] + place, mode="clip")
-    least[place >= items_X[:, None] - 1] = np.iinfo(np.uint64).max
-    # The cuts of each text come first; which they are is enough, so that most are not sorted.
-    cut_XN = np.argpartition(least, np.unique(cuts_X[cuts_X > 0]) - 1, axis=1)[:, : cuts_X.max(initial=0)]
-    cut = (start_X[:, None] + cut_XN)[np.arange(cut_XN.shape[1]) < cuts_X[:, None]]
-    return np.diff(np.sort(np.concatenate([cut, start_X + items_X - 1])), prepend=-1)
+def _random_span_lengths(draws: Draws, first_draw_X: Ids, num_items_X: Ids, num_spans_X: Ids) -> Ids:
+    """Divide the items of each text into non-empty spans at random; return the lengths of all spans, text after text.
+
+    A text of N items has N - 1 gaps between items. To divide it into n spans is to cut at n - 1 gaps: at those with the
+    least draws, so that every choice of gaps is equally likely.
+    """
+    num_cuts_X = num_spans_X - 1
+    start_X = np.cumsum(num_items_X) - num_items_X  # position of each text's first item, all texts end to end
+    gap_N = np.arange(num_items_X.max(initial=1) - 1)  # gap i is behind item i; as many as the longest text has
+    # The draw of each gap [X, N]. A shorter text reads draws that are not its own, or beyond the end, where "clip"
+    # repeats the last draw; its gaps that do not exist then get the largest value, so that they are never among the
+    # least.
+    draw_XN = draws.take(first_draw_X[:, None] + gap_N, mode="clip")
+    draw_XN[gap_N >= num_items_X[:, None] - 1] = np.iinfo(np.uint64).max
+    # A partition at k puts the k + 1 least draws of each row first, in any order, which costs less than sorting. It is
+    # made at every number of cuts that occurs, so that the first num_cuts gaps of each row are its cuts.
+    cut_counts = np.unique(num_cuts_X[num_cuts_X > 0])
+    gap_XN = np.argpartition(draw_XN, cut_counts - 1, axis=1)[:, : num_cuts_X.max(initial=0)]
+    is_cut_XN = np.arange(gap_XN.shape[1]) < num_cuts_X[:, None]
+    # The position of the last item of each span: the item before a cut, or the last item of a text.
+    cuts = (start_X[:, None] + gap_XN)[is_cut_XN]
+    span_ends = np.sort(np.concatenate([cuts, start_X + num_items_X - 1]))
+    return np.diff(span_ends, prepend=-1)  # the item before the first span would be at -1
 
 
 def _replace_spans(raw: Ids, mask: NDArray[np.bool_], sentinels: Ids) -> Ids:
-    """Each masked span becomes the next of the sentinels."""
+    """Replace each run of masked tokens by the next one of the sentinels.
+
+    No run crosses from one text to the next: a text begins with a kept span and ends with a noise span, so the mask
+    differs there.
+    """
+    # A run starts at a masked token whose predecessor is not masked.
     starts = mask.copy()
     starts[1:] &= ~mask[:-1]
-    marked = raw.copy()
-    marked[starts] = sentinels
-    return marked[starts | ~mask]
+    replaced = raw.copy()
+    replaced[starts] = sentinels
+    return replaced[starts | ~mask]  # the sentinels, and the tokens that are not masked
