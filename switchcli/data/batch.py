@@ -1,4 +1,4 @@
-"""Batch: what travels from the data to the model; Lesson, which brings a teacher's answers too; and their source."""
+"""Batch and DistillBatch, which go from the data to the model, and BatchSource, which makes the batches of a run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,10 @@ import torch
 
 
 class Batch(NamedTuple):
-    """One microbatch. B sequences; S source and T target positions; both int64, padded with `switchcli.spec.PAD`.
+    """A microbatch: inputs [B, S] and targets [B, T], int64, padded with `switchcli.spec.PAD`.
 
-    Masks are derived (`!= PAD`); the decoder's input is the targets shifted right. Shapes do not change within a run.
+    Masks are derived from it (`!= PAD`), and the decoder's input is the targets shifted right. Shapes do not change
+    within a run. B sequences, S source positions, T target positions.
     """
 
     inputs_BS: torch.Tensor
@@ -18,18 +19,18 @@ class Batch(NamedTuple):
 
 
 class TeacherTopK(NamedTuple):
-    """What a teacher found of each target: its K largest probabilities, whose they are, and the rest."""
+    """A teacher's K largest probabilities for each target position."""
 
     ids_BTK: torch.Tensor
-    """Integers, the most probable first."""
+    """The tokens with these probabilities, the most probable first; integers."""
     probability_BTK: torch.Tensor
-    """float16 or float32, as they were kept."""
+    """The probabilities; float16 or float32, as they were stored."""
     rest_BT: torch.Tensor
-    """The probability of all others together."""
+    """The total probability of all other tokens."""
 
 
 class DistillBatch(NamedTuple):
-    """A batch with its answers, of a teacher that is not asked again (train/teacher_cache.py)."""
+    """A batch with stored answers of a teacher, so that the teacher itself does not run (train/teacher_cache.py)."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor
@@ -47,18 +48,18 @@ class BatchSource(ABC):
         """Return rows first..first+count of the batch of `step`."""
 
     def state(self, step: int) -> list[int]:
-        """Return what this rank adds to the state after `step` steps; the sum over ranks is the state of all."""
+        """Return this rank's contribution to the state after `step` steps. The state is the sum over all ranks."""
         return []
 
     def restore_state(self, step: int, state: Sequence[int]) -> None:
-        """Go on after `step` steps from `state`, the sum over ranks of what `state(step)` returned."""
-        assert not state, "these batches follow from their step alone"
+        """Go on after `step` steps from `state`, the sum over ranks of the values that `state(step)` returned."""
+        assert not state, "these batches depend on their step only"
 
     def record(self, step: int) -> Mapping[str, Any]:
-        """Return what a record of `step` says of the rows so far."""
+        """Return facts about the rows up to `step`, to be added to the record of that step."""
         return {}
 
     @property
     def is_sequential(self) -> bool:
-        """Whether batches must be asked for in the order of their steps, by one thread."""
+        """Whether one thread must ask for the batches in the order of their steps."""
         return False

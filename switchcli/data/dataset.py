@@ -1,9 +1,10 @@
-"""TokenDataset: the shards of a text as an endless sequence of raw rows. A row is a pure function of (seed, row).
+"""TokenDataset: the shards of a text as an endless sequence of raw rows. Each row is a pure function of (seed, row).
 
-Each epoch goes through the shards in a random order, a window of them at a time, so that no more than a window is open,
-however large the text is. The documents of a shard are shuffled and put end to end without EOS between (T5), and cut
-into chunks; the tail shorter than a chunk is left out. Whole documents are packed into rows once. The rows of a window
-are shuffled, so that neither a shard nor a long document fills a batch.
+An epoch visits the shards in a random order, one window of WINDOW_SHARDS shards after the other, so that only the
+shards of a window are open, however large the text is. Within a shard, documents are shuffled and concatenated without
+EOS between them, as in T5, and cut into rows; what is left at the end of a shard, less than a row, is not used. Rows of
+whole documents are packed once. The rows of a window are shuffled, so that no batch is filled by one shard or one long
+document.
 
 Legend  R rows  L raw tokens of a row  S shards  W windows  D documents  X pieces of documents
 """
@@ -26,50 +27,55 @@ from switchcli.data.rng import CHUNKS, DOCUMENTS, SHARDS, permutation
 from switchcli.errors import DataError
 
 WINDOW_SHARDS = 8
+"""Shards whose rows are shuffled together."""
 SMALL_TOKENS = 2**20
-"""Shards of fewer are put together, in memory."""
-_KEPT = 2
-"""Epochs and windows: where a batch goes from one to the next, and workers are ahead, both are in use."""
+"""Tokens below which a shard is merged with others, in memory."""
+_NUM_CACHED = 2
+"""Epoch orders and windows that are kept: where a batch extends over the end of one, or workers are ahead, two are in
+use."""
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 class EpochOrder(NamedTuple):
-    """An epoch's."""
+    """The order of the shards in an epoch, and its division into windows."""
 
     shard_S: NDArray[np.int64]
+    """The shards that have rows, as indices of `TokenDataset._number_S`, in the order of the epoch."""
     end_W: NDArray[np.int64]
-    """The rows of the epoch up to the end of each window."""
+    """The number of rows of the epoch up to the end of each window."""
 
 
 class CountedShard(NamedTuple):
-    """A shard, and how many rows are in it."""
+    """A shard and its number of rows."""
 
     shard: TokenShard
     num_rows: int
 
 
 class TokenDataset:
-    """Rows of raw tokens, epoch after epoch. Workers may ask at the same time."""
+    """Rows of raw tokens, epoch after epoch. Several threads may read at the same time."""
 
     def __init__(self, shards: Sequence[TokenShard], rows: RowObjective, seed: int, label: str = "") -> None:
-        """Rows of whole documents take a look at the index of every shard, some 20 ms each.
+        """Count the rows of each shard. For rows of whole documents this reads the index of every shard.
 
-        Raises DataError, naming the text's `label`, when there is less than a row.
+        Raises DataError, which names the text's `label`, if there is less than one row.
         """
         self._shards = [count_rows(shard, rows, seed, number) for number, shard in enumerate(shards)]
-        self._numbers_S = np.array([number for number, one in enumerate(self._shards) if one.num_rows], dtype=np.int64)
-        self._rows_S = np.array([one.num_rows for one in self._shards if one.num_rows], dtype=np.int64)
+        # Only shards with rows take part in epochs: their numbers [S], and their numbers of rows [S].
+        self._number_S = np.array([number for number, shard in enumerate(self._shards) if shard.num_rows], np.int64)
+        self._rows_S = np.array([shard.num_rows for shard in self._shards if shard.num_rows], np.int64)
         self._rows, self._seed = rows, seed
         self.rows_per_epoch = int(self._rows_S.sum())
-        """Rows that show each token once at most."""
+        """The number of rows of an epoch. They show each token at most once."""
         if not self.rows_per_epoch:
-            tokens, documents = sum(one.num_tokens for one in shards), sum(one.num_documents for one in shards)
-            least = 2 if isinstance(rows, WholeDocumentObjective) else rows.raw_tokens_per_row
+            num_tokens = sum(shard.num_tokens for shard in shards)
+            num_documents = sum(shard.num_documents for shard in shards)
+            min_tokens = 2 if isinstance(rows, WholeDocumentObjective) else rows.raw_tokens_per_row
             raise DataError(
-                f"data{f' ({label})' if label else ''}: {tokens} tokens in {documents} documents, but one row takes "
-                f"{least}: add text, or take a smaller inputs_length (for the held-out part, a larger "
+                f"data{f' ({label})' if label else ''}: {num_tokens} tokens in {num_documents} documents, but one row "
+                f"takes {min_tokens}: add text, or take a smaller inputs_length (for the held-out part, a larger "
                 "held_out_fraction)"
             )
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
@@ -77,74 +83,85 @@ class TokenDataset:
         self._lock = Lock()
 
     def raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Raw ids int64 [R, L] of rows of the endless sequence."""
+        """Return raw ids int64 [R, L] of these rows of the endless sequence."""
         raw_RL = np.empty((len(row_R), self._rows.raw_tokens_per_row), dtype=np.int64)
-        epoch_R, place_R = np.divmod(row_R, self.rows_per_epoch)
+        epoch_R, row_in_epoch_R = np.divmod(row_R, self.rows_per_epoch)
         for epoch in np.unique(epoch_R):
             order = self._order(int(epoch))
-            window_R = np.searchsorted(order.end_W, place_R, side="right")
-            for number in np.unique(window_R[epoch_R == epoch]):
-                mine_R = (epoch_R == epoch) & (window_R == number)
-                start = order.end_W[number - 1] if number else 0
-                raw_RL[mine_R] = self._window(int(epoch), int(number), order.shard_S).raw_rows(place_R[mine_R] - start)
+            window_R = np.searchsorted(order.end_W, row_in_epoch_R, side="right")  # valid for rows of this epoch
+            for window in np.unique(window_R[epoch_R == epoch]):
+                in_window_R = (epoch_R == epoch) & (window_R == window)
+                first_row = order.end_W[window - 1] if window else 0
+                shuffled = self._window(int(epoch), int(window), order.shard_S)
+                raw_RL[in_window_R] = shuffled.raw_rows(row_in_epoch_R[in_window_R] - first_row)
         return raw_RL
 
     def _order(self, epoch: int) -> EpochOrder:
         with self._lock:
             if epoch not in self._orders:
                 shard_S = permutation(len(self._rows_S), self._seed, epoch, SHARDS)
-                rows_W = np.add.reduceat(self._rows_S[shard_S], np.arange(0, len(shard_S), WINDOW_SHARDS))
+                # Sums of the rows of WINDOW_SHARDS shards each; the last window may have fewer shards.
+                first_shard_W = np.arange(0, len(shard_S), WINDOW_SHARDS)
+                rows_W = np.add.reduceat(self._rows_S[shard_S], first_shard_W)
                 self._orders[epoch] = EpochOrder(shard_S, np.cumsum(rows_W))
-            return _used(self._orders, epoch)
+            return _get_recent(self._orders, epoch)
 
-    def _window(self, epoch: int, number: int, shard_S: NDArray[np.int64]) -> "ShuffleWindow":
+    def _window(self, epoch: int, window: int, shard_S: NDArray[np.int64]) -> "ShuffleWindow":
         with self._lock:
-            if (epoch, number) not in self._windows:
-                numbers = self._numbers_S[shard_S[number * WINDOW_SHARDS : (number + 1) * WINDOW_SHARDS]].tolist()
-                shards = {index: self._shards[index] for index in numbers}
-                self._windows[epoch, number] = ShuffleWindow(shards, self._rows, self._seed, epoch, number)
-            return _used(self._windows, (epoch, number))
+            if (epoch, window) not in self._windows:
+                window_shards = shard_S[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
+                numbers = self._number_S[window_shards].tolist()
+                shards = {number: self._shards[number] for number in numbers}
+                self._windows[epoch, window] = ShuffleWindow(shards, self._rows, self._seed, epoch, window)
+            return _get_recent(self._windows, (epoch, window))
 
 
-def _used(kept: OrderedDict[K, V], key: K) -> V:
-    """What is kept under a key; what was used longest ago is not kept any more."""
-    kept.move_to_end(key)
-    if len(kept) > _KEPT:
-        kept.popitem(last=False)
-    return kept[key]
+def _get_recent(cached: OrderedDict[K, V], key: K) -> V:
+    """Return the value of a key, and remove the least recently used value if there are too many."""
+    cached.move_to_end(key)
+    if len(cached) > _NUM_CACHED:
+        cached.popitem(last=False)
+    return cached[key]
 
 
 class RowLayout(ABC):
-    """The documents of a shard as rows."""
+    """The rows of one shard, before they are shuffled."""
 
     @abstractmethod
     def raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Raw ids [R, L] of some rows."""
+        """Return raw ids [R, L] of these rows."""
 
 
 class _ContiguousRows(RowLayout):
-    """One behind the other in the order of an epoch, cut into chunks."""
+    """Rows cut from the sequence of all documents of a shard, which are in another random order in each epoch."""
 
     def __init__(self, store: TokenStore, raw_length: int, seed: int, epoch: int, number: int) -> None:
         self._store, self._raw_length = store, raw_length
         order_D = permutation(store.num_documents, seed, epoch, DOCUMENTS, number)
+        # The end of each document in the sequence of shuffled documents.
         self._end_D = np.cumsum(np.diff(store.offsets)[order_D])
-        # Where a shuffled position lies in the store: the position plus the shift of its document.
+        # A token at a position of the sequence is in the store at that position plus the shift of its document: the
+        # distance between the ends of the document in both.
         self._shift_D = store.offsets[1:][order_D] - self._end_D
 
     def raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        # Each row is a range of the sequence, which is divided at the ends of documents into pieces.
         start_R = row_R * self._raw_length
-        first_R = np.searchsorted(self._end_D, start_R, side="right")
-        count_R = np.searchsorted(self._end_D, start_R + self._raw_length - 1, side="right") - first_R + 1
-        document_X, start_X = concatenated_ranges(first_R, count_R), np.repeat(start_R, count_R)
-        begin_X = np.maximum(start_X, np.where(document_X > 0, self._end_D[document_X - 1], 0))
-        end_X = np.minimum(start_X + self._raw_length, self._end_D[document_X])
-        place = concatenated_ranges(begin_X + self._shift_D[document_X], end_X - begin_X)
-        return self._store.gather(place).reshape(len(row_R), self._raw_length).astype(np.int64)
+        first_document_R = np.searchsorted(self._end_D, start_R, side="right")  # the document of the first token
+        last_document_R = np.searchsorted(self._end_D, start_R + self._raw_length - 1, side="right")
+        num_pieces_R = last_document_R - first_document_R + 1
+        document_X = concatenated_ranges(first_document_R, num_pieces_R)
+        row_start_X = np.repeat(start_R, num_pieces_R)
+        # A piece is the part of a document that lies in the row, as a range of the sequence.
+        document_start_X = np.where(document_X > 0, self._end_D[document_X - 1], 0)
+        start_X = np.maximum(row_start_X, document_start_X)
+        end_X = np.minimum(row_start_X + self._raw_length, self._end_D[document_X])
+        position = concatenated_ranges(start_X + self._shift_D[document_X], end_X - start_X)  # [R * L], in the store
+        return self._store.gather(position).reshape(len(row_R), self._raw_length).astype(np.int64)
 
 
 class _WholeDocumentRows(RowLayout):
-    """Whole documents that share rows, the same ones in every epoch."""
+    """Rows of whole documents, packed in one random order for all epochs."""
 
     def __init__(self, store: TokenStore, rows: WholeDocumentObjective, seed: int, number: int) -> None:
         self._store, self._raw_length = store, rows.raw_tokens_per_row
@@ -157,57 +174,62 @@ class _WholeDocumentRows(RowLayout):
 
 
 class ShuffleWindow:
-    """Some shards of an epoch, the rows of all of them in one random order."""
+    """Some shards of an epoch, with all their rows in one random order."""
 
     def __init__(
         self, shards: Mapping[int, CountedShard], rows: RowObjective, seed: int, epoch: int, number: int
     ) -> None:
-        """`shards` by their numbers in the text."""
+        """`shards` are given by their numbers in the text; `number` is that of the window in the epoch."""
         self._shards, self._rows, self._seed, self._epoch = shards, rows, seed, epoch
-        self._numbers = list(shards)
-        self._end_S = np.cumsum([one.num_rows for one in shards.values()])
+        self._shard_numbers = list(shards)
+        # The number of rows up to the end of each shard, before shuffling.
+        self._end_S = np.cumsum([shard.num_rows for shard in shards.values()])
         self.num_rows = int(self._end_S[-1])
         self._order = permutation(self.num_rows, seed, epoch, CHUNKS, number)
-        self._laid: dict[int, RowLayout] = {}
+        self._layouts: dict[int, RowLayout] = {}
 
-    def raw_rows(self, place_R: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Raw ids [R, L] of the rows at these places of the window."""
-        raw_RL = np.empty((len(place_R), self._rows.raw_tokens_per_row), dtype=np.int64)
-        row_R = self._order[place_R]
+    def raw_rows(self, position_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return raw ids [R, L] of the rows at these positions of the window."""
+        raw_RL = np.empty((len(position_R), self._rows.raw_tokens_per_row), dtype=np.int64)
+        row_R = self._order[position_R]
         shard_R = np.searchsorted(self._end_S, row_R, side="right")
         shards = np.unique(shard_R)
-        missing = [number for number in map(self._numbers.__getitem__, shards) if number not in self._laid]
-        if len(missing) > 1:  # the first batch of a run waits for them: reading and checking leave the interpreter free
-            with ThreadPoolExecutor(len(missing)) as pool:
-                list(pool.map(self._enter, missing))
+        unopened = [shard for shard in shards if self._shard_numbers[shard] not in self._layouts]
+        if len(unopened) > 1:
+            # The first batch of a run waits for them. Threads help, as reading and hashing need no interpreter lock.
+            with ThreadPoolExecutor(len(unopened)) as pool:
+                list(pool.map(self._layout, unopened))
         for shard in shards:
-            mine_R = shard_R == shard
-            start = self._end_S[shard - 1] if shard else 0
-            raw_RL[mine_R] = self._enter(self._numbers[shard]).raw_rows(row_R[mine_R] - start)
+            in_shard_R = shard_R == shard
+            first_row = self._end_S[shard - 1] if shard else 0
+            raw_RL[in_shard_R] = self._layout(shard).raw_rows(row_R[in_shard_R] - first_row)
         return raw_RL
 
-    def _enter(self, number: int) -> RowLayout:
-        if number not in self._laid:
+    def _layout(self, shard: int) -> RowLayout:
+        """Return the rows of a shard, given by its index in this window. The shard is opened at the first call."""
+        number = self._shard_numbers[shard]
+        if number not in self._layouts:
             store, rows = self._shards[number].shard.open(), self._rows
             if isinstance(rows, WholeDocumentObjective):
-                self._laid[number] = _WholeDocumentRows(store, rows, self._seed, number)
+                self._layouts[number] = _WholeDocumentRows(store, rows, self._seed, number)
             else:
-                self._laid[number] = _ContiguousRows(store, rows.raw_tokens_per_row, self._seed, self._epoch, number)
-        return self._laid[number]
+                self._layouts[number] = _ContiguousRows(store, rows.raw_tokens_per_row, self._seed, self._epoch, number)
+        return self._layouts[number]
 
 
 def count_rows(shard: TokenShard, rows: RowObjective, seed: int, number: int) -> CountedShard:
-    """The shard of this number with its rows."""
+    """Return the shard with its number of rows. `number` is the shard's number in the text."""
     if isinstance(rows, WholeDocumentObjective):
         return CountedShard(shard, _WholeDocumentRows(shard.open_index(), rows, seed, number).num_rows)
     return CountedShard(shard, shard.num_tokens // rows.raw_tokens_per_row)
 
 
 def group_small_shards(shards: Sequence[TokenShard]) -> list[TokenShard]:
-    """Small shards together, so that what is left over at the end of each is little of it."""
+    """Merge consecutive small shards, so that few tokens are left over at the ends of shards."""
     groups: list[list[TokenShard]] = []
     for shard in shards:
-        if groups and sum(one.num_tokens for one in groups[-1]) < SMALL_TOKENS > shard.num_tokens:
+        is_small = shard.num_tokens < SMALL_TOKENS
+        if groups and is_small and sum(member.num_tokens for member in groups[-1]) < SMALL_TOKENS:
             groups[-1].append(shard)
         else:
             groups.append([shard])
@@ -215,16 +237,18 @@ def group_small_shards(shards: Sequence[TokenShard]) -> list[TokenShard]:
 
 
 def _merge_shards(shards: Sequence[TokenShard]) -> TokenShard:
-    def joined(stores: Iterable[TokenStore]) -> TokenStore:
-        found = [*stores]
-        lengths = np.concatenate([np.diff(store.offsets) for store in found])
+    """Return a shard of the documents of several shards. They are read when it is opened."""
+
+    def merge(opened: Iterable[TokenStore]) -> TokenStore:
+        stores = [*opened]
+        lengths = np.concatenate([np.diff(store.offsets) for store in stores])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.concatenate([store.gather(slice(None)) for store in found])
+        tokens = np.concatenate([store.gather(slice(None)) for store in stores])
         return TokenStore(tokens, offsets)
 
     return TokenShard(
-        sum(one.num_documents for one in shards),
-        sum(one.num_tokens for one in shards),
-        lambda: joined(one.open() for one in shards),
-        lambda: joined(one.open_index() for one in shards),
+        sum(shard.num_documents for shard in shards),
+        sum(shard.num_tokens for shard in shards),
+        lambda: merge(shard.open() for shard in shards),
+        lambda: merge(shard.open_index() for shard in shards),
     )

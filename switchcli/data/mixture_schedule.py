@@ -1,7 +1,8 @@
-"""Turns: which of several sources each row of a run is of. No torch here: processes that prepare text import this.
+"""MixtureSchedule: which of several sources each row of a run comes from.
 
-A run goes in turns: in each, every source has a fixed number of rows, in a random order. So the rates are exact, each
-row is a pure function of the seed and its number, and resuming replays nothing.
+A run consists of cycles. In each cycle every source has a fixed number of rows, and the order of the rows is random.
+Fractions are therefore exact, each row is a pure function of the seed and the row's number, and a resumed run replays
+nothing. This file does not import torch, because processes that prepare text import it.
 
 Legend  R rows  K sources
 """
@@ -19,78 +20,91 @@ from switchcli.data.objectives.example_packing import concatenated_ranges
 from switchcli.data.rng import ROW_SOURCES, permutation, philox
 
 OrderFn = Callable[[int, int, int, int], NDArray[np.int64]]
-"""An order of so many things, by seed, number and purpose: `permutation`, or one less random."""
+"""A function of (size, seed, index, purpose) that returns the numbers 0..size in some order, such as `permutation`."""
 
-_CACHED_ORDERS = 2
+_CACHED_CYCLES = 2
+"""Cycles whose orders are kept: a batch may extend over the end of one, and workers may be ahead."""
 
 
 class RandomOrders:
-    """Random orders by their number and purpose, the last ones kept. Workers may ask at the same time."""
+    """Random orders by index and purpose, with a cache of the newest ones. Several threads may call it."""
 
-    def __init__(self, seed: int, kept: int = 64, order: OrderFn = permutation) -> None:
-        self._seed, self._most, self._order = seed, kept, order
-        self._kept: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+    def __init__(self, seed: int, max_cached: int = 64, order: OrderFn = permutation) -> None:
+        self._seed, self._max_cached, self._order = seed, max_cached, order
+        self._cached: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
         self._lock = Lock()
 
     def __call__(
-        self, size: int, number_R: NDArray[np.int64], place_R: NDArray[np.int64], purpose: int
+        self, size: int, index_R: NDArray[np.int64], position_R: NDArray[np.int64], purpose: int
     ) -> NDArray[np.int64]:
-        """What stands at each place of the order of that number, of `size` things."""
-        found_R = np.empty_like(place_R)
-        for number in np.unique(number_R):
-            here = number_R == number
-            found_R[here] = self._ordered(size, int(number), purpose)[place_R[here]]
-        return found_R
+        """Return, for each row, the number at its position in the order of `size` numbers that has the row's index."""
+        number_R = np.empty_like(position_R)
+        for index in np.unique(index_R):
+            has_index_R = index_R == index
+            number_R[has_index_R] = self._get(size, int(index), purpose)[position_R[has_index_R]]
+        return number_R
 
-    def _ordered(self, size: int, number: int, purpose: int) -> NDArray[np.int64]:
+    def _get(self, size: int, index: int, purpose: int) -> NDArray[np.int64]:
         with self._lock:
-            if (number, purpose) not in self._kept:
-                self._kept[number, purpose] = self._order(size, self._seed, number, purpose)
-                if len(self._kept) > self._most:
-                    self._kept.popitem(last=False)
-            return self._kept[number, purpose]
+            if (index, purpose) not in self._cached:
+                self._cached[index, purpose] = self._order(size, self._seed, index, purpose)
+                if len(self._cached) > self._max_cached:
+                    self._cached.popitem(last=False)
+            return self._cached[index, purpose]
 
 
 class MixtureSchedule:
-    """Which source each row of a run is of, and which of the source's rows it is."""
+    """The source of each row of a run, and the row's number among those of the source."""
 
     def __init__(self, rows: NDArray[np.int64], seed: int, order: OrderFn = permutation) -> None:
-        """`rows` [K]: rows of each source in a turn."""
+        """`rows` [K] are the rows of each source in a cycle."""
         self._rows_K, self._end_K = rows, np.cumsum(rows)
-        self._orders = RandomOrders(seed, _CACHED_ORDERS, order)
+        self._rows_per_cycle = int(self._end_K[-1])
+        self._orders = RandomOrders(seed, _CACHED_CYCLES, order)
 
     @classmethod
     def spread_evenly(cls, rows: NDArray[np.int64], seed: int) -> Self:
-        """Turns in which each source's rows are spread evenly: at any row the shares are kept, to a row or two."""
-        return cls(rows, seed, partial(_spread, rows))
+        """Return a schedule that spreads each source's rows evenly over a cycle.
+
+        After any row, the number of rows of each source is exact up to a row or two.
+        """
+        return cls(rows, seed, partial(_evenly_spread_order, rows))
 
     def __call__(self, row_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each row, and its number, from 0, among the rows of that source."""
-        turn_R, place_R = np.divmod(row_R, self._end_K[-1])
-        place_R = self._orders(int(self._end_K[-1]), turn_R, place_R, ROW_SOURCES)
-        source_R = np.searchsorted(self._end_K, place_R, side="right")
-        each_R = self._rows_K[source_R]
-        return source_R, turn_R * each_R + place_R - (self._end_K[source_R] - each_R)
+        """Return the source of each row, and the row's number, from 0, among all rows of that source."""
+        cycle_R, position_R = np.divmod(row_R, self._rows_per_cycle)
+        # The row's index in its cycle before the order was applied: source k has the indices end[k - 1]..end[k].
+        index_R = self._orders(self._rows_per_cycle, cycle_R, position_R, ROW_SOURCES)
+        source_R = np.searchsorted(self._end_K, index_R, side="right")
+        source_rows_R = self._rows_K[source_R]
+        index_in_source_R = index_R - (self._end_K[source_R] - source_rows_R)
+        return source_R, cycle_R * source_rows_R + index_in_source_R
 
     def rows_per_source(self, num_rows: int) -> NDArray[np.int64]:
-        """How many of the first `num_rows` rows of a run are of each source [K]."""
-        turns, rest = divmod(num_rows, int(self._end_K[-1]))
-        begun_R = self(num_rows - rest + np.arange(rest))[0]
-        return turns * self._rows_K + np.bincount(begun_R, minlength=len(self._rows_K))
+        """Return the number of rows of each source [K] among the first `num_rows` rows of a run."""
+        num_cycles, rest = divmod(num_rows, self._rows_per_cycle)
+        last_source_R, _ = self(num_rows - rest + np.arange(rest))  # the rows of the incomplete cycle
+        return num_cycles * self._rows_K + np.bincount(last_source_R, minlength=len(self._rows_K))
 
 
-def largest_remainder(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Of about `total` rows as many for each source as its share says, and one at least: largest remainders first."""
-    exact = shares * total
-    whole = np.maximum(1, np.floor(exact)).astype(np.int64)
-    order = np.argsort(-(exact - whole), kind="stable")
-    whole[order[: max(0, total - int(whole.sum()))]] += 1
-    return whole
+def largest_remainder(fractions: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Divide `total` rows among sources in proportion to `fractions` [K], which add up to 1.
+
+    Each source gets its rows rounded down, but at least 1. Rows that are left go to the largest remainders, one each.
+    """
+    exact = fractions * total
+    rounded = np.maximum(1, np.floor(exact)).astype(np.int64)
+    by_remainder = np.argsort(-(exact - rounded), kind="stable")
+    num_left = max(0, total - int(rounded.sum()))
+    rounded[by_remainder[:num_left]] += 1
+    return rounded
 
 
-def _spread(rows_K: NDArray[np.int64], size: int, seed: int, number: int, purpose: int) -> NDArray[np.int64]:
-    """An order in which the n-th of a source's N rows comes at random between n/N and (n+1)/N of the turn."""
-    random = (philox(seed, number, purpose).random_raw(size) >> np.uint64(11)) * 2.0**-53
-    return np.argsort(
-        (concatenated_ranges(np.zeros_like(rows_K), rows_K) + random) / np.repeat(rows_K, rows_K), kind="stable"
-    )
+def _evenly_spread_order(
+    rows_K: NDArray[np.int64], size: int, seed: int, index: int, purpose: int
+) -> NDArray[np.int64]:
+    """Return an order of a cycle in which the n-th of a source's N rows is at a random point of n/N..(n + 1)/N."""
+    uniform = (philox(seed, index, purpose).random_raw(size) >> np.uint64(11)) * 2.0**-53  # float64 in [0, 1)
+    number_in_source = concatenated_ranges(np.zeros_like(rows_K), rows_K)  # 0..N of each source, end to end
+    point = (number_in_source + uniform) / np.repeat(rows_K, rows_K)
+    return np.argsort(point, kind="stable")

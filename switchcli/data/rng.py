@@ -1,28 +1,32 @@
-"""Random bits by counter: a pure function of (seed, index, purpose), so that nothing is replayed when a run resumes."""
+"""Random bits from a counter: a pure function of (seed, index, purpose), so a resumed run replays nothing."""
 
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-# The last word of Philox's counter: streams of numbers with the same key that never meet.
+# Purposes are the last word of Philox's counter, so that numbers for different purposes never coincide.
 SPANS: Final = 0
 DOCUMENTS: Final = 1
 CHUNKS: Final = 2
 ROW_SOURCES: Final = 3
 TASKS: Final = 4
-"""The first of a purpose for each task."""
+"""The purpose of the first task; the next tasks have the next numbers."""
 SHARDS: Final = 2**20
 
 WORDS: Final = 4
-"""64-bit words that Philox gives for one count."""
+"""64-bit words that Philox generates for each value of its counter."""
 
 
 def philox(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Philox:
-    """Random bits that are the same in every version, as numpy promises."""
+    """Return a generator of random bits. NumPy guarantees the same bits in every version.
+
+    The first two words of the counter are 0 and count the bits that are generated.
+    """
     return np.random.Philox(key=[seed, index], counter=[0, 0, part, purpose])
 
 
 def permutation(size: int, seed: int, index: int, purpose: int, part: int = 0) -> NDArray[np.int64]:
-    """A random order of `size` things."""
+    """Return the numbers 0..size in a random order."""
+    # Sorting random words depends on no algorithm of NumPy's that a version may change. Stable, as words may be equal.
     return np.argsort(philox(seed, index, purpose, part).random_raw(size), kind="stable")

@@ -1,5 +1,9 @@
-"""Mixtures of tasks: how often each is shown, and the rows of a run by that. A task's own rows come in epochs, each in
-an order of its own, that go on from turn to turn (mixture_schedule.py).
+"""Mixtures of tasks: how often each task is shown, and the rows of a run by that.
+
+Each task's rows come in epochs, each in its own random order. A task's epochs do not depend on the cycles of the
+mixture (mixture_schedule.py).
+
+Legend  R rows  S source  T target positions  K tasks
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,28 +20,29 @@ from switchcli.data.objectives.example_packing import PackedExamples
 from switchcli.data.rng import ROW_SOURCES, TASKS, permutation
 from switchcli.spec import MOST, Spec
 
-_LEAST_ROWS = 1000
-"""Rows of a turn at least, for each task: rates are kept to a thousandth."""
+_MIN_ROWS_PER_TASK = 1000
+"""Minimum rows of a cycle for each task on average: rates are exact to a thousandth."""
 
 
 class Proportional(Spec):
-    """T5's: the rate of a task is min(examples, cap) ** (1 / temperature)."""
+    """T5's mixture in proportion to size: the rate of a task is min(examples, cap) ** (1 / temperature)."""
 
     kind: Literal["proportional"] = "proportional"
     cap: int | None = Field(default=None, ge=1, le=MOST["count"])
-    """Examples beyond it do not raise a task's rate: it keeps a large task from drowning small ones."""
+    """Number of examples beyond which a larger task is not shown more often, so that it does not drown small ones."""
     temperature: float = Field(default=1.0, gt=0.0)
-    """Above 1 the rates come closer to each other."""
+    """Smoothing of the rates: at 1 they are in proportion to the examples, above 1 closer to each other."""
 
     def rates(self, num_examples: Sequence[int]) -> NDArray[np.float64]:
-        """Each task's share of the examples shown: they add up to 1."""
+        """Return each task's fraction of the examples that are shown [K]; they add up to 1."""
         capped = np.minimum(num_examples, np.inf if self.cap is None else self.cap)
+        # capped ** (1 / temperature), up to a factor: ratios to the maximum do not overflow at small temperatures.
         weights = np.exp(np.log(capped / capped.max()) / self.temperature)
         return weights / weights.sum()
 
 
 class Equal(Spec):
-    """Each task as often as any other."""
+    """A mixture that shows every task equally often."""
 
     kind: Literal["equal"] = "equal"
 
@@ -49,59 +54,68 @@ MixtureSpec = Annotated[Proportional | Equal, Field(discriminator="kind")]
 
 
 class TaskMixtureSource(BatchSource):
-    """Rows of several packed tasks, `batch_rows` a step."""
+    """Batches of `batch_rows` packed rows of several tasks."""
 
     def __init__(self, tasks: Mapping[str, PackedExamples], mixture: MixtureSpec, seed: int, batch_rows: int) -> None:
         self._tasks = tuple(tasks.values())
         self._batch_rows = batch_rows
-        examples = np.array([len(packed.example_X) for packed in self._tasks])
-        rows = np.array([packed.num_rows for packed in self._tasks])
-        self.rates: dict[str, float] = dict(zip(tasks, mixture.rates(examples.tolist()).tolist(), strict=True))
-        """Each task's share of the examples."""
-        # A row of a task with short examples shows many of them, so that it takes fewer rows.
-        share = np.array(list(self.rates.values())) * rows / examples
-        self._turns, self._orders = MixtureSchedule(_shared_out(share / share.sum(), rows), seed), RandomOrders(seed)
+        examples_K = np.array([len(packed.example_X) for packed in self._tasks])
+        rows_K = np.array([packed.num_rows for packed in self._tasks])
+        rates_K = mixture.rates(examples_K.tolist())
+        self.rates: dict[str, float] = dict(zip(tasks, rates_K.tolist(), strict=True))
+        """Each task's fraction of the examples that are shown."""
+        # Rates are of examples. A row of a task with short examples shows many of them, so the task needs fewer rows.
+        row_weight_K = rates_K * rows_K / examples_K
+        self._schedule = MixtureSchedule(_rows_per_cycle(row_weight_K / row_weight_K.sum(), rows_K), seed)
+        self._orders = RandomOrders(seed)
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """Rows first..first+count of the step's batch: [count, S] and [count, T]."""
-        task_R, nth_R = self._turns(step * self._batch_rows + np.arange(first, first + count))
-        row_R = np.empty_like(nth_R)
+        """Return rows first..first+count of the step's batch: [count, S] and [count, T]."""
+        task_R, number_R = self._schedule(step * self._batch_rows + np.arange(first, first + count))
+        # A task's rows are numbered from the beginning of the run: number // rows is the epoch.
+        row_R = np.empty_like(number_R)
         for task in np.unique(task_R):
-            mine = task_R == task
+            of_task_R = task_R == task
             num_rows = self._tasks[task].num_rows
-            epoch_R, place_R = np.divmod(nth_R[mine], num_rows)
-            row_R[mine] = self._orders(num_rows, epoch_R, place_R, TASKS + int(task))
-        return _gathered(self._tasks, task_R, row_R)
+            epoch_R, position_R = np.divmod(number_R[of_task_R], num_rows)
+            row_R[of_task_R] = self._orders(num_rows, epoch_R, position_R, TASKS + int(task))
+        return _gather_rows(self._tasks, task_R, row_R)
 
 
 class InterleavedRows:
-    """Every row of several packed tasks once, in an order that is the same each time: for evaluation."""
+    """Every row of several packed tasks once, in a fixed random order, for evaluation."""
 
     def __init__(self, tasks: Sequence[PackedExamples]) -> None:
         self._tasks = tuple(tasks)
-        self._end = np.cumsum([packed.num_rows for packed in tasks])
-        self.num_rows = int(self._end[-1])
+        rows_K = np.array([packed.num_rows for packed in tasks])
+        self._end_K = np.cumsum(rows_K)
+        self._start_K = self._end_K - rows_K
+        self.num_rows = int(self._end_K[-1])
         self._order = permutation(self.num_rows, 0, 0, ROW_SOURCES)
 
     def rows(self, first: int, count: int) -> Batch:
-        place_R = self._order[first : first + count]
-        task_R = np.searchsorted(self._end, place_R, side="right")
-        return _gathered(
-            self._tasks, task_R, place_R - (self._end - [packed.num_rows for packed in self._tasks])[task_R]
-        )
+        """Return rows first..first+count in this order: [count, S] and [count, T]."""
+        index_R = self._order[first : first + count]  # among the rows of all tasks, task after task
+        task_R = np.searchsorted(self._end_K, index_R, side="right")
+        return _gather_rows(self._tasks, task_R, index_R - self._start_K[task_R])
 
 
-def _gathered(tasks: Sequence[PackedExamples], task_R: NDArray[np.int64], row_R: NDArray[np.int64]) -> Batch:
-    """A batch of the rows of several tasks."""
-    inputs, targets = (np.empty((len(row_R), length), dtype=np.int64) for length in tasks[0].lengths)
+def _gather_rows(tasks: Sequence[PackedExamples], task_R: NDArray[np.int64], row_R: NDArray[np.int64]) -> Batch:
+    """Return a batch of rows, given by the task of each and its number in that task."""
+    inputs_length, targets_length = tasks[0].lengths
+    inputs_RS = np.empty((len(row_R), inputs_length), dtype=np.int64)
+    targets_RT = np.empty((len(row_R), targets_length), dtype=np.int64)
     for task in np.unique(task_R):
-        mine = task_R == task
-        inputs[mine], targets[mine] = tasks[task].rows(row_R[mine])
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+        of_task_R = task_R == task
+        inputs_RS[of_task_R], targets_RT[of_task_R] = tasks[task].rows(row_R[of_task_R])
+    return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
 
 
-def _shared_out(shares: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of each task in a turn: all of them once where the shares say so, else as near to the shares as it gets."""
-    if np.allclose(shares * rows.sum(), rows):
-        return rows
-    return largest_remainder(shares, max(int(rows.sum()), _LEAST_ROWS * len(rows)))
+def _rows_per_cycle(fractions_K: NDArray[np.float64], rows_K: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the rows of each task in a cycle [K], close to these fractions.
+
+    If the fractions are in proportion to the tasks' rows, a cycle shows every row once.
+    """
+    if np.allclose(fractions_K * rows_K.sum(), rows_K):
+        return rows_K
+    return largest_remainder(fractions_K, max(int(rows_K.sum()), _MIN_ROWS_PER_TASK * len(rows_K)))
