@@ -24,8 +24,8 @@ from switchcli.data.config import DataSpec
 from switchcli.data.dataset import TokenDataset
 from switchcli.data.objectives.denoisers import Denoisers, ObjectiveSpec, PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.context import PrepareContext
 from switchcli.data.prepare.pipeline import PreparedTexts, prepare
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import TRAIN
 from switchcli.data.prepare.shards import PrepareProgress
 from switchcli.data.sources.corpus import FilesCorpus, PythonStdlib

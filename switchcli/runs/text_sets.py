@@ -10,7 +10,6 @@ from switchcli.data.batch import BatchSource
 from switchcli.data.config import DataSpec, RowObjective
 from switchcli.data.dataset import TokenDataset, group_small_shards
 from switchcli.data.prepare.cache import default_cache
-from switchcli.data.prepare.context import PrepareContext
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.prepare.pipeline import (
     PreparedTexts,
@@ -21,6 +20,7 @@ from switchcli.data.prepare.pipeline import (
     source_digest,
     with_digests,
 )
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN
 from switchcli.data.prepare.store import digest_of
 from switchcli.data.sources.records import RowCorpus

@@ -31,11 +31,11 @@ from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import build_atomically, default_cache, remove_stale
-from switchcli.data.prepare.context import PrepareContext
 from switchcli.data.prepare.dedup import Duplicates, find_distinct, write_distinct
 from switchcli.data.prepare.digests import Track
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.pipeline import PreparedTexts
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
 from switchcli.data.prepare.shards import PrepareProgress
 from switchcli.data.prepare.store import (
@@ -479,7 +479,7 @@ import sys
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from switchcli.data.prepare.context import PrepareContext
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.pipeline import prepare
 from switchcli.data.config import DataSpec
 

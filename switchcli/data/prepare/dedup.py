@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, damage_warning, scratch_folder
-from switchcli.data.prepare.context import PrepareContext
 from switchcli.data.prepare.digests import Track
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
     HELD_OUT,
     TRAIN,

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare.cache import ELSEWHERE, damage_warning, get_or_build, remove_stale
-from switchcli.data.prepare.context import PrepareContext
 from switchcli.data.prepare.dedup import distinct_texts
 from switchcli.data.prepare.digests import Digests, Track
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
     FORMAT,
     HELD_OUT,
