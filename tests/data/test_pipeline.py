@@ -90,11 +90,13 @@ class Corpus(NamedTuple):
     spec: DataSpec
     cache: Path
 
-    def means(self, show: Shows | None = None, track: Track | None = None, processes: int | None = 1) -> PrepareContext:
+    def context(
+        self, show: Shows | None = None, track: Track | None = None, processes: int | None = 1
+    ) -> PrepareContext:
         return PrepareContext(self.cache, track or untracked, show or Shows(), processes)
 
     def prepare(self, show: Shows | None = None, processes: int | None = 1) -> PreparedText:
-        (text,) = module.prepare(self.spec, self.means(show, processes=processes)).texts.values()
+        (text,) = module.prepare(self.spec, self.context(show, processes=processes)).texts.values()
         return text
 
     @property
@@ -205,12 +207,12 @@ def test_a_vocabulary_is_trained_on_what_is_not_held_out_and_once(
         return load(self, lambda: texts)
 
     monkeypatch.setattr(TrainedTokenizer, "load", noted)
-    first = module.prepare(spec, corpus.means(track=track))
+    first = module.prepare(spec, corpus.context(track=track))
     assert labels == ["reading"]
     assert len(seen) == first.texts[""].counts[TRAIN].documents
     assert not any(is_held_out(identity, FRACTION) for identity in seen)
     shows = Shows()
-    again = module.prepare(spec, corpus.means(shows, track))
+    again = module.prepare(spec, corpus.context(shows, track))
     assert (again.tokenizer.sha256, again.identity) == (first.tokenizer.sha256, first.identity)
     assert (labels, shows.told) == (["reading"], [])
 
@@ -254,7 +256,7 @@ def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(cor
     ]
 
     def folder(update: dict[str, object], tokenizer: Tokenizer) -> Path:
-        (text,) = module.prepare(spec.model_copy(update=update), corpus.means(), tokenizer).texts.values()
+        (text,) = module.prepare(spec.model_copy(update=update), corpus.context(), tokenizer).texts.values()
         return text.folder
 
     with pytest.MonkeyPatch.context() as patch:
@@ -313,11 +315,11 @@ def test_of_a_large_text_that_is_not_whole_yet_a_check_finds_the_damaged_piece_a
     folder, told, shows = corpus.folders[1], list[str](), Shows()
     before = contents(folder)
     flip(folder / "train-000.arrow")
-    mine = corpus.means(shows)._replace(share=(2, 6), warn=told.append)
+    mine = corpus.context(shows)._replace(share=(2, 6), warn=told.append)
     module.prepare_share(corpus.spec, mine)
     assert (shows.told, told) == ([], []), "the pieces that are there are not read again after every stop"
-    means = corpus.means(shows)._replace(check=True, warn=told.append)
-    (text,) = module.prepare(corpus.spec, means).texts.values()
+    context = corpus.context(shows)._replace(check=True, warn=told.append)
+    (text,) = module.prepare(corpus.spec, context).texts.values()
     assert shows.num_pieces == NUM_FILES - 2
     (line,) = told
     assert line.startswith(f"{folder}: ")
@@ -353,7 +355,7 @@ def test_the_folder_of_another_piece_is_no_share_of_another_machine(corpus: Corp
     (first.parent / "manifest.json").unlink()
     shutil.rmtree(second)
     shutil.copytree(first, second)
-    shares = [corpus.means(Shows())._replace(share=(number, NUM_FILES)) for number in range(NUM_FILES)]
+    shares = [corpus.context(Shows())._replace(share=(number, NUM_FILES)) for number in range(NUM_FILES)]
     assert module.prepare_share(corpus.spec, shares[0])[1][""] is None
     text = module.prepare_share(corpus.spec, shares[1])[1][""]
     assert text is not None
@@ -364,12 +366,12 @@ def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.Monke
     """Of many languages, each small, no more is compared than of one large text."""
     corpora = tuple(one.model_copy(update={"language": str(n)}) for n, one in enumerate(corpus.spec.corpora))
     spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": WeightedMixing()})
-    texts = module.prepare(spec, corpus.means()).texts
+    texts = module.prepare(spec, corpus.context()).texts
     monkeypatch.setattr(text_module, "CHECKED_AT_START", 3 * texts["0"].num_bytes + 100)
     for number in (0, 5):
         flip(texts[str(number)].folder / "piece-00000/train-000.arrow")
     shows = Shows()
-    again = module.prepare(spec, corpus.means(shows)).texts
+    again = module.prepare(spec, corpus.context(shows)).texts
     assert [label for label, *_ in shows.told] == ["tokenizing 0"]
     with pytest.raises(DataError, match=r"\.arrow: .*prepare RECIPE --check"):
         again["5"].shards[TRAIN][0].open()
@@ -381,7 +383,7 @@ def test_what_is_wrong_with_a_tokenizer_is_told_before_any_text_is_cut(corpus: C
 
     shows = Shows()
     with pytest.raises(DataError, match=f"of {letters().vocab_size} pieces"):
-        module.prepare(corpus.spec, corpus.means(shows)._replace(accept=refuse))
+        module.prepare(corpus.spec, corpus.context(shows)._replace(accept=refuse))
     assert shows.told == []
     assert not (corpus.cache / "tokens").exists()
 
@@ -540,19 +542,19 @@ def test_killed_it_leaves_whole_pieces_and_no_worker_behind(corpus: Corpus) -> N
 
 def test_machines_with_one_cache_make_a_share_each_and_the_last_puts_them_together(corpus: Corpus) -> None:
     shows = [Shows() for _ in range(3)]
-    means = [corpus.means(show)._replace(share=(number, 3)) for number, show in enumerate(shows)]
+    contexts = [corpus.context(show)._replace(share=(number, 3)) for number, show in enumerate(shows)]
     for number in (1, 0):
-        _, texts = module.prepare_share(corpus.spec, means[number])
+        _, texts = module.prepare_share(corpus.spec, contexts[number])
         assert texts == {"": None}
     assert [folder.name[-1] for folder in corpus.folders] == ["0", "1", "3", "4"]
-    _, texts = module.prepare_share(corpus.spec, means[2])
+    _, texts = module.prepare_share(corpus.spec, contexts[2])
     assert [show.num_pieces for show in shows] == [2, 2, 2]
     alone = corpus._replace(cache=corpus.cache.with_name("alone"))
     assert texts[""] is not None
     assert texts[""].identity == alone.prepare().identity
     assert contents(corpus.cache / "tokens") == contents(alone.cache / "tokens")
     again = Shows()
-    assert module.prepare_share(corpus.spec, corpus.means(again)._replace(share=(0, 3)))[1][""] is not None
+    assert module.prepare_share(corpus.spec, corpus.context(again)._replace(share=(0, 3)))[1][""] is not None
     assert again.told == []
 
 
@@ -715,7 +717,7 @@ def test_of_a_large_text_damage_is_told_at_the_first_use_and_mended_by_a_check(
     with pytest.raises(DataError, match=rf"piece-00002/{part}-000\.arrow: .*prepare RECIPE --check") as raised:
         again.shards[part][2].open()
     assert str(text.folder) in str(raised.value)
-    module.prepare(corpus.spec, corpus.means(shows)._replace(check=True))
+    module.prepare(corpus.spec, corpus.context(shows)._replace(check=True))
     assert shows.num_pieces == 1
     assert contents(text.folder) == before
     again.shards[part][2].open()
@@ -835,11 +837,11 @@ def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = corpus.spec.model_copy(update={"tokenizer": TrainedTokenizer(vocab_size=200)})
-    whole = module.prepare(trained, corpus.means())
+    whole = module.prepare(trained, corpus.context())
     monkeypatch.setattr(shards, "PART_CHARACTERS", 16)
     monkeypatch.setattr(shards, "CHUNK_CHARACTERS", 64)
     other = corpus._replace(cache=corpus.cache.with_name("parts"))
-    assert module.prepare(trained, other.means(), whole.tokenizer).identity == whole.identity
+    assert module.prepare(trained, other.context(), whole.tokenizer).identity == whole.identity
 
 
 def test_full_shards_are_closed_and_a_document_is_in_one(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -865,20 +867,20 @@ def test_languages_are_texts_of_their_own(corpus: Corpus) -> None:
     )
     spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": WeightedMixing()})
     shows = Shows()
-    prepared = module.prepare(spec, corpus.means(shows))
+    prepared = module.prepare(spec, corpus.context(shows))
     assert [*prepared.texts] == ["de", "fr", "corpus-4", "corpus-6"]
     assert [(label, number) for label, number, _ in shows.told] == [
         ("tokenizing de", 2), ("tokenizing fr", 2), ("tokenizing corpus-4", 1), ("tokenizing corpus-6", 1),
     ]  # fmt: skip
     for label, numbers in (("de", (0, 2)), ("fr", (1, 4)), ("corpus-4", (3,))):
         alone = spec.model_copy(update={"corpora": tuple(corpora[one] for one in numbers)})
-        (text,) = module.prepare(alone, corpus.means()).texts.values()
+        (text,) = module.prepare(alone, corpus.context()).texts.values()
         assert text.identity == prepared.texts[label].identity
     assert prepared.identity not in {text.identity for text in prepared.texts.values()}
     swapped = spec.model_copy(update={"corpora": (*corpora[1:], corpora[0])})
-    assert module.prepare(swapped, corpus.means()).texts["fr"].identity == prepared.texts["fr"].identity
+    assert module.prepare(swapped, corpus.context()).texts["fr"].identity == prepared.texts["fr"].identity
     again = Shows()
-    assert module.prepare(spec, corpus.means(again)).identity == prepared.identity
+    assert module.prepare(spec, corpus.context(again)).identity == prepared.identity
     assert again.told == []
 
 
@@ -970,7 +972,7 @@ def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_
     mixture: Corpus, kind: str
 ) -> None:
     duplicates = Duplicates.model_validate({"kind": kind})
-    whole = module.prepare(mixture.spec, mixture.means()).texts
+    whole = module.prepare(mixture.spec, mixture.context()).texts
     labels: list[tuple[str, int | None]] = []
 
     def track(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
@@ -978,7 +980,7 @@ def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_
         return iter(items)
 
     spec = mixture.spec.model_copy(update={"duplicates": duplicates})
-    found = module.prepare(spec, mixture.means(track=track)).texts
+    found = module.prepare(spec, mixture.context(track=track)).texts
     earlier: list[NDArray[np.uint64]] = []
     for label, text in whole.items():
         dropped = 0
@@ -997,9 +999,9 @@ def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_
         assert (dropped > 120 - len(alone)) is (kind == "near" or label != "a"), "the case that matters is there"
     assert [total for _, total in labels] == [12, 14 if kind == "near" else 1, 4, 4, 4]
     first = spec.model_copy(update={"corpora": spec.corpora[:2]})
-    assert module.prepare(first, mixture.means()).texts["a"].identity == found["a"].identity
+    assert module.prepare(first, mixture.context()).texts["a"].identity == found["a"].identity
     labels.clear()
-    assert module.prepare(spec, mixture.means(track=track)).texts.keys() == found.keys()
+    assert module.prepare(spec, mixture.context(track=track)).texts.keys() == found.keys()
     assert labels == [], "all is there"
 
 
@@ -1016,33 +1018,33 @@ def few_files(number: int) -> Iterator[None]:
 
 def test_the_search_for_duplicates_keeps_few_files_open(mixture: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates()})
-    expected = module.prepare(spec, mixture.means()).identity
+    expected = module.prepare(spec, mixture.context()).identity
     shutil.rmtree(mixture.cache)
     monkeypatch.setattr(text_module, "IN_MEMORY_BYTES", 0)
-    module.prepare(mixture.spec, mixture.means())
+    module.prepare(mixture.spec, mixture.context())
     with few_files(10):  # there are 12 shards
-        assert module.prepare(spec, mixture.means()).identity == expected
+        assert module.prepare(spec, mixture.context()).identity == expected
 
 
 def test_what_a_text_of_a_mixture_keeps_hangs_on_the_texts_before_it(mixture: Corpus) -> None:
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
-    first = module.prepare(spec, mixture.means()).texts
+    first = module.prepare(spec, mixture.context()).texts
     swapped = spec.model_copy(update={"corpora": (*spec.corpora[2:4], *spec.corpora[:2], *spec.corpora[4:])})
-    second = module.prepare(swapped, mixture.means()).texts
+    second = module.prepare(swapped, mixture.context()).texts
     assert all(first[label].identity != second[label].identity for label in "ab")
     assert first["b"].counts[TRAIN].documents < second["b"].counts[TRAIN].documents
     Path("0.txt").write_text("a line of its own\n" * 2 + Path("0.txt").read_text())
-    assert module.prepare(spec, mixture.means()).texts["c"].folder != first["c"].folder
+    assert module.prepare(spec, mixture.context()).texts["c"].folder != first["c"].folder
 
 
 def test_of_a_mixture_without_duplicates_the_damaged_text_alone_is_made_anew(mixture: Corpus) -> None:
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
-    first = module.prepare(spec, mixture.means())
+    first = module.prepare(spec, mixture.context())
     before = {label: contents(text.folder) for label, text in first.texts.items()}
     inodes = [first.texts[label].folder.stat().st_ino for label in "ac"]
     flip(first.texts["b"].folder / "train-00000.arrow")
     told: list[str] = []
-    again = module.prepare(spec, mixture.means()._replace(warn=told.append))
+    again = module.prepare(spec, mixture.context()._replace(warn=told.append))
     assert again.identity == first.identity
     assert {label: contents(text.folder) for label, text in again.texts.items()} == before
     assert [again.texts[label].folder.stat().st_ino for label in "ac"] == inodes
@@ -1054,7 +1056,7 @@ def test_the_machine_that_makes_the_last_piece_leaves_out_the_duplicates_of_all_
     mixture: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
-    first, second = (mixture.means()._replace(share=(number, 2)) for number in range(2))
+    first, second = (mixture.context()._replace(share=(number, 2)) for number in range(2))
     make = module._tokenize
     calls = 0
 
@@ -1070,7 +1072,7 @@ def test_the_machine_that_makes_the_last_piece_leaves_out_the_duplicates_of_all_
     texts = module.prepare_share(spec, first)[1]
     alone = mixture._replace(cache=mixture.cache.with_name("alone"))
     assert {label: text and text.identity for label, text in texts.items()} == {
-        label: text.identity for label, text in module.prepare(spec, alone.means()).texts.items()
+        label: text.identity for label, text in module.prepare(spec, alone.context()).texts.items()
     }
 
 
@@ -1079,7 +1081,7 @@ def test_a_text_of_a_mixture_that_holds_nothing_new_is_told_of(mixture: Corpus) 
         Path(f"{number}.txt").write_text(Path(f"{number - 2}.txt").read_text())
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
     with pytest.raises(DataError, match=naming_words("data b 120 exact duplicates")):
-        module.prepare(spec, mixture.means())
+        module.prepare(spec, mixture.context())
 
 
 def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
@@ -1098,7 +1100,7 @@ def test_a_text_without_duplicates_is_made_anew_where_it_is_damaged(
     with pytest.raises(DataError, match=r"train-00000\.arrow: .*prepare RECIPE --check"):
         again.shards[TRAIN][0].open()
     told: list[str] = []
-    module.prepare(spec, distinct.means()._replace(check=True, warn=told.append))
+    module.prepare(spec, distinct.context()._replace(check=True, warn=told.append))
     assert contents(text.folder) == before
     (line,) = told
     assert line.startswith(f"{text.folder}: ")

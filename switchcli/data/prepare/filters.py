@@ -14,10 +14,7 @@ SHORT_LINE: Final = 10
 
 
 class Filters(Spec):
-    """Rules for leaving documents and lines out of a corpus. Lines are filtered first, so they do not count as length.
-
-    The names of rules in `dropped` are recorded with prepared text and do not change.
-    """
+    """Rules for leaving out documents and lines. Lines go first: those left out do not count as length."""
 
     min_characters: int | None = Field(default=None, ge=1, le=MOST["count"])
     """Length below which a document is left out, in characters. Absent: documents may be as short as they like."""
@@ -38,7 +35,10 @@ class Filters(Spec):
         return self
 
     def __call__(self, documents: Iterable[Document], dropped: Counter[str]) -> Iterator[Document]:
-        """Yield the documents that pass; count the others, and dropped lines, in `dropped` by reason."""
+        """Yield the documents that pass; count the others, and dropped lines, in `dropped` by reason.
+
+        Manifests of prepared text record the reasons, so their names do not change.
+        """
         for document in documents:
             filtered = self._drop_repeated_lines(document, dropped) if self.repeated_lines == "drop" else document
             size = len(filtered.text)
