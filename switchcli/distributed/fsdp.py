@@ -47,7 +47,7 @@ def shard_weights(model: SwitchTransformer, groups: MeshGroups, shard: Shard, de
     register_fsdp_forward_method(model, "encode")  # what decoding step by step calls besides `forward`
     for block in blocks:
         if isinstance(block, DecoderBlock):
-            register_fsdp_forward_method(block, "source")
+            register_fsdp_forward_method(block, "cross_key_value")
 
 
 def _mesh(ranks: RankGroup, device: str) -> DeviceMesh:
