@@ -1,15 +1,17 @@
-"""Experts over ranks: each holds a slice of every stacked weight; tokens go to it and back (paper section 5, eq. 7).
+"""Expert parallelism: every rank stores a slice of the experts, and tokens travel to them (paper section 5, eq. 7).
 
-Legend: G groups, N tokens a group, E experts, L experts on this rank, R ranks that share them, C slots an expert,
-D model, O outputs, F hidden, B sequences, Z sequences of all those ranks, A rows that this rank's experts get, S rows
-that it sends.
+Legend: G groups, N tokens in a group, E experts, C slots of an expert, D model, O outputs, F hidden, R ranks that
+together hold all experts, L = E / R experts of one rank, B sequences of a rank, Z = R * B sequences of all ranks,
+S rows that this rank sends, A rows that its experts receive.
 
-With a capacity the buffer [E, G, C, D] has the same size on every rank: one all-to-all of equal parts each way, nothing
-to agree on first and no wait for the device. It does not grow with the number of experts, as C falls with it (down to
-the router's `min_capacity`). Where every token has a slot (dropless) it would, so the ranks tell each other how many
-rows there are and send those.
+Rank r stores experts r * L to (r + 1) * L - 1. Two exchanges are used:
 
-What an empty slot carries is some token's row: it weighs 0 on the way back, and so in the gradient.
+- With a capacity C < N, every slot is sent, filled or not. The buffer [E, G, C, D] has the same size on every rank, so
+  one all-to-all of equal splits suffices: no sizes are agreed on first, and the device is not waited for. The buffer
+  does not grow with E, because C shrinks as 1 / E, down to the router's `min_capacity`. An empty slot carries the row
+  of some token; its weight on the way back is 0, and so is its gradient.
+- Without a capacity (dropless, C = N) the buffer would grow with E. Only filled slots are sent, after an all-to-all of
+  the numbers of rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from switchcli.distributed.gather import all_gather
-from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.collectives import all_gather, explain_lost_ranks
 from switchcli.distributed.mesh import CommDtype, RankGroup, to_comm_dtype
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.dispatch import filled_slots, weighted_scatter_add
@@ -29,125 +30,165 @@ from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.moe.router import Routing
 
 
-class AllToAllMeta(NamedTuple):
-    """What this rank sent, and what it needs to have it back."""
-
-    source_S: torch.Tensor
-    """int64: which of the G * N tokens each row is, all groups end to end."""
-    weight_S: torch.Tensor
-    """What its output is multiplied by, in the router's precision."""
-    end_E: torch.Tensor
-    """int32 [L]: the end of each of this rank's experts' rows."""
-    parts: "SplitSizes"
-    order_A: torch.Tensor | None
-    """int64: the place of each row in what arrived; None where that is [R, L, rows] of equal size."""
-
-
 class SplitSizes(NamedTuple):
-    """How many rows go to each rank of the group, and come from it; None: as many to and from each."""
+    """Numbers of rows that an all-to-all sends to, and receives from, each rank of the group; None for equal splits."""
 
     sent: list[int] | None
     received: list[int] | None
 
-    def swapped(self) -> "SplitSizes":
+    def reversed(self) -> "SplitSizes":
+        """Return the sizes of the all-to-all that brings the rows back."""
         return SplitSizes(self.received, self.sent)
 
 
+class AllToAllMeta(NamedTuple):
+    """What `dispatch` did: the rows that this rank sent, and the order of those that it received."""
+
+    source_S: torch.Tensor
+    """int64: the token of each sent row, as its index among the G * N tokens of this rank."""
+    weight_S: torch.Tensor
+    """Weight of each sent row's output, in the router's precision; 0 for an empty slot."""
+    end_E: torch.Tensor
+    """int32 [L]: end of the rows of each local expert among the A received rows, sorted by expert."""
+    splits: SplitSizes
+    order_A: torch.Tensor | None
+    """int64: index, among the rows as they were received, of each row sorted by expert. None where the received rows
+    are [R, L, G * C] with equal splits, so that a transpose sorts them."""
+
+
 class AllToAllDispatcher:
-    """The way there and back when the experts lie on the ranks of a group."""
+    """Dispatcher for experts that are divided among the ranks of a group; every method is collective."""
 
     def __init__(self, ranks: RankGroup, num_experts: int, comm_dtype: CommDtype) -> None:
-        self._ranks, self._comm_dtype = ranks, comm_dtype
+        self._ranks = ranks
+        self._comm_dtype = comm_dtype
         self._num_local = num_experts // ranks.size
 
     def dispatch(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, AllToAllMeta]:
-        """The rows of this rank's experts, those of the first before those of the second, from all ranks: [A, D]."""
+        """Return the rows of this rank's experts from all ranks, sorted by expert: [A, D], in the dtype of products."""
         N, C = x_GND.shape[1], routing.token_GEC.shape[2]
-        # Outside training the ranks' batches may differ in size: then the parts do.
-        sent = self._by_slots(routing, N) if learns and C < N else self._by_rows(routing, N)
-        x_SD = x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, sent.source_S)
-        return self._arrange(exchange(x_SD, sent.parts, self._ranks, self._comm_dtype), sent), sent
+        # Equal splits need batches of equal size on all ranks, which only training guarantees.
+        meta = self._send_all_slots(routing, N) if learns and C < N else self._send_filled_slots(routing, N)
+        x_SD = x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, meta.source_S)
+        return self._sort_by_expert(self._exchange(x_SD, meta.splits), meta), meta
 
-    def expand_mask(self, mask_BF: torch.Tensor, sent: AllToAllMeta, length: int) -> torch.Tensor:
-        """The mask of each row's sequence: [A, F]. `mask_BF` is that of this rank's sequences, of `length` each."""
+    def expand_mask(self, mask_BF: torch.Tensor, meta: AllToAllMeta, length: int) -> torch.Tensor:
+        """Return the mask of each received row's sequence: [A, F].
+
+        `mask_BF` has a mask for each of this rank's sequences, which have `length` positions each.
+        """
         R, B = self._ranks.size, len(mask_BF)
         masks_ZF = mask_BF.new_empty(R * B, mask_BF.shape[1])
         all_gather(masks_ZF, mask_BF.contiguous(), self._ranks.group)
-        sequence_S = sent.source_S // length + B * self._ranks.rank
-        sequence_A = self._arrange(exchange(sequence_S, sent.parts, self._ranks, self._comm_dtype), sent)
+        # Global number of each sent row's sequence: sequences of a rank follow those of the ranks before it. Groups are
+        # whole sequences, so the G * N tokens are B * length positions in the same order.
+        sequence_S = meta.source_S // length + B * self._ranks.rank
+        # The numbers take the way of the rows, so that each arrives beside its row.
+        sequence_A = self._sort_by_expert(self._exchange(sequence_S, meta.splits), meta)
         return masks_ZF.index_select(0, sequence_A)
 
-    def combine(self, y_AO: torch.Tensor, sent: AllToAllMeta, x_GND: torch.Tensor) -> torch.Tensor:
-        """Each row's output times its weight, added to its token: [G, N, O]; a token in no slot stays exactly zero."""
+    def combine(self, y_AO: torch.Tensor, meta: AllToAllMeta, x_GND: torch.Tensor) -> torch.Tensor:
+        """Send each output back, and add it times its weight to its token: [G, N, O]. A token in no slot stays 0."""
         G, N, _D = x_GND.shape
         R, L, O = self._ranks.size, self._num_local, y_AO.shape[1]  # noqa: E741 (the legend's letter)
-        if sent.order_A is None:
+        # Undo `_sort_by_expert`: back to the order in which the rows were received, by rank.
+        if meta.order_A is None:
             y_AO = y_AO.view(L, R, -1, O).transpose(0, 1).reshape(-1, O)
         else:
-            y_AO = torch.empty_like(y_AO).index_copy(0, sent.order_A, y_AO)
-        y_SO = exchange(y_AO, sent.parts.swapped(), self._ranks, self._comm_dtype)
-        return weighted_scatter_add(y_SO, sent.weight_S, sent.source_S, G * N).view(G, N, O)
+            y_AO = torch.empty_like(y_AO).index_copy(0, meta.order_A, y_AO)
+        y_SO = self._exchange(y_AO, meta.splits.reversed())
+        return weighted_scatter_add(y_SO, meta.weight_S, meta.source_S, G * N).view(G, N, O)
 
-    def _by_slots(self, routing: Routing, group_size: int) -> AllToAllMeta:
-        """Every slot, filled or not."""
+    def _send_all_slots(self, routing: Routing, group_size: int) -> AllToAllMeta:
+        """Plan to send every slot, filled or not: S = E * G * C rows, sorted by expert and so by rank."""
         token_EGC = routing.token_GEC.transpose(0, 1)
         _, G, C = token_EGC.shape
-        first_G1 = torch.arange(G, device=token_EGC.device).unsqueeze(1) * group_size
-        others_C = torch.arange(C, device=token_EGC.device) % group_size  # what empty slots carry: not all the same
-        source_S = (token_EGC.where(token_EGC < group_size, others_C) + first_G1).flatten()
-        rows = self._ranks.size * G * C
-        end_E = torch.arange(rows, rows * self._num_local + 1, rows, device=source_S.device, dtype=torch.int32)
-        return AllToAllMeta(source_S, routing.weight_GEC.transpose(0, 1).flatten(), end_E, SplitSizes(None, None), None)
+        # Index of each group's first token among the G * N.
+        first_token_G1 = torch.arange(G, device=token_EGC.device).unsqueeze(1) * group_size
+        # An empty slot holds token N, which is out of range. Slot c then carries token c, so that the zeros which the
+        # backward pass adds for empty slots go to many tokens and not all to one.
+        filler_C = torch.arange(C, device=token_EGC.device) % group_size
+        source_S = (token_EGC.where(token_EGC < group_size, filler_C) + first_token_G1).flatten()
+        # Each local expert receives G * C rows from each of the R ranks.
+        rows_per_expert = self._ranks.size * G * C
+        end_E = torch.arange(
+            rows_per_expert,
+            rows_per_expert * self._num_local + 1,
+            rows_per_expert,
+            device=source_S.device,
+            dtype=torch.int32,
+        )
+        weight_S = routing.weight_GEC.transpose(0, 1).flatten()
+        return AllToAllMeta(source_S, weight_S, end_E, SplitSizes(None, None), None)
 
-    def _by_rows(self, routing: Routing, group_size: int) -> AllToAllMeta:
-        """The filled slots alone; waits for the device."""
+    def _send_filled_slots(self, routing: Routing, group_size: int) -> AllToAllMeta:
+        """Plan to send the filled slots only, sorted by expert and so by rank. Waits for the device."""
         rows = filled_slots(routing, group_size, exact=True)
-        count_RL = rows.end_E.diff(prepend=rows.end_E.new_zeros(1)).long().view(self._ranks.size, self._num_local)
-        theirs_RL = torch.empty_like(count_RL)
+        # end_E, the end of each expert's rows, becomes counts [E], and [R, L] by the rank that stores the expert.
+        count_E = rows.end_E.diff(prepend=rows.end_E.new_zeros(1)).long()
+        sent_RL = count_E.view(self._ranks.size, self._num_local)
+        # Row r goes to rank r. Afterwards received_RL[r, l] is the number of rows from rank r for local expert l.
+        received_RL = torch.empty_like(sent_RL)
         with explain_lost_ranks():
-            dist.all_to_all_single(theirs_RL, count_RL, group=self._ranks.group)
-        expert_A = torch.arange(self._num_local, device=theirs_RL.device).repeat(self._ranks.size)
-        order_A = expert_A.repeat_interleave(theirs_RL.flatten()).argsort(stable=True)
-        parts = SplitSizes(count_RL.sum(1).tolist(), theirs_RL.sum(1).tolist())
-        return AllToAllMeta(rows.source_A, rows.weight_A, theirs_RL.sum(0).cumsum(0).int(), parts, order_A)
+            dist.all_to_all_single(received_RL, sent_RL, group=self._ranks.group)
+        # Rows arrive by rank, and from each rank by expert. Label each with its local expert: 0 0 1 2 | 0 1 1 2 | ...
+        expert_RL = torch.arange(self._num_local, device=received_RL.device).repeat(self._ranks.size)
+        expert_A = expert_RL.repeat_interleave(received_RL.flatten())
+        # A stable sort keeps the order of the ranks within an expert, as in a single process.
+        order_A = expert_A.argsort(stable=True)
+        end_E = received_RL.sum(0).cumsum(0).int()
+        splits = SplitSizes(sent_RL.sum(1).tolist(), received_RL.sum(1).tolist())
+        return AllToAllMeta(rows.source_A, rows.weight_A, end_E, splits, order_A)
 
-    def _arrange(self, x_AD: torch.Tensor, sent: AllToAllMeta) -> torch.Tensor:
-        """What arrived, by rank, put by expert."""
-        if sent.order_A is not None:
-            return x_AD.index_select(0, sent.order_A)
-        rest = x_AD.shape[1:]
-        return x_AD.view(self._ranks.size, self._num_local, -1, *rest).transpose(0, 1).reshape(-1, *rest)
+    def _sort_by_expert(self, x_AD: torch.Tensor, meta: AllToAllMeta) -> torch.Tensor:
+        """Return the received rows, which are ordered by rank, ordered by expert."""
+        if meta.order_A is not None:
+            return x_AD.index_select(0, meta.order_A)
+        # [R, L, G * C, ...] to [L, R, G * C, ...]. Rows may be vectors or, for sequence numbers, scalars.
+        row_shape = x_AD.shape[1:]
+        return x_AD.view(self._ranks.size, self._num_local, -1, *row_shape).transpose(0, 1).reshape(-1, *row_shape)
+
+    def _exchange(self, x_SD: torch.Tensor, splits: SplitSizes) -> torch.Tensor:
+        return exchange(x_SD, splits, self._ranks, self._comm_dtype)
 
 
-def exchange(x_SD: torch.Tensor, parts: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
-    """All-to-all: the first rows to the first rank of the group, and so on; the gradient goes the same way back."""
-    received: torch.Tensor = _Exchange.apply(x_SD, parts, ranks, comm_dtype)  # type: ignore[no-untyped-call]
+def exchange(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
+    """Send the first rows to the first rank of the group, the next ones to the second, and so on: [A, D]. Collective.
+
+    The gradient goes back the same way.
+    """
+    received: torch.Tensor = _Exchange.apply(x_SD, splits, ranks, comm_dtype)  # type: ignore[no-untyped-call]
     return received
 
 
 class _Exchange(torch.autograd.Function):
+    """An all-to-all; its gradient is the all-to-all with sent and received sizes swapped."""
+
     @staticmethod
     def forward(
-        ctx: Any, x_SD: torch.Tensor, parts: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype
+        ctx: Any, x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype
     ) -> torch.Tensor:
-        ctx.parts, ctx.ranks, ctx.comm_dtype = parts, ranks, comm_dtype
-        return _all_to_all(x_SD, parts, ranks, comm_dtype)
+        ctx.splits, ctx.ranks, ctx.comm_dtype = splits, ranks, comm_dtype
+        return _all_to_all(x_SD, splits, ranks, comm_dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_AD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(gradient_AD, ctx.parts.swapped(), ctx.ranks, ctx.comm_dtype), None, None, None
+        return _all_to_all(gradient_AD, ctx.splits.reversed(), ctx.ranks, ctx.comm_dtype), None, None, None
 
 
-def _all_to_all(x_SD: torch.Tensor, parts: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
+def _all_to_all(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
+    """Return the rows that the ranks send to this one, [A, D], in the dtype of `x_SD`."""
+    # The collective needs contiguous buffers; a gradient may be expanded or transposed.
     sent_SD = x_SD.to(to_comm_dtype(x_SD, comm_dtype)).contiguous()
-    received_AD = sent_SD.new_empty(len(x_SD) if parts.received is None else sum(parts.received), *x_SD.shape[1:])
+    num_received = len(x_SD) if splits.received is None else sum(splits.received)
+    received_AD = sent_SD.new_empty(num_received, *x_SD.shape[1:])
     with explain_lost_ranks():
-        dist.all_to_all_single(received_AD, sent_SD, parts.received, parts.sent, group=ranks.group)
+        dist.all_to_all_single(received_AD, sent_SD, splits.received, splits.sent, group=ranks.group)
     return received_AD.to(x_SD.dtype)
 
 
 def shard_experts(model: nn.Module, ranks: RankGroup, comm_dtype: CommDtype) -> None:
-    """Keep this rank's slice of every stacked expert weight of `model`, in place, and send tokens to the others'."""
+    """Keep this rank's experts of every sparse layer, in place, and dispatch tokens to the other ranks for the rest."""
     for layer in model.modules():
         if isinstance(layer, SwitchLayer):
             layer.dispatcher = AllToAllDispatcher(ranks, layer.experts.num_experts, comm_dtype)
@@ -155,56 +196,67 @@ def shard_experts(model: nn.Module, ranks: RankGroup, comm_dtype: CommDtype) -> 
 
 
 def local_expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The stacked weights of the experts that are here, by their names in `model`."""
-    return {
-        f"{prefix}.experts.{name}".lstrip("."): parameter
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, SwitchLayer)
-        for name, parameter in layer.experts.named_parameters()
-    }
+    """Return the stacked weights of this rank's experts, by their names in `model`."""
+    parameters = {}
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, SwitchLayer):
+            for name, parameter in layer.experts.named_parameters():
+                parameters[f"{prefix}.experts.{name}".lstrip(".")] = parameter
+    return parameters
 
 
 class ExpertGradients:
-    """Averages the gradients of experts that are not sharded, as DistributedDataParallel does those of other weights.
+    """Averages the gradients of experts that are not sharded by fully_shard.
 
-    A rank's experts have met the tokens of all ranks of their group; those of the other replicas are missing. The sum
-    over all tokens of all ranks is divided by the number of ranks. Each gradient is sent off as soon as it is complete,
-    while the backward pass goes on: a stacked weight is as large as a bucket.
+    The gradient of an expert already covers the tokens of all ranks of its expert group, because these were dispatched
+    to it. Missing are the tokens of the other replicas: gradients are summed over the replicas, then divided by the
+    number of ranks of the data axis, as DistributedDataParallel divides the gradients of all other weights.
+
+    The all-reduce of each gradient starts as soon as the gradient is complete, while the backward pass goes on. There
+    are no buckets: a stacked weight is as large as one.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], replicas: RankGroup | None, world: int) -> None:
-        """`parameters` that do not learn are left out. `world` counts the ranks of the data axis."""
-        self._replicas, self._world = replicas, world
-        self._is_last = False
-        self._sent: list[tuple[torch.Tensor, dist.Work | None]] = []
+    def __init__(self, parameters: Iterable[nn.Parameter], replicas: RankGroup | None, data_size: int) -> None:
+        """Register hooks on the parameters that require a gradient.
+
+        Args:
+            parameters: the stacked weights of this rank's experts.
+            replicas: the ranks with the same experts; None for one replica.
+            data_size: the number of ranks of the data axis.
+        """
+        self._replicas = replicas
+        self._data_size = data_size
+        self._is_active = False
+        self._pending: list[tuple[torch.Tensor, dist.Work | None]] = []
+        """Gradients of this backward pass; their all-reduce, or None with a single replica."""
         for parameter in parameters:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._send)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(self._start)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def averaging(self) -> Iterator[None]:
-        """Around the last backward pass of a step; the gradients are averages when it is left. Collective.
+        """Average the gradients of the backward pass in this context: the last one of a step. Collective.
 
         Raises:
             LostRankError: another rank is gone.
         """
-        self._sent.clear()  # of a step that failed
-        self._is_last = True
+        self._pending.clear()  # left by a step that failed
+        self._is_active = True
         try:
             with explain_lost_ranks():
                 yield
-                for _, work in self._sent:
+                for _, work in self._pending:
                     if work is not None:
                         work.wait()
         finally:
-            self._is_last = False
-        if self._sent:
-            torch._foreach_div_([gradient for gradient, _ in self._sent], self._world)
-        self._sent.clear()
+            self._is_active = False
+        if self._pending:
+            torch._foreach_div_([gradient for gradient, _ in self._pending], self._data_size)
+        self._pending.clear()
 
-    def _send(self, parameter: torch.Tensor) -> None:
-        if self._is_last and parameter.grad is not None:
+    def _start(self, parameter: torch.Tensor) -> None:
+        if self._is_active and parameter.grad is not None:
             work = None
             if self._replicas is not None:
                 work = dist.all_reduce(parameter.grad, group=self._replicas.group, async_op=True)
-            self._sent.append((parameter.grad, work))
+            self._pending.append((parameter.grad, work))

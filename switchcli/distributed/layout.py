@@ -1,9 +1,11 @@
-"""Which part of each weight is here, and how parts make a whole.
+"""Layouts: which slice of each weight this rank stores, and how the slices of all ranks form the full tensor.
 
-A dense weight may be cut along the model axis (tensor_parallel.py) and, along its first dim, over the data axis
-(fsdp.py); both cuts may fall on one dim. Of stacked experts a rank holds some, by the expert axis and, where replicas
-divide them, by its replica. Each of these may be cut along the model axis, and over replicas that cannot divide the
-number of experts.
+- A dense weight may be sharded along the model axis (tensor_parallel.py), and along its first dim over the data axis
+  (fsdp.py). Both may shard the same dim.
+- A stacked expert weight [E, ...] holds only the experts of this rank, by the expert axis and, if replicas divide the
+  number of experts, by the replica. A layout does not describe this slice of dim 0: checkpoints store each expert under
+  its global number. It describes how each of these experts is sharded along the model axis, and over replicas that do
+  not divide the number of experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,119 +16,132 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from switchcli.distributed.gather import all_gather
-from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.collectives import all_gather, explain_lost_ranks
 from switchcli.distributed.mesh import RankGroup
 from switchcli.model.moe.layer import local_experts
 from switchcli.model.transformer import SwitchTransformer
 
 
 class ShardedDim(NamedTuple):
-    """A dim of a tensor, of which each of some ranks has a part."""
+    """A dim of a tensor that is divided among the ranks of a group, in the order of the ranks."""
 
     dim: int
     ranks: RankGroup
     lengths: tuple[int, ...]
-    """The length of each rank's part along `dim`; lengths may differ and be 0."""
+    """Length of each rank's slice along `dim`. Lengths may differ, and may be 0."""
 
 
 Layout = tuple[ShardedDim, ...]
-"""The cuts of one tensor, in the order in which the whole is cut."""
+"""The sharded dims of one tensor, in the order in which they are applied: each one divides the result of those before.
+Empty for a tensor that every rank stores in full. A dim may occur twice."""
 
 
 class LocalPart(NamedTuple):
-    """What is here of a whole tensor."""
+    """The slice of a full tensor that this rank stores."""
 
     tensor: torch.Tensor
     layout: Layout = ()
 
     @property
     def full_shape(self) -> torch.Size:
+        """The shape of the full tensor."""
         shape = list(self.tensor.shape)
-        for cut in reversed(self.layout):
-            shape[cut.dim] = sum(cut.lengths)
+        for sharded in reversed(self.layout):  # undo the last division first
+            shape[sharded.dim] = sum(sharded.lengths)
         return torch.Size(shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Where in the whole it lies."""
+        """The position of this slice in the full tensor, one `slice` for each dim."""
         start = [0] * self.tensor.ndim
-        for cut in self.layout:
-            start[cut.dim] += sum(cut.lengths[: cut.ranks.rank])
+        for sharded in self.layout:
+            # If a dim is divided twice, the second offset counts from the start of the first slice: offsets add up.
+            start[sharded.dim] += sum(sharded.lengths[: sharded.ranks.rank])
         return tuple(slice(first, first + length) for first, length in zip(start, self.tensor.shape, strict=True))
 
     @torch.no_grad()
-    def copy_from(self, whole: torch.Tensor) -> None:
-        """Take the values, in place, from where it lies in another whole."""
-        self.tensor.copy_(whole[self.slices])
+    def copy_from(self, full_tensor: torch.Tensor) -> None:
+        """Copy this rank's slice of `full_tensor` into the local tensor."""
+        self.tensor.copy_(full_tensor[self.slices])
 
     def gather(self) -> torch.Tensor:
-        """All ranks' parts together, on each of them; the tensor itself where it is whole."""
-        whole = self.tensor
-        for cut in reversed(self.layout):
-            whole = _gathered(whole, cut)
-        return whole
+        """Return the full tensor on every rank; the local tensor itself if it is not sharded. Collective."""
+        tensor = self.tensor
+        for sharded in reversed(self.layout):  # undo the last division first
+            tensor = _gather_dim(tensor, sharded)
+        return tensor
 
 
-def _gathered(tensor: torch.Tensor, cut: ShardedDim) -> torch.Tensor:
-    most = max(cut.lengths)
-    front = tensor.movedim(cut.dim, 0)
-    padded = front.new_zeros(most, *front.shape[1:])
-    padded[: len(front)] = front
-    parts = front.new_empty(cut.ranks.size * most, *front.shape[1:])
-    all_gather(parts, padded, cut.ranks.group)
-    kept = [part[:length] for part, length in zip(torch.split(parts, most), cut.lengths, strict=True)]
-    return torch.cat(kept).movedim(0, cut.dim)
+def _gather_dim(tensor: torch.Tensor, sharded: ShardedDim) -> torch.Tensor:
+    """Return the slices of all ranks, concatenated along the sharded dim. Collective."""
+    max_length = max(sharded.lengths)
+    # all_gather concatenates tensors of equal length along dim 0: the sharded dim goes first, padded to the longest.
+    local = tensor.movedim(sharded.dim, 0)
+    padded = local.new_zeros(max_length, *local.shape[1:])
+    padded[: len(local)] = local
+    gathered = local.new_empty(sharded.ranks.size * max_length, *local.shape[1:])
+    all_gather(gathered, padded, sharded.ranks.group)
+    slices = [
+        padded_slice[:length]
+        for padded_slice, length in zip(torch.split(gathered, max_length), sharded.lengths, strict=True)
+    ]
+    return torch.cat(slices).movedim(0, sharded.dim)
 
 
 def sum_over_shards(sums: Sequence[tuple[torch.Tensor, Layout]]) -> None:
-    """Sum each tensor, in place, over the ranks of its cuts: those of the same ranks in one collective."""
-    for ranks in dict.fromkeys(cut.ranks for _, cuts in sums for cut in cuts):
-        tensors = [tensor for tensor, cuts in sums if any(cut.ranks == ranks for cut in cuts)]
+    """Sum each tensor, in place, over the ranks of all groups in its layout. Collective.
+
+    Tensors that are summed over the same group share one all-reduce.
+    """
+    for ranks in dict.fromkeys(sharded.ranks for _, layout in sums for sharded in layout):
+        tensors = [tensor for tensor, layout in sums if any(sharded.ranks == ranks for sharded in layout)]
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         with explain_lost_ranks():
             dist.all_reduce(flat, group=ranks.group)
-        for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(summed.view_as(tensor))
+        totals = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, total in zip(tensors, totals, strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
 def reduced_dim(slot: str, ndim: int) -> int | None:
-    """The dim of a parameter of `ndim` dims that a slot of an optimizer lacks: means by row its last, by column the one
-    before."""
+    """Return the dim of a parameter with `ndim` dims over which an optimizer slot is a mean; None if it has all dims.
+
+    Adafactor's row means lack the last dim of the parameter, and its column means the one before.
+    """
     return {"row": ndim - 1, "column": ndim - 2}.get(slot)
 
 
 def is_stacked(name: str) -> bool:
-    """Return whether the parameter `name` holds one slice an expert along dim 0."""
+    """Return whether the parameter `name` is a stack of experts: dim 0 counts experts."""
     return ".experts." in f".{name}"
 
 
 def local_values(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that are here, detached, as a view: of a shard, or of all."""
+    """Return the values that this rank stores, detached, as a view: the shard of a DTensor, else the tensor itself."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class ModelWeights(NamedTuple):
-    """The parameters of a model as far as this rank holds them."""
+    """The slices of a model's parameters that this rank stores."""
 
     parameters: Mapping[str, nn.Parameter]
     layouts: Mapping[str, Layout]
-    """The cuts of each parameter that is cut, by name."""
+    """Layout of each sharded parameter, by name; parameters that are stored in full have no entry."""
     experts: range
-    """The numbers of the experts in each stack."""
+    """Global numbers of the experts in each local stack."""
     num_experts: int
-    """Experts of a layer on all ranks."""
-    holder: int = 0
-    """This rank's number among the `num_holders` ranks that hold the same experts, or parts of them."""
-    num_holders: int = 1
+    """Number of experts in each sparse layer, over all ranks."""
+    replica_index: int = 0
+    """Number of this rank among the `num_replicas` ranks that store the same experts, or slices of the same experts."""
+    num_replicas: int = 1
 
-    def load_full(self, whole: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take from each whole weight what is here of it; of a stack the whole of these experts."""
-        for name, tensor in whole:
-            LocalPart(local_values(self.parameters[name]), self.layouts.get(name, ())).copy_from(tensor)
+    def load_full(self, full_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy this rank's slice of each full weight. A stack comes with the local experts only, each of them full."""
+        for name, full_tensor in full_tensors:
+            LocalPart(local_values(self.parameters[name]), self.layouts.get(name, ())).copy_from(full_tensor)
 
 
 def unsharded_weights(model: SwitchTransformer) -> ModelWeights:
-    """Return the weights of a model that this process holds completely."""
+    """Return the weights of a model that this process stores in full."""
     return ModelWeights(dict(model.named_parameters()), {}, local_experts(model), model.spec.num_experts)

@@ -1,8 +1,12 @@
-"""The mesh: which ranks share what (paper section 5).
+"""The mesh: the axes over which a run is parallel, and the process groups of each rank (paper section 5).
 
-`data` x `model` ranks. Those of a model axis lie side by side: they have the same batch, and each a part of the heads,
-of d_ff and of the vocabulary. Along the data axis each has a share of the batch. Experts lie over the data axis too: a
-group of `expert` ranks, neighbours on it, holds all of them once, and the groups are replicas of each other.
+A mesh has `data` x `model` ranks. Rank r = d * model + m has position d on the data axis and m on the model axis.
+
+- Ranks along the model axis, which have neighboring numbers, compute the same batch. Each holds a slice of the heads,
+  of d_ff and of the vocabulary.
+- Ranks along the data axis compute different slices of the batch.
+- The expert axis is part of the data axis: each run of `expert` consecutive positions on it holds all experts once, and
+  the data / expert runs are replicas of each other.
 """
 
 import math
@@ -26,88 +30,93 @@ Reduction = Literal["fast", "ordered"]
 
 
 class ParallelSpec(Spec):
-    """How a run is spread over its ranks; what it learns does not depend on it. `parallel: auto` asks the plan."""
+    """The mesh that a run uses; what the run learns does not depend on it. `parallel: auto` stands for `auto: true`."""
 
     auto: bool = False
-    """Take the fastest mesh that `switchcli plan` finds for the ranks and the main one's memory, at the rates that are
-    its defaults, instead of the keys below."""
+    """Choose the mesh that `switchcli plan` finds fastest for these ranks and the main rank's memory, at the plan's
+    default rates, instead of the keys below."""
     data: int | None = Field(default=None, ge=1, le=MOST["ranks"])
-    """Ranks among which the batch is shared; absent: as many as are started, over `model`."""
+    """Number of ranks that share the batch; absent: all ranks that are started, divided by `model`."""
     model: int = Field(default=1, ge=1, le=MOST["ranks"])
-    """Ranks among which the heads, d_ff (of experts too) and the vocabulary are divided; a divisor of each."""
+    """Number of ranks that divide the heads, d_ff (of experts too) and the vocabulary; it must divide each of these. 1:
+    every rank holds all of them."""
     expert: int = Field(default=1, ge=1, le=MOST["ranks"])
-    """Ranks of the data axis among which the experts of each sparse layer are shared; a divisor of both."""
+    """Number of ranks of the data axis that divide the experts of each sparse layer; it must divide both numbers. 1:
+    every rank holds all experts."""
     shard: Shard = "none"
-    """What ranks that hold the same weights divide among them: of experts their replicas, of all else the data axis.
-    `zero2`: optimizer state, and gradients after the last microbatch; `zero3`: the weights too, which are gathered a
-    block at a time, and those in no block for a whole step. Experts stay undivided if neither their number nor the
-    widths of their weights are multiples of the number of replicas."""
+    """What ranks that hold the same weights divide among them. `zero2`: the optimizer state, and the gradients after
+    the last microbatch. `zero3`: also the weights, which are gathered for one block at a time, and those outside the
+    blocks for a whole step. Experts are divided among their replicas, all other weights over the data axis. Experts
+    stay undivided if the number of replicas divides neither their number nor the widths of their weights."""
     comm_dtype: CommDtype = "compute"
-    """What tokens on their way to experts, and the sums of a model axis, travel in: as products are computed, or, where
-    that is bfloat16, twice as many bytes, and sums that are not rounded to it in between."""
+    """Precision in which dispatched tokens and sums over the model axis are sent. `compute`: that of the matrix
+    products. `float32`: where products are bfloat16, twice the bytes, and sums that are not rounded on the way."""
     reduction: Reduction = "fast"
-    """How gradients are added up over microbatches and ranks. `fast`: as it suits the ranks, whose number shows in the
-    last bits. `ordered`: as the number of microbatches alone says, so that 1, 2, 4, ... ranks, each with the whole
-    model and the same hardware, threads and torch, end with the same bits; it wants `train.microbatch_tokens`. It costs
-    memory, a gradient for each time that a rank's microbatches can be halved, and sums over ranks after the way back
-    instead of during it: 1.03 of `fast`'s step (quartiles 0.92 to 1.21) on two ranks of one machine."""
+    """The order in which gradients are added over microbatches and ranks. `fast`: any order, so that the last bits
+    depend on the number of ranks. `ordered`: an order that only the number of microbatches decides, so that 1, 2, 4,
+    ... ranks end with the same bits, if each holds the whole model and has the same hardware, threads and torch. It
+    needs `train.microbatch_tokens`, memory for one more gradient each time that a rank's number of microbatches can be
+    halved, and it adds gradients over ranks after the backward pass instead of during it."""
 
     @property
     def is_unset(self) -> bool:
-        """Whether it says nothing of the mesh."""
-        said = (self.data, self.model, self.expert, self.shard, self.reduction)
-        return said == (None, 1, 1, "none", "fast")
+        """Whether every key that describes the mesh has its default."""
+        mesh = (self.data, self.model, self.expert, self.shard, self.reduction)
+        return mesh == (None, 1, 1, "none", "fast")
 
     @model_validator(mode="before")
     @classmethod
-    def _in_a_word(cls, said: Any) -> Any:
-        return {"auto": True} if said == "auto" else said
+    def _accept_auto(cls, value: Any) -> Any:
+        return {"auto": True} if value == "auto" else value
 
     @model_validator(mode="after")
-    def _one_or_the_other(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.auto and self.reduction == "ordered":
-            raise ValueError("auto chooses a mesh, and reduction: ordered takes the data axis alone: leave out one")
+            raise ValueError("auto may choose any mesh, and reduction: ordered allows the data axis alone: give one")
         if self.auto and not self.is_unset:
             raise ValueError("auto chooses data, model, expert and shard: leave them out, or auto")
-        cut = {"model": self.model, "expert": self.expert, "shard": self.shard if self.shard != "none" else 1}
-        divided = " and ".join(f"{name} ({value})" for name, value in cut.items() if value != 1)
+        sizes = {"model": self.model, "expert": self.expert, "shard": self.shard if self.shard != "none" else 1}
+        divided = " and ".join(f"{name} ({value})" for name, value in sizes.items() if value != 1)
         if self.reduction == "ordered" and divided:
             raise ValueError(
-                f"reduction: ordered wants the whole model on each rank: leave out {divided}, or take reduction: fast"
+                f"reduction: ordered needs the whole model on each rank: leave out {divided}, or take reduction: fast"
             )
         return self
 
 
 def to_comm_dtype(x: torch.Tensor, comm_dtype: CommDtype) -> torch.dtype:
-    """What x, if it is no index, travels in."""
-    return torch.promote_types(x.dtype, torch.float32) if comm_dtype == "float32" and x.is_floating_point() else x.dtype
+    """Return the dtype in which x is sent. Integers keep their own."""
+    if comm_dtype == "float32" and x.is_floating_point():
+        return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype
 
 
 ALONE = ParallelSpec()
-"""Each rank holds the whole model."""
+"""The default mesh: data parallelism, with the whole model on each rank."""
 
 
 def indivisible_sizes(spec: ModelSpec, model: int) -> Iterator[tuple[str, int]]:
-    """The sizes of a model that a model axis must divide and does not: key and size."""
+    """Yield the recipe key and value of each size that a model axis of `model` ranks must divide and does not."""
     sizes = {"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff, "model.vocab_size": spec.vocab_size}
     yield from ((key, size) for key, size in sizes.items() if size % model)
 
 
 def divides_experts(spec: ModelSpec, model: int) -> bool:
-    """Whether a model axis can divide the experts: those of an attention it cannot."""
+    """Return whether a model axis of `model` ranks can divide the experts. It cannot divide those of an attention."""
     return model == 1 or spec.num_experts == 1 or spec.sparse == "feed_forward"
 
 
-def even_dim(shapes: Collection[Sequence[int]], ranks: int) -> int | None:
-    """Return the dim along which stacked expert weights of these shapes are sharded over `ranks`; None: not at all.
+def even_dim(shapes: Collection[Sequence[int]], num_shards: int) -> int | None:
+    """Return the dim along which stacked expert weights [E, ...] are sharded; None if no dim divides evenly in all.
 
-    Dim 0 counts experts, so that each stays whole on one rank. FSDP pads no other dim, so all must be multiples.
+    Dim 0 is preferred: it counts experts, so that each expert stays whole on one rank. Dim 1 is the alternative, which
+    torch's fully_shard does not pad.
     """
-    return next((dim for dim in (0, 1) if all(shape[dim] % ranks == 0 for shape in shapes)), None)
+    return next((dim for dim in (0, 1) if all(shape[dim] % num_shards == 0 for shape in shapes)), None)
 
 
 class RankGroup(NamedTuple):
-    """A set of ranks that do something together, and this rank's place among them."""
+    """A process group, its number of ranks, and this process's rank in it."""
 
     group: dist.ProcessGroup
     size: int
@@ -115,70 +124,70 @@ class RankGroup(NamedTuple):
 
 
 class MeshGroups(NamedTuple):
-    """The ranks that this one does something with; None where it would be alone."""
+    """The process groups that this rank belongs to, by axis; None for an axis of one rank."""
 
     data: RankGroup | None = None
-    """Ranks with other shares of the batch and the same part of the model."""
+    """Ranks with other slices of the batch and the same slice of the model."""
     model: RankGroup | None = None
-    """Ranks with the same share of the batch and other parts of the model."""
+    """Ranks with the same slice of the batch and other slices of the model."""
     experts: RankGroup | None = None
-    """Ranks of `data` that hold all experts between them."""
+    """Ranks of `data` that together hold all experts once."""
     replicas: RankGroup | None = None
     """Ranks of `data` that hold the same experts: all of `data` if `experts` is None."""
 
 
 def check_world(spec: ParallelSpec, world: int) -> None:
-    """Raise a RecipeError where `world` ranks cannot be laid out so."""
-    data, rest = divmod(world, spec.model)
-    if spec.reduction == "ordered" and world & (world - 1):
+    """Raise a RecipeError if `world` ranks cannot form the mesh."""
+    data, remainder = divmod(world, spec.model)
+    if spec.reduction == "ordered" and world & (world - 1):  # a power of two has one bit set
         fewer = 2 ** (world.bit_length() - 1)
         raise RecipeError(
-            f"parallel.reduction: ordered adds up pairs of ranks, then pairs of pairs, which {world} ranks are not: "
-            f"start {fewer} or {2 * fewer}, by --processes {fewer} say, or take parallel.reduction=fast"
+            f"parallel.reduction: ordered adds ranks in pairs, then pairs of pairs, which {world} ranks do not allow: "
+            f"start {fewer} or {2 * fewer}, for example by --processes {fewer}, or take parallel.reduction=fast"
         )
     if spec.data is not None and spec.data * spec.model != world:
-        wanted = spec.data * spec.model
+        needed = spec.data * spec.model
         mesh = f"parallel.data ({spec.data})" + (f" x parallel.model ({spec.model})" if spec.model > 1 else "")
         raise RecipeError(
-            f"{mesh} is not the number of ranks ({world}): start {wanted}, by --processes {wanted} say, or leave "
-            "parallel.data out"
+            f"{mesh} is not the number of ranks ({world}): start {needed}, for example by --processes {needed}, or "
+            "leave parallel.data out"
         )
-    if rest:
+    if remainder:
         raise RecipeError(
             f"parallel.model ({spec.model}) must divide the number of ranks ({world}): start a multiple of "
-            f"{spec.model}, by --processes {spec.model} say, or take parallel.model={math.gcd(spec.model, world)}"
+            f"{spec.model}, for example by --processes {spec.model}, or take "
+            f"parallel.model={math.gcd(spec.model, world)}"
         )
     if data % spec.expert:
         ranks = f"the number of ranks ({world})" if spec.model == 1 else f"the ranks of the data axis ({data})"
-        wanted = spec.expert * spec.model
+        needed = spec.expert * spec.model
         raise RecipeError(
-            f"parallel.expert ({spec.expert}) must divide {ranks}: start a multiple of {wanted}, by --processes "
-            f"{wanted} say, or take parallel.expert={math.gcd(spec.expert, data)}"
+            f"parallel.expert ({spec.expert}) must divide {ranks}: start a multiple of {needed}, for example by "
+            f"--processes {needed}, or take parallel.expert={math.gcd(spec.expert, data)}"
         )
 
 
 def build_groups(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> MeshGroups:
-    """The groups of this rank; called by all ranks in the same order, once they have met."""
-    model, expert = spec.model, spec.expert
-    group = model * expert
+    """Create the process groups of the mesh, and return those of this rank.
 
-    def mine(partition: list[list[int]]) -> RankGroup | None:
-        if len(partition[0]) == 1:
+    Collective: every rank creates all groups in the same order, also those that it does not belong to.
+    """
+    # Rank numbers [replicas, expert, model], numbered along the last dim first. The first two dims are the data axis.
+    ranks = torch.arange(world).view(-1, spec.expert, spec.model)
+
+    def create(partition: torch.Tensor) -> RankGroup | None:
+        """Create a group of the ranks in each row, and return that of this rank; None if rows have one rank."""
+        rows: list[list[int]] = partition.tolist()
+        if len(rows[0]) == 1:
             return None
-        made, _ = run_interruptibly(partial(dist.new_subgroups_by_enumeration, partition, timeout=timeout))
-        ranks = next(ranks for ranks in partition if rank in ranks)
-        return RankGroup(made, len(ranks), ranks.index(rank))
+        group, _ = run_interruptibly(partial(dist.new_subgroups_by_enumeration, rows, timeout=timeout))
+        row = next(row for row in rows if rank in row)
+        return RankGroup(group, len(row), row.index(rank))
 
-    data = mine([list(range(place, world, model)) for place in range(model)])
+    data = create(ranks.flatten(0, 1).T)  # [model, data]
     return MeshGroups(
         data=data,
-        model=mine([list(range(first, first + model)) for first in range(0, world, model)]),
-        experts=mine(
-            [
-                [first + place + model * number for number in range(expert)]
-                for first in range(0, world, group)
-                for place in range(model)
-            ]
-        ),
-        replicas=mine([list(range(place, world, group)) for place in range(group)]) if expert > 1 else data,
+        model=create(ranks.flatten(0, 1)),  # [data, model]
+        experts=create(ranks.transpose(1, 2).flatten(0, 1)),  # [replicas * model, expert]
+        replicas=create(ranks.flatten(1).T) if spec.expert > 1 else data,  # [expert * model, replicas]
     )

@@ -1,6 +1,6 @@
-"""A model over the ranks of a mesh: what each of them holds of it, and the norm of a gradient that lies on all.
+"""Parallelizing a model over a mesh, and the norm of a gradient whose parts are on many ranks.
 
-Everything here comes from outside: the model is the same plain one, with other weights, dispatcher and axis.
+The model is not written for it: it gets smaller weights, another dispatcher and another axis from outside.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from switchcli.distributed import expert_parallel, fsdp, tensor_parallel
+from switchcli.distributed.collectives import explain_lost_ranks
 from switchcli.distributed.layout import Layout, ModelWeights, ShardedDim, is_stacked, local_values
-from switchcli.distributed.lost import explain_lost_ranks
 from switchcli.distributed.mesh import MeshGroups, ParallelSpec, RankGroup
 from switchcli.model.moe.layer import local_experts
 from switchcli.model.transformer import SwitchTransformer
 
 
 def parallelize(model: SwitchTransformer, groups: MeshGroups, spec: ParallelSpec, device: torch.device) -> ModelWeights:
-    """Keep of `model`, which is on `meta`, what this rank holds, and give it memory on `device`: not filled yet."""
+    """Shard `model`, which is on `meta`, in place, and allocate this rank's weights on `device`, without values.
+
+    The order is: experts over the expert axis, all weights over the model axis, then what remains over the data axis
+    and the replicas.
+    """
     if groups.experts is not None:
         expert_parallel.shard_experts(model, groups.experts, spec.comm_dtype)
     if groups.model is not None:
@@ -30,82 +34,111 @@ def parallelize(model: SwitchTransformer, groups: MeshGroups, spec: ParallelSpec
     model.to_empty(device=device)
     fsdp.init_local_shards(model)
     parameters = dict(model.named_parameters())
-    cuts = {name: each for name, parameter in parameters.items() if (each := _layout_of(name, parameter, groups))}
-    replica, replicas = (0, 1) if groups.replicas is None else (groups.replicas.rank, groups.replicas.size)
-    if any(_is_divided(name, parameter) for name, parameter in parameters.items()):
-        replica, replicas = 0, 1
-    part, parts = (0, 1) if groups.model is None else (groups.model.rank, groups.model.size)
-    holder, holders = replica * parts + part, replicas * parts
-    return ModelWeights(parameters, cuts, local_experts(model), model.spec.num_experts, holder, holders)
+    layouts = {name: _layout(name, parameter, groups) for name, parameter in parameters.items()}
+    replica_index, num_replicas = _replica(parameters, groups)
+    return ModelWeights(
+        parameters,
+        {name: layout for name, layout in layouts.items() if layout},
+        local_experts(model),
+        model.spec.num_experts,
+        replica_index,
+        num_replicas,
+    )
 
 
-def _layout_of(name: str, parameter: nn.Parameter, groups: MeshGroups) -> Layout:
-    """How the weight `name` is cut; stacks of which each rank has some experts are not."""
-    cuts = []
+def _layout(name: str, parameter: nn.Parameter, groups: MeshGroups) -> Layout:
+    """Return how the weight `name` is sharded; of a stack, how each of its experts is.
+
+    A division of a stack into whole experts, by the expert axis or by replicas, is no sharded dim.
+    """
+    layout = []
     dim = tensor_parallel.sharded_dim(name)
     if groups.model is not None and dim is not None:
-        cuts.append(ShardedDim(dim, groups.model, (parameter.shape[dim],) * groups.model.size))
-    if isinstance(parameter, DTensor) and not _is_divided(name, parameter):
+        layout.append(ShardedDim(dim, groups.model, (parameter.shape[dim],) * groups.model.size))
+    if isinstance(parameter, DTensor) and not _replicas_hold_other_experts(name, parameter):
         ranks = groups.replicas if is_stacked(name) else groups.data
         assert ranks is not None
         (placement,) = parameter.placements
         assert isinstance(placement, Shard)
         dim = placement.dim
-        length = parameter.shape[dim]
-        each = -(-length // ranks.size)  # the last ones may have less, or nothing
-        lengths = tuple(max(0, min(each, length - place * each)) for place in range(ranks.size))
+        # A DTensor has the shape from before fully_shard. Like torch.chunk, fully_shard gives each rank the length over
+        # the number of ranks, rounded up; the last ranks get the rest, which may be nothing.
+        full_length = parameter.shape[dim]
+        chunk = -(-full_length // ranks.size)
+        lengths = tuple(max(0, min(chunk, full_length - rank * chunk)) for rank in range(ranks.size))
         assert local_values(parameter).shape[dim] == lengths[ranks.rank]
-        cuts.append(ShardedDim(dim, ranks, lengths))
-    return tuple(cuts)
+        layout.append(ShardedDim(dim, ranks, lengths))
+    return tuple(layout)
 
 
-def _is_divided(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether replicas of a stack of experts hold some of its experts each, whole ones."""
+def _replica(parameters: Mapping[str, nn.Parameter], groups: MeshGroups) -> tuple[int, int]:
+    """Return the number of this rank among those that store the same experts or slices of them, and their count.
+
+    These are the ranks of its model axis in all replicas, numbered replica by replica.
+    """
+    replica, num_replicas = (0, 1) if groups.replicas is None else (groups.replicas.rank, groups.replicas.size)
+    if any(_replicas_hold_other_experts(name, parameter) for name, parameter in parameters.items()):
+        replica, num_replicas = 0, 1
+    model_rank, model_size = (0, 1) if groups.model is None else (groups.model.rank, groups.model.size)
+    return replica * model_size + model_rank, num_replicas * model_size
+
+
+def _replicas_hold_other_experts(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether fully_shard divides the experts of the stack `name` among the replicas, each expert whole."""
     return is_stacked(name) and isinstance(parameter, DTensor) and parameter.placements[0].is_shard(0)
 
 
 class GradientNorm(NamedTuple):
-    """Norms of a step's gradients, float32: of all of them, equal on every rank, and of this rank's part of each."""
+    """Norms of a step's gradients, float32."""
 
     total: torch.Tensor
-    own: dict[str, torch.Tensor]
-    """[1] by the name of the parameter, or [E] of stacked experts; in the order of the parameters."""
+    """Scalar: norm of all gradients of all ranks, with the same bits on every rank."""
+    local: dict[str, torch.Tensor]
+    """Norm of this rank's slice of each gradient, by name of the parameter and in the order of the parameters: [1], or
+    [E] for stacked experts."""
 
 
 def gradient_norm(
-    parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Layout], groups: MeshGroups, device: torch.device
+    parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], groups: MeshGroups, device: torch.device
 ) -> GradientNorm:
-    """The norm of the gradients of all ranks' parameters, each part counted once.
+    """Return the norms of the gradients; the total counts each slice once, whatever the number of its copies.
 
-    Squares are float64, which a float32 norm of any size has. Ranks that sum over other groups may round otherwise: the
-    main one's is taken.
+    Collective. Squares are float64: there the square of any float32 norm is finite, and not rounded to 0.
     """
     gradients = {name: local_values(one.grad) for name, one in parameters.items() if one.grad is not None}
-    own = {
-        name: torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim)))  # of all experts at once
-        for name, gradient in gradients.items()
-        if is_stacked(name)
-    }
-    others = [name for name in gradients if name not in own]
-    if others:
-        norms = torch._foreach_norm([gradients[name] for name in others])
-        own |= {name: norm.reshape(1) for name, norm in zip(others, norms, strict=True)}
-    parts: dict[tuple[RankGroup, ...], list[torch.Tensor]] = {}
-    for name, norm in own.items():
-        among = [cut.ranks for cut in cuts.get(name, ())]
+    norms = _local_norms(gradients)
+    # Gradients that are divided among the same groups are summed together. Their squares are then summed over these
+    # groups, and over no others: along all other axes ranks have copies of the same gradients.
+    norms_by_groups: dict[tuple[RankGroup, ...], list[torch.Tensor]] = {}
+    for name, norm in norms.items():
+        divided_over = [sharded.ranks for sharded in layouts.get(name, ())]
         if groups.experts is not None and is_stacked(name):
-            among.append(groups.experts)
-        if groups.replicas is not None and _is_divided(name, parameters[name]):
-            among.append(groups.replicas)
-        parts.setdefault(tuple(among), []).append(norm)
+            divided_over.append(groups.experts)
+        if groups.replicas is not None and _replicas_hold_other_experts(name, parameters[name]):
+            divided_over.append(groups.replicas)
+        norms_by_groups.setdefault(tuple(divided_over), []).append(norm)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for those, each in parts.items():
-        square = torch.cat(each).to(device).double().square().sum()
-        for ranks in those:
+    for rank_groups, local_norms in norms_by_groups.items():
+        square = torch.cat(local_norms).to(device).double().square().sum()
+        for ranks in rank_groups:
             with explain_lost_ranks():
                 dist.all_reduce(square, group=ranks.group)
         total += square
-    if any(parts):
+    if any(norms_by_groups):
+        # Sums over different groups may round differently, and ranks must not clip differently: the main rank decides.
         with explain_lost_ranks():
             dist.broadcast(total, src=0)
-    return GradientNorm(total.sqrt().float(), {name: own[name] for name in gradients})
+    return GradientNorm(total.sqrt().float(), {name: norms[name] for name in gradients})
+
+
+def _local_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the norm of each gradient, [1], or of each expert's slice of a stack, [E]; stacks come first."""
+    norms = {}
+    for name, gradient in gradients.items():
+        if is_stacked(name):
+            norms[name] = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim)))
+    dense = [name for name in gradients if name not in norms]
+    if dense:
+        dense_norms = torch._foreach_norm([gradients[name] for name in dense])
+        norms |= {name: norm.reshape(1) for name, norm in zip(dense, dense_norms, strict=True)}
+    return norms

@@ -1,8 +1,11 @@
-"""The model axis: heads, d_ff and the vocabulary over ranks that have the same batch (paper section 5.3).
+"""The model axis: heads, d_ff and the vocabulary divided over ranks that compute the same batch (paper section 5.3).
 
-Each rank has d_ff / m hidden units of every feed-forward, of experts too, H / m heads, and V / m rows of the
-vocabulary. A part is entered with an x that all ranks have, and left with an all-reduce of [tokens, D]; the gradient of
-x is an all-reduce of the same size.
+Each of m ranks stores d_ff / m hidden units of every feed-forward (of experts too), num_heads / m heads, and
+vocab_size / m rows of the vocabulary. Every attention and feed-forward is one region, as in Megatron-LM:
+
+- Its input is the same on all ranks. The gradient of the input is the sum of all ranks' gradients: an all-reduce of
+  [tokens, D] in the backward pass.
+- Its output is the sum of all ranks' partial outputs: an all-reduce of [tokens, D] in the forward pass.
 """
 
 from typing import Any
@@ -11,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from switchcli.distributed.gather import all_gather
-from switchcli.distributed.lost import explain_lost_ranks
+from switchcli.distributed.collectives import all_gather, explain_lost_ranks
 from switchcli.distributed.mesh import CommDtype, RankGroup, to_comm_dtype
 from switchcli.model.attention import Attention
 from switchcli.model.axis import local_slice
@@ -20,47 +22,68 @@ from switchcli.model.layers import FeedForward, compute_dtype
 from switchcli.model.moe.experts import Experts
 from switchcli.model.transformer import SwitchTransformer
 
-_DIVIDED = {"embedding": 0, "head": 0, "q": 0, "k": 0, "v": 0, "wi": 0, "wi_gate": 0, "o": 1, "wo": 1}
-_DIVIDED |= {"position_bias": 1}
-"""The dim of a weight that is divided, by its name: the vocabulary, the heads, d_ff."""
+_SHARDED_DIMS = {
+    # The vocabulary: [V, D].
+    "embedding": 0,
+    "head": 0,
+    # Heads: outputs of the projections [H * K, D], inputs of the output projection [D, H * K], columns of [buckets, H].
+    "q": 0,
+    "k": 0,
+    "v": 0,
+    "o": 1,
+    "position_bias": 1,
+    # Hidden units: outputs of the first products [F, D], inputs of the second [D, F].
+    "wi": 0,
+    "wi_gate": 0,
+    "wo": 1,
+}
+"""The dim that the model axis divides, by the name of the weight or of its module, without the dim of the experts."""
 
 
 def sharded_dim(name: str) -> int | None:
-    """The dim of the weight `name` that is divided; None where each rank has all of it."""
-    parts = name.split(".")
-    dim = _DIVIDED.get(parts[-2] if parts[-1] == "weight" else parts[-1])
-    return None if dim is None else dim + (".experts." in name)
+    """Return the dim of the weight `name` that the model axis divides; None for a weight that every rank stores."""
+    path = name.split(".")
+    dim = _SHARDED_DIMS.get(path[-2] if path[-1] == "weight" else path[-1])
+    if dim is None:
+        return None
+    return dim + 1 if ".experts." in name else dim  # dim 0 of a stack counts experts
 
 
 class TensorParallelAxis:
-    """The parts of a model on the ranks of a group."""
+    """The `ModelAxis` of a model whose heads, hidden units and vocabulary are divided among the ranks of a group."""
 
     def __init__(self, ranks: RankGroup, comm_dtype: CommDtype) -> None:
-        """`comm_dtype`: what sums are taken in."""
-        self.rank, self.size, self._ranks, self._comm_dtype = ranks.rank, ranks.size, ranks, comm_dtype
+        """`comm_dtype`: the precision of the sums."""
+        self.rank = ranks.rank
+        self.size = ranks.size
+        self._ranks = ranks
+        self._comm_dtype = comm_dtype
 
     def enter_region(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the type of products."""
-        entered: torch.Tensor = _Enter.apply(x.to(compute_dtype(x)), self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
+        """Return x in the dtype of products. Its gradient is summed over the ranks in this dtype."""
+        entered: torch.Tensor = _EnterRegion.apply(x.to(compute_dtype(x)), self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
         return entered
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """In the type of x."""
-        left: torch.Tensor = _Leave.apply(x, self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
-        return left
+        """Return the sum of all ranks' x, in the dtype of x."""
+        total: torch.Tensor = _LeaveRegion.apply(x, self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
+        return total
 
     @torch.no_grad()
     def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
-        return _reduced(x, self._ranks, self._comm_dtype, dist.ReduceOp.MAX)
+        return _all_reduce(x, self._ranks, self._comm_dtype, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        parts = x.new_empty(self.size * len(x), *x.shape[1:])
-        all_gather(parts, x.contiguous(), self._ranks.group)
-        return torch.cat(parts.chunk(self.size), dim=-1)
+        # The collective concatenates along dim 0: [R * n, ..., d]. The slices belong side by side: [n, ..., R * d].
+        gathered = x.new_empty(self.size * len(x), *x.shape[1:])
+        all_gather(gathered, x.contiguous(), self._ranks.group)
+        return torch.cat(gathered.chunk(self.size), dim=-1)
 
 
-class _Enter(torch.autograd.Function):
+class _EnterRegion(torch.autograd.Function):
+    """The identity forward, an all-reduce of the gradient backward."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
         ctx.ranks, ctx.comm_dtype = ranks, comm_dtype
@@ -68,31 +91,39 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _reduced(gradient, ctx.ranks, ctx.comm_dtype), None, None
+        return _all_reduce(gradient, ctx.ranks, ctx.comm_dtype), None, None
 
 
-class _Leave(torch.autograd.Function):
+class _LeaveRegion(torch.autograd.Function):
+    """An all-reduce forward, the identity backward: all ranks compute the same function of the sum."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
-        return _reduced(x, ranks, comm_dtype)
+        return _all_reduce(x, ranks, comm_dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient, None, None
 
 
-def _reduced(
-    x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+def _all_reduce(
+    x: torch.Tensor,
+    ranks: RankGroup,
+    comm_dtype: CommDtype,
+    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> torch.Tensor:
-    """In the type of x. A copy: what is given may be somebody else's too."""
+    """Return the reduction of all ranks' x, in the dtype of x. x is copied, because autograd may use it elsewhere."""
     reduced = x.to(to_comm_dtype(x, comm_dtype), copy=True, memory_format=torch.contiguous_format)
     with explain_lost_ranks():
-        dist.all_reduce(reduced, how, group=ranks.group)
+        dist.all_reduce(reduced, operation, group=ranks.group)
     return reduced.to(x.dtype)
 
 
 def shard_model(model: SwitchTransformer, ranks: RankGroup, comm_dtype: CommDtype) -> None:
-    """Keep this rank's part of every weight that is divided, in place, and let the layers meet the other parts."""
+    """Keep this rank's slice of every weight that the model axis divides, in place, and connect the layers to the axis.
+
+    Call it after `shard_experts`, if at all: stacks may hold any number of experts.
+    """
     axis = TensorParallelAxis(ranks, comm_dtype)
     for module in model.modules():
         if isinstance(module, SwitchTransformer | Attention | FeedForward | Experts):
@@ -100,6 +131,6 @@ def shard_model(model: SwitchTransformer, ranks: RankGroup, comm_dtype: CommDtyp
     for name, weight in list(model.named_parameters()):
         dim = sharded_dim(name)
         if dim is not None:
-            owner, _, attribute = name.rpartition(".")
-            kept = local_slice(weight.detach(), axis, dim).clone()
-            model.get_submodule(owner).register_parameter(attribute, nn.Parameter(kept, weight.requires_grad))
+            module_name, _, attribute = name.rpartition(".")
+            local = local_slice(weight.detach(), axis, dim).clone()
+            model.get_submodule(module_name).register_parameter(attribute, nn.Parameter(local, weight.requires_grad))

@@ -177,7 +177,7 @@ class Checkpointer:
             is_expert = bool(tensor_names.expert_numbers([name]))
             writer, num_writers = self._context.rank, self._context.world
             if is_expert:
-                writer, num_writers = self._weights.holder, self._weights.num_holders
+                writer, num_writers = self._weights.replica_index, self._weights.num_replicas
             if counts[is_expert] % num_writers == writer:
                 share[name] = whole.cpu() if part.layout else whole
             counts[is_expert] += 1

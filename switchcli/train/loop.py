@@ -179,7 +179,7 @@ def _lost(
         return None
     looks = (
         first_nonfinite_forward(metrics, sparse_layers(model)),
-        first_nonfinite_backward(norm.own, local_experts(model)),
+        first_nonfinite_backward(norm.local, local_experts(model)),
     )
     told = next(filter(any, map(context.all_gather_text, looks)), [])
     ranks = [rank for rank, what in enumerate(told) if what]

@@ -1,4 +1,4 @@
-"""all_gather under both names that torch has given it: the one of torch 2.13 and the one before."""
+"""Collectives: all_gather under both names that torch has given it, that of torch 2.13 and that of older versions."""
 
 import warnings
 
@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from switchcli.distributed.collectives import all_gather
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.gather import all_gather
 from switchcli.distributed.mesh import ALONE
 
 
