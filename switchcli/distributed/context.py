@@ -1,8 +1,8 @@
 """DistributedContext: the rank, device, precision and mesh of this process. The only file that imports accelerate.
 
-accelerate finds the ranks of any launcher and the device. The rest of the package uses this interface alone, which reads
-the same on one process and on many. Control values, such as counts and stop requests, go over groups of their own on the
-host, which never wait for a device.
+accelerate finds the device, and the ranks of any launcher. The rest of the package uses only this interface, which
+reads the same on one process and on many. Control values, such as counts and stop requests, go over groups of their own
+on the host, which never wait for a device.
 """
 
 import ctypes
@@ -175,7 +175,7 @@ class DistributedContext:
         return is_sharded or self.groups.model is not None or self.groups.experts is not None
 
     def parallelize(self, model: SwitchTransformer) -> ModelWeights:
-        """Shard `model`, which is on `meta`, in place, and allocate this rank's weights on its device, without values."""
+        """Shard `model`, which is on `meta`, in place, and allocate this rank's weights, without values."""
         with explain_lost_ranks():
             return parallelize.parallelize(model, self.groups, self.parallel, self.device)
 
@@ -225,7 +225,7 @@ class DistributedContext:
             lines = str(error).splitlines()
             reason = next((line.strip() for line in lines if "Error" in line), lines[0])
             raise RecipeError(
-                f"train.compile: torch.compile does not work here ({reason}): it needs a C++ compiler, such as g++, and "
+                f"train.compile: torch.compile does not work here ({reason}): it needs a C++ compiler (g++), and "
                 "no space in the path of torch; or take train.compile=false"
             ) from error
         torch._inductor.config.fallback_random = True  # the same dropout masks as without compilation

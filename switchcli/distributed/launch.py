@@ -1,10 +1,10 @@
-"""Ranks of one command: started here by torchrun, or found where srun started them. No torch until they start.
+"""Ranks of one command: started by torchrun from here, or found where srun started them.
 
-torchrun watches its ranks: it ends the others when one fails, forwards signals and collects error files. This module
-chooses its options, and says in one line why the ranks ended.
+torchrun watches the ranks that it starts: it ends the others when one fails, forwards signals and collects error files.
+This module chooses its options, and reports in one line why the ranks ended. torch is imported only to start ranks.
 
-`accelerate launch --cpu` starts a single process whatever number it is given (accelerate 1.15); torchrun does not.
-`DistributedContext` finds its ranks as it finds those of any launcher.
+`accelerate launch --cpu` would not do: it starts a single process whatever number it is given (accelerate 1.15).
+`DistributedContext` finds the ranks of any launcher.
 """
 
 import json
@@ -38,97 +38,104 @@ if TYPE_CHECKING:
 SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
 TORCHRUN_SAVING_SECONDS = 30
-"""SAVING_SECONDS with the torchrun of torch 2.12 and older, which has no option for it. After the failure of a rank,
-torchrun of every version gives the others as long to end."""
+"""The saving time with the torchrun of torch 2.12 and older, which has no option for it. torchrun of every version also
+gives the other ranks this time to end after one has failed."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The environment variable that gives a rank of torchrun the path of its error file."""
 
 
 class Exit(NamedTuple):
-    """How a rank ended, or all of them: the exit code, and why when it is not 0; a rank has said so on stderr."""
+    """How a rank, or the whole command, ended."""
 
     exit_code: int
     error: str | None
-    where: str = ""
-    """After which step a rank ended for the sake of all, or of one that is lost: then `launch` raises it to be said."""
+    """The error message, which a rank has printed to stderr; None after success."""
+    location: str = ""
+    """Where in training a rank ended because all were stopped or another rank was lost: such errors are not printed by
+    the ranks but raised by `launch`, once for all. Empty for a rank that failed itself."""
 
 
 def launch(processes: int, arguments: Sequence[str]) -> Exit:
-    """Run `python -m switchcli ARGUMENTS` as `processes` ranks, by torchrun.
+    """Run `python -m switchcli ARGUMENTS` as `processes` ranks of torchrun, and return how they ended.
 
-    A rank that fails ends the others; the code is that of the rank that failed first, as it printed why.
+    A rank that fails ends the others; the exit code and error are those of the rank that failed first.
 
     Raises:
-        DistributedError: a rank was killed, or ended without a word, or all were stopped without saving.
-        Interrupted: all were stopped, and have saved.
+        LostRankError: a rank was killed, or ended without an error report.
+        DistributedError: the ranks were stopped and have not reported how they ended.
+        Interrupted: the ranks were stopped, and have saved.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    logging.disable(logging.CRITICAL)  # the ranks say themselves why they end
+    logging.disable(logging.CRITICAL)  # the ranks print why they end; torchrun would repeat it
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ[LAUNCHER] = str(os.getpid())
     with tempfile.TemporaryDirectory() as logs:
         options = [
             "--standalone",
             f"--nproc-per-node={processes}",
-            *([f"--shutdown-timeout={SAVING_SECONDS}"] if _takes_shutdown_timeout() else []),
-            "--signals-to-handle=SIGQUIT",  # the others are handled here
-            f"--log-dir={logs}",  # for the error files; a folder of torchrun's own would stay
+            *([f"--shutdown-timeout={SAVING_SECONDS}"] if _has_shutdown_timeout() else []),
+            "--signals-to-handle=SIGQUIT",  # _forward_signals handles the others
+            f"--log-dir={logs}",  # for the error files; torchrun would not remove a folder of its own
             "-m",
             "switchcli",
             *arguments,
         ]
         try:
-            with _signals_forwarded():
+            with _forward_signals():
                 run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
         except ChildFailedError as failure:
-            return _first_of(failure.failures, _reports(logs))
+            return _first_failure(failure.failures, _read_reports(logs))
         except SignalException as stopped:
-            # torchrun drops the exit codes of ranks that it has stopped.
-            told = _reports(logs)
-            if 0 in told:
-                return _said(told[0])
-            if all(one.where in ("", errors.OUTSIDE) for one in told.values()):  # it came before all could handle it
+            # torchrun drops the exit codes of ranks that it has stopped: only their reports tell how they ended.
+            reports = _read_reports(logs)
+            if 0 in reports:
+                return _raise_if_common(reports[0])
+            if all(report.location in ("", errors.OUTSIDE) for report in reports.values()):
+                # The signal came before all ranks could handle it: end this process by it as well.
                 signal.raise_signal(stopped.sigval)
-            raise DistributedError("stopped, and no word of how the ranks ended: the same command goes on") from None
+            raise DistributedError(
+                "stopped, and the ranks have not reported how they ended: run the same command again to go on from the "
+                "last save"
+            ) from None
         finally:
             del os.environ[LAUNCHER]
     return Exit(0, None)
 
 
 def saving_seconds() -> int:
-    """Return how many seconds ranks that `launch` starts have to save after a signal. Depends on the torch version."""
-    return SAVING_SECONDS if _takes_shutdown_timeout() else TORCHRUN_SAVING_SECONDS
+    """Return how many seconds the ranks have to save after a signal; it depends on the version of torch."""
+    return SAVING_SECONDS if _has_shutdown_timeout() else TORCHRUN_SAVING_SECONDS
 
 
-def _takes_shutdown_timeout() -> bool:
-    """Return whether this torch's torchrun has `--shutdown-timeout` (2.13 has, 2.11 has not)."""
+def _has_shutdown_timeout() -> bool:
+    """Return whether torchrun has the option `--shutdown-timeout`: torch 2.13 has it, 2.11 does not."""
     from torch.distributed.run import get_args_parser
 
     return "--shutdown-timeout" in get_args_parser().format_help()
 
 
 @contextmanager
-def _signals_forwarded() -> Iterator[None]:
-    """Have torchrun forward the first stopping signal to the ranks and wait until they end.
+def _forward_signals() -> Iterator[None]:
+    """Have torchrun forward the first stopping signal to the ranks, and wait until they end.
 
-    Signals after the first go to the ranks as well, which leave at once at a second Ctrl-C: torchrun's own handlers
-    would cut its wait short, as its handler of SIGQUIT still does.
+    Later signals are sent to the ranks from here, which leave at once at a second Ctrl-C. torchrun's own handlers, as
+    that of SIGQUIT, would cut its wait short.
     """
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    asked = ended = False
+    is_stopping = has_ended = False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if ended:
+        nonlocal is_stopping
+        if has_ended:
             return
-        if not asked:
-            asked = True
-            raise SignalException("stopped", signal.Signals(number))  # which torchrun catches
+        if not is_stopping:
+            is_stopping = True
+            raise SignalException("stopped", signal.Signals(number))  # torchrun catches it and stops the ranks
         for rank in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
@@ -139,98 +146,121 @@ def _signals_forwarded() -> Iterator[None]:
             signal.signal(number, forward)
         yield
     finally:
-        ended = True
+        has_ended = True
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _first_of(failures: Mapping[int, "ProcessFailure"], told: Mapping[int, Exit]) -> Exit:
-    """Return how the rank ended that made all end, from torchrun's account of each rank and what the ranks reported.
+def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[int, Exit]) -> Exit:
+    """Return how the rank ended that made all others end.
 
-    A rank follows another if it says so, or if torchrun ended it: by SIGTERM, and by SIGKILL where that was in vain.
+    Args:
+        failures: what torchrun knows of each rank that failed, by rank: exit code (minus the signal) and time.
+        reports: what the ranks have written to their error files, by rank.
 
     Raises:
-        DistributedError: as `launch` says.
-        Interrupted: as `launch` says.
+        LostRankError, DistributedError, Interrupted: as `launch` says.
     """
     # torchrun rounds times down to seconds; those in the error files are exact.
-    times = {rank: one.error_file_data.get("timestamp", one.timestamp) for rank, one in failures.items()}
-    codes = {rank: failures[rank].exitcode for rank in sorted(times, key=times.__getitem__)}
-    deadline = min(times.values()) + TORCHRUN_SAVING_SECONDS - 1
+    times = {rank: failure.error_file_data.get("timestamp", failure.timestamp) for rank, failure in failures.items()}
+    codes = {rank: failures[rank].exitcode for rank in sorted(times, key=times.__getitem__)}  # the earliest first
+    # After the first failure torchrun sends SIGTERM to the others, and SIGKILL to those that have not ended in time.
+    deadline = min(times.values()) + TORCHRUN_SAVING_SECONDS - 1  # 1 s for the rounding
     hung = {rank for rank, code in codes.items() if code == -signal.SIGKILL and times[rank] >= deadline}
-    follow = hung | {rank for rank in codes if (told[rank].where if rank in told else codes[rank] == -signal.SIGTERM)}
+    # Followers ended because of another rank: they report so, or torchrun ended them.
+    followers = set(hung)
+    for rank, code in codes.items():
+        if rank in reports:
+            if reports[rank].location:
+                followers.add(rank)
+        elif code == -signal.SIGTERM:
+            followers.add(rank)
 
-    def order(rank: int) -> int:
-        if rank in follow:
-            return 2 if rank in hung else 3 if rank in told else 4
+    def priority(rank: int) -> int:
+        """Rank killed by a signal, rank that failed, hung rank, follower with a report, follower without."""
+        if rank in followers:
+            if rank in hung:
+                return 2
+            return 3 if rank in reports else 4
         return 0 if codes[rank] < 0 else 1
 
-    rank = min(codes, key=order)  # of several the earliest
-    if rank not in told or (codes[rank] < 0 and rank not in follow):
-        how = "was stopped or hung, and was killed" if rank in hung else describe_exit(codes[rank])
-        lost = LostRankError(f"rank {rank} {how}")
-        lost.add_note(min((one.where for one in told.values() if one.where), default=errors.UNKNOWN))  # a step first
+    first = min(codes, key=priority)  # the earliest of those with the same priority
+    if first not in reports or (codes[first] < 0 and first not in followers):
+        how = "was stopped or hung, and was killed" if first in hung else _describe_exit(codes[first])
+        lost = LostRankError(f"rank {first} {how}")
+        # The note is read by `training_location`. min prefers "after step N" to "outside training".
+        locations = [report.location for report in reports.values() if report.location]
+        lost.add_note(min(locations, default=errors.UNKNOWN))
         raise lost
-    return _said(told[0] if 0 in told and 0 not in follow else told[rank])  # the main one's words are those of all
+    # If the main rank failed itself, its message is the one that it has printed for all.
+    return _raise_if_common(reports[0] if 0 in reports and 0 not in followers else reports[first])
 
 
-def _said(ended: Exit) -> Exit:
-    if ended.where:
-        raise (Interrupted if ended.exit_code == Interrupted.exit_code else DistributedError)(ended.error)
-    return ended
+def _raise_if_common(report: Exit) -> Exit:
+    """Return the report of a rank that printed its own error. Raise that of one that ended as all ranks did."""
+    if report.location:
+        raise (Interrupted if report.exit_code == Interrupted.exit_code else DistributedError)(report.error)
+    return report
 
 
-def describe_exit(code: int) -> str:
-    """In words, after `rank 1`: by an exit code, or minus the number of a signal."""
+def _describe_exit(code: int) -> str:
+    """Return how a rank ended, from its exit code or minus the number of a signal; it follows "rank 1"."""
     if code >= 0:
         return f"ended with exit code {code}"
-    hint = ": for want of memory, perhaps" if code == -signal.SIGKILL else ""
+    hint = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
     return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
 
 
-def write_error_file(error: SwitchError, words: str) -> bool:
-    """Write why this rank ends to its error file, if torchrun started it. torchrun shows the words in its summary.
+def write_error_file(error: SwitchError, message: str) -> bool:
+    """Write why this rank ends to its error file, if torchrun started it.
 
-    Return whether `launch` started it and has its words, to say for all ranks that they were stopped, or one is lost.
+    torchrun shows the message in its summary, and `launch` reads the file. Return whether `launch` started this rank
+    and has its message: it then reports for all ranks that they were stopped, or that one is lost.
     """
-    written = False
+    is_written = False
     if error_file := os.environ.get(ERROR_FILE):
-        place = training_location(error) if isinstance(error, (LostRankError, OtherRankError, Interrupted)) else ""
-        told = {"message": words, "timestamp": time.time(), "exit_code": error.exit_code, "where": place}
+        # Errors that all ranks share carry a location (see Exit).
+        location = training_location(error) if isinstance(error, (LostRankError, OtherRankError, Interrupted)) else ""
+        report = {"message": message, "timestamp": time.time(), "exit_code": error.exit_code, "where": location}
         path = Path(error_file)
-        partial = path.with_suffix(".partial")  # torchrun fails on a file that is not complete
+        partial = path.with_suffix(".partial")  # renamed when complete: torchrun fails on half a file
         with suppress(OSError):  # the launcher is gone, or the disk is full
-            partial.write_text(json.dumps(told), encoding="utf-8")
+            partial.write_text(json.dumps(report), encoding="utf-8")
             partial.replace(path)
-            written = True
-    return LAUNCHER in os.environ and written
+            is_written = True
+    return LAUNCHER in os.environ and is_written
 
 
-def _reports(logs: str) -> dict[int, Exit]:
-    """Return what the ranks have reported, by rank: torchrun gives each a folder named by its rank."""
-    told = {int(path.parent.name): json.loads(path.read_text("utf-8")) for path in Path(logs).rglob("error.json")}
-    return {rank: Exit(one["exit_code"], one["message"], one["where"]) for rank, one in told.items()}
+def _read_reports(logs: str) -> dict[int, Exit]:
+    """Return what the ranks have written to their error files, by rank. torchrun names their folders by the rank."""
+
+    reports = {}
+    for path in Path(logs).rglob("error.json"):
+        report = json.loads(path.read_text("utf-8"))
+        reports[int(path.parent.name)] = Exit(report["exit_code"], report["message"], report["where"])
+    return reports
 
 
 def is_rank() -> bool:
-    """Whether a launcher started this process."""
+    """Return whether a launcher started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join_srun(environment: MutableMapping[str, str]) -> None:
-    """Name this task of srun's as torchrun names a rank: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT.
+    """Set the variables that torchrun sets for a rank, if srun started this process as one of several tasks.
 
-    A batch script is no task, though SLURM tells it how many there will be: the step's own number decides.
+    These are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Those that are set stay,
+    and nothing is done if RANK is set.
 
     Raises:
-        DistributedError: several tasks, and no telling where the first of them is.
+        DistributedError: there are several tasks, and the machine of the first one is not known.
     """
     rank = environment.get("SLURM_PROCID", "0")
+    # A batch script is not a task, but SLURM_NTASKS is set in it: this variable counts only where the rank is not 0.
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1") if rank != "0" else "1")
     if "RANK" in environment or tasks == "1":
         return
-    # The first of `node[03-05,9]`, `a,b` or `a`.
+    # The first machine of a list such as `node[03-05,9]`, `a,b` or `a`: a name, and the first number in brackets.
     host = re.match(r"([\w.-]+)(?:\[(\d+)[\d,-]*\])?(?:,|$)", environment.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_ADDR" not in environment and host is None:
         raise DistributedError(
@@ -238,11 +268,12 @@ def join_srun(environment: MutableMapping[str, str]) -> None:
         )
     if host is not None:
         environment.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
+    # All tasks derive the same port, from 20000 to 29999, from the last four digits of the job's number.
     job = environment.get("SLURM_JOB_ID", "0")
     if "MASTER_PORT" not in environment and not re.fullmatch("[0-9]+", job):
         raise DistributedError(f"SLURM_JOB_ID ({job!r}) must be a number: set MASTER_PORT for the tasks to meet at")
     environment.setdefault("MASTER_PORT", str(20000 + int(job[-4:])))
     environment.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
-    each = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of `2(x3)` or `4,2`
-    if each is not None:
-        environment.setdefault("LOCAL_WORLD_SIZE", each[0])
+    local_tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of `2(x3)` or `4,2`
+    if local_tasks is not None:
+        environment.setdefault("LOCAL_WORLD_SIZE", local_tasks[0])

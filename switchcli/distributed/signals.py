@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. A handler sets a flag and nothing else; the loop reads it between two steps."""
+"""Signals that ask a run to stop. A handler only sets a flag, which the training loop reads between two steps."""
 
 import signal
 from collections.abc import Callable
@@ -9,26 +9,28 @@ from typing import Self, TypeVar
 T = TypeVar("T")
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
-"""The signals that stop a run after a save.
+"""The signals at which a run saves and stops.
 
-SIGUSR1 and SIGUSR2 are what batch systems send ahead of a time limit. SIGHUP comes when the terminal is closed, SIGXCPU
-when the soft limit of CPU time is reached, and then once a second until the hard limit.
+Batch systems send SIGUSR1 or SIGUSR2 ahead of a time limit. SIGHUP comes when the terminal is closed. SIGXCPU comes at
+the soft limit of CPU time, and then once a second until the hard limit.
 """
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return STOPPING, without SIGHUP if it is ignored: `nohup` starts a command so that a closed terminal does not
-    stop it."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return tuple(one for one in STOPPING if not (ignored and one == signal.SIGHUP))
+    """Return STOPPING, without SIGHUP if it is ignored: `nohup` does so for commands that outlive their terminal."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in STOPPING if not (ignores_hangup and number == signal.SIGHUP))
 
 
 class StopTraining(Exception):
-    """A stop was requested on some rank. All ranks raise it together, and one place catches it and saves."""
+    """A stop was requested on some rank. All ranks raise it together; one place catches it and saves."""
 
 
 class StopRequest:
-    """Sets `requested` at the first stopping signal within its `with`; a second SIGINT raises KeyboardInterrupt."""
+    """A context manager that sets `requested` at the first stopping signal.
+
+    A SIGINT after the first signal raises KeyboardInterrupt. The previous handlers are restored at the end.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -46,7 +48,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def request(self) -> None:
-        """Ask for a stop from within, in any thread."""
+        """Request a stop without a signal; any thread may call it."""
         self.requested = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -56,8 +58,9 @@ class StopRequest:
 
 
 def run_interruptibly(action: Callable[[], T]) -> T:
-    """Return what `action` returns, or raise what it raises. It runs in a thread of its own.
+    """Return what `action` returns, or raise what it raises; signals are handled while it waits in a library.
 
-    While it waits in a library, handlers of signals run in this thread and may raise; `action` is then left alone.
+    `action` runs in a thread of its own. Signal handlers run in this thread; if one raises, `action` is abandoned.
+
     """
     return ThreadPoolExecutor(1).submit(action).result()

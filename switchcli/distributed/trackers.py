@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, through accelerate's trackers."""
+"""Experiment trackers: TensorBoard and Weights & Biases, through accelerate."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ from switchcli.errors import RecipeError
 
 
 class Trackers:
-    """The trackers that a recipe names; they get what metrics.jsonl gets. Only the main rank makes one."""
+    """The trackers that a recipe names. They get the records of metrics.jsonl. Only the main rank creates one."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        """TensorBoard writes to `folder`/tensorboard, W&B where its own settings say.
+        """Start the trackers. TensorBoard writes to `folder`/tensorboard, W&B where its own settings say.
 
         Raises:
             RecipeError: the package of a tracker is not installed.
         """
-        available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+        is_available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
         for name in names:
-            if not available[name]():
+            if not is_available[name]():
                 raise RecipeError(
                     f"log.trackers: {name} is not installed: pip install 'switchcli[{name}]', or leave it out"
                 )
@@ -34,8 +34,9 @@ class Trackers:
             tracker.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """The numbers of one record, at its `step`; those of mappings as `outer/inner`. Lists are for metrics.jsonl."""
-        values = dict(_numbers(record))
+        """Log the numbers of one record at its `step`, those of nested mappings as `outer/inner`. Lists are skipped."""
+
+        values = dict(_flatten(record))
         del values["step"]
         for tracker in self._trackers:
             tracker.log(values, step=int(record["step"]))
@@ -45,9 +46,9 @@ class Trackers:
             tracker.finish()
 
 
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}/")
+            yield from _flatten(value, f"{prefix}{name}/")
         elif not isinstance(value, list):
             yield f"{prefix}{name}", value

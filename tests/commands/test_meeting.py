@@ -61,7 +61,7 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
 def test_a_rank_that_meets_another_program_says_so(
     answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rendezvous, "ANNOUNCING_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "ANNOUNCE_SECONDS", 0.1)
     monkeypatch.delenv("SWITCHCLI_LAUNCHER", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as other:
         for name, value in {**TWO, "RANK": "1", "MASTER_PORT": str(other.getsockname()[1])}.items():
@@ -71,9 +71,9 @@ def test_a_rank_that_meets_another_program_says_so(
             connection, _ = other.accept()  # that of the store
             with connection:
                 connection.sendall(answer)
-                time.sleep(rendezvous.ASKING_SECONDS + 0.5)
+                time.sleep(rendezvous.STORE_SECONDS + 0.5)
     for thread in threading.enumerate():
-        if thread.name == rendezvous.ASKING:  # it ends when torch gives up, now that nobody answers
+        if thread.name == rendezvous.STORE_THREAD:  # it ends when torch gives up, now that nobody answers
             thread.join(30)
             assert not thread.is_alive()
     said = capsys.readouterr().err
