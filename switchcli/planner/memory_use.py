@@ -1,16 +1,16 @@
-"""What one device of a mesh holds in a training step, in bytes: weights, gradients, optimizer state, activations.
+"""Memory of one device in a training step, in bytes: weights, gradients, optimizer state, activations and buffers.
 
-Legend: B sequences, S keys, N queries of all sequences, D model, F hidden, W heads * K, E experts, A rows, O outputs.
+Legend: B sequences, T queries and S keys of a sequence, D model, F hidden, H heads, K head size, E experts, A rows,
+O outputs, V vocabulary.
 
-Parameters, gradients and optimizer state are float32; products are taken in float32 or bfloat16 (`Step.product_bytes`).
-Activations are what autograd keeps between forward and backward, added up part by part from the code of `model`;
-tests/planner/test_memory_use.py holds them against what it does keep. The sum is a bound of the peak: gradients grow
-while activations go. Of a step on a CPU torch's own count finds 0.78 to 0.99 of it; where blocks are computed again,
-0.73 to 1.0: autocast's copies of weights are gone by then, and count.
+Weights, gradients and optimizer state are float32. Matrix products are float32 or bfloat16: `Step.product_bytes`, c in
+the comments. Activations are what autograd keeps between the forward and the backward pass. They are added up layer by
+layer from the code of `switchcli.model`, and tests/planner/test_memory_use.py compares them with what autograd keeps.
 
-Not modelled: what a kernel takes for itself, fragments of memory, the buffers of collectives other than those of the
-tokens, input dropout, packed rows, torch.compile, a teacher, and weights that do not learn (`update`): they count as if
-they did.
+The sum is an upper bound of the peak, because gradients grow while activations are freed.
+
+Not modeled: workspaces of kernels, fragmentation, buffers of collectives other than those of dispatched tokens, input
+dropout, packed rows, torch.compile, a teacher. Weights that are not trained (`update`) count as if they were.
 """
 
 from typing import NamedTuple
@@ -19,26 +19,27 @@ from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.planner.step import FLOAT, Mesh, RankWeights, Slots, Step, output_widths, slots
 
 CHUNK = 1024
-"""Targets whose logits are held at a time (train/loss.py)."""
+"""Targets whose logits exist at a time (train/loss.py)."""
 
 
 class DeviceBytes(NamedTuple):
-    """What one device holds at the end of a forward pass, in bytes."""
+    """Memory of one device at the end of a forward pass, in bytes."""
 
     weights: int
     gradients: int
-    """Twice those that DistributedDataParallel sums, where there are several microbatches: in the first step it lays
-    them out anew while they hold something. Added up in order, one for each level of the tree on this rank, and two
-    between ranks."""
+    """Twice the gradients that DistributedDataParallel sums, if there are several microbatches: in the first step it
+    replaces its buckets while the old ones are full. With ordered gradients, one set for each level of the tree on this
+    rank, and two between ranks."""
     optimizer: int
     copies: int
-    """Weights in bfloat16: the dense ones until the way back, the experts of one layer at a time. Where a step has
-    several microbatches, the largest gradient of one before it is added to the others'."""
+    """Copies of weights in bfloat16: of the dense ones until the backward pass, of the experts one layer at a time.
+    With several microbatches, also the largest gradient of one before it is added to that of the others."""
+
     activations: int
     dispatch: int
-    """Tokens on their way to the experts of other ranks and back: what is sent and what has come."""
+    """Tokens on their way to the experts of other ranks and back: send and receive buffer."""
     vocabulary: int
-    """Logits of a chunk and their gradient; that of the softmax matrix, which the loss makes on the way forward."""
+    """Logits of a chunk with their gradient, and the gradient of the softmax matrix, computed in the forward pass."""
 
     @property
     def total(self) -> int:
@@ -46,10 +47,10 @@ class DeviceBytes(NamedTuple):
 
 
 class ActivationBytes(NamedTuple):
-    """Bytes that autograd keeps of one microbatch, by part."""
+    """Bytes that autograd keeps of one microbatch, by part of the model."""
 
     norms: int
-    """With the residual stream."""
+    """Norms and the residual stream."""
     attention: int
     feed_forward: int
     routers: int
@@ -60,205 +61,277 @@ class ActivationBytes(NamedTuple):
         return sum(self)
 
 
-def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, own: RankWeights, microbatch: int) -> DeviceBytes:
-    """What a device of `mesh` holds with microbatches of so many sequences; `own` is `held` for its model axis."""
-    experts = own.expert // mesh.expert
-    count = step.sequences // mesh.data // microbatch
-    several = count > 1
-    weights, gradients, state = _dense_bytes(mesh, own, several)
-    expert_weights, of_experts, expert_state = _expert_bytes(mesh, own, several)
+class _TrainedBytes(NamedTuple):
+    """Bytes of weights, their gradients and their optimizer state on one device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, microbatch: int) -> DeviceBytes:
+    """Return the memory of a device with microbatches of `microbatch` sequences.
+
+    `weights` are `rank_weights` for the model axis of `mesh`.
+    """
+    num_microbatches = step.sequences // mesh.data // microbatch
+    accumulates = num_microbatches > 1
+    dense = _dense_bytes(mesh, weights, accumulates)
+    experts = _expert_bytes(mesh, weights, accumulates)
+    dense_gradients, expert_gradients = dense.gradients, experts.gradients
     if step.ordered:
-        at_once = max(min(mesh.data, 2), (count & -count).bit_length())
-        gradients, of_experts = at_once * gradients, at_once * of_experts
-    elif several and mesh.data > 1 and mesh.shard == "none":  # DistributedDataParallel lays its buckets out anew
-        gradients *= 2
-        of_experts *= 2 if mesh.expert == 1 else 1
-    layers = max(1, len(spec.sparse_layer_names()))
-    products = 3 if spec.activation == "geglu" else 2
-    largest = max(experts // layers // products, spec.vocab_size * spec.d_model // mesh.model)
-    copies = step.product_bytes * (own.products + experts // layers) if step.product_bytes < FLOAT else 0
-    if several:
-        copies += largest * (FLOAT + (step.product_bytes if step.product_bytes < FLOAT else 0))
-    rows = spec.vocab_size // mesh.model
+        # The largest power of two that divides the number of microbatches is the number of leaves of the tree on this
+        # rank; while the last leaf is computed, one finished subtree waits on each level.
+        num_leaves = num_microbatches & -num_microbatches
+        num_sums = max(min(mesh.data, 2), num_leaves.bit_length())
+        dense_gradients *= num_sums
+        expert_gradients *= num_sums
+    elif accumulates and mesh.data > 1 and mesh.shard == "none":
+        dense_gradients *= 2
+        if mesh.expert == 1:  # else ExpertGradients sums them, in place
+            expert_gradients *= 2
     return DeviceBytes(
-        weights=weights + expert_weights,
-        gradients=gradients + of_experts,
-        optimizer=state + expert_state,
-        copies=copies,
-        activations=activation_bytes(spec, step, mesh, microbatch).total + _passing(spec, step, mesh, microbatch),
+        weights=dense.weights + experts.weights,
+        gradients=dense_gradients + expert_gradients,
+        optimizer=dense.optimizer + experts.optimizer,
+        copies=_copy_bytes(spec, step, mesh, weights, accumulates),
+        activations=activation_bytes(spec, step, mesh, microbatch).total
+        + _recomputed_gradient_bytes(spec, step, mesh, microbatch),
         dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
-        # Two of float32 each: logits and softmax, or half as long logits, softmax and its copy; so with the matrix's.
-        vocabulary=2 * FLOAT * rows * (min(CHUNK, microbatch * step.target) + spec.d_model),
+        vocabulary=_vocabulary_bytes(spec, step, mesh, microbatch),
     )
 
 
-def _dense_bytes(mesh: Mesh, own: RankWeights, several: bool) -> tuple[int, int, int]:
-    """Return the bytes of weights, gradients and optimizer state outside the experts, see `_sharded`.
+def _dense_bytes(mesh: Mesh, weights: RankWeights, accumulates: bool) -> _TrainedBytes:
+    """Return the bytes of weights, gradients and optimizer state outside the experts."""
+    num_shards = 1 if mesh.shard == "none" else mesh.data
+    outside_blocks, *blocks = weights.units
+    # zero3 gathers the weights outside the blocks for a whole pass, one block, and the next block ahead.
+    gathered = FLOAT * (outside_blocks + 2 * max(blocks))
+    return _sharded_bytes(
+        mesh, FLOAT * weights.dense, weights.dense_state, num_shards, gathered, FLOAT * max(weights.units), accumulates
+    )
 
-    zero3 gathers what is in no block for a whole pass.
+
+def _expert_bytes(mesh: Mesh, weights: RankWeights, accumulates: bool) -> _TrainedBytes:
+    """Return the bytes of weights, gradients and optimizer state of the experts."""
+    unit = FLOAT * max(weights.expert_units, default=0) // mesh.expert
+    weight_bytes, state_bytes = FLOAT * weights.expert // mesh.expert, weights.expert_state // mesh.expert
+    # zero3 gathers the experts of one layer, and those of the next layer ahead.
+    return _sharded_bytes(mesh, weight_bytes, state_bytes, weights.expert_shards(mesh), 2 * unit, unit, accumulates)
+
+
+def _sharded_bytes(
+    mesh: Mesh, weights: int, state: int, num_shards: int, gathered: int, gradient_unit: int, accumulates: bool
+) -> _TrainedBytes:
+    """Return the bytes on a rank that keeps one of `num_shards` shards, as fully_shard does.
+
+    Args:
+        mesh: its `shard` says what is sharded.
+        weights: bytes of all weights that the ranks divide.
+        state: bytes of the optimizer state of these weights.
+        num_shards: 1 if the weights are not sharded.
+        gathered: bytes of weights that zero3 gathers at the same time.
+        gradient_unit: bytes of the gradients of the largest unit, which exist in full until they are scattered.
+        accumulates: whether a step has several microbatches.
     """
-    shards = 1 if mesh.shard == "none" else mesh.data
-    first, *blocks = own.units
-    gathered = FLOAT * (first + 2 * max(blocks)), FLOAT * max(own.units)
-    return _sharded(FLOAT * own.dense, own.dense_state, shards, gathered, mesh, several)
-
-
-def _expert_bytes(mesh: Mesh, own: RankWeights, several: bool) -> tuple[int, int, int]:
-    """Return the bytes of weights, gradients and optimizer state of the experts, see `_sharded`."""
-    unit = FLOAT * max(own.expert_units, default=0) // mesh.expert
-    whole, state = FLOAT * own.expert // mesh.expert, own.expert_state // mesh.expert
-    return _sharded(whole, state, own.expert_shards(mesh), (2 * unit, unit), mesh, several)
-
-
-def _sharded(
-    whole: int, state: int, shards: int, gathered: tuple[int, int], mesh: Mesh, several: bool
-) -> tuple[int, int, int]:
-    """Return the bytes of weights, gradients and optimizer state on a rank that keeps one of `shards` shards.
-
-    As in torch's fully_shard: zero2 keeps a shard beside the whole weights; zero3 gathers a unit at a time, and the
-    next one ahead. Gradients are whole until they are scattered: those of a unit; but all of them under zero2, which
-    scatters once a step, if there are `several` microbatches.
-
-    `whole` and `state` are the bytes of all weights and of their optimizer state. `gathered` are the bytes of weights
-    that zero3 gathers at most, and of gradients that are whole at most.
-    """
-    if shards == 1:
-        return whole, whole, state
-    shard, state = -(-whole // shards), -(-state // shards)
-    scattered = shard + gathered[1]
+    if num_shards == 1:
+        return _TrainedBytes(weights, weights, state)
+    shard, state_shard = -(-weights // num_shards), -(-state // num_shards)  # rounded up: fully_shard pads
+    gradients = shard + gradient_unit
     if mesh.shard == "zero2":
-        return shard + whole, whole if several else scattered, state
-    return shard + gathered[0], scattered, state
+        # All units stay gathered beside the shard. Gradients are scattered once a step: until then those of several
+        # microbatches are added in full.
+        return _TrainedBytes(shard + weights, weights if accumulates else gradients, state_shard)
+    return _TrainedBytes(shard + gathered, gradients, state_shard)
+
+
+def _copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, accumulates: bool) -> int:
+    """Return the bytes of weights in bfloat16, and of one gradient that is about to be accumulated."""
+    is_rounded = step.product_bytes < FLOAT
+    num_layers = max(1, len(spec.sparse_layer_names()))
+    experts_of_layer = weights.expert // mesh.expert // num_layers
+    num_bytes = step.product_bytes * (weights.products + experts_of_layer) if is_rounded else 0
+    if accumulates:
+        # The largest parameter: a stack of experts, of which a layer has two (three with GEGLU), or the embedding.
+        stacks_of_layer = 3 if spec.activation == "geglu" else 2
+        largest = max(experts_of_layer // stacks_of_layer, spec.vocab_size * spec.d_model // mesh.model)
+        num_bytes += largest * (FLOAT + (step.product_bytes if is_rounded else 0))
+    return num_bytes
 
 
 def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
+    """Return the bytes of the two buffers of the largest all-to-all: [rows, D] to the experts, [rows, O] back."""
     if mesh.expert == 1:
         return 0
-    sent = [slots(spec, stack, step, microbatch, mesh.expert).sent for stack in STACKS if spec.sparse_layers(stack)]
-    return 2 * step.sent_bytes * max(sent) * max(spec.d_model, *output_widths(spec).values())
+    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
+    max_rows = max(slots(spec, stack, step, microbatch, mesh.expert).sent_rows for stack in stacks)
+    return 2 * step.sent_bytes * max_rows * max(spec.d_model, *output_widths(spec).values())
 
 
-def _passing(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
-    """Gradients within a block that is computed again: of the widest tensor, behind and before what made it.
+def _vocabulary_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
+    """Return the bytes of the logits of a chunk, [chunk, V / m], and of the softmax matrix's gradient, [V / m, D].
 
-    Where nothing is, they take the room of what other blocks have kept.
+    Both take 8 bytes an element. In float32: logits and softmax; the gradient, and what one chunk adds to it. In
+    bfloat16: logits, float32 softmax and its bfloat16 copy; the float32 gradient, what a chunk adds, and the matrix.
+    """
+    chunk = min(CHUNK, microbatch * step.target)
+    return 2 * FLOAT * (spec.vocab_size // mesh.model) * (chunk + spec.d_model)
+
+
+def _recomputed_gradient_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
+    """Return the bytes of the gradients within a block that is recomputed in the backward pass.
+
+    They are two gradients of the widest tensor's size: that of a tensor, and that of what it was computed from. Without
+    recomputation they count 0, because they take the place of activations of later blocks, which are freed by then.
     """
     widest = 0
     for stack in STACKS if step.recomputed else ():
         length = step.length(stack)
         rows = microbatch * length
         if spec.sparse_layers(stack):
-            rows = max(rows, slots(spec, stack, step, microbatch, mesh.expert).rows)
-        attended = 0 if step.fused else FLOAT * microbatch * spec.num_heads * length**2
-        widest = max(widest, step.product_bytes * rows * spec.d_ff, attended)
+            rows = max(rows, slots(spec, stack, step, microbatch, mesh.expert).expert_rows)
+        hidden = step.product_bytes * rows * spec.d_ff  # [rows, F]
+        attention_weights = 0 if step.fused else FLOAT * microbatch * spec.num_heads * length**2  # [B, H, T, S]
+        widest = max(widest, hidden, attention_weights)
     return 2 * widest // mesh.model
 
 
 def activation_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> ActivationBytes:
-    """What autograd keeps of a microbatch of so many sequences on one rank.
+    """Return what autograd keeps of a microbatch of `microbatch` sequences on one rank.
 
-    Where blocks are computed again: the inputs of all, which are the residual stream, and all that the largest keeps.
+    If blocks are recomputed, this is the input of each block, and everything that the largest block keeps.
     """
-    width = FLOAT * microbatch * spec.d_model
+    position = FLOAT * microbatch * spec.d_model  # [B, D] in float32: one position of the residual stream
     blocks = {
-        (stack, layer): _block(spec, step, mesh, microbatch, stack, layer)
+        (stack, layer): _block_bytes(spec, step, mesh, microbatch, stack, layer)
         for stack in STACKS
         for layer in range(spec.num_blocks(stack))
     }
-    inputs = 0
+    block_inputs = 0
     if step.recomputed:
-        inputs = sum(width * step.length(stack) for stack, _ in blocks)
-        largest = max(blocks, key=lambda place: blocks[place].total - width * step.length(place[0]))
-        inputs -= width * step.length(largest[0])  # it is among what it keeps
+        block_inputs = sum(position * step.length(stack) for stack, _ in blocks)
+        # The input of a block is among what its first norm keeps: it counts once.
+        largest = max(blocks, key=lambda block: blocks[block].total - position * step.length(block[0]))
+        block_inputs -= position * step.length(largest[0])
         blocks = {largest: blocks[largest]}
-    # The encoder's output is kept in float32, or a copy for each product that takes it (`_block`).
-    memory = 1 if step.product_bytes == FLOAT else 0
-    norms = _norm(spec, step, microbatch * step.source, memory) + _norm(spec, step, microbatch * step.target, 0)
-    norms += width * step.target  # the loss's gradient of the hidden states
-    norms += inputs + (width * step.source if step.recomputed and not memory else 0)
-    biases = sum(_learned_bias(spec, step, stack, microbatch, mesh.model) for stack in STACKS)
-    return ActivationBytes(*map(sum, zip(ActivationBytes(norms, biases, 0, 0, 0), *blocks.values(), strict=True)))
+    # The encoder's output is kept once in float32. In bfloat16 cross-attention keeps copies of it (`_block_bytes`);
+    # recomputed blocks keep it in float32 as their input all the same.
+    is_float32 = step.product_bytes == FLOAT
+    norms = _norm(spec, step, microbatch * step.source, 1 if is_float32 else 0)
+    norms += _norm(spec, step, microbatch * step.target, 0)
+    norms += position * step.target  # gradient of the hidden states, computed by the loss in the forward pass
+    norms += block_inputs
+    if step.recomputed and not is_float32:
+        norms += position * step.source
+    biases = sum(_position_bias(spec, step, stack, microbatch, mesh.model) for stack in STACKS)
+    outside_blocks = ActivationBytes(norms, biases, 0, 0, 0)
+    return ActivationBytes(*map(sum, zip(outside_blocks, *blocks.values(), strict=True)))
 
 
-def _block(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> ActivationBytes:
-    """Return what autograd keeps of one block, in bytes."""
+def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> ActivationBytes:
+    """Return what autograd keeps of one block."""
     norms = attention = feed_forward = routers = experts = 0
     source, target, tokens = (microbatch * length for length in (step.source, step.target, step.length(stack)))
-    for part, readers in (("attention", 3), ("feed_forward", _inputs(spec))):
-        sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
-        norms += _norm(spec, step, tokens, 0 if sparse else readers)
-        if sparse:
-            places = slots(spec, stack, step, microbatch, mesh.expert)
+    # A norm's output is read by queries, keys and values, or by the first products of the feed-forward.
+    for part, num_readers in (("attention", 3), ("feed_forward", _num_input_products(spec))):
+        is_sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
+        norms += _norm(spec, step, tokens, 0 if is_sparse else num_readers)
+        if is_sparse:
+            layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
             routers += _router(spec, step, stack, tokens)
-            experts += _experts(spec, step, places, output_widths(spec)[part], mesh.model)
+            experts += _experts(spec, step, layer_slots, output_widths(spec)[part], mesh.model)
         elif part == "feed_forward":
-            feed_forward += step.product_bytes * tokens * _hidden(spec, spec.dropout) * spec.d_ff // mesh.model
+            num_hidden = _num_hidden_tensors(spec, spec.dropout)
+            feed_forward += step.product_bytes * tokens * num_hidden * spec.d_ff // mesh.model
     attention += _self_attention(spec, step, microbatch, step.length(stack), mesh.model)
     if stack == "decoder":
-        norms += _norm(spec, step, target, 1)
+        norms += _norm(spec, step, target, 1)  # before cross-attention, read by the queries
         attention += _cross_attention(spec, step, source, target, mesh.model)
         if step.product_bytes < FLOAT:
-            norms += 2 * step.product_bytes * source * spec.d_model
+            norms += 2 * step.product_bytes * source * spec.d_model  # the encoder's output, for keys and for values
     return ActivationBytes(norms, attention, feed_forward, routers, experts)
 
 
-def _norm(spec: ModelSpec, step: Step, tokens: int, readers: int) -> int:
-    """Its input, which is the residual stream, 1 / RMS, and its output.
+def _norm(spec: ModelSpec, step: Step, tokens: int, num_readers: int) -> int:
+    """Return the bytes kept of an RMS norm: its input, 1 / RMS, and its output.
 
-    Off CUDA the normed input too. The output is kept once in float32; in bfloat16 each of the `readers`, the products
-    that take it, has a copy.
+    The input is the float32 residual stream; off CUDA the normalized input is kept too. The output is kept once if
+    products are float32. In bfloat16 each of the `num_readers` products that read it keeps its own copy.
     """
     inputs = FLOAT * (1 if step.fused else 2) * spec.d_model + FLOAT
-    copies = min(readers, 1) if step.product_bytes == FLOAT else readers
+    copies = min(num_readers, 1) if step.product_bytes == FLOAT else num_readers
     return tokens * (inputs + copies * step.product_bytes * spec.d_model)
 
 
-def _inputs(spec: ModelSpec) -> int:
-    """Products that a feed-forward begins with."""
+def _num_input_products(spec: ModelSpec) -> int:
+    """Return the number of products that read the input of a feed-forward: two with GEGLU."""
     return 2 if spec.activation == "geglu" else 1
 
 
-def _hidden(spec: ModelSpec, dropout: float) -> int:
-    """Tensors of F hidden units: ReLU's result and, after dropout, its product; both inputs of GEGLU, GELU, product."""
+def _num_hidden_tensors(spec: ModelSpec, dropout: float) -> int:
+    """Return the number of [tokens, F] tensors that autograd keeps of a feed-forward.
+
+    With ReLU: its output, and the output of dropout. With GEGLU: both of its inputs, GELU(gate), and their product.
+    """
     return 4 if spec.activation == "geglu" else 1 + (dropout > 0.0)
 
 
 def _self_attention(spec: ModelSpec, step: Step, sequences: int, length: int, model: int) -> int:
-    """Queries, keys, values and their mix; sums of the softmax, or off CUDA the weights [B, H, N, S] in float32 with
-    their copy in bfloat16, and queries and keys in float32: a bias that learns has no fused kernel there."""
+    """Return the bytes kept of self-attention on one rank, between its input and its output projection."""
     c, heads = step.product_bytes, spec.num_heads // model
     tokens, width = sequences * length, heads * spec.head_width
     if step.fused:
+        # Queries, keys, values and the output, [tokens, H * K]; the softmax's logarithm of the sum, [tokens, H].
         return tokens * (4 * c * width + FLOAT * heads)
-    weights = FLOAT + (c if c < FLOAT else 0)
-    return tokens * (width * (2 * FLOAT + 2 * c) + heads * length * weights)
+    # A trained bias has no fused kernel on a CPU. Kept are queries and keys in float32, values and the output, and the
+    # attention weights [B, H, T, S] in float32, with a copy if values are bfloat16.
+    attention_weight = FLOAT + (c if c < FLOAT else 0)
+    return tokens * (width * (2 * FLOAT + 2 * c) + heads * length * attention_weight)
 
 
 def _cross_attention(spec: ModelSpec, step: Step, source: int, target: int, model: int) -> int:
+    """Return the bytes kept of cross-attention: queries and output, keys and values, [tokens, H * K] each; see above.
+
+    Its bias is a mask and not trained: the kernel is fused on every device. `source` and `target` count tokens.
+    """
     heads = spec.num_heads // model
     return 2 * step.product_bytes * heads * spec.head_width * (source + target) + FLOAT * heads * target
 
 
-def _learned_bias(spec: ModelSpec, step: Step, stack: Stack, sequences: int, model: int) -> int:
-    """Buckets of distance; on CUDA the bias of a stack, its gradient in one block, and the sum of those so far.
+def _position_bias(spec: ModelSpec, step: Step, stack: Stack, sequences: int, model: int) -> int:
+    """Return the bytes of a stack's position bias: bucket indices [T, S] in int64, and biases [B, H, T, S].
 
-    On a CPU it is kept as an input of blocks alone: the encoder's hides padding and is each sequence's own.
+    On CUDA: the bias, its gradient in one block, and the sum of the gradients so far, in the dtype of products. On a
+    CPU the bias is kept only as an input of recomputed blocks, in float32. The encoder's has a batch dim, because the
+    padding mask is added to it; the decoder's has none.
+
     """
     length, heads = step.length(stack), spec.num_heads // model
-    bias = 3 * sequences * heads * step.product_bytes if step.fused else 0
-    if step.recomputed and not step.fused:
+    bias = 0
+    if step.fused:
+        bias = 3 * sequences * heads * step.product_bytes
+    elif step.recomputed:
         bias = FLOAT * heads * (sequences if stack == "encoder" else 1)
     return length**2 * (8 + bias)
 
 
 def _router(spec: ModelSpec, step: Step, stack: Stack, tokens: int) -> int:
-    """Jitter and the input times it, or the input; the softmax, once more and its logarithm in float32; indices."""
-    width = step.router_bytes * spec.d_model * (2 if spec.router_of(stack).jitter else 1)
-    return tokens * (width + spec.num_experts * (step.router_bytes + 2 * FLOAT) + 64)
+    """Return the bytes kept of a router: input, probabilities, and the assignment.
+
+    With jitter the noise [tokens, D] is kept as well. Of size [tokens, E] are the softmax, and in float32 once more the
+    softmax and its logarithm. Choices, positions and weights take about 64 bytes a token.
+    """
+    inputs = step.router_bytes * spec.d_model * (2 if spec.router_of(stack).jitter else 1)
+    return tokens * (inputs + spec.num_experts * (step.router_bytes + 2 * FLOAT) + 64)
 
 
-def _experts(spec: ModelSpec, step: Step, places: Slots, width: int, model: int) -> int:
-    """Rows, hidden units, outputs; a mask where there is dropout; indices."""
+def _experts(spec: ModelSpec, step: Step, layer_slots: Slots, width: int, model: int) -> int:
+    """Return the bytes kept of the experts' rows: input [A, D], hidden vectors [A, F / m], output [A, O = `width`].
+
+    With dropout the mask [A, F / m] is kept as well. Weight and indices take about 25 bytes a row, and one element in
+    the dtype of products.
+    """
     dropout = spec.experts_dropout
-    hidden = (_hidden(spec, dropout) + (dropout > 0.0)) * spec.d_ff // model
-    return places.rows * (step.product_bytes * (spec.d_model + hidden + width + 1) + 25)
+    hidden = (_num_hidden_tensors(spec, dropout) + (dropout > 0.0)) * spec.d_ff // model
+    return layer_slots.expert_rows * (step.product_bytes * (spec.d_model + hidden + width + 1) + 25)

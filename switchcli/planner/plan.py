@@ -1,9 +1,9 @@
-"""Which meshes a training step fits, and how long it takes on each: arithmetic alone, no device and no process group.
+"""The plan of a training step: which meshes fit, and how long the step takes on each, by arithmetic alone.
 
-A mesh is refused by a rule (sizes that do not divide, a batch that cannot be shared) or by the memory of a device. The
-others are ranked by an estimate of the step's time: products at the given rate, or the weights' way through the
-device's memory where that takes longer; then each collective, one after the other. Nothing overlaps in it and no call
-has a latency. It is to compare meshes, not to promise a time.
+A mesh is rejected by a rule (sizes that do not divide, a batch that cannot be shared), or by the memory of a device.
+The others are ranked by an estimate of the time of a step: the time of the matrix products or, if longer, of reading
+and writing the weights, plus the time of each collective, which overlaps with nothing and has no latency. The estimate
+is for comparing meshes; it does not predict a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,101 +21,123 @@ SHARDS: tuple[Shard, ...] = ("none", "zero2", "zero3")
 
 
 class Machine(NamedTuple):
-    """The devices; every rate is one device's, a second."""
+    """The devices that a step runs on. Rates are those of one device; the defaults are about those of an A100."""
 
     devices: int
     memory_bytes: int
+    """Memory of one device."""
     flops: float = 312e12
+    """FLOP/s of matrix products."""
     memory_bandwidth: float = 2e12
+    """Bytes per second of the device's own memory."""
     bandwidth: float = 300e9
-    """Bytes to the other devices of its node."""
+    """Bytes per second that a device sends to others of its node."""
     network: float = 25e9
-    """Bytes to other nodes."""
+    """Bytes per second that a device sends to other nodes."""
     node_devices: int = 8
+    """Devices of a node."""
 
     def rate(self, collective: Collective, mesh: Mesh) -> float:
-        """Ranks of the model axis lie side by side, then those of an expert group, then the rest of the data axis."""
-        inner = {"model": 1, "expert": mesh.model, "replica": mesh.model * mesh.expert, "data": mesh.model}
-        inside = collective.ranks * inner[collective.axis] <= self.node_devices
-        return self.bandwidth if inside else self.network
+        """Return the bytes per second of a collective: `bandwidth` if each group of ranks is within a node."""
+        # Neighbors on an axis are so many ranks apart (see distributed/mesh.py), so a group spans ranks * stride.
+        strides = {"model": 1, "expert": mesh.model, "replica": mesh.model * mesh.expert, "data": mesh.model}
+        is_within_node = collective.ranks * strides[collective.axis] <= self.node_devices
+        return self.bandwidth if is_within_node else self.network
 
 
 class Fit(NamedTuple):
-    """A mesh that the step fits."""
+    """A mesh that the step fits on, with its memory, its collectives and its time."""
 
     mesh: Mesh
     microbatch: int
-    """Sequences: the most that fit, where the recipe leaves it open."""
+    """Sequences of a microbatch: as the recipe says, else the most that fit."""
     bytes: DeviceBytes
     collectives: tuple[Collective, ...]
     seconds: dict[str, float]
-    """Seconds of compute, of memory, and of the collectives of each axis."""
+    """Seconds of `compute`, of `memory`, and of the collectives of each axis (`data axis`, ...)."""
 
     @property
     def step_seconds(self) -> float:
-        apart = max(self.seconds["compute"], self.seconds["memory"])
-        return apart + sum(time for name, time in self.seconds.items() if name not in ("compute", "memory"))
+        """Estimated seconds of a step: compute and memory access overlap, collectives do not."""
+        device = max(self.seconds["compute"], self.seconds["memory"])
+        return device + sum(time for name, time in self.seconds.items() if name not in ("compute", "memory"))
 
     @property
     def bound_by(self) -> str:
+        """What takes most of the time: a key of `seconds`."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 class Rejection(NamedTuple):
-    """A mesh that it does not fit, and why, in words with the numbers."""
+    """A mesh that the step does not fit on, and the reason with its numbers."""
 
     mesh: Mesh
     kind: Literal["rule", "batch", "memory"]
     reason: str
     bytes_needed: int = 0
-    """Where memory is the reason."""
+    """Memory that a device would need; 0 unless memory is the reason."""
 
 
 class Plan(NamedTuple):
+    """All meshes of a number of devices, divided into those that fit and those that do not."""
+
     fits: tuple[Fit, ...]
     """The fastest first."""
     rejected: tuple[Rejection, ...]
 
     def reasons(self) -> list[tuple[str, int]]:
-        """Return why meshes are refused, and how many for each reason; memory last, what needs least of it first.
+        """Return each reason for rejecting meshes, and the number of these meshes.
 
-        The ways to shard one mesh that does not fit in memory are one reason: that of the way which needs least.
+        Rules and batches come first, then memory, the smallest need first. The ways to shard one mesh that does not fit
+        into memory are one entry, with the reason of the one that needs least.
         """
-        counts: dict[object, tuple[str, int]] = {}
-        for one in sorted(self.rejected, key=lambda one: (one.kind == "memory", one.bytes_needed)):
-            key = one.mesh._replace(shard="none") if one.kind == "memory" else one.reason
-            words = f"{one.mesh}: {one.reason}" if one.kind == "memory" else one.reason
-            first, meshes = counts.get(key, (words, 0))
-            counts[key] = (first, meshes + 1)
-        return list(counts.values())
+        entries: dict[object, tuple[str, int]] = {}
+        for rejection in sorted(self.rejected, key=lambda one: (one.kind == "memory", one.bytes_needed)):
+            key: object = rejection.reason
+            text = rejection.reason
+            if rejection.kind == "memory":
+                key = rejection.mesh._replace(shard="none")
+                text = f"{rejection.mesh}: {rejection.reason}"
+            first_text, num_meshes = entries.get(key, (text, 0))
+            entries[key] = (first_text, num_meshes + 1)
+        return list(entries.values())
 
 
 def plan(
-    spec: ModelSpec, step: Step, machine: Machine, microbatch: int | None, held_by: Mapping[int, RankWeights]
+    spec: ModelSpec, step: Step, machine: Machine, microbatch: int | None, weights_by_model: Mapping[int, RankWeights]
 ) -> Plan:
-    """Every mesh of the machine's devices. `held_by` has `held` for each model axis of `model_axes`.
+    """Return which meshes of the machine's devices the step fits on.
 
-    `microbatch` counts sequences; None leaves the choice to the plan.
+    Args:
+        spec: the model.
+        step: the batch and its precision.
+        machine: the devices.
+        microbatch: sequences of a microbatch; None for the most that fit.
+        weights_by_model: `rank_weights` by the size of the model axis, for each of `model_axes`.
     """
-    fits, refused = [], []
+    fits, rejected = [], []
     for mesh in meshes(spec, machine.devices):
-        if broken := mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, microbatch):
-            refused.append(broken)
+        violation = mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, microbatch)
+        if violation:
+            rejected.append(violation)
             continue
-        own, share = held_by[mesh.model], step.sequences // mesh.data
-        sizes = [microbatch] if microbatch else microbatch_sizes(share, spec.group_sequences)
-        needed = {size: device_bytes(spec, step, mesh, own, size) for size in sizes}
+        weights = weights_by_model[mesh.model]
+        sizes = [microbatch] if microbatch else microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
+        needed = {size: device_bytes(spec, step, mesh, weights, size) for size in sizes}
         size = next((size for size in sizes if needed[size].total <= machine.memory_bytes), None)
         if size is None:
-            refused.append(_too_much(mesh, needed[sizes[-1]], machine, sizes[-1]))
+            smallest = sizes[-1]
+            rejected.append(_memory_violation(mesh, needed[smallest], machine, smallest))
             continue
-        calls = collectives(spec, step, mesh, own, size)
-        fits.append(Fit(mesh, size, needed[size], calls, _seconds(spec, step, machine, mesh, own, size, calls)))
-    return Plan(tuple(sorted(fits, key=lambda fit: (fit.step_seconds, fit.bytes.total))), tuple(refused))
+        calls = collectives(spec, step, mesh, weights, size)
+        seconds = _seconds(spec, step, machine, mesh, weights, size, calls)
+        fits.append(Fit(mesh, size, needed[size], calls, seconds))
+    fits.sort(key=lambda fit: (fit.step_seconds, fit.bytes.total))
+    return Plan(tuple(fits), tuple(rejected))
 
 
 def meshes(spec: ModelSpec, devices: int) -> Iterator[Mesh]:
-    """Every data x model of so many devices, with the experts over each part of the data axis."""
+    """Yield every mesh of `devices` devices, also those that the sizes of the model do not allow."""
     for model in divisors(devices):
         data = devices // model
         for expert in divisors(data) if spec.num_experts > 1 else [1]:
@@ -124,27 +146,30 @@ def meshes(spec: ModelSpec, devices: int) -> Iterator[Mesh]:
 
 
 def model_axes(spec: ModelSpec, devices: int) -> list[int]:
-    """The model axes that the model's sizes allow."""
+    """Return the sizes of the model axis that the sizes of the model allow, ascending."""
     return [model for model in divisors(devices) if mesh_violation(spec, Mesh(devices // model, 1, model)) is None]
 
 
 def divisors(number: int) -> list[int]:
-    """In order."""
+    """Return the divisors of a positive number, ascending."""
     small = [divisor for divisor in range(1, int(number**0.5) + 1) if number % divisor == 0]
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
-def microbatch_sizes(share: int, group: int) -> list[int]:
-    """Sequences that a microbatch may have, of a rank's share in whole groups; the most first."""
-    return [size * group for size in reversed(divisors(share // group))]
+def microbatch_sizes(rank_sequences: int, group_sequences: int) -> list[int]:
+    """Return the possible sizes of a microbatch in sequences, descending.
+
+    They divide the `rank_sequences` of a rank into equal microbatches of whole routing groups.
+    """
+    return [num_groups * group_sequences for num_groups in reversed(divisors(rank_sequences // group_sequences))]
 
 
 def mesh_violation(spec: ModelSpec, mesh: Mesh) -> Rejection | None:
-    """The model's sizes against the axes."""
+    """Return why the sizes of the model do not allow the mesh; None if they do."""
     for key, size in indivisible_sizes(spec, mesh.model):
         return Rejection(mesh, "rule", f"{key} ({size}) must be a multiple of the model axis ({mesh.model})")
     if not divides_experts(spec, mesh.model):
-        return Rejection(mesh, "rule", f"a model axis ({mesh.model}) does not divide experts of an attention")
+        return Rejection(mesh, "rule", f"a model axis ({mesh.model}) cannot divide the experts of an attention")
     if spec.num_experts % mesh.expert:
         reason = f"model.num_experts ({spec.num_experts}) must be a multiple of the expert axis ({mesh.expert})"
         return Rejection(mesh, "rule", reason)
@@ -152,47 +177,58 @@ def mesh_violation(spec: ModelSpec, mesh: Mesh) -> Rejection | None:
 
 
 def batch_violation(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int | None) -> Rejection | None:
-    """The batch against the data axis."""
-    share, rest = divmod(step.sequences, mesh.data)
+    """Return why the data axis cannot share the batch; None if it can."""
+    rank_sequences, remainder = divmod(step.sequences, mesh.data)
     ranks, group = f"{mesh.data} ranks of the data axis", spec.group_sequences
     reason = None
-    if rest or not share:
+    if remainder or not rank_sequences:
         reason = f"train.batch_tokens holds {step.sequences} sequences, which {ranks} cannot share evenly"
-    elif share % group:
-        reason = f"{share} sequences on each of {ranks} are no whole groups of {group} (model.router.group_sequences)"
-    elif microbatch and share % microbatch:
-        reason = f"train.microbatch_tokens, {microbatch} sequences, must divide the {share} on each of {ranks}"
+    elif rank_sequences % group:
+        reason = (
+            f"{rank_sequences} sequences on each of {ranks} are not whole groups of {group} "
+            "(model.router.group_sequences)"
+        )
+    elif microbatch and rank_sequences % microbatch:
+        reason = f"train.microbatch_tokens, {microbatch} sequences, must divide the {rank_sequences} on each of {ranks}"
     return None if reason is None else Rejection(mesh, "batch", reason)
 
 
-def _too_much(mesh: Mesh, needed: DeviceBytes, machine: Machine, size: int) -> Rejection:
-    parts = ", ".join(f"{name} {value / GIB:.3g}" for name, value in needed._asdict().items() if value)
-    total, there = f"{needed.total / GIB:.3g} GiB", f"{machine.memory_bytes / GIB:.3g} GiB"
-    reason = f"needs {total} a device, which has {there}, with {size} sequences a microbatch: {parts}"
+def _memory_violation(mesh: Mesh, needed: DeviceBytes, machine: Machine, microbatch: int) -> Rejection:
+    parts = ", ".join(f"{name} {num_bytes / GIB:.3g}" for name, num_bytes in needed._asdict().items() if num_bytes)
+    total, available = f"{needed.total / GIB:.3g} GiB", f"{machine.memory_bytes / GIB:.3g} GiB"
+    reason = f"needs {total} a device, which has {available}, with microbatches of {microbatch} sequences: {parts}"
+
     return Rejection(mesh, "memory", reason, needed.total)
 
 
 def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
-    """Products of a device in a step, forward and backward, and again where blocks are computed again: not the logits.
+    """Return the FLOPs of a device's matrix products in a step: forward, backward and recomputation.
 
-    Those of `count`, with the rows that the experts do compute instead of one expert a token, and the routers' own,
-    which every rank of the model axis takes.
+    They are those of `count`, except that experts compute the rows that they get, where `count` has the experts that a
+    token is meant to pass, and that routers are included.
     """
     sequences = step.sequences / mesh.data
-    counted = count(spec, step.source, step.target)
-    forward = counted.flops * sequences
+    counts = count(spec, step.source, step.target)
+    forward = counts.flops * sequences
     routing = 0.0
-    experts = spec.num_experts * sum(len(spec.sparse_layers(stack)) for stack in STACKS)
+    num_experts = spec.num_experts * sum(len(spec.sparse_layers(stack)) for stack in STACKS)
     for stack in STACKS:
-        if layers := len(spec.sparse_layers(stack)):
-            tokens = step.length(stack) * sequences
-            chosen = tokens * spec.router_of(stack).experts_per_token
-            rows = slots(spec, stack, step, microbatch, mesh.expert).rows * sequences / microbatch
-            forward += 2 * layers * (rows - chosen) * counted.expert / experts
-            routing += 2 * layers * len(output_widths(spec)) * tokens * spec.num_experts * spec.d_model
-    again = forward - 2 * spec.vocab_size * spec.d_model * step.target * sequences if step.recomputed else 0.0
+        num_layers = len(spec.sparse_layers(stack))
+        if not num_layers:
+            continue
+        tokens = step.length(stack) * sequences
+        counted_rows = tokens * spec.router_of(stack).experts_per_token
+        computed_rows = slots(spec, stack, step, microbatch, mesh.expert).expert_rows * sequences / microbatch
+        # Two FLOPs for each row and parameter of one expert.
+        forward += 2 * num_layers * (computed_rows - counted_rows) * counts.expert / num_experts
+        # Two for each element of W [E, D] and token.
+        routing += 2 * num_layers * len(output_widths(spec)) * tokens * spec.num_experts * spec.d_model
+    # Recomputation repeats the forward pass of the blocks, but not the logits.
+    logits = 2 * spec.vocab_size * spec.d_model * step.target * sequences
+    recomputed = forward - logits if step.recomputed else 0.0
     routing *= FORWARD_AND_BACKWARD + step.recomputed
-    return (FORWARD_AND_BACKWARD * forward + again) / mesh.model + routing
+    # Every rank of the model axis computes all logits of the routers.
+    return (FORWARD_AND_BACKWARD * forward + recomputed) / mesh.model + routing
 
 
 def _seconds(
@@ -200,20 +236,22 @@ def _seconds(
     step: Step,
     machine: Machine,
     mesh: Mesh,
-    own: RankWeights,
+    weights: RankWeights,
     microbatch: int,
     calls: tuple[Collective, ...],
 ) -> dict[str, float]:
-    """A weight is read forward (perhaps twice) and backward and its gradient written in each microbatch; the optimizer
-    reads both twice and writes the weight."""
-    experts, microbatches = own.expert / mesh.expert, step.sequences // mesh.data // microbatch
-    updated = experts / own.expert_shards(mesh) + own.dense / (1 if mesh.shard == "none" else mesh.data)
-    moved = FLOAT * ((3 + step.recomputed) * microbatches * (own.dense + experts) + 5 * updated)
+    """Return the seconds of compute, of access to the device's memory, and of the collectives of each axis."""
+    experts, num_microbatches = weights.expert / mesh.expert, step.sequences // mesh.data // microbatch
+    # In each microbatch a weight is read forward (twice if recomputed) and backward, and its gradient is written.
+    accesses = (3 + step.recomputed) * num_microbatches * (weights.dense + experts)
+    # The optimizer reads weight and gradient twice, and writes the weight; each rank updates its shard.
+    dense_shards = 1 if mesh.shard == "none" else mesh.data
+    accesses += 5 * (experts / weights.expert_shards(mesh) + weights.dense / dense_shards)
     seconds = {
         "compute": flops_of(spec, step, mesh, microbatch) / machine.flops,
-        "memory": moved / machine.memory_bandwidth,
+        "memory": FLOAT * accesses / machine.memory_bandwidth,
     }
     for call in calls:
-        name = f"{call.axis} axis"
-        seconds[name] = seconds.get(name, 0.0) + call.network_bytes / machine.rate(call, mesh)
+        axis = f"{call.axis} axis"
+        seconds[axis] = seconds.get(axis, 0.0) + call.network_bytes / machine.rate(call, mesh)
     return seconds

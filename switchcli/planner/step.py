@@ -1,10 +1,9 @@
-"""What a rank holds of a model, and how many rows its experts get: the numbers that the planner counts with.
+"""The inputs of the planner: a mesh, the batch of a step, the weights of one rank, and the rows that experts compute.
 
-Legend: G groups, E experts, C slots an expert, A rows, D model, F hidden, O outputs.
+Legend: G groups, E experts, C slots of an expert, D model, F hidden, O outputs.
 
-A mesh is data x model devices. The experts lie over groups of ranks of the data axis; the model axis divides heads,
-d_ff (of experts too) and the vocabulary. Names and shapes are those of the model itself, made on `meta`: no tensor
-takes memory, of a trillion parameters neither.
+Weights, optimizer state and routing are those of the real code on the `meta` device, where tensors have names and
+shapes but no memory. So a model of a trillion parameters can be planned on any machine.
 """
 
 from collections import Counter
@@ -21,23 +20,24 @@ from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.moe.router import RouterSpec
 
 FLOAT = 4
-"""Bytes of a weight, of its gradient, and of an element of the residual stream."""
+"""Bytes of a float32: a weight, its gradient, or an element of the residual stream."""
 
 Tensors = Mapping[str, torch.Tensor]
 """Tensors on `meta`, by name."""
 
 
 class Mesh(NamedTuple):
-    """`data` x `model` devices. Experts lie over groups of `expert` ranks of the data axis; each has data / expert
-    replicas. `shard` says how ranks divide weights that each of them would hold."""
+    """A mesh of `data` x `model` devices (see distributed/mesh.py). Each has weights divided as `shard` says."""
 
     data: int
     expert: int = 1
+    """Ranks of the data axis that together hold all experts; data / expert such groups are replicas of each other."""
     model: int = 1
     shard: Shard = "none"
 
     @property
     def replicas(self) -> int:
+        """Number of ranks that hold the same experts, for each rank of the model axis."""
         return self.data // self.expert
 
     def __str__(self) -> str:
@@ -46,127 +46,170 @@ class Mesh(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The batch of one optimizer step, and what it is computed in."""
+    """The batch of one optimizer step, and how it is computed."""
 
     sequences: int
     source: int
+    """Length of the encoder's sequences, in tokens."""
     target: int
+    """Length of the decoder's sequences, in tokens."""
     product_bytes: int = 2
-    """Bytes of an element in the type of products: 4 is float32, 2 bfloat16."""
+    """Bytes of an element in the dtype of matrix products: 4 for float32, 2 for bfloat16."""
     router_bytes: int = FLOAT
-    """Bytes of an element in the type of the routers' products: 2 in the paper's bfloat16 arm only."""
+    """Bytes of an element in the dtype of the routers: 2 only for the paper's bfloat16 baseline (Table 2)."""
     fused: bool = True
-    """Attention keeps no [B, H, N, S] and a norm keeps its input only, as on CUDA. False: as on a CPU."""
+    """Whether attention keeps no [B, H, T, S] tensor, and a norm keeps only its input: true on CUDA, false on a CPU."""
     recomputed: bool = False
-    """Blocks keep their inputs alone and are computed again on the way back (`train.activation_checkpointing`)."""
+    """Whether blocks keep only their inputs and run again in the backward pass (`train.activation_checkpointing`)."""
 
     comm_bytes: int | None = None
-    """Bytes of an element of dispatched tokens and of sums over the model axis; None: those of products."""
+    """Bytes of an element of dispatched tokens and of sums over the model axis; None: `product_bytes`."""
     ordered: bool = False
-    """Gradients are added up by `parallel.reduction: ordered`."""
+    """Whether gradients are added in a fixed order (`parallel.reduction: ordered`)."""
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of an element that travels."""
+        """Bytes of an element of dispatched tokens and of sums over the model axis."""
         return self.comm_bytes or self.product_bytes
 
     def length(self, stack: Stack) -> int:
+        """Return the number of tokens of one sequence in a stack."""
         return self.source if stack == "encoder" else self.target
 
 
 class RankWeights(NamedTuple):
-    """What one rank of the model axis has of the model, before the data axis shares it; parameters and bytes."""
+    """Sizes of what one rank of the model axis holds, before the expert axis and the data axis divide it.
+
+    Weights are counted in parameters, optimizer state in bytes.
+    """
 
     dense: int
     """Parameters outside the experts."""
     expert: int
     """Parameters of all experts."""
     products: int
-    """Parameters that autocast copies to bfloat16, and autograd keeps until the backward pass: dense weights."""
+    """Parameters that autocast copies to bfloat16 and autograd keeps until the backward pass: the matrices of the
+    blocks outside the experts."""
     units: tuple[int, ...]
-    """Dense parameters that ZeRO gathers at a time: those in no block first, then those of each block."""
+    """Dense parameters of each unit that fully_shard gathers at a time: first those outside the blocks, then those of
+    each block."""
     expert_units: tuple[int, ...]
-    """Parameters of the experts of each sparse layer, all of them: what ZeRO gathers at a time, times `Mesh.expert`."""
+    """Parameters of all experts of each sparse layer. A unit of fully_shard is one of them divided by `Mesh.expert`."""
     expert_shapes: tuple[tuple[int, int], ...]
-    """The first two dims of the stacked weights, each pair once."""
+    """First two dims of the stacked weights, each pair once: (E, F / m) and (E, O) for m ranks of the model axis."""
     dense_state: int
     """Bytes of optimizer state outside the experts."""
     expert_state: int
     """Bytes of optimizer state of all experts."""
 
     def expert_shards(self, mesh: Mesh) -> int:
-        """Return among how many replicas the experts of a rank are divided; 1 where each replica has all of them."""
-        shapes = [(count // mesh.expert, width) for count, width in self.expert_shapes]
-        return mesh.replicas if mesh.shard != "none" and even_dim(shapes, mesh.replicas) is not None else 1
+        """Return the number of shards into which replicas divide the experts; 1 if every replica has them in full."""
+        if mesh.shard == "none":
+            return 1
+        local_shapes = [(num_experts // mesh.expert, width) for num_experts, width in self.expert_shapes]
+        return 1 if even_dim(local_shapes, mesh.replicas) is None else mesh.replicas
 
 
 def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
-    """What each of `model` ranks of the model axis has of the named `weights`, and of the optimizer's `state` for them.
+    """Return what each of `model` ranks of the model axis holds.
 
-    Which moments are factored is decided by the whole weight, so that the update is the same at any sharding.
+    Args:
+        weights: the parameters of the unsharded model.
+        state: the optimizer state of these parameters, by `<parameter>/<slot>`. Which moments are factored depends on
+            the full weights, so the slots are the same at any sharding.
+        model: the number of ranks on the model axis.
     """
-    units, expert_units, shapes = {"": 0}, Counter[str](), dict[tuple[int, int], None]()
-    sums = dict.fromkeys(("dense", "expert", "products", "dense_state", "expert_state"), 0)
+    dense = expert = products = 0
+    units, expert_units, expert_shapes = Counter({"": 0}), Counter[str](), dict[tuple[int, int], None]()
     for name, weight in weights.items():
         dim = sharded_dim(name)
-        parts = 1 if dim is None else model
-        numel = weight.numel() // parts
-        sums["expert" if is_stacked(name) else "dense"] += numel
+        numel = weight.numel() // (1 if dim is None else model)
         if is_stacked(name):
-            expert_units[name.rpartition(".")[0]] += numel
-            shapes[weight.shape[0], weight.shape[1] // (parts if dim == 1 else 1)] = None
+            expert += numel
+            layer = name.rpartition(".")[0]
+            expert_units[layer] += numel
+            width = weight.shape[1] // (model if dim == 1 else 1)
+            expert_shapes[weight.shape[0], width] = None
             continue
-        stack, _, rest = name.partition(".blocks.")
-        unit = f"{stack}.{rest.split('.')[0]}" if rest else ""
-        units[unit] = units.get(unit, 0) + numel
-        sums["products"] += numel if rest and dim is not None else 0
+        dense += numel
+        # `encoder.blocks.3.norm.weight` belongs to the unit `encoder.3`, a name without `.blocks.` to the unit "".
+        stack, _, name_in_blocks = name.partition(".blocks.")
+        unit = f"{stack}.{name_in_blocks.split('.')[0]}" if name_in_blocks else ""
+        units[unit] += numel
+        if name_in_blocks and dim is not None:  # norms and routers are not divided, and not computed in bfloat16
+            products += numel
+    dense_state = expert_state = 0
     for name, tensor in state.items():
-        owner, _, slot = name.rpartition("/")
+        parameter, _, slot = name.rpartition("/")
         num_bytes = tensor.numel() * tensor.element_size()
-        dim = sharded_dim(owner)
-        if owner in weights and tensor.ndim and dim not in (None, reduced_dim(slot, weights[owner].ndim)):
+        dim = sharded_dim(parameter)
+        # A slot is divided as its parameter is, unless it is a mean over the divided dim, or a scalar such as a step.
+        if parameter in weights and tensor.ndim and dim not in (None, reduced_dim(slot, weights[parameter].ndim)):
             num_bytes //= model
-        sums["expert_state" if is_stacked(name) else "dense_state"] += num_bytes
+        if is_stacked(name):
+            expert_state += num_bytes
+        else:
+            dense_state += num_bytes
     return RankWeights(
-        units=tuple(units.values()), expert_units=tuple(expert_units.values()), expert_shapes=tuple(shapes), **sums
+        dense,
+        expert,
+        products,
+        tuple(units.values()),
+        tuple(expert_units.values()),
+        tuple(expert_shapes),
+        dense_state,
+        expert_state,
     )
 
 
 class Slots(NamedTuple):
-    """Slots and rows of one sparse layer in one microbatch."""
+    """Slots and rows of one sparse layer in one microbatch on one rank."""
 
     capacity: int
     """C: slots of each expert in a group."""
-    sent: int
-    """Rows that a rank hands to the others, E * G * C: empty slots travel too. `counted`: a row for each choice."""
-    counted: bool
-    """Whether ranks tell each other how many rows come: where an expert has a slot for every token."""
-    rows: int
+    sent_rows: int
+    """Rows that a rank sends over the expert axis: E * G * C, since empty slots are sent too; if `is_dropless`, one for
+    each expert that a token chooses."""
+    is_dropless: bool
+    """Whether an expert has a slot for every token of a group. Ranks then tell each other first how many rows come."""
+    expert_rows: int
     """A: rows that the experts of a rank compute."""
 
 
 def slots(spec: ModelSpec, stack: Stack, step: Step, microbatch: int, expert: int) -> Slots:
-    """What the router of `stack` gives in training, asked on `meta`; `microbatch` counts sequences."""
+    """Return the slots of a sparse layer in training, from a call of the router on `meta`.
+
+    `microbatch` is the number of sequences of a microbatch, `expert` the number of ranks on the expert axis.
+    """
     rule = spec.router_of(stack)
-    length = step.length(stack)
-    groups = microbatch // rule.group_sequences
-    tokens = rule.group_sequences * length
-    capacity, most = _assigned(rule, tokens, spec.num_experts)
-    counted = capacity >= tokens
-    sent = groups * most if counted else spec.num_experts * groups * capacity
-    return Slots(capacity, sent, counted, groups * most if expert == 1 else sent)
+    num_groups = microbatch // rule.group_sequences
+    group_tokens = rule.group_sequences * step.length(stack)
+    capacity, max_filled = _slots_of_group(rule, group_tokens, spec.num_experts)
+    is_dropless = capacity >= group_tokens
+    sent_rows = num_groups * (max_filled if is_dropless else spec.num_experts * capacity)
+    # Without an expert axis only filled slots are computed. With one of R ranks, the E / R experts of a rank compute
+    # the slots of R ranks: E / R * R * G * C rows. If dropless, they compute as many rows as a rank sends, if the
+    # experts have equal loads.
+
+    expert_rows = num_groups * max_filled if expert == 1 else sent_rows
+    return Slots(capacity, sent_rows, is_dropless, expert_rows)
 
 
 @cache
-def _assigned(rule: RouterSpec, group_tokens: int, num_experts: int) -> tuple[int, int]:
-    """C, and the most slots that can be filled, of one group."""
+def _slots_of_group(rule: RouterSpec, group_tokens: int, num_experts: int) -> tuple[int, int]:
+    """Return C, and the largest number of slots that can be filled, of one group."""
     with torch.device("meta"):
-        logits, real = torch.empty(1, group_tokens, num_experts), torch.empty(1, group_tokens, dtype=torch.bool)
-        routing = rule.assign(logits, real, "training")
+        logits_1NE = torch.empty(1, group_tokens, num_experts)
+        real_1N = torch.empty(1, group_tokens, dtype=torch.bool)
+        routing = rule.assign(logits_1NE, real_1N, "training")
     return routing.token_GEC.shape[2], routing.max_filled_slots
 
 
 def output_widths(spec: ModelSpec) -> dict[str, int]:
-    """O of each routed part: a Switch attention's experts give queries, and keys and values in one."""
+    """Return O, the number of outputs of an expert, for each routed part of a block.
+
+    An expert of a Switch attention (Appendix A) returns a query, and one vector that is both key and value.
+
+    """
     widths = {"attention": 2 * spec.num_heads * spec.head_width, "feed_forward": spec.d_model}
     return {part: width for part, width in widths.items() if spec.sparse in (part, "both")}

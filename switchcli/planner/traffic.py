@@ -1,11 +1,14 @@
-"""The collectives of a training step on one rank of a mesh: kind, axis, how often, bytes (paper section 5).
+"""The collectives of a training step on one rank of a mesh: kind, axis, number of calls, bytes (paper section 5).
 
-Legend: G groups of a rank's microbatch, E experts, C slots, D model, O outputs.
+Legend: G groups of a rank's microbatch, E experts, C slots of an expert, D model, F hidden, O outputs.
 
-Rules: to sum over a divided dim costs an all-reduce forward and one backward; tokens reach the experts by an all-to-all
-each way, mirrored backward, of E * G * C rows, as many for any number of experts at a fixed capacity factor but for the
-rounding of C and its least number. Where blocks are computed again, what they send forward is sent twice. Counts of
-targets, norms and metrics, a few numbers a step, are left out, as are Adafactor's sums over divided rows and columns.
+- A sum over a dim that the model axis divides takes an all-reduce forward and one backward.
+- Dispatched tokens take an all-to-all to the experts and one back, and both again in the backward pass. Each moves
+  E * G * C rows; at a fixed capacity factor this does not depend on E, apart from the rounding of C and its minimum.
+- If blocks are recomputed, their forward collectives run twice.
+
+Left out are collectives of a few numbers a step (counts of targets, norms, metrics), and Adafactor's sums over sharded
+rows and columns.
 """
 
 from collections import Counter
@@ -15,9 +18,12 @@ from typing import Literal, NamedTuple
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, output_widths, slots
 
+INT64 = 8
+"""Bytes of an index or a count."""
+
 Kind = Literal["all_reduce", "all_to_all", "all_gather", "reduce_scatter"]
 Axis = Literal["data", "expert", "replica", "model"]
-"""`expert` and `replica` are parts of the data axis: ranks that hold other experts, and those that hold the same."""
+"""`expert` and `replica` are parts of the data axis: ranks with other experts, and ranks with the same experts."""
 
 
 class Collective(NamedTuple):
@@ -26,115 +32,150 @@ class Collective(NamedTuple):
     kind: Kind
     axis: Axis
     ranks: int
-    """Ranks that take part."""
+    """Number of ranks that take part."""
     what: str
+    """What is sent."""
     calls: int
-    """In a step; the parts in which a gradient is summed count as one."""
+    """Calls in a step. A gradient that is summed in several buckets counts as one."""
     payload_bytes: int
-    """What one rank hands to one call: of an all-gather its own shard."""
+    """Bytes that one rank passes to one call: its own shard for an all-gather, the full tensor for the others."""
 
     @property
     def network_bytes(self) -> int:
-        """What leaves a rank in a step, by the ring where there is one."""
-        ways = {"all_reduce": 2.0, "all_to_all": 1.0, "reduce_scatter": 1.0, "all_gather": float(self.ranks)}
-        return round(self.calls * self.payload_bytes * ways[self.kind] * (self.ranks - 1) / self.ranks)
+        """Bytes that leave a rank in a step.
+
+        Of R ranks each sends (R - 1) / R of an all-to-all, to the others. In a ring, a reduce-scatter sends (R - 1) / R
+        of the tensor, an all-gather R - 1 shards, and an all-reduce is one after the other.
+        """
+        tensors_sent = {"all_reduce": 2.0, "all_to_all": 1.0, "reduce_scatter": 1.0, "all_gather": float(self.ranks)}
+        return round(self.calls * self.payload_bytes * tensors_sent[self.kind] * (self.ranks - 1) / self.ranks)
 
 
-def collectives(spec: ModelSpec, step: Step, mesh: Mesh, own: RankWeights, microbatch: int) -> tuple[Collective, ...]:
-    """All of a step with microbatches of so many sequences; `own` is `held` for the model axis."""
-    microbatches = step.sequences // mesh.data // microbatch
-    found = [
-        *_gradients(mesh, own, microbatches),
-        *_tokens(spec, step, mesh, microbatch, microbatches),
-        *_model_axis(spec, step, mesh, microbatch, microbatches),
+def collectives(
+    spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, microbatch: int
+) -> tuple[Collective, ...]:
+    """Return all collectives of a step with microbatches of `microbatch` sequences.
+
+    `weights` are `rank_weights` for the model axis of `mesh`.
+    """
+    num_microbatches = step.sequences // mesh.data // microbatch
+    candidates = [
+        *_gradients(mesh, weights, num_microbatches),
+        *_tokens(spec, step, mesh, microbatch, num_microbatches),
+        *_model_axis(spec, step, mesh, microbatch, num_microbatches),
     ]
-    return tuple(each for each in found if each.ranks > 1 and each.calls and each.payload_bytes)
+    return tuple(call for call in candidates if call.ranks > 1 and call.calls and call.payload_bytes)
 
 
-def _gradients(mesh: Mesh, own: RankWeights, microbatches: int) -> Iterator[Collective]:
-    """Once a step, after its last microbatch; zero3 gathers and scatters in each of them.
+def _gradients(mesh: Mesh, weights: RankWeights, num_microbatches: int) -> Iterator[Collective]:
+    """Yield the sums of gradients, and the all-gathers of sharded weights.
 
-    fully_shard keeps what is in no block, the first unit, from the forward pass on: it is gathered once. To compute a
-    block again gathers nothing more: it is there for its way back.
+    Gradients are reduced once a step, after the last microbatch; with zero3, in each microbatch. zero2 gathers a unit
+    once a step. zero3 gathers it twice in each microbatch: before the forward and before the backward pass. The first
+    unit, the weights outside the blocks, stays gathered in between. Recomputation gathers nothing more: it is part of
+    the backward pass of a block, for which the block is gathered.
     """
     data = mesh.data
-    reduced = 1 if mesh.shard != "zero3" else microbatches  # times a step; zero3 gathers twice as often
+    num_reductions = num_microbatches if mesh.shard == "zero3" else 1
+    gathers_per_reduction = 2 if mesh.shard == "zero3" else 1
     if mesh.shard == "none":
-        yield Collective("all_reduce", "data", data, "dense gradients", 1, FLOAT * own.dense)
+        yield Collective("all_reduce", "data", data, "dense gradients", 1, FLOAT * weights.dense)
     else:
-        gathers = Counter({own.units[0]: reduced})
-        gathers.update([*own.units[1:]] * (reduced if mesh.shard == "zero2" else 2 * reduced))
-        for unit, count in gathers.items():
-            shard = -(-FLOAT * unit // data)
-            yield Collective("all_gather", "data", data, "dense weights", count, shard)
-        for unit, count in Counter(own.units).items():
-            yield Collective("reduce_scatter", "data", data, "dense gradients", count * reduced, FLOAT * unit)
+        # Units of equal size become one entry: numbers of calls by the size of the unit.
+        outside_blocks, *blocks = weights.units
+        gathers = Counter({outside_blocks: num_reductions})
+        for unit in blocks:
+            gathers[unit] += num_reductions * gathers_per_reduction
+
+        for unit, calls in gathers.items():
+            shard = -(-FLOAT * unit // data)  # rounded up: fully_shard pads
+            yield Collective("all_gather", "data", data, "dense weights", calls, shard)
+        for unit, num_units in Counter(weights.units).items():
+            calls = num_units * num_reductions
+            yield Collective("reduce_scatter", "data", data, "dense gradients", calls, FLOAT * unit)
     axis: Axis = "data" if mesh.expert == 1 else "replica"
-    shards = own.expert_shards(mesh)
-    if shards == 1:
-        experts = FLOAT * own.expert // mesh.expert
+    num_shards = weights.expert_shards(mesh)
+    if num_shards == 1:
+        experts = FLOAT * weights.expert // mesh.expert
         yield Collective("all_reduce", axis, mesh.replicas, "expert gradients", 1, experts)
         return
-    for unit, layers in Counter(own.expert_units).items():
-        payload, count = FLOAT * unit // mesh.expert, layers * reduced
-        gathered = count if mesh.shard == "zero2" else 2 * count
-        yield Collective("all_gather", axis, mesh.replicas, "expert weights", gathered, payload // shards)
-        yield Collective("reduce_scatter", axis, mesh.replicas, "expert gradients", count, payload)
+    for unit, num_layers in Counter(weights.expert_units).items():
+        payload, calls = FLOAT * unit // mesh.expert, num_layers * num_reductions
+        gathers_of_unit = calls * gathers_per_reduction
+        yield Collective("all_gather", axis, mesh.replicas, "expert weights", gathers_of_unit, payload // num_shards)
+        yield Collective("reduce_scatter", axis, mesh.replicas, "expert gradients", calls, payload)
 
 
-def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
-    """The way there and back, forward and backward. With a slot for every token the numbers of rows go first, int64."""
-    forward = _forward(step) * microbatches
+def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microbatches: int) -> Iterator[Collective]:
+    """Yield the all-to-alls of dispatched tokens, and what goes with them (see distributed/expert_parallel.py)."""
+    if mesh.expert == 1:
+        return
+    widths = output_widths(spec)
     for stack in STACKS:
-        if mesh.expert == 1 or not (layers := len(spec.sparse_layers(stack))):
+        num_layers = len(spec.sparse_layers(stack))
+        if not num_layers:
             continue
-        places = slots(spec, stack, step, microbatch, mesh.expert)
-        rows = step.sent_bytes * places.sent
-        calls, name = layers * (forward + microbatches), f"{stack} tokens"
-        for part, width in output_widths(spec).items():
-            of = name if spec.sparse == "feed_forward" else f"{name} of {part}"
-            yield Collective("all_to_all", "expert", mesh.expert, f"{of}, there", calls, rows * spec.d_model)
-            yield Collective("all_to_all", "expert", mesh.expert, f"{of}, back", calls, rows * width)
+        layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
+        forward = num_layers * _num_forwards(step) * num_microbatches
+        forward_and_backward = forward + num_layers * num_microbatches
+        bytes_per_column = step.sent_bytes * layer_slots.sent_rows  # of [rows, D] and [rows, O]
+        for part, width in widths.items():
+            what = f"{stack} tokens" if spec.sparse == "feed_forward" else f"{stack} tokens of {part}"
+            for direction, columns in (("there", spec.d_model), ("back", width)):
+                payload = bytes_per_column * columns
+                what_sent = f"{what}, {direction}"
+                yield Collective("all_to_all", "expert", mesh.expert, what_sent, forward_and_backward, payload)
+        # Without a gradient, and so in forward passes only, once for each routed part:
+        calls = len(widths) * forward
         if spec.experts_dropout:
-            sent = 8 * places.sent
+            # The number of each row's sequence, and the masks [B, F / m] of all sequences.
+            indices = INT64 * layer_slots.sent_rows
             masks = step.product_bytes * microbatch * spec.d_ff // mesh.model
-            calls, of = len(output_widths(spec)) * layers * forward, f"{stack} dropout"
-            yield Collective("all_to_all", "expert", mesh.expert, f"{of}, whose rows", calls, sent)
-            yield Collective("all_gather", "expert", mesh.expert, f"{of}, masks", calls, masks)
-        if places.counted:
-            calls = len(output_widths(spec)) * layers * forward
-            yield Collective("all_to_all", "expert", mesh.expert, f"{stack} counts", calls, 8 * spec.num_experts)
+            yield Collective("all_to_all", "expert", mesh.expert, f"{stack} dropout, whose rows", calls, indices)
+            yield Collective("all_gather", "expert", mesh.expert, f"{stack} dropout, masks", calls, masks)
+        if layer_slots.is_dropless:
+            counts = INT64 * spec.num_experts  # [R, L]: rows for each expert
+            yield Collective("all_to_all", "expert", mesh.expert, f"{stack} counts", calls, counts)
 
 
-def _forward(step: Step) -> int:
-    """How often a block's forward pass is done."""
+def _num_forwards(step: Step) -> int:
+    """Return how often the forward pass of a block runs in one microbatch."""
     return 2 if step.recomputed else 1
 
 
-def _model_axis(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, microbatches: int) -> Iterator[Collective]:
-    """Yield the sums over the model axis: [tokens, D] of each attention and feed-forward both ways, and the loss.
+def _model_axis(
+    spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microbatches: int
+) -> Iterator[Collective]:
+    """Yield the sums over the model axis.
 
-    The gradient of the encoder's output is summed once for all cross-attentions. Embeddings are float32, as are two
-    numbers a target, the largest logit and the sum, and the gradients of what experts' outputs are weighed with.
-    Without dropout a dense block that is computed again leaves out its last sum; it counts all the same.
+    They are [tokens, D] forward and backward for each attention and feed-forward, the embeddings, the loss, and the
+    gradients of tensors that enter several regions at once. A recomputed dense block without dropout leaves out its
+    last sum, because nothing needs it; it counts all the same.
+
     """
     model = mesh.model
     for stack in STACKS:
-        blocks, tokens = spec.num_blocks(stack), microbatch * step.length(stack)
-        parts = 3 if stack == "decoder" else 2
-        payload = step.sent_bytes * tokens * spec.d_model
-        calls = (_forward(step) + 1) * parts * blocks * microbatches
-        yield Collective("all_reduce", "model", model, f"{stack} layers", calls, payload)
-        embedded = FLOAT * tokens * spec.d_model
-        yield Collective("all_reduce", "model", model, f"{stack} embedding", microbatches, embedded)
-        if layers := len(spec.sparse_layers(stack)):
-            rule = spec.router_of(stack)
+        num_blocks, tokens = spec.num_blocks(stack), microbatch * step.length(stack)
+        regions = 3 if stack == "decoder" else 2  # self-attention, cross-attention, feed-forward
+        calls = (_num_forwards(step) + 1) * regions * num_blocks * num_microbatches
+        layer_bytes = step.sent_bytes * tokens * spec.d_model
+        yield Collective("all_reduce", "model", model, f"{stack} layers", calls, layer_bytes)
+        # Each rank looks up the tokens of its rows of the vocabulary; the others are 0. float32.
+        embedding_bytes = FLOAT * tokens * spec.d_model
+        yield Collective("all_reduce", "model", model, f"{stack} embedding", num_microbatches, embedding_bytes)
+        num_layers = len(spec.sparse_layers(stack))
+        if num_layers:
+            # Gradient of the weights of all slots, [G, E, C] with G = microbatch / group_sequences.
             slots_of_group = spec.num_experts * slots(spec, stack, step, microbatch, mesh.expert).capacity
-            gates = max(step.router_bytes, step.comm_bytes or 0) * slots_of_group * microbatch // rule.group_sequences
-            yield Collective("all_reduce", "model", model, f"{stack} gates", layers * microbatches, gates)
-    memory = step.sent_bytes * microbatch * step.source * spec.d_model
-    yield Collective("all_reduce", "model", model, "gradient of the encoder's output", microbatches, memory)
-    targets = microbatch * step.target
-    yield Collective("all_reduce", "model", model, "loss", 2 * microbatches, FLOAT * targets)
-    hidden = step.sent_bytes * targets * spec.d_model
-    yield Collective("all_reduce", "model", model, "gradient of hidden states", microbatches, hidden)
+            gate_bytes = max(step.router_bytes, step.comm_bytes or 0)
+            gates = gate_bytes * slots_of_group * microbatch // spec.router_of(stack).group_sequences
+            yield Collective("all_reduce", "model", model, f"{stack} gates", num_layers * num_microbatches, gates)
+    # The encoder's output enters all cross-attentions at once: its gradient is summed once.
+    encoded = step.sent_bytes * microbatch * step.source * spec.d_model
+    yield Collective("all_reduce", "model", model, "gradient of the encoder's output", num_microbatches, encoded)
+    # Two float32 numbers for each target: the largest logit, and the sum of the exponentials.
+    num_targets = microbatch * step.target
+    yield Collective("all_reduce", "model", model, "loss", 2 * num_microbatches, FLOAT * num_targets)
+    # The hidden states enter the softmax.
+    hidden = step.sent_bytes * num_targets * spec.d_model
+    yield Collective("all_reduce", "model", model, "gradient of hidden states", num_microbatches, hidden)

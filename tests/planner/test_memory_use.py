@@ -292,7 +292,7 @@ def test_the_expert_axis_divides_the_experts_alone() -> None:
     assert one.weights - eight.weights == 4 * (own.expert - own.expert // 8)
     assert one.optimizer - eight.optimizer == own.expert_state - own.expert_state // 8
     assert (one.dispatch, one.vocabulary) == (0, eight.vocabulary)
-    assert eight.dispatch == 2 * 2 * slots(XXL, "encoder", STEP, 4, 8).sent * XXL.d_model
+    assert eight.dispatch == 2 * 2 * slots(XXL, "encoder", STEP, 4, 8).sent_rows * XXL.d_model
 
 
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])
