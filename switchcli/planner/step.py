@@ -190,7 +190,6 @@ def slots(spec: ModelSpec, stack: Stack, step: Step, microbatch: int, expert: in
     # Without an expert axis only filled slots are computed. With one of R ranks, the E / R experts of a rank compute
     # the slots of R ranks: E / R * R * G * C rows. If dropless, they compute as many rows as a rank sends, if the
     # experts have equal loads.
-
     expert_rows = num_groups * max_filled if expert == 1 else sent_rows
     return Slots(capacity, sent_rows, is_dropless, expert_rows)
 
