@@ -113,35 +113,35 @@ def _announce(met: Event) -> None:
     if met.wait(ANNOUNCE_SECONDS):
         return
     port = int(os.environ.get("MASTER_PORT", "29500"))
-    place = _Rendezvous(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"], port)
+    rendezvous = _Rendezvous(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"], port)
     answers: list[str] = []
     # In a thread: if the program at that port is not a store, torch may wait for its answer for minutes.
-    query = Thread(target=lambda: answers.append(_missing_ranks(place, met)), name=STORE_THREAD, daemon=True)
+    query = Thread(target=lambda: answers.append(_missing_ranks(rendezvous, met)), name=STORE_THREAD, daemon=True)
     query.start()
     query.join(STORE_SECONDS)
-    message = answers[0] if answers else place.no_store()
+    message = answers[0] if answers else rendezvous.no_store()
     if not met.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"warning: {message}\n")
 
 
-def _missing_ranks(place: _Rendezvous, met: Event) -> str:
+def _missing_ranks(rendezvous: _Rendezvous, met: Event) -> str:
     """Register this rank in the store of rank 0, and return a message that says which ranks have not done so."""
     try:
-        socket.create_connection((place.address, place.port), timeout=1).close()
+        socket.create_connection((rendezvous.address, rendezvous.port), timeout=1).close()
     except OSError as error:
         reason = error.strerror or error
-        return f"{place.waiting()} for rank 0, which does not answer there ({reason}): see if it was started"
+        return f"{rendezvous.waiting()} for rank 0, which does not answer there ({reason}): see if it was started"
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         store = TCPStore(
-            place.address, place.port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
+            rendezvous.address, rendezvous.port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
         )
-        store.set(f"switchcli/waits/{place.rank}", "")
+        store.set(f"switchcli/waits/{rendezvous.rank}", "")
         met.wait(0.5)  # the other ranks register at about the same time
-        missing = [str(rank) for rank in range(place.world) if not store.check([f"switchcli/waits/{rank}"])]
+        missing = [str(rank) for rank in range(rendezvous.world) if not store.check([f"switchcli/waits/{rank}"])]
     except (RuntimeError, ValueError):  # raised by torch if another program uses that port
-        return place.no_store()
+        return rendezvous.no_store()
     names = ", ".join(missing[:MAX_LISTED_RANKS]) + (", ..." if len(missing) > MAX_LISTED_RANKS else "")
-    num_met = place.world - len(missing)
-    return f"{place.waiting()} and {num_met} of {place.world} ranks have come: rank {names} is missing"
+    num_met = rendezvous.world - len(missing)
+    return f"{rendezvous.waiting()} and {num_met} of {rendezvous.world} ranks have come: rank {names} is missing"
