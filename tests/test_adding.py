@@ -579,18 +579,20 @@ def use_column(run: Fork) -> None:
 
 def add_figure(tree: Tree) -> None:
     figure = '''
-def gradients(found: Comparison) -> list[Figure]:
+def gradients(comparison: Comparison) -> list[Figure]:
     """The norm of the gradient, by step."""
-    return _by_step(found, "gradients", "gradient norm", "Before clipping.", _of("gradient_norm"), "~s")
+    return _by_step(comparison, "gradients", "gradient norm", "Before clipping.", _metric("gradient_norm"), "~s")
 
 
 '''
     tree.insert("switchcli/report/figures.py", figure, before="^def loads")
-    section = """        if curves := figures.gradients(found):
+    section = """        if curves := figures.gradients(comparison):
             yield Section("Gradients", [Charts(curves)])
 """
     tree.insert("switchcli/report/runs.py", '"gradient_norm", ', after=r"^LOGGED = \{")
-    tree.insert("switchcli/report/evidence.py", section, before=r"^        if curves := figures.routing\(found\):")
+    tree.insert(
+        "switchcli/report/run_report.py", section, before=r"^        if curves := figures.routing\(comparison\):"
+    )
 
 
 def use_figure(run: Fork) -> None:
@@ -631,7 +633,7 @@ def add_verb(tree: Tree) -> None:
 import typer
 
 from switchcli.commands._options import Checkpoint, Json
-from switchcli.report.output import print_json
+from switchcli.report.console import print_json
 
 app = typer.Typer()
 

@@ -82,7 +82,7 @@ COMMANDS = [
     ["eval", "runs/b", "device=cpu", "--out", "runs/d", "--json"],
     GENERATE,
     [*GENERATE, "--beams", "2"],
-    ["report", "runs/a", "runs/c"],
+    ["report", "runs/a", "runs/c", "--html", "page.html"],
     ["recipes", "validate", "tiny.yaml"],
     ["pretrain", "quickstart/switch", "train.steps=2", *SHORT, "--out", "runs/quickstart/switch"],
     ["finetune", "quickstart/finetune", "tasks=[python_modules]", "train.steps=2", *SHORT, "--out", "runs/f"],
@@ -106,6 +106,7 @@ def test_every_verb_runs_where_few_packages_are_installed(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "runs/c/result.json").read_text())["step"] == 2
+    assert "vegaEmbed" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

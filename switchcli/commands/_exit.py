@@ -22,8 +22,7 @@ from switchcli.errors import (
     cause_chain,
     training_location,
 )
-from switchcli.report.console import Console, silent
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json, silent
 from switchcli.report.safe_text import one_line
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"

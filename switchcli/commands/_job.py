@@ -8,7 +8,7 @@ import typer
 from switchcli.commands import _exit
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.report.output import print_json
+from switchcli.report.console import print_json
 from switchcli.report.safe_text import safe_text
 from switchcli.runs import describe, run_dir
 

@@ -8,8 +8,7 @@ import typer
 
 from switchcli.commands import _exit, tokenizers
 from switchcli.commands._options import Json, Overrides, Quiet, Recipe
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 from switchcli.report.units import binary
 
 app = typer.Typer(name="data", help="What a run reads: text as ids, and tokenizers.", no_args_is_help=True)

@@ -9,8 +9,7 @@ import typer
 
 from switchcli.commands._options import Json, Overrides
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 
 if TYPE_CHECKING:
     from switchcli.runs.diagnosis import Diagnosis

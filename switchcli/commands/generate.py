@@ -8,8 +8,7 @@ import typer
 
 from switchcli.commands._options import Checkpoint, Json
 from switchcli.errors import DataError, RecipeError
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import safe_text
 
 if TYPE_CHECKING:

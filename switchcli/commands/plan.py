@@ -11,8 +11,7 @@ from switchcli import publish
 from switchcli.commands import _exit
 from switchcli.commands._options import Json, Overrides
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 from switchcli.report.units import binary, gib, number, parse_bytes, si
 
 if TYPE_CHECKING:

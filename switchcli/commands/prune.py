@@ -8,8 +8,7 @@ import typer
 
 from switchcli.commands import _exit
 from switchcli.commands._options import Checkpoint, Destination, Json, Measured, Quiet, split_arguments
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 
 app = typer.Typer()
 

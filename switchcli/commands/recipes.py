@@ -7,7 +7,7 @@ import typer
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, yaml_nodes
-from switchcli.report.output import print_json
+from switchcli.report.console import print_json
 from switchcli.report.safe_text import one_line
 
 app = typer.Typer(name="recipes", help="The recipes that ship, and whether one is sound.", no_args_is_help=True)

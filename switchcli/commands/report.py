@@ -10,12 +10,11 @@ import typer
 from switchcli.commands import _exit
 from switchcli.commands._options import Json, Quiet
 from switchcli.errors import RecipeError
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 
 if TYPE_CHECKING:
-    from switchcli.report.evidence import Report
     from switchcli.report.html_page import HtmlTable
+    from switchcli.report.run_report import Report
 
 app = typer.Typer()
 
@@ -54,6 +53,10 @@ def report(
     """Compare runs: quality, speed-up, routing, rates; as tables, as a page, as figures."""
     with _exit.interruptible(saves_nothing=True):
         console = Console(quiet=quiet)
+        if figures is not None:
+            from switchcli.report.charts import require_renderer
+
+            require_renderer()
         if routing:
             if (baseline, quality, smooth) != (None, None, 1):
                 raise RecipeError("--routing looks at checkpoints alone: leave out --baseline, --quality and --smooth")
@@ -68,18 +71,18 @@ def report(
 
 def _report_runs(found: "Report", html: Path | None, figures: Path | None, as_json: bool) -> None:
     """Write the page and the figures that are asked for, and print the tables or the JSON object on stdout."""
-    from switchcli.report import evidence
+    from switchcli.report import run_report
     from switchcli.report.charts import write_files
     from switchcli.report.html_page import write_page
 
     if html is not None:
-        write_page(html, evidence.title(found), evidence.parts(found))
+        write_page(html, run_report.title(found), run_report.parts(found))
     if figures is not None:
-        write_files(evidence.every_figure(found), evidence.every_table(found), figures)
+        write_files(run_report.every_figure(found), run_report.every_table(found), figures)
     if as_json:
-        print_json(evidence.to_json(found))
+        print_json(run_report.to_json(found))
     else:
-        _show(evidence.tables(found))
+        _show(run_report.tables(found))
 
 
 def _report_routing(

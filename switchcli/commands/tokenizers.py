@@ -9,8 +9,7 @@ import typer
 
 from switchcli.commands import _exit
 from switchcli.commands._options import Json, Overrides, Quiet, Recipe
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import one_line
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ import typer
 
 from switchcli.commands import _exit
 from switchcli.commands._options import A_CHECKPOINT, Destination, Json, Overrides, Quiet
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 
 app = typer.Typer()
 

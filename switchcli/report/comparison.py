@@ -1,4 +1,4 @@
-"""What a report says of each series, in numbers: sizes, quality, speed-up, routing, rate."""
+"""Runs compared with a baseline: sizes, quality, speed-up, rate and dropped tokens of each series."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,158 +9,172 @@ import numpy as np
 from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
 from switchcli.report.series import SeedSpread, Series, differences, seed_spread
-from switchcli.report.speed import QualityMetric, Speed, baseline_run, quality_metric, speed
+from switchcli.report.speed import Cost, QualityMetric, Speed, baseline_run, quality_metric, speed
 
-KEYS = 3
-"""Of recipes, that a note names, at most."""
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
+MAX_KEYS = 3
+"""Keys of recipes that a note names, at most."""
 
 
 class SeriesRow(NamedTuple):
-    """A series. What no run knows is None."""
+    """The results of a series. What no run knows is None."""
 
     label: str
     seeds: int
     going_on: int
-    """Runs without a result."""
+    """Number of runs without a result."""
     sizes: Mapping[str, int | None]
     steps: SeedSpread | None
     final: SeedSpread | None
+    """The quality metric at the end of each run."""
     over: SeedSpread | None
-    """Over the baseline's, of the same seed, at the common step where there is one; better is more."""
+    """Gain over the baseline's run of the same seed, at the common step where there is one; positive is better."""
     at_common: SeedSpread | None
-    """At the common step; None where all end there."""
+    """The quality metric at the common step; None where all runs end there."""
     speed: Speed
     tokens_per_second: SeedSpread | None
     dropped: SeedSpread | None
-    """Share of the tokens, over the last tenth of what was logged."""
+    """Fraction of tokens dropped, over the last tenth of the logged steps."""
 
     def to_json(self) -> dict[str, Any]:
-        """For scripts."""
-        costs = zip(("steps", "seconds", "flops"), self.speed.costs, self.speed.times, strict=True)
+        """Return the row for scripts."""
+        costs = zip(Cost._fields, self.speed.costs, self.speed.factors, strict=True)
+        spreads = ("steps", "final", "over", "at_common", TOKENS_PER_SECOND, "dropped")
         return {
             "series": self.label,
             "seeds": self.seeds,
             "going_on": self.going_on,
             **self.sizes,
-            **{name: _json(getattr(self, name)) for name in ("steps", "final", "over", "at_common")},
-            **{name: _json(getattr(self, name)) for name in (TOKENS_PER_SECOND, "dropped")},
+            **{name: _json(getattr(self, name)) for name in spreads},
             "reached": self.speed.reached,
-            "to_quality": {name: {"cost": _json(cost), "speed_up": _json(times)} for name, cost, times in costs},
+            "to_quality": {name: {"cost": _json(cost), "speed_up": _json(factor)} for name, cost, factor in costs},
         }
 
     def flat(self) -> dict[str, Any]:
-        """For a table: one figure a column."""
-        return dict(_flat("", self.to_json()))
+        """Return the row for a file, one number per column, such as `to_quality.steps.cost.mean`."""
+        return dict(_flatten("", self.to_json()))
 
 
 class Comparison(NamedTuple):
-    """All runs of a report, together."""
+    """All runs that trained, compared with the series of the baseline."""
 
     series: tuple[Series, ...]
     baseline: Series
-    measure: QualityMetric
+    metric: QualityMetric
     quality: float | None
+    """The quality whose cost is compared; None for what each run's baseline run ends with."""
     common_step: int | None
-    """The last at which all runs that were evaluated have the measure, where they do not end alike."""
+    """The last step at which all evaluated runs have the metric; None where all of them end there."""
     rows: tuple[SeriesRow, ...]
     notes: tuple[str, ...]
 
-    def gain_over(self, one: Series, other: Series) -> SeedSpread | None:
-        """What `one` is better by than `other`, seed by seed, where all have come to."""
-        return _over(one, other, self.measure, self.common_step)
+    def gain(self, series: Series, reference: Series) -> SeedSpread | None:
+        """Return what a series is better by than another, seed by seed, at the common step or the end."""
+        return _gain(series, reference, self.metric, self.common_step)
 
     @property
-    def tokenizers(self) -> int:
-        return len(digests(self.series))
+    def num_tokenizers(self) -> int:
+        return _num_tokenizers(self.series)
 
 
 def compare(series: Sequence[Series], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
-    """Of runs that trained, at least one; `baseline` is the name of one of them, the first where it is absent."""
-    base = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
-    cut = digests(series)
-    measure = quality_metric(len(cut), evaluations)
-    common = _common_step(series, measure)
-    rows = tuple(_row(one, base, measure, quality, common) for one in series)
-    return Comparison(
-        tuple(series), base, measure, quality, common, rows, tuple(_notes(series, len(cut), common, measure))
-    )
+    """Compare series of runs that trained, at least one.
+
+    Args:
+        series: The series in their order.
+        baseline: The name of a run of the series to compare with; None for the first series.
+        quality: The quality whose cost is compared; None for what each run's baseline run ends with.
+        evaluations: The number of evaluations that the metric is a mean over.
+    """
+    reference = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
+    metric = quality_metric(_num_tokenizers(series), evaluations)
+    step = _common_step(series, metric)
+    rows = tuple(_row(one, reference, metric, quality, step) for one in series)
+    return Comparison(tuple(series), reference, metric, quality, step, rows, tuple(_notes(series, metric, step)))
 
 
-def digests(series: Sequence[Series]) -> list[str]:
-    """Of the tokenizers that the runs read by."""
-    return [*dict.fromkeys(run.tokenizer for one in series for run in one.runs if run.tokenizer is not None)]
+def _num_tokenizers(series: Sequence[Series]) -> int:
+    return len({run.tokenizer for one in series for run in one.runs if run.tokenizer is not None})
 
 
-def _common_step(series: Sequence[Series], measure: QualityMetric) -> int | None:
-    """Runs that were evaluated before their first step alone have no say."""
-    curves = [curve for one in series for run in one.runs if (curve := measure.curve(run)) is not None]
-    lasts = {int(curve.steps[-1]) for curve in curves}
-    return min(filter(None, lasts), default=None) if len(lasts) > 1 else None
+def _common_step(series: Sequence[Series], metric: QualityMetric) -> int | None:
+    curves = [curve for one in series for run in one.runs if (curve := metric.curve(run)) is not None]
+    last_steps = {int(curve.steps[-1]) for curve in curves}
+    # A run that was evaluated only before its first step does not move the common step to 0.
+    return min(filter(None, last_steps), default=None) if len(last_steps) > 1 else None
 
 
-def _over(one: Series, other: Series, measure: QualityMetric, step: int | None) -> SeedSpread | None:
-    pairs = [(measure.at(run, step), measure.at(baseline_run(run, other), step)) for run in one.runs]
-    return seed_spread(measure.sign * (mine - his) for mine, his in pairs if mine is not None and his is not None)
+def _gain(series: Series, reference: Series, metric: QualityMetric, step: int | None) -> SeedSpread | None:
+    gains = []
+    for run in series.runs:
+        ours, theirs = metric.at(run, step), metric.at(baseline_run(run, reference), step)
+        if ours is not None and theirs is not None:
+            gains.append(metric.sign * (ours - theirs))
+    return seed_spread(gains)
 
 
-def _row(one: Series, base: Series, measure: QualityMetric, quality: float | None, common: int | None) -> SeriesRow:
+def _row(
+    series: Series, baseline: Series, metric: QualityMetric, quality: float | None, common_step: int | None
+) -> SeriesRow:
+    runs = series.runs
+    sizes = {name: [int(size) for run in runs if (size := run.number(name)) is not None] for name in SIZES}
     return SeriesRow(
-        one.label,
-        len(one.runs),
-        sum(not run.result for run in one.runs),
-        {name: next((int(size) for run in one.runs if (size := run.number(name)) is not None), None) for name in SIZES},
-        seed_spread(run.step for run in one.runs),
-        seed_spread(measure.at(run, None) for run in one.runs),
-        _over(one, base, measure, common),
-        None if common is None else seed_spread(measure.at(run, common) for run in one.runs),
-        speed(one, base, measure, quality),
-        seed_spread(_rate(run) for run in one.runs),
-        seed_spread(_dropped(run) for run in one.runs),
+        label=series.label,
+        seeds=len(runs),
+        going_on=sum(not run.result for run in runs),
+        sizes={name: values[0] if values else None for name, values in sizes.items()},
+        steps=seed_spread(run.step for run in runs),
+        final=seed_spread(metric.at(run, None) for run in runs),
+        over=_gain(series, baseline, metric, common_step),
+        at_common=None if common_step is None else seed_spread(metric.at(run, common_step) for run in runs),
+        speed=speed(series, baseline, metric, quality),
+        tokens_per_second=seed_spread(map(_tokens_per_second, runs)),
+        dropped=seed_spread(map(_dropped_fraction, runs)),
     )
 
 
-def _rate(run: Run) -> float | None:
+def _tokens_per_second(run: Run) -> float | None:
+    """Return the rate of the result, or the median of what was logged."""
+    if (rate := run.number(TOKENS_PER_SECOND)) is not None:
+        return rate
     curve = run.curves.get(TOKENS_PER_SECOND)
-    logged = None if curve is None else float(np.median(curve.values))
-    return logged if (whole := run.number(TOKENS_PER_SECOND)) is None else whole
+    return None if curve is None else float(np.median(curve.values))
 
 
-def _dropped(run: Run) -> float | None:
+def _dropped_fraction(run: Run) -> float | None:
     curve = run.curves.get(DROPPED_FRACTION)
     return None if curve is None else float(curve.values[-max(1, len(curve.values) // 10) :].mean())
 
 
-def _notes(series: Sequence[Series], tokenizers: int, common: int | None, measure: QualityMetric) -> list[str]:
-    notes = []
+def _notes(series: Sequence[Series], metric: QualityMetric, common_step: int | None) -> Iterator[str]:
+    """Yield what the reader has to know before the results are compared."""
+    tokenizers = _num_tokenizers(series)
     if tokenizers > 1:
-        notes.append(
+        yield (
             f"The runs read by {tokenizers} tokenizers: neg. log perplexities of different tokens say nothing of one "
             "another, so they are compared by bits a byte alone, of which fewer are better."
         )
-    texts = [
-        key for key in differences(series) if re.match(r"(data(?!\.(tokenizer|lanes|stream_shards))|tasks)\b", key)
-    ]
-    if texts:
-        notes.append(
-            f"The held-out text is not the same in all series, by {', '.join(texts[:KEYS])}"
-            f"{', ...' if len(texts) > KEYS else ''}: figures of different texts say little of one another."
+    text_key = re.compile(r"(data(?!\.(tokenizer|lanes|stream_shards))|tasks)\b")
+    keys = [key for key in differences(series) if text_key.match(key)]
+    if keys:
+        yield (
+            f"The held-out text is not the same in all series, by {', '.join(keys[:MAX_KEYS])}"
+            f"{', ...' if len(keys) > MAX_KEYS else ''}: figures of different texts say little of one another."
         )
-    lacking = [run.name for one in series for run in one.runs if measure.figure not in run.curves]
-    if lacking:
-        notes.append(f"No {measure.title} is known of {', '.join(lacking)}: left out of the comparison.")
-    if common is not None:
-        notes.append(
-            f"The runs are of different lengths: beside what each ends with, {measure.title} is given at step "
-            f"{common:,}, the last at which all that were evaluated have it."
+    unevaluated = [run.name for one in series for run in one.runs if metric.name not in run.curves]
+    if unevaluated:
+        yield f"No {metric.title} is known of {', '.join(unevaluated)}: left out of the comparison."
+    if common_step is not None:
+        yield (
+            f"The runs are of different lengths: beside what each ends with, {metric.title} is given at step "
+            f"{common_step:,}, the last at which all that were evaluated have it."
         )
-    return notes
 
 
-def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flatten(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(f"{path}.{key}" if path else key, inner)
+            yield from _flatten(f"{path}.{key}" if path else key, inner)
     else:
         yield path, value
 

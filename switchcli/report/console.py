@@ -1,17 +1,18 @@
-"""The console: what a person sees while a run goes on, on one stream (stderr unless told otherwise).
+"""The console: messages, progress and results for people on stderr, and JSON for scripts on stdout.
 
-In a terminal there are colours and a live bar; elsewhere plain lines only. It gets numbers and text, never tensors,
-and keeps nothing: the metrics file does (`switchcli.report.sinks`). Each text is one line: it goes through `one_line`
+A terminal gets colors and a live bar, any other stream plain lines only. The console takes numbers and text, never
+tensors, and keeps nothing: that is the metrics file's job (`switchcli.report.sinks`). All text goes through `one_line`
 and `rich.text.Text`, never through markup.
 """
 
 import io
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, TextIO, TypeVar
+from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
 
 from rich import console as rich_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,7 +32,7 @@ from switchcli.metric_names import (
     TOKENS_PER_SECOND,
 )
 from switchcli.report.safe_text import one_line, shorten
-from switchcli.report.units import clock, number, si
+from switchcli.report.units import clock, number, percent, si
 
 T = TypeVar("T")
 
@@ -45,16 +46,12 @@ _SAMPLE_CHARACTERS = 500
 
 
 class Column(NamedTuple):
-    """One figure of a logged step: its key among the metrics, its heading, its width in characters, its form."""
+    """One metric in the line of a logged step; `width` is in characters."""
 
     key: str
     heading: str
     width: int
     write: Callable[[float], str]
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}%"
 
 
 COLUMNS = (
@@ -67,40 +64,35 @@ COLUMNS = (
 )
 TEACHER_COLUMNS = (Column(TEACHER_DIVERGENCE, "to teacher", 10, "{:.4f}".format),)
 SPARSE_COLUMNS = (
-    Column("encoder_dropped_fraction", "enc drop", 8, _percent),
-    Column("decoder_dropped_fraction", "dec drop", 8, _percent),
+    Column("encoder_dropped_fraction", "enc drop", 8, percent),
+    Column("decoder_dropped_fraction", "dec drop", 8, percent),
     Column(BALANCE, "balance", 7, "{:.3f}".format),
     Column(DEAD_EXPERTS, "dead", 4, "{:.0f}".format),
 )
 
 
 class AdvanceTo(Protocol):
-    """Moves a bar to a count, with other words before it if there are some."""
+    """A function that moves a bar to a count, and sets its description if one is given."""
 
-    def __call__(self, count: int, said: str | None = None) -> None: ...
+    def __call__(self, count: int, description: str | None = None) -> None: ...
 
 
 class Preparation(Protocol):
-    """How far a preparation is."""
+    """The progress of preparing text: finished source shards, their bytes, and the tokens written."""
 
     @property
-    def source_shards(self) -> int:
-        """Whole ones."""
-
+    def source_shards(self) -> int: ...
     @property
-    def size(self) -> int:
-        """Bytes of their sources."""
-
+    def size(self) -> int: ...
     @property
-    def tokens(self) -> int:
-        """Written so far."""
+    def tokens(self) -> int: ...
 
 
 class Console:
     """Messages, warnings, progress and results for people. `quiet` leaves only warnings and errors."""
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
-        """`stream` is stderr when absent. Ranks other than the first are made quiet by their caller."""
+        """Write to `stream`, by default stderr. The caller makes the console of every rank but the first one quiet."""
         stream = sys.stderr if stream is None else stream
         terminal = stream.isatty()
         self._quiet = quiet
@@ -131,100 +123,95 @@ class Console:
             self._print(text, style)
 
     def warning(self, text: str) -> None:
-        """An alarm in words; shown even when quiet."""
+        """Print a warning, even when quiet."""
         self._print(f"warning: {text}", "yellow")
 
     def error(self, *lines: str) -> None:
-        """Print why the run ends; shown even when quiet."""
-        for place, line in enumerate(lines):
-            self._print(line if place else f"error: {line}", "bold red")
+        """Print why the run ends, even when quiet."""
+        for index, line in enumerate(lines):
+            self._print(line if index else f"error: {line}", "bold red")
 
     def track(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Yields the items and shows how many have passed: a bar, or a line every half minute.
+        """Yield the items and show how many have passed: a bar, or a line every half minute.
 
-        One line with the sum stays, unless it was done within a second.
+        One line with their number and the time remains, unless they took less than a second.
         """
-        started = time.monotonic()
-        interval = _SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES
-        due = started + interval
+        timer = _Timer(self._live)
         count = 0
-        with self._bar(description, total) as reach:
+        with self._bar(description, total) as advance:
             for count, item in enumerate(iterable, start=1):
                 yield item
-                now = time.monotonic()
-                if now >= due:
-                    due = now + interval
-                    reach(count)
+                if timer.is_due():
+                    advance(count)
                     if not self._live:
                         self.message(f"{description}: {count:,}" + (f" of {total:,}" if total else ""))
-        seconds = time.monotonic() - started
+        seconds = timer.seconds()
         if seconds >= 1:
             self.message(f"{description}: {count:,} in {clock(seconds)}")
 
     @contextmanager
-    def preparing(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[["Preparation"], None]]:
-        """Yields what is told how many pieces, bytes of sources and tokens are done; `size` is that of all sources.
+    def preparing(self, label: str, source_shards: int, size: int | None) -> Iterator[Callable[[Preparation], None]]:
+        """Yield a function to call with the progress of preparing text: a bar, or a line every half minute.
 
-        A bar, or a line every half minute; and one with the sum.
+        One line with the tokens, the time and the rate remains, unless it took less than a second.
+
+        Args:
+            label: The name of the text.
+            source_shards: The number of source shards to prepare.
+            size: Their bytes, or None where they are not known; the time left is then not known either.
         """
-        started = time.monotonic()
-        interval = _SECONDS_BETWEEN_REFRESHES if self._live else _SECONDS_BETWEEN_PLAIN_LINES
-        due = started + interval
+        timer = _Timer(self._live)
         last: Preparation | None = None
-        with self._bar(label, pieces) as reach:
+        with self._bar(label, source_shards) as advance:
 
             def show(done: Preparation) -> None:
-                nonlocal due, last
-                last, now = done, time.monotonic()
-                if now < due:
+                nonlocal last
+                last = done
+                if not timer.is_due():
                     return
-                due = now + interval
-                said = f"{label}: {si(done.tokens)} tokens, {si(done.tokens / (now - started))} tokens/s"
-                reach(done.source_shards, said)
+                seconds = timer.elapsed
+                line = f"{label}: {si(done.tokens)} tokens, {si(done.tokens / seconds)} tokens/s"
+                advance(done.source_shards, line)
                 if not self._live:
-                    left = (size - done.size) * (now - started) / done.size if size and done.size else math.nan
-                    self.message(f"{said}, {done.source_shards:,} of {pieces:,} pieces, time left {clock(left)}")
+                    seconds_left = (size - done.size) * seconds / done.size if size and done.size else math.nan
+                    shards = f"{done.source_shards:,} of {source_shards:,} pieces"
+                    self.message(f"{line}, {shards}, time left {clock(seconds_left)}")
 
             yield show
-        seconds = time.monotonic() - started
+        seconds = timer.seconds()
         if last is not None and seconds >= 1:
             self.message(f"{label}: {last.tokens:,} tokens in {clock(seconds)}, {si(last.tokens / seconds)} tokens/s")
 
     @contextmanager
     def training(self, steps: int, first: int = 0) -> Iterator["TrainingDisplay"]:
-        """The bar and the lines of a run of `steps` steps of which `first` are done already."""
-        with self._bar("training", steps, first) as reach:
-            yield TrainingDisplay(self, steps, reach)
+        """Yield the display of a run of `steps` steps, of which `first` are done already."""
+        with self._bar("training", steps, first) as advance:
+            yield TrainingDisplay(self, steps, advance)
 
-    def table(self, title: str, rows: Mapping[str, str | float]) -> None:
-        """Names and figures, one a line: the final results."""
-        if self._quiet:
-            return
-        grid = Table.grid(padding=(0, 3))
-        grid.add_column()
-        grid.add_column(justify="right", overflow="fold")
-        for name, value in rows.items():
-            grid.add_row(_text(name), _text(value if isinstance(value, str) else number(value)))
-        self._title(title)
-        self._rich.print(grid)
+    def table(self, title: str, values: Mapping[str, str | float]) -> None:
+        """Print names with their values, one per line."""
+        rows = [(name, value if isinstance(value, str) else number(value)) for name, value in values.items()]
+        self.rows(title, ("", ""), rows)
 
     def rows(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
-        """A table of several columns: the first to the left, figures to the right; below it what they are."""
+        """Print a table with a heading per column, the first aligned left and the others right, and its caption."""
         if self._quiet:
             return
         grid = Table.grid(padding=(0, 3))
-        for place in range(len(headings)):
-            grid.add_column(justify="right" if place else "left", overflow="fold")
-        grid.add_row(*(_text(heading, "dim") for heading in headings))
+        for index in range(len(headings)):
+            grid.add_column(justify="right" if index else "left", overflow="fold")
+        if any(headings):
+            grid.add_row(*(_text(heading, "dim") for heading in headings))
         for row in rows:
             grid.add_row(*map(_text, row))
-        self._title(title)
+        self._rich.print()
+        self._print(title, "bold")
         self._rich.print(grid)
         if caption:
             self._rich.print(_text(caption, "dim"))
 
     def sample(self, input: str, target: str, prediction: str) -> None:
-        """A text with its gaps, what was taken out of them, and what the model puts there."""
+        """Print a text with its gaps, the text of the gaps, and what the model puts there."""
         if self._quiet:
             return
         grid = Table.grid(padding=(0, 2))
@@ -235,28 +222,25 @@ class Console:
         self._rich.print()
         self._rich.print(grid)
 
-    def _title(self, title: str) -> None:
-        self._rich.print()
-        self._print(title, "bold")
-
     def _print(self, text: str, style: str) -> None:
         self._rich.print(_text(text, style), soft_wrap=True)
 
     @contextmanager
-    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator["AdvanceTo"]:
-        """A live bar where there is a terminal; yields what takes the count reached. Bars may be nested."""
+    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[AdvanceTo]:
+        """Show a live bar in a terminal, and yield the function that advances it. Bars may be nested."""
 
-        def reach(count: int, said: str | None = None) -> None:
+        def advance(count: int, description: str | None = None) -> None:
             if self._live:
-                self._progress.update(task, completed=count, description=None if said is None else one_line(said))
+                line = None if description is None else one_line(description)
+                self._progress.update(task, completed=count, description=line)
 
         if not self._live:
-            yield reach
+            yield advance
             return
         task = self._progress.add_task(one_line(description), total=total, completed=first)
         self._progress.start()
         try:
-            yield reach
+            yield advance
         finally:
             self._progress.remove_task(task)
             if not self._progress.tasks:
@@ -268,55 +252,74 @@ def silent() -> Console:
     return Console(stream=io.StringIO())
 
 
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object and a newline on stdout, in ASCII, so that no terminal acts on what a text holds."""
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+class _Timer:
+    """A clock for a display, which is due soon in a terminal and every half minute elsewhere."""
+
+    def __init__(self, live: bool) -> None:
+        self.elapsed = 0.0
+        """Seconds from the start to the last time the display was due."""
+        self._interval = _SECONDS_BETWEEN_REFRESHES if live else _SECONDS_BETWEEN_PLAIN_LINES
+        self._started = time.monotonic()
+        self._next = self._started + self._interval
+
+    def is_due(self) -> bool:
+        """Return whether the display is due, at most once per interval."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self.elapsed, self._next = now - self._started, now + self._interval
+        return True
+
+    def seconds(self) -> float:
+        """Return the seconds since the start."""
+        return time.monotonic() - self._started
+
+
 class TrainingDisplay:
-    """The console of one run: `advance(step)` at each step, which only moves the bar, `log` at each logged one."""
+    """The console of one run: `advance(step)` moves its bar at every step, `log` prints a line at a logged one."""
 
     def __init__(self, console: Console, steps: int, advance: Callable[[int], None]) -> None:
         self.advance = advance
         self._console = console
         self._steps = steps
         self._rows = 0
-        self._shown: tuple[Column, ...] = ()
+        self._columns: tuple[Column, ...] = ()
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """The line of one logged step. An absent figure is `-`; unknown ones are left to the metrics file."""
+        """Print the lines of one logged step: of training, tasks and held-out text, whichever it has.
+
+        A metric that has a column and is absent is `-`; one without a column is only in the metrics file.
+        """
+        step = f"{metrics.get('step', 0):.0f}/{self._steps}".rjust(2 * len(str(self._steps)) + 1)
         if NEG_LOG_PERPLEXITY in metrics:
             columns = _columns(metrics)
-            if self._rows % _ROWS_BETWEEN_HEADERS == 0 or columns != self._shown:
-                self._console.message(_heading(columns, self._steps), "bold")
-                self._shown = columns
+            if self._rows % _ROWS_BETWEEN_HEADERS == 0 or columns != self._columns:
+                headings = (column.heading.rjust(column.width) for column in columns)
+                self._console.message("  ".join(["step".rjust(len(step)), *headings]), "bold")
+                self._columns = columns
             self._rows += 1
-            self._console.message(_row(columns, self._steps, metrics))
-        if tasks := {
-            name.removeprefix(TASK_PREFIX): score for name, score in metrics.items() if name.startswith(TASK_PREFIX)
-        }:
-            said = "  ".join(f"{name} {score:.1f}" for name, score in tasks.items())
-            self._console.message(f"{_step(self._steps, metrics)}  {said}", "bold")
+            values = (column.write(metrics[column.key]) if column.key in metrics else "-" for column in columns)
+            cells = (value.rjust(column.width) for value, column in zip(values, columns, strict=True))
+            self._console.message("  ".join([step, *cells]))
+        scores = {name.removeprefix(TASK_PREFIX): x for name, x in metrics.items() if name.startswith(TASK_PREFIX)}
+        if scores:
+            line = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
+            self._console.message(f"{step}  {line}", "bold")
         if HELD_OUT in metrics:
-            held_out = metrics[HELD_OUT]
-            self._console.message(f"{_step(self._steps, metrics)}  held-out neg. log perplexity {held_out:.4f}", "bold")
+            self._console.message(f"{step}  held-out neg. log perplexity {metrics[HELD_OUT]:.4f}", "bold")
 
 
 def _columns(metrics: Mapping[str, float]) -> tuple[Column, ...]:
-    sparse = any(column.key in metrics for column in SPARSE_COLUMNS)
-    taught = any(column.key in metrics for column in TEACHER_COLUMNS)
-    return COLUMNS + TEACHER_COLUMNS * taught + SPARSE_COLUMNS * sparse
-
-
-def _heading(columns: Iterable[Column], steps: int) -> str:
-    width = len(_step(steps, {}))
-    return "  ".join(["step".rjust(width), *(column.heading.rjust(column.width) for column in columns)])
-
-
-def _row(columns: Iterable[Column], steps: int, metrics: Mapping[str, float]) -> str:
-    cells = (
-        (column.write(metrics[column.key]) if column.key in metrics else "-").rjust(column.width) for column in columns
-    )
-    return "  ".join([_step(steps, metrics), *cells])
-
-
-def _step(steps: int, metrics: Mapping[str, float]) -> str:
-    return f"{metrics.get('step', 0):.0f}/{steps}".rjust(2 * len(str(steps)) + 1)
+    columns: tuple[Column, ...] = COLUMNS
+    for optional in (TEACHER_COLUMNS, SPARSE_COLUMNS):
+        if any(column.key in metrics for column in optional):
+            columns += optional
+    return columns
 
 
 def _text(text: str, style: str = "") -> Text:

@@ -1,4 +1,4 @@
-"""The figures of a report: curves of all series, and the experts' load a sparse layer."""
+"""The charts of compared runs: curves of all series, and the load of experts in each sparse layer."""
 
 import math
 import re
@@ -9,210 +9,231 @@ import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
 from switchcli.report import charts
-from switchcli.report.charts import Axis, Figure, Table, Value
+from switchcli.report.charts import Axis, Figure, Table
 from switchcli.report.comparison import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run
 from switchcli.report.safe_text import capitalize
-from switchcli.report.series import Band, band, downsample
+from switchcli.report.series import band, downsample
 
-POINTS = 360
-"""Of a curve, at most."""
-CELLS = 120_000
-"""Of all heat maps together, about."""
-COLUMNS = (12, 60)
-"""Of a heat map, at least and at most."""
-Get = Callable[[Run], Curve | None]
-
-
-class Unit(NamedTuple):
-    """Of time, by the longest run."""
-
-    name: str
-    seconds: float
+MAX_POINTS = 360
+"""Points of a curve, at most."""
+MAX_CELLS = 120_000
+"""Cells of all heat maps of a report together, about."""
+MIN_COLUMNS, MAX_COLUMNS = 12, 60
+"""Columns of a heat map, at least and at most."""
+CurveOf = Callable[[Run], Curve | None]
+"""Returns the curve of one metric, or None for a run without it."""
+_STEP = Axis("step", "steps", precise=",")
 
 
-def quality(found: Comparison) -> list[Figure]:
-    """The measure of the report against steps, tokens, wall time and FLOPs."""
-    measure = found.measure
-    said = "The mean over seeds, in a band from least to most."
-    if measure.evaluations > 1:
-        said += f" Each point is the mean of {measure.evaluations} evaluations."
-    return _against(found, "held_out", measure.title, said, measure.curve)
+def quality(comparison: Comparison) -> list[Figure]:
+    """Return charts of the quality metric against steps, tokens, wall time and FLOPs."""
+    metric = comparison.metric
+    caption = "The mean over seeds, in a band from least to most."
+    if metric.evaluations > 1:
+        caption += f" Each point is the mean of {metric.evaluations} evaluations."
+    return _against(comparison, "held_out", metric.title, caption, metric.curve)
 
 
-def training(found: Comparison) -> list[Figure]:
-    """The same of training batches, where all runs read by one tokenizer."""
-    if found.tokenizers > 1:
+def training(comparison: Comparison) -> list[Figure]:
+    """Return the same charts for training batches, or none where runs have different tokenizers."""
+    if comparison.num_tokenizers > 1:
         return []
-    said = "Of the batches learned from, since the logged step before."
-    return _against(found, "training", "training neg. log perplexity", said, _of(NEG_LOG_PERPLEXITY))
+    caption = "Of the batches learned from, since the logged step before."
+    return _against(comparison, "training", "training neg. log perplexity", caption, _metric(NEG_LOG_PERPLEXITY))
 
 
-def routing(found: Comparison) -> list[Figure]:
-    """Dropped tokens and router entropy, by step."""
+def routing(comparison: Comparison) -> list[Figure]:
+    """Return charts of dropped tokens and of router entropy by step."""
     dropped = "Tokens that found no slot in their expert, of all sparse layers: the residual alone carries them."
     entropy = (
         "Of the routers' probabilities, as a share of the most there can be (the logarithm of the number of experts), "
         "the mean over layers: at 0 a router is sure, at 100 % it knows nothing."
     )
     return [
-        *_by_step(found, "dropped", "dropped tokens", dropped, _of(DROPPED_FRACTION), "~%"),
-        *_by_step(found, "entropy", "router entropy", entropy, _entropy, "~%"),
+        *_by_step(comparison, "dropped", "dropped tokens", dropped, _metric(DROPPED_FRACTION), "~%"),
+        *_by_step(comparison, "entropy", "router entropy", entropy, _mean_entropy, "~%"),
     ]
 
 
-def rates(found: Comparison) -> list[Figure]:
-    """Tokens a second, by step."""
-    said = "Encoder input tokens a second of training, the time of evaluations and saves left out."
-    return _by_step(found, TOKENS_PER_SECOND, "tokens/s", said, _of(TOKENS_PER_SECOND), "~s")
+def rates(comparison: Comparison) -> list[Figure]:
+    """Return a chart of tokens per second by step."""
+    caption = "Encoder input tokens a second of training, the time of evaluations and saves left out."
+    return _by_step(comparison, TOKENS_PER_SECOND, "tokens/s", caption, _metric(TOKENS_PER_SECOND), "~s")
 
 
-def loads(found: Comparison) -> Iterator[tuple[str, list[Figure]]]:
-    """By series, for its first run: a heat map a sparse layer. All have one scale of colours."""
-    some = {one.label: one.runs[0].loads for one in found.series if one.runs[0].loads}
-    rows = sum(load.tokens.shape[1] for layers in some.values() for load in layers.values())
-    columns = int(np.clip(CELLS // max(rows, 1), *COLUMNS))
-    shares = {
-        label: {layer: _shares(load, columns) for layer, load in layers.items()} for label, layers in some.items()
+def loads(comparison: Comparison) -> Iterator[tuple[str, list[Figure]]]:
+    """Yield the label of each series with the expert load of its first run: a heat map per sparse layer.
+
+    All maps have one color scale.
+    """
+    layers_of = {series.label: series.runs[0].loads for series in comparison.series if series.runs[0].loads}
+    map_rows = sum(load.tokens.shape[1] for layers in layers_of.values() for load in layers.values())
+    columns = int(np.clip(MAX_CELLS // max(map_rows, 1), MIN_COLUMNS, MAX_COLUMNS))
+    maps = {
+        label: {layer: _relative_load(load, columns) for layer, load in layers.items()}
+        for label, layers in layers_of.items()
     }
-    every = [share for layers in shares.values() for _, share in layers.values()]
-    scale = even_scale(np.concatenate([share.ravel() for share in every])) if every else (0.0, 0.0)
-    for place, (label, layers) in enumerate(shares.items()):
-        yield (
-            label,
-            [_heat_map(f"load_{place}_{layer}", layer, *share, scale) for layer, share in layers.items()],
-        )
+    if not maps:
+        return
+    scale = even_scale(np.concatenate([load.ravel() for layers in maps.values() for _, load in layers.values()]))
+    for index, (label, layers) in enumerate(maps.items()):
+        figures = []
+        for layer, (steps, load) in layers.items():
+            figures.append(_load_map(file_name(f"load_{index}_{layer}"), layer, steps, load, scale))
+        yield label, figures
 
 
-class _Drawn(NamedTuple):
-    """A series as it is drawn: few points, of those of its runs that have the figure."""
+class _Line(NamedTuple):
+    """A series as a chart draws it, with few points, over those of its runs that have the metric."""
 
     label: str
-    runs: list[Run]
-    band: Band
-    seconds: Floats
-    """Of training, at the band's steps, of the runs that have come so far."""
+    columns: Mapping[str, Floats]
+    """Values by column, [P] for P points."""
 
 
-def _drawn(found: Comparison, get: Get) -> list[_Drawn]:
-    drawn = []
-    for one in found.series:
-        curves = [(run, curve) for run in one.runs if (curve := get(run)) is not None]
-        whole = band([curve for _, curve in curves])
-        spent = band([Curve(curve.steps, run.seconds_at(curve.steps)) for run, curve in curves])
-        if whole is not None and spent is not None:
-            kept = downsample(whole.mean, POINTS)
-            runs, shown = [run for run, _ in curves], Band(*(part[kept] for part in whole))
-            drawn.append(_Drawn(one.label, runs, shown, spent.mean[kept]))
-    return drawn
+def _lines(comparison: Comparison, curve_of: CurveOf) -> list[_Line]:
+    unit, unit_seconds = _time_unit(comparison)
+    lines = []
+    for series in comparison.series:
+        curves = [(run, curve) for run in series.runs if (curve := curve_of(run)) is not None]
+        values = band([curve for _, curve in curves])
+        # Both bands are over the same curves' steps, so the points of one index the other.
+        seconds = band([Curve(curve.steps, run.seconds_at(curve.steps)) for run, curve in curves])
+        if values is None or seconds is None:
+            continue
+        points, first_run = downsample(values.mean, MAX_POINTS), curves[0][0]
+        steps = values.steps[points]
+        columns = {
+            "step": steps,
+            "tokens": steps * first_run.batch_tokens,
+            unit: seconds.mean[points] / unit_seconds,
+            "flops": steps * first_run.flops_per_step,
+            "value": values.mean[points],
+            "least": values.low[points],
+            "most": values.high[points],
+        }
+        lines.append(_Line(series.label, columns))
+    return lines
 
 
-def _table(name: str, drawn: Sequence[_Drawn], more: Mapping[str, Callable[[_Drawn], Floats]]) -> Table:
-    """A row a point: the series, its step, what else tells how far it is, the mean, the least and the most."""
-    columns: dict[str, list[Value]] = {"series": [one.label for one in drawn for _ in one.band.steps]}
-    parts: dict[str, Callable[[_Drawn], Floats]] = {
-        "step": lambda one: one.band.steps,
-        **more,
-        "value": lambda one: one.band.mean,
-        "least": lambda one: one.band.low,
-        "most": lambda one: one.band.high,
-    }
-    for key, part in parts.items():
-        columns[key] = [value if math.isfinite(value) else None for one in drawn for value in part(one).tolist()]
-    return Table(name, columns)
+def _table(name: str, lines: Sequence[_Line], columns: Sequence[str]) -> Table:
+    """Return a table with a row per point and the label of its series in the first column."""
+    rows = []
+    for line in lines:
+        points = np.stack([line.columns[column] for column in columns], axis=1)  # [P, columns]
+        for point in points.tolist():
+            rows.append((line.label, *(value if math.isfinite(value) else None for value in point)))
+    return Table(name, ("series", *columns), rows)
 
 
-def _against(found: Comparison, name: str, title: str, caption: str, get: Get) -> list[Figure]:
-    """One table, and a figure by each of its columns that tell how far a run is."""
-    if not (drawn := _drawn(found, get)):
+def _against(comparison: Comparison, name: str, title: str, caption: str, curve_of: CurveOf) -> list[Figure]:
+    """Return a chart of one table for each measure of how far a run is: steps, tokens, wall time and FLOPs."""
+    lines = _lines(comparison, curve_of)
+    if not lines:
         return []
-    unit = _unit(found)
-    more: dict[str, Callable[[_Drawn], Floats]] = {
-        "tokens": lambda one: one.band.steps * one.runs[0].batch_tokens,
-        unit.name: lambda one: one.seconds / unit.seconds,
-        "flops": lambda one: one.band.steps * one.runs[0].flops_per_step,
-    }
-    table = _table(name, drawn, more)
-    y = Axis("value", title, ".3~f", precise=".4f", domain=_seen([one.band for one in drawn]))
+    table = _table(name, lines, [*lines[0].columns])
+    unit, _ = _time_unit(comparison)
+    y = Axis("value", title, ".3~f", precise=".4f", domain=_late_range(lines))
     axes = {
-        "steps": Axis("step", "steps", precise=","),
+        "steps": _STEP,
         "tokens": Axis("tokens", "input tokens"),
-        "wall_time": Axis(unit.name, f"{unit.name} of training", "~g", precise=".3~f"),
+        "wall_time": Axis(unit, f"{unit} of training", "~g", precise=".3~f"),
         "flops": Axis("flops", "FLOPs"),
     }
-    labels = [one.label for one in found.series]
+    labels = [series.label for series in comparison.series]
     return [
-        charts.lines(f"{name}_{key}", f"{capitalize(title)} against {axis.title}", caption, table, axis, y, labels)
-        for key, axis in axes.items()
+        charts.lines(f"{name}_{key}", f"{capitalize(title)} against {x.title}", caption, table, x, y, labels)
+        for key, x in axes.items()
     ]
 
 
-def _by_step(found: Comparison, name: str, title: str, caption: str, get: Get, form: str) -> list[Figure]:
-    if not (drawn := _drawn(found, get)):
+def _by_step(
+    comparison: Comparison, name: str, title: str, caption: str, curve_of: CurveOf, tick_format: str
+) -> list[Figure]:
+    lines = _lines(comparison, curve_of)
+    if not lines:
         return []
-    y = Axis("value", title, form, precise=".1%" if form == "~%" else ".4~s")
-    x, labels = Axis("step", "steps", precise=","), [one.label for one in found.series]
-    return [charts.lines(name, capitalize(title), caption, _table(name, drawn, {}), x, y, labels)]
+    table = _table(name, lines, ["step", "value", "least", "most"])
+    y = Axis("value", title, tick_format, precise=".1%" if tick_format == "~%" else ".4~s")
+    labels = [series.label for series in comparison.series]
+    return [charts.lines(name, capitalize(title), caption, table, _STEP, y, labels)]
 
 
-def _of(name: str) -> Get:
+def _metric(name: str) -> CurveOf:
     return lambda run: run.curves.get(name)
 
 
-def _entropy(run: Run) -> Curve | None:
-    whole = band([curve for name, curve in run.curves.items() if name.endswith("/entropy")])
-    return None if whole is None else Curve(whole.steps, whole.mean)
+def _mean_entropy(run: Run) -> Curve | None:
+    layers = band([curve for name, curve in run.curves.items() if name.endswith("/entropy")])
+    return None if layers is None else Curve(layers.steps, layers.mean)
 
 
-def _seen(bands: Sequence[Band]) -> tuple[float, float]:
-    """What is worth to be seen first: where the curves are after a tenth of their steps."""
-    late = [one.steps >= one.steps[-1] / 10 for one in bands]
-    low = min(float(one.low[there].min()) for one, there in zip(bands, late, strict=True))
-    high = max(float(one.high[there].max()) for one, there in zip(bands, late, strict=True))
-    room = 0.04 * (high - low) or 0.1
-    return low - room, high + room
+def _late_range(lines: Sequence[_Line]) -> tuple[float, float]:
+    """Return the range of y shown before the reader zooms: that of the curves after a tenth of their steps."""
+    lows, highs = [], []
+    for line in lines:
+        late = line.columns["step"] >= line.columns["step"][-1] / 10
+        lows.append(float(line.columns["least"][late].min()))
+        highs.append(float(line.columns["most"][late].max()))
+    margin = 0.04 * (max(highs) - min(lows)) or 0.1
+    return min(lows) - margin, max(highs) + margin
 
 
-def _unit(found: Comparison) -> Unit:
-    longest = max(float(run.seconds.values[-1]) for one in found.series for run in one.runs)
-    return Unit("hours", 3600.0) if longest > 7200 else Unit("minutes", 60.0) if longest > 120 else Unit("seconds", 1.0)
+def _time_unit(comparison: Comparison) -> tuple[str, float]:
+    """Return the unit of wall time that suits the longest run, and its seconds."""
+    longest = max(float(run.seconds.values[-1]) for series in comparison.series for run in series.runs)
+    if longest > 7200:
+        return "hours", 3600.0
+    return ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
 
 
-def _shares(load: Loads, columns: int) -> tuple[Floats, Floats]:
-    """Steps [C] where stretches of the run end, and the experts' shares [C, E] of their tokens, times the even one."""
+def _relative_load(load: Loads, columns: int) -> tuple[Floats, Floats]:
+    """Return the load over at most so many stretches of a run, [C] and [C, E] for C stretches and E experts.
+
+    The first array holds the last step of each stretch, the second each expert's share of the tokens times E: 1 is
+    even.
+    """
     stretches = np.array_split(np.arange(len(load.steps)), min(columns, len(load.steps)))
     tokens = np.stack([load.tokens[stretch].sum(axis=0) for stretch in stretches])
     total = np.maximum(tokens.sum(axis=1, keepdims=True), 1)
     return load.steps[[stretch[-1] for stretch in stretches]], tokens / total * tokens.shape[1]
 
 
-def _heat_map(name: str, layer: str, steps: Floats, shares: Floats, scale: tuple[float, float]) -> Figure:
-    experts, name = shares.shape[1], re.sub(r"[^A-Za-z0-9_]+", "_", name)
-    columns: dict[str, Sequence[Value]] = {
-        "expert": [expert for expert in range(experts) for _ in steps],
-        "step": [int(step) for _ in range(experts) for step in steps],
-        "share": [float(share) for share in shares.T.ravel()],
-    }
-    return charts.heat_map(
-        name,
-        shown_layer(layer),
-        "",
-        Table(name, columns),
-        Axis("step", "steps", kind="ordinal"),
-        Axis("expert", "expert", kind="ordinal"),
-        Axis("share", "tokens, times the even share", ".1f", domain=scale, precise=".2f"),
-    )
+def _load_map(name: str, layer: str, steps: Floats, load: Floats, scale: tuple[float, float]) -> Figure:
+    # [C, E] transposed: all steps of expert 0 come first, and experts keep their order on the y axis.
+    rows = [
+        (expert, int(step), value)
+        for expert, values in enumerate(load.T.tolist())
+        for step, value in zip(steps, values, strict=True)
+    ]
+    x, y = Axis("step", "steps", kind="ordinal"), Axis("expert", "expert", kind="ordinal")
+    table = Table(name, ("expert", "step", "share"), rows)
+    return charts.heat_map(shown_layer(layer), "", table, x, y, load_axis(scale))
 
 
-def even_scale(shares: Floats | Sequence[float]) -> tuple[float, float]:
-    """Of colours for shares, times the even one: up to what all but one in a hundred stay below, and 2 at least."""
-    return 0.0, float(np.ceil(max(2.0, np.quantile(shares, 0.99))))
+def load_axis(scale: tuple[float, float]) -> Axis:
+    """Return the color axis of column `share`, a share of tokens times the number of experts."""
+    return Axis("share", "tokens, times the even share", ".1f", precise=".2f", domain=scale)
+
+
+def even_scale(relative_loads: Floats | Sequence[float]) -> tuple[float, float]:
+    """Return a color scale from 0 to what 99 of 100 values stay below, and to 2 at least; 1 is an even load."""
+    return 0.0, float(np.ceil(max(2.0, np.quantile(relative_loads, 0.99))))
+
+
+def file_name(name: str) -> str:
+    """Return the name of a figure's files, of letters, digits and underscores."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", name)
 
 
 def shown_layer(layer: str) -> str:
-    """`encoder block 2` for `encoder.blocks.1.feed_forward.layer`; other parts of a block are named after it."""
-    found = re.fullmatch(r"(\w+)\.blocks\.(\d+)\.(.*?)(?:\.layer|\.attention)?", layer)
-    if found is None:
+    """Return the name of a layer for people: `Encoder block 2` for `encoder.blocks.1.feed_forward.layer`.
+
+    Other parts of a block are named after it.
+    """
+    match = re.fullmatch(r"(\w+)\.blocks\.(\d+)\.(.*?)(?:\.layer|\.attention)?", layer)
+    if match is None:
         return layer
-    part = "" if found[3] == "feed_forward" else f", {found[3].replace('_', ' ').replace('.', ' ')}"
-    return f"{capitalize(found[1])} block {int(found[2]) + 1}{part}"
+    module = "" if match[3] == "feed_forward" else f", {match[3].replace('_', ' ').replace('.', ' ')}"
+    return f"{capitalize(match[1])} block {int(match[2]) + 1}{module}"

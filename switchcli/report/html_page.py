@@ -1,8 +1,7 @@
 """A page in one file: tables, charts, texts. Nothing is fetched, and all text from data is escaped.
 
-The browser is told to run no script but the two of a page with charts, by their digests, and to open no connection
-(Content-Security-Policy): what were to slip through the escaping would still run nothing. A page without charts has
-no script at all.
+A Content-Security-Policy lets the browser run only the two scripts of a page with charts, named by their digests, and
+open no connection: text that slipped through the escaping would still run nothing. A page without charts has no script.
 """
 
 import base64
@@ -12,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from switchcli import publish
 from switchcli.errors import disk_errors
@@ -20,19 +19,21 @@ from switchcli.report import charts
 from switchcli.report.charts import Figure
 from switchcli.report.safe_text import safe_text
 
-_HERE = Path(__file__).parent
+_FOLDER = Path(__file__).parent
+_LIBRARY = _FOLDER / "vega" / "vega-embed.min.js"
+"""Vega, Vega-Lite and vega-embed in one script, which defines `vegaEmbed`."""
 _DIGITS = 6
-"""Significant ones of a number that a chart shows."""
+"""Significant digits of a number in a chart."""
 
 
 class Part(Protocol):
-    """Of a page."""
+    """An element of a page."""
 
     def html(self) -> str: ...
 
 
 class HtmlTable(NamedTuple):
-    """A title, and rows under their headings: the first column to the left, figures to the right."""
+    """A table with a title and a heading per column: the first column aligned left, the others right."""
 
     title: str
     headings: Sequence[str]
@@ -46,22 +47,22 @@ class HtmlTable(NamedTuple):
         return f'{title}<div class="scroll" tabindex="0"><table>\n' + "\n".join(rows) + f"\n</table></div>{caption}"
 
 
-class KeyFigures(NamedTuple):
-    """What is to be seen first: a figure, and below it what it is."""
+class Highlights(NamedTuple):
+    """The results to see first: (value, caption) pairs."""
 
     facts: Sequence[tuple[str, str]]
 
     def html(self) -> str:
-        cells = (f"<div><dd>{_text(figure)}</dd><dt>{_text(what)}</dt></div>" for figure, what in self.facts)
+        cells = (f"<div><dd>{_text(value)}</dd><dt>{_text(caption)}</dt></div>" for value, caption in self.facts)
         return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
 class Paragraphs(NamedTuple):
-    """A paragraph each."""
+    """Lines of text, each a paragraph."""
 
     lines: Sequence[str]
-    kind: str = "words"
-    """`note` for what the reader has to know before the figures."""
+    kind: Literal["words", "note", "caption"] = "words"
+    """The style; `note` for what the reader has to know before the results."""
 
     def html(self) -> str:
         return "\n".join(f'<p class="{self.kind}">{_text(line)}</p>' for line in self.lines)
@@ -73,7 +74,7 @@ class Legend(NamedTuple):
     series: Sequence[str]
 
     def html(self) -> str:
-        return f'<div class="legend">{"".join(map(_key, range(len(self.series)), self.series))}</div>'
+        return f'<div class="legend">{"".join(map(_legend_button, range(len(self.series)), self.series))}</div>'
 
 
 class Charts(NamedTuple):
@@ -86,18 +87,18 @@ class Charts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Texts under their names, such as input, target and prediction, and whose they are."""
+    """Texts under their names, such as input, target and the answer of each series."""
 
     title: str
     texts: Mapping[str, str]
 
     def html(self) -> str:
-        said = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text.strip())}</dd>" for name, text in self.texts.items())
-        return f'<article class="sample"><h3>{_text(self.title)}</h3><dl>{said}</dl></article>'
+        texts = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text.strip())}</dd>" for name, text in self.texts.items())
+        return f'<article class="sample"><h3>{_text(self.title)}</h3><dl>{texts}</dl></article>'
 
 
 class Collapsible(NamedTuple):
-    """Parts that are shown when the summary is clicked: charts are drawn only then."""
+    """Parts that a click on the summary shows; their charts are drawn only then."""
 
     summary: str
     parts: Sequence[Part]
@@ -117,16 +118,16 @@ class Section(NamedTuple):
 
 
 def page(title: str, parts: Iterable[Part]) -> str:
-    """The whole document."""
+    """Return the HTML document."""
     parts = list(parts)
     figures = {figure.name: figure for figure in _figures(parts)}
     titles = [part.title for part in parts if isinstance(part, Section)]
-    links = "".join(f'<a href="#{_anchor(one)}">{_text(one)}</a>' for one in titles)
+    links = "".join(f'<a href="#{_anchor(title)}">{_text(title)}</a>' for title in titles)
     body = [f"<header><h1>{_text(title)}</h1>", f"<nav>{links}</nav>" if links else "", "</header>"]
     body += ["<main>", _html(parts), "</main>"]
     scripts: list[str] = []
     if figures:
-        scripts = [charts.library(), (_HERE / "page.js").read_text(encoding="utf-8")]
+        scripts = [_LIBRARY.read_text(encoding="utf-8"), (_FOLDER / "page.js").read_text(encoding="utf-8")]
         body.append(f'<script type="application/json" id="data">{_data(figures)}</script>')
         body += [f"<script>{_script(script)}</script>" for script in scripts]
     head = [
@@ -134,7 +135,7 @@ def page(title: str, parts: Iterable[Part]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title>",
-        f"<style>\n{(_HERE / 'page.css').read_text(encoding='utf-8')}</style>",
+        f"<style>\n{(_FOLDER / 'page.css').read_text(encoding='utf-8')}</style>",
     ]
     lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
     return "\n".join(line for line in lines if line) + "\n"
@@ -170,16 +171,16 @@ def _figure(figure: Figure) -> str:
     return f"<figure><figcaption>{_text(figure.title)}</figcaption>{plot}{caption}</figure>"
 
 
-def _key(place: int, series: str) -> str:
-    """A button with the line and the shape of a series."""
-    colour, dash, shape = charts.style_of(place)
-    line = f'<line x1="1" x2="33" y1="7" y2="7" stroke="{colour}" stroke-dasharray="{" ".join(map(str, dash))}"/>'
-    mark = f'<path d="{_SHAPES[shape]}" transform="translate(17 7)" fill="{colour}"/>'
-    drawn = f'<svg width="34" height="14" aria-hidden="true" stroke-width="2">{line}{mark}</svg>'
-    return f'<button type="button" aria-pressed="true">{drawn}{_text(series)}</button>'
+def _legend_button(index: int, label: str) -> str:
+    """Return a button with the line and the marker of a series."""
+    color, dash, shape = charts.style_of(index)
+    line = f'<line x1="1" x2="33" y1="7" y2="7" stroke="{color}" stroke-dasharray="{" ".join(map(str, dash))}"/>'
+    marker = f'<path d="{_MARKER_PATHS[shape]}" transform="translate(17 7)" fill="{color}"/>'
+    image = f'<svg width="34" height="14" aria-hidden="true" stroke-width="2">{line}{marker}</svg>'
+    return f'<button type="button" aria-pressed="true">{image}{_text(label)}</button>'
 
 
-_SHAPES: Mapping[str, str] = {
+_MARKER_PATHS: Mapping[str, str] = {
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
     "square": "M-4 -4h8v8h-8z",
     "triangle-up": "M0 -5l5 9h-10z",
@@ -187,18 +188,25 @@ _SHAPES: Mapping[str, str] = {
     "cross": "M-2 -5h4v3h3v4h-3v3h-4v-3h-3v-4h3z",
     "triangle-down": "M0 5l5 -9h-10z",
 }
+"""SVG paths of `charts.SHAPES`, centered on 0."""
 
 
 def _data(figures: Mapping[str, Figure]) -> str:
-    """What the script draws, as JSON in which no text ends the element that holds it."""
-    tables = {figure.table.name: figure.table.columns for figure in figures.values()}
-    drawn = {name: {"table": figure.table.name, "spec": charts.in_page(figure)} for name, figure in figures.items()}
-    short = {name: {key: [*map(_short, column)] for key, column in table.items()} for name, table in tables.items()}
-    text = json.dumps({"tables": short, "figures": drawn}, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Return what page.js draws as JSON: values by table and column, and specifications by figure.
+
+    The characters of HTML markup are written as escapes, so that no text ends the element that holds the JSON.
+    """
+    tables = {figure.table.name: figure.table for figure in figures.values()}
+    values = {
+        name: {column: [*map(_json_value, table.column(column))] for column in table.columns}
+        for name, table in tables.items()
+    }
+    specs = {name: {"table": figure.table.name, "spec": charts.in_page(figure)} for name, figure in figures.items()}
+    text = json.dumps({"tables": values, "figures": specs}, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _short(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         rounded = float(f"{value:.{_DIGITS}g}")
         return int(rounded) if rounded.is_integer() else rounded
@@ -211,10 +219,12 @@ def _script(text: str) -> str:
 
 
 def _policy(scripts: Iterable[str]) -> str:
-    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = "".join(f" 'sha256-{digest}'" for digest in digests)
+    """Return the Content-Security-Policy that allows inline styles and exactly these scripts."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     rules = ["default-src 'none'", "style-src 'unsafe-inline'", "base-uri 'none'", "form-action 'none'"]
-    return "; ".join([*rules, *([f"script-src{allowed}"] if allowed else [])])
+    if digests:
+        rules.append("script-src" + "".join(f" 'sha256-{digest}'" for digest in digests))
+    return "; ".join(rules)
 
 
 def _anchor(title: str) -> str:

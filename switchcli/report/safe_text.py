@@ -1,6 +1,6 @@
-"""Make text harmless for a terminal: `safe_text` keeps line breaks, `one_line` does not.
+"""Text made harmless for a terminal: `safe_text` keeps line breaks, `one_line` does not.
 
-Neither escapes rich markup: wrap the result in `rich.text.Text`, which reads none. HTML is escaped elsewhere.
+Neither escapes rich markup: wrap the result in `rich.text.Text`, which reads none. `html_page` escapes HTML.
 """
 
 import re
@@ -16,31 +16,39 @@ _UNSAFE = re.compile(
     "\ud800-\udfff"  # lone surrogates: no encoding prints them
     "]"
 )
+_BREAKS = re.compile("[\n\t\u2028\u2029]")
 
 
 def safe_text(text: str) -> str:
-    """`text` with control characters (but newline and tab), bidirectional controls and lone surrogates as escapes."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Return `text` with control characters, bidirectional controls and lone surrogates as escapes.
 
-
-_BREAKS = re.compile("[\n\t\u2028\u2029]")
+    Newlines and tabs stay.
+    """
+    return _UNSAFE.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
     """Return `text` as part of one line of output: as `safe_text`, with line breaks and tabs as escapes too.
 
-    A path or a value that a user gave can then not forge a line of its own. Credentials of URLs are left out.
+    A path or a value that a user gave can then not forge a line of its own. Credentials in URLs are left out.
     """
-    escaped = _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), safe_text(text))
-    return credentials.redact(escaped)
+    return credentials.redact(_BREAKS.sub(_escape, safe_text(text)))
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 def shell_word(text: str) -> str:
-    """Return `text` quoted for a shell, in one line: what is not printable as in `$'a\\nb'`."""
+    """Return `text` quoted for a shell on one line, with characters that are not printable as in `$'a\\x0ab'`."""
     if text.isprintable():
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + "".join(one if one.isprintable() else _shell_escape(one) for one in escaped) + "'"
+    return "$'" + "".join(letter if letter.isprintable() else _shell_escape(letter) for letter in escaped) + "'"
+
+
+def _shell_escape(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def shell_words(*words: object) -> str:
@@ -48,16 +56,12 @@ def shell_words(*words: object) -> str:
     return " ".join(shell_word(str(word)) for word in words)
 
 
-def _shell_escape(character: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
-
-
 def capitalize(text: str) -> str:
-    """As a sentence begins."""
+    """Return `text` with its first letter in upper case and the others as they are."""
     return text[:1].upper() + text[1:]
 
 
 def shorten(text: str, characters: int) -> str:
-    """On one line, with its beginning only when it is long."""
+    """Return `text` on one line, cut after so many characters."""
     line = " ".join(text.split())
     return line if len(line) <= characters else line[:characters].rstrip() + " ..."

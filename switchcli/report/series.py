@@ -1,10 +1,10 @@
-"""Series: runs that differ by their seed alone, and their curves together: the mean, from least to most."""
+"""Series: runs that differ only in their seed, their common label, and the mean and range of their curves."""
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,40 +14,30 @@ from numpy.typing import NDArray
 from switchcli.report.runs import Curve, Floats, Run
 from switchcli.report.safe_text import one_line
 
-OF_NO_FIGURE = (
+IGNORED_KEYS = (
     *("description", "log", "checkpoint"),
     *("train.seed", "train.device", "train.workers", "train.batches_ahead"),
 )
-"""Keys of a recipe by which runs of one series may differ."""
+"""Keys of a recipe that change no metric: runs of one series may differ in them."""
 
 
 class SeedSpread(NamedTuple):
-    """A figure over the seeds of a series."""
+    """A metric over the seeds of a series."""
 
     mean: float
     least: float
     most: float
 
-    def text(self, form: str) -> str:
-        """The mean, and what it lies between where it does."""
-        if self.least == self.most:
-            return f"{self.mean:{form}}"
-        return f"{self.mean:{form}} ({self.least:{form}} to {self.most:{form}})"
+    def text(self, write: str | Callable[[float], str]) -> str:
+        """Return `mean (least to most)`, or the mean alone where all are equal, in a format or by a function."""
+        mean, least, most = (f"{value:{write}}" if isinstance(write, str) else write(value) for value in self)
+        return mean if self.least == self.most else f"{mean} ({least} to {most})"
 
 
 def seed_spread(values: Iterable[float | None]) -> SeedSpread | None:
-    """Of the values that are known; None where none is."""
+    """Return the spread of the values that are known and finite, or None where there is none."""
     known = [value for value in values if value is not None and np.isfinite(value)]
     return SeedSpread(float(np.mean(known)), min(known), max(known)) if known else None
-
-
-class Band(NamedTuple):
-    """A curve over the seeds of a series, at all steps that one of them has: of those that have come so far."""
-
-    steps: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
 
 
 class Series(NamedTuple):
@@ -56,134 +46,141 @@ class Series(NamedTuple):
     label: str
     runs: tuple[Run, ...]
 
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        return self.runs[0].recipe
-
 
 def group_by_recipe(runs: Sequence[Run]) -> list[Series]:
-    """The series of `runs`, in their order, each with a label of its own; an evaluation is one by itself.
+    """Return the series of `runs` in their order, each with a unique label. An evaluation is a series by itself.
 
-    Of the loads only those of a series' first run are kept, which are drawn: they are most of what is held.
+    Only the first run of a series keeps its loads: no other run's are drawn, and they take most of the memory.
     """
     groups: dict[str, list[Run]] = {}
-    for run, own in zip(runs, _own(runs), strict=True):
-        members = groups.setdefault(own, [])
+    for run, identity in zip(runs, _identities(runs), strict=True):
+        members = groups.setdefault(identity, [])
         members.append(run._replace(loads={}) if members else run)
-    names = _names(runs)
-    found: dict[str, Series] = {}
+    names = _short_names(runs)
+    series: dict[str, Series] = {}
     for members in groups.values():
-        label = _stem([names[run.name] for run in members])
-        if label in found:
+        label = _common_label([names[run.name] for run in members])
+        if label in series:
             label = names[members[0].name]
-        while label in found:
+        while label in series:
             label += "'"
-        found[label] = Series(label, tuple(members))
-    return [*found.values()]
+        series[label] = Series(label, tuple(members))
+    return [*series.values()]
 
 
-def _own(runs: Sequence[Run]) -> list[str]:
-    """What the runs of one series have in common: their settings, but for the seed in the paths of other runs.
+def _identities(runs: Sequence[Run]) -> list[str]:
+    """Return a text per run that is equal for the runs of one series: their settings, without seeds in paths.
 
-    Where several seeds name the very same path, a number in it that is one of them is no seed.
+    Where runs of several seeds name the very same path, a number in it that is one of the seeds is none, and stays.
     """
-    as_named = [_key(run, flatten(run.recipe, OF_NO_FIGURE)) for run in runs]
+    exact = [_identity(run, flatten(run.recipe, IGNORED_KEYS)) for run in runs]
     seeds = defaultdict[str, set[str]](set)
-    for run, own in zip(runs, as_named, strict=True):
-        seeds[own].add(str(run.seed))
-    return [own if len(seeds[own]) > 1 else _key(run, settings(run)) for run, own in zip(runs, as_named, strict=True)]
+    for run, identity in zip(runs, exact, strict=True):
+        seeds[identity].add(str(run.seed))
+    return [
+        identity if len(seeds[identity]) > 1 else _identity(run, settings(run))
+        for run, identity in zip(runs, exact, strict=True)
+    ]
 
 
-def _key(run: Run, values: Mapping[str, Any]) -> str:
+def _identity(run: Run, values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True) if run.recipe else run.name
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What tells the run's recipe from others: `teacher-8-{train.seed}` for `teacher-8-0` in a path, where 0 is the
-    run's seed."""
-    number = rf"(?<![\d.]){re.escape(str(run.seed))}(?=/|\Z)"
-    last = re.compile(f"{number}(?!.*{number})")
+    """Return the recipe's values by dotted key, with the run's seed in paths replaced.
+
+    `runs/teacher-8-0` of a run with seed 0 becomes `runs/teacher-8-{train.seed}`.
+    """
+    seed = rf"(?<![\d.]){re.escape(str(run.seed))}(?=/|\Z)"  # a whole number at the end of a path's component
+    last_seed = re.compile(f"{seed}(?!.*{seed})")
     return {
-        key: last.sub("{train.seed}", value) if isinstance(value, str) and "/" in value else value
-        for key, value in flatten(run.recipe, OF_NO_FIGURE).items()
+        key: last_seed.sub("{train.seed}", value) if isinstance(value, str) and "/" in value else value
+        for key, value in flatten(run.recipe, IGNORED_KEYS).items()
     }
 
 
-def flatten(tree: Mapping[Any, Any], without: Sequence[str] = (), path: str = "") -> dict[str, Any]:
-    """A recipe's values by dotted key; those of a list of settings by their place in it."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        here = f"{path}{key}"
-        inner = value
-        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            inner = dict(enumerate(value))
-        if here in without:
+def flatten(tree: Mapping[Any, Any], ignored: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Return a recipe's values by dotted key, such as `data.corpora.0.kind` for a list of settings."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        key, section = f"{prefix}{name}", value
+        if key in ignored:
             continue
-        if isinstance(inner, Mapping) and inner:
-            found |= flatten(inner, without, f"{here}.")
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            section = dict(enumerate(value))
+        if isinstance(section, Mapping) and section:
+            values |= flatten(section, ignored, f"{key}.")
         else:
-            found[here] = value
-    return found
+            values[key] = value
+    return values
 
 
 def differences(series: Sequence[Series]) -> dict[str, list[Any]]:
-    """The keys that series differ in, with the value of each series; `None` where it has no such key."""
-    trees = [settings(one.runs[0]) for one in series]
-    keys = dict.fromkeys(key for tree in trees for key in tree)
-    values = {key: [tree.get(key) for tree in trees] for key in keys}
+    """Return the keys in which the series differ, with the value of each; None where a series has no such key."""
+    recipes = [settings(one.runs[0]) for one in series]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
+class Band(NamedTuple):
+    """A curve over the seeds of a series at S steps, [S] each. A run counts up to its own last step."""
+
+    steps: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
 def band(curves: Sequence[Curve]) -> Band | None:
-    """The mean of the curves on straight lines between their points, each from its first to its last step."""
+    """Return the mean and range of C curves at all their steps, or None without a point.
+
+    A curve counts from its first to its last step, on straight lines between its points.
+    """
     curves = [curve for curve in curves if len(curve.steps)]
     if not curves:
         return None
-    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
-    values = np.stack([curve.at(steps) for curve in curves])
-    ends = np.array([[curve.steps[0], curve.steps[-1]] for curve in curves])
-    there = (ends[:, :1] <= steps) & (steps <= ends[:, 1:])
-    some = there.any(axis=0)
-    steps, values, there = steps[some], values[:, some], there[:, some]
-    mean = np.where(there, values, 0).sum(axis=0) / there.sum(axis=0)
-    least, most = (np.where(there, values, bound) for bound in (np.inf, -np.inf))
-    return Band(steps, mean, least.min(axis=0), most.max(axis=0))
+    steps = np.unique(np.concatenate([curve.steps for curve in curves]))  # [S]
+    values = np.stack([curve.at(steps) for curve in curves])  # [C, S]
+    ends = np.array([[curve.steps[0], curve.steps[-1]] for curve in curves])  # [C, 2]
+    # Every step is a point of some curve, so that no column of the mask is empty.
+    counts = (ends[:, :1] <= steps) & (steps <= ends[:, 1:])  # [C, S]
+    mean = np.where(counts, values, 0).sum(axis=0) / counts.sum(axis=0)
+    low, high = (np.where(counts, values, bound) for bound in (np.inf, -np.inf))
+    return Band(steps, mean, low.min(axis=0), high.max(axis=0))
 
 
 def smooth(curve: Curve, evaluations: int) -> Curve:
-    """The mean over so many evaluations on end, at the mean of their steps; over all where there are fewer."""
+    """Return means over so many consecutive evaluations, at the mean of their steps; over all where there are fewer."""
     width = min(evaluations, len(curve.steps))
     if width <= 1:
         return curve
-    return Curve(*(np.convolve(part, np.full(width, 1 / width), mode="valid") for part in curve))
+    return Curve(*(np.convolve(values, np.full(width, 1 / width), mode="valid") for values in curve))
 
 
-def downsample(values: Floats, most: int) -> NDArray[np.int64]:
-    """Places of at most `most` values: the first, the last, and the least and the most of each stretch between."""
-    if len(values) <= most:
+def downsample(values: Floats, count: int) -> NDArray[np.int64]:
+    """Return the indices of at most `count` values: the first, the last, and the extremes of each stretch between."""
+    if len(values) <= count:
         return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), max(1, (most - 2) // 2))
-    places = [place for stretch in stretches for place in _extremes(values, stretch)]
-    return np.unique([0, *places, len(values) - 1])
+    kept = [0, len(values) - 1]
+    for stretch in np.array_split(np.arange(len(values)), max(1, (count - 2) // 2)):  # two values of each, and the ends
+        kept += [int(stretch[np.argmin(values[stretch])]), int(stretch[np.argmax(values[stretch])])]
+    return np.unique(kept)
 
 
-def _extremes(values: Floats, stretch: NDArray[np.int64]) -> tuple[int, int]:
-    return int(stretch[np.argmin(values[stretch])]), int(stretch[np.argmax(values[stretch])])
+def _short_names(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the last component of each folder's name, or the full names where two of them are equal."""
+    names = {run.name: one_line(Path(run.name).name or run.name) for run in runs}
+    return names if len(set(names.values())) == len(names) else {name: one_line(name) for name in names}
 
 
-def _names(runs: Sequence[Run]) -> dict[str, str]:
-    """The last part of each folder's name, or the whole where two end alike."""
-    last = {run.name: one_line(Path(run.name).name or run.name) for run in runs}
-    return last if len(set(last.values())) == len(last) else {name: one_line(name) for name in last}
-
-
-def _stem(names: Sequence[str]) -> str:
-    """What the names begin with, without the number of the seed: `dense` of `dense-0` and `dense-1`."""
+def _common_label(names: Sequence[str]) -> str:
+    """Return the common beginning of the names without the number of the seed: `dense` for `dense-0`, `dense-1`."""
     if len(names) == 1:
         return names[0]
-    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    stem = "".join(letters[0] for letters in alike)
-    if any(name[len(stem) :][:1].isdigit() for name in names):
-        stem = re.sub(r"\d+$", "", stem)
-    stem = re.sub(r"[-_./= ]*(seed)?[-_./= ]*$", "", stem)
-    return stem or names[0]
+    label = commonprefix(names)  # noqa: RUF071 (by characters)
+    if any(name[len(label) :][:1].isdigit() for name in names):
+        label = re.sub(r"\d+$", "", label)  # seeds 10 and 11 have a digit in common
+    label = re.sub(r"[-_./= ]*(seed)?[-_./= ]*$", "", label)
+    return label or names[0]

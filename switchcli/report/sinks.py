@@ -1,11 +1,11 @@
-"""The metrics file, one JSON object a line, the interface for scripts; small files written whole. No trackers here."""
+"""The metrics file of a run, metrics.jsonl: one JSON object per line, the interface for scripts."""
 
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeGuard
 
 from switchcli import publish
 from switchcli.errors import disk_errors
@@ -16,52 +16,59 @@ LONGEST_LINE: Final = 2**24
 
 
 class JsonLines:
-    """A file of records that a resumed run goes on with as if it had never stopped.
+    """A file of records. A resumed run continues it as if the run had never stopped.
 
-    Raises `CheckpointError` when the disk refuses.
+    Every method raises `CheckpointError` when the disk refuses.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one line and hands it to the system. NaN and infinity, which JSON does not have, become null."""
+        """Append one line and hand it to the system. NaN and infinity, which JSON does not have, become null."""
         line = json.dumps(_finite(record), allow_nan=False)
         with disk_errors(self.path), publish.open_append(self.path) as file:
             file.write(line + "\n")
 
     def rewind(self, step: int) -> str | None:
-        """Drop the records after `step`, so that the run can go on from there. Return a warning about damage, or None.
+        """Drop the records after `step`, so that the run can continue there. Return a warning about damage, or None.
 
         Lines that hold no record of a step are moved to a new file beside this one, NAME.damaged-1 or the next free
         number. A torn last line is what a killed process leaves: it is dropped without a warning. A file that has
-        another name too is replaced by a copy, so that records are not appended to both. Memory does not grow with the
-        file. The file is replaced in one rename, after the damaged lines are on the disk: a crash at any
-        moment leaves the old file or the new one.
+        another hard link is replaced by a copy, so that records are not appended to both. Memory does not grow with the
+        file. The file is replaced in one rename, after the damaged lines are on the disk: a crash at any moment leaves
+        the old file or the new one.
         """
         if not os.path.lexists(self.path):
             return None
         with disk_errors(self.path):
             publish.check_file(self.path)
-            changed, count, first, last = os.lstat(self.path).st_nlink > 1, 0, 0, 0
+            rewrite = os.lstat(self.path).st_nlink > 1
+            num_damaged, first_damaged, last_damaged = 0, 0, 0
             for line in read_lines(self.path):
                 fate = _fate(line, step)
-                changed = changed or fate != "keep" or not line.is_ended
-                if fate == "damaged" and line.number != last:  # a long line comes in several pieces
-                    count, first, last = count + 1, first or line.number, line.number
-            if not changed:
+                rewrite = rewrite or fate != "keep" or not line.is_ended
+                if fate == "damaged" and line.number != last_damaged:  # a long line comes in several pieces
+                    num_damaged += 1
+                    first_damaged, last_damaged = first_damaged or line.number, line.number
+            if not rewrite:
                 return None
-            if count:
-                damaged = self._free_name()
-                publish_file(
-                    damaged, (line.content for line in read_lines(self.path) if _fate(line, step) == "damaged")
-                )
-            kept = (line for line in read_lines(self.path) if _fate(line, step) == "keep")
-            publish_file(self.path, (line.content if line.is_ended else line.content + b"\n" for line in kept))
-        if not count:
+            if num_damaged:
+                aside = self._free_name()
+                publish_file(aside, self._lines("damaged", step))
+            publish_file(self.path, self._lines("keep", step))
+        if not num_damaged:
             return None
-        lines = f"line {first:,} holds" if count == 1 else f"{count:,} lines, the first at line {first:,}, hold"
-        return f"{self.path}: {lines} no record of a step: moved to {damaged.name}"
+        lines = f"line {first_damaged:,} holds"
+        if num_damaged > 1:
+            lines = f"{num_damaged:,} lines, the first at line {first_damaged:,}, hold"
+        return f"{self.path}: {lines} no record of a step: moved to {aside.name}"
+
+    def _lines(self, fate: "Fate", step: int) -> Iterator[bytes]:
+        for line in read_lines(self.path):
+            if _fate(line, step) == fate:
+                # Only the last line of the file may lack its newline; pieces of a damaged line have none.
+                yield line.content if line.is_ended or fate == "damaged" else line.content + b"\n"
 
     def _free_name(self) -> Path:
         number = 1
@@ -70,7 +77,7 @@ class JsonLines:
         return path
 
     def sync(self) -> None:
-        """Returns once all that was written is on the disk, as it must be before a checkpoint that goes on from it."""
+        """Return once all written lines are on the disk. A checkpoint must not be published before."""
         with disk_errors(self.path), publish.open_append(self.path) as file:
             os.fsync(file.fileno())
 
@@ -98,13 +105,13 @@ class Line(NamedTuple):
 
 
 Fate = Literal["keep", "later", "torn", "damaged"]
-"""What becomes of a line in a rewind. Torn is a last line that a killed process left unfinished."""
+"""What a rewind does with a line. Torn is a last line that a killed process left unfinished."""
 
 
 def _fate(line: Line, step: int) -> Fate:
-    found = step_of(parse(line.content)) if line.is_whole else None
-    if found is not None:
-        return "keep" if found <= step else "later"
+    line_step = step_of(parse(line.content)) if line.is_whole else None
+    if line_step is not None:
+        return "keep" if line_step <= step else "later"
     return "torn" if line.is_whole and not line.is_ended else "damaged"
 
 
@@ -126,7 +133,7 @@ def parse(content: bytes) -> dict[str, Any] | None:
     """Return the JSON object that a line holds, or None where Python cannot read one.
 
     None is also the answer to text that is not UTF-8, an integer of more digits than Python converts, and arrays nested
-    deeper than Python recurses. NaN is read: it stands in the files of other programs.
+    deeper than Python recurses. NaN is read: the files of other programs hold it.
     """
     try:
         record = json.loads(content.decode("utf-8-sig"))
@@ -136,12 +143,14 @@ def parse(content: bytes) -> dict[str, Any] | None:
 
 
 def step_of(record: Mapping[str, Any] | None) -> int | None:
-    """Return the step of a record, or None where there is none.
-
-    A step is an integer from 0 to 2**53, up to which floats hold integers exactly.
-    """
+    """Return the step of a record, or None where it has none. A step is a count, as in `is_count`."""
     step = None if record is None else record.get("step")
-    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= 2**53 else None
+    return step if is_count(step) else None
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether a value is an integer from 0 to 2**53, up to which floats hold integers exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

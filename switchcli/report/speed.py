@@ -1,7 +1,7 @@
-"""Steps, seconds and FLOPs to a quality, and how many times fewer they are than a baseline's.
+"""Steps, seconds and FLOPs until a run reaches a quality, and how many times fewer they are than the baseline's.
 
-A run has a quality at the first step at which its held-out curve reaches it, on a straight line between two
-evaluations. The baseline's own steps are counted in the same way, so that a run is as fast as itself.
+A run reaches a quality at the first step at which its held-out curve does, on a straight line between two evaluations.
+The baseline's own cost is counted in the same way, so that a run is exactly as fast as itself.
 """
 
 from collections.abc import Sequence
@@ -16,39 +16,40 @@ from switchcli.report.series import SeedSpread, Series, seed_spread, smooth
 
 
 class QualityMetric(NamedTuple):
-    """What quality is: a held-out figure, as a mean over so many evaluations."""
+    """The held-out metric by which runs are compared, as a mean over so many evaluations."""
 
-    figure: str
+    name: str
     title: str
     sign: int
     """1 where higher is better, -1 where lower is."""
     evaluations: int = 1
 
     def curve(self, run: Run) -> Curve | None:
-        """None where the run has no evaluation yet."""
-        if self.figure not in run.curves:
-            return None
-        return smooth(run.curves[self.figure], self.evaluations)
+        """Return the smoothed curve of the run, or None where it was not evaluated yet."""
+        curve = run.curves.get(self.name)
+        return None if curve is None else smooth(curve, self.evaluations)
 
     def at(self, run: Run, step: float | None) -> float | None:
-        """At a step, or where that is None, at the run's end; None where it was not evaluated before and after."""
+        """Return the value at a step, or at the run's end for None; None outside the evaluated steps."""
         curve = self.curve(run)
         if curve is None:
             return None
-        step = curve.steps[-1] if step is None else step
-        there = curve.steps[0] <= step <= curve.steps[-1]
-        return float(curve.at(np.array([float(step)]))[0]) if there else None
+        if step is None:
+            step = curve.steps[-1]
+        if not curve.steps[0] <= step <= curve.steps[-1]:
+            return None
+        return float(curve.at(np.array([float(step)]))[0])
 
 
-def quality_metric(tokenizers: int, evaluations: int) -> QualityMetric:
-    """What runs of so many tokenizers can be compared by: of several, only by bits a byte."""
-    if tokenizers > 1:
+def quality_metric(num_tokenizers: int, evaluations: int) -> QualityMetric:
+    """Return the metric that compares runs of so many tokenizers: bits per byte where there are several."""
+    if num_tokenizers > 1:
         return QualityMetric(HELD_OUT_BITS, "held-out bits a byte", -1, evaluations)
     return QualityMetric(HELD_OUT, "held-out neg. log perplexity", 1, evaluations)
 
 
 class Cost(NamedTuple):
-    """What it took."""
+    """The training that a run took to reach a quality."""
 
     steps: float
     seconds: float
@@ -56,16 +57,17 @@ class Cost(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Of a series: the quality of each run's partner, what it took to get there, and how many times less than it."""
+    """How soon a series reaches a quality: over its runs, in the order of the fields of `Cost`."""
 
     reached: int
-    """Runs that have the quality at all."""
-    costs: tuple[SeedSpread | None, SeedSpread | None, SeedSpread | None]
-    times: tuple[SeedSpread | None, SeedSpread | None, SeedSpread | None]
+    """Number of runs that reach it."""
+    costs: tuple[SeedSpread | None, ...]
+    factors: tuple[SeedSpread | None, ...]
+    """The baseline's cost divided by the run's, over the runs that reach it together with their baseline run."""
 
 
 def first_step_reaching(curve: Curve, quality: float) -> float | None:
-    """Where a curve, better when higher, first is as high; None where it never is."""
+    """Return where a curve, better when higher, first is as high; None where it never is."""
     points = [*zip(curve.steps.tolist(), curve.values.tolist(), strict=True)]
     if points and points[0][1] >= quality:
         return points[0][0]
@@ -75,40 +77,42 @@ def first_step_reaching(curve: Curve, quality: float) -> float | None:
     return None
 
 
-def cost(run: Run, measure: QualityMetric, quality: float) -> Cost | None:
-    """What it took the run to have the quality; None where it never has."""
-    curve = measure.curve(run)
+def cost(run: Run, metric: QualityMetric, quality: float) -> Cost | None:
+    """Return what the run took to reach the quality, or None where it never does."""
+    curve = metric.curve(run)
     if curve is None:
         return None
-    step = first_step_reaching(Curve(curve.steps, measure.sign * curve.values), measure.sign * quality)
+    step = first_step_reaching(Curve(curve.steps, metric.sign * curve.values), metric.sign * quality)
     if step is None:
         return None
     return Cost(step, float(run.seconds_at(np.array([step]))[0]), step * run.flops_per_step)
 
 
 def baseline_run(run: Run, baseline: Series) -> Run:
-    """The baseline's run of the same seed; its first where there is none."""
+    """Return the baseline's run of the same seed, or its first run where there is none."""
     return next((one for one in baseline.runs if one.seed == run.seed), baseline.runs[0])
 
 
-def speed(series: Series, baseline: Series, measure: QualityMetric, quality: float | None = None) -> Speed:
-    """To `quality`, or where that is None, to what each run's partner ends with."""
-    pairs = [(run, baseline_run(run, baseline)) for run in series.runs]
-    goals = [measure.at(base, None) if quality is None else quality for _, base in pairs]
-    both = [
-        (cost(run, measure, goal), cost(base, measure, goal))
-        for (run, base), goal in zip(pairs, goals, strict=True)
-        if goal is not None
-    ]
-    own = [mine for mine, _ in both if mine is not None]
-    ratios = [_ratios(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
-    return Speed(len(own), _spreads(own), _spreads(ratios))
+def speed(series: Series, baseline: Series, metric: QualityMetric, quality: float | None = None) -> Speed:
+    """Return how soon a series reaches a quality; for None, the one that each run's baseline run ends with."""
+    costs, factors = list[Cost](), list[Cost]()
+    for run in series.runs:
+        reference = baseline_run(run, baseline)
+        goal = metric.at(reference, None) if quality is None else quality
+        run_cost = None if goal is None else cost(run, metric, goal)
+        if goal is None or run_cost is None:
+            continue
+        costs.append(run_cost)
+        reference_cost = cost(reference, metric, goal)
+        if reference_cost is not None:
+            factors.append(_divide(reference_cost, run_cost))
+    return Speed(len(costs), _spreads(costs), _spreads(factors))
 
 
-def _ratios(mine: Cost, theirs: Cost) -> Cost:
-    return Cost(*(base / one if one else np.nan for one, base in zip(mine, theirs, strict=True)))
+def _divide(reference: Cost, run: Cost) -> Cost:
+    """Return how many times the reference costs more; NaN, which `seed_spread` leaves out, where the run costs 0."""
+    return Cost(*(theirs / ours if ours else np.nan for theirs, ours in zip(reference, run, strict=True)))
 
 
-def _spreads(costs: Sequence[Cost]) -> tuple[SeedSpread | None, SeedSpread | None, SeedSpread | None]:
-    steps, seconds, flops = (seed_spread(getattr(one, name) for one in costs) for name in Cost._fields)
-    return steps, seconds, flops
+def _spreads(costs: Sequence[Cost]) -> tuple[SeedSpread | None, ...]:
+    return tuple(seed_spread(getattr(cost, name) for cost in costs) for name in Cost._fields)

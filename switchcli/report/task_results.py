@@ -1,4 +1,4 @@
-"""What the results of runs and evaluations say of tasks, and of each language or corpus."""
+"""The scores of tasks, and the metrics of each language or corpus, in the results of runs and evaluations."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -6,64 +6,66 @@ from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.report.runs import Run, as_mapping
 from switchcli.report.series import SeedSpread, seed_spread
 
-Holders = Mapping[str, Sequence[Run]]
-"""Runs by the column that they are shown in: those of a series, or one evaluation."""
-Figures = dict[str, dict[str, SeedSpread]]
-"""By holder, and by the name of the task or the text."""
+RunsByLabel = Mapping[str, Sequence[Run]]
+"""Runs by the column that shows them: those of a series, or one evaluation."""
+Scores = dict[str, dict[str, SeedSpread]]
+"""Spreads by column, then by the name of the task or the text."""
 
 
-def tasks(holders: Holders) -> Figures:
-    """The scores, of an evaluation under several capacities each of them; and their average."""
-    return _over_runs(holders, _tasks)
+def tasks(runs: RunsByLabel) -> Scores:
+    """Return the scores of all tasks and their average, for each capacity of an evaluation."""
+    return _over_runs(runs, _task_scores)
 
 
-def texts(holders: Holders, figure: str) -> Figures:
-    """`neg_log_perplexity` or `bits_per_byte` of each held-out text."""
-    return _over_runs(holders, lambda run: _texts(run, figure))
+def texts(runs: RunsByLabel, metric: str) -> Scores:
+    """Return `neg_log_perplexity` or `bits_per_byte` of each held-out text."""
+    return _over_runs(runs, lambda run: _text_metrics(run, metric))
 
 
-def by_tokens(holders: Holders) -> bool:
-    """Whether the neg. log perplexities of the texts say something of one another: all by one tokenizer."""
-    found = texts(holders, NEG_LOG_PERPLEXITY)
-    by = {run.tokenizer for label in found for run in holders[label] if _texts(run, NEG_LOG_PERPLEXITY)}
-    return len(found) < 2 or (len(by) == 1 and None not in by)
+def by_tokens(runs: RunsByLabel) -> bool:
+    """Return whether neg. log perplexities of texts can be compared: all runs with some have one known tokenizer."""
+    columns = texts(runs, NEG_LOG_PERPLEXITY)
+    tokenizers = {run.tokenizer for label in columns for run in runs[label] if _text_metrics(run, NEG_LOG_PERPLEXITY)}
+    return len(columns) < 2 or (len(tokenizers) == 1 and None not in tokenizers)
 
 
-def _over_runs(holders: Holders, figures: Callable[[Run], Mapping[str, object]]) -> Figures:
-    found: Figures = {}
-    for label, runs in holders.items():
-        each = [{name: value for name, value in figures(run).items() if isinstance(value, float)} for run in runs]
-        names = dict.fromkeys(name for values in each for name in values)
-        spreads = {name: seed_spread(values.get(name) for values in each) for name in names}
-        if known := {name: one for name, one in spreads.items() if one is not None}:
-            found[label] = known
-    return found
+def _over_runs(runs_by_label: RunsByLabel, metrics_of: Callable[[Run], Mapping[str, object]]) -> Scores:
+    scores: Scores = {}
+    for label, runs in runs_by_label.items():
+        values: dict[str, list[float]] = {}
+        for run in runs:
+            for name, value in metrics_of(run).items():
+                if isinstance(value, float):
+                    values.setdefault(name, []).append(value)
+        spreads = {name: seed_spread(numbers) for name, numbers in values.items()}
+        if known := {name: spread for name, spread in spreads.items() if spread is not None}:
+            scores[label] = known
+    return scores
 
 
-def _tasks(run: Run) -> dict[str, object]:
+def _task_scores(run: Run) -> dict[str, object]:
     passes = _passes(run) or [run.result]
-    found: dict[str, object] = {}
+    scores: dict[str, object] = {}
     for one in passes:
-        under = f", capacity {as_mapping(one.get('capacity')).get('tasks')}" if len(passes) > 1 else ""
-        scores = {
-            name: as_mapping(as_mapping(task).get("score")).get("value")
-            for name, task in as_mapping(one.get("tasks")).items()
-        }
-        if len(scores) > 1:
-            scores["average"] = as_mapping(one.get("average")).get("score")
-        found |= {f"{name}{under}": score for name, score in scores.items()}
-    return found
+        # An evaluation under several capacities has one pass for each.
+        suffix = f", capacity {as_mapping(one.get('capacity')).get('tasks')}" if len(passes) > 1 else ""
+        tasks = as_mapping(one.get("tasks"))
+        for name, task in tasks.items():
+            scores[f"{name}{suffix}"] = as_mapping(as_mapping(task).get("score")).get("value")
+        if len(tasks) > 1:
+            scores[f"average{suffix}"] = as_mapping(one.get("average")).get("score")
+    return scores
 
 
-def _texts(run: Run, figure: str) -> dict[str, object]:
+def _text_metrics(run: Run, metric: str) -> dict[str, object]:
     if passes := _passes(run):
-        each = as_mapping(passes[0].get("texts")) or {"text": passes[0].get("text")}
+        texts = as_mapping(passes[0].get("texts")) or {"text": passes[0].get("text")}
     else:
-        each = as_mapping(run.result.get("texts")) or run.texts
-    return {name: as_mapping(figures).get(figure) for name, figures in each.items()}
+        texts = as_mapping(run.result.get("texts")) or run.texts
+    return {name: as_mapping(metrics).get(metric) for name, metrics in texts.items()}
 
 
 def _passes(run: Run) -> list[Mapping[str, object]]:
-    """Of an evaluation."""
+    """Return the passes of an evaluation's result; a training's has none."""
     passes = run.result.get("passes")
     return [as_mapping(one) for one in passes] if isinstance(passes, list) else []

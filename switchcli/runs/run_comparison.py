@@ -10,7 +10,7 @@ from switchcli.recipe import yaml_nodes
 from switchcli.report import task_results
 from switchcli.report.comparison import compare
 from switchcli.report.console import Console
-from switchcli.report.evidence import Report
+from switchcli.report.run_report import Report
 from switchcli.report.runs import Run, read
 from switchcli.report.series import Series, group_by_recipe
 
@@ -49,7 +49,7 @@ def compare_runs(
     comparison = compare(trained, base, quality, smooth) if trained else None
     found = Report(comparison, [one for one in every if one not in trained], ())
     notes = [note for run in runs for note in run.notes]
-    if not task_results.by_tokens(found.holders):
+    if not task_results.by_tokens(found.runs_by_label):
         notes.append(
             "Held-out texts of runs or evaluations whose tokenizers differ, or are not known, are compared by bits a "
             "byte alone."

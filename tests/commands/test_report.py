@@ -293,6 +293,21 @@ def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str]
     assert not lacking(Path("page.html").read_text(encoding="utf-8"), "3 runs 2 series 1 evaluation")
 
 
+@pytest.mark.parametrize("arguments", [("dense-0",), ("nowhere",), ("--routing", "nowhere")])
+def test_figures_without_their_package_are_refused_before_any_work(
+    arguments: tuple[str, ...], runs: list[str], monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    done = switchcli("report", *arguments, "--html", "page.html", "--figures", "figures")
+    assert (done.code, done.out) == (2, "")
+    assert not lacking(done.err, "error: --figures vl_convert pip install 'switchcli[report]' --html")
+    assert done.err.count("\n") == 1
+    assert not Path("figures").exists()
+    assert not Path("page.html").exists()
+    assert switchcli("report", *runs, "--html", "page.html").code == 0
+    assert "vegaEmbed" in Path("page.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -9,7 +9,8 @@ from switchcli.report.charts import Axis, Table
 
 STEP, VALUE = Axis("step", "steps"), Axis("value", "quality", ".3~f")
 CURVES = {"series": ["one"] * 3 + ["other"] * 3, "step": [0.0, 1.0, 2.0] * 2, "value": [1.0, 2.0, 4.0, 2.0, 3.0, 5.0]}
-TABLE = Table("curves", {**CURVES, "least": CURVES["value"], "most": CURVES["value"]})
+ROWS = [(*point, point[-1], point[-1]) for point in zip(*CURVES.values(), strict=True)]
+TABLE = Table("curves", ("series", "step", "value", "least", "most"), ROWS)
 
 
 def test_lines_are_drawn_where_the_numbers_are() -> None:
@@ -32,17 +33,17 @@ def test_series_differ_without_colour() -> None:
 
 
 def test_a_heat_map_has_a_cell_a_row() -> None:
-    cells = {"expert": [0, 0, 1, 1], "step": [10, 20, 10, 20], "share": [0.0, 1.0, 1.5, 2.0]}
+    cells = Table("cells", ("expert", "step", "share"), [(0, 10, 0.0), (0, 20, 1.0), (1, 10, 1.5), (1, 20, 2.0)])
     share = Axis("share", "share", ".1f", domain=(0.0, 2.0))
     where = [Axis(name, name, kind="ordinal") for name in ("step", "expert")]
-    drawn = charts.svg(charts.heat_map("a", "A", "", Table("cells", cells), *where, share))
+    drawn = charts.svg(charts.heat_map("A", "", cells, *where, share))
     colours = re.findall(r'<path aria-label="[^"]*" [^>]*fill="(#[0-9a-f]{6}|rgb[^"]*)"', drawn)
     assert len(colours) == 4
     assert len(set(colours)) == 4
-    assert charts.png(charts.heat_map("a", "A", "", Table("cells", cells), *where, share)).startswith(b"\x89PNG")
+    assert charts.png(charts.heat_map("A", "", cells, *where, share)).startswith(b"\x89PNG")
 
 
 def test_csv_is_read_back() -> None:
-    table = Table("a", {"series": ['say "a, b"', "x\ny"], "value": [0.1, None]})
+    table = Table("a", ("series", "value"), [('say "a, b"', 0.1), ("x\ny", None)])
     rows = [*csv.reader(io.StringIO(table.csv()))]
     assert rows == [["series", "value"], ['say "a, b"', "0.1"], ["x\ny", ""]]

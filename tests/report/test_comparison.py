@@ -11,7 +11,8 @@ from report_folders import TOKENS, a_run
 from switchcli.metric_names import HELD_OUT
 from switchcli.report import figures
 from switchcli.report.comparison import Comparison, compare
-from switchcli.report.evidence import KeyFigures, Report, parts, quality_table
+from switchcli.report.html_page import Highlights
+from switchcli.report.run_report import Report, parts, quality_table
 from switchcli.report.runs import Curve, Run, read
 from switchcli.report.series import group_by_recipe
 
@@ -32,7 +33,7 @@ def a_made_run(
 
 def facts(found: Comparison) -> dict[str, str]:
     """By what they are of."""
-    (shown,) = (part for part in parts(Report(found, [], [])) if isinstance(part, KeyFigures))
+    (shown,) = (part for part in parts(Report(found, [], [])) if isinstance(part, Highlights))
     return {what: figure for figure, what in shown.facts}
 
 
@@ -46,8 +47,8 @@ def best(found: Comparison) -> tuple[str, int | None, bool]:
 def test_the_wall_time_of_a_step_is_of_the_seeds_that_have_come_to_it() -> None:
     long = a_made_run("a-0", 0, {0: -5, 50: -4, 100: -3}, pace=0.5)
     short = a_made_run("a-1", 1, {0: -5, 50: -4}, pace=1.5)
-    table = figures.quality(compare(group_by_recipe([long, short]), None, None, 1))[0].table.columns
-    assert dict(zip(table["step"], table["seconds"], strict=True)) == {0: 0, 50: 50, 100: 50}
+    table = figures.quality(compare(group_by_recipe([long, short]), None, None, 1))[0].table
+    assert dict(zip(table.column("step"), table.column("seconds"), strict=True)) == {0: 0, 50: 50, 100: 50}
 
 
 def test_the_time_of_an_evaluation_after_the_last_logged_step_goes_on_at_the_last_pace() -> None:
@@ -55,7 +56,7 @@ def test_the_time_of_an_evaluation_after_the_last_logged_step_goes_on_at_the_las
     fast = a_made_run("b-0", 0, {0: -5, 50: -5, 100: -4}, logged=50, pace=2)
     found = compare(group_by_recipe([slow, fast]), None, None, 1)
     assert found.rows[1].speed.costs[1] == (200, 200, 200)
-    assert found.rows[1].speed.times[1] == (0.5, 0.5, 0.5)
+    assert found.rows[1].speed.factors[1] == (0.5, 0.5, 0.5)
 
 
 def test_the_common_step_is_the_last_evaluation_smoothing_included() -> None:

@@ -181,7 +181,7 @@ def test_a_terminal_has_colours_a_bar_and_its_cursor_back(terminal: tuple[Consol
 
 
 class Done(NamedTuple):
-    pieces: int
+    source_shards: int
     size: int
     tokens: int
 

@@ -14,8 +14,8 @@ from report_folders import a_run
 
 from switchcli.report.charts import Axis, Table, lines
 from switchcli.report.comparison import compare
-from switchcli.report.evidence import Report, parts
 from switchcli.report.html_page import Charts, HtmlTable, page
+from switchcli.report.run_report import Report, parts
 from switchcli.report.runs import Run, read
 from switchcli.report.series import group_by_recipe
 
@@ -232,8 +232,9 @@ def test_a_page_without_charts_has_no_script() -> None:
 
 @pytest.mark.slow
 def test_one_library_and_one_table_serve_several_charts() -> None:
-    harm, values = "</script><script>window.hacked = 1</script><!--", [1 / 3, 2.0]
-    table = Table("t", {"series": [harm] * 2, "step": [0, 1], "value": values, "least": values, "most": values})
+    harm = "</script><script>window.hacked = 1</script><!--"
+    rows = [(harm, step, value, value, value) for step, value in enumerate((1 / 3, 2.0))]
+    table = Table("t", ("series", "step", "value", "least", "most"), rows)
     figures = [lines(name, name, "", table, Axis("step", "s"), Axis("value", "v"), [harm]) for name in ("one", "two")]
     text = page("p", [Charts(figures)])
     assert text.count("<script") == text.count("</script>") == 3

@@ -13,7 +13,7 @@ from surveys import LAYERS, a_survey
 from switchcli.report import charts
 from switchcli.report.charts import write_files
 from switchcli.report.html_page import write_page
-from switchcli.report.routing_page import EXPERTS_SHOWN, every_figure, parts, title, token_tables
+from switchcli.report.routing_page import PAGE_EXPERTS, every_figure, parts, title, token_tables
 
 
 def test_the_maps_show_what_was_counted() -> None:
@@ -23,32 +23,38 @@ def test_the_maps_show_what_was_counted() -> None:
     suffix = LAYERS[0].replace(".", "_")
     position = figures[f"position_1_{suffix}"]
     assert position.title == "Encoder block 12: By position"
-    cells = zip(*position.table.columns.values(), strict=True)
+    cells = position.table.rows
     assert {(label, expert): round(float(times or 0), 6) for label, expert, times in cells} == {
         (label, expert): round(4 * 10 * expert / 60, 6) if label == "256-511" else 0.0
         for label in ("0-255", "256-511")
         for expert in range(4)
     }
-    assert set(figures[f"sentinel_0_{suffix}"].table.columns["sentinel"]) == {"<extra_id_0>"}  # the other is rare
-    told = figures["told_0"].table.columns
-    assert [*zip(*told.values(), strict=True)][:2] == [
+    assert set(figures[f"sentinel_0_{suffix}"].table.column("sentinel")) == {"<extra_id_0>"}  # the other is rare
+    told = figures["told_0"].table
+    assert told.rows[:2] == [
         ("Encoder block 12", "token", 0.5),
         ("Encoder block 12", "text", 0.0),
     ]
-    drift = figures[f"drift_{suffix}"].table.columns
-    moved = {(one, other) for other, one, share in zip(*drift.values(), strict=True) if share == 1.0}
+    drift = figures[f"drift_{suffix}"].table
+    moved = {(one, other) for other, one, share in drift.rows if share == 1.0}
     assert moved == {(1, 2), (2, 1), (3, 0)}  # expert 0 has no token
-    assert list(dict.fromkeys(drift["second"])) == [3, 2, 1, 0]  # by the matching: what agrees is on the diagonal
+    assert list(dict.fromkeys(drift.column("second"))) == [
+        3,
+        2,
+        1,
+        0,
+    ]  # by the matching: what agrees is on the diagonal
 
 
 def test_of_many_experts_those_with_most_tokens_are_drawn() -> None:
     """Of the survey, the last ones; those of the second that match the first's are numbered the other way round."""
-    drawn, words = 0, f"{EXPERTS_SHOWN} {2 * EXPERTS_SHOWN} experts --json"
-    most_used = {*range(EXPERTS_SHOWN, 2 * EXPERTS_SHOWN)}
-    for figure in every_figure(a_survey(experts=2 * EXPERTS_SHOWN)):
-        columns = figure.table.columns
-        for column in {"expert", "first", "second"} & columns.keys():
-            assert set(columns[column]) == ({*range(EXPERTS_SHOWN)} if column == "second" else most_used), figure.name
+    drawn, words = 0, f"{PAGE_EXPERTS} {2 * PAGE_EXPERTS} experts --json"
+    most_used = {*range(PAGE_EXPERTS, 2 * PAGE_EXPERTS)}
+    for figure in every_figure(a_survey(experts=2 * PAGE_EXPERTS)):
+        for column in {"expert", "first", "second"} & {*figure.table.columns}:
+            assert set(figure.table.column(column)) == ({*range(PAGE_EXPERTS)} if column == "second" else most_used), (
+                figure.name
+            )
             assert not lacking(figure.title, words)
             drawn += 1
     assert drawn == 2 * (1 + 2 * 3) + 2 * 2
@@ -113,7 +119,7 @@ def test_a_browser_draws_every_map_with_a_cell_for_each_count_and_has_nothing_to
         for name, figure in figures.items():
             plot = tab.locator(f'[data-figure="{name}"]')
             plot.locator("svg").wait_for()
-            cells = len(next(iter(figure.table.columns.values())))
+            cells = len(figure.table.rows)
             assert plot.locator(".mark-rect.role-mark path").count() == cells, name
         assert tab.evaluate("window.ran") is None
         assert said == []

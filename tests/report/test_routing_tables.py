@@ -7,7 +7,7 @@ from messages import lacking
 from surveys import a_survey
 
 from switchcli.report.console import PLAIN_WIDTH, Console
-from switchcli.report.routing_tables import ROWS, shown, tables
+from switchcli.report.routing_tables import TERMINAL_EXPERTS, shown, tables
 
 
 def printed(survey: dict[str, Any]) -> str:
@@ -18,12 +18,12 @@ def printed(survey: dict[str, Any]) -> str:
 
 
 def test_all_is_there_and_fits_a_terminal() -> None:
-    said = printed(a_survey(experts=2 * ROWS, pieces=["antidisestablishment"] * 10))
+    said = printed(a_survey(experts=2 * TERMINAL_EXPERTS, pieces=["antidisestablishment"] * 10))
     assert max(map(len, said.splitlines())) <= PLAIN_WIDTH
     rows = [line.split() for line in said.splitlines()]
     assert ["Encoder", "block", "12", "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows
     assert ["31", *["antidisestablishment"] * 2, "6.2%", "12.5%", "0.50", "256-511:", "1.0x", "6.2%"] in rows
-    assert not lacking(said, f"Encoder block 12: {ROWS} {2 * ROWS} experts --json")
+    assert not lacking(said, f"Encoder block 12: {TERMINAL_EXPERTS} {2 * TERMINAL_EXPERTS} experts --json")
     assert [row[0] for row in rows if "antidisestablishment" in row] == [*map(str, range(16, 32))] * 4
     attention = ["Decoder", "block", "12,", "self", "attention"]
     assert [*attention, "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows

@@ -31,15 +31,15 @@ def test_by_hand(tmp_path: Path) -> None:
     slow = [a_seed(tmp_path, "slow", 0, 0.005)]
     found = compare(group_by_recipe([*dense, *fast, *slow]), None, None, 1)
     base, quick, never = found.rows
-    assert base.speed.times == ((1, 1, 1),) * 3
+    assert base.speed.factors == ((1, 1, 1),) * 3
     assert base.speed.costs == ((100, 100, 100), (50, 50, 50), (100 * FLOPS,) * 3)
-    steps, time, flops = quick.speed.times
+    steps, time, flops = quick.speed.factors
     assert steps == flops == pytest.approx((3, 2, 4))  # the quality of 100 steps after 50 and after 25
     assert time == pytest.approx((1.5, 1, 2))  # at half the speed
     assert quick.over == pytest.approx((2, 1, 3))
     assert quick.final == SeedSpread(-2, -3, -1)
     assert never.speed.reached == 0
-    assert never.speed.times == (None, None, None)
+    assert never.speed.factors == (None, None, None)
     assert never.over == pytest.approx((-0.5, -0.5, -0.5))
 
 
@@ -48,18 +48,18 @@ def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
     found = compare(group_by_recipe([dense, fast]), fast.name, -4.5, 1)
     assert found.baseline.label == "fast-0"
     assert [row.speed.costs[0] for row in found.rows] == [(50, 50, 50), (25, 25, 25)]
-    assert [row.speed.times[0] for row in found.rows] == [(0.5, 0.5, 0.5), (1, 1, 1)]
+    assert [row.speed.factors[0] for row in found.rows] == [(0.5, 0.5, 0.5), (1, 1, 1)]
 
 
 def test_of_other_tokenizers_bits_a_byte_count_and_fewer_are_better(tmp_path: Path) -> None:
     runs = [a_seed(tmp_path, "a", 0, 0.01), a_seed(tmp_path, "b", 0, 0.02, tokenizer='{"other": 1}')]
     found = compare(group_by_recipe(runs), None, None, 1)
-    assert (found.measure.figure, found.tokenizers) == (BITS, 2)
+    assert (found.metric.name, found.num_tokenizers) == (BITS, 2)
     assert not lacking(found.notes[0], "2 tokenizers bits byte")
     better = found.rows[1]
     assert better.final == (1.5, 1.5, 1.5)  # of 2.0
     assert better.over == (0.5, 0.5, 0.5)
-    assert better.speed.times[0] == pytest.approx((2, 2, 2))
+    assert better.speed.factors[0] == pytest.approx((2, 2, 2))
 
 
 def test_runs_of_other_lengths_are_compared_where_all_have_been(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_run_that_gets_everywhere_in_half_the_steps_is_twice_as_fast(values: l
     row = compare(group_by_recipe(runs), None, None, 1).rows[1]
     assert row.speed.reached == 1
     if values[0] >= values[-1]:  # there before the first step, at no cost
-        assert row.speed.times == (None, None, None)
+        assert row.speed.factors == (None, None, None)
     else:
-        assert row.speed.times[0] == row.speed.times[2] == pytest.approx((2, 2, 2))
-        assert row.speed.times[1] == pytest.approx((2 / pace,) * 3)
+        assert row.speed.factors[0] == row.speed.factors[2] == pytest.approx((2, 2, 2))
+        assert row.speed.factors[1] == pytest.approx((2 / pace,) * 3)

@@ -30,7 +30,7 @@ from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.recipe.schema import resolve_standalone
-from switchcli.report import evidence
+from switchcli.report import run_report
 from switchcli.report.charts import write_files
 from switchcli.report.console import silent
 from switchcli.report.html_page import page
@@ -183,10 +183,10 @@ def _run(base: Base, folder: Path, draw: random.Random) -> str:
 
     def use() -> None:
         found = compare_runs([run], silent())
-        page("mutated", evidence.parts(found)).encode()
-        json.dumps(evidence.to_json(found), allow_nan=False)
+        page("mutated", run_report.parts(found)).encode()
+        json.dumps(run_report.to_json(found), allow_nan=False)
         scores = found._replace(comparison=None)
-        write_files(evidence.every_figure(scores), evidence.every_table(scores), folder / "figures")
+        write_files(run_report.every_figure(scores), run_report.every_table(scores), folder / "figures")
 
     return refused(use)
 
