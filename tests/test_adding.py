@@ -587,7 +587,7 @@ def gradients(comparison: Comparison) -> list[Figure]:
 '''
     tree.insert("switchcli/report/figures.py", figure, before="^def loads")
     section = """        if curves := figures.gradients(comparison):
-            yield Section("Gradients", [Charts(curves)])
+            yield html_page.section("Gradients", html_page.charts(curves))
 """
     tree.insert("switchcli/report/runs.py", '"gradient_norm", ', after=r"^LOGGED = \{")
     tree.insert(

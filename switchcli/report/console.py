@@ -19,18 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from switchcli.metric_names import (
-    BALANCE,
-    DEAD_EXPERTS,
-    FLOPS_PER_SECOND,
-    GRADIENT_NORM,
-    HELD_OUT,
-    LEARNING_RATE,
-    NEG_LOG_PERPLEXITY,
-    TASK_PREFIX,
-    TEACHER_DIVERGENCE,
-    TOKENS_PER_SECOND,
-)
+from switchcli import metric_names as metric
 from switchcli.report.safe_text import one_line, shorten
 from switchcli.report.units import clock, number, percent, si
 
@@ -55,19 +44,19 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column(NEG_LOG_PERPLEXITY, "neg log ppl", 11, "{:.4f}".format),
-    Column(TOKENS_PER_SECOND, "tokens/s", 8, si),
-    Column(FLOPS_PER_SECOND, "FLOP/s", 6, si),
-    Column(LEARNING_RATE, "lr", 8, "{:.2e}".format),
-    Column(GRADIENT_NORM, "grad norm", 9, "{:.3g}".format),
+    Column(metric.NEG_LOG_PERPLEXITY, "neg log ppl", 11, "{:.4f}".format),
+    Column(metric.TOKENS_PER_SECOND, "tokens/s", 8, si),
+    Column(metric.FLOPS_PER_SECOND, "FLOP/s", 6, si),
+    Column(metric.LEARNING_RATE, "lr", 8, "{:.2e}".format),
+    Column(metric.GRADIENT_NORM, "grad norm", 9, "{:.3g}".format),
     Column("seconds_left", "time left", 9, clock),
 )
-TEACHER_COLUMNS = (Column(TEACHER_DIVERGENCE, "to teacher", 10, "{:.4f}".format),)
+TEACHER_COLUMNS = (Column(metric.TEACHER_DIVERGENCE, "to teacher", 10, "{:.4f}".format),)
 SPARSE_COLUMNS = (
     Column("encoder_dropped_fraction", "enc drop", 8, percent),
     Column("decoder_dropped_fraction", "dec drop", 8, percent),
-    Column(BALANCE, "balance", 7, "{:.3f}".format),
-    Column(DEAD_EXPERTS, "dead", 4, "{:.0f}".format),
+    Column(metric.BALANCE, "balance", 7, "{:.3f}".format),
+    Column(metric.DEAD_EXPERTS, "dead", 4, "{:.0f}".format),
 )
 
 
@@ -296,7 +285,7 @@ class TrainingDisplay:
         A metric that has a column and is absent is `-`; one without a column is only in the metrics file.
         """
         step = f"{metrics.get('step', 0):.0f}/{self._steps}".rjust(2 * len(str(self._steps)) + 1)
-        if NEG_LOG_PERPLEXITY in metrics:
+        if metric.NEG_LOG_PERPLEXITY in metrics:
             columns = _columns(metrics)
             if self._rows % _ROWS_BETWEEN_HEADERS == 0 or columns != self._columns:
                 headings = (column.heading.rjust(column.width) for column in columns)
@@ -306,12 +295,16 @@ class TrainingDisplay:
             values = (column.write(metrics[column.key]) if column.key in metrics else "-" for column in columns)
             cells = (value.rjust(column.width) for value, column in zip(values, columns, strict=True))
             self._console.message("  ".join([step, *cells]))
-        scores = {name.removeprefix(TASK_PREFIX): x for name, x in metrics.items() if name.startswith(TASK_PREFIX)}
+        scores = {
+            name.removeprefix(metric.TASK_PREFIX): x
+            for name, x in metrics.items()
+            if name.startswith(metric.TASK_PREFIX)
+        }
         if scores:
             line = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
             self._console.message(f"{step}  {line}", "bold")
-        if HELD_OUT in metrics:
-            self._console.message(f"{step}  held-out neg. log perplexity {metrics[HELD_OUT]:.4f}", "bold")
+        if metric.HELD_OUT in metrics:
+            self._console.message(f"{step}  held-out neg. log perplexity {metrics[metric.HELD_OUT]:.4f}", "bold")
 
 
 def _columns(metrics: Mapping[str, float]) -> tuple[Column, ...]:

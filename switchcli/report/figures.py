@@ -132,18 +132,19 @@ def _against(comparison: Comparison, name: str, title: str, caption: str, curve_
     lines = _lines(comparison, curve_of)
     if not lines:
         return []
-    table = _table(name, lines, [*lines[0].columns])
     unit, _ = _time_unit(comparison)
-    y = Axis("value", title, ".3~f", precise=".4f", domain=_late_range(lines))
     axes = {
         "steps": _STEP,
         "tokens": Axis("tokens", "input tokens"),
         "wall_time": Axis(unit, f"{unit} of training", "~g", precise=".3~f"),
         "flops": Axis("flops", "FLOPs"),
     }
-    labels = [series.label for series in comparison.series]
+    table = _table(name, lines, [*lines[0].columns])
+    y = Axis("value", title, ".3~f", precise=".4f", domain=_late_range(lines))
     return [
-        charts.lines(f"{name}_{key}", f"{capitalize(title)} against {x.title}", caption, table, x, y, labels)
+        charts.lines(
+            f"{name}_{key}", f"{capitalize(title)} against {x.title}", caption, table, x, y, _labels(comparison)
+        )
         for key, x in axes.items()
     ]
 
@@ -151,13 +152,17 @@ def _against(comparison: Comparison, name: str, title: str, caption: str, curve_
 def _by_step(
     comparison: Comparison, name: str, title: str, caption: str, curve_of: CurveOf, tick_format: str
 ) -> list[Figure]:
+    """Return one chart, against steps."""
     lines = _lines(comparison, curve_of)
     if not lines:
         return []
     table = _table(name, lines, ["step", "value", "least", "most"])
     y = Axis("value", title, tick_format, precise=".1%" if tick_format == "~%" else ".4~s")
-    labels = [series.label for series in comparison.series]
-    return [charts.lines(name, capitalize(title), caption, table, _STEP, y, labels)]
+    return [charts.lines(name, capitalize(title), caption, table, _STEP, y, _labels(comparison))]
+
+
+def _labels(comparison: Comparison) -> list[str]:
+    return [series.label for series in comparison.series]
 
 
 def _metric(name: str) -> CurveOf:

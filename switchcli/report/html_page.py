@@ -8,15 +8,14 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from switchcli import publish
 from switchcli.errors import disk_errors
-from switchcli.report import charts
-from switchcli.report.charts import Figure
+from switchcli.report.charts import Figure, in_page, style_of
 from switchcli.report.safe_text import safe_text
 
 _FOLDER = Path(__file__).parent
@@ -24,12 +23,6 @@ _LIBRARY = _FOLDER / "vega" / "vega-embed.min.js"
 """Vega, Vega-Lite and vega-embed in one script, which defines `vegaEmbed`."""
 _DIGITS = 6
 """Significant digits of a number in a chart."""
-
-
-class Part(Protocol):
-    """An element of a page."""
-
-    def html(self) -> str: ...
 
 
 class HtmlTable(NamedTuple):
@@ -40,95 +33,68 @@ class HtmlTable(NamedTuple):
     rows: Iterable[Sequence[str]]
     caption: str = ""
 
-    def html(self) -> str:
-        rows = [_row("th", self.headings), *(_row("td", row) for row in self.rows)]
-        title = f"<h3>{_text(self.title)}</h3>\n" if self.title else ""
-        caption = f'\n<p class="caption">{_text(self.caption)}</p>' if self.caption else ""
-        return f'{title}<div class="scroll" tabindex="0"><table>\n' + "\n".join(rows) + f"\n</table></div>{caption}"
+
+class Part(NamedTuple):
+    """Any other element of a page, with the figures that the page's script draws in it."""
+
+    html: str
+    figures: tuple[Figure, ...] = ()
+    section: str = ""
+    """The title of a section, which the top of the page links to."""
 
 
-class Highlights(NamedTuple):
-    """The results to see first: (value, caption) pairs."""
-
-    facts: Sequence[tuple[str, str]]
-
-    def html(self) -> str:
-        cells = (f"<div><dd>{_text(value)}</dd><dt>{_text(caption)}</dt></div>" for value, caption in self.facts)
-        return f'<dl class="facts">{"".join(cells)}</dl>'
+def highlights(facts: Iterable[tuple[str, str]]) -> Part:
+    """Return the results to see first, of (value, caption) pairs."""
+    cells = (f"<div><dd>{_text(value)}</dd><dt>{_text(caption)}</dt></div>" for value, caption in facts)
+    return Part(f'<dl class="facts">{"".join(cells)}</dl>')
 
 
-class Paragraphs(NamedTuple):
-    """Lines of text, each a paragraph."""
-
-    lines: Sequence[str]
-    kind: Literal["words", "note", "caption"] = "words"
-    """The style; `note` for what the reader has to know before the results."""
-
-    def html(self) -> str:
-        return "\n".join(f'<p class="{self.kind}">{_text(line)}</p>' for line in self.lines)
+def paragraphs(*lines: str, kind: Literal["words", "note", "caption"] = "words") -> Part:
+    """Return paragraphs; a `note` is for what the reader has to know before the results."""
+    return Part("\n".join(f'<p class="{kind}">{_text(line)}</p>' for line in lines))
 
 
-class Legend(NamedTuple):
-    """The series of all charts of a page, with their styles; a click hides one and shows it again."""
-
-    series: Sequence[str]
-
-    def html(self) -> str:
-        return f'<div class="legend">{"".join(map(_legend_button, range(len(self.series)), self.series))}</div>'
+def legend(series: Sequence[str]) -> Part:
+    """Return a legend for all charts of the page; a click on a series hides it and shows it again."""
+    return Part(f'<div class="legend">{"".join(map(_legend_button, range(len(series)), series))}</div>')
 
 
-class Charts(NamedTuple):
-    """Figures side by side where there is room."""
-
-    figures: Sequence[Figure]
-
-    def html(self) -> str:
-        return f'<div class="charts">{"".join(map(_figure, self.figures))}</div>'
+def charts(figures: Sequence[Figure]) -> Part:
+    """Return figures side by side where there is room."""
+    return Part(f'<div class="charts">{"".join(map(_figure, figures))}</div>', tuple(figures))
 
 
-class Sample(NamedTuple):
-    """Texts under their names, such as input, target and the answer of each series."""
-
-    title: str
-    texts: Mapping[str, str]
-
-    def html(self) -> str:
-        texts = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text.strip())}</dd>" for name, text in self.texts.items())
-        return f'<article class="sample"><h3>{_text(self.title)}</h3><dl>{texts}</dl></article>'
+def sample(title: str, texts: Mapping[str, str]) -> Part:
+    """Return texts under their names, such as input, target and the answer of each series."""
+    items = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text.strip())}</dd>" for name, text in texts.items())
+    return Part(f'<article class="sample"><h3>{_text(title)}</h3><dl>{items}</dl></article>')
 
 
-class Collapsible(NamedTuple):
-    """Parts that a click on the summary shows; their charts are drawn only then."""
-
-    summary: str
-    parts: Sequence[Part]
-
-    def html(self) -> str:
-        return f"<details><summary>{_text(self.summary)}</summary>\n{_html(self.parts)}\n</details>"
+def collapsible(summary: str, *elements: Part | HtmlTable) -> Part:
+    """Return elements that a click on the summary shows; their charts are drawn only then."""
+    content = _join(elements)
+    return Part(f"<details><summary>{_text(summary)}</summary>\n{content.html}\n</details>", content.figures)
 
 
-class Section(NamedTuple):
-    """Parts under a heading, which the top of the page links to."""
-
-    title: str
-    parts: Sequence[Part]
-
-    def html(self) -> str:
-        return f'<section id="{_anchor(self.title)}"><h2>{_text(self.title)}</h2>\n{_html(self.parts)}\n</section>'
+def section(title: str, *elements: Part | HtmlTable) -> Part:
+    """Return elements under a heading, which the top of the page links to."""
+    content = _join(elements)
+    html = f'<section id="{_anchor(title)}"><h2>{_text(title)}</h2>\n{content.html}\n</section>'
+    return Part(html, content.figures, title)
 
 
-def page(title: str, parts: Iterable[Part]) -> str:
+def page(title: str, elements: Iterable[Part | HtmlTable]) -> str:
     """Return the HTML document."""
-    parts = list(parts)
-    figures = {figure.name: figure for figure in _figures(parts)}
-    titles = [part.title for part in parts if isinstance(part, Section)]
-    links = "".join(f'<a href="#{_anchor(title)}">{_text(title)}</a>' for title in titles)
+    elements = list(elements)
+    content = _join(elements)
+    sections = [element.section for element in elements if isinstance(element, Part) and element.section]
+    links = "".join(f'<a href="#{_anchor(section)}">{_text(section)}</a>' for section in sections)
     body = [f"<header><h1>{_text(title)}</h1>", f"<nav>{links}</nav>" if links else "", "</header>"]
-    body += ["<main>", _html(parts), "</main>"]
+    body += ["<main>", content.html, "</main>"]
     scripts: list[str] = []
-    if figures:
-        scripts = [_LIBRARY.read_text(encoding="utf-8"), (_FOLDER / "page.js").read_text(encoding="utf-8")]
-        body.append(f'<script type="application/json" id="data">{_data(figures)}</script>')
+    if content.figures:
+        scripts = [file.read_text(encoding="utf-8") for file in (_LIBRARY, _FOLDER / "page.js")]
+        body.append(f'<script type="application/json" id="data">{_data(content.figures)}</script>')
         body += [f"<script>{_script(script)}</script>" for script in scripts]
     head = [
         '<meta charset="utf-8">',
@@ -141,24 +107,24 @@ def page(title: str, parts: Iterable[Part]) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def write_page(file: Path, title: str, parts: Iterable[Part]) -> None:
+def write_page(file: Path, title: str, elements: Iterable[Part | HtmlTable]) -> None:
     """Publish a page as `file`, whose folder is made. Raises CheckpointError where the disk refuses."""
-    text = page(title, parts)
+    text = page(title, elements)
     with disk_errors(file, "give another file by --html"):
         file.parent.mkdir(parents=True, exist_ok=True)
         publish.write_file(file, text)
 
 
-def _html(parts: Iterable[Part]) -> str:
-    return "\n".join(part.html() for part in parts)
+def _join(elements: Iterable[Part | HtmlTable]) -> Part:
+    parts = [_table(element) if isinstance(element, HtmlTable) else element for element in elements]
+    return Part("\n".join(part.html for part in parts), tuple(figure for part in parts for figure in part.figures))
 
 
-def _figures(parts: Iterable[Part]) -> Iterator[Figure]:
-    for part in parts:
-        if isinstance(part, Charts):
-            yield from part.figures
-        elif isinstance(part, Collapsible | Section):
-            yield from _figures(part.parts)
+def _table(table: HtmlTable) -> Part:
+    rows = [_row("th", table.headings), *(_row("td", row) for row in table.rows)]
+    title = f"<h3>{_text(table.title)}</h3>\n" if table.title else ""
+    caption = f'\n<p class="caption">{_text(table.caption)}</p>' if table.caption else ""
+    return Part(f'{title}<div class="scroll" tabindex="0"><table>\n' + "\n".join(rows) + f"\n</table></div>{caption}")
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
@@ -173,7 +139,7 @@ def _figure(figure: Figure) -> str:
 
 def _legend_button(index: int, label: str) -> str:
     """Return a button with the line and the marker of a series."""
-    color, dash, shape = charts.style_of(index)
+    color, dash, shape = style_of(index)
     line = f'<line x1="1" x2="33" y1="7" y2="7" stroke="{color}" stroke-dasharray="{" ".join(map(str, dash))}"/>'
     marker = f'<path d="{_MARKER_PATHS[shape]}" transform="translate(17 7)" fill="{color}"/>'
     image = f'<svg width="34" height="14" aria-hidden="true" stroke-width="2">{line}{marker}</svg>'
@@ -188,21 +154,20 @@ _MARKER_PATHS: Mapping[str, str] = {
     "cross": "M-2 -5h4v3h3v4h-3v3h-4v-3h-3v-4h3z",
     "triangle-down": "M0 5l5 -9h-10z",
 }
-"""SVG paths of `charts.SHAPES`, centered on 0."""
+"""SVG paths of the shapes of `style_of`, centered on 0."""
 
 
-def _data(figures: Mapping[str, Figure]) -> str:
+def _data(figures: Sequence[Figure]) -> str:
     """Return what page.js draws as JSON: values by table and column, and specifications by figure.
 
     The characters of HTML markup are written as escapes, so that no text ends the element that holds the JSON.
     """
-    tables = {figure.table.name: figure.table for figure in figures.values()}
-    values = {
-        name: {column: [*map(_json_value, table.column(column))] for column in table.columns}
-        for name, table in tables.items()
+    tables = {
+        table.name: {column: [*map(_json_value, table.column(column))] for column in table.columns}
+        for table in {figure.table.name: figure.table for figure in figures}.values()
     }
-    specs = {name: {"table": figure.table.name, "spec": charts.in_page(figure)} for name, figure in figures.items()}
-    text = json.dumps({"tables": values, "figures": specs}, allow_nan=False, separators=(",", ":"))
+    specs = {figure.name: {"table": figure.table.name, "spec": in_page(figure)} for figure in figures}
+    text = json.dumps({"tables": tables, "figures": specs}, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

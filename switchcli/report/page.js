@@ -10,7 +10,7 @@
     return columns[names[0]].map((_, row) => Object.fromEntries(names.map((name) => [name, columns[name][row]])));
   };
 
-  // Colours of text, axes and grid are the style sheet's: they follow light and dark.
+  // The style sheet sets the colors of text, axes and grid, which follow light and dark.
   const config = {
     background: null,
     font: "system-ui, sans-serif",

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from switchcli.report import charts
-from switchcli.report.charts import Axis, Figure, Table, Value
+from switchcli.report import html_page
+from switchcli.report.charts import Axis, Figure, Table, Value, heat_map
 from switchcli.report.figures import even_scale, file_name, load_axis, shown_layer
-from switchcli.report.html_page import Charts, Collapsible, HtmlTable, Paragraphs, Part, Section
+from switchcli.report.html_page import HtmlTable, Part
 from switchcli.report.routing_tables import (
     EXPERT_CAPTION,
     EXPERT_HEADINGS,
@@ -30,20 +30,21 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
     """Yield a section with the drift between two checkpoints, if there are two, and one per checkpoint."""
     if survey["drift"] is not None:
         maps = [*_drift_maps(survey)]
-        yield Section("Drift", [drift_table(survey["drift"]), *([Charts(maps)] if maps else [])])
+        yield html_page.section("Drift", drift_table(survey["drift"]), *([html_page.charts(maps)] if maps else []))
     titles = ("Experts",) if len(survey["atlases"]) == 1 else ("First checkpoint", "Second checkpoint")
     caption = (
         "In the maps of a layer a cell is a share of the tokens of its column, times the even share of an expert: 1 is "
         "even, what is dark goes elsewhere. A decoder reads its targets one later, after (start)."
     )
     for index, (section, atlas) in enumerate(zip(titles, survey["atlases"], strict=True)):
-        content: list[Part] = [summary(atlas, survey["sequences"]), Charts([*_overview(index, atlas)])]
-        content.append(Paragraphs([caption]))
+        overview = html_page.charts([*_overview(index, atlas)])
+        layers = []
         for name, layer in atlas["layers"].items():
             deciders = ", ".join(f"by {kind} {share(info['share'])}" for kind, info in layer["told_by"].items())
-            maps_of_layer = Charts([*_layer_maps(index, name, layer, survey["rare"])])
-            content.append(Collapsible(f"{shown_layer(name)}: {deciders}", [maps_of_layer, *_layer_tables(layer)]))
-        yield Section(section, content)
+            charts = html_page.charts([*_layer_maps(index, name, layer, survey["rare"])])
+            layers.append(html_page.collapsible(f"{shown_layer(name)}: {deciders}", charts, *_layer_tables(layer)))
+        top = summary(atlas, survey["sequences"])
+        yield html_page.section(section, top, overview, html_page.paragraphs(caption), *layers)
 
 
 def title(survey: Mapping[str, Any]) -> str:
@@ -95,10 +96,10 @@ def _overview(index: int, atlas: Mapping[str, Any]) -> Iterator[Figure]:
     table = Table(f"told_{index}", ("layer", "by", "share"), deciders)
     caption = "How much of the choice a value decides, beyond chance."
     color = _percentage("of the choice of an expert")
-    yield charts.heat_map("What decides the expert", caption, table, by, layers, color)
+    yield heat_map("What decides the expert", caption, table, by, layers, color)
     heading = f"Load of the experts{limited(num_experts, PAGE_EXPERTS)}"
     table = Table(f"load_{index}", ("layer", "expert", "share"), loads)
-    yield charts.heat_map(heading, "", table, expert, layers, _load_axis(table))
+    yield heat_map(heading, "", table, expert, layers, _load_axis(table))
 
 
 def _layer_maps(index: int, name: str, layer: Mapping[str, Any], rare: int) -> Iterator[Figure]:
@@ -117,7 +118,7 @@ def _layer_maps(index: int, name: str, layer: Mapping[str, Any], rare: int) -> I
         ]
         table = Table(file_name(f"{kind}_{index}_{name}"), (kind, "expert", "share"), rows)
         heading = f"By {kind}{limited(len(layer['load']), PAGE_EXPERTS)}"
-        yield charts.heat_map(heading, "", table, _ordinal(kind), _ordinal("expert"), _load_axis(table))
+        yield heat_map(heading, "", table, _ordinal(kind), _ordinal("expert"), _load_axis(table))
 
 
 def _layer_tables(layer: Mapping[str, Any]) -> Iterator[HtmlTable]:
@@ -157,7 +158,7 @@ def _drift_maps(survey: Mapping[str, Any]) -> Iterator[Figure]:
         table = Table(file_name(f"drift_{name}"), ("second", "first", "share"), rows)
         x, y = _ordinal("second", "expert of the second"), _ordinal("first", "expert of the first")
         heading = f"{shown_layer(name)}{limited(len(layer['together']), PAGE_EXPERTS)}"
-        yield charts.heat_map(heading, "", table, x, y, _percentage("of the first's tokens"))
+        yield heat_map(heading, "", table, x, y, _percentage("of the first's tokens"))
 
 
 def _ordinal(field: str, title: str | None = None) -> Axis:

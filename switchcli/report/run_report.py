@@ -5,20 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, NEG_LOG_PERPLEXITY
-from switchcli.report import figures, task_results
+from switchcli.report import figures, html_page, task_results
 from switchcli.report.charts import Figure, Table
 from switchcli.report.comparison import Comparison
-from switchcli.report.html_page import (
-    Charts,
-    Collapsible,
-    Highlights,
-    HtmlTable,
-    Legend,
-    Paragraphs,
-    Part,
-    Sample,
-    Section,
-)
+from switchcli.report.html_page import HtmlTable, Part
 from switchcli.report.runs import Run, as_mapping
 from switchcli.report.safe_text import capitalize
 from switchcli.report.series import SeedSpread, Series, differences
@@ -220,35 +210,35 @@ def title(report: Report) -> str:
 
 def parts(report: Report) -> Iterator[Part]:
     """Yield the page: notes, highlights and a legend, then a section per topic that the runs know something of."""
-    yield Paragraphs(tuple(report.notes), "note")
+    yield html_page.paragraphs(*report.notes, kind="note")
     comparison = report.comparison
     if comparison is not None:
-        yield Highlights(_highlights(comparison))
-        yield Section("Overview", overview(comparison))
-        yield Legend([series.label for series in comparison.series])
-        yield Paragraphs([_USAGE], "caption")
+        yield html_page.highlights(highlights(comparison))
+        yield html_page.section("Overview", *overview(comparison))
+        yield html_page.legend([series.label for series in comparison.series])
+        yield html_page.paragraphs(_USAGE, kind="caption")
         if curves := figures.quality(comparison):
-            yield Section("Quality", [Charts(curves)])
+            yield html_page.section("Quality", html_page.charts(curves))
         if curves := figures.training(comparison):
-            first = Charts(curves[:1] + figures.rates(comparison))
-            others = Collapsible("Against tokens, wall time and FLOPs", [Charts(curves[1:])])
-            yield Section("Training", [first, others])
+            first = html_page.charts(curves[:1] + figures.rates(comparison))
+            others = html_page.collapsible("Against tokens, wall time and FLOPs", html_page.charts(curves[1:]))
+            yield html_page.section("Training", first, others)
         if curves := figures.routing(comparison):
-            yield Section("Routing", [Charts(curves)])
+            yield html_page.section("Routing", html_page.charts(curves))
         if loads := _expert_loads(comparison):
-            yield Section("Expert load", loads)
+            yield html_page.section("Expert load", *loads)
     if scores := [table.to_html() for table in score_tables(report)]:
-        yield Section("Tasks and languages", scores)
+        yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
         if (table := _difference_table(comparison)) is not None:
-            yield Section("Recipes", [table])
+            yield html_page.section("Recipes", table)
         if samples := [*_samples(comparison)]:
             caption = "Held-out texts, what is asked for, and what each series answers."
-            yield Section("Samples", [Paragraphs([caption]), *samples])
-    yield Section("Runs", [_run_table(report)])
+            yield html_page.section("Samples", html_page.paragraphs(caption), *samples)
+    yield html_page.section("Runs", _run_table(report))
 
 
-def _highlights(comparison: Comparison) -> list[tuple[str, str]]:
+def highlights(comparison: Comparison) -> list[tuple[str, str]]:
     """Return the best series, where all runs have come to, and the fastest over the baseline, as (value, caption)."""
     metric, baseline, step = comparison.metric, comparison.baseline.label, comparison.common_step
     values = {row.label: row.final if step is None else row.at_common for row in comparison.rows}
@@ -291,9 +281,9 @@ def _expert_loads(comparison: Comparison) -> list[Part]:
     parts: list[Part] = []
     for label, maps in figures.loads(comparison):
         if parts:
-            parts.append(Collapsible(label, [Charts(maps)]))
+            parts.append(html_page.collapsible(label, html_page.charts(maps)))
         else:
-            parts += [Paragraphs([caption]), Paragraphs([label]), Charts(maps)]
+            parts += [html_page.paragraphs(caption), html_page.paragraphs(label), html_page.charts(maps)]
     return parts
 
 
@@ -306,7 +296,7 @@ def _samples(comparison: Comparison) -> Iterator[Part]:
             text, target, prediction = (str(sample.get(key, "")) for key in ("input", "target", "prediction"))
             answers_to.setdefault((text, target), {})[series.label] = prediction
     for number, ((text, target), answers) in enumerate([*answers_to.items()][:MAX_SAMPLES], start=1):
-        yield Sample(f"Text {number}", {"input": text, "target": target, **answers})
+        yield html_page.sample(f"Text {number}", {"input": text, "target": target, **answers})
 
 
 # Files

@@ -11,8 +11,7 @@ from report_folders import TOKENS, a_run
 from switchcli.metric_names import HELD_OUT
 from switchcli.report import figures
 from switchcli.report.comparison import Comparison, compare
-from switchcli.report.html_page import Highlights
-from switchcli.report.run_report import Report, parts, quality_table
+from switchcli.report.run_report import highlights, quality_table
 from switchcli.report.runs import Curve, Run, read
 from switchcli.report.series import group_by_recipe
 
@@ -33,8 +32,7 @@ def a_made_run(
 
 def facts(found: Comparison) -> dict[str, str]:
     """By what they are of."""
-    (shown,) = (part for part in parts(Report(found, [], [])) if isinstance(part, Highlights))
-    return {what: figure for figure, what in shown.facts}
+    return {what: figure for figure, what in highlights(found)}
 
 
 def best(found: Comparison) -> tuple[str, int | None, bool]:

@@ -12,9 +12,10 @@ from browser import chromium, needs_chromium
 from playwright.sync_api import Browser, Locator, Page
 from report_folders import a_run
 
+from switchcli.report import html_page
 from switchcli.report.charts import Axis, Table, lines
 from switchcli.report.comparison import compare
-from switchcli.report.html_page import Charts, HtmlTable, page
+from switchcli.report.html_page import HtmlTable, charts, page
 from switchcli.report.run_report import Report, parts
 from switchcli.report.runs import Run, read
 from switchcli.report.series import group_by_recipe
@@ -236,9 +237,18 @@ def test_one_library_and_one_table_serve_several_charts() -> None:
     rows = [(harm, step, value, value, value) for step, value in enumerate((1 / 3, 2.0))]
     table = Table("t", ("series", "step", "value", "least", "most"), rows)
     figures = [lines(name, name, "", table, Axis("step", "s"), Axis("value", "v"), [harm]) for name in ("one", "two")]
-    text = page("p", [Charts(figures)])
+    text = page("p", [charts(figures)])
     assert text.count("<script") == text.count("</script>") == 3
     assert "<!--" not in text
     assert text.count("0.333333") == 3  # the mean, least and most
     assert text.count("window.vegaEmbed=") == 1
     assert len(text) < 1_100_000
+
+
+def test_the_library_ships_with_its_versions_and_licenses() -> None:
+    folder = Path(html_page.__file__).parent / "vega"
+    licenses = (folder / "LICENSES.txt").read_text(encoding="utf-8").splitlines()
+    (versions,) = re.findall(r"npm install .*", (folder / "README.md").read_text(encoding="utf-8"))
+    for package, version in re.findall(r"(vega[\w-]*)@([\d.]+)", versions):
+        assert f"{package} {version} (BSD-3-Clause)" in licenses
+        assert f'"{version}"' in (folder / "vega-embed.min.js").read_text(encoding="utf-8")
