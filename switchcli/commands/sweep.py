@@ -8,8 +8,7 @@ import typer
 
 from switchcli.commands._options import Json, Quiet
 from switchcli.errors import RecipeError
-from switchcli.report.console import Console
-from switchcli.report.output import print_json
+from switchcli.report.console import Console, print_json
 from switchcli.runs import cluster, sweep_list
 
 app = typer.Typer()

@@ -8,7 +8,7 @@ import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
-from switchcli.report.series import SeedSpread, Series, differences, seed_spread
+from switchcli.report.series import SeedSpread, Series, differences, flatten, seed_spread
 from switchcli.report.speed import Cost, QualityMetric, Speed, baseline_run, quality_metric, speed
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
@@ -52,7 +52,7 @@ class SeriesRow(NamedTuple):
 
     def flat(self) -> dict[str, Any]:
         """Return the row for a file, one number per column, such as `to_quality.steps.cost.mean`."""
-        return dict(_flatten("", self.to_json()))
+        return flatten(self.to_json())
 
 
 class Comparison(NamedTuple):
@@ -151,32 +151,24 @@ def _notes(series: Sequence[Series], metric: QualityMetric, common_step: int | N
     tokenizers = _num_tokenizers(series)
     if tokenizers > 1:
         yield (
-            f"The runs read by {tokenizers} tokenizers: neg. log perplexities of different tokens say nothing of one "
-            "another, so they are compared by bits a byte alone, of which fewer are better."
+            f"The runs use {tokenizers} tokenizers: neg. log perplexities over different tokens cannot be compared, so "
+            "the runs are compared by bits a byte alone, of which fewer are better."
         )
     text_key = re.compile(r"(data(?!\.(tokenizer|lanes|stream_shards))|tasks)\b")
     keys = [key for key in differences(series) if text_key.match(key)]
     if keys:
         yield (
             f"The held-out text is not the same in all series, by {', '.join(keys[:MAX_KEYS])}"
-            f"{', ...' if len(keys) > MAX_KEYS else ''}: figures of different texts say little of one another."
+            f"{', ...' if len(keys) > MAX_KEYS else ''}: metrics of different texts can hardly be compared."
         )
     unevaluated = [run.name for one in series for run in one.runs if metric.name not in run.curves]
     if unevaluated:
-        yield f"No {metric.title} is known of {', '.join(unevaluated)}: left out of the comparison."
+        yield f"No {metric.title} was logged by {', '.join(unevaluated)}: left out of the comparison."
     if common_step is not None:
         yield (
-            f"The runs are of different lengths: beside what each ends with, {metric.title} is given at step "
-            f"{common_step:,}, the last at which all that were evaluated have it."
+            f"The runs have different lengths: besides the value at the end of each, {metric.title} is given at step "
+            f"{common_step:,}, the last at which all evaluated runs have it."
         )
-
-
-def _flatten(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flatten(f"{path}.{key}" if path else key, inner)
-    else:
-        yield path, value
 
 
 def _json(value: SeedSpread | None) -> dict[str, float | None]:

@@ -39,16 +39,16 @@ def training(comparison: Comparison) -> list[Figure]:
     """Return the same charts for training batches, or none where runs have different tokenizers."""
     if comparison.num_tokenizers > 1:
         return []
-    caption = "Of the batches learned from, since the logged step before."
+    caption = "The mean over the training batches since the previous logged step."
     return _against(comparison, "training", "training neg. log perplexity", caption, _metric(NEG_LOG_PERPLEXITY))
 
 
 def routing(comparison: Comparison) -> list[Figure]:
     """Return charts of dropped tokens and of router entropy by step."""
-    dropped = "Tokens that found no slot in their expert, of all sparse layers: the residual alone carries them."
+    dropped = "Tokens that found no slot in their expert, over all sparse layers: only the residual carries them."
     entropy = (
-        "Of the routers' probabilities, as a share of the most there can be (the logarithm of the number of experts), "
-        "the mean over layers: at 0 a router is sure, at 100 % it knows nothing."
+        "Of the routers' probabilities, as a share of its maximum (the logarithm of the number of experts), the mean "
+        "over layers: at 0 a router is certain, at 100 % all experts are equally likely."
     )
     return [
         *_by_step(comparison, "dropped", "dropped tokens", dropped, _metric(DROPPED_FRACTION), "~%"),
@@ -58,7 +58,7 @@ def routing(comparison: Comparison) -> list[Figure]:
 
 def rates(comparison: Comparison) -> list[Figure]:
     """Return a chart of tokens per second by step."""
-    caption = "Encoder input tokens a second of training, the time of evaluations and saves left out."
+    caption = "Encoder input tokens per second of training, without the time of evaluations and saves."
     return _by_step(comparison, TOKENS_PER_SECOND, "tokens/s", caption, _metric(TOKENS_PER_SECOND), "~s")
 
 

@@ -33,8 +33,9 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
         yield html_page.section("Drift", drift_table(survey["drift"]), *([html_page.charts(maps)] if maps else []))
     titles = ("Experts",) if len(survey["atlases"]) == 1 else ("First checkpoint", "Second checkpoint")
     caption = (
-        "In the maps of a layer a cell is a share of the tokens of its column, times the even share of an expert: 1 is "
-        "even, what is dark goes elsewhere. A decoder reads its targets one later, after (start)."
+        "In the maps of a layer a cell is an expert's share of the tokens of its column, as a multiple of the even "
+        "share: 1 is even, and where it is dark the tokens go elsewhere. A decoder reads its targets one position later, "
+        "after (start)."
     )
     for index, (section, atlas) in enumerate(zip(titles, survey["atlases"], strict=True)):
         overview = html_page.charts([*_overview(index, atlas)])
@@ -94,7 +95,7 @@ def _overview(index: int, atlas: Mapping[str, Any]) -> Iterator[Figure]:
         loads += [(shown_layer(name), expert, shares[name][expert] * num_experts) for expert in experts]
     by, layers, expert = _ordinal("by", ""), _ordinal("layer", ""), _ordinal("expert")
     table = Table(f"told_{index}", ("layer", "by", "share"), deciders)
-    caption = "How much of the choice a value decides, beyond chance."
+    caption = "How much of the choice of an expert a property of the token decides, beyond chance."
     color = _percentage("of the choice of an expert")
     yield heat_map("What decides the expert", caption, table, by, layers, color)
     heading = f"Load of the experts{limited(num_experts, PAGE_EXPERTS)}"
@@ -126,7 +127,7 @@ def _layer_tables(layer: Mapping[str, Any]) -> Iterator[HtmlTable]:
     rows = [(str(expert), f"{layer['load'][expert]:,}", *expert_cells(layer, expert)) for expert in experts]
     heading = f"Experts{limited(len(layer['load']), PAGE_EXPERTS)}"
     yield HtmlTable(heading, ("expert", "choices", *EXPERT_HEADINGS), rows, EXPERT_CAPTION)
-    lift = "How many times more often the expert reads a token than all together do; of those that are not rare."
+    lift = "How many times more often the expert gets a token than all experts together; without rare tokens."
     for heading, order, caption in (("Tokens by lift", "by_lift", lift), ("Most frequent tokens", "by_count", "")):
         tokens = {expert: [_token(token, order) for token in layer["experts"][expert][order]] for expert in experts}
         columns = max(map(len, tokens.values()))

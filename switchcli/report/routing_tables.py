@@ -21,8 +21,8 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 EXPERT_HEADINGS = ("share", "no slot", "sure", "positions", "of sentinels")
 EXPERT_CAPTION = (
-    "No slot: of those that chose it. Sure: the mean of its probability where it is chosen. Positions: where "
-    "it takes most against its share. Of sentinels: the share of all that it takes."
+    "No slot: the share of the tokens that chose it. Sure: the mean of its probability where it is chosen. Positions: "
+    "where it takes most tokens against its share of all. Of sentinels: its share of them."
 )
 
 
@@ -56,8 +56,9 @@ def summary(atlas: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable
         for name, layer in layers.items()
     ]
     caption = (
-        "Unused: experts. Sure: the mean of the highest probability. Entropy: of all probabilities, in nats. By "
-        f"{', '.join(deciders)}: how much of the choice of an expert it decides: 0 no more than chance would, 1 all."
+        "Unused: experts without a token. Sure: the mean of the highest probability. Entropy: of all probabilities, in "
+        f"nats. By {', '.join(deciders)}: how much of the choice of an expert it decides, from 0, no more than chance, "
+        "to 1, all."
     )
     measured = ", ".join(f"{number:,} of {text}" for text, number in sequences.items())
     title = f"{atlas['checkpoint']}, capacity {atlas['capacity']}; held-out sequences: {measured}"
@@ -150,10 +151,10 @@ def drift_table(layers: Mapping[str, Any]) -> HtmlTable:
     ]
     exact = all(layer["matched"]["exact"] for layer in layers.values())
     caption = (
-        f"Tokens that change expert: as experts are numbered, and by the {'best' if exact else 'greedy'} matching of "
-        "one's with the other's. Agreement beyond chance (Cohen's kappa; beyond what a matching finds by chance), and "
-        "told: how much one's expert tells of the other's whatever their numbers: 0 no more than chance would, 1 all. "
-        "Where a token has several experts one of them seldom tells all."
+        "Changed: tokens that change their expert, by the numbers of the experts, and by the "
+        f"{'best' if exact else 'greedy'} matching of one's with the other's. Agreement: beyond chance (Cohen's "
+        "kappa), or beyond what a matching finds by chance. Told: how much one's expert tells of the other's, whatever "
+        "their numbers, from 0, no more than chance, to 1, all. Of several experts of a token, one seldom tells all."
     )
     return HtmlTable("From the first to the second", headings, rows, caption)
 

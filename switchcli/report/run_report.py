@@ -18,7 +18,7 @@ from switchcli.report.units import clock, si
 MAX_SAMPLES = 12
 """Texts with answers that a page shows, at most."""
 _USAGE = (
-    "A click on a series hides it, in all charts. In a chart Ctrl and the wheel zoom, a drag moves, two clicks go back."
+    "Click a series to hide it in all charts. In a chart, Ctrl and the wheel zoom, a drag moves, a double click resets."
 )
 
 
@@ -67,8 +67,8 @@ def quality_table(comparison: Comparison) -> HtmlTable:
         rows.append([*cells, "" if row.label == baseline else _spread(row.over, "+.4f")])
     smoothed = f", each the mean of the last {metric.evaluations} evaluations" if metric.evaluations > 1 else ""
     caption = (
-        f"The mean over seeds (least to most){smoothed}; over {baseline}: run by run, of the same seed where there is "
-        "one."
+        f"The mean over seeds (least to most){smoothed}. Over {baseline}: run by run, against its run of the same seed "
+        "where there is one."
     )
     over = " ".join([f"over {baseline}", *at_common])
     return HtmlTable(
@@ -91,10 +91,10 @@ def _speed_table(comparison: Comparison) -> HtmlTable:
         ]
         rows.append([row.label, f"{row.speed.reached} of {row.seeds}", *factors, *costs])
     caption = (
-        f"x: how many times fewer steps, seconds and FLOPs than {baseline}, run by run, of the same seed where there "
-        "is one; then the series' own. Means over the seeds that reach it (least to most): where the straight line "
-        "between two evaluations first is as good, in both runs alike; - where it never is. A mean of evaluations "
-        "stands at the mean of their steps. FLOPs are those of training, forward and backward."
+        f"x: how many times fewer steps, seconds and FLOPs than {baseline}, run by run, against its run of the same "
+        "seed where there is one; then the series' own. Means over the seeds that reach the quality (least to most); - "
+        "where none does. A run reaches it where the straight line between two evaluations first does. A mean of "
+        "evaluations counts at the mean of their steps. FLOPs are those of training, forward and backward."
     )
     headings = ("series", "reach it", "x steps", "x time", "x FLOPs", "steps", "time", "FLOPs")
     return HtmlTable(f"Speed-up to {goal}", headings, rows, caption)
@@ -106,8 +106,8 @@ def _size_table(comparison: Comparison) -> HtmlTable:
         sizes = ["-" if size is None else si(size) for size in row.sizes.values()]
         rows.append([row.label, *sizes, _spread(row.tokens_per_second, si), _spread(row.dropped, ".1%")])
     caption = (
-        "Active parameters are those that a token meets; FLOPs are forward, by the formula of the paper; dropped is "
-        "the share of the tokens over the last tenth of the run."
+        "Active parameters are those that process a token. FLOPs are of the forward pass, by the paper's formula. "
+        "Dropped is the share of tokens without a slot over the last tenth of the run."
     )
     headings = ("series", "parameters", "active", "FLOPs a sequence", "tokens/s", "dropped")
     return HtmlTable("Size and speed", headings, rows, caption)
@@ -233,7 +233,7 @@ def parts(report: Report) -> Iterator[Part]:
         if (table := _difference_table(comparison)) is not None:
             yield html_page.section("Recipes", table)
         if samples := [*_samples(comparison)]:
-            caption = "Held-out texts, what is asked for, and what each series answers."
+            caption = "Held-out texts, their targets, and the answer of each series."
             yield html_page.section("Samples", html_page.paragraphs(caption), *samples)
     yield html_page.section("Runs", _run_table(report))
 
@@ -275,8 +275,8 @@ def _doubt(comparison: Comparison, ranked: Sequence[str], num_best: int) -> str:
 def _expert_loads(comparison: Comparison) -> list[Part]:
     """Return the heat maps of the first series, and those of the others folded."""
     caption = (
-        "Each expert's share of its layer's tokens, times the even share, over the run of the first seed: 1 is "
-        "even, dark experts are hardly used, light ones are crowded."
+        "Each expert's share of its layer's tokens, as a multiple of the even share, over the run of the first seed: 1 "
+        "is even, dark experts are hardly used, light ones are crowded."
     )
     parts: list[Part] = []
     for label, maps in figures.loads(comparison):

@@ -155,7 +155,7 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
         notes.append(f"{folder}: has no result.json: {at}")
     elif run.steps is not None and is_count(ended) and ended < run.steps:
         run = run._replace(result={})
-        notes.append(f"{folder}: result.json is of step {ended:,}, and the run was given more: {at}")
+        notes.append(f"{folder}: result.json is from step {ended:,}, before the run was given more steps: {at}")
     return run._replace(notes=tuple(notes))
 
 
@@ -178,7 +178,7 @@ class _Points:
         step = step_of(record)
         self._skipped = record.get("left_out", self._skipped)
         if step is None:
-            self._left_out["no line of a step"].append(number)
+            self._left_out["a record without a step"].append(number)
             return
         values: dict[str, Any] = {name: value for name, value in record.items() if name in LOGGED or "/" in name}
         max_entropies: dict[str, float] = {}
@@ -193,7 +193,7 @@ class _Points:
         floats = {name: value for name, value in values.items() if isinstance(value, float)}
         large = [name for name, value in floats.items() if not abs(value) < MAX_METRIC]  # NaN is not less either
         if large:
-            self._left_out[f"{large[0]} is no finite number"].append(number)
+            self._left_out[f"{large[0]} is not a finite number"].append(number)
         for name, value in floats.items():
             maximum = max_entropies.get(name, 1.0)
             if name not in large and maximum:
@@ -216,7 +216,7 @@ class _Points:
             if isinstance(span, list) and len(span) == 2 and all(map(is_count, span)):
                 first, last = span
                 spans.append(f"step {first:,}" if first == last else f"steps {first:,} to {last:,}")
-        note = f"{folder}: trained without the batches of {', '.join(spans)}: not finite (train.nonfinite)"
+        note = f"{folder}: skipped the batches of {', '.join(spans)}: not finite (train.nonfinite)"
         return [note] if spans else []
 
     def curves(self) -> dict[str, Curve]:
@@ -271,7 +271,7 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
     if large := [name for name, value in numbers.items() if not abs(value) < MAX_METRIC]:
-        notes.append(f"{path}: left out: no finite number: {', '.join(large)}")
+        notes.append(f"{path}: left out: not a finite number: {', '.join(large)}")
     return result
 
 
