@@ -34,8 +34,8 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
     titles = ("Experts",) if len(survey["atlases"]) == 1 else ("First checkpoint", "Second checkpoint")
     caption = (
         "In the maps of a layer a cell is an expert's share of the tokens of its column, as a multiple of the even "
-        "share: 1 is even, and where it is dark the tokens go elsewhere. A decoder reads its targets one position later, "
-        "after (start)."
+        "share: 1 is even, and where it is dark the tokens go elsewhere. A decoder reads its targets one position "
+        "later, after (start)."
     )
     for index, (section, atlas) in enumerate(zip(titles, survey["atlases"], strict=True)):
         overview = html_page.charts([*_overview(index, atlas)])
