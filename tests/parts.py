@@ -89,5 +89,5 @@ def assert_equal(one: Parts, other: Parts) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
-    for name in ("step", "targets_seen", "figures", "evaluated_step", "first_figures", "best"):
+    for name in ("step", "targets_seen", "eval_metrics", "evaluated_step", "first_eval_metrics", "best"):
         assert getattr(one.state, name) == getattr(other.state, name)

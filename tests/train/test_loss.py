@@ -40,7 +40,7 @@ def test_the_auxiliary_loss_is_the_models_own_and_the_routing_is_told() -> None:
     assert loss.auxiliary.mean().item() == output.auxiliary.mean().item()
     for stack, part in zip(("encoder", "decoder"), loss.auxiliary, strict=True):
         assert loss.metrics[f"auxiliary_loss/{stack}"].value().item() == pytest.approx(part.mean().item())
-    sums, counts = ([getattr(one, name).item() for one in reports] for name in ("balance_sum", "tokens"))
+    sums, counts = ([getattr(one, name).item() for one in reports] for name in ("load_balancing_sum", "tokens"))
     assert loss.metrics["balance"].value().item() == pytest.approx(sum(sums) / sum(counts))
     dropped = sum(report.dropped.item() for report in reports)
     assert dropped > 0

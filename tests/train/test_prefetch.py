@@ -21,7 +21,7 @@ make = Microbatches(rows, 8, 2, 1, 0, 1)
 class Pinning:
     """A runtime that marks what it puts where a device copies it from."""
 
-    def pinned(self, micro: Microbatch) -> Microbatch:
+    def pin_memory(self, micro: Microbatch) -> Microbatch:
         return micro._replace(number=micro.number + 100)
 
 
