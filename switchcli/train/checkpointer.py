@@ -214,7 +214,7 @@ class Checkpointer:
         weights, slots, experts = weight_parts(self._weights), self._slots(), self._weights.num_experts
         load_parts(weights, found.read("model", full_tensors(weights), num_experts=experts))
         load_parts(slots, found.read("optimizer", full_tensors(slots), num_experts=experts))
-        state.restore(found.document("state.json"), self._context.device, with_window=self._context.dp_rank == 0)
+        state.restore(found.document("state.json"), self._context.device, with_metrics=self._context.dp_rank == 0)
         self.step = state.step
         return True
 

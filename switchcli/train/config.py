@@ -1,4 +1,4 @@
-"""The settings of a training run that belong to no single object: lengths, batches, and what happens how often."""
+"""Settings of a training run that belong to no single object: its length, batches, evaluation, logs and checkpoints."""
 
 from typing import Annotated, Literal
 
@@ -13,114 +13,122 @@ Precision = Literal["float32", "bfloat16", "selective"]
 
 
 class NonfiniteSpec(Spec):
-    """What a run does about a number that is not finite: in the gradient of a step, or in what is to be evaluated or
-    saved after it."""
+    """What a run does when a number is not finite: a gradient, a held-out metric, or a value about to be saved."""
 
     policy: Literal["stop", "skip", "roll_back"] = "stop"
-    """`stop`: the run ends. `skip`: the step changes nothing, as if its batch were not there; what is lost after the
-    update ends the run. `roll_back`: weights and optimizer are again those of the newest checkpoint, and the batches
-    since then are left out: that of a stop, where there is one, so that what is left out hangs on where a run was
-    stopped. The last two look at each gradient before it is used: a GPU is waited for in each step."""
+    """`stop` ends the run, `skip` drops the update of the step, and `roll_back` restores the newest checkpoint and
+    skips all batches since then. With `skip`, a number that becomes non-finite after the update still ends the run.
+    With `roll_back`, the skipped batches depend on where the run was stopped and saved. Both check each gradient before
+    it is used, so every step waits for the GPU."""
     at_most: int = Field(default=10, ge=1, le=MOST["count"])
-    """How often in a run: the next time it ends all the same."""
+    """Number of times a run may skip or roll back; the next non-finite number ends it."""
 
 
 class TrainSpec(Spec):
-    """How long, on how much, from which seed."""
+    """Length, batch size, precision and seed of a training run."""
 
     steps: int = Field(ge=1, le=MOST["steps"])
     """Optimizer steps of the whole run."""
     batch_tokens: int = Field(ge=1, le=MOST["batch_tokens"])
-    """Encoder input tokens of one optimizer step, over all ranks and microbatches (the paper's 2**20)."""
+    """Encoder input tokens of one optimizer step, over all ranks and microbatches (2**20 in the paper)."""
     microbatch_tokens: int | None = Field(default=None, ge=1, le=MOST["batch_tokens"])
-    """Encoder input tokens of one forward pass on one rank; a step is accumulated from as many as it takes.
+    """Encoder input tokens of one forward pass on one rank; gradients are accumulated over a rank's microbatches.
 
-    Absent: each rank takes its whole share at once. Dropout and jitter are drawn for each microbatch, so a run whose
-    noise is to be the same on any number of ranks sets this.
+    By default a rank processes its share of the batch in one pass. Dropout and jitter are drawn for each microbatch, so
+    set this where the noise must be the same on any number of ranks.
     """
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the initial weights, the order of the data, dropout and jitter."""
     precision: Precision = "float32"
-    """`selective`: products in bfloat16; weights, optimizer, losses and the router stay float32 (section 2.4).
-    `bfloat16`: the router in bfloat16 too, the paper's other arm, which diverges (Table 2)."""
+    """`selective` computes matrix products in bfloat16 and keeps weights, optimizer, losses and routers in float32
+    (section 2.4); `bfloat16` also computes the routers in bfloat16, which diverged in the paper (Table 2)."""
     compile: bool = False
-    """torch.compile for attention and dense feed-forwards: the first steps take longer, by minutes on a CPU."""
+    """Apply torch.compile to attention and dense feed-forwards; the first steps take longer, by minutes on a CPU."""
     activation_checkpointing: Literal["none", "blocks"] = "none"
-    """`blocks`: each block keeps its inputs alone and is computed again on the way back, with the same noise: far fewer
-    activations, a quarter to a third more time, the same gradients."""
+    """`blocks` stores only the inputs of each block and recomputes the rest in the backward pass with the same noise:
+    far less memory for activations, a quarter to a third more time, the same gradients."""
     clip_norm: float | None = Field(default=None, gt=0.0)
-    """Largest global gradient norm; absent: no clipping, as in T5."""
+    """Largest global gradient norm; no clipping by default, as in T5."""
     nonfinite: NonfiniteSpec = NonfiniteSpec()
+    """What to do when a number is not finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; `auto` takes a GPU if there is one."""
     workers: int = Field(default=1, ge=0, le=MOST["threads"])
-    """Threads of each rank that make batches while the model computes; 0: the step makes its own. What is in a batch
-    does not depend on it."""
+    """Threads on each rank that prepare batches while the model computes, 0 for none; batches do not depend on it."""
     batches_ahead: int = Field(default=2, ge=1, le=MOST["threads"])
-    """Steps whose batches are made before they are asked for, at most."""
+    """Steps whose batches are prepared in advance, at most."""
 
     @property
     def router_dtype(self) -> torch.dtype:
-        """What routers compute in."""
+        """The dtype that routers compute in."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 
 class StartSpec(Spec):
-    """What a run begins with that does not begin from scratch."""
+    """The checkpoint that a run starts from, instead of initial weights."""
 
     checkpoint: Place
-    """A run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout; `--model`."""
+    """A run's folder (its newest checkpoint), one checkpoint, or a folder in the Hugging Face layout; `--model`."""
     optimizer: Literal["carry", "reset"] = "carry"
-    """Go on with the checkpoint's optimizer state, as T5 does, or with a new one. A converted checkpoint has none."""
+    """`carry` continues with the checkpoint's optimizer state, as T5 does, and `reset` starts a new one; a converted
+    checkpoint has none."""
 
 
 class RandomInit(Spec):
-    """A student starts from initial weights."""
+    """Start a student from initial weights."""
 
     kind: Literal["random_init"] = "random_init"
 
 
 class FromCheckpoint(Spec):
-    """A student starts from one that is there."""
+    """Start a student from a checkpoint."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: Place
-    """A run's folder, one checkpoint's, or a folder in the Hugging Face layout; `--student`."""
+    """A run's folder, one checkpoint, or a folder in the Hugging Face layout; `--student`."""
 
 
 StudentSpec = Annotated[FromTeacherInit | RandomInit | FromCheckpoint, Field(discriminator="kind")]
 
 
 class LogSpec(Spec):
-    """Metrics go to metrics.jsonl always; trackers are other places that get them too."""
+    """How often metrics are logged, and where; metrics.jsonl always gets them."""
 
     every_steps: int = Field(default=10, ge=1, le=MOST["steps"])
+    """Steps between two log records."""
     sample_every_steps: int | None = Field(default=None, ge=1, le=MOST["steps"])
-    """Fill in two held-out texts on the console every so many steps; absent: at the end alone."""
+    """Steps between two samples on the console, in which the model fills in two held-out texts; by default only at the
+    end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers that also get the metrics."""
 
 
 class EvalSpec(Spec):
-    """Held-out neg. log perplexity, before the first step, every so many, and at the end."""
+    """Evaluation on held-out text, before the first step, regularly, and at the end."""
 
     every_steps: int = Field(default=100, ge=1, le=MOST["steps"])
+    """Steps between two evaluations."""
     sequences: int = Field(default=64, ge=1, le=MOST["count"])
-    """Held-out sequences in each evaluation: the same ones each time, at most as many as there are."""
+    """Held-out sequences of each evaluation, the same ones each time; all of them if there are fewer."""
     capacity: Policy = "paper"
-    """`paper`: routers count by eval_capacity_factor; `dropless`: a slot for every token, but for expert_choice, which
-    has its own number."""
+    """`paper` gives experts the capacity of the router's eval_capacity_factor, and `dropless` a slot for every token
+    (expert_choice keeps its own capacity); a number replaces the factor."""
 
 
 class CheckpointSpec(Spec):
-    """Which checkpoints are written and which are kept."""
+    """How often checkpoints are saved, and which are kept."""
 
     save_every_steps: int = Field(default=500, ge=1, le=MOST["steps"])
+    """Steps between two checkpoints."""
     keep_last: int = Field(default=2, ge=1, le=MOST["count"])
-    """2 by default: if the newest is damaged, the one before it still serves."""
+    """Newest checkpoints that are kept; 2 by default, so that one remains if the newest is damaged."""
     keep_best: bool = True
-    """Keep those with the highest figures besides, one for each (of pre-training the held-out neg. log perplexity), of
-    those saved at an evaluated step."""
+    """Also keep, for each evaluation metric, the best of the checkpoints that were saved at an evaluated step."""
     background: bool = False
-    """Write a checkpoint in a thread while training goes on, which waits for a copy of weights and optimizer alone.
+    """Write checkpoints in a thread while training continues; training waits only for a copy of weights and optimizer
+    state.
 
-    It costs that copy in the host's memory, on each rank that of its share (twice, of weights that are cut), and on a
-    CPU the time that writing takes from the steps beside it. One save at a time: the next waits for the last, a stop
-    and the end for what is under way. One that fails ends the run, with the step then taken."""
+    The copy takes host memory on each rank: as much as the rank writes, twice that for sharded weights. On a CPU,
+    writing also slows the steps beside it. One save runs at a time: the next save, a stop and the end of the run wait
+    for it. A failed save ends the run after the step in progress.
+    """

@@ -19,7 +19,7 @@ from switchcli.train.config import TrainSpec
 from switchcli.train.loss import LossSchedule, Objective
 from switchcli.train.metrics import Mean, Metrics, merge
 from switchcli.train.microbatches import Microbatch, Microbatches, RealTokens
-from switchcli.train.nonfinite import ENDS, NonFiniteHandler
+from switchcli.train.nonfinite import ALWAYS_STOP, NonFiniteHandler
 from switchcli.train.optimizers import Optimizer
 from switchcli.train.prefetch import Loader
 from switchcli.train.router_health import WHEN_LOST, first_nonfinite_backward, first_nonfinite_forward
@@ -40,7 +40,7 @@ def fit(
     settings: TrainSpec,
     stop: StopRequest,
     progress: TrainingDisplay | None = None,
-    nonfinite: NonFiniteHandler = ENDS,
+    nonfinite: NonFiniteHandler = ALWAYS_STOP,
 ) -> None:
     """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
 

@@ -1,4 +1,4 @@
-"""What training takes of a device's memory whatever the batch, and running out of it as an error with a way out."""
+"""The memory that training takes at any batch size, and clear errors where memory runs out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,60 +13,64 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.optimizers import OptimizerSpec
 
 
-def training_bytes(model: ModelSpec, optimizer: OptimizerSpec, group: TrainableSet = "all") -> int:
-    """Bytes of weights, and of gradients and optimizer of those that learn; activations come on top. None is taken."""
+def training_bytes(spec: ModelSpec, optimizer: OptimizerSpec, trainable_set: TrainableSet = "all") -> int:
+    """Return the bytes of all weights, and of the gradients and the optimizer state of the trainable ones.
+
+    Activations are not included. Nothing is allocated.
+    """
     with torch.device("meta"):
-        whole = SwitchTransformer(model)
-        learning = trainable_members(whole, group)
-        state = optimizer.build(learning).state()
-    return num_bytes([*whole.parameters(), *learning.values(), *state.values()])
+        model = SwitchTransformer(spec)
+        trainable = trainable_members(model, trainable_set)
+        state = optimizer.build(trainable).state()
+    return num_bytes([*model.parameters(), *trainable.values(), *state.values()])
 
 
 @contextmanager
 def explain_out_of_memory(
-    model: ModelSpec,
+    spec: ModelSpec,
     optimizer: OptimizerSpec,
     device: torch.device,
-    group: TrainableSet = "all",
+    trainable_set: TrainableSet = "all",
     teacher: ModelSpec | None = None,
 ) -> Iterator[None]:
-    """Within, a device or a machine that has no more memory raises OutOfMemory."""
+    """Raise OutOfMemory, with the sizes and a fix, where training in this context runs out of memory."""
 
-    def words() -> str:
-        way_out = "lower train.microbatch_tokens, or take a smaller model (--dry-run tells the parameters of one)"
-        beside = ""
+    def explanation() -> str:
+        fix = "lower train.microbatch_tokens, or take a smaller model (--dry-run shows its number of parameters)"
+        teacher_bytes = ""
         if teacher is not None:
-            beside = f"those of the teacher {_weights(teacher):,}, "
-            way_out = "lower train.microbatch_tokens, or have the teacher asked elsewhere (distill.cache)"
-        way_out += "; or share it among ranks (parallel: `switchcli plan` shows how)"
-        own = f"weights, gradients and optimizer take {training_bytes(model, optimizer, group):,} bytes in all"
-        return f"{own}, {beside}a microbatch comes on top: {way_out}"
+            teacher_bytes = f"those of the teacher {_weight_bytes(teacher):,}, "
+            fix = "lower train.microbatch_tokens, or run the teacher beforehand (distill.cache)"
+        fix += "; or share it among ranks (parallel: `switchcli plan` shows how)"
+        total = f"weights, gradients and optimizer take {training_bytes(spec, optimizer, trainable_set):,} bytes in all"
+        return f"{total}, {teacher_bytes}a microbatch comes on top: {fix}"
 
-    with _explained(device, words):
+    with _explained(device, explanation):
         yield
 
 
-def _weights(model: ModelSpec) -> int:
+def _weight_bytes(spec: ModelSpec) -> int:
     with torch.device("meta"):
-        return num_bytes(SwitchTransformer(model).parameters())
+        return num_bytes(SwitchTransformer(spec).parameters())
 
 
 @contextmanager
 def explain_out_of_memory_in_evaluation(device: torch.device) -> Iterator[None]:
-    """The same while a model only answers."""
-    words = "lower scoring.batch_examples, scoring.decoding.max_tokens or beams, or data.inputs_length"
-    with _explained(device, lambda: words):
+    """Raise OutOfMemory, with a fix, where an evaluation in this context runs out of memory."""
+    fix = "lower scoring.batch_examples, scoring.decoding.max_tokens or beams, or data.inputs_length"
+    with _explained(device, lambda: fix):
         yield
 
 
 @contextmanager
-def _explained(device: torch.device, say: Callable[[], str]) -> Iterator[None]:
+def _explained(device: torch.device, explanation: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch has a type for the device's memory; of the machine's it only speaks, in one way or another.
+        # torch raises OutOfMemoryError for the device's memory, but a plain RuntimeError for the machine's.
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
-        place = "" if (found := training_location(error)) == OUTSIDE else f", {found}"
-        raise OutOfMemory(f"out of memory{place}: {device} has {there:,} bytes in all; {say()}") from error
+        total_bytes = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
+        location = training_location(error)
+        when = "" if location == OUTSIDE else f", {location}"
+        raise OutOfMemory(f"out of memory{when}: {device} has {total_bytes:,} bytes in all; {explanation()}") from error

@@ -1,4 +1,4 @@
-"""Mean: the one type of metric. Totals and weights add up over microbatches, steps and ranks; division comes last."""
+"""Metrics as sums and weights, which add up over microbatches, steps and ranks. The division comes last."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,7 +7,10 @@ import torch
 
 
 class Mean(NamedTuple):
-    """A sum and what to divide it by; float32 or float64 tensors on the model's device, `weight` a scalar or alike."""
+    """A sum and its weight: float32 or float64 tensors on the model's device.
+
+    The weight is a scalar, or has the shape of the total.
+    """
 
     total: torch.Tensor
     weight: torch.Tensor
@@ -17,7 +20,7 @@ class Mean(NamedTuple):
         return Mean(self.total + other.total, self.weight + other.weight)
 
     def value(self) -> torch.Tensor:
-        """total / weight, shaped like the total; 0 where the weight is 0."""
+        """Return total / weight, with the shape of the total; 0 where the weight is 0."""
         return self.total / self.weight.clamp(min=1)
 
 
@@ -25,24 +28,24 @@ Metrics = dict[str, Mean]
 
 
 def merge(left: Mapping[str, Mean], right: Mapping[str, Mean]) -> Metrics:
-    """Metric by metric sum; one that only one side has is kept as it is."""
+    """Return the sum of each metric; a metric of only one side is unchanged."""
     return {**left, **right, **{name: left[name] + right[name] for name in left.keys() & right.keys()}}
 
 
 def flatten(metrics: Mapping[str, Mean]) -> torch.Tensor:
-    """All totals and weights as one float64 vector, so that one all-reduce sums them."""
-    parts = [part.reshape(-1).double() for name in sorted(metrics) for part in metrics[name]]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    """Return all totals and weights, by sorted name, as one float64 vector, so that one all-reduce sums them."""
+    tensors = [tensor.reshape(-1).double() for name in sorted(metrics) for tensor in metrics[name]]
+    return torch.cat(tensors) if tensors else torch.zeros(0, dtype=torch.float64)
 
 
 def unflatten(flat: torch.Tensor, like: Mapping[str, Mean]) -> Metrics:
-    """The metrics of a vector that `flatten` made of metrics with the shapes of `like`."""
+    """Return the metrics in a vector that `flatten` made of metrics with the names and shapes of `like`."""
     metrics: Metrics = {}
     start = 0
     for name in sorted(like):
-        parts = []
-        for part in like[name]:
-            parts.append(flat[start : start + part.numel()].view(part.shape))
-            start += part.numel()
-        metrics[name] = Mean(*parts)
+        tensors = []
+        for tensor in like[name]:  # total, then weight, as in `flatten`
+            tensors.append(flat[start : start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
+        metrics[name] = Mean(*tensors)
     return metrics

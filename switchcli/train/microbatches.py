@@ -1,4 +1,4 @@
-"""Which rows of a step's batch this rank takes, and in which portions."""
+"""Microbatches: which rows of a step's batch each rank takes, and in how many forward passes."""
 
 import math
 from collections.abc import Iterator
@@ -10,31 +10,32 @@ from switchcli.spec import PAD
 
 
 class RealTokens(NamedTuple):
-    """Numbers of tokens that are not padding: what the losses of a step are divided by."""
+    """Counts of tokens that are not padding. The losses of a step are divided by them."""
 
     inputs: int
     targets: int
 
     @classmethod
     def of(cls, batch: AnyBatch) -> Self:
-        """Count those of a batch in the host's memory."""
-        assert PAD == 0, "count_nonzero is four times as fast as a comparison and a sum"
+        """Count the real tokens of a batch in the host's memory."""
+        assert PAD == 0, "count_nonzero is faster than a comparison and a sum"
         return cls(int(batch.inputs_BS.count_nonzero()), int(batch.targets_BT.count_nonzero()))
 
 
 class Microbatch(NamedTuple):
-    """A portion of a step's batch."""
+    """Consecutive rows of a step's batch: one forward pass."""
 
     number: int
-    """Index in the whole step. It seeds dropout and jitter."""
+    """Index among the microbatches of all ranks in the step. It seeds dropout and jitter."""
     batch: AnyBatch
     real: RealTokens
 
 
 class Microbatches:
-    """Cuts every step's batch into microbatches and gives each rank an equal run of them.
+    """The microbatches of one rank: every step's batch is divided into microbatches, in equal numbers for each rank.
 
-    The cut depends on `microbatch` alone: the same microbatches come out on any number of ranks.
+    Rank r of a world takes the consecutive microbatches r * count to (r + 1) * count - 1 of the step. How the batch is
+    divided depends on the size of a microbatch alone, so any number of ranks computes the same microbatches.
     """
 
     def __init__(
@@ -47,10 +48,19 @@ class Microbatches:
         world: int,
         length: int = 1,
     ) -> None:
-        """`batch`, `microbatch` and `group`, those that are routed together, count sequences of `length` tokens.
+        """Divide the batches of `source`.
+
+        Args:
+            source: the batches of the run.
+            batch: sequences of a step, over all ranks.
+            microbatch: sequences of a microbatch; None: all of a rank's sequences.
+            group: sequences that are routed together.
+            rank: the index of this rank among those that share the batch.
+            world: the number of those ranks.
+            length: tokens of a sequence, for error messages.
 
         Raises:
-            RecipeError: as `rows_of_microbatch`.
+            RecipeError: see `rows_of_microbatch`.
         """
         self.microbatch = rows_of_microbatch(batch, microbatch, group, world, length)
         self.count = batch // world // self.microbatch
@@ -58,37 +68,39 @@ class Microbatches:
         self._first = rank * self.count
 
     def __call__(self, step: int) -> list[Microbatch]:
-        """This rank's microbatches of a step, in order."""
-        return [self._made(step, number) for number in range(self._first, self._first + self.count)]
+        """Return this rank's microbatches of a step, in order."""
+        return [self._microbatch(step, number) for number in range(self._first, self._first + self.count)]
 
     def from_step(self, first: int, last: int) -> Iterator[tuple[int, list[Microbatch]]]:
         """Yield each step from `first` up to `last`, exclusive, with its microbatches."""
         for step in range(first, last):
             yield step, self(step)
 
-    def _made(self, step: int, number: int) -> Microbatch:
+    def _microbatch(self, step: int, number: int) -> Microbatch:
         batch = self._source.batch(step, number * self.microbatch, self.microbatch)
         return Microbatch(number, batch, RealTokens.of(batch))
 
 
 def rows_of_microbatch(batch: int, microbatch: int | None, group: int, world: int, length: int = 1) -> int:
-    """Return how many rows a microbatch has: `microbatch`, or if absent the whole share of a rank.
+    """Return the number of rows of a microbatch: `microbatch`, or all rows of a rank if None. For the parameters see
+    `Microbatches`.
 
     Raises:
-        RecipeError: the batch cannot be shared out evenly.
+        RecipeError: the ranks cannot share the batch evenly, the microbatches do not divide a rank's rows, or groups
+            do not divide a microbatch.
     """
     if batch % world:
-        more = (batch // world + 1) * world
+        next_multiple = (batch // world + 1) * world
         raise RecipeError(
             f"train.batch_tokens ({batch * length}) holds {batch} sequences, which {world} ranks cannot share "
-            f"evenly: try {more * length}, or fewer ranks"
+            f"evenly: try {next_multiple * length}, or fewer ranks"
         )
-    rows = microbatch or batch // world
-    if (batch // world) % rows:
+    rows_per_rank = batch // world
+    rows = microbatch or rows_per_rank
+    if rows_per_rank % rows:
         raise RecipeError(
-            f"train.microbatch_tokens ({rows * length}) must divide the {batch // world * length} "
-            f"tokens that each of {world} ranks takes a step: set it to "
-            f"{math.gcd(rows, batch // world) * length}, say"
+            f"train.microbatch_tokens ({rows * length}) must divide the {rows_per_rank * length} "
+            f"tokens that each of {world} ranks takes in a step: try {math.gcd(rows, rows_per_rank) * length}"
         )
     if rows % group:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""NonFiniteHandler: what a run does when a number is not finite, as `train.nonfinite` asks; the same on every rank."""
+"""NonFiniteHandler: the policy `train.nonfinite` for numbers that are not finite, applied equally on every rank."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,17 +10,17 @@ from switchcli.train.state import TrainState
 
 
 class Rewindable(Protocol):
-    """A run that can go back to its newest checkpoint."""
+    """A run that can return to its newest checkpoint."""
 
     def restore(self, state: TrainState) -> bool:
-        """Take weights, optimizer and state from the newest checkpoint. Return whether there is one."""
+        """Restore weights, optimizer and state from the newest checkpoint. Return whether there is one."""
 
     def note_skipped(self, record: Mapping[str, Any]) -> None:
-        """Write the record of steps that were left out."""
+        """Write the record of the skipped steps."""
 
 
 class NonFiniteHandler:
-    """Has a run go on from a NumericsError, or end by it."""
+    """Skips the steps of a NumericsError, so that training continues, or raises the error."""
 
     def __init__(
         self,
@@ -28,47 +28,53 @@ class NonFiniteHandler:
         run: Rewindable | None = None,
         console: Console | None = None,
     ) -> None:
-        """`run` may be left out where the policy is to stop. A warning names the steps that are left out."""
+        """`run` is needed unless the policy is `stop`. The console warns about skipped steps."""
         self._settings = settings
         self._run = run
         self._console = console or silent()
 
     @property
     def before_updates(self) -> bool:
-        """Whether a gradient is to be looked at before it is used; else a step late, without a wait for the device."""
+        """Whether to check each gradient before the optimizer uses it. Otherwise the check runs one step late, which
+        avoids a device sync."""
         return self._settings.policy != "stop"
 
     def __call__(self, error: NumericsError, state: TrainState, step: int, updated: bool) -> None:
-        """Leave out step `step`, whose number is not finite, and perhaps those before it. `updated`: the weights and
-        the optimizer's state have learned from it.
+        """Skip step `step`, in which a number is not finite; under `roll_back` also the steps since the checkpoint.
+
+        Args:
+            error: the number that is not finite.
+            state: the state of the run, which becomes that after the skipped steps.
+            step: the number of the step, counted from 1.
+            updated: whether weights and optimizer state already contain the update of the step.
 
         Raises:
-            NumericsError: `error`: the recipe, or what there is, allows no going on.
+            NumericsError: `error` itself, where the policy stops the run, an update cannot be undone or there is no
+                checkpoint; or one that names the limit, where `at_most` is reached.
         """
         policy, at_most = self._settings.policy, self._settings.at_most
         if self._run is None or policy == "stop" or (policy == "skip" and updated):
             raise error
-        left_out, seconds, first = state.skipped_steps, state.seconds, step
-        if len(left_out) >= at_most:
-            others = (
-                f"after {len(left_out)} others in this run (train.nonfinite.at_most is {at_most}: raise it to go on)"
-            )
-            raise NumericsError(f"{error.problem}, {others}", error.fix)
+        skipped, seconds, first = state.skipped_steps, state.seconds, step
+        if len(skipped) >= at_most:
+            limit = f"after {len(skipped)} others in this run (train.nonfinite.at_most is {at_most}: raise it to go on)"
+            raise NumericsError(f"{error.problem}, {limit}", error.fix)
         if policy == "roll_back":
             if not self._run.restore(state):
                 raise error
             first = state.step + 1
-        state.skipped_steps, state.seconds = [*left_out, (first, step)], seconds
+        # Restoring also restored these two: put back the newer values.
+        state.skipped_steps, state.seconds = [*skipped, (first, step)], seconds
         state.step = step
-        # All of them: going back takes the records since then.
+        # The record lists all skipped steps, because restoring removed the records since the checkpoint.
         self._run.note_skipped({"step": step, "left_out": state.skipped_steps})
         weights = f"with the weights of step {first - 1} and " if policy == "roll_back" else ""
-        those = f"step {step}" if first == step else f"steps {first} to {step}"
+        steps = f"step {step}" if first == step else f"steps {first} to {step}"
         self._console.warning(
-            f"{error.problem}: going on {weights}without the batches of {those} "
+            f"{error.problem}: going on {weights}without the batches of {steps} "
             f"(time {len(state.skipped_steps)} of at most {at_most}: train.nonfinite)"
         )
 
 
-ENDS = NonFiniteHandler(NonfiniteSpec(policy="stop"))
-"""Of a run that goes on from none."""
+ALWAYS_STOP = NonFiniteHandler(NonfiniteSpec(policy="stop"))
+"""A handler that always raises the error."""

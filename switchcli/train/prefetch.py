@@ -1,4 +1,4 @@
-"""Loader: threads that make the next batches while the model computes: the same ones, only sooner."""
+"""Loader: threads that prepare the batches of the next steps while the model computes."""
 
 import time
 from collections.abc import Iterator
@@ -11,33 +11,37 @@ from switchcli.train.microbatches import Microbatch, Microbatches
 
 
 class Loader:
-    """Microbatches by their step, a few steps ahead of the one that is asked for; used in a `with`.
+    """A context manager that yields microbatches step by step, prepared a few steps ahead.
 
-    Making them is reading, and numpy, which mostly leave the interpreter to others: threads do, and share one cache.
+    Threads suffice: preparing a batch is file reading and numpy, which mostly release the interpreter lock, and threads
+    share one cache. The microbatches are the same with any number of threads.
     """
 
     def __init__(self, microbatches: Microbatches, workers: int, ahead: int, context: DistributedContext) -> None:
-        """`workers` threads, 0 for none, make the microbatches of up to `ahead` steps after the one asked for."""
+        """Start `workers` threads that prepare up to `ahead` steps after the current one; 0: the caller does it."""
         self._microbatches, self._ahead, self._context = microbatches, ahead, context
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
         self.seconds_waited = 0.0
-        """By those who asked, in all."""
+        """Seconds that callers have waited for batches, in total."""
 
     def from_step(self, first: int, last: int) -> Iterator[tuple[int, list[Microbatch]]]:
-        """Yield each step from `first` up to `last`, exclusive, with its microbatches, in memory from which the
-        device copies without a wait. Raises what making them raises."""
-        begun: dict[int, Future[list[Microbatch]]] = {}
+        """Yield each step from `first` up to `last`, exclusive, with its microbatches in pinned memory.
+
+        Raises whatever reading the batch raises.
+        """
+        pending: dict[int, Future[list[Microbatch]]] = {}
         for step in range(first, last):
             started = time.perf_counter()
             if self._pool is None:
-                made = self._made(step)
+                microbatches = self._load(step)
             else:
-                for wanted in range(step, min(step + self._ahead, last - 1) + 1):
-                    if wanted not in begun:
-                        begun[wanted] = self._pool.submit(self._made, wanted)
-                made = begun.pop(step).result()
+                # Keep this step and the next `ahead` ones in progress, up to the last step, last - 1.
+                for next_step in range(step, min(step + self._ahead, last - 1) + 1):
+                    if next_step not in pending:
+                        pending[next_step] = self._pool.submit(self._load, next_step)
+                microbatches = pending.pop(step).result()
             self.seconds_waited += time.perf_counter() - started
-            yield step, made
+            yield step, microbatches
 
     def __enter__(self) -> Self:
         return self
@@ -48,5 +52,5 @@ class Loader:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _made(self, step: int) -> list[Microbatch]:
-        return [self._context.pin_memory(micro) for micro in self._microbatches(step)]
+    def _load(self, step: int) -> list[Microbatch]:
+        return [self._context.pin_memory(microbatch) for microbatch in self._microbatches(step)]

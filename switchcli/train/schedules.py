@@ -1,7 +1,6 @@
-"""Learning-rate schedules: pure functions of the step, called as `schedule(step, total_steps)`, step counted from 0.
+"""Learning-rate schedules: pure functions `schedule(step, total_steps)` of the step, counted from 0.
 
-Nothing is stepped and nothing is saved: after a resume the rate is what the step says. T5's is constant for
-`warmup_steps`, then one over the root of the step.
+A schedule has no state. After a resume the rate follows from the step alone.
 """
 
 import math
@@ -14,7 +13,7 @@ from switchcli.spec import MOST, Spec
 
 
 class Schedule(Spec, ABC):
-    """What every schedule has."""
+    """Base class of the schedules."""
 
     @abstractmethod
     def __call__(self, step: int, total_steps: int) -> float:
@@ -26,18 +25,18 @@ class Schedule(Spec, ABC):
 
 
 class InverseSquareRoot(Schedule):
-    """T5: learning_rate * sqrt(warmup / max(step, warmup)): constant first, then falling. No linear ramp.
+    """T5's schedule: learning_rate * sqrt(warmup_steps / max(step, warmup_steps)). Constant at first, without a ramp.
 
-    With the defaults this is 1 / sqrt(max(step, 10,000)): 0.01 until step 10,000, 0.005 at 40,000.
+    With the defaults this is 1 / sqrt(max(step, 10,000)): 0.01 until step 10,000, 0.005 at 40,000 (T5, section 3.1.2).
     """
 
     kind: Literal["inverse_square_root"] = "inverse_square_root"
     learning_rate: float = Field(default=0.01, gt=0.0)
-    """The rate of the constant part."""
+    """Learning rate of the constant part; 0.01 as in T5."""
     warmup_steps: int = Field(default=10_000, ge=1, le=MOST["steps"])
-    """Length of the constant part."""
+    """Steps of the constant part; 10,000 as in T5."""
     decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the run at its end over which the rate also falls to 0: 0.1 in Mesh-TensorFlow, off in T5."""
+    """Last fraction of the run over which the rate also falls linearly to 0: 0.1 in Mesh-TensorFlow, off in T5."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         rate = self.learning_rate * math.sqrt(self.warmup_steps / max(step, self.warmup_steps))
@@ -46,17 +45,19 @@ class InverseSquareRoot(Schedule):
 
 
 class Constant(Schedule):
-    """One rate, as T5 is fine-tuned, after a linear warm-up from 0 if one is asked for (T5X has 1,000 steps)."""
+    """One learning rate, as in T5's fine-tuning, after an optional linear warm-up from 0 (1,000 steps in T5X)."""
 
     kind: Literal["constant"] = "constant"
     learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Learning rate after the warm-up; 0.001 as in T5's fine-tuning."""
     warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
+    """Steps of the linear warm-up from 0; none by default, as in T5."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
     def incompatibility(self, total_steps: int) -> str | None:
-        return _too_long(self.warmup_steps, total_steps)
+        return _warmup_too_long(self.warmup_steps, total_steps)
 
 
 class Cosine(Schedule):
@@ -64,9 +65,11 @@ class Cosine(Schedule):
 
     kind: Literal["cosine"] = "cosine"
     learning_rate: float = Field(default=1e-3, gt=0.0)
-    """The peak."""
+    """Peak learning rate."""
     warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
+    """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         if step < self.warmup_steps:
@@ -75,37 +78,39 @@ class Cosine(Schedule):
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
 
     def incompatibility(self, total_steps: int) -> str | None:
-        return _too_long(self.warmup_steps, total_steps)
+        return _warmup_too_long(self.warmup_steps, total_steps)
 
 
 class Linear(Schedule):
-    """Linear warm-up from 0, then a straight line to `final_fraction` of the peak at the last step."""
+    """Linear warm-up from 0, then a straight line down to `final_fraction` of the peak at the last step."""
 
     kind: Literal["linear"] = "linear"
     learning_rate: float = Field(default=1e-3, gt=0.0)
-    """The peak."""
+    """Peak learning rate."""
     warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
+    """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        left = 1 - _progress(step, self.warmup_steps, total_steps)
-        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * left)
+        remaining = 1 - _progress(step, self.warmup_steps, total_steps)
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * remaining)
 
     def incompatibility(self, total_steps: int) -> str | None:
-        return _too_long(self.warmup_steps, total_steps)
+        return _warmup_too_long(self.warmup_steps, total_steps)
 
 
-def _too_long(warmup_steps: int, total_steps: int) -> str | None:
-    """Return why a warm-up from 0 does not fit a run: it would end below its peak. None if it fits."""
+def _warmup_too_long(warmup_steps: int, total_steps: int) -> str | None:
+    """Return why a warm-up does not fit a run that would end before its peak; None if it fits."""
     if warmup_steps <= total_steps:
         return None
     return f"warmup_steps ({warmup_steps}) must be at most train.steps ({total_steps}): try {total_steps // 10}."
 
 
 def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Share of the part after the warm-up that lies behind, in [0, 1]."""
+    """Return the fraction of the steps after the warm-up that `step` has reached, in [0, 1]."""
     return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 

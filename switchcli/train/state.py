@@ -1,4 +1,4 @@
-"""TrainState: all that resuming needs beside the tensors: no settings, and nothing that follows from the step."""
+"""TrainState: what a run needs to resume, besides tensors and settings."""
 
 import json
 from collections.abc import Mapping
@@ -13,65 +13,74 @@ from switchcli.train.metrics import Mean, Metrics
 
 @dataclass
 class TrainState:
-    """Where a run stands: the only thing in training that changes beside weights and optimizer."""
+    """The progress of a run. Besides weights and optimizer state, it is all that changes in training."""
 
     step: int = 0
-    """Optimizer steps taken; the data position and the learning rate follow from it."""
+    """Optimizer steps taken. The data position and the learning rate follow from it."""
     targets_seen: int = 0
     """Real target tokens learned from, over all ranks."""
     seconds: float = 0.0
-    """Time spent in training steps, over all starts."""
+    """Seconds spent in training steps, over all starts of the run."""
     metrics_since_log: Metrics = field(default_factory=dict)
-    """This rank's metrics since the last logged step, in float64: JSON keeps those exactly."""
+    """This rank's metrics since the last logged step, in float64, which JSON stores exactly."""
     eval_metrics: dict[str, float] = field(default_factory=dict)
-    """The last evaluation's, by name; each is better when it is higher."""
+    """Metrics of the last evaluation by name. Higher is better for each."""
     evaluated_step: int | None = None
-    """The step of the last evaluation: a checkpoint of another step was not evaluated."""
+    """The step of the last evaluation. A checkpoint of another step was not evaluated."""
     first_eval_metrics: dict[str, float] = field(default_factory=dict)
-    """The first of each: of the held-out text before the first step, of tasks after some."""
+    """The first value of each metric: before the first step for held-out text, later for tasks."""
     best: dict[str, Best] = field(default_factory=dict)
-    """Of all evaluations."""
+    """The best value of each metric over all evaluations, and its step."""
     texts: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Figures of each held-out text in the last evaluation, by its label."""
+    """Metrics of each held-out text in the last evaluation, by label."""
     bits_per_byte: float | None = None
-    """Of all held-out text in the last evaluation; lower is better. None where it is not known."""
+    """Bits per byte over all held-out texts in the last evaluation. Lower is better. None if unknown."""
     position: list[int] = field(default_factory=list)
-    """Where a stream of text stands; empty where what a step reads follows from its number."""
+    """Position in a stream of text. Empty where the data position follows from the step."""
     skipped_steps: list[tuple[int, int]] = field(default_factory=list)
-    """First and last step of each time that numbers which are not finite were gone on from (train.nonfinite)."""
+    """The first and the last of the steps skipped each time a number was not finite (train.nonfinite)."""
 
     def num_skipped_steps(self) -> int:
-        """Steps whose batches the weights have not learned from; those of several times count once."""
+        """Return how many steps the weights have not learned from. A step skipped more than once counts once."""
         return len({step for first, last in self.skipped_steps for step in range(first, last + 1)})
 
-    def note(self, figures: Mapping[str, float]) -> None:
-        """Take figures of the weights as they are; what is noted at one step is one evaluation."""
+    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Record evaluation metrics of the current weights. All calls at one step belong to one evaluation."""
         if self.evaluated_step != self.step:
             self.eval_metrics = {}
         self.evaluated_step = self.step
-        for name, figure in figures.items():
-            self.eval_metrics[name] = figure
-            self.first_eval_metrics.setdefault(name, figure)
-            if name not in self.best or figure >= self.best[name].value:
-                self.best[name] = Best(figure, self.step)
+        for name, value in metrics.items():
+            self.eval_metrics[name] = value
+            self.first_eval_metrics.setdefault(name, value)
+            if name not in self.best or value >= self.best[name].value:
+                self.best[name] = Best(value, self.step)
 
     def bits(self) -> dict[str, float]:
-        """Of a record: bits a byte where they are known."""
+        """Return bits per byte under its metric name, or {} if unknown."""
         return {} if self.bits_per_byte is None else {HELD_OUT_BITS: self.bits_per_byte}
 
-    def to_json(self, window: Metrics) -> bytes:
-        """The state with the window of all ranks, `window`, in place of this rank's."""
+    def to_json(self, metrics_since_log: Metrics) -> bytes:
+        """Return the state as JSON, with the `metrics_since_log` of all ranks in place of this rank's.
+
+        Raises:
+            ValueError: a number is not finite, which JSON cannot store.
+        """
         state = {name: getattr(self, name) for name in SavedState.model_fields}
-        state["metrics_since_log"] = {name: [part.tolist() for part in mean] for name, mean in window.items()}
+        state["metrics_since_log"] = {
+            name: [tensor.tolist() for tensor in mean] for name, mean in metrics_since_log.items()
+        }
         return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
 
-    def restore(self, text: bytes, device: torch.device, with_window: bool) -> None:
-        """Become the state of a checkpoint. The ranks of one share of the batch take the window, the others zeros: it
-        counts once."""
+    def restore(self, text: bytes, device: torch.device, with_metrics: bool) -> None:
+        """Replace this state by a saved one.
+
+        Metrics since the last log are summed over ranks when they are logged. Exactly one rank, or one group of ranks
+        with the same share of the batch, must take the saved ones (`with_metrics`); the others start from zero.
+        """
         saved = SavedState.read(text)
         for name in SavedState.model_fields.keys() - {"metrics_since_log"}:
             setattr(self, name, getattr(saved, name))
-        self.metrics_since_log = {
-            name: Mean(*(torch.tensor(part, dtype=torch.float64, device=device) * with_window for part in parts))
-            for name, parts in saved.metrics_since_log.items()
-        }
+        self.metrics_since_log = {}
+        for name, (total, weight) in saved.metrics_since_log.items():
+            tensors = (torch.tensor(values, dtype=torch.float64, device=device) for values in (total, weight))
+            self.metrics_since_log[name] = Mean(*(tensor * with_metrics for tensor in tensors))

@@ -1,4 +1,4 @@
-"""Evaluation: a function of model, objective and batches; training and the verbs share it."""
+"""Validation: the metrics of a model on held-out batches. Training and the verbs `eval` and `distill` share it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,33 +20,37 @@ from switchcli.train.metrics import Mean, Metrics, flatten, merge, unflatten
 
 
 class HeldOutText(NamedTuple):
-    """Rows of one text that a run is evaluated on."""
+    """The rows of one held-out text."""
 
     rows: Callable[[int, int], Batch]
-    """`rows(first, count)`: the same ones each time."""
+    """`rows(first, count)`: a batch of these rows, the same ones in each call."""
     num_rows: int
     bytes_per_target: float | None = None
-    """Bytes of text that a target token stands for, on average; None where that is not known."""
+    """Bytes of text that a target token stands for, on average; None if unknown."""
 
     def metrics(self, metrics: Metrics) -> dict[str, float]:
-        """What is said of it: its neg. log perplexity and, where that is known, bits a byte."""
-        figure, bits = float(metrics[NEG_LOG_PERPLEXITY].value()), bits_per_byte([(self, metrics)])
-        return {NEG_LOG_PERPLEXITY: figure, **({} if bits is None else {BITS_PER_BYTE: bits})}
+        """Return neg. log perplexity of this text and, if known, bits per byte."""
+        values = {NEG_LOG_PERPLEXITY: float(metrics[NEG_LOG_PERPLEXITY].value())}
+        bits = bits_per_byte([(self, metrics)])
+        if bits is not None:
+            values[BITS_PER_BYTE] = bits
+        return values
 
 
-def bits_per_byte(found: Iterable[tuple[HeldOutText, Metrics]]) -> float | None:
-    """What the model pays for the hidden text of all, whatever vocabulary it is cut by: lower is better.
+def bits_per_byte(results: Iterable[tuple[HeldOutText, Metrics]]) -> float | None:
+    """Return the cross-entropy of all targets in bits, over the bytes of text that they hide: lower is better.
 
-    All targets are paid for, sentinels and EOS too. None where the bytes of one are not known, or none is there.
+    It can be compared between vocabularies. All targets count, also sentinels and EOS. None if the bytes of a text are
+    unknown, or without any text.
     """
-    nats = size = 0.0
-    for text, metrics in found:
+    nats = num_bytes = 0.0
+    for text, metrics in results:
         total, weight = metrics[NEG_LOG_PERPLEXITY]
         if text.bytes_per_target is None:
             return None
         nats -= float(total)
-        size += float(weight) * text.bytes_per_target
-    return nats / math.log(2) / size if size else None
+        num_bytes += float(weight) * text.bytes_per_target
+    return nats / math.log(2) / num_bytes if num_bytes else None
 
 
 @torch.no_grad()
@@ -57,9 +61,14 @@ def evaluate(
     context: DistributedContext,
     policy: Policy = "paper",
 ) -> Metrics:
-    """The objective's metrics over all ranks' batches; the model's mode is put back afterwards.
+    """Return the metrics of `objective` over the batches of all ranks. The mode of the model is restored afterwards.
 
-    `model` is the plain one, not the wrapped; each rank has at least one batch. `policy` says how capacity is counted.
+    Args:
+        model: the model itself, not one wrapped for training.
+        objective: the loss whose metrics are returned.
+        batches: this rank's batches, at least one and equally many on each rank.
+        context: the device, the precision and the other ranks.
+        policy: how routers count capacity.
     """
     metrics: Metrics = {}
     with evaluating(model, policy):
@@ -78,35 +87,43 @@ def evaluate_rows(
     context: DistributedContext,
     policy: Policy = "paper",
 ) -> Metrics:
-    """The same on a text that the ranks share, at least `rows_each` a batch: in whole groups of this very model."""
+    """Return the metrics of `objective` on a text, whose rows the ranks share.
+
+    A batch has `rows_each` rows, rounded up to a multiple of the model's groups. For the other parameters see
+    `evaluate`.
+    """
     group = model.spec.group_sequences
-    batches = rank_batches(text, -(-rows_each // group) * group, context.dp_rank, context.dp_size)
-    return evaluate(model, objective, batches, context, policy)
+    batch_rows = -(-rows_each // group) * group
+    return evaluate(model, objective, rank_batches(text, batch_rows, context.dp_rank, context.dp_size), context, policy)
 
 
 def reduce(metrics: Metrics, context: DistributedContext) -> Metrics:
-    """The metrics summed over the shares of a batch; each rank has the same ones, perhaps none."""
+    """Return the metrics summed over the ranks that share a batch. All ranks have the same names, possibly none."""
     if not metrics:
         return {}
     return unflatten(context.all_reduce(flatten(metrics)), metrics)
 
 
 def exact(metrics: Metrics) -> Metrics:
-    """The metrics in float64, so that sums of many do not drift and JSON keeps them exactly."""
+    """Return the metrics in float64: sums of many stay exact, and JSON stores them exactly."""
     return {name: Mean(mean.total.double(), mean.weight.double()) for name, mean in metrics.items()}
 
 
 def rank_batches(text: HeldOutText, rows_each: int, rank: int, world: int) -> list[Batch]:
-    """This rank's batches of an evaluation on `text`, `rows_each` rows a batch, the same number on every rank.
+    """Return this rank's batches of `text`: equally many on each rank, all of `rows_each` rows.
 
-    What is missing at the end is filled with padding: it is neither routed nor
-    counted, and every batch has one shape.
+    Missing rows at the end are padding, which is neither routed nor counted. So every batch has one shape.
     """
-    each = -(-text.num_rows // (rows_each * world))
+    num_batches = -(-text.num_rows // (rows_each * world))  # of each rank, rounded up
+    # Rank r takes the consecutive rows [r * num_batches * rows_each, (r + 1) * num_batches * rows_each).
+    start, stop = (index * num_batches * rows_each for index in (rank, rank + 1))
     batches = []
-    for first in range(rank * each * rows_each, (rank + 1) * each * rows_each, rows_each):
+    for first in range(start, stop, rows_each):
+        # Rows of the text in this batch: fewer than rows_each at its end, and none beyond it.
         count = max(0, min(rows_each, text.num_rows - first))
+        # Without a row of its own the batch takes the shapes and types of row 0, and then none of its rows.
         batch = text.rows(first, count) if count else text.rows(0, 1)
-        inputs_BS, targets_BT = (F.pad(ids[:count], (0, 0, 0, rows_each - count), value=PAD) for ids in batch[:2])
+        missing = rows_each - count
+        inputs_BS, targets_BT = (F.pad(ids[:count], (0, 0, 0, missing), value=PAD) for ids in batch[:2])
         batches.append(Batch(inputs_BS, targets_BT))
     return batches

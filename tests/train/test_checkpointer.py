@@ -51,7 +51,7 @@ def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
 ) -> None:
     before = Parts(tmp_path, spec, optimizer, seed=0, group=group)
     before.train(2)
-    before.state.note({"cola": -1.25, "rte": 81.0})
+    before.state.record_evaluation({"cola": -1.25, "rte": 81.0})
     before.saver.save(before.state)
     after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
     assert after.saver.restore(after.state, NoWarnings())

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.train import expert_matching
-from switchcli.train.atlas import Choices, TokenPlaces, counts_of
 from switchcli.train.expert_matching import agreement, best_matching, greedy_matching, matching_metrics
+from switchcli.train.routing_counts import ExpertChoices, StackTokens, count_choices
 
 TABLES = st.integers(1, 6).flatmap(
     lambda num: st.lists(st.lists(st.integers(0, 9), min_size=num, max_size=num), min_size=num, max_size=num)
@@ -60,20 +60,20 @@ def test_agreement_is_that_of_a_loop(both: list[tuple[int, int]]) -> None:
         assert found.beyond_chance is None
 
 
-def counted(experts: torch.Tensor) -> Choices:
+def counted(experts: torch.Tensor) -> ExpertChoices:
     chosen_AE = torch.nn.functional.one_hot(experts, 4).bool()
-    return Choices(chosen_AE.float(), chosen_AE, chosen_AE)
+    return ExpertChoices(chosen_AE.float(), chosen_AE, chosen_AE)
 
 
 @pytest.mark.parametrize("most", [256, 3])
 def test_experts_that_only_changed_their_numbers_changed_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_matching, "MOST", most)
+    monkeypatch.setattr(expert_matching, "MAX_EXACT_EXPERTS", most)
     experts = torch.randint(4, (200,), generator=torch.Generator().manual_seed(0))
     order = torch.tensor([2, 0, 3, 1])
     both = [counted(experts), counted(order[experts])]
-    places = TokenPlaces(torch.ones(1, 200).bool(), experts, experts)
+    places = StackTokens(torch.ones(1, 200).bool(), experts, experts)
     together_EE = both[0].chosen_AE.double().mT @ both[1].chosen_AE.double()
-    found = matching_metrics(together_EE, *(counts_of(places, one) for one in both))
+    found = matching_metrics(together_EE, *(count_choices(places, one) for one in both))
     assert found["changed"] == 1.0
     assert found["beyond_chance"] < 0
     assert found["matched"] == {"changed": 0.0, "beyond_chance": 1.0, "experts": order.tolist(), "exact": most == 256}
@@ -84,8 +84,8 @@ def test_experts_that_only_changed_their_numbers_changed_nothing(most: int, monk
 @given(CHOSEN)
 def test_what_is_matched_is_renumbered_and_compared(both: list[tuple[int, int]]) -> None:
     choices = [counted(torch.tensor(experts)) for experts in zip(*both, strict=True)]
-    places = TokenPlaces(torch.ones(1, len(both)).bool(), *[torch.zeros(len(both)).long()] * 2)
-    found = matching_metrics(together(both), *(counts_of(places, one) for one in choices))["matched"]
+    places = StackTokens(torch.ones(1, len(both)).bool(), *[torch.zeros(len(both)).long()] * 2)
+    found = matching_metrics(together(both), *(count_choices(places, one) for one in choices))["matched"]
     changed = sum(found["experts"][one] != other for one, other in both) / len(both)
     assert found["changed"] == pytest.approx(changed)
     if found["beyond_chance"] is not None and changed == 0:
@@ -98,7 +98,7 @@ def test_what_is_matched_is_renumbered_and_compared(both: list[tuple[int, int]])
 def test_routers_that_chose_by_themselves_agree_by_chance_alone(
     experts: int, tokens: int, k: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_matching, "MOST", most)
+    monkeypatch.setattr(expert_matching, "MAX_EXACT_EXPERTS", most)
     draw = torch.Generator().manual_seed(0)
     found, plain = [], []
     for _ in range(5):
@@ -106,8 +106,8 @@ def test_routers_that_chose_by_themselves_agree_by_chance_alone(
             torch.zeros(tokens, experts).scatter_(1, torch.rand(tokens, experts, generator=draw).topk(k).indices, 1.0)
             for _ in range(2)
         ]
-        places = TokenPlaces(torch.ones(1, tokens).bool(), *[torch.zeros(tokens).long()] * 2)
-        counts = [counts_of(places, Choices(one_AE / k, one_AE.bool(), one_AE.bool())) for one_AE in ones_AE]
+        places = StackTokens(torch.ones(1, tokens).bool(), *[torch.zeros(tokens).long()] * 2)
+        counts = [count_choices(places, ExpertChoices(one_AE / k, one_AE.bool(), one_AE.bool())) for one_AE in ones_AE]
         figure = matching_metrics((ones_AE[0].mT @ ones_AE[1]).double(), *counts)
         found.append(figure["matched"]["beyond_chance"])
         plain.append(figure["beyond_chance"])

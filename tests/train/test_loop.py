@@ -25,7 +25,7 @@ from switchcli.train.callbacks import Callback
 from switchcli.train.config import TrainSpec
 from switchcli.train.loss import StepLoss, cross_entropy
 from switchcli.train.microbatches import Microbatches
-from switchcli.train.nonfinite import ENDS
+from switchcli.train.nonfinite import ALWAYS_STOP
 from switchcli.train.optimizers import Adafactor, Optimizer
 from switchcli.train.schedules import Linear
 from switchcli.train.state import TrainState
@@ -43,7 +43,7 @@ class Run:
         self.optimizer: Optimizer = Adafactor(min_dim_to_factor=8).build(dict(self.model.named_parameters()))
         self.stop = StopRequest()
         self.objective: Callable[[nn.Module, Batch], StepLoss] = cross_entropy
-        self.nonfinite = ENDS
+        self.nonfinite = ALWAYS_STOP
         self.steps_seen: list[int] = []
 
     def fit(self, *callbacks: Callback, steps: int = STEPS, seed: int = 3, clip_norm: float | None = 1.0) -> bool:

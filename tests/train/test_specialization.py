@@ -7,12 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_atlas import looked_at
+from test_routing_counts import looked_at
 
-from switchcli.train.atlas import Choices, ExpertCounts, LayerCounts, TokenPlaces, counts_of, sum_counts
+from switchcli.train.routing_counts import (
+    ExpertChoices,
+    ExpertCounts,
+    LayerCounts,
+    StackTokens,
+    count_choices,
+    sum_counts,
+)
 from switchcli.train.specialization import (
-    LEAST,
-    TOP,
+    MIN_COUNT,
+    TOP_TOKENS,
     information,
     information_by_chance,
     specialization_metrics,
@@ -52,23 +59,23 @@ def test_a_value_that_decides_says_all_and_one_that_is_dealt_at_random_nothing()
     assert chance.experts == pytest.approx(math.log(8), abs=0.01)
 
 
-def of_several(experts_AK: torch.Tensor, token_A: torch.Tensor) -> LayerCounts:
+def of_several(experts_AK: torch.Tensor, id_A: torch.Tensor) -> LayerCounts:
     """Of tokens that chose several of 8 experts each."""
-    chosen_AE = torch.zeros(len(token_A), 8).scatter_(1, experts_AK, 1.0)
-    places = TokenPlaces(torch.ones(1, len(token_A)).bool(), token_A, torch.zeros_like(token_A))
-    return counts_of(places, Choices(chosen_AE / experts_AK.shape[1], chosen_AE.bool(), chosen_AE.bool()))
+    chosen_AE = torch.zeros(len(id_A), 8).scatter_(1, experts_AK, 1.0)
+    places = StackTokens(torch.ones(1, len(id_A)).bool(), id_A, torch.zeros_like(id_A))
+    return count_choices(places, ExpertChoices(chosen_AE / experts_AK.shape[1], chosen_AE.bool(), chosen_AE.bool()))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_token_that_decides_all_its_experts_says_all_and_one_that_decides_none_nothing(k: int) -> None:
     draw = torch.Generator().manual_seed(0)
-    token_A = torch.randint(400, (4000,), generator=draw)
+    id_A = torch.randint(400, (4000,), generator=draw)
     of_each = torch.rand(400, 8, generator=draw).topk(k).indices
-    decided = specialization_metrics({"text": of_several(of_each[token_A], token_A)}, [])["told_by"]["token"]
+    decided = specialization_metrics({"text": of_several(of_each[id_A], id_A)}, [])["told_by"]["token"]
     assert decided["share"] == pytest.approx(1.0)
     assert decided["within"] == pytest.approx(math.log(k))
     at_random = torch.rand(4000, 8, generator=draw).topk(k).indices
-    chance = specialization_metrics({"text": of_several(at_random, token_A)}, [])["told_by"]["token"]
+    chance = specialization_metrics({"text": of_several(at_random, id_A)}, [])["told_by"]["token"]
     assert chance["share"] == pytest.approx(0.0, abs=0.02)
 
 
@@ -99,9 +106,11 @@ def test_the_tokens_of_an_expert_are_those_of_a_loop(drawn: list[tuple[int, int,
         mine = {v: c for (v, e), c in joint.items() if e == expert}
         lift = {v: c / experts[expert] / (values[v] / len(choices)) for v, c in mine.items()}
         more = {v for v, c in mine.items() if c * len(choices) > experts[expert] * values[v]}
-        often = sorted((v for v in more if values[v] >= LEAST), key=lambda v: (-round(lift[v], 9), -mine[v], v))
-        assert [one["id"] for one in top.by_count] == sorted(mine, key=lambda v: (-mine[v], v))[:TOP]
-        assert [round(lift[int(one["id"])], 9) for one in top.by_lift] == [round(lift[v], 9) for v in often[:TOP]]
+        often = sorted((v for v in more if values[v] >= MIN_COUNT), key=lambda v: (-round(lift[v], 9), -mine[v], v))
+        assert [one["id"] for one in top.by_count] == sorted(mine, key=lambda v: (-mine[v], v))[:TOP_TOKENS]
+        assert [round(lift[int(one["id"])], 9) for one in top.by_lift] == [
+            round(lift[v], 9) for v in often[:TOP_TOKENS]
+        ]
         for one in top.by_lift + top.by_count:
             assert one["count"] == mine[int(one["id"])]
             assert one["lift"] == pytest.approx(lift[int(one["id"])])
@@ -109,7 +118,7 @@ def test_the_tokens_of_an_expert_are_those_of_a_loop(drawn: list[tuple[int, int,
 
 @given(st.data())
 def test_the_parts_of_the_figures_add_up(data: st.DataObject) -> None:
-    texts = {name: counts_of(*data.draw(looked_at(3))) for name in ("a", "b")}
+    texts = {name: count_choices(*data.draw(looked_at(3))) for name in ("a", "b")}
     found = specialization_metrics(texts, [1, 4])
     chosen = sum(int(one.chosen_E.sum()) for one in texts.values())
     assert sum(found["load"]) == chosen
@@ -127,8 +136,8 @@ def of_positions(positions: range) -> LayerCounts:
     num = len(positions)
     chosen = torch.zeros(num, 3, dtype=torch.bool)
     chosen[: num // 2, 0] = chosen[num // 2 :, 1] = True
-    places = TokenPlaces(torch.ones(1, num).bool(), torch.arange(num) % 7, torch.tensor(positions))
-    return counts_of(places, Choices(torch.full((num, 3), 1 / 3), chosen, chosen))
+    places = StackTokens(torch.ones(1, num).bool(), torch.arange(num) % 7, torch.tensor(positions))
+    return count_choices(places, ExpertChoices(torch.full((num, 3), 1 / 3), chosen, chosen))
 
 
 def test_experts_that_go_by_position_and_one_that_takes_nothing() -> None:

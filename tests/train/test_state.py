@@ -21,9 +21,9 @@ def double(value: float | list[float]) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def restored(text: bytes, with_window: bool = True) -> TrainState:
+def restored(text: bytes, with_metrics: bool = True) -> TrainState:
     state = TrainState()
-    state.restore(text, CPU, with_window)
+    state.restore(text, CPU, with_metrics)
     return state
 
 
@@ -42,7 +42,7 @@ def test_a_state_comes_back_bit_by_bit(
     before = TrainState(
         step, targets, seconds, window, texts={"de": figures}, bits_per_byte=seconds, position=[0, targets, step]
     )
-    before.note(figures)
+    before.record_evaluation(figures)
     after = restored(before.to_json(window))
     assert (after.step, after.targets_seen, after.seconds) == (step, targets, seconds)
     assert after.eval_metrics == after.first_eval_metrics == figures
@@ -61,7 +61,7 @@ def test_one_rank_takes_the_window_and_the_others_start_from_zero() -> None:
     window = {"load": Mean(double([1.0, 2.0]), double(4.0))}
     text = TrainState().to_json(window)
     assert torch.equal(restored(text).metrics_since_log["load"].total, double([1.0, 2.0]))
-    other = restored(text, with_window=False).metrics_since_log["load"]
+    other = restored(text, with_metrics=False).metrics_since_log["load"]
     assert torch.equal(other.total, double([0.0, 0.0]))
     assert other.weight == 0
 
@@ -70,8 +70,8 @@ def test_the_first_figures_the_last_and_the_best_are_kept_with_their_steps() -> 
     state = TrainState()
     for step, cola, rte in ((0, -5.0, 50.0), (100, -2.0, 60.0), (200, -3.0, 60.0)):
         state.step = step
-        state.note({"cola": cola})
-        state.note({"rte": rte})  # an evaluation may have several parts
+        state.record_evaluation({"cola": cola})
+        state.record_evaluation({"rte": rte})  # an evaluation may have several parts
     state.step = 250
     after = restored(state.to_json({}))
     assert after == state
@@ -79,7 +79,7 @@ def test_the_first_figures_the_last_and_the_best_are_kept_with_their_steps() -> 
     assert after.eval_metrics == {"cola": -3.0, "rte": 60.0}
     assert (after.step, after.evaluated_step) == (250, 200)
     assert after.best == {"cola": Best(-2.0, 100), "rte": Best(60.0, 200)}  # of equals the last
-    after.note({"rte": 59.0})
+    after.record_evaluation({"rte": 59.0})
     assert after.eval_metrics == {"rte": 59.0}  # the figures of one evaluation, not of several
 
 
@@ -106,27 +106,27 @@ def test_a_state_of_version_0_1_is_read(evaluated: int | None) -> None:
 
 def test_a_state_from_before_texts_and_streams_is_read() -> None:
     state = json.loads(TrainState(step=5).to_json({}))
-    del state["texts"], state["bits_per_byte"], state["position"], state["left_out"]
+    del state["texts"], state["bits_per_byte"], state["position"], state["skipped_steps"]
     assert restored(json.dumps(state).encode()) == TrainState(step=5)
 
 
 def test_the_text_is_json_that_any_program_reads() -> None:
     state = TrainState(step=3)
-    state.note({HELD_OUT: -1.5})
+    state.record_evaluation({HELD_OUT: -1.5})
     text = state.to_json({})
     assert json.loads(text) == {
         "step": 3,
         "targets_seen": 0,
         "seconds": 0.0,
-        "figures": {HELD_OUT: -1.5},
+        "eval_metrics": {HELD_OUT: -1.5},
         "evaluated_step": 3,
-        "first_figures": {HELD_OUT: -1.5},
+        "first_eval_metrics": {HELD_OUT: -1.5},
         "best": {HELD_OUT: [-1.5, 3]},
         "texts": {},
         "bits_per_byte": None,
         "position": [],
-        "left_out": [],
-        "window": {},
+        "skipped_steps": [],
+        "metrics_since_log": {},
     }
 
 

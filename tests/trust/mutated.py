@@ -101,9 +101,9 @@ def _state(base: Base, folder: Path, draw: random.Random) -> str:
     def use() -> None:
         found = latest_read_only(folder / "run/checkpoints", warn=lambda text: None)
         state = TrainState()
-        state.restore(found.document("state.json"), CPU, with_window=True)
+        state.restore(found.document("state.json"), CPU, with_metrics=True)
         assert state.step == found.step
-        state.note({"held_out/neg_log_perplexity": -1.0})
+        state.record_evaluation({"held_out/neg_log_perplexity": -1.0})
         state.to_json(state.metrics_since_log)
 
     return refused(use)

@@ -75,7 +75,7 @@ def test_keys_that_are_not_named_are_counted(tmp_path: Path, monkeypatch: pytest
 def test_a_state_that_is_taken_as_it_comes_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SavedState, "read", lambda text: SavedState.model_construct(**json.loads(text)))
     state = TrainState(step=8)
-    state.note({"score": -1.0})
+    state.record_evaluation({"score": -1.0})
     documents = {"state.json": state.to_json({})}
     path = save(tmp_path / "run/checkpoints", 8, model={"a": torch.ones(1)}, optimizer={}, documents=documents)
     base = mutated.Base(tmp_path / "run", path, b"", b"")

@@ -25,15 +25,15 @@ from switchcli.model.moe.router import (
 from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
-from switchcli.train.atlas import (
-    Choices,
+from switchcli.train.routing_counts import (
+    ExpertChoices,
     ExpertCounts,
     LayerCounts,
-    TokenPlaces,
+    StackTokens,
+    count_choices,
     count_routing,
-    counts_of,
     observe,
-    places_of,
+    stack_tokens,
 )
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
@@ -63,47 +63,45 @@ def as_counter(pairs: ExpertCounts, num_experts: int) -> Counter[tuple[int, int]
 
 
 @st.composite
-def looked_at(draw: st.DrawFn, num_experts: int) -> tuple[TokenPlaces, Choices]:
+def looked_at(draw: st.DrawFn, num_experts: int) -> tuple[StackTokens, ExpertChoices]:
     num = draw(st.integers(0, 12))
     masks = st.lists(st.lists(st.booleans(), min_size=num_experts, max_size=num_experts), min_size=num, max_size=num)
     chosen, held = (torch.tensor(draw(masks)).bool().reshape(num, num_experts) for _ in range(2))
     ids = [torch.tensor(draw(st.lists(st.integers(0, 5), min_size=num, max_size=num))).long() for _ in range(2)]
     logits = torch.randn(num, num_experts, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
-    return TokenPlaces(torch.ones(1, num).bool(), *ids), Choices(logits.softmax(-1), chosen, held)
+    return StackTokens(torch.ones(1, num).bool(), *ids), ExpertChoices(logits.softmax(-1), chosen, held)
 
 
 @given(st.data(), st.integers(1, 5))
 def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, num_experts: int) -> None:
     batches = [data.draw(looked_at(num_experts)) for _ in range(2)]
-    one, other = (counts_of(*each) for each in batches)
+    one, other = (count_choices(*each) for each in batches)
     counts = one + other
     tokens: Counter[tuple[int, int]] = Counter()
     positions: Counter[tuple[int, int]] = Counter()
     chose, away = ([0] * num_experts for _ in range(2))
     probability, dropped, confidence, within = [0.0] * num_experts, 0, 0.0, 0.0
     for places, choices in batches:
-        for place, (token, position) in enumerate(
-            zip(places.token_A.tolist(), places.position_A.tolist(), strict=True)
-        ):
+        for place, (token, position) in enumerate(zip(places.id_A.tolist(), places.position_A.tolist(), strict=True)):
             for expert in range(num_experts):
-                chosen, held = bool(choices.chosen_AE[place, expert]), bool(choices.held_AE[place, expert])
+                chosen, held = bool(choices.chosen_AE[place, expert]), bool(choices.in_slot_AE[place, expert])
                 if chosen:
                     tokens[token, expert] += 1
                     positions[position, expert] += 1
                     probability[expert] += float(choices.probability_AE[place, expert])
                 chose[expert] += chosen
                 away[expert] += chosen and not held
-            dropped += not any(choices.held_AE[place].tolist())
+            dropped += not any(choices.in_slot_AE[place].tolist())
             several = sum(choices.chosen_AE[place].tolist())
             within += several * math.log(several) if several else 0.0
             confidence += max(choices.probability_AE[place].tolist())
     assert as_counter(counts.tokens, num_experts) == tokens
     assert as_counter(counts.positions, num_experts) == positions
     assert counts.chosen_E.tolist() == chose
-    assert float(counts.within) == pytest.approx(within)
+    assert float(counts.within_token) == pytest.approx(within)
     assert counts.turned_away_E.tolist() == away
     assert counts.probability_E.tolist() == pytest.approx(probability)
-    assert int(counts.num_tokens) == sum(len(places.token_A) for places, _ in batches)
+    assert int(counts.num_tokens) == sum(len(places.id_A) for places, _ in batches)
     assert int(counts.dropped) == dropped
     assert float(counts.confidence) == pytest.approx(confidence)
 
@@ -141,14 +139,14 @@ def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, context:
 
 def test_padding_is_not_counted_and_a_decoder_reads_its_targets_one_later(context: DistributedContext) -> None:
     batch = rows(0, 0, 8)
-    read = places_of(batch, None)
+    read = stack_tokens(batch, None)
     naive = {"encoder": Counter[tuple[int, int]](), "decoder": Counter[tuple[int, int]]()}
     for stack, ids in (("encoder", batch.inputs_BS), ("decoder", batch.targets_BT)):
         for row in ids.tolist():
             reads = row if stack == "encoder" else [PAD, *row]
             naive[stack].update((reads[place], place) for place, token in enumerate(row) if token != PAD)
     for stack, places in read.items():
-        assert Counter(zip(places.token_A.tolist(), places.position_A.tolist(), strict=True)) == naive[stack]
+        assert Counter(zip(places.id_A.tolist(), places.position_A.tolist(), strict=True)) == naive[stack]
     (found,), _ = count_routing([a_model().eval()], [batch], False, context, ["paper"])
     sources, targets = (int((ids != PAD).sum()) for ids in batch)
     assert [int(one.num_tokens) for one in found.values()] == [sources, targets]
@@ -156,11 +154,11 @@ def test_padding_is_not_counted_and_a_decoder_reads_its_targets_one_later(contex
 
 def test_positions_of_packed_rows_are_those_of_each_example() -> None:
     batch = Batch(torch.tensor([[5, 6, EOS, 7, EOS, PAD]]), torch.tensor([[8, EOS, 9, 4, EOS]]))
-    encoder, decoder = places_of(batch, segment_ids(*batch)).values()
+    encoder, decoder = stack_tokens(batch, segment_ids(*batch)).values()
     assert encoder.position_A.tolist() == [0, 1, 2, 0, 1]
-    assert encoder.token_A.tolist() == [5, 6, EOS, 7, EOS]
+    assert encoder.id_A.tolist() == [5, 6, EOS, 7, EOS]
     assert decoder.position_A.tolist() == [0, 1, 0, 1, 2]
-    assert decoder.token_A.tolist() == [PAD, 8, PAD, 9, 4]
+    assert decoder.id_A.tolist() == [PAD, 8, PAD, 9, 4]
 
 
 def by_hand(spec: ModelSpec) -> SwitchTransformer:
@@ -191,7 +189,7 @@ def test_a_router_that_sends_token_t_to_expert_t_mod_e_is_shown_to_do_so(
         read: Counter[int] = Counter()
         for first in (0, 8):
             read.update(
-                places_of(rows(0, first, 8), None)["encoder" if "encoder" in name else "decoder"].token_A.tolist()
+                stack_tokens(rows(0, first, 8), None)["encoder" if "encoder" in name else "decoder"].id_A.tolist()
             )
         assert Counter({token: n for (token, _), n in as_counter(counts.tokens, 4).items()}) == read
 
@@ -204,7 +202,7 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(context: Distri
     alone = model(*batch).logits_BTV
     model.train()
 
-    def fails(name: str, places: TokenPlaces, choices: Choices) -> NoReturn:
+    def fails(name: str, places: StackTokens, choices: ExpertChoices) -> NoReturn:
         raise KeyError(name)
 
     count_routing([model], [batch], False, context, [0.5])
@@ -231,7 +229,7 @@ def test_two_models_are_counted_together_on_the_same_tokens(context: Distributed
     for batch in batches:
         for model in (one, other):
 
-            def see(name: str, places: TokenPlaces, choices: Choices) -> None:
+            def see(name: str, places: StackTokens, choices: ExpertChoices) -> None:
                 experts.setdefault(name, []).append(choices.probability_AE.argmax(1))
 
             observe(model, batch, None, "dropless", see)
