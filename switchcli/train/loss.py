@@ -1,6 +1,6 @@
-"""Losses: the cross-entropy of the targets, and the losses that the sparse layers return.
+"""Training losses: the cross-entropy of the targets, and the auxiliary losses of the sparse layers.
 
-Legend: B batch, T target, V vocabulary (the part of it that is here), D model, N targets of all sequences, C those of a
+Legend: B batch, T target, V vocabulary (this rank's rows of it), D model, N targets of all sequences, C targets of a
 chunk, M sums.
 """
 
@@ -23,21 +23,22 @@ from switchcli.train.metrics import Mean, Metrics
 from switchcli.train.router_health import routing_metrics
 
 CHUNK = 1024
-"""Targets whose logits are held at a time: 130 MB in float32 with T5's vocabulary."""
+"""Targets whose logits are in memory at the same time: 130 MB in float32 with T5's vocabulary."""
 
 
 class StepLoss(NamedTuple):
-    """The loss of one microbatch as sums, so that it can be divided by the real tokens of the whole step."""
+    """The loss of one microbatch as sums over tokens, to be divided by the real tokens of the whole step."""
 
     target_sum: torch.Tensor
-    """Sum over real targets, in nats, float32."""
+    """float32 scalar with a gradient: the sum over real targets, in nats."""
     auxiliary: AuxiliaryLoss | None
-    """Load-balancing and z-losses of the sparse layers, as sums over real tokens; None for a dense model."""
+    """Load-balancing and z-losses of the sparse layers, as sums over real tokens. None for a dense model."""
     metrics: Metrics
+    """Sums without a gradient."""
 
 
 class Objective(Protocol):
-    """A loss of a model on a batch."""
+    """A function that computes the loss of a model on a batch."""
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss: ...
 
@@ -61,21 +62,22 @@ class FixedLoss(LossSchedule):
 
 
 def batch_segment_ids(batch: AnyBatch, packed: bool) -> SegmentIds | None:
-    """Return which examples share a row of a packed batch (model/packing.py); None where each has its own row."""
+    """Return the example of each position of a packed batch (model/packing.py); None if each row is one example."""
     return segment_ids(batch.inputs_BS, batch.targets_BT) if packed else None
 
 
 def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
-    """Cross-entropy of each real target given the inputs and the targets before it, in float32."""
-    return _loss_of(model(batch.inputs_BS, batch.targets_BT), batch.targets_BT)
+    """Return the cross-entropy of each real target, given the inputs and the targets before it, in float32."""
+    return _target_loss(model(batch.inputs_BS, batch.targets_BT), batch.targets_BT)
 
 
 def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
-    """The same where rows are packed: of each example as if it were alone in its row."""
-    return _loss_of(model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed=True)), batch.targets_BT)
+    """Return `cross_entropy` of packed rows: each example is computed as if it were alone in its row."""
+    output = model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed=True))
+    return _target_loss(output, batch.targets_BT)
 
 
-def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
+def _target_loss(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
     target_sum = summed_cross_entropy(output.hidden_BTD.flatten(0, 1), output.vocabulary, targets_BT.flatten())
     return step_loss(output, targets_BT, target_sum, {NEG_LOG_PERPLEXITY: -target_sum.detach()})
 
@@ -83,7 +85,10 @@ def _loss_of(output: ModelOutput, targets_BT: torch.Tensor) -> StepLoss:
 def step_loss(
     output: ModelOutput, targets_BT: torch.Tensor, target_sum: torch.Tensor, sums: Mapping[str, torch.Tensor]
 ) -> StepLoss:
-    """The loss with the model's own, and the metrics: `sums` over real targets, and the routing's."""
+    """Return the loss of a microbatch: `target_sum`, and the auxiliary losses of the model.
+
+    Its metrics are `sums`, by name and over real targets, and those of the routing.
+    """
     num_targets = (targets_BT != PAD).sum()
     metrics = {name: Mean(total, num_targets) for name, total in sums.items()}
     return StepLoss(target_sum, output.auxiliary, {**metrics, **routing_metrics(output)})
@@ -101,66 +106,73 @@ def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: VocabularyShard, t
 def cross_entropy_sum(logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabulary: VocabularyShard) -> torch.Tensor:
     """Return the sum over real targets of -log softmax(logits)[target]: a scalar, in nats, float32 or float64.
 
-    `targets_C` is int64; `PAD` is no target. Where the vocabulary is split over ranks, the result is this rank's part.
-    The gradient can be taken once.
+    `targets_C` is int64, `PAD` where there is no target. Where the vocabulary is sharded, the result is this rank's
+    term of the sum. The gradient can be taken only once.
     """
     log_p_C: torch.Tensor = _TargetLogProbability.apply(logits_CV, targets_C, vocabulary)  # type: ignore[no-untyped-call]
     return -(log_p_C * (targets_C != PAD)).sum()
 
 
 class _TargetLogProbability(torch.autograd.Function):
-    """log softmax(logits)[target] of each target, 0 for a target on another rank: [C].
+    """log softmax(logits)[target] of each target, [C]; 0 for a target whose row is on another rank.
 
-    The gradient of the logits is (target is here) - softmax, times that of the result, which all ranks must have alike.
-
-    It is written by hand because autograd's takes longer, 1.20 times (1.13 to 1.30) the CPU time of the loss with its
-    products: median and range of 7 pairs on one CPU thread, in float32, with N=8192, D=64 and V=1024. It also rounds
-    p - 1 at the target only once, by expm1.
+    The gradient of the logits is (1 at the target if it is on this rank) - softmax(logits), times the gradient of the
+    result, which must be equal on all ranks. It is written by hand because autograd's takes longer. It also rounds
+    p - 1 at the target only once, with expm1.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabulary: VocabularyShard
     ) -> torch.Tensor:
-        place = vocabulary.locate(targets_C.unsqueeze(1))
+        # [C, 1]: the row of each target among this rank's rows, or any row for a target on another rank.
+        target = vocabulary.locate(targets_C.unsqueeze(1))
         log_p_CV = vocabulary.log_softmax(logits_CV)
-        log_p_C1 = log_p_CV.gather(1, place.row)
-        ctx.log_p_CV, ctx.log_p_C1, ctx.place = log_p_CV, log_p_C1, place
-        return place.zero_others(log_p_C1).squeeze(1)
+        log_p_C1 = log_p_CV.gather(1, target.row)
+        ctx.log_p_CV, ctx.log_p_C1, ctx.target = log_p_CV, log_p_C1, target
+        return target.zero_others(log_p_C1).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, gradient_C: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        log_p_CV, log_p_C1, place = ctx.log_p_CV, ctx.log_p_C1, ctx.place
+        log_p_CV, log_p_C1, target = ctx.log_p_CV, ctx.log_p_C1, ctx.target
         assert log_p_CV is not None, "the gradient can be taken once"
-        ctx.log_p_CV = None  # overwritten below: there is no second backward pass
+        ctx.log_p_CV = None  # overwritten below, so a second backward pass is impossible
+        # p - 1 at the target; where the target is on another rank, p unchanged at the row that stands in for it.
         at_target_C1 = log_p_C1.expm1()
-        if place.is_local is not None:
-            at_target_C1 = at_target_C1.where(place.is_local, log_p_C1.exp())
-        return log_p_CV.exp_().scatter_(1, place.row, at_target_C1).mul_(-gradient_C.unsqueeze(1)), None, None
+        if target.is_local is not None:
+            at_target_C1 = at_target_C1.where(target.is_local, log_p_C1.exp())
+        # (softmax - 1[target]) * -gradient, in the memory of log_p_CV: a new [C, V] takes time to allocate.
+        return log_p_CV.exp_().scatter_(1, target.row, at_target_C1).mul_(-gradient_C.unsqueeze(1)), None, None
 
 
 LogitsLoss = Callable[[torch.Tensor, slice], torch.Tensor]
-"""`loss(logits_CV, chunk)`: the sums [M], float32 or float64, of a loss of the targets `chunk`; the first is minimized.
-The logits are in the precision of the products. Where the vocabulary is split over ranks, both are this rank's part."""
+"""`loss(logits_CV, chunk)`: the sums [M] of a loss over the targets `chunk`, float32 or float64.
+
+The first sum is minimized. The logits have the dtype of matrix products. Where the vocabulary is sharded, logits and
+sums are this rank's part.
+"""
 
 
 def sum_in_chunks(loss: LogitsLoss, hidden_ND: torch.Tensor, vocabulary: VocabularyShard) -> torch.Tensor:
     """Return the sums [M] of `loss` over the logits hidden vocabulary^T of all N targets; the first has a gradient.
 
-    Logits are made `CHUNK` targets at a time, in the precision of autocast; [N, V] is never held. The sums and the
+    Only `CHUNK` targets at a time have logits, never all [N, V] of them, in the precision of autocast. The sums and the
     gradient of the vocabulary are accumulated in float32 or float64.
     """
     axis = vocabulary.axis
-    entered_ND, learns = axis.enter_region(hidden_ND), torch.is_grad_enabled()
-    sums_M: torch.Tensor = _SumInChunks.apply(entered_ND, vocabulary.weight_VD, loss, learns)  # type: ignore[no-untyped-call]
+    learns = torch.is_grad_enabled()
+    # Each rank of the model axis computes with its rows of the vocabulary. The sums over ranks are taken of the results
+    # below, and of the gradient of the hidden states, which `enter_region` does in the backward pass.
+    region_ND = axis.enter_region(hidden_ND)
+    sums_M: torch.Tensor = _SumInChunks.apply(region_ND, vocabulary.weight_VD, loss, learns)  # type: ignore[no-untyped-call]
     return axis.all_reduce(sums_M)
 
 
 class _SumInChunks(torch.autograd.Function):
-    """Computes the gradients in the forward pass, chunk by chunk, so that no logits are kept and none computed twice.
+    """The sums of a loss with the gradients of its two factors, which are computed in the forward pass.
 
-    A gradient that nobody needs is not computed. `learns` says whether gradients were enabled: torch disables them in
-    `forward`.
+    So each chunk's logits exist once and are computed once. A gradient that nobody needs is not computed. `learns` says
+    whether gradients are enabled, because torch disables them in `forward`.
     """
 
     @staticmethod
@@ -171,25 +183,26 @@ class _SumInChunks(torch.autograd.Function):
         dtype = compute_dtype(hidden_ND)
         exact = at_least_float32(hidden_ND)
         weight_VD = vocabulary_VD.to(dtype)
-        for_hidden, for_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
-        hidden_gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
-        weight_gradient_VD = torch.zeros_like(vocabulary_VD, dtype=exact) if for_weight else None
-        ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)
-        sums_M = hidden_ND.new_zeros((), dtype=exact)
+        needs_hidden, needs_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        hidden_gradient_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        weight_gradient_VD = torch.zeros_like(vocabulary_VD, dtype=exact) if needs_weight else None
+        ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)  # filled in place below
+        sums_M = hidden_ND.new_zeros((), dtype=exact)  # a scalar, which the first chunk broadcasts to [M]
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), CHUNK):
-                chunk = slice(start, start + CHUNK)
+                chunk = slice(start, start + CHUNK)  # the last one may reach beyond N
                 hidden_CD = hidden_ND[chunk].to(dtype)
-                if not (for_hidden or for_weight):
+                if not (needs_hidden or needs_weight):
                     sums_M = sums_M + loss(hidden_CD @ weight_VD.mT, chunk)
                     continue
                 chunk_sums_M, gradient_CV = _value_and_gradient(loss, hidden_CD @ weight_VD.mT, chunk)
                 sums_M = sums_M + chunk_sums_M
+                # With logits = hidden weight^T and G the gradient of the logits: G weight, and G^T hidden.
                 if hidden_gradient_ND is not None:
                     hidden_gradient_ND[chunk] = gradient_CV @ weight_VD
                 if weight_gradient_VD is not None:
                     weight_gradient_VD += gradient_CV.mT @ hidden_CD
-                del gradient_CV  # before the next chunk needs memory
+                del gradient_CV  # before the next chunk allocates its own
         return sums_M
 
     @staticmethod
@@ -199,7 +212,7 @@ class _SumInChunks(torch.autograd.Function):
 
 
 def _value_and_gradient(loss: LogitsLoss, logits_CV: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums [M] and the gradient [C, V] of the first, in the type of the logits."""
+    """Return the sums [M], and the gradient [C, V] of the first sum in the dtype of the logits."""
     with torch.enable_grad():
         sums_M = loss(logits_CV.requires_grad_(), chunk)
         (gradient_CV,) = torch.autograd.grad(sums_M[0], logits_CV)

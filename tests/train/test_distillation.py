@@ -138,7 +138,7 @@ def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
     student, teacher, targets_N = a_case(9)
     logits_NV = (student[0] @ student[1].mT).detach().requires_grad_()
     every, vocabulary = slice(None), VocabularyShard(student[1])
-    q = FullTeacherProbs(*factors(teacher), 2.0).here(every, vocabulary.axis)
+    q = FullTeacherProbs(*factors(teacher), 2.0).local(every, vocabulary.axis)
     found = distillation_loss(logits_NV, targets_N, q, 0.25, 2.0, vocabulary)[0]
     expected = naive((logits_NV, torch.eye(V, dtype=torch.float64)), q.q_CV, targets_N, 0.25, 2.0)
     gradients = (torch.autograd.grad(0.3 * loss, logits_NV) for loss in (found, expected))
@@ -264,9 +264,9 @@ def test_a_soft_fraction_is_a_fraction(wrong: float) -> None:
 
 
 def test_a_teacher_with_noise_has_no_answers_to_keep() -> None:
-    with pytest.raises(ValueError, match=r"mode \(training\)[^\[]*answers[^\[]*evaluation"):
-        settings(mode="training", answers={"folder": "a"})
-    assert settings(answers={"folder": "a"}).cache is not None
+    with pytest.raises(ValueError, match=r"mode \(training\)[^\[]*cached[^\[]*evaluation"):
+        settings(mode="training", cache={"folder": "a"})
+    assert settings(cache={"folder": "a"}).cache is not None
 
 
 def test_the_share_of_the_gain_is_that_of_table_6() -> None:
