@@ -308,12 +308,12 @@ class Momentum(Spec):
     kind: Literal["momentum"] = "momentum"
     decay: float = Field(default=0.9, ge=0.0, lt=1.0)
 
-    def build(self, parameters: Named, layouts: Layouts = WHOLE) -> Optimizer:
+    def build(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> Optimizer:
         return _Momentum(self, parameters, layouts)
 
 
 class _Momentum(Optimizer):
-    def __init__(self, spec: Momentum, parameters: Named, layouts: Layouts) -> None:
+    def __init__(self, spec: Momentum, parameters: NamedParameters, layouts: Layouts) -> None:
         super().__init__(parameters, layouts)
         self.spec = spec
         self._mean = {name: torch.zeros_like(local_values(weight)) for name, weight in self.parameters.items()}

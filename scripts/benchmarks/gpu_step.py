@@ -161,7 +161,7 @@ def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.d
     def one(batch: int) -> None:
         real = RealTokens(batch * lengths.source, batch * lengths.target)  # no token is padding
         accumulate_gradients(model, cross_entropy, [Microbatch(0, held(batch), real)], real, context, "0")
-        norm = context.gradient_norm(optimizer.parameters, optimizer.cuts).total
+        norm = context.gradient_norm(optimizer.parameters, optimizer.layouts).total
         optimizer.step(1e-4)
         optimizer.zero_grad()
         before.append(norm)

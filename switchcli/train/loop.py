@@ -151,7 +151,7 @@ def _seed_noise(name: str) -> None:
 
 def _clip(optimizer: Optimizer, clip_norm: float | None, context: DistributedContext) -> GradientNorm:
     """The global gradient norm, before clipping to `clip_norm`."""
-    norm = context.gradient_norm(optimizer.parameters, optimizer.cuts)
+    norm = context.gradient_norm(optimizer.parameters, optimizer.layouts)
     if clip_norm is not None:
         optimizer.scale_gradients((clip_norm / (norm.total + 1e-6)).clamp(max=1.0))  # as torch has it
     return norm

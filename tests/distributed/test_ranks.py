@@ -64,7 +64,7 @@ class Recorder(Optimizer):
 
     def step(self, learning_rate: float) -> None:
         self.seen = {
-            name: LocalPart(local_values(parameter.grad), self.cuts.get(name, ())).gather().clone()
+            name: LocalPart(local_values(parameter.grad), self.layouts.get(name, ())).gather().clone()
             for name, parameter in self.parameters.items()
         }
 
