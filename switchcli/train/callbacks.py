@@ -1,4 +1,4 @@
-"""What happens every so many steps beside the step itself: logging, evaluation, saving, called in that order."""
+"""Callbacks: what training does every few steps besides the step itself, such as logging, evaluation and saving."""
 
 import math
 from abc import ABC, abstractmethod
@@ -32,32 +32,33 @@ from switchcli.train.state import TrainState
 from switchcli.train.validation import HeldOutText, bits_per_byte, evaluate, rank_batches, reduce
 
 Record = Mapping[str, Any]
-"""Figures by name, and under `layers` those of each sparse layer."""
-STARVING = 0.1
-"""Share of a step spent waiting for its batch from which a warning says so."""
+"""Metrics by name, and under `layers` those of each sparse layer."""
+SLOW_DATA_FRACTION = 0.1
+"""Fraction of a step spent waiting for its batch above which a warning is given."""
 REPORTED = (NEG_LOG_PERPLEXITY, DROPPED_FRACTION)
-"""What a held-out evaluation reports: the figures that rows of padding do not touch."""
+"""Metrics that an evaluation on held-out text reports: those that rows of padding do not change."""
 
 
 class MetricsLog(ABC):
-    """Where the records of a run go."""
+    """The destination of a run's records."""
 
     @abstractmethod
     def write(self, record: Record) -> None:
-        """Write one record. Called on the main rank alone."""
+        """Write one record. Called only on the main rank."""
 
 
 class Callback(ABC):
-    """Called with the state after every `every_steps`-th step, and after the last if it is for the end too."""
+    """Called with the state after every `every_steps`-th step and, with `at_end`, after the last."""
 
-    of_weights = True
-    """Whether what it does is of the weights as they are: done again where those go back to others."""
+    depends_on_weights = True
+    """Whether its result depends on the weights: it is called again after a roll-back."""
 
     def __init__(self, every_steps: int, at_end: bool = True) -> None:
         self.every_steps = every_steps
         self.at_end = at_end
 
     def due(self, step: int, last_step: int) -> bool:
+        """Return whether to call it after `step`, counted from 1."""
         return self.at_end if step == last_step else step % self.every_steps == 0
 
     @abstractmethod
@@ -65,9 +66,9 @@ class Callback(ABC):
 
 
 class LogCallback(Callback):
-    """Reduces the window's metrics to numbers, writes them to the log on the main rank, and empties the window."""
+    """Writes the metrics since the last log, rates and times to the log, and warns about bad routing and slow data."""
 
-    of_weights = False
+    depends_on_weights = False
 
     def __init__(
         self,
@@ -84,43 +85,56 @@ class LogCallback(Callback):
         source: BatchSource,
         loader: Loader,
     ) -> None:
-        """`tokens_per_step` counts encoder inputs, `flops_per_step` forward and backward; both over all ranks.
+        """Log the metrics of a run.
 
-        The FLOPs are the model's: what activation checkpointing computes again is none of them.
-
-        `layers` names the sparse layers in the order of the model's reports. `source` is what the batches come from,
-        `loader` what steps wait for.
+        Args:
+            every_steps: steps between two records.
+            total_steps: steps of the whole run.
+            schedule: the learning rate.
+            tokens_per_step: encoder input tokens of a step over all ranks.
+            flops_per_step: FLOPs of the model, forward and backward, of a step over all ranks. What activation
+                checkpointing recomputes does not count.
+            context: the other ranks.
+            log: gets the records.
+            console: gets the warnings.
+            state: the state at the start, from which rates are counted.
+            layers: names of the sparse layers in forward order.
+            source: the batches, which may add to a record.
+            loader: what steps wait for.
         """
         super().__init__(every_steps)
         self._total_steps = total_steps
         self._schedule = schedule
-        self._tokens = tokens_per_step
-        self._flops = flops_per_step
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_step = flops_per_step
         self._context = context
         self._log = log
-        self._since = (state.step, state.seconds)
+        self._console = console
         self._layers = layers
         self._source = source
         self._loader = loader
-        self._waited = loader.seconds_waited
-        self._console = console
-        self._starving, self._told = 0, False
         self._alarms = router_health.RoutingAlarms(layers, console)
+        # At the last record: step and seconds of the state, and seconds that steps had waited for batches.
+        self._last_step, self._last_seconds = state.step, state.seconds
+        self._last_waited = loader.seconds_waited
+        self._slow_data_records = 0
+        self._slow_data_warned = False
 
     def __call__(self, state: TrainState) -> None:
-        if not state.metrics_since_log:  # all of its steps were left out
+        if not state.metrics_since_log:  # all steps since the last record were skipped
             return
         metrics = reduce(state.metrics_since_log, self._context)
         state.metrics_since_log = {}
         if not self._context.is_main:
             return
+        # Each rank adds 1 for each step that was not skipped.
         self._alarms(metrics, steps=int(metrics[GRADIENT_NORM].weight) // self._context.dp_size)
-        steps = state.step - self._since[0]
-        seconds_per_step = (state.seconds - self._since[1]) / steps
-        self._since = (state.step, state.seconds)
-        waiting = (self._loader.seconds_waited - self._waited) / seconds_per_step / steps
-        self._waited = self._loader.seconds_waited
-        self._tell_of_waiting(waiting)
+        steps = state.step - self._last_step
+        seconds_per_step = (state.seconds - self._last_seconds) / steps
+        self._last_step, self._last_seconds = state.step, state.seconds
+        waiting = (self._loader.seconds_waited - self._last_waited) / seconds_per_step / steps
+        self._last_waited = self._loader.seconds_waited
+        self._check_waiting(waiting)
         self._log.write(
             {
                 "step": state.step,
@@ -128,40 +142,44 @@ class LogCallback(Callback):
                 LEARNING_RATE: self._schedule(state.step - 1, self._total_steps),
                 "targets_seen": state.targets_seen,
                 "seconds": state.seconds,
-                TOKENS_PER_SECOND: self._tokens / seconds_per_step,
-                FLOPS_PER_SECOND: self._flops / seconds_per_step,
+                TOKENS_PER_SECOND: self._tokens_per_step / seconds_per_step,
+                FLOPS_PER_SECOND: self._flops_per_step / seconds_per_step,
                 "data_wait_fraction": waiting,
                 "seconds_left": (self._total_steps - state.step) * seconds_per_step,
                 **self._source.record(state.step),
             }
         )
 
-    def _tell_of_waiting(self, fraction: float) -> None:
-        """A warning, once, when steps wait for data in two windows on end: the first batch is never there yet."""
-        self._starving = self._starving + 1 if fraction > STARVING else 0
-        if self._starving == 2 and not self._told:
-            self._told = True
+    def _check_waiting(self, fraction: float) -> None:
+        """Warn once if steps waited for data in two records in a row. One is normal: the first batch is never ready."""
+        self._slow_data_records = self._slow_data_records + 1 if fraction > SLOW_DATA_FRACTION else 0
+        if self._slow_data_records == 2 and not self._slow_data_warned:
+            self._slow_data_warned = True
             self._console.warning(
-                f"{fraction:.0%} of a step is spent waiting for its batch: raise train.batches_ahead; of prepared text "
-                "train.workers, or put it on a faster disk ($SWITCHCLI_CACHE); of a stream take data.access=prepared"
+                f"{fraction:.0%} of a step is spent waiting for its batch: raise train.batches_ahead; for prepared "
+                "text raise train.workers, or put it on a faster disk ($SWITCHCLI_CACHE); for a stream take "
+                "data.access=prepared"
             )
 
 
 class EvaluationCallback(Callback):
-    """Notes figures in the state, `figure` among them. A stop ends it in between by StopTraining: it notes nothing."""
+    """Records metrics of an evaluation in the state, `metric` among them.
 
-    def __init__(self, every_steps: int, figure: str) -> None:
+    A stop interrupts the evaluation with StopTraining. Then nothing is recorded.
+    """
+
+    def __init__(self, every_steps: int, metric: str) -> None:
         super().__init__(every_steps)
-        self._figure = figure
+        self._metric = metric
 
     def is_pending(self, state: TrainState, last_step: int) -> bool:
-        """Whether the weights as they are should have been evaluated, and were not."""
-        noted = state.evaluated_step == state.step and self._figure in state.eval_metrics
-        return state.step > 0 and self.due(state.step, last_step) and not noted
+        """Return whether the current weights should have been evaluated but were not."""
+        recorded = state.evaluated_step == state.step and self._metric in state.eval_metrics
+        return state.step > 0 and self.due(state.step, last_step) and not recorded
 
 
 class ValidationCallback(EvaluationCallback):
-    """Evaluates on the same held-out batches each time, and notes the neg. log perplexity in the state."""
+    """Evaluates the model on held-out text, the same batches each time, and records the neg. log perplexity."""
 
     def __init__(
         self,
@@ -175,8 +193,19 @@ class ValidationCallback(EvaluationCallback):
         policy: Policy,
         stop: StopRequest,
     ) -> None:
-        """`model` is the plain one; a batch has `rows_each` rows; `policy` is how capacity is counted. A `stop` on any
-        rank ends it between two batches."""
+        """Evaluate a model regularly.
+
+        Args:
+            every_steps: steps between two evaluations.
+            model: the model itself, not one wrapped for training.
+            objective: the loss that is evaluated.
+            texts: held-out texts by label.
+            rows_each: rows of a batch on each rank.
+            context: the device, the precision and the other ranks.
+            log: gets the record.
+            policy: how routers count capacity.
+            stop: a stop requested on any rank ends the evaluation between two batches.
+        """
         super().__init__(every_steps, HELD_OUT)
         self._model = model
         self._objective = objective
@@ -188,30 +217,31 @@ class ValidationCallback(EvaluationCallback):
         self._stop = stop
 
     def __call__(self, state: TrainState) -> None:
-        metrics: Metrics = {}
-        each: list[tuple[HeldOutText, Metrics]] = []
-        texts = {}
+        total: Metrics = {}
+        results: list[tuple[HeldOutText, Metrics]] = []
+        metrics_by_text = {}
         for label, text in self._texts.items():
-            shares = rank_batches(text, self._rows_each, self._context.dp_rank, self._context.dp_size)
-            batches = self._until_stopped(shares)
-            found = evaluate(self._model, self._objective, batches, self._context, self._policy)
-            texts[label] = text.metrics(found)
-            metrics = merge(metrics, found)
-            each.append((text, found))
-        state.texts = texts
-        figures = {f"{HELD_OUT_PREFIX}{name}": float(metrics[name].value()) for name in REPORTED if name in metrics}
-        figure = figures[HELD_OUT]
-        if not math.isfinite(figure):
+            batches = rank_batches(text, self._rows_each, self._context.dp_rank, self._context.dp_size)
+            metrics = evaluate(self._model, self._objective, self._until_stopped(batches), self._context, self._policy)
+            metrics_by_text[label] = text.metrics(metrics)
+            total = merge(total, metrics)
+            results.append((text, metrics))
+        state.texts = metrics_by_text
+        values = {f"{HELD_OUT_PREFIX}{name}": float(total[name].value()) for name in REPORTED if name in total}
+        neg_log_perplexity = values[HELD_OUT]
+        if not math.isfinite(neg_log_perplexity):
             raise NumericsError(
-                f"step {state.step}: the held-out neg. log perplexity is {figure}", router_health.WHEN_LOST
+                f"step {state.step}: the held-out neg. log perplexity is {neg_log_perplexity}",
+                router_health.NONFINITE_FIX,
             )
-        state.note({HELD_OUT: figure})
-        state.bits_per_byte = bits_per_byte(each)
+        state.record_evaluation({HELD_OUT: neg_log_perplexity})
+        state.bits_per_byte = bits_per_byte(results)
         if self._context.is_main:
-            apart = {"texts": state.texts} if len(self._texts) > 1 else {}
-            self._log.write({"step": state.step, **figures, **state.bits(), **apart})
+            by_text = {"texts": state.texts} if len(self._texts) > 1 else {}
+            self._log.write({"step": state.step, **values, **state.bits(), **by_text})
 
     def _until_stopped(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield the batches. Raises StopTraining on all ranks together."""
         for batch in batches:
             if self._context.any_rank(self._stop.requested):
                 raise StopTraining
@@ -219,13 +249,13 @@ class ValidationCallback(EvaluationCallback):
 
 
 class CanSave(Protocol):
-    """What can save a run."""
+    """A run that can be saved."""
 
     def save(self, state: TrainState) -> None: ...
 
 
 class SaveCallback(Callback):
-    """Saves the run. A stop calls it too."""
+    """Saves the run. After a stop it is called too."""
 
     def __init__(self, every_steps: int, run: CanSave) -> None:
         super().__init__(every_steps)

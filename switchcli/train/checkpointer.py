@@ -24,7 +24,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.train.config import CheckpointSpec
 from switchcli.train.optimizers import Optimizer
-from switchcli.train.router_health import WHEN_LOST
+from switchcli.train.router_health import NONFINITE_FIX
 from switchcli.train.state import TrainState
 from switchcli.train.validation import reduce
 
@@ -115,7 +115,7 @@ class Checkpointer:
         for rank, name in enumerate(told):
             if name:
                 raise NumericsError(
-                    f"step {step}: {name} is not finite, on rank {rank}", f"nothing is saved, and {WHEN_LOST}"
+                    f"step {step}: {name} is not finite, on rank {rank}", f"nothing is saved, and {NONFINITE_FIX}"
                 )
 
     def wait(self) -> None:

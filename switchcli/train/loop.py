@@ -1,8 +1,9 @@
-"""The one training loop. It does not know which verb runs: objective, batches and callbacks are given to it."""
+"""The training loop, the same for every verb: objective, batches and callbacks are arguments."""
 
 import hashlib
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,10 +23,19 @@ from switchcli.train.microbatches import Microbatch, Microbatches, RealTokens
 from switchcli.train.nonfinite import ALWAYS_STOP, NonFiniteHandler
 from switchcli.train.optimizers import Optimizer
 from switchcli.train.prefetch import Loader
-from switchcli.train.router_health import WHEN_LOST, first_nonfinite_backward, first_nonfinite_forward
+from switchcli.train.router_health import NONFINITE_FIX, first_nonfinite_backward, first_nonfinite_forward
 from switchcli.train.schedules import ScheduleSpec
 from switchcli.train.state import TrainState
 from switchcli.train.validation import exact
+
+
+class StepResult(NamedTuple):
+    """The gradient norm and the metrics of one step, still on the device."""
+
+    step: int
+    """Counted from 1."""
+    norm: GradientNorm
+    metrics: Metrics
 
 
 def fit(
@@ -42,70 +52,90 @@ def fit(
     progress: TrainingDisplay | None = None,
     nonfinite: NonFiniteHandler = ALWAYS_STOP,
 ) -> None:
-    """Train from `state.step` to `settings.steps`, changing `state`, the weights and the optimizer's state in place.
+    """Train from `state.step` to `settings.steps`. Changes state, weights and optimizer state in place.
 
-    `loader` gives this rank's microbatches of each step, `losses` what is minimised at it. `progress` is moved after
-    each step, the callbacks are called after the steps that they are due at; not for a stop. `nonfinite` is asked
-    whether to go on where a number is not finite: a step left out counts as one taken.
+    Args:
+        state: the progress of the run.
+        model: the model as `context.wrap` returns it.
+        losses: the loss that each step minimizes.
+        loader: this rank's microbatches of each step.
+        optimizer: updates the weights.
+        schedule: the learning rate of each step.
+        context: the device, the precision and the other ranks.
+        callbacks: called in order after the steps at which they are due, but not after a stop.
+        settings: length, seed and gradient clipping.
+        stop: ends training after a step.
+        progress: shows each step.
+        nonfinite: decides whether to continue where a number is not finite. A skipped step counts as one taken.
 
     Raises:
-        StopTraining: `stop` was requested on some rank; every rank raises, after the same whole step.
-        NumericsError: the gradient is not finite; every rank raises, and no callback has seen the step. Or a callback
+        StopTraining: `stop` was requested on some rank. All ranks raise it after the same step.
+        NumericsError: the gradient is not finite. All ranks raise it, and no callback has seen the step. Or a callback
             raises it.
-        DistributedError: another rank is gone.
+        DistributedError: another rank is lost.
     """
     model.train()
-    unchecked: list[tuple[int, GradientNorm, Metrics]] = []
+    unchecked: list[StepResult] = []
     started = time.perf_counter()
     for step, microbatches in loader.from_step(state.step, settings.steps):
-        assert step == state.step, "a step that is left out counts as one taken"
-        own = [sum(counts) for counts in zip(*(micro.real for micro in microbatches), strict=True)]
-        stopping, *counted = context.sum_over_ranks([int(stop.requested), *own])
-        real = RealTokens(*(count // context.tp_size for count in counted))  # ranks of a model axis share a batch
+        assert step == state.step, "a skipped step counts as one taken"
+        # One sum over ranks tells whether to stop and how many real tokens the step has.
+        local_counts = [sum(counts) for counts in zip(*(micro.real for micro in microbatches), strict=True)]
+        stopping, *counts = context.sum_over_ranks([int(stop.requested), *local_counts])
+        real = RealTokens(*(count // context.tp_size for count in counts))  # the ranks of a model axis share a batch
         if stopping:
-            _check_all(unchecked, model, context)  # what is saved after a stop has been looked at
+            _check_finite(unchecked, model, context)  # the caller saves after a stop
             raise StopTraining
         learning_rate = schedule(step, settings.steps)
         seed = f"{settings.seed}/{step}"
         metrics = accumulate_gradients(model, losses.loss_at(step), microbatches, real, context, seed)
-        norm = _clip(optimizer, settings.clip_norm, context)
-        lost = _lost(step + 1, norm, metrics, model, context) if nonfinite.before_updates else None
-        if lost:
-            nonfinite(lost, state, step + 1, updated=False)
+        norm = _clip_gradients(optimizer, settings.clip_norm, context)
+        result = StepResult(step + 1, norm, metrics)
+        error = _nonfinite_error(result, model, context) if nonfinite.before_updates else None
+        if error:
+            nonfinite(error, state, step + 1, updated=False)
         else:
             optimizer.step(learning_rate)
-            _note(state, real.targets, metrics, norm)
-            unchecked.append((state.step, norm, metrics))
+            _record_step(state, result, real.targets)
+            unchecked.append(result)
         optimizer.zero_grad()
 
         due = [callback for callback in callbacks if callback.due(state.step, settings.steps)]
-        while len(unchecked) > (0 if due else 1):  # one step late unless a callback is due: no wait for the device
-            _check_finite(*unchecked.pop(0), model, context)
+        # Checking a step waits for the device to finish it. Without a callback the newest step is checked one step
+        # later, when the device has long finished it.
+        newest = 0 if due else 1
+        while len(unchecked) > newest:
+            _check_finite([unchecked.pop(0)], model, context)
         state.seconds += time.perf_counter() - started
         if progress is not None:
             progress.advance(state.step)
         call(due, state, nonfinite)
         started = time.perf_counter()
-    _check_all(unchecked, model, context)  # what is shown at the end has been looked at
+    _check_finite(unchecked, model, context)
 
 
-def _note(state: TrainState, num_targets: int, metrics: Metrics, norm: GradientNorm) -> None:
-    """One more step was taken, on `num_targets`."""
+def _record_step(state: TrainState, result: StepResult, num_targets: int) -> None:
+    """Add one step, on `num_targets` real targets, to the state."""
     state.step += 1
     state.targets_seen += num_targets
-    of_norm = {GRADIENT_NORM: Mean(norm.total, torch.ones_like(norm.total))}
-    state.metrics_since_log = merge(state.metrics_since_log, exact({**metrics, **of_norm}))
+    norm = result.norm.total
+    metrics = {**result.metrics, GRADIENT_NORM: Mean(norm, torch.ones_like(norm))}
+    state.metrics_since_log = merge(state.metrics_since_log, exact(metrics))
 
 
 def call(callbacks: Sequence[Callback], state: TrainState, nonfinite: NonFiniteHandler) -> None:
-    """Call them in order, and again where one met a number that is not finite and `nonfinite` has the run go on."""
+    """Call the callbacks in order.
+
+    If one finds a number that is not finite and `nonfinite` lets the run continue, the weights have changed: all
+    callbacks that depend on them are called again.
+    """
     try:
         for callback in callbacks:
             callback(state)
     except NumericsError as error:
         nonfinite(error, state, state.step, updated=True)
         for callback in callbacks:
-            if callback.of_weights:
+            if callback.depends_on_weights:
                 callback(state)
 
 
@@ -117,23 +147,29 @@ def accumulate_gradients(
     context: DistributedContext,
     seed: str,
 ) -> Metrics:
-    """Add to every `.grad` the gradient of this step's loss, averaged or summed over the shares of a batch by the last
-    backward pass.
+    """Add the gradient of a step's loss to every `.grad`, and return the metrics of this rank's microbatches.
 
-    `real` counts the real tokens of the step on all ranks. The cross-entropy and the decoder's auxiliary losses are
-    summed over the step's targets and divided by their number; the encoder's are divided by the number of inputs. So
-    the loss does not depend on how the batch is cut. `seed` names the noise.
+    The cross-entropy and the decoder's auxiliary losses are summed over the step and divided by its number of targets,
+    the encoder's auxiliary losses by its number of inputs. So the loss does not depend on how the batch is divided. The
+    last backward pass averages or sums the gradients over the ranks that share the batch.
+
+    Args:
+        model: the model as `context.wrap` returns it.
+        objective: the loss.
+        microbatches: this rank's rows of the batch.
+        real: real tokens of the step over all ranks.
+        context: the device, the precision and the other ranks.
+        seed: names the noise of the step.
     """
     metrics: Metrics = {}
-    # Shares that are averaged afterwards are meant to be summed: hence their number.
-    num_averaged = context.grad_divisor
-    per_input, per_target = (num_averaged / max(1, count) for count in real)
-    for position, micro in enumerate(microbatches, 1):
-        _seed_noise(f"{seed}/{micro.number}")
-        placed = context.to_device(micro.batch)
+    # Where gradients are averaged over ranks, multiply the loss by their number: the result must be the sum.
+    per_input, per_target = (context.grad_divisor / max(1, count) for count in real)
+    for position, microbatch in enumerate(microbatches, 1):
+        _seed_noise(f"{seed}/{microbatch.number}")
+        batch = context.to_device(microbatch.batch)
         with context.synchronize_gradients(model, position, len(microbatches)):
             with context.autocast():
-                loss = objective(model, placed)
+                loss = objective(model, batch)
             total = loss.target_sum * per_target
             if loss.auxiliary is not None:
                 encoder, decoder = loss.auxiliary
@@ -144,44 +180,39 @@ def accumulate_gradients(
 
 
 def _seed_noise(name: str) -> None:
-    """Seed torch's generators, so that dropout and jitter follow from (seed, step, microbatch) and none is saved."""
+    """Seed torch's generators. Dropout and jitter follow from (seed, step, microbatch), so no generator is saved."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest) >> 1)
+    torch.manual_seed(int.from_bytes(digest) >> 1)  # 63 bits, which fit a signed int64
 
 
-def _clip(optimizer: Optimizer, clip_norm: float | None, context: DistributedContext) -> GradientNorm:
-    """The global gradient norm, before clipping to `clip_norm`."""
+def _clip_gradients(optimizer: Optimizer, clip_norm: float | None, context: DistributedContext) -> GradientNorm:
+    """Clip the gradients to a global norm of `clip_norm`, and return their norm before that."""
     norm = context.gradient_norm(optimizer.parameters, optimizer.layouts)
     if clip_norm is not None:
-        optimizer.scale_gradients((clip_norm / (norm.total + 1e-6)).clamp(max=1.0))  # as torch has it
+        # The same formula as torch.nn.utils.clip_grad_norm_.
+        optimizer.scale_gradients((clip_norm / (norm.total + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def _check_all(
-    unchecked: Sequence[tuple[int, GradientNorm, Metrics]], model: nn.Module, context: DistributedContext
-) -> None:
-    for one in unchecked:
-        _check_finite(*one, model, context)
+def _check_finite(results: Sequence[StepResult], model: nn.Module, context: DistributedContext) -> None:
+    """Raise a NumericsError if the gradient of a step is not finite. Identical on all ranks."""
+    for result in results:
+        error = _nonfinite_error(result, model, context)
+        if error:
+            raise error
 
 
-def _check_finite(
-    step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, context: DistributedContext
-) -> None:
-    if lost := _lost(step, norm, metrics, model, context):
-        raise lost
-
-
-def _lost(
-    step: int, norm: GradientNorm, metrics: Metrics, model: nn.Module, context: DistributedContext
-) -> NumericsError | None:
-    """What a step whose gradient is not finite is to be told of with, on all ranks."""
+def _nonfinite_error(result: StepResult, model: nn.Module, context: DistributedContext) -> NumericsError | None:
+    """Return the error that describes a non-finite gradient, or None. Collective: identical on all ranks."""
+    norm = result.norm
     if torch.isfinite(norm.total):
         return None
-    looks = (
-        first_nonfinite_forward(metrics, sparse_layers(model)),
-        first_nonfinite_backward(norm.local, local_experts(model)),
+    # What is not finite on each rank: in the forward pass or, if that is finite everywhere, in the backward pass.
+    causes = context.all_gather_text(first_nonfinite_forward(result.metrics, sparse_layers(model)))
+    if not any(causes):
+        causes = context.all_gather_text(first_nonfinite_backward(norm.local, local_experts(model)))
+    ranks = [rank for rank, cause in enumerate(causes) if cause]
+    where = f" (first in {causes[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
+    return NumericsError(
+        f"step {result.step}: the gradient norm is {float(norm.total)}{where}", f"{NONFINITE_FIX} or skip"
     )
-    told = next(filter(any, map(context.all_gather_text, looks)), [])
-    ranks = [rank for rank, what in enumerate(told) if what]
-    where = f" (first in {told[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
-    return NumericsError(f"step {step}: the gradient norm is {float(norm.total)}{where}", f"{WHEN_LOST} or skip")

@@ -83,7 +83,7 @@ def test_a_run_that_rolls_back_is_the_run_without_the_batches_since_its_checkpoi
 class Noted(Do):
     """A callback that is not of the weights."""
 
-    of_weights = False
+    depends_on_weights = False
 
 
 def test_callbacks_that_are_of_the_weights_are_called_again_where_one_meets_such_a_number() -> None:

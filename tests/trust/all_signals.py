@@ -79,14 +79,14 @@ def expected(number: int) -> Expected:
 
 def before_update(step: int, act: Callable[[], object]) -> None:
     """Have the process of a run call `act` in this step, once its gradients are there."""
-    calls, clip = count(1), loop._clip
+    calls, clip = count(1), loop._clip_gradients
 
     def clipped(*arguments: object) -> object:
         if next(calls) == step:
             act()
         return clip(*arguments)  # type: ignore[arg-type]
 
-    loop._clip = clipped  # type: ignore[assignment]
+    loop._clip_gradients = clipped  # type: ignore[assignment]
 
 
 def fault(trial: Trial, run: Path, code: int | None, wanted: Expected, then: Callable[[], int | None]) -> str:
