@@ -1,14 +1,14 @@
-"""A teacher's answers on disk: its K largest probabilities of every target, asked once, read as the student trains.
+"""TeacherCache: a teacher's K largest probabilities of every target on disk, computed once and read in training.
 
     FOLDER/
-      answers.json                                    whose answers to what, and how they were asked for
-      steps-00000000-00000064-<digest>.safetensors    steps 0 to 63, all rows of each: ids, probability, rest
+      answers.json                                    what the answers depend on: teacher, text, batches, settings
+      steps-00000000-00000064-<digest>.safetensors    answers to all rows of steps 0 to 63: ids, probability, rest
 
-Parts appear whole, by a rename; a part's name holds the first half of its SHA-256, which is looked at when it is first
-read. What is missing is asked for by the next start: after a stop, or for more steps. A batch is a function of the
-step, so any number of ranks may ask, and any other read.
+Files appear complete, by a rename. The name of a file holds the first half of its SHA-256, which is checked when the
+file is first read. The next start computes the answers that are missing, after a stop or when the run has more steps.
+A batch is a function of its step, so any number of ranks can compute the answers and any other number can read them.
 
-Legend: R rows of a step, T target, K kept probabilities.
+Legend: R rows of a step, T target, K cached probabilities of a target.
 """
 
 import hashlib
@@ -33,69 +33,75 @@ from switchcli.user_files import open_regular, read_regular
 
 FACTS = "answers.json"
 MAX_FACTS_BYTES = 1 << 20
-PART_BYTES = 1 << 23
-_PART = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
+"""Largest `answers.json` that is read."""
+MAX_FILE_BYTES = 1 << 23
+"""Largest file of answers, unless one step is larger."""
 ELSEWHERE = "name another folder by distill.cache.folder"
-_DIFFERS: Mapping[str, str] = {
+_FILE_NAME = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
+_DIFFERENCES: Mapping[str, str] = {
     "teacher": "are those of another teacher",
-    "text": "are to other text",
-    "batches": "are to other batches of that text (train.seed, train.batch_tokens, lengths or spans)",
+    "text": "are for other text",
+    "batches": "are for other batches of that text (train.seed, train.batch_tokens, lengths or spans)",
 }
+"""What is wrong where a fact differs, by its name."""
 
 
 Facts = Mapping[str, str | int | float]
+"""What the answers depend on, by name."""
 
 
 class TeacherCacheSpec(Spec):
-    """Where a teacher's answers are kept, and how many of its probabilities."""
+    """Where a teacher's answers are cached, and how many probabilities of each target."""
 
     folder: Place
-    """Made if it is not there; what it lacks is asked of the teacher before training."""
+    """Folder of the cache, which is created if missing; before training the teacher answers what it lacks."""
     top_k: int = Field(default=64, ge=1, le=MOST["vocab_size"])
-    """Probabilities of each target; of all others their sum is kept. At most the vocabulary."""
+    """Largest probabilities cached for each target, at most the vocabulary; of all others their sum is cached."""
     precision: Literal["float16", "float32"] = "float16"
-    """What they are kept in; ids take 2 bytes, or 4 of a vocabulary beyond 65,536."""
+    """Type of the cached probabilities; a token id takes 2 bytes, or 4 with a vocabulary above 65,536."""
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.precision == "float16" else torch.float32
 
 
-class _Part(NamedTuple):
+class _CacheFile(NamedTuple):
+    """A file with the answers to steps `first` to `stop` - 1."""
+
     first: int
-    last: int
-    """The step after its last."""
+    stop: int
     path: Path
     digest: str
+    """First half of the SHA-256 of its bytes, hexadecimal."""
 
 
 class TeacherCache:
-    """The answers to the batches of a run, R rows a step."""
+    """A folder with a teacher's answers to the batches of a run, R rows a step."""
 
     def __init__(self, folder: Path, rows: int) -> None:
         self._folder, self._rows = folder, rows
-        self._open: tuple[_Part, Mapping[str, torch.Tensor]] | None = None
+        self._loaded: tuple[_CacheFile, Mapping[str, torch.Tensor]] | None = None
 
     def is_begun(self, facts: Facts) -> bool:
-        """Whether answers with these facts, on which they depend, are kept in the folder, some of them at least.
+        """Return whether the folder is a cache with these facts, complete or not.
 
         Raises:
-            CheckpointError: it holds answers with other facts, or something else.
+            CheckpointError: it is a cache with other facts, or holds something else.
         """
         with disk_errors(self._folder, ELSEWHERE):
             if (self._folder / FACTS).exists():
                 self._check(facts)
                 return True
-            others = self._folder.iterdir() if self._folder.exists() else ()
-            if any(path.name != "run.lock" and not _is_leftover(path) for path in others):
-                raise CheckpointError(f"{self._folder}: is there already and holds no answers: {ELSEWHERE}")
+            entries = self._folder.iterdir() if self._folder.exists() else ()
+            if any(path.name != "run.lock" and not _is_leftover(path) for path in entries):
+                raise CheckpointError(f"{self._folder}: exists already and holds no answers: {ELSEWHERE}")
             return False
 
     def begin(self, facts: Facts) -> None:
-        """Make the folder ready for answers, and remove the leftovers of a kill; only who holds its lock may.
+        """Prepare the folder for writing, and remove temporary and damaged files. Only the holder of its lock may.
 
         Raises:
-            CheckpointError: as `is_begun`, or the disk refuses.
+            CheckpointError: see `is_begun`, or the disk refuses.
         """
         with disk_errors(self._folder, ELSEWHERE):
             DISK.make_dir(self._folder)
@@ -103,85 +109,98 @@ class TeacherCache:
             for path in [*leftovers(self._folder), *self.damaged()]:
                 DISK.remove_tree(path)
             if not self.is_begun(facts):
-                self._place(FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
+                publish.write_file(self._folder / FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
 
     def damaged(self) -> list[Path]:
-        """The parts whose bytes are not those that were kept; all of them are read."""
+        """Return the files whose bytes do not match their digest. All files are read."""
         with disk_errors(self._folder, ELSEWHERE):
-            parts = self._parts() if self._folder.exists() else []
-            return [part.path for part in parts if not _is_sound(part)]
+            files = self._files() if self._folder.exists() else []
+            return [file.path for file in files if not _matches_digest(file)]
 
-    def missing(self, first: int, last: int, step_bytes: int) -> list[range]:
-        """The steps from `first` to before `last` that no part holds, in runs that make a part each; a step takes
-        `step_bytes`."""
-        with disk_errors(self._folder, ELSEWHERE):
-            held = {step for part in self._parts() for step in range(part.first, part.last)}
-        each = max(1, PART_BYTES // step_bytes)
-        runs: list[range] = []
-        for step in (step for step in range(first, last) if step not in held):
-            if runs and runs[-1].stop == step and len(runs[-1]) < each:
-                runs[-1] = range(runs[-1].start, step + 1)
-            else:
-                runs.append(range(step, step + 1))
-        return runs
+    def missing(self, first: int, stop: int, step_bytes: int) -> list[range]:
+        """Return the steps from `first` to `stop` - 1 without answers, as one range of steps for each file to write.
 
-    def add(self, steps: range, answers: TeacherTopK) -> None:
-        """Keep the answers to all rows of these steps, one after another: [steps * R, T, K]."""
-        fields = zip(TeacherTopK._fields, answers, strict=True)
-        content = safetensors.torch.save({name: kept.cpu().contiguous() for name, kept in fields})
-        digest = hashlib.sha256(content).hexdigest()[:32]
-        with disk_errors(self._folder, ELSEWHERE, len(content)):
-            self._place(f"steps-{steps.start:08d}-{steps.stop:08d}-{digest}.safetensors", content)
-
-    def read(self, step: int, first: int, count: int) -> TeacherTopK:
-        """The answers to rows first..first+count of a step.
-
-        Raises:
-            CheckpointError: they are not there, or not what was kept.
+        `step_bytes` are the bytes of one step.
         """
         with disk_errors(self._folder, ELSEWHERE):
-            part, tensors = self._enter(step)
-            begin = (step - part.first) * self._rows + first
-            return TeacherTopK(*(tensors[name][begin : begin + count].clone() for name in TeacherTopK._fields))
+            cached = {step for file in self._files() for step in range(file.first, file.stop)}
+        steps_per_file = max(1, MAX_FILE_BYTES // step_bytes)
+        ranges: list[range] = []
+        for step in range(first, stop):
+            if step in cached:
+                continue
+            # Extend the last range if the step follows it and it is not full.
+            if ranges and ranges[-1].stop == step and len(ranges[-1]) < steps_per_file:
+                ranges[-1] = range(ranges[-1].start, step + 1)
+            else:
+                ranges.append(range(step, step + 1))
+        return ranges
 
-    def _enter(self, step: int) -> tuple[_Part, Mapping[str, torch.Tensor]]:
-        """The part that holds a step, in memory: the very bytes whose digest was compared, whatever becomes of the
-        file."""
-        if self._open is not None and self._open[0].first <= step < self._open[0].last:
-            return self._open
-        part = next((part for part in self._parts() if part.first <= step < part.last), None)
-        if part is None:
-            raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to have them")
+    def add(self, steps: range, answers: TeacherTopK) -> None:
+        """Write a file with the answers to all rows of `steps`.
+
+        The rows of all steps are in dim 0, step after step: [steps * R, T, K] and [steps * R, T].
+        """
+        fields = zip(TeacherTopK._fields, answers, strict=True)
+        content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in fields})
+        digest = hashlib.sha256(content).hexdigest()[:32]
+        path = self._folder / f"steps-{steps.start:08d}-{steps.stop:08d}-{digest}.safetensors"
+        with disk_errors(self._folder, ELSEWHERE, len(content)):
+            publish.write_file(path, content)
+
+    def read(self, step: int, first: int, count: int) -> TeacherTopK:
+        """Return the answers to rows first..first+count of a step: [count, T, K] and [count, T].
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        with disk_errors(self._folder, ELSEWHERE):
+            file, tensors = self._load(step)
+            start = (step - file.first) * self._rows + first  # R rows for each step before this one
+            return TeacherTopK(*(tensors[name][start : start + count].clone() for name in TeacherTopK._fields))
+
+    def _load(self, step: int) -> tuple[_CacheFile, Mapping[str, torch.Tensor]]:
+        """Return the file with a step, and its tensors in memory. The last file stays in memory.
+
+        The tensors come from the very bytes whose digest was checked, so a file that changes later does no harm.
+        """
+        if self._loaded is not None and self._loaded[0].first <= step < self._loaded[0].stop:
+            return self._loaded
+        file = next((file for file in self._files() if file.first <= step < file.stop), None)
+        if file is None:
+            raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to get them")
         try:
-            with open_regular(part.path) as file:
-                content = file.read()
-            if not hashlib.sha256(content).hexdigest().startswith(part.digest):
+            with open_regular(file.path) as opened:
+                content = opened.read()
+            if not hashlib.sha256(content).hexdigest().startswith(file.digest):
                 raise SafetensorError("its SHA-256 is not that of its name")
-            self._open = part, safetensors.torch.load(content)
+            self._loaded = file, safetensors.torch.load(content)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{part.path}: is damaged ({error}): the same command asks the teacher again"
+                f"{file.path}: is damaged ({error}): the same command asks the teacher again"
             ) from error
-        return self._open
+        return self._loaded
 
-    def _parts(self) -> list[_Part]:
-        found = ((_PART.fullmatch(path.name), path) for path in sorted(self._folder.iterdir()))
-        return [_Part(int(name[1]), int(name[2]), path, name[3]) for name, path in found if name]
+    def _files(self) -> list[_CacheFile]:
+        files = []
+        for path in sorted(self._folder.iterdir()):
+            match = _FILE_NAME.fullmatch(path.name)
+            if match:
+                files.append(_CacheFile(int(match[1]), int(match[2]), path, match[3]))
+        return files
 
     def _check(self, facts: Facts) -> None:
+        """Raise a CheckpointError if the facts of the folder are not `facts`."""
         try:
-            held = json.loads(read_regular(self._folder / FACTS, MAX_FACTS_BYTES))
+            written = json.loads(read_regular(self._folder / FACTS, MAX_FACTS_BYTES))
         except (OSError, ValueError):
-            held = None
-        if not isinstance(held, dict):
-            raise CheckpointError(f"{self._folder / FACTS}: is not what was written: {ELSEWHERE}")
+            written = None
+        if not isinstance(written, dict):
+            raise CheckpointError(f"{self._folder / FACTS}: is damaged: {ELSEWHERE}")
         for name, fact in facts.items():
-            if held.get(name) != fact:
-                said = _DIFFERS.get(name, f"were asked for with {name} {held.get(name)}, and the recipe says {fact}")
-                raise CheckpointError(f"{self._folder}: its answers {said}: {ELSEWHERE}")
-
-    def _place(self, name: str, content: bytes) -> None:
-        publish.write_file(self._folder / name, content)
+            if written.get(name) != fact:
+                other = f"were made with {name} {written.get(name)}, and the recipe says {fact}"
+                raise CheckpointError(f"{self._folder}: its answers {_DIFFERENCES.get(name, other)}: {ELSEWHERE}")
 
 
 def _is_leftover(path: Path) -> bool:
@@ -189,17 +208,19 @@ def _is_leftover(path: Path) -> bool:
     return bool(publish.TEMPORARY.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
 
 
-def _is_sound(part: _Part) -> bool:
-    with open_regular(part.path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest().startswith(part.digest)
+def _matches_digest(file: _CacheFile) -> bool:
+    with open_regular(file.path) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest().startswith(file.digest)
 
 
 def bytes_per_step(settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> int:
-    """What the answers to a step's R rows of T targets take on disk."""
-    each = settings.dtype.itemsize
-    return rows * targets * (min(settings.top_k, vocabulary) * (id_dtype(vocabulary).itemsize + each) + each)
+    """Return the bytes on disk of the answers to a step of R rows with T targets each."""
+    probability_bytes = settings.dtype.itemsize
+    # Each target has K ids, K probabilities, and the sum of the others.
+    pair_bytes = id_dtype(vocabulary).itemsize + probability_bytes
+    return rows * targets * (min(settings.top_k, vocabulary) * pair_bytes + probability_bytes)
 
 
 def id_dtype(vocabulary: int) -> torch.dtype:
-    """The shortest integers for the ids of a vocabulary."""
+    """Return the smallest integer type used for the ids of a vocabulary."""
     return torch.uint16 if vocabulary <= 1 << 16 else torch.int32

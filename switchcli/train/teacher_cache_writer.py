@@ -1,6 +1,6 @@
-"""Asking a teacher once: its answers to every batch of a run into an TeacherCache, by all ranks, resumable.
+"""TeacherCacheWriter: runs a teacher on every batch of a run, on all ranks, and writes its answers to a TeacherCache.
 
-Legend: N targets, V vocabulary, K kept probabilities.
+Legend: B rows, T target, N targets of all rows, C targets of a chunk, V vocabulary, K cached probabilities of a target.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from switchcli.train.teacher_cache import TeacherCache, TeacherCacheSpec, id_dty
 
 
 class TeacherCacheWriter:
-    """What it takes to have a teacher's answers to the batches of a run."""
+    """A teacher, and the batches that it answers."""
 
     def __init__(
         self,
@@ -28,58 +28,72 @@ class TeacherCacheWriter:
         microbatch: int,
         packed: bool,
     ) -> None:
-        """`microbatch` rows are asked about at a time."""
+        """Answer batches of `source`, `microbatch` rows in one forward pass. `packed`: examples share rows."""
         self._teacher, self._settings, self._packed = teacher, settings, packed
         self._source, self._rows_per_step, self._microbatch = source, rows_per_step, microbatch
 
     def fill(
-        self, store: TeacherCache, parts: list[range], context: DistributedContext, console: Console, stop: StopRequest
+        self,
+        cache: TeacherCache,
+        step_ranges: list[range],
+        context: DistributedContext,
+        console: Console,
+        stop: StopRequest,
     ) -> None:
-        """Add the answers to all `parts`, the ranks in turn. A rank may take long over a part: the others wait.
+        """Add the answers to all `step_ranges`, each of which becomes one file.
+
+        Ranks answer one range each at a time, and wait for one another after each round, without a timeout.
 
         Raises:
-            StopTraining: a stop was requested on some rank.
+            StopTraining: a stop was requested on some rank. Steps that are complete are in the cache.
         """
-        turns = [range(start, min(start + context.world, len(parts))) for start in range(0, len(parts), context.world)]
-        for turn in console.track(turns, "asking", len(turns)):
-            if turn.start + context.rank in turn and not stop.requested:
-                steps = parts[turn.start + context.rank]
+        rounds = range(0, len(step_ranges), context.world)  # the first range of each round
+        for first in console.track(rounds, "asking the teacher", len(rounds)):
+            index = first + context.rank
+            if index < len(step_ranges) and not stop.requested:
+                steps = step_ranges[index]
                 answers = [*self._answers(steps, context, stop)]
-                if answers:
-                    done = range(steps.start, steps.start + len(answers))
-                    store.add(done, TeacherTopK(*(torch.cat(each) for each in zip(*answers, strict=True))))
+                if answers:  # fewer than the steps after a stop
+                    answered = range(steps.start, steps.start + len(answers))
+                    cache.add(answered, _concatenate(answers))
             if any(context.sum_without_timeout([int(stop.requested)])):
                 raise StopTraining
 
     def _answers(self, steps: range, context: DistributedContext, stop: StopRequest) -> Iterator[TeacherTopK]:
-        """To all rows of each of these steps, until it is to stop."""
+        """Yield the answers to all rows of each step, [R, T, K] and [R, T], until a stop is requested."""
         for step in steps:
-            parts = []
+            answers = []
             for first in range(0, self._rows_per_step, self._microbatch):
                 if stop.requested:
                     return
                 batch = self._source.batch(step, first, min(self._microbatch, self._rows_per_step - first))
-                parts.append(self._answer(context.to_device(batch)))
-            yield TeacherTopK(*(torch.cat(each) for each in zip(*parts, strict=True)))
+                answers.append(self._answer(context.to_device(batch)))
+            yield _concatenate(answers)
 
     def _answer(self, batch: AnyBatch) -> TeacherTopK:
+        """Return the answers to a batch on the CPU: [B, T, K] and [B, T]."""
         shape = batch.targets_BT.shape
-        probabilities = self._teacher.predict(batch, self._packed)
-        kept = top_k_probs(probabilities, shape.numel(), self._settings)
-        return TeacherTopK(*(part.view(*shape, *part.shape[1:]).cpu() for part in kept))
+        top_k = top_k_probs(self._teacher.predict(batch, self._packed), shape.numel(), self._settings)
+        # N = B * T targets: [N, K] to [B, T, K], and [N] to [B, T].
+        return TeacherTopK(*(tensor.view(*shape, *tensor.shape[1:]).cpu() for tensor in top_k))
+
+
+def _concatenate(answers: list[TeacherTopK]) -> TeacherTopK:
+    """Return answers one after another along dim 0."""
+    return TeacherTopK(*(torch.cat(tensors) for tensors in zip(*answers, strict=True)))
 
 
 @torch.no_grad()
 def top_k_probs(probabilities: FullTeacherProbs, num_targets: int, settings: TeacherCacheSpec) -> TeacherTopK:
-    """The K largest of each of N targets and what the others add up to: [N, K], [N, K], [N]."""
+    """Return the K largest probabilities of N targets and the sum of the others: [N, K], [N, K], [N]."""
     chunks = []
     for start in range(0, num_targets, CHUNK):
         q_CV = probabilities.log_probs(slice(start, start + CHUNK)).exp_()
         vocabulary = q_CV.shape[1]
         q_CK, ids_CK = q_CV.topk(min(settings.top_k, vocabulary))
-        whole = settings.top_k >= vocabulary
-        rest_C = q_CK.new_zeros(len(q_CK)) if whole else (1.0 - q_CK.sum(1)).clamp_(min=0.0)
-        dtype = settings.dtype
-        chunks.append(TeacherTopK(ids_CK, q_CK.to(dtype), rest_C.to(dtype)))
-    ids_NK, q_NK, rest_N = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return TeacherTopK(ids_NK.to(id_dtype(vocabulary)), q_NK, rest_N)
+        # Exactly 0 if no token is left out, and never below 0 by rounding.
+        has_others = settings.top_k < vocabulary
+        rest_C = (1.0 - q_CK.sum(1)).clamp_(min=0.0) if has_others else q_CK.new_zeros(len(q_CK))
+        chunks.append(TeacherTopK(ids_CK, q_CK.to(settings.dtype), rest_C.to(settings.dtype)))
+    top_k = _concatenate(chunks)
+    return top_k._replace(ids_BTK=top_k.ids_BTK.to(id_dtype(vocabulary)))

@@ -315,7 +315,7 @@ def test_stopped_it_ends_with_the_same_bits(
 def test_stopped_while_the_teacher_is_asked_it_goes_on(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 1)
+    monkeypatch.setattr("switchcli.train.teacher_cache.MAX_FILE_BYTES", 1)
     command = ("distill", "--teacher", trained, "train.steps=6", "distill.cache.folder=answers", "--out", "a", "-q")
     ask, calls = Teacher.predict, []
 

@@ -115,14 +115,14 @@ def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None
 
 
 def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 100)
+    monkeypatch.setattr("switchcli.train.teacher_cache.MAX_FILE_BYTES", 100)
     store = opened(tmp_path / "a")
     assert store.missing(0, 5, 40) == [range(2), range(2, 4), range(4, 5)]
     assert store.missing(3, 5, 1000) == [range(3, 4), range(4, 5)]
 
 
 def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 1)
+    monkeypatch.setattr("switchcli.train.teacher_cache.MAX_FILE_BYTES", 1)
     store, context = opened(tmp_path / "a"), DistributedContext("cpu", "float32")
     assert not fill(store, store.missing(0, STEPS, 1), context, StopWhenTwo(tmp_path / "a"))
     left = store.missing(0, STEPS, 1)
@@ -132,7 +132,7 @@ def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.train.teacher_cache.PART_BYTES", 1)
+    monkeypatch.setattr("switchcli.train.teacher_cache.MAX_FILE_BYTES", 1)
     answers = expected(0, 0, ROWS)
     struck = True
     for number in range(12):
