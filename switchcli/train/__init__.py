@@ -1,1 +1,1 @@
-"""One loop and what it needs: objective, optimizer, schedule, metrics, checkpoint."""
+"""Training: losses, optimizers, schedules, the loop, its callbacks and metrics, checkpoints, and evaluation."""

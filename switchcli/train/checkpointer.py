@@ -1,6 +1,7 @@
-"""Checkpointer: a run's weights, optimizer and state to and from its checkpoints, on all ranks alike.
+"""Checkpointer: saves and restores a run's weights, optimizer state and progress, on all ranks together.
 
-A save is two parts: what it takes from the run, on the main thread, and what it writes, there or in a thread beside it.
+A save has two halves: copying what belongs to the checkpoint, on the main thread, and writing it, on the main thread or
+in a background thread.
 """
 
 import json
@@ -29,20 +30,21 @@ from switchcli.train.state import TrainState
 from switchcli.train.validation import reduce
 
 DATA = "data.json"
-"""The document that identifies the text, and a teacher: a run goes on with those that it began with, or not at all."""
+"""The document that identifies what a run learns from: its text and its teacher. A run resumes only with the same."""
 TEXT = "tokens_sha256"
+"""Key of the text's digest in `DATA`."""
 EVALUATION = "evaluation_sha256"
-"""The examples that a run is scored on: the best checkpoint compares scores of all its starts. Not in checkpoints of
-versions up to 0.1, which are accepted without it."""
-_LOST_SECONDS: Final = 2
-"""How long a save under way is waited for when a rank is lost: what it still has to hear of that one never comes."""
+"""Key of the digest of the examples that a run is scored on: best scores are compared over all starts of the run.
+Checkpoints of versions up to 0.1 lack it and are accepted."""
+_LOST_RANK_SECONDS: Final = 2
+"""Seconds to wait for a background save after a rank is lost: it may wait for that rank forever."""
 
 Contents = Iterable[tuple[str, memoryview]]
-"""Files by name."""
+"""Files as names and contents."""
 
 
 class Checkpointer:
-    """One folder of checkpoints, the same for all ranks. Its methods are called on every rank."""
+    """A run's folder of checkpoints. All ranks use one folder and call every method together."""
 
     def __init__(
         self,
@@ -55,9 +57,17 @@ class Checkpointer:
         files: FileOperations = DISK,
         former_text: str | None = None,
     ) -> None:
-        """`documents` (recipe, tokenizer, `DATA`) make a checkpoint whole by itself.
+        """Save and restore a run.
 
-        `former_text` is the digest that an earlier version gave to the same text: `restore` accepts it.
+        Args:
+            folder: holds the checkpoints.
+            weights: this rank's part of the weights.
+            optimizer: its state is saved and restored.
+            context: the other ranks.
+            documents: files of every checkpoint by name: recipe, tokenizer and `DATA`. They make it self-contained.
+            settings: which checkpoints to keep, and whether to write in the background.
+            files: file operations of the disk.
+            former_text: the digest that an earlier version gave to the same text; `restore` accepts it.
         """
         self._folder = folder
         self._weights = weights
@@ -68,155 +78,168 @@ class Checkpointer:
         self._files = files
         self._former_text = former_text
         self._thread = ThreadPoolExecutor(1, "save")
-        self._under_way: Future[None] | None = None
+        self._pending: Future[None] | None = None
         self._stop = StopRequest()
         self.step: int | None = None
-        """The step of the newest checkpoint: written, under way or read."""
+        """The step of the newest checkpoint that was written, is being written, or was restored."""
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of `state.step`, each rank its share, and remove those that need not be kept.
+        """Write a checkpoint of `state.step`, and remove checkpoints that need not be kept. Each rank writes a share.
 
-        With `checkpoint.background` it is copied here and written while training goes on, once the one before it is
-        done: see `wait`. What any other end leaves behind is removed by the next save, or the next start.
+        With `checkpoint.background` only a copy is made here. It is written while training continues, once the save
+        before it is complete; see `wait`. The next save or the next start removes what a killed save leaves behind.
 
         Raises:
-            CheckpointError: the disk refuses this rank; RankError: another one. Off the main rank: OtherRankError.
-            NumericsError: a number is not finite; on every rank, and nothing is written.
+            CheckpointError: the disk of this rank refuses.
+            RankError: the disk of another rank refuses; OtherRankError on ranks other than the main one.
+            NumericsError: a number is not finite. All ranks raise it, and nothing is written.
         """
         self.wait()
         context = self._context
-        weights, slots = weight_parts(self._weights), self._slots()
-        # Of this rank all, not what it writes alone: what is lost in a copy is in the others' weights a step later.
-        tensors = {name: part.tensor for name, part in {**weights, **slots}.items()}
-        window = {f"the metric {name}": mean.total for name, mean in state.metrics_since_log.items()}
-        self._check_finite(state.step, {**tensors, **window})
+        weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
+        # Check all tensors of this rank, not only those that it writes: ranks may hold different copies.
+        tensors = {name: part.tensor for name, part in {**weights, **optimizer_state}.items()}
+        metrics = {f"the metric {name}": mean.total for name, mean in state.metrics_since_log.items()}
+        self._check_finite(state.step, {**tensors, **metrics})
         self.step = state.step
-        model, optimizer = self._share(weights), self._share(slots)
+        model, optimizer = self._tensors_to_write(weights), self._tensors_to_write(optimizer_state)
         documents = {**self._documents, "state.json": state.to_json(reduce(state.metrics_since_log, context))}
-        own = [
-            secrets.randbits(checkpoint.UNIQUE_BITS) if context.is_main else 0,
-            tensor_file.num_bytes([*model.values(), *optimizer.values()]),
-        ]
-        unique, size = context.sum_over_ranks(own)
-        size += sum(map(len, documents.values()))
-        saving = checkpoint.CheckpointWriter(self._folder, state.step, unique, size, self._files)
+        # One sum over ranks: a random number of the main rank, which names the save, and the bytes of all ranks.
+        random_number = secrets.randbits(checkpoint.UNIQUE_BITS) if context.is_main else 0
+        num_bytes = tensor_file.num_bytes([*model.values(), *optimizer.values()])
+        unique, total_bytes = context.sum_over_ranks([random_number, num_bytes])
+        total_bytes += sum(map(len, documents.values()))
+        writer = checkpoint.CheckpointWriter(self._folder, state.step, unique, total_bytes, self._files)
         contents = checkpoint.encode_files(model, optimizer, context.rank, context.world)
         if self._settings.background:
-            self._under_way = self._thread.submit(self._write, saving, list(contents), documents)
-            self._under_way.add_done_callback(lambda done: self._stop.request() if done.exception() else None)
+            # list() makes the copies now, before the next step changes the tensors.
+            self._pending = self._thread.submit(self._write, writer, list(contents), documents)
+            self._pending.add_done_callback(lambda done: self._stop.request() if done.exception() else None)
         else:
-            self._write(saving, contents, documents)
+            self._write(writer, contents, documents)
 
     def _check_finite(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """A number may be lost where no gradient tells: in the optimizer's state, or in a metric."""
-        # A sum is twenty times as fast, and where all is finite it is but rarely not.
-        lost = (name for name, one in tensors.items() if not one.sum().isfinite() and not one.isfinite().all())
-        told = self._context.all_gather_text(next(lost, ""))
-        for rank, name in enumerate(told):
+        """Raise a NumericsError on all ranks if a number on any rank is not finite.
+
+        Gradients do not reveal every such number: the optimizer state or a metric may have one.
+        """
+        first = ""
+        for name, tensor in tensors.items():
+            # A sum is much faster than a test of each number. It is rarely not finite if they all are (overflow).
+            if not tensor.sum().isfinite() and not tensor.isfinite().all():
+                first = name
+                break
+        for rank, name in enumerate(self._context.all_gather_text(first)):
             if name:
                 raise NumericsError(
                     f"step {step}: {name} is not finite, on rank {rank}", f"nothing is saved, and {NONFINITE_FIX}"
                 )
 
     def wait(self) -> None:
-        """Return when no save is under way. Raises what `save` would have raised for the last one, had it waited."""
-        last, self._under_way = self._under_way, None
-        if last is not None:
-            last.result()
+        """Wait for a save in the background. Raises what `save` would have raised in the foreground."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     @contextmanager
     def background_saves(self, stop: StopRequest, console: Console) -> Iterator[None]:
-        """Around training: left when no save is under way. The run is asked to `stop` as soon as one fails.
+        """Surround training with this context: it ends when no save is in progress. A failed save requests `stop`.
 
-        If training fails, the save under way, of a step that was sound, is done all the same, unless a rank is lost.
+        If training fails, the save in progress is still completed, because its step was sound, unless a rank is lost.
         """
         self._stop = stop
         try:
             yield
         except Exception as error:
-            last, self._under_way = self._under_way, None
-            if last is not None:
-                wait([last], _LOST_SECONDS if isinstance(error, DistributedError) else None)
-                failure = last.exception(0) if last.done() else None
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                wait([pending], _LOST_RANK_SECONDS if isinstance(error, DistributedError) else None)
+                failure = pending.exception(0) if pending.done() else None
                 if failure is not None and not isinstance(failure, (OtherRankError, DistributedError)):
-                    console.warning(f"the save under way failed as well: {failure}")
+                    console.warning(f"the save in progress failed as well: {failure}")
             raise
         self.wait()
 
-    def _write(self, saving: checkpoint.CheckpointWriter, contents: Contents, documents: Mapping[str, bytes]) -> None:
-        """All that a save does to the disk, and says to other ranks over a group of its own: in any one thread."""
+    def _write(self, writer: checkpoint.CheckpointWriter, contents: Contents, documents: Mapping[str, bytes]) -> None:
+        """Write a checkpoint and remove older ones. Runs in either thread: it uses a group of ranks of its own."""
         ranks, settings = self._context.saving, self._settings
         try:
-            ranks.main_only(saving.begin)
-            entries = ranks.on_all_ranks(lambda: saving.write(contents))
-            everything = [
-                manifest.Entry(*entry)
-                for one in ranks.all_gather_text(json.dumps([astuple(entry) for entry in entries]))
-                for entry in json.loads(one)
-            ]
-            ranks.main_only(lambda: saving.finish(everything, documents))
-        except (CheckpointError, RankError):  # on the main rank, when no other writes any more
-            saving.clean_up()
+            ranks.main_only(writer.begin)
+            entries = ranks.on_all_ranks(lambda: writer.write(contents))
+            entries_of_ranks = ranks.all_gather_text(json.dumps([astuple(entry) for entry in entries]))
+            all_entries = [manifest.Entry(*entry) for text in entries_of_ranks for entry in json.loads(text)]
+            ranks.main_only(lambda: writer.finish(all_entries, documents))
+        except (CheckpointError, RankError):  # raised on the main rank only when all ranks have stopped writing
+            writer.clean_up()
             raise
         keep_last, keep_best = settings.keep_last, settings.keep_best
         ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_best=keep_best, files=self._files))
 
-    def _slots(self) -> dict[str, LocalPart]:
+    def _optimizer_parts(self) -> dict[str, LocalPart]:
         return optimizer_parts(self._optimizer, self._weights.experts)
 
-    def _share(self, parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
-        """What this rank writes: with those that have the same tensors, or parts of them, it takes turns.
+    def _tensors_to_write(self, parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
+        """Return the full tensors that this rank writes.
 
-        A tensor in parts comes together on all of its ranks, one after another, and stays in the memory of one host.
+        Ranks that hold the same tensors, or parts of the same tensors, take turns. A sharded tensor is gathered on all
+        its ranks, one tensor after another, and kept in the memory of one host.
         """
-        share = {}
-        # Experts are counted apart: ranks may hold different numbers of them, and hold the same other tensors.
+        to_write = {}
+        # Turns are counted separately for experts: ranks may hold different numbers of experts, but all of them hold
+        # the same other tensors.
         counts = {True: 0, False: 0}
         for name, part in parts.items():
-            whole = part.gather()
+            full_tensor = part.gather()  # collective: called on every rank, whoever writes it
             is_expert = bool(tensor_names.expert_numbers([name]))
-            writer, num_writers = self._context.rank, self._context.world
+            index, num_writers = self._context.rank, self._context.world
             if is_expert:
-                writer, num_writers = self._weights.replica_index, self._weights.num_replicas
-            if counts[is_expert] % num_writers == writer:
-                share[name] = whole.cpu() if part.layout else whole
+                index, num_writers = self._weights.replica_index, self._weights.num_replicas
+            if counts[is_expert] % num_writers == index:
+                to_write[name] = full_tensor.cpu() if part.layout else full_tensor
             counts[is_expert] += 1
-        return share
+        return to_write
 
     def restore(self, state: TrainState, console: Console) -> bool:
-        """Take weights, optimizer and `state` from the newest sound checkpoint; False when there is none.
+        """Restore weights, optimizer state and `state` from the newest sound checkpoint. Return False if there is none.
 
         Raises:
-            CheckpointError: the checkpoint is of another architecture, optimizer or text.
+            CheckpointError: the checkpoint has another architecture, optimizer, text or teacher.
         """
         newest = self._context.main_only(lambda: checkpoint.latest(self._folder, console.warning))
         step = self._context.from_main(-1 if newest is None else newest.step)
         if step < 0:
             return False
-        found = newest or checkpoint.Checkpoint.open(checkpoint.checkpoint_path(self._folder, step), verified=True)
+        if newest is None:  # not the main rank, which has verified the checkpoint
+            newest = checkpoint.Checkpoint.open(checkpoint.checkpoint_path(self._folder, step), verified=True)
+        self._check_data(newest)
+        weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
+        num_experts = self._weights.num_experts
+        load_parts(weights, newest.read("model", full_tensors(weights), num_experts=num_experts))
+        load_parts(optimizer_state, newest.read("optimizer", full_tensors(optimizer_state), num_experts=num_experts))
+        state.restore(newest.document("state.json"), self._context.device, with_metrics=self._context.dp_rank == 0)
+        self.step = state.step
+        return True
+
+    def _check_data(self, newest: checkpoint.Checkpoint) -> None:
+        """Raise a CheckpointError if the checkpoint was trained on other data than the recipe's."""
         before, now = {}, json.loads(self._documents[DATA])
-        with suppress(ValueError, TypeError, RecursionError):  # what is no object is no run's
-            before = dict(json.loads(found.document(DATA)))
+        with suppress(ValueError, TypeError, RecursionError):  # a document that is no object equals no other
+            before = dict(json.loads(newest.document(DATA)))
         if self._former_text is not None and before.get(TEXT) == self._former_text:
             before[TEXT] = now[TEXT]
         if EVALUATION in now:
             before.setdefault(EVALUATION, now[EVALUATION])
-        if before != now:
-            what = "by another teacher"
-            if before.get(TEXT) != now[TEXT]:
-                what = "on other text"
-            elif before.get(EVALUATION) != now.get(EVALUATION):
-                what = "and scored on other examples of its tasks"
-            raise CheckpointError(
-                f"{found.path} was trained {what} than the recipe gives now: bring that back, give another folder by "
-                "--out, or --no-resume to set this run aside and begin anew"
-            )
-        weights, slots, experts = weight_parts(self._weights), self._slots(), self._weights.num_experts
-        load_parts(weights, found.read("model", full_tensors(weights), num_experts=experts))
-        load_parts(slots, found.read("optimizer", full_tensors(slots), num_experts=experts))
-        state.restore(found.document("state.json"), self._context.device, with_metrics=self._context.dp_rank == 0)
-        self.step = state.step
-        return True
+        if before == now:
+            return
+        difference = "by another teacher"
+        if before.get(TEXT) != now[TEXT]:
+            difference = "on other text"
+        elif before.get(EVALUATION) != now.get(EVALUATION):
+            difference = "and scored on other examples of its tasks"
+        raise CheckpointError(
+            f"{newest.path} was trained {difference} than the recipe gives now: restore the recipe, give another "
+            "folder by --out, or --no-resume to archive this run and start anew"
+        )
 
 
 def preflight(
@@ -225,70 +248,72 @@ def preflight(
     optimizer: Optimizer,
     context: DistributedContext,
     settings: CheckpointSpec,
-    num_figures: int = 1,
+    num_metrics: int = 1,
 ) -> None:
-    """Raise a CheckpointError now if the disk will not hold what the run keeps, and one more being written.
+    """Raise a CheckpointError if the disk has no room for the checkpoints that are kept and one more being written.
 
-    `num_figures` is how many an evaluation notes: as many checkpoints may be best.
+    `num_metrics` is the number of evaluation metrics: each may have a best checkpoint of its own.
     """
-    elsewhere = weights.num_experts // len(weights.experts)  # times as many expert weights as are here
+    expert_factor = weights.num_experts // len(weights.experts)  # all experts over those on this rank
     tensors = {**full_tensors(weight_parts(weights)), **full_tensors(optimizer_parts(optimizer, weights.experts))}
-    one = sum(
-        tensor_file.num_bytes([tensor]) * (elsewhere if tensor_names.expert_numbers([name]) else 1)
-        for name, tensor in tensors.items()
-    )
-    present = sum(path.is_dir() for path in folder.glob("step-*"))
-    kept = settings.keep_last + settings.keep_best * num_figures
-    context.main_only(lambda: checkpoint.preflight(folder, one * max(1, kept + 1 - present)))
+    checkpoint_bytes = 0
+    for name, tensor in tensors.items():
+        is_expert = bool(tensor_names.expert_numbers([name]))
+        checkpoint_bytes += tensor_file.num_bytes([tensor]) * (expert_factor if is_expert else 1)
+    num_present = sum(path.is_dir() for path in folder.glob("step-*"))
+    num_kept = settings.keep_last + settings.keep_best * num_metrics
+    num_new = max(1, num_kept + 1 - num_present)
+    context.main_only(lambda: checkpoint.preflight(folder, checkpoint_bytes * num_new))
 
 
-def load_optimizer_state(optimizer: Optimizer, found: checkpoint.Checkpoint, experts: range) -> None:
-    """Fill the optimizer of a run that begins with the weights of `found` from the optimizer's state there.
+def load_optimizer_state(optimizer: Optimizer, start: checkpoint.Checkpoint, experts: range) -> None:
+    """Fill the optimizer of a new run from the optimizer state of the checkpoint `start`, whose weights it starts from.
 
-    The checkpoint may hold the state of more parameters than learn now, and of more `experts` than are here.
+    The checkpoint may hold the state of more parameters than the run trains, and of more experts than this rank's
+    `experts`.
 
     Raises:
-        CheckpointError: it has no such state, or that of another optimizer.
+        CheckpointError: the checkpoint has no optimizer state, or that of another optimizer.
     """
-    held, slots = found.tensor_specs("optimizer"), optimizer_parts(optimizer, experts)
-    way_out = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
-    if not held:
-        raise CheckpointError(f"{found.path}: holds no optimizer state: start.optimizer=reset begins with a new one.")
-    if not held.keys() & slots.keys():
-        raise CheckpointError(f"{found.path}: its optimizer is of another kind than the recipe's: {way_out}")
-    load_parts(slots, found.read("optimizer", full_tensors(slots), allow_extra=True, fix=way_out))
+    saved, parts = start.tensor_specs("optimizer"), optimizer_parts(optimizer, experts)
+    fix = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
+    if not saved:
+        raise CheckpointError(f"{start.path}: holds no optimizer state: start.optimizer=reset begins with a new one.")
+    if not saved.keys() & parts.keys():
+        raise CheckpointError(f"{start.path}: its optimizer is of another kind than the recipe's: {fix}")
+    load_parts(parts, start.read("optimizer", full_tensors(parts), allow_extra=True, fix=fix))
 
 
 def load_weights(weights: ModelWeights, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the weights, in place, from whole tensors under their logical names, one after another."""
+    """Fill the weights, in place, from full tensors by logical name, one after another."""
     load_parts(weight_parts(weights), tensors)
 
 
 def load_parts(parts: Mapping[str, LocalPart], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill each part, in place, from the whole tensor of its name."""
+    """Fill each part, in place, from the full tensor of its name."""
     for name, part in parts.items():
-        if isinstance(tensors, tensor_file.LazyTensors):  # of a file no more is read
+        if isinstance(tensors, tensor_file.LazyTensors):  # read no more of the file than this rank's slice
             LocalPart(part.tensor).copy_from(tensors.read_slice(name, part.slices))
         else:
             part.copy_from(tensors[name])
 
 
 def weight_parts(weights: ModelWeights) -> dict[str, LocalPart]:
-    """What is here of the weights, under their logical names, as views."""
+    """Return views of this rank's part of every weight, keyed by logical name."""
     named = {name: local_values(parameter) for name, parameter in weights.parameters.items()}
     return tensor_names.logical_parts(named, weights.layouts, weights.experts)
 
 
 def optimizer_parts(optimizer: Optimizer, experts: range) -> dict[str, LocalPart]:
-    """What is here of the optimizer's state, under its logical names, as views."""
+    """Return views of this rank's part of the optimizer state, keyed by logical name."""
     return tensor_names.logical_parts(optimizer.state(), optimizer.state_layouts(), experts)
 
 
 def full_tensors(parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
-    """Tensors on `meta` of the shapes of the wholes."""
+    """Return tensors on `meta` with the shapes and dtypes of the full tensors."""
     return {name: torch.empty(part.full_shape, dtype=part.tensor.dtype, device="meta") for name, part in parts.items()}
 
 
 def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
-    """The weights of a model that is all here, under their logical names, as views."""
+    """Return views of the weights of an unsharded model, keyed by logical name."""
     return {name: part.tensor for name, part in weight_parts(unsharded_weights(model)).items()}

@@ -191,9 +191,9 @@ class _Adafactor(Optimizer):
                 update(tensors, new_weight, learning_rate)
         # A sharded update stops twice for sums over ranks. The sums of all parameters go into the same few collectives.
         for _ in range(2):
-            sum_over_shards([local_sum for update in sharded_updates for local_sum in next(update)])
-        for update in sharded_updates:
-            next(update, None)
+            sum_over_shards([local_sum for shard in sharded_updates for local_sum in next(shard)])
+        for shard in sharded_updates:
+            next(shard, None)
 
     def _update_unfactored(self, tensors: list[torch.Tensor], new_weight: float, learning_rate: float) -> None:
         """Update a parameter with a second moment for each entry. `tensors`: parameter, gradient, moment."""

@@ -1,6 +1,6 @@
-"""Scoring a model on tasks: it answers every example, the ranks share the batches, and each of them has all answers.
+"""Scoring a model on tasks: the ranks share the batches of examples, and each rank gets all answers.
 
-A batch is the same whatever the number of ranks, so the answers are too.
+Batches do not depend on the number of ranks, so answers do not either.
 
 Legend: B batch, S source, T target, X examples.
 """
@@ -31,32 +31,34 @@ from switchcli.train.state import TrainState
 
 
 class ScoringSpec(Spec):
-    """How answers to tasks are had and scored."""
+    """How a model answers the examples of tasks, and how its answers are scored."""
 
     split: Literal["validation", "test"] = "validation"
+    """Split of each task that is scored."""
     examples: int | None = Field(default=None, ge=1, le=MOST["count"])
-    """At most so many of each task, drawn by lot, the same ones each time, all answers to a question together; absent:
-    all."""
+    """Examples of each task, at most: a random sample, the same in each evaluation, that keeps all answers to a
+    question together; by default all examples."""
     batch_examples: int = Field(default=32, ge=1, le=MOST["count"])
-    """Examples that are answered together, on one rank."""
+    """Examples that one rank answers together."""
     decoding: Decoding = Decoding()
+    """How answers are decoded."""
     capacity: Policy = "dropless"
-    """How the routers count capacity while they answer, in training: `dropless`, `paper`, or a factor."""
+    """How routers count capacity in evaluations during training: `dropless`, `paper`, or a factor."""
     draws: int = Field(default=1000, ge=1, le=MOST["ranks"])
-    """Bootstrap draws for the intervals."""
+    """Bootstrap samples for the confidence intervals."""
 
     @model_validator(mode="after")
     def _repeats(self) -> Self:
         if self.decoding.temperature:
             raise ValueError(
-                f"decoding.temperature ({self.decoding.temperature}) draws answers, and a score is of those that the "
-                "model finds most probable: leave it out"
+                f"decoding.temperature ({self.decoding.temperature}) draws answers at random, and a score is that of "
+                "the most probable answers: leave it out"
             )
         return self
 
 
 class TaskPredictor:
-    """A model that answers the examples of tasks, with the other ranks."""
+    """A model that answers the examples of tasks, on all ranks together."""
 
     def __init__(
         self,
@@ -66,102 +68,123 @@ class TaskPredictor:
         settings: ScoringSpec,
         capacity: Policy,
     ) -> None:
+        """`capacity` is how routers count capacity; that of the settings does not apply."""
         self._model = model
         self._tokenizer = tokenizer
         self._context = context
         self._settings = settings
         self._capacity = capacity
 
-    def __call__(self, exam: ScoredExamples, stop: StopRequest | None = None) -> tuple[AnsweredExample, ...]:
-        """Every example with the model's answer, in order; the same on every rank.
+    def __call__(self, examples: ScoredExamples, stop: StopRequest | None = None) -> tuple[AnsweredExample, ...]:
+        """Return every example with the model's answer, in order and identical on all ranks.
 
         Raises:
-            StopTraining: a stop was requested on some rank.
+            StopTraining: a stop was requested on some rank. All ranks raise it, between two tokens.
         """
         context, decoding = self._context, self._settings.decoding
-        batches = list(exam.batches(self._settings.batch_examples))
-        tokens_XT = torch.zeros(len(exam.examples), decoding.max_tokens, dtype=torch.int32, device=context.device)
-        rounds = -(-len(batches) // context.dp_size)
+        batches = list(examples.batches(self._settings.batch_examples))
+        num_examples = len(examples.examples)
+        # Each rank fills the rows of its own examples. The others stay 0, so a sum over ranks completes the table.
+        tokens_XT = torch.zeros(num_examples, decoding.max_tokens, dtype=torch.int32, device=context.device)
+        num_rounds = -(-len(batches) // context.dp_size)  # rounded up
 
         def is_stopping() -> bool:
             return stop is not None and stop.requested
 
         def all_done(done_B: torch.Tensor) -> bool:
-            going, stopping = context.sum_over_ranks([int(not done_B.all()), int(is_stopping())])
-            return stopping > 0 or going == 0
+            # Ranks must leave the decoding loop together: when all are done, or when one is to stop.
+            unfinished, stopping = context.sum_over_ranks([int(not done_B.all()), int(is_stopping())])
+            return stopping > 0 or unfinished == 0
 
         if context.any_rank(is_stopping()):
             raise StopTraining
         with evaluating(self._model, self._capacity), context.eager(), context.autocast():
-            for turn in range(rounds):
-                mine = turn * context.dp_size + context.dp_rank
-                # A rank without a batch of its own answers the last one as well, for nobody: all ranks do the same.
-                numbers = batches[min(mine, len(batches) - 1)]
-                inputs_BS = context.to_device(torch.from_numpy(exam.padded(numbers)))
+            for round_index in range(num_rounds):
+                batch_index = round_index * context.dp_size + context.dp_rank
+                # Forward passes are collective. In the last round a rank without a batch repeats the last one and drops
+                # its answers.
+                numbers = batches[min(batch_index, len(batches) - 1)]
+                inputs_BS = context.to_device(torch.from_numpy(examples.padded(numbers)))
                 answers_BT = generate(self._model, inputs_BS, decoding, all_done=all_done)
                 if context.any_rank(is_stopping()):
                     raise StopTraining
-                if mine < len(batches):
+                if batch_index < len(batches):
                     tokens_XT[torch.from_numpy(numbers), : answers_BT.shape[1]] = answers_BT.int()
-        everything = context.all_reduce(tokens_XT).tolist()
-        decode = self._tokenizer.decode
-        return tuple(AnsweredExample(one, decode(ids)) for one, ids in zip(exam.examples, everything, strict=True))
+        answers = context.all_reduce(tokens_XT).tolist()
+        return tuple(
+            AnsweredExample(example, self._tokenizer.decode(ids))
+            for example, ids in zip(examples.examples, answers, strict=True)
+        )
 
 
 class TaskEvalCallback(EvaluationCallback):
-    """Scores the model on every task, notes the figures in the state, and writes them."""
+    """Scores the model on every task, records the metrics in the state, and logs them."""
 
     def __init__(
         self,
         every_steps: int,
         predictor: TaskPredictor,
-        exams: Sequence[ScoredExamples],
+        task_sets: Sequence[ScoredExamples],
         context: DistributedContext,
         log: MetricsLog,
         stop: StopRequest,
     ) -> None:
-        """A `stop` on any rank ends it between two tokens, with no figure: it is pending then."""
+        """Score the examples of `task_sets`, one for each task.
+
+        A `stop` on any rank ends the evaluation between two tokens without a metric: then it is pending.
+        """
         super().__init__(every_steps, TASKS_AVERAGE)
-        self._stop = stop
         self._predictor = predictor
-        self._exams = exams
+        self._task_sets = task_sets
         self._context = context
         self._log = log
+        self._stop = stop
         self.answers: dict[str, tuple[AnsweredExample, ...]] = {}
-        """The last answers, by the name of the task."""
+        """The last answers by name of the task; empty if there are none."""
 
     def predict(self) -> None:
-        """Have every example answered. Raises StopTraining when it was stopped: there are no answers then."""
+        """Answer every example. Raises StopTraining after a stop, and then there are no answers."""
         self.answers = {}
-        self.answers = {exam.task.name: self._predictor(exam, self._stop) for exam in self._exams}
+        self.answers = {task_set.task.name: self._predictor(task_set, self._stop) for task_set in self._task_sets}
 
     def scores(self, draws: int) -> dict[str, Scores]:
-        """Of the last answers, with intervals from so many draws."""
-        return {exam.task.name: score(exam.task, self.answers[exam.task.name], draws) for exam in self._exams}
+        """Return the scores of the last answers by task, with intervals from `draws` bootstrap samples."""
+        return {
+            task_set.task.name: score(task_set.task, self.answers[task_set.task.name], draws)
+            for task_set in self._task_sets
+        }
 
     def __call__(self, state: TrainState) -> None:
         self.predict()
-        figures = score_metrics(self.scores(draws=0))
-        state.note(figures)
+        metrics = score_metrics(self.scores(draws=0))
+        state.record_evaluation(metrics)
         if self._context.is_main:
-            self._log.write({"step": state.step, **figures})
+            self._log.write({"step": state.step, **metrics})
 
 
 def score_metrics(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """Each task's score, the benchmarks' averages, and that of all tasks, by name; nothing of secret answers."""
-    values = {name: one.score.value for name, one in scores.items() if one.score is not None}
+    """Return each task's score, the averages of the benchmarks, and that of all tasks, by metric name.
+
+    Tasks whose answers are secret have no score and are left out.
+    """
+    values = _values(scores)
     if not values:
         return {}
-    each = {task_score(name): value for name, value in values.items()}
-    suites = {suite_score(name): mean for name, mean in suite_scores(scores).items()}
-    return {**each, **suites, TASKS_AVERAGE: average(values, SUITES.values())}
+    task_metrics = {task_score(name): value for name, value in values.items()}
+    suite_metrics = {suite_score(name): mean for name, mean in suite_scores(scores).items()}
+    return {**task_metrics, **suite_metrics, TASKS_AVERAGE: average(values, SUITES.values())}
 
 
 def suite_scores(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """The averages of the benchmarks all of whose tasks were scored."""
-    values = {name: one.score.value for name, one in scores.items() if one.score is not None}
-    means = {suite.name: suite.mean(values) for suite in SUITES.values() if suite is not PAPER}  # Table 5 has none
+    """Return the averages, by name, of the benchmarks whose tasks were all scored."""
+    values = _values(scores)
+    means = {suite.name: suite.mean(values) for suite in SUITES.values() if suite is not PAPER}  # Table 5 has no mean
     return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _values(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Return the score of each task that has one."""
+    return {name: task.score.value for name, task in scores.items() if task.score is not None}
 
 
 def answer_texts(
@@ -172,7 +195,7 @@ def answer_texts(
     policy: Policy = "dropless",
     all_done: AllDone = all_done_locally,
 ) -> list[str]:
-    """The model's greedy answer to each row of ids, as text with the sentinels readable."""
+    """Return the model's greedy answer to each row of token ids, as text in which sentinels are readable."""
     with evaluating(model, policy):
-        rows_BT = generate(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
-    return [tokenizer.decode(row) for row in rows_BT.tolist()]
+        answers_BT = generate(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
+    return [tokenizer.decode(answer) for answer in answers_BT.tolist()]

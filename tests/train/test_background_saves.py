@@ -236,7 +236,7 @@ def test_a_save_that_fails_as_training_does_is_told_of(tmp_path: Path) -> None:
 def test_nobody_waits_long_for_a_save_that_cannot_be_done(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointer, "_LOST_SECONDS", 0.1)
+    monkeypatch.setattr(checkpointer, "_LOST_RANK_SECONDS", 0.1)
     disk = Watched()
     disk.open.clear()
     began = time.monotonic()
