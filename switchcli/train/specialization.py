@@ -67,11 +67,12 @@ def information_by_chance(pairs: ExpertCounts, num_experts: int, num_tokens: int
     value_N = torch.unique(value_X).repeat_interleave(_counts_by_value(value_X, pairs.count_X)[1])
     expert_N = torch.arange(num_experts).repeat_interleave(_counts_by_expert(expert_X, pairs.count_X, num_experts))
     k, remainder = divmod(len(expert_N), max(1, num_tokens))
-    # Rows of the transposed [k, N / k] matrix hold experts that are N / k = num_tokens apart in the sorted list. No
-    # expert has more than num_tokens choices, so the k experts of a row differ. Rows are shuffled as a unit.
-    hand_N = expert_N.reshape(1 if remainder else max(1, k), -1).T
-    hand_N = hand_N[torch.randperm(len(hand_N), generator=torch.Generator().manual_seed(0))].flatten()
-    return sum_counts(value_N * num_experts + hand_N, torch.ones_like(hand_N))
+    # [N / k, k], a row for each token: its k experts are N / k = num_tokens apart in the sorted list. No expert has
+    # more than num_tokens choices, so the experts of a row differ. Rows are shuffled as a unit.
+    expert_rows = expert_N.reshape(1 if remainder else max(1, k), -1).T
+    order = torch.randperm(len(expert_rows), generator=torch.Generator().manual_seed(0))
+    random_expert_N = expert_rows[order].flatten()
+    return sum_counts(value_N * num_experts + random_expert_N, torch.ones_like(random_expert_N))
 
 
 def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[str, Any]:
