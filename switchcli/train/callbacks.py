@@ -127,7 +127,7 @@ class LogCallback(Callback):
         state.metrics_since_log = {}
         if not self._context.is_main:
             return
-        # Each rank adds 1 for each step that was not skipped.
+        # Each data-parallel rank adds 1 for each step that was not skipped.
         self._alarms(metrics, steps=int(metrics[GRADIENT_NORM].weight) // self._context.dp_size)
         steps = state.step - self._last_step
         seconds_per_step = (state.seconds - self._last_seconds) / steps

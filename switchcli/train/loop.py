@@ -82,7 +82,9 @@ def fit(
         # One sum over ranks tells whether to stop and how many real tokens the step has.
         local_counts = [sum(counts) for counts in zip(*(micro.real for micro in microbatches), strict=True)]
         stopping, *counts = context.sum_over_ranks([int(stop.requested), *local_counts])
-        real = RealTokens(*(count // context.tp_size for count in counts))  # the ranks of a model axis share a batch
+        real = RealTokens(
+            *(count // context.tp_size for count in counts)
+        )  # the ranks of a model axis have the same rows
         if stopping:
             _check_finite(unchecked, model, context)  # the caller saves after a stop
             raise StopTraining
@@ -151,7 +153,7 @@ def accumulate_gradients(
 
     The cross-entropy and the decoder's auxiliary losses are summed over the step and divided by its number of targets,
     the encoder's auxiliary losses by its number of inputs. So the loss does not depend on how the batch is divided. The
-    last backward pass averages or sums the gradients over the ranks that share the batch.
+    last backward pass averages or sums the gradients over the data-parallel ranks.
 
     Args:
         model: the model as `context.wrap` returns it.
@@ -162,7 +164,7 @@ def accumulate_gradients(
         seed: names the noise of the step.
     """
     metrics: Metrics = {}
-    # Where gradients are averaged over ranks, multiply the loss by their number: the result must be the sum.
+    # Where gradients are averaged over ranks, the loss is multiplied by their number: the result must be the sum.
     per_input, per_target = (context.grad_divisor / max(1, count) for count in real)
     for position, microbatch in enumerate(microbatches, 1):
         _seed_noise(f"{seed}/{microbatch.number}")

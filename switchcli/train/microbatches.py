@@ -55,8 +55,8 @@ class Microbatches:
             batch: sequences of a step, over all ranks.
             microbatch: sequences of a microbatch; None: all of a rank's sequences.
             group: sequences that are routed together.
-            rank: the index of this rank among those that share the batch.
-            world: the number of those ranks.
+            rank: the index of this rank among the data-parallel ranks, which share the batch.
+            world: the number of data-parallel ranks.
             length: tokens of a sequence, for error messages.
 
         Raises:

@@ -74,8 +74,8 @@ class TrainState:
     def restore(self, text: bytes, device: torch.device, with_metrics: bool) -> None:
         """Replace this state by a saved one.
 
-        Metrics since the last log are summed over ranks when they are logged. Exactly one rank, or one group of ranks
-        with the same share of the batch, must take the saved ones (`with_metrics`); the others start from zero.
+        Metrics since the last log are summed over the data-parallel ranks when they are logged, so exactly one of these
+        must take the saved ones (`with_metrics`). The others start from zero.
         """
         saved = SavedState.read(text)
         for name in SavedState.model_fields.keys() - {"metrics_since_log"}:

@@ -98,7 +98,7 @@ def evaluate_rows(
 
 
 def reduce(metrics: Metrics, context: DistributedContext) -> Metrics:
-    """Return the metrics summed over the ranks that share a batch. All ranks have the same names, possibly none."""
+    """Return the metrics summed over the data-parallel ranks. All ranks have the same names, possibly none."""
     if not metrics:
         return {}
     return unflatten(context.all_reduce(flatten(metrics)), metrics)
