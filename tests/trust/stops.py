@@ -88,7 +88,7 @@ POINTS = {
     ),
     "data: batch made": Point("pretrain", PreparedTextSource, "batch", (1, 4, 9)),
     "step: forward": Point("pretrain", *FORWARD, (1, 5, 11), training=True),
-    "step: gradients there": Point("pretrain", loop, "_clip", (1, 3, 6)),
+    "step: gradients there": Point("pretrain", loop, "_clip_gradients", (1, 3, 6)),
     "step: weights changed": Point("pretrain", Optimizer, "zero_grad", (1, 4, 6)),
     "accumulation": Point("pretrain", loop, "_seed_noise", (2, 6, 12)),
     "save": Point("pretrain", checkpoint.CheckpointWriter, "write", (1, 2, 3)),
