@@ -42,8 +42,8 @@ class Answer(NamedTuple):
     y_BSO: torch.Tensor
     fraction_GE: torch.Tensor
     probability_GE: torch.Tensor
-    balance: torch.Tensor
-    z: torch.Tensor
+    load_balancing_loss: torch.Tensor
+    z_loss: torch.Tensor
     load_E: torch.Tensor
     dropped: int
     tokens: int
@@ -113,8 +113,8 @@ def layer(
         y_BSO=torch.stack(outputs).reshape(B, S, -1),
         fraction_GE=fraction_GE,
         probability_GE=torch.stack(means),
-        balance=torch.as_tensor(balance) / max(1, tokens),
-        z=torch.stack(squares).sum() / max(1, tokens),
+        load_balancing_loss=torch.as_tensor(balance) / max(1, tokens),
+        z_loss=torch.stack(squares).sum() / max(1, tokens),
         load_E=torch.tensor([group.load_E for group in groups]).sum(0),
         dropped=dropped,
         tokens=tokens,
