@@ -60,7 +60,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
-    "switchcli/doctor/of_transformers.py": "transformers huggingface_hub",
+    "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",
 }
 READS_PICKLES = "switchcli/convert/weight_files.py"
 FINDS_MODULES = {"switchcli/tasks/registry.py": "switchcli.tasks.", "switchcli/cli.py": "switchcli.commands."}

@@ -8,7 +8,7 @@ from machine import Clock, Job, Result, batch, begin
 from step import our_model
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.model.recompute import recompute_blocks
+from switchcli.model.block_execution import recompute_blocks
 from switchcli.train.loop import accumulate_gradients
 from switchcli.train.loss import cross_entropy
 from switchcli.train.microbatches import Microbatch, RealTokens

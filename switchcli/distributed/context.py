@@ -36,7 +36,7 @@ from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.rendezvous import announce_waiting
 from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import DistributedError, RecipeError
-from switchcli.model.compiled import compile_dense_parts
+from switchcli.model.block_execution import compile_dense_parts
 from switchcli.model.transformer import SwitchTransformer
 
 STEP_TIMEOUT = timedelta(minutes=10)

@@ -8,7 +8,7 @@ import torch
 
 from switchcli.checkpoint import checkpoint
 from switchcli.convert.weight_files import is_hugging_face_folder
-from switchcli.doctor import of_transformers, ours
+from switchcli.doctor import switchcli_subject, transformers_subject
 from switchcli.doctor.probes import PROBES, Finding, Verdict, run_probes
 from switchcli.doctor.subject import Subject
 from switchcli.errors import RecipeError, disk_errors
@@ -52,7 +52,7 @@ def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis
     subject = _subject(name, overrides, console)
     findings = tuple(console.track(run_probes(subject), "probing", total=len(PROBES)))
     layers = 0 if subject.dense else len(subject.layers)
-    return Diagnosis(name, subject.code, subject.initialised, layers, subject.num_experts, findings)
+    return Diagnosis(name, subject.code, subject.initialized, layers, subject.num_experts, findings)
 
 
 def verify(name: str) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
     path = Path(name)
     if not path.is_dir() or name in library.recipe_names():
         recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
-        return ours.initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
+        return switchcli_subject.initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
     if overrides:
         raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
     if is_hugging_face_folder(path):
-        return of_transformers.load(path)
+        return transformers_subject.load(path)
     loaded = load_checkpoint(path, torch.device("cpu"), console)
-    return ours.SwitchcliSubject(loaded.model, initialised=False)
+    return switchcli_subject.SwitchcliSubject(loaded.model, initialized=False)
 
 
 def _recipe(name: str) -> Path:

@@ -17,9 +17,9 @@ from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.distributed.trackers import Trackers
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.metric_names import FIRST_HELD_OUT, HELD_OUT, TASKS_AVERAGE, TOKENS_PER_SECOND
+from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.generation import all_done_locally
-from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump

@@ -16,8 +16,8 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ParallelSpec, check_world
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import RecipeError
+from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.init import initial_weights
-from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import TrainableSet, freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.train.config import TrainSpec

@@ -27,13 +27,13 @@ from switchcli.distributed.layout import LocalPart, local_values
 from switchcli.distributed.mesh import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
+from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import TrainableSet, freeze, trainable, trainable_members
 from switchcli.report.console import silent
 from switchcli.spec import PAD

@@ -3,10 +3,10 @@
 import torch
 import transformers
 
-from switchcli.doctor.of_transformers import TransformersSubject
-from switchcli.doctor.ours import SwitchcliSubject, initial_model
 from switchcli.doctor.probes import Finding, run_probes
 from switchcli.doctor.subject import Subject
+from switchcli.doctor.switchcli_subject import SwitchcliSubject, initial_model
+from switchcli.doctor.transformers_subject import TransformersSubject
 from switchcli.model.config import ModelSpec
 
 SHAPE = {"vocab_size": 211, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "sparse_every": 1}
@@ -43,7 +43,7 @@ def theirs(**settings: object) -> TransformersSubject:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
-    return TransformersSubject(model, initialised=True)
+    return TransformersSubject(model, initialized=True)
 
 
 def findings(subject: Subject) -> dict[str, Finding]:

@@ -100,13 +100,13 @@ def saturated(patch: Patch) -> Subject:
 
 def collapsed(patch: Patch) -> Subject:
     subject = route(leaning(5.0))(patch)
-    subject.initialised = False
+    subject.initialized = False
     return subject
 
 
 def dead(patch: Patch) -> Subject:
     subject = route(leaning(-3.0))(patch)
-    subject.initialised = False
+    subject.initialized = False
     return subject
 
 
@@ -210,7 +210,7 @@ def test_a_trained_router_may_be_confident_but_not_certain() -> None:
     subject = ours()
     for router in subject.routers:
         nn.init.normal_(router.weight, std=1.0)
-    subject.initialised = False
+    subject.initialized = False
     assert findings(subject)["router confidence"].verdict == "pass"
     with torch.no_grad():
         for router in subject.routers:
@@ -223,7 +223,7 @@ def test_drawn_tokens_that_a_trained_model_drops_are_a_warning() -> None:
     """It was trained on text: what it does with drawn ones, its routers having specialised, is no verdict."""
     subject = ours(router={**SWITCH, "capacity_factor": 0.3, "eval_capacity_factor": 0.3})
     assert findings(subject)["dropped tokens"].verdict == "fail"
-    subject.initialised = False
+    subject.initialized = False
     found = findings(subject)["dropped tokens"]
     assert (found.verdict, "`pretrain`" in found.advice) == ("warn", True)
 

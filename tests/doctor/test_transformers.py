@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from subjects import findings, theirs
 
-from switchcli.doctor import of_transformers, texts
+from switchcli.doctor import texts, transformers_subject
 from switchcli.doctor.probes import Finding, balance_loss, cached_decoding, idle_gradients
 from switchcli.errors import CheckpointError, OutOfMemory, RecipeError, SwitchError
 
@@ -97,17 +97,17 @@ def test_the_flags_of_the_configuration_bring_no_balance_loss() -> None:
 
 
 def test_a_folder_is_read(folder: Path) -> None:
-    subject = of_transformers.load(folder)
-    assert (subject.initialised, subject.code, len(subject.layers)) == (False, "transformers", 4)
+    subject = transformers_subject.load(folder)
+    assert (subject.initialized, subject.code, len(subject.layers)) == (False, "transformers", 4)
     for name, weight in theirs(d_model=32).model.named_parameters():
         assert torch.equal(weight, subject.parameters[name])
     (folder / "model.safetensors").unlink()
-    assert of_transformers.load(folder).initialised
+    assert transformers_subject.load(folder).initialized
 
 
 def refused(folder: Path, kind: type[SwitchError]) -> str:
     with pytest.raises(kind) as raised:
-        of_transformers.load(folder)
+        transformers_subject.load(folder)
     text = str(raised.value)
     assert "\n" not in text
     return text
@@ -160,7 +160,7 @@ def test_a_configuration_does_not_choose_whose_code_runs(folder: Path, key: str,
     path.write_text(json.dumps({**json.loads(path.read_text()), key: "someone/kernel"}))
     if not weights:
         (folder / "model.safetensors").unlink()
-    assert of_transformers.load(folder).model.config._attn_implementation == "eager"
+    assert transformers_subject.load(folder).model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("weights", [True, False])

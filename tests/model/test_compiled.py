@@ -9,7 +9,7 @@ import torch
 from tiny import DENSE, SPARSE, a_model, rows
 from torch import nn
 
-from switchcli.model.compiled import compile_dense_parts
+from switchcli.model.block_execution import compile_dense_parts
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer
 

@@ -16,12 +16,12 @@ from tiny import SHAPE, rows, step_total
 from tiny import a_model as a_trainable_model
 
 from switchcli.data.batch import Batch
+from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.model.recompute import recompute_blocks
 from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
 
 BARE = {"jitter": 0.0, "min_capacity": 1, "capacity_factor": 0.6}

@@ -8,11 +8,10 @@ import pytest
 import torch
 from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
 
-from switchcli.model.compiled import compile_dense_parts
+from switchcli.model.block_execution import compile_dense_parts, recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.packing import SegmentIds
-from switchcli.model.recompute import recompute_blocks
 from switchcli.model.trainable import freeze
 from switchcli.model.transformer import ModelOutput, SwitchTransformer
 

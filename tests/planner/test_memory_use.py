@@ -15,11 +15,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights, initialize
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.model.recompute import recompute_blocks
 from switchcli.model.transformer import EncoderOutput, SwitchTransformer
 from switchcli.planner.memory_use import DeviceBytes, activation_bytes, device_bytes
 from switchcli.planner.plan import divisors

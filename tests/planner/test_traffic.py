@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.mesh import CommDtype, ParallelSpec
+from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
-from switchcli.model.recompute import recompute_blocks
 from switchcli.planner.step import Mesh, Step, rank_weights
 from switchcli.planner.traffic import collectives
 from switchcli.runs import transformers_checkpoint
