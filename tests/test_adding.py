@@ -182,12 +182,12 @@ class Pair(TokenChoiceRouter):
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK
 
-    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
-        return torch.ones_like(placed_GN)
+    def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
+        return torch.ones_like(assigned_GN)
 
 
 '''
-    tree.insert("switchcli/model/moe/router.py", router, before="^def _switch_unless_said")
+    tree.insert("switchcli/model/moe/router.py", router, before="^def _default_to_switch")
     tree.insert("switchcli/model/moe/router.py", "Pair | ", after=r"^RouterSpec = Annotated\[\s*")
 
 

@@ -1,1 +1,1 @@
-"""The paper's model in plain PyTorch: no ranks, no devices, no files."""
+"""The model of the paper in plain PyTorch, independent of ranks, devices and files."""

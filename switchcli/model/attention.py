@@ -1,6 +1,6 @@
-"""T5's attention: heads of width K that need not multiply to D, no biases, no scaling, learned relative positions.
+"""T5's attention: heads whose width K is independent of D, no biases, no scaling, learned relative positions.
 
-Legend: B batch, T query positions, S key positions, H heads, K head size, D model.
+Legend: B batch, T query positions, S key positions, H heads, K head size, D model, A = H * K.
 The 1/sqrt(K) of other transformers is folded into the initial weights of the queries.
 """
 
@@ -15,18 +15,19 @@ from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
 from switchcli.model.config import ModelSpec
 from switchcli.model.layers import compute_dtype, dropout, linear
 
-MASKED = -1e9  # added to a logit: gives weight 0, but no NaN, as infinity would, to a row that may see nothing
+MASKED = -1e9
+"""The bias of a masked key. Its weight becomes 0. Infinity would give NaN in a row where all keys are masked."""
 
 
 class KeyValue(NamedTuple):
-    """What is attended to, by head."""
+    """The keys and values of each head."""
 
     key_BHSK: torch.Tensor
     value_BHSK: torch.Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values are projected apart, so that they can be kept between decoding steps."""
+    """Multi-head attention. Keys and values are projected separately, so that decoding steps can cache them."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -38,21 +39,28 @@ class Attention(nn.Module):
         self.head_width = spec.head_width
         self.dropout = spec.dropout
         self.axis = SINGLE_PROCESS
-        """Of the heads. Who calls lets x enter it, once for queries, keys and values."""
+        """The processes among which the heads are divided. The caller passes x through its `enter_region`, once for
+        queries, keys and values."""
 
     def query(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """By head: [B, H, T, K]."""
-        return self._heads(self.q(x_BTD))
+        """Return the queries of each head: [B, H, T, K]."""
+        return self._split_heads(self.q(x_BTD))
 
     def key_value(self, memory_BSD: torch.Tensor) -> KeyValue:
-        return KeyValue(self._heads(self.k(memory_BSD)), self._heads(self.v(memory_BSD)))
+        """Return the keys and values of each head."""
+        return KeyValue(self._split_heads(self.k(memory_BSD)), self._split_heads(self.v(memory_BSD)))
 
     def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
-        """Softmax(q k + bias) v. The bias broadcasts: positions [1, H, T, S], a mask [B, 1, 1, S], or their sum."""
+        """Return softmax(q k + bias) v of all heads through the output projection: [B, T, D].
+
+        The bias broadcasts: position bias [1, H, T, S], padding mask [B, 1, 1, S], or their sum.
+        """
         mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, self.dropout if self.training else 0.0, self.axis)
+        # [B, H, T, K] -> [B, T, H * K]
         return self.axis.all_reduce(self.o(mixed_BHTK.transpose(1, 2).flatten(2)))
 
-    def _heads(self, x_BSA: torch.Tensor) -> torch.Tensor:
+    def _split_heads(self, x_BSA: torch.Tensor) -> torch.Tensor:
+        # [B, S, H * K] -> [B, H, S, K]; H is the number of heads in this process.
         B, S, _ = x_BSA.shape
         return x_BSA.view(B, S, -1, self.head_width).transpose(1, 2)
 
@@ -63,14 +71,16 @@ def attend(
     """Return softmax(q k^T + bias) v, [B, H, T, K], in the dtype of the values. Logits and softmax are in float32.
 
     Args:
-        query_BHTK: not scaled here.
-        bias: float32, added to the logits, and broadcasts to [B, H, T, S]. On a CPU it is not rounded to the dtype of
-            the queries. On other devices the caller passes it in that dtype, see `shared_bias`.
-        rate: of the dropout of the weights. Queries share its mask, [B, H, 1, S], so dropping the weights of a key is
-            the same as dropping its value.
+        query_BHTK: the queries, which are not scaled here.
+        memory: the keys and values.
+        bias: float32, added to the logits; broadcasts to [B, H, T, S]. On a CPU it is not rounded to the dtype of the
+            queries. On other devices the caller passes it in that dtype, see `shared_bias`.
+        rate: the dropout rate of the attention weights. All queries share a mask, [B, H, 1, S], so dropping the weights
+            of a key is the same as dropping its value.
+        axis: the processes among which the heads are divided.
 
-    Uses torch's fused kernels, except on a CPU where the bias needs a gradient: there torch's own fallback is a little
-    slower than plain products in float32, and three times slower in bfloat16.
+    Uses torch's fused kernels, except on a CPU where the bias needs a gradient: there torch's own fallback is slower
+    than plain products.
     """
     key_BHSK, value_BHSK = memory
     value_BHSK = dropout(value_BHSK, rate, training=True, shared=-1, axis=axis, divided=1)
@@ -82,7 +92,7 @@ def attend(
         if bias.requires_grad:
             logits_BHTS = (query_BHTK.float() @ key_BHSK.float().mT).add_(bias)
             return logits_BHTS.softmax(-1).to(value_BHSK.dtype) @ value_BHSK
-        # The CPU kernels take a float32 bias beside bfloat16 products and add it in float32.
+        # The CPU kernels take a float32 bias with bfloat16 products and add it in float32.
         bias = bias.to(torch.promote_types(bias.dtype, query_BHTK.dtype))
         return F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, scale=1.0)
 
@@ -91,21 +101,23 @@ def shared_bias(bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return the bias as every block of a stack adds it: float32 on a CPU, else in the dtype of products with x.
 
     # Deviates: off the CPU the position bias is rounded to bfloat16 before the float32 addition, because fused kernels
-    # take it in the dtype of the queries only. A bias b is off by up to |b| / 512: 8.03 becomes 8. Masks need no more.
+    # take it only in the dtype of the queries. The error of a bias b is up to |b| / 512: 8.03 becomes 8. Masks are not
+    # affected.
     """
     return bias if bias.is_cpu else bias.to(compute_dtype(x))
 
 
 def padding_bias(real_BS: torch.Tensor) -> torch.Tensor:
-    """[B, 1, 1, S] float32: 0 where there is a token, `MASKED` at padding."""
+    """Return the bias that masks padding: float32 [B, 1, 1, S], 0 at tokens and `MASKED` at padding."""
     return torch.where(real_BS, 0.0, MASKED)[:, None, None, :]
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number for each head and bucket of distance; one table serves every self-attention of a stack.
+    """A learned bias per head and distance bucket. All self-attentions of a stack share one table.
 
-    The encoder's buckets are halved between the two directions; the decoder's cover the past alone. Half of them hold
-    one distance each, the others grow logarithmically up to `relative_attention_max_distance` and beyond.
+    The encoder uses half of the buckets for each direction, the decoder all of them for the past. In each direction,
+    half of the buckets hold one distance each. The others grow logarithmically up to `relative_attention_max_distance`,
+    and the last one holds all larger distances too.
     """
 
     def __init__(self, spec: ModelSpec, bidirectional: bool) -> None:
@@ -115,27 +127,34 @@ class RelativePositionBias(nn.Module):
         self.bidirectional = bidirectional
 
     def forward(self, num_queries: int, num_keys: int) -> torch.Tensor:
-        """[1, H, T, S] float32 for the last T of S positions; later keys are masked unless bidirectional."""
+        """Return the bias of the last T of S positions, float32 [1, H, T, S]; later keys are masked in a decoder."""
         device = self.weight.device
         key_S = torch.arange(num_keys, device=device)
         query_T1 = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
-        distance_TS = key_S - query_T1
+        distance_TS = key_S - query_T1  # positive: the key is later than the query
+        # The table is [buckets, H], so indexing gives [T, S, H].
         bias_1HTS = self.weight.float()[self._bucket(distance_TS)].permute(2, 0, 1).unsqueeze(0)
         if self.bidirectional:
             return bias_1HTS
         return bias_1HTS.masked_fill(distance_TS > 0, MASKED)
 
     def _bucket(self, distance_TS: torch.Tensor) -> torch.Tensor:
+        """Return the bucket of each distance, T5's `_relative_position_bucket`: int64 [T, S]."""
         num_buckets = self.weight.shape[0]
         if self.bidirectional:
+            # The second half of the buckets is for later keys.
             num_buckets //= 2
-            side_TS = (distance_TS > 0) * num_buckets
+            direction_TS = (distance_TS > 0) * num_buckets
             distance_TS = distance_TS.abs()
         else:
-            side_TS = torch.zeros_like(distance_TS)
+            # Later keys are masked; they get bucket 0.
+            direction_TS = torch.zeros_like(distance_TS)
             distance_TS = (-distance_TS).clamp(min=0)
+        # Bucket d holds distance d below num_exact. Beyond, distance d is in bucket
+        # num_exact + (num_buckets - num_exact) * log(d / num_exact) / log(max_distance / num_exact), rounded down.
         num_exact = num_buckets // 2
-        growth = math.log(self.max_distance / num_exact)
-        far = torch.log(distance_TS.clamp(min=1).float() / num_exact) / growth * (num_buckets - num_exact)
-        far_TS = (num_exact + far.long()).clamp(max=num_buckets - 1)
-        return side_TS + torch.where(distance_TS < num_exact, distance_TS, far_TS)
+        log_range = math.log(self.max_distance / num_exact)
+        # The clamp avoids log(0); distances below num_exact do not use this value.
+        log_TS = torch.log(distance_TS.clamp(min=1).float() / num_exact) / log_range * (num_buckets - num_exact)
+        far_TS = (num_exact + log_TS.long()).clamp(max=num_buckets - 1)
+        return direction_TS + torch.where(distance_TS < num_exact, distance_TS, far_TS)

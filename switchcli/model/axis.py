@@ -1,7 +1,7 @@
-"""What a layer asks of the other processes when each holds a part of the heads, of d_ff and of the vocabulary.
+"""The interface of a layer to the other processes that divide the heads, d_ff and the vocabulary with it.
 
-Paper section 5, model parallelism: what all processes have enters a divided part, and what they make of it in parts is
-summed when it leaves. `SingleProcess` is one process that holds all; another axis may put collectives in between.
+Paper section 5, model parallelism: a tensor that all processes have enters a divided region, and their partial results
+are summed when they leave it. `SingleProcess` is for a process that holds everything; another axis may use collectives.
 """
 
 from typing import Protocol
@@ -10,28 +10,28 @@ import torch
 
 
 class ModelAxis(Protocol):
-    """The processes among which heads, hidden units and the vocabulary are divided; all else each of them has."""
+    """The processes among which heads, hidden units and the vocabulary are divided. Each has all other weights."""
 
     rank: int
-    """The number of this process's part."""
+    """The index of this process, and of its slices."""
     size: int
-    """Parts."""
+    """The number of processes."""
 
     def enter_region(self, x: torch.Tensor) -> torch.Tensor:
-        """x itself, alike in all processes, of which each uses it in its part: the gradient is the sum of theirs."""
+        """Return x, which is equal in all processes, for use with this process's slices. Gradients are summed."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of all processes' x; its gradient goes to each of them."""
+        """Return the sum of x over all processes. Each process's x gets the gradient of the sum."""
 
     def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
-        """The largest of all processes' x, element by element; without a gradient."""
+        """Return the elementwise maximum of x over all processes, without a gradient."""
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """All processes' x along the last dim, in the order of the parts; without a gradient."""
+        """Return x of all processes, concatenated along the last dim in rank order, without a gradient."""
 
 
 class SingleProcess:
-    """All is here."""
+    """A model axis of one process."""
 
     rank = 0
     size = 1
@@ -53,6 +53,6 @@ SINGLE_PROCESS: ModelAxis = SingleProcess()
 
 
 def local_slice(x: torch.Tensor, axis: ModelAxis, dim: int) -> torch.Tensor:
-    """This process's part of x, which has all of them along `dim`."""
+    """Return this process's slice of x along `dim`, where x has the slices of all processes."""
     length = x.shape[dim] // axis.size
     return x.narrow(dim, axis.rank * length, length)

@@ -1,8 +1,8 @@
-"""How a model's answers are decoded: greedily, by beam search, or drawn at random; the value that says so.
+"""Settings of decoding: greedy, beam search, or sampling; and how a token is picked from logits.
 
-T5's settings (paper.md has none of its own): greedy or 4 beams with alpha 0.6, 128 tokens at most.
+The defaults are T5's, as the paper gives none: greedy or 4 beams with alpha 0.6, at most 128 tokens.
 
-Legend: B rows, T steps, V vocabulary.
+Legend: B rows, V vocabulary.
 """
 
 import math
@@ -15,80 +15,93 @@ from switchcli.model.init import keyed_generator
 from switchcli.spec import MOST, Spec
 
 LARGEST_LOG_PENALTY: Final = 80.0
-"""The logarithm of the largest length penalty; float32 overflows at 88.7."""
+"""Logarithm of the largest length penalty allowed; float32 overflows at 88.7."""
 
 
 class Decoding(Spec):
-    """How answers are decoded; the defaults are greedy."""
+    """Settings of decoding; the defaults decode greedily."""
 
     max_tokens: int = Field(default=128, ge=1, le=MOST["row_tokens"])
-    """The longest answer, its end included."""
+    """Maximum length of an answer in tokens, including its EOS; 128 is T5's."""
     beams: int = Field(default=1, ge=1, le=MOST["beams"])
-    """Answers that beam search carries along; 1 is greedy."""
+    """Number of beams of beam search; 1 is greedy."""
     length_penalty: float = Field(default=0.6, ge=0.0)
-    """alpha of T5's beam search, where an answer of n tokens scores log p / ((5 + n) / 6)**alpha."""
+    """Exponent alpha of T5's beam search, where an answer of n tokens scores log p / ((5 + n) / 6)**alpha."""
     temperature: float = Field(default=0.0, ge=0.0)
-    """Tokens are drawn from softmax(logits / temperature); 0 takes the most probable."""
+    """Temperature of sampling from softmax(logits / temperature); 0 takes the most probable token."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Draw from the fewest tokens whose probabilities sum to it (the nucleus)."""
+    """Probability of the nucleus, the fewest tokens that sum to it, to which sampling is limited; 1 is all tokens."""
     seed: int = Field(default=0, ge=0, le=MOST["seed"])
-    """Of the draws: with it a row of a given number has the same answer, whatever is beside it."""
+    """Seed of sampling; a row with a given number has the same answer in any batch."""
 
     @model_validator(mode="after")
-    def _searches_or_draws(self) -> Self:
+    def _searches_or_samples(self) -> Self:
         if self.beams > 1 and self.temperature > 0.0:
             raise ValueError(
-                f"beams ({self.beams}) search for the most probable answer, temperature ({self.temperature}) draws "
+                f"beams ({self.beams}) search for the most probable answer, temperature ({self.temperature}) samples "
                 "one: set beams to 1 or temperature to 0"
             )
-        if self.beams > 1 and self.length_penalty * math.log((5.0 + self.max_tokens) / 6.0) > LARGEST_LOG_PENALTY:
-            most = LARGEST_LOG_PENALTY / math.log((5.0 + self.max_tokens) / 6.0)
+        log_base = math.log((5.0 + self.max_tokens) / 6.0)
+        if self.beams > 1 and self.length_penalty * log_base > LARGEST_LOG_PENALTY:
             raise ValueError(
                 f"length_penalty ({self.length_penalty:g}) divides the scores of {self.max_tokens} tokens (max_tokens) "
-                f"by more than float32 holds: set it to {math.floor(most)} or less"
+                f"by more than float32 holds: set it to {math.floor(LARGEST_LOG_PENALTY / log_base)} or less"
             )
         if self.top_p < 1.0 and self.temperature == 0.0:
             raise ValueError(
-                f"top_p ({self.top_p}) narrows what is drawn, and at temperature 0 nothing is: set a temperature, such "
+                f"top_p ({self.top_p}) restricts sampling, and at temperature 0 there is none: set a temperature, such "
                 "as 1.0, or leave top_p out"
             )
         return self
 
     def penalty(self, length: int) -> float:
-        """What the log probability of an answer of so many tokens, its end included, is divided by."""
+        """Return the divisor of the log probability of an answer of `length` tokens, including its EOS."""
         return ((5.0 + length) / 6.0) ** self.length_penalty
 
-    def draws(self, first: int, rows: int) -> "UniformDraws | None":
-        """The random numbers of rows `first` and following; None where nothing is drawn."""
-        return UniformDraws(self.seed, first, rows) if self.temperature > 0.0 else None
+    def draws(self, first_row: int, num_rows: int) -> "UniformDraws | None":
+        """Return the random numbers of the rows from `first_row` on, or None without sampling."""
+        return UniformDraws(self.seed, first_row, num_rows) if self.temperature > 0.0 else None
 
     def pick(self, logits_BV: torch.Tensor, draw_B: torch.Tensor | None) -> torch.Tensor:
-        """int64 [B]: the most probable token, or the one that `draw_B`, uniform on [0, 1), falls on."""
+        """Return the next token of each row, int64 [B]: the most probable one, or the one that `draw_B` selects.
+
+        Args:
+            logits_BV: the logits of the next token.
+            draw_B: numbers uniform on [0, 1); None takes the most probable tokens.
+        """
         if draw_B is None:
             return logits_BV.argmax(-1)
         probability_BV = (logits_BV.double() / self.temperature).softmax(-1)
         if self.top_p == 1.0:
-            return _at(probability_BV, draw_B)
+            return _sample(probability_BV, draw_B)
+        # The nucleus: a token belongs to it if the more probable ones sum to less than top_p.
         sorted_BV, token_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        return token_BV.gather(1, _at(sorted_BV.where(before_BV < self.top_p, 0.0), draw_B).unsqueeze(1)).squeeze(1)
+        sum_before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        rank_B = _sample(sorted_BV.where(sum_before_BV < self.top_p, 0.0), draw_B)
+        return token_BV.gather(1, rank_B.unsqueeze(1)).squeeze(1)
 
 
 class UniformDraws:
-    """Uniform numbers for rows, each row's from a generator of its own, keyed by the seed and the row's number."""
+    """Uniform random numbers of rows. Each row has a generator, keyed by the seed and the row's number."""
 
-    def __init__(self, seed: int, first: int, rows: int) -> None:
-        self._generators = [keyed_generator(seed, f"row {row}") for row in range(first, first + rows)]
+    def __init__(self, seed: int, first_row: int, num_rows: int) -> None:
+        rows = range(first_row, first_row + num_rows)
+        self._generators = [keyed_generator(seed, f"row {row}") for row in rows]
 
     def next(self) -> torch.Tensor:
-        """float64 [B], in the host's memory."""
+        """Return the next number of each row: float64 [B] on the CPU."""
         return torch.cat([torch.rand(1, generator=each, dtype=torch.float64) for each in self._generators])
 
 
-def _at(weight_BV: torch.Tensor, draw_B: torch.Tensor) -> torch.Tensor:
-    """int64 [B]: where `draw_B` of the sum of the weights is passed; never at a weight of 0."""
+def _sample(weight_BV: torch.Tensor, draw_B: torch.Tensor) -> torch.Tensor:
+    """Return the index whose interval of the cumulative weights holds `draw_B` times their sum: int64 [B].
+
+    An index with weight 0 has an empty interval and is never returned.
+    """
+    # Index i has the interval [end[i - 1], end[i]). right=True finds the first end that is greater than the draw.
     end_BV = weight_BV.cumsum(-1)
     total_B1 = end_BV[:, -1:]
     draw_B1 = draw_B.to(total_B1).unsqueeze(1) * total_B1
-    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding may reach the total: behind the last
-    return torch.searchsorted(end_BV, draw_B1.minimum(below_B1), right=True).squeeze(1)
+    # Rounding may make the product equal to the total, which is in no interval.
+    largest_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    return torch.searchsorted(end_BV, draw_B1.minimum(largest_B1), right=True).squeeze(1)

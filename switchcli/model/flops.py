@@ -1,9 +1,9 @@
-"""Parameters and forward FLOPs from the spec alone, by the formulas of paper section 5.6; no tensor is made.
+"""Parameters and forward FLOPs from the spec, by the formulas of paper section 5.6, without creating a tensor.
 
-The FLOPs formula counts as Kaplan et al. do: two for each weight that a token meets, one of attention's two products.
-Embedding look-ups and routers are left out, each token meets one expert (k where the router is top_k), capacity is not
-counted, and the keys and values of cross-attention are charged once a decoder token. With 512 and 114 tokens it gives
-the FLOPs of Table 9.
+FLOPs are counted as Kaplan et al. do: two per weight that processes a token, and those of only one of attention's two
+products. Embedding lookups and routers are left out, each token passes one expert (k with a top_k
+router), capacity is ignored, and the keys and values of cross-attention are counted once per decoder token. With 512
+and 114 tokens this gives the FLOPs of Table 9.
 """
 
 from typing import NamedTuple
@@ -11,18 +11,18 @@ from typing import NamedTuple
 from switchcli.model.config import STACKS, ModelSpec
 
 FORWARD_AND_BACKWARD = 3
-"""FLOPs of a training step over those of its forward pass."""
+"""Ratio of the FLOPs of a training step to those of its forward pass."""
 
 
 class ModelCounts(NamedTuple):
-    """Parameters, and FLOPs of one sequence's forward pass."""
+    """Number of parameters, and FLOPs of one sequence's forward pass."""
 
     dense: int
-    """Parameters outside the experts, routers included."""
+    """Parameters outside the experts, including routers."""
     expert: int
     """Parameters of all experts."""
     active: int
-    """Parameters that one token meets: the dense ones and one expert (k with top_k) in each sparse layer."""
+    """Parameters that one token uses: the dense ones and one expert (k with top_k) in each sparse layer."""
     flops: int
 
     @property
@@ -32,37 +32,44 @@ class ModelCounts(NamedTuple):
 
 def count(spec: ModelSpec, source: int = 512, target: int = 114) -> ModelCounts:
     """Count `spec` for sequences of `source` encoder and `target` decoder tokens."""
+    # Weights of one module.
     width = spec.num_heads * spec.head_width
-    attention = 4 * spec.d_model * width
-    inputs = (2 if spec.activation == "geglu" else 1) * spec.d_model * spec.d_ff
-    feed_forward = inputs + spec.d_ff * spec.d_model
-    queries = inputs + 2 * width * spec.d_ff  # of one expert of a Switch attention, with its shared keys and values
+    attention = 4 * spec.d_model * width  # q, k, v, o
+    input_projections = (2 if spec.activation == "geglu" else 1) * spec.d_model * spec.d_ff
+    feed_forward = input_projections + spec.d_ff * spec.d_model
+    attention_expert = input_projections + 2 * width * spec.d_ff  # outputs: a query, and a shared key and value
     vocabulary = spec.vocab_size * spec.d_model
+    dense_block = {"encoder": attention + feed_forward, "decoder": 2 * attention + feed_forward}
 
-    sparse = {stack: len(spec.sparse_layers(stack)) for stack in STACKS}
-    routed = {part: spec.sparse in (part, "both") for part in ("feed_forward", "attention")}
-    expert = routed["feed_forward"] * feed_forward + routed["attention"] * queries
-    replaced = routed["feed_forward"] * feed_forward + routed["attention"] * 3 * spec.d_model * width
-    blocks = {"encoder": attention + feed_forward, "decoder": 2 * attention + feed_forward}  # a dense one's
+    # A sparse block has a router and experts instead of its feed-forward, of its q, k and v, or of both.
+    num_sparse = {stack: len(spec.sparse_layers(stack)) for stack in STACKS}
+    routes_feed_forward = spec.sparse in ("feed_forward", "both")
+    routes_attention = spec.sparse in ("attention", "both")
+    num_routers = routes_feed_forward + routes_attention
+    expert = routes_feed_forward * feed_forward + routes_attention * attention_expert
+    replaced = routes_feed_forward * feed_forward + routes_attention * 3 * spec.d_model * width
+
+    num_norms = 2 * spec.num_layers + 3 * spec.decoder_layers + 2  # one per sublayer, and one at the end of each stack
     dense = (
         vocabulary * (1 if spec.tie_embeddings else 2)
-        + sum(blocks[stack] * spec.num_blocks(stack) for stack in STACKS)
-        + sum(sparse.values()) * (sum(routed.values()) * spec.num_experts * spec.d_model - replaced)
-        + spec.d_model * (2 * spec.num_layers + 3 * spec.decoder_layers + 2)
-        + 2 * spec.relative_attention_num_buckets * spec.num_heads
+        + sum(dense_block[stack] * spec.num_blocks(stack) for stack in STACKS)
+        + sum(num_sparse.values()) * (num_routers * spec.num_experts * spec.d_model - replaced)
+        + spec.d_model * num_norms
+        + 2 * spec.relative_attention_num_buckets * spec.num_heads  # a position bias per stack
     )
-    routers = {stack: spec.router_of(stack) for stack in STACKS}
-    experts_met = {stack: expert * router.experts_per_token for stack, router in routers.items()}
-    met = {
-        stack: blocks[stack] * spec.num_blocks(stack) + sparse[stack] * (experts_met[stack] - replaced)
+
+    # Weights that process one token of a stack.
+    active_experts = {stack: expert * spec.router_of(stack).experts_per_token for stack in STACKS}
+    per_token = {
+        stack: dense_block[stack] * spec.num_blocks(stack) + num_sparse[stack] * (active_experts[stack] - replaced)
         for stack in STACKS
     }
     flops = 2 * (
-        met["encoder"] * source
+        per_token["encoder"] * source
         + spec.num_layers * width * source**2
-        + met["decoder"] * target
-        + spec.decoder_layers * width * (target**2 + target * source)
+        + per_token["decoder"] * target
+        + spec.decoder_layers * width * (target**2 + target * source)  # self-attention and cross-attention
         + vocabulary * target
     )
-    active = sum(experts_met[stack] * sparse[stack] for stack in STACKS)
-    return ModelCounts(dense, expert * spec.num_experts * sum(sparse.values()), dense + active, flops)
+    active = dense + sum(active_experts[stack] * num_sparse[stack] for stack in STACKS)
+    return ModelCounts(dense, expert * spec.num_experts * sum(num_sparse.values()), active, flops)

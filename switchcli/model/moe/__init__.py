@@ -1,1 +1,1 @@
-"""The sparse layer: routers, dispatch, experts, auxiliary losses, statistics (section 2 of the paper)."""
+"""The sparse layer: routers, dispatch, experts, auxiliary losses and statistics (section 2 of the paper)."""

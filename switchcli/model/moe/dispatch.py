@@ -1,11 +1,12 @@
-"""Dispatch and combine: tokens to the experts' slots and back, by index (Appendix F does it with one-hot products).
+"""Dispatch and combine: tokens to the experts' slots and back, by index (Appendix F uses one-hot products).
 
-Legend: G groups, N tokens a group, E experts, C slots an expert, D model, O outputs, B sequences, F hidden, A rows: the
-filled slots of all experts, end to end.
+Legend: G groups, N tokens per group, E experts, C slots per expert, D model, O outputs, B sequences, F hidden, A rows:
+the filled slots of all experts, the first expert's first.
 
-`Local` keeps all experts in this process. Another dispatcher may put a collective in between: the layer does not know.
+`LocalDispatcher` is for experts that are all in this process. Another dispatcher may use collectives in between; the
+layer sees no difference.
 
-# Deviates: the paper computes empty slots, as zeros; here an expert gets the rows that were sent to it.
+# Deviates: the paper computes empty slots as zeros. Here an expert computes only the rows that were sent to it.
 """
 
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -17,71 +18,72 @@ from switchcli.model.moe.router import Routing
 
 
 class LocalMeta(NamedTuple):
-    """Where each row that goes to an expert comes from, the first expert's rows first."""
+    """The token, weight and expert of each row that the local experts compute."""
 
     source_A: torch.Tensor
-    """int64: which of the G * N tokens, all groups end to end."""
+    """int64: the token of each row, as its index among the G * N tokens of all groups."""
     weight_A: torch.Tensor
-    """What the expert's output is multiplied by, float32."""
+    """The factor of the expert's output, in the router's precision."""
     end_E: torch.Tensor
     """int32: the end of each expert's rows."""
 
 
 class DispatchMeta(Protocol):
-    """What a dispatcher needs to have back what it sent."""
+    """The data that a dispatcher needs to return the outputs of dispatched rows to their tokens."""
 
     @property
     def end_E(self) -> torch.Tensor:
-        """int32: the end of the rows of each expert that is here."""
+        """int32: the end of the rows of each local expert."""
 
 
-S = TypeVar("S", bound=DispatchMeta)
+Meta = TypeVar("Meta", bound=DispatchMeta)
 
 
-class Dispatcher(Protocol[S]):
-    """The way of the tokens to the experts, and back."""
+class Dispatcher(Protocol[Meta]):
+    """Moves tokens to the experts, and the experts' outputs back."""
 
-    def dispatch(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, S]:
-        """The rows of the experts that are here, the first one's first, in the type of products: [A, D].
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, training: bool) -> tuple[torch.Tensor, Meta]:
+        """Return the rows of the local experts, the first expert's first, in the dtype of products: [A, D].
 
-        `learns`: this is training, where every process has a batch of the same size.
+        `training` says that the batches of all processes have the same size.
         """
 
-    def expand_mask(self, mask_BF: torch.Tensor, sent: S, length: int) -> torch.Tensor:
-        """To each row that was sent, what belongs to its sequence of `length` positions: [A, F]."""
+    def expand_mask(self, mask_BF: torch.Tensor, meta: Meta, length: int) -> torch.Tensor:
+        """Return for each dispatched row the mask of its sequence, [A, F]; sequences have `length` positions."""
 
-    def combine(self, y_AO: torch.Tensor, sent: S, x_GND: torch.Tensor) -> torch.Tensor:
-        """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
+    def combine(self, y_AO: torch.Tensor, meta: Meta, x_GND: torch.Tensor) -> torch.Tensor:
+        """Add each row times its weight to its token: [G, N, O]. A token in no slot stays exactly zero."""
 
 
 class LocalDispatcher:
-    """The way there and back when every expert is here."""
+    """A dispatcher for experts that are all in this process."""
 
-    def dispatch(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, LocalMeta]:
-        """Gather the token of each filled slot, in the type that products are computed in: [A, D]."""
-        rows = filled_slots(routing, x_GND.shape[1], exact=x_GND.is_cpu)
-        return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, rows.source_A), rows
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, training: bool) -> tuple[torch.Tensor, LocalMeta]:
+        meta = filled_slots(routing, x_GND.shape[1], exact=x_GND.is_cpu)
+        return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, meta.source_A), meta
 
-    def expand_mask(self, mask_BF: torch.Tensor, rows: LocalMeta, length: int) -> torch.Tensor:
-        """[A, F]."""
-        return mask_BF.index_select(0, rows.source_A // length)
+    def expand_mask(self, mask_BF: torch.Tensor, meta: LocalMeta, length: int) -> torch.Tensor:
+        # The G * N tokens are also B sequences of `length` positions, end to end.
+        return mask_BF.index_select(0, meta.source_A // length)
 
-    def combine(self, y_AO: torch.Tensor, rows: LocalMeta, x_GND: torch.Tensor) -> torch.Tensor:
-        """Add each row times its weight to its token: [G, N, O]; a token in no slot stays exactly zero."""
+    def combine(self, y_AO: torch.Tensor, meta: LocalMeta, x_GND: torch.Tensor) -> torch.Tensor:
         G, N, _D = x_GND.shape
-        return weighted_scatter_add(y_AO, rows.weight_A, rows.source_A, G * N).view(G, N, -1)
+        return weighted_scatter_add(y_AO, meta.weight_A, meta.source_A, G * N).view(G, N, -1)
 
 
 def weighted_scatter_add(
     y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, num_tokens: int
 ) -> torch.Tensor:
-    """Each row times its weight, added to the token `source_A` that it came from: [tokens, O] in the type of y."""
+    """Add each row of `y_AO` times its weight to its token `source_A`: [tokens, O] in the dtype of y."""
     combined: torch.Tensor = _WeightedScatterAdd.apply(y_AO, weight_A, source_A, num_tokens)  # type: ignore[no-untyped-call]
     return combined
 
 
 class _WeightedScatterAdd(torch.autograd.Function):
-    """Keeps what an expert said, not its product with the weight: `index_add` would keep that for its shape alone."""
+    """`weighted_scatter_add`. For the backward pass it saves y, but not the product of y and its weight.
+
+    autograd would save y for the product, and the product for `index_add`, which needs only its shape.
+    """
 
     @staticmethod
     def forward(
@@ -89,34 +91,44 @@ class _WeightedScatterAdd(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(y_AO if ctx.needs_input_grad[1] else None, weight_A, source_A)
         weighted_AO = y_AO * weight_A.unsqueeze(1).to(y_AO.dtype)
+        # index_add_ sums the rows of a token that several experts computed.
         return weighted_AO.new_zeros(num_tokens, y_AO.shape[1]).index_add_(0, source_A, weighted_AO)
 
     @staticmethod
-    def backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         y_AO, weight_A, source_A = ctx.saved_tensors
-        gradient_AO = gradient_NO.index_select(0, source_A)
-        for_weight_A = None if y_AO is None else torch.linalg.vecdot(gradient_AO, y_AO).to(weight_A.dtype)
-        return gradient_AO.mul_(weight_A.unsqueeze(1).to(gradient_AO.dtype)), for_weight_A, None, None
+        # Each row gets the gradient g of its token: dL/dy = weight * g, and dL/dweight = g . y.
+        grad_AO = grad_NO.index_select(0, source_A)
+        grad_weight_A = None if y_AO is None else torch.linalg.vecdot(grad_AO, y_AO).to(weight_A.dtype)
+        return grad_AO.mul_(weight_A.unsqueeze(1).to(grad_AO.dtype)), grad_weight_A, None, None
 
 
 def filled_slots(routing: Routing, group_size: int, exact: bool) -> LocalMeta:
-    """The filled slots in order, of all groups together for each expert.
+    """Return the filled slots: all groups' slots of the first expert, then those of the second, and so on.
 
-    `exact`: as many rows as there are filled slots. Off the CPU their number would have to be waited for: then there
-    are `most_rows`, and those too many go through the last expert and give their token nothing.
+    Args:
+        routing: the token and weight of every slot.
+        group_size: N.
+        exact: return as many rows as there are filled slots. Off the CPU, reading their number would wait for the
+            device. With False there are always `max_filled_slots` rows: those past the filled slots belong to the last
+            expert and have weight 0.
     """
     G, _, C = routing.token_GEC.shape
+    # Expert-major, so that the rows of an expert are adjacent. Flat slot s is slot s % C of group s // C % G.
     token_EGC = routing.token_GEC.transpose(0, 1)
     filled_EGC = token_EGC < group_size
     if exact:
         slot_A = filled_EGC.flatten().nonzero().squeeze(1)
     else:
         slot_A = filled_EGC.flatten().nonzero_static(size=routing.max_filled_slots, fill_value=0).squeeze(1)
-    num_rows = filled_EGC.sum()
-    start_A = slot_A // C % G * group_size
+    # The index among all groups' tokens is the first token of the slot's group, plus the index in that group. Rows past
+    # the filled slots (slot_A is 0 there) may read an empty slot, whose index N is out of range: clamp it.
+    group_start_A = slot_A // C % G * group_size
     token_A = token_EGC.flatten()[slot_A].clamp(max=group_size - 1)
     weight_A = routing.weight_GEC.transpose(0, 1).flatten()[slot_A]
-    weight_A = weight_A.masked_fill(torch.arange(len(slot_A), device=slot_A.device) >= num_rows, 0.0)
+    num_filled = filled_EGC.sum()
+    is_excess_A = torch.arange(len(slot_A), device=slot_A.device) >= num_filled
+    weight_A = weight_A.masked_fill(is_excess_A, 0.0)
     end_E = filled_EGC.sum((1, 2)).cumsum(0)
-    end_E[-1] = len(slot_A)
-    return LocalMeta(start_A + token_A, weight_A, end_E.int())
+    end_E[-1] = len(slot_A)  # the last expert takes the excess rows
+    return LocalMeta(group_start_A + token_A, weight_A, end_E.int())

@@ -1,4 +1,4 @@
-"""E feed-forwards as stacked weights, run together as grouped products.
+"""E feed-forwards as stacked weights, computed together with grouped matrix products.
 
 Legend: E experts, B sequences, A rows (each expert's, one after the other), D model, F hidden, O outputs.
 """
@@ -14,7 +14,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.layers import activate
 
 ALIGNMENT = 16
-"""Bytes to which torch's grouped product wants the rows of matrices aligned."""
+"""Alignment of matrix rows that torch's grouped product requires, in bytes."""
 
 
 class Experts(nn.Module):
@@ -28,35 +28,41 @@ class Experts(nn.Module):
         self.wo = nn.Parameter(torch.empty(E, num_outputs, hidden))
         self.dropout = spec.experts_dropout
         self.num_experts = E
-        """Experts of the whole layer."""
+        """Number of experts of the layer, over all processes."""
         self.expert_ids = range(E)
-        """The numbers of the experts whose weights this process stores: all of them unless others store the rest."""
+        """The numbers of the experts that this process stores: all of them unless other processes store the rest."""
         self.axis = SINGLE_PROCESS
         """The processes among which the hidden units are divided."""
 
-    def keep_slice(self, part: int, parts: int) -> None:
-        """Hold part number `part` alone, of `parts` equal ones; a divisor of the experts."""
-        here = self.num_experts // parts
-        self.expert_ids = range(part * here, (part + 1) * here)
+    def keep_slice(self, rank: int, num_ranks: int) -> None:
+        """Keep only slice `rank` of `num_ranks` equal slices of the experts. `num_ranks` must divide their number."""
+        num_local = self.num_experts // num_ranks
+        self.expert_ids = range(rank * num_local, (rank + 1) * num_local)
         for name, weight in list(self.named_parameters()):
-            kept = weight.detach()[self.expert_ids.start : self.expert_ids.stop].clone()
-            self.register_parameter(name, nn.Parameter(kept, weight.requires_grad))
+            # A clone, as a view would keep the memory of all experts.
+            local = weight.detach()[self.expert_ids.start : self.expert_ids.stop].clone()
+            self.register_parameter(name, nn.Parameter(local, weight.requires_grad))
 
     def draw_dropout_mask(self, x_AD: torch.Tensor, num_sequences: int) -> torch.Tensor | None:
-        """The dropout of each sequence's hidden vectors, drawn: [B, F] in the type of x; None where there is none.
+        """Draw the dropout mask of each sequence's hidden vectors: [B, F] in the dtype of x; None without dropout.
 
-        # Deviates: the positions of a sequence share a mask, as in T5's other layers; Mesh-TensorFlow's experts draw
-        # for each entry, which is what costs on a CPU.
+        # Deviates: the positions of a sequence share a mask, as in T5's other layers. Mesh-TensorFlow's experts draw
+        for each entry, which is slow on a CPU.
         """
         if not self.training or not self.dropout:
             return None
+        # Each process of the axis draws the mask of all hidden units and takes its slice, so that the mask does not
+        # depend on the number of processes.
         mask_BF = F.dropout(x_AD.new_ones(num_sequences, self.wi.shape[1] * self.axis.size), self.dropout)
         return local_slice(mask_BF, self.axis, 1)
 
     def forward(self, x_AD: torch.Tensor, end_E: torch.Tensor, mask_AF: torch.Tensor | None) -> torch.Tensor:
-        """[A, O] in the type of x. `end_E` is the end of each expert's rows; one without rows has a gradient, 0.
+        """Return the output of each row's expert: [A, O] in the dtype of x.
 
-        `mask_AF` is what each row's hidden vector is multiplied with.
+        Args:
+            x_AD: the rows of the local experts, the first expert's first.
+            end_E: int32, the end of each expert's rows. An expert without rows gets a gradient of 0.
+            mask_AF: a factor of each row's hidden vector; None: no dropout.
         """
         gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E)
         hidden_AF = activate(grouped_product(x_AD, self.wi, end_E), gate)
@@ -66,51 +72,59 @@ class Experts(nn.Module):
 
 
 def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T, each row by the weight of its own expert: [A, F] in the type of x, float32 or shorter.
+    """Return x @ weight.T with the weight of each row's expert: [A, F] in the dtype of x, at most float32.
 
-    On CUDA one kernel in bfloat16; float32 there falls back to a product an expert, which waits for `end_E`.
+    In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert, which waits for `end_E`.
     """
     if x_AD.is_cpu and len(x_AD) < len(weight_EFD) and not torch.is_grad_enabled():
         return _few_rows(x_AD, weight_EFD, end_E)
     num_outputs, D = weight_EFD.shape[1:]
+    # Pad both widths to the alignment, which only narrow models need. The added inputs are zeros, so no product
+    # changes, and the added outputs are cut off. -n % unit is the distance from n to the next multiple of unit.
     unit = ALIGNMENT // x_AD.element_size()
-    more_inputs, more_outputs = -D % unit, -num_outputs % unit
-    if more_inputs or more_outputs:  # narrow models alone: zeros change no product
-        x_AD = F.pad(x_AD, (0, more_inputs))
-        weight_EFD = F.pad(weight_EFD, (0, more_inputs, 0, more_outputs))
+    pad_inputs, pad_outputs = -D % unit, -num_outputs % unit
+    if pad_inputs or pad_outputs:
+        x_AD = F.pad(x_AD, (0, pad_inputs))
+        weight_EFD = F.pad(weight_EFD, (0, pad_inputs, 0, pad_outputs))
     y_AF: torch.Tensor = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
-    return y_AF[:, :num_outputs] if more_outputs else y_AF
+    return y_AF[:, :num_outputs] if pad_outputs else y_AF
 
 
 def _few_rows(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
-    """Compute `grouped_product` for a decoding step on a CPU. Weights of experts without rows are not even cast."""
+    """Compute `grouped_product` with one product per expert that has rows, for a decoding step on a CPU.
+
+    The weights of experts without rows are not even cast.
+    """
     y_AF = x_AD.new_empty(len(x_AD), weight_EFD.shape[1])
+    num_rows_E = end_E.diff(prepend=end_E.new_zeros(1))
     begin = 0
-    for expert in end_E.diff(prepend=end_E.new_zeros(1)).nonzero().squeeze(1):
-        end = int(end_E[expert])
+    for expert in num_rows_E.nonzero().squeeze(1):
+        end = int(end_E[expert])  # also where the rows of the next expert with rows begin
         torch.mm(x_AD[begin:end], weight_EFD[expert].to(x_AD.dtype).mT, out=y_AF[begin:end])
         begin = end
     return y_AF
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Keeps the weights as they are for the way back, not their copy in the shorter type of x: that is made twice.
+    """`grouped_product` with aligned widths. For the backward pass it saves the weights, not their copy in x's dtype.
 
-    x is kept only where the weights learn.
+    The backward pass casts the weights again. x is saved only if the weights need a gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_AD if ctx.needs_input_grad[1] else None, weight_EFD, end_E)
+        # [A, D] @ [E, D, F] -> [A, F]: rows end_E[e - 1] to end_E[e] by matrix e.
         return F.grouped_mm(x_AD, weight_EFD.to(x_AD.dtype).mT, offs=end_E)
 
     @staticmethod
-    def backward(ctx: Any, gradient_AF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad_AF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x_AD, weight_EFD, end_E = ctx.saved_tensors
-        gradient_AF = gradient_AF.contiguous()
-        for_x = for_weight = None
+        grad_AF = grad_AF.contiguous()
+        grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            for_x = F.grouped_mm(gradient_AF, weight_EFD.to(gradient_AF.dtype), offs=end_E)
+            grad_x = F.grouped_mm(grad_AF, weight_EFD.to(grad_AF.dtype), offs=end_E)  # [A, F] @ [E, F, D]
         if ctx.needs_input_grad[1]:
-            for_weight = F.grouped_mm(gradient_AF.mT, x_AD, offs=end_E).to(weight_EFD.dtype)
-        return for_x, for_weight, None
+            # [F, A] @ [A, D] -> [E, F, D]: the offsets divide the summed dim A, one product per expert.
+            grad_weight = F.grouped_mm(grad_AF.mT, x_AD, offs=end_E).to(weight_EFD.dtype)
+        return grad_x, grad_weight, None

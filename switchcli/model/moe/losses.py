@@ -12,15 +12,15 @@ Reduction = Literal["sum", "mean", "pooled"]
 
 
 class StackLoss(NamedTuple):
-    """Auxiliary losses of one stack with their coefficients; float32 scalars."""
+    """Auxiliary losses of one stack, multiplied by their coefficients; float32 scalars."""
 
     total: torch.Tensor
-    """Sum over layers and real tokens. It carries the gradient."""
+    """Sum over layers and real tokens; it carries the gradient."""
     tokens: torch.Tensor
-    """Real tokens that the stack saw: those of the inputs, or the targets."""
+    """Number of real tokens of the stack: those of the inputs, or of the targets."""
 
     def mean(self) -> torch.Tensor:
-        """The loss per real token; 0 without tokens."""
+        """Return the loss per real token; 0 without tokens."""
         return self.total / self.tokens.clamp(min=1)
 
 
@@ -35,7 +35,7 @@ class AuxiliaryLoss(NamedTuple):
     decoder: StackLoss
 
     def mean(self) -> torch.Tensor:
-        """The loss of a step that has this batch alone."""
+        """Return the loss of a step that consists of this batch only."""
         return self.encoder.mean() + self.decoder.mean()
 
 
@@ -45,32 +45,33 @@ def auxiliary_loss(stacks: Sequence[tuple[RouterSpec, StackStats]], reduction: R
     Each group of tokens is weighted by its real tokens.
 
     # Deviates: Mesh-TensorFlow and T5X average over groups of equal size, padding included, so that a group's loss is
-    # scaled by the share of its tokens that are real (T5X: by its square). Nothing differs where no token is padding.
+    # scaled by the fraction of its tokens that are real (T5X: by its square). Without padding there is no difference.
 
     Args:
-        stacks: encoder and decoder, each with its router and the reports of its sparse layers.
+        stacks: encoder and decoder, each with its router and the statistics of its sparse layers.
         reduction: `sum` over layers (Mesh-TensorFlow), their `mean` (T5X), or `pooled`: f and P are averaged over the
             layers of a stack before they are multiplied, and the stacks are added (transformers).
     """
-    num_layers = sum(len(reports) for _, reports in stacks)
+    num_layers = sum(len(stats) for _, stats in stacks)
     if num_layers == 0:
         return None
-    zero = next(reports[0].z_sum for _, reports in stacks if reports).new_zeros(())
+    zero = next(stats[0].z_sum for _, stats in stacks if stats).new_zeros(())  # on the device of the model
     encoder, decoder = (
-        _stack_loss(router, reports, reduction, num_layers) if reports else StackLoss(zero, zero)
-        for router, reports in stacks
+        _stack_loss(router, stats, reduction, num_layers) if stats else StackLoss(zero, zero)
+        for router, stats in stacks
     )
     return AuxiliaryLoss(encoder, decoder)
 
 
-def _stack_loss(router: RouterSpec, reports: StackStats, reduction: Reduction, num_layers: int) -> StackLoss:
-    """`num_layers` are the sparse layers of both stacks."""
-    counted = _pooled(reports) if reduction == "pooled" else reports
-    losses = [router.balance_loss_coef * one.load_balancing_sum + router.z_loss_coef * one.z_sum for one in counted]
+def _stack_loss(router: RouterSpec, stats: StackStats, reduction: Reduction, num_layers: int) -> StackLoss:
+    """Return the loss of one stack; `num_layers` is the number of sparse layers of both stacks."""
+    reduced = _mean_over_layers(stats) if reduction == "pooled" else stats
+    losses = [
+        router.balance_loss_coef * layer.load_balancing_sum + router.z_loss_coef * layer.z_sum for layer in reduced
+    ]
     total = torch.stack(losses).sum()
-    return StackLoss(total / num_layers if reduction == "mean" else total, reports[0].tokens)
+    return StackLoss(total / num_layers if reduction == "mean" else total, stats[0].tokens)
 
 
-def _pooled(reports: StackStats) -> StackStats:
-    """One report with the mean of every field over the layers of a stack."""
-    return (RouterStats(*(torch.stack(field).mean(0) for field in zip(*reports, strict=True))),)
+def _mean_over_layers(stats: StackStats) -> StackStats:
+    return (RouterStats(*(torch.stack(field).mean(0) for field in zip(*stats, strict=True))),)

@@ -1,13 +1,14 @@
-"""Routing: which token sits in each expert's slot, and with what weight (paper sections 2.1, 2.2; Appendices B, C, F).
+"""Routers: which token sits in each expert's slots, and with what weight (paper sections 2.1, 2.2; appendices B, C, F).
 
-Legend: G groups, N tokens a group, E experts, C slots an expert (the capacity), K choices of a token.
+Legend: G groups, N tokens per group, E experts, C slots per expert (the capacity), K choices per token.
 
-A router is a spec with a pure `assign`. Its answer is slot-major, so that all routers share one dispatch and combine;
-a token may sit in the slots of several experts, or in none. A group is a fixed number of whole sequences, so what is
-dropped does not depend on microbatches or ranks. Routing without a capacity is the same with a slot for every token.
+A router is a spec whose `assign` turns logits into a `Routing`: the token in each slot, so that all routers share one
+dispatch and combine. A token may be in slots of several experts, or in none. A group is a fixed number of full
+sequences, so which tokens are dropped does not depend on microbatches or ranks. Routing without a capacity is the same
+with N slots per expert.
 
-# Deviates: the paper counts capacity, f and P over the tokens of a core; here over those of a group, whose size is the
-# recipe's, f and P over its real tokens alone.
+# Deviates: the paper counts capacity, f and P over the tokens of a core. Here they are counted over those of a group,
+whose size the recipe sets, and f and P over its real tokens only.
 """
 
 from abc import ABC, abstractmethod
@@ -22,129 +23,141 @@ from switchcli.spec import MOST, Spec
 
 Factor = Annotated[float, Field(gt=0.0, le=1e12)]
 Policy = Literal["paper", "dropless"] | Factor
-"""How an evaluation counts capacity: by `eval_capacity_factor`, not at all, or by a factor given here. Without one, no
-token's output depends on which others are beside it, so that decoding step by step equals teacher forcing. Expert
-choice, which cannot do without, keeps its own for `dropless`."""
+"""How an evaluation counts capacity: by `eval_capacity_factor` (`paper`), not at all (`dropless`), or by this factor.
+With `dropless` no token's output depends on the other tokens of its batch, so that decoding step by step equals teacher
+forcing. Expert choice needs a capacity and keeps its own under `dropless`."""
 Mode = Literal["training"] | Policy
 """Training, or an evaluation under one of the policies."""
 
 
 class Routing(NamedTuple):
-    """The assignment of tokens to slots."""
+    """The assignment of tokens to expert slots."""
 
     token_GEC: torch.Tensor
     """int64: the token in each slot, as its index in the group; N where the slot is empty."""
     weight_GEC: torch.Tensor
-    """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty; differentiable, in the router's
+    """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty. Differentiable, in the router's
     precision."""
     max_filled_slots: int
-    """No more slots than this are filled, whatever the tokens choose."""
+    """Upper bound of the number of filled slots, whatever the tokens choose."""
     stats: RouterStats
 
 
 class Router(Spec, ABC):
-    """What every router has: capacities, groups, noise, losses.
+    """The base of all routers: capacities, groups, noise, losses.
 
     Each router also has `capacity_factor` and `balance_loss_coef`, as keys or as constants of the class.
     """
 
     eval_capacity_factor: Factor | Literal["dropless"] = 2.0
-    """As `capacity_factor`, for evaluation; 2.0 is Mesh-TensorFlow's default, the paper has none."""
+    """Slots for evaluation, as a multiple of an even share of the tokens, or `dropless`; 2.0 is Mesh-TensorFlow's
+    default, the paper gives none."""
     min_capacity: int = Field(default=4, ge=1, le=MOST["expert_capacity"])
+    """Minimum number of slots per expert and group; 4 is Mesh-TensorFlow's default."""
     group_sequences: int = Field(default=1, ge=1, le=MOST["count"])
-    """Sequences that share a capacity."""
+    """Number of sequences that share a capacity."""
     jitter: float = Field(default=0.01, ge=0.0, lt=1.0)
-    """The router's copy of its input is multiplied by U[1 - jitter, 1 + jitter] in training (Appendix C); 0 with the
-    other kinds of noise at their defaults is the paper's argmax."""
+    """Width of the noise U[1 - jitter, 1 + jitter] that multiplies the router's copy of its input in training (Appendix
+    C); 0 with the other kinds of noise at their defaults is the paper's argmax."""
     input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Dropout of the router's copy of its input in training (Appendix C); Mesh-TensorFlow's rate is 0.1."""
+    """Dropout rate of the router's copy of its input in training (Appendix C); Mesh-TensorFlow's is 0.1."""
     z_loss_coef: float = Field(default=0.0, ge=0.0)
-    """Coefficient of the router z-loss: 1e-3 in ST-MoE, none in the paper."""
+    """Coefficient of the router z-loss: 1e-3 in ST-MoE; the paper has no such loss."""
 
-    # What a router says of itself, so that FLOPs, plan, upcycling, pruning and export need not know its kind.
+    # Properties by which a router describes itself, so that FLOPs, plan, upcycling, pruning and export do not check its
+    # kind.
 
     experts_choose: ClassVar[bool] = False
     """Experts choose tokens: loads are equal by construction, and a token may be taken by several experts or none."""
     has_load_balancing_loss: ClassVar[bool] = True
-    """`balance_loss_coef` weighs a load-balancing loss."""
+    """Whether `balance_loss_coef` weighs a load-balancing loss."""
     is_in_transformers: ClassVar[bool] = False
-    """transformers' SwitchTransformers has this router."""
+    """Whether transformers' SwitchTransformers implements this router."""
 
     @property
     def experts_per_token(self) -> int:
-        """Experts that a token is meant to pass: what FLOPs are counted by."""
+        """Nominal number of experts that process a token, by which FLOPs are counted."""
         return 1
 
     @property
     def gates_sum_to_one(self) -> bool:
-        """The weights of a token's experts add up to 1 whatever the router says."""
+        """Whether the weights of a token's experts add up to 1 for any logits."""
         return False
 
     def dense_equivalent_scale(self, num_experts: int) -> float:
         """Return 1 over the sum of a token's weights when all experts are equally probable.
 
-        By it the output of identical experts is multiplied to be that of one dense layer; under expert choice on the
-        mean over the tokens alone.
+        Identical experts, with their output multiplied by this factor, are equal to one dense layer. Under expert
+        choice this holds for the mean over the tokens only.
         """
         return 1.0 if self.gates_sum_to_one else num_experts / self.experts_per_token
 
     def incompatibility(self, num_experts: int) -> str | None:
-        """Return why the router cannot do with so many experts, beginning with its key; None where it can."""
+        """Return why the router does not work with this many experts, beginning with the key at fault, or None."""
         return None
 
     @abstractmethod
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
-        """Give every slot its token.
+        """Assign tokens to slots.
 
         Args:
-            logits_GNE: the router's output h(x); float32, but in the paper's bfloat16 arm.
-            real_GN: bool, False for padding, which takes no slot and counts in no mean.
-            mode: which capacity holds, and whether what is random in training is drawn.
+            logits_GNE: the router's output h(x): float32, or bfloat16 in the paper's ablation (Table 2).
+            real_GN: bool, False for padding, which takes no slot and is left out of all means.
+            mode: which capacity applies, and whether the random choices of training are drawn.
         """
 
     @abstractmethod
     def group_size(self, mode: Mode) -> int:
-        """Sequences that must be routed together: a group, unless it makes no difference."""
+        """Return how many sequences must be routed together: a group, or 1 where the mode makes groups irrelevant."""
 
     @abstractmethod
     def causality_violation(self) -> str | None:
-        """Why a causal decoder may not route so, if it may not."""
+        """Return why this router lets earlier tokens depend on later ones, so that no decoder may use it, or None."""
 
     def _capacity(self, factor: float | str, num_tokens: int, num_experts: int) -> int:
+        """Return the slots per expert in a group of `num_tokens` tokens (eq. 3); `factor` may be `dropless`."""
         if isinstance(factor, str):
             return num_tokens
         return min(num_tokens, max(self.min_capacity, int(num_tokens * factor / num_experts)))
 
 
 class TokenChoiceRouter(Router, ABC):
-    """Each token chooses experts, and queues at them; a queue is cut at the capacity."""
+    """The base of routers where tokens choose experts and queue for their slots, which go to the front of the queue."""
 
     capacity_factor: Factor | Literal["dropless"] = 1.25
-    """Slots for training, as a multiple of an even share (eq. 3); `dropless`: a slot for every token."""
+    """Slots for training, as a multiple of an even share of the tokens (eq. 3), or `dropless`: a slot for every
+    token."""
     overflow: Literal["position", "probability", "random"] = "position"
-    """Who is first in a queue: the earlier token; the one with the higher first probability (batch-prioritised, not in
-    a decoder); or one drawn at random in training (by position in evaluation; in a decoder what is dropped in training
-    then depends on later tokens)."""
+    """Which tokens are first in a queue: `position`, the earlier ones; `probability`, those with the higher first
+    probability (batch-prioritized, not in a decoder); `random`, drawn in training and by position in evaluation (in a
+    decoder, later tokens then affect which tokens are dropped in training)."""
     sample_temperature: float | None = Field(default=None, gt=0.0)
-    """In training choose by sampling from softmax(h / temperature) (Appendix C); absent: the most probable."""
+    """Temperature of training choices that are sampled from softmax(h / temperature) (Appendix C); absent: the most
+    probable experts are chosen."""
     balance_loss_coef: float = Field(default=0.01, ge=0.0)
-    """alpha of eq. 4."""
+    """Coefficient alpha of the load-balancing loss (eq. 4)."""
 
     @abstractmethod
     def num_choices(self, num_experts: int) -> int:
-        """K: how many experts a token may name."""
+        """Return K, the number of experts that a token may choose."""
 
     @abstractmethod
     def _max_slots_per_token(self, num_choices: int) -> int:
-        """How many slots a token may sit in."""
+        """Return the maximum number of slots that hold the same token."""
 
     @abstractmethod
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
-        """The weights of the choices, from their probabilities."""
+        """Return the weights of the choices, given their probabilities."""
 
     @abstractmethod
-    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
-        """bool: which tokens queue at their next choice (after the first), given which are in a slot already."""
+    def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
+        """Return which tokens queue for their next choice, after the first: bool [G, N].
+
+        Args:
+            gate_GN: the weight of that choice.
+            assigned_GN: bool, tokens that have a slot already.
+            training: whether random decisions are drawn.
+        """
 
     def group_size(self, mode: Mode) -> int:
         return 1 if mode == "dropless" else self.group_sequences
@@ -155,7 +168,7 @@ class TokenChoiceRouter(Router, ABC):
         return None
 
     def capacity(self, num_tokens: int, num_experts: int, mode: Mode) -> int:
-        """Slots C of each expert in a group of N tokens (eq. 3), rounded down, at least `min_capacity`, at most N."""
+        """Return C, the slots per expert in a group of N tokens: eq. 3, rounded down, from `min_capacity` to N."""
         factor: float | str = mode
         if mode == "training":
             factor = self.capacity_factor
@@ -164,8 +177,9 @@ class TokenChoiceRouter(Router, ABC):
         return self._capacity(factor, num_tokens, num_experts)
 
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
-        """Queue the tokens at their choices: all first ones, then all second ones behind them, and so on."""
-        (G, N, E), training = logits_GNE.shape, mode == "training"
+        """Queue the tokens for their choices: all first choices, then all second ones behind them, and so on."""
+        G, N, E = logits_GNE.shape
+        training = mode == "training"
         K, C = self.num_choices(E), self.capacity(N, E, mode)
         probability_GNE = logits_GNE.softmax(-1)
         expert_GNK = self._choices(logits_GNE, K, training)
@@ -173,40 +187,51 @@ class TokenChoiceRouter(Router, ABC):
         gate_GNK = self._gates(chosen_GNK)
         order_GN = self._order(chosen_GNK[..., 0], training)
 
-        filled_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)
-        load_GE = filled_GE
-        placed_GN = torch.zeros_like(real_GN)
-        places = []
+        filled_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)  # slots taken so far, at most C
+        load_GE = filled_GE  # tokens that have queued so far, including those beyond the capacity
+        assigned_GN = torch.zeros_like(real_GN)  # tokens that have a slot
+        slots = []
         for choice in range(K):
-            joins_GN = real_GN
-            if choice:
-                joins_GN = real_GN & self._eligible(gate_GNK[..., choice], placed_GN, training)
-            queue_GN = expert_GNK[..., choice].masked_fill(~joins_GN, E)
-            position_GN, asked_GE = _positions_in_expert(queue_GN, filled_GE, order_GN)
-            fits_GN = joins_GN & (position_GN < C)
-            places.append((queue_GN * C + position_GN).where(fits_GN, E * C))
-            placed_GN = placed_GN | fits_GN
-            filled_GE = (filled_GE + asked_GE).clamp(max=C)
-            load_GE = load_GE + asked_GE
+            eligible_GN = real_GN
+            if choice > 0:
+                eligible_GN = real_GN & self._eligible(gate_GNK[..., choice], assigned_GN, training)
+            queue_GN = expert_GNK[..., choice].masked_fill(~eligible_GN, E)  # E: in no queue
+            position_GN, queued_GE = _positions_in_expert(queue_GN, filled_GE, order_GN)
+            fits_GN = eligible_GN & (position_GN < C)
+            # The slots of a group are numbered expert * C + position. Number E * C collects the choices without a slot.
+            slots.append((queue_GN * C + position_GN).where(fits_GN, E * C))
+            assigned_GN = assigned_GN | fits_GN
+            filled_GE = (filled_GE + queued_GE).clamp(max=C)
+            load_GE = load_GE + queued_GE
 
-        place_GA = torch.cat(places, dim=1)  # what has no place goes to one slot too many, which is cut off
-        token_A = torch.arange(N, device=place_GA.device).repeat(K)
-        token_GS = place_GA.new_full((G, E * C + 1), N).scatter_(1, place_GA, token_A.expand(G, -1))
-        weight_GS = gate_GNK.new_zeros(G, E * C + 1).scatter(1, place_GA, gate_GNK.transpose(1, 2).flatten(1))
-        report = router_stats(
+        # All choices of a group side by side, A = K * N: column k * N + n is choice k of token n.
+        slot_GA = torch.cat(slots, dim=1)
+        token_A = torch.arange(N, device=slot_GA.device).repeat(K)
+        # Invert "slot of each choice" into "token of each slot", S = E * C + 1. No slot is written twice, except the
+        # last one, which is cut off below. Empty slots keep token N and weight 0.
+        token_GS = slot_GA.new_full((G, E * C + 1), N).scatter_(1, slot_GA, token_A.expand(G, -1))
+        weight_GA = gate_GNK.transpose(1, 2).flatten(1)  # in the column order of slot_GA
+        weight_GS = gate_GNK.new_zeros(G, E * C + 1).scatter(1, slot_GA, weight_GA)
+        stats = router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
             load_GE=load_GE,
-            placed_GN=placed_GN,
+            assigned_GN=assigned_GN,
         )
-        token_GEC, weight_GEC = token_GS[:, :-1].view(G, E, C), weight_GS[:, :-1].view(G, E, C)
-        return Routing(token_GEC, weight_GEC, G * min(E * C, N * self._max_slots_per_token(K)), report)
+        return Routing(
+            token_GEC=token_GS[:, :-1].view(G, E, C),
+            weight_GEC=weight_GS[:, :-1].view(G, E, C),
+            max_filled_slots=G * min(E * C, N * self._max_slots_per_token(K)),
+            stats=stats,
+        )
 
     def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
-        """int64 [G, N, K]: the experts of each token, the first choice first."""
-        score_GNE = logits_GNE.detach().float()  # noise in bfloat16 would make ties, which the first expert wins
-        if training and self.sample_temperature is not None:  # the largest of logits with Gumbel noise is a sample
+        """Return the experts that each token chooses, the first choice first: int64 [G, N, K]."""
+        # Noise in bfloat16 would make ties, and the first expert wins a tie.
+        score_GNE = logits_GNE.detach().float()
+        if training and self.sample_temperature is not None:
+            # Gumbel-max: -log(Exponential(1)) is Gumbel noise, and the argmax of logits plus Gumbel noise is a sample.
             noise_GNE = torch.empty_like(score_GNE).exponential_().log_()
             score_GNE = score_GNE / self.sample_temperature - noise_GNE
         if num_choices == 1:
@@ -214,7 +239,10 @@ class TokenChoiceRouter(Router, ABC):
         return score_GNE.topk(num_choices).indices
 
     def _order(self, gate_GN: torch.Tensor, training: bool) -> torch.Tensor | None:
-        """int64: the tokens of each group in the order in which they queue; None when that is by position."""
+        """Return the tokens of each group in the order in which they queue, int64 [G, N]; None: by position.
+
+        `gate_GN` is the probability of each token's first choice.
+        """
         if self.overflow == "probability":
             return gate_GN.argsort(dim=1, descending=True, stable=True)
         if self.overflow == "random" and training:
@@ -222,14 +250,14 @@ class TokenChoiceRouter(Router, ABC):
         return None
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
-        """f, of first choices alone (Mesh-TensorFlow); no gradient."""
+        """Return f of eq. 5 over first choices only, as Mesh-TensorFlow does: [G, E], without a gradient."""
         return choice_fraction(expert_GNK[..., :1], real_GN, num_experts)
 
 
 class SwitchRouter(TokenChoiceRouter):
-    """Top-1 routing: each token to its most probable expert, weighted by that raw probability (section 2.1).
+    """Top-1 routing: each token goes to its most probable expert, weighted by that raw probability (section 2.1).
 
-    The weight is not renormalised: over one expert that gives 1, and no gradient to the router.
+    The weight is not renormalized: over one expert that would give 1, and no gradient to the router.
     """
 
     kind: Literal["switch"] = "switch"
@@ -244,33 +272,34 @@ class SwitchRouter(TokenChoiceRouter):
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK
 
-    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
-        raise AssertionError("there is one choice")
+    def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
+        raise AssertionError("SwitchRouter has one choice per token, so no token queues for a second one")
 
 
 class TopKRouter(TokenChoiceRouter):
-    """Mixture-of-Experts routing with k experts a token (eq. 2): the paper's MoE baseline, by Mesh-TensorFlow's top-2.
+    """Mixture-of-Experts routing with k experts per token (eq. 2): the paper's MoE baseline, Mesh-TensorFlow's top-2.
 
-    First choices take their slots before any second one: in a decoder a later token's first choice then goes before an
-    earlier token's second, and where slots are short what is dropped depends on the future. In training a later choice
-    is kept at random, with probability min(1, gate / keep_threshold).
+    First choices take their slots before any second choice. In a decoder, the first choice of a later token thus goes
+    before the second choice of an earlier one, so where slots are short, later tokens affect which choices are dropped.
+    In training a later choice is kept at random, with probability min(1, gate / keep_threshold).
 
-    # Deviates: Mesh-TensorFlow draws in evaluation too; here every choice is kept then, so that a figure repeats.
+    # Deviates: Mesh-TensorFlow draws in evaluation too. Here evaluation keeps every choice, so that results repeat.
     """
 
     kind: Literal["top_k"] = "top_k"
     k: int = Field(default=2, ge=1, le=MOST["num_experts"])
+    """Number of experts per token."""
     renormalise: bool = True
-    """Divide the k gates by their sum."""
+    """Whether the k gates are divided by their sum."""
     keep_threshold: float = Field(default=0.2, ge=0.0, le=1.0)
-    """0 keeps every choice."""
+    """Gate above which training always keeps a second or later choice; 0 keeps every choice."""
 
     @model_validator(mode="after")
     def _can_learn(self) -> Self:
         if self.k == 1 and self.renormalise:
             raise ValueError(
-                "k: 1 with renormalise: true cannot learn: the one gate is always 1, and no gradient reaches the "
-                "router; take kind: switch, which keeps the raw probability, or k: 2"
+                "k: 1 with renormalise: true cannot learn: the only gate is always 1, and no gradient reaches the "
+                "router; use kind: switch, which keeps the raw probability, or k: 2"
             )
         return self
 
@@ -294,17 +323,18 @@ class TopKRouter(TokenChoiceRouter):
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK / gate_GNK.sum(-1, keepdim=True) if self.renormalise else gate_GNK
 
-    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
+    def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
         if not training:
-            return torch.ones_like(placed_GN)
+            return torch.ones_like(assigned_GN)
+        # P(u * threshold <= gate) = min(1, gate / threshold) for u uniform on [0, 1).
         return torch.rand_like(gate_GN, dtype=torch.float32) * self.keep_threshold <= gate_GN.detach()
 
 
 class NoTokenLeftBehindRouter(TokenChoiceRouter):
-    """Switch routing in k rounds: a token that found no slot tries its next choice (Appendix B).
+    """Switch routing in k rounds: a token that found no slot queues for its next choice (Appendix B).
 
-    Weights are raw probabilities; f of the balance loss is the mean over the k choices (Mesh-TensorFlow), so with no
-    more than k experts it is uniform whatever the router does, and the loss pulls nowhere. As in `TopKRouter` a later
+    Weights are raw probabilities. f of the load-balancing loss is the mean over the k choices (Mesh-TensorFlow), so
+    with k or fewer experts it is uniform for any router and the loss has no effect. As in `TopKRouter`, a later token's
     first choice goes before an earlier token's second.
 
     # Deviates: Mesh-TensorFlow takes this softmax in the precision of the activations; here it is the router's.
@@ -312,7 +342,7 @@ class NoTokenLeftBehindRouter(TokenChoiceRouter):
 
     kind: Literal["no_token_left_behind"] = "no_token_left_behind"
     k: int = Field(default=4, ge=2, le=MOST["num_experts"])
-    """Rounds, at most one for each expert."""
+    """Number of rounds, limited to the number of experts."""
 
     def num_choices(self, num_experts: int) -> int:
         return min(self.k, num_experts)
@@ -323,25 +353,25 @@ class NoTokenLeftBehindRouter(TokenChoiceRouter):
     def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
         return gate_GNK
 
-    def _eligible(self, gate_GN: torch.Tensor, placed_GN: torch.Tensor, training: bool) -> torch.Tensor:
-        return ~placed_GN
+    def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
+        return ~assigned_GN
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
         return choice_fraction(expert_GNK, real_GN, num_experts)
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes the tokens that are most probable for it, as many as it has slots (Zhou et al. 2022).
+    """Expert choice: each expert takes its most probable tokens, as many as it has slots (Zhou et al. 2022).
 
-    Beyond the paper. Loads are equal by construction, so there is no balance loss; a token may be taken by several
-    experts or by none. An expert's slots are its share of the group's real tokens: padding changes nothing.
+    Beyond the paper. Loads are equal by construction, so there is no load-balancing loss. A token may be taken by
+    several experts or by none. The number of slots follows the group's real tokens, so padding changes nothing.
     """
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity_factor: Factor = 1.25
     """Slots for training, as a multiple of an even share: the mean number of experts that take a token."""
     eval_capacity_factor: Factor = 1.25
-    """The same for evaluation, under either policy."""
+    """Slots for evaluation, as a multiple of an even share, under the policies `paper` and `dropless`."""
     balance_loss_coef: ClassVar[float] = 0.0
     experts_choose: ClassVar[bool] = True
     has_load_balancing_loss: ClassVar[bool] = False
@@ -353,7 +383,7 @@ class ExpertChoiceRouter(Router):
         return self.group_sequences
 
     def causality_violation(self) -> str | None:
-        return "kind: expert_choice lets each expert choose among all positions, later ones too"
+        return "kind: expert_choice lets each expert choose among all positions, including later ones"
 
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
         """Give each expert its most probable tokens, the most probable first."""
@@ -361,53 +391,68 @@ class ExpertChoiceRouter(Router):
         factor = self.capacity_factor if mode == "training" else self.eval_capacity_factor
         factor = mode if isinstance(mode, float) else factor
         probability_GNE = logits_GNE.softmax(-1)
+        # Padding scores -1, below every probability, so that each expert's real tokens come first.
         score_GEN = probability_GNE.mT.masked_fill(~real_GN.unsqueeze(1), -1.0)
-        # Stable, as topk is not: before the first attention a token that is repeated ties with itself.
+        # The sort is stable, unlike topk: before the first attention, repeated tokens have equal scores.
         score_GEN, order_GEN = score_GEN.sort(dim=-1, descending=True, stable=True)
         C = self._capacity(factor, N, E)
         weight_GEC, token_GEC = score_GEN[..., :C], order_GEN[..., :C]
+        # C is the capacity of a group of N real tokens. A group with padding has fewer slots; the others stay empty.
         tokens_G = real_GN.sum(1)
         slots_G = (tokens_G.double() * factor / E).long().clamp(min=self.min_capacity).minimum(tokens_G)
         empty_G1C = torch.arange(C, device=slots_G.device) >= slots_G[:, None, None]
         token_GEC = token_GEC.masked_fill(empty_G1C, N)
-        placed_GN = F.pad(torch.zeros_like(real_GN), (0, 1)).scatter_(1, token_GEC.flatten(1), True)[:, :-1]
-        load_GE = (~empty_G1C).sum(-1).expand(-1, E)
-        report = router_stats(
+        # Mark every token that is in a slot. Column N, which empty slots mark, is cut off.
+        assigned_GN = F.pad(torch.zeros_like(real_GN), (0, 1)).scatter_(1, token_GEC.flatten(1), True)[:, :-1]
+        load_GE = (~empty_G1C).sum(-1).expand(-1, E)  # all experts of a group fill the same number of slots
+        stats = router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=load_GE / load_GE.sum(1, keepdim=True).clamp(min=1),
             load_GE=load_GE,
-            placed_GN=placed_GN,
+            assigned_GN=assigned_GN,
         )
         weight_GEC = weight_GEC.masked_fill(empty_G1C, 0.0)
-        return Routing(token_GEC, weight_GEC, token_GEC.numel(), report)
+        return Routing(token_GEC, weight_GEC, max_filled_slots=token_GEC.numel(), stats=stats)
 
 
-def _switch_unless_said(value: object) -> object:
+def _default_to_switch(value: object) -> object:
     return {"kind": "switch", **value} if isinstance(value, dict) else value
 
 
 RouterSpec = Annotated[
     SwitchRouter | TopKRouter | NoTokenLeftBehindRouter | ExpertChoiceRouter,
     Field(discriminator="kind"),
-    BeforeValidator(_switch_unless_said),
+    BeforeValidator(_default_to_switch),
 ]
-"""The routers that a recipe can name by `kind`; without one it is `switch`."""
+"""The routers that a recipe can name by `kind`; without a `kind` it is `switch`."""
 
 
 def _positions_in_expert(
     queue_GN: torch.Tensor, filled_GE: torch.Tensor, order_GN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The position of each token in its queue, behind the `filled_GE` that are there, and how many joined each queue.
+    """Return the position of each token at its expert, int64 [G, N], and the length of each queue, int64 [G, E].
 
-    `queue_GN` is the expert at which a token queues, E for none.
+    Positions count from the first slot of the expert, behind the slots that are filled already. They may exceed the
+    capacity. The position of a token that is in no queue means nothing.
+
+    Args:
+        queue_GN: int64, the expert for which a token queues; E for none.
+        filled_GE: int64, the slots of each expert that are filled already.
+        order_GN: int64, the tokens of each group in the order in which they queue; None: by position.
     """
+    E = filled_GE.shape[1]
     if order_GN is not None:
-        queue_GN = queue_GN.gather(1, order_GN)
-    joined_GF = count_per_group(queue_GN, filled_GE.shape[1] + 1)
-    sorted_GN, token_GN = queue_GN.sort(dim=1, stable=True)  # the queues end to end, each in order
-    shift_GF = F.pad(filled_GE, (0, 1)) - (joined_GF.cumsum(1) - joined_GF)
-    position_GN = torch.arange(queue_GN.shape[1], device=queue_GN.device) + shift_GF.gather(1, sorted_GN)
+        queue_GN = queue_GN.gather(1, order_GN)  # column i is now the i-th token to queue, not token i
+    length_GX = count_per_group(queue_GN, E + 1)  # X: the E queues, and the tokens in none of them
+    # A stable sort by queue puts the queues end to end, and keeps the order within each.
+    queue_GN, token_GN = queue_GN.sort(dim=1, stable=True)
+    # The token at index i of the sorted row is number i - start in its queue, where start is the length of all queues
+    # before it, and sits behind `filled` tokens of earlier choices: position = i - start + filled.
+    start_GX = length_GX.cumsum(1) - length_GX
+    shift_GX = F.pad(filled_GE, (0, 1)) - start_GX
+    position_GN = torch.arange(queue_GN.shape[1], device=queue_GN.device) + shift_GX.gather(1, queue_GN)
     if order_GN is not None:
-        token_GN = order_GN.gather(1, token_GN)
-    return torch.empty_like(position_GN).scatter_(1, token_GN, position_GN), joined_GF[:, :-1]
+        token_GN = order_GN.gather(1, token_GN)  # from the number in the queueing order back to the token's index
+    # Undo the sort: position_GN[g, i] belongs to token token_GN[g, i]. Each token occurs once, so all are written.
+    return torch.empty_like(position_GN).scatter_(1, token_GN, position_GN), length_GX[:, :E]
