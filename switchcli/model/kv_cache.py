@@ -1,6 +1,6 @@
-"""What a decoder keeps between steps, so that each position is computed once.
+"""The keys and values that a decoder caches between steps, so that each position is computed once.
 
-Legend: B rows, S positions of keys, H heads, K head size.
+Legend: B rows, S key positions, H heads, K head size.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,57 +9,69 @@ import torch
 
 from switchcli.model.attention import KeyValue
 
-ROOM = 32
-"""Positions that memory is taken for at first; doubled when they are full."""
+INITIAL_CAPACITY = 32
+"""Number of positions that the first buffers hold; their size doubles when they are full."""
 
 
 class LayerKVCache:
-    """Keys and values of one decoder block: the source's, and those of the positions so far, which grow in place."""
+    """The keys and values of one decoder block: those of the source, and those of the target positions so far."""
 
     def __init__(self, source: KeyValue) -> None:
         self.source = source
         self.length = 0
-        self._kept: tuple[torch.Tensor, ...] = ()
+        """Number of target positions so far."""
+        self._buffers: tuple[torch.Tensor, ...] = ()  # keys and values [B, H, capacity, K], of which `length` are used
 
     def append(self, new: KeyValue) -> KeyValue:
-        """The positions so far, the new ones last: views, which the next steps write behind."""
-        before, self.length = self.length, self.length + new.key_BHSK.shape[2]
-        if not self._kept or self._kept[0].shape[2] < self.length:
-            self._kept = tuple(self._more_room(kept_BHSK, before) for kept_BHSK in self._kept or new)
-        for kept_BHSK, new_BHSK in zip(self._kept, new, strict=True):
-            kept_BHSK[:, :, before : self.length] = new_BHSK
-        return KeyValue(*(kept_BHSK[:, :, : self.length] for kept_BHSK in self._kept))
+        """Add positions, and return all positions so far as views of the buffers. Later steps write behind them."""
+        start = self.length
+        self.length = start + new.key_BHSK.shape[2]
+        if not self._buffers or self._buffers[0].shape[2] < self.length:
+            # Without buffers, `new` only gives the shape: start is 0, so none of it is copied yet.
+            self._buffers = tuple(self._grow(buffer_BHSK, start) for buffer_BHSK in self._buffers or new)
+        for buffer_BHSK, new_BHSK in zip(self._buffers, new, strict=True):
+            buffer_BHSK[:, :, start : self.length] = new_BHSK
+        return KeyValue(*(buffer_BHSK[:, :, : self.length] for buffer_BHSK in self._buffers))
 
     def reorder(self, row_B: torch.Tensor) -> None:
-        """Row i goes on from what row `row_B[i]` was; the source, which is common to beams, stays."""
-        for kept_BHSK in self._kept:
-            kept_BHSK[:, :, : self.length] = kept_BHSK[:, :, : self.length].index_select(0, row_B)
+        """Make row i a copy of the former row `row_B[i]`. The source is not reordered: beams of an input share it."""
+        for buffer_BHSK in self._buffers:
+            buffer_BHSK[:, :, : self.length] = buffer_BHSK[:, :, : self.length].index_select(0, row_B)
 
-    def _more_room(self, x_BHSK: torch.Tensor, before: int) -> torch.Tensor:
+    def _grow(self, x_BHSK: torch.Tensor, used: int) -> torch.Tensor:
+        """Return a buffer for twice the positions, with the `used` positions of x."""
         B, H, _, K = x_BHSK.shape
-        room_BHSK = x_BHSK.new_empty(B, H, max(ROOM, 2 * self.length), K)
-        room_BHSK[:, :, :before] = x_BHSK[:, :, :before]
-        return room_BHSK
+        buffer_BHSK = x_BHSK.new_empty(B, H, max(INITIAL_CAPACITY, 2 * self.length), K)
+        buffer_BHSK[:, :, :used] = x_BHSK[:, :, :used]
+        return buffer_BHSK
 
 
 class DecoderCache:
-    """The past of every block, and the position bias of the steps, computed once and sliced."""
+    """The cache of every decoder block, and the position bias of a step, which is computed once and sliced."""
 
-    def __init__(self, sources: Iterable[KeyValue], bias_of: Callable[[int], torch.Tensor]) -> None:
-        """`bias_of(S)`: [1, H, 1, S], what the last of S positions adds to its logits of them."""
-        self.blocks = tuple(map(LayerKVCache, sources))
-        self._bias_of = bias_of
-        self._bias_1H1S = bias_of(ROOM)
+    def __init__(self, sources: Iterable[KeyValue], last_query_bias: Callable[[int], torch.Tensor]) -> None:
+        """Begin an empty cache.
+
+        Args:
+            sources: the keys and values of the source, for each block.
+            last_query_bias: returns, for S, the position bias of the last of S positions: [1, H, 1, S].
+        """
+        self.blocks = tuple(LayerKVCache(source) for source in sources)
+        self._last_query_bias = last_query_bias
+        self._bias_1H1S = last_query_bias(INITIAL_CAPACITY)
 
     @property
     def bias_1H1S(self) -> torch.Tensor:
-        """Of the position after those so far. It depends on distances alone: the last entries of a longer row."""
+        """The position bias of the next position.
+
+        It depends on distances only, so the bias of a longer sequence's last position ends with it.
+        """
         length = self.blocks[0].length + 1
         if length > self._bias_1H1S.shape[-1]:
-            self._bias_1H1S = self._bias_of(2 * length)
+            self._bias_1H1S = self._last_query_bias(2 * length)
         return self._bias_1H1S[..., -length:]
 
     def reorder(self, row_B: torch.Tensor) -> None:
-        """Row i of the next step goes on from row `row_B[i]` of the last: what beams do."""
-        for past in self.blocks:
-            past.reorder(row_B)
+        """Let row i of the next step continue row `row_B[i]` of the last one, as beam search does."""
+        for block in self.blocks:
+            block.reorder(row_B)

@@ -1,7 +1,8 @@
-"""Which parameters learn: groups of them, by the module that a parameter sits in (fine-tuning, beyond the paper).
+"""Which parameters a fine-tuning updates: sets of them, by the module that a parameter is in (beyond the paper).
 
-ST-MoE finds that to update all, all but the experts, or the dense feed-forwards alone is about equal, and the experts
-alone much worse. A router goes with its experts: it is of no use without them, and nothing else learns from its loss.
+ST-MoE finds that updating all parameters, all but the experts, or only the dense feed-forwards gives about equal
+quality, and updating only the experts gives much worse quality. A router belongs to the set of its experts: it is of no
+use without them, and only they learn from its loss.
 """
 
 from typing import Literal
@@ -14,46 +15,49 @@ from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.transformer import SwitchTransformer
 
 TrainableSet = Literal["all", "non_expert", "expert", "dense_feed_forward"]
-"""`expert`: the sparse layers, routers included, whatever they route; `non_expert`: all else; `dense_feed_forward`: the
-feed-forwards without experts, but not the norms before them."""
+"""`expert`: the sparse layers with their routers, in feed-forwards and attentions; `non_expert`: all else;
+`dense_feed_forward`: the feed-forwards without experts, but not the norms before them."""
 
 
 def check(spec: ModelSpec, group: TrainableSet) -> None:
-    """Raises ValueError, with the way out, when such a model has no parameter of the group."""
+    """Raise ValueError, with the fix, if a model of this spec has no parameter in the set."""
     if group == "expert" and spec.num_experts == 1:
         raise ValueError(
-            "a dense model (num_experts: 1) has no experts to update: take all or dense_feed_forward, or a sparse model"
+            "a dense model (num_experts: 1) has no experts to update: choose all or dense_feed_forward, or a sparse "
+            "model"
         )
     blocks = [(stack, layer) for stack in STACKS for layer in range(spec.num_blocks(stack))]
     if group == "dense_feed_forward" and all(spec.is_sparse(*block, "feed_forward") for block in blocks):
         raise ValueError(
-            "every feed-forward of this model has experts, so that no dense one is left to update: take all, "
-            "non_expert or expert"
+            "every feed-forward of this model has experts, so there is no dense one to update: choose all, non_expert "
+            "or expert"
         )
 
 
 def trainable_members(model: SwitchTransformer, group: TrainableSet) -> dict[str, nn.Parameter]:
-    """The parameters of a group by name, in the model's order."""
-    named = dict(model.named_parameters())
-    kind = FeedForward if group == "dense_feed_forward" else SwitchLayer
-    inside = {id(weight) for part in model.modules() if isinstance(part, kind) for weight in part.parameters()}
+    """Return the parameters of a set by name, in the model's order."""
+    parameters = dict(model.named_parameters())
     if group == "all":
-        return named
-    return {name: weight for name, weight in named.items() if (id(weight) in inside) != (group == "non_expert")}
+        return parameters
+    module_type = FeedForward if group == "dense_feed_forward" else SwitchLayer
+    modules = [module for module in model.modules() if isinstance(module, module_type)]
+    inside = {id(weight) for module in modules for weight in module.parameters()}
+    wants_inside = group != "non_expert"
+    return {name: weight for name, weight in parameters.items() if (id(weight) in inside) == wants_inside}
 
 
 def freeze(model: SwitchTransformer, group: TrainableSet) -> None:
-    """Let the parameters of `group` learn, and no others. Before an optimizer is built and the model is wrapped.
+    """Make the parameters of the set trainable, and no others. Call it before the optimizer is built.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: the model has no parameter in the set.
     """
     check(model.spec, group)
-    learning = trainable_members(model, group)
+    members = trainable_members(model, group)
     for name, weight in model.named_parameters():
-        weight.requires_grad_(name in learning)
+        weight.requires_grad_(name in members)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name: what an optimizer is built over."""
+    """Return the trainable parameters by name, for the optimizer."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -1,9 +1,9 @@
-"""The whole model: T5's encoder and decoder with Switch layers where the spec says.
+"""The complete model: T5's encoder and decoder with Switch layers in the blocks that the spec names.
 
 Legend: B batch, S source, T target, D model, V vocabulary, H heads.
 
-Pre-norm blocks: x + dropout(layer(norm(x))). The forward pass returns the routing reports, which hold the losses of the
-sparse layers; nothing is kept on the side.
+Pre-norm blocks: x + dropout(layer(norm(x))). The forward pass returns the router statistics, which carry the losses of
+the sparse layers; modules store no state of a forward pass.
 """
 
 from collections.abc import Iterable
@@ -28,10 +28,10 @@ from switchcli.spec import PAD
 
 
 class ModelOutput(NamedTuple):
-    """The decoder's answer at each target position, and what the sparse layers tell."""
+    """The decoder's output at each target position, and the losses and statistics of the sparse layers."""
 
     hidden_BTD: torch.Tensor
-    """What the softmax matrix is multiplied with: a loss may then do without all logits at once."""
+    """The factor of the softmax matrix in the logits, so that a loss can be computed without all logits at once."""
     vocabulary: VocabularyShard
     """The softmax matrix."""
     auxiliary: AuxiliaryLoss | None
@@ -45,21 +45,21 @@ class ModelOutput(NamedTuple):
 
     @property
     def router_stats(self) -> StackStats:
-        """One for each sparse layer, the encoder's first."""
+        """The statistics of each sparse layer, the encoder's first."""
         return self.encoder_stats + self.decoder_stats
 
 
 class EncoderOutput(NamedTuple):
-    """The encoder's answer."""
+    """The encoder's output."""
 
     hidden_BSD: torch.Tensor
     bias_B1TS: torch.Tensor
-    """Hides the padding from cross-attention, the same for all T: [B, 1, 1, S]."""
+    """The bias of cross-attention: the padding mask, equal for all T, [B, 1, 1, S]; or [B, 1, T, S] in packed rows."""
     stats: StackStats
 
 
 class SelfAttention(nn.Module):
-    """x + dropout(attention(norm(x))) over the positions of x itself, after those of `past`; dense or sparse."""
+    """x + dropout(attention(norm(x))) over the cached positions and those of x, with a dense or sparse attention."""
 
     def __init__(self, spec: ModelSpec, stack: Stack, layer: int) -> None:
         super().__init__()
@@ -69,26 +69,26 @@ class SelfAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(
-        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, past: LayerKVCache | None = None
+        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, cache: LayerKVCache | None = None
     ) -> tuple[torch.Tensor, StackStats]:
-        """The new x, and the report if it is sparse; `past` grows by the positions of x."""
+        """Return the new x, and the router statistics of a sparse attention. Adds the positions of x to `cache`."""
         normed_BTD = self.norm(x_BTD)
-        reports: StackStats = ()
+        stats: StackStats = ()
         if isinstance(self.attention, SwitchAttention):
-            query_BHTK, memory, report = self.attention.project(normed_BTD, real_BT)
-            reports = (report,)
+            query_BHTK, memory, attention_stats = self.attention.project(normed_BTD, real_BT)
+            stats = (attention_stats,)
         else:
             normed_BTD = self.attention.axis.enter_region(normed_BTD)
             query_BHTK, memory = self.attention.query(normed_BTD), self.attention.key_value(normed_BTD)
-        memory = memory if past is None else past.append(memory)
+        memory = memory if cache is None else cache.append(memory)
         y_BTD = self.attention(query_BHTK, memory, bias_BHTS)
-        return x_BTD + dropout(y_BTD, self.dropout, self.training), reports
+        return x_BTD + dropout(y_BTD, self.dropout, self.training), stats
 
 
 class CrossAttention(nn.Module):
-    """x + dropout(attention(norm(x), memory)); no position bias, as in T5.
+    """x + dropout(attention(norm(x), memory)), without a position bias, as in T5.
 
-    Rows of x side by side may share a row of the memory, as beams do: they are then queries of one sequence.
+    In beam search adjacent rows of x, the beams of an input, share a row of the memory.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -99,13 +99,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B1TS: torch.Tensor) -> torch.Tensor:
         normed_BTD = self.attention.axis.enter_region(self.norm(x_BTD))
-        shared_BTD = normed_BTD.view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
-        y_BTD = self.attention(self.attention.query(shared_BTD), memory, bias_B1TS).view_as(x_BTD)
+        # [B * beams, T, D] -> [B, beams * T, D]: the beams of an input are queries of one sequence.
+        merged_BTD = normed_BTD.view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
+        y_BTD = self.attention(self.attention.query(merged_BTD), memory, bias_B1TS).view_as(x_BTD)
         return x_BTD + dropout(y_BTD, self.dropout, self.training)
 
 
 class FeedForwardSublayer(nn.Module):
-    """x + dropout(feed_forward(norm(x))), dense or sparse; a dropped token keeps its x."""
+    """x + dropout(feed_forward(norm(x))), dense or sparse. A dropped token keeps its x."""
 
     def __init__(self, spec: ModelSpec, stack: Stack, layer: int) -> None:
         super().__init__()
@@ -116,13 +117,13 @@ class FeedForwardSublayer(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, StackStats]:
         normed_BSD = self.norm(x_BSD)
-        reports: StackStats = ()
+        stats: StackStats = ()
         if isinstance(self.layer, SwitchLayer):
-            y_BSD, report = self.layer(normed_BSD, real_BS)
-            reports = (report,)
+            y_BSD, layer_stats = self.layer(normed_BSD, real_BS)
+            stats = (layer_stats,)
         else:
             y_BSD = self.layer(normed_BSD)
-        return x_BSD + dropout(y_BSD, self.dropout, self.training), reports
+        return x_BSD + dropout(y_BSD, self.dropout, self.training), stats
 
 
 class EncoderBlock(nn.Module):
@@ -136,13 +137,13 @@ class EncoderBlock(nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, real_BS: torch.Tensor, bias_BHSS: torch.Tensor
     ) -> tuple[torch.Tensor, StackStats]:
-        x_BSD, attended = self.self_attention(x_BSD, real_BS, bias_BHSS)
-        x_BSD, fed = self.feed_forward(x_BSD, real_BS)
-        return x_BSD, attended + fed
+        x_BSD, attention_stats = self.self_attention(x_BSD, real_BS, bias_BHSS)
+        x_BSD, feed_forward_stats = self.feed_forward(x_BSD, real_BS)
+        return x_BSD, attention_stats + feed_forward_stats
 
 
 class DecoderBlock(nn.Module):
-    """Self-attention over the past, attention to the encoder, then a feed-forward."""
+    """Causal self-attention, cross-attention to the encoder's output, then a feed-forward."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
@@ -156,25 +157,27 @@ class DecoderBlock(nn.Module):
         real_BT: torch.Tensor,
         bias_BHTS: torch.Tensor,
         encoded: EncoderOutput,
-        past: LayerKVCache | None,
+        cache: LayerKVCache | None,
     ) -> tuple[torch.Tensor, StackStats]:
-        source = self._source(encoded) if past is None else past.source
-        x_BTD, attended = self.self_attention(x_BTD, real_BT, bias_BHTS, past)
+        source = self._cross_key_value(encoded) if cache is None else cache.source
+        x_BTD, attention_stats = self.self_attention(x_BTD, real_BT, bias_BHTS, cache)
         x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B1TS)
-        x_BTD, fed = self.feed_forward(x_BTD, real_BT)
-        return x_BTD, attended + fed
+        x_BTD, feed_forward_stats = self.feed_forward(x_BTD, real_BT)
+        return x_BTD, attention_stats + feed_forward_stats
 
     def cross_key_value(self, encoded: EncoderOutput) -> KeyValue:
-        """What cross-attention attends to, for decoding step by step. Apart from `forward`'s own: what gathers weights
-        around either must not do so twice."""
-        return self._source(encoded)
+        """Return the keys and values of cross-attention, for step-by-step decoding.
 
-    def _source(self, encoded: EncoderOutput) -> KeyValue:
+        `forward` does not call it: sharded weights are gathered around either method, which must not happen twice.
+        """
+        return self._cross_key_value(encoded)
+
+    def _cross_key_value(self, encoded: EncoderOutput) -> KeyValue:
         return self.cross_attention.attention.key_value(encoded.hidden_BSD)
 
 
 class Encoder(nn.Module):
-    """`num_layers` blocks that see all positions."""
+    """`num_layers` blocks with attention to all positions."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -184,7 +187,13 @@ class Encoder(nn.Module):
         self.dropout = spec.dropout
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor, segments: SegmentIds | None = None) -> EncoderOutput:
-        """x_BSD: the embedded tokens; `real_BS` is False for padding, which nothing attends to and no router sees."""
+        """Encode embedded tokens.
+
+        Args:
+            x_BSD: the embedded tokens.
+            real_BS: bool, False for padding, which is masked in attention and not routed.
+            segments: the examples of packed rows; None: each row is one example.
+        """
         S = x_BSD.shape[1]
         padding_B11S = padding_bias(real_BS)
         bias_BHSS = self.position_bias(S, S) + padding_B11S
@@ -192,16 +201,16 @@ class Encoder(nn.Module):
             bias_BHSS = bias_BHSS + segment_bias(segments.source_BS, segments.source_BS)
         bias_BHSS = shared_bias(bias_BHSS, x_BSD)
         x_BSD = dropout(x_BSD, self.dropout, self.training)
-        reports: StackStats = ()
+        stats: StackStats = ()
         for block in self.blocks:
-            x_BSD, new = block(x_BSD, real_BS, bias_BHSS)
-            reports += new
+            x_BSD, block_stats = block(x_BSD, real_BS, bias_BHSS)
+            stats += block_stats
         hidden_BSD = dropout(self.final_norm(x_BSD), self.dropout, self.training)
-        return EncoderOutput(hidden_BSD, padding_B11S, reports)
+        return EncoderOutput(hidden_BSD, padding_B11S, stats)
 
 
 class Decoder(nn.Module):
-    """`decoder_layers` blocks that see the past and the encoder's output."""
+    """`decoder_layers` blocks with attention to earlier positions and to the encoder's output."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -218,10 +227,14 @@ class Decoder(nn.Module):
         cache: DecoderCache | None = None,
         segments: SegmentIds | None = None,
     ) -> tuple[torch.Tensor, StackStats]:
-        """Hidden states of T positions and the reports.
+        """Return the hidden states of T positions, and the router statistics.
 
-        With a cache T is 1: the position after those in it, which it then holds too. Its rows may be several for each
-        of the encoder's, as beams are. Packed rows have no cache.
+        Args:
+            x_BTD: the embedded tokens. With a cache T is 1, and B may be a multiple of the encoder's rows: the beams.
+            real_BT: bool, False for padding, which is not routed.
+            encoded: the encoder's output.
+            cache: the positions so far, to which this one is added; None: x has all positions.
+            segments: the examples of packed rows, which have no cache.
         """
         T = x_BTD.shape[1]
         if cache is not None:
@@ -234,22 +247,24 @@ class Decoder(nn.Module):
                 encoded = encoded._replace(bias_B1TS=shared_bias(bias_B1TS, x_BTD))
             bias_BHTS = shared_bias(bias_BHTS, x_BTD)
         x_BTD = dropout(x_BTD, self.dropout, self.training)
-        reports: StackStats = ()
+        stats: StackStats = ()
         for layer, block in enumerate(self.blocks):
-            x_BTD, new = block(x_BTD, real_BT, bias_BHTS, encoded, cache and cache.blocks[layer])
-            reports += new
-        return dropout(self.final_norm(x_BTD), self.dropout, self.training), reports
+            x_BTD, block_stats = block(x_BTD, real_BT, bias_BHTS, encoded, cache and cache.blocks[layer])
+            stats += block_stats
+        return dropout(self.final_norm(x_BTD), self.dropout, self.training), stats
 
     def cache(self, encoded: EncoderOutput) -> DecoderCache:
-        """An empty one for decoding step by step: keys and values of the source, and the position bias."""
-        blocks = cast(Iterable[DecoderBlock], self.blocks)
-        sources = (block.cross_key_value(encoded) for block in blocks)
-        by_head = (KeyValue(*(x_BHSK.contiguous() for x_BHSK in source)) for source in sources)  # read at every step
-        return DecoderCache(by_head, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
+        """Return an empty cache for step-by-step decoding: keys and values of the source, and the position bias."""
+        sources = []
+        for block in cast(Iterable[DecoderBlock], self.blocks):
+            source = block.cross_key_value(encoded)
+            # Contiguous by head, as every step reads them.
+            sources.append(KeyValue(source.key_BHSK.contiguous(), source.value_BHSK.contiguous()))
+        return DecoderCache(sources, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
 
 
 class SwitchTransformer(nn.Module):
-    """An encoder-decoder from token ids to logits; `initialise` or a checkpoint fills its weights."""
+    """An encoder-decoder from token ids to logits. `initialize` or a checkpoint fills its weights."""
 
     def __init__(self, spec: ModelSpec, router_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -259,7 +274,7 @@ class SwitchTransformer(nn.Module):
         self.decoder = Decoder(spec)
         self.head = None if spec.tie_embeddings else linear(spec.d_model, spec.vocab_size)
         self.axis = SINGLE_PROCESS
-        """Of the vocabulary."""
+        """The processes among which the vocabulary is divided."""
         for module in self.modules():
             if isinstance(module, RouterWeights):
                 module.dtype = router_dtype
@@ -267,30 +282,39 @@ class SwitchTransformer(nn.Module):
     def forward(
         self, inputs_BS: torch.Tensor, targets_BT: torch.Tensor, segments: SegmentIds | None = None
     ) -> ModelOutput:
-        """The answer for every target given the inputs and the targets before it (int64 ids; 0 is padding).
+        """Predict every target from the inputs and the targets before it.
 
-        With `segments` (packing.segments_of) rows are packed: given those of its own example alone.
+        Args:
+            inputs_BS: int64 token ids; 0 is padding.
+            targets_BT: int64 token ids; 0 is padding.
+            segments: the examples of packed rows (`packing.segment_ids`): a target is predicted from its own example
+                only. None: each row is one example.
         """
         encoded = self._encode(inputs_BS, segments)
         x_BTD = self.embed(decoder_inputs(targets_BT, segments))
-        hidden_BTD, reports = self.decoder(x_BTD, targets_BT != PAD, encoded, segments=segments)
+        hidden_BTD, decoder_stats = self.decoder(x_BTD, targets_BT != PAD, encoded, segments=segments)
         encoder, decoder = (self.spec.router_of(stack) for stack in STACKS)
-        auxiliary = auxiliary_loss([(encoder, encoded.stats), (decoder, reports)], self.spec.balance_reduction)
-        return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.stats, reports)
+        auxiliary = auxiliary_loss([(encoder, encoded.stats), (decoder, decoder_stats)], self.spec.balance_reduction)
+        return ModelOutput(*self.vocabulary(hidden_BTD), auxiliary, encoded.stats, decoder_stats)
 
     def encode(self, inputs_BS: torch.Tensor) -> EncoderOutput:
-        """The first step of decoding step by step; apart from `forward`'s own, as `DecoderBlock.source` is."""
+        """Encode inputs for step-by-step decoding. `forward` does not call it, see `DecoderBlock.cross_key_value`."""
         return self._encode(inputs_BS)
 
     def _encode(self, inputs_BS: torch.Tensor, segments: SegmentIds | None = None) -> EncoderOutput:
         encoded: EncoderOutput = self.encoder(self.embed(inputs_BS), inputs_BS != PAD, segments)
-        return encoded._replace(hidden_BSD=self.axis.enter_region(encoded.hidden_BSD))  # once for all cross-attentions
+        # All cross-attentions use it in their divided heads: one sum of the gradient serves them all.
+        return encoded._replace(hidden_BSD=self.axis.enter_region(encoded.hidden_BSD))
 
     def embed(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of tokens, not scaled, as in T5: [B, S, D]."""
         return VocabularyShard(self.embedding, self.axis).embed(ids_BS)
 
     def vocabulary(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, VocabularyShard]:
-        """The factors of the logits: hidden states, scaled as T5 1.0 does with tied embeddings, and matrix [V, D]."""
+        """Return the factors of the logits: the hidden states, and the softmax matrix [V, D].
+
+        With tied embeddings the hidden states are scaled by d_model**-0.5, as in T5 1.0.
+        """
         if self.head is not None:
             return hidden_BTD, VocabularyShard(self.head.weight, self.axis)
         return hidden_BTD * self.spec.d_model**-0.5, VocabularyShard(self.embedding, self.axis)

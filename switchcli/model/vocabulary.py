@@ -1,9 +1,9 @@
-"""The vocabulary: the matrix of embeddings or of the softmax, or the rows of it that are here.
+"""The vocabulary matrix, for embedding and softmax, or this process's rows of it.
 
-Legend: V the rows that are here, D model, C targets of a chunk, K tokens of each, R rows of hidden states.
+Legend: V rows in this process, D model, C targets of a chunk.
 
-Where the rows are divided among processes, what is summed over the vocabulary is summed here over the rows that are:
-`Axis.leave` makes it whole.
+Where the rows are divided among processes, sums over the vocabulary are computed over the local rows and completed by
+`ModelAxis.all_reduce`.
 """
 
 from typing import NamedTuple, final
@@ -15,22 +15,25 @@ from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
 
 
 class LocalTokens(NamedTuple):
-    """Where tokens are among the rows that are here."""
+    """The local rows of tokens."""
 
     row: torch.Tensor
-    """int64: some row for those that are elsewhere."""
+    """int64: the row of each local token; some valid row for the others."""
     is_local: torch.Tensor | None
-    """bool; None: all are."""
+    """bool: tokens whose row is in this process; None if all are."""
 
     def zero_others(self, x: torch.Tensor) -> torch.Tensor:
-        """x for the tokens that are here, 0 for the others."""
+        """Return x, with 0 for the tokens that are not local."""
         return x if self.is_local is None else x * self.is_local
 
 
 @final
 class VocabularyShard:
-    """Rows of the vocabulary. No tuple, no dataclass: who looks through those for the tensors of a model's output, as
-    torch's hooks do, would find the weight, and leave something on it at every step."""
+    """This process's rows of the vocabulary matrix.
+
+    It is neither a tuple nor a dataclass. torch's hooks search those for the tensors of a model's output: they would
+    find the weight and attach a hook to it at every step.
+    """
 
     __slots__ = ("axis", "weight_VD")
 
@@ -38,39 +41,45 @@ class VocabularyShard:
         self.weight_VD, self.axis = weight_VD, axis
 
     def locate(self, ids: torch.Tensor) -> LocalTokens:
-        """Where the tokens `ids` are."""
+        """Return the local rows of the tokens `ids`."""
         if self.axis.size == 1:
             return LocalTokens(ids, None)
-        rows = len(self.weight_VD)
-        row = ids - self.axis.rank * rows
-        return LocalTokens(row.clamp(0, rows - 1), (row >= 0) & (row < rows))
+        # Rank r has the rows from r * V to (r + 1) * V.
+        num_rows = len(self.weight_VD)
+        row = ids - self.axis.rank * num_rows
+        return LocalTokens(row.clamp(0, num_rows - 1), (row >= 0) & (row < num_rows))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The row of each token: [..., D]."""
-        row, is_here = self.locate(ids)
+        """Return the embedding of each token: [..., D]."""
+        row, is_local = self.locate(ids)
         x_D = F.embedding(row, self.weight_VD)
-        return x_D if is_here is None else self.axis.all_reduce(x_D * is_here.unsqueeze(-1))
+        # Exactly one process has the row of a token; the others add zeros.
+        return x_D if is_local is None else self.axis.all_reduce(x_D * is_local.unsqueeze(-1))
 
     def log_softmax(self, logits_CV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """log softmax(logits / temperature) over the whole vocabulary, of the rows here; float32 at least. No gradient
-        where the rows are divided."""
-        exact = at_least_float32(logits_CV)
+        """Return log softmax(logits / temperature) over the full vocabulary, for the local rows: [C, V].
+
+        The result is at least float32. It has no gradient if the rows are divided.
+        """
+        dtype = at_least_float32(logits_CV)
         if temperature != 1.0:
-            logits_CV = logits_CV.to(exact) / temperature
+            logits_CV = logits_CV.to(dtype) / temperature
         if self.axis.size == 1:
-            return torch.log_softmax(logits_CV, -1, dtype=exact)
-        exact_CV = logits_CV.to(exact)
-        log_sum_C1 = self.logsumexp(exact_CV).unsqueeze(1)
-        return exact_CV - log_sum_C1 if exact_CV is logits_CV else exact_CV.sub_(log_sum_C1)
+            return torch.log_softmax(logits_CV, -1, dtype=dtype)
+        exact_CV = logits_CV.to(dtype)
+        logsumexp_C1 = self.logsumexp(exact_CV).unsqueeze(1)
+        # In place where exact_CV is a copy; the caller's tensor must not change.
+        return exact_CV - logsumexp_C1 if exact_CV is logits_CV else exact_CV.sub_(logsumexp_C1)
 
     def logsumexp(self, x_CV: torch.Tensor) -> torch.Tensor:
-        """log sum exp over the whole vocabulary: [C]. No gradient where the rows are divided."""
+        """Return log sum exp over the full vocabulary: [C]. It has no gradient if the rows are divided."""
         if self.axis.size == 1:
             return x_CV.logsumexp(1)
-        largest_C1 = self.axis.all_reduce_max(x_CV.amax(1, keepdim=True))
-        return self.axis.all_reduce((x_CV - largest_C1).exp_().sum(1)).log_() + largest_C1.squeeze(1)
+        # log sum exp(x) = log sum exp(x - max) + max, where max is over all processes, so that no exp overflows.
+        max_C1 = self.axis.all_reduce_max(x_CV.amax(1, keepdim=True))
+        return self.axis.all_reduce((x_CV - max_C1).exp_().sum(1)).log_() + max_C1.squeeze(1)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.dtype:
-    """What softmaxes and sums are taken in."""
+    """Return the dtype of softmaxes and sums over x: float32, or float64 if x is."""
     return torch.promote_types(x.dtype, torch.float32)

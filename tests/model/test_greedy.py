@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate, generate_columns
-from switchcli.model.kv_cache import ROOM
+from switchcli.model.kv_cache import INITIAL_CAPACITY
 from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
@@ -116,7 +116,7 @@ def test_the_cache_grows() -> None:
     with torch.no_grad():
         model.head.weight[EOS] = 0.0  # no answer ends
     inputs_BS = some_inputs(2, 1)
-    length = 2 * ROOM + 3
+    length = 2 * INITIAL_CAPACITY + 3
     assert generate(model, inputs_BS, Decoding(max_tokens=length)).tolist() == [
         uncached(model, inputs_S, length) for inputs_S in inputs_BS
     ]
