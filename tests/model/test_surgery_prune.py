@@ -13,7 +13,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer, evaluating
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, TopKRouter
-from switchcli.model.surgery.prune import By, Gate, LayerPruning, merge_shares, plan_pruning, probability_mass, prune
+from switchcli.model.surgery.prune import By, Gate, LayerPruning, merge_weights, plan_pruning, probability_mass, prune
 from switchcli.model.transformer import SwitchTransformer
 
 LARGE = {**SHAPE, "num_layers": 2, "init_scale": 8.0, "num_experts": 5}
@@ -153,7 +153,7 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
 
 
 def test_without_any_load_an_expert_stays_as_it_is() -> None:
-    share_NE = merge_shares(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
+    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 

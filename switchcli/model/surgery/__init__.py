@@ -1,1 +1,1 @@
-"""Models made from other models: upcycled, pruned, or the student of a teacher."""
+"""Models made from other models: upcycled, pruned, or a student initialized from its teacher."""

@@ -1,11 +1,11 @@
 """Expert pruning: a trained model with fewer experts in each sparse layer, for serving (beyond the paper).
 
-Those that the tokens ask for most stay. A token whose expert is gone goes to the most probable one that is left. Gates
-are a softmax over fewer experts then, and that of one that stays rises: p_i / (sum of p over those kept). So the output
-is another even where no token loses its expert, unless gates are divided by their own sum (top_k, renormalise). What
-can be made up for is the mean: `Cut.wo`.
+The experts that most tokens choose are kept. A token whose expert is removed goes to the most probable kept one. Gates
+are then a softmax over fewer experts, so that of a kept expert rises to p_i / (sum of p over the kept experts). The
+output therefore changes even where no token loses its expert, unless gates are divided by their own sum (top_k with
+renormalise). Only the mean of this change can be corrected: see `LayerPruning.wo`.
 
-Legend: E experts, N those kept, B batch, S positions, D model, A tokens.
+Legend: E experts, N kept experts, B batch, S positions, D model, A tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,16 +25,16 @@ Gate = Literal["scaled", "raw"]
 
 
 class LayerPruning(NamedTuple):
-    """What is done to one sparse layer."""
+    """How one sparse layer is pruned."""
 
     load: Sequence[int]
-    """How many tokens asked for each expert."""
+    """Number of tokens that chose each expert."""
     kept: list[int]
-    """The experts that stay: those with the largest load, of equal ones the first, in the order of their numbers."""
+    """The kept experts, in ascending order: those with the largest load, of equal loads the first."""
     lost_fraction: float
-    """Share of the load that fell on the others."""
+    """Fraction of the load that fell on the removed experts."""
     wo: torch.Tensor
-    """Factor of the last matrix of those that stay: a token that keeps its expert gets on average what it got."""
+    """Factor of the kept experts' last matrix. It keeps the mean gate of tokens that keep their expert."""
 
 
 def plan_pruning(
@@ -44,25 +44,40 @@ def plan_pruning(
     num_kept: int,
     gate: Gate,
 ) -> dict[str, LayerPruning]:
-    """How each layer is cut, from its load and its `probability_mass`; with `raw` gates weights stay as they are."""
+    """Plan the pruning of each sparse layer, keyed by layer.
+
+    Args:
+        model: the model to prune.
+        loads: the number of tokens that chose each expert, by layer.
+        mass: float64 [E, E] by layer, from `probability_mass`.
+        num_kept: the number of experts to keep in each layer.
+        gate: whether the last matrices of the kept experts are `scaled` by `LayerPruning.wo`, or `raw`.
+    """
     return {
-        name: _cut(layer.rule, loads[name], mass[name], num_kept, gate) for name, layer in sparse_layers(model).items()
+        name: _plan_layer(layer.rule, loads[name], mass[name], num_kept, gate)
+        for name, layer in sparse_layers(model).items()
     }
 
 
-def _cut(rule: Router, load_E: Sequence[int], mass_EE: torch.Tensor, num_kept: int, gate: Gate) -> LayerPruning:
-    kept = sorted(sorted(range(len(load_E)), key=lambda expert: -load_E[expert])[:num_kept])
-    lost = sum(load_E) - sum(load_E[expert] for expert in kept)
+def _plan_layer(
+    router: Router, load_E: Sequence[int], mass_EE: torch.Tensor, num_kept: int, gate: Gate
+) -> LayerPruning:
+    by_load = sorted(range(len(load_E)), key=lambda expert: -load_E[expert])  # stable: of equal loads the first
+    kept = sorted(by_load[:num_kept])
+    total_load = sum(load_E)
+    lost_load = total_load - sum(load_E[expert] for expert in kept)
+    # The tokens that keep their expert are in the rows of the kept experts. Each has a probability sum of 1 over all
+    # experts; the mean over the kept ones is how much the new softmax divides by, on average.
     mass_NE = mass_EE[kept]
     wo = mass_NE[:, kept].sum() / mass_NE.sum()
-    if gate == "raw" or rule.gates_sum_to_one or not mass_NE.any():
+    if gate == "raw" or router.gates_sum_to_one or not mass_NE.any():
         wo = torch.ones_like(wo)
-    return LayerPruning(load_E, kept, lost / max(1, sum(load_E)), wo)
+    return LayerPruning(load_E, kept, lost_load / max(1, total_load), wo)
 
 
 @contextmanager
 def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tensor]]:
-    """Within, forward passes fill float64 [E, E] for each sparse layer, by its name.
+    """Sum router probabilities over the forward passes within the context: float64 [E, E], by sparse layer.
 
     Row i is the sum of p(x) over the tokens whose most probable expert is i.
     """
@@ -72,6 +87,7 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
         x_BSD, real_BS = inputs
         probability_AE = layer.router(x_BSD[real_BS]).double().softmax(-1)
         first_AE = F.one_hot(probability_AE.argmax(-1), probability_AE.shape[-1]).double()
+        # [E, A] @ [A, E] sums the probabilities of the tokens with the same first expert.
         mass[name] = first_AE.mT @ probability_AE + mass.get(name, 0.0)
 
     hooks = [layer.register_forward_hook(partial(add, name)) for name, layer in sparse_layers(model).items()]
@@ -83,37 +99,40 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def prune(model: SwitchTransformer, cuts: Mapping[str, LayerPruning], into: SwitchTransformer, by: By) -> None:
-    """Fill `into`, which has fewer experts and is else of the same shape, from the weights of `model`.
+def prune(model: SwitchTransformer, prunings: Mapping[str, LayerPruning], pruned: SwitchTransformer, by: By) -> None:
+    """Fill `pruned`, a model that differs from `model` only by having fewer experts, from the weights of `model`.
 
-    The routers keep the rows of the experts that stay. `drop` takes those experts as they are; `merge` averages each
-    with the experts removed whose router rows are most like its own (`shares`).
+    The routers keep the rows of the kept experts. With `drop` the kept experts stay as they are. With `merge` each is
+    averaged with the removed experts whose router rows are most similar to its own (`merge_weights`).
     """
-    whole = dict(model.named_parameters())
-    for name, parameter in into.named_parameters():
-        weight = whole[name].detach()
+    weights = dict(model.named_parameters())
+    for name, parameter in pruned.named_parameters():
+        weight = weights[name].detach()
         layer = name.partition(".experts.")[0].removesuffix(".router.weight")
-        if found := cuts.get(layer.removesuffix(".switch")):
+        # A Switch attention is named by the attention, not by the layer in it.
+        pruning = prunings.get(layer.removesuffix(".switch"))
+        if pruning is not None:  # an expert or a router
             if by == "merge" and ".experts." in name:
-                share_NE = merge_shares(whole[f"{layer}.router.weight"], found)
-                weight = torch.tensordot(share_NE.to(weight.dtype), weight, dims=1)
+                merge_NE = merge_weights(weights[f"{layer}.router.weight"], pruning)
+                weight = torch.tensordot(merge_NE.to(weight.dtype), weight, dims=1)  # [N, E] . [E, ...] -> [N, ...]
             else:
-                weight = weight[found.kept]
+                weight = weight[pruning.kept]
             if name.endswith(".wo"):
-                weight = weight * found.wo.to(weight.dtype)
+                weight = weight * pruning.wo.to(weight.dtype)
         parameter.copy_(weight)
 
 
-def merge_shares(router_ED: torch.Tensor, found: LayerPruning) -> torch.Tensor:
-    """float64 [N, E]: the part that each expert has in the one which it is merged into; rows add up to 1.
+def merge_weights(router_ED: torch.Tensor, pruning: LayerPruning) -> torch.Tensor:
+    """Return the weight of each expert in each merged one: float64 [N, E]; rows add up to 1.
 
-    Each goes to the kept expert whose router row has the largest cosine with its own, weighed by its load; one without
-    any load stays as it is where it is kept, and counts for nothing where it is not.
+    Each removed expert is merged into the kept one whose router row has the largest cosine with its own. Experts are
+    weighted by their loads. A kept expert stays as it is if neither it nor the experts merged into it have any load.
     """
-    E, N = len(router_ED), len(found.kept)
+    E, N = len(router_ED), len(pruning.kept)
     row_ED = F.normalize(router_ED.double(), dim=1)
-    place_E = (row_ED @ row_ED[found.kept].mT).argmax(1)
-    place_E[found.kept] = torch.arange(N, device=place_E.device)  # two rows may be the same
-    load_NE = F.one_hot(place_E, N).mT * place_E.new_tensor(found.load).double()
+    target_E = (row_ED @ row_ED[pruning.kept].mT).argmax(1)  # the index of an expert's merged one, from 0 to N - 1
+    target_E[pruning.kept] = torch.arange(N, device=target_E.device)  # two kept experts may have equal rows
+    load_NE = F.one_hot(target_E, N).mT * target_E.new_tensor(pruning.load).double()
     total_N1 = load_NE.sum(1, keepdim=True)
-    return torch.where(total_N1 > 0, load_NE / total_N1, F.one_hot(place_E.new_tensor(found.kept), E).double())
+    unmerged_NE = F.one_hot(target_E.new_tensor(pruning.kept), E).double()
+    return torch.where(total_N1 > 0, load_NE / total_N1, unmerged_NE)

@@ -1,14 +1,14 @@
-"""A student that starts from its teacher's weights (section 4.2): which of them fit, and what takes the experts' place.
+"""Initialization of a student from its teacher's weights (section 4.2): which weights fit, and what replaces experts.
 
-All that is no expert and no router is copied by name: attention, norms, embeddings, the dense feed-forwards. Where the
-teacher has experts the paper's student starts afresh; beyond it, it may take the mean of the experts, or the one with
-the most tokens. A sparse student takes in the same way for each of its experts: a mean, or the most used ones with
-their rows of the router.
+Everything but experts and routers is copied by name: attention, norms, embeddings, dense feed-forwards. Where the
+teacher has experts, the paper's student is initialized at random. Beyond the paper, it may use the mean of the experts,
+or the one with the most tokens. The experts of a sparse student can be initialized likewise: each from the mean, or
+from the most used experts with their rows of the router.
 
 # Deviates: the caption of Table 6 says that the baseline without distillation starts from expert weights; its row says
-non-expert, which is what a dense model can take.
+non-expert, which is what a dense model can use.
 
-Legend: E experts, D model, F hidden.
+Legend: E experts of the teacher.
 """
 
 import re
@@ -26,59 +26,66 @@ DIMENSIONS = (
     "vocab_size", "d_model", "d_ff", "head_width", "num_heads", "num_layers", "decoder_layers", "activation",
     "tie_embeddings", "relative_attention_num_buckets",
 )  # fmt: skip
-"""What two models have in common when the weights of the one mean the same in the other."""
+"""The settings in which two models must agree for their weights to be interchangeable."""
 
 
 class FromTeacherInit(Spec):
-    """Start from the teacher's weights."""
+    """Initialize the student from the teacher's weights."""
 
     kind: Literal["teacher"] = "teacher"
     experts: Literal["random_init", "mean", "most_used"] = "random_init"
-    """What a feed-forward takes where the teacher has experts: `fresh` is the paper's; `most_used` is the expert to
-    which most tokens of held-out text go."""
+    """Initial weights of a student's feed-forward where the teacher has experts: `random_init` (the paper's), the
+    `mean` of the experts, or the `most_used` expert, which most tokens of held-out text choose."""
     on_shape_mismatch: Literal["error", "random_init"] = "error"
-    """Of a student with other dimensions than its teacher's: `fresh` copies the tensors that fit and starts the others
-    afresh."""
+    """Handling of a student with other dimensions than its teacher's: an `error`, or `random_init` of the tensors that
+    do not fit while the others are copied."""
 
 
 class StudentInit(NamedTuple):
-    """What each parameter of a student starts from, by name."""
+    """The source of each parameter of a student, by name."""
 
     copied: tuple[str, ...]
-    """The teacher's of the same name."""
+    """Parameters that are copies of the teacher's parameter of the same name."""
     from_experts: Mapping[str, str]
-    """The stacked experts of the teacher, [E, ...], that it is made of."""
+    """The teacher's parameter that others are made from: stacked experts [E, ...], or a router [E, D]."""
     random_init: tuple[str, ...]
+    """Parameters that are initialized at random."""
 
 
 def differing_dimensions(student: ModelSpec, teacher: ModelSpec) -> list[tuple[str, object, object]]:
-    """Key, student's value and teacher's value of each dimension in which they differ."""
-    values = ((name, getattr(student, name), getattr(teacher, name)) for name in DIMENSIONS)
-    return [one for one in values if one[1] != one[2]]
+    """Return the key, the student's value and the teacher's value of each dimension in which they differ."""
+    values = [(name, getattr(student, name), getattr(teacher, name)) for name in DIMENSIONS]
+    return [(name, ours, theirs) for name, ours, theirs in values if ours != theirs]
 
 
 def plan_init(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromTeacherInit) -> StudentInit:
-    """What the student can take, by names and shapes alone: models on `meta` will do."""
-    there = {name: weight.shape for name, weight in teacher.named_parameters()}
-    layers = [part for part in student.modules() if isinstance(part, SwitchLayer)]
-    routed = {id(weight) for part in layers for weight in part.parameters()}
-    copied, from_experts, fresh = [], {}, []
+    """Return the source of each parameter, from names and shapes only; the models may be on `meta`."""
+    teacher_shapes = {name: weight.shape for name, weight in teacher.named_parameters()}
+    sparse_layers = [module for module in student.modules() if isinstance(module, SwitchLayer)]
+    routed = {id(weight) for layer in sparse_layers for weight in layer.parameters()}
+    copied, from_experts, random_init = [], {}, []
     for name, weight in student.named_parameters():
-        source = re.sub(r"(\.layer)\.(wi|wi_gate|wo)\.weight$", r"\1.experts.\2", name) if name not in there else name
-        one_expert = weight.shape[1:] if id(weight) in routed else weight.shape
-        if id(weight) not in routed and there.get(name) == weight.shape:
+        source = name
+        if name not in teacher_shapes:
+            # A dense feed-forward where the teacher has experts: layer.wi.weight -> layer.experts.wi.
+            source = re.sub(r"(\.layer)\.(wi|wi_gate|wo)\.weight$", r"\1.experts.\2", name)
+        is_routed = id(weight) in routed
+        # The first dim of stacked experts counts them; the others are the shape of one expert.
+        expert_shape = weight.shape[1:] if is_routed else weight.shape
+        fits_expert = ".experts." in source and teacher_shapes.get(source, ())[1:] == expert_shape
+        if not is_routed and teacher_shapes.get(name) == weight.shape:
             copied.append(name)
-        elif settings.experts != "random_init" and ".experts." in source and there.get(source, ())[1:] == one_expert:
+        elif settings.experts != "random_init" and fits_expert:
             from_experts[name] = source
         else:
-            fresh.append(name)
-    if settings.experts == "most_used":  # a router goes with the experts that it knows
-        with_router = {
-            f"{name.rpartition('.experts.')[0]}.router.weight" for name in from_experts if ".experts." in name
-        }
-        fresh = [name for name in fresh if name not in with_router]
-        from_experts |= {name: name for name in sorted(with_router)}
-    return StudentInit(tuple(copied), from_experts, tuple(fresh))
+            random_init.append(name)
+    if settings.experts == "most_used":
+        # Stacked experts that the student takes over bring their rows of the router.
+        stacks = [name for name in from_experts if ".experts." in name]
+        routers = {f"{name.rpartition('.experts.')[0]}.router.weight" for name in stacks}
+        random_init = [name for name in random_init if name not in routers]
+        from_experts |= {name: name for name in sorted(routers)}
+    return StudentInit(tuple(copied), from_experts, tuple(random_init))
 
 
 def init_weights(
@@ -89,24 +96,33 @@ def init_weights(
     settings: FromTeacherInit,
     load: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a student `spec` that is not fresh, by its name; of each stack these experts.
+    """Yield the name and value of every weight that is not initialized at random.
 
     Args:
-        weight_of: the teacher's parameters by name; experts stacked.
-        load: tokens that went to each expert, [E], by the name of the sparse layer; needed for `most_used` alone.
+        spec: the student's.
+        experts: the numbers of the student's experts that this process stores.
+        plan: the source of each parameter.
+        weight_of: returns a parameter of the teacher by name, with all experts stacked.
+        settings: how experts are used.
+        load: number of tokens that chose each expert, [E], by sparse layer; needed only for `most_used`.
     """
     for name in plan.copied:
         yield name, weight_of(name)
     for name, source in plan.from_experts.items():
-        stacked = weight_of(source)
-        stacks = spec.num_experts if name == source else None  # None: one dense feed-forward
+        weight = weight_of(source)
+        is_stacked = name == source  # the student has experts too; otherwise one dense feed-forward
         if settings.experts == "mean":
-            mean = stacked.mean(0)
-            yield name, mean.expand(len(experts), *mean.shape) if stacks else mean
+            mean = weight.mean(0)
+            yield name, mean.expand(len(experts), *mean.shape) if is_stacked else mean
             continue
+        # Drop the module path within the sparse layer: "encoder.blocks.1.feed_forward.layer".
         layer = re.split(r"(?:\.switch)?\.(?:experts|router)\.", source)[0]
-        most = load[layer].argsort(descending=True, stable=True)[: stacks or 1].sort().values
-        kept = stacked[most.to(stacked.device)]
-        if stacks and ".experts." in name:
-            kept = kept[experts.start : experts.stop]
-        yield name, kept if stacks else kept[0]
+        num_used = spec.num_experts if is_stacked else 1
+        # The most used experts, in ascending order of their numbers.
+        used = load[layer].argsort(descending=True, stable=True)[:num_used].sort().values
+        selected = weight[used.to(weight.device)]
+        if not is_stacked:
+            selected = selected[0]
+        elif ".experts." in name:
+            selected = selected[experts.start : experts.stop]  # a router is complete in every process
+        yield name, selected

@@ -1,7 +1,8 @@
-"""Sparse upcycling: a Switch model that begins where a dense one ended (Komatsuzaki et al. 2022, beyond the paper).
+"""Sparse upcycling: a Switch model initialized from a dense one (Komatsuzaki et al. 2022, beyond the paper).
 
-Every expert is a copy of the dense feed-forward in whose place it stands, and the routers are new. Of copies a sparse
-layer gives sum_i p_i(x) E(x): the dense output times the sum of a token's gates. `correction` says how that becomes 1.
+Every expert is a copy of the dense feed-forward that its layer replaces, and the routers are new. With such copies a
+sparse layer computes sum_i p_i(x) E(x): the dense output times the sum of a token's gates. `gate_correction` says how
+that sum becomes 1.
 
 Names are those on disk, where an expert's weight is a tensor of its own: `...feed_forward.layer.experts.{e}.wi`.
 
@@ -18,41 +19,44 @@ from switchcli.model.init import keyed_generator, truncated_normal
 from switchcli.model.moe.router import RouterSpec
 
 Gate = Literal["scaled", "raw"]
-"""`raw` begins worse, with routers that learn sooner: Adafactor's steps are relative to the size of a weight."""
+"""`scaled` corrects the gates so that training starts from the dense model's output. `raw` does not: training starts
+from a worse loss, but its routers learn sooner, as Adafactor's steps are relative to the size of a weight."""
 UNIFORM = 1e-8
-"""Router weights so small that every probability is 1/E in float32, while the largest logit still differs by token."""
+"""Factor of router weights that makes every probability 1/E in float32, while the largest logit differs by token."""
 RANKED = 1e-2
-"""Small, and yet large enough that probabilities differ: expert choice ranks tokens by them, ties by position."""
+"""Factor for expert choice, which ranks tokens by probability: small, but large enough that they differ."""
 
 
 class GateCorrection(NamedTuple):
-    """What makes up for the gates of a stack's sparse layers."""
+    """The correction of the gates in the sparse layers of a stack."""
 
     wo: float
     """Factor of every expert's last matrix."""
     router: float
     """Factor of the router's initial weights."""
     exact: bool
-    """Whether a token that no capacity drops gets what the dense layer gave it, in evaluation and float32."""
+    """Whether a token in a slot gets the dense layer's output exactly, in evaluation and float32."""
 
 
 def gate_correction(router: RouterSpec, num_experts: int, gate: Gate) -> GateCorrection:
-    """`raw` changes nothing. Otherwise gates are made 1/E by a small router, and `wo` is divided by their sum.
+    """Return the correction: a small router makes the gates 1/E, and `wo` divides by their sum; none with `raw`.
 
-    Gates that are divided by their own sum add up to 1 as they are. Under expert choice a token is taken by no expert
-    or by several, so that only the mean over the tokens is right.
+    Gates that are divided by their own sum need none. Under expert choice a token is taken by any number of experts, so
+    only the mean over the tokens is correct.
     """
     if router.gates_sum_to_one:
         return GateCorrection(1.0, 1.0, exact=True)
     if gate == "raw":
         return GateCorrection(1.0, 1.0, exact=False)
-    scale, chosen = router.dense_equivalent_scale(num_experts), router.experts_choose
-    return GateCorrection(scale, RANKED if chosen else UNIFORM, exact=not chosen)
+    scale = router.dense_equivalent_scale(num_experts)
+    if router.experts_choose:
+        return GateCorrection(scale, RANKED, exact=False)
+    return GateCorrection(scale, UNIFORM, exact=True)
 
 
 @final
 class UpcycledWeights(Mapping[str, torch.Tensor]):
-    """The sparse model's weights by their names on disk; each is made whenever it is asked for, none is kept."""
+    """The sparse model's weights by their names on disk. Each is computed when it is read; none is stored."""
 
     def __init__(
         self,
@@ -63,11 +67,16 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """`dense` holds the dense model's weights, `names` are those of the model that `spec` describes.
+        """Describe the weights of an upcycled model.
 
-        To each expert's weights normal numbers are added, independent for each expert and entry, with a standard
-        deviation of `noise` times the root mean square of the matrix that they are added to. Routers and noise are
-        drawn from `seed`.
+        Args:
+            dense: the dense model's weights.
+            names: the names of the sparse model's weights.
+            spec: the sparse model.
+            gate: whether gates are corrected.
+            noise: standard deviation of the normal noise that is added to each expert's matrices independently, as a
+                multiple of the matrix's root mean square.
+            seed: the seed of routers and noise.
         """
         self._dense, self._names, self._spec, self._noise, self._seed = dense, names, spec, noise, seed
         self._corrections: dict[str, GateCorrection] = {
@@ -75,11 +84,12 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stack, layer, expert = name.partition(".")[0], *name.partition(".experts.")[::2]
+        stack = name.partition(".")[0]
+        layer, _, expert = name.partition(".experts.")
         if expert:
-            part = expert.rpartition(".")[2]
-            weight = self._noisy(name, self._dense[f"{layer}.{part}.weight"])
-            return weight * self._corrections[stack].wo if part == "wo" else weight
+            matrix = expert.rpartition(".")[2]  # "3.wi" -> "wi"
+            weight = self._add_noise(name, self._dense[f"{layer}.{matrix}.weight"])
+            return weight * self._corrections[stack].wo if matrix == "wo" else weight
         if name.endswith(".router.weight"):
             router_ED = torch.empty(self._spec.num_experts, self._spec.d_model)
             truncated_normal(router_ED, self._spec.init_scale, keyed_generator(self._seed, name))
@@ -92,8 +102,8 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def _noisy(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _add_noise(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         if not self._noise:
-            return weight.clone()  # no two tensors of a file may share memory
-        drawn = torch.empty(weight.shape).normal_(generator=keyed_generator(self._seed, f"{name}/noise"))
-        return weight + drawn * (self._noise * weight.square().mean().sqrt())
+            return weight.clone()  # safetensors refuses tensors that share memory
+        normal = torch.empty(weight.shape).normal_(generator=keyed_generator(self._seed, f"{name}/noise"))
+        return weight + normal * (self._noise * weight.square().mean().sqrt())
