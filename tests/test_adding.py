@@ -613,7 +613,7 @@ def embedding_scale(subject: Subject) -> ProbeResult:
 
 '''
     tree.insert("switchcli/doctor/probes.py", probe, before=r"^class Probe\(")
-    line = '    Probe("embedding scale", embedding_scale, of_routers=False),\n'
+    line = '    Probe("embedding scale", embedding_scale, needs_routers=False),\n'
     tree.insert("switchcli/doctor/probes.py", line, after=r"^PROBES: Final = \(\n")
 
 

@@ -1,1 +1,1 @@
-"""Is a Switch model sound? Probes that look at it from outside, whoever's code it runs in."""
+"""Probes that find out whether a Switch model is sound, by running it in the code of any package."""

@@ -1,9 +1,9 @@
-"""What a probe may ask of a model, so that ours and other systems' answer the same questions.
+"""The interface of a probed model, so that probes ask the same questions of our models and of other systems'.
 
-Legend: B batch, S source, T target, V vocabulary, G groups, N tokens a group, E experts.
+Legend: B batch, S source, T target, V vocabulary, G groups, N tokens per group, E experts.
 
-An answer holds the routing reports of `switchcli.model.moe.stats`, also where the model is not ours. Nothing here
-judges.
+Router statistics are those of `switchcli.model.moe.stats`, also for a model of another system. A subject measures; it
+does not judge.
 """
 
 from abc import ABC, abstractmethod
@@ -20,22 +20,22 @@ from switchcli.model.moe.stats import StackStats
 
 
 class ProbeText(NamedTuple):
-    """Made-up ids, 0 is padding."""
+    """Synthetic token ids, int64; 0 is padding."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor
 
 
 class RouterCall(NamedTuple):
-    """One call of a router: its input as it was given, as it was left, and its logits in the precision they had."""
+    """One call of a router: its input before and after the call, and its logits in the dtype that it returned."""
 
-    given_GND: torch.Tensor
-    left_GND: torch.Tensor
+    input_before_GND: torch.Tensor
+    input_after_GND: torch.Tensor
     logits_GNE: torch.Tensor
 
 
 class ForwardTrace(NamedTuple):
-    """What one forward pass shows; calls and reports in the order of the sparse layers."""
+    """The observations of one forward pass. Calls and statistics are in the order of the sparse layers."""
 
     logits_BTV: torch.Tensor
     calls: tuple[RouterCall, ...]
@@ -43,52 +43,52 @@ class ForwardTrace(NamedTuple):
 
 
 class TrainingLoss(NamedTuple):
-    """What training would minimise."""
+    """The loss that training minimizes, in parts."""
 
     cross_entropy: torch.Tensor
     """Mean over the targets, with its graph."""
     auxiliary: float
-    """What a training loop that asks for nothing special finds added to it."""
-    auxiliary_asked: float
-    """The same when the caller asks for the routers' losses."""
+    """The auxiliary loss that a training loop adds by default."""
+    auxiliary_requested: float
+    """The auxiliary loss if the caller asks for the routers' losses."""
 
 
 class Subject(ABC):
     """A model on the CPU in float32 that is being probed."""
 
     code: str
-    """Whose code the model runs in."""
+    """The package whose code runs the model."""
     model: nn.Module
-    initialised: bool
-    """Fresh weights, to be judged as an initialisation; else they are trained."""
+    initialized: bool
+    """Whether the weights are initial, to be judged as an initialization; otherwise they are trained."""
     layers: tuple[str, ...]
     """The name of each sparse layer."""
     routers: tuple[nn.Module, ...]
-    """The router of each sparse layer: its first argument is the hidden states, its parameters are W_r alone."""
+    """The router of each sparse layer. Its first argument is the hidden states, its parameters are only W_r."""
     num_experts: int
     vocab_size: int
-    rows: int
-    """The number of sequences of a batch must be a multiple of it."""
-    slots: int | None
-    """The capacity of an expert in a sequence where that is a constant; None where it follows the length."""
+    batch_multiple: int
+    """The number of sequences of a batch must be a multiple of this."""
+    capacity: int | None
+    """The capacity of an expert per sequence, if it is a constant; None if it depends on the length."""
     balance_coef: float | None
     """alpha of eq. 4; None for routing that is balanced by construction."""
 
     @abstractmethod
     def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
-        """Teacher forcing without gradients; `mode` may mean nothing to a model that has one capacity only."""
+        """Run with teacher forcing, without gradients. A model with only one capacity ignores `mode`."""
 
     @abstractmethod
     def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
-        """Logits_BTV of the same targets, one position at a time from the cache."""
+        """Return the logits [B, T, V] of the same targets, decoded one position at a time with the cache."""
 
     @abstractmethod
     def loss(self, text: ProbeText) -> TrainingLoss:
-        """As in training, dropout and noise included."""
+        """Return the loss as in training, including dropout and noise."""
 
     @abstractmethod
     def in_bfloat16(self) -> Self:
-        """A copy whose weights are loaded in bfloat16."""
+        """Return a copy whose weights are in bfloat16."""
 
     @property
     def dense(self) -> bool:
@@ -99,25 +99,30 @@ class Subject(ABC):
         return dict(self.model.named_parameters())
 
 
-def check_memory(parameters: int, instead: str) -> None:
-    """Raise OutOfMemory, which says what to do `instead`, if this machine is too small to probe so many of them."""
-    needed, there = 8 * parameters, machine_bytes()  # weights and gradients
-    if needed > there:
-        raise OutOfMemory(f"weights and gradients take {needed:,} bytes, and this machine has {there:,}: {instead}")
+def check_memory(num_parameters: int, hint: str) -> None:
+    """Raise OutOfMemory, which ends with `hint`, if this machine is too small to probe so many parameters."""
+    needed, available = 8 * num_parameters, machine_bytes()  # float32 weights and gradients, 4 bytes each
+    if needed > available:
+        raise OutOfMemory(f"weights and gradients take {needed:,} bytes, and this machine has {available:,}: {hint}")
 
 
 @contextmanager
-def record_router_calls(subject: Subject, logits_of: int | None) -> Iterator[list[RouterCall]]:
-    """Within, each call of a router is noted; `logits_of` is where in its answer the logits are, if not alone."""
-    given: list[torch.Tensor] = []
+def record_router_calls(subject: Subject, logits_index: int | None) -> Iterator[list[RouterCall]]:
+    """Record each call of a router within the context.
+
+    Args:
+        subject: the model.
+        logits_index: the index of the logits in the router's output; None: the output is the logits.
+    """
+    inputs: list[torch.Tensor] = []
     calls: list[RouterCall] = []
 
     def before(router: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        given.append(arguments[0].detach().clone())
+        inputs.append(arguments[0].detach().clone())  # the router may change its argument in place
 
-    def after(router: nn.Module, arguments: tuple[torch.Tensor, ...], answer: Any) -> None:
-        logits_GNE = answer if logits_of is None else answer[logits_of]
-        calls.append(RouterCall(given.pop(), arguments[0].detach(), logits_GNE.detach()))
+    def after(router: nn.Module, arguments: tuple[torch.Tensor, ...], output: Any) -> None:
+        logits_GNE = output if logits_index is None else output[logits_index]
+        calls.append(RouterCall(inputs.pop(), arguments[0].detach(), logits_GNE.detach()))
 
     hooks = [router.register_forward_pre_hook(before) for router in subject.routers]
     hooks += [router.register_forward_hook(after) for router in subject.routers]
@@ -130,15 +135,15 @@ def record_router_calls(subject: Subject, logits_of: int | None) -> Iterator[lis
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in training mode."""
-    before = model.training
+    """Put the model into training mode within the context."""
+    was_training = model.training
     model.train()
     try:
         yield
     finally:
-        model.train(before)
+        model.train(was_training)
 
 
 def precision(autocast: bool) -> torch.autocast:
-    """bfloat16 autocast, on or off."""
+    """Return a context of bfloat16 autocast, on or off."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)

@@ -1,6 +1,6 @@
-"""This project's model as a subject.
+"""A model of this package as the subject of probes.
 
-Legend: B batch, T target, V vocabulary.
+Legend: B batch, T target, V vocabulary, D model.
 """
 
 import copy
@@ -30,23 +30,23 @@ from switchcli.spec import PAD
 
 
 class SwitchcliSubject(Subject):
-    """A `SwitchTransformer`; under the policy `dropless` it answers as `switchcli generate` does."""
+    """A `SwitchTransformer`. With the policy `dropless` it computes what `switchcli generate` does."""
 
     code = "switchcli"
 
-    def __init__(self, model: SwitchTransformer, initialised: bool) -> None:
+    def __init__(self, model: SwitchTransformer, initialized: bool) -> None:
         spec = model.spec
         self.model: SwitchTransformer = model
-        self.initialised = initialised
+        self.initialized = initialized
         self.layers = spec.sparse_layer_names()
         self.routers = tuple(module for module in model.modules() if isinstance(module, RouterWeights))
         self.num_experts = spec.num_experts
         self.vocab_size = spec.vocab_size
-        self.rows = spec.group_sequences
-        self.slots = None
+        self.batch_multiple = spec.group_sequences
+        self.capacity = None
         routers = [spec.router_of(stack) for stack in STACKS if spec.sparse_layers(stack)]
-        chosen = [router.balance_loss_coef for router in routers if router.has_load_balancing_loss]
-        self.balance_coef = min(chosen, default=None)
+        coefs = [router.balance_loss_coef for router in routers if router.has_load_balancing_loss]
+        self.balance_coef = min(coefs, default=None)
 
     def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
         with self._in(mode), torch.no_grad(), precision(autocast), record_router_calls(self, None) as calls:
@@ -54,42 +54,43 @@ class SwitchcliSubject(Subject):
             return ForwardTrace(output.logits_BTV.float(), tuple(calls), output.router_stats)
 
     def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
-        shifted_BT = F.pad(text.targets_BT, (1, -1), value=PAD)
-        steps = []
+        inputs_BT = F.pad(text.targets_BT, (1, -1), value=PAD)  # shifted right, as in `SwitchTransformer.forward`
+        logits = []
         with self._in(mode), torch.no_grad():
             encoded = self.model.encode(text.inputs_BS)
             cache = self.model.decoder.cache(encoded)
             for step in range(text.targets_BT.shape[1]):
-                here = slice(step, step + 1)
-                x_B1D = self.model.embed(shifted_BT[:, here])
-                hidden_B1D, _ = self.model.decoder(x_B1D, text.targets_BT[:, here] != PAD, encoded, cache)
+                position = slice(step, step + 1)
+                x_B1D = self.model.embed(inputs_BT[:, position])
+                real_B1 = text.targets_BT[:, position] != PAD
+                hidden_B1D, _ = self.model.decoder(x_B1D, real_B1, encoded, cache)
                 hidden_B1D, vocabulary = self.model.vocabulary(hidden_B1D)
-                steps.append(F.linear(hidden_B1D, vocabulary.weight_VD))
-        return torch.cat(steps, dim=1)
+                logits.append(F.linear(hidden_B1D, vocabulary.weight_VD))
+        return torch.cat(logits, dim=1)
 
     def loss(self, text: ProbeText) -> TrainingLoss:
         with training_mode(self.model):
             output = self.model(*text)
-        loss = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
+        cross_entropy = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
         auxiliary = 0.0 if output.auxiliary is None else float(output.auxiliary.mean().detach())
-        return TrainingLoss(loss, auxiliary, auxiliary)
+        return TrainingLoss(cross_entropy, auxiliary, auxiliary)  # always added, so asking changes nothing
 
     def in_bfloat16(self) -> Self:
-        return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialised)
+        return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialized)
 
     def _in(self, mode: Mode) -> AbstractContextManager[None]:
         return training_mode(self.model) if mode == "training" else evaluating(self.model, mode)
 
 
 def initial_model(spec: ModelSpec, seed: int, router_dtype: torch.dtype) -> SwitchcliSubject:
-    """The model with its initial weights.
+    """Return a model with its initial weights.
 
     Raises:
-        OutOfMemory: this machine is too small for it.
+        OutOfMemory: the machine is too small for the model.
     """
     check_memory(
         count(spec).parameters, "probe it with fewer experts or layers, such as model.num_experts=8 model.num_layers=2"
     )
     model = SwitchTransformer(spec, router_dtype)
     initialize(model, seed)
-    return SwitchcliSubject(model.eval(), initialised=True)
+    return SwitchcliSubject(model.eval(), initialized=True)

@@ -1,8 +1,9 @@
-"""The texts that probes are made on: drawn ids, the same for every run.
+"""The texts of the probes: random ids, equal in every run.
 
-Legend: B batch, S source, T target.
+Legend: B batch, S source, T target, E experts, A tokens.
 
-What fills a queue is known only from the model itself: a crowd is made of tokens that its router sends to one expert.
+Which tokens fill an expert's capacity depends on the model: a crowded text consists of tokens that its router sends to
+one expert.
 """
 
 from typing import Final
@@ -14,101 +15,115 @@ from switchcli.doctor.subject import ProbeText, Subject
 from switchcli.spec import EOS, PAD
 
 SHORT: Final = 32
-"""Positions of a text where its length does not matter."""
+"""Length of a text whose length does not matter, in positions."""
 LONGEST: Final = 512
-"""Positions beyond which a capacity counts as one that never binds: T5's length."""
+"""Length from which on a capacity that is still not reached counts as unlimited, in positions: T5's length."""
 BROAD: Final = 512
-"""Tokens that say how an average layer routes."""
-TOKENS_AN_EXPERT: Final = 8
-"""So many on average, so that an expert has none by chance once in exp(8) = 3,000 times."""
-MOST: Final = 8192
-"""Tokens that a probe may cost."""
-_CANDIDATES: Final = 1024
+"""Minimum number of tokens that show how an average layer routes."""
+TOKENS_PER_EXPERT: Final = 8
+"""Mean number of tokens per expert, so that an expert has none by chance only once in exp(8) = 3,000 times."""
+MAX_TOKENS: Final = 8192
+"""Maximum number of tokens of a probe."""
+_NUM_CANDIDATES: Final = 1024
 
 
-def rows_of(subject: Subject, at_least: int) -> int:
-    """The smallest batch that the model takes."""
-    return -(-at_least // subject.rows) * subject.rows
+def batch_size(subject: Subject, at_least: int) -> int:
+    """Return the smallest number of sequences from `at_least` on that the model accepts."""
+    return -(-at_least // subject.batch_multiple) * subject.batch_multiple  # rounded up to a multiple
 
 
 def broad(subject: Subject) -> ProbeText:
-    """Tokens from the whole vocabulary, enough to meet every expert."""
-    tokens = min(max(BROAD, TOKENS_AN_EXPERT * subject.num_experts), MOST)
-    rows = rows_of(subject, -(-tokens // (2 * SHORT)))
-    return ProbeText(_drawn(subject, rows, 2 * SHORT, seed=1), _drawn(subject, rows, 2 * SHORT, seed=2))
+    """Return tokens from the full vocabulary, enough to reach every expert."""
+    length = 2 * SHORT
+    num_tokens = min(max(BROAD, TOKENS_PER_EXPERT * subject.num_experts), MAX_TOKENS)
+    rows = batch_size(subject, -(-num_tokens // length))
+    return ProbeText(_random_ids(subject, rows, length, seed=1), _random_ids(subject, rows, length, seed=2))
 
 
 def short(subject: Subject) -> ProbeText:
-    rows = rows_of(subject, 2)
-    return ProbeText(_drawn(subject, rows, SHORT, seed=3), _drawn(subject, rows, SHORT, seed=4))
+    """Return at least two short rows of random tokens."""
+    rows = batch_size(subject, 2)
+    return ProbeText(_random_ids(subject, rows, SHORT, seed=3), _random_ids(subject, rows, SHORT, seed=4))
 
 
 def one_token(subject: Subject) -> ProbeText:
-    """The same token all over: most experts have nothing to do."""
-    rows = rows_of(subject, 1)
-    ids = _drawn(subject, 1, 2, seed=5)
+    """Return one token repeated, so that most experts have nothing to do."""
+    rows = batch_size(subject, 1)
+    ids = _random_ids(subject, 1, 2, seed=5)
     return ProbeText(ids[:, :1].expand(rows, 4), ids[:, 1:].expand(rows, 4))
 
 
 def crowded_source(subject: Subject) -> ProbeText:
-    """Inputs whose tokens want the expert that padding wants, in the encoder's first sparse layer."""
+    """Return inputs that the encoder's first sparse layer routes to the expert to which it routes padding."""
     plain = short(subject)
     candidates = _candidates(subject)
     padded = ProbeText(F.pad(candidates.inputs_BS, (0, 1), value=PAD), candidates.targets_BT)
     logits_BSE = _first_logits(subject, padded, "encoder")
     if logits_BSE is None:
         return plain
-    wanted = int(logits_BSE[:, -1].argmax(-1).mode().values)
-    return plain._replace(inputs_BS=_crowd(candidates.inputs_BS, logits_BSE[:, :-1], wanted, 4, plain.inputs_BS.shape))
+    expert = int(logits_BSE[:, -1].argmax(-1).mode().values)  # the usual choice of the padding, which is last
+    return plain._replace(
+        inputs_BS=_repeat_best(candidates.inputs_BS, logits_BSE[:, :-1], expert, 4, plain.inputs_BS.shape)
+    )
 
 
 def crowded_target(subject: Subject) -> ProbeText:
-    """Targets long enough to fill a queue, whose tokens want one expert in the decoder's first sparse layer."""
-    length = min(LONGEST, SHORT + (subject.slots or SHORT))
-    rows = rows_of(subject, 1)
-    text = ProbeText(_drawn(subject, rows, SHORT, seed=6), _drawn(subject, rows, length, seed=7))
+    """Return targets that the decoder's first sparse layer routes to one expert, more of them than its capacity."""
+    length = min(LONGEST, SHORT + (subject.capacity or SHORT))
+    rows = batch_size(subject, 1)
+    text = ProbeText(_random_ids(subject, rows, SHORT, seed=6), _random_ids(subject, rows, length, seed=7))
     candidates = _candidates(subject)
     logits_BTE = _first_logits(subject, candidates, "decoder")
     if logits_BTE is None:
         return text
-    logits_BTE = logits_BTE[:, 1:]  # at position t the decoder is given target t - 1
-    wanted = int(logits_BTE.argmax(-1).flatten().mode().values)
-    shape = text.targets_BT.shape  # one token all over: then all positions want the same, whatever they want
-    return text._replace(targets_BT=_crowd(candidates.targets_BT[:, :-1], logits_BTE, wanted, 1, shape))
+    # The decoder's input at position t is target t - 1, so the logits at t are those of target t - 1.
+    logits_BTE, ids_BT = logits_BTE[:, 1:], candidates.targets_BT[:, :-1]
+    expert = int(logits_BTE.argmax(-1).flatten().mode().values)
+    # One token repeated: all positions then choose the same expert, whichever it is.
+    return text._replace(targets_BT=_repeat_best(ids_BT, logits_BTE, expert, 1, text.targets_BT.shape))
 
 
 def crowded_rows(subject: Subject) -> ProbeText:
-    """Several sequences, all of whose tokens want one expert."""
+    """Return several equal sequences, all of whose tokens are routed to one expert."""
     source, target = crowded_source(subject), crowded_target(subject)
-    rows = rows_of(subject, 4)
+    rows = batch_size(subject, 4)
     return ProbeText(source.inputs_BS[:1].expand(rows, -1), target.targets_BT[:1, :SHORT].expand(rows, -1))
 
 
 def alone(text: ProbeText) -> ProbeText:
-    """The last row with nothing but padding beside it."""
-    return ProbeText(*(F.pad(ids[-1:], (0, 0, len(ids) - 1, 0), value=PAD) for ids in text))
+    """Return the last row in a batch whose other rows are padding."""
+    num_others = len(text.inputs_BS) - 1
+    return ProbeText(*(F.pad(ids[-1:], (0, 0, num_others, 0), value=PAD) for ids in text))
 
 
-def _drawn(subject: Subject, rows: int, length: int, seed: int) -> torch.Tensor:
+def _random_ids(subject: Subject, rows: int, length: int, seed: int) -> torch.Tensor:
+    """Return ids from the vocabulary without padding and EOS: int64 [rows, length]."""
     generator = torch.Generator().manual_seed(seed)
     first = min(EOS + 1, subject.vocab_size - 1)
     return torch.randint(first, subject.vocab_size, (rows, length), generator=generator)
 
 
 def _candidates(subject: Subject) -> ProbeText:
-    rows = rows_of(subject, _CANDIDATES // SHORT)
-    return ProbeText(_drawn(subject, rows, SHORT, seed=8), _drawn(subject, rows, SHORT, seed=9))
+    rows = batch_size(subject, _NUM_CANDIDATES // SHORT)
+    return ProbeText(_random_ids(subject, rows, SHORT, seed=8), _random_ids(subject, rows, SHORT, seed=9))
 
 
 def _first_logits(subject: Subject, text: ProbeText, stack: str) -> torch.Tensor | None:
-    """What the router says to each position in the first sparse layer of a stack, if it has one."""
-    first = next((place for place, layer in enumerate(subject.layers) if layer.startswith(stack)), None)
+    """Return the router logits of the first sparse layer of a stack: [B, S, E]; None without such a layer."""
+    first = next((index for index, layer in enumerate(subject.layers) if layer.startswith(stack)), None)
     if first is None:
         return None
+    # Groups are full sequences one after another, so [G, N, E] is also [B, S, E].
     return subject.forward(text).calls[first].logits_GNE.view(len(text.inputs_BS), -1, subject.num_experts)
 
 
-def _crowd(ids_BS: torch.Tensor, logits_BSE: torch.Tensor, wanted: int, few: int, shape: torch.Size) -> torch.Tensor:
-    """The few ids that want the expert most, again and again: among their like they want what they wanted before."""
-    ids_A = ids_BS.flatten()[logits_BSE.softmax(-1)[..., wanted].flatten().topk(few).indices]
-    return ids_A.repeat(-(-shape.numel() // few))[: shape.numel()].view(shape)
+def _repeat_best(
+    ids_BS: torch.Tensor, logits_BSE: torch.Tensor, expert: int, count: int, shape: torch.Size
+) -> torch.Tensor:
+    """Return a text of the `count` ids with the highest probability of `expert`, repeated to `shape`.
+
+    In such a text they choose the expert that they chose among the candidates.
+    """
+    probability_A = logits_BSE.softmax(-1)[..., expert].flatten()
+    best_ids = ids_BS.flatten()[probability_A.topk(count).indices]
+    return best_ids.repeat(-(-shape.numel() // count))[: shape.numel()].view(shape)

@@ -69,7 +69,7 @@ def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
     assert head.startswith("quickstart/dense: ")
     assert not lacking(head, "dense initial")
     routers = [line for line in lines if not lacking(line, "dense router")]
-    assert len(routers) == sum(probe.of_routers for probe in PROBES)
+    assert len(routers) == sum(probe.needs_routers for probe in PROBES)
 
 
 @pytest.mark.slow

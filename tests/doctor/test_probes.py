@@ -48,7 +48,7 @@ def test_our_models_are_sound(case: str) -> None:
 def test_of_a_dense_model_nothing_is_said_about_routers() -> None:
     found = findings(ours(num_experts=1))
     skipped = {name for name, finding in found.items() if finding.verdict == "skip"}
-    assert skipped == {probe.name for probe in PROBES if probe.of_routers}
+    assert skipped == {probe.name for probe in PROBES if probe.needs_routers}
     assert all("dense" in found[name].figure for name in skipped)
 
 

@@ -71,8 +71,8 @@ def test_decoding_differs_only_where_a_queue_is_full() -> None:
     subject = theirs()
     text = texts.crowded_target(subject)
     difference_T = (subject.forward(text).logits_BTV - subject.decode(text, "paper")).abs().amax(-1)[0]
-    assert difference_T[: subject.slots].max() < 1e-4
-    assert difference_T[subject.slots :].max() > 0.1
+    assert difference_T[: subject.capacity].max() < 1e-4
+    assert difference_T[subject.capacity :].max() > 0.1
 
 
 def test_experts_without_tokens_have_no_gradient(fresh: dict[str, Finding]) -> None:
@@ -88,7 +88,7 @@ def test_experts_without_tokens_have_no_gradient(fresh: dict[str, Finding]) -> N
 def test_the_flags_of_the_configuration_bring_no_balance_loss() -> None:
     found = balance_loss(theirs(output_router_logits=True, add_router_probs=True))
     assert (found.verdict, found.value) == ("fail", 0)
-    assert re.search(r"\d\.\d{4}", found.figure)
+    assert re.search(r"\d\.\d{4}", found.measured)
     assert "output_router_logits=True" in found.advice
     sparse = theirs(num_sparse_encoder_layers=4, num_sparse_decoder_layers=4)
     found = balance_loss(sparse)
