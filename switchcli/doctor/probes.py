@@ -30,8 +30,8 @@ SATURATED_START: Final = 0.5
 CERTAIN: Final = 0.999
 """Mean top probability above which a trained router learns no more: its gradient falls with 1 - p."""
 UNBALANCED: Final = 2.0
-"""Load-balancing loss that is a warning: twice that of uniform routing. With two experts, for which 2 is collapse, it is
-1.5."""
+"""Load-balancing loss that is a warning: twice that of uniform routing. With two experts, for which 2 is collapse, the
+limit is 1.5."""
 COLLAPSED: Final = 0.8
 """Fraction of the way of the load-balancing loss from uniform routing (1) to one expert for all tokens (E)."""
 HOT: Final = 4.0

@@ -1,4 +1,4 @@
-"""The initial weights against the table of `initialise`, and each expert's against its seed, name and number alone.
+"""The initial weights against the table of `initialize`, and each expert's against its seed, name and number alone.
 
 Bounds: the standard deviation of n normal numbers is known to 1 / sqrt(2 n) of itself; five times that is allowed,
 which a right one fails once in a million, and the seeds are fixed. A normal cut at two sigma keeps 0.8796 of it.
