@@ -183,8 +183,8 @@ class TokenChoiceRouter(Router, ABC):
         K, C = self.num_choices(E), self.capacity(N, E, mode)
         probability_GNE = logits_GNE.softmax(-1)
         expert_GNK = self._choices(logits_GNE, K, training)
-        chosen_GNK = probability_GNE.gather(-1, expert_GNK)
-        gate_GNK = self._gates(chosen_GNK)
+        chosen_GNK = probability_GNE.gather(-1, expert_GNK)  # the probability of each choice
+        gate_GNK = self._gates(chosen_GNK)  # the weight of each choice, should it get a slot
         order_GN = self._order(chosen_GNK[..., 0], training)
 
         filled_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)  # slots taken so far, at most C
