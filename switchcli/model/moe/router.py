@@ -146,10 +146,6 @@ class TokenChoiceRouter(Router, ABC):
         """Return the maximum number of slots that hold the same token."""
 
     @abstractmethod
-    def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
-        """Return the weights of the choices, given their probabilities."""
-
-    @abstractmethod
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
         """Return which tokens queue for their next choice, after the first: bool [G, N].
 
@@ -158,6 +154,10 @@ class TokenChoiceRouter(Router, ABC):
             assigned_GN: bool, tokens that have a slot already.
             training: whether random decisions are drawn.
         """
+
+    def _gates(self, probability_GNK: torch.Tensor) -> torch.Tensor:
+        """Return the weights of the choices, given their probabilities; by default they are equal."""
+        return probability_GNK
 
     def group_size(self, mode: Mode) -> int:
         return 1 if mode == "dropless" else self.group_sequences
@@ -183,9 +183,9 @@ class TokenChoiceRouter(Router, ABC):
         K, C = self.num_choices(E), self.capacity(N, E, mode)
         probability_GNE = logits_GNE.softmax(-1)
         expert_GNK = self._choices(logits_GNE, K, training)
-        chosen_GNK = probability_GNE.gather(-1, expert_GNK)  # the probability of each choice
-        gate_GNK = self._gates(chosen_GNK)  # the weight of each choice, should it get a slot
-        order_GN = self._order(chosen_GNK[..., 0], training)
+        probability_GNK = probability_GNE.gather(-1, expert_GNK)  # of each choice
+        gate_GNK = self._gates(probability_GNK)  # the weight of each choice, if it gets a slot
+        order_GN = self._order(probability_GNK[..., 0], training)
 
         filled_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)  # slots taken so far, at most C
         load_GE = filled_GE  # tokens that have queued so far, including those beyond the capacity
@@ -238,15 +238,15 @@ class TokenChoiceRouter(Router, ABC):
             return score_GNE.argmax(-1, keepdim=True)
         return score_GNE.topk(num_choices).indices
 
-    def _order(self, gate_GN: torch.Tensor, training: bool) -> torch.Tensor | None:
+    def _order(self, probability_GN: torch.Tensor, training: bool) -> torch.Tensor | None:
         """Return the tokens of each group in the order in which they queue, int64 [G, N]; None: by position.
 
-        `gate_GN` is the probability of each token's first choice.
+        `probability_GN` is that of each token's first choice.
         """
         if self.overflow == "probability":
-            return gate_GN.argsort(dim=1, descending=True, stable=True)
+            return probability_GN.argsort(dim=1, descending=True, stable=True)
         if self.overflow == "random" and training:
-            return torch.rand_like(gate_GN, dtype=torch.float32).argsort(dim=1)
+            return torch.rand_like(probability_GN, dtype=torch.float32).argsort(dim=1)
         return None
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -268,9 +268,6 @@ class SwitchRouter(TokenChoiceRouter):
 
     def _max_slots_per_token(self, num_choices: int) -> int:
         return 1
-
-    def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
-        return gate_GNK
 
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
         raise AssertionError("SwitchRouter has one choice per token, so no token queues for a second one")
@@ -320,8 +317,10 @@ class TopKRouter(TokenChoiceRouter):
     def _max_slots_per_token(self, num_choices: int) -> int:
         return num_choices
 
-    def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
-        return gate_GNK / gate_GNK.sum(-1, keepdim=True) if self.renormalise else gate_GNK
+    def _gates(self, probability_GNK: torch.Tensor) -> torch.Tensor:
+        if not self.renormalise:
+            return probability_GNK
+        return probability_GNK / probability_GNK.sum(-1, keepdim=True)
 
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
         if not training:
@@ -349,9 +348,6 @@ class NoTokenLeftBehindRouter(TokenChoiceRouter):
 
     def _max_slots_per_token(self, num_choices: int) -> int:
         return 1
-
-    def _gates(self, gate_GNK: torch.Tensor) -> torch.Tensor:
-        return gate_GNK
 
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
         return ~assigned_GN
