@@ -36,7 +36,7 @@ from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.rendezvous import announce_waiting
 from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import DistributedError, RecipeError
-from switchcli.model.block_execution import compile_dense_parts
+from switchcli.model.block_execution import compile_dense_sublayers
 from switchcli.model.transformer import SwitchTransformer
 
 STEP_TIMEOUT = timedelta(minutes=10)
@@ -229,7 +229,7 @@ class DistributedContext:
                 "no space in the path of torch; or take train.compile=false"
             ) from error
         torch._inductor.config.fallback_random = True  # the same dropout masks as without compilation
-        compile_dense_parts(model)
+        compile_dense_sublayers(model)
         self._is_compiled = True
 
     def eager(self) -> AbstractContextManager[object]:

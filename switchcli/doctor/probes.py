@@ -38,10 +38,10 @@ HOT: Final = 4.0
 """Load of an expert that is too high, as a multiple of an even share; the paper's capacity factors end at 2."""
 NEARLY_ALL: Final = 0.9
 """Fraction of a layer's tokens that counts as all of them, as in the warning of training."""
-MANY_DROPPED: Final = 0.2
+DROPPED_WARNING: Final = 0.2
 """Fraction of dropped random tokens that is a warning, in training or evaluation. The paper drops less than 0.01 of
 real tokens once a router is trained."""
-MOST_DROPPED: Final = 0.5
+DROPPED_FAILURE: Final = 0.5
 """Fraction of dropped random tokens that is a failure for initial weights."""
 
 
@@ -167,14 +167,14 @@ def dropped_tokens(subject: Subject) -> ProbeResult:
         fractions.append(dropped / sum(float(stats.tokens) for stats in trace.router_stats))
     measured = f"{fractions[0]:.1%} in training, {fractions[1]:.1%} in evaluation"
     worst = max(fractions)
-    if worst < MANY_DROPPED:
+    if worst < DROPPED_WARNING:
         return ProbeResult("pass", measured, worst)
     if not subject.initialized:  # the tokens are random: of text like its training text the model may drop few
         return ProbeResult(
             "warn", measured, worst, "check again on real text (`pretrain` logs each layer's dropped fraction)"
         )
     return ProbeResult(
-        "fail" if worst >= MOST_DROPPED else "warn", measured, worst, "raise the capacity, or balance the routers"
+        "fail" if worst >= DROPPED_FAILURE else "warn", measured, worst, "raise the capacity, or balance the routers"
     )
 
 

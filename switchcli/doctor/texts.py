@@ -36,21 +36,21 @@ def broad(subject: Subject) -> ProbeText:
     """Return tokens from the full vocabulary, enough to reach every expert."""
     length = 2 * SHORT
     num_tokens = min(max(BROAD, TOKENS_PER_EXPERT * subject.num_experts), MAX_TOKENS)
-    rows = batch_size(subject, -(-num_tokens // length))
-    return ProbeText(_random_ids(subject, rows, length, seed=1), _random_ids(subject, rows, length, seed=2))
+    B = batch_size(subject, -(-num_tokens // length))
+    return ProbeText(_random_ids(subject, B, length, seed=1), _random_ids(subject, B, length, seed=2))
 
 
 def short(subject: Subject) -> ProbeText:
     """Return at least two short rows of random tokens."""
-    rows = batch_size(subject, 2)
-    return ProbeText(_random_ids(subject, rows, SHORT, seed=3), _random_ids(subject, rows, SHORT, seed=4))
+    B = batch_size(subject, 2)
+    return ProbeText(_random_ids(subject, B, SHORT, seed=3), _random_ids(subject, B, SHORT, seed=4))
 
 
 def one_token(subject: Subject) -> ProbeText:
     """Return one token repeated, so that most experts have nothing to do."""
-    rows = batch_size(subject, 1)
+    B = batch_size(subject, 1)
     ids = _random_ids(subject, 1, 2, seed=5)
-    return ProbeText(ids[:, :1].expand(rows, 4), ids[:, 1:].expand(rows, 4))
+    return ProbeText(ids[:, :1].expand(B, 4), ids[:, 1:].expand(B, 4))
 
 
 def crowded_source(subject: Subject) -> ProbeText:
@@ -70,8 +70,8 @@ def crowded_source(subject: Subject) -> ProbeText:
 def crowded_target(subject: Subject) -> ProbeText:
     """Return targets that the decoder's first sparse layer routes to one expert, more of them than its capacity."""
     length = min(LONGEST, SHORT + (subject.capacity or SHORT))
-    rows = batch_size(subject, 1)
-    text = ProbeText(_random_ids(subject, rows, SHORT, seed=6), _random_ids(subject, rows, length, seed=7))
+    B = batch_size(subject, 1)
+    text = ProbeText(_random_ids(subject, B, SHORT, seed=6), _random_ids(subject, B, length, seed=7))
     candidates = _candidates(subject)
     logits_BTE = _first_logits(subject, candidates, "decoder")
     if logits_BTE is None:
@@ -86,8 +86,8 @@ def crowded_target(subject: Subject) -> ProbeText:
 def crowded_rows(subject: Subject) -> ProbeText:
     """Return several equal sequences, all of whose tokens are routed to one expert."""
     source, target = crowded_source(subject), crowded_target(subject)
-    rows = batch_size(subject, 4)
-    return ProbeText(source.inputs_BS[:1].expand(rows, -1), target.targets_BT[:1, :SHORT].expand(rows, -1))
+    B = batch_size(subject, 4)
+    return ProbeText(source.inputs_BS[:1].expand(B, -1), target.targets_BT[:1, :SHORT].expand(B, -1))
 
 
 def alone(text: ProbeText) -> ProbeText:
@@ -96,16 +96,16 @@ def alone(text: ProbeText) -> ProbeText:
     return ProbeText(*(F.pad(ids[-1:], (0, 0, num_others, 0), value=PAD) for ids in text))
 
 
-def _random_ids(subject: Subject, rows: int, length: int, seed: int) -> torch.Tensor:
-    """Return ids from the vocabulary without padding and EOS: int64 [rows, length]."""
+def _random_ids(subject: Subject, num_sequences: int, length: int, seed: int) -> torch.Tensor:
+    """Return ids from the vocabulary without padding and EOS: int64 [num_sequences, length]."""
     generator = torch.Generator().manual_seed(seed)
     first = min(EOS + 1, subject.vocab_size - 1)
-    return torch.randint(first, subject.vocab_size, (rows, length), generator=generator)
+    return torch.randint(first, subject.vocab_size, (num_sequences, length), generator=generator)
 
 
 def _candidates(subject: Subject) -> ProbeText:
-    rows = batch_size(subject, _NUM_CANDIDATES // SHORT)
-    return ProbeText(_random_ids(subject, rows, SHORT, seed=8), _random_ids(subject, rows, SHORT, seed=9))
+    B = batch_size(subject, _NUM_CANDIDATES // SHORT)
+    return ProbeText(_random_ids(subject, B, SHORT, seed=8), _random_ids(subject, B, SHORT, seed=9))
 
 
 def _first_logits(subject: Subject, text: ProbeText, stack: str) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.transformer import CrossAttention, DecoderBlock, EncoderBlock, FeedForwardSublayer, SelfAttention
 
 
-def compile_dense_parts(model: nn.Module) -> None:
+def compile_dense_sublayers(model: nn.Module) -> None:
     """Compile every attention and feed-forward sublayer without experts, in place. The first steps take longer.
 
     Sublayers with experts stay eager: the number of rows of an expert is known only after routing, and torch compiles

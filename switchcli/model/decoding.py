@@ -90,7 +90,7 @@ class UniformDraws:
 
     def next(self) -> torch.Tensor:
         """Return the next number of each row: float64 [B] on the CPU."""
-        return torch.cat([torch.rand(1, generator=each, dtype=torch.float64) for each in self._generators])
+        return torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in self._generators])
 
 
 def _sample(weight_BV: torch.Tensor, draw_B: torch.Tensor) -> torch.Tensor:

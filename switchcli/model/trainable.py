@@ -19,41 +19,41 @@ TrainableSet = Literal["all", "non_expert", "expert", "dense_feed_forward"]
 `dense_feed_forward`: the feed-forwards without experts, but not the norms before them."""
 
 
-def check(spec: ModelSpec, group: TrainableSet) -> None:
+def check(spec: ModelSpec, trainable_set: TrainableSet) -> None:
     """Raise ValueError, with the fix, if a model of this spec has no parameter in the set."""
-    if group == "expert" and spec.num_experts == 1:
+    if trainable_set == "expert" and spec.num_experts == 1:
         raise ValueError(
             "a dense model (num_experts: 1) has no experts to update: choose all or dense_feed_forward, or a sparse "
             "model"
         )
     blocks = [(stack, layer) for stack in STACKS for layer in range(spec.num_blocks(stack))]
-    if group == "dense_feed_forward" and all(spec.is_sparse(*block, "feed_forward") for block in blocks):
+    if trainable_set == "dense_feed_forward" and all(spec.is_sparse(*block, "feed_forward") for block in blocks):
         raise ValueError(
             "every feed-forward of this model has experts, so there is no dense one to update: choose all, non_expert "
             "or expert"
         )
 
 
-def trainable_members(model: SwitchTransformer, group: TrainableSet) -> dict[str, nn.Parameter]:
+def trainable_members(model: SwitchTransformer, trainable_set: TrainableSet) -> dict[str, nn.Parameter]:
     """Return the parameters of a set by name, in the model's order."""
     parameters = dict(model.named_parameters())
-    if group == "all":
+    if trainable_set == "all":
         return parameters
-    module_type = FeedForward if group == "dense_feed_forward" else SwitchLayer
+    module_type = FeedForward if trainable_set == "dense_feed_forward" else SwitchLayer
     modules = [module for module in model.modules() if isinstance(module, module_type)]
     inside = {id(weight) for module in modules for weight in module.parameters()}
-    wants_inside = group != "non_expert"
+    wants_inside = trainable_set != "non_expert"
     return {name: weight for name, weight in parameters.items() if (id(weight) in inside) == wants_inside}
 
 
-def freeze(model: SwitchTransformer, group: TrainableSet) -> None:
-    """Make the parameters of the set trainable, and no others. Call it before the optimizer is built.
+def freeze(model: SwitchTransformer, trainable_set: TrainableSet) -> None:
+    """Make only the parameters of the set trainable. Call it before the model is wrapped and the optimizer is built.
 
     Raises:
         ValueError: the model has no parameter in the set.
     """
-    check(model.spec, group)
-    members = trainable_members(model, group)
+    check(model.spec, trainable_set)
+    members = trainable_members(model, trainable_set)
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in members)
 

@@ -9,7 +9,7 @@ import torch
 from tiny import DENSE, SPARSE, a_model, rows
 from torch import nn
 
-from switchcli.model.block_execution import compile_dense_parts
+from switchcli.model.block_execution import compile_dense_sublayers
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer
 
@@ -26,7 +26,7 @@ def compiled(module: nn.Module) -> bool:
 def test_every_part_without_experts_is_compiled_and_no_other(spec: ModelSpec) -> None:
     model = a_model(spec)
     names = [name for name, _ in model.named_parameters()]
-    compile_dense_parts(model)
+    compile_dense_sublayers(model)
     assert [name for name, _ in model.named_parameters()] == names
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         for part in block.children():
@@ -38,7 +38,7 @@ def test_every_part_without_experts_is_compiled_and_no_other(spec: ModelSpec) ->
 @pytest.mark.skipif(not shutil.which("g++") or " " in sys.prefix, reason="torch cannot compile here")
 def test_loss_and_gradients_are_the_same() -> None:
     plain, fast = a_model(SPARSE), a_model(SPARSE)
-    compile_dense_parts(fast)
+    compile_dense_sublayers(fast)
     for model in (plain, fast):
         output = model.train()(*rows(0, 0, 4))
         (output.logits_BTV.float().square().mean() + output.auxiliary.mean()).backward()
@@ -57,7 +57,7 @@ def test_in_bfloat16_a_position_bias_is_added_in_float32() -> None:
     for stack in (fast.encoder, fast.decoder):
         stack.position_bias.weight.copy_(200 + torch.randn(stack.position_bias.weight.shape, generator=generator) / 3)
     exact = copy.deepcopy(fast).double()
-    compile_dense_parts(fast)
+    compile_dense_sublayers(fast)
     with torch.autocast("cpu", torch.bfloat16):
         found_BTD = fast(*rows(0, 0, 4)).hidden_BTD
     exact_BTD = exact(*rows(0, 0, 4)).hidden_BTD
