@@ -662,52 +662,17 @@ def add_training_verb(tree: Tree) -> None:
         "switchcli/commands/rehearse.py",
         '''"""`switchcli rehearse`: pre-training whose result says so."""
 
-import typer
-
-from switchcli.commands import _exit
-from switchcli.commands._options import (
-    DryRun,
-    Json,
-    Model,
-    Out,
-    Overrides,
-    Processes,
-    Quiet,
-    Recipe,
-    Resume,
-    default_out,
-)
-
-app = typer.Typer()
+from switchcli.commands._training import TaskTypes, training_app
 
 
-@app.command()
-def rehearse(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    model: Model = None,
-    out: Out = None,
-    resume: Resume = True,
-    processes: Processes = 1,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train as `pretrain` does, and say so."""
-    with _exit.interruptible(ranks=True):
-        from switchcli.commands import _job
-        from switchcli.recipe.schema import RehearseRecipe
-        from switchcli.runs import trainer, warm_start
-        from switchcli.runs.rehearsing import Rehearsing
+def _load_types() -> TaskTypes:
+    from switchcli.recipe.schema import RehearseRecipe
+    from switchcli.runs.rehearsing import Rehearsing
 
-        out = out or default_out(recipe)
-        job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), RehearseRecipe)
-        if _job.print_dry_run(job.recipe, dry_run, as_json):
-            return
-        _job.start_ranks(processes, job.recipe, as_json)
-        with trainer.open_trainer(job, Rehearsing, out, resume, quiet) as run:
-            result = run.run()
-        _job.finish(result, as_json)
+    return RehearseRecipe, Rehearsing
+
+
+app = training_app("rehearse", "Train as `pretrain` does, and say so.", _load_types)
 ''',
     )
     tree.create(

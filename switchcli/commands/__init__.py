@@ -1,1 +1,1 @@
-"""One verb a file: assembles what the other rooms offer, computes nothing."""
+"""The verbs of the command line, one per file: options become a job of runs/, and its result is printed."""

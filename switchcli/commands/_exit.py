@@ -1,4 +1,7 @@
-"""How a command ends before its time: by a signal, or by an error that a user can mend. No torch: it takes seconds."""
+"""How a command ends early: because of a signal, or because of an error that the user can fix.
+
+This module imports no torch, which takes seconds to import.
+"""
 
 import os
 import signal
@@ -26,115 +29,124 @@ from switchcli.report.console import Console, print_json, silent
 from switchcli.report.safe_text import one_line
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
-AGAIN_SECONDS = 1.0
-"""After which a signal is given once more that has not ended the command: a library may swallow what it raises."""
+RESEND_SECONDS = 1.0
+"""Seconds after which a signal is sent again if the command still runs. A library may have swallowed the exception."""
 
 
 @contextmanager
 def interruptible(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
-    """Have a stopping signal end the command at once, except in the training loop, which has its own handlers.
+    """End the command at once when a stop signal comes. The training loop replaces these handlers by its own.
 
-    A command that `saves_nothing` on the way does not go on, but begins anew. One that may run on `ranks` finds out
-    here whether it is one of several.
+    `saves_nothing` says that the command keeps no intermediate results, so that it starts over when it is run again.
+    `ranks` says that the command can run on several ranks; the environment of this rank is then checked first.
 
     Raises:
-        Interrupted: from within, when the signal comes. All that was done is on the disk, or is done again the same.
-        InterruptedByForce: in the loop Ctrl-C was pressed twice; or the command saves nothing.
-        RecipeError: environment variables by which ranks cannot meet.
-        DistributedError: tasks of srun that do not know where to meet.
+        Interrupted: a signal came. All finished work is on disk, or is repeated identically.
+        InterruptedByForce: Ctrl-C was pressed twice in the training loop, or a signal came and the command
+            `saves_nothing`.
+        RecipeError: the environment variables of this rank are incomplete or wrong.
+        DistributedError: srun started this task without an address where the ranks meet.
     """
-    came: list[SwitchError] = []
-    again = [threading.Timer(0, lambda: None)]
+    interruption: SwitchError | None = None
+    resend = threading.Timer(0, lambda: None)
 
-    def asked(number: int) -> SwitchError:
+    def error_for(number: int) -> SwitchError:
         name = signal.Signals(number).name
         if saves_nothing:
             return InterruptedByForce(f"stopped by {name}: nothing was written; run it again")
         return Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        again[0].cancel()
-        again[0] = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
-        again[0].daemon = True
-        again[0].start()
-        if any(isinstance(one, (SwitchError, KeyboardInterrupt)) for one in cause_chain(sys.exception())):
-            return  # it is on its way out, and tidies up; if that is a library's doing, it is given again
-        if not came:
-            came.append(asked(number))
-        raise came[0]
+    def handle_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal interruption, resend
+        resend.cancel()
+        resend = threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+        resend.daemon = True
+        resend.start()
+        if any(isinstance(error, (SwitchError, KeyboardInterrupt)) for error in cause_chain(sys.exception())):
+            # The command already ends and cleans up. If only a library handles its own error here, the signal that is
+            # sent again ends the command.
+            return
+        if interruption is None:
+            interruption = error_for(number)
+        raise interruption
 
-    def swallowed(what: "sys.UnraisableHookArgs") -> None:
-        if what.exc_value not in came:
-            hook(what)
+    def ignore_interruption(unraisable: "sys.UnraisableHookArgs") -> None:
+        # An interruption that is raised in a destructor would print a traceback.
+        if interruption is None or unraisable.exc_value is not interruption:
+            unraisable_hook(unraisable)
 
-    previous = {number: signal.signal(number, stop) for number in stop_signals()}
-    hook, sys.unraisablehook = sys.unraisablehook, swallowed
+    previous_handlers = {number: signal.signal(number, handle_signal) for number in stop_signals()}
+    unraisable_hook, sys.unraisablehook = sys.unraisablehook, ignore_interruption
     try:
         if ranks:
             join_srun(os.environ)
             check_environment(os.environ)
         yield
     except BaseException as error:
-        # Raised between two steps of a clean-up, or within a library, it may come out as another error.
-        if came and error is not came[0]:
-            raise came[0] from error
+        # A signal during cleanup, or within a library, may surface as another error.
+        if interruption is not None and error is not interruption:
+            raise interruption from error
         if not isinstance(error, KeyboardInterrupt):
             raise
         raise InterruptedByForce(FORCED) from None
     finally:
-        again[0].cancel()
-        sys.unraisablehook = hook
-        for number, handler in previous.items():
+        resend.cancel()
+        sys.unraisablehook = unraisable_hook
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 def console() -> Console:
-    """Return the console of what a command does before its ranks meet: those other than the first print nothing."""
+    """Return the console for messages before the ranks meet. Only rank 0 prints."""
     return Console() if os.environ.get("RANK", "0") == "0" else silent()
 
 
 def exit_rank() -> None:
-    """End a rank that went well at once: where the interpreter takes the process groups down, a thread may abort."""
+    """End this process at once if it is a rank. Torn down by the interpreter, process groups may abort a thread."""
     if is_rank():
         sys.stdout.flush()
         exit_with(0)
 
 
 def exit_with(code: int) -> NoReturn:
-    """End this process at once: a torch that is taken down takes seconds."""
-    with suppress(OSError):  # a full disk is why it leaves, perhaps
+    """End this process at once, because tearing down torch takes seconds."""
+    with suppress(OSError):  # a full disk may be the reason for the exit
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def exit_with_error(error: SwitchError) -> NoReturn:
-    """Say why and leave at once: a rank does not wait for the others, which its launcher ends."""
-    rank, lines = os.environ.get("RANK", "0"), [*map(one_line, error.lines)]
+    """Print the error and end this process at once. A rank does not wait for the others: the launcher ends them."""
+    rank = os.environ.get("RANK", "0")
+    lines = [*map(one_line, error.lines)]
     if isinstance(error, LostRankError):
         lines = [
             one_line(f"{error}, {training_location(error)}: run the same command again to go on from the last save")
         ]
-    words = "\n".join(lines)
-    launched = write_error_file(error, words)  # then it says that all were stopped, or one is lost
-    if not (launched and isinstance(error, (Interrupted, LostRankError))) and (rank == "0" or not error.on_every_rank):
+    text = "\n".join(lines)
+    launched = write_error_file(error, text)
+    # The launcher itself reports an interruption and a lost rank. Errors that all ranks raise are printed by rank 0.
+    reported_by_launcher = launched and isinstance(error, (Interrupted, LostRankError))
+    if not reported_by_launcher and (rank == "0" or not error.on_every_rank):
         if rank != "0" or (is_rank() and isinstance(error, OutOfMemory)):
             lines[0] = f"rank {rank}: {lines[0]}"
         if isinstance(error, Interrupted):
-            Console().message(words)
+            Console().message(text)
         else:
             Console().error(*lines)
     if "--json" in sys.argv and rank == "0" and not launched:
-        with suppress(OSError):  # the exit code must not change because stdout is gone
-            print_json({"error": words, "exit_code": error.exit_code})
+        with suppress(OSError):  # a closed stdout must not change the exit code
+            print_json({"error": text, "exit_code": error.exit_code})
     exit_with(error.exit_code)
 
 
 def exit_with_traceback(error: Exception) -> None:
-    """Print where an unexpected error ended this rank, and the traceback, and leave at once. One process returns."""
+    """Print an unexpected error with its traceback and its training step, and end this rank. Return if no rank."""
     if is_rank():
-        words = f"rank {os.environ['RANK']}, {training_location(error)}: {type(error).__name__}: {error}".split("\n")[0]
-        Console().error(words)
+        first_line = f"{type(error).__name__}: {error}".split("\n")[0]
+        text = f"rank {os.environ['RANK']}, {training_location(error)}: {first_line}"
+        Console().error(text)
         traceback.print_exception(error)
-        write_error_file(SwitchError(words), words)
+        write_error_file(SwitchError(text), text)
         exit_with(SwitchError.exit_code)

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs have, with their help; and the checks of the values of every verb."""
+"""Arguments and options that several verbs share, and the checks that apply to the values of every verb."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,47 +14,40 @@ from switchcli.errors import RecipeError
 from switchcli.recipe import library
 from switchcli.report.safe_text import one_line
 
-A_CHECKPOINT = "A run's folder, one checkpoint's, or a Hugging Face folder."
+A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
-Destination = Annotated[Path, typer.Argument(help="The new folder.", show_default=False)]
-Recipe = Annotated[str, typer.Argument(help="A file, or the name of a recipe that ships.", show_default=False)]
+Destination = Annotated[Path, typer.Argument(help="The new folder, which must not exist or be empty.")]
+Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Keys to set, by dotted path.", show_default=False)
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Recipe keys to set, by dotted path.")
 ]
-Measured = Annotated[
+EvalArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY=VALUE ...]",
-        help=r"What to measure, such as tasks=\[rte]; absent: what the checkpoint was trained on.",
-        show_default=False,
+        help=r"What to measure on, such as tasks=\[rte]. Default: what the checkpoint was trained on.",
     ),
 ]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CHECKPOINT",
-        help="What to start from: a run's folder, one checkpoint's, or a Hugging Face folder.",
-        show_default=False,
-    ),
-]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/RECIPE when absent.", show_default=False)]
-Resume = Annotated[bool, typer.Option(help="Go on with the run in the folder, or set it aside and begin anew.")]
-Processes = Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the recipe comes to, and stop.")]
+Model = Annotated[str | None, typer.Option(metavar="CHECKPOINT", help=f"Where to start from. {A_CHECKPOINT}")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/RECIPE.")]
+Resume = Annotated[bool, typer.Option(help="Resume the run in the folder, or archive it and start a new one.")]
+Processes = Annotated[int, typer.Option(min=1, help="Number of ranks to start on this machine.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe with its model size, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 
 _TEXTS: Final = "texts"
-"""The parameter that holds a model's input. All others may name a place."""
+"""The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
 _OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 _USAGE_ERROR: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
-"""The base class of errors in the syntax of a command line, which typer does not export."""
+"""click's UsageError, the base class of errors in the syntax of a command line, which typer does not export."""
 
 
 class CheckedGroup(TyperGroup):
-    """The root of the command line. Each value of each option and argument of its commands, old and new, is checked.
+    """The root of the command line, which checks each value that is typed for any option or argument of any verb.
 
-    Empty values and credentials are refused; messages about wrong usage, which repeat what was typed, are one line.
+    Empty values and values with credentials are refused. Messages about wrong usage repeat what was typed, so they are
+    reduced to one safe line.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -63,8 +56,8 @@ class CheckedGroup(TyperGroup):
 
 
 @contextmanager
-def _plain_usage_errors() -> Iterator[None]:
-    """Within, or within a function that this decorates, errors of usage are one line."""
+def _usage_errors_in_one_line() -> Iterator[None]:
+    """Reduce the message of a usage error in this block, or in the decorated function, to one safe line."""
     try:
         yield
     except _USAGE_ERROR as error:
@@ -73,48 +66,48 @@ def _plain_usage_errors() -> Iterator[None]:
 
 
 def _check_values_of(command: Any) -> None:
-    """Let a command, and those below it, refuse values and tell of wrong usage as `CheckedGroup` says.
+    """Install the checks of `CheckedGroup` in a command and its subcommands.
 
-    What parses is wrapped, and not what runs: no frame of these lies below a command that runs.
+    Only the parsing functions are wrapped. The function of the command then runs without additional stack frames.
     """
-    command.parse_args = _plain_usage_errors()(command.parse_args)
-    is_group = isinstance(command, TyperGroup)
+    command.parse_args = _usage_errors_in_one_line()(command.parse_args)
+    is_group = isinstance(command, TyperGroup)  # a bool, because mypy refuses to assign to methods of a narrowed type
     if is_group:
-        command.resolve_command = _plain_usage_errors()(command.resolve_command)
-    for inner in command.commands.values() if is_group else ():
-        _check_values_of(inner)
+        command.resolve_command = _usage_errors_in_one_line()(command.resolve_command)
+        for subcommand in command.commands.values():
+            _check_values_of(subcommand)
     for parameter in command.params:
         if parameter.name != _TEXTS:
-            parameter.process_value = _checked(parameter, parameter.process_value)
+            parameter.process_value = _with_check(parameter, parameter.process_value)
 
 
-def _checked(parameter: Any, process_value: Any) -> Any:
-    """Return `process_value` with a check of what was typed: an empty path would become `.`, the current folder."""
-    name = next((one for one in parameter.opts if one.startswith("--")), parameter.name.upper())
+def _with_check(parameter: Any, process_value: Any) -> Any:
+    """Return a `process_value` that checks the typed value first. An empty path would become `.`, the current one."""
+    name = next((option for option in parameter.opts if option.startswith("--")), parameter.name.upper())
 
     def check(context: Any, value: Any) -> Any:
-        for one in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(one, str):
-                _check_value(name, one)
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, str):
+                _check_value(name, item)
         return process_value(context, value)
 
     return check
 
 
 def _check_value(name: str, value: str) -> None:
-    """Raise RecipeError for a value that is empty or holds credentials."""
+    """Raise RecipeError if the value is empty or holds credentials."""
     if override := _OVERRIDE.match(value):
         name, value = override[0].removesuffix("="), value.removeprefix(override[0])
-        if value[:1] in ("", "[", "{"):  # for the recipe's schema to judge
+        if value[:1] in ("", "[", "{"):  # the schema of the recipe checks these
             return
     if not value:
         raise RecipeError(f"{name}: is empty: give a value, or leave it out")
-    if found := credentials.find_credentials(value):
-        raise RecipeError(f"{name}: holds {found}: {credentials.FIX}")
+    if secret := credentials.find_credentials(value):
+        raise RecipeError(f"{name}: holds {secret}: {credentials.FIX}")
 
 
 def default_out(recipe: str) -> Path:
-    """runs/NAME for a recipe that ships; for a file runs/STEM, or runs/FOLDER when it is a run's recipe.yaml."""
+    """Return runs/NAME for a shipped recipe, runs/STEM for a file, and runs/FOLDER for the recipe.yaml of a run."""
     path = Path(recipe)
     if recipe in library.recipe_names() and not path.is_file():
         return Path("runs") / recipe
@@ -124,6 +117,7 @@ def default_out(recipe: str) -> Path:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """`[RECIPE] [KEY=VALUE ...]`: the recipe, if there is one, and the rest."""
-    named = bool(arguments) and "=" not in arguments[0]
-    return (arguments[0] if named else None), list(arguments[named:])
+    """Split `[RECIPE] [KEY=VALUE ...]` into the recipe, None if there is none, and the overrides."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)

@@ -1,4 +1,4 @@
-"""`switchcli convert`: a checkpoint to or from the Hugging Face layout. No torch until it runs."""
+"""`switchcli convert`: a checkpoint to or from the Hugging Face layout. Imports torch only when it runs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,28 +17,26 @@ app = typer.Typer()
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="A run's or checkpoint's folder, a Hugging Face folder or hub name.", show_default=False),
+        typer.Argument(help="A run's folder, a checkpoint's folder, a Hugging Face folder, or a name on the hub."),
     ],
     destination: Destination,
-    to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.", show_default=False)],
+    to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
-            help="The model's tokenizer.json or spiece.model, if SOURCE neither has nor names one.", show_default=False
-        ),
+        typer.Option(help="The model's tokenizer.json or spiece.model, if SOURCE neither holds nor names one."),
     ] = None,
-    revision: Annotated[str, typer.Option(help="Commit, tag or branch of a hub name.")] = "main",
+    revision: Annotated[str, typer.Option(help="Commit, tag or branch of a name on the hub.")] = "main",
     unpickle: Annotated[
         bool,
         typer.Option(
             "--unpickle",
-            help="Read pytorch_model.bin too: a pickle, which can run code (read with weights_only=True).",
+            help="Also read pytorch_model.bin, a pickle, which can run code (it is read with weights_only=True).",
         ),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Into transformers' T5 or SwitchTransformers layout, or from it; whole or not at all."""
+    """Convert a checkpoint to or from the T5 or SwitchTransformers layout of transformers, completely or not at all."""
     with _exit.interruptible():
         from switchcli.runs import conversion
 
@@ -48,10 +46,10 @@ def convert(
                 source, destination, tokenizer=tokenizer, revision=revision, unpickle=unpickle
             )
         else:
-            given = {"--tokenizer": tokenizer is not None, "--revision": revision != "main", "--unpickle": unpickle}
-            if names := [name for name, is_given in given.items() if is_given]:
+            is_set = {"--tokenizer": tokenizer is not None, "--revision": revision != "main", "--unpickle": unpickle}
+            if unused := [option for option in is_set if is_set[option]]:
                 raise RecipeError(
-                    f"{', '.join(names)}: of --to switchcli alone, and this is --to huggingface: leave it out"
+                    f"{', '.join(unused)}: only for --to switchcli, and this is --to huggingface: leave it out"
                 )
             result = conversion.to_huggingface(Path(source), destination, console)
         console.message(f"{result['parameters']:,} parameters in {destination}")

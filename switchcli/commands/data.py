@@ -1,4 +1,4 @@
-"""`switchcli data`: text as ids before a run, and tokenizers. No torch until a recipe is read."""
+"""`switchcli data`: prepare text before a run, and work with tokenizers. Imports torch only when it reads a recipe."""
 
 import sys
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from switchcli.commands._options import Json, Overrides, Quiet, Recipe
 from switchcli.report.console import Console, print_json
 from switchcli.report.units import binary
 
-app = typer.Typer(name="data", help="What a run reads: text as ids, and tokenizers.", no_args_is_help=True)
+app = typer.Typer(name="data", help="Prepare the text of a recipe, and work with tokenizers.", no_args_is_help=True)
 app.add_typer(tokenizers.group)
 
 
@@ -23,25 +23,24 @@ def prepare(
         str | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="Cut by this model's vocabulary, for a run that starts from it.",
-            show_default=False,
+            help="Tokenize by this model's tokenizer, for a run that starts from the model.",
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="At once on this machine; all processors when absent.", show_default=False)
+        int | None, typer.Option(min=1, help="Number of processes on this machine. Default: one per processor.")
     ] = None,
     share: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Make the I-th of N shares; N machines with one cache.", show_default=False),
+        typer.Option(metavar="I/N", help="Prepare the I-th of N parts, for N machines that share one cache."),
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Compare what is there with its checksums; what is damaged is made anew."),
+        typer.Option("--check", help="Compare prepared text with its checksums, and prepare damaged text again."),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Cut a recipe's text into ids, once, with all processors; the same command goes on after a stop."""
+    """Tokenize a recipe's text once, with all processors; the same command goes on after a stop."""
     with _exit.interruptible():
         from switchcli.runs import text_preparation
 
@@ -57,21 +56,21 @@ def prepare(
         if as_json:
             print_json(result)
         else:
-            _show(result, Console(quiet=quiet, stream=sys.stdout))
+            _show_prepared(result, Console(quiet=quiet, stream=sys.stdout))
 
 
-def _show(result: Mapping[str, Any], console: Console) -> None:
-    """Print how much there is of each text."""
+def _show_prepared(result: Mapping[str, Any], console: Console) -> None:
+    """Print the size and the folder of each text that is completely prepared."""
     from switchcli.data.prepare.prepared_text import SPLITS
 
-    there = {label or "text": text for label, text in result["texts"].items() if text is not None}
+    texts = {label or "text": text for label, text in result["texts"].items() if text is not None}
     rows = []
-    for label, text in there.items():
+    for label, text in texts.items():
         train, held_out = (text[part] for part in SPLITS)
-        figures = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
-        rows.append([label, *(f"{figure:,}" for figure in figures), binary(train["bytes"] + held_out["bytes"])])
+        counts = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
+        rows.append([label, *(f"{count:,}" for count in counts), binary(train["bytes"] + held_out["bytes"])])
     console.rows("prepared", ("", "documents", "tokens", "held out", "tokens", "text"), rows)
-    for label, text in there.items():
-        if said := ", ".join(f"{number:,} {reason}" for reason, number in text["dropped"].items() if number):
-            console.message(f"left out of {label}: {said}")
+    for label, text in texts.items():
+        if dropped := ", ".join(f"{count:,} {reason}" for reason, count in text["dropped"].items() if count):
+            console.message(f"left out of {label}: {dropped}")
         console.message(f"{label}: {text['folder']}")

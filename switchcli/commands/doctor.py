@@ -1,4 +1,4 @@
-"""`switchcli doctor`: whether a Switch model is sound, and a checkpoint's files are whole. No torch until it runs."""
+"""`switchcli doctor`: check a model's computation, or a checkpoint's files. Imports torch only when it runs."""
 
 import sys
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchcli.commands._options import Json, Overrides
+from switchcli.commands._options import A_CHECKPOINT, Json, Overrides
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console, print_json
 
@@ -24,9 +24,7 @@ def doctor(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT|RECIPE",
-            help="A run's folder, one checkpoint's, a Hugging Face folder; or a recipe, for its initial weights.",
-            show_default=False,
+            metavar="CHECKPOINT|RECIPE", help=f"{A_CHECKPOINT} Or a recipe, whose initial weights are checked."
         ),
     ],
     overrides: Overrides = None,
@@ -34,7 +32,7 @@ def doctor(
         bool,
         typer.Option(
             "--checkpoint-files",
-            help="Read the files of a checkpoint, or of all of a run, through instead: exit code 4 if one is damaged.",
+            help="Verify the files of a checkpoint, or of all checkpoints of a run, instead. Exit code 4 if damaged.",
         ),
     ] = False,
     as_json: Json = False,
@@ -51,34 +49,37 @@ def doctor(
         else:
             _show_files(verified)
         raise typer.Exit(0 if verified["whole"] else CheckpointError.exit_code)
-    found = diagnosis.diagnose(model, overrides or [], Console())
+    diagnosed = diagnosis.diagnose(model, overrides or [], Console())
     if as_json:
-        print_json(found.to_json())
+        print_json(diagnosed.to_json())
     else:
-        _show(found)
-    if not found.sound:
+        _show_diagnosis(diagnosed)
+    if not diagnosed.sound:
         raise typer.Exit(1)
 
 
-def _show(diagnosis: "Diagnosis") -> None:
-    """Print a line for each probe on stdout, and below it what to do if the model did not pass."""
+def _show_diagnosis(diagnosis: "Diagnosis") -> None:
+    """Print each probe on stdout, with advice below a probe that the model did not pass."""
     console = Console(stream=sys.stdout)
     weights = "initial weights" if diagnosis.initialised else "trained weights"
     sparse = f"{diagnosis.layers} sparse layers of {diagnosis.experts} experts" if diagnosis.layers else "a dense model"
     console.message(f"{diagnosis.model}: {sparse}, {weights}, in the code of {diagnosis.code}", "bold")
     width = max(len(finding.probe) for finding in diagnosis.findings)
+    indent = len("pass  ") + width + len("  ")
     for finding in diagnosis.findings:
         console.message(f"{finding.verdict}  {finding.probe:{width}}  {finding.figure}", _STYLES[finding.verdict])
         if finding.advice:
-            console.message(f"{'':{6 + width + 2}}{finding.advice}")
+            console.message(f"{'':{indent}}{finding.advice}")
     failed, warned = diagnosis.count("fail"), diagnosis.count("warn")
-    ending = "sound" if diagnosis.sound else "not sound"
-    console.message(f"{ending}: {failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning", "bold")
+    conclusion = "sound" if diagnosis.sound else "not sound"
+    probes = f"{failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning"
+    console.message(f"{conclusion}: {probes}", "bold")
 
 
 def _show_files(verified: Mapping[str, Any]) -> None:
-    """Print a line for each checkpoint on stdout, and which of them loading takes."""
-    console, loaded = Console(stream=sys.stdout), verified["loaded"]
+    """Print the state of each checkpoint on stdout, and which of them loading takes."""
+    console = Console(stream=sys.stdout)
+    loaded = verified["loaded"]
     for path, damage in verified["damage"].items():
         console.message(f"damaged  {damage}" if damage else f"whole    {path}", "bold red" if damage else "green")
     console.message(f"loading takes {loaded}" if loaded else "none is whole: loading refuses", "bold")

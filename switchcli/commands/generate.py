@@ -1,4 +1,4 @@
-"""`switchcli generate`: a checkpoint's answers to texts with gaps, or to a task's inputs. No torch until it runs."""
+"""`switchcli generate`: a checkpoint's answers to texts with gaps or task inputs. Imports torch only when it runs."""
 
 import sys
 from collections.abc import Iterator
@@ -22,23 +22,27 @@ def generate(
     checkpoint: Checkpoint,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT ...]", help="Read from stdin, a line each, when absent.", show_default=False),
+        typer.Argument(metavar="[TEXT ...]", help="Inputs of the model. Default: the lines of stdin."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    beams: Annotated[int, typer.Option(min=1, help="Beam search with so many; 1 is greedy.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 128,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search; 1 is greedy decoding.")] = 1,
     length_penalty: Annotated[
-        float, typer.Option(min=0.0, help="Of beam search: more favours longer answers (T5's alpha).")
+        float, typer.Option(min=0.0, help="Length penalty of beam search (T5's alpha); higher favors longer answers.")
     ] = 0.6,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Draw tokens at random, the more evenly the higher; 0 takes the likeliest.")
+        float, typer.Option(min=0.0, help="Temperature of random sampling; 0 takes the most probable token.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest tokens that have this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Lines answered together: faster, once so many are there.")] = 1,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Sample from the most probable tokens whose probabilities sum to this.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random sampling.")] = 0,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Texts that are answered together: faster, but output waits for a full batch.")
+    ] = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     capacity: Annotated[
         Literal["paper", "dropless"],
-        typer.Option(help="Slots an expert: by eval_capacity_factor, or one for every token."),
+        typer.Option(help="Slots per expert: by the recipe's eval_capacity_factor, or enough for every token."),
     ] = "dropless",
     as_json: Json = False,
 ) -> None:
@@ -58,22 +62,22 @@ def generate(
         }
     )
     console = Console()
-    loaded = text_generation.load_on(checkpoint, device, console)
+    model = text_generation.load_on(checkpoint, device, console)
     if texts and len(texts) == 1 and beams == 1 and not as_json and sys.stdout.isatty():
-        for piece in text_generation.stream(loaded, texts[0], decoding, capacity, console):
-            typer.echo(_on_one_line(piece), nl=False)
+        for piece in text_generation.stream(model, texts[0], decoding, capacity, console):
+            typer.echo(_without_line_breaks(piece), nl=False)
         typer.echo()
         return
-    answers = text_generation.generate(loaded, texts or _lines(), decoding, capacity, batch, console)
+    answers = text_generation.generate(model, texts or _stdin_lines(), decoding, capacity, batch, console)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "answers": [answer._asdict() for answer in answers]})
         return
     for answer in answers:
-        typer.echo(_on_one_line(answer.output))
+        typer.echo(_without_line_breaks(answer.output))
 
 
 def _decoding(settings: dict[str, Any]) -> "Decoding":
-    """Return how tokens are chosen. Raises RecipeError when the options contradict one another."""
+    """Return how tokens are chosen. Raises RecipeError if the options contradict one another."""
     from pydantic import ValidationError
 
     from switchcli.model.decoding import Decoding
@@ -86,12 +90,12 @@ def _decoding(settings: dict[str, Any]) -> "Decoding":
         raise RecipeError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
 
 
-def _on_one_line(text: str) -> str:
+def _without_line_breaks(text: str) -> str:
     return safe_text(text).replace("\n", " ")
 
 
-def _lines() -> Iterator[str]:
-    """Yield the lines of stdin, each as soon as it is there. Raises DataError for what is no text."""
+def _stdin_lines() -> Iterator[str]:
+    """Yield each line of stdin as soon as it arrives. Raises DataError if stdin is not text."""
     try:
         for line in sys.stdin:
             yield line.rstrip("\n")

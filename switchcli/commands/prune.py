@@ -1,4 +1,4 @@
-"""`switchcli prune`: a trained model with fewer experts. No torch until it runs."""
+"""`switchcli prune`: a trained model with fewer experts. Imports torch only when it runs."""
 
 import sys
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from switchcli.commands import _exit
-from switchcli.commands._options import Checkpoint, Destination, Json, Measured, Quiet, split_arguments
+from switchcli.commands._options import Checkpoint, Destination, EvalArguments, Json, Quiet, split_arguments
 from switchcli.report.console import Console, print_json
 
 app = typer.Typer()
@@ -17,27 +17,27 @@ app = typer.Typer()
 def prune(
     checkpoint: Checkpoint,
     destination: Destination,
-    experts: Annotated[int, typer.Option(help="Experts that each sparse layer keeps.", show_default=False)],
-    arguments: Measured = None,
+    experts: Annotated[int, typer.Option(help="Number of experts that each sparse layer keeps.")],
+    arguments: EvalArguments = None,
     by: Annotated[
         Literal["drop", "merge"],
-        typer.Option(help="Leave the others out, or average them into those whose router rows are most alike."),
+        typer.Option(help="Drop the other experts, or average each into the one with the most similar router row."),
     ] = "drop",
     gate: Annotated[
-        Literal["scaled", "raw"], typer.Option(help="Make up for gates that rise among fewer experts, or do not.")
+        Literal["scaled", "raw"],
+        typer.Option(help="Scale wo to correct for gates that rise among fewer experts, or leave it."),
     ] = "scaled",
     sequences: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Held-out rows of text, and examples of each task, to measure it on; absent: as the recipe says.",
-            show_default=False,
+            help="Number of held-out rows of text, and of examples per task, to measure on. Default: the recipe's.",
         ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fewer experts, for serving: those that held-out text asks for least are taken out of each sparse layer."""
+    """Remove the experts that held-out text uses least from each sparse layer, to serve a smaller model."""
     with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import pruning
 
@@ -60,23 +60,19 @@ def prune(
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """Print the figures before and after, and what each layer has lost, on stdout."""
+    """Print the metrics before and after, and the tokens that each layer lost, on stdout."""
     from switchcli.runs.run_dir import program_name
 
     console = Console(stream=sys.stdout)
     headings = ("", "before", "after")
     rows = [[name, *(f"{result[name][when]:,}" for when in headings[1:])] for name in ("experts", "parameters")]
-    for name, one in result["held_out"].items():
-        rows.append([f"neg. log perplexity of {name}", *(f"{one[when]:.4f}" for when in headings[1:])])
+    for name, held_out in result["held_out"].items():
+        rows.append([f"neg. log perplexity of {name}", *(f"{held_out[when]:.4f}" for when in headings[1:])])
     console.rows(f"{result['destination']}: by {result['by']}, capacity {result['capacity']}", headings, rows)
-    layers = result["layers"].items()
-    console.rows(
-        "tokens whose expert is gone",
-        ("layer", "share", "wo times", "kept"),
-        (
-            [name, f"{one['lost_fraction']:.1%}", f"{one['wo']:.3f}", " ".join(map(str, one["kept"]))]
-            for name, one in layers
-        ),
-    )
+    layer_rows = [
+        [name, f"{layer['lost_fraction']:.1%}", f"{layer['wo']:.3f}", " ".join(map(str, layer["kept"]))]
+        for name, layer in result["layers"].items()
+    ]
+    console.rows("tokens whose expert was removed", ("layer", "share", "wo times", "kept"), layer_rows)
     console.message()
     console.message(f"Next: {program_name()} {result['next']}")

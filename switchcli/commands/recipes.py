@@ -1,35 +1,36 @@
-"""`switchcli recipes`: the recipes that ship, and whether one is sound. Results go to stdout, errors are raised."""
+"""`switchcli recipes`: list, print, copy and check recipes. Results go to stdout; errors are raised."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from switchcli.commands._options import Json
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, yaml_nodes
 from switchcli.report.console import print_json
 from switchcli.report.safe_text import one_line
 
-app = typer.Typer(name="recipes", help="The recipes that ship, and whether one is sound.", no_args_is_help=True)
+app = typer.Typer(name="recipes", help="List, print, copy and check recipes.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Name = Annotated[str, typer.Argument(help="The name of a shipped recipe, such as quickstart/switch.")]
 
 
 @app.command("list")
 def list_recipes(as_json: Json = False) -> None:
-    """Name and description of each recipe that ships."""
+    """List the name and description of each shipped recipe."""
     rows = [(name, library.description(name)) for name in library.recipe_names()]
     if as_json:
-        print_json({"recipes": [{"name": name, "description": described} for name, described in rows]})
+        print_json({"recipes": [{"name": name, "description": description} for name, description in rows]})
         return
     width = max((len(name) for name, _ in rows), default=0)
-    for name, described in rows:
-        typer.echo(f"{name:{width}}  {described}".rstrip())
+    for name, description in rows:
+        typer.echo(f"{name:{width}}  {description}".rstrip())
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="Such as quickstart/switch.")], as_json: Json = False) -> None:
-    """Print the file of a recipe that ships."""
+def show(name: Name, as_json: Json = False) -> None:
+    """Print the file of a shipped recipe."""
     path = library.recipe_file(name)
     content = path.read_text(encoding="utf-8")
     if as_json:
@@ -40,11 +41,11 @@ def show(name: Annotated[str, typer.Argument(help="Such as quickstart/switch.")]
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="Such as quickstart/switch.")],
-    file: Annotated[Path, typer.Argument(help="The new file; it must not be there yet.")],
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="The new file, which must not exist.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a recipe that ships, to change it. What it extends is then named as it ships."""
+    """Copy a shipped recipe to change it. Its `extends` then names the shipped recipe that it extends."""
     target = library.copy_recipe(name, file)
     if as_json:
         print_json({"name": name, "file": str(target)})
@@ -54,22 +55,25 @@ def copy(
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Paths, or names of recipes that ship.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Recipe files, or names of shipped recipes.")],
     as_json: Json = False,
 ) -> None:
-    """Check recipes and report everything that is wrong with any of them."""
-    errors = {file: _errors(file) for file in files}
+    """Check recipes and report every error in each of them."""
+    errors = {file: _errors_in(file) for file in files}
     if as_json:
-        print_json({"files": [{"file": file, "ok": not found, "errors": found} for file, found in errors.items()]})
+        results = [{"file": file, "ok": not file_errors, "errors": file_errors} for file, file_errors in errors.items()]
+        print_json({"files": results})
     else:
-        for file in (file for file, found in errors.items() if not found):
-            typer.echo(f"{yaml_nodes.display_key(file)}: ok")
-    if broken := [line for found in errors.values() for line in found]:
-        raise RecipeError(*broken)
+        for file, file_errors in errors.items():
+            if not file_errors:
+                typer.echo(f"{yaml_nodes.display_key(file)}: ok")
+    lines = [line for file_errors in errors.values() for line in file_errors]
+    if lines:
+        raise RecipeError(*lines)
 
 
 @app.command()
-def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes an editor is to complete.")]) -> None:
+def schema(verb: Annotated[str, typer.Argument(help="The verb whose recipes an editor is to complete.")]) -> None:
     """Print the JSON Schema of a verb's recipes."""
     from switchcli.recipe.schema import RECIPES, editor_schema
 
@@ -80,8 +84,8 @@ def schema(verb: Annotated[str, typer.Argument(help="The command whose recipes a
     print_json(editor_schema(verb))
 
 
-def _errors(file: str) -> list[str]:
-    """Everything wrong with `file`, one line each, by the schema of the verb that it names."""
+def _errors_in(file: str) -> list[str]:
+    """Return a line for each error in `file`, by the schema of the verb that it names."""
     from switchcli.recipe.schema import resolve_standalone
 
     try:

@@ -1,4 +1,4 @@
-"""`switchcli report`: runs compared, or the routing of checkpoints. No torch until that one is asked for."""
+"""`switchcli report`: compare runs, or the routing of checkpoints. Imports torch only for the routing."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,32 +25,35 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN ...",
-            help="Folders of runs; with --routing one checkpoint, or two, and KEY=VALUE as of `switchcli eval`.",
-            show_default=False,
+            help="Folders of runs. With --routing: one or two checkpoints, and KEY=VALUE as for `switchcli eval`.",
         ),
     ],
     routing: Annotated[
         bool,
         typer.Option(
-            "--routing", help="What each expert of a checkpoint takes, on its held-out text; of two, how they differ."
+            "--routing",
+            help="Report which held-out tokens each expert of a checkpoint gets, and how two checkpoints differ.",
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with all figures.", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page with all charts to this file.")] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Folder for the figures as SVG, PNG and CSV.", show_default=False)
+        Path | None, typer.Option(help="Write the charts as SVG, PNG and CSV files to this folder.")
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="What to compare with; the first when absent.")
+        Path | None, typer.Option(metavar="RUN", help="The run to compare with. Default: the first.")
     ] = None,
     quality: Annotated[
         float | None,
-        typer.Option(metavar="FIGURE", help="What is to be reached; absent: what the baseline ends with."),
+        typer.Option(
+            metavar="FIGURE",
+            help="Value of the held-out metric that each run is timed to reach. Default: the baseline's last.",
+        ),
     ] = None,
-    smooth: Annotated[int, typer.Option(min=1, help="Take means over so many evaluations.")] = 1,
+    smooth: Annotated[int, typer.Option(min=1, help="Number of evaluations in a running mean.")] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare runs: quality, speed-up, routing, rates; as tables, as a page, as figures."""
+    """Compare runs by quality, speed-up, routing and throughput, as tables, an HTML page or charts."""
     with _exit.interruptible(saves_nothing=True):
         console = Console(quiet=quiet)
         if figures is not None:
@@ -59,43 +62,43 @@ def report(
             require_renderer()
         if routing:
             if (baseline, quality, smooth) != (None, None, 1):
-                raise RecipeError("--routing looks at checkpoints alone: leave out --baseline, --quality and --smooth")
+                raise RecipeError("--routing reads only checkpoints: leave out --baseline, --quality and --smooth")
             _report_routing(runs, html, figures, as_json, console)
         else:
             from switchcli.runs.run_comparison import compare_runs
 
             folders = [*map(Path, runs)]
-            found = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
-            _report_runs(found, html, figures, as_json)
+            comparison = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
+            _report_runs(comparison, html, figures, as_json)
 
 
-def _report_runs(found: "Report", html: Path | None, figures: Path | None, as_json: bool) -> None:
-    """Write the page and the figures that are asked for, and print the tables or the JSON object on stdout."""
+def _report_runs(comparison: "Report", html: Path | None, figures: Path | None, as_json: bool) -> None:
+    """Write the page and the charts if their paths are not None. Print the tables or the JSON object on stdout."""
     from switchcli.report import run_report
     from switchcli.report.charts import write_files
     from switchcli.report.html_page import write_page
 
     if html is not None:
-        write_page(html, run_report.title(found), run_report.parts(found))
+        write_page(html, run_report.title(comparison), run_report.parts(comparison))
     if figures is not None:
-        write_files(run_report.every_figure(found), run_report.every_table(found), figures)
+        write_files(run_report.every_figure(comparison), run_report.every_table(comparison), figures)
     if as_json:
-        print_json(run_report.to_json(found))
+        print_json(run_report.to_json(comparison))
     else:
-        _show(run_report.tables(found))
+        _show(run_report.tables(comparison))
 
 
 def _report_routing(
     arguments: Sequence[str], html: Path | None, figures: Path | None, as_json: bool, console: Console
 ) -> None:
-    """Measure the routing of `CHECKPOINT [CHECKPOINT] [KEY=VALUE ...]`, and write and print it as `_report_runs`."""
+    """Measure the routing of `CHECKPOINT [CHECKPOINT] [KEY=VALUE ...]`, then write and print it like `_report_runs`."""
     from switchcli.report import routing_page, routing_tables
     from switchcli.report.charts import write_files
     from switchcli.report.html_page import write_page
     from switchcli.runs.routing_survey import survey_checkpoints
 
-    overrides = [one for one in arguments if "=" in one and not Path(one).is_dir()]
-    paths = [Path(one) for one in arguments if one not in overrides]
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
+    paths = [Path(argument) for argument in arguments if argument not in overrides]
     survey = survey_checkpoints(paths, overrides, console)
     if html is not None:
         write_page(html, routing_page.title(survey), routing_page.parts(survey))
@@ -108,6 +111,7 @@ def _report_routing(
 
 
 def _show(tables: Iterable["HtmlTable"]) -> None:
+    """Print the tables on stdout."""
     console = Console(stream=sys.stdout)
     for table in tables:
         console.rows(*table)

@@ -1,4 +1,4 @@
-"""`switchcli data tokenizer`: train a tokenizer, look at one, compare some. No torch until a recipe is read."""
+"""`switchcli data tokenizer`: train, show and compare tokenizers. Imports torch only when it reads a recipe."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,59 +13,61 @@ from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import one_line
 
 if TYPE_CHECKING:
-    from switchcli.runs.vocabularies import TokenizerComparison
+    from switchcli.runs.tokenizer_tools import TokenizerComparison
 
-group = typer.Typer(name="tokenizer", help="Train a tokenizer, look at one, compare some.", no_args_is_help=True)
+group = typer.Typer(name="tokenizer", help="Train, show and compare tokenizers.", no_args_is_help=True)
 
 A_TOKENIZER = "A tokenizer.json, a spiece.model, or the folder of a run, a checkpoint or a Hugging Face model."
-_TABLES: Final = (
+_MEASURES: Final = (
     ("Tokens a byte of text", "tokens_per_byte", ".4f"),
     ("Tokens that are unknown", "unknown", ".2%"),
     ("Tokens that are a byte of a character without a piece", "byte_fallback", ".2%"),
 )
+"""Title, JSON key and number format of each measure's table."""
 
 
 @group.command()
 def train(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="The new file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The new file.")],
     overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the vocabulary of a recipe's data.tokenizer (kind: train) on its training documents; write it as a file."""
+    """Train the tokenizer of a recipe (data.tokenizer, kind: train) on its training documents, and write a file."""
     with _exit.interruptible(saves_nothing=True):
-        from switchcli.runs import vocabularies
+        from switchcli.runs import tokenizer_tools
 
-        vocabularies.check_free(out, replace=force)
-        found = vocabularies.train(recipe, overrides or [], out, Console(quiet=quiet))
+        tokenizer_tools.check_free(out, replace=force)
+        facts = tokenizer_tools.train(recipe, overrides or [], out, Console(quiet=quiet))
         if as_json:
-            print_json(found)
+            print_json(facts)
         else:
-            _show(found)
+            _show_facts(facts)
             typer.echo(f"\n{one_line(f'in a recipe: data.tokenizer={{kind: file, path: {out}}}')}")
 
 
 @group.command()
 def show(
-    name: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=A_TOKENIZER, show_default=False)],
+    name: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=A_TOKENIZER)],
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT ...]", help="Cut into pieces; <extra_id_0> is a sentinel.", show_default=False),
+        typer.Argument(metavar="[TEXT ...]", help="Texts to tokenize, in which <extra_id_0> is a sentinel."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """How many ids there are of what, and the pieces of each TEXT."""
-    from switchcli.runs import vocabularies
+    """Show the numbers of pieces and sentinels of a tokenizer, and the pieces of each TEXT."""
+    from switchcli.runs import tokenizer_tools
 
-    used = vocabularies.open_tokenizer(name)
-    found, cut = vocabularies.tokenizer_facts(name, used), vocabularies.encode_texts(used, texts or [])
+    tokenizer = tokenizer_tools.open_tokenizer(name)
+    facts = tokenizer_tools.tokenizer_facts(name, tokenizer)
+    tokenized = tokenizer_tools.encode_texts(tokenizer, texts or [])
     if as_json:
-        print_json({**found, "texts": cut})
+        print_json({**facts, "texts": tokenized})
     else:
-        _show(found)
-        _show_cut(cut)
+        _show_facts(facts)
+        _show_tokenized(tokenized)
 
 
 @group.command()
@@ -73,62 +75,64 @@ def compare(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="TOKENIZER [TOKENIZER ...] [KEY=VALUE ...]",
-            help=f"{A_TOKENIZER} Then keys of the recipe to set.",
-            show_default=False,
+            metavar="TOKENIZER [TOKENIZER ...] [KEY=VALUE ...]", help=f"{A_TOKENIZER} Then recipe keys to set."
         ),
     ],
     on: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Measure on its held-out documents.", show_default=False)
+        str | None, typer.Option(metavar="RECIPE", help="Measure on this recipe's held-out documents.")
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Measure on this text as well; may be repeated.", show_default=False),
+        typer.Option(metavar="FILE", help="Measure on this text too; the option may be repeated."),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tokens a byte, and the shares of unknown and of byte tokens, of each language or corpus."""
+    """Compare tokens per byte, and the fractions of unknown and of byte tokens, for each language or corpus."""
     with _exit.interruptible(saves_nothing=True):
-        from switchcli.runs import vocabularies
+        from switchcli.runs import tokenizer_tools
 
-        compared = vocabularies.compare(arguments, on, text or [], Console(quiet=quiet))
+        comparison = tokenizer_tools.compare(arguments, on, text or [], Console(quiet=quiet))
         if as_json:
-            print_json(compared.to_json())
+            print_json(comparison.to_json())
         else:
-            _show_compared(compared)
+            _show_comparison(comparison)
 
 
-def _show(found: Mapping[str, Any]) -> None:
+def _show_facts(facts: Mapping[str, Any]) -> None:
     """Print the facts about a tokenizer on stdout."""
     rows = {
         key.replace("_", " "): ("no", "yes")[value] if isinstance(value, bool) else value
-        for key, value in found.items()
+        for key, value in facts.items()
         if key != "tokenizer"
     }
-    Console(stream=sys.stdout).table(found["tokenizer"], rows)
+    Console(stream=sys.stdout).table(facts["tokenizer"], rows)
 
 
-def _show_cut(texts: Iterable[Mapping[str, Any]]) -> None:
-    for one in texts:
-        typer.echo(f"\n{one_line(one['text'])}")
-        typer.echo(f"pieces  {' '.join(map(one_line, one['pieces']))}")
-        typer.echo(f"ids     {' '.join(map(str, one['ids']))}")
+def _show_tokenized(texts: Iterable[Mapping[str, Any]]) -> None:
+    for text in texts:
+        typer.echo(f"\n{one_line(text['text'])}")
+        typer.echo(f"pieces  {' '.join(map(one_line, text['pieces']))}")
+        typer.echo(f"ids     {' '.join(map(str, text['ids']))}")
 
 
-def _show_compared(compared: "TokenizerComparison") -> None:
-    """Print a table of the tokenizers on stdout, and for each measure a table with a row for each text."""
+def _show_comparison(comparison: "TokenizerComparison") -> None:
+    """Print a table of the tokenizers on stdout, then for each measure a table with a row for each text."""
     console = Console(stream=sys.stdout)
     columns = ("vocab_size", "pieces", "sentinels")
-    rows = [
-        (f"{place}  {one['tokenizer']}", *(f"{one[key]:,}" for key in columns))
-        for place, one in enumerate(compared.tokenizers, start=1)
+    tokenizer_rows = [
+        (f"{number}  {facts['tokenizer']}", *(f"{facts[key]:,}" for key in columns))
+        for number, facts in enumerate(comparison.tokenizers, start=1)
     ]
-    console.rows("Tokenizers", ("", *(column.replace("_", " ") for column in columns)), rows)
-    headings = ("", "bytes", *(str(place) for place in range(1, len(rows) + 1)))
-    for title, key, form in _TABLES:
-        found = [row.to_json() for row in (*compared.rows, compared.total)]
-        if any(one[key] for row in found for one in row["measured"]):
-            cells = (["-" if one[key] is None else format(one[key], form) for one in row["measured"]] for row in found)
-            lines = ((row["text"], f"{row['bytes']:,}", *line) for row, line in zip(found, cells, strict=True))
-            console.rows(title, headings, lines)
+    console.rows("Tokenizers", ("", *(column.replace("_", " ") for column in columns)), tokenizer_rows)
+    headings = ("", "bytes", *(str(number) for number in range(1, len(tokenizer_rows) + 1)))
+    texts = [text.to_json() for text in (*comparison.texts, comparison.total)]
+    for title, key, number_format in _MEASURES:
+        if not any(measured[key] for text in texts for measured in text["measured"]):
+            continue  # such as the byte tokens of tokenizers without byte fallback
+        rows = []
+        for text in texts:
+            values = [measured[key] for measured in text["measured"]]
+            cells = ["-" if value is None else format(value, number_format) for value in values]
+            rows.append((text["text"], f"{text['bytes']:,}", *cells))
+        console.rows(title, headings, rows)

@@ -1,4 +1,4 @@
-"""`switchcli upcycle`: a Switch model that begins where a dense one ended. No torch until it runs."""
+"""`switchcli upcycle`: a sparse model whose experts are copies of a dense one. Imports torch only when it runs."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,22 +15,23 @@ app = typer.Typer()
 
 @app.command()
 def upcycle(
-    dense: Annotated[Path, typer.Argument(help=f"A dense model. {A_CHECKPOINT}", show_default=False)],
+    dense: Annotated[Path, typer.Argument(help=f"A dense model. {A_CHECKPOINT}")],
     destination: Destination,
-    experts: Annotated[int, typer.Option(help="Experts in each sparse layer.", show_default=False)],
+    experts: Annotated[int, typer.Option(help="Number of experts in each sparse layer.")],
     overrides: Overrides = None,
     gate: Annotated[
         Literal["scaled", "raw"],
-        typer.Option(help="Make up for gates below 1, so that nothing is lost at first; or copy as it is."),
+        typer.Option(help="Scale weights to correct for gates below 1, so that outputs stay equal, or copy them."),
     ] = "scaled",
     noise: Annotated[
-        float, typer.Option(help="Normal noise on each expert's weights, as a multiple of their root mean square.")
+        float,
+        typer.Option(help="Standard deviation of noise on experts, as a multiple of the weights' root mean square."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of routers and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the new routers and the noise.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """A Switch model that begins where a dense one ended: experts are copies of its feed-forwards."""
+    """Make a Switch model that starts where a dense model ended: its experts are copies of the dense feed-forwards."""
     with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import upcycling
 
@@ -45,13 +46,16 @@ def upcycle(
 
 
 def _summary(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line about the whole model, one about each stack, and the next command."""
+    """Yield a line about the model, one about each stack, and one with the next command."""
     from switchcli.runs.run_dir import program_name
 
     yield f"{result['parameters']:,} parameters in {result['destination']}"
-    for stack, one in result["corrections"].items():
+    for stack, correction in result["corrections"].items():
         layers = sum(layer.startswith(stack) for layer in result["layers"])
-        begins = "as the dense model, where no token is dropped" if one["exact"] else "otherwise than the dense model"
-        factors = f"wo times {one['wo']:g}, fresh routers times {one['router']:g}"
-        yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {begins}"
+        factors = f"wo times {correction['wo']:g}, fresh routers times {correction['router']:g}"
+        if correction["exact"]:
+            start = "as the dense model, where no token is dropped"
+        else:
+            start = "otherwise than the dense model"
+        yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {start}"
     yield f"Next: {program_name()} {result['next']}"

@@ -16,11 +16,11 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 
 PRECISIONS = {"bf16": ("bfloat16", "selective"), "no": ("float32", "bfloat16", "selective")}
-"""The recipe's precisions that agree with one of accelerate's. Its default is "no", so that "no" asks for nothing."""
+"""The recipe's precisions that agree with each of accelerate's. All agree with "no", which is accelerate's default."""
 
 
 def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: DistributedContext) -> None:
-    """Print on the main rank, to stderr, one line that names the settings of accelerate that the recipe overrides."""
+    """Print one line on the main rank that names the settings of accelerate that the recipe overrides."""
     if not context.is_main:
         return
     if isinstance(recipe, TrainingRecipe):
@@ -29,13 +29,14 @@ def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: Distribute
     else:
         conflicts = _conflicts(os.environ, recipe.device, recipe.precision)
     if conflicts:
-        asked, decided = ", ".join(conflicts), ", ".join(dict.fromkeys(conflicts.values()))
-        Console().warning(f"accelerate asks for {asked}, which is ignored: the recipe decides ({decided})")
+        requested = ", ".join(conflicts)
+        decided_by = ", ".join(dict.fromkeys(conflicts.values()))  # several settings may depend on one key
+        Console().warning(f"accelerate asks for {requested}, which is ignored: the recipe decides ({decided_by})")
 
 
 def warn_about_ranks(context: DistributedContext) -> None:
-    """Print one line to stderr if accelerate was asked for several processes and started this one alone."""
-    if context.world == 1 and _asked_for_several(os.environ):
+    """Print one line if accelerate was asked for several processes and started only this one."""
+    if context.world == 1 and _several_were_requested(os.environ):
         Console().warning(
             "accelerate was asked for several processes and started one: add `--processes N` at the end of the "
             "command, or start N by `accelerate launch --multi_gpu --num_processes N`, which works without GPUs too"
@@ -43,24 +44,25 @@ def warn_about_ranks(context: DistributedContext) -> None:
 
 
 def _conflicts(environment: Mapping[str, str], device: str, precision: str, prefix: str = "") -> dict[str, str]:
-    """Return what accelerate asks for and any recipe decides otherwise, each with the KEY=VALUE that decides.
+    """Return each device or precision setting of accelerate that differs from the recipe, with the KEY=VALUE it obeys.
 
-    `prefix` is what the names of the two keys begin with.
+    `prefix` is the start of the names of both keys: `train.` in a training recipe.
     """
     conflicts = {}
     if device == "cuda" and is_set(environment, "ACCELERATE_USE_CPU"):
         conflicts["the CPU"] = f"{prefix}device={device}"
-    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in PRECISIONS.get(asked, ()):
-        conflicts[f"mixed precision {asked}"] = f"{prefix}precision={precision}"
+    requested = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in PRECISIONS.get(requested, ()):
+        conflicts[f"mixed precision {requested}"] = f"{prefix}precision={precision}"
     return conflicts
 
 
 def _training_conflicts(
-    environment: Mapping[str, str], recipe: TrainingRecipe, shard: str, data_ranks: int
+    environment: Mapping[str, str], recipe: TrainingRecipe, shard: str, dp_size: int
 ) -> dict[str, str]:
-    """Return what accelerate asks for and a training recipe decides otherwise, with what decides."""
-    train, conflicts = recipe.train, {}
+    """Return each other setting of accelerate that differs from a training recipe, with the KEY=VALUE it obeys."""
+    train = recipe.train
+    conflicts = {}
     for name, variable in (
         ("FSDP", "ACCELERATE_USE_FSDP"),
         ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
@@ -70,8 +72,9 @@ def _training_conflicts(
         if is_set(environment, variable) and not (name == "FSDP" and shard != "none"):
             conflicts[name] = f"parallel.shard={shard}"
     steps = _number(environment, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    share = train.batch_tokens // data_ranks
-    if steps is not None and steps > 1 and steps * (train.microbatch_tokens or share) != share:
+    tokens_per_rank = train.batch_tokens // dp_size
+    microbatch_tokens = train.microbatch_tokens or tokens_per_rank
+    if steps is not None and steps > 1 and steps * microbatch_tokens != tokens_per_rank:
         conflicts[f"{steps:g} gradient accumulation steps"] = (
             f"train.microbatch_tokens={json.dumps(train.microbatch_tokens)}"
         )
@@ -84,11 +87,11 @@ def _training_conflicts(
     return conflicts
 
 
-def _asked_for_several(environment: Mapping[str, str]) -> bool:
-    """Return whether `accelerate launch` was asked for several processes and started this one alone.
+def _several_were_requested(environment: Mapping[str, str]) -> bool:
+    """Return whether `accelerate launch` was asked for several processes and started only this one.
 
-    It sets an address to meet at for more than one process, but ranks only where it uses torchrun (`--multi_gpu`).
-    The number that was asked for is not in the environment.
+    For more than one process it sets MASTER_PORT, but WORLD_SIZE only if it uses torchrun (`--multi_gpu`). The number
+    of processes is not in the environment.
     """
     return (
         "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment and "WORLD_SIZE" not in environment
@@ -96,7 +99,7 @@ def _asked_for_several(environment: Mapping[str, str]) -> bool:
 
 
 def _number(environment: Mapping[str, str], name: str) -> float | None:
-    """Return a number from the environment; None if there is none, or a word such as `auto`."""
+    """Return a number from the environment. Return None if it is not set, or set to a word such as `auto`."""
     with suppress(KeyError, ValueError):
         return float(environment[name])
     return None

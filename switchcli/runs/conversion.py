@@ -34,14 +34,14 @@ _MAX_FILE_BYTES = 1 << 31
 def to_switchcli(
     source: str, destination: Path, *, tokenizer: Path | None, revision: str, unpickle: bool
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder, or a repository of the hub, as one of our checkpoints; return its description.
+    """Write a Hugging Face folder, or a repository of the hub, as one of our checkpoints. Return the JSON result.
 
-    `tokenizer` is read if the source has none, `revision` is a commit, tag or branch of the hub, and `unpickle` allows
-    weights that are a pickle.
+    `tokenizer` is the file to read if the source has none. `revision` is a commit, tag or branch on the hub. `unpickle`
+    allows weights in a pickle.
 
     Raises:
-        CheckpointError: it is no whole model of ours, or the disk refuses.
-        DataError: no tokenizer.
+        CheckpointError: the source is incomplete or not a supported model, or the disk cannot be written.
+        DataError: there is no tokenizer.
     """
     folder = Path(source)
     if not folder.exists() and hub.is_repository_id(source):
@@ -49,28 +49,30 @@ def to_switchcli(
     if not is_hugging_face_folder(folder):
         raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
     destination = check_checkpoint_destination(folder, destination)
-    recipe, found, weights = transformers_checkpoint.read(folder, tokenizer, unpickle=unpickle)
-    return _result(source, destination, "switchcli", publish_checkpoint(destination, recipe, found, weights), [])
+    converted = transformers_checkpoint.read(folder, tokenizer, unpickle=unpickle)
+    parameters = publish_checkpoint(destination, converted.recipe, converted.tokenizer, converted.weights)
+    return _result(source, destination, "switchcli", parameters, [])
 
 
 def to_huggingface(source: Path, destination: Path, console: Console) -> dict[str, Any]:
-    """Write one of our checkpoints so that transformers' `from_pretrained` reads it; return its description.
+    """Write one of our checkpoints so that transformers' `from_pretrained` reads it. Return the JSON result.
 
-    A warning names each property of the model that the format cannot hold.
+    A warning names each property of the model that the Hugging Face layout cannot express.
 
     Raises:
-        CheckpointError: transformers has no such model, there is no whole checkpoint, or the disk refuses.
+        CheckpointError: transformers has no such model, no checkpoint is complete, or the disk cannot be written.
     """
     if is_hugging_face_folder(source):
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
-    opened = open_model(source, console)
-    destination, recipe, tokenizer = check_destination(source, destination), opened.recipe, opened.tokenizer
+    checkpoint = open_model(source, console)
+    destination = check_destination(source, destination)
+    recipe, tokenizer = checkpoint.recipe, checkpoint.tokenizer
     lengths = StackLengths(recipe.inputs_length, recipe.targets_length)
-    config, losses = transformers_config(recipe.model, lengths, opened.path, recipe.train.router_dtype)
-    for loss in losses:
-        console.warning(loss)
-    wanted = logical_tensors(transformers_checkpoint.meta_model(recipe.model))
-    small = {
+    config, warnings = transformers_config(recipe.model, lengths, checkpoint.path, recipe.train.router_dtype)
+    for warning in warnings:
+        console.warning(warning)
+    tensors = logical_tensors(transformers_checkpoint.meta_model(recipe.model))
+    documents = {
         configs.NAME: configs.config_json(config),
         "generation_config.json": configs.generation_config_json(),
         **tokenizer_files.tokenizer_documents(
@@ -81,23 +83,24 @@ def to_huggingface(source: Path, destination: Path, console: Console) -> dict[st
     def write(temporary: Path) -> Path:
         new = temporary / "new"
         DISK.make_dir(new)
-        shards = _shards(rename_tensors(config, opened.weights()))
-        for name, content in chain(small.items(), shards):
+        weight_files = _weight_files(rename_tensors(config, checkpoint.weights()))
+        for name, content in chain(documents.items(), weight_files):
             DISK.write(new / name, content)
             DISK.sync(new / name)
-            del content  # before the next is encoded
+            del content  # frees its memory before the next file is encoded
         DISK.sync(new)
         return new
 
-    publish_new_folder(destination, tensor_file.num_bytes(wanted.values()), write)
-    parameters = sum(tensor.numel() for tensor in wanted.values())
-    return _result(str(source), destination, "huggingface", parameters, losses)
+    publish_new_folder(destination, tensor_file.num_bytes(tensors.values()), write)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return _result(str(source), destination, "huggingface", parameters, warnings)
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memoryview]]:
-    """Name and content of each file of weights, and of their index when there are several.
+def _weight_files(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memoryview]]:
+    """Yield name and content of each file of weights. If there are several, yield their index first.
 
-    One is encoded at a time, and its tensors let go: `tensors` should be held by nobody else.
+    Each file is encoded when it is asked for, and its tensors are then dropped. To save memory, the caller must not
+    hold a reference to `tensors`.
     """
     shards = list(tensor_file.group_by_bytes(tensors, _MAX_FILE_BYTES))
     stem, suffix = SAFE.split(".")
@@ -110,14 +113,15 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memory
         yield f"{SAFE}{INDEX}", (json.dumps(index, indent=2) + "\n").encode()
     del tensors
     for name in names:
-        yield name, tensor_file.encode(shards.pop(0), {"format": "pt"})  # version 4 reads no file that does not say so
+        # transformers 4 refuses a file without this format.
+        yield name, tensor_file.encode(shards.pop(0), {"format": "pt"})
 
 
-def _result(source: str, destination: Path, to: str, parameters: int, losses: list[str]) -> dict[str, Any]:
+def _result(source: str, destination: Path, to: str, parameters: int, warnings: list[str]) -> dict[str, Any]:
     return {
         "source": source,
         "destination": str(destination),
         "to": to,
         "parameters": parameters,
-        "warnings": losses,
+        "warnings": warnings,
     }

@@ -1,4 +1,4 @@
-"""Whether a Switch model is sound: the probes, and the files of a checkpoint."""
+"""The engine of `switchcli doctor`: probe a model, and verify the files of a checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +20,16 @@ from switchcli.runs.loading import load_checkpoint, locate, on_the_hub, open_che
 
 
 class Diagnosis(NamedTuple):
-    """What the probes found of a model."""
+    """The findings of all probes of a model."""
 
     model: str
+    """The name or path of the model."""
     code: str
+    """The package whose code computes the model: switchcli or transformers."""
     initialised: bool
+    """The weights are initial ones, not trained."""
     layers: int
+    """The number of sparse layers; 0 for a dense model."""
     experts: int
     findings: tuple[Finding, ...]
 
@@ -45,9 +49,9 @@ def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis
     """Probe a checkpoint, a Hugging Face folder, or the initial weights of a recipe.
 
     Raises:
-        CheckpointError: a folder that holds no model that can be opened.
-        RecipeError: no such recipe, or transformers is not installed.
-        OutOfMemory: the model does not fit this machine.
+        CheckpointError: the folder holds no model that can be opened.
+        RecipeError: there is no such recipe, or transformers is not installed.
+        OutOfMemory: the model does not fit into the memory of this machine.
     """
     subject = _subject(name, overrides, console)
     findings = tuple(console.track(run_probes(subject), "probing", total=len(PROBES)))
@@ -56,21 +60,23 @@ def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis
 
 
 def verify(name: str) -> dict[str, Any]:
-    """Return what loading finds in the files of a checkpoint, or of each of a run, newest first; change nothing.
+    """Verify the files of a checkpoint, or of all checkpoints of a run, newest first. Change nothing on disk.
+
+    Return the damage of each checkpoint, None if it is complete, and which checkpoint loading takes.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
-    folder, is_one = locate(Path(name))
+    folder, is_checkpoint = locate(Path(name))
+    damage: dict[str, str | None] = {}
     with disk_errors(folder, "name another"):
-        damage = {
-            str(path): None if isinstance(found, checkpoint.Checkpoint) else str(found)
-            for path, found in checkpoint.verify_all([folder] if is_one else checkpoint.saved_checkpoints(folder))
-            if path.exists()  # the run has not just pruned it
-        }
+        paths = [folder] if is_checkpoint else checkpoint.saved_checkpoints(folder)
+        for path, verified in checkpoint.verify_all(paths):
+            if path.exists():  # else the run has just removed it
+                damage[str(path)] = None if isinstance(verified, checkpoint.Checkpoint) else str(verified)
     if not damage:
-        found = open_checkpoint(Path(name), silent())  # says that there is none, or that all were put aside
-        damage = {str(found.path): None}  # or the run has saved another meanwhile
+        # Raises the error if there is no checkpoint, unless the run has saved one in the meantime.
+        damage = {str(open_checkpoint(Path(name), silent()).path): None}
     loaded = next((path for path in damage if damage[path] is None), None)
     return {
         "folder": name,
@@ -81,19 +87,21 @@ def verify(name: str) -> dict[str, Any]:
 
 
 def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
+    """Return the model of a recipe, a Hugging Face folder or a checkpoint, as the probes need it."""
     path = Path(name)
     if not path.is_dir() or name in library.recipe_names():
         recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
         return switchcli_subject.initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
     if overrides:
-        raise RecipeError(f"{name}: a model that is there takes no KEY=VALUE ({overrides[0]}): leave it out")
+        raise RecipeError(f"{name}: an existing model takes no KEY=VALUE ({overrides[0]}): leave it out")
     if is_hugging_face_folder(path):
         return transformers_subject.load(path)
-    loaded = load_checkpoint(path, torch.device("cpu"), console)
-    return switchcli_subject.SwitchcliSubject(loaded.model, initialized=False)
+    model = load_checkpoint(path, torch.device("cpu"), console).model
+    return switchcli_subject.SwitchcliSubject(model, initialized=False)
 
 
 def _recipe(name: str) -> Path:
+    """Return the file of a recipe. Raises RecipeError, which says that there is no checkpoint of that name either."""
     try:
         return library.locate(name)
     except RecipeError as error:

@@ -1,4 +1,4 @@
-"""The job of `switchcli distill`: the recipe that its command line comes to, with teacher, student and baseline."""
+"""Resolve the command line of `switchcli distill`: its recipe, with the teacher, the student and the baseline."""
 
 import difflib
 import json
@@ -23,212 +23,235 @@ from switchcli.runs.loading import CheckpointHandle, open_model
 from switchcli.runs.warm_start import check_outside, check_shape, check_tokenizer, is_within, run_recipe
 from switchcli.train.config import FromCheckpoint
 
-TEACHER, STUDENT = "distill.teacher", "student.path"
-HOW_LONG = {"train", "optimizer", "schedule", "eval", "checkpoint"}
-"""What a recipe may leave out where the teacher was trained on the like."""
+_TEACHER_KEY, _STUDENT_KEY = "distill.teacher", "student.path"
+_TRAINING_SECTIONS = {"train", "optimizer", "schedule", "eval", "checkpoint"}
+"""Sections that a recipe may leave out if the teacher was trained on the same type of data. The teacher's are taken."""
 
 
 class Models(NamedTuple):
-    """The models that the command line names, each as a key of the recipe."""
+    """The models that the command line names."""
 
     teacher: str | None = None
+    """A checkpoint."""
     student: str | None = None
-    """A size, or a checkpoint."""
+    """A size or a checkpoint."""
     baseline: str | None = None
-    """A checkpoint, or a figure."""
+    """A checkpoint or a number."""
 
 
 def resolve_job(
     name: str | None, overrides: Sequence[str], models: Models, out: Path, resume: bool, console: Console
 ) -> DistillJob:
-    """Resolve the recipe, with what the teacher says of the keys that it leaves out.
+    """Resolve the recipe, and open the models. The teacher provides defaults for keys that the recipe leaves out.
 
-    A run that has begun keeps teacher and student, even if the folders that are named have newer checkpoints by now.
+    A run in `out` that has begun keeps its teacher and student, even if the named folders have newer checkpoints now.
 
     Raises:
-        RecipeError: no teacher is named, or the student cannot be its student.
-        CheckpointError: a checkpoint is not there.
-        DataError: of the tasks.
+        RecipeError: no teacher is named, or the student cannot learn from it.
+        CheckpointError: a checkpoint does not exist or cannot be used.
+        DataError: files of the tasks are missing.
     """
-    tree, typed = resolve.load(name, overrides), resolve.load(None, overrides)
-    _check_said_once(models, typed)
-    if resolve.stated(tree, "verb") is not None:  # one that does not say may be that of a pre-training too
+    tree = resolve.load(name, overrides)
+    _check_no_contradiction(models, resolve.load(None, overrides))
+    if resolve.stated(tree, "verb") is not None:  # a recipe without a verb may also be one of pretrain or finetune
         resolve.check_verb(tree, DistillTextRecipe)
-    begun = run_recipe(out) if resume else None
-    said = _said(models.teacher, tree, TEACHER, "name the model to learn from by --teacher CHECKPOINT")
-    begun = begun if isinstance(begun, DistillRecipe) and is_within(begun.distill.teacher, said) else None
-    if begun is not None and not Path(begun.distill.teacher).exists():
-        raise CheckpointError(
-            f"{out}: this run began with the teacher {begun.distill.teacher}, which is gone (a run keeps its last "
-            "checkpoint.keep_last): bring it back, or --no-resume to begin anew"
-        )
-    teacher = _open(TEACHER, said if begun is None else begun.distill.teacher, out, console)
-    overrides = [*overrides, f"{TEACHER}={json.dumps(str(teacher.path))}"]
+    named_teacher = models.teacher or resolve.stated_place(tree, _TEACHER_KEY)
+    if not isinstance(named_teacher, str):
+        raise RecipeError(f"{_TEACHER_KEY}: missing: name the model to learn from by --teacher CHECKPOINT")
+    begun = _begun_recipe(out, named_teacher) if resume else None
+    teacher_path = named_teacher if begun is None else begun.distill.teacher
+    teacher = _open(_TEACHER_KEY, teacher_path, out, console)
+    overrides = [*overrides, f"{_TEACHER_KEY}={json.dumps(str(teacher.path))}"]
     if models.baseline is not None:
-        overrides.append(f"distill.baseline={json.dumps(_figure(models.baseline))}")
+        overrides.append(f"distill.baseline={json.dumps(_parse_baseline(models.baseline))}")
 
-    spec, student = dense(teacher.recipe.model), None
-    path = resolve.stated_place(tree, STUDENT)
+    student = None
+    spec = dense_spec(teacher.recipe.model)
+    student_path = resolve.stated_place(tree, _STUDENT_KEY)
     if models.student in SIZES:
-        if path is not None:
+        if student_path is not None:
             raise RecipeError(
-                f"--student {models.student}: a size, and the recipe's {STUDENT} is a checkpoint: leave one out"
+                f"--student {models.student}: a size, and the recipe's {_STUDENT_KEY} is a checkpoint: leave one out"
             )
         overrides.append(f"model.size={models.student}")
-    elif (path := models.student or path) is not None:
-        if begun is not None and isinstance(begun.student, FromCheckpoint) and is_within(begun.student.path, path):
-            spec, path = begun.model, begun.student.path
+    elif (student_path := models.student or student_path) is not None:
+        begun_student = None if begun is None else begun.student
+        if isinstance(begun_student, FromCheckpoint) and is_within(begun_student.path, student_path):
+            assert begun is not None
+            spec, student_path = begun.model, begun_student.path
         else:
-            student = _open_student(models.student, path, out, console)
-            spec, path = student.recipe.model, str(student.path)
-        overrides += ["student.kind=checkpoint", f"{STUDENT}={json.dumps(path)}"]
-    if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student reads by the vocabulary of its teacher
-        overrides.append(f"data.tokenizer={json.dumps({'kind': 'file', 'path': _tokenizer(teacher)})}")
-    below = resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
-    tree = resolve.load(name, overrides, below)
+            student = _open_student(models.student, student_path, out, console)
+            spec, student_path = student.recipe.model, str(student.path)
+        overrides += ["student.kind=checkpoint", f"{_STUDENT_KEY}={json.dumps(student_path)}"]
+    if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
+        tokenizer = {"kind": "file", "path": _tokenizer_path(teacher)}
+        overrides.append(f"data.tokenizer={json.dumps(tokenizer)}")
+
+    defaults = resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
+    tree = resolve.load(name, overrides, defaults)
     recipe: Recipe
     if resolve.stated(tree, "tasks") is None:
         recipe = resolve.validate(tree, DistillTextRecipe)
     else:
         recipe = resolve.validate(tree, DistillTasksRecipe)
     baseline = recipe.distill.baseline
-    opened = _open("--baseline", baseline, out, console) if isinstance(baseline, str) else None
-    distilling = DistillJob(recipe, teacher, student, opened)
-    _check(distilling)
-    return distilling
+    baseline_handle = _open("--baseline", baseline, out, console) if isinstance(baseline, str) else None
+    job = DistillJob(recipe, teacher, student, baseline_handle)
+    _check(job)
+    return job
 
 
-def dense(teacher: ModelSpec) -> ModelSpec:
-    """Return the dense model of a sparse one's shape. With top-1 feed-forwards both have the same FLOPs a token."""
+def dense_spec(teacher: ModelSpec) -> ModelSpec:
+    """Return the dense model of a sparse one's shape. With top-1 feed-forwards both have the same FLOPs per token."""
     return teacher.model_copy(
         update={"size": "custom", "num_experts": 1, "sparse_encoder_layers": None, "sparse_decoder_layers": None}
     )
 
 
-def _check_said_once(models: Models, typed: Node) -> None:
-    """Raise a RecipeError where the command line says two things of teacher or student."""
-    if models.teacher is not None and resolve.stated(typed, TEACHER) is not None:
-        raise RecipeError(f"{TEACHER}: there is --teacher too: leave one out")
-    kind = resolve.stated(typed, "student.kind")
+def _begun_recipe(out: Path, teacher: str) -> DistillRecipe | None:
+    """Return the recipe of the run in `out` if it has saved a checkpoint and its teacher is within `teacher`.
+
+    Raises:
+        CheckpointError: the teacher of that run no longer exists.
+    """
+    recipe = run_recipe(out)
+    if not isinstance(recipe, DistillRecipe) or not is_within(recipe.distill.teacher, teacher):
+        return None
+    if not Path(recipe.distill.teacher).exists():
+        raise CheckpointError(
+            f"{out}: this run began with the teacher {recipe.distill.teacher}, which is gone (a run keeps its last "
+            "checkpoint.keep_last): bring it back, or --no-resume to begin anew"
+        )
+    return recipe
+
+
+def _check_no_contradiction(models: Models, overrides: Node) -> None:
+    """Raise RecipeError if options and overrides of the command line both set the teacher or the student."""
+    if models.teacher is not None and resolve.stated(overrides, _TEACHER_KEY) is not None:
+        raise RecipeError(f"{_TEACHER_KEY}: there is --teacher too: leave one out")
+    kind = resolve.stated(overrides, "student.kind")
     if models.student is not None and models.student not in SIZES and kind not in (None, "checkpoint"):
         raise RecipeError(
             f"student.kind ({kind}): --student {models.student} is a checkpoint to start from: leave one out"
         )
 
 
-def _said(option: str | None, tree: Node, key: str, way_out: str) -> str:
-    said = option or resolve.stated_place(tree, key)
-    if not isinstance(said, str):
-        raise RecipeError(f"{key}: missing: {way_out}")
-    return said
-
-
-def _figure(said: str) -> float | str:
+def _parse_baseline(baseline: str) -> float | str:
+    """Return the number that `--baseline` gives, or the path of a checkpoint."""
     try:
-        figure = float(said)
+        value = float(baseline)
     except ValueError:
-        return said
-    if not math.isfinite(figure):
-        raise RecipeError(f"--baseline ({said}): must be a checkpoint, or a finite figure")
-    return figure
+        return baseline
+    if not math.isfinite(value):
+        raise RecipeError(f"--baseline ({baseline}): must be a checkpoint, or a finite figure")
+    return value
 
 
 def _open(key: str, path: str, out: Path, console: Console) -> CheckpointHandle:
+    """Open a checkpoint outside of the run's own folder. `key` names the option or the key of `path` in errors."""
     try:
-        opened = open_model(Path(path), console)
+        handle = open_model(Path(path), console)
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
-    check_outside(key, opened.path, out)
-    return opened
+    check_outside(key, handle.path, out)
+    return handle
 
 
 def _open_student(option: str | None, path: str, out: Path, console: Console) -> CheckpointHandle:
-    if option is not None and not Path(path).exists() and (near := difflib.get_close_matches(path, SIZES, n=1)):
-        raise RecipeError(f"--student {path}: no checkpoint there, and no size of that name. Did you mean {near[0]}?")
-    return _open(STUDENT if option is None else "--student", path, out, console)
+    """Open the checkpoint of the student, which the option or the recipe names. The option may be a misspelled size."""
+    if option is not None and not Path(path).exists() and (close := difflib.get_close_matches(path, SIZES, n=1)):
+        raise RecipeError(f"--student {path}: no checkpoint there, and no size of that name. Did you mean {close[0]}?")
+    return _open(_STUDENT_KEY if option is None else "--student", path, out, console)
 
 
 def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
-    """Return what the teacher says of the keys that the recipe `tree` leaves out."""
-    own = teacher.recipe
+    """Return the values for keys that the recipe `tree` leaves out: the student's shape, and the teacher's training."""
+    trained = teacher.recipe
     on_tasks = resolve.stated(tree, "tasks") is not None
     on_text = resolve.stated(tree, "data.corpora") is not None
     if not (teacher.has_training_recipe or on_tasks or on_text):
         raise RecipeError(
-            f"{TEACHER} ({teacher.path}): says nothing of how it was trained: name a RECIPE, or what to train on "
+            f"{_TEACHER_KEY} ({teacher.path}): has no record of its training: name a RECIPE, or what to train on "
             "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
         )
-    below: dict[str, Any] = {"model": student.model_dump(mode="json")}
-    if teacher.has_training_recipe and isinstance(own, TaskRecipe) and not on_text:
-        below |= own.model_dump(mode="json", include={*HOW_LONG, "tasks", "data", "scoring"})
-    elif teacher.has_training_recipe and isinstance(own, TextRecipe) and not on_tasks:
-        below |= own.model_dump(mode="json", include={*HOW_LONG, "data"})
+    defaults: dict[str, Any] = {"model": student.model_dump(mode="json")}
+    if teacher.has_training_recipe and isinstance(trained, TaskRecipe) and not on_text:
+        defaults |= trained.model_dump(mode="json", include={*_TRAINING_SECTIONS, "tasks", "data", "scoring"})
+    elif teacher.has_training_recipe and isinstance(trained, TextRecipe) and not on_tasks:
+        defaults |= trained.model_dump(mode="json", include={*_TRAINING_SECTIONS, "data"})
     elif on_tasks:
-        below["data"] = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
-    below.get("train", {}).pop("device", None)  # of the machine that the teacher was trained on
-    if "tasks" not in below and not on_tasks:
-        below.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer(teacher)}
-    return below
+        defaults["data"] = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
+    defaults.get("train", {}).pop("device", None)  # belongs to the machine that trained the teacher
+    if "tasks" not in defaults and not on_tasks:
+        defaults.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
+    return defaults
 
 
-def _tokenizer(teacher: CheckpointHandle) -> str:
+def _tokenizer_path(teacher: CheckpointHandle) -> str:
     return str((find_tokenizer(teacher.path) or teacher.path / "tokenizer.json").absolute())
 
 
-def _check(distilling: DistillJob) -> None:
-    """Raise a RecipeError where the student cannot learn from such a teacher."""
-    recipe, teacher, student, baseline = distilling
+def _check(job: DistillJob) -> None:
+    """Check that the student can learn from the teacher, and be compared with the baseline.
+
+    Raises:
+        RecipeError: their vocabularies differ, or the student is larger than or equal to the teacher.
+        DataError: files of the tasks are missing.
+    """
+    recipe, teacher, student, baseline = job
     check_tokenizer(recipe, teacher.tokenizer)
-    ours, theirs = recipe.model, teacher.recipe.model
+    student_spec, teacher_spec = recipe.model, teacher.recipe.model
     if student is not None:
-        check_shape(student.recipe.model, ours, str(student.path))
-    for what, other in (("student", student), ("baseline", baseline)):
+        check_shape(student.recipe.model, student_spec, str(student.path))
+    for option, other in (("student", student), ("baseline", baseline)):
         if other is not None and other.tokenizer.sha256 != teacher.tokenizer.sha256:
             raise RecipeError(
-                f"--{what} {other.path}: reads by another tokenizer than the teacher {teacher.path}, so that the one's "
-                "probabilities say nothing to the other: take models that were trained with the same tokenizer.json"
+                f"--{option} {other.path}: has another tokenizer than the teacher {teacher.path}, so their "
+                "probabilities cannot be compared: take models that were trained with the same tokenizer.json"
             )
-    if ours.vocab_size != theirs.vocab_size:
+    if student_spec.vocab_size != teacher_spec.vocab_size:
         raise RecipeError(
-            f"model.vocab_size: the student has {ours.vocab_size}, its teacher {theirs.vocab_size}: probabilities of "
-            "one vocabulary say nothing of another: leave it out, or take a --student of that many rows"
+            f"model.vocab_size: the student has {student_spec.vocab_size}, its teacher {teacher_spec.vocab_size}: "
+            "probabilities of different vocabularies cannot be compared: leave it out, or take a --student of that "
+            "many rows"
         )
-    if theirs.num_experts == ours.num_experts == 1 and not differing_dimensions(ours, theirs):
+    both_dense = teacher_spec.num_experts == student_spec.num_experts == 1
+    if both_dense and not differing_dimensions(student_spec, teacher_spec):
         raise RecipeError(
             f"--teacher {teacher.path}: a dense model (num_experts: 1), of which the dense student is a copy: name a "
             "sparse teacher, or a smaller student by --student"
         )
-    larger, smaller = count(ours).parameters, count(theirs).parameters
-    if larger > smaller:
+    student_parameters, teacher_parameters = count(student_spec).parameters, count(teacher_spec).parameters
+    if student_parameters > teacher_parameters:
         raise RecipeError(
-            f"model: a student of {larger:,} parameters is larger than its teacher {teacher.path}, of {smaller:,}: "
-            "take a smaller --student, or a smaller model.num_experts"
+            f"model: a student of {student_parameters:,} parameters is larger than its teacher {teacher.path}, of "
+            f"{teacher_parameters:,}: take a smaller --student, or a smaller model.num_experts"
         )
-    _check_inheritance(recipe, teacher)
+    _check_student_init(recipe, teacher)
     if isinstance(recipe, DistillTasksRecipe):
         finetuning.check_tasks(recipe)
 
 
-def _check_inheritance(recipe: Recipe, teacher: CheckpointHandle) -> None:
-    """Raise a RecipeError where the teacher has not what the student is to take."""
-    student, ours, theirs = recipe.student, recipe.model, teacher.recipe.model
+def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
+    """Raise RecipeError if the student is to copy weights that the teacher does not have."""
+    student, student_spec, teacher_spec = recipe.student, recipe.model, teacher.recipe.model
     if not isinstance(student, FromTeacherInit):
         return
-    if theirs.num_experts == 1 and student.experts != "random_init":
+    if teacher_spec.num_experts == 1 and student.experts != "random_init":
         raise RecipeError(
             f"student.experts ({student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has none: "
             "leave it out, or name a sparse teacher"
         )
-    if student.experts == "most_used" and ours.num_experts > theirs.num_experts:
+    if student.experts == "most_used" and student_spec.num_experts > teacher_spec.num_experts:
         raise RecipeError(
-            f"model.num_experts: a student of {ours.num_experts} cannot take the most used of {theirs.num_experts}: "
-            "take fewer, or student.experts=mean"
+            f"model.num_experts: a student of {student_spec.num_experts} cannot take the most used of "
+            f"{teacher_spec.num_experts}: take fewer, or student.experts=mean"
         )
-    unlike = differing_dimensions(ours, theirs)
-    if unlike and student.on_shape_mismatch == "error":
-        said = ", ".join(f"{name} {own} (the teacher's is {his})" for name, own, his in unlike)
+    differing = differing_dimensions(student_spec, teacher_spec)
+    if differing and student.on_shape_mismatch == "error":
+        dimensions = ", ".join(f"{name} {own} (the teacher's is {other})" for name, own, other in differing)
         raise RecipeError(
-            f"model: the teacher's weights do not fit a student of {said}: "
+            f"model: the teacher's weights do not fit a student of {dimensions}: "
             "student.on_shape_mismatch=random_init copies those that do, "
             "student.kind=random_init starts from initial weights"
         )

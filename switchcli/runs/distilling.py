@@ -1,4 +1,4 @@
-"""Distillation: the task of `switchcli distill`. A teacher is asked in every step, or once and its answers are kept."""
+"""Distillation: the training task of `switchcli distill`. The teacher runs in every step, or once to fill a cache."""
 
 import hashlib
 import json
@@ -47,29 +47,32 @@ from switchcli.train.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, TeacherCac
 from switchcli.train.teacher_cache_writer import TeacherCacheWriter
 from switchcli.user_files import read_regular
 
-NOTES = "teacher.json"
-"""Beside kept answers: what the teacher's own figures were."""
+TEACHER_METRICS = "teacher.json"
+"""The file in the folder of a teacher cache that holds the teacher's own metrics."""
 
 
 Recipe = DistillTextRecipe | DistillTasksRecipe
 
 
 class DistillJob(NamedTuple):
-    """What a command line comes to."""
+    """The resolved command line of `switchcli distill`."""
 
     recipe: Recipe
     teacher: CheckpointHandle
     student: CheckpointHandle | None
-    """The checkpoint that the student starts from; None also where the run has begun."""
+    """The checkpoint that the student starts from. None for another student, and for a run that resumes."""
     baseline: CheckpointHandle | None
+    """The dense model to compare with, unless the recipe gives its metric or none."""
 
 
 def fill_teacher_cache(job: DistillJob, quiet: bool) -> dict[str, Any]:
-    """Have the teacher asked what the run will need, and keep its answers; no student is made, no run's folder touched.
+    """Save the teacher's probabilities for all steps of the run. No student is trained and no run folder is made.
+
+    Return a JSON result on the main rank, and an empty one on the others.
 
     Raises:
-        RecipeError: there is nowhere to keep them.
-        Interrupted: stopped by a signal: what was answered is kept.
+        RecipeError: the recipe has no cache, or does not use the teacher's probabilities.
+        Interrupted: stopped by a signal. Finished parts of the cache are kept.
     """
     recipe, settings = job.recipe, job.recipe.distill.cache
     if settings is None or not recipe.distill.soft_fraction:
@@ -87,12 +90,12 @@ def fill_teacher_cache(job: DistillJob, quiet: bool) -> dict[str, Any]:
 
 
 class Distillation(TrainingTask):
-    """Train a student on a teacher's probabilities, on text or on tasks."""
+    """Train a student on the probabilities of a teacher, on text or on tasks (section 4.2)."""
 
     def __init__(
         self, job: DistillJob, folder: RunFolder | None, context: DistributedContext, console: Console
     ) -> None:
-        """`folder` is the run's; None where the teacher is asked and no student trained."""
+        """`folder` is the run's, or None if only the teacher cache is filled."""
         self._job, self._folder, self._context, self._console = job, folder, context, console
         self._recipe = recipe = job.recipe
         self._settings = recipe.distill
@@ -100,41 +103,47 @@ class Distillation(TrainingTask):
         self.identity = {"teacher_sha256": self._teacher_sha256}
         if not context.all_equal(self._teacher_sha256):
             raise DistributedError(
-                f"the ranks found other checkpoints of the teacher at {self._settings.teacher}: name one by its step"
+                f"the ranks found different checkpoints of the teacher at {self._settings.teacher}: name one by its "
+                "step"
             )
         self.validation_loss = (
             pretraining.text_loss(recipe.data) if isinstance(recipe, TextRecipe) else packed_cross_entropy
         )
         self._packed = self.validation_loss is packed_cross_entropy
         if isinstance(recipe, DistillTasksRecipe):
-            self.scoring, self.num_figures = recipe.scoring, finetuning.num_figures(recipe)
+            self.scoring, self.num_metrics = recipe.scoring, finetuning.num_metrics(recipe)
         if self._settings.soft_fraction and self._settings.cache is None:
             self.teacher = job.teacher.recipe.model
-        self._microbatch = context.main_first(self._rows_at_a_time)
-        self._model: SwitchTransformer | None = None
-        self._measure: RunEvaluation | None = None
+        self._microbatch_rows = context.main_first(self._check_microbatch_rows)
+        self._teacher_model: SwitchTransformer | None = None
+        self._evaluation: RunEvaluation | None = None
         self._loss: DistillationLoss | None = None
 
-    def _rows_at_a_time(self) -> int:
-        """Return the rows that the teacher is asked about at a time: its groups must be whole in them."""
+    def _check_microbatch_rows(self) -> int:
+        """Return the rows of a microbatch, which the teacher must be able to divide into whole routing groups.
+
+        Raises:
+            RecipeError: it cannot.
+        """
         rows = microbatch_rows(self._recipe, self._context)
         spec, settings = self._job.teacher.recipe.model, self._settings
-        training = settings.mode == "training"
-        mode = "training" if training else settings.capacity
+        is_training = settings.mode == "training"
+        mode = "training" if is_training else settings.capacity
         stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
+        # Encoder and decoder may have groups of different sizes. The rows must be a multiple of both.
         group = math.lcm(*(spec.router_of(stack).group_size(mode) for stack in stacks))
         if settings.soft_fraction and rows % group:
-            key = "mode (training)" if training else f"capacity ({settings.capacity})"
-            way_out = "mode=evaluation" if training else "capacity=dropless"
+            key = "mode (training)" if is_training else f"capacity ({settings.capacity})"
+            fix = "mode=evaluation" if is_training else "capacity=dropless"
             raise RecipeError(
                 f"distill.{key}: the teacher's routers count capacity over {group} sequences, and a microbatch "
-                f"on {self._context.dp_size} ranks has {rows}: take distill.{way_out}, or microbatches of a multiple"
+                f"on {self._context.dp_size} ranks has {rows}: take distill.{fix}, or microbatches of a multiple"
                 f" of {group * self._recipe.inputs_length} tokens"
             )
         return rows
 
     def build_data(self) -> TrainData:
-        """Return what the student trains on, with the teacher's answers where they are kept."""
+        """Return the data of the student, with the teacher's probabilities in the batches if there is a cache."""
         recipe, context, console = self._recipe, self._context, self._console
         tokenizer, folder = self._job.teacher.tokenizer, self._folder
         if folder is not None:
@@ -144,18 +153,23 @@ class Distillation(TrainingTask):
         else:
             prepared = context.main_first(lambda: pretraining.prepare_with_tokenizer(tokenizer, recipe, console))
             data = pretraining.build_text_data(recipe, prepared, context, console)
-        self._measure = RunEvaluation(recipe, data, self.validation_loss, self.scoring, self._microbatch, context)
-        start = self._settings.start_step
+        self._evaluation = RunEvaluation(
+            recipe, data, self.validation_loss, self.scoring, self._microbatch_rows, context
+        )
+        start_step, cache_spec = self._settings.start_step, self._settings.cache
         if not self._settings.soft_fraction:
             return data
-        if self._settings.cache is None:
-            if not start:  # else it need not be there yet
-                self._loaded()
+        if cache_spec is None:
+            if start_step == 0:  # a later start loads the teacher when it is needed
+                self._load_teacher()
             return data
-        return data._replace(source=DistillSource(data.source, self._answered(data, self._settings.cache), start))
+        return data._replace(source=DistillSource(data.source, self._filled_cache(data, cache_spec), start_step))
 
     def loss_at(self, step: int) -> Objective:
-        """Return the loss of the targets alone before the start step or without a soft fraction, else the mixed one."""
+        """Return the loss with the teacher's probabilities, from the start step on if there is a soft fraction.
+
+        Before it, the loss is the cross-entropy of the targets.
+        """
         if step < self._settings.start_step or not self._settings.soft_fraction:
             return self.validation_loss
         if self._loss is None:
@@ -164,46 +178,53 @@ class Distillation(TrainingTask):
         return self._loss
 
     def init_weights(self, student: ModelWeights, optimizer: Optimizer) -> None:
-        """Fill the weights of a student that begins."""
+        """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
         recipe, teacher = self._recipe, self._job.teacher
         if isinstance(recipe.student, FromCheckpoint):
-            assert self._job.student is not None, "a run that has begun restores its own"
+            assert self._job.student is not None, "a run that has begun restores its own checkpoint"
             load_weights(student, self._job.student.weights())
             return
         student.load_full(initial_weights(recipe.model, recipe.train.seed, student.experts))
         plan = student_init(recipe, teacher.recipe.model)
         if plan is None or not isinstance(recipe.student, FromTeacherInit):
             return
-        weights, experts = teacher.weights(), teacher.recipe.model.num_experts
-        used: Mapping[str, list[float]] = {}
+        weights, num_experts = teacher.weights(), teacher.recipe.model.num_experts
+        load: dict[str, torch.Tensor] = {}
         if plan.from_experts and recipe.student.experts == "most_used":
-            used = self._measured(everything=False).load
-        load = {name: torch.tensor(tokens) for name, tokens in used.items()}
+            measured = self._measure_teacher(with_tasks=False)
+            load = {layer: torch.tensor(tokens) for layer, tokens in measured.load.items()}
 
-        def weight_of(name: str) -> torch.Tensor:
-            return tensor_names.stack_experts(weights, name, experts)
+        def stacked_weight(name: str) -> torch.Tensor:
+            return tensor_names.stack_experts(weights, name, num_experts)
 
-        student.load_full(init_weights(recipe.model, student.experts, plan, weight_of, recipe.student, load))
+        student.load_full(init_weights(recipe.model, student.experts, plan, stacked_weight, recipe.student, load))
         self._console.message(
-            f"of the student's {len(student.parameters)} tensors {len(plan.copied)} are the teacher's, "
+            f"of the student's {len(student.parameters)} tensors {len(plan.copied)} are copied from the teacher, "
             f"{len(plan.from_experts)} made of its experts ({recipe.student.experts}), {len(plan.random_init)} fresh"
         )
         if recipe.student.on_shape_mismatch == "random_init":
             self._console.message(f"fresh: {', '.join(plan.random_init)}")
 
     def results(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what the paper's tables say: teacher, student, dense baseline, and the share of the gain kept."""
+        """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
         recipe, teacher, _, baseline = self._job
-        name = TASKS_AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
-        taught = self._measured(everything=True)
-        self._model = self._loss = None  # room for the baseline
-        ours, theirs = (count(spec).parameters for spec in (recipe.model, teacher.recipe.model))
-        measured = trainer.measure.held_out(trainer.model)._replace(figures=trainer.state.eval_metrics)
+        metric = TASKS_AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
+        teacher_measured = self._measure_teacher(with_tasks=True)
+        self._teacher_model = self._loss = None  # frees the memory of the teacher for the baseline
+        student_parameters, teacher_parameters = (
+            count(spec).parameters for spec in (recipe.model, teacher.recipe.model)
+        )
+        # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
+        measured = trainer.evaluation.held_out(trainer.model)._replace(metrics=trainer.state.eval_metrics)
         result: dict[str, Any] = {
-            "figure": name,
-            "teacher": {"checkpoint": str(teacher.path), "parameters": theirs, **_shown(taught)},
-            "student": {"parameters": ours, **_shown(measured)},
-            "compression": compression(ours, theirs),
+            "figure": metric,
+            "teacher": {
+                "checkpoint": str(teacher.path),
+                "parameters": teacher_parameters,
+                **_metrics_and_speed(teacher_measured),
+            },
+            "student": {"parameters": student_parameters, **_metrics_and_speed(measured)},
+            "compression": compression(student_parameters, teacher_parameters),
         }
         plan = student_init(recipe, teacher.recipe.model)
         if plan is not None:
@@ -212,165 +233,179 @@ class Distillation(TrainingTask):
                 "from_experts": list(plan.from_experts),
                 "fresh": plan.random_init,
             }
-        figure = self._settings.baseline
+        baseline_value = self._settings.baseline
         if baseline is not None:
-            of_baseline = trainer.measure.everything(load_model(baseline, self._context.device).model)
-            figure = of_baseline.figures[name]
-            parameters = count(baseline.recipe.model).parameters
-            result["baseline"] = {"checkpoint": str(baseline.path), "parameters": parameters, **_shown(of_baseline)}
-        elif isinstance(figure, float):
-            result["baseline"] = {"figures": {name: figure}}
-        if isinstance(figure, float):
-            result["gain_kept"] = gain_kept(measured.figures[name], taught.figures[name], figure)
+            baseline_model = load_model(baseline, self._context.device).model
+            baseline_measured = trainer.evaluation.held_out_and_tasks(baseline_model)
+            baseline_value = baseline_measured.metrics[metric]
+            result["baseline"] = {
+                "checkpoint": str(baseline.path),
+                "parameters": count(baseline.recipe.model).parameters,
+                **_metrics_and_speed(baseline_measured),
+            }
+        elif isinstance(baseline_value, float):
+            result["baseline"] = {"figures": {metric: baseline_value}}
+        if isinstance(baseline_value, float):
+            result["gain_kept"] = gain_kept(measured.metrics[metric], teacher_measured.metrics[metric], baseline_value)
         return {"distillation": result}
 
     def show(self, result: Mapping[str, Any]) -> None:
-        """The rows of Table 6 that one run has."""
-        said = result["distillation"]
-        name, rows = said["figure"], {}
-        for who in ("teacher", "student", "baseline"):
-            if who in said:
-                speed, parameters = said[who].get(TOKENS_PER_SECOND), said[who].get("parameters")
-                about = [f"{parameters:,} parameters"] if parameters else []
-                about += [f"{si(speed)} tokens/s forward"] if speed else []
-                rows[f"{who} ({', '.join(about)})" if about else who] = said[who]["figures"][name]
-        rows["compression"] = f"{said['compression']:.1%}"
-        if "gain_kept" in said:
-            kept = said["gain_kept"]
-            shown = "the teacher has none" if kept is None else f"{kept:.1%}"
-            if kept is not None and kept > 1:
-                shown += ", as it is better than its teacher"
-            rows["of the teacher's gain over the baseline kept"] = shown
-        self._console.table(f"distilled: {name}", rows)
+        """Print the rows of the paper's Table 6 that one run has."""
+        distillation = result["distillation"]
+        metric = distillation["figure"]
+        rows: dict[str, str | float] = {}
+        for role in ("teacher", "student", "baseline"):
+            if role not in distillation:
+                continue
+            model = distillation[role]
+            properties = []
+            if model.get("parameters"):
+                properties.append(f"{model['parameters']:,} parameters")
+            if model.get(TOKENS_PER_SECOND):
+                properties.append(f"{si(model[TOKENS_PER_SECOND])} tokens/s forward")
+            rows[f"{role} ({', '.join(properties)})" if properties else role] = model["figures"][metric]
+        rows["compression"] = f"{distillation['compression']:.1%}"
+        if "gain_kept" in distillation:
+            fraction = distillation["gain_kept"]
+            text = "the teacher has none" if fraction is None else f"{fraction:.1%}"
+            if fraction is not None and fraction > 1:
+                text += ", as it is better than its teacher"
+            rows["of the teacher's gain over the baseline kept"] = text
+        self._console.table(f"distilled: {metric}", rows)
 
-    def _loaded(self) -> SwitchTransformer:
-        if self._model is None:
-            self._model = load_model(self._job.teacher, self._context.device).model
+    def _load_teacher(self) -> SwitchTransformer:
+        """Return the teacher's model, which is loaded on the first call."""
+        if self._teacher_model is None:
+            self._teacher_model = load_model(self._job.teacher, self._context.device).model
             if self._recipe.train.compile:
-                self._context.compile(self._model)
-        return self._model
+                self._context.compile(self._teacher_model)
+        return self._teacher_model
 
     def _teacher(self) -> Teacher:
-        model = self._loaded()
+        """Return the teacher in the mode that the recipe says: `training` with dropout and noise, or `evaluation`."""
+        model = self._load_teacher()
         if self._settings.mode == "training":
             model.train()
         else:
             evaluate_by(model, self._settings.capacity)
         return Teacher(model, self._job.teacher.recipe.train.precision, self._settings.temperature)
 
-    def _measured(self, everything: bool) -> HeldOutMeasurement:
-        """The teacher's own figures, as they were noted beside its answers, or had now."""
-        assert self._measure is not None, "text comes first"
-        settings = self._settings.cache
-        noted = self._noted(settings) if settings is not None and self._settings.soft_fraction else None
-        if noted is not None:
-            return noted
-        model = self._loaded()
-        return self._measure.everything(model) if everything else self._measure.held_out(model)
+    def _measure_teacher(self, with_tasks: bool) -> HeldOutMeasurement:
+        """Return the teacher's own metrics, from the cache if it holds them. Collective."""
+        assert self._evaluation is not None, "build_data comes first"
+        cache_spec = self._settings.cache
+        if cache_spec is not None and self._settings.soft_fraction:
+            saved = self._saved_measurement(cache_spec)
+            if saved is not None:
+                return saved
+        model = self._load_teacher()
+        return self._evaluation.held_out_and_tasks(model) if with_tasks else self._evaluation.held_out(model)
 
-    def _noted(self, settings: TeacherCacheSpec) -> HeldOutMeasurement | None:
-        """The note beside the answers, where it is whole and of figures as this run has them."""
+    def _saved_measurement(self, cache_spec: TeacherCacheSpec) -> HeldOutMeasurement | None:
+        """Return the teacher's metrics in the cache, or None if they are missing, damaged, or of other data.
+
+        Its speed is left out if another machine measured it.
+        """
         try:
-            note = json.loads(read_regular(Path(settings.folder) / NOTES, MAX_FACTS_BYTES))
-            measured = HeldOutMeasurement(**note["measured"])
-            if note["on"] != self._measured_on():
+            saved = json.loads(read_regular(Path(cache_spec.folder) / TEACHER_METRICS, MAX_FACTS_BYTES))
+            measured = HeldOutMeasurement.from_json(saved["measured"])
+            if saved["on"] != self._evaluation_identity():
                 return None
-            here = note["hardware"] == machine_info(self._context)["hardware"]
+            is_same_machine = saved["hardware"] == machine_info(self._context)["hardware"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return measured if here else measured._replace(tokens_per_second=None)
+        return measured if is_same_machine else measured._replace(tokens_per_second=None)
 
-    def _measured_on(self) -> dict[str, Any]:
-        """What the teacher's figures depend on besides itself."""
-        assert self._measure is not None, "text comes first"
-        texts = self._measure.data.held_out.values()
+    def _evaluation_identity(self) -> dict[str, Any]:
+        """Return everything that the teacher's metrics depend on, besides the teacher."""
+        assert self._evaluation is not None, "build_data comes first"
         digest = hashlib.sha256()
-        for text in texts:
-            for part in text.rows(0, text.num_rows):
-                digest.update(part.numpy().data)
-        for exam in self._measure.data.scored:
-            digest.update(repr([(example.input, example.targets) for example in exam.examples]).encode())
+        for text in self._evaluation.data.held_out.values():
+            for ids in text.rows(0, text.num_rows):  # inputs and targets
+                digest.update(ids.numpy().data)
+        for examples in self._evaluation.data.scored:
+            digest.update(repr([(example.input, example.targets) for example in examples.examples]).encode())
         scoring = self.scoring.model_dump(mode="json", include={"split", "examples", "decoding", "capacity"})
         return {"held_out": digest.hexdigest(), "capacity": self._recipe.eval.capacity, "scoring": scoring}
 
-    def _answered(self, data: TrainData, settings: TeacherCacheSpec) -> TeacherCache:
-        """The teacher's answers to every step; those that lack are asked for now, and its figures noted.
+    def _filled_cache(self, data: TrainData, cache_spec: TeacherCacheSpec) -> TeacherCache:
+        """Return the cache of the teacher's probabilities, with missing parts and metrics filled in. Collective.
 
-        Where all is there nothing is written and no teacher needed.
+        If the cache is complete, nothing is written and no teacher is loaded.
         """
-        recipe, context, console, folder = self._recipe, self._context, self._console, Path(settings.folder)
-        rows, first, last = recipe.rows_per_step, self._settings.start_step, recipe.train.steps
-        known = cache_facts(
-            self._job, self._teacher_sha256, data.identity, _digest(data.source.batch(0, 0, rows)).hexdigest()
-        )
-        store, each = (
-            TeacherCache(folder, rows),
-            bytes_per_step(settings, rows, recipe.targets_length, recipe.model.vocab_size),
-        )
+        recipe, context, console, folder = self._recipe, self._context, self._console, Path(cache_spec.folder)
+        rows, first_step, end_step = recipe.rows_per_step, self._settings.start_step, recipe.train.steps
+        first_batch_sha256 = _digest(data.source.batch(0, 0, rows)).hexdigest()
+        facts = cache_facts(self._job, self._teacher_sha256, data.identity, first_batch_sha256)
+        cache = TeacherCache(folder, rows)
+        step_bytes = bytes_per_step(cache_spec, rows, recipe.targets_length, recipe.model.vocab_size)
 
-        def lacks() -> bool:
-            if not store.is_begun(known) or store.missing(first, last, each) or self._noted(settings) is None:
+        def is_incomplete() -> bool:
+            if not cache.is_begun(facts) or cache.missing(first_step, end_step, step_bytes):
                 return True
-            if damaged := store.damaged():
+            if self._saved_measurement(cache_spec) is None:
+                return True
+            if damaged := cache.damaged():
                 console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher is asked again")
             return bool(damaged)
 
-        if not context.from_main(int(context.main_only(lacks) or 0)):
-            return store
-        with ExitStack() as held:
-            context.main_only(lambda: held.enter_context(lock(folder, ELSEWHERE)))
-            context.main_only(lambda: store.begin(known))
-            parts = store.missing(first, last, each)
-            if not context.all_equal(repr(parts)):
+        if not context.from_main(int(context.main_only(is_incomplete) or 0)):
+            return cache
+        with ExitStack() as locks:
+            context.main_only(lambda: locks.enter_context(lock(folder, ELSEWHERE)))
+            context.main_only(lambda: cache.begin(facts))
+            missing = cache.missing(first_step, end_step, step_bytes)
+            if not context.all_equal(repr(missing)):
                 raise DistributedError(
-                    f"the ranks see other files in {folder}: keep it on a disk that all of them share"
+                    f"the ranks see different files in {folder}: keep it on a disk that all of them share"
                 )
-            if parts:
-                self._ask(store, parts, each, data, settings)
-            assert self._measure is not None
-            measured = self._measure.everything(self._loaded())
-            note = {
-                "on": self._measured_on(),
+            if missing:
+                self._fill(cache, missing, step_bytes, data, cache_spec)
+            assert self._evaluation is not None
+            measured = self._evaluation.held_out_and_tasks(self._load_teacher())
+            saved = {
+                "on": self._evaluation_identity(),
                 "hardware": machine_info(context)["hardware"],
-                "measured": measured._asdict(),
+                "measured": measured.to_json(),
             }
-            context.main_only(lambda: publish_file(folder / NOTES, json.dumps(note, indent=1) + "\n"))
-        self._model = None  # it has said all
-        return store
+            context.main_only(lambda: publish_file(folder / TEACHER_METRICS, json.dumps(saved, indent=1) + "\n"))
+        self._teacher_model = None  # frees its memory: the cache has all that training needs
+        return cache
 
-    def _ask(
-        self, store: TeacherCache, parts: list[range], step_bytes: int, data: TrainData, settings: TeacherCacheSpec
+    def _fill(
+        self, cache: TeacherCache, missing: list[range], step_bytes: int, data: TrainData, cache_spec: TeacherCacheSpec
     ) -> None:
+        """Run the teacher on the missing ranges of steps, and save its probabilities."""
         context, console, rows = self._context, self._console, self._recipe.rows_per_step
-        steps = sum(map(len, parts))
-        kept = min(settings.top_k, self._recipe.model.vocab_size)
+        steps = sum(map(len, missing))
+        top_k = min(cache_spec.top_k, self._recipe.model.vocab_size)
         console.message(
-            f"asking the teacher once: {steps:,} steps of {rows} rows, {kept} probabilities of each target: "
-            f"{si(steps * step_bytes)}B in {settings.folder}"
+            f"asking the teacher once: {steps:,} steps of {rows} rows, {top_k} probabilities of each target: "
+            f"{si(steps * step_bytes)}B in {cache_spec.folder}"
         )
-        context.main_only(lambda: preflight(Path(settings.folder), steps * step_bytes, ELSEWHERE))
-        asking = TeacherCacheWriter(self._teacher(), settings, data.source, rows, self._microbatch, self._packed)
+        context.main_only(lambda: preflight(Path(cache_spec.folder), steps * step_bytes, ELSEWHERE))
+        writer = TeacherCacheWriter(self._teacher(), cache_spec, data.source, rows, self._microbatch_rows, self._packed)
         try:
             with StopRequest() as stop:
-                asking.fill(store, parts, context, console, stop)
+                writer.fill(cache, missing, context, console, stop)
         except StopTraining as stopped:
             raise Interrupted(
-                f"stopped while the teacher was asked; what it said is in {settings.folder}: the same command goes on "
-                "from there"
+                f"stopped while the teacher was asked; its finished answers are in {cache_spec.folder}: the same "
+                "command goes on from there"
             ) from stopped
 
 
 class DistillSource(BatchSource):
-    """Batches with the kept answers of a teacher, from the step on from which they count."""
+    """Another source's batches, with the teacher's cached probabilities from `start_step` on."""
 
-    def __init__(self, source: BatchSource, store: TeacherCache, start_step: int) -> None:
-        self._source, self._store, self._start_step = source, store, start_step
+    def __init__(self, source: BatchSource, cache: TeacherCache, start_step: int) -> None:
+        self._source, self._cache, self._start_step = source, cache, start_step
 
     def batch(self, step: int, first: int, count: int) -> AnyBatch:
         batch = self._source.batch(step, first, count)
         if step < self._start_step:
             return batch
-        return DistillBatch(batch.inputs_BS, batch.targets_BT, self._store.read(step, first, count))
+        return DistillBatch(batch.inputs_BS, batch.targets_BT, self._cache.read(step, first, count))
 
     def state(self, step: int) -> list[int]:
         return self._source.state(step)
@@ -387,7 +422,7 @@ class DistillSource(BatchSource):
 
 
 def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:
-    """What the student takes of its teacher's weights; None where it starts from something else."""
+    """Return which weights the student gets from its teacher, or None if it starts from something else."""
     if not isinstance(recipe.student, FromTeacherInit):
         return None
     return plan_init(
@@ -396,7 +431,10 @@ def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:
 
 
 def cache_facts(job: DistillJob, teacher: str, text: str, batches: str) -> Mapping[str, str | int | float]:
-    """What kept answers depend on; with digests of the teacher, the text, and the batches."""
+    """Return everything that the cached probabilities depend on, for the cache's own file of facts.
+
+    `teacher`, `text` and `batches` are digests of the teacher, the training data and the first batch.
+    """
     recipe = job.recipe
     settings = recipe.distill
     assert settings.cache is not None
@@ -420,5 +458,5 @@ def _digest(batch: AnyBatch) -> "hashlib._Hash":
     return digest
 
 
-def _shown(measured: HeldOutMeasurement) -> dict[str, Any]:
-    return {"figures": measured.figures, TOKENS_PER_SECOND: measured.tokens_per_second}
+def _metrics_and_speed(measured: HeldOutMeasurement) -> dict[str, Any]:
+    return {"figures": measured.metrics, TOKENS_PER_SECOND: measured.tokens_per_second}

@@ -1,4 +1,4 @@
-"""The job of `switchcli eval`: what its command line asks for, the measurement, and the folder of its result."""
+"""The job of `switchcli eval`: resolve its command line, measure the checkpoint, and publish the result folder."""
 
 import json
 import os
@@ -29,108 +29,113 @@ MAX_RESULT_BYTES = 2**28
 
 
 class EvalJob(NamedTuple):
-    """What a command line comes to."""
+    """The resolved command line of `switchcli eval`."""
 
     recipe: EvalRecipe
     checkpoint: CheckpointHandle
 
 
 def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], console: Console) -> EvalJob:
-    """Return the checkpoint, and the recipe `name` with `overrides`; the checkpoint's run says what both leave out.
+    """Open the checkpoint, and resolve the recipe `name` with `overrides`. The checkpoint's run provides defaults.
 
     Raises:
-        CheckpointError: there is none.
-        RecipeError: of the recipe, or there is nothing to measure.
+        CheckpointError: there is no checkpoint.
+        RecipeError: the recipe breaks a rule, or there is nothing to measure on.
         DataError: `data.folder` lacks files of tasks.
     """
-    opened = open_model(checkpoint, console)
-    below = _defaults(opened)
+    handle = open_model(checkpoint, console)
+    defaults = _defaults(handle)
     tree = resolve.load(name, overrides)
-    resolve.check_verb(tree, EvalRecipe)  # before the checkpoint's tasks lie beneath it
-    said = resolve.stated(tree, "tasks")
-    if isinstance(said, list):  # a task of the run's own may be named
-        named = {task["name"]: task for task in below.get("tasks", ()) if isinstance(task, dict)}
-        tasks = [named.get(task, task) if isinstance(task, str) else task for task in said]
+    resolve.check_verb(tree, EvalRecipe)  # before the defaults, whose keys would hide the recipe's own verb
+    named_tasks = resolve.stated(tree, "tasks")
+    if isinstance(named_tasks, list):
+        # A custom task of the checkpoint's run may be named without its definition.
+        definitions = {task["name"]: task for task in defaults.get("tasks", ()) if isinstance(task, dict)}
+        tasks = [definitions.get(task, task) if isinstance(task, str) else task for task in named_tasks]
         overrides = [*overrides, f"tasks={json.dumps(tasks)}"]
-    if said is not None:
-        below.pop("text", None)
-    recipe = resolve.validate(resolve.load(name, overrides, resolve.layer(below, f"{opened.path}")), EvalRecipe)
+    if named_tasks is not None:
+        defaults.pop("text", None)
+    tree = resolve.load(name, overrides, resolve.layer(defaults, f"{handle.path}"))
+    recipe = resolve.validate(tree, EvalRecipe)
     if not recipe.tasks and recipe.text is None:
         raise RecipeError(
-            f"{opened.path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
+            f"{handle.path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
             "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
         )
-    asked, part = tasks_of(recipe.tasks), recipe.scoring.split
-    reading.check_files(asked.values(), (part,), recipe.data.folder)
-    if recipe.text is None and not any(reading.has_split(task, part) for task in asked.values()):
-        raise RecipeError(f"scoring.split ({part}): none of {', '.join(asked)} has such a split")
-    return EvalJob(recipe, opened)
+    requested, split = tasks_of(recipe.tasks), recipe.scoring.split
+    reading.check_files(requested.values(), (split,), recipe.data.folder)
+    if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
+        raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
+    return EvalJob(recipe, handle)
 
 
-def _defaults(opened: CheckpointHandle) -> dict[str, Any]:
-    """What the checkpoint's run says of the keys of an evaluation."""
-    own = opened.recipe
-    lengths = {"inputs_length": own.inputs_length, "targets_length": own.targets_length}
-    if isinstance(own, TaskRecipe):
-        return own.model_dump(mode="json", include={"tasks", "data", "scoring"})
-    if not opened.has_training_recipe or not isinstance(own, TextRecipe):
+def _defaults(handle: CheckpointHandle) -> dict[str, Any]:
+    """Return the keys of an evaluation that the recipe of the checkpoint provides."""
+    trained = handle.recipe
+    if isinstance(trained, TaskRecipe):
+        return trained.model_dump(mode="json", include={"tasks", "data", "scoring"})
+    lengths = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
+    if not handle.has_training_recipe or not isinstance(trained, TextRecipe):
         return {"data": lengths}
-    text = TextSpec(**{key: getattr(own.data, key) for key in TEXT_KEYS}, sequences=own.eval.sequences)
+    text = TextSpec(**{key: getattr(trained.data, key) for key in TEXT_KEYS}, sequences=trained.eval.sequences)
     return {"data": lengths, "text": text.model_dump(mode="json")}
 
 
 def default_out(checkpoint: Path) -> Path:
-    """runs/eval/RUN, or runs/eval/RUN-step-N for one checkpoint of it."""
+    """Return runs/eval/RUN, or runs/eval/RUN-step-N for one checkpoint of a run."""
     return Path("runs") / "eval" / run_name(checkpoint)
 
 
 class Evaluation(NamedTuple):
-    """What `switchcli eval` found."""
+    """The outcome of `switchcli eval`."""
 
     result: dict[str, Any]
+    """The content of result.json."""
     passes: tuple[EvalPass, ...]
+    """One for each capacity."""
 
 
 def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
-    """Measure the checkpoint on what the recipe names, and write it down; None off the main rank.
+    """Measure the checkpoint on the data of the recipe, and write the result folder. Return None off the main rank.
 
     Raises:
-        CheckpointError: its weights cannot be read, or the disk refuses.
-        DataError: of the tasks or the text.
-        OutOfMemory: the device has no room.
+        CheckpointError: the weights cannot be read, or the disk cannot be written.
+        DataError: the tasks or the text cannot be used.
+        OutOfMemory: the device has not enough memory.
     """
-    recipe, opened = job
-    folder = out.resolve()  # of a link the folder that it names is replaced, not the link
+    recipe, handle = job
+    folder = out.resolve()  # if `out` is a link, the folder it points to is replaced, and the link stays
     context = build_context(recipe)
     check_ranks_agree(recipe, context)
     console = Console(quiet=quiet or not context.is_main)
-    console.message(f"evaluator {opened.path}")
-    context.main_only(lambda: _probe(folder))
+    console.message(f"evaluating {handle.path}")
+    context.main_only(lambda: _check_writable(folder))
     with memory.explain_out_of_memory_in_evaluation(context.device):
-        evaluator = Evaluator(load_model(opened, context.device), recipe, context, console)
+        evaluator = Evaluator(load_model(handle, context.device), recipe, context, console)
         with explain_changed_data(evaluator.check):
-            passes = tuple(evaluator.evaluate(*each) for each in evaluator.capacities())
-        context.on_all_ranks(evaluator.check)  # no rank's share was measured on changed data, or nothing is written
+            passes = tuple(evaluator.evaluate(text, tasks) for text, tasks in evaluator.capacities())
+        context.on_all_ranks(evaluator.check)  # nothing is written if the data of any rank has changed
     result = {
         "verb": recipe.verb,
-        "checkpoint": str(opened.path),
-        "step": opened.step,
-        "tokenizer": opened.tokenizer.sha256,
+        "checkpoint": str(handle.path),
+        "step": handle.step,
+        "tokenizer": handle.tokenizer.sha256,
         "recipe": recipe.model_dump(mode="json"),
-        "passes": [one.to_json() for one in passes],
+        "passes": [eval_pass.to_json() for eval_pass in passes],
         **machine_info(context),
     }
 
     def write() -> Evaluation:
         files = {"result.json": json.dumps(result, indent=1) + "\n"}
-        for one in passes:
-            part = f"capacity-{one.capacity['tasks']}/" if len(passes) > 1 else ""
-            for exam in evaluator.scored:
-                lines = (json.dumps(line) + "\n" for line in _lines(exam, one.answers[exam.task.name]))
-                files[f"{part}predictions/{exam.task.name}.jsonl"] = "".join(lines)
-        aside = _place(folder, files, result)
-        if aside is not None:
-            console.message(f"the evaluation that was in {out} is now in {aside}")
+        for eval_pass in passes:
+            subfolder = f"capacity-{eval_pass.capacity['tasks']}/" if len(passes) > 1 else ""
+            for examples in evaluator.scored:
+                task = examples.task.name
+                lines = [json.dumps(line) + "\n" for line in _predictions(examples, eval_pass.answers[task])]
+                files[f"{subfolder}predictions/{task}.jsonl"] = "".join(lines)
+        archived = _publish(folder, files, result)
+        if archived is not None:
+            console.message(f"the evaluation that was in {out} is now in {archived}")
         console.message(f"{out} holds result.json" + (" and predictions" if evaluator.tasks else ""))
         return Evaluation(result, passes)
 
@@ -139,15 +144,24 @@ def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
     return evaluation
 
 
-def _lines(exam: tokens.ScoredExamples, answered: Sequence[AnsweredExample]) -> Iterator[dict[str, Any]]:
-    for number, (example, prediction) in zip(exam.numbers, answered, strict=True):
-        correct = is_right(exam.task, AnsweredExample(example, prediction)) if example.targets else None
-        line = {"input": example.input, "target": list(example.targets), "prediction": prediction, "correct": correct}
-        yield {"number": number, **line}
+def _predictions(examples: tokens.ScoredExamples, answered: Sequence[AnsweredExample]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a task's predictions file. `correct` is null for an example without a label."""
+    for number, (example, prediction) in zip(examples.numbers, answered, strict=True):
+        correct = is_right(examples.task, AnsweredExample(example, prediction)) if example.targets else None
+        yield {
+            "number": number,
+            "input": example.input,
+            "target": list(example.targets),
+            "prediction": prediction,
+            "correct": correct,
+        }
 
 
-def _probe(out: Path) -> None:
-    """Raise a CheckpointError now where the outcome could not be written later; restore what a killed one replaced."""
+def _check_writable(out: Path) -> None:
+    """Raise CheckpointError before the measurement if its result could not be written to `out`.
+
+    Making the temporary folder also restores a folder that a killed command was replacing.
+    """
     if out.exists() and not (out / "result.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already and holds no evaluation: give another folder by --out")
     with disk_errors(out):
@@ -156,29 +170,32 @@ def _probe(out: Path) -> None:
             pass
 
 
-def _place(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> Path | None:
-    """Publish the files as `out`. Another evaluation's folder is set aside, and its new name is returned; one of the
-    same evaluation is replaced."""
-    aside = None
+def _publish(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> Path | None:
+    """Publish the files as the folder `out`, which replaces a folder of the same evaluation.
+
+    The folder of another evaluation is renamed, and its new path returned.
+    """
+    archived = None
     with disk_errors(out), publish.temporary_folder(out) as temporary:
         for name, text in files.items():
             path = temporary / "new" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        if out.exists() and not _is_the_same(out / "result.json", result):
+        if out.exists() and not _is_same_evaluation(out / "result.json", result):
             names = (out.with_name(f"{out.name}.before-{number}") for number in count(1))
-            aside = next(name for name in names if not os.path.lexists(name))
-            out.rename(aside)
+            archived = next(name for name in names if not os.path.lexists(name))
+            out.rename(archived)
         publish.publish_folder(temporary / "new", out, replace=True)
-    return aside
+    return archived
 
 
-def _is_the_same(path: Path, result: Mapping[str, Any]) -> bool:
-    """Whether a result is of the same checkpoint, measured the same way."""
+def _is_same_evaluation(path: Path, result: Mapping[str, Any]) -> bool:
+    """Return whether the result at `path` is of the same checkpoint and recipe. No result counts as the same one."""
     if not path.exists():
         return True  # an empty folder
     try:
-        before = json.loads(read_regular(path, MAX_RESULT_BYTES))
+        existing = json.loads(read_regular(path, MAX_RESULT_BYTES))
     except (OSError, ValueError):
         return False
-    return isinstance(before, dict) and all(before.get(key) == result[key] for key in ("checkpoint", "step", "recipe"))
+    keys = ("checkpoint", "step", "recipe")
+    return isinstance(existing, dict) and all(existing.get(key) == result[key] for key in keys)

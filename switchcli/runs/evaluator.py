@@ -1,7 +1,7 @@
-"""Evaluator: a loaded model and what it is measured on: scores of tasks, neg. log perplexity, routing health."""
+"""Evaluator: measure a loaded model's task scores, neg. log perplexity and routing health."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from switchcli.data.config import DataSpec, TextsSpec
@@ -29,56 +29,59 @@ from switchcli.train.metrics import Metrics, merge
 from switchcli.train.scoring import TaskPredictor
 from switchcli.train.validation import HeldOutText, evaluate_rows
 
-ROWS_EACH = 16
-"""Rows of a batch for the cross-entropy, at least."""
+BATCH_ROWS = 16
+"""Minimum rows of a batch for the cross-entropy. They are rounded up to whole routing groups."""
 TEXT_KEYS = tuple(TextsSpec.model_fields)
 
 
 class HeldOutResult(NamedTuple):
-    """Neg. log perplexity and routing health."""
+    """Neg. log perplexity and routing health of a model."""
 
     tasks: dict[str, dict[str, Any]]
-    """By task, on its targets."""
+    """Metrics on the targets of each task, by task."""
     text: dict[str, Any] | None
+    """Metrics on all held-out text together. None if there is none."""
     texts: dict[str, dict[str, Any]]
-    """By language, or by corpus without one, where there are several texts."""
+    """Metrics of each text, by language or corpus. Empty for a single text."""
 
-    def named(self) -> dict[str, dict[str, Any]]:
-        """Return each text and task once, by name."""
-        return {**(self.texts or ({"text": self.text} if self.text else {})), **self.tasks}
+    def by_name(self) -> dict[str, dict[str, Any]]:
+        """Return the metrics of each text and task. A single text has the name `text`."""
+        if self.texts:
+            return {**self.texts, **self.tasks}
+        return {**({"text": self.text} if self.text else {}), **self.tasks}
 
 
 class EvalPass(NamedTuple):
-    """All figures under one way to count capacity."""
+    """All results under one pair of capacity policies."""
 
     capacity: dict[str, Policy]
-    """For `text` and `tasks`."""
+    """The policies for `text` and for `tasks`."""
     scores: dict[str, Scores]
     held_out: HeldOutResult
     answers: dict[str, tuple[AnsweredExample, ...]]
+    """The answered examples of each task."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but the answers."""
-        figures = {"held_out": self.held_out.tasks, "text": self.held_out.text, "texts": self.held_out.texts}
-        return {"capacity": self.capacity, **task_results(self.scores), **figures}
+        """Return everything except the answers."""
+        held_out = {"held_out": self.held_out.tasks, "text": self.held_out.text, "texts": self.held_out.texts}
+        return {"capacity": self.capacity, **task_results(self.scores), **held_out}
 
 
-def example_texts(exam: tokens.ScoredExamples) -> HeldOutText:
-    """Return the labelled examples of a task as text."""
-    return HeldOutText(InterleavedRows([exam.packed]).rows, exam.packed.num_rows)
+def labeled_rows(examples: tokens.ScoredExamples) -> HeldOutText:
+    """Return the labeled examples of a task, packed into rows, as a text to measure the cross-entropy on."""
+    return HeldOutText(InterleavedRows([examples.packed]).rows, examples.packed.num_rows)
 
 
 class Evaluator:
-    """A loaded model with what it is measured on."""
+    """A loaded model, with the texts and tasks to measure it on."""
 
-    def __init__(self, loaded: LoadedModel, recipe: EvalRecipe, context: DistributedContext, console: Console) -> None:
-        self._loaded, self._recipe, self._context, self._console = loaded, recipe, context, console
-        own = loaded.recipe
+    def __init__(self, model: LoadedModel, recipe: EvalRecipe, context: DistributedContext, console: Console) -> None:
+        self._model, self._recipe, self._context, self._console = model, recipe, context, console
         self.tasks = tasks_of(recipe.tasks)
-        learned = tasks_of(own.tasks) if isinstance(own, TaskRecipe) else {}
-        self._never_seen([name for name in self.tasks if name not in learned])
+        trained_on = tasks_of(model.recipe.tasks) if isinstance(model.recipe, TaskRecipe) else {}
+        self._warn_about_new_tasks([name for name in self.tasks if name not in trained_on])
         self.scored = context.main_first(
-            lambda: scored_examples_of(self.tasks.values(), recipe.data, recipe.scoring, loaded.tokenizer)
+            lambda: scored_examples_of(self.tasks.values(), recipe.data, recipe.scoring, model.tokenizer)
         )
         self._objective: Objective = cross_entropy
         self._prepared: PreparedTexts | None = None
@@ -87,86 +90,94 @@ class Evaluator:
             report_task_sets(self.tasks.values(), self.scored, recipe.scoring.split, console)
 
     def check(self) -> None:
-        """Raise DataError if text that the model was measured on is not what was prepared."""
+        """Raise DataError if the prepared text that the model was measured on has changed."""
         if self._prepared is not None:
             self._prepared.check()
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
-        """Return each pair of policies to measure under: for text, and for tasks."""
+        """Return the pairs of capacity policies to measure with: one for text, and one for tasks."""
         if self._recipe.capacities is not None:
             return [(capacity, capacity) for capacity in self._recipe.capacities]
-        return [(self._loaded.recipe.eval.capacity, self._recipe.scoring.capacity)]
+        return [(self._model.recipe.eval.capacity, self._recipe.scoring.capacity)]
 
-    def rows(self) -> dict[str, tuple[HeldOutText, bool]]:
-        """Return what the model is measured on, by name, and whether its rows are packed."""
-        packed = self._objective is packed_cross_entropy
-        held_out = {label or "text": (text, packed) for label, text in self._texts.items()}
-        return held_out | {exam.task.name: (example_texts(exam), True) for exam in self.scored if exam.packed.num_rows}
+    def texts_to_measure(self) -> dict[str, tuple[HeldOutText, bool]]:
+        """Return the rows of each text and task by name, and whether they are packed."""
+        is_packed = self._objective is packed_cross_entropy
+        texts = {label or "text": (text, is_packed) for label, text in self._texts.items()}
+        for examples in self._labeled():
+            texts[examples.task.name] = (labeled_rows(examples), True)
+        return texts
 
     def evaluate(self, text: Policy, tasks: Policy) -> EvalPass:
-        """Measure everything with the routers counting capacity by `text` and `tasks`."""
-        loaded, recipe = self._loaded, self._recipe
-        predictor = TaskPredictor(loaded.model, loaded.tokenizer, self._context, recipe.scoring, tasks)
-        tracked = self._console.track(self.scored, "answering", len(self.scored))
-        answered = {exam.task.name: predictor(exam) for exam in tracked}
-        scores = {name: score(self.tasks[name], found, recipe.scoring.draws) for name, found in answered.items()}
-        held_out = self.held_out(loaded.model, text)
-        return EvalPass({"text": text, "tasks": tasks}, scores, held_out, answered)
+        """Measure everything, with `text` and `tasks` as the capacity policies of the routers. Collective."""
+        model, scoring = self._model, self._recipe.scoring
+        predictor = TaskPredictor(model.model, model.tokenizer, self._context, scoring, tasks)
+        answers = {}
+        for examples in self._console.track(self.scored, "answering", len(self.scored)):
+            answers[examples.task.name] = predictor(examples)
+        scores = {name: score(self.tasks[name], answered, scoring.draws) for name, answered in answers.items()}
+        held_out = self.held_out(model.model, text)
+        return EvalPass({"text": text, "tasks": tasks}, scores, held_out, answers)
 
     def held_out(self, model: SwitchTransformer, capacity: Policy) -> HeldOutResult:
-        """Neg. log perplexity and routing health of `model`, which may be another than the one loaded."""
-        tasks = {
-            exam.task.name: self._figures(
-                model, self._rows(model, example_texts(exam), packed_cross_entropy, capacity), exam.packed.num_rows
-            )
-            for exam in self.scored
-            if exam.packed.num_rows
-        }
-        found = {label: self._rows(model, text, self._objective, capacity) for label, text in self._texts.items()}
-        if not found:
+        """Return neg. log perplexity and routing health of `model`, which may differ from the loaded one. Collective.
+
+        A pruned model, for example, is measured on the data of the original one.
+        """
+        tasks = {}
+        for examples in self._labeled():
+            metrics = self._measure(model, labeled_rows(examples), packed_cross_entropy, capacity)
+            tasks[examples.task.name] = _record(model, metrics, examples.packed.num_rows)
+        if not self._texts:
             return HeldOutResult(tasks, None, {})
-        sequences = sum(text.num_rows for text in self._texts.values())
-        all_of_it = self._figures(model, functools.reduce(merge, found.values()), sequences)
-        if len(found) == 1:
-            (text,), (metrics,) = self._texts.values(), found.values()
-            return HeldOutResult(tasks, {**all_of_it, **text.metrics(metrics)}, {})
-        each = {
-            label: {**self._figures(model, found[label], text.num_rows), **text.metrics(found[label])}
-            for label, text in self._texts.items()
-        }
-        return HeldOutResult(tasks, all_of_it, each)
+        measured = {label: self._measure(model, text, self._objective, capacity) for label, text in self._texts.items()}
+        num_rows = sum(text.num_rows for text in self._texts.values())
+        together = _record(model, functools.reduce(merge, measured.values()), num_rows)
+        if len(measured) == 1:
+            (text,), (metrics,) = self._texts.values(), measured.values()
+            return HeldOutResult(tasks, {**together, **text.metrics(metrics)}, {})
+        texts = {}
+        for label, text in self._texts.items():
+            texts[label] = {**_record(model, measured[label], text.num_rows), **text.metrics(measured[label])}
+        return HeldOutResult(tasks, together, texts)
 
-    def _rows(self, model: SwitchTransformer, text: HeldOutText, objective: Objective, capacity: Policy) -> Metrics:
-        return evaluate_rows(model, objective, text, ROWS_EACH, self._context, capacity)
+    def _labeled(self) -> Iterator[tokens.ScoredExamples]:
+        """Yield the examples of each task that has labels to measure the cross-entropy on."""
+        return (examples for examples in self.scored if examples.packed.num_rows)
 
-    def _figures(self, model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:
-        """Neg. log perplexity and routing health over so many rows."""
-        figures = router_health.record(metrics, model.spec.sparse_layer_names())
-        figures.pop(AUXILIARY_LOSS, None)  # of training alone
-        return {"sequences": num_rows, **figures}
+    def _measure(self, model: SwitchTransformer, text: HeldOutText, objective: Objective, capacity: Policy) -> Metrics:
+        return evaluate_rows(model, objective, text, BATCH_ROWS, self._context, capacity)
 
     def _held_out_texts(self) -> dict[str, HeldOutText]:
-        """Rows of text as the model was trained on, where there is some to look at."""
-        own, text = self._loaded.recipe, self._recipe.text
+        """Return the held-out rows of the recipe's text, corrupted and packed as in the training of the model."""
+        trained, text = self._model.recipe, self._recipe.text
         if text is None:
             return {}
-        objective = SpanCorruption(inputs_length=own.inputs_length)
+        objective = SpanCorruption(inputs_length=trained.inputs_length)
         data = DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective)
-        if isinstance(own, TextRecipe):
-            data = data.model_copy(update={"objective": own.data.objective, "packing": own.data.packing})
+        if isinstance(trained, TextRecipe):
+            data = data.model_copy(update={"objective": trained.data.objective, "packing": trained.data.packing})
         self._objective = text_loss(data)
 
         self._prepared = self._context.main_first(
-            lambda: text_sets.prepare_texts(data, text.sequences, self._console, self._loaded.tokenizer)
+            lambda: text_sets.prepare_texts(data, text.sequences, self._console, self._model.tokenizer)
         )
         return text_sets.held_out_rows(self._prepared, data.rows, text.sequences)
 
-    def _never_seen(self, names: Sequence[str]) -> None:
+    def _warn_about_new_tasks(self, names: Sequence[str]) -> None:
+        """Print a warning on the main rank if the model was not trained on the tasks of these names."""
         if not names or not self._context.is_main:
             return
-        verb = self._loaded.recipe.verb
-        raw = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"
+        verb = self._model.recipe.verb
+        training = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"
         self._console.warning(
-            f"{self._loaded.path} {raw}: it does not know the form of the answers, and its scores will be near 0; "
+            f"{self._model.path} {training}: it does not know the form of the answers, and its scores will be near 0; "
             "`switchcli finetune` teaches it"
         )
+
+
+def _record(model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:
+    """Return neg. log perplexity and routing health as JSON, without the auxiliary loss, which only training has."""
+    record = router_health.record(metrics, model.spec.sparse_layer_names())
+    record.pop(AUXILIARY_LOSS, None)
+    return {"sequences": num_rows, **record}

@@ -1,4 +1,4 @@
-"""Finetuning: the task of `switchcli finetune`, a trained model on text-to-text tasks (section 4.1)."""
+"""Finetuning: the training task of `switchcli finetune` (section 4.1), and functions that all runs on tasks share."""
 
 import hashlib
 from collections.abc import Collection, Mapping
@@ -30,7 +30,7 @@ from switchcli.train.validation import HeldOutText
 
 
 class Finetuning(TrainingTask):
-    """Train a model that is there on a mixture of tasks."""
+    """Train a model from a checkpoint on a mixture of text-to-text tasks."""
 
     def __init__(
         self, job: TrainJob[FinetuneRecipe], folder: RunFolder, context: DistributedContext, console: Console
@@ -39,7 +39,11 @@ class Finetuning(TrainingTask):
         self.validation_loss = packed_cross_entropy
         self.update = job.recipe.update
         self.scoring = job.recipe.scoring
-        self.num_figures = num_figures(job.recipe)
+        self.num_metrics = num_metrics(job.recipe)
+
+    @classmethod
+    def check_recipe(cls, recipe: TaskRecipe) -> None:
+        check_tasks(recipe)
 
     def build_data(self) -> TrainData:
         tokenizer = warm_start.start_tokenizer(self._job.start, self._folder, self._context)
@@ -50,7 +54,12 @@ class Finetuning(TrainingTask):
 
 
 def check_tasks(recipe: TaskRecipe) -> None:
-    """Raise a RecipeError where no task can be trained on, a DataError where files lack."""
+    """Check the tasks and their files.
+
+    Raises:
+        RecipeError: no task has a split to train on.
+        DataError: files are missing.
+    """
     tasks = tasks_of(recipe.tasks).values()
     reading.check_files(tasks, ("train", recipe.scoring.split), recipe.data.folder)
     if not any(reading.has_split(task, "train") for task in tasks):
@@ -58,23 +67,27 @@ def check_tasks(recipe: TaskRecipe) -> None:
         raise RecipeError(f"tasks: none of {names} has a split to train on: name one that has")
 
 
-def num_figures(recipe: TaskRecipe) -> int:
-    """Count the scores of tasks and suites, their average, and the held-out neg. log perplexity."""
+def num_metrics(recipe: TaskRecipe) -> int:
+    """Return the number of scores of tasks and suites, plus their average and the held-out neg. log perplexity."""
     return len(tasks_of(recipe.tasks)) + len(suites_of(recipe.tasks)) + 2
 
 
 def build_task_data(
     recipe: TaskRecipe, tokenizer: Tokenizer, context: DistributedContext, console: Console
 ) -> TrainData:
-    """Return training rows, held-out rows and scored examples of the recipe's tasks. Raises DataError."""
+    """Return the training rows, held-out rows and scored examples of the recipe's tasks.
+
+    Raises:
+        DataError: a task's examples cannot be read, or none has a label.
+    """
     tasks = tasks_of(recipe.tasks).values()
     lengths = RowLengths(recipe.inputs_length, recipe.targets_length)
 
-    def training() -> dict[str, tokens.PackedTask]:
-        ready: dict[str, tokens.PackedTask] = {}
+    def pack_tasks() -> dict[str, tokens.PackedTask]:
+        packed: dict[str, tokens.PackedTask] = {}
         for task in tasks:
             if reading.has_split(task, "train"):
-                ready[task.name] = tokens.packed_task(
+                packed[task.name] = tokens.packed_task(
                     task,
                     recipe.data.folder,
                     tokenizer,
@@ -83,46 +96,45 @@ def build_task_data(
                     default_cache(),
                     console.track,
                     console.warning,
-                    before=sum(one.num_bytes for one in ready.values()),
+                    before=sum(other.num_bytes for other in packed.values()),
                 )
-        return ready
+        return packed
 
-    found = context.main_first(training)
-    stream = TaskMixtureSource(
-        {name: one.packed for name, one in found.items()}, recipe.data.mixture, recipe.train.seed, recipe.rows_per_step
-    )
-    exams = context.main_first(lambda: scored_examples_of(tasks, recipe.data, recipe.scoring, tokenizer, needed=True))
+    train_tasks = context.main_first(pack_tasks)
+    packed_rows = {name: task.packed for name, task in train_tasks.items()}
+    source = TaskMixtureSource(packed_rows, recipe.data.mixture, recipe.train.seed, recipe.rows_per_step)
+    scored = context.main_first(lambda: scored_examples_of(tasks, recipe.data, recipe.scoring, tokenizer, needed=True))
     if context.is_main:
-        _tell(stream.rates, found, tasks, console)
-        report_task_sets(tasks, exams, recipe.scoring.split, console)
-    held_out = InterleavedRows([exam.packed for exam in exams if exam.packed.num_rows])
+        _report_training_tasks(source.rates, train_tasks, tasks, console)
+        report_task_sets(tasks, scored, recipe.scoring.split, console)
+    held_out = InterleavedRows([examples.packed for examples in scored if examples.packed.num_rows])
     return TrainData(
         tokenizer,
-        hashlib.sha256("\n".join(one.identity for one in found.values()).encode()).hexdigest(),
-        stream,
+        hashlib.sha256("\n".join(task.identity for task in train_tasks.values()).encode()).hexdigest(),
+        source,
         {"": HeldOutText(held_out.rows, min(recipe.eval.sequences, held_out.num_rows))},
-        _samples(exams[0]),
-        exams,
-        checked=tuple(found.values()),
+        _samples(scored[0]),
+        scored,
+        checked=tuple(train_tasks.values()),
     )
 
 
-def _tell(
-    rates: Mapping[str, float], found: Mapping[str, tokens.PackedTask], tasks: Collection[Task], console: Console
+def _report_training_tasks(
+    rates: Mapping[str, float], train_tasks: Mapping[str, tokens.PackedTask], tasks: Collection[Task], console: Console
 ) -> None:
-    """Print what is trained on."""
+    """Print the examples, rows, share and truncation of each task that is trained on."""
     for task in tasks:
-        if task.name not in found:
-            console.message(f"{task.name}: has no split to train on: it is scored alone")
+        if task.name not in train_tasks:
+            console.message(f"{task.name}: has no split to train on: it is only scored")
             continue
-        packed = found[task.name].packed
+        packed = train_tasks[task.name].packed
         count = len(packed.example_X)
-        cut = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
-        shown = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of what is shown"
-        text = f"{task.name}: {count:,} examples in {shown}{cut}"
-        report_truncation(text, packed.num_cut / count, console)
+        truncated = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
+        rows = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of the training examples"
+        report_truncation(f"{task.name}: {count:,} examples in {rows}{truncated}", packed.num_cut / count, console)
 
 
-def _samples(exam: tokens.ScoredExamples) -> Batch:
-    numbers = next(exam.batches(len(exam.examples)))[-NUM_SAMPLES:]
-    return Batch(torch.from_numpy(exam.padded(numbers)), torch.from_numpy(exam.targets(numbers)))
+def _samples(scored: tokens.ScoredExamples) -> Batch:
+    """Return the shortest examples of a task, which are the last ones in the order of batches."""
+    numbers = next(scored.batches(len(scored.examples)))[-NUM_SAMPLES:]
+    return Batch(torch.from_numpy(scored.padded(numbers)), torch.from_numpy(scored.targets(numbers)))

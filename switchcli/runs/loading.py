@@ -1,6 +1,7 @@
-"""A CHECKPOINT on the command line into a model with its tokenizer.
+"""Open a CHECKPOINT of the command line, and load its model and tokenizer.
 
-It is a run's folder (its newest is taken), one checkpoint's, or a folder in the Hugging Face layout.
+It is the folder of a run, whose newest checkpoint is taken, the folder of one checkpoint, or a folder in the Hugging
+Face layout.
 """
 
 import hashlib
@@ -26,28 +27,29 @@ from switchcli.train.checkpointer import DATA, load_weights, logical_tensors
 
 
 class CheckpointHandle(NamedTuple):
-    """A checkpoint whose small files were read; its weights are read when they are asked for."""
+    """An open checkpoint: its small files are read, its weights are read on demand."""
 
     path: Path
     step: int
     recipe: TrainingRecipe
     tokenizer: Tokenizer
     weights: Callable[[], Mapping[str, torch.Tensor]]
-    """Under their logical names; each is read when it is asked for."""
-    own: checkpoint.Checkpoint | None
-    """Where it is in our layout: it may have optimizer state too."""
+    """Returns the weights by logical name. Each is read from disk when the mapping is indexed."""
+    native: checkpoint.Checkpoint | None
+    """The checkpoint in our layout, which may hold optimizer state. None for the Hugging Face layout."""
 
     @property
     def has_training_recipe(self) -> bool:
-        """Whether its recipe says how it was trained; that of a converted one does not."""
-        return self.own is not None and DATA in self.own.manifest.names()
+        """Whether the recipe describes the training. That of a converted checkpoint does not."""
+        return self.native is not None and DATA in self.native.manifest.names()
 
     def identity(self) -> str:
-        """A digest of what the model computes: its shape, its routing, its precision, its weights."""
-        own = self.recipe
-        digest = hashlib.sha256(f"{own.model.model_dump_json()} {own.train.precision}".encode())
-        if self.own is not None:
-            digest.update(repr([one.sha256 for one in self.own.manifest.entries if "model-" in one.name]).encode())
+        """Return a SHA-256 of all that the model's outputs depend on: its shape, routing, precision and weights."""
+        recipe = self.recipe
+        digest = hashlib.sha256(f"{recipe.model.model_dump_json()} {recipe.train.precision}".encode())
+        if self.native is not None:
+            model_files = [entry.sha256 for entry in self.native.manifest.entries if "model-" in entry.name]
+            digest.update(repr(model_files).encode())
         else:
             for name, weight in self.weights().items():
                 digest.update(name.encode())
@@ -56,7 +58,7 @@ class CheckpointHandle(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode with what it was trained by."""
+    """A model in evaluation mode, with its recipe and tokenizer."""
 
     path: Path
     step: int
@@ -69,95 +71,111 @@ def open_model(path: Path, console: Console) -> CheckpointHandle:
     """Open and verify the checkpoint at `path`.
 
     Raises:
-        CheckpointError: there is none, or none that is whole.
-        DataError: no tokenizer.
+        CheckpointError: there is no checkpoint, or no complete one.
+        DataError: there is no tokenizer.
     """
     if is_hugging_face_folder(path):
-        foreign, tokenizer, weights = transformers_checkpoint.read(path)
-        return CheckpointHandle(path, 0, foreign, tokenizer, lambda: weights, None)
-    found = open_checkpoint(path, console)
+        recipe, tokenizer, hugging_face_weights = transformers_checkpoint.read(path)
+        return CheckpointHandle(path, 0, recipe, tokenizer, lambda: hugging_face_weights, None)
+    native = open_checkpoint(path, console)
     try:
-        recipe, tokenizer = read_documents(found)
-        held = found.read("model", logical_tensors(transformers_checkpoint.meta_model(recipe.model)))
+        native_recipe, tokenizer = read_documents(native)
+        weights = native.read("model", logical_tensors(transformers_checkpoint.meta_model(native_recipe.model)))
     except (SwitchError, OSError):
-        if found.path.exists():
+        if native.path.exists():
             raise
-        return open_model(path, console)  # the run at work there has just removed it, so there are newer ones
-    return CheckpointHandle(found.path, found.step, recipe, tokenizer, lambda: held, found)
+        # An active run has just removed this checkpoint, so it has saved newer ones.
+        return open_model(path, console)
+    return CheckpointHandle(native.path, native.step, native_recipe, tokenizer, lambda: weights, native)
 
 
 def load_checkpoint(path: Path, device: torch.device, console: Console) -> LoadedModel:
-    """Open, verify and read the checkpoint at `path`.
+    """Open and verify the checkpoint at `path`, and load its model.
 
     Raises:
-        CheckpointError: there is none, or none that is whole.
+        CheckpointError: there is no checkpoint, or no complete one.
+        DataError: there is no tokenizer.
     """
     return load_model(open_model(path, console), device)
 
 
-def load_model(opened: CheckpointHandle, device: torch.device) -> LoadedModel:
-    """The model of an open checkpoint."""
-    model = empty_model(opened.recipe, device)
-    load_weights(unsharded_weights(model), opened.weights())
-    return LoadedModel(opened.path, opened.step, opened.recipe, opened.tokenizer, model)
+def load_model(handle: CheckpointHandle, device: torch.device) -> LoadedModel:
+    """Load the model of an open checkpoint."""
+    model = empty_model(handle.recipe, device)
+    load_weights(unsharded_weights(model), handle.weights())
+    return LoadedModel(handle.path, handle.step, handle.recipe, handle.tokenizer, model)
 
 
 def empty_model(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
-    """The model of a recipe in evaluation mode, its weights whatever the memory holds."""
+    """Return the model of a recipe in evaluation mode, with uninitialized weights."""
     with torch.device("meta"):
         model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
     return model.to_empty(device=device).eval()
 
 
 def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
-    """The checkpoint of a run's folder, or of that name, in our layout. Raises CheckpointError when there is none."""
-    folder, is_one = locate(path)
-    found = None
-    if is_one:
-        found = checkpoint.Checkpoint.open(folder)
+    """Open a checkpoint in our layout: the one at `path`, or the newest complete one of the run at `path`.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or no complete one.
+    """
+    folder, is_checkpoint = locate(path)
+    opened = None
+    if is_checkpoint:
+        opened = checkpoint.Checkpoint.open(folder)
     elif folder.is_dir():
-        found = checkpoint.latest_read_only(folder, console.warning)
-    if found is None:
+        opened = checkpoint.latest_read_only(folder, console.warning)
+    if opened is None:
         hint = on_the_hub(str(path))
         raise CheckpointError(
             f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*{hint and f'; {hint}'}"
         )
-    return found
+    return opened
 
 
 def locate(path: Path) -> tuple[Path, bool]:
-    """The folder of a run's checkpoints, or one of them; and whether it is one, or was: its MANIFEST may be lost."""
+    """Return the folder of a checkpoint, or of all checkpoints of a run, and whether it is a single checkpoint.
+
+    A folder with the name of a checkpoint counts as one even if its manifest is lost.
+    """
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    return folder, (folder / manifest.NAME).is_file() or (
-        folder.is_dir() and bool(checkpoint.STEP.fullmatch(folder.name))
-    )
+    has_name_of_checkpoint = folder.is_dir() and checkpoint.STEP.fullmatch(folder.name) is not None
+    return folder, has_name_of_checkpoint or (folder / manifest.NAME).is_file()
 
 
 def on_the_hub(name: str) -> str:
-    """What to do if `name` is one on the hub; nothing if it cannot be, or is a folder."""
+    """Return a hint for a `name` that may be a repository on the hub; empty if it cannot be, or is a local path."""
     if Path(name).exists() or not hub.is_repository_id(name):
         return ""
     return f"if it is a name on the hub, `switchcli convert {name} FOLDER --to switchcli` makes a checkpoint of it"
 
 
-def read_documents(found: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
-    """The recipe and the tokenizer of a checkpoint."""
-    recipe = saved_recipe(found)
-    tokenizer = Tokenizer.from_bytes(found.document("tokenizer.json"), str(found.path / "tokenizer.json"))
+def read_documents(native: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
+    """Return the recipe and the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: the tokenizer does not fit the model.
+    """
+    recipe = saved_recipe(native)
+    tokenizer = Tokenizer.from_bytes(native.document("tokenizer.json"), str(native.path / "tokenizer.json"))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise CheckpointError(
-            f"{found.path}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {recipe.model.vocab_size} "
-            "rows: the one is not the other's; use a checkpoint that a run of switchcli wrote"
+            f"{native.path}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {recipe.model.vocab_size} "
+            "rows: they do not belong together; use a checkpoint that a run of switchcli wrote"
         )
     return recipe, tokenizer
 
 
-def saved_recipe(found: checkpoint.Checkpoint) -> TrainingRecipe:
-    """The recipe of a checkpoint, by the verb that wrote it."""
-    tree = resolve.parse_saved(found.document(resolve.SAVED), yaml_nodes.display_path(found.path / resolve.SAVED))
+def saved_recipe(native: checkpoint.Checkpoint) -> TrainingRecipe:
+    """Return the recipe of a checkpoint, by the schema of the verb that wrote it.
+
+    Raises:
+        CheckpointError: there is no such verb, or it does not train.
+    """
+    tree = resolve.parse_saved(native.document(resolve.SAVED), yaml_nodes.display_path(native.path / resolve.SAVED))
     schema = schema_of(tree)
     if schema is None or not issubclass(schema, TrainingRecipe):
         raise CheckpointError(
-            f"{found.path}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"
+            f"{native.path}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"
         )
     return resolve.validate(tree, schema)

@@ -1,4 +1,4 @@
-"""The ranks of a run in the mesh that its recipe says, or by `parallel: auto` in the fastest that the plan finds."""
+"""Build the ranks of a run as the mesh of its recipe, or with `parallel: auto` as the fastest mesh of the plan."""
 
 import os
 
@@ -14,14 +14,16 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import accelerate_settings
 from switchcli.runs.transformers_checkpoint import meta_model
 
-USABLE = 0.9
-"""Of a device's memory: the plan leaves out what kernels and fragments take."""
+USABLE_FRACTION = 0.9
+"""Fraction of a device's memory that a mesh may fill. The plan does not count kernels and fragmentation."""
 
 
 def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
-    """Return this process among the ranks of a run or an evaluation, after warnings about accelerate's settings.
+    """Return the distributed context of a run or an evaluation. Warn about settings of accelerate that are ignored.
 
-    Raises as `DistributedContext`, and RecipeError where no mesh fits.
+    Raises:
+        RecipeError: no mesh fits with `parallel: auto`.
+        SwitchError: as `DistributedContext` says.
     """
     if isinstance(recipe, EvalRecipe):
         context = DistributedContext(recipe.device, recipe.precision)
@@ -34,36 +36,38 @@ def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
 
 
 def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
-    """The mesh that the plan finds fastest for the ranks that a launcher started, by the memory of this one's device.
+    """Return the fastest mesh of the plan for the ranks that a launcher started, by the memory of this rank's device.
 
     Raises:
-        RecipeError: no mesh of so many devices fits.
+        RecipeError: no mesh with this number of ranks fits.
     """
-    ranks, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    ranks, local_ranks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     cuda = recipe.train.device != "cpu" and torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // beside
-    found = plan_of(recipe, Machine(ranks, int(USABLE * memory), node_devices=beside), fused=cuda)
-    at_once = not recipe.train.microbatch_tokens  # a run then takes its share at once, where a plan would cut it
-    for fit in found.fits:
+    # On a CPU, the ranks of a machine share its memory.
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // local_ranks
+    candidates = plan_of(recipe, Machine(ranks, int(USABLE_FRACTION * memory), node_devices=local_ranks), fused=cuda)
+    # Without train.microbatch_tokens a rank takes its share of a batch at once. A plan may divide it into microbatches.
+    at_once = not recipe.train.microbatch_tokens
+    for fit in candidates.fits:
         if not at_once or fit.microbatch * fit.mesh.data == recipe.rows_per_step:
             data, expert, model, shard = fit.mesh
             return ParallelSpec(
                 data=data, model=model, expert=expert, shard=shard, comm_dtype=recipe.parallel.comm_dtype
             )
-    why = (
-        ""
-        if found.fits
-        else f": {min(found.rejected, key=lambda one: (one.kind != 'memory', one.bytes_needed)).reason}"
-    )
-    way_out = "set train.microbatch_tokens" if at_once else "set a smaller train.microbatch_tokens"
+    reason = ""
+    if not candidates.fits:
+        # Meshes that lack memory come first, and of these the one that needs the least.
+        closest = min(candidates.rejected, key=lambda rejection: (rejection.kind != "memory", rejection.bytes_needed))
+        reason = f": {closest.reason}"
+    fix = "set train.microbatch_tokens" if at_once else "set a smaller train.microbatch_tokens"
     raise RecipeError(
         f"parallel.auto: no mesh of {ranks} ranks fits with {'the whole share' if at_once else 'microbatches'} of a "
-        f"batch{why}: {way_out}, or start more ranks (`switchcli plan` shows all meshes)"
+        f"batch{reason}: {fix}, or start more ranks (`switchcli plan` shows all meshes)"
     )
 
 
 def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
-    """The plan of a recipe's step, whatever mesh it says; `fused`: by the kernels of a GPU."""
+    """Return the plan of a recipe's training step on all meshes. `fused` assumes the fused kernels of a GPU."""
     spec, train = recipe.model, recipe.train
     step = Step(
         recipe.rows_per_step,
@@ -76,8 +80,8 @@ def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
         recomputed=train.activation_checkpointing == "blocks",
         ordered=recipe.parallel.reduction == "ordered",
     )
-    microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
+    microbatch_rows = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
     weights = dict(meta_model(spec).named_parameters())
     state = recipe.optimizer.build(weights).state()
-    own = {model: rank_weights(weights, state, model) for model in model_axes(spec, machine.devices)}
-    return plan(spec, step, machine, microbatch, own)
+    sizes_by_model_axis = {size: rank_weights(weights, state, size) for size in model_axes(spec, machine.devices)}
+    return plan(spec, step, machine, microbatch_rows, sizes_by_model_axis)

@@ -1,4 +1,4 @@
-"""A new folder where the user says, whole or not at all: what the verbs share that make a checkpoint of another."""
+"""Write a new folder at a DESTINATION, completely or not at all. Shared by convert, upcycle and prune."""
 
 import errno
 import shutil
@@ -23,28 +23,36 @@ from switchcli.train.state import TrainState
 
 
 def check_destination(source: Path, destination: Path) -> Path:
-    """`destination` in full, if something can be written there. Raises CheckpointError."""
-    full = destination.resolve()
-    publish.remove_stale(full)
-    if full.is_relative_to(source.resolve()):
+    """Return the absolute path of `destination`, and remove leftovers of a killed command there.
+
+    Raises:
+        CheckpointError: it lies within `source`, or exists and is not an empty folder.
+    """
+    path = destination.resolve()
+    publish.remove_stale(path)
+    if path.is_relative_to(source.resolve()):
         raise CheckpointError(f"{destination}: within the source {source}: give a DESTINATION outside of it")
-    if full.exists() and (not full.is_dir() or any(full.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{destination}: is there already: give a DESTINATION that is not, or an empty folder")
-    return full
+    return path
 
 
 def check_checkpoint_destination(source: Path, destination: Path) -> Path:
-    """The same for one of our checkpoints, which is of step 0."""
+    """Check the destination of a new checkpoint in our layout, which is of step 0. Raises like `check_destination`."""
     if checkpoint.STEP.fullmatch(destination.resolve().name):
         raise CheckpointError(
-            f"{destination}: a checkpoint of that name is that of its step, and a new one is of step 0: give a "
+            f"{destination}: the name of a checkpoint of that step, and a new checkpoint is of step 0: give a "
             "DESTINATION of another name"
         )
     return check_destination(source, destination)
 
 
 def publish_new_folder(destination: Path, bytes_needed: int, write: Callable[[Path], Path]) -> None:
-    """Let `write` make a folder within a temporary one, and publish that folder as `destination`."""
+    """Publish the folder that `write` makes within a temporary folder as `destination`.
+
+    Raises:
+        CheckpointError: there is no room for `bytes_needed`, or the disk cannot be written.
+    """
     with disk_errors(destination, "give another DESTINATION", bytes_needed):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with publish.temporary_folder(destination) as temporary:
@@ -58,43 +66,46 @@ def publish_checkpoint(
     recipe: TrainingRecipe,
     tokenizer: Tokenizer,
     weights: Mapping[str, Tensor],
-    others: Mapping[str, bytes] | None = None,
+    extra_documents: Mapping[str, bytes] | None = None,
 ) -> int:
-    """Write one of our checkpoints, without optimizer, and return its number of parameters.
+    """Write a checkpoint of step 0 in our layout, without optimizer state. Return its number of parameters.
 
-    `weights` come under their logical names, `others` are more documents.
+    `weights` are keyed by logical name, `extra_documents` by file name.
     """
-    wanted = logical_tensors(meta_model(recipe.model)).values()
-    texts = {"recipe.yaml": dump(recipe), "tokenizer.json": tokenizer.to_json()}
+    tensors = logical_tensors(meta_model(recipe.model)).values()
     documents = {
         "state.json": TrainState().to_json({}),
-        **{name: text.encode() for name, text in texts.items()},
-        **(others or {}),
+        "recipe.yaml": dump(recipe).encode(),
+        "tokenizer.json": tokenizer.to_json().encode(),
+        **(extra_documents or {}),
     }
     publish_new_folder(
         destination,
-        tensor_file.num_bytes(wanted),
+        tensor_file.num_bytes(tensors),
         lambda temporary: checkpoint.save(temporary, 0, model=weights, optimizer={}, documents=documents),
     )
-    return sum(tensor.numel() for tensor in wanted)
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
-    """The recipe of a run that starts from the checkpoint, where it is of a verb that has a start."""
+    """Return the recipe with `checkpoint` as its start, if its verb can start from a checkpoint."""
     if not isinstance(recipe, StartedRecipe):
         return recipe
     return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), optimizer="reset")})
 
 
 def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:
-    """What a user would run next: to train it further, or to ask it where its verb has no start."""
+    """Return the next command for a new checkpoint: train it further, or evaluate it if its verb has no start."""
     file = shell_words(checkpoint / "recipe.yaml")
     if isinstance(recipe, StartedRecipe):
         return f"{recipe.verb} {file} --out FOLDER"
     return f"eval {shell_words(checkpoint)}"
 
 
-def data_document(opened: CheckpointHandle) -> dict[str, bytes]:
-    """The document that names the text which a checkpoint was trained on, so that one made of it is measured on it."""
-    own = opened.own
-    return {} if own is None or DATA not in own.manifest.names() else {DATA: own.document(DATA)}
+def data_document(handle: CheckpointHandle) -> dict[str, bytes]:
+    """Return the document with the identity of a checkpoint's training data, keyed by its file name, or nothing.
+
+    A checkpoint that is made from this one gets it too, so that `switchcli eval` measures it on the same text.
+    """
+    native = handle.native
+    return {} if native is None or DATA not in native.manifest.names() else {DATA: native.document(DATA)}

@@ -1,4 +1,4 @@
-"""Pretraining: the task of `switchcli pretrain`, on plain text; and what every run on text shares."""
+"""Pretraining: the training task of `switchcli pretrain`, and functions that all runs on plain text share."""
 
 from functools import partial
 
@@ -49,48 +49,63 @@ class Pretraining(TrainingTask):
             warm_start.load_start(recipe.start, self._job.start, weights, optimizer)
 
     def _prepared(self) -> PreparedTexts:
-        """Return the text as IDs of the vocabulary that the run began with: one trained again need not be the same."""
+        """Return the tokenized text of a run that starts from scratch.
+
+        A resumed run uses the tokenizer in its folder, because one that is trained again may differ.
+        """
         recipe, folder, console = self._job.recipe, self._folder, self._console
         if folder.tokenizer.exists():
             return prepare_with_tokenizer(Tokenizer.read(folder.tokenizer), recipe, console)
-        found = text_sets.prepare_texts(
+        prepared = text_sets.prepare_texts(
             recipe.data, recipe.eval.sequences, console, accept=partial(check_tokenizer_fits, recipe)
         )
-        folder.write_tokenizer(found.tokenizer.to_json())
-        return found
+        folder.write_tokenizer(prepared.tokenizer.to_json())
+        return prepared
 
 
 def build_text_data(
     recipe: TextRecipe, prepared: PreparedTexts, context: DistributedContext, console: Console
 ) -> TrainData:
-    """Return the rows of the recipe's text. Raises DataError as each part says."""
-    read_of = text_sets.streamed_rows if recipe.data.access == "stream" else text_sets.prepared_rows
-    read = read_of(recipe, prepared, context, console)
+    """Return the training and held-out rows of the recipe's text.
+
+    With a stream, `prepared` is only the held-out text.
+
+    Raises:
+        DataError: the text cannot be used.
+    """
+    build_rows = text_sets.streamed_rows if recipe.data.access == "stream" else text_sets.prepared_rows
+    rows = build_rows(recipe, prepared, context, console)
     held_out = text_sets.held_out_rows(prepared, recipe.data.rows, recipe.eval.sequences)
+    first_text = next(iter(held_out.values()))
     return TrainData(
         prepared.tokenizer,
-        read.identity,
-        read.source,
+        rows.identity,
+        rows.source,
         held_out,
-        _first_of_each(next(iter(held_out.values())).rows(0, NUM_SAMPLES)),
-        former_identity=read.former_identity,
-        checked=(prepared, *([read.files] if read.files else [])),  # of a stream, `prepared` is what is held out
+        _first_segments(first_text.rows(0, NUM_SAMPLES)),
+        former_identity=rows.former_identity,
+        checked=(prepared, *([rows.files] if rows.files else [])),
     )
 
 
 def text_loss(data: DataSpec) -> Objective:
-    """Return the loss of rows that are packed as `data` says."""
+    """Return the loss for rows that are packed as `data` says."""
     return packed_cross_entropy if data.packing == "documents" else cross_entropy
 
 
-def _first_of_each(batch: Batch) -> Batch:
-    """Return the first text of each row alone."""
-    return Batch(*(ids.where(text == 0, PAD) for ids, text in zip(batch, segment_ids(*batch), strict=True)))
+def _first_segments(batch: Batch) -> Batch:
+    """Return the first text of each packed row, with padding in place of the others."""
+    inputs_segments, targets_segments = segment_ids(*batch)
+    return Batch(batch.inputs_BS.where(inputs_segments == 0, PAD), batch.targets_BT.where(targets_segments == 0, PAD))
 
 
 def check_tokenizer_fits(recipe: TextRecipe, tokenizer: Tokenizer) -> None:
-    """Raise a RecipeError for a vocabulary that is larger than the model's, a DataError for one that will not do for
-    what is asked of the text."""
+    """Check that the tokenizer fits the model and the objective.
+
+    Raises:
+        RecipeError: the vocabulary is larger than the model's.
+        DataError: the objective needs more sentinels than the tokenizer has.
+    """
     pieces, rows = tokenizer.vocab_size, recipe.model.vocab_size
     if pieces > rows:
         raise RecipeError(
@@ -100,7 +115,7 @@ def check_tokenizer_fits(recipe: TextRecipe, tokenizer: Tokenizer) -> None:
 
 
 def prepare_with_tokenizer(tokenizer: Tokenizer, recipe: TextRecipe, console: Console) -> PreparedTexts:
-    """Return the recipe's text as IDs of `tokenizer`. Raises as `fits`, and DataError."""
+    """Return the recipe's text, tokenized by `tokenizer`. Raises like `check_tokenizer_fits` and `prepare_texts`."""
     return text_sets.prepare_texts(
         recipe.data, recipe.eval.sequences, console, tokenizer, partial(check_tokenizer_fits, recipe)
     )

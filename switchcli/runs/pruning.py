@@ -1,4 +1,4 @@
-"""Take experts out of a trained model: those that its own held-out text asks for least."""
+"""Remove the experts that held-out text uses least from a trained model, and measure the loss in quality."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,93 +42,121 @@ def prune(
     gate: Gate,
     sequences: int | None,
 ) -> dict[str, Any]:
-    """Write the model with so many `experts` a layer at `destination`; return what it measures before and after.
+    """Write the model with `experts` experts per layer to `destination`. Return the JSON result.
 
-    Both are measured on the same batches, by the recipe `name` with `overrides`: on `sequences` rows of text and as
-    many examples of each task, or on as many as the recipe says.
+    Both models are measured on the same batches, by the evaluation recipe `name` with `overrides`. `sequences` is the
+    number of rows of text, and of examples of each task; None takes those of the recipe.
 
     Raises:
-        CheckpointError: there is no sparse model at `checkpoint`, or the disk refuses.
-        RecipeError: as `resolve_job`; or so many experts cannot be kept.
-        DataError: of what it is measured on.
-        OutOfMemory: the device has no room.
+        CheckpointError: there is no sparse model at `checkpoint`, or the disk cannot be written.
+        RecipeError: as `resolve_job` says, or the number of experts is not possible.
+        DataError: the data to measure on cannot be used.
+        OutOfMemory: the device has not enough memory.
     """
-    recipe, opened = resolve_job(checkpoint, name, overrides, console)
-    _check(opened.recipe.model, opened.path, experts, console)
-    policy, recipe = _measured_by(recipe, sequences)
-    smaller = with_experts(opened, experts)
+    recipe, handle = resolve_job(checkpoint, name, overrides, console)
+    spec = handle.recipe.model
+    _check_experts(spec, handle.path, experts, console)
+    policy = _capacity(recipe)
+    recipe = _with_sequences(recipe, sequences)
+    pruned_recipe = with_experts(handle, experts)
     destination = check_checkpoint_destination(checkpoint, destination)
     context = DistributedContext(recipe.device, recipe.precision)
     warn_about_settings(recipe, context)
     if context.world > 1:
         raise RecipeError(f"prune works in one process, and there are {context.world} ranks: start it by itself")
-    console.message(f"measuring {opened.path}")
+    console.message(f"measuring {handle.path}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
-        loaded = load_model(opened, context.device)
+        loaded = load_model(handle, context.device)
         evaluator = Evaluator(loaded, recipe, context, console)
         with pruning.probability_mass(loaded.model) as mass:
-            before = evaluator.held_out(loaded.model, policy).named()
+            before = evaluator.held_out(loaded.model, policy).by_name()
         if not before:
-            raise DataError(f"{opened.path}: no labelled example in what it is measured on: name text or other tasks")
-        cuts = pruning.plan_pruning(loaded.model, _loads(before), mass, experts, gate)
-        pruned = empty_model(smaller, context.device)
-        pruning.prune(loaded.model, cuts, pruned, by)
-        after = evaluator.held_out(pruned, policy).named()
-    recipe_of_it = continuation_recipe(smaller, destination)
-    publish_checkpoint(destination, recipe_of_it, opened.tokenizer, logical_tensors(pruned), data_document(opened))
+            raise DataError(f"{handle.path}: no labelled example in what it is measured on: name text or other tasks")
+        layer_plans = pruning.plan_pruning(loaded.model, _load_by_layer(before), mass, experts, gate)
+        pruned = empty_model(pruned_recipe, context.device)
+        pruning.prune(loaded.model, layer_plans, pruned, by)
+        after = evaluator.held_out(pruned, policy).by_name()
+    publish_checkpoint(
+        destination,
+        continuation_recipe(pruned_recipe, destination),
+        handle.tokenizer,
+        logical_tensors(pruned),
+        data_document(handle),
+    )
     context.close()
-    figure = NEG_LOG_PERPLEXITY
     return {
-        "source": str(opened.path),
+        "source": str(handle.path),
         "destination": str(destination),
         "by": by,
         "gate": gate,
         "capacity": policy,
-        "experts": {"before": opened.recipe.model.num_experts, "after": experts},
-        "parameters": {"before": count(opened.recipe.model).parameters, "after": count(smaller.model).parameters},
+        "experts": {"before": spec.num_experts, "after": experts},
+        "parameters": {"before": count(spec).parameters, "after": count(pruned_recipe.model).parameters},
         "held_out": {
-            name: {"sequences": one["sequences"], "before": one[figure], "after": after[name][figure]}
-            for name, one in before.items()
+            name: {
+                "sequences": metrics["sequences"],
+                "before": metrics[NEG_LOG_PERPLEXITY],
+                "after": after[name][NEG_LOG_PERPLEXITY],
+            }
+            for name, metrics in before.items()
         },
-        "next": next_command(smaller, destination),
-        "layers": {layer: {**one._asdict(), "wo": float(one.wo)} for layer, one in cuts.items()},
+        "next": next_command(pruned_recipe, destination),
+        "layers": {name: {**plan._asdict(), "wo": float(plan.wo)} for name, plan in layer_plans.items()},
     }
 
 
-def _check(spec: ModelSpec, path: Path, experts: int, console: Console) -> None:
-    """Raise unless so many experts can be kept of the model at `path`."""
-    there = spec.num_experts
-    if there == 1:
+def _check_experts(spec: ModelSpec, path: Path, experts: int, console: Console) -> None:
+    """Raise an error unless the model at `path` can be pruned to `experts` experts.
+
+    Raises:
+        CheckpointError: the model is dense.
+        RecipeError: the number is below 2, or not below that of the model.
+    """
+    num_experts = spec.num_experts
+    if num_experts == 1:
         raise CheckpointError(f"{path}: a dense model has no experts to take out: name a sparse one")
     if experts < 2:
         raise RecipeError(
             f"--experts ({experts}) must be at least 2: a single expert has no router, and is a dense model: "
             "`switchcli distill` makes one"
         )
-    if experts >= there:
+    if experts >= num_experts:
         raise RecipeError(
-            f"--experts ({experts}) must be less than the {there} of {path}, or none is taken out: try {there // 2}"
+            f"--experts ({experts}) must be less than the {num_experts} of {path}, or none is taken out: try "
+            f"{num_experts // 2}"
         )
     if any(spec.sparse_layers(stack) and spec.router_of(stack).experts_choose for stack in STACKS):
         console.warning("expert_choice gives all experts of a layer the same load: the first ones are kept")
 
 
-def _measured_by(recipe: EvalRecipe, sequences: int | None) -> tuple[Policy, EvalRecipe]:
-    """How capacity is counted, dropless unless said, as the model is to be served; and the recipe for so many rows."""
-    if recipe.capacities is not None and len(recipe.capacities) > 1:
-        raise RecipeError(f"capacities ({len(recipe.capacities)}): one alone decides which experts stay")
-    policy: Policy = "dropless" if recipe.capacities is None else recipe.capacities[0]
+def _capacity(recipe: EvalRecipe) -> Policy:
+    """Return the capacity to measure with. The default is dropless, as a pruned model is served.
+
+    Raises:
+        RecipeError: the recipe has several capacities.
+    """
+    if recipe.capacities is None:
+        return "dropless"
+    if len(recipe.capacities) > 1:
+        raise RecipeError(f"capacities ({len(recipe.capacities)}): only one can decide which experts stay: name one")
+    return recipe.capacities[0]
+
+
+def _with_sequences(recipe: EvalRecipe, sequences: int | None) -> EvalRecipe:
+    """Return the recipe for `sequences` rows of text and examples of each task; None leaves it unchanged."""
     if sequences is None:
-        return policy, recipe
+        return recipe
     scoring = recipe.scoring.model_copy(update={"examples": sequences})
     text = recipe.text and recipe.text.model_copy(update={"sequences": sequences})
-    return policy, recipe.model_copy(update={"scoring": scoring, "text": text})
+    return recipe.model_copy(update={"scoring": scoring, "text": text})
 
 
-def _loads(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
-    """How many tokens asked for each expert of each layer, on all that was measured."""
-    each = [one["layers"] for one in figures.values()]
-    return {
-        layer: [sum(load) for load in zip(*(layers[layer]["load"] for layers in each), strict=True)]
-        for layer in each[0]
-    }
+def _load_by_layer(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return the number of tokens that chose each expert of each layer, summed over all texts and tasks."""
+    sums: dict[str, list[int]] = {}
+    for metrics in measured.values():
+        for layer, layer_metrics in metrics["layers"].items():
+            load = layer_metrics["load"]
+            before = sums.get(layer, [0] * len(load))
+            sums[layer] = [total + tokens for total, tokens in zip(before, load, strict=True)]
+    return sums

@@ -1,4 +1,4 @@
-"""What each expert of a checkpoint takes, and how far two checkpoints differ in it."""
+"""Measure which tokens each expert of a checkpoint gets, and how far the routing of two checkpoints differs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
 from switchcli.runs.accelerate_settings import warn_about_settings
 from switchcli.runs.eval_job import resolve_job
-from switchcli.runs.evaluator import ROWS_EACH, Evaluator
+from switchcli.runs.evaluator import BATCH_ROWS, Evaluator
 from switchcli.runs.loading import CheckpointHandle, load_model, open_model
 from switchcli.runs.run_dir import machine_info
 from switchcli.train import memory
@@ -17,69 +17,79 @@ from switchcli.train.routing_report import routing_report
 
 
 def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Return the routing of one or two checkpoints, on the first one's text, as a JSON object.
+    """Return the routing of one or two checkpoints, measured on the text of the first, as a JSON object.
+
+    `overrides` are KEY=VALUE for a recipe of `switchcli eval`.
 
     Raises:
-        CheckpointError: there is none, it is dense, or the two cannot be compared.
-        RecipeError: of the keys, which are those of `switchcli eval`; or not one checkpoint, nor two.
-        DataError: of the text.
-        OutOfMemory: the device has no room.
+        CheckpointError: there is no checkpoint, it is dense, or the two cannot be compared.
+        RecipeError: a key breaks a rule, or the number of checkpoints is not 1 or 2.
+        DataError: the text cannot be used.
+        OutOfMemory: the device has not enough memory.
     """
     if not 1 <= len(paths) <= 2:
         raise RecipeError(f"--routing takes a checkpoint, or two to compare, and {len(paths)} are named")
-    opened = [open_model(path, console) for path in paths]
-    for one in opened:
-        if one.recipe.model.num_experts == 1:
-            raise CheckpointError(f"{one.path}: a dense model has no routing: name one with experts")
-    if len(opened) > 1:
-        _check_comparable(*opened)
+    handles = [open_model(path, console) for path in paths]
+    for handle in handles:
+        if handle.recipe.model.num_experts == 1:
+            raise CheckpointError(f"{handle.path}: a dense model has no routing: name one with experts")
+    if len(handles) > 1:
+        _check_comparable(*handles)
     recipe, _ = resolve_job(paths[0], None, overrides, console)
     if recipe.capacities is not None and len(recipe.capacities) > 1:
-        raise RecipeError(f"capacities ({list(recipe.capacities)}): an atlas is of one: name one alone")
+        raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
     context = DistributedContext(recipe.device, recipe.precision)
     warn_about_settings(recipe, context)
-    console.message(f"measuring {' and '.join(str(one.path) for one in opened)}")
+    console.message(f"measuring {' and '.join(str(handle.path) for handle in handles)}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
-        loaded = [load_model(one, context.device) for one in opened]
-        evaluator = Evaluator(loaded[0], recipe, context, console)
-        policies = [recipe.capacities[0] if recipe.capacities else one.recipe.eval.capacity for one in loaded]
-        models = [one.model for one in loaded]
-        texts, tokenizer = evaluator.rows(), loaded[0].tokenizer
-        found = routing_report(models, texts, ROWS_EACH, policies, context, tokenizer, console)
+        models = [load_model(handle, context.device) for handle in handles]
+        evaluator = Evaluator(models[0], recipe, context, console)
+        policies = [recipe.capacities[0] if recipe.capacities else model.recipe.eval.capacity for model in models]
+        report = routing_report(
+            [model.model for model in models],
+            evaluator.texts_to_measure(),
+            BATCH_ROWS,
+            policies,
+            context,
+            models[0].tokenizer,
+            console,
+        )
         context.close()
         return {
             "recipe": recipe.model_dump(mode="json"),
-            "sequences": found["sequences"],
-            "rare": found["rare"],
+            "sequences": report["sequences"],
+            "rare": report["rare"],
             "atlases": [
                 {
-                    "checkpoint": str(one.path),
-                    "step": one.step,
+                    "checkpoint": str(model.path),
+                    "step": model.step,
                     "capacity": policy,
-                    "num_experts": one.recipe.model.num_experts,
+                    "num_experts": model.recipe.model.num_experts,
                     "layers": layers,
                 }
-                for one, policy, layers in zip(loaded, policies, found["layers"], strict=True)
+                for model, policy, layers in zip(models, policies, report["layers"], strict=True)
             ],
-            "drift": found["drift"],
+            "drift": report["drift"],
             **machine_info(context),
         }
 
 
-def _check_comparable(one: CheckpointHandle, other: CheckpointHandle) -> None:
-    """Raise a CheckpointError where tokens or experts of one are not those of the other."""
-    ours, theirs = one.recipe.model, other.recipe.model
-    pieces, others = (each.tokenizer.pieces(range(each.tokenizer.vocab_size)) for each in (one, other))
-    if pieces != others:
-        why = "their vocabularies differ, and a token of the one is none of the other"
-    elif ours.num_experts != theirs.num_experts:
-        why = f"{ours.num_experts} experts and {theirs.num_experts} cannot be matched"
-    elif ours.sparse_layer_names() != theirs.sparse_layer_names():
-        names = "; ".join(", ".join(spec.sparse_layer_names()) for spec in (ours, theirs))
-        why = f"their sparse layers differ ({names})"
+def _check_comparable(first: CheckpointHandle, second: CheckpointHandle) -> None:
+    """Raise CheckpointError if the two checkpoints have different vocabularies, expert counts or sparse layers."""
+    specs = (first.recipe.model, second.recipe.model)
+    first_pieces, second_pieces = (
+        handle.tokenizer.pieces(range(handle.tokenizer.vocab_size)) for handle in (first, second)
+    )
+    if first_pieces != second_pieces:
+        reason = "their vocabularies differ, so their tokens cannot be matched"
+    elif specs[0].num_experts != specs[1].num_experts:
+        reason = f"{specs[0].num_experts} experts and {specs[1].num_experts} cannot be matched"
+    elif specs[0].sparse_layer_names() != specs[1].sparse_layer_names():
+        names = "; ".join(", ".join(spec.sparse_layer_names()) for spec in specs)
+        reason = f"their sparse layers differ ({names})"
     else:
         return
     raise CheckpointError(
-        f"{one.path} and {other.path}: {why}: name two checkpoints of one run, or of runs of one shape and one "
+        f"{first.path} and {second.path}: {reason}: name two checkpoints of one run, or of runs of one shape and one "
         "vocabulary"
     )

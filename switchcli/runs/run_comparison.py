@@ -1,4 +1,4 @@
-"""The runs in folders, read with their recipes and compared. No torch is imported."""
+"""Read runs with their recipes, and compare them. Imports no torch."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,56 +23,62 @@ def compare_runs(
     quality: float | None = None,
     smooth: int = 1,
 ) -> Report:
-    """Compare the runs in the folders. A folder or file that cannot be read is left out, with a warning.
+    """Compare the runs in the folders. A folder or file that cannot be read is skipped with a warning.
 
-    The runs are compared with the `baseline`, the first when None, for how soon they reach a `quality`, that which the
-    baseline ends with when None, by means over `smooth` evaluations.
+    `baseline` is the run to compare with, the first if None. Each run is timed to reach `quality`, the last value of
+    the baseline if None, in a running mean over `smooth` evaluations.
 
     Raises:
-        CheckpointError: none of them is a run.
-        RecipeError: the baseline is none of them.
+        CheckpointError: none of the folders is a run.
+        RecipeError: the baseline is not among the runs.
     """
-    once: dict[str, Path] = {}
+    by_real_path: dict[str, Path] = {}  # a folder that is named twice is one run
     for folder in folders:
-        once.setdefault(os.path.realpath(folder), folder)
-    files = [folder for folder in once.values() if folder.is_file()]
-    runs = [run for folder in once.values() if folder not in files and (run := _read(folder, console)) is not None]
+        by_real_path.setdefault(os.path.realpath(folder), folder)
+    files = [path for path in by_real_path.values() if path.is_file()]
+    runs = []
+    for path in by_real_path.values():
+        run = None if path in files else _read(path, console)
+        if run is not None:
+            runs.append(run)
     if not runs:
-        for file in files:  # beside runs they are passed over: `runs/*` names logs too
+        for file in files:  # ignored if there are runs, because `runs/*` names log files too
             console.warning(f"{file}: is no run: it is a file")
         raise CheckpointError(
             "none of the folders is a run: name some that `switchcli pretrain`, `finetune`, `distill` or `eval` wrote"
         )
-    every = group_by_recipe(runs)
-    trained = [one for one in every if one.runs[0].verb != "eval"]
-    base = None if baseline is None else _baseline(baseline, once, trained)
-    comparison = compare(trained, base, quality, smooth) if trained else None
-    found = Report(comparison, [one for one in every if one not in trained], ())
+    all_series = group_by_recipe(runs)
+    trained = [series for series in all_series if series.runs[0].verb != "eval"]
+    evaluations = [series for series in all_series if series not in trained]
+    baseline_name = None if baseline is None else _baseline_name(baseline, by_real_path, trained)
+    comparison = compare(trained, baseline_name, quality, smooth) if trained else None
+    report = Report(comparison, evaluations, ())
     notes = [note for run in runs for note in run.notes]
-    if not task_results.by_tokens(found.runs_by_label):
+    if not task_results.by_tokens(report.runs_by_label):
         notes.append(
-            "Held-out texts of runs or evaluations whose tokenizers differ, or are not known, are compared by bits a "
-            "byte alone."
+            "Held-out texts of runs or evaluations whose tokenizers differ, or are not known, are compared only by "
+            "bits a byte."
         )
     if comparison is not None:
         notes = [*comparison.notes, *notes]
     for note in notes:
         console.warning(note)
-    return found._replace(notes=notes)
+    return report._replace(notes=notes)
 
 
-def _baseline(said: Path, once: Mapping[str, Path], trained: Sequence[Series]) -> str:
-    """The name of the run that is meant, by whatever path."""
-    names = [run.name for one in trained for run in one.runs]
+def _baseline_name(baseline: Path, by_real_path: Mapping[str, Path], trained: Sequence[Series]) -> str:
+    """Return the name of the baseline among the runs, where it may have another path to the same folder."""
+    names = [run.name for series in trained for run in series.runs]
     if not names:
-        raise RecipeError(f"--baseline {said}: there is nothing to compare: the folders are evaluations alone")
-    name = str(once.get(os.path.realpath(said), said))
+        raise RecipeError(f"--baseline {baseline}: there is nothing to compare: all folders are evaluations")
+    name = str(by_real_path.get(os.path.realpath(baseline), baseline))
     if name not in names:
-        raise RecipeError(f"--baseline {said}: is none of the runs: name one of {', '.join(names)}")
+        raise RecipeError(f"--baseline {baseline}: is none of the runs: name one of {', '.join(names)}")
     return name
 
 
 def _read(folder: Path, console: Console) -> Run | None:
+    """Return the run in the folder. Without a readable recipe it has an empty one. None if it is no run."""
     try:
         recipe = _recipe(folder / "recipe.yaml")
     except RecipeError as error:
@@ -88,5 +94,5 @@ def _read(folder: Path, console: Console) -> Run | None:
 def _recipe(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    found = yaml_nodes.plain(yaml_nodes.read_file(path))
-    return found if isinstance(found, Mapping) else {}
+    recipe = yaml_nodes.plain(yaml_nodes.read_file(path))
+    return recipe if isinstance(recipe, Mapping) else {}

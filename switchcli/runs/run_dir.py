@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its lock, and who may use it; ranks to start; hardware and versions."""
+"""The folder of a run: its default name, its lock and its recipe. Also starts ranks and describes the machine."""
 
 import os
 import platform
@@ -44,20 +44,20 @@ RESUME_SAFE_KEYS = (
     "distill.cache.folder",
     "parallel.",
 )
-"""Keys that may change between two starts of one run: they do not touch what was trained so far, nor what a figure is
-measured on. The best checkpoint compares figures of all starts."""
+"""Keys, or prefixes of keys, that may change when a run is resumed.
+
+They affect neither the training so far nor the data of a metric. The best checkpoint compares metrics of all starts.
+"""
 
 
 def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> Exit | None:
-    """Start this very command as `processes` ranks and say how they ended; None when this process does the work.
+    """Run this command again as `processes` ranks and return how they ended. Return None if this process does the work.
 
     Raises:
-        RecipeError: more ranks than CUDA devices, or not the ranks that the recipe is for.
+        RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
         DistributedError: as `launch` says.
     """
-    if is_rank():
-        return None
-    if processes == 1:
+    if is_rank() or processes == 1:
         return None
     parallel, device = (
         (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
@@ -78,18 +78,20 @@ def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: C
 
 
 def run_name(checkpoint: Path) -> Path:
-    """RUN, by the run's place below runs/; RUN-step-N for one checkpoint of it."""
+    """Return the path of a run below runs/, or the name of its folder elsewhere; with `-step-N` for one checkpoint."""
     path, runs = checkpoint.resolve(), Path("runs").resolve()
-    run, name = (path.parents[1], f"-{path.name}") if path.parent.name == "checkpoints" else (path, "")
-    place = run.relative_to(runs) if run.is_relative_to(runs) else Path(run.name or "model")
-    return place.with_name(f"{place.name}{name}")
+    run, suffix = path, ""
+    if path.parent.name == "checkpoints":  # RUN/checkpoints/step-N
+        run, suffix = path.parents[1], f"-{path.name}"
+    name = run.relative_to(runs) if run.is_relative_to(runs) else Path(run.name or "model")
+    return name.with_name(f"{name.name}{suffix}")
 
 
 def program_name() -> str:
-    """How to call this program again: by its name where the PATH finds it, else by its path."""
+    """Return the command that starts this program again: `switchcli` if it is on the PATH, else its path."""
     script = Path(sys.executable).with_name("switchcli")
-    found = shutil.which("switchcli")
-    if found and (not script.exists() or script.samefile(found)):
+    on_path = shutil.which("switchcli")
+    if on_path and (not script.exists() or script.samefile(on_path)):
         return "switchcli"
     if not script.exists():
         return shell_words(sys.executable, "-m", "switchcli")
@@ -100,43 +102,48 @@ def program_name() -> str:
 def lock_run_dir(
     out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext, console: Console
 ) -> Iterator[RunFolder]:
-    """The run's folder, locked, with its recipe written into it; all ranks go on together.
+    """Lock the run's folder, check that its run can be resumed, and write the recipe into it. Collective.
+
+    Without `resume`, a run that is in the folder is archived first.
 
     Raises:
-        CheckpointError: another run holds the folder, it cannot be written, or not all ranks see it.
-        RecipeError: the folder holds a run of another recipe, or the ranks have different ones.
+        CheckpointError: another run has locked the folder, it cannot be written, or not all ranks see it.
+        RecipeError: the folder holds a run of another recipe, or the ranks have different recipes.
     """
     folder = RunFolder(out)
     check_ranks_agree(recipe, context)
 
-    def enter() -> None:
+    def lock_and_write_recipe() -> None:
         if not resume:
             with lock(out):
-                aside = folder.archive()
-            if aside:
-                console.message(f"the run that was in {out} is now in {aside}")
-        held.enter_context(lock(out))
+                archived = folder.archive()
+            if archived:
+                console.message(f"the run that was in {out} is now in {archived}")
+        locks.enter_context(lock(out))
         folder.check_links()
-        begun = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
-        if begun is not None:  # its own recipe: the folder's may have been edited
-            _check_same(saved_recipe(begun), recipe, out)
+        latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
+        if latest is not None:
+            # The recipe in the checkpoint, because a user may have edited that of the folder.
+            _check_resumable(saved_recipe(latest), recipe, out)
         folder.write_recipe(dump(recipe))
-        if begun is None:  # a start that failed, say on its data, binds nobody to its recipe and its vocabulary
+        if latest is None:
+            # An earlier start failed before it saved anything, so its tokenizer does not bind this one.
             folder.tokenizer.unlink(missing_ok=True)
 
-    with ExitStack() as held:
-        context.main_only(enter)
+    with ExitStack() as locks:
+        context.main_only(lock_and_write_recipe)
         context.on_all_ranks(lambda: _check_shared(out))
         yield folder
 
 
 def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
-    """Raise a RecipeError where ranks have other recipes or versions, before one waits for what another does not do."""
+    """Raise RecipeError if the ranks have different recipes or versions. They would wait for each other forever."""
     if not context.all_equal(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
-        context.main_only(_refuse_other_ranks)
+        context.main_only(_raise_ranks_differ)
 
 
 def _check_shared(out: Path) -> None:
+    """Raise CheckpointError on a rank that does not see the folder that the main rank made."""
     if not out.is_dir():
         raise CheckpointError(
             f"{out}: not there, though the main rank has made it: every rank writes its share of a checkpoint, so give "
@@ -144,32 +151,36 @@ def _check_shared(out: Path) -> None:
         )
 
 
-def _refuse_other_ranks() -> None:
+def _raise_ranks_differ() -> None:
     raise RecipeError(
         "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with one version of "
         f"switchcli ({__version__} here) and of torch ({torch.__version__})"
     )
 
 
-def _check_same(before: TrainingRecipe, after: TrainingRecipe, out: Path) -> None:
-    found = differences(before, after)
-    # A stream may go on past what cannot be read; prepared text has met it before the first step.
-    changed = [one for one in found if not one.key.startswith(RESUME_SAFE_KEYS) and not one.key.endswith(".unreadable")]
+def _check_resumable(saved: TrainingRecipe, recipe: TrainingRecipe, out: Path) -> None:
+    """Raise RecipeError if the recipe changes a key of the saved one that must not change when a run is resumed."""
+    changed = []
+    for difference in differences(saved, recipe):
+        # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
+        is_safe = difference.key.startswith(RESUME_SAFE_KEYS) or difference.key.endswith(".unreadable")
+        if not is_safe:
+            changed.append(difference)
     if changed:
         key, old, new = changed[0]
-        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        others = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
         raise RecipeError(
-            f"{out} holds a run whose {key} is {old}, and the recipe says {new}{more}: take {old} again, give another "
-            "folder by --out, or --no-resume to set that run aside and begin anew"
+            f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: take {old} again, give "
+            "another folder by --out, or --no-resume to archive that run and begin anew"
         )
 
 
 def machine_info(context: DistributedContext) -> dict[str, Any]:
-    """Hardware and versions, for the result."""
+    """Return the hardware and the versions, for result.json."""
     cuda = context.device.type == "cuda"
     return {
         "hardware": {
-            # Not platform.processor(), which starts a program to ask.
+            # platform.processor() would start a subprocess.
             "device": torch.cuda.get_device_name(context.device) if cuda else platform.machine(),
             "ranks": context.world,
             "cores": os.cpu_count(),

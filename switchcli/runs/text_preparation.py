@@ -1,4 +1,4 @@
-"""A recipe's text as ids, before the run that reads them, by one machine or several."""
+"""Prepare a recipe's text before its run, on one machine or several."""
 
 import re
 import time
@@ -9,7 +9,6 @@ from typing import Any
 
 from switchcli.data.prepare.pipeline import prepare_share
 from switchcli.data.prepare.prepared_text import SPLITS, PreparedText
-from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_text_recipe
 from switchcli.report.console import Console
@@ -28,37 +27,37 @@ def prepare(
     share: str | None,
     check: bool,
 ) -> dict[str, Any]:
-    """Prepare the text that is not there yet, and return what there is of each.
+    """Prepare the texts of a recipe that are not in the cache yet, and return facts about each as JSON.
 
-    `model` is the checkpoint whose vocabulary is used instead of the recipe's. This machine makes the `share` I/N, and
-    with `check` compares what is there with its checksums.
+    `model` is a checkpoint whose tokenizer replaces the recipe's. `share` I/N is the part that this machine prepares.
+    `check` compares prepared text with its checksums.
 
     Raises:
-        RecipeError: the recipe is not one of text; the share is none.
-        DataError: of the text or the tokenizer.
-        CheckpointError: the disk refuses; what was whole by then stays.
+        RecipeError: the recipe does not train on text, or the share is not valid.
+        DataError: the text or the tokenizer cannot be used.
+        CheckpointError: the disk cannot be written. Finished pieces stay.
     """
     recipe = resolve_text_recipe(name, overrides)
-    number, of = _share(share)
-    tokenizer = None if model is None else _of_model(model, console)
+    index, count = _parse_share(share)
+    model_tokenizer = None if model is None else open_model(Path(model), console).tokenizer
     if recipe.data.access == "stream":
         console.warning("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
-    means = text_sets.prepare_context(console)._replace(
-        processes=processes, share=(number, of), check=check, accept=partial(check_tokenizer_fits, recipe)
+    context = text_sets.prepare_context(console)._replace(
+        processes=processes, share=(index, count), check=check, accept=partial(check_tokenizer_fits, recipe)
     )
     started = time.monotonic()
-    used, found = prepare_share(recipe.data, means, tokenizer)
-    missing = [label for label, text in found.items() if text is None]
-    if missing:
+    tokenizer, texts = prepare_share(recipe.data, context, model_tokenizer)
+    is_complete = all(text is not None for text in texts.values())
+    if not is_complete:
         console.message(
-            f"share {number + 1} of {of} is done; the pieces of other machines are not all there: the last to "
+            f"share {index + 1} of {count} is done; the pieces of other machines are not all there: the last to "
             "be done, or the run itself, puts them together"
         )
     return {
         "recipe": name,
-        "tokenizer": {"sha256": used.sha256, "vocab_size": used.vocab_size},
-        "whole": not missing,
-        "texts": {label: text and _facts(text) for label, text in found.items()},
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "whole": is_complete,
+        "texts": {label: None if text is None else _facts(text) for label, text in texts.items()},
         "seconds": time.monotonic() - started,
     }
 
@@ -68,14 +67,11 @@ def _facts(text: PreparedText) -> dict[str, Any]:
     return {**counts, "dropped": text.dropped, "identity": text.identity, "folder": str(text.folder)}
 
 
-def _share(said: str | None) -> tuple[int, int]:
-    if said is None:
+def _parse_share(share: str | None) -> tuple[int, int]:
+    """Return the index of this machine, from 0, and the number of machines. Raises RecipeError unless I/N is valid."""
+    if share is None:
         return 0, 1
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", said)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise RecipeError(f"--share ({said}): which machine of how many, from 1: try 1/4 to 4/4 on four of them")
-    return int(found[1]) - 1, int(found[2])
-
-
-def _of_model(model: str, console: Console) -> Tokenizer:
-    return open_model(Path(model), console).tokenizer
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", share)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise RecipeError(f"--share ({share}): which machine of how many, from 1: try 1/4 to 4/4 on four of them")
+    return int(match[1]) - 1, int(match[2])

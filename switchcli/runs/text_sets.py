@@ -1,4 +1,4 @@
-"""Prepared texts as what a run reads: chunks of each, how they are mixed, and the rows that it is evaluated on."""
+"""Build the training and held-out rows of a run on text, from prepared text or from a stream."""
 
 import resource
 from collections.abc import Callable, Mapping
@@ -34,24 +34,25 @@ from switchcli.recipe.schema import TextRecipe
 from switchcli.report.console import Console
 from switchcli.train.validation import HeldOutText
 
-HELD_OUT_SEED = 0  # whatever the run's own: figures of runs with other seeds are then on the same batches
+HELD_OUT_SEED = 0
+"""The seed of held-out batches. It differs from the run's seed, so that all runs are measured on the same batches."""
 
 
 def prepare_context(console: Console) -> PrepareContext:
-    """Preparing by the default cache, with all processors."""
+    """Return a context that prepares with the default cache and all processors, and reports to the console."""
     return PrepareContext(default_cache(), console.track, console.preparing, warn=console.warning)
 
 
 class TrainRows(NamedTuple):
-    """What the rows of a run come from."""
+    """The source of a run's training rows, with its identity."""
 
     source: BatchSource
     identity: str
     """A digest of all that the rows depend on."""
     former_identity: str | None = None
-    """The identity that versions up to 0.1 gave to the same text: their checkpoints are accepted too."""
+    """The identity of the same text in versions up to 0.1, whose checkpoints are accepted too."""
     files: Digests | None = None
-    """The files of a stream: their check raises DataError if they are not those that `identity` names any more."""
+    """The files of a stream. Their check raises DataError if they are no longer the files of `identity`."""
 
 
 def prepare_texts(
@@ -61,50 +62,65 @@ def prepare_texts(
     tokenizer: Tokenizer | None = None,
     accept: Callable[[Tokenizer], None] = lambda tokenizer: None,
 ) -> PreparedTexts:
-    """The text as ids; of a stream that alone which `sequences` of evaluation take. `accept` raises what is wrong with
-    a tokenizer, before any text is cut. Raises DataError as each part says."""
-    using = with_digests(data, prepare_context(console)._replace(accept=accept))
+    """Tokenize the text. For a stream, only as much held-out text as `sequences` rows of evaluation need.
+
+    `tokenizer` replaces that of `data`. `accept` raises an error for an unfit tokenizer before any text is tokenized.
+
+    Raises:
+        DataError: the text or the tokenizer cannot be used.
+    """
+    context = with_digests(data, prepare_context(console)._replace(accept=accept))
     if data.access == "prepared":
-        return prepare(data, using, tokenizer)
-    used = tokenizer or load_tokenizer(data, using)
-    accept(used)
-    return held_out_sample(data, using, used, sequences * data.rows.raw_tokens_per_row)
+        return prepare(data, context, tokenizer)
+    tokenizer = tokenizer or load_tokenizer(data, context)
+    accept(tokenizer)
+    return held_out_sample(data, context, tokenizer, sequences * data.rows.raw_tokens_per_row)
 
 
 def prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
-    """The rows of prepared text. Raises DataError for a text that is smaller than a row, RecipeError as `shares`."""
+    """Return training rows of prepared text.
+
+    Raises:
+        DataError: a text is smaller than a row.
+        RecipeError: the mixture cannot be made of these texts.
+    """
     data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
-    _allow_many_files()  # two for each shard of the windows of each text
-    chunks = _chunks(text, TRAIN, data.rows, seed)
-    rows = recipe.train.steps * batch_rows
-    rows_per_epoch = [one.rows_per_epoch for one in chunks.values()]
-    tokens = [one.counts[TRAIN].tokens for one in text.texts.values()]
-    mixture = data.build_mixture(tokens, rows_per_epoch, rows, seed)
+    _raise_open_files_limit()  # two for each shard of the windows of each text
+    datasets = _datasets(text, TRAIN, data.rows, seed)
+    num_rows = recipe.train.steps * batch_rows
+    rows_per_epoch = [dataset.rows_per_epoch for dataset in datasets.values()]
+    tokens = [prepared.counts[TRAIN].tokens for prepared in text.texts.values()]
+    mixture = data.build_mixture(tokens, rows_per_epoch, num_rows, seed)
     if context.is_main:
-        _tell(text, chunks, mixture, rows, console)
-    stream = PreparedTextSource([*chunks.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
+        _report_training_text(text, datasets, mixture, num_rows, console)
+    source = PreparedTextSource([*datasets.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
     identity = text.identity if mixture is None else digest_of({"text": text.identity, "mixture": mixture.identity})
-    return TrainRows(stream, identity)
+    return TrainRows(source, identity)
 
 
 def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
-    """Rows that are read as training goes on; `text` is what the run is evaluated on. Raises DataError for a mixture
-    by sizes that are not known, RecipeError as `StreamedTextSource`."""
+    """Return training rows that are read and tokenized during training. `text` is the prepared held-out text.
+
+    Raises:
+        DataError: the mixture depends on the sizes of texts, and one is not known.
+        RecipeError: as `StreamedTextSource` says.
+    """
     data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
-    pieces = {label: source_shards_of(corpora) for label, corpora in data.texts().items()}
-    sizes = {label: [piece.size for _, piece in each] for label, each in pieces.items()}
-    unknown = [label for label, each in sizes.items() if None in each]
+    shards = {label: source_shards_of(corpora) for label, corpora in data.texts().items()}
+    shard_sizes = {label: [shard.size for _, shard in text_shards] for label, text_shards in shards.items()}
+    unknown = [label for label, sizes in shard_sizes.items() if None in sizes]
     if data.mixture.uses_sizes and unknown:
         raise DataError(
             f"data.mixture: how large {unknown[0]} is is not known before it is read, which a {data.mixture.kind} "
             "needs: take mixture.kind=weighted and a weight for each corpus, or access=prepared"
         )
-    known = [max(1, sum(size or 0 for size in each)) for each in sizes.values()]
-    mixture = data.build_mixture(known, known, recipe.train.steps * batch_rows, seed)
-    _allow_many_files()  # each lane keeps a piece of each text open
-    stream = StreamedTextSource(
+    # Bytes stand for tokens, and for rows per epoch, which are not known before the text is read.
+    text_sizes = [max(1, sum(size or 0 for size in sizes)) for sizes in shard_sizes.values()]
+    mixture = data.build_mixture(text_sizes, text_sizes, recipe.train.steps * batch_rows, seed)
+    _raise_open_files_limit()  # each stream shard keeps a source shard of each text open
+    source = StreamedTextSource(
         data,
-        pieces,
+        shards,
         text.tokenizer,
         mixture,
         seed,
@@ -112,19 +128,28 @@ def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
         (context.dp_rank, context.dp_size),
         kept_steps=recipe.train.batches_ahead + 2,
     )
-    bare, using = _bare(data), with_digests(data, prepare_context(console))
-    parts = {"mixture": mixture and mixture.identity, "lanes": data.stream_shards}
-    now, former = source_digest(bare, text.tokenizer, using), legacy_source_digest(bare, text.tokenizer)
-    return TrainRows(stream, digest_of({**parts, "text": now}), digest_of({**parts, "text": former}), using.digests)
+    # A checkpoint holds this identity, so its keys keep the names of earlier versions.
+    identity = {"mixture": mixture and mixture.identity, "lanes": data.stream_shards}
+    strict_data, prepare_with = _without_unreadable(data), with_digests(data, prepare_context(console))
+    digest = source_digest(strict_data, text.tokenizer, prepare_with)
+    former_digest = legacy_source_digest(strict_data, text.tokenizer)
+    return TrainRows(
+        source,
+        digest_of({**identity, "text": digest}),
+        digest_of({**identity, "text": former_digest}),
+        prepare_with.digests,
+    )
 
 
-def _allow_many_files() -> None:
+def _raise_open_files_limit() -> None:
+    """Raise the soft limit of open files to the hard limit, if the system allows it."""
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
-def _bare(data: DataSpec) -> DataSpec:
-    """The same whatever becomes of rows that cannot be read: a run may go on past one that ended it."""
+def _without_unreadable(data: DataSpec) -> DataSpec:
+    """Return `data` without its rules for unreadable rows, so that a run that one has ended may skip it."""
     corpora = [
         corpus.model_copy(update={"unreadable": "refuse"}) if isinstance(corpus, RowCorpus) else corpus
         for corpus in data.corpora
@@ -132,33 +157,38 @@ def _bare(data: DataSpec) -> DataSpec:
     return data.model_copy(update={"corpora": tuple(corpora)})
 
 
-def _chunks(text: PreparedTexts, part: str, rows: RowObjective, seed: int) -> dict[str, TokenDataset]:
+def _datasets(text: PreparedTexts, part: str, rows: RowObjective, seed: int) -> dict[str, TokenDataset]:
     return {
-        label: TokenDataset(group_small_shards(one.shards[part]), rows, seed, label)
-        for label, one in text.texts.items()
+        label: TokenDataset(group_small_shards(prepared.shards[part]), rows, seed, label)
+        for label, prepared in text.texts.items()
     }
 
 
-def held_out_rows(text: PreparedTexts, made_by: RowObjective, sequences: int) -> dict[str, HeldOutText]:
-    """The held-out rows of each text, `sequences` at most, and what they are worth in bytes."""
+def held_out_rows(text: PreparedTexts, objective: RowObjective, sequences: int) -> dict[str, HeldOutText]:
+    """Return at most `sequences` held-out rows of each text, and how many bytes of text a target stands for."""
     texts = {}
-    for label, chunks in _chunks(text, HELD_OUT, made_by, HELD_OUT_SEED).items():
-        stream = PreparedTextSource([chunks], text.tokenizer, made_by, HELD_OUT_SEED, sequences)
-        number = min(sequences, chunks.rows_per_epoch)
-        fraction = text_fraction(stream.batch(0, 0, number), text.tokenizer)
+    for label, dataset in _datasets(text, HELD_OUT, objective, HELD_OUT_SEED).items():
+        source = PreparedTextSource([dataset], text.tokenizer, objective, HELD_OUT_SEED, sequences)
+        num_rows = min(sequences, dataset.rows_per_epoch)
+        # Sentinels and EOS are targets too, but stand for no text.
+        fraction = text_fraction(source.batch(0, 0, num_rows), text.tokenizer)
         bytes_per_target = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
-        texts[label] = HeldOutText(partial(stream.batch, 0), number, bytes_per_target)
+        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, bytes_per_target)
     return texts
 
 
-def _tell(
-    text: PreparedTexts, chunks: Mapping[str, TokenDataset], mixture: TextMixture | None, rows: int, console: Console
+def _report_training_text(
+    text: PreparedTexts,
+    datasets: Mapping[str, TokenDataset],
+    mixture: TextMixture | None,
+    num_rows: int,
+    console: Console,
 ) -> None:
-    """What is trained on: how much there is of each text, its share, and how often the run shows it."""
-    epochs = {label: rows / one.rows_per_epoch for label, one in chunks.items()}
+    """Print the size of each text, its share of the rows, and its epochs in a run of `num_rows` rows."""
+    epochs = {label: num_rows / dataset.rows_per_epoch for label, dataset in datasets.items()}  # as the only text
     if mixture is None:
-        ((label, one),) = text.texts.items()
-        documents, tokens, _ = one.counts[TRAIN]
+        ((label, prepared),) = text.texts.items()
+        documents, tokens, _ = prepared.counts[TRAIN]
         console.message(
             f"training text: {documents:,} documents, {tokens:,} tokens; the run is {epochs[label]:.3g} epochs"
         )
@@ -168,6 +198,6 @@ def _tell(
             documents, tokens, _ = text.texts[label].counts[TRAIN]
             lines.append([label, f"{documents:,}", f"{tokens:,}", f"{share:.2%}", f"{share * epochs[label]:.3g}"])
         console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)
-    for label, one in text.texts.items():
-        if said := ", ".join(f"{number:,} {reason}" for reason, number in one.dropped.items() if number):
-            console.message(f"left out{f' of {label}' if label else ''}: {said}")
+    for label, prepared in text.texts.items():
+        if dropped := ", ".join(f"{count:,} {reason}" for reason, count in prepared.dropped.items() if count):
+            console.message(f"left out{f' of {label}' if label else ''}: {dropped}")

@@ -1,13 +1,13 @@
-"""The data of a run, and measuring its model, or another with its vocabulary, on the held-out part."""
+"""The data of a run, and the evaluation of models on its held-out part and its tasks."""
 
 import time
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
-from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY
+from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.tasks.scores import score
@@ -20,86 +20,106 @@ from switchcli.train.scoring import ScoringSpec, TaskPredictor, score_metrics
 from switchcli.train.validation import HeldOutText, evaluate_rows
 
 NUM_SAMPLES = 2
-"""Held-out texts that are shown with the answers of the model."""
+"""The number of held-out texts that are printed with the answers of the model."""
 
 
 class Checkable(Protocol):
-    """Data that can be compared with what it was prepared from."""
+    """Data that can be compared with its source."""
 
     def check(self) -> None:
-        """Raise DataError if it is not, or may not be."""
+        """Raise DataError if the data has changed, or may have."""
 
 
 class TrainData(NamedTuple):
-    """What a run trains on and is evaluated on."""
+    """The training and evaluation data of a run."""
 
     tokenizer: Tokenizer
     identity: str
-    """A digest of the text: a run goes on with the one that it began with."""
+    """A digest of the training data. A run can only be resumed with the data that it began with."""
     source: BatchSource
     held_out: Mapping[str, HeldOutText]
-    """By label; an empty one where there is one text."""
+    """The held-out texts by label. The label of a single text is empty."""
     samples: Batch
-    """A few held-out inputs, a row each, with their targets: what is shown of the model's answers."""
+    """A few held-out inputs with their targets, a row each, to print with the answers of the model."""
     scored: tuple[ScoredExamples, ...] = ()
-    """The tasks that the run is scored on."""
+    """The examples to score, one item for each task."""
     former_identity: str | None = None
-    """The identity that versions up to 0.1 gave to the same text, where it differs."""
+    """The identity of the same data in versions up to 0.1, if it differs."""
     checked: tuple[Checkable, ...] = ()
+    """The data that `check` compares with its source."""
 
     def check(self) -> None:
-        """Raise DataError if rows that were read are not, or may not be, those that `identity` names."""
-        for one in self.checked:
-            one.check()
+        """Raise DataError if the rows that were read are no longer those of `identity`, or may not be."""
+        for data in self.checked:
+            data.check()
 
 
 class HeldOutMeasurement(NamedTuple):
-    """The figures of one model."""
+    """The metrics of one model on the evaluation data of a run."""
 
-    figures: dict[str, float]
-    """By name, as in the state: better when higher."""
+    metrics: dict[str, float]
+    """Metrics by name, as in the training state; higher is better."""
     tokens_per_second: float | None
-    """Input tokens of the held-out rows, forward; None where another machine measured it."""
+    """Input tokens of the held-out rows per second of the forward pass. None if another machine measured it."""
     load: dict[str, list[float]]
-    """Held-out tokens that each expert got, by the name of its sparse layer."""
+    """Held-out tokens that each expert got, by the name of the sparse layer."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the measurement with the keys of files on disk."""
+        return {"figures": self.metrics, TOKENS_PER_SECOND: self.tokens_per_second, "load": self.load}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """Return the measurement that `to_json` wrote. Raises KeyError if a key is missing."""
+        return cls(saved["figures"], saved[TOKENS_PER_SECOND], saved["load"])
 
 
 class RunEvaluation(NamedTuple):
-    """Measures a run's model, or any other with its vocabulary, on what the run is evaluated on."""
+    """Measures models with the vocabulary of a run on the run's evaluation data."""
 
     recipe: TrainingRecipe
     data: TrainData
     objective: Objective
     scoring: ScoringSpec
-    microbatch: int
-    """Rows of a batch."""
+    microbatch_rows: int
+    """Rows of a batch on one rank, rounded up to whole routing groups of the model."""
     context: DistributedContext
 
     def held_out(self, model: SwitchTransformer) -> HeldOutMeasurement:
-        """Return neg. log perplexity, rate and load, on every rank. Compiled parts run as they were written."""
+        """Return neg. log perplexity, throughput and expert load on held-out text. Collective.
+
+        Compiled modules run in eager mode.
+        """
         started = time.perf_counter()
         metrics: Metrics = {}
+        capacity = self.recipe.eval.capacity
         with self.context.eager():
             for text in self.data.held_out.values():
-                found = evaluate_rows(
-                    model, self.objective, text, self.microbatch, self.context, self.recipe.eval.capacity
-                )
-                metrics = merge(metrics, found)
-        figure = float(metrics[NEG_LOG_PERPLEXITY].value())
-        rows = sum(text.num_rows for text in self.data.held_out.values())
-        rate = rows * self.recipe.inputs_length / (time.perf_counter() - started)
+                text_metrics = evaluate_rows(model, self.objective, text, self.microbatch_rows, self.context, capacity)
+                metrics = merge(metrics, text_metrics)
+        neg_log_perplexity = float(metrics[NEG_LOG_PERPLEXITY].value())
+        num_rows = sum(text.num_rows for text in self.data.held_out.values())
+        tokens_per_second = num_rows * self.recipe.inputs_length / (time.perf_counter() - started)
         layers = router_health.record(metrics, model.spec.sparse_layer_names()).get("layers", {})
-        return HeldOutMeasurement({HELD_OUT: figure}, rate, {name: figures["load"] for name, figures in layers.items()})
+        load = {name: layer["load"] for name, layer in layers.items()}
+        return HeldOutMeasurement({HELD_OUT: neg_log_perplexity}, tokens_per_second, load)
 
-    def everything(self, model: SwitchTransformer) -> HeldOutMeasurement:
-        """Return what `held_out` does, with the scores of all tasks."""
+    def held_out_and_tasks(self, model: SwitchTransformer) -> HeldOutMeasurement:
+        """Return the measurement of `held_out`, with the scores of all tasks among the metrics. Collective."""
         measured = self.held_out(model)
         predictor = TaskPredictor(model, self.data.tokenizer, self.context, self.scoring, self.scoring.capacity)
-        scores = {exam.task.name: score(exam.task, predictor(exam), 0) for exam in self.data.scored}
-        return measured._replace(figures={**measured.figures, **score_metrics(scores)})
+        scores = {}
+        for examples in self.data.scored:
+            scores[examples.task.name] = score(examples.task, predictor(examples), 0)  # 0 draws: without an interval
+        return measured._replace(metrics={**measured.metrics, **score_metrics(scores)})
 
 
 def microbatch_rows(recipe: TrainingRecipe, context: DistributedContext) -> int:
-    """Return how many rows a microbatch of the run has. Raises RecipeError where the ranks cannot share the batch."""
-    length, tokens, group = recipe.inputs_length, recipe.train.microbatch_tokens, recipe.model.group_sequences
-    return rows_of_microbatch(recipe.rows_per_step, tokens and tokens // length, group, context.dp_size, length)
+    """Return the number of rows in a microbatch of one rank.
+
+    Raises:
+        RecipeError: the ranks cannot divide the batch.
+    """
+    length, group_rows = recipe.inputs_length, recipe.model.group_sequences
+    rows = recipe.train.microbatch_tokens and recipe.train.microbatch_tokens // length
+    return rows_of_microbatch(recipe.rows_per_step, rows, group_rows, context.dp_size, length)

@@ -1,4 +1,4 @@
-"""Trainer: one run, whose task says what it trains."""
+"""Trainer: one training run, from its start or its newest checkpoint to its result."""
 
 import hashlib
 import json
@@ -28,8 +28,8 @@ from switchcli.report.console import Console
 from switchcli.report.console import TrainingDisplay as Progress
 from switchcli.report.safe_text import shell_words, shorten
 from switchcli.report.sinks import JsonLines
-from switchcli.runs.describe import describe
 from switchcli.runs.mesh_choice import build_context
+from switchcli.runs.planning import describe
 from switchcli.runs.run_dir import lock_run_dir, machine_info, program_name
 from switchcli.runs.score_tables import show_scores, show_texts, task_results
 from switchcli.runs.train_data import RunEvaluation, microbatch_rows
@@ -48,13 +48,13 @@ from switchcli.train.state import TrainState
 
 @contextmanager
 def open_trainer(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool) -> Iterator["Trainer"]:
-    """Yield the trainer of the run in `out`, which is locked: as a new run, or as its newest checkpoint has it.
+    """Yield the trainer of the run in `out`, and hold the lock of that folder.
 
-    `job` is what a command line comes to: its `recipe`, and what else a `task_type` takes. Within, running out of
-    memory is explained.
+    `job` is a resolved command line with a `recipe`; `task_type` takes it. Lack of memory in this block raises an error
+    that explains it.
 
     Raises:
-        SwitchError: as each part says.
+        SwitchError: as `build_context`, `lock_run_dir` and `Trainer` say.
     """
     recipe: TrainingRecipe = job.recipe
     context = build_context(recipe)
@@ -67,7 +67,7 @@ def open_trainer(job: Any, task_type: type[TrainingTask], out: Path, resume: boo
 
 
 class RunLog(MetricsLog):
-    """Writes each record to metrics.jsonl, to the trackers and to the console."""
+    """A log that writes each record to metrics.jsonl, to the trackers and to the console."""
 
     def __init__(self, metrics: JsonLines, trackers: Trackers, progress: Progress) -> None:
         self._metrics, self._trackers, self._progress = metrics, trackers, progress
@@ -79,7 +79,7 @@ class RunLog(MetricsLog):
 
 
 class SampleCallback(Callback):
-    """Shows what the model makes of a few texts; at the end the run shows them anyway."""
+    """Prints the model's answers to a few texts. The end of a run prints them too, so the last step is not due."""
 
     def __init__(self, every_steps: int, trainer: "Trainer") -> None:
         super().__init__(every_steps, at_end=False)
@@ -90,7 +90,7 @@ class SampleCallback(Callback):
 
 
 class Trainer:
-    """The parts of a run, on this rank, and what is done with them from its start, or its last save, to its end."""
+    """One run on this rank: its model, optimizer, data and checkpointer, and the training from start to result."""
 
     def __init__(
         self,
@@ -100,47 +100,52 @@ class Trainer:
         context: DistributedContext,
         console: Console,
     ) -> None:
-        """Make the parts, or read them from the newest checkpoint."""
+        """Build the model, the optimizer and the data, and initialize them or restore the newest checkpoint."""
         self.recipe = recipe
         self.task = task
         self.folder = folder
         self.metrics = JsonLines(folder.metrics)
         self.context = context
         self.console = console
-        microbatch = context.main_first(lambda: microbatch_rows(recipe, context))
-        self.trackers = context.main_only(lambda: Trackers(recipe.log.trackers, folder.path)) or Trackers(
-            (), folder.path
-        )
+        # Cheap checks come first. The data comes last, because preparing it may take hours.
+        rows = context.main_first(lambda: microbatch_rows(recipe, context))
+        no_trackers = Trackers((), folder.path)
+        self.trackers = context.main_only(lambda: Trackers(recipe.log.trackers, folder.path)) or no_trackers
         with torch.device("meta"):
             self.model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
-        weights, kept = context.parallelize(self.model), recipe.checkpoint
+        weights = context.parallelize(self.model)
         freeze(self.model, task.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
-        preflight(folder.checkpoints, weights, self.optimizer, context, kept, task.num_figures)
+        preflight(folder.checkpoints, weights, self.optimizer, context, recipe.checkpoint, task.num_metrics)
         self.data = task.build_data()
         self.microbatches = Microbatches(
             self.data.source,
             recipe.rows_per_step,
-            microbatch,
+            rows,
             recipe.model.group_sequences,
             context.dp_rank,
             context.dp_size,
             recipe.inputs_length,
         )
-        self.measure = RunEvaluation(recipe, self.data, task.validation_loss, task.scoring, microbatch, context)
+        self.evaluation = RunEvaluation(recipe, self.data, task.validation_loss, task.scoring, rows, context)
         documents = {
             "recipe.yaml": dump(recipe).encode(),
             "tokenizer.json": self.data.tokenizer.to_json().encode(),
-            DATA: json.dumps({TEXT: self.data.identity, **task.identity, **self._evaluation()}).encode(),
+            DATA: json.dumps({TEXT: self.data.identity, **task.identity, **self._examples_identity()}).encode(),
         }
-        former = self.data.former_identity
-        self.saver = Checkpointer(
-            folder.checkpoints, weights, self.optimizer, context, documents, kept, former_text=former
+        self.checkpointer = Checkpointer(
+            folder.checkpoints,
+            weights,
+            self.optimizer,
+            context,
+            documents,
+            recipe.checkpoint,
+            former_text=self.data.former_identity,
         )
         self.state = TrainState()
         if recipe.parallel.auto:
             console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in context.mesh.items())}")
-        if self.saver.restore(self.state, console):
+        if self.checkpointer.restore(self.state, console):
             context.main_only(self._check_steps)
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
             if self.state.step:
@@ -152,14 +157,15 @@ class Trainer:
         if recipe.train.activation_checkpointing == "blocks":
             recompute_blocks(self.model)
 
-    def _evaluation(self) -> dict[str, str]:
-        """Return the digest of the tasks' examples. Held-out text is a part of the text's own identity."""
+    def _examples_identity(self) -> dict[str, str]:
+        """Return a digest of the examples to score, if there are some. Held-out text is part of the data's identity."""
         if not self.data.scored:
             return {}
-        examples = json.dumps([(exam.task.name, exam.examples) for exam in self.data.scored])
+        examples = json.dumps([(scored.task.name, scored.examples) for scored in self.data.scored])
         return {EVALUATION: hashlib.sha256(examples.encode()).hexdigest()}
 
     def _check_steps(self) -> None:
+        """Raise RecipeError if the checkpoint has taken more steps than the recipe says."""
         done, steps = self.state.step, self.recipe.train.steps
         if done > steps:
             raise RecipeError(
@@ -168,19 +174,19 @@ class Trainer:
             )
 
     def run(self) -> dict[str, Any]:
-        """Train what is left; the result, also in result.json, or {} off the main rank.
+        """Train for the remaining steps. Return the content of result.json, or {} off the main rank.
 
         Raises:
-            Interrupted: stopped by a signal, after saving.
+            Interrupted: stopped by a signal, after a checkpoint was saved.
         """
-        with self._explained():
+        with self._explain_errors():
             recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
-            # A run that goes on from step 0 does the evaluation before the first step again: its record goes as well.
+            # A run that resumes at step 0 repeats the evaluation before the first step, so its record is dropped too.
             self._rewind(state.step or -1)
             nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
             with (
                 StopRequest() as stop,
-                self.saver.background_saves(stop, self.console),
+                self.checkpointer.background_saves(stop, self.console),
                 self._loader() as loader,
                 self.console.training(steps, state.step) as progress,
             ):
@@ -193,8 +199,10 @@ class Trainer:
                     if state.step == 0:
                         validation(state)
                     pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, steps)]
+                    # A stop may have interrupted evaluations, whose results belong in a checkpoint. A run that rolls
+                    # back needs a checkpoint of step 0 to return to.
                     if pending or (state.step == 0 and recipe.train.nonfinite.policy == "roll_back"):
-                        call([*pending, save], state, nonfinite)  # it was stopped in the middle; or what to go back to
+                        call([*pending, save], state, nonfinite)
                     fit(
                         state,
                         self.context.wrap(self.model),
@@ -209,12 +217,13 @@ class Trainer:
                         progress,
                         nonfinite,
                     )
-                    if task_eval and not task_eval.answers:  # the run was complete when it began again
+                    if task_eval and not task_eval.answers:  # a complete run was resumed
                         task_eval.predict()
-                    is_stopped = self.context.any_rank(stop.requested)  # what is to come may take long
+                    is_stopped = self.context.any_rank(stop.requested)  # before `_conclude`, which may take long
                 except StopTraining:
                     is_stopped = True
-                    if self.saver.step != state.step:  # or a save failed, which says so at the end of this
+                    # If a background save failed instead, leaving `background_saves` raises its error.
+                    if self.checkpointer.step != state.step:
                         call([save], state, nonfinite)
             self.trackers.close()
             if is_stopped:
@@ -224,49 +233,51 @@ class Trainer:
             return self._conclude(task_eval)
 
     def _conclude(self, task_eval: TaskEvalCallback | None) -> dict[str, Any]:
-        """Return the result of a trained model, and print it."""
-        concluded = self.task.results(self)
-        self.context.on_all_ranks(self.data.check)  # before the figures that it measured are written
+        """Write and print the result of the trained model, and return it."""
+        additions = self.task.results(self)
+        self.context.on_all_ranks(self.data.check)  # no metrics on changed data are written
         scores = self.context.main_only(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}
-        samples_shown = self.sample()
-        result = self.context.main_only(lambda: self._finish(scores, concluded, samples_shown)) or {}
+        samples = self.sample()
+        result = self.context.main_only(lambda: self._write_result(scores, additions, samples)) or {}
         self.context.main_only(lambda: self._show(result, scores))
         return result
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Within, an error says after which step it came, and data that changed is named as its cause."""
+    def _explain_errors(self) -> Iterator[None]:
+        """Add the number of the step to an error in this block, and raise DataError if changed data caused it."""
         try:
             with explain_changed_data(self.data.check):
                 yield
         except Exception as error:
-            error.add_note(f"after step {self.state.step}")  # for `where`
+            error.add_note(f"after step {self.state.step}")  # read by `training_location`
             raise
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint, based on the data that it names, or none."""
-        if own := self.data.source.state(state.step):
-            state.position = [number // self.context.tp_size for number in self.context.sum_over_ranks(own)]
-        self.saver.wait()  # it writes over the same group of ranks
+        """Write a checkpoint. Raises DataError instead if the data is not that of its identity any more."""
+        if local_position := self.data.source.state(state.step):
+            # The ranks of a model axis read the same data, so the sum counts each position `tp_size` times.
+            position = self.context.sum_over_ranks(local_position)
+            state.position = [number // self.context.tp_size for number in position]
+        self.checkpointer.wait()  # a background save uses the same process group as the check
         self.context.on_all_ranks(self.data.check)
         self.context.main_only(self.metrics.sync)
-        self.saver.save(state)
+        self.checkpointer.save(state)
 
     def restore(self, state: TrainState) -> bool:
-        """Go back to the newest checkpoint, as a run that begins again does. Return whether there is one."""
-        self.saver.wait()
+        """Return to the newest checkpoint, and drop later metrics. Return whether there is a checkpoint."""
+        self.checkpointer.wait()
         self.context.reshard(self.model)
-        found = self.saver.restore(state, self.console)
+        is_restored = self.checkpointer.restore(state, self.console)
         self._rewind(state.step)
-        return found
+        return is_restored
 
     def note_skipped(self, record: Record) -> None:
-        """Write the record of steps that were left out."""
+        """Write the record of skipped steps."""
         if self.context.is_main:
             self.metrics.write(record)
 
     def _rewind(self, step: int) -> None:
-        """Drop the metrics after `step`, and warn about lines that cannot be read."""
+        """Drop the metrics after `step`, and warn about damaged lines."""
         if damage := self.context.main_only(lambda: self.metrics.rewind(step)):
             self.console.warning(damage)
 
@@ -276,16 +287,16 @@ class Trainer:
         return Loader(self.microbatches, workers, train.batches_ahead, self.context)
 
     def _log(self, log: MetricsLog, loader: Loader) -> LogCallback:
-        recipe, facts, teacher = self.recipe, describe(self.recipe), self.task.teacher
-        flops = FORWARD_AND_BACKWARD * facts["flops_per_sequence"]
-        if teacher is not None:  # it is asked, forward alone
-            flops += count(teacher, recipe.inputs_length, recipe.targets_length).flops
+        recipe, sizes, teacher = self.recipe, describe(self.recipe), self.task.teacher
+        sequence_flops = FORWARD_AND_BACKWARD * sizes["flops_per_sequence"]
+        if teacher is not None:  # the teacher has no backward pass
+            sequence_flops += count(teacher, recipe.inputs_length, recipe.targets_length).flops
         return LogCallback(
             recipe.log.every_steps,
             recipe.train.steps,
             recipe.schedule,
             recipe.train.batch_tokens,
-            flops * facts["sequences_per_step"],
+            sequence_flops * sizes["sequences_per_step"],
             self.context,
             log,
             self.console,
@@ -315,11 +326,11 @@ class Trainer:
         predictor = TaskPredictor(self.model, self.data.tokenizer, self.context, scoring, scoring.capacity)
         return TaskEvalCallback(self.recipe.eval.every_steps, predictor, self.data.scored, self.context, log, stop)
 
-    def _finish(
-        self, scores: Mapping[str, Scores], concluded: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
+    def _write_result(
+        self, scores: Mapping[str, Scores], additions: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
     ) -> dict[str, Any]:
-        """The result, also in result.json."""
-        facts, state = describe(self.recipe), self.state
+        """Write result.json, and return its content. `additions` are those of the training task."""
+        sizes, state = describe(self.recipe), self.state
         tokens = state.step * self.recipe.train.batch_tokens
         result = {
             "verb": self.recipe.verb,
@@ -329,8 +340,8 @@ class Trainer:
             FIRST_HELD_OUT: state.first_eval_metrics.get(HELD_OUT),
             **state.bits(),
             **({"texts": state.texts} if len(self.data.held_out) > 1 else {}),
-            **{key: facts[key] for key in facts if "parameters" in key},
-            "flops_per_sequence": facts["flops_per_sequence"],
+            **{key: sizes[key] for key in sizes if "parameters" in key},
+            "flops_per_sequence": sizes["flops_per_sequence"],
             "input_tokens": tokens,
             "target_tokens": state.targets_seen,
             **({"left_out": state.skipped_steps} if state.skipped_steps else {}),
@@ -338,7 +349,7 @@ class Trainer:
             TOKENS_PER_SECOND: tokens / state.seconds,
             "mesh": self.context.mesh,
             **(task_results(scores, state.best) if scores else {}),
-            **concluded,
+            **additions,
             "samples": [*samples],
             **machine_info(self.context),
         }
@@ -346,30 +357,36 @@ class Trainer:
         return result
 
     def sample(self) -> list[dict[str, str]]:
-        """Held-out texts with their gaps filled in by the model; shown on the console of the main rank."""
+        """Return held-out texts with the gaps filled in by the model, and print them on the main rank.
+
+        The other ranks take part only if the forward pass is collective.
+        """
         if not self.context.is_main and not self.context.forward_is_collective:
             return []
         decode = self.data.tokenizer.decode
         batch = self.context.to_device(self.data.samples)
         with self.context.eager():
-            length = batch.targets_BT.shape[1]
+            max_tokens = batch.targets_BT.shape[1]
             all_done = self.context.all_done if self.context.forward_is_collective else all_done_locally
-            filled = answer_texts(self.model, self.data.tokenizer, batch.inputs_BS, length, all_done=all_done)
+            answers = answer_texts(self.model, self.data.tokenizer, batch.inputs_BS, max_tokens, all_done=all_done)
         samples = [
-            {"input": decode(inputs), "target": decode(targets), "prediction": output}
-            for inputs, targets, output in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), filled, strict=True)
+            {"input": decode(inputs), "target": decode(targets), "prediction": answer}
+            for inputs, targets, answer in zip(
+                batch.inputs_BS.tolist(), batch.targets_BT.tolist(), answers, strict=True
+            )
         ]
         for sample in samples:
             self.console.sample(**sample)
         return samples
 
     def _show(self, result: dict[str, Any], scores: Mapping[str, Scores]) -> None:
+        """Print the result, and commands that the user may run next."""
         console, state = self.console, self.state
         if scores:
             show_scores(console, scores, state.best)
         if len(state.texts) > 1:
             show_texts(console, state.texts)
-        lost = state.num_skipped_steps()
+        num_skipped = state.num_skipped_steps()
         console.table(
             "done",
             {
@@ -377,30 +394,33 @@ class Trainer:
                 "before training": result[FIRST_HELD_OUT],
                 "parameters": f"{result['parameters']:,}",
                 "of them met by a token": f"{result['active_parameters']:,}",
-                **({"steps left out": f"{lost:,} of {state.step:,}"} if lost else {}),
+                **({"steps left out": f"{num_skipped:,} of {state.step:,}"} if num_skipped else {}),
                 "input tokens": f"{result['input_tokens']:,}",
                 "tokens/s": result[TOKENS_PER_SECOND],
             },
         )
-        if lost and lost == state.step:
+        if num_skipped and num_skipped == state.step:
             console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
         self.task.show(result)
-        out, switchcli = self.folder.path, program_name()
+        self._show_next_commands(bool(scores))
+
+    def _show_next_commands(self, has_tasks: bool) -> None:
+        console, out, program = self.console, self.folder.path, program_name()
         console.message()
         console.message(f"{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
-        verb, steps = self.recipe.verb, f"train.steps={2 * state.step}"
+        prompt = "The <extra_id_0> of a list is its <extra_id_1>."
+        if has_tasks:
+            prompt = min((example.input for example in self.data.scored[0].examples), key=len)
+        console.message(f"  {program} {shell_words('generate', out, shorten(prompt, 60))}")
+        if has_tasks:
+            console.message(f"  {program} {shell_words('eval', self._best_checkpoint() or out)}")
+        more_steps = f"train.steps={2 * self.state.step}"
         ranks = ["--processes", str(self.context.world)] if self.context.world > 1 else []
-        again = shell_words(verb, out / "recipe.yaml", steps, "--out", out, *ranks)
-        asked = "The <extra_id_0> of a list is its <extra_id_1>."
-        if scores:
-            asked = min((example.input for example in self.data.scored[0].examples), key=len)
-        console.message(f"  {switchcli} {shell_words('generate', out, shorten(asked, 60))}")
-        if scores:
-            console.message(f"  {switchcli} {shell_words('eval', self._best() or out)}")
-        console.message(f"  {switchcli} {again}")
+        again = shell_words(self.recipe.verb, out / "recipe.yaml", more_steps, "--out", out, *ranks)
+        console.message(f"  {program} {again}")
 
-    def _best(self) -> Path | None:
-        """The checkpoint with the best average of the tasks, where it is kept and not the last."""
+    def _best_checkpoint(self) -> Path | None:
+        """Return the checkpoint with the best average of task scores, or None if it is the last or not kept."""
         best = self.state.best.get(TASKS_AVERAGE)
         if best is None or best.step == self.state.step or not self.recipe.checkpoint.keep_best:
             return None

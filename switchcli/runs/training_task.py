@@ -1,4 +1,4 @@
-"""TrainingTask: what one training verb does differently from another. The rest of a run is in trainer.py."""
+"""TrainingTask: the part of a run that differs between training verbs. The common part is in trainer.py."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -21,38 +21,42 @@ if TYPE_CHECKING:
 
 
 class TrainingTask(LossSchedule):
-    """Data, initial weights and loss of a run, and what its result says besides."""
+    """The data, the initial weights and the loss of a run, and additions to its result."""
 
     validation_loss: Objective
-    """What held-out text is measured by; what is minimized too, unless `loss_at` says otherwise."""
+    """The loss on held-out text. It is also the training loss, unless `loss_at` is overridden."""
     update: TrainableSet = "all"
-    """The weights that learn."""
+    """The weights that are trained."""
     scoring: ScoringSpec = ScoringSpec()
-    num_figures: int = 1
-    """How many figures an evaluation has: the best checkpoint by each is kept."""
+    num_metrics: int = 1
+    """The number of metrics of an evaluation. The best checkpoint by each of them is kept."""
     teacher: ModelSpec | None = None
-    """The model that is asked in every step, if there is one."""
+    """The model whose forward pass is part of every step, if there is one."""
     identity: Mapping[str, str] = MappingProxyType({})
-    """Digests of what the run depends on besides its text."""
+    """Digests of everything besides the text that must not change when the run is resumed, by name."""
+
+    @classmethod
+    def check_recipe(cls, recipe: Any) -> None:
+        """Raise an error if the files that the recipe names cannot be trained on. A dry run calls this too."""
 
     @abstractmethod
     def __init__(self, job: Any, folder: RunFolder, context: DistributedContext, console: Console) -> None:
-        """`job` is what the command line of the verb comes to, `folder` the run's."""
+        """`job` is the resolved command line of the verb, `folder` the folder of the run."""
 
     @abstractmethod
     def build_data(self) -> TrainData:
-        """Return what the run trains on and is evaluated on. It may take hours: all else is checked before."""
+        """Return the data of the run. This may take hours, so the trainer checks everything else first."""
 
     @abstractmethod
     def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:
-        """Fill the weights, and perhaps the optimizer, of a run that begins."""
+        """Initialize the weights, and possibly the optimizer state, of a new run."""
 
     def loss_at(self, step: int) -> Objective:
         return self.validation_loss
 
     def results(self, trainer: "Trainer") -> dict[str, Any]:
-        """Return what result.json says besides, when the model is trained. Called on every rank."""
+        """Return additional keys of result.json, after training. Called on every rank."""
         return {}
 
     def show(self, result: Mapping[str, Any]) -> None:
-        """Print that. Called on the main rank."""
+        """Print the additional keys of `result`. Called on the main rank."""

@@ -1,4 +1,4 @@
-"""A folder in the Hugging Face layout as a checkpoint: recipe, tokenizer and weights."""
+"""Open a folder in the Hugging Face layout as a checkpoint: its recipe, tokenizer and weights."""
 
 from bisect import bisect_left
 from pathlib import Path
@@ -23,20 +23,22 @@ from switchcli.user_files import read_regular
 
 
 class HuggingFaceCheckpoint(NamedTuple):
-    """What such a folder holds."""
+    """The contents of a folder in the Hugging Face layout."""
 
     recipe: PretrainRecipe
-    """Of it only the model, the lengths and the tokenizer are the folder's."""
+    """A recipe for the model. Only its model, lengths and tokenizer come from the folder; the rest are defaults."""
     tokenizer: Tokenizer
     weights: HuggingFaceWeights
 
 
 def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False) -> HuggingFaceCheckpoint:
-    """Open the folder; weights are checked by name, shape and type, and read when they are asked for.
+    """Open the folder. Names, shapes and dtypes of the weights are checked; the weights are read on demand.
+
+    `tokenizer` is the file to read instead of the folder's own. `unpickle` allows weights in a pickle.
 
     Raises:
-        CheckpointError: it is not whole, or no model of ours.
-        DataError: no tokenizer in T5's layout: the file `tokenizer`, or the one that belongs to `folder`.
+        CheckpointError: the folder is incomplete, or its model is not supported.
+        DataError: there is no tokenizer, or it is not in T5's layout.
     """
     path = folder / configs.NAME
     config = configs.read_config(path)
@@ -47,19 +49,25 @@ def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False)
             "names: put one of these files there, or give the model's own by `switchcli convert ... --tokenizer FILE`"
         )
     recipe = recipe_from_config(config, path, file)
-    found = _tokenizer(file)
-    if found.vocab_size > config.vocab_size:
+    loaded_tokenizer = _read_tokenizer(file)
+    max_id = loaded_tokenizer.vocab_size - 1
+    if max_id >= config.vocab_size:
         raise CheckpointError(
-            f"{file}: ids up to {found.vocab_size - 1}, where the embedding of {path} has {config.vocab_size} rows: "
+            f"{file}: ids up to {max_id}, where the embedding of {path} has {config.vocab_size} rows: "
             "give the tokenizer of these weights by --tokenizer FILE"
         )
-    wanted = logical_tensors(meta_model(recipe.model))
-    return HuggingFaceCheckpoint(recipe, found, open_weights(folder, config, wanted, unpickle=unpickle))
+    expected = logical_tensors(meta_model(recipe.model))
+    weights = open_weights(folder, config, expected, unpickle=unpickle)
+    return HuggingFaceCheckpoint(recipe, loaded_tokenizer, weights)
 
 
 def recipe_from_config(config: Config, path: Path, tokenizer: Path) -> PretrainRecipe:
-    """A recipe for the model of `config`, read from `path`. CheckpointError where our model has its own rules."""
-    spans = _spans(config.num_experts)
+    """Return a recipe for the model of `config`, which was read from `path`.
+
+    Raises:
+        CheckpointError: the model breaks a rule of ours.
+    """
+    spans = _span_corruption(config.num_experts)
     return PretrainRecipe(
         description=f"Converted from {path.parent.name}: train and data say nothing of how it was trained",
         model=configs.to_model_spec(config, StackLengths(spans.inputs_length, spans.targets_length), path),
@@ -69,19 +77,24 @@ def recipe_from_config(config: Config, path: Path, tokenizer: Path) -> PretrainR
 
 
 def meta_model(spec: ModelSpec) -> SwitchTransformer:
-    """A model without memory: names and shapes."""
+    """Return the model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return SwitchTransformer(spec)
 
 
-def _spans(num_experts: int) -> SpanCorruption:
-    """Lengths from T5's 512 on: a recipe's sequences hold a token for each expert, which transformers does not ask."""
-    lengths = range(512, 513 + 8 * num_experts, 64)  # there are more targets than an eighth of the inputs
-    place = bisect_left(lengths, num_experts, key=lambda length: SpanCorruption(inputs_length=length).targets_length)
-    return SpanCorruption(inputs_length=lengths[place])
+def _span_corruption(num_experts: int) -> SpanCorruption:
+    """Return the objective with the shortest inputs, at least T5's 512, whose targets have a token for each expert.
+
+    That is a rule of our recipes; transformers has none.
+    """
+    # Targets are longer than an eighth of the inputs, so inputs of 8 * num_experts are long enough. Targets grow with
+    # inputs, so the shortest length is found by bisection.
+    lengths = range(512, 513 + 8 * num_experts, 64)
+    index = bisect_left(lengths, num_experts, key=lambda length: SpanCorruption(inputs_length=length).targets_length)
+    return SpanCorruption(inputs_length=lengths[index])
 
 
-def _tokenizer(file: Path) -> Tokenizer:
+def _read_tokenizer(file: Path) -> Tokenizer:
     try:
         data = read_regular(file, MAX_BYTES)
     except OSError as error:

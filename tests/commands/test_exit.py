@@ -10,16 +10,16 @@ from contextlib import suppress
 
 import pytest
 
-from switchcli.commands._exit import AGAIN_SECONDS, interruptible
+from switchcli.commands._exit import RESEND_SECONDS, interruptible
 from switchcli.distributed.signals import STOPPING, StopRequest
 from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, training_location
 
 ON_ITS_WAY_OUT = """
 import time
-from switchcli.commands import _exit as ending
+from switchcli.commands import _exit
 from switchcli.errors import DataError
 try:
-    with ending.stoppable(ranks=True):
+    with _exit.interruptible(ranks=True):
         try:
             time.sleep(1.5)
             raise DataError("mine")
@@ -30,21 +30,21 @@ try:
                 time.sleep(0.1)
             print("tidied", flush=True)
 except DataError as error:
-    ending.leave(error)
+    _exit.exit_with_error(error)
 """
 IN_A_LIBRARY = """
 import ctypes
-from switchcli.commands import _exit as ending
+from switchcli.commands import _exit
 from switchcli.distributed.signals import interruptible
 from switchcli.errors import Interrupted
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)
 try:
-    with ending.stoppable(ranks=True):
+    with _exit.interruptible(ranks=True):
         print("here", flush=True)
         interruptible(lambda: lock(mutex))  # for ever, whatever signal comes
 except Interrupted as error:
-    ending.leave(error)
+    _exit.exit_with_error(error)
 """
 
 
@@ -120,7 +120,7 @@ def test_a_library_that_swallows_it_does_not_keep_the_command_going(
 
     def going_on() -> None:
         swallow(lambda: signal.raise_signal(signal.SIGTERM))
-        time.sleep(3 * AGAIN_SECONDS)
+        time.sleep(3 * RESEND_SECONDS)
 
     with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
         going_on()
@@ -131,7 +131,7 @@ def test_one_that_was_swallowed_before_training_stops_it() -> None:
     with interruptible():
         refused(lambda: signal.raise_signal(signal.SIGTERM))
         with StopRequest() as stop:
-            time.sleep(2 * AGAIN_SECONDS)
+            time.sleep(2 * RESEND_SECONDS)
             assert stop.requested
 
 
@@ -143,7 +143,7 @@ def test_a_clean_up_that_takes_long_is_not_cut_by_the_signal_that_is_given_again
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            time.sleep(2.5 * AGAIN_SECONDS)
+            time.sleep(2.5 * RESEND_SECONDS)
             tidied.append("all of it")
 
     with pytest.raises(Interrupted, match="SIGTERM"), interruptible():

@@ -391,7 +391,7 @@ def test_a_run_whose_checkpoints_do_not_know_their_examples_is_resumed(
 
     command = ("finetune", tuning, "--model", trained, "--out", "a")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_evaluation", lambda self: {})
+        patch.setattr(Trainer, "_examples_identity", lambda self: {})
         assert switchcli(*command, "train.steps=2").code == 0
     done = switchcli(*command, "train.steps=3")
     assert done.code == 0, done.err

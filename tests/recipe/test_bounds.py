@@ -14,7 +14,7 @@ from schemas import RECIPES, fields
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.runs import describe
+from switchcli.runs import planning
 from switchcli.spec import MOST, Spec
 
 NO_SIZES = {"FilesCorpus.where", "HubCorpus.where"}
@@ -78,7 +78,7 @@ def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path
     began = time.process_time()
     recipe = resolve_standalone(str(file))
     assert isinstance(recipe, TrainingRecipe)
-    assert "parameters" in describe.text(recipe)
+    assert "parameters" in planning.describe_as_yaml(recipe)
     assert time.process_time() - began < 5
 
 

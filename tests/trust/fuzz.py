@@ -23,7 +23,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.runs import describe
+from switchcli.runs import planning
 
 A_TIME = 50
 """Recipes of one trial."""
@@ -78,7 +78,7 @@ def _resolved(folder: Path, tree: dict[str, Any], accepted: Path) -> None:
     assert resolve.resolve(str(again), [], type(recipe)) == recipe, "what is written is not what is read"
     assert resolve.dump(resolve.resolve(str(again), [], type(recipe))) == resolve.dump(recipe)
     if isinstance(recipe, TrainingRecipe):
-        describe.text(recipe)
+        planning.describe_as_yaml(recipe)
     with accepted.open("a") as file:
         file.write(".")
 

@@ -23,7 +23,7 @@ from table import Row, every
 from tiny_run import RECIPE as TINY
 from tiny_run import write_text
 
-from switchcli.runs import pruning, text_preparation, upcycling, vocabularies  # noqa: F401  # so that a fork has them
+from switchcli.runs import pruning, text_preparation, tokenizer_tools, upcycling  # noqa: F401  # so that a fork has them
 
 PATIENCE = 240.0
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}

@@ -1,4 +1,4 @@
-"""Tokenizers of files, folders and recipes: trained, described and compared. No torch until a recipe is read."""
+"""Train, describe and compare the tokenizers of files, folders and recipes. Imports torch only to read a recipe."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def open_tokenizer(name: Path) -> Tokenizer:
     """Return the tokenizer of a file, or of the folder of a run, a checkpoint or a Hugging Face model.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: there is no tokenizer, or it cannot be read.
     """
     if not name.is_dir():
         return Tokenizer.read(name)
@@ -29,25 +29,27 @@ def open_tokenizer(name: Path) -> Tokenizer:
 
 
 def tokenizer_facts(name: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return how many ids there are of what, and the digest by which runs know the tokenizer."""
+    """Return the numbers of IDs of each type, and the digest by which runs identify the tokenizer."""
+    num_bytes = int(tokenizer.is_byte_V.sum())
     return {
         "tokenizer": str(name),
         "vocab_size": tokenizer.vocab_size,
-        "pieces": tokenizer.vocab_size - len(tokenizer.sentinels) - int(tokenizer.is_byte_V.sum()) - 3,
+        # The rest of the vocabulary are sentinels, byte tokens, and the three special IDs: padding, EOS and unknown.
+        "pieces": tokenizer.vocab_size - len(tokenizer.sentinels) - num_bytes - 3,
         "sentinels": len(tokenizer.sentinels),
-        "byte_fallback": bool(tokenizer.is_byte_V.any()),
+        "byte_fallback": num_bytes > 0,
         "sha256": tokenizer.sha256,
     }
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the ids and pieces of each text, cut as a prompt is."""
-    ids = ((text, tokenizer.encode(text)) for text in texts)
-    return [{"text": text, "ids": found, "pieces": tokenizer.pieces(found)} for text, found in ids]
+    """Return the IDs and pieces of each text, which may hold sentinels like an input of `switchcli generate`."""
+    encoded = ((text, tokenizer.encode(text)) for text in texts)
+    return [{"text": text, "ids": ids, "pieces": tokenizer.pieces(ids)} for text, ids in encoded]
 
 
 def check_free(out: Path, *, replace: bool) -> None:
-    """Raise RecipeError where no new file can be."""
+    """Raise RecipeError if `out` is a folder, or an existing file without `replace`."""
     if out.is_dir():
         raise RecipeError(f"--out {out}: is a folder: name a file in it, such as {out / 'tokenizer.json'}")
     if out.exists() and not replace:
@@ -55,11 +57,11 @@ def check_free(out: Path, *, replace: bool) -> None:
 
 
 def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
-    """Train by the recipe's data.tokenizer on its training documents, and write `out`, whole or not at all.
+    """Train the recipe's data.tokenizer on its training documents, write it to `out`, and return facts about it.
 
     Raises:
-        RecipeError: the recipe is not of plain text, or has a tokenizer already.
-        DataError: the text cannot be read, or has too many characters.
+        RecipeError: the recipe does not train on plain text, or names an existing tokenizer.
+        DataError: the text cannot be read, or has too many different characters.
     """
     from switchcli.data.prepare.pipeline import iter_documents
     from switchcli.recipe.schema import resolve_text_recipe
@@ -78,80 +80,90 @@ def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) ->
 
 
 class ComparedText(NamedTuple):
-    """One text, and what each tokenizer makes of it."""
+    """The counts of one text's tokens by several tokenizers."""
 
     name: str
     documents: int
     bytes: int
-    measured: tuple[TokenCounts, ...]
+    counts: tuple[TokenCounts, ...]
+    """One for each tokenizer."""
 
     def to_json(self) -> dict[str, Any]:
         measured = [
             {
-                "tokens": one.tokens,
-                "tokens_per_byte": one.tokens / self.bytes if self.bytes else None,
-                "unknown": one.unknown / max(one.tokens, 1),
-                "byte_fallback": one.in_bytes / max(one.tokens, 1),
+                "tokens": counts.tokens,
+                "tokens_per_byte": counts.tokens / self.bytes if self.bytes else None,
+                "unknown": counts.unknown / max(counts.tokens, 1),
+                "byte_fallback": counts.in_bytes / max(counts.tokens, 1),
             }
-            for one in self.measured
+            for counts in self.counts
         ]
         return {"text": self.name, "documents": self.documents, "bytes": self.bytes, "measured": measured}
 
 
 class TokenizerComparison(NamedTuple):
-    """Tokenizers side by side."""
+    """Several tokenizers, measured on the same texts."""
 
     tokenizers: tuple[Mapping[str, Any], ...]
-    """Facts of each, in the order of each row's `measured`."""
-    rows: tuple[ComparedText, ...]
+    """Facts about each tokenizer, in the order of the counts of each text."""
+    texts: tuple[ComparedText, ...]
 
     @property
     def total(self) -> ComparedText:
-        columns = zip(*(row.measured for row in self.rows), strict=True)
-        sums = tuple(TokenCounts(*map(sum, zip(*column, strict=True))) for column in columns)
-        return ComparedText("total", sum(row.documents for row in self.rows), sum(row.bytes for row in self.rows), sums)
+        """The sums over all texts."""
+        sums = []
+        for counts_by_text in zip(*(text.counts for text in self.texts), strict=True):  # for each tokenizer
+            sums.append(TokenCounts(*map(sum, zip(*counts_by_text, strict=True))))
+        documents, size = sum(text.documents for text in self.texts), sum(text.bytes for text in self.texts)
+        return ComparedText("total", documents, size, tuple(sums))
 
     def to_json(self) -> dict[str, Any]:
-        rows = [row.to_json() for row in self.rows]
+        rows = [text.to_json() for text in self.texts]
         return {"tokenizers": list(self.tokenizers), "rows": rows, "total": self.total.to_json()}
 
 
 def compare(
     arguments: Sequence[str], recipe: str | None, files: Sequence[str], console: Console
 ) -> TokenizerComparison:
-    """Measure the tokenizers that `arguments` name on the recipe's held-out documents, with its keys set as the other
-    arguments say, and on the files.
+    """Measure tokenizers on the held-out documents of the recipe, and on the files.
+
+    `arguments` are paths of tokenizers, and KEY=VALUE overrides of the recipe.
 
     Raises:
-        RecipeError: there is no text to measure on, or no tokenizer.
-        DataError: a tokenizer or a text cannot be read, or no text is held out.
+        RecipeError: no tokenizer, or no text to measure on, is named.
+        DataError: a tokenizer or a text cannot be read, or the recipe holds out no document.
     """
-    overrides = [one for one in arguments if "=" in one and not Path(one).exists()]
-    names = [Path(one) for one in arguments if one not in overrides]
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    names = [Path(argument) for argument in arguments if argument not in overrides]
     if not names:
         raise RecipeError("compare: no TOKENIZER is named: name a tokenizer.json, a spiece.model or a run's folder")
     if recipe is None and (overrides or not files):
         raise RecipeError("compare: name the recipe to measure on by --on RECIPE, or files by --text FILE")
     tokenizers = [open_tokenizer(name) for name in names]
-    texts = _files(files)
+    documents = _documents_of_files(files)
     if recipe is not None:
         from switchcli.data.prepare.pipeline import iter_documents
         from switchcli.data.text_mixture import WeightedMixing
         from switchcli.recipe.schema import resolve_text_recipe
 
-        apart = resolve_text_recipe(recipe, overrides).data.model_copy(update={"mixture": WeightedMixing()})
-        texts = {**iter_documents(apart, console.track, held_out=True), **texts}
-    rows = tuple(ComparedText(name, *measure_tokenizers(documents, tokenizers)) for name, documents in texts.items())
-    compared = TokenizerComparison(tuple(map(tokenizer_facts, names, tokenizers)), rows)
-    if not compared.total.bytes:
+        # With a mixture, each corpus or language is a text of its own instead of a part of one text.
+        data = resolve_text_recipe(recipe, overrides).data.model_copy(update={"mixture": WeightedMixing()})
+        documents = {**iter_documents(data, console.track, held_out=True), **documents}
+    texts = tuple(ComparedText(name, *measure_tokenizers(text, tokenizers)) for name, text in documents.items())
+    comparison = TokenizerComparison(tuple(map(tokenizer_facts, names, tokenizers)), texts)
+    if not comparison.total.bytes:
         raise DataError(f"{recipe}: no document is held out: take a larger data.held_out_fraction")
-    return compared
+    return comparison
 
 
-def _files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
-    """By the files' names, in full where two have the same. Raises DataError for what is no file."""
-    if none := [path for path in paths if not Path(path).is_file()]:
-        raise DataError(f"--text {none[0]}: no such file (from {Path.cwd()}): fix the path")
+def _documents_of_files(paths: Sequence[str]) -> dict[str, Iterable[Document]]:
+    """Return the lines of each file as documents, keyed by the file's stem, or by its path if the stem is not unique.
+
+    Raises:
+        DataError: a path is not a file.
+    """
+    if missing := [path for path in paths if not Path(path).is_file()]:
+        raise DataError(f"--text {missing[0]}: no such file (from {Path.cwd()}): fix the path")
     stems = [Path(path).stem for path in paths]
     return {
         path if stems.count(stem) > 1 else stem: FilesCorpus(paths=(path,), sample_by="line").documents()
