@@ -1,4 +1,4 @@
-"""How a command ends early: because of a signal, or because of an error that the user can fix.
+"""The end of a command before its time: by a signal, or by an error that the user can fix.
 
 This module imports no torch, which takes seconds to import.
 """

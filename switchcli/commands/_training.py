@@ -1,4 +1,4 @@
-"""What the verbs that train or evaluate share: one command for training verbs, the dry run, the ranks, the result."""
+"""Functions that the verbs share which train or evaluate: a common command, the dry run, the ranks, the result."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any

@@ -120,7 +120,7 @@ def _begun_recipe(out: Path, teacher: str) -> DistillRecipe | None:
     if not Path(recipe.distill.teacher).exists():
         raise CheckpointError(
             f"{out}: this run began with the teacher {recipe.distill.teacher}, which is gone (a run keeps its last "
-            "checkpoint.keep_last): bring it back, or --no-resume to begin anew"
+            "checkpoint.keep_last): bring it back, or --no-resume to start over"
         )
     return recipe
 

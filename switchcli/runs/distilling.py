@@ -199,7 +199,7 @@ class Distillation(TrainingTask):
 
         student.load_full(init_weights(recipe.model, student.experts, plan, stacked_weight, recipe.student, load))
         self._console.message(
-            f"of the student's {len(student.parameters)} tensors {len(plan.copied)} are copied from the teacher, "
+            f"of the student's {len(student.parameters)} tensors {len(plan.copied)} are copies of the teacher's, "
             f"{len(plan.from_experts)} made of its experts ({recipe.student.experts}), {len(plan.random_init)} fresh"
         )
         if recipe.student.on_shape_mismatch == "random_init":
@@ -346,7 +346,7 @@ class Distillation(TrainingTask):
             if self._saved_measurement(cache_spec) is None:
                 return True
             if damaged := cache.damaged():
-                console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher is asked again")
+                console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher runs again")
             return bool(damaged)
 
         if not context.from_main(int(context.main_only(is_incomplete) or 0)):
@@ -380,7 +380,7 @@ class Distillation(TrainingTask):
         steps = sum(map(len, missing))
         top_k = min(cache_spec.top_k, self._recipe.model.vocab_size)
         console.message(
-            f"asking the teacher once: {steps:,} steps of {rows} rows, {top_k} probabilities of each target: "
+            f"running the teacher once: {steps:,} steps of {rows} rows, {top_k} probabilities of each target: "
             f"{si(steps * step_bytes)}B in {cache_spec.folder}"
         )
         context.main_only(lambda: preflight(Path(cache_spec.folder), steps * step_bytes, ELSEWHERE))
@@ -390,7 +390,7 @@ class Distillation(TrainingTask):
                 writer.fill(cache, missing, context, console, stop)
         except StopTraining as stopped:
             raise Interrupted(
-                f"stopped while the teacher was asked; its finished answers are in {cache_spec.folder}: the same "
+                f"stopped while the teacher cache was filled; the finished parts are in {cache_spec.folder}: the same "
                 "command goes on from there"
             ) from stopped
 

@@ -40,7 +40,7 @@ class CheckpointHandle(NamedTuple):
 
     @property
     def has_training_recipe(self) -> bool:
-        """Whether the recipe describes the training. That of a converted checkpoint does not."""
+        """Return whether the recipe describes the training. That of a converted checkpoint does not."""
         return self.native is not None and DATA in self.native.manifest.names()
 
     def identity(self) -> str:
@@ -120,17 +120,17 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
         CheckpointError: there is no checkpoint, or no complete one.
     """
     folder, is_checkpoint = locate(path)
-    opened = None
+    native = None
     if is_checkpoint:
-        opened = checkpoint.Checkpoint.open(folder)
+        native = checkpoint.Checkpoint.open(folder)
     elif folder.is_dir():
-        opened = checkpoint.latest_read_only(folder, console.warning)
-    if opened is None:
+        native = checkpoint.latest_read_only(folder, console.warning)
+    if native is None:
         hint = on_the_hub(str(path))
         raise CheckpointError(
             f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*{hint and f'; {hint}'}"
         )
-    return opened
+    return native
 
 
 def locate(path: Path) -> tuple[Path, bool]:

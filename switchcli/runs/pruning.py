@@ -66,15 +66,15 @@ def prune(
         raise RecipeError(f"prune works in one process, and there are {context.world} ranks: start it by itself")
     console.message(f"measuring {handle.path}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
-        loaded = load_model(handle, context.device)
-        evaluator = Evaluator(loaded, recipe, context, console)
-        with pruning.probability_mass(loaded.model) as mass:
-            before = evaluator.held_out(loaded.model, policy).by_name()
+        original = load_model(handle, context.device)
+        evaluator = Evaluator(original, recipe, context, console)
+        with pruning.probability_mass(original.model) as mass:
+            before = evaluator.held_out(original.model, policy).by_name()
         if not before:
-            raise DataError(f"{handle.path}: no labelled example in what it is measured on: name text or other tasks")
-        layer_plans = pruning.plan_pruning(loaded.model, _load_by_layer(before), mass, experts, gate)
+            raise DataError(f"{handle.path}: no labeled example in what it is measured on: name text or other tasks")
+        layer_plans = pruning.plan_pruning(original.model, _load_by_layer(before), mass, experts, gate)
         pruned = empty_model(pruned_recipe, context.device)
-        pruning.prune(loaded.model, layer_plans, pruned, by)
+        pruning.prune(original.model, layer_plans, pruned, by)
         after = evaluator.held_out(pruned, policy).by_name()
     publish_checkpoint(
         destination,

@@ -171,7 +171,7 @@ def _check_resumable(saved: TrainingRecipe, recipe: TrainingRecipe, out: Path) -
         others = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
         raise RecipeError(
             f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: take {old} again, give "
-            "another folder by --out, or --no-resume to archive that run and begin anew"
+            "another folder by --out, or --no-resume to archive that run and start over"
         )
 
 

@@ -31,7 +31,7 @@ def scored_examples_of(
     )
     if needed and not any(examples.packed.num_rows for examples in scored):
         raise DataError(
-            f"tasks: no labelled example of {', '.join(task.name for task in tasks)} in {scoring.split}: name a task "
+            f"tasks: no labeled example of {', '.join(task.name for task in tasks)} in {scoring.split}: name a task "
             f"that has some, or give {scoring.split}: to a task of your own"
         )
     return scored

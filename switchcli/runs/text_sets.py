@@ -111,8 +111,8 @@ def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
     unknown = [label for label, sizes in shard_sizes.items() if None in sizes]
     if data.mixture.uses_sizes and unknown:
         raise DataError(
-            f"data.mixture: how large {unknown[0]} is is not known before it is read, which a {data.mixture.kind} "
-            "needs: take mixture.kind=weighted and a weight for each corpus, or access=prepared"
+            f"data.mixture: the size of {unknown[0]} is not known before it is read, and kind {data.mixture.kind} "
+            "needs it: take mixture.kind=weighted and a weight for each corpus, or access=prepared"
         )
     # Bytes stand for tokens, and for rows per epoch, which are not known before the text is read.
     text_sizes = [max(1, sum(size or 0 for size in sizes)) for sizes in shard_sizes.values()]

@@ -13,6 +13,7 @@ from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.prepare.verified import explain_changed_data
 from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.distributed.trackers import Trackers
 from switchcli.errors import Interrupted, RecipeError
@@ -128,20 +129,7 @@ class Trainer:
             recipe.inputs_length,
         )
         self.evaluation = RunEvaluation(recipe, self.data, task.validation_loss, task.scoring, rows, context)
-        documents = {
-            "recipe.yaml": dump(recipe).encode(),
-            "tokenizer.json": self.data.tokenizer.to_json().encode(),
-            DATA: json.dumps({TEXT: self.data.identity, **task.identity, **self._examples_identity()}).encode(),
-        }
-        self.checkpointer = Checkpointer(
-            folder.checkpoints,
-            weights,
-            self.optimizer,
-            context,
-            documents,
-            recipe.checkpoint,
-            former_text=self.data.former_identity,
-        )
+        self.checkpointer = self._build_checkpointer(weights)
         self.state = TrainState()
         if recipe.parallel.auto:
             console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in context.mesh.items())}")
@@ -157,6 +145,24 @@ class Trainer:
         if recipe.train.activation_checkpointing == "blocks":
             recompute_blocks(self.model)
 
+    def _build_checkpointer(self, weights: ModelWeights) -> Checkpointer:
+        """Return the checkpointer, whose checkpoints can be used without the run: they hold recipe and tokenizer."""
+        identities = {TEXT: self.data.identity, **self.task.identity, **self._examples_identity()}
+        documents = {
+            "recipe.yaml": dump(self.recipe).encode(),
+            "tokenizer.json": self.data.tokenizer.to_json().encode(),
+            DATA: json.dumps(identities).encode(),
+        }
+        return Checkpointer(
+            self.folder.checkpoints,
+            weights,
+            self.optimizer,
+            self.context,
+            documents,
+            self.recipe.checkpoint,
+            former_text=self.data.former_identity,
+        )
+
     def _examples_identity(self) -> dict[str, str]:
         """Return a digest of the examples to score, if there are some. Held-out text is part of the data's identity."""
         if not self.data.scored:
@@ -170,7 +176,7 @@ class Trainer:
         if done > steps:
             raise RecipeError(
                 f"train.steps ({steps}) is less than the {done} steps that {self.folder.path} has taken: take {done} "
-                "or more, or begin anew with --no-resume"
+                "or more, or start over with --no-resume"
             )
 
     def run(self) -> dict[str, Any]:
@@ -222,7 +228,8 @@ class Trainer:
                     is_stopped = self.context.any_rank(stop.requested)  # before `_conclude`, which may take long
                 except StopTraining:
                     is_stopped = True
-                    # If a background save failed instead, leaving `background_saves` raises its error.
+                    # Equal if that step is saved or being saved. A failed background save asks for a stop too; its error
+                    # is raised at the end of `background_saves`.
                     if self.checkpointer.step != state.step:
                         call([save], state, nonfinite)
             self.trackers.close()
