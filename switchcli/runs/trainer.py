@@ -228,8 +228,8 @@ class Trainer:
                     is_stopped = self.context.any_rank(stop.requested)  # before `_conclude`, which may take long
                 except StopTraining:
                     is_stopped = True
-                    # Equal if that step is saved or being saved. A failed background save asks for a stop too; its error
-                    # is raised at the end of `background_saves`.
+                    # Equal if that step is saved or being saved. A failed background save asks for a stop too; the end
+                    # of `background_saves` raises its error.
                     if self.checkpointer.step != state.step:
                         call([save], state, nonfinite)
             self.trackers.close()
