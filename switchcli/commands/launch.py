@@ -16,24 +16,28 @@ app = typer.Typer()
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def launch(
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="-- VERB ...", help="The command to run on the ranks.", show_default=False)
-    ],
+    arguments: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="The command to run on the ranks.")],
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit a SLURM job that saves and requeues in time.")] = False,
     torchrun: Annotated[
         bool, typer.Option("--torchrun", help="Start this machine's ranks; run the same command on each machine.")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks per machine; absent: 8 with --slurm, one per GPU with --torchrun.")
+        int | None, typer.Option(min=1, help="Ranks per machine. Default: 8 with --slurm, one per GPU with --torchrun.")
     ] = None,
-    time: Annotated[str, typer.Option(help="With --slurm: time limit of the job.")] = "24:00:00",
+    time: Annotated[
+        str, typer.Option(help="With --slurm: time limit of the job, as hours:minutes:seconds.")
+    ] = "24:00:00",
     cpus: Annotated[int, typer.Option(min=1, help="With --slurm: processors per rank.")] = 8,
     gpus: Annotated[bool, typer.Option(help="With --slurm: ask for one GPU per rank.")] = True,
     sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="With --slurm: an option of sbatch; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="With --slurm: a further option of sbatch; may be repeated."),
     ] = None,
-    head: Annotated[str | None, typer.Option(help="With --torchrun: the host at which the machines meet.")] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="With --torchrun: host name or address where the machines meet. Default: localhost."),
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="With --torchrun: the port on that host.")] = 29500,
     restarts: Annotated[
         int, typer.Option(min=0, help="With --torchrun: restarts from the last checkpoint when a rank dies.")
@@ -44,9 +48,9 @@ def launch(
     if slurm == torchrun:
         raise RecipeError("launch: give one of --slurm and --torchrun")
     if slurm:
-        wanted = cluster.Nodes(nodes, ranks or 8, cpus, time, gpus, tuple(sbatch or ()))
+        machines = cluster.Nodes(nodes, ranks or 8, cpus, time, gpus, tuple(sbatch or ()))
         make = cluster.slurm_preparation if arguments[:2] == ["data", "prepare"] else cluster.slurm_job
-        script = make(arguments, wanted)
+        script = make(arguments, machines)
         if print_only:
             typer.echo(script, nl=False)
             return

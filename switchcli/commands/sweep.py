@@ -21,12 +21,11 @@ def sweep(
         typer.Argument(
             metavar="LIST [KEY=VALUE ...] | VERB RECIPE [KEY=VALUE,VALUE ...]",
             help="A file that lists runs, or a command whose keys may have several values, separated by commas.",
-            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")] = Path("runs/sweep"),
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at once; absent: one per GPU, else one per processor.")
+        int | None, typer.Option(min=1, help="Number of runs at once. Default: one per GPU, else one per processor.")
     ] = None,
     print_only: Annotated[
         bool, typer.Option("--print", "--dry-run", help="Print the commands of the runs, and stop.")
@@ -56,12 +55,12 @@ def sweep(
     console = Console(quiet=quiet)
     started = Sweep(runs, out, available_slots(jobs), console)
     started.run()
-    failed = {
-        name: outcome for name, outcome in started.outcomes.items() if outcome.status in ("failed", "not started")
-    }
-    for name, outcome in failed.items():
-        console.warning(f"failed: {name}: {outcome.reason}")
+    has_failed = False
+    for name, outcome in started.outcomes.items():
+        if outcome.status in ("failed", "not started"):
+            has_failed = True
+            console.warning(f"failed: {name}: {outcome.reason}")
     if as_json:
         print_json(started.to_json())
-    if failed:
+    if has_failed:
         raise typer.Exit(1)
