@@ -5,7 +5,7 @@ none: its user did not write it.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from switchcli.errors import RecipeError, RenamedWarning
@@ -20,9 +20,11 @@ KEYS: Mapping[str, str] = MappingProxyType(
         "parallel.wire": "parallel.comm_dtype",
         "distill.answers": "distill.cache",
         "student.unfit": "student.on_shape_mismatch",
+        "model.router.renormalise": "model.router.renormalize",
+        "model.decoder_router.renormalise": "model.decoder_router.renormalize",
     }
 )
-"""Old dotted keys of the form section.key, and their current names."""
+"""Old dotted keys, and their current names, which differ in the last part only."""
 
 VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -41,21 +43,22 @@ def upgrade(recipe: Node, warn: bool) -> Node:
         RecipeError: a key is given under both its old and its new name.
     """
     for old, new in KEYS.items():
-        section, key = old.split(".")
-        keys = _section(recipe, section)
+        *parents, key = old.split(".")
+        keys = _mapping(recipe, parents)
         if key not in keys:
             continue
-        renamed = new.removeprefix(f"{section}.")
+        renamed = new.rpartition(".")[2]
         if renamed in keys:
             raise RecipeError(f"{keys[key].where}: {old}: the old name of {new}, which is given too: leave {old} out")
         keys[renamed] = keys.pop(key)
         if warn:
             _warn(keys[renamed], old, new)
     for dotted, values in VALUES.items():
-        section, key = dotted.split(".")
-        node = _section(recipe, section).get(key)
+        *parents, key = dotted.split(".")
+        keys = _mapping(recipe, parents)
+        node = keys.get(key)
         if node is not None and isinstance(node.value, str) and node.value in values:
-            _section(recipe, section)[key] = node._replace(value=values[node.value])
+            keys[key] = node._replace(value=values[node.value])
             if warn:
                 _warn(node, f"{dotted}: {node.value}", values[node.value])
     if not warn:
@@ -66,10 +69,11 @@ def upgrade(recipe: Node, warn: bool) -> Node:
 
 def upgrade_override(path: Path, value: Node) -> tuple[Path, Node]:
     """Return the path and the value of an override KEY=VALUE with old names replaced."""
-    new = KEYS.get(".".join(path[:2]))
-    if new is not None:
-        _warn(value, ".".join(path[:2]), new)
-        path = (*new.split("."), *path[2:])
+    for old, new in KEYS.items():
+        depth = old.count(".") + 1
+        if ".".join(path[:depth]) == old:
+            _warn(value, old, new)
+            path = (*new.split("."), *path[depth:])
     node = upgrade(nest(path, value), warn=True)
     for key in path:
         assert isinstance(node.value, dict)
@@ -77,14 +81,16 @@ def upgrade_override(path: Path, value: Node) -> tuple[Path, Node]:
     return path, node
 
 
-def _section(recipe: Node, name: str) -> dict[str, Node]:
-    """Return the keys of a top-level section, such as `data`, or an empty mapping if the recipe has none."""
-    node = recipe.value.get(name) if isinstance(recipe.value, dict) else None
+def _mapping(recipe: Node, path: Sequence[str]) -> dict[str, Node]:
+    """Return the keys of the mapping at `path`, such as `model.router`, or an empty mapping if the recipe has none."""
+    node: Node | None = recipe
+    for key in path:
+        node = node.value.get(key) if node is not None and isinstance(node.value, dict) else None
     return node.value if node is not None and isinstance(node.value, dict) else {}
 
 
 def _corpora(recipe: Node) -> Iterator[dict[str, Node]]:
-    corpora = _section(recipe, "data").get("corpora")
+    corpora = _mapping(recipe, ["data"]).get("corpora")
     if corpora is not None and isinstance(corpora.value, list):
         yield from (corpus.value for corpus in corpora.value if isinstance(corpus.value, dict))
 

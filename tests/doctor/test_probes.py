@@ -86,7 +86,7 @@ def infinite(patch: Patch) -> Subject:
     return subject
 
 
-def renormalised(patch: Patch) -> Subject:
+def renormalized(patch: Patch) -> Subject:
     patch.setattr(SwitchRouter, "_gates", lambda self, gate: gate / gate.sum(-1, keepdim=True))
     return ours()
 
@@ -153,7 +153,7 @@ def no_auxiliary(patch: Patch) -> Subject:
 
 BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = {
     "infinite weight": (infinite, "fail", {"finite weights"}, set()),
-    "renormalised gate": (renormalised, "fail", {"router gradient"}, set()),
+    "renormalized gate": (renormalized, "fail", {"router gradient"}, set()),
     "router under autocast": (
         route(lambda router, x: F.linear(x, router.weight)),
         "fail",
@@ -190,7 +190,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = 
 }
 
 
-@pytest.mark.fast("collapsed", "renormalised gate")
+@pytest.mark.fast("collapsed", "renormalized gate")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_model_is_found_by_its_probe_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, verdict, named, also_warned = BROKEN[case]

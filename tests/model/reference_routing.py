@@ -147,7 +147,7 @@ def _token_choice(rule: Router, probability_NE: torch.Tensor, real: list[int], m
             if len(slots[expert]) < C:
                 slots[expert].append(token)
                 weight = probability_NE[token, expert]
-                if isinstance(rule, TopKRouter) and rule.renormalise:
+                if isinstance(rule, TopKRouter) and rule.renormalize:
                     weight = weight / probability_NE[token, ranked[token][: rule.k]].sum()
                 places.append(Place(token, expert, weight))
     counted = rounds[rule.kind] if isinstance(rule, NoTokenLeftBehindRouter) else 1

@@ -77,7 +77,7 @@ def test_layers_that_are_refused(changes: dict[str, object], message: str) -> No
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (TopKRouter, {"k": 1}, r"\bk: 1\b.*renormalise: true.*kind: switch"),
+        (TopKRouter, {"k": 1}, r"\bk: 1\b.*renormalize: true.*kind: switch"),
         (TopKRouter, {"k": 0}, "greater than or equal to 1"),
         (TopKRouter, {"keep_threshold": -0.1}, "greater than or equal to 0"),
         (TopKRouter, {"keep_threshold": 1.1}, "less than or equal to 1"),

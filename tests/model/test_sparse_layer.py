@@ -29,10 +29,10 @@ queued = {
 }
 ROUTERS = {
     "switch": st.builds(SwitchRouter, **queued),
-    # With k: 1 the gate is raw: renormalised it would be 1.
-    "top_1": st.builds(TopKRouter, **queued, k=st.just(1), renormalise=st.just(False), keep_threshold=st.just(0.0)),
+    # With k: 1 the gate is raw: renormalized it would be 1.
+    "top_1": st.builds(TopKRouter, **queued, k=st.just(1), renormalize=st.just(False), keep_threshold=st.just(0.0)),
     "top_k": st.builds(
-        TopKRouter, **queued, k=st.integers(2, 3), renormalise=st.booleans(), keep_threshold=st.just(0.0)
+        TopKRouter, **queued, k=st.integers(2, 3), renormalize=st.booleans(), keep_threshold=st.just(0.0)
     ),
     "no_token_left_behind": st.builds(NoTokenLeftBehindRouter, **queued, k=st.integers(2, 5)),
     "expert_choice": st.builds(ExpertChoiceRouter, **common, capacity_factor=factors, eval_capacity_factor=factors),

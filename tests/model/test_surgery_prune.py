@@ -22,7 +22,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "geglu, every block": {"sparse_every": 1, "activation": "geglu", "tie_embeddings": False},
     "attention": {"sparse": "attention"},
     "both": {"sparse": "both", "router": TopKRouter()},
-    "raw top-2": {"router": TopKRouter(renormalise=False)},
+    "raw top-2": {"router": TopKRouter(renormalize=False)},
     "no token left behind": {"router": NoTokenLeftBehindRouter(k=2)},
 }
 LOAD = [3, 0, 9, 4, 4]
@@ -182,7 +182,7 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
         if isinstance(module, SwitchLayer):
             module.register_forward_hook(see(name.removesuffix(".switch")))
     for name, found in cuts_of(model, loads, 3, "scaled").items():
-        if isinstance(model.spec.router, TopKRouter) and model.spec.router.renormalise:
+        if isinstance(model.spec.router, TopKRouter) and model.spec.router.renormalize:
             assert found.wo == 1
             continue
         keep_A = torch.isin(seen[name].argmax(-1), torch.tensor(found.kept))

@@ -28,7 +28,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "some blocks": {"num_experts": 4, "sparse_encoder_layers": (0, 3), "sparse_decoder_layers": (1,)},
     "encoder alone": {"num_experts": 4, "sparse_decoder_layers": (), "tie_embeddings": False},
     "top-2": {"num_experts": 5, "router": TopKRouter(), **UNTIED},
-    "top-3, raw gates": {"num_experts": 5, "router": TopKRouter(k=3, renormalise=False)},
+    "top-3, raw gates": {"num_experts": 5, "router": TopKRouter(k=3, renormalize=False)},
     "no token left behind": {"num_experts": 5, "router": NoTokenLeftBehindRouter(), **UNTIED},
     "two routers": {"num_experts": 4, "router": TopKRouter(), "decoder_router": SwitchRouter()},
 }
@@ -73,7 +73,7 @@ def test_it_begins_with_the_loss_of_the_dense_model(case: str, context: Distribu
     ("router", "gate", "wo"),
     [
         (SwitchRouter(), "raw", 1.0),
-        (TopKRouter(renormalise=False), "raw", 1.0),
+        (TopKRouter(renormalize=False), "raw", 1.0),
         (ExpertChoiceRouter(capacity_factor=2.0), "scaled", 2.0),
     ],
 )

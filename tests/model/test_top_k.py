@@ -23,7 +23,7 @@ def test_second_choices_queue_behind_all_first_ones_of_the_same_expert() -> None
 
 
 @pytest.mark.parametrize("mode", ["training", "paper"])
-def test_each_choice_is_dropped_by_itself_and_gates_are_not_renormalised_after_drops(mode: Mode) -> None:
+def test_each_choice_is_dropped_by_itself_and_gates_are_not_renormalized_after_drops(mode: Mode) -> None:
     # Capacity int(4 * 1.0 / 2) = 2, and all choose expert 0 first: 2 and 3 lose it, and so keep their second alone.
     found = route(KEEP, [[0.6, 0.4], [0.7, 0.3], [0.8, 0.2], [0.9, 0.1]], mode=mode)
     assert found.queues == [[(0, 0.6), (1, 0.7)], [(0, 0.4), (1, 0.3)]]
@@ -41,7 +41,7 @@ def test_a_token_whose_first_choice_is_dropped_may_keep_its_second() -> None:
 
 
 def test_gates_may_stay_raw() -> None:
-    raw = KEEP.model_copy(update={"renormalise": False, "capacity_factor": 2.0})
+    raw = KEEP.model_copy(update={"renormalize": False, "capacity_factor": 2.0})
     assert route(raw, [[0.6, 0.1, 0.3]]).queues == [[(0, 0.6)], [], [(0, 0.3)]]
 
 
@@ -107,8 +107,8 @@ def test_probability_overflow_goes_by_the_first_probability_before_gates_are_div
     assert route(rule, table).queues[:2] == [[(1, 0.6)], [(1, 0.4)]]
 
 
-def test_one_choice_that_is_renormalised_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValidationError, match=r"\bk: 1\b.*renormalise: true.*kind: switch.*\bk: 2\b"):
+def test_one_choice_that_is_renormalized_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValidationError, match=r"\bk: 1\b.*renormalize: true.*kind: switch.*\bk: 2\b"):
         TopKRouter(k=1)
-    found = route(TopKRouter(k=1, renormalise=False), [[0.3, 0.7]])
+    found = route(TopKRouter(k=1, renormalize=False), [[0.3, 0.7]])
     assert found.queues == [[], [(0, 0.7)]]

@@ -145,6 +145,11 @@ RENAMED = [
     ("data.lanes=4", "data.stream_shards=4", "data.stream_shards"),
     ("data={lanes: 4}", "data.stream_shards=4", "data.stream_shards"),
     ("parallel.wire=float32", "parallel.comm_dtype=float32", "parallel.comm_dtype"),
+    (
+        "model.router={kind: top_k, renormalise: false}",
+        "model.router={kind: top_k, renormalize: false}",
+        "model.router.renormalize",
+    ),
 ]
 
 

@@ -286,16 +286,16 @@ class TopKRouter(TokenChoiceRouter):
     kind: Literal["top_k"] = "top_k"
     k: int = Field(default=2, ge=1, le=MOST["num_experts"])
     """Number of experts per token."""
-    renormalise: bool = True
+    renormalize: bool = True
     """Whether the k gates are divided by their sum."""
     keep_threshold: float = Field(default=0.2, ge=0.0, le=1.0)
     """Gate above which training always keeps a second or later choice; 0 keeps every choice."""
 
     @model_validator(mode="after")
     def _can_learn(self) -> Self:
-        if self.k == 1 and self.renormalise:
+        if self.k == 1 and self.renormalize:
             raise ValueError(
-                "k: 1 with renormalise: true cannot learn: the only gate is always 1, and no gradient reaches the "
+                "k: 1 with renormalize: true cannot learn: the only gate is always 1, and no gradient reaches the "
                 "router; use kind: switch, which keeps the raw probability, or k: 2"
             )
         return self
@@ -306,7 +306,7 @@ class TopKRouter(TokenChoiceRouter):
 
     @property
     def gates_sum_to_one(self) -> bool:
-        return self.renormalise
+        return self.renormalize
 
     def incompatibility(self, num_experts: int) -> str | None:
         return f"k ({self.k}) must be at most num_experts ({num_experts})" if self.k > num_experts else None
@@ -318,7 +318,7 @@ class TopKRouter(TokenChoiceRouter):
         return num_choices
 
     def _gates(self, probability_GNK: torch.Tensor) -> torch.Tensor:
-        if not self.renormalise:
+        if not self.renormalize:
             return probability_GNK
         return probability_GNK / probability_GNK.sum(-1, keepdim=True)
 

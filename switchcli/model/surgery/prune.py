@@ -3,7 +3,7 @@
 The experts that most tokens choose are kept. A token whose expert is removed goes to the most probable kept one. Gates
 are then a softmax over fewer experts, so that of a kept expert rises to p_i / (sum of p over the kept experts). The
 output therefore changes even where no token loses its expert, unless gates are divided by their own sum (top_k with
-renormalise). Only the mean of this change can be corrected: see `LayerPruning.wo`.
+renormalize). Only the mean of this change can be corrected: see `LayerPruning.wo`.
 
 Legend: E experts, N kept experts, B batch, S positions, D model, A tokens.
 """
