@@ -35,14 +35,14 @@ except DataError as error:
 IN_A_LIBRARY = """
 import ctypes
 from switchcli.commands import _exit
-from switchcli.distributed.signals import interruptible
+from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import Interrupted
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)
 try:
     with _exit.interruptible(ranks=True):
         print("here", flush=True)
-        interruptible(lambda: lock(mutex))  # for ever, whatever signal comes
+        run_interruptibly(lambda: lock(mutex))  # for ever, whatever signal comes
 except Interrupted as error:
     _exit.exit_with_error(error)
 """
