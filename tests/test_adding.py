@@ -273,11 +273,11 @@ from switchcli.tasks.text_metrics import mean_of
 
 def _longest(labels: tuple[str, ...]) -> Metric:
     most = max(map(len, labels))
-    return mean_of("longest", lambda targets, prediction: len(prediction) >= most)
+    return mean_of("longest", lambda target, prediction: len(prediction) >= most)
 
 
 METRICS = {
-    "same_length": mean_of("same_length", lambda targets, prediction: len(prediction) in map(len, targets))._replace(
+    "same_length": mean_of("same_length", lambda target, prediction: len(prediction) == len(target))._replace(
         is_exact=True, has_even_chance=True
     ),
     "longest": LabelMetric(_longest, needs=2),

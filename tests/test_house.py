@@ -33,7 +33,7 @@ PACKAGES = {
     "convert": "torch safetensors pydantic",
     "checkpoint": "torch safetensors pydantic",
     "planner": "torch pydantic",
-    "tasks": "numpy pydantic sacrebleu rouge_score",
+    "tasks": "numpy pydantic",
     "distributed": "torch accelerate pydantic",
     "model": "torch pydantic",
     "data": "numpy tokenizers pydantic",
@@ -61,6 +61,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
     "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",
+    "switchcli/tasks/text_metrics.py": "sacrebleu",
 }
 READS_PICKLES = "switchcli/convert/weight_files.py"
 FINDS_MODULES = {"switchcli/tasks/registry.py": "switchcli.tasks.", "switchcli/cli.py": "switchcli.commands."}

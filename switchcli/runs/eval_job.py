@@ -63,7 +63,7 @@ def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], co
             "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
         )
     requested, split = tasks_of(recipe.tasks), recipe.scoring.split
-    reading.check_files(requested.values(), (split,), recipe.data.folder)
+    reading.check_tasks(requested.values(), (split,), recipe.data.folder)
     if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
         raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
     return EvalJob(recipe, handle)

@@ -61,7 +61,7 @@ def check_tasks(recipe: TaskRecipe) -> None:
         DataError: files are missing.
     """
     tasks = tasks_of(recipe.tasks).values()
-    reading.check_files(tasks, ("train", recipe.scoring.split), recipe.data.folder)
+    reading.check_tasks(tasks, ("train", recipe.scoring.split), recipe.data.folder)
     if not any(reading.has_split(task, "train") for task in tasks):
         names = ", ".join(task.name for task in tasks)
         raise RecipeError(f"tasks: none of {names} has a split to train on: name one that has")

@@ -1,4 +1,4 @@
-"""Reading a task: the rows of a split, from the hub or from a folder of JSON Lines with the hub's columns."""
+"""Reading the examples of a task: rows from the hub, from a local folder with the hub's columns, or generated."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,85 +8,105 @@ from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import paths as files
 from switchcli.data.sources.corpus import hub_rows
 from switchcli.data.sources.files import json_rows
-from switchcli.errors import DataError
+from switchcli.errors import DataError, RecipeError
 from switchcli.tasks.task import EmbeddedSource, Example, FilesSource, HubSource, Purpose, Row, Task
 
 Split = Literal["train", "validation", "test"]
 
 
 def read_examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> list[Example]:
-    """The task's examples of a split.
+    """Return the task's examples of a split.
 
     Args:
-        folder: where sets lie as `FOLDER/SPLIT.jsonl`; None for the hub.
+        folder: a folder of data sets as `FOLDER/SPLIT.jsonl`; None for the hub.
 
     Raises:
-        DataError: no such split, a missing column, a row that breaks the task's rules, no example at all.
+        DataError: the split does not exist or has no examples, a column is missing, or a row is invalid.
     """
-    found = list(_examples(task, split, purpose, folder))
-    if not found:
-        where = f" ({', '.join(task.source.paths(split))})" if isinstance(task.source, FilesSource) else ""
-        raise DataError(f"tasks: {task.name}: no examples in {split}{where}: name a split that holds some")
-    return found
+    examples = list(_examples(task, split, purpose, folder))
+    if not examples:
+        paths = f" ({', '.join(task.source.paths(split))})" if isinstance(task.source, FilesSource) else ""
+        raise DataError(f"tasks: {task.name}: no examples in {split}{paths}: name a split that holds some")
+    return examples
 
 
 def fingerprint(task: Task, split: Split, folder: str | None, digests: Digests) -> str:
-    """Return what a split's examples follow from: names, a recipe's rules, and the contents of files.
+    """Return a text that changes with the split's examples: names, the recipe's rules, and digests of files.
 
-    Raises DataError when a file is not there.
+    Raises:
+        DataError: a file does not exist.
     """
     source = task.source
     if isinstance(source, EmbeddedSource):
         return source.fingerprint(digests)
     if isinstance(source, FilesSource):
-        found = files.expand_paths(source.paths(split), f"tasks: {task.name}")
-        return f"{source.rules} {files.fingerprint(found, digests)}"
+        paths = files.expand_paths(source.paths(split), f"tasks: {task.name}")
+        return f"{source.rules} {files.fingerprint(paths, digests)}"
     if folder is None:
         return repr(source)
-    return files.fingerprint([_file(source, _named(task, source, split), folder)], digests)
+    return files.fingerprint([_local_file(source, _require_split(task, source, split), folder)], digests)
 
 
-def check_files(tasks: Iterable[Task], splits: Sequence[Split], folder: str | None) -> None:
-    """Raise DataError, naming all of them at once, when `folder` lacks files of tasks."""
+def check_tasks(tasks: Iterable[Task], splits: Sequence[Split], folder: str | None) -> None:
+    """Raise an error if a task cannot be read or scored, before any work is done.
+
+    Raises:
+        RecipeError: a metric needs an extra that is not installed.
+        DataError: `folder` lacks files. The message names all tasks that have this problem.
+    """
+    tasks = list(tasks)
+    for task in tasks:
+        _check_packages(task)
     if folder is None:
         return
-    lacking: dict[str, Path] = {}
-    there = []
+    missing: dict[str, Path] = {}
     for task in tasks:
-        paths: list[Path] = []
-        if isinstance(source := task.source, HubSource):
-            paths = [_path(source, name, folder) for split in splits if (name := _split(source, split))]
-        if absent := [path for path in paths if not path.is_file()]:
-            lacking[task.name] = absent[0]
-        else:
-            there.append(task.name)
-    if lacking:
-        name, path = next(iter(lacking.items()))
-        left = f"leave them out, tasks=[{','.join(there)}], or" if there else "or"
+        source = task.source
+        if not isinstance(source, HubSource):
+            continue
+        names = [_source_split(source, split) for split in splits]
+        paths = [_local_path(source, name, folder) for name in names if name]
+        absent = [path for path in paths if not path.is_file()]
+        if absent:
+            missing[task.name] = absent[0]
+    if missing:
+        name, path = next(iter(missing.items()))
+        readable = [task.name for task in tasks if task.name not in missing]
+        leave_out = f"leave them out, tasks=[{','.join(readable)}], or" if readable else "or"
         raise DataError(
-            f"data.folder ({folder}): no files of {', '.join(lacking)}: {name} is looked for at {path}; {left} take "
-            "another folder, or null for the hub"
+            f"data.folder ({folder}): no files of {', '.join(missing)}: {name} is looked for at {path}; {leave_out} "
+            "take another folder, or null for the hub"
         )
 
 
+def _check_packages(task: Task) -> None:
+    for metric in task.all_metrics:
+        try:
+            metric.import_packages()
+        except ImportError as error:
+            raise RecipeError(
+                f"tasks: {task.name}: its metric {metric.name} needs a package that is not installed ({error}): "
+                "pip install 'switchcli[tasks]', or leave the task out"
+            ) from error
+
+
 def has_split(task: Task, split: Split) -> bool:
-    """Whether the task has such a split: some are for evaluation alone, or for training."""
+    """Return whether the task has the split. Some tasks are only for evaluation, others only for training."""
     source = task.source
     if isinstance(source, EmbeddedSource):
         return split != "test"
-    return bool(source.paths(split) if isinstance(source, FilesSource) else _split(source, split))
+    return bool(source.paths(split) if isinstance(source, FilesSource) else _source_split(source, split))
 
 
 def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) -> Iterator[Example]:
     for where, row in _rows(task, split, folder):
-        if missing := [column for column in task.columns if column not in row]:
-            own = isinstance(task.source, FilesSource)
-            way_out = (
-                "mend the row, or the task's input and target" if own else "give the columns that it has on the hub"
-            )
+        missing = [column for column in task.columns if column not in row]
+        if missing:
+            is_custom = isinstance(task.source, FilesSource)
+            fix = "correct the row, or the task's input and target" if is_custom else "use the columns of the hub"
             raise DataError(
                 f"{where}: tasks: {task.name} reads the column {missing[0]!r}, and this row has "
-                f"{', '.join(map(repr, row)) or 'none'}: {way_out}"
+                f"{', '.join(map(repr, row)) or 'none'}: {fix}"
             )
         try:
             for example in task.examples(row, purpose):
@@ -95,15 +115,16 @@ def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) ->
                 yield example
         except UnicodeEncodeError as error:
             raise DataError(f"{where}: tasks: {task.name}: half a surrogate pair is no text: clean the row") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            # A column of another type than the hub's shows as one of the last three.
-            said = (
-                str(error) if isinstance(error, ValueError) else f"a column is of another type than the hub's ({error})"
-            )
-            raise DataError(f"{where}: tasks: {task.name}: {said}") from error
+        except ValueError as error:
+            raise DataError(f"{where}: tasks: {task.name}: {error}") from error
+        except (TypeError, KeyError, AttributeError) as error:
+            # A column of another type than the hub's raises one of these.
+            message = f"a column is of another type than the hub's ({error})"
+            raise DataError(f"{where}: tasks: {task.name}: {message}") from error
 
 
 def _rows(task: Task, split: Split, folder: str | None) -> Iterator[tuple[str, Row]]:
+    """Yield the position of each row, for messages, and the row."""
     source = task.source
     if isinstance(source, EmbeddedSource):
         if split == "test":
@@ -116,46 +137,50 @@ def _rows(task: Task, split: Split, folder: str | None) -> Iterator[tuple[str, R
         for file in files.expand_paths(paths, f"tasks: {task.name}"):
             yield from json_rows(file)
     else:
-        yield from _shared_out(task, source, split, folder)
+        yield from _benchmark_rows(task, source, split, folder)
 
 
-def _shared_out(task: Task, source: HubSource, split: Split, folder: str | None) -> Iterator[tuple[str, Row]]:
-    """The rows of a split of the benchmark, which may have none for validation: then training gives up its last."""
-    name = _named(task, source, split)
-    rows = _hub(task, source, name) if folder is None else json_rows(_file(source, name, folder))
+def _benchmark_rows(task: Task, source: HubSource, split: Split, folder: str | None) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a benchmark's split. If it has no validation split, the end of the training split is used."""
+    name = _require_split(task, source, split)
+    rows = _hub_rows(task, source, name) if folder is None else json_rows(_local_file(source, name, folder))
     if source.validation is not None or split == "test":
         yield from rows
         return
-    everything = list(rows)
-    num_train = min(source.num_train or len(everything), len(everything) * 9 // 10)
-    yield from everything[:num_train] if split == "train" else everything[num_train:]
+    train_rows = list(rows)
+    num_train = min(source.num_train or len(train_rows), len(train_rows) * 9 // 10)
+    yield from train_rows[:num_train] if split == "train" else train_rows[num_train:]
 
 
-def _split(source: HubSource, split: Split) -> str | None:
+def _source_split(source: HubSource, split: Split) -> str | None:
+    """Return the name of the source's split that holds the rows of `split`, or None if there is none."""
     if split == "validation" and source.validation is None:
         return source.train
     return {"train": source.train, "validation": source.validation, "test": source.test}[split]
 
 
-def _named(task: Task, source: HubSource, split: Split) -> str:
-    if (name := _split(source, split)) is None:
+def _require_split(task: Task, source: HubSource, split: Split) -> str:
+    """Return the name of the source's split. Raises DataError if there is none."""
+    name = _source_split(source, split)
+    if name is None:
         raise DataError(f"tasks: {task.name} has no {split} split: it is for evaluation alone")
     return name
 
 
-def _hub(task: Task, source: HubSource, split: str) -> Iterator[tuple[str, Row]]:
-    way_out = "check the network; or lay its rows down as JSON Lines and name their folder by data.folder"
-    rows = hub_rows(source.path, source.config, split, f"tasks: {task.name}", way_out)
+def _hub_rows(task: Task, source: HubSource, split: str) -> Iterator[tuple[str, Row]]:
+    fix = "check the network; or store its rows as JSON Lines and name their folder with data.folder"
+    rows = hub_rows(source.path, source.config, split, f"tasks: {task.name}", fix)
     for number, row in enumerate(rows):
         yield f"{source.path} {source.config or ''} {split} row {number}", row
 
 
-def _path(source: HubSource, split: str, folder: str) -> Path:
+def _local_path(source: HubSource, split: str, folder: str) -> Path:
     return Path(folder).expanduser() / source.folder / f"{split}.jsonl"
 
 
-def _file(source: HubSource, split: str, folder: str) -> files.SourceFile:
-    path = _path(source, split, folder)
+def _local_file(source: HubSource, split: str, folder: str) -> files.SourceFile:
+    """Return a split's file. Raises DataError if it does not exist."""
+    path = _local_path(source, split, folder)
     if not path.is_file():
-        raise DataError(f"{path}: no such file: data.folder holds a set as FOLDER/{source.folder}/{split}.jsonl")
+        raise DataError(f"{path}: no such file: data.folder holds a data set as FOLDER/{source.folder}/{split}.jsonl")
     return files.SourceFile.local(path)

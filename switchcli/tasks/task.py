@@ -1,6 +1,6 @@
-"""Task: where its rows come from, how a row becomes texts, and how answers are scored (T5's text-to-text format).
+"""Tasks in T5's text-to-text format: where rows come from, how a row becomes texts, and how answers are scored.
 
-A task is a value and holds no data. A family of tasks is one file beside this one; `registry` finds them all.
+A Task is a value that holds no data. A family of tasks is one file of this package, which `registry` finds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,44 +12,47 @@ from numpy.typing import NDArray
 from switchcli.data.prepare.digests import Digests
 
 Row = Mapping[str, Any]
-"""One example by the column names that the set has on the Hugging Face hub."""
+"""One row of a data set, by the column names of the Hugging Face hub."""
 Purpose = Literal["training", "scoring"]
 
 
 class Example(NamedTuple):
-    """What the model reads, and what it should write."""
+    """An input text with its right answers."""
 
     input: str
     targets: tuple[str, ...]
-    """Every right answer, the one to train on first; empty where the set keeps it secret."""
+    """All right answers, the one to train on first; empty if the benchmark keeps the answer secret."""
     unit: str = ""
-    """Examples of one unit are scored together: the answers to one question of MultiRC."""
+    """Examples of one unit are scored together, such as the answers to one question of MultiRC."""
     label: str = ""
-    """What a metric compares with where that is none of the targets (WSC)."""
+    """What the metric compares with, if that is not a target (WSC, WNLI)."""
 
 
 class AnsweredExample(NamedTuple):
-    """An example with what the model wrote."""
+    """An example and the text that the model generated for it."""
 
     example: Example
     prediction: str
 
 
 class Metric(NamedTuple):
-    """A score of answers, mostly from 0 to 100 as T5 reports it: numbers for each unit, and from them the score.
+    """A score of answers, as T5 reports it: an array of numbers per unit, and a function from the array to the score.
 
-    So an interval can be had by drawing units again, whatever the metric.
+    The bootstrap of `scores` resamples rows of the array, so it works for every metric. Scores lie between 0 and 100,
+    correlations between -100 and 100.
     """
 
     name: str
     measure: Callable[[Sequence[AnsweredExample]], NDArray[np.float64]]
-    """[units, numbers] of labelled answers, one at least; a prediction may be any text."""
+    """Return [units, numbers] of one or more labeled answers. A prediction may be any text."""
     combine: Callable[[NDArray[np.float64]], float]
-    """The score of units, each perhaps several times."""
+    """Return the score of [units, numbers], in which a unit may occur several times."""
     is_exact: bool = False
-    """Each answer by itself is right (100) or wrong (0)."""
+    """Whether each answer alone is either right (100) or wrong (0)."""
     has_even_chance: bool = False
-    """Answers drawn at random from k labels score 100 / k, if the labels are equally frequent."""
+    """Whether answers drawn uniformly from k labels score 100 / k if the labels are equally frequent."""
+    import_packages: Callable[[], object] = lambda: None
+    """Raise ImportError if the metric needs the extra `tasks` and it is not installed."""
 
     def of_labels(self, labels: tuple[str, ...]) -> "Metric":
         """Return the metric itself, since it does not depend on the labels."""
@@ -57,7 +60,7 @@ class Metric(NamedTuple):
 
 
 class LabelMetric(NamedTuple):
-    """A metric that is computed from the labels of a task, so it needs some."""
+    """A metric that is computed from the labels of a task."""
 
     of_labels: Callable[[tuple[str, ...]], Metric]
     """Return the metric of a task with these labels."""
@@ -70,58 +73,67 @@ class LabelMetric(NamedTuple):
 
 
 class HubSource(NamedTuple):
-    """Where the rows are: on the hub, or in a folder with `FOLDER/SPLIT.jsonl` and the hub's columns."""
+    """A data set on the Hugging Face hub, or in a folder of files `FOLDER/SPLIT.jsonl` with the hub's columns."""
 
     path: str
     """The name on the hub, such as `nyu-mll/glue`."""
     config: str | None
     folder: str
-    """Within a local folder of sets, such as `glue/cola`."""
+    """The folder within a local folder of data sets, such as `glue/cola`."""
     train: str | None = "train"
-    """The split to train on; None: the task is for evaluation alone."""
+    """The split to train on; None for a task that is only evaluated."""
     validation: str | None = "validation"
-    """None: cut off the end of the training split."""
+    """The split to validate on; None holds out the end of the training split."""
     test: str | None = "test"
     num_train: int | None = None
-    """Where `validation` is None: how many rows are left to train on, of a whole set; nine tenths of a smaller one."""
+    """Number of rows to train on if `validation` is None, and at most nine tenths of the rows, so that a shortened
+    data set keeps some to validate on."""
 
 
 class FilesSource(NamedTuple):
-    """A task of a user's own: JSON Lines, by paths or globs."""
+    """The JSON Lines files of a user's own task, as paths or globs."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
     rules: str
-    """How its rows become texts, as its recipe says."""
+    """The task's part of the recipe as JSON, which says how rows become texts. It is part of the fingerprint."""
 
     def paths(self, split: str) -> tuple[str, ...]:
+        """Return the paths and globs of a split."""
         return self._asdict()[split]
 
 
 class EmbeddedSource(NamedTuple):
-    """Rows that the program makes by itself, with nothing to download: a split to train on, and one to validate on."""
+    """Rows that the program generates without a download, for a training and a validation split."""
 
     rows: Callable[[Literal["train", "validation"]], Iterator[Row]]
     fingerprint: Callable[[Digests], str]
-    """What the rows depend on: as long as it stays the same, so do they."""
+    """Return a text that changes whenever the rows change."""
 
 
 class Task(NamedTuple):
-    """One task of the suite."""
+    """One text-to-text task."""
 
     name: str
     source: HubSource | FilesSource | EmbeddedSource
     columns: tuple[str, ...]
-    """Those that `examples` reads."""
+    """The columns that `examples` reads."""
     examples: Callable[[Row, Purpose], Iterable[Example]]
-    """The examples of a row: several, or none, where the benchmark says so. ValueError for a row that breaks its rules;
-    the message says what is wrong and what would be right, and begins with the column's name."""
+    """Return the examples of a row: one, several or none, as the benchmark prescribes.
+
+    Raises ValueError for an invalid row. The message starts with the column's name and says what is wrong and what
+    would be right."""
     metrics: tuple[Metric, ...]
-    """The task's score is their mean, as the benchmarks have it."""
+    """The metrics whose mean is the task's score, as the benchmark defines it."""
     chance: float
-    """That score for answers drawn at random: uniform over the labels, 0 where answers are free text."""
+    """The score of random answers: uniform over the labels, or 0 for free text."""
     labels: tuple[str, ...] = ()
-    """All that a right answer can be; empty for free text."""
+    """All possible right answers; empty for free text."""
     beside: tuple[Metric, ...] = ()
-    """Reported too, and of no weight in the task's score: F1 beside SQuAD's exact match."""
+    """Metrics that are reported but do not count in the score, such as F1 beside SQuAD's exact match."""
+
+    @property
+    def all_metrics(self) -> tuple[Metric, ...]:
+        """The metrics that count in the score, then those that do not."""
+        return (*self.metrics, *self.beside)

@@ -1,8 +1,7 @@
 """Metrics of free text, as T5 computes them: exact match, token F1, ROUGE and BLEU, each from 0 to 100.
 
-They agree with the evaluation scripts of SQuAD and TriviaQA and with the packages rouge_score and sacrebleu, which are
-imported when the first answer is measured. With several right answers the best counts. An answer's unit is its
-`Example.unit`, or the answer alone. ReCoRD is scored by `squad_em` and `squad_f1`, as in T5.
+They agree with the evaluation scripts of SQuAD and TriviaQA and with the packages rouge_score and sacrebleu. Of several
+right answers, the one that scores best counts. An answer's unit is its `Example.unit`, or the answer alone.
 """
 
 import re
@@ -11,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,29 +18,29 @@ from numpy.typing import NDArray
 from switchcli.tasks.task import AnsweredExample, Metric
 
 Numbers = NDArray[np.float64]
-TRIVIA_PUNCTUATION = string.punctuation + "‘’´`"  # noqa: RUF001 - as TriviaQA's script has it
-BLEU_ORDERS = 4
+TRIVIA_PUNCTUATION: Final = string.punctuation + "‘’´`"  # noqa: RUF001 - the characters of TriviaQA's script
+BLEU_ORDERS: Final = 4
 
 # Normal forms
 
 
 def squad_normal(text: str) -> str:
-    """Lower case; no ASCII punctuation, so that `U.S.` is `us`; no articles; single spaces."""
-    return _without_articles(text.lower().translate(str.maketrans("", "", string.punctuation)))
+    """Return the text in lower case without ASCII punctuation (`U.S.` is `us`) and articles, with single spaces."""
+    return _remove_articles(text.lower().translate(str.maketrans("", "", string.punctuation)))
 
 
 def trivia_normal(text: str) -> str:
-    """As SQuAD's, but a space for each punctuation mark, typographic quotes among them: `U.S.` is `u s`."""
+    """Return SQuAD's normal form, but with a space for each punctuation mark and typographic quote: `U.S.` is `u s`."""
     spaces = str.maketrans(TRIVIA_PUNCTUATION, " " * len(TRIVIA_PUNCTUATION))
-    return _without_articles(text.lower().translate(spaces))
+    return _remove_articles(text.lower().translate(spaces))
 
 
 def plain_normal(text: str) -> str:
-    """Single spaces, and one way to write a character (NFKC): what T5's vocabulary cannot tell apart."""
+    """Return the text with single spaces and in Unicode's form NFKC, as T5's vocabulary does before it encodes."""
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def _without_articles(text: str) -> str:
+def _remove_articles(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -48,47 +48,49 @@ def _without_articles(text: str) -> str:
 
 
 def by_unit(answered: Sequence[AnsweredExample]) -> list[list[AnsweredExample]]:
-    """The answers of each unit, units in order of their first answer."""
+    """Return the answers of each unit, with units in order of their first answer."""
     units: dict[str | int, list[AnsweredExample]] = {}
-    for number, each in enumerate(answered):
-        units.setdefault(each.example.unit or number, []).append(each)
+    for index, answer in enumerate(answered):
+        units.setdefault(answer.example.unit or index, []).append(answer)
     return list(units.values())
 
 
-def mean_of(name: str, best: Callable[[Sequence[str], str], float]) -> Metric:
-    """The mean over answers of `best(targets, prediction)`, which lies from 0 to 1; of a unit the sum and the count."""
+def mean_of(name: str, score: Callable[[str, str], float]) -> Metric:
+    """Return the metric that is the mean over answers of `score(target, prediction)`, taken for the best target.
+
+    `score` lies from 0 to 1. The metric's numbers are, for each unit, the sum of its scores and their count.
+    """
+
+    def best(answer: AnsweredExample) -> float:
+        return max(score(target, answer.prediction) for target in answer.example.targets)
 
     def measure(answered: Sequence[AnsweredExample]) -> Numbers:
-        units = by_unit(answered)
-        sums = [[sum(best(each.example.targets, each.prediction) for each in unit), len(unit)] for unit in units]
-        return np.array(sums, np.float64)
+        return np.array([[sum(map(best, unit)), len(unit)] for unit in by_unit(answered)], np.float64)
 
-    def combine(numbers: Numbers) -> float:
-        total, count = numbers.sum(0)
+    def combine(units: Numbers) -> float:
+        total, count = units.sum(axis=0)
         return 100 * float(total / count)
 
     return Metric(name, measure, combine)
 
 
 def exact_match_of(normal: Callable[[str], str]) -> Metric:
-    """The share of answers that are a target after `normal`."""
-    metric = mean_of("em", lambda targets, prediction: normal(prediction) in map(normal, targets))
+    """Return the metric that is the fraction of answers equal to a target after `normal`."""
+    metric = mean_of("em", lambda target, prediction: normal(target) == normal(prediction))
     return metric._replace(is_exact=True, has_even_chance=True)
 
 
 def f1_of(normal: Callable[[str], str]) -> Metric:
-    """The F1 of words after `normal`, each word as often as it stands there; 0 where no word is shared."""
-
-    def best(targets: Sequence[str], prediction: str) -> float:
-        words = Counter(normal(prediction).split())
-        return max(_overlap(Counter(normal(target).split()), words) for target in targets)
-
-    return mean_of("f1", best)
+    """Return the mean F1 of the words after `normal`, with repeated words counted."""
+    return mean_of(
+        "f1", lambda target, prediction: _f1(Counter(normal(target).split()), Counter(normal(prediction).split()))
+    )
 
 
-def _overlap(target: Counter[str], prediction: Counter[str]) -> float:
-    shared = (target & prediction).total()
-    return 2 * shared / (target.total() + prediction.total()) if shared else 0.0
+def _f1(target: Counter[Any], prediction: Counter[Any]) -> float:
+    """Return the F1 of two multisets: twice the size of their intersection over the sum of their sizes; 0 for 0/0."""
+    matches = (target & prediction).total()
+    return 2 * matches / (target.total() + prediction.total()) if matches else 0.0
 
 
 squad_em, squad_f1 = exact_match_of(squad_normal), f1_of(squad_normal)
@@ -96,61 +98,102 @@ trivia_em, trivia_f1 = exact_match_of(trivia_normal), f1_of(trivia_normal)
 exact_match = exact_match_of(plain_normal)
 
 
-# ROUGE
+# ROUGE (Lin 2004), without stemming. T5 reports the median of a bootstrap. We report the mean, which is close to it.
 
 
-def rouge_of(kind: str) -> Metric:
-    """The mean F of rouge_score's `kind`, without stemming. T5 reports the middle of a bootstrap, which is about the
-    mean; we report the mean."""
-
-    def measure(answered: Sequence[AnsweredExample]) -> Numbers:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer([kind])
-
-        def best(targets: Sequence[str], prediction: str) -> float:
-            lines = [_sentences_in_lines(target) for target in targets]
-            return float(scorer.score_multi(lines, _sentences_in_lines(prediction))[kind].fmeasure)
-
-        return mean_of(kind, best).measure(answered)
-
-    return Metric(kind, measure, squad_em.combine)
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
 
 
-def _sentences_in_lines(summary: str) -> str:
-    """T5's rule for rougeLsum, which takes a line for a sentence: tokenized text ends its sentences in ` . `."""
-    return summary.replace(" . ", " .\n")
+def _sentences(summary: str) -> list[list[str]]:
+    """Return the words of each line; ` . ` ends a line too, because tokenized summaries write it so (T5's rule)."""
+    return [_words(sentence) for sentence in re.split(r"\n| \. ", summary)]
 
 
-rouge1, rouge2, rouge_lsum = rouge_of("rouge1"), rouge_of("rouge2"), rouge_of("rougeLsum")
+def _ngrams(text: str, order: int) -> Counter[Any]:
+    words = _words(text)
+    # The n-gram at position i has one word from each of `order` copies of the words, copy k shifted by k.
+    return Counter(zip(*(words[shift:] for shift in range(order)), strict=False))
+
+
+def rouge_n(order: int) -> Metric:
+    """Return ROUGE-N: the mean F1 of n-grams of `order` words (Lin 2004, section 2)."""
+    return mean_of(f"rouge{order}", lambda target, prediction: _f1(_ngrams(target, order), _ngrams(prediction, order)))
+
+
+def _lcs_positions(target: Sequence[str], prediction: Sequence[str]) -> list[int]:
+    """Return the positions in `target` of a longest common subsequence with `prediction`, the last position first.
+
+    Of several such subsequences this is the one that rouge_score takes.
+    """
+    # lengths[i][j] is the length of the longest common subsequence of target[:i] and prediction[:j].
+    lengths = [[0] * (len(prediction) + 1)]
+    for word in target:
+        above, row = lengths[-1], [0]
+        for j, other in enumerate(prediction):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+        lengths.append(row)
+    positions = []
+    i, j = len(target), len(prediction)
+    while i and j:
+        if target[i - 1] == prediction[j - 1]:
+            i, j = i - 1, j - 1
+            positions.append(i)
+        elif lengths[i][j - 1] > lengths[i - 1][j]:
+            j -= 1
+        else:
+            i -= 1  # also on a tie: it decides which positions are returned, and so the union in `_lcs_f1`
+    return positions
+
+
+def _lcs_f1(target: Sequence[Sequence[str]], prediction: Sequence[Sequence[str]]) -> float:
+    """Return the F1 of a summary of sentences by the union of common subsequences (Lin 2004, section 3.2)."""
+    matched: Counter[str] = Counter()
+    for sentence in target:
+        positions: set[int] = set().union(*(_lcs_positions(sentence, other) for other in prediction))
+        matched.update(sentence[position] for position in positions)
+    target_length, prediction_words = sum(map(len, target)), Counter(word for other in prediction for word in other)
+    # A word of the prediction matches once, even if it is part of the unions of several sentences (as in ROUGE 1.5.5).
+    matches = (matched & prediction_words).total()
+    return 2 * matches / (target_length + prediction_words.total()) if matches else 0.0
+
+
+rouge1, rouge2 = rouge_n(1), rouge_n(2)
+rouge_l = mean_of("rougeL", lambda target, prediction: _lcs_f1([_words(target)], [_words(prediction)]))
+"""ROUGE-L of the whole text as one sentence (Lin 2004, section 3.1)."""
+rouge_lsum = mean_of("rougeLsum", lambda target, prediction: _lcs_f1(_sentences(target), _sentences(prediction)))
 
 
 # BLEU
 
 
+def _bleu_class() -> Any:
+    """Return sacrebleu's BLEU. Raises ImportError if the extra `tasks` is not installed."""
+    from sacrebleu.metrics import BLEU
+
+    return BLEU
+
+
 def _bleu_measure(answered: Sequence[AnsweredExample]) -> Numbers:
-    """[units, 10]: the lengths of prediction and nearest target, then matched and all n-grams by their order."""
-    from sacrebleu.metrics import BLEU
+    """Return [units, 10]: lengths of prediction and nearest target, then matched and all n-grams of orders 1 to 4."""
+    # The effective order changes the score of a sentence and not its counts. Without it each sentence logs a warning.
+    scorer = _bleu_class()(tokenize="intl", effective_order=True)
 
-    # The effective order changes a sentence's score and not its counts; without it each sentence would log a warning.
-    scorer = BLEU(tokenize="intl", effective_order=True)
+    def counts(answer: AnsweredExample) -> list[float]:
+        score = scorer.sentence_score(answer.prediction, list(answer.example.targets))
+        return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
-    def counts(each: AnsweredExample) -> list[float]:
-        of = scorer.sentence_score(each.prediction, list(each.example.targets))
-        return [of.sys_len, of.ref_len, *of.counts, *of.totals]
-
-    return np.array([np.sum([counts(each) for each in unit], 0) for unit in by_unit(answered)], np.float64)
+    return np.array([np.sum([counts(answer) for answer in unit], axis=0) for unit in by_unit(answered)], np.float64)
 
 
-def _bleu_combine(numbers: Numbers) -> float:
-    from sacrebleu.metrics import BLEU
+def _bleu_combine(units: Numbers) -> float:
+    predicted_length, target_length, *counts = (int(total) for total in units.sum(axis=0))
+    matches, ngrams = counts[:BLEU_ORDERS], counts[BLEU_ORDERS:]
+    bleu = _bleu_class().compute_bleu(matches, ngrams, predicted_length, target_length, smooth_method="exp")
+    return float(bleu.score)
 
-    sys_len, ref_len, *counts = (int(total) for total in numbers.sum(0))
-    correct, total = counts[:BLEU_ORDERS], counts[BLEU_ORDERS:]
-    return float(BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score)
 
-
-bleu = Metric("bleu", _bleu_measure, _bleu_combine)
+bleu = Metric("bleu", _bleu_measure, _bleu_combine, import_packages=_bleu_class)
 """BLEU of the whole set by sacrebleu with T5's settings: tokenizer `intl`, case kept, exponential smoothing."""
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -161,6 +204,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "trivia_em": trivia_em,
         "rouge1": rouge1,
         "rouge2": rouge2,
+        "rouge_l": rouge_l,
         "rouge_lsum": rouge_lsum,
         "bleu": bleu,
     }

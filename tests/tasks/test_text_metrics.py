@@ -1,5 +1,6 @@
 """Metrics of free text, against rouge_score and sacrebleu on whole corpora, cases by hand, and any text at all."""
 
+import itertools
 import math
 import string
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
+from switchcli.tasks.stdlib_tasks import module_rows
 from switchcli.tasks.task import AnsweredExample, Example, Metric
 from switchcli.tasks.text_metrics import (
     bleu,
@@ -17,6 +19,7 @@ from switchcli.tasks.text_metrics import (
     exact_match,
     rouge1,
     rouge2,
+    rouge_l,
     rouge_lsum,
     squad_em,
     squad_f1,
@@ -26,7 +29,7 @@ from switchcli.tasks.text_metrics import (
     trivia_normal,
 )
 
-METRICS = (squad_em, squad_f1, trivia_em, trivia_f1, exact_match, rouge1, rouge2, rouge_lsum, bleu)
+METRICS = (squad_em, squad_f1, trivia_em, trivia_f1, exact_match, rouge1, rouge2, rouge_l, rouge_lsum, bleu)
 PREDICTIONS = [
     "The cat sat on the mat . It purred .",
     "a dog barks at the moon",
@@ -108,20 +111,50 @@ def test_a_mean_weighs_answers_and_not_units() -> None:
     assert [len(unit) for unit in by_unit(answered)] == [3, 1, 1]
 
 
-@pytest.mark.parametrize("metric", [rouge1, rouge2, rouge_lsum], ids=lambda metric: metric.name)
-def test_rouge_is_the_mean_of_rouge_score(metric: Metric) -> None:
+ROUGE = (rouge1, rouge2, rouge_l, rouge_lsum)
+# Few words, so that texts share many; line ends of both kinds, and letters that only look like those of a word.
+ROUGE_TEXT = st.lists(
+    st.sampled_from(["a", "b", "c", "A", "1", "d2", " . ", "\n", "\r\n", " ", "-", "é", "İ", "\u212a", "\ud800"]),
+    max_size=40,
+).map(" ".join) | st.text(alphabet="ab .\n", max_size=60)
+
+
+def rouge_score_of(metric: Metric, answer: AnsweredExample) -> float:
+    """Return the score of rouge_score, which takes a line for a sentence, as T5 calls it."""
+    targets = [target.replace(" . ", " .\n") for target in answer.example.targets]
     scorer = rouge_scorer.RougeScorer([metric.name])
+    return scorer.score_multi(targets, answer.prediction.replace(" . ", " .\n"))[metric.name].fmeasure
 
-    def scores(targets: list[str]) -> list[float]:
-        lines = [
-            (target.replace(" . ", " .\n"), said.replace(" . ", " .\n"))
-            for target, said in zip(targets, PREDICTIONS, strict=True)
-        ]
-        return [scorer.score(*pair)[metric.name].fmeasure for pair in lines]
 
-    assert value(metric, answers(TARGETS)) == pytest.approx(100 * np.mean(scores(TARGETS)))
-    best = np.maximum(scores(TARGETS), scores(OTHERS))
-    assert value(metric, answers(TARGETS, OTHERS)) == pytest.approx(100 * np.mean(best))
+@pytest.mark.parametrize("metric", ROUGE, ids=lambda metric: metric.name)
+def test_rouge_is_the_mean_of_rouge_score(metric: Metric) -> None:
+    for answered in (answers(TARGETS), answers(TARGETS, OTHERS)):
+        expected = 100 * np.mean([rouge_score_of(metric, answer) for answer in answered])
+        assert value(metric, answered) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", ROUGE, ids=lambda metric: metric.name)
+@given(targets=st.lists(ROUGE_TEXT, min_size=1, max_size=2), prediction=ROUGE_TEXT)
+@settings(max_examples=500, deadline=None)
+def test_rouge_of_random_words_is_that_of_rouge_score(metric: Metric, targets: list[str], prediction: str) -> None:
+    answer = AnsweredExample(Example("", tuple(targets)), prediction)
+    assert value(metric, [answer]) == pytest.approx(100 * rouge_score_of(metric, answer), rel=1e-12, abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def docstring_pairs() -> list[tuple[str, str]]:
+    """Docstrings of the standard library: each with the next of its module, and with its own first half."""
+    docstrings = [row["docstring"] for row in itertools.islice(module_rows("validation"), 200)]
+    docstrings = [text for text in docstrings if len(text) <= 2_000]  # rouge_score takes quadratic time
+    return [*itertools.pairwise(docstrings), *((text, text[: len(text) // 2]) for text in docstrings)]
+
+
+@pytest.mark.parametrize("metric", ROUGE, ids=lambda metric: metric.name)
+def test_rouge_of_real_texts_is_that_of_rouge_score(metric: Metric, docstring_pairs: list[tuple[str, str]]) -> None:
+    answered = [AnsweredExample(Example("", (target,)), prediction) for target, prediction in docstring_pairs]
+    expected = [rouge_score_of(metric, answer) for answer in answered]
+    np.testing.assert_allclose(metric.measure(answered)[:, 0], expected, rtol=1e-12, atol=0)
+    assert sum(0 < score < 1 for score in expected) > 200
 
 
 def test_rouge_by_hand() -> None:
