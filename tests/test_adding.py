@@ -877,7 +877,7 @@ def test_a_performance_that_touches_more_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("switchcli/tasks/other.py", "from switchcli.tasks.anli import TASKS\n"),
+        ("switchcli/tasks/other.py", "from switchcli.tasks.glue import TASKS\n"),
         ("switchcli/tasks/other.py", "from switchcli.tasks.text_metrics import METRICS\n"),
         (
             "switchcli/tasks/other.py",

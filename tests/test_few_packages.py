@@ -55,17 +55,18 @@ def leave(code):
     raise SystemExit(code)
 
 os._exit = leave
-for command in json.loads(sys.argv[2]):
+for command, code in json.loads(sys.argv[2]):
     sys.argv = ["switchcli", *command]
     try:
         main()
     except SystemExit as end:
-        assert not end.code, command
+        assert (end.code or 0) == code, command
 """
 TASK = """\
 tasks:
   - {kind: files, name: colour, train: [rows.jsonl], validation: [rows.jsonl],
-     input: "which colour: {text}", target: label, labels: [red, green], metrics: [accuracy, macro_f1]}
+     input: "which colour: {text}", target: label, labels: [red, green],
+     metrics: [accuracy, macro_f1, rouge2, rouge_lsum]}
 data: {inputs_length: 32, targets_length: 8}
 train: {steps: 2, batch_tokens: 128, device: cpu}
 schedule: {kind: constant, learning_rate: 0.01}
@@ -87,6 +88,11 @@ COMMANDS = [
     ["pretrain", "quickstart/switch", "train.steps=2", *SHORT, "--out", "runs/quickstart/switch"],
     ["finetune", "quickstart/finetune", "tasks=[python_modules]", "train.steps=2", *SHORT, "--out", "runs/f"],
 ]
+BLEU = [
+    ["finetune", "task.yaml", "tasks.0.metrics=[bleu]", "--model", "runs/a", *SHORT, "--out", "runs/g"],
+    ["eval", "runs/b", "tasks=[wmt14_en_de]", "device=cpu", "--out", "runs/h"],
+]
+"""Commands that need the extra `tasks`, so they end with exit code 2."""
 
 
 @pytest.mark.slow
@@ -96,8 +102,9 @@ def test_every_verb_runs_where_few_packages_are_installed(tmp_path: Path) -> Non
     (tmp_path / "task.yaml").write_text(TASK)
     rows = [{"text": "a red walk", "label": 0}, {"text": "the green run", "label": 1}] * 8
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    commands = [(command, 0) for command in COMMANDS] + [(command, 2) for command in BLEU]
     done = subprocess.run(
-        [sys.executable, "-c", HIDE + RUN_COMMANDS, json.dumps(HIDDEN), json.dumps(COMMANDS)],
+        [sys.executable, "-c", HIDE + RUN_COMMANDS, json.dumps(HIDDEN), json.dumps(commands)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -107,6 +114,9 @@ def test_every_verb_runs_where_few_packages_are_installed(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "runs/c/result.json").read_text())["step"] == 2
     assert "vegaEmbed" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert done.stderr.count("pip install 'switchcli[tasks]'") == len(BLEU)
+    assert not (tmp_path / "runs/g").exists()
+    assert not (tmp_path / "runs/h").exists()
 
 
 @pytest.mark.slow

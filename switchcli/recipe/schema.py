@@ -18,7 +18,7 @@ from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import Spec
-from switchcli.tasks.config import TaskDataSpec, TaskSpec, names_twice
+from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names
 from switchcli.train.config import Precision, StartSpec, StudentSpec
 from switchcli.train.distillation import DistillSpec
 from switchcli.train.schedules import Constant, InverseSquareRoot, ScheduleSpec
@@ -84,7 +84,7 @@ class TaskRecipe(TrainingRecipe, ABC):
                 "that the best checkpoint of each task exists and can be kept: try "
                 f"checkpoint.save_every_steps={eval_steps}."
             )
-        yield from names_twice(self.tasks)
+        yield from duplicate_names(self.tasks)
 
 
 class PretrainRecipe(TextRecipe):
@@ -181,7 +181,7 @@ class EvalRecipe(Spec):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        if errors := [*names_twice(self.tasks)]:
+        if errors := [*duplicate_names(self.tasks)]:
             raise ValueError(*errors)
         return self
 

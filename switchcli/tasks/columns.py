@@ -1,4 +1,8 @@
-"""Reading a row: each function gives what was asked for, or raises a ValueError that begins with the column's name."""
+"""Access to the columns of a row, and examples from them.
+
+Paths such as `answers.text` name a column and a key inside it. Functions that take a path raise ValueError for an
+invalid row, with a message that starts with the path.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,45 +11,46 @@ from switchcli.tasks.task import Example, Purpose, Row
 
 
 def value(row: Row, path: str) -> Any:
-    """What stands at `answers.text`: the column `answers`, and `text` within it."""
-    found: Any = row
-    for number, key in enumerate(path.split(".")):
-        if not isinstance(found, Mapping) or key not in found:
-            where = path.rsplit(".", number)[0] if number else "the row"
-            has = f"has {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"is {_kind(found)}"
+    """Return the value at `path`. Raises ValueError if it does not exist."""
+    current: Any = row
+    keys = path.split(".")
+    for depth, key in enumerate(keys):
+        if not isinstance(current, Mapping) or key not in current:
+            where = ".".join(keys[:depth]) or "the row"
+            has = f"has {', '.join(map(str, current))}" if isinstance(current, Mapping) else f"is {_type_of(current)}"
             raise ValueError(f"{path}: is not there: {where} {has}")
-        found = found[key]
-    return found
+        current = current[key]
+    return current
 
 
 def text(row: Row, path: str) -> str:
-    """The text at `path`, spaces and all."""
-    found = value(row, path)
-    if not isinstance(found, str):
-        raise ValueError(f"{path}: is {_kind(found)}, and should be a text")
-    return found
+    """Return the text at `path` with all its spaces. Raises ValueError if it is not a text."""
+    content = value(row, path)
+    if not isinstance(content, str):
+        raise ValueError(f"{path}: is {_type_of(content)}, and should be a text")
+    return content
 
 
 def texts(row: Row, path: str) -> list[str]:
-    """The list of texts at `path`."""
-    found = value(row, path)
-    if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
-        raise ValueError(f"{path}: is {_kind(found)}, and should be a list of texts")
-    return list(found)
+    """Return the list of texts at `path`. Raises ValueError if it is not one."""
+    content = value(row, path)
+    if not isinstance(content, list | tuple) or not all(isinstance(item, str) for item in content):
+        raise ValueError(f"{path}: is {_type_of(content)}, and should be a list of texts")
+    return list(content)
 
 
-def answers(found: Iterable[str]) -> tuple[str, ...]:
-    """Right answers in their order, each once and none of them blank."""
-    return tuple(dict.fromkeys(each for each in found if each.strip()))
+def answers(candidates: Iterable[str]) -> tuple[str, ...]:
+    """Return the answers in order, without blank ones and duplicates."""
+    return tuple(dict.fromkeys(candidate for candidate in candidates if candidate.strip()))
 
 
 def asked(question: str, targets: tuple[str, ...], purpose: Purpose) -> Iterator[Example]:
-    """The one example of a row; none to train on where the answer is secret."""
+    """Yield the only example of a row, or none if its answer is secret and the row is to train on."""
     if targets or purpose == "scoring":
         yield Example(question, targets)
 
 
-def _kind(found: object) -> str:
-    if isinstance(found, list | tuple):
-        return f"a list of {', '.join(sorted({type(each).__name__ for each in found})) or 'nothing'}"
-    return "empty (null)" if found is None else f"of type {type(found).__name__}"
+def _type_of(content: object) -> str:
+    if isinstance(content, list | tuple):
+        return f"a list of {', '.join(sorted({type(item).__name__ for item in content})) or 'nothing'}"
+    return "empty (null)" if content is None else f"of type {type(content).__name__}"

@@ -1,4 +1,8 @@
-"""A recipe's `tasks`: the name of a task or a suite, or a task of one's own in JSON Lines, which needs no code."""
+"""The recipe keys `tasks` and `data` of runs on tasks.
+
+An item of `tasks` is the name of a task or suite that ships, or defines a task of the user's own from JSON Lines,
+without code.
+"""
 
 import difflib
 import re
@@ -15,32 +19,32 @@ from switchcli.tasks.task import Example, FilesSource, LabelMetric, Purpose, Row
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _NAME = r"^[A-Za-z0-9_.-]+$"
+# Not strict: YAML gives lists, and pydantic's strict mode accepts only tuples once a BeforeValidator has run.
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
-"""A list in YAML: what passes through a validator of ours has lost that it came from one."""
 Places = Annotated[tuple[Place, ...], Field(strict=False)]
 
 
 class ShippedTask(Spec):
-    """A task or a suite that ships."""
+    """A task or suite that ships with switchcli."""
 
     kind: Literal["named"] = "named"
     name: str
-    """Such as rte, or glue for all of GLUE."""
+    """Name of a task such as `rte`, or of a suite such as `glue`."""
 
     @model_validator(mode="after")
-    def _is_there(self) -> Self:
+    def _check_name(self) -> Self:
         if self.name not in TASKS and self.name not in SUITES:
-            near = difflib.get_close_matches(self.name, [*TASKS, *SUITES], n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"The tasks are {', '.join(TASKS)}"
+            similar = difflib.get_close_matches(self.name, [*TASKS, *SUITES], n=3)
+            hint = f"Did you mean {' or '.join(similar)}?" if similar else f"The tasks are {', '.join(TASKS)}"
             raise ValueError(f"name ({self.name}): no such task or suite. {hint}")
         return self
 
     @model_serializer
-    def _as_a_name(self) -> str:
+    def _to_name(self) -> str:
         return self.name
 
     def tasks(self) -> tuple[Task, ...]:
-        """The task, or all those of the suite."""
+        """Return the task, or all tasks of the suite, those that are only trained on included."""
         if self.name in TASKS:
             return (TASKS[self.name],)
         suite = SUITES[self.name]
@@ -48,31 +52,32 @@ class ShippedTask(Spec):
 
 
 class CustomTask(Spec):
-    """A task of one's own: JSON Lines whose fields a template makes into an input."""
+    """A task of the user's own: JSON Lines, and a template that turns their fields into inputs."""
 
     kind: Literal["files"] = "files"
     name: str = Field(pattern=_NAME)
-    """Letters, digits, `_`, `-` and `.`: it names files and figures."""
+    """Letters, digits, `_`, `-` and `.`, because the name is part of file names and metric names."""
     train: Places = ()
-    """Files or globs, from the current folder."""
+    """Files or globs to train on, relative to the current folder; several files are read in order."""
     validation: Places = ()
+    """Files or globs to validate on."""
     test: Places = ()
+    """Files or globs to test on."""
     input: str
-    """What the model reads, such as `classify: {text}`: each {field} is that field of a row."""
+    """Template of the input, such as `classify: {text}`: each {field} is replaced by that field of a row."""
     target: str
-    """The field of the right answer, or of a list of them."""
+    """Name of the field with the right answer, or with a list of right answers."""
     labels: Texts = ()
-    """All right answers there are; a number in the field counts them from 0. Absent: any text."""
+    """All possible right answers; a number in the target field is an index from 0. Without labels, any text is one."""
     metrics: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("exact_match",)
-    """By name; the task's score is their mean."""
+    """Names of metrics; the task's score is their mean."""
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
+    def _check(self) -> Self:
         if self.name in TASKS or self.name in SUITES:
             raise ValueError(f"name ({self.name}): a task or suite of that name ships: give yours another")
-        if len(set(self.labels)) < len(self.labels) or any(
-            label != label.strip() or not label for label in self.labels
-        ):
+        has_blank = any(label != label.strip() or not label for label in self.labels)
+        if has_blank or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels ({', '.join(map(repr, self.labels))}) must differ, without spaces around them")
         if set("{}") & set(_FIELD.sub("", self.input)):
             raise ValueError(f"input ({self.input!r}) has a brace that is no {{field}}: braces are for fields alone")
@@ -80,8 +85,8 @@ class CustomTask(Spec):
             raise ValueError(f"input ({self.input!r}) must hold a field of the rows, such as {{text}}")
         for name in self.metrics:
             if name not in METRICS:
-                near = difflib.get_close_matches(name, METRICS, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"The metrics are {', '.join(METRICS)}"
+                similar = difflib.get_close_matches(name, METRICS, n=1)
+                hint = f"Did you mean {similar[0]}?" if similar else f"The metrics are {', '.join(METRICS)}"
                 raise ValueError(f"metrics ({name}): no such metric. {hint}")
             metric = METRICS[name]
             if isinstance(metric, LabelMetric) and not metric.accepts(len(self.labels)):
@@ -91,73 +96,77 @@ class CustomTask(Spec):
         return self
 
     def tasks(self) -> tuple[Task, ...]:
+        """Return the one task that this defines."""
         fields = dict.fromkeys([*_FIELD.findall(self.input), self.target])
         metrics = tuple(METRICS[name].of_labels(self.labels)._replace(name=name) for name in self.metrics)
         chances = [100 / len(self.labels) if self.labels and metric.has_even_chance else 0.0 for metric in metrics]
-        return (
-            Task(
-                self.name,
-                FilesSource(self.train, self.validation, self.test, self.model_dump_json()),
-                tuple(fields),
-                self._examples,
-                metrics,
-                sum(chances) / len(chances),
-                self.labels,
-            ),
+        task = Task(
+            name=self.name,
+            source=FilesSource(self.train, self.validation, self.test, rules=self.model_dump_json()),
+            columns=tuple(fields),
+            examples=self._examples,
+            metrics=metrics,
+            chance=sum(chances) / len(chances),
+            labels=self.labels,
         )
+        return (task,)
 
     def _examples(self, row: Row, purpose: Purpose) -> Iterator[Example]:
-        filled = _FIELD.sub(lambda field: _text(row[field[1]], field[1]), self.input)
+        text = _FIELD.sub(lambda match: _text(row[match[1]], match[1]), self.input)
         targets = tuple(_answers(row[self.target], self.target, self.labels))
         if purpose == "training" and not targets:
             raise ValueError(f"{self.target}: holds no answer, and a row to train on needs one")
-        yield Example(filled, targets)
+        yield Example(text, targets)
 
 
 class TaskDataSpec(Spec):
-    """Where the rows of the tasks are, and how they become a batch."""
+    """The location of the tasks' data sets, and how their examples become batches."""
 
     folder: Place | None = None
-    """A folder with `SET/SPLIT.jsonl` and the hub's columns, from the current folder; absent: the hub."""
+    """Folder of data sets as `SET/SPLIT.jsonl` with the hub's columns; by default they are downloaded from the hub."""
     inputs_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
-    """Tokens of a row of inputs. Short examples share one; what is longer is cut at its end, and counted."""
+    """Tokens in a row of inputs. Short examples share a row. Longer ones are truncated, and the run counts them."""
     targets_length: int = Field(default=128, ge=2, le=MOST["row_tokens"])
-    """Tokens of a row of targets."""
+    """Tokens in a row of targets."""
     mixture: MixtureSpec = Proportional()
-    """By its `kind`: proportional (to the number of examples, with cap and temperature), equal."""
+    """Sampling rates of the tasks, by `kind`: `proportional` to the number of examples, or `equal`."""
 
 
-def _named_unless_said(value: object) -> object:
+def _expand_name(value: object) -> object:
+    """Return the mapping that a plain name abbreviates; other values are returned as they are."""
     return {"kind": "named", "name": value} if isinstance(value, str) else value
 
 
 TaskSpec = Annotated[
     ShippedTask | CustomTask,
     Field(discriminator="kind"),
-    BeforeValidator(_named_unless_said, json_schema_input_type=str | CustomTask),
+    BeforeValidator(_expand_name, json_schema_input_type=str | CustomTask),
 ]
-"""A name, or a mapping with `kind: files`."""
+"""The name of a task or suite, or a mapping with `kind: files`."""
 
 
-def names_twice(specs: Sequence[ShippedTask | CustomTask]) -> Iterator[str]:
-    """What is wrong with the names of tasks: of two of one's own only one would be there."""
-    own = [spec.name for spec in specs if isinstance(spec, CustomTask)]
-    for name in {name for name in own if own.count(name) > 1}:
+def duplicate_names(specs: Sequence[ShippedTask | CustomTask]) -> Iterator[str]:
+    """Yield an error message for each name that two custom tasks have, since a run has one task per name."""
+    custom = [spec.name for spec in specs if isinstance(spec, CustomTask)]
+    for name in {name for name in custom if custom.count(name) > 1}:
         yield f"tasks ({name}): two tasks of your own have this name: give one another"
 
 
 def suites_of(specs: Sequence[ShippedTask | CustomTask]) -> tuple[Suite, ...]:
-    """The suites that are named."""
+    """Return the suites that a recipe names."""
     return tuple(SUITES[spec.name] for spec in specs if isinstance(spec, ShippedTask) and spec.name in SUITES)
 
 
 def tasks_of(specs: Sequence[ShippedTask | CustomTask]) -> dict[str, Task]:
-    """All tasks by name, each once."""
+    """Return all tasks of a recipe by name, without duplicates."""
     return {task.name: task for spec in specs for task in spec.tasks()}
 
 
 def _answers(value: Any, field: str, labels: Sequence[str]) -> Iterator[str]:
-    for answer in value if isinstance(value, list) else [] if value is None else [value]:
+    """Yield the right answers in a field: a value, a list of values, or null for none. Raises ValueError."""
+    if value is None:
+        return
+    for answer in value if isinstance(value, list) else [value]:
         if labels and isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
             yield labels[answer]
         elif labels and _text(answer, field) not in labels:
@@ -167,6 +176,7 @@ def _answers(value: Any, field: str, labels: Sequence[str]) -> Iterator[str]:
 
 
 def _text(value: Any, field: str) -> str:
+    """Return a field's value as text. Raises ValueError unless it is text or a number."""
     if isinstance(value, Mapping | list) or value is None:
         raise ValueError(f"{field}: holds {value!r}, where text or a number is needed")
     return value if isinstance(value, str) else str(value)

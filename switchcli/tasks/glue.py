@@ -1,6 +1,6 @@
 """GLUE (Wang et al. 2018) in T5's formats: nine tasks, mismatched MNLI and the diagnostic set.
 
-T5 does not train on WNLI. It is scored through the format of WSC, by a model that learned WSC and DPR.
+T5 does not train on WNLI. WNLI is scored in the format of WSC, by a model that was trained on WSC and DPR.
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ import numpy as np
 
 from switchcli.tasks.columns import asked, text, value
 from switchcli.tasks.label_metrics import ACCURACY, PEARSON, REFERENT_ACCURACY, SPEARMAN, f1, matthews
-from switchcli.tasks.labelled_rows import SECRET, label_task, label_word, prefixed, referent_example
-from switchcli.tasks.pronoun import resolve
+from switchcli.tasks.label_tasks import SECRET, label_task, label_word, prefixed, referent_example
+from switchcli.tasks.pronouns import resolve
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 
 HUB = "nyu-mll/glue"
@@ -27,11 +27,15 @@ SCORES = tuple(f"{fifths / 5:.1f}" for fifths in range(26))
 
 
 def _stsb(row: Row, purpose: Purpose) -> Iterable[Example]:
-    """The score as text, rounded to the nearest fifth: in float32 and halves to the even fifth, as T5 does it."""
-    return asked(prefixed("stsb", row, SENTENCES, SENTENCES), _score(value(row, "label")), purpose)
+    """Ask for the similarity of two sentences, from 0.0 to 5.0 in steps of 0.2."""
+    return asked(prefixed("stsb", row, SENTENCES, SENTENCES), _rounded_score(value(row, "label")), purpose)
 
 
-def _score(label: object) -> tuple[str, ...]:
+def _rounded_score(label: object) -> tuple[str, ...]:
+    """Return the similarity as text, or () if it is secret.
+
+    It is rounded to the nearest fifth in float32, and halves are rounded to the even fifth, as in T5.
+    """
     if label == SECRET:
         return ()
     if not isinstance(label, int | float) or not 0 <= label <= 5:
@@ -40,10 +44,10 @@ def _score(label: object) -> tuple[str, ...]:
 
 
 def _wnli(row: Row, purpose: Purpose) -> Iterable[Example]:
-    """The premise with its pronoun marked; the phrase that the hypothesis puts there is the target, right or not."""
+    """Ask for the referent of the premise's pronoun; the target is the phrase in the hypothesis, right or wrong."""
     not_entailment, entailment = "False", "True"
-    judgement = label_word(row, (not_entailment, entailment))
-    return referent_example(*resolve(text(row, "sentence1"), text(row, "sentence2")), judgement, purpose)
+    judgment = label_word(row, (not_entailment, entailment))
+    return referent_example(*resolve(text(row, "sentence1"), text(row, "sentence2")), judgment, purpose)
 
 
 TASKS: tuple[Task, ...] = (
@@ -81,9 +85,9 @@ TASKS: tuple[Task, ...] = (
         columns=(*SENTENCES, "label"),
         examples=_wnli,
         metrics=(REFERENT_ACCURACY,),
-        chance=50,  # the answer is free, the judgement is one of two
+        chance=50,  # the answer is free, the judgment is one of two
     ),
-    # The diagnostic set has a test split alone, without labels; GLUE's score for it is a correlation.
+    # The diagnostic set has only a test split, without labels. GLUE scores it by a correlation.
     label_task(
         "ax",
         HubSource(HUB, "ax", "glue/ax", train=None, validation="test"),

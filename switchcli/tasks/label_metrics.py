@@ -1,13 +1,15 @@
-"""Scores of answers that are labels, numbers or referents, from 0 to 100 (correlations from -100), as T5 computes them.
+"""Metrics of answers that are labels, numbers or referents, as T5 computes them.
 
-A label is right as it stands: spaces around it do not count, its case does, as T5 compares the decoded text with the
-label. What is no label is the class -1: wrong, whatever the target is. A score that is not defined, as 0/0 or the
-correlation of a constant, is 0. Scores of free text are not here.
+Scores lie between 0 and 100, correlations between -100 and 100.
+An answer must equal the label in case, but spaces at its ends do not count. An answer that is not a label is wrong for
+every target; where a metric counts classes, it is one more class. A score that is not defined, such as 0/0 or a
+correlation with a constant, is 0. Metrics of free text are in `text_metrics`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +18,20 @@ from switchcli.tasks.task import AnsweredExample, LabelMetric, Metric
 from switchcli.tasks.text_metrics import by_unit
 
 Numbers = NDArray[np.float64]
-NO_NUMBER = -1.0
-"""What an answer without a number is read as (T5): it lies below the scale of STS-B, from 0 to 5."""
-DETERMINERS = {
+NO_NUMBER: Final = -1.0
+"""The value of an answer that is not a number, as in T5. It lies below STS-B's scale from 0 to 5."""
+DETERMINERS: Final = {
     *("a", "an", "the", "this", "that", "these", "those", "which", "whose", "my", "your", "his", "her", "our", "their"),
     *("each", "every", "few", "many", "much", "some"),
 }
 
 
-def _ratio(part: float, whole: float) -> float:
-    return 100 * float(part / whole) if whole else 0.0
+def _percentage(numerator: float, denominator: float) -> float:
+    return 100 * float(numerator / denominator) if denominator else 0.0
 
 
-def _share(units: Numbers) -> float:
-    return _ratio(units[:, 0].sum(), len(units))
+def _mean(units: Numbers) -> float:
+    return _percentage(units[:, 0].sum(), len(units))
 
 
 def _column(values: Sequence[bool]) -> Numbers:
@@ -43,77 +45,83 @@ def _is_right(answer: AnsweredExample) -> bool:
     return answer.prediction.strip() in [target.strip() for target in answer.example.targets]
 
 
-def _all_right(answered: Sequence[AnsweredExample]) -> Numbers:
-    return _column([all(map(_is_right, unit)) for unit in by_unit(answered)])
-
-
 ACCURACY = Metric(
     "accuracy",
     lambda answered: _column([_is_right(answer) for answer in answered]),
-    _share,
+    _mean,
     is_exact=True,
     has_even_chance=True,
 )
-"""The share of answers that are the target."""
-EXACT_MATCH_BY_UNIT = Metric("em", _all_right, _share, is_exact=True)
-"""The share of units whose answers are all right (MultiRC: of questions)."""
+"""The percentage of answers that are a target."""
+EXACT_MATCH_BY_UNIT = Metric(
+    "em", lambda answered: _column([all(map(_is_right, unit)) for unit in by_unit(answered)]), _mean, is_exact=True
+)
+"""The percentage of units whose answers are all right (MultiRC: of questions)."""
 
 
 # F1 and Matthews correlation
 
 
 def f1(negative: str, positive: str, name: str = "f1") -> Metric:
-    """F1 of `positive`, over all answers; those of one unit are drawn together.
+    """Return the F1 of the label `positive` over all answers.
 
-    An answer that is neither label counts as the wrong one of the two, as in T5: to a negative target it is a false
-    positive.
+    An answer that is neither label counts as the wrong one of the two, as in T5: it is a false positive if the target
+    is negative.
     """
 
     def counts(answer: AnsweredExample) -> tuple[bool, bool, bool]:
-        right, said = answer.example.targets[0].strip(), answer.prediction.strip()
-        hit = said == right
-        return hit and right == positive, not hit and right == negative, not hit and right == positive
+        target = answer.example.targets[0].strip()
+        is_hit = answer.prediction.strip() == target
+        return is_hit and target == positive, not is_hit and target == negative, not is_hit and target == positive
 
     def measure(answered: Sequence[AnsweredExample]) -> Numbers:
-        """[units, 3]: true positives, false positives, false negatives."""
+        """Return [units, 3]: true positives, false positives, false negatives."""
         return np.array([np.sum([counts(answer) for answer in unit], axis=0) for unit in by_unit(answered)], np.float64)
 
     def combine(units: Numbers) -> float:
-        hits, too_many, too_few = units.sum(axis=0)
-        return _ratio(2 * hits, 2 * hits + too_many + too_few)
+        true_positives, false_positives, false_negatives = units.sum(axis=0)
+        return _percentage(2 * true_positives, 2 * true_positives + false_positives + false_negatives)
 
     return Metric(name, measure, combine, has_even_chance=True)
 
 
-def _counts(labels: tuple[str, ...], answered: Sequence[AnsweredExample]) -> Numbers:
-    """[answers, 3 (k + 1)], for k labels and, last, what is none: whether each is hit, is right, is said."""
-    number = {label: index for index, label in enumerate(labels)}
+def _class_counts(labels: tuple[str, ...], answered: Sequence[AnsweredExample]) -> Numbers:
+    """Return [answers, 3 (k + 1)] for k labels and the class of answers that are not a label.
+
+    Each row is three one-hot vectors, concatenated: the class that target and answer share (all zeros if they differ),
+    the target's class, and the answer's class.
+    """
+    class_of = {label: index for index, label in enumerate(labels)}
     one_hot = np.eye(len(labels) + 1)
-    right = one_hot[[number[answer.example.targets[0].strip()] for answer in answered]]
-    said = one_hot[[number.get(answer.prediction.strip(), len(labels)) for answer in answered]]
-    return np.concatenate([right * said, right, said], axis=1)
+    target = one_hot[[class_of[answer.example.targets[0].strip()] for answer in answered]]
+    predicted = one_hot[[class_of.get(answer.prediction.strip(), len(labels)) for answer in answered]]
+    return np.concatenate([target * predicted, target, predicted], axis=1)
 
 
 def macro_f1(labels: tuple[str, ...]) -> Metric:
-    """The mean of the F1 of each label; a label neither right nor said anywhere has 0."""
+    """Return the mean of the labels' F1; a label that occurs neither as target nor as answer has 0."""
 
     def combine(units: Numbers) -> float:
-        hits, right, said = units.sum(axis=0).reshape(3, -1)[:, : len(labels)]
-        return float(np.mean([_ratio(2 * hit, both) for hit, both in zip(hits, right + said, strict=True)]))
+        # [3, k]: the counts of each label, without the class of answers that are not a label.
+        hits, target, predicted = units.sum(axis=0).reshape(3, -1)[:, : len(labels)]
+        return float(np.mean([_percentage(2 * hit, both) for hit, both in zip(hits, target + predicted, strict=True)]))
 
-    return Metric("macro_f1", lambda answered: _counts(labels, answered), combine, has_even_chance=True)
+    return Metric("macro_f1", lambda answered: _class_counts(labels, answered), combine, has_even_chance=True)
 
 
 def matthews(labels: tuple[str, ...]) -> Metric:
-    """Matthews correlation, for k labels Gorodkin's R_k; what is no label is one more class that is never right."""
+    """Return the Matthews correlation, which is Gorodkin's R_k for k labels (Gorodkin 2004).
+
+    Answers that are not a label are one more class, which is never the target.
+    """
 
     def combine(units: Numbers) -> float:
-        hits, right, said = units.sum(axis=0).reshape(3, -1)
-        total = right.sum()
-        spread = (total**2 - right @ right) * (total**2 - said @ said)
-        return _ratio(hits.sum() * total - right @ said, math.sqrt(spread))
+        hits, target, predicted = units.sum(axis=0).reshape(3, -1)  # [k + 1] each
+        total = target.sum()
+        variances = (total**2 - target @ target) * (total**2 - predicted @ predicted)
+        return _percentage(hits.sum() * total - target @ predicted, math.sqrt(variances))
 
-    return Metric("matthews", lambda answered: _counts(labels, answered), combine)
+    return Metric("matthews", lambda answered: _class_counts(labels, answered), combine)
 
 
 # Correlations of numbers
@@ -128,27 +136,28 @@ def _number(text: str) -> float:
 
 
 def _pairs(answered: Sequence[AnsweredExample]) -> Numbers:
-    """[answers, 2]: the target's number, so STS-B's rounded score as in T5, and the answer's."""
+    """Return [answers, 2]: the number in the target, which T5 rounds for STS-B, and the number in the answer."""
     return np.array([[_number(answer.example.targets[0]), _number(answer.prediction)] for answer in answered])
 
 
 def _correlation(x: Numbers, y: Numbers) -> float:
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
-    # Any finite numbers may come, as 1e308: brought to [-1, 1] first, no square of theirs overflows.
+    # Answers may be any finite numbers, such as 1e308. Scaling to [-1, 1] prevents that their squares overflow.
     x, y = (values / np.abs(values).max() for values in (x, y))
     x, y = x - x.mean(), y - y.mean()
-    return max(-100.0, min(100.0, _ratio(float(x @ y), float(np.linalg.norm(x) * np.linalg.norm(y)))))
+    return max(-100.0, min(100.0, _percentage(float(x @ y), float(np.linalg.norm(x) * np.linalg.norm(y)))))
 
 
 def _ranks(values: Numbers) -> Numbers:
-    """From 1; equal values have the mean of their ranks."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    """Return ranks from 1; equal values have the mean of their ranks."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # A distinct value that occurs c times, with n values up to and including it, has the ranks n - c + 1 to n.
+    return (np.cumsum(counts) - (counts - 1) / 2)[index]
 
 
 PEARSON = Metric("pearson", _pairs, lambda units: _correlation(units[:, 0], units[:, 1]))
-"""Of targets and answers read as numbers; see NO_NUMBER for those that are none, or are not finite."""
+"""Pearson's correlation of targets and answers, read as numbers; NO_NUMBER replaces what is not a finite number."""
 SPEARMAN = Metric("spearman", _pairs, lambda units: _correlation(_ranks(units[:, 0]), _ranks(units[:, 1])))
 """Pearson's correlation of the ranks."""
 
@@ -165,13 +174,13 @@ def names_referent(prediction: str, referent: str) -> bool | None:
     None means that no word of the prediction is left, as in an empty answer or `the`. Such an answer judges nothing, so
     it is wrong for every label: counting it as "does not name the referent" would make it right for each label `False`.
     """
-    said, meant = _without_determiners(prediction), _without_determiners(referent)
-    if not said:
+    predicted, expected = _without_determiners(prediction), _without_determiners(referent)
+    if not predicted:
         return None
-    if ("'" in said) != ("'" in meant):
+    if ("'" in predicted) != ("'" in expected):
         return False
-    said_words, meant_words = {*said.split(" ")}, {*meant.split(" ")}
-    return said_words <= meant_words or meant_words <= said_words
+    predicted_words, expected_words = {*predicted.split(" ")}, {*expected.split(" ")}
+    return predicted_words <= expected_words or expected_words <= predicted_words
 
 
 def _without_determiners(phrase: str) -> str:
@@ -179,16 +188,17 @@ def _without_determiners(phrase: str) -> str:
     return " ".join(word for word in phrase.strip().lower().split(" ") if word not in DETERMINERS)
 
 
-def _judged(answered: Sequence[AnsweredExample]) -> Numbers:
-    """[answers, 1]: 1 where the judgement is the label. T5 writes it 1, 0 or -1, for True, False and None."""
-    found = [str(names_referent(answer.prediction, answer.example.targets[0])) for answer in answered]
-    return _column([said == answer.example.label for said, answer in zip(found, answered, strict=True)])
+def _judgments(answered: Sequence[AnsweredExample]) -> Numbers:
+    """Return [answers, 1]: 1 if the judgment is the label. T5 writes judgments as 1, 0 and -1 for True, False, None."""
+    judged = [str(names_referent(answer.prediction, answer.example.targets[0])) for answer in answered]
+    return _column([judgment == answer.example.label for judgment, answer in zip(judged, answered, strict=True)])
 
 
-REFERENT_ACCURACY = Metric("accuracy", _judged, _share, is_exact=True)
-"""Whether the answer names the target is a judgement, `True` or `False`: the share that agrees with `Example.label`.
+REFERENT_ACCURACY = Metric("accuracy", _judgments, _mean, is_exact=True)
+"""The percentage of answers whose judgment agrees with `Example.label`.
 
-An answer without words, or with determiners only, agrees with neither."""
+The judgment is `True` if the answer names the target, else `False`. An answer without words, or with determiners only,
+agrees with neither label."""
 
 
 METRICS: Mapping[str, Metric | LabelMetric] = MappingProxyType(

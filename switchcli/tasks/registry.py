@@ -1,7 +1,8 @@
-"""Every task, metric and suite that ships, by name, collected from the modules of this package.
+"""All tasks, metrics and suites by name, collected from the modules of this package.
 
-A module contributes its TASKS (`tuple[Task, ...]`), METRICS (metrics by the name that a recipe gives them) and SUITES
-(`tuple[Suite, ...]`). So a new family of tasks is one new file. The order is alphabetical by module, then the module's.
+A module contributes its TASKS (`tuple[Task, ...]`), METRICS (a mapping from the name that recipes use to the metric)
+and SUITES (`tuple[Suite, ...]`). So a new family of tasks is one new file. The order is alphabetical by module, then
+the module's own.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from switchcli.tasks.task import LabelMetric, Metric, Task
 T = TypeVar("T")
 
 _READERS: Final = {"registry", "config"}
-"""Modules that use what is collected here, so they cannot contribute to it."""
+"""Modules that use the collection, so they cannot contribute to it."""
 
 
 def _modules() -> Iterator[ModuleType]:
@@ -26,9 +27,9 @@ def _modules() -> Iterator[ModuleType]:
             yield importlib.import_module(f"switchcli.tasks.{name}")
 
 
-def _by_name(found: Iterable[tuple[str, T]]) -> Mapping[str, T]:
+def _by_name(definitions: Iterable[tuple[str, T]]) -> Mapping[str, T]:
     by_name: dict[str, T] = {}
-    for name, value in found:
+    for name, value in definitions:
         assert name not in by_name, f"switchcli.tasks: two definitions have the name {name}: rename one of them"
         by_name[name] = value
     return MappingProxyType(by_name)

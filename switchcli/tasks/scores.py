@@ -1,116 +1,122 @@
-"""Scores: what a task's answers are worth, how sure that is, and what answering without a model would be worth.
+"""Scores of a task's answers, with confidence intervals and the scores of baselines without a model.
 
-All figures go to 100: shares from 0, correlations from -100. The intervals tell the spread from the choice of examples,
-and not that from the seed of a training.
+All values go up to 100: fractions start at 0, correlations at -100. The intervals show the variance from the choice of
+examples. They do not show the variance between training runs with different seeds.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.tasks.task import AnsweredExample, Metric, Task
 
-PERCENTILES = (2.5, 97.5)
+PERCENTILES: Final = (2.5, 97.5)
 
 
 class Score(NamedTuple):
-    """A score and its 95 % interval: percentiles of a bootstrap that draws units again."""
+    """A score and its 95 % confidence interval, from the percentiles of a bootstrap over units."""
 
     value: float
     low: float | None
     high: float | None
-    """None where drawing again changes nothing: all units alike, or one alone, tell no spread."""
+    """None if every resample has the same score, because all units are equal or there is only one."""
 
 
 class Scores(NamedTuple):
-    """All that is told of a task's answers."""
+    """All results of a task's answers."""
 
     task: str
     score: Score | None
-    """The mean of the task's metrics, drawn together; None where no example is labelled."""
+    """The mean of the task's metrics on the same resamples; None if no example is labeled."""
     metrics: dict[str, Score]
     beside: dict[str, Score]
-    """Metrics that have no weight in the score."""
+    """Metrics that do not count in the score."""
     num_examples: int
     num_units: int
     num_unlabelled: int
-    """Examples whose answer the set keeps secret, which are in no other number but `malformed`."""
+    """Number of examples whose answer the benchmark keeps secret. Only `malformed` includes them."""
     malformed: float | None
-    """The share of answers that are none of the labels; None for free text and for no answer at all."""
+    """Percentage of answers that are not one of the labels; None for free text and if there are no answers."""
     chance: float
     majority: float | None
-    """The score of always answering what is most often the first target of these very examples."""
+    """The score of always answering the most frequent first target of these examples."""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values by name."""
-        plain = self._asdict()
-        plain["score"] = self.score and self.score._asdict()
+        """Return the fields as plain values by name."""
+        fields = self._asdict()
+        fields["score"] = self.score and self.score._asdict()
         for key in ("metrics", "beside"):
-            plain[key] = {name: score._asdict() for name, score in plain[key].items()}
-        return plain
+            fields[key] = {name: score._asdict() for name, score in fields[key].items()}
+        return fields
 
 
 def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, seed: int = 0) -> Scores:
-    """The scores of a task's answers; the same answers, draws and seed give the same scores."""
-    labelled = [each for each in answered if each.example.targets]
-    wrong = [each.prediction.strip() not in task.labels for each in answered]
-    malformed = 100 * sum(wrong) / len(wrong) if wrong and task.labels else None
-    counts = (len(labelled), len(answered) - len(labelled))
-    if not labelled:
-        return Scores(task.name, None, {}, {}, counts[0], 0, counts[1], malformed, task.chance, None)
-    every = (*task.metrics, *task.beside)
-    numbers = [metric.measure(labelled) for metric in every]
-    num_units = len(numbers[0])
-    assert {len(of) for of in numbers} == {num_units}, f"{task.name}: the metrics do not agree on what a unit is"
-    values = _combined(every, numbers)
+    """Return the scores of a task's answers. They depend only on the arguments.
+
+    Args:
+        draws: number of bootstrap resamples.
+    """
+    labeled = [answer for answer in answered if answer.example.targets]
+    malformed = None
+    if answered and task.labels:
+        num_malformed = sum(answer.prediction.strip() not in task.labels for answer in answered)
+        malformed = 100 * num_malformed / len(answered)
+    num_unlabeled = len(answered) - len(labeled)
+    if not labeled:
+        return Scores(task.name, None, {}, {}, 0, 0, num_unlabeled, malformed, task.chance, None)
+    measured = [metric.measure(labeled) for metric in task.all_metrics]  # [units, numbers] for each metric
+    num_units = len(measured[0])
+    assert {len(units) for units in measured} == {num_units}, f"{task.name}: the metrics do not agree on what a unit is"
     rng = np.random.default_rng(seed)
-    drawn = [_combined(every, numbers, rng.integers(num_units, size=num_units)) for _ in range(draws)]
-    table = np.array([values, *drawn])
-    weighty = len(task.metrics)
-    scores = {metric.name: _interval(table[:, at]) for at, metric in enumerate(every)}
-    names = [metric.name for metric in every]
+    values = [_combine(task.all_metrics, measured)]
+    for _ in range(draws):
+        # All metrics use the same resample of units, so the interval of their mean accounts for their correlation.
+        resample = rng.integers(num_units, size=num_units)
+        values.append(_combine(task.all_metrics, [units[resample] for units in measured]))
+    table = np.array(values)  # [1 + draws, metrics]; row 0 is the score itself
+    num_counted = len(task.metrics)
+    scores = {metric.name: _with_interval(table[:, index]) for index, metric in enumerate(task.all_metrics)}
     return Scores(
         task=task.name,
-        score=_interval(table[:, :weighty].mean(1)),
-        metrics={name: scores[name] for name in names[:weighty]},
-        beside={name: scores[name] for name in names[weighty:]},
-        num_examples=counts[0],
+        score=_with_interval(table[:, :num_counted].mean(axis=1)),
+        metrics={metric.name: scores[metric.name] for metric in task.metrics},
+        beside={metric.name: scores[metric.name] for metric in task.beside},
+        num_examples=len(labeled),
         num_units=num_units,
-        num_unlabelled=counts[1],
+        num_unlabelled=num_unlabeled,
         malformed=malformed,
         chance=task.chance,
-        majority=_majority(task, labelled),
+        majority=_majority_score(task, labeled),
     )
 
 
 def is_right(task: Task, answer: AnsweredExample) -> bool | None:
-    """Return whether an answer by itself is right, by the task's first exact metric; None if the task has none."""
-    exact = next((metric for metric in (*task.metrics, *task.beside) if metric.is_exact), None)
+    """Return whether one answer is right by the task's first exact metric; None if the task has no exact metric."""
+    exact = next((metric for metric in task.all_metrics if metric.is_exact), None)
     if exact is None:
         return None
     return exact.combine(exact.measure([answer])) == 100.0
 
 
-def _combined(
-    metrics: Sequence[Metric], numbers: Sequence[NDArray[np.float64]], units: NDArray[np.int64] | slice = slice(None)
-) -> list[float]:
-    return [metric.combine(of[units]) for metric, of in zip(metrics, numbers, strict=True)]
+def _combine(metrics: Sequence[Metric], measured: Sequence[NDArray[np.float64]]) -> list[float]:
+    return [metric.combine(units) for metric, units in zip(metrics, measured, strict=True)]
 
 
-def _interval(column: NDArray[np.float64]) -> Score:
-    """The first of a column is the score, the others are drawn. Of few units all draws may lie on one side of it."""
+def _with_interval(column: NDArray[np.float64]) -> Score:
+    """Return the score in element 0 with its interval from the resamples in the other elements."""
     value = float(column[0])
     if np.ptp(column) == 0.0:
         return Score(value, None, None)
     low, high = np.percentile(column[1:], PERCENTILES)
+    # With few units, all resamples may lie on one side of the score. The interval includes the score even then.
     return Score(value, min(value, float(low)), max(value, float(high)))
 
 
-def _majority(task: Task, labelled: Sequence[AnsweredExample]) -> float:
-    """Of targets equally frequent, the one that comes first."""
-    [(most, _)] = Counter(each.example.targets[0] for each in labelled).most_common(1)
-    constant = [AnsweredExample(each.example, most) for each in labelled]
+def _majority_score(task: Task, labeled: Sequence[AnsweredExample]) -> float:
+    """Return the score of always answering the most frequent first target. On a tie, the first one counts."""
+    [(most_frequent, _)] = Counter(answer.example.targets[0] for answer in labeled).most_common(1)
+    constant = [AnsweredExample(answer.example, most_frequent) for answer in labeled]
     return float(np.mean([metric.combine(metric.measure(constant)) for metric in task.metrics]))

@@ -1,8 +1,8 @@
 """Two tasks from the standard library of the running Python, with nothing to download (this project's own).
 
-`python_modules`: which module is a docstring from? `python_docstrings`: sum a function up in the first line of its
-docstring. Of definitions that look alike the first alone is kept, so that none is trained on and validated on too; a
-tenth validates, chosen by the hash of the qualified name.
+`python_modules` asks which module a docstring is from. `python_docstrings` asks for the first line of a function's
+docstring. Of similar definitions only the first is kept, so that none is in both splits. A tenth of the rows validates,
+chosen by the hash of the qualified name.
 """
 
 import ast
@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources.document import is_held_out
@@ -28,55 +28,58 @@ from switchcli.tasks.task import EmbeddedSource, Example, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, rouge1, rouge2, rouge_lsum
 
 Split = Literal["train", "validation"]
-Named = tuple[str, Row]
-"""A row and the qualified name of what it is made of."""
-HELD_OUT = 0.1
-ALIKE_WORDS = 8
-"""Texts with the same first words are alike."""
-MIN_WORDS = 4
-"""A shorter docstring tells too little."""
-MAX_SOURCE = 1_500
-"""Characters; of a longer function a model would not see the end."""
-MODULES = (
+NamedRow = tuple[str, Row]
+"""The qualified name of a definition, and the row that is made from it."""
+HELD_OUT: Final = 0.1
+SIMILAR_WORDS: Final = 8
+"""Texts whose first words are equal, up to this number, count as similar."""
+MIN_WORDS: Final = 4
+"""Shorter docstrings say too little."""
+MAX_SOURCE: Final = 1_500
+"""Maximum length of a function's source, in characters, so that it fits into a row of inputs."""
+MODULES: Final = (
     *("asyncio", "collections", "configparser", "datetime", "decimal", "doctest", "email", "encodings", "enum", "http"),
     *("imaplib", "importlib", "inspect", "ipaddress", "logging", "mailbox", "multiprocessing", "pathlib", "pdb"),
     *("pydoc", "smtplib", "ssl", "statistics", "tarfile", "threading", "typing", "unittest", "urllib", "wsgiref"),
     *("xml", "xmlrpc", "zipfile"),
 )
-"""Those with many docstrings in each Python from 3.11 on, without what distributions leave out (tkinter). A fixed list:
-models of two Pythons have the same answers, and no file is read before rows are asked for."""
-_NAMES = re.compile("|".join(sorted(MODULES, key=len, reverse=True)), re.IGNORECASE)
+"""Modules that have many docstrings in every Python from 3.11 on, without those that distributions leave out (tkinter).
+
+The list is fixed, so that models from two versions of Python have the same labels, and so that no file is read before
+rows are needed."""
+_NAMES: Final = re.compile("|".join(sorted(MODULES, key=len, reverse=True)), re.IGNORECASE)
 
 
-# Which module?
+# python_modules
 
 
 def module_rows(split: Split) -> Iterator[Row]:
-    """Columns `module` and `docstring`, in order of file and place."""
-    return _of(split, _modules())
+    """Yield rows with the columns `module` and `docstring`, in order of file and position."""
+    return _rows_of(split, _modules())
 
 
-def _modules() -> Iterator[Named]:
+def _modules() -> Iterator[NamedRow]:
     root, seen = library_root(), set[str]()
     for path in module_paths(root):
         module = _top_level(path.relative_to(root))
         if module not in MODULES:
             continue
         for name, _, docstring in iter_docstrings(parse_source(path.read_bytes())):
-            if len(docstring.split()) >= MIN_WORDS and _is_new(seen, _start(without_names(docstring))):
-                yield _name(root, path, name), {"module": module, "docstring": docstring}
+            if len(docstring.split()) >= MIN_WORDS and _is_new(seen, _first_words(without_names(docstring))):
+                yield _qualified_name(root, path, name), {"module": module, "docstring": docstring}
 
 
 def without_names(docstring: str) -> str:
-    """The text with `_` for the name of each of MODULES, in any case and within words (`EmailMessage` is `_Message`).
+    """Return the text with `_` in place of the name of each of MODULES.
 
-    All names go, and not the right one alone: so a gap does not say that the answer stood there.
+    Names are replaced in any case and inside words (`EmailMessage` becomes `_Message`). All names are replaced, not
+    only the right one, so that a gap does not show where the answer was.
     """
     return _NAMES.sub("_", docstring)
 
 
 def _top_level(path: Path) -> str:
-    """`email` of `email/message.py`, `decimal` of `_pydecimal.py`."""
+    """Return the module's name: `email` for `email/message.py`, `decimal` for `_pydecimal.py`."""
     return path.parts[0].removesuffix(".py").removeprefix("_py")
 
 
@@ -87,18 +90,19 @@ def _module_examples(row: Row, purpose: Purpose) -> Iterator[Example]:
     return asked(f"python_modules docstring: {without_names(text(row, 'docstring'))}", (module,), purpose)
 
 
-# What does it do?
+# python_docstrings
 
 
 def docstring_rows(split: Split) -> Iterator[Row]:
-    """Columns `source`, without the docstring and what stands before `def`, and `summary`, in order of file and place.
+    """Yield rows with the columns `source` and `summary`, in order of file and position.
 
-    Only where the docstring's first line is a whole paragraph, and where no other docstring stands in the source.
+    `source` is a function without its docstring and decorators. Functions are skipped if the docstring's first line is
+    not a paragraph of its own, or if the source contains another docstring.
     """
-    return _of(split, _functions())
+    return _rows_of(split, _functions())
 
 
-def _functions() -> Iterator[Named]:
+def _functions() -> Iterator[NamedRow]:
     root, seen = library_root(), set[str]()
     for path in module_paths(root):
         lines = source_text(path).replace("\r", "\n").split("\n")
@@ -108,17 +112,23 @@ def _functions() -> Iterator[Named]:
                 continue
             source, body = _without_docstring(node, lines)
             fits = body and len(source) <= MAX_SOURCE and len(summary.split()) >= MIN_WORDS and summary not in source
-            if fits and _is_new(seen, _start(summary), body):
-                yield _name(root, path, name), {"source": source, "summary": summary.strip()}
+            if fits and _is_new(seen, _first_words(summary), body):
+                yield _qualified_name(root, path, name), {"source": source, "summary": summary.strip()}
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str]:
-    """A function's source and the part of it after the docstring; empty where that part is, or cannot be told apart."""
+    """Return a function's source without its docstring, and the part of it after the docstring.
+
+    Both are empty if nothing comes after the docstring, if the docstring shares a line with other code, or if the rest
+    contains a docstring.
+    """
     docstring, *body = node.body
     end = docstring.end_lineno or docstring.lineno
-    inner = any(found for inside in body for found in iter_docstrings(ast.Module([inside], [])))
-    alone = not lines[docstring.lineno - 1][: docstring.col_offset].strip() and body and body[0].lineno > end
-    if inner or not alone:
+    has_inner_docstring = any(True for statement in body for _ in iter_docstrings(ast.Module([statement], [])))
+    # Line numbers of the syntax tree start at 1, indices of `lines` at 0.
+    starts_line = not lines[docstring.lineno - 1][: docstring.col_offset].strip()
+    ends_line = body and body[0].lineno > end
+    if has_inner_docstring or not starts_line or not ends_line:
         return "", ""
     after = lines[end : node.end_lineno]
     source = lines[node.lineno - 1 : docstring.lineno - 1] + after
@@ -129,32 +139,32 @@ def _docstring_examples(row: Row, purpose: Purpose) -> Iterator[Example]:
     return asked(f"python_docstrings source: {text(row, 'source')}", answers([text(row, "summary")]), purpose)
 
 
-# Both
+# Both tasks
 
 
-def _start(sentence: str) -> str:
-    """What texts that are alike have in common: their first words, without case, digits and punctuation."""
-    return " ".join(re.findall("[a-z]+", sentence.lower())[:ALIKE_WORDS])
+def _first_words(sentence: str) -> str:
+    """Return the first SIMILAR_WORDS words in lower case, without digits and punctuation."""
+    return " ".join(re.findall("[a-z]+", sentence.lower())[:SIMILAR_WORDS])
 
 
 def _is_new(seen: set[str], *keys: str) -> bool:
-    """Whether none of the keys was seen before; from now on all are."""
-    new = seen.isdisjoint(keys)
+    """Return whether no key was seen before, and add all of them to `seen`."""
+    is_new = seen.isdisjoint(keys)
     seen.update(keys)
-    return new
+    return is_new
 
 
-def _name(root: Path, path: Path, name: str) -> str:
+def _qualified_name(root: Path, path: Path, name: str) -> str:
     return f"{path.relative_to(root).as_posix()} {name}"
 
 
-def _of(split: Split, found: Iterable[Named]) -> Iterator[Row]:
-    return (row for name, row in found if is_held_out(name, HELD_OUT) == (split == "validation"))
+def _rows_of(split: Split, named_rows: Iterable[NamedRow]) -> Iterator[Row]:
+    return (row for name, row in named_rows if is_held_out(name, HELD_OUT) == (split == "validation"))
 
 
 def _fingerprint(digests: Digests) -> str:
     rules = repr(
-        (PythonStdlib(sources=True).fingerprint(digests), HELD_OUT, ALIKE_WORDS, MIN_WORDS, MAX_SOURCE, MODULES)
+        (PythonStdlib(sources=True).fingerprint(digests), HELD_OUT, SIMILAR_WORDS, MIN_WORDS, MAX_SOURCE, MODULES)
     )
     return f"python-stdlib tasks {hashlib.sha256(rules.encode()).hexdigest()}"
 

@@ -1,6 +1,6 @@
-"""Suites: tasks that are reported together, and the mean that their benchmark prescribes. A suite may hold suites.
+"""Suites of tasks that are reported together, with the mean that their benchmark prescribes.
 
-Tasks are named here and defined in the files of their families.
+A suite refers to tasks by name, so it does not import their modules. Suites may contain suites.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,40 +8,43 @@ from typing import NamedTuple, Union
 
 
 class Suite(NamedTuple):
-    """Tasks, or suites that weigh as much as one task."""
+    """A group of tasks and of inner suites; an inner suite has the weight of one task."""
 
     name: str
     members: tuple[Union[str, "Suite"], ...]
     trained_too: tuple[str, ...] = ()
-    """Tasks that are trained on with these, and have no part in the mean."""
+    """Tasks that are trained on with the members and do not count in the mean."""
 
     def tasks(self) -> tuple[str, ...]:
-        """The names of all tasks that are scored, in order."""
-        inner = ((member,) if isinstance(member, str) else member.tasks() for member in self.members)
-        return tuple(name for names in inner for name in names)
+        """Return the names of all scored tasks, those of inner suites included, in order."""
+        names: list[str] = []
+        for member in self.members:
+            names += (member,) if isinstance(member, str) else member.tasks()
+        return tuple(names)
 
     def mean(self, scores: Mapping[str, float]) -> float | None:
-        """The mean over the members of each one's score, by the names of tasks; None where one is missing: a mean over
-        fewer tasks would be called the same and be another thing."""
-        parts = self.parts(scores).values()
-        known = [part for part in parts if part is not None]
-        return sum(known) / len(known) if len(known) == len(self.members) else None
+        """Return the mean of the members' scores, given the scores by task name.
+
+        The result is None if a score is missing, since a mean over fewer tasks is not the benchmark's.
+        """
+        values = [value for value in self.parts(scores).values() if value is not None]
+        return sum(values) / len(values) if len(values) == len(self.members) else None
 
     def parts(self, scores: Mapping[str, float]) -> dict[str, float | None]:
-        """The score of each member by its name: a row of the paper's Table 5."""
-        found: dict[str, float | None] = {}
+        """Return the score of each member by its name, as in a row of the Switch paper's Table 5."""
+        by_member: dict[str, float | None] = {}
         for member in self.members:
             if isinstance(member, str):
-                found[member] = scores.get(member)
+                by_member[member] = scores.get(member)
             else:
-                found[member.name] = member.mean(scores)
-        return found
+                by_member[member.name] = member.mean(scores)
+        return by_member
 
 
 MNLI = Suite("mnli", ("mnli", "mnli_mismatched"))
-"""Matched and mismatched are one task."""
+"""Matched and mismatched MNLI, which count as one task."""
 GLUE = Suite("glue", ("cola", "sst2", "mrpc", "qqp", "stsb", MNLI, "qnli", "rte"))
-"""Without WNLI, as T5 has it: its training set misleads."""
+"""GLUE without WNLI, as in T5, because WNLI's training set misleads."""
 SUPER_GLUE = Suite(
     "super_glue", ("boolq", "cb", "copa", "multirc", "record", "superglue_rte", "wic", "wsc"), trained_too=("dpr",)
 )
@@ -54,19 +57,21 @@ PAPER = Suite(
     ),
     trained_too=("dpr",),
 )
-"""The columns of Table 5. The paper gives no mean over them."""
+"""The columns of the Switch paper's Table 5. The paper gives no mean over them."""
 SUITES: tuple[Suite, ...] = (GLUE, SUPER_GLUE, CLOSED_BOOK_QA, PAPER)
 
 
 def average(scores: Mapping[str, float], suites: Iterable[Suite]) -> float:
     """Return the mean of one or more tasks' scores, by the benchmarks' rules.
 
-    MNLI counts once. Tasks that `suites` only train on (`trained_too`) do not count, unless there are no others.
+    The two sets of MNLI count once. Tasks that `suites` only train on (`trained_too`) do not count, unless there are
+    no others.
     """
-    helpers = {name for suite in suites for name in suite.trained_too}
-    counted = [name for name in scores if name not in helpers] or list(scores)
-    whole = [MNLI] if set(MNLI.tasks()) <= set(counted) else []
-    alone = [name for name in counted if not whole or name not in MNLI.tasks()]
-    mean = Suite("average", (*alone, *whole)).mean(scores)
+    only_trained = {name for suite in suites for name in suite.trained_too}
+    counted = [name for name in scores if name not in only_trained] or list(scores)
+    members: list[str | Suite] = list(counted)
+    if set(MNLI.tasks()) <= set(counted):
+        members = [*(name for name in counted if name not in MNLI.tasks()), MNLI]
+    mean = Suite("average", tuple(members)).mean(scores)
     assert mean is not None
     return mean

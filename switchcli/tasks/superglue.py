@@ -1,6 +1,6 @@
 """SuperGLUE (Wang et al. 2019) in T5's formats, its diagnostic sets, and Definite Pronoun Resolution, which T5 adds.
 
-Its RTE is `superglue_rte`: the same sentences as GLUE's, under other keys.
+SuperGLUE's RTE is `superglue_rte`. It has the sentences of GLUE's RTE under different keys.
 """
 
 import re
@@ -9,8 +9,8 @@ from reprlib import repr as short
 
 from switchcli.tasks.columns import answers, asked, text, texts, value
 from switchcli.tasks.label_metrics import ACCURACY, EXACT_MATCH_BY_UNIT, REFERENT_ACCURACY, f1, macro_f1, matthews
-from switchcli.tasks.labelled_rows import label_task, label_word, prefixed, referent_example
-from switchcli.tasks.pronoun import mark_first, mark_word
+from switchcli.tasks.label_tasks import label_task, label_word, prefixed, referent_example
+from switchcli.tasks.pronouns import mark_first, mark_word
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, squad_em, squad_f1
 
@@ -24,29 +24,33 @@ MULTIRC = ("question", "answer", "paragraph")
 
 
 def _multirc(row: Row, purpose: Purpose) -> Iterable[Example]:
-    """An answer to judge. Its question is its unit, numbered within its paragraph; of the markup, <br> and <b> go."""
+    """Ask whether an answer to a question is right. The question is the unit; <br>, <b> and </b> are removed."""
     question = re.sub("</?b>", "", prefixed("multirc", row, MULTIRC, MULTIRC).replace("<br>", " "))
     unit = f"{value(row, 'idx.paragraph')}/{value(row, 'idx.question')}"
     return (example._replace(unit=unit) for example in asked(question, label_word(row, FALSE_TRUE), purpose))
 
 
 def _record(row: Row, purpose: Purpose) -> Iterable[Example]:
-    """A query whose @placeholder is one of the entities: an example for each right answer in training, one in scoring.
+    """Ask which entity the @placeholder of a query stands for.
 
-    A line that begins a highlight of the news article ends the sentence before it, by a full stop if that has no end.
+    To train on, each right answer is an example; in scoring, all of them are the targets of one example. The passage
+    ends with highlights of the news article, one after each line `@highlight`. These lines are removed, and a sentence
+    before them that has no final punctuation gets a full stop.
     """
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", text(row, "passage")).replace("\n@highlight\n", ". ")
     entities = ", ".join(texts(row, "entities"))
     question = f"record query: {text(row, 'query')} entities: {entities} passage: {passage}"
-    right = answers(texts(row, "answers"))
-    targets = [(answer,) for answer in right] if purpose == "training" else [right]
-    return [Example(question, each) for each in targets]
+    targets = answers(texts(row, "answers"))
+    if purpose == "training":
+        return [Example(question, (target,)) for target in targets]
+    return [Example(question, targets)]
 
 
 def _wsc(row: Row, purpose: Purpose) -> Iterable[Example]:
-    """A pronoun to resolve: the proposed phrase is the target, and `label` says if that is right.
+    """Ask for the referent of a pronoun. The target is the proposed phrase, and the label says whether it is right.
 
-    Only right ones train. The model answers freely and is judged by whether it names the proposed phrase.
+    Only right proposals are trained on. The model's answer is free text, and its judgment is whether it names the
+    proposed phrase.
     """
     index = value(row, "span2_index")
     if not isinstance(index, int):
@@ -56,12 +60,12 @@ def _wsc(row: Row, purpose: Purpose) -> Iterable[Example]:
 
 
 def _dpr(row: Row, purpose: Purpose) -> Iterable[Example]:
-    """A pronoun to resolve, with the right one of two phrases as the target."""
+    """Ask for the referent of a pronoun. The target is the right one of two phrases."""
     candidates = texts(row, "candidates")
     if len(candidates) != 2:
         raise ValueError(f"candidates: {len(candidates)} texts where there should be 2")
-    right = answers(label_word(row, candidates))
-    return asked(mark_first(text(row, "sentence"), text(row, "pronoun")), right, purpose)
+    targets = answers(label_word(row, candidates))
+    return asked(mark_first(text(row, "sentence"), text(row, "pronoun")), targets, purpose)
 
 
 def _source(config: str) -> HubSource:
@@ -69,7 +73,7 @@ def _source(config: str) -> HubSource:
 
 
 def _diagnostic(config: str) -> HubSource:
-    """Its one split, `test`, stands for validation too: what labels there are can be scored."""
+    """Return a diagnostic set, whose only split `test` is used for validation too, so that its labels can be scored."""
     return HubSource(HUB, config, f"super_glue/{config}", train=None, validation="test")
 
 
@@ -83,7 +87,7 @@ TASKS: tuple[Task, ...] = (
         columns=(*MULTIRC, "idx", "label"),
         examples=_multirc,
         metrics=(f1(*FALSE_TRUE, name="f1a"), EXACT_MATCH_BY_UNIT),
-        # All answers to a question are right for 5.8 % of the questions of the validation set; F1 as in `labelled`.
+        # Random answers get all answers right for 5.8 % of the questions of the validation set. F1 as in `label_task`.
         chance=(50 + 5.8) / 2,
         labels=FALSE_TRUE,
     ),
@@ -103,9 +107,9 @@ TASKS: tuple[Task, ...] = (
         columns=("text", "span1_text", "span2_index", "span2_text", "label"),
         examples=_wsc,
         metrics=(REFERENT_ACCURACY,),
-        chance=50,  # the answer is free, the judgement is one of two
+        chance=50,  # the answer is free, the judgment is one of two
     ),
-    # Trained on with WSC, whose own right phrases are 259; of no weight in the benchmark.
+    # Trained on with WSC, which has only 259 right phrases. It does not count in the benchmark's score.
     Task(
         "dpr",
         HubSource(

@@ -1,9 +1,12 @@
-"""A task as ids: its training examples in the cache, and those that it is scored on, in batches of a like length."""
+"""Tokenized tasks: packed training rows from the cache, and the examples to score in batches of similar length.
+
+Legend  B examples of a batch  S source positions  T target positions
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +23,12 @@ from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, fingerprint, read_examples
 from switchcli.tasks.task import Example, Task
 
-FORMAT = 2  # raise when the same key would come to mean other ids
+FORMAT: Final = 2
+"""Version of the cached files. It must increase whenever the same cache key would give different ids."""
 INPUTS, TARGETS = "inputs", "targets"
-CHUNK_EXAMPLES = 1024
-BUCKET = 16
-"""Inputs are padded to a multiple of it."""
+CHUNK_EXAMPLES: Final = 1024
+BUCKET: Final = 16
+"""Inputs and targets to score are padded to a multiple of this number of tokens."""
 
 
 class PackedTask(NamedTuple):
@@ -32,11 +36,11 @@ class PackedTask(NamedTuple):
 
     packed: PackedExamples
     identity: str
-    """A digest of the ids themselves."""
+    """A digest of the token ids."""
     num_bytes: int
-    """Their bytes on disk."""
+    """Size of the files on disk, in bytes."""
     check: Callable[[], None]
-    """Raises DataError if rows that were read are not what was prepared; see `Verified.check`."""
+    """Raise DataError if rows that were read differ from what was prepared; see `VerifiedFolder.check`."""
 
 
 def packed_task(
@@ -50,41 +54,49 @@ def packed_task(
     warn: Callable[[str], None] = lambda text: None,
     before: int = 0,
 ) -> PackedTask:
-    """Return the task's training split, from the cache if it is there. Raises DataError as `examples` does.
+    """Return the task's training split as packed rows, from the cache or by building the cache entry.
 
-    `before` are the bytes of the tasks that come before it: together up to IN_MEMORY_BYTES are held in memory. `warn`
-    is called with a line for each file that changed since the split was prepared.
+    Args:
+        folder: a folder of data sets as `FOLDER/SPLIT.jsonl`; None for the hub.
+        seed: determines the order in which examples are packed.
+        warn: called with a line for each file that changed since the split was prepared.
+        before: bytes of the tasks that were packed before this one. All tasks together hold up to IN_MEMORY_BYTES in
+            memory.
+
+    Raises:
+        DataError: the split cannot be read; see `read_examples`.
     """
     digests = Digests(cache, track=track, warn=warn)
-    parts = [str(FORMAT), task.name, fingerprint(task, "train", folder, digests), tokenizer.sha256, LAYOUT]
-    place = cache / "tasks" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    key_parts = [str(FORMAT), task.name, fingerprint(task, "train", folder, digests), tokenizer.sha256, LAYOUT]
+    entry = cache / "tasks" / hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:32]
 
-    def build(built: Path) -> None:
-        built.mkdir()
-        found = read_examples(task, "train", "training", folder)
+    def build(temporary: Path) -> None:
+        temporary.mkdir()
+        examples = read_examples(task, "train", "training", folder)
         with (
-            StoreWriter(built, INPUTS, tokenizer.vocab_size) as inputs,
-            StoreWriter(built, TARGETS, tokenizer.vocab_size) as targets,
+            StoreWriter(temporary, INPUTS, tokenizer.vocab_size) as inputs,
+            StoreWriter(temporary, TARGETS, tokenizer.vocab_size) as targets,
         ):
-            starts = range(0, len(found), CHUNK_EXAMPLES)
-            for start in track(starts, f"tokenising {task.name}, in thousands", len(starts)):
-                chunk = found[start : start + CHUNK_EXAMPLES]
-                for writer, texts in (
-                    (inputs, [one.input for one in chunk]),
-                    (targets, [one.targets[0] for one in chunk]),
-                ):
-                    for ids in tokenizer.encode_batch(texts):
-                        writer.add(np.append(ids, EOS), starts_document=True)
+            starts = range(0, len(examples), CHUNK_EXAMPLES)
+            for start in track(starts, f"tokenizing {task.name}, in thousands", len(starts)):
+                chunk = examples[start : start + CHUNK_EXAMPLES]
+                _write(inputs, tokenizer, [example.input for example in chunk])
+                _write(targets, tokenizer, [example.targets[0] for example in chunk])
         arrays = inputs.arrays | targets.arrays
-        write_manifest(built, {"format": FORMAT, "task": task.name, "examples": len(found), "arrays": arrays})
+        write_manifest(temporary, {"format": FORMAT, "task": task.name, "examples": len(examples), "arrays": arrays})
 
-    with get_or_build(place, build):
-        facts = read_manifest(place)
-        assert facts is not None, "sealed"
-        size = manifest_bytes(facts)
-        verified = VerifiedFolder(place, facts["files"], in_memory=before + size <= IN_MEMORY_BYTES)
+    with get_or_build(entry, build):
+        manifest = read_manifest(entry)
+        assert manifest is not None, "get_or_build leaves a complete entry"
+        num_bytes = manifest_bytes(manifest)
+        verified = VerifiedFolder(entry, manifest["files"], in_memory=before + num_bytes <= IN_MEMORY_BYTES)
         packed = pack(TokenStore.open(verified, INPUTS), TokenStore.open(verified, TARGETS), lengths, seed)
-        return PackedTask(packed, identity_of_stores(place, (INPUTS, TARGETS)), size, verified.check)
+        return PackedTask(packed, identity_of_stores(entry, (INPUTS, TARGETS)), num_bytes, verified.check)
+
+
+def _write(store: StoreWriter, tokenizer: Tokenizer, texts: list[str]) -> None:
+    for ids in tokenizer.encode_batch(texts):
+        store.add(np.append(ids, EOS), starts_document=True)
 
 
 class ScoredExamples(NamedTuple):
@@ -93,67 +105,78 @@ class ScoredExamples(NamedTuple):
     task: Task
     examples: tuple[Example, ...]
     numbers: tuple[int, ...]
-    """The place of each among all examples of the split, from 0."""
+    """The index of each example in the split, from 0."""
     inputs: TokenStore
     packed: PackedExamples
-    """Inputs and first targets of those that have a target, for the cross-entropy."""
+    """Inputs and first targets of the examples that have a target, for the cross-entropy."""
     answers: TokenStore
-    """The first target of each, empty where it is secret."""
+    """The first target of each example, empty if it is secret."""
 
     @property
     def num_cut(self) -> int:
-        """Inputs that are longer than the model's."""
+        """Number of inputs that are longer than the model's and get truncated."""
         return int((np.diff(self.inputs.offsets) > self.packed.lengths.inputs).sum())
 
     def batches(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """The numbers of the examples, `size` at a time, the longest first: the same whatever reads them."""
+        """Yield the indices of `size` examples at a time, the longest inputs first, always in the same order."""
         order = np.argsort(-np.diff(self.inputs.offsets), kind="stable")
-        yield from (order[first : first + size] for first in range(0, len(order), size))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
 
     def padded(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [B, S]: these examples' inputs, cut to the model's length, S a multiple of BUCKET."""
-        return _padded(self.inputs, numbers, self.packed.lengths.inputs)
+        """Return the examples' inputs as int64 [B, S], truncated to the model's length, with S a multiple of BUCKET."""
+        return _pad(self.inputs, numbers, self.packed.lengths.inputs)
 
     def targets(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [B, T]: their first targets in the same way."""
-        return _padded(self.answers, numbers, self.packed.lengths.targets)
+        """Return the examples' first targets as int64 [B, T], truncated and padded as the inputs are."""
+        return _pad(self.answers, numbers, self.packed.lengths.targets)
 
 
 def scored_examples(
     task: Task, split: Split, folder: str | None, tokenizer: Tokenizer, lengths: RowLengths, limit: int | None
 ) -> ScoredExamples:
-    """The task's examples of a split, or `limit` of them drawn by lot, whole units, the same ones each time.
+    """Return the task's examples of a split, tokenized.
 
-    DataError as above.
+    Args:
+        limit: maximum number of examples. They are a random choice of whole units, the same in every call.
+
+    Raises:
+        DataError: the split cannot be read; see `read_examples`.
     """
-    found = read_examples(task, split, "scoring", folder)
-    numbers = range(len(found)) if limit is None else _drawn(found, limit)
-    found = [found[number] for number in numbers]
-    asked = tokenizer.encode_batch([one.input for one in found])
-    answers = tokenizer.encode_batch([one.targets[0] if one.targets else "" for one in found])
-    labelled = [number for number, one in enumerate(found) if one.targets]
-    known = [store_from_texts(ids[number] for number in labelled) for ids in (asked, answers)]
-    packed = pack(known[0], known[1], lengths, 0)
+    examples = read_examples(task, split, "scoring", folder)
+    numbers = list(range(len(examples))) if limit is None else _sample_units(examples, limit)
+    examples = [examples[number] for number in numbers]
+    inputs = tokenizer.encode_batch([example.input for example in examples])
+    answers = tokenizer.encode_batch([example.targets[0] if example.targets else "" for example in examples])
+    labeled = [index for index, example in enumerate(examples) if example.targets]
+    packed = pack(
+        store_from_texts(inputs[index] for index in labeled),
+        store_from_texts(answers[index] for index in labeled),
+        lengths,
+        seed=0,
+    )
     return ScoredExamples(
-        task, tuple(found), tuple(numbers), store_from_texts(asked), packed, store_from_texts(answers)
+        task, tuple(examples), tuple(numbers), store_from_texts(inputs), packed, store_from_texts(answers)
     )
 
 
-def _drawn(found: list[Example], limit: int) -> list[int]:
-    """The numbers of at most `limit` examples, in order: units drawn by lot, but for those that would be too many."""
-    units: dict[str | int, list[int]] = {}
-    for number, example in enumerate(found):
-        units.setdefault(example.unit or number, []).append(number)
-    members = list(units.values())
-    kept: list[int] = []
-    for unit in permutation(len(members), 0, 0, 0):
-        if not kept or len(kept) + len(members[unit]) <= limit:
-            kept += members[unit]
-    return sorted(kept)
+def _sample_units(examples: list[Example], limit: int) -> list[int]:
+    """Return the sorted indices of at most `limit` examples, in whole units; the first unit may exceed the limit."""
+    indices_of: dict[str | int, list[int]] = {}
+    for index, example in enumerate(examples):
+        indices_of.setdefault(example.unit or index, []).append(index)
+    units = list(indices_of.values())
+    sample: list[int] = []
+    for unit in permutation(len(units), 0, 0, 0):
+        # A unit that does not fit is skipped, and a smaller one that comes later may still fit.
+        if not sample or len(sample) + len(units[unit]) <= limit:
+            sample += units[unit]
+    return sorted(sample)
 
 
-def _padded(store: TokenStore, numbers: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+def _pad(store: TokenStore, numbers: NDArray[np.int64], max_length: int) -> NDArray[np.int64]:
+    """Return int64 [B, length] with one example per row; length is a multiple of BUCKET, and at most `max_length`."""
     longest = int(np.diff(store.offsets)[numbers].max())
-    length = min(most, -(-longest // BUCKET) * BUCKET)
+    length = min(max_length, -(-longest // BUCKET) * BUCKET)  # rounded up
     rows = pack_as_given(store, store, RowLengths(length, length), [[int(number)] for number in numbers])
     return rows.rows(np.arange(len(numbers)))[0]

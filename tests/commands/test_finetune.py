@@ -221,6 +221,21 @@ def test_bad_input_is_told_with_its_place_and_way_out(
     assert "Traceback" not in done.err
 
 
+def test_bleu_without_its_extra_is_refused_before_any_work(
+    trained: Path, tuning: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    for command in (
+        ["finetune", tuning, "tasks.0.metrics=[bleu]", "--model", trained, "--out", "a"],
+        ["eval", trained, "tasks=[wmt14_en_de]", "--out", "a"],
+    ):
+        done = switchcli(*command)
+        assert done.code == 2
+        assert not lacking(done.err, "tasks bleu sacrebleu pip install 'switchcli[tasks]'")
+        assert len(done.err.strip().splitlines()) == 1
+        assert not Path("a").exists()
+
+
 def test_no_model_named(tuning: str, switchcli: SwitchCLI) -> None:
     done = switchcli("finetune", tuning, "--out", "a")
     assert (done.code, "--model CHECKPOINT" in done.err) == (2, True)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from switchcli.tasks import anli, glue, superglue, winogrande
+from switchcli.tasks import adversarial, glue, superglue
 from switchcli.tasks.task import AnsweredExample, Example, Purpose, Row
 
-TASKS = {task.name: task for family in (glue, superglue, anli, winogrande) for task in family.TASKS}
+TASKS = {task.name: task for family in (glue, superglue, adversarial) for task in family.TASKS}
 FREE_TEXT = {"wnli", "record", "wsc", "dpr", "winogrande"}
 
 
@@ -161,7 +161,7 @@ ROWS = {case.name: case.row for case in CASES}
 
 
 def test_every_task_has_a_case() -> None:
-    assert len(TASKS) == sum(len(family.TASKS) for family in (glue, superglue, anli, winogrande))
+    assert len(TASKS) == sum(len(family.TASKS) for family in (glue, superglue, adversarial))
     assert ROWS.keys() == TASKS.keys()
 
 

@@ -21,7 +21,7 @@ Rows = dict[str, list[Row]]
 def both(named: Iterable[tuple[str, Row]]) -> Rows:
     """The rows of each split, with the library read once."""
     found = list(named)
-    return {split: list(stdlib_tasks._of(split, found)) for split in ("train", "validation")}
+    return {split: list(stdlib_tasks._rows_of(split, found)) for split in ("train", "validation")}
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +178,13 @@ def test_the_fingerprint_follows_the_library(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(source, EmbeddedSource)
     before = source.fingerprint(Digests())
     assert before == source.fingerprint(Digests())
-    monkeypatch.setattr(stdlib_tasks, "ALIKE_WORDS", 9)
+    monkeypatch.setattr(stdlib_tasks, "SIMILAR_WORDS", 9)
     assert before != source.fingerprint(Digests())
 
 
 def test_naming_the_tasks_is_fast() -> None:
     """No metric library is imported, and no file of the library is read, before the first answer or row."""
-    names = "stdlib_tasks, squad, closed_book_qa, arc, summarization, translation, scores, suites"
+    names = "stdlib_tasks, question_answering, summarization_translation, scores, suites"
     script = f"import sys\nfrom switchcli.tasks import {names}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"sacrebleu", "rouge_score", "nltk", "torch", "datasets", "tokenizers"} & set(done.stdout.split())

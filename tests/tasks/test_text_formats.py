@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from switchcli.tasks import arc, closed_book_qa, squad, stdlib_tasks, summarization, translation
-from switchcli.tasks.squad import spaced
+from switchcli.tasks import question_answering, stdlib_tasks, summarization_translation
+from switchcli.tasks.question_answering import space_punctuation
+from switchcli.tasks.suites import CLOSED_BOOK_QA
 from switchcli.tasks.task import Example, HubSource, Task
 
-FAMILIES = (squad, closed_book_qa, arc, summarization, translation, stdlib_tasks)
+FAMILIES = (question_answering, summarization_translation, stdlib_tasks)
 TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
 
 QUESTION = {"question": "Who wrote  «Emma»?", "id": "1"}
@@ -160,14 +161,14 @@ def test_a_bad_row_says_what_is_wrong(name: str, row: Mapping[str, Any], pattern
     ],
 )
 def test_punctuation_stands_apart(text: str, apart: str) -> None:
-    assert spaced(text) == apart
+    assert space_punctuation(text) == apart
 
 
 def test_each_ascii_punctuation_mark_stands_apart_and_no_other_character() -> None:
     for code in range(33, 0x3000):
         character = chr(code)
         apart = code < 127 and not character.isalnum()
-        assert (spaced(f"a{character}b") == f"a {character} b") is apart, character
+        assert (space_punctuation(f"a{character}b") == f"a {character} b") is apart, character
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_trivia_qa_trains_on_the_value_and_accepts_the_aliases(
 
 
 def test_closed_book_sets_validate_on_the_end_of_their_training_split() -> None:
-    left = {task.name: task.source for task in closed_book_qa.TASKS}
+    left = {name: TASKS[name].source for name in CLOSED_BOOK_QA.tasks()}
     sizes = {"natural_questions": 79_168, "web_questions": 3_417, "trivia_qa": 78_785}
     tests = {"natural_questions": "validation", "web_questions": "test", "trivia_qa": "validation"}
     for name, source in left.items():

@@ -1,6 +1,6 @@
-"""What families of labelled tasks share: the word of a label, and T5's form of a row, `NAME key: text key: text`.
+"""Building blocks for tasks whose answer is a label, in T5's format `NAME key: text key: text`.
 
-Texts stay as they are, odd spaces included: T5 changes none of them.
+Texts keep unusual spaces, because T5 does not change them either.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from switchcli.tasks.label_metrics import ACCURACY
 from switchcli.tasks.task import Example, HubSource, Metric, Purpose, Row, Task
 
 SECRET = -1
-"""The label of a row whose answer the benchmark keeps to itself."""
+"""The label of a row whose answer the benchmark keeps secret."""
 
 
 def label_word(row: Row, labels: Sequence[str]) -> tuple[str, ...]:
-    """The word of the row's label; none where it is secret."""
+    """Return the row's label as a word, or () if it is secret. Raises ValueError for a label that does not exist."""
     label = value(row, "label")
     if label == SECRET:
         return ()
@@ -25,13 +25,18 @@ def label_word(row: Row, labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def prefixed(prefix: str, row: Row, columns: Sequence[str], keys: Sequence[str]) -> str:
+    """Return the prefix followed by `key: text` for each column."""
     return " ".join([prefix, *(f"{key}: {text(row, column)}" for key, column in zip(keys, columns, strict=True))])
 
 
-def referent_example(question: str, referent: str, judgement: tuple[str, ...], purpose: Purpose) -> Iterator[Example]:
-    """The one example of a row that proposes a referent and has the judgement on it; none to train on unless `True`."""
-    if purpose == "scoring" or judgement == ("True",):
-        yield Example(question, (referent,), label=judgement[0]) if judgement else Example(question, ())
+def referent_example(question: str, referent: str, judgment: tuple[str, ...], purpose: Purpose) -> Iterator[Example]:
+    """Yield the only example of a row that proposes a referent, or none to train on unless the referent is right.
+
+    Args:
+        judgment: ("True",) or ("False",), or () if it is secret.
+    """
+    if purpose == "scoring" or judgment == ("True",):
+        yield Example(question, (referent,), label=judgment[0]) if judgment else Example(question, ())
 
 
 def label_task(
@@ -45,13 +50,13 @@ def label_task(
     keys: tuple[str, ...] = (),
     chance: float | None = None,
 ) -> Task:
-    """A task whose `label` is one of k words.
+    """Return a task whose column `label` is the index of one of k words.
 
     Args:
-        prefix: the input's first word, where it is not the task's name.
-        keys: what the columns are called in the input, where it is not their name.
-        chance: 100 / k unless said otherwise. That is accuracy's; it is F1's too, binary or macro, if the labels are
-            equally frequent, and so it is taken for F1 whatever their shares are.
+        prefix: the input's first word; the task's name by default.
+        keys: the names of the columns in the input; the columns' own names by default.
+        chance: 100 / k by default. This is the accuracy of random answers. It is also their F1, binary or macro, if the
+            labels are equally frequent, so it serves for F1 in general.
     """
 
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.tasks.pronoun import PRONOUNS, mark_first, mark_word, resolve
+from switchcli.tasks.pronouns import PRONOUNS, mark_first, mark_word, resolve
 
 PONY = '... the pony threw him over. John laughed out quite loud. "Good for him," he said. '
 PEBBLE = "Some day they might want to use it , but really for now, what more could they wish for?"
