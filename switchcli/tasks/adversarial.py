@@ -35,7 +35,7 @@ def _anli(round_number: int) -> Task:
 def _winogrande(row: Row, purpose: Purpose) -> Iterable[Example]:
     answer = value(row, "answer")
     if answer != "" and (not isinstance(answer, str) or answer not in WINOGRANDE_OPTIONS):
-        raise ValueError(f"answer: {short(answer)} is none of '1' and '2', or '' where it is secret")
+        raise ValueError(f"answer: is {short(answer)}, and should be '1' or '2', or '' if it is secret")
     targets = answers([text(row, WINOGRANDE_OPTIONS[answer])] if answer else [])
     return asked(prefixed("winogrande", row, WINOGRANDE_COLUMNS, WINOGRANDE_COLUMNS), targets, purpose)
 

@@ -18,7 +18,7 @@ def value(row: Row, path: str) -> Any:
         if not isinstance(current, Mapping) or key not in current:
             where = ".".join(keys[:depth]) or "the row"
             has = f"has {', '.join(map(str, current))}" if isinstance(current, Mapping) else f"is {_type_of(current)}"
-            raise ValueError(f"{path}: is not there: {where} {has}")
+            raise ValueError(f"{path}: does not exist: {where} {has}")
         current = current[key]
     return current
 

@@ -75,12 +75,14 @@ class CustomTask(Spec):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.name in TASKS or self.name in SUITES:
-            raise ValueError(f"name ({self.name}): a task or suite of that name ships: give yours another")
+            raise ValueError(f"name ({self.name}): a task or suite that ships has this name: choose another")
         has_blank = any(label != label.strip() or not label for label in self.labels)
         if has_blank or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels ({', '.join(map(repr, self.labels))}) must differ, without spaces around them")
         if set("{}") & set(_FIELD.sub("", self.input)):
-            raise ValueError(f"input ({self.input!r}) has a brace that is no {{field}}: braces are for fields alone")
+            raise ValueError(
+                f"input ({self.input!r}) has a brace that is not part of a {{field}}: braces are only for fields"
+            )
         if not _FIELD.search(self.input):
             raise ValueError(f"input ({self.input!r}) must hold a field of the rows, such as {{text}}")
         for name in self.metrics:
@@ -149,7 +151,7 @@ def duplicate_names(specs: Sequence[ShippedTask | CustomTask]) -> Iterator[str]:
     """Yield an error message for each name that two custom tasks have, since a run has one task per name."""
     custom = [spec.name for spec in specs if isinstance(spec, CustomTask)]
     for name in {name for name in custom if custom.count(name) > 1}:
-        yield f"tasks ({name}): two tasks of your own have this name: give one another"
+        yield f"tasks ({name}): two tasks of your own have this name: rename one of them"
 
 
 def suites_of(specs: Sequence[ShippedTask | CustomTask]) -> tuple[Suite, ...]:
@@ -170,7 +172,7 @@ def _answers(value: Any, field: str, labels: Sequence[str]) -> Iterator[str]:
         if labels and isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
             yield labels[answer]
         elif labels and _text(answer, field) not in labels:
-            raise ValueError(f"{field}: {answer!r} is none of the labels {', '.join(labels)}")
+            raise ValueError(f"{field}: {answer!r} is not one of the labels {', '.join(labels)}")
         else:
             yield _text(answer, field)
 

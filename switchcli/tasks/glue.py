@@ -39,7 +39,7 @@ def _rounded_score(label: object) -> tuple[str, ...]:
     if label == SECRET:
         return ()
     if not isinstance(label, int | float) or not 0 <= label <= 5:
-        raise ValueError(f"label: {short(label)} is no number from 0 to 5, or -1 where it is secret")
+        raise ValueError(f"label: is {short(label)}, and should be a number from 0 to 5, or -1 if it is secret")
     return (SCORES[round(float(np.float32(label) * np.float32(5)))],)
 
 

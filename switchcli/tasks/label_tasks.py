@@ -20,7 +20,9 @@ def label_word(row: Row, labels: Sequence[str]) -> tuple[str, ...]:
     if label == SECRET:
         return ()
     if not isinstance(label, int) or not 0 <= label < len(labels):
-        raise ValueError(f"label: {short(label)} is none of 0 to {len(labels) - 1}, or -1 where it is secret")
+        raise ValueError(
+            f"label: is {short(label)}, and should be one of 0 to {len(labels) - 1}, or -1 if it is secret"
+        )
     return (labels[label],)
 
 

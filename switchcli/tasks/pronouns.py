@@ -31,7 +31,7 @@ def mark_word(text: str, index: int, pronoun: str) -> str:
         if match:
             words[position] = _mark(match)
             return PREFIX + " ".join(words)
-    raise ValueError(f"span2_text: the pronoun {short(pronoun)} is no word of the text")
+    raise ValueError(f"span2_text: the pronoun {short(pronoun)} is not a word of the text")
 
 
 def _mark(word: re.Match[str]) -> str:

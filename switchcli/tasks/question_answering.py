@@ -72,7 +72,8 @@ def _arc(row: Row, purpose: Purpose) -> Iterator[Example]:
     question, options, names = text(row, "question"), texts(row, "choices.text"), texts(row, "choices.label")
     if len(options) != len(names) or not 2 <= len(options) <= len(string.ascii_lowercase):
         raise ValueError(
-            f"choices: has {len(options)} texts and {len(names)} labels, and should have one label a text, two at least"
+            f"choices: has {len(options)} texts and {len(names)} labels, and should have at least two texts, each "
+            "with a label"
         )
     key = text(row, "answerKey")
     if key and key not in names:

@@ -26,7 +26,7 @@ def read_examples(task: Task, split: Split, purpose: Purpose, folder: str | None
     examples = list(_examples(task, split, purpose, folder))
     if not examples:
         paths = f" ({', '.join(task.source.paths(split))})" if isinstance(task.source, FilesSource) else ""
-        raise DataError(f"tasks: {task.name}: no examples in {split}{paths}: name a split that holds some")
+        raise DataError(f"tasks: {task.name}: no examples in {split}{paths}: name a split that has some")
     return examples
 
 
@@ -114,7 +114,7 @@ def _examples(task: Task, split: Split, purpose: Purpose, folder: str | None) ->
                     text.encode()
                 yield example
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: tasks: {task.name}: half a surrogate pair is no text: clean the row") from error
+            raise DataError(f"{where}: tasks: {task.name}: half a surrogate pair is not text: clean the row") from error
         except ValueError as error:
             raise DataError(f"{where}: tasks: {task.name}: {error}") from error
         except (TypeError, KeyError, AttributeError) as error:
@@ -163,7 +163,7 @@ def _require_split(task: Task, source: HubSource, split: Split) -> str:
     """Return the name of the source's split. Raises DataError if there is none."""
     name = _source_split(source, split)
     if name is None:
-        raise DataError(f"tasks: {task.name} has no {split} split: it is for evaluation alone")
+        raise DataError(f"tasks: {task.name} has no {split} split: it is only for evaluation")
     return name
 
 

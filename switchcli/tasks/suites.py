@@ -27,10 +27,10 @@ class Suite(NamedTuple):
 
         The result is None if a score is missing, since a mean over fewer tasks is not the benchmark's.
         """
-        values = [value for value in self.parts(scores).values() if value is not None]
+        values = [value for value in self.member_scores(scores).values() if value is not None]
         return sum(values) / len(values) if len(values) == len(self.members) else None
 
-    def parts(self, scores: Mapping[str, float]) -> dict[str, float | None]:
+    def member_scores(self, scores: Mapping[str, float]) -> dict[str, float | None]:
         """Return the score of each member by its name, as in a row of the Switch paper's Table 5."""
         by_member: dict[str, float | None] = {}
         for member in self.members:

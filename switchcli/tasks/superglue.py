@@ -54,7 +54,7 @@ def _wsc(row: Row, purpose: Purpose) -> Iterable[Example]:
     """
     index = value(row, "span2_index")
     if not isinstance(index, int):
-        raise ValueError(f"span2_index: {short(index)} is no number of a word")
+        raise ValueError(f"span2_index: {short(index)} is not the index of a word")
     question = mark_word(text(row, "text"), index, text(row, "span2_text"))
     return referent_example(question, text(row, "span1_text"), label_word(row, FALSE_TRUE), purpose)
 
@@ -63,7 +63,7 @@ def _dpr(row: Row, purpose: Purpose) -> Iterable[Example]:
     """Ask for the referent of a pronoun. The target is the right one of two phrases."""
     candidates = texts(row, "candidates")
     if len(candidates) != 2:
-        raise ValueError(f"candidates: {len(candidates)} texts where there should be 2")
+        raise ValueError(f"candidates: has {len(candidates)} texts, and should have 2")
     targets = answers(label_word(row, candidates))
     return asked(mark_first(text(row, "sentence"), text(row, "pronoun")), targets, purpose)
 

@@ -222,7 +222,7 @@ def test_a_label_that_is_none_is_told(name: str, bad: object) -> None:
 
 
 def test_the_words_of_a_bad_label() -> None:
-    with pytest.raises(ValueError, match=r"^label: 7\b.*\b0\b.*\b1\b.* -1\b"):
+    with pytest.raises(ValueError, match=r"^label: is 7\b.*\b0\b.*\b1\b.* -1\b"):
         made("cola", {"sentence": "", "label": 7})
 
 
@@ -362,5 +362,5 @@ def test_winogrande_answers_with_the_text_of_the_option() -> None:
 
 @pytest.mark.parametrize("bad", ["3", "Ann", 1, None, -1, [1]])
 def test_winogrande_tells_of_an_answer_that_is_none(bad: object) -> None:
-    with pytest.raises(ValueError, match=rf"^answer: {re.escape(repr(bad))}.*'1'.*'2'.*''"):
+    with pytest.raises(ValueError, match=rf"^answer: is {re.escape(repr(bad))}.*'1'.*'2'.*''"):
         made("winogrande", {**ROWS["winogrande"], "answer": bad})

@@ -55,8 +55,8 @@ def test_evaluation_alone(tmp_path: Path) -> None:
     ("line", "pattern"),
     [
         ('{"label": 1, "text": "a"}', r"\bsst2\b.*'sentence'.*'label', 'text'"),
-        ('{"label": 7, "sentence": "a"}', r"label: 7\b.*\b0\b.*\b1\b"),
-        ('{"label": "positive", "sentence": "a"}', r"label: 'positive'.*\b0\b.*\b1\b"),
+        ('{"label": 7, "sentence": "a"}', r"label: is 7\b.*\b0\b.*\b1\b"),
+        ('{"label": "positive", "sentence": "a"}', r"label: is 'positive'.*\b0\b.*\b1\b"),
         ('{"label": 1, "sentence": 5}', "sentence: "),
         ('{"label": 1, "sentence": null}', "sentence: "),
         ('{"label": [1], "sentence": "a"}', "label: "),

@@ -124,7 +124,7 @@ def test_matched_and_mismatched_are_one_task() -> None:
 
 def test_the_paper_has_the_columns_of_its_table() -> None:
     scores = {name: float(number) for number, name in enumerate(PAPER.tasks())}
-    parts = PAPER.parts(scores)
+    parts = PAPER.member_scores(scores)
     assert list(parts) == [
         *("glue", "squad", "super_glue", "winogrande", "xsum", "anli_r3", "arc_easy", "arc_challenge"),
         *("web_questions", "natural_questions", "trivia_qa"),
