@@ -40,7 +40,7 @@ def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], co
 
     Raises:
         CheckpointError: there is no checkpoint.
-        RecipeError: the recipe breaks a rule, or there is nothing to measure on.
+        RecipeError: the recipe breaks a rule, there is nothing to measure on, or a package of a metric is missing.
         DataError: `data.folder` lacks files of tasks.
     """
     handle = open_model(checkpoint, console)

@@ -57,7 +57,7 @@ def check_tasks(recipe: TaskRecipe) -> None:
     """Check the tasks and their files.
 
     Raises:
-        RecipeError: no task has a split to train on.
+        RecipeError: no task has a split to train on, or the package of a metric is not installed.
         DataError: files are missing.
     """
     tasks = tasks_of(recipe.tasks).values()
