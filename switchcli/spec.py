@@ -1,4 +1,4 @@
-"""Types that all packages share: `Spec`, the base class of settings, `Place`, a path or URL, and T5's special tokens.
+"""Types that all packages share: `Spec`, the base class of settings; `PathOrUrl`; and T5's special tokens.
 
 A Spec is a frozen pydantic model that refuses unknown keys. A choice among several is a union of specs with a
 discriminator, `kind`. The spec itself does the work (`assign`, `build`, a call), so that YAML validates straight into
@@ -17,7 +17,7 @@ PAD: Final = 0
 EOS: Final = 1
 """The ID of T5's token that ends inputs and targets."""
 
-MOST: Final = MappingProxyType(
+LIMITS: Final = MappingProxyType(
     {
         "vocab_size": 1 << 24,
         "d_model": 1 << 17,
@@ -46,7 +46,7 @@ MOST: Final = MappingProxyType(
 Switch-C has 2,048 experts in each of 30 blocks, 61,440 in all, and batches of 2**20 tokens."""
 
 
-def check_place(text: str) -> str:
+def check_path_or_url(text: str) -> str:
     """Return `text`, a path or URL. Raises ValueError if it is empty, holds a NUL character or holds credentials."""
     if not text:
         raise ValueError("is empty: name a file, a folder or a URL")
@@ -57,7 +57,7 @@ def check_place(text: str) -> str:
     return text
 
 
-Place = Annotated[str, AfterValidator(check_place)]
+PathOrUrl = Annotated[str, AfterValidator(check_path_or_url)]
 """A path, a URL, a glob of either, or the name of a repository. Credentials in it are refused: recipes are saved."""
 
 

@@ -424,7 +424,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             (MODEL, "router.k if router.kind == 'top_k' else 1"),
             (MODEL, "if spec.router_of(stack).kind in ('switch', 'top_k'): pass"),
-            (DATA, "isinstance(layer.rule, TokenChoiceRouter | ExpertChoiceRouter)"),
+            (DATA, "isinstance(layer.router_spec, TokenChoiceRouter | ExpertChoiceRouter)"),
         ],
         [
             (ROUTER, "router.kind == 'top_k'"),

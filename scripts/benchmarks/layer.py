@@ -39,8 +39,10 @@ def one_hot(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torc
 
 
 def routed(layer: SwitchLayer, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x_GND = x_BSD.reshape(len(x_BSD) // layer.rule.group_sequences, -1, x_BSD.shape[-1])
-    routing = layer.rule.assign(layer.router(x_GND), torch.ones_like(x_GND[..., 0], dtype=torch.bool), "training")
+    x_GND = x_BSD.reshape(len(x_BSD) // layer.router_spec.group_sequences, -1, x_BSD.shape[-1])
+    routing = layer.router_spec.assign(
+        layer.router(x_GND), torch.ones_like(x_GND[..., 0], dtype=torch.bool), "training"
+    )
     return x_GND, routing.token_GEC, routing.weight_GEC
 
 

@@ -18,7 +18,7 @@ from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.mixture_schedule import MixtureSchedule, RandomOrders, largest_remainder
 from switchcli.data.objectives.example_packing import PackedExamples
 from switchcli.data.rng import ROW_SOURCES, TASKS, permutation
-from switchcli.spec import MOST, Spec
+from switchcli.spec import LIMITS, Spec
 
 _MIN_ROWS_PER_TASK = 1000
 """Minimum rows of a cycle for each task on average: rates are exact to a thousandth."""
@@ -28,7 +28,7 @@ class Proportional(Spec):
     """T5's mixture in proportion to size: the rate of a task is min(examples, cap) ** (1 / temperature)."""
 
     kind: Literal["proportional"] = "proportional"
-    cap: int | None = Field(default=None, ge=1, le=MOST["count"])
+    cap: int | None = Field(default=None, ge=1, le=LIMITS["count"])
     """Number of examples beyond which a larger task is not shown more often, so that it does not drown small ones."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Smoothing of the rates: at 1 they are in proportion to the examples, above 1 closer to each other."""

@@ -94,7 +94,7 @@ class _Source(NamedTuple):
 
 def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor) -> _Source:
     layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
-    group_size = math.lcm(*(layer.rule.group_size(layer.mode) for layer in layers))
+    group_size = math.lcm(*(layer.router_spec.group_size(layer.mode) for layer in layers))
     # Add rows of padding up to a multiple of the groups of all routers, and at least one group.
     num_rows = max(1, math.ceil(len(inputs_BS) / group_size)) * group_size
     inputs_BS = F.pad(inputs_BS, (0, 0, 0, num_rows - len(inputs_BS)), value=PAD)

@@ -25,7 +25,7 @@ from switchcli import credentials
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, messages, renames, sizes, yaml_nodes
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.spec import Spec, check_place
+from switchcli.spec import Spec, check_path_or_url
 
 S = TypeVar("S", bound=Spec)
 
@@ -126,16 +126,16 @@ def stated(tree: Node, dotted: str) -> Any:
     return yaml_nodes.plain(tree)
 
 
-def stated_place(tree: Node, dotted: str) -> Any:
+def stated_path(tree: Node, dotted: str) -> Any:
     """Return the path that `tree` states for a key, or None. For keys that are read before `validate`.
 
     Raises:
-        RecipeError: the path breaks a rule of `switchcli.spec.Place`.
+        RecipeError: the path breaks a rule of `switchcli.spec.PathOrUrl`.
     """
     path = stated(tree, dotted)
     if isinstance(path, str):
         try:
-            check_place(path)
+            check_path_or_url(path)
         except ValueError as error:
             raise RecipeError(f"{dotted}: {error}") from error
     return path

@@ -55,7 +55,7 @@ def resolve_job(
     _check_no_contradiction(models, resolve.load(None, overrides))
     if resolve.stated(tree, "verb") is not None:  # a recipe without a verb may also be one of pretrain or finetune
         resolve.check_verb(tree, DistillTextRecipe)
-    named_teacher = models.teacher or resolve.stated_place(tree, _TEACHER_KEY)
+    named_teacher = models.teacher or resolve.stated_path(tree, _TEACHER_KEY)
     if not isinstance(named_teacher, str):
         raise RecipeError(f"{_TEACHER_KEY}: missing: name the model to learn from by --teacher CHECKPOINT")
     begun = _begun_recipe(out, named_teacher) if resume else None
@@ -67,7 +67,7 @@ def resolve_job(
 
     student = None
     spec = dense_spec(teacher.recipe.model)
-    student_path = resolve.stated_place(tree, _STUDENT_KEY)
+    student_path = resolve.stated_path(tree, _STUDENT_KEY)
     if models.student in SIZES:
         if student_path is not None:
             raise RecipeError(

@@ -65,7 +65,7 @@ def resolve_job(
     """
     tree = resolve.load(name, overrides)
     resolve.check_verb(tree, schema)
-    checkpoint_path = model or resolve.stated_place(tree, _START_KEY)
+    checkpoint_path = model or resolve.stated_path(tree, _START_KEY)
     if checkpoint_path is None and not schema.model_fields["start"].is_required():
         return TrainJob(resolve.validate(tree, schema), None)
     if not isinstance(checkpoint_path, str):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from switchcli.data.task_mixture import MixtureSpec, Proportional
-from switchcli.spec import MOST, Place, Spec
+from switchcli.spec import LIMITS, PathOrUrl, Spec
 from switchcli.tasks.registry import METRICS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
 from switchcli.tasks.task import Example, FilesSource, LabelMetric, Purpose, Row, Task
@@ -21,7 +21,7 @@ _FIELD = re.compile(r"\{(\w+)\}")
 _NAME = r"^[A-Za-z0-9_.-]+$"
 # Not strict: YAML gives lists, and pydantic's strict mode accepts only tuples once a BeforeValidator has run.
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
-Places = Annotated[tuple[Place, ...], Field(strict=False)]
+Places = Annotated[tuple[PathOrUrl, ...], Field(strict=False)]
 
 
 class ShippedTask(Spec):
@@ -124,11 +124,11 @@ class CustomTask(Spec):
 class TaskDataSpec(Spec):
     """The location of the tasks' data sets, and how their examples become batches."""
 
-    folder: Place | None = None
+    folder: PathOrUrl | None = None
     """Folder of data sets as `SET/SPLIT.jsonl` with the hub's columns; by default they are downloaded from the hub."""
-    inputs_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
+    inputs_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
     """Tokens in a row of inputs. Short examples share a row. Longer ones are truncated, and the run counts them."""
-    targets_length: int = Field(default=128, ge=2, le=MOST["row_tokens"])
+    targets_length: int = Field(default=128, ge=2, le=LIMITS["row_tokens"])
     """Tokens in a row of targets."""
     mixture: MixtureSpec = Proportional()
     """Sampling rates of the tasks, by `kind`: `proportional` to the number of examples, or `equal`."""

@@ -25,7 +25,7 @@ from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import VocabularyShard
-from switchcli.spec import MOST, PAD, Place, Spec
+from switchcli.spec import LIMITS, PAD, PathOrUrl, Spec
 from switchcli.train.config import Precision
 from switchcli.train.loss import StepLoss, batch_segment_ids, step_loss, sum_in_chunks
 from switchcli.train.teacher_cache import TeacherCacheSpec
@@ -34,14 +34,14 @@ from switchcli.train.teacher_cache import TeacherCacheSpec
 class DistillSpec(Spec):
     """The teacher of a run, and how much its probabilities count."""
 
-    teacher: Place
+    teacher: PathOrUrl
     """A run's folder (its newest checkpoint), one checkpoint, or a folder in the Hugging Face layout; `--teacher`."""
     soft_fraction: float = Field(default=0.25, ge=0.0, le=1.0)
     """Weight f of the teacher's probabilities: 0.25 in the paper's best row of Table 6, 1 in its rows without a
     mixture, 0 to train without a teacher."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Temperature T of both softmaxes; the paper gives none, and Mesh-TensorFlow has no default."""
-    start_step: int = Field(default=0, ge=0, le=MOST["steps"])
+    start_step: int = Field(default=0, ge=0, le=LIMITS["steps"])
     """First step that uses the teacher; before it the loss is that of the targets alone."""
     capacity: Policy = "dropless"
     """How the teacher's routers count capacity: `dropless`, `paper`, or a factor."""
@@ -49,7 +49,7 @@ class DistillSpec(Spec):
     """`training` runs the teacher with its dropout, jitter and training capacity, as in Mesh-TensorFlow."""
     cache: TeacherCacheSpec | None = None
     """Where the teacher's answers are stored before training; by default the teacher runs in every step."""
-    baseline: float | Place | None = None
+    baseline: float | PathOrUrl | None = None
     """The dense model that student and teacher are compared with: its checkpoint or its metric; `--baseline`."""
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from switchcli.distributed.layout import Layout, LocalPart, is_stacked, local_values, reduced_dim, sum_over_shards
-from switchcli.spec import MOST, Spec
+from switchcli.spec import LIMITS, Spec
 
 NamedParameters = Mapping[str, torch.nn.Parameter]
 Layouts = Mapping[str, Layout]
@@ -106,7 +106,7 @@ class Adafactor(Spec):
     scale_epsilon: float = Field(default=1e-3, gt=0.0)
     """Smallest root mean square that a weight is taken to have, so that a weight of 0 moves; 0.001 as in the Adafactor
     paper."""
-    min_dim_to_factor: int = Field(default=128, ge=1, le=MOST["count"])
+    min_dim_to_factor: int = Field(default=128, ge=1, le=LIMITS["count"])
     """Smallest size of the last two dims at which second moments are factored; 128 as in T5."""
     scale_by_parameter: bool = True
     """Multiply updates by the root mean square of the weight; if false, the learning rate is absolute."""

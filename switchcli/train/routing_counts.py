@@ -228,14 +228,14 @@ def expert_choices(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.
 
     def slots_AE(mode: Policy) -> torch.Tensor:
         # Entries are token numbers 0..N-1 of a group, and N for an empty slot. Column N collects the empty slots.
-        token_GEC = layer.rule.assign(logits_GNE, real_GN, mode).token_GEC
+        token_GEC = layer.router_spec.assign(logits_GNE, real_GN, mode).token_GEC
         in_slot_GEN = token_GEC.new_zeros(*token_GEC.shape[:2], N + 1, dtype=torch.bool).scatter_(2, token_GEC, True)
         return in_slot_GEN[..., :N].mT[real_GN]
 
     assert layer.mode != "training"
     with torch.autocast(logits_GNE.device.type, enabled=False):
         in_slot_AE = slots_AE(layer.mode)
-        chosen_AE = in_slot_AE if layer.rule.experts_choose else slots_AE("dropless")
+        chosen_AE = in_slot_AE if layer.router_spec.experts_choose else slots_AE("dropless")
         return ExpertChoices(logits_GNE[real_GN].float().softmax(-1), chosen_AE, in_slot_AE)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from switchcli.spec import MOST, Spec
+from switchcli.spec import LIMITS, Spec
 
 
 class Schedule(Spec, ABC):
@@ -33,7 +33,7 @@ class InverseSquareRoot(Schedule):
     kind: Literal["inverse_square_root"] = "inverse_square_root"
     learning_rate: float = Field(default=0.01, gt=0.0)
     """Learning rate of the constant part; 0.01 as in T5."""
-    warmup_steps: int = Field(default=10_000, ge=1, le=MOST["steps"])
+    warmup_steps: int = Field(default=10_000, ge=1, le=LIMITS["steps"])
     """Steps of the constant part; 10,000 as in T5."""
     decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Last fraction of the run over which the rate also falls linearly to 0: 0.1 in Mesh-TensorFlow, off in T5."""
@@ -50,7 +50,7 @@ class Constant(Schedule):
     kind: Literal["constant"] = "constant"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """Learning rate after the warm-up; 0.001 as in T5's fine-tuning."""
-    warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
+    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
     """Steps of the linear warm-up from 0; none by default, as in T5."""
 
     def __call__(self, step: int, total_steps: int) -> float:
@@ -66,7 +66,7 @@ class Cosine(Schedule):
     kind: Literal["cosine"] = "cosine"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate."""
-    warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
+    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
     """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate at the last step, as a fraction of the peak."""
@@ -87,7 +87,7 @@ class Linear(Schedule):
     kind: Literal["linear"] = "linear"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate."""
-    warmup_steps: int = Field(default=0, ge=0, le=MOST["steps"])
+    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
     """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate at the last step, as a fraction of the peak."""

@@ -20,7 +20,7 @@ from switchcli.model.generation import AllDone, all_done_locally, generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.spec import MOST, Spec
+from switchcli.spec import LIMITS, Spec
 from switchcli.tasks.registry import SUITES
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.suites import PAPER, average
@@ -35,16 +35,16 @@ class ScoringSpec(Spec):
 
     split: Literal["validation", "test"] = "validation"
     """Split of each task that is scored."""
-    examples: int | None = Field(default=None, ge=1, le=MOST["count"])
+    examples: int | None = Field(default=None, ge=1, le=LIMITS["count"])
     """Examples of each task, at most: a random sample, the same in each evaluation, that keeps all answers to a
     question together; by default all examples."""
-    batch_examples: int = Field(default=32, ge=1, le=MOST["count"])
+    batch_examples: int = Field(default=32, ge=1, le=LIMITS["count"])
     """Examples that one rank answers together."""
     decoding: Decoding = Decoding()
     """How answers are decoded."""
     capacity: Policy = "dropless"
     """How routers count capacity in evaluations during training: `dropless`, `paper`, or a factor."""
-    draws: int = Field(default=1000, ge=1, le=MOST["ranks"])
+    draws: int = Field(default=1000, ge=1, le=LIMITS["ranks"])
     """Bootstrap samples for the confidence intervals."""
 
     @model_validator(mode="after")

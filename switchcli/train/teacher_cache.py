@@ -28,7 +28,7 @@ from switchcli.checkpoint.checkpoint import LEFTOVER, leftovers
 from switchcli.checkpoint.fsops import DISK
 from switchcli.data.batch import TeacherTopK
 from switchcli.errors import CheckpointError, disk_errors
-from switchcli.spec import MOST, Place, Spec
+from switchcli.spec import LIMITS, PathOrUrl, Spec
 from switchcli.user_files import open_regular, read_regular
 
 FACTS = "answers.json"
@@ -53,9 +53,9 @@ Facts = Mapping[str, str | int | float]
 class TeacherCacheSpec(Spec):
     """Where a teacher's answers are cached, and how many probabilities of each target."""
 
-    folder: Place
+    folder: PathOrUrl
     """Folder of the cache, which is created if missing; before training the teacher answers what it lacks."""
-    top_k: int = Field(default=64, ge=1, le=MOST["vocab_size"])
+    top_k: int = Field(default=64, ge=1, le=LIMITS["vocab_size"])
     """Largest probabilities cached for each target, at most the vocabulary; of all others their sum is cached."""
     precision: Literal["float16", "float32"] = "float16"
     """Type of the cached probabilities; a token id takes 2 bytes, or 4 with a vocabulary above 65,536."""

@@ -78,7 +78,7 @@ def test_the_layer_is_appendix_f_with_every_gradient(
 def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_products() -> None:
     layer, x_GND = a_layer(4.0), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
     real_GN = torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool)
-    routing = layer.rule.assign(layer.router(x_GND), real_GN, "training")
+    routing = layer.router_spec.assign(layer.router(x_GND), real_GN, "training")
     sent_AD, rows = LocalDispatcher().dispatch(x_GND, routing, training=True)
     assert sent_AD.dtype == torch.float32
     assert len(sent_AD) == NUM_GROUPS * NUM_TOKENS < routing.token_GEC.numel()
@@ -93,7 +93,9 @@ def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_prod
 def test_rows_beyond_the_filled_slots_belong_to_the_last_expert_and_have_no_weight() -> None:
     """Off the CPU the filled slots are not counted. A grouped product leaves rows of no expert uninitialized."""
     layer, x_GND = a_layer(1.25), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
-    routing = layer.rule.assign(layer.router(x_GND), torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool), "training")
+    routing = layer.router_spec.assign(
+        layer.router(x_GND), torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool), "training"
+    )
     counted, foreseen = (filled_slots(routing, NUM_TOKENS, exact=exact) for exact in (True, False))
     num_rows = len(counted.source_A)
     assert num_rows < len(foreseen.source_A) == foreseen.end_E[-1]

@@ -74,7 +74,7 @@ def test_the_papers_bfloat16_arm_rounds_the_router_whatever_is_around_it() -> No
     for autocast in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits_GNE = router(x_GND)
-            routing = router.rule.assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), mode="dropless")
+            routing = router.router_spec.assign(logits_GNE, torch.ones(1, 6, dtype=torch.bool), mode="dropless")
         assert logits_GNE.dtype == torch.bfloat16
         assert torch.equal(logits_GNE, F.linear(x_GND.bfloat16(), router.weight.bfloat16()))
         gates = routing.weight_GEC[routing.weight_GEC > 0].tolist()

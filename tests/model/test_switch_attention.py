@@ -42,7 +42,7 @@ def in_a_loop(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The answer row by row and head by head, and the logits of the router."""
     weights = {name: weight.double() for name, weight in layer.switch.named_parameters()}
-    answer, logits_GNE = reference.layer(layer.switch.rule, weights, x_BSD.double(), real_BS, "training")
+    answer, logits_GNE = reference.layer(layer.switch.router_spec, weights, x_BSD.double(), real_BS, "training")
     rows = []
     for y_SO, bias_HTS in zip(answer.y_BSO, bias_BHTS.double(), strict=True):
         heads = []

@@ -15,7 +15,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import planning
-from switchcli.spec import MOST, Spec
+from switchcli.spec import LIMITS, Spec
 
 NO_SIZES = {"FilesCorpus.where", "HubCorpus.where"}
 """Values of a column of the text, which are compared and no more."""
@@ -55,10 +55,11 @@ def test_a_number_without_an_upper_bound_is_found() -> None:
 
 
 LARGEST = f"""\
-model: {{vocab_size: {MOST["vocab_size"]}, d_model: {MOST["d_model"]}, d_ff: {MOST["d_ff"]}, d_kv: {MOST["d_kv"]},
-  num_heads: {MOST["num_heads"]}, num_layers: {MOST["num_layers"]}, num_experts: 64, sparse_every: 1}}
-data: {{tokenizer: {{kind: file, path: t5.json}}, objective: {{inputs_length: {MOST["row_tokens"]}}}}}
-train: {{steps: {MOST["steps"]}, batch_tokens: {MOST["batch_tokens"]}}}
+model: {{vocab_size: {LIMITS["vocab_size"]}, d_model: {LIMITS["d_model"]}, d_ff: {LIMITS["d_ff"]},
+  d_kv: {LIMITS["d_kv"]},
+  num_heads: {LIMITS["num_heads"]}, num_layers: {LIMITS["num_layers"]}, num_experts: 64, sparse_every: 1}}
+data: {{tokenizer: {{kind: file, path: t5.json}}, objective: {{inputs_length: {LIMITS["row_tokens"]}}}}}
+train: {{steps: {LIMITS["steps"]}, batch_tokens: {LIMITS["batch_tokens"]}}}
 """
 
 
@@ -66,8 +67,8 @@ train: {{steps: {MOST["steps"]}, batch_tokens: {MOST["batch_tokens"]}}}
     "text",
     [
         LARGEST,
-        LARGEST.replace("num_experts: 64", f"num_experts: {MOST['num_experts']}").replace(
-            f"num_layers: {MOST['num_layers']}", "num_layers: 4"
+        LARGEST.replace("num_experts: 64", f"num_experts: {LIMITS['num_experts']}").replace(
+            f"num_layers: {LIMITS['num_layers']}", "num_layers: 4"
         ),
         LARGEST.replace("objective: {", "objective: {kind: denoisers, "),
     ],
@@ -94,8 +95,8 @@ def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path
         ("model.num_layers=1000000", "model.num_layers 1024"),
         ("model.num_experts=1000000", "model.num_experts 16384"),
         ("model={num_experts: 16384, num_layers: 1024, sparse_every: 1}", "model.num_experts 2048 131,072 64"),
-        (f"train.steps={'9' * 400}", f"train.steps {MOST['steps']}"),
-        ("train.batch_tokens=1000000000000000000000", f"train.batch_tokens {MOST['batch_tokens']}"),
+        (f"train.steps={'9' * 400}", f"train.steps {LIMITS['steps']}"),
+        ("train.batch_tokens=1000000000000000000000", f"train.batch_tokens {LIMITS['batch_tokens']}"),
         ("train.workers=100000", "train.workers 1024"),
     ],
 )

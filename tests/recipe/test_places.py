@@ -1,4 +1,4 @@
-"""Every key of a recipe that names a place has the type Place, so that credentials in it are refused."""
+"""Every key of a recipe that names a place has the type PathOrUrl, so that credentials in it are refused."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from schemas import RECIPES, fields
 
 from switchcli import credentials
 from switchcli.data.tokenizer.tokenizer import HubTokenizer, TokenizerFile
-from switchcli.spec import Place, Spec
+from switchcli.spec import PathOrUrl, Spec
 
 NO_PLACES = {
     "TrainingRecipe.description",
@@ -36,10 +36,10 @@ NO_PLACES = {
 
 
 def text_of(annotation: Any, is_place: bool = False) -> Iterator[bool]:
-    """Yield, for each `str` in a type, whether it is a Place."""
+    """Yield, for each `str` in a type, whether it is a PathOrUrl."""
     if get_origin(annotation) is Annotated:
         inner, *notes = get_args(annotation)
-        yield from text_of(inner, is_place or any(note in get_args(Place) for note in notes))
+        yield from text_of(inner, is_place or any(note in get_args(PathOrUrl) for note in notes))
     elif annotation is str:
         yield is_place
     elif get_origin(annotation) is not Literal:
@@ -48,7 +48,7 @@ def text_of(annotation: Any, is_place: bool = False) -> Iterator[bool]:
 
 
 def text_keys(*models: type[BaseModel]) -> Iterator[tuple[str, bool]]:
-    """Yield the keys of the models that hold text, by the class that defines them, and whether the text is a Place."""
+    """Yield the keys of the models that hold text, by the class that defines them, and whether it is a PathOrUrl."""
     for model, name, field in fields(*models):
         owner = next(one for one in reversed(model.__mro__) if name in getattr(one, "__annotations__", {}))
         noted = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
@@ -56,7 +56,7 @@ def text_keys(*models: type[BaseModel]) -> Iterator[tuple[str, bool]]:
 
 
 def faults(*models: type[BaseModel]) -> set[str]:
-    """Return the keys that hold text, are no Place, and are not known to be something else."""
+    """Return the keys that hold text, are no PathOrUrl, and are not known to be something else."""
     return {key for key, is_place in text_keys(*models) if not is_place} - NO_PLACES
 
 
@@ -68,8 +68,8 @@ def test_every_key_that_names_a_place_has_the_type_place() -> None:
 def test_a_new_key_of_plain_text_is_found() -> None:
     class Inner(Spec):
         folders: tuple[str, ...] = ()
-        file: Place | None = None
-        both: float | Place | None = None
+        file: PathOrUrl | None = None
+        both: float | PathOrUrl | None = None
 
     class Outer(Spec):
         inner: Inner = Inner()

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from switchcli.data.objectives.example_packing import concatenated_ranges, pad_rows
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
-from switchcli.spec import MOST, Spec
+from switchcli.spec import LIMITS, Spec
 
 MAX_RAW = 1 << 23
 """Upper bound on the raw tokens of a row."""
@@ -107,7 +107,7 @@ class SpanCorruption(Spec):
     """T5's span corruption: hides random spans of a text, and the targets are the hidden tokens."""
 
     kind: Literal["span_corruption"] = "span_corruption"
-    inputs_length: int = Field(default=512, ge=3, le=MOST["row_tokens"])
+    inputs_length: int = Field(default=512, ge=3, le=LIMITS["row_tokens"])
     """Tokens of the encoder's input, including its sentinels and EOS; 512 as in T5."""
     noise_density: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Fraction of the tokens that are hidden; 0.15 as in T5."""

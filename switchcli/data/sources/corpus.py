@@ -23,7 +23,7 @@ from switchcli.data.sources.paths import SourceFile, legacy_fingerprint
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
-from switchcli.spec import MOST, Place
+from switchcli.spec import LIMITS, PathOrUrl
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -38,17 +38,17 @@ class HubCorpus(RowCorpus):
     """A dataset of the Hugging Face hub, or a local folder of data files, streamed. Its own code is never run."""
 
     kind: Literal["hub"] = "hub"
-    path: Place
+    path: PathOrUrl
     """Name on the hub, such as `allenai/c4`, or a local folder."""
     name: str | None = None
     """Subset of the dataset, such as `en`."""
     split: str = "train"
     """Split of the dataset."""
-    data_files: Place | tuple[Place, ...] | None = None
+    data_files: PathOrUrl | tuple[PathOrUrl, ...] | None = None
     """Files of the dataset, or globs of them, instead of a subset: `en/*.json.gz`."""
     revision: str | None = None
     """Commit or tag. Default: the latest commit when the dataset is opened."""
-    max_documents: int | None = Field(default=None, ge=1, le=MOST["count"])
+    max_documents: int | None = Field(default=None, ge=1, le=LIMITS["count"])
     """Rows to read, from the first. They are one source shard. Default: all."""
 
     def source_shards(self) -> tuple[SourceShard, ...]:

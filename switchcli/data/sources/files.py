@@ -24,7 +24,7 @@ from switchcli.data.sources.lines import ByteRange, FileLine, decode, lines, par
 from switchcli.data.sources.paths import SourceFile, expand_paths, fingerprint, legacy_fingerprint
 from switchcli.data.sources.records import RawRow, RowCorpus, UnreadableRow
 from switchcli.errors import DataError
-from switchcli.spec import Place
+from switchcli.spec import PathOrUrl
 
 SHARD_BYTES: Final = 2**26
 """Bytes of files as stored, compressed or not, above which they are divided among source shards."""
@@ -36,7 +36,7 @@ class FilesCorpus(RowCorpus):
     """Text or JSON Lines files (.json, .jsonl), optionally compressed (.gz, .bz2, .xz, .zst), or Parquet (.parquet)."""
 
     kind: Literal["files"] = "files"
-    paths: Annotated[tuple[Place, ...], Field(min_length=1)]
+    paths: Annotated[tuple[PathOrUrl, ...], Field(min_length=1)]
     """Files, URLs (s3://, gs://, hf://datasets/...) or globs of them (`**` matches nested folders), relative to the
     current folder."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"

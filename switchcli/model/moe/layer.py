@@ -25,7 +25,7 @@ class RouterWeights(nn.Module):
     def __init__(self, spec: ModelSpec, stack: Stack) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.d_model))
-        self.rule = spec.router_of(stack)
+        self.router_spec = spec.router_of(stack)
         self.dtype = torch.float32
         """bfloat16 in the paper's ablation (Table 2)."""
 
@@ -34,9 +34,9 @@ class RouterWeights(nn.Module):
         # Casting is not enough: under autocast a product of float32 tensors still runs in bfloat16.
         with torch.autocast(x_GND.device.type, enabled=False):
             x_GND = x_GND.to(self.dtype)
-            if self.training and self.rule.jitter:
-                x_GND = x_GND * jitter(x_GND, self.rule.jitter)
-            x_GND = F.dropout(x_GND, self.rule.input_dropout, self.training)
+            if self.training and self.router_spec.jitter:
+                x_GND = x_GND * jitter(x_GND, self.router_spec.jitter)
+            x_GND = F.dropout(x_GND, self.router_spec.input_dropout, self.training)
             return F.linear(x_GND, self.weight.to(self.dtype))
 
 
@@ -63,7 +63,7 @@ class SwitchLayer(nn.Module):
 
     def __init__(self, spec: ModelSpec, stack: Stack, num_outputs: int) -> None:
         super().__init__()
-        self.rule = spec.router_of(stack)
+        self.router_spec = spec.router_of(stack)
         self.router = RouterWeights(spec, stack)
         self.experts = Experts(spec, num_outputs)
         self.dispatcher: Dispatcher[Any] = LocalDispatcher()
@@ -83,9 +83,9 @@ class SwitchLayer(nn.Module):
         axis = self.experts.axis
         B, S, D = x_BSD.shape
         # A group is that many full sequences, one after another: G = B / group_size, N = group_size * S.
-        x_GND = x_BSD.reshape(B // self.rule.group_size(self.mode), -1, D)
+        x_GND = x_BSD.reshape(B // self.router_spec.group_size(self.mode), -1, D)
         with torch.autocast(x_BSD.device.type, enabled=False):  # autocast would choose the precision of the softmax
-            routing = self.rule.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
+            routing = self.router_spec.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
             # The weights enter the region of divided hidden units too: each process has a part of their gradient.
             routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
         x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, self.training)

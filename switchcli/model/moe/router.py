@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, model_validator
 
 from switchcli.model.moe.stats import RouterStats, choice_fraction, count_per_group, router_stats
-from switchcli.spec import MOST, Spec
+from switchcli.spec import LIMITS, Spec
 
 Factor = Annotated[float, Field(gt=0.0, le=1e12)]
 Policy = Literal["paper", "dropless"] | Factor
@@ -52,9 +52,9 @@ class Router(Spec, ABC):
     eval_capacity_factor: Factor | Literal["dropless"] = 2.0
     """Slots for evaluation, as a multiple of an even share of the tokens, or `dropless`; 2.0 is Mesh-TensorFlow's
     default, the paper gives none."""
-    min_capacity: int = Field(default=4, ge=1, le=MOST["expert_capacity"])
+    min_capacity: int = Field(default=4, ge=1, le=LIMITS["expert_capacity"])
     """Minimum number of slots per expert and group; 4 is Mesh-TensorFlow's default."""
-    group_sequences: int = Field(default=1, ge=1, le=MOST["count"])
+    group_sequences: int = Field(default=1, ge=1, le=LIMITS["count"])
     """Number of sequences that share a capacity."""
     jitter: float = Field(default=0.01, ge=0.0, lt=1.0)
     """Width of the noise U[1 - jitter, 1 + jitter] that multiplies the router's copy of its input in training (Appendix
@@ -284,7 +284,7 @@ class TopKRouter(TokenChoiceRouter):
     """
 
     kind: Literal["top_k"] = "top_k"
-    k: int = Field(default=2, ge=1, le=MOST["num_experts"])
+    k: int = Field(default=2, ge=1, le=LIMITS["num_experts"])
     """Number of experts per token."""
     renormalize: bool = True
     """Whether the k gates are divided by their sum."""
@@ -340,7 +340,7 @@ class NoTokenLeftBehindRouter(TokenChoiceRouter):
     """
 
     kind: Literal["no_token_left_behind"] = "no_token_left_behind"
-    k: int = Field(default=4, ge=2, le=MOST["num_experts"])
+    k: int = Field(default=4, ge=2, le=LIMITS["num_experts"])
     """Number of rounds, limited to the number of experts."""
 
     def num_choices(self, num_experts: int) -> int:

@@ -54,7 +54,7 @@ def plan_pruning(
         gate: whether the last matrices of the kept experts are `scaled` by `LayerPruning.wo`, or `raw`.
     """
     return {
-        name: _plan_layer(layer.rule, loads[name], mass[name], num_kept, gate)
+        name: _plan_layer(layer.router_spec, loads[name], mass[name], num_kept, gate)
         for name, layer in sparse_layers(model).items()
     }
 
