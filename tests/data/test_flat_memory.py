@@ -16,9 +16,9 @@ GROWTH_MEBIBYTES = {"files": 8, "hub": 64}
 """`datasets` has buffers that the smaller one does not fill."""
 READ = """\
 import sys
-from switchcli.data.sources.corpus import Files, Hub
+from switchcli.data.sources.corpus import FilesCorpus, HubCorpus
 kind, path = sys.argv[1:]
-corpus = Files(paths=(path,)) if kind == "files" else Hub(path="json", data_files=path)
+corpus = FilesCorpus(paths=(path,)) if kind == "files" else HubCorpus(path="json", data_files=path)
 size = sum(len(document.text) for document in corpus.documents())
 (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(size, int(peak) // 1024)
