@@ -10,12 +10,14 @@ import typer
 
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.runs import cluster
+from switchcli.runs.sweep_list import VERBS
 
 app = typer.Typer()
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def launch(
+    context: typer.Context,
     arguments: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="The command to run on the ranks.")],
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit a SLURM job that saves and requeues in time.")] = False,
     torchrun: Annotated[
@@ -47,7 +49,19 @@ def launch(
     """Run a verb on several machines that see the same folders, by SLURM or by torchrun."""
     if slurm == torchrun:
         raise RecipeError("launch: give one of --slurm and --torchrun")
+    if arguments[0].startswith("-"):
+        hint = "; give options of sbatch as --sbatch=OPTION" if slurm else ""
+        raise RecipeError(f"{arguments[0]}: no such option of launch{hint}; the command begins after --")
+    if arguments[0] not in (*VERBS, "data"):
+        raise RecipeError(f"{arguments[0]}: must be one of {', '.join(VERBS)}, data prepare")
+    unused = ("head", "port", "restarts") if slurm else ("time", "cpus", "gpus", "sbatch")
+    for name in unused:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise RecipeError(f"--{name}: cannot be used with {'--slurm' if slurm else '--torchrun'}")
     if slurm:
+        if any(option.startswith(("--array", "-a")) for option in sbatch or ()):
+            raise RecipeError("--sbatch: cannot be --array: --nodes is the number of tasks of `data prepare`")
         machines = cluster.Nodes(nodes, ranks or 8, cpus, time, gpus, tuple(sbatch or ()))
         make = cluster.slurm_preparation if arguments[:2] == ["data", "prepare"] else cluster.slurm_job
         script = make(arguments, machines)

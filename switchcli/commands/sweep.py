@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from switchcli.commands._options import Json, Quiet
-from switchcli.errors import RecipeError
+from switchcli.errors import Interrupted, RecipeError
 from switchcli.report.console import Console, print_json
 from switchcli.runs import cluster, sweep_list
 
@@ -40,18 +40,23 @@ def sweep(
 
     A failed run stops no others, except those that need it. The exit code is then 1.
     """
-    runs = sweep_list.parse_sweep(arguments, out)
-    if slurm:
-        typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
-        return
     from switchcli.runs.sweep_runner import Sweep, available_slots, command
 
+    if slurm and as_json:
+        raise RecipeError("--json: cannot be used with --slurm, which prints a shell script")
+    runs = sweep_list.parse_sweep(arguments, out)
+    if print_only and as_json:
+        print_json({"out": str(out), "runs": [{"name": run.name, "command": command(run, out)} for run in runs]})
+        return
     if print_only:
         for run in runs:
             typer.echo(shlex.join(command(run, out)))
         return
     if errors := list(sweep_list.missing_runs(runs, out)):
         raise RecipeError(*errors)
+    if slurm:
+        typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
+        return
     console = Console(quiet=quiet)
     started = Sweep(runs, out, available_slots(jobs), console)
     started.run()
@@ -60,6 +65,8 @@ def sweep(
         if outcome.status in ("failed", "not started"):
             has_failed = True
             console.warning(f"failed: {name}: {outcome.reason}")
+    if started.stopped:
+        raise Interrupted("stopped: the same command resumes")
     if as_json:
         print_json(started.to_json())
     if has_failed:

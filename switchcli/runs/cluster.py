@@ -41,7 +41,7 @@ class Nodes(NamedTuple):
             "--signal=USR1@300",
             "--requeue",
             "--open-mode=append",
-            *self.options,
+            *map(shlex.quote, self.options),
         ]
         return [f"#SBATCH {option}" for option in options]
 
@@ -100,12 +100,12 @@ def slurm_sweep(runs: Sequence[SweepRun], out: Path, nodes: Nodes) -> str:
     ]
     for stage in sorted({run.stage for run in runs}):
         members = [run for run in runs if run.stage == stage]
-        log = shlex.quote(str(out / "slurm-%A-%a.log"))
+        log = out / "slurm-%A-%a.log"
         array = nodes._replace(options=(f"--array=0-{len(members) - 1}", f"--output={log}", *nodes.options))
         cases = [f"    {number}) set -- {shlex.join(command(run, out))} ;;" for number, run in enumerate(members)]
         # `afterany`, not `afterok`: a run that needs no failed run still starts; one that does ends with an error.
         script += [
-            'job=$(sbatch --parsable "${after[@]}" "$@" <<\'JOB\'',
+            'job=$(sbatch --parsable ${after[@]+"${after[@]}"} "$@" <<\'JOB\'',
             "#!/usr/bin/env bash",
             *array.lines("switchcli-sweep"),
             "set -uo pipefail",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.recipe import yaml_nodes
+from switchcli.recipe import renames, yaml_nodes
 from switchcli.report import task_results
 from switchcli.report.comparison import compare
 from switchcli.report.console import Console
@@ -94,5 +94,6 @@ def _read(folder: Path, console: Console) -> Run | None:
 def _recipe(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    recipe = yaml_nodes.plain(yaml_nodes.read_file(path))
+    # Under the current names, so that runs of earlier versions and of this one belong to the same series.
+    recipe = yaml_nodes.plain(renames.upgrade(yaml_nodes.read_file(path), warn=False))
     return recipe if isinstance(recipe, Mapping) else {}

@@ -52,6 +52,8 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
     if not runs:
         raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")
     for run in runs:
+        if empty := [argument for argument in run.arguments if is_key(argument) and argument.endswith("=")]:
+            raise RecipeError(f"{empty[0]}: has no value: remove the last comma, or write {empty[0]}null")
         if len(run.arguments) < 2 or run.arguments[0] not in VERBS:
             raise RecipeError(
                 f"{run.arguments[0]}: must be a file that lists runs, or {', '.join(VERBS)} with a recipe"
@@ -88,8 +90,8 @@ def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun
         if len(words) == 1:
             raise RecipeError(f"{path}:{number}: {line.strip()!r} is not a run: write NAME VERB RECIPE [KEY=VALUE ...]")
         name, *command = words
-        if "/" in name:
-            raise RecipeError(f"{path}:{number}: {name!r} must be the name of a folder in {out}: remove the /")
+        if "/" in name or name in (".", ".."):
+            raise RecipeError(f"{path}:{number}: {name!r} must be the name of a new folder in {out}, without a /")
         runs += expand_grid(name, command, out, stage, () if command[0] == "eval" else overrides)
     return runs
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from switchcli.distributed.signals import stop_signals
 from switchcli.errors import Interrupted
 from switchcli.report.console import Console
 from switchcli.runs.sweep_list import SweepRun
@@ -50,25 +51,19 @@ class Sweep:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._num_started = 0
-        self._stopped = False
+        self.stopped = False
+        """Whether a signal has stopped the sweep."""
         self.outcomes: dict[str, Outcome] = {}
         """How each run ended, by name."""
 
     def run(self) -> None:
-        """Run everything that is not complete, stage by stage.
-
-        Raises:
-            Interrupted: a signal stopped the sweep. Its runs have saved.
-        """
+        """Run everything that is not complete, stage by stage. After a signal (`stopped`) all runs have saved."""
         self._out.mkdir(parents=True, exist_ok=True)
         with self._stopped_by_signals():
             for _, group in itertools.groupby(self.runs, key=lambda run: run.stage):
                 stage = list(group)
                 with ThreadPoolExecutor(self._num_slots) as pool:
-                    for run, outcome in zip(stage, pool.map(self._run, stage), strict=True):
-                        self.outcomes[run.name] = outcome
-        if self._stopped:
-            raise Interrupted("stopped: the same command resumes")
+                    list(pool.map(self._run, stage))
 
     def to_json(self) -> dict[str, Any]:
         """Return the folder of the sweep, and command and outcome of each run, for scripts."""
@@ -80,17 +75,22 @@ class Sweep:
             ],
         }
 
-    def _run(self, run: SweepRun) -> Outcome:
-        """Run one run on the next free slot, unless it needs no run or cannot start. Return how it ended."""
+    def _run(self, run: SweepRun) -> None:
+        """Run one run on the next free slot, unless it is complete or cannot start, and record how it ended."""
+        outcome = self._outcome(run)
+        with self._lock:
+            self.outcomes[run.name] = outcome
+
+    def _outcome(self, run: SweepRun) -> Outcome:
         with self._lock:
             self._num_started += 1
             label = f"[{self._num_started}/{len(self.runs)}] {run.name}"
-        if self._stopped:
+            failed = [name for name, outcome in self.outcomes.items() if outcome.status in ("failed", "not started")]
+        if self.stopped:
             return Outcome("not started", "the sweep was stopped")
         if (self._out / run.name / RESULT).exists():
             self._console.message(f"{label}: complete already")
             return Outcome("skipped")
-        failed = [name for name, outcome in self.outcomes.items() if outcome.status in ("failed", "not started")]
         if needed := next((name for name in failed if self._needs(run, name)), None):
             self._console.message(f"{label}: not started: {needed} failed")
             return Outcome("not started", f"needs {needed}")
@@ -116,7 +116,7 @@ class Sweep:
         if code == 0:
             return Outcome("done", minutes=minutes)
         # A run that is stopped while Python still starts dies of the signal itself: it has nothing to save.
-        if self._stopped and code in (Interrupted.exit_code, -signal.SIGTERM):
+        if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM):
             return Outcome("not started", "the sweep was stopped", minutes)
         return Outcome("failed", f"exit code {code}: {_last_line(log)} ({log})", minutes)
 
@@ -134,22 +134,27 @@ class Sweep:
             env=environment,
             start_new_session=True,
         )
-        with self._lock:
-            self._processes.add(process)
-            if self._stopped:
-                process.send_signal(signal.SIGTERM)
+        self._processes.add(process)
+        if self.stopped:
+            self._signal(process)
         return process
+
+    def _signal(self, process: subprocess.Popen[bytes]) -> None:
+        """Ask a run to save and end, once: a second signal would end it without saving."""
+        if process in self._processes:
+            self._processes.discard(process)
+            process.send_signal(signal.SIGTERM)
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
         """Let the first stopping signal ask every run to save and end. No further run starts."""
 
         def stop(*_: object) -> None:
-            self._stopped = True
+            self.stopped = True
             for process in list(self._processes):
-                process.send_signal(signal.SIGTERM)
+                self._signal(process)
 
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, stop) for number in stop_signals()}
         try:
             yield
         finally:

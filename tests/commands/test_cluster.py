@@ -142,6 +142,11 @@ def test_what_a_job_asks_for_is_in_its_script(tmp_path: Path, monkeypatch: pytes
         (("--slurm", "--torchrun"), "--slurm --torchrun"),
         (("--torchrun", "--nodes", "2"), "--head"),
         (("--slurm",), "sbatch --print"),
+        (("--slurm", "--head", "h"), "--head --slurm"),
+        (("--torchrun", "--time", "1:00"), "--time --torchrun"),
+        (("--slurm", "--sbatch=--array=1-3"), "--sbatch --array"),
+        (("--slurm", "--partition=a", "--print"), "--partition=a --sbatch"),
+        (("--torchrun", "--", "prune"), "prune pretrain"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(options: tuple[str, ...], words: str) -> None:

@@ -69,6 +69,8 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(tmp_path):
         ("a pretrain 'x\n", "runs:1 quotation"),
         ("a pretend x\n", "pretend pretrain finetune"),
         ("a/b pretrain x\n", "runs:1 'a/b' folder"),
+        (".. pretrain x\n", "runs:1 '..' folder"),
+        ("a pretrain x train.seed=0,\n", "train.seed= value"),
     ],
 )
 def test_a_list_that_says_no_runs_is_refused(text, words, tmp_path):
@@ -186,6 +188,30 @@ def test_the_result_for_scripts_has_command_and_status_of_each_run(tmp_path):
     assert (first["name"], first["status"]) == ("0", "done")
     assert (second["name"], second["status"]) == ("no", "failed")
     assert first["command"][:3] == ["switchcli", "pretrain", "quickstart/dense"]
+
+
+def test_a_run_that_needs_one_of_its_stage_that_failed_does_not_start(tmp_path):
+    """The folder of the failed run exists already, as on a second attempt."""
+    (tmp_path / "out/a").mkdir(parents=True)
+    path = tmp_path / "runs"
+    path.write_text("a pretrain quickstart/dense train.steps=no\nb finetune quickstart/finetune --model {out}/a\n")
+    ended = _sweep(path, tmp_path)
+    assert re.search(r"failed: b: needs a$", ended.stderr, re.M)
+
+
+def test_a_sweep_for_slurm_needs_its_runs_too(tmp_path):
+    path = tmp_path / "runs"
+    path.write_text("b distill y --teacher {out}/a\n")
+    done = subprocess.run([*SWEEP, str(path), "--slurm"], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert not lacking(done.stderr, "runs/sweep/a")
+
+
+def test_the_commands_of_a_sweep_are_printed_for_scripts(tmp_path):
+    done = subprocess.run(
+        [*SWEEP, "pretrain", "x", "train.seed=0,1", "--print", "--json"], check=True, capture_output=True, text=True
+    )
+    assert [run["name"] for run in json.loads(done.stdout)["runs"]] == ["0", "1"]
 
 
 def test_the_commands_of_a_sweep_are_printed_for_a_shell(tmp_path):
