@@ -64,11 +64,12 @@ class AllToAllDispatcher:
         self._comm_dtype = comm_dtype
         self._num_local = num_experts // ranks.size
 
-    def dispatch(self, x_GND: torch.Tensor, routing: Routing, learns: bool) -> tuple[torch.Tensor, AllToAllMeta]:
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, AllToAllMeta]:
         """Return the rows of this rank's experts from all ranks, sorted by expert: [A, D], in the dtype of products."""
         N, C = x_GND.shape[1], routing.token_GEC.shape[2]
-        # Equal splits need batches of equal size on all ranks, which only training guarantees.
-        meta = self._send_all_slots(routing, N) if learns and C < N else self._send_filled_slots(routing, N)
+        # Sending every slot gives equal splits if the ranks' batches have equal size. If C = N, most slots are empty.
+        send_all = equal_batches and C < N
+        meta = self._send_all_slots(routing, N) if send_all else self._send_filled_slots(routing, N)
         x_SD = x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, meta.source_S)
         return self._sort_by_expert(self._exchange(x_SD, meta.splits), meta), meta
 

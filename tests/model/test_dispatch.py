@@ -79,11 +79,11 @@ def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_prod
     layer, x_GND = a_layer(4.0), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
     real_GN = torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool)
     routing = layer.router_spec.assign(layer.router(x_GND), real_GN, "training")
-    sent_AD, rows = LocalDispatcher().dispatch(x_GND, routing, training=True)
+    sent_AD, rows = LocalDispatcher().dispatch(x_GND, routing, equal_batches=True)
     assert sent_AD.dtype == torch.float32
     assert len(sent_AD) == NUM_GROUPS * NUM_TOKENS < routing.token_GEC.numel()
     with torch.autocast("cpu", torch.bfloat16):
-        rounded_AD, rows = LocalDispatcher().dispatch(x_GND, routing, training=True)
+        rounded_AD, rows = LocalDispatcher().dispatch(x_GND, routing, equal_batches=True)
         y_GND = LocalDispatcher().combine(rounded_AD, rows, x_GND)
     assert rounded_AD.dtype == y_GND.dtype == torch.bfloat16
     assert rows.weight_A.dtype == torch.float32

@@ -132,10 +132,10 @@ class Counting(LocalDispatcher):
     def __init__(self) -> None:
         self.taken: list[set[int]] = []
 
-    def dispatch(self, x_GND: torch.Tensor, routing: Routing, training: bool) -> tuple[torch.Tensor, LocalMeta]:
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, LocalMeta]:
         N = x_GND.shape[1]
         self.taken = [{token for token in row if token < N} for row in routing.token_GEC.flatten(1).tolist()]
-        return super().dispatch(x_GND, routing, training)
+        return super().dispatch(x_GND, routing, equal_batches)
 
 
 def accounting(trials: int) -> Row:

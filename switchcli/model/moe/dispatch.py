@@ -1,7 +1,7 @@
 """Dispatch and combine: tokens to the experts' slots and back, by index (Appendix F uses one-hot products).
 
 Legend: G groups, N tokens per group, E experts, C slots per expert, D model, O outputs, B sequences, F hidden, A rows:
-the filled slots of all experts, the first expert's first.
+the filled slots of all groups, sorted by expert. T = G * N tokens of all groups.
 
 `LocalDispatcher` is for experts that are all in this process. Another dispatcher may use collectives in between; the
 layer sees no difference.
@@ -42,10 +42,10 @@ Meta = TypeVar("Meta", bound=DispatchMeta)
 class Dispatcher(Protocol[Meta]):
     """Moves tokens to the experts, and the experts' outputs back."""
 
-    def dispatch(self, x_GND: torch.Tensor, routing: Routing, training: bool) -> tuple[torch.Tensor, Meta]:
-        """Return the rows of the local experts, the first expert's first, in the dtype of products: [A, D].
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, Meta]:
+        """Return the rows of the local experts, sorted by expert, in the dtype of products: [A, D].
 
-        `training` says that the batches of all processes have the same size.
+        `equal_batches` says that the batches of all processes have the same size, which only training guarantees.
         """
 
     def expand_mask(self, mask_BF: torch.Tensor, meta: Meta, length: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ class Dispatcher(Protocol[Meta]):
 class LocalDispatcher:
     """A dispatcher for experts that are all in this process."""
 
-    def dispatch(self, x_GND: torch.Tensor, routing: Routing, training: bool) -> tuple[torch.Tensor, LocalMeta]:
+    def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, LocalMeta]:
         meta = filled_slots(routing, x_GND.shape[1], exact=x_GND.is_cpu)
         return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, meta.source_A), meta
 
@@ -95,10 +95,10 @@ class _WeightedScatterAdd(torch.autograd.Function):
         return weighted_AO.new_zeros(num_tokens, y_AO.shape[1]).index_add_(0, source_A, weighted_AO)
 
     @staticmethod
-    def backward(ctx: Any, grad_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         y_AO, weight_A, source_A = ctx.saved_tensors
         # Each row gets the gradient g of its token: dL/dy = weight * g, and dL/dweight = g . y.
-        grad_AO = grad_NO.index_select(0, source_A)
+        grad_AO = grad_TO.index_select(0, source_A)
         grad_weight_A = None if y_AO is None else torch.linalg.vecdot(grad_AO, y_AO).to(weight_A.dtype)
         return grad_AO.mul_(weight_A.unsqueeze(1).to(grad_AO.dtype)), grad_weight_A, None, None
 
@@ -114,7 +114,8 @@ def filled_slots(routing: Routing, group_size: int, exact: bool) -> LocalMeta:
             expert and have weight 0.
     """
     G, _, C = routing.token_GEC.shape
-    # Expert-major, so that the rows of an expert are adjacent. Flat slot s is slot s % C of group s // C % G.
+    # Expert-major, so that the rows of an expert are adjacent. Flat slot s is slot s % C of group s // C % G
+    # of expert s // (C * G).
     token_EGC = routing.token_GEC.transpose(0, 1)
     filled_EGC = token_EGC < group_size
     if exact:

@@ -88,7 +88,7 @@ class SwitchLayer(nn.Module):
             routing = self.router_spec.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
             # The weights enter the region of divided hidden units too: each process has a part of their gradient.
             routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
-        x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, self.training)
+        x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, equal_batches=self.training)
         mask_BF = self.experts.draw_dropout_mask(x_AD, B)
         mask_AF = None if mask_BF is None else self.dispatcher.expand_mask(mask_BF, meta, S)
         y_AO = self.experts(x_AD, meta.end_E, mask_AF)

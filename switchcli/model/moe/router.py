@@ -1,6 +1,8 @@
 """Routers: which token sits in each expert's slots, and with what weight (paper sections 2.1, 2.2; appendices B, C, F).
 
 Legend: G groups, N tokens per group, E experts, C slots per expert (the capacity), K choices per token.
+A = K * N choices per group: column k * N + n is choice k of token n.
+S = E * C + 1 slots per group: column e * C + c is slot c of expert e. The last one collects the choices without a slot.
 
 A router is a spec whose `assign` turns logits into a `Routing`: the token in each slot, so that all routers share one
 dispatch and combine. A token may be in slots of several experts, or in none. A group is a fixed number of full
@@ -36,10 +38,9 @@ class Routing(NamedTuple):
     token_GEC: torch.Tensor
     """int64: the token in each slot, as its index in the group; N where the slot is empty."""
     weight_GEC: torch.Tensor
-    """The weight of the token in the slot (p_i(x) in eq. 2), 0 where it is empty. Differentiable, in the router's
-    precision."""
+    """The gate: the weight of the token in the slot, 0 if empty. Differentiable, in the router's precision."""
     max_filled_slots: int
-    """Upper bound of the number of filled slots, whatever the tokens choose."""
+    """Upper bound of the number of filled slots over all groups, whatever the tokens choose."""
     stats: RouterStats
 
 
@@ -57,15 +58,15 @@ class Router(Spec, ABC):
     group_sequences: int = Field(default=1, ge=1, le=LIMITS["count"])
     """Number of sequences that share a capacity."""
     jitter: float = Field(default=0.01, ge=0.0, lt=1.0)
-    """Width of the noise U[1 - jitter, 1 + jitter] that multiplies the router's copy of its input in training (Appendix
-    C); 0 with the other kinds of noise at their defaults is the paper's argmax."""
+    """Half-width of the noise U[1 - jitter, 1 + jitter] that multiplies the router's copy of its input in training
+    (Appendix C); 0, without dropout and sampling, gives the paper's argmax."""
     input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout rate of the router's copy of its input in training (Appendix C); Mesh-TensorFlow's is 0.1."""
     z_loss_coef: float = Field(default=0.0, ge=0.0)
     """Coefficient of the router z-loss: 1e-3 in ST-MoE; the paper has no such loss."""
 
     # Properties by which a router describes itself, so that FLOPs, plan, upcycling, pruning and export do not check its
-    # kind.
+    # kind: override those that differ for a new router.
 
     experts_choose: ClassVar[bool] = False
     """Experts choose tokens: loads are equal by construction, and a token may be taken by several experts or none."""
@@ -112,9 +113,13 @@ class Router(Spec, ABC):
 
     @abstractmethod
     def causality_violation(self) -> str | None:
-        """Return why this router lets earlier tokens depend on later ones, so that no decoder may use it, or None."""
+        """Return why no decoder may use this router, because earlier tokens would depend on later ones, or None.
 
-    def _capacity(self, factor: float | str, num_tokens: int, num_experts: int) -> int:
+        Influence only on which tokens are dropped is tolerated in two cases: first choices of later tokens go before
+        second choices of earlier ones, and `overflow: random` draws the order in training.
+        """
+
+    def _slots_for_factor(self, factor: float | str, num_tokens: int, num_experts: int) -> int:
         """Return the slots per expert in a group of `num_tokens` tokens (eq. 3); `factor` may be `dropless`."""
         if isinstance(factor, str):
             return num_tokens
@@ -122,7 +127,7 @@ class Router(Spec, ABC):
 
 
 class TokenChoiceRouter(Router, ABC):
-    """The base of routers where tokens choose experts and queue for their slots, which go to the front of the queue."""
+    """Base of routers in which tokens choose experts; each expert's slots go to the first tokens of its queue."""
 
     capacity_factor: Factor | Literal["dropless"] = 1.25
     """Slots for training, as a multiple of an even share of the tokens (eq. 3), or `dropless`: a slot for every
@@ -156,7 +161,7 @@ class TokenChoiceRouter(Router, ABC):
         """
 
     def _gates(self, probability_GNK: torch.Tensor) -> torch.Tensor:
-        """Return the weights of the choices, given their probabilities; by default they are equal."""
+        """Return the weights of the choices, given their probabilities; by default the probabilities themselves."""
         return probability_GNK
 
     def group_size(self, mode: Mode) -> int:
@@ -169,12 +174,12 @@ class TokenChoiceRouter(Router, ABC):
 
     def capacity(self, num_tokens: int, num_experts: int, mode: Mode) -> int:
         """Return C, the slots per expert in a group of N tokens: eq. 3, rounded down, from `min_capacity` to N."""
-        factor: float | str = mode
+        factor: float | str = mode  # `dropless` or a number; `training` and `paper` are replaced below
         if mode == "training":
             factor = self.capacity_factor
         elif mode == "paper":
             factor = self.eval_capacity_factor
-        return self._capacity(factor, num_tokens, num_experts)
+        return self._slots_for_factor(factor, num_tokens, num_experts)
 
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
         """Queue the tokens for their choices: all first choices, then all second ones behind them, and so on."""
@@ -198,17 +203,16 @@ class TokenChoiceRouter(Router, ABC):
             queue_GN = expert_GNK[..., choice].masked_fill(~eligible_GN, E)  # E: in no queue
             position_GN, queued_GE = _positions_in_expert(queue_GN, filled_GE, order_GN)
             fits_GN = eligible_GN & (position_GN < C)
-            # The slots of a group are numbered expert * C + position. Number E * C collects the choices without a slot.
+            # Slot number expert * C + position, or E * C for a choice without a slot.
             slots.append((queue_GN * C + position_GN).where(fits_GN, E * C))
             assigned_GN = assigned_GN | fits_GN
             filled_GE = (filled_GE + queued_GE).clamp(max=C)
             load_GE = load_GE + queued_GE
 
-        # All choices of a group side by side, A = K * N: column k * N + n is choice k of token n.
         slot_GA = torch.cat(slots, dim=1)
         token_A = torch.arange(N, device=slot_GA.device).repeat(K)
-        # Invert "slot of each choice" into "token of each slot", S = E * C + 1. No slot is written twice, except the
-        # last one, which is cut off below. Empty slots keep token N and weight 0.
+        # Invert "slot of each choice" into "token of each slot". No slot is written twice, except the last one, which
+        # is cut off below. Empty slots keep token N and weight 0.
         token_GS = slot_GA.new_full((G, E * C + 1), N).scatter_(1, slot_GA, token_A.expand(G, -1))
         weight_GA = gate_GNK.transpose(1, 2).flatten(1)  # in the column order of slot_GA
         weight_GS = gate_GNK.new_zeros(G, E * C + 1).scatter(1, slot_GA, weight_GA)
@@ -391,7 +395,7 @@ class ExpertChoiceRouter(Router):
         score_GEN = probability_GNE.mT.masked_fill(~real_GN.unsqueeze(1), -1.0)
         # The sort is stable, unlike topk: before the first attention, repeated tokens have equal scores.
         score_GEN, order_GEN = score_GEN.sort(dim=-1, descending=True, stable=True)
-        C = self._capacity(factor, N, E)
+        C = self._slots_for_factor(factor, N, E)
         weight_GEC, token_GEC = score_GEN[..., :C], order_GEN[..., :C]
         # C is the capacity of a group of N real tokens. A group with padding has fewer slots; the others stay empty.
         tokens_G = real_GN.sum(1)
@@ -427,7 +431,7 @@ RouterSpec = Annotated[
 def _positions_in_expert(
     queue_GN: torch.Tensor, filled_GE: torch.Tensor, order_GN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the position of each token at its expert, int64 [G, N], and the length of each queue, int64 [G, E].
+    """Return each token's place among its expert's slots and queue, int64 [G, N], and the queue lengths, int64 [G, E].
 
     Positions count from the first slot of the expert, behind the slots that are filled already. They may exceed the
     capacity. The position of a token that is in no queue means nothing.

@@ -1,6 +1,6 @@
 """Router statistics: what the losses of a sparse layer need, and the health of its routing.
 
-Legend: G groups, N tokens per group, E experts, K choices per token, A = N * K choices per group.
+Legend: G groups, N tokens per group, E experts, K choices per token, A = K * N choices per group.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,9 @@ class RouterStats(NamedTuple):
     """Statistics of one sparse layer in one forward pass. `probability_GE` and `z_sum` carry gradients."""
 
     fraction_GE: torch.Tensor
-    """f of eq. 5: the fraction of the real tokens' choices that is each expert, before capacity drops any."""
+    """f of eq. 5: the fraction of the real tokens' choices that go to each expert, before capacity drops any.
+
+    By default only first choices count; see `TokenChoiceRouter._fraction`."""
     probability_GE: torch.Tensor
     """P of eq. 6: the mean probability of each expert over real tokens."""
     tokens_G: torch.Tensor
@@ -20,8 +22,11 @@ class RouterStats(NamedTuple):
     z_sum: torch.Tensor
     """float32 scalar: sum over real tokens of logsumexp(h)**2, the router z-loss (ST-MoE, beyond the paper)."""
     load_E: torch.Tensor
-    """float32: number of tokens that chose each expert, before capacity drops any; for expert choice, its filled
-    slots."""
+    """float32: number of tokens that queued for each expert, including those beyond the capacity. For expert choice,
+    its filled slots.
+
+    Choices do not queue if top-k routing skips them (`keep_threshold`), or if the token has a slot already and the
+    router gives it only one (`no_token_left_behind`)."""
     dropped: torch.Tensor
     """float32 scalar: number of real tokens in no slot."""
     entropy: torch.Tensor
@@ -94,7 +99,7 @@ def router_stats(
 
 
 def choice_fraction(expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Return the fraction of the real tokens' choices that is each expert: float32 [G, E]; 0 without real tokens."""
+    """Return the fraction of the real tokens' choices that go to each expert: float32 [G, E]; 0 without real tokens."""
     # Padding counts for an expert number E, which is cut off.
     expert_GA = expert_GNK.masked_fill(~real_GN.unsqueeze(-1), num_experts).flatten(1)
     num_choices_G1 = real_GN.sum(1, keepdim=True) * expert_GNK.shape[-1]
