@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 # Purposes are the last word of Philox's counter, so that numbers for different purposes never coincide.
 SPANS: Final = 0
+EXAMPLES: Final = SPANS
+"""The order of a task's examples. It has the same number because a run on tasks draws no spans."""
 DOCUMENTS: Final = 1
 CHUNKS: Final = 2
 ROW_SOURCES: Final = 3
@@ -27,6 +29,6 @@ def philox(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Phil
 
 
 def permutation(size: int, seed: int, index: int, purpose: int, part: int = 0) -> NDArray[np.int64]:
-    """Return the numbers 0..size in a random order."""
+    """Return the numbers 0 to size - 1 in a random order."""
     # Sorting random words depends on no algorithm of NumPy's that a version may change. Stable, as words may be equal.
     return np.argsort(philox(seed, index, purpose, part).random_raw(size), kind="stable")

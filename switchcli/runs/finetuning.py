@@ -129,9 +129,11 @@ def _report_training_tasks(
             continue
         packed = train_tasks[task.name].packed
         count = len(packed.example_X)
-        truncated = f", {packed.num_cut:,} of them longer than a row and cut" if packed.num_cut else ""
+        truncated = f", {packed.num_truncated:,} of them longer than a row and cut" if packed.num_truncated else ""
         rows = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of the training examples"
-        report_truncation(f"{task.name}: {count:,} examples in {rows}{truncated}", packed.num_cut / count, console)
+        report_truncation(
+            f"{task.name}: {count:,} examples in {rows}{truncated}", packed.num_truncated / count, console
+        )
 
 
 def _samples(scored: tokens.ScoredExamples) -> Batch:

@@ -47,10 +47,10 @@ def report_task_sets(
             console.warning(f"{task.name}: has no {split} split: it is not scored")
             continue
         examples = by_name[task.name]
-        count, num_cut = len(examples.examples), examples.num_cut
+        count, num_truncated = len(examples.examples), examples.num_truncated
         length = examples.packed.lengths.inputs
-        truncated = f", {num_cut:,} inputs longer than {length} tokens and cut" if num_cut else ""
-        report_truncation(f"{task.name}: {count:,} examples to score{truncated}", num_cut / count, console)
+        truncated = f", {num_truncated:,} inputs longer than {length} tokens and cut" if num_truncated else ""
+        report_truncation(f"{task.name}: {count:,} examples to score{truncated}", num_truncated / count, console)
 
 
 def report_truncation(text: str, fraction: float, console: Console) -> None:

@@ -17,7 +17,7 @@ from switchcli.data.prepare.digests import Digests, Track
 from switchcli.data.prepare.prepared_text import LAYOUT, manifest_bytes
 from switchcli.data.prepare.store import StoreWriter, TokenStore, identity_of_stores, read_manifest, write_manifest
 from switchcli.data.prepare.verified import IN_MEMORY_BYTES, VerifiedFolder
-from switchcli.data.rng import permutation
+from switchcli.data.rng import EXAMPLES, permutation
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, fingerprint, read_examples
@@ -113,7 +113,7 @@ class ScoredExamples(NamedTuple):
     """The first target of each example, empty if it is secret."""
 
     @property
-    def num_cut(self) -> int:
+    def num_truncated(self) -> int:
         """Number of inputs that are longer than the model's and get truncated."""
         return int((np.diff(self.inputs.offsets) > self.packed.lengths.inputs).sum())
 
@@ -167,7 +167,7 @@ def _sample_units(examples: list[Example], limit: int) -> list[int]:
         indices_of.setdefault(example.unit or index, []).append(index)
     units = list(indices_of.values())
     sample: list[int] = []
-    for unit in permutation(len(units), 0, 0, 0):
+    for unit in permutation(len(units), 0, 0, EXAMPLES):
         # A unit that does not fit is skipped, and a smaller one that comes later may still fit.
         if not sample or len(sample) + len(units[unit]) <= limit:
             sample += units[unit]

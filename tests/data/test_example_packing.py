@@ -43,7 +43,7 @@ def test_every_example_is_in_one_row_cut_to_its_room(pairs: list[tuple[int, int]
     ]
     assert sorted(found) == sorted(wanted)
     cut = sum(source > ROOM.inputs - 1 or target > ROOM.targets - 1 for source, target in pairs)
-    assert whole.num_cut == cut
+    assert whole.num_truncated == cut
 
 
 @given(PAIRS, st.data())

@@ -1,4 +1,4 @@
-"""Prefix language modelling and UL2's denoisers: every token in one of inputs and targets, as a slow reading says."""
+"""Prefix language modeling and UL2's denoisers: every token in one of inputs and targets, as a slow reading says."""
 
 from collections import Counter
 from typing import cast
@@ -47,7 +47,7 @@ def corrupt(
     return raw.tolist(), draws.tolist(), inputs.tolist(), targets.tolist()
 
 
-# Prefix language modelling
+# Prefix language modeling
 
 
 @st.composite

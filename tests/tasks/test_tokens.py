@@ -103,7 +103,7 @@ def test_batches_hold_every_example_once_the_longest_first(task: Task, tokenizer
     widths = [exam.padded(batch).shape[1] for batch in batches]
     assert widths == sorted(widths, reverse=True)
     long = sum(len(tokenizer.encode_batch([one.input])[0]) + 1 > LENGTHS.inputs for one in exam.examples)
-    assert exam.num_cut == long > 0
+    assert exam.num_truncated == long > 0
 
 
 def test_a_limit_draws_the_same_examples_each_time(task: Task, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Pre-training objectives that a recipe can name: prefix language modelling, UL2's denoisers and span corruption.
+"""Pre-training objectives that a recipe can name: prefix language modeling, UL2's denoisers and span corruption.
 
 An objective is a spec that acts. All rows have a fixed size: `inputs_length` and `targets_length` tokens, made of
 `raw_tokens_per_row` tokens of text and `num_draws` uniform random numbers. `build(tokenizer)` returns the function that
@@ -32,7 +32,7 @@ from switchcli.spec import LIMITS, Spec
 
 
 class PrefixLanguageModel(Spec):
-    """Prefix language modelling: a text is split at a random position into inputs and targets, without sentinels.
+    """Prefix language modeling: a text is split at a random position into inputs and targets, without sentinels.
 
     Every position is equally likely at which both parts have a token and fit their rows together with EOS.
     """
@@ -91,7 +91,7 @@ class Denoiser(Spec):
     noise_density: float = Field(gt=0.0, lt=1.0)
     """Fraction of the tokens that are hidden."""
     mean_span_length: float | None = Field(default=None, ge=1.0)
-    """Average length of a hidden span, in tokens. Absent: one span, the end of the text: prefix language modelling."""
+    """Average length of a hidden span, in tokens. Absent: one span, the end of the text: prefix language modeling."""
     rate: float = Field(default=1.0, gt=0.0)
     """Frequency of this denoiser, relative to the rates of the others; equal by default, as in UL2."""
 

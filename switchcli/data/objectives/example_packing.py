@@ -3,7 +3,7 @@
 The inputs and the targets of each example end in EOS, which no text contains: the model finds the ends of examples by
 it (model/packing.py).
 
-Legend  R rows  S source  T target positions  X examples, or texts
+Legend  R rows  S source  T target positions  X examples, or texts  K ranges  M numbers of all ranges
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.data.prepare.store import TokenStore
-from switchcli.data.rng import permutation
+from switchcli.data.rng import EXAMPLES, permutation
 from switchcli.spec import EOS, PAD
 
 OPEN_ROWS = 32
@@ -43,7 +43,7 @@ class PackedExamples(NamedTuple):
         return len(self.end_R)
 
     @property
-    def num_cut(self) -> int:
+    def num_truncated(self) -> int:
         """The number of examples whose inputs or targets are truncated."""
         inputs_X, targets_X = np.diff(self.inputs.offsets), np.diff(self.targets.offsets)
         return int(((inputs_X > self.lengths.inputs) | (targets_X > self.lengths.targets)).sum())
@@ -69,10 +69,10 @@ def pack(inputs: TokenStore, targets: TokenStore, lengths: RowLengths, seed: int
     tokens_X2 = np.minimum(tokens_X2, np.array(lengths))  # longer examples are truncated
     open_rows: list[_OpenRow] = []
     closed_rows: list[_OpenRow] = []
-    for example in permutation(len(tokens_X2), seed, 0, 0):
+    for example in permutation(len(tokens_X2), seed, 0, EXAMPLES):
         num_inputs, num_targets = (int(count) for count in tokens_X2[example])
-        has_room = (row for row in open_rows if row.input_room >= num_inputs and row.target_room >= num_targets)
-        row = next(has_room, None)
+        rows_with_room = (row for row in open_rows if row.input_room >= num_inputs and row.target_room >= num_targets)
+        row = next(rows_with_room, None)
         if row is None:
             if len(open_rows) == OPEN_ROWS:
                 fullest = int(np.argmin([row.input_room for row in open_rows]))
@@ -111,7 +111,7 @@ def store_from_texts(texts: Iterable[NDArray[np.int64]]) -> TokenStore:
 
 
 def store_from_ids(texts: Sequence[NDArray[np.int64]]) -> TokenStore:
-    """Return an in-memory store of texts, given as ids; texts without ids are left out."""
+    """Return an in-memory store of texts, given as ids. Texts without ids are left out, and the others renumbered."""
     documents = [ids.astype(np.uint32) for ids in texts if len(ids)]
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     return TokenStore(np.concatenate([np.zeros(0, np.uint32), *documents]), offsets)
@@ -152,8 +152,8 @@ def pad_rows(
     return out
 
 
-def concatenated_ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return start[0], start[0] + 1, ..., of count[0] numbers, then count[1] numbers from start[1] on, and so on."""
-    before = np.cumsum(count) - count  # where each range begins in the result
-    # At position i of the result, range k has the number start[k] + (i - before[k]).
-    return np.repeat(start - before, count) + np.arange(count.sum())
+def concatenated_ranges(start_K: NDArray[np.int64], count_K: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the ranges start[i] .. start[i] + count[i] - 1, concatenated: int64 [M]."""
+    before_K = np.cumsum(count_K) - count_K  # where each range begins in the result
+    # At position m of the result, range i has the number start[i] + (m - before[i]).
+    return np.repeat(start_K - before_K, count_K) + np.arange(count_K.sum())

@@ -5,9 +5,11 @@
     targets  <0> c d <1> g h i j </s>    each span that is kept becomes a sentinel; no closing sentinel, as in T5's code
 
 Texts of different lengths are corrupted together, end to end (`corrupt_spans`). Here each row is one text; denoisers.py
-and packed_documents.py use it in their ways. Nothing here reads text or draws random numbers: text_batches.py does.
+and packed_documents.py both call `corrupt_spans` too. Nothing here reads text or draws random numbers: text_batches.py
+does.
 
-Legend  R rows  L raw tokens of a row  S source  T target positions  X texts  N items (tokens) of a text
+Legend  R rows  L raw tokens of a row  S source  T target positions  X texts  P gaps between a text's items (tokens)
+K cuts of a text
 """
 
 from bisect import bisect_left
@@ -35,7 +37,7 @@ All ids are int64. Inputs and targets are padded with 0."""
 
 
 class SpanCounts(NamedTuple):
-    """The numbers of kept tokens, noise tokens and noise spans of a text. There are as many kept spans."""
+    """The numbers of kept tokens, noise tokens and noise spans of a text. It has as many kept spans as noise spans."""
 
     num_kept: int
     num_noise: int
@@ -128,7 +130,9 @@ class SpanCorruption(Spec):
 
     @cached_property
     def raw_tokens_per_row(self) -> int:
-        """The largest number of raw tokens whose corrupted form fits `inputs_length`: 568 for 512.
+        """The largest number of raw tokens whose inputs fit `inputs_length`: 568 for 512 by default.
+
+        At a noise density of 0.5 it may be one less, so that the targets are not longer than the inputs.
 
         # Deviates: T5's helper counts in float64 here, though its masks count in float32. At other noise than the
         # default a text may then be one token longer or shorter, and T5 cuts or pads the row.
@@ -250,23 +254,22 @@ def _random_span_lengths(draws: Draws, first_draw_X: Ids, num_items_X: Ids, num_
     """Divide the items of each text into non-empty spans at random; return the lengths of all spans, text after text.
 
     A text of N items has N - 1 gaps between items. To divide it into n spans is to cut at n - 1 gaps: at those with the
-    least draws, so that every choice of gaps is equally likely.
+    smallest draws, so that every choice of gaps is equally likely.
     """
     num_cuts_X = num_spans_X - 1
     start_X = np.cumsum(num_items_X) - num_items_X  # position of each text's first item, all texts end to end
-    gap_N = np.arange(num_items_X.max(initial=1) - 1)  # gap i is behind item i; as many as the longest text has
-    # The draw of each gap [X, N]. A shorter text reads draws that are not its own, or beyond the end, where "clip"
-    # repeats the last draw; its gaps that do not exist then get the largest value, so that they are never among the
-    # least.
-    draw_XN = draws.take(first_draw_X[:, None] + gap_N, mode="clip")
-    draw_XN[gap_N >= num_items_X[:, None] - 1] = np.iinfo(np.uint64).max
-    # A partition at k puts the k + 1 least draws of each row first, in any order, which costs less than sorting. It is
-    # made at every number of cuts that occurs, so that the first num_cuts gaps of each row are its cuts.
+    gap_P = np.arange(num_items_X.max(initial=1) - 1)  # gap i is behind item i; as many as the longest text has
+    # The draw of each gap. A shorter text reads draws that are not its own, or beyond the end, where "clip" repeats the
+    # last draw; its gaps that do not exist then get the largest value, so that they are never among the smallest.
+    draw_XP = draws.take(first_draw_X[:, None] + gap_P, mode="clip")
+    draw_XP[gap_P >= num_items_X[:, None] - 1] = np.iinfo(np.uint64).max
+    # A partition at k puts the k + 1 smallest draws of each row first, in any order, which costs less than sorting. It
+    # is made at every number of cuts that occurs, so that the first num_cuts gaps of each row are its cuts.
     cut_counts = np.unique(num_cuts_X[num_cuts_X > 0])
-    gap_XN = np.argpartition(draw_XN, cut_counts - 1, axis=1)[:, : num_cuts_X.max(initial=0)]
-    is_cut_XN = np.arange(gap_XN.shape[1]) < num_cuts_X[:, None]
+    gap_XK = np.argpartition(draw_XP, cut_counts - 1, axis=1)[:, : num_cuts_X.max(initial=0)]  # K: the most cuts
+    is_cut_XK = np.arange(gap_XK.shape[1]) < num_cuts_X[:, None]
     # The position of the last item of each span: the item before a cut, or the last item of a text.
-    cuts = (start_X[:, None] + gap_XN)[is_cut_XN]
+    cuts = (start_X[:, None] + gap_XK)[is_cut_XK]
     span_ends = np.sort(np.concatenate([cuts, start_X + num_items_X - 1]))
     return np.diff(span_ends, prepend=-1)  # the item before the first span would be at -1
 
