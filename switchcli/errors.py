@@ -79,14 +79,14 @@ class LostRankError(DistributedError):
 
 
 class Interrupted(SwitchError):
-    """The run was stopped by a signal and saved; the same command resumes it."""
+    """A signal stopped the command; finished work is saved or repeated exactly, and the same command resumes it."""
 
     exit_code = 75
     on_every_rank = True
 
 
 class InterruptedByForce(SwitchError):
-    """The run was stopped by a second Ctrl-C, without saving."""
+    """A stop that saved nothing: Ctrl-C after an earlier signal, or a signal to a command without partial results."""
 
     exit_code = 130
     on_every_rank = True

@@ -26,6 +26,7 @@ from switchcli.errors import CheckpointError
 
 NAME: Final = "MANIFEST"
 _FORMAT: Final = "switchcli checkpoint 1"
+"""Change this only if older code would misread the files; add keys to state.json otherwise (`saved_state._upgrade`)."""
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES: Final = 1 << 28
@@ -97,14 +98,19 @@ class Manifest:
         """Return the bytes of one small file, verified. Raises CheckpointError if the manifest does not list it."""
         entry = next((entry for entry in self.entries if entry.name == name), None)
         if entry is None:
-            raise CheckpointError(f"{folder}: holds no {name}: use a checkpoint that this version of switchcli wrote.")
+            raise CheckpointError(
+                f"{folder}: does not contain {name}: use a checkpoint that this version of switchcli wrote."
+            )
         content = read_small(folder / name)
         _check_entry(folder / name, entry, len(content), hashlib.sha256(content).hexdigest())
         return content
 
 
 def load(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint folder, without looking at the files. Raises DamagedError."""
+    """Return the manifest of a checkpoint folder, without looking at the files.
+
+    Raises DamagedError, or CheckpointError for another format.
+    """
     path = folder / NAME
     content = read_small(path)
     line, _, digest_line = content.partition(b"\n")

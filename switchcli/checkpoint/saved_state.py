@@ -40,7 +40,7 @@ class SavedState(Spec):
     best: dict[str, Best] = Field(default_factory=dict)
     """The best value of each metric over all evaluations."""
     texts: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Metrics of each held-out text at the last evaluation, by its label."""
+    """Metrics by text: for the label of each held-out text, its metrics at the last evaluation."""
     bits_per_byte: float | None = None
     """Bits per byte of all held-out text at the last evaluation; None if unknown."""
     position: list[Count] = Field(default_factory=list)

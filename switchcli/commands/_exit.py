@@ -1,4 +1,4 @@
-"""The end of a command before its time: by a signal, or by an error that the user can fix.
+"""Ending a command early: by a signal, or by an error that the user can fix.
 
 This module imports no torch, which takes seconds to import.
 """
@@ -42,8 +42,8 @@ def interruptible(saves_nothing: bool = False, ranks: bool = False) -> Iterator[
 
     Raises:
         Interrupted: a signal came. All finished work is on disk, or is repeated identically.
-        InterruptedByForce: Ctrl-C was pressed twice in the training loop, or a signal came and the command
-            `saves_nothing`.
+        InterruptedByForce: Ctrl-C followed another stop signal during training, evaluation or scoring, or a signal came
+            and the command `saves_nothing`.
         RecipeError: the environment variables of this rank are incomplete or wrong.
         DistributedError: srun started this task without an address where the ranks meet.
     """

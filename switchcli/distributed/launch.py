@@ -121,8 +121,8 @@ def _has_shutdown_timeout() -> bool:
 def _forward_signals() -> Iterator[None]:
     """Have torchrun forward the first stopping signal to the ranks, and wait until they end.
 
-    Later signals are sent to the ranks from here, which leave at once at a second Ctrl-C. torchrun's own handlers, as
-    that of SIGQUIT, would cut its wait short.
+    This process sends later signals to the ranks itself; at a second Ctrl-C they exit at once. torchrun's own handlers,
+    such as that of SIGQUIT, would cut its wait short.
     """
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException

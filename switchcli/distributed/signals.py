@@ -1,4 +1,8 @@
-"""Signals that ask a run to stop. A handler only sets a flag, which the training loop reads between two steps."""
+"""Signals that ask a run to stop.
+
+The first signal sets a flag that training, evaluation and scoring poll; a later Ctrl-C raises KeyboardInterrupt. See
+also commands/_exit.py and launch.py.
+"""
 
 import signal
 from collections.abc import Callable
@@ -23,7 +27,10 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 class StopTraining(Exception):
-    """A stop was requested on some rank. All ranks raise it together; one place catches it and saves."""
+    """A stop was requested on some rank. All ranks raise it together.
+
+    It is caught in two places, which save: runs/trainer.py for a run, runs/distilling.py for a teacher cache.
+    """
 
 
 class StopRequest:
@@ -61,6 +68,5 @@ def run_interruptibly(action: Callable[[], T]) -> T:
     """Return what `action` returns, or raise what it raises; signals are handled while it waits in a library.
 
     `action` runs in a thread of its own. Signal handlers run in this thread; if one raises, `action` is abandoned.
-
     """
     return ThreadPoolExecutor(1).submit(action).result()

@@ -255,7 +255,7 @@ class CanSave(Protocol):
 
 
 class SaveCallback(Callback):
-    """Saves the run. After a stop it is called too."""
+    """Saves the run. The trainer also calls it after a stop."""
 
     def __init__(self, every_steps: int, run: CanSave) -> None:
         super().__init__(every_steps)

@@ -62,7 +62,7 @@ def fit(
         optimizer: updates the weights.
         schedule: the learning rate of each step.
         context: the device, the precision and the other ranks.
-        callbacks: called in order after the steps at which they are due, but not after a stop.
+        callbacks: called in order after the steps at which they are due. After a stop the caller saves the run.
         settings: length, seed and gradient clipping.
         stop: ends training after a step.
         progress: shows each step.
