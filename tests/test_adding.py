@@ -224,7 +224,7 @@ def add_task(tree: Tree) -> None:
 from collections.abc import Iterator
 from typing import Literal
 
-from switchcli.tasks.columns import asked, text
+from switchcli.tasks.columns import question_example, text
 from switchcli.tasks.label_metrics import ACCURACY
 from switchcli.tasks.suites import Suite
 from switchcli.tasks.task import EmbeddedSource, Example, Purpose, Row, Task
@@ -236,7 +236,7 @@ def _rows(split: Literal["train", "validation"]) -> Iterator[Row]:
 
 
 def _examples(row: Row, purpose: Purpose) -> Iterator[Example]:
-    return asked(f"parity: {text(row, 'number')}", (text(row, "parity"),), purpose)
+    return question_example(f"parity: {text(row, 'number')}", (text(row, "parity"),), purpose)
 
 
 TASKS: tuple[Task, ...] = (
@@ -480,7 +480,7 @@ class Echo(Spec):
     """A text is given, and is to be said again."""
 
     kind: Literal["echo"] = "echo"
-    inputs_length: int = Field(default=512, ge=2, le=MOST["row_tokens"])
+    inputs_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
 
     @property
     def targets_length(self) -> int:
@@ -529,6 +529,26 @@ def use_size(run: Fork) -> None:
     assert (written["d_model"], written["num_experts"]) == (16, 2)
     enum = run("recipes", "schema", "pretrain").json["$defs"]["ModelSpec"]["properties"]["size"]["enum"]
     assert "atomic" in enum
+
+
+def add_recipe_key(tree: Tree) -> None:
+    key = """    multiplier: float = Field(default=1.0, gt=0.0, le=1e6)
+    \"\"\"Factor of the whole schedule.\"\"\"
+"""
+    tree.insert("switchcli/train/schedules.py", key, after=r'^    """Learning rate of the constant part; .*\n')
+    tree.insert("switchcli/train/schedules.py", "self.multiplier * ", after=r"^        rate = ")
+
+
+def use_recipe_key(run: Fork) -> None:
+    def resolved(*overrides: str) -> float:
+        return run("pretrain", "tiny.yaml", *overrides, "--dry-run", "--json").json["recipe"]["schedule"]["multiplier"]
+
+    assert (resolved(), resolved("schedule.multiplier=3")) == (1.0, 3.0)
+    definitions = run("recipes", "schema", "pretrain").json["$defs"]
+    assert definitions["InverseSquareRoot"]["properties"]["multiplier"]["default"] == 1.0
+    assert "schedule.multiplier" in run("pretrain", "tiny.yaml", "schedule.multiplier=0", "--dry-run", code=2).err
+    run.pretrain("schedule.multiplier=3")
+    assert next(record["learning_rate"] for record in run.records() if "learning_rate" in record) == pytest.approx(0.03)
 
 
 def add_recipe(tree: Tree) -> None:
@@ -776,6 +796,7 @@ ADDITIONS = {
     "a pre-training objective": Addition(add_objective, use_objective),
     "a figure in the console's line": Addition(add_column, use_column),
     "a size": Addition(add_size, use_size),
+    "a recipe key": Addition(add_recipe_key, use_recipe_key),
     "a recipe": Addition(add_recipe, use_recipe),
     "a table of the paper": Addition(add_table, use_table),
     "a figure of a report": Addition(add_figure, use_figure),

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from switchcli.errors import RecipeError, RenamedWarning
 from switchcli.recipe.yaml_nodes import Node, nest
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 KEYS: Mapping[str, str] = MappingProxyType(
     {
@@ -67,7 +67,7 @@ def upgrade(recipe: Node, warn: bool) -> Node:
     return recipe
 
 
-def upgrade_override(path: Path, value: Node) -> tuple[Path, Node]:
+def upgrade_override(path: KeyPath, value: Node) -> tuple[KeyPath, Node]:
     """Return the path and the value of an override KEY=VALUE with old names replaced."""
     for old, new in KEYS.items():
         depth = old.count(".") + 1
