@@ -21,7 +21,7 @@ class SeriesRow(NamedTuple):
 
     label: str
     seeds: int
-    going_on: int
+    num_unfinished: int
     """Number of runs without a result."""
     sizes: Mapping[str, int | None]
     steps: SeedSpread | None
@@ -43,7 +43,7 @@ class SeriesRow(NamedTuple):
         return {
             "series": self.label,
             "seeds": self.seeds,
-            "going_on": self.going_on,
+            "going_on": self.num_unfinished,
             **self.sizes,
             **{name: _json(getattr(self, name)) for name in spreads},
             "reached": self.speed.reached,
@@ -69,7 +69,7 @@ class Comparison(NamedTuple):
     notes: tuple[str, ...]
 
     def gain(self, series: Series, reference: Series) -> SeedSpread | None:
-        """Return what a series is better by than another, seed by seed, at the common step or the end."""
+        """Return the gain of a series over another, per seed, at the common step or at the end."""
         return _gain(series, reference, self.metric, self.common_step)
 
     @property
@@ -121,7 +121,7 @@ def _row(
     return SeriesRow(
         label=series.label,
         seeds=len(runs),
-        going_on=sum(not run.result for run in runs),
+        num_unfinished=sum(not run.result for run in runs),
         sizes={name: values[0] if values else None for name, values in sizes.items()},
         steps=seed_spread(run.step for run in runs),
         final=seed_spread(metric.at(run, None) for run in runs),

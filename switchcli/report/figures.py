@@ -223,7 +223,7 @@ def load_axis(scale: tuple[float, float]) -> Axis:
 
 
 def even_scale(relative_loads: Floats | Sequence[float]) -> tuple[float, float]:
-    """Return a color scale from 0 to what 99 of 100 values stay below, and to 2 at least; 1 is an even load."""
+    """Return a color scale from 0 to the 99th percentile, at least 2; 1 is an even load."""
     return 0.0, float(np.ceil(max(2.0, np.quantile(relative_loads, 0.99))))
 
 

@@ -82,7 +82,7 @@ def token_tables(survey: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _overview(index: int, atlas: Mapping[str, Any]) -> Iterator[Figure]:
-    """Yield what decides the expert, and how loaded the experts are, by layer."""
+    """Yield how well token, position and text predict the expert, and expert loads, by layer."""
     deciders: list[tuple[Value, ...]] = []
     loads: list[tuple[Value, ...]] = []
     num_experts = atlas["num_experts"]

@@ -136,7 +136,7 @@ def _text_table(name: str, layer: Mapping[str, Any]) -> HtmlTable:
 
 def drift_table(layers: Mapping[str, Any]) -> HtmlTable:
     """Return how many tokens of each layer change their expert from the first checkpoint to the second."""
-    headings = ("layer", "tokens", "changed", "agreement", "matched changed", "agreement", "told")
+    headings = ("layer", "tokens", "changed", "agreement", "matched changed", "matched agreement", "shared information")
     rows = [
         (
             shown_layer(name),
@@ -153,8 +153,9 @@ def drift_table(layers: Mapping[str, Any]) -> HtmlTable:
     caption = (
         "Changed: tokens that change their expert, by the numbers of the experts, and by the "
         f"{'best' if exact else 'greedy'} matching of one's with the other's. Agreement: beyond chance (Cohen's "
-        "kappa), or beyond what a matching finds by chance. Told: how much one's expert tells of the other's, whatever "
-        "their numbers, from 0, no more than chance, to 1, all. Of several experts of a token, one seldom tells all."
+        "kappa), or beyond what a matching finds by chance. Shared information: how well one checkpoint's expert "
+        "predicts the other's, independent of numbering: 0 = chance, 1 = fully. It stays below 1 if tokens have "
+        "several experts."
     )
     return HtmlTable("From the first to the second", headings, rows, caption)
 

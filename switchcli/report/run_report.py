@@ -61,7 +61,7 @@ def quality_table(comparison: Comparison) -> HtmlTable:
     at_common = [] if comparison.common_step is None else [f"at step {comparison.common_step:,}"]
     rows = []
     for row in comparison.rows:
-        unfinished = f", {row.going_on} going on" if row.going_on else ""
+        unfinished = f", {row.num_unfinished} going on" if row.num_unfinished else ""
         cells = [row.label, f"{row.seeds}{unfinished}", _spread(row.steps, ",.0f"), _spread(row.final, ".4f")]
         cells += [_spread(row.at_common, ".4f") for _ in at_common]
         rows.append([*cells, "" if row.label == baseline else _spread(row.over, "+.4f")])

@@ -144,7 +144,7 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
         with disk_errors(metrics, _ELSEWHERE):
             for number, record in _records(metrics):
                 points.add(number, record)
-        notes += [*points.left_out(metrics), *points.skipped_steps(folder)]
+        notes += [*points.unreadable_lines_note(metrics), *points.skipped_steps_note(folder)]
     tokenizer = _digest(folder / "tokenizer.json")
     if tokenizer is None and isinstance(result.get("tokenizer"), str):
         tokenizer = result["tokenizer"]
@@ -201,7 +201,7 @@ class _Points:
         if "texts" in record:
             self.texts = as_mapping(record["texts"])
 
-    def left_out(self, path: Path) -> list[str]:
+    def unreadable_lines_note(self, path: Path) -> list[str]:
         """Return a note on the lines and values that were left out, if there are any."""
         reasons = []
         for reason, numbers in self._left_out.items():
@@ -209,7 +209,7 @@ class _Points:
             reasons.append(f"line {numbers[0]:,}: {reason}{others}")
         return [f"{path}: left out: {'; '.join(reasons)}"] if reasons else []
 
-    def skipped_steps(self, folder: Path) -> list[str]:
+    def skipped_steps_note(self, folder: Path) -> list[str]:
         """Return a note on the steps that the training left out (`train.nonfinite`), if there are any."""
         spans = []
         for span in self._skipped if isinstance(self._skipped, list) else ():

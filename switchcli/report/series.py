@@ -71,7 +71,7 @@ def group_by_recipe(runs: Sequence[Run]) -> list[Series]:
 def _identities(runs: Sequence[Run]) -> list[str]:
     """Return a text per run that is equal for the runs of one series: their settings, without seeds in paths.
 
-    Where runs of several seeds name the very same path, a number in it that is one of the seeds is none, and stays.
+    If runs with different seeds use the same path, a number in it that equals a seed is not treated as a seed.
     """
     exact = [_identity(run, flatten(run.recipe, IGNORED_KEYS)) for run in runs]
     seeds = defaultdict[str, set[str]](set)

@@ -46,9 +46,9 @@ class JsonLines:
             rewrite = os.lstat(self.path).st_nlink > 1
             num_damaged, first_damaged, last_damaged = 0, 0, 0
             for line in read_lines(self.path):
-                fate = _fate(line, step)
-                rewrite = rewrite or fate != "keep" or not line.is_ended
-                if fate == "damaged" and line.number != last_damaged:  # a long line comes in several pieces
+                action = _action_for(line, step)
+                rewrite = rewrite or action != "keep" or not line.is_ended
+                if action == "damaged" and line.number != last_damaged:  # a long line comes in several pieces
                     num_damaged += 1
                     first_damaged, last_damaged = first_damaged or line.number, line.number
             if not rewrite:
@@ -64,11 +64,11 @@ class JsonLines:
             lines = f"{num_damaged:,} lines, the first at line {first_damaged:,}, hold"
         return f"{self.path}: {lines} no record of a step: moved to {aside.name}"
 
-    def _lines(self, fate: "Fate", step: int) -> Iterator[bytes]:
+    def _lines(self, action: "LineAction", step: int) -> Iterator[bytes]:
         for line in read_lines(self.path):
-            if _fate(line, step) == fate:
+            if _action_for(line, step) == action:
                 # Only the last line of the file may lack its newline; pieces of a damaged line have none.
-                yield line.content if line.is_ended or fate == "damaged" else line.content + b"\n"
+                yield line.content if line.is_ended or action == "damaged" else line.content + b"\n"
 
     def _free_name(self) -> Path:
         number = 1
@@ -104,11 +104,11 @@ class Line(NamedTuple):
         return self.content.endswith(b"\n")
 
 
-Fate = Literal["keep", "later", "torn", "damaged"]
+LineAction = Literal["keep", "later", "torn", "damaged"]
 """What a rewind does with a line. Torn is a last line that a killed process left unfinished."""
 
 
-def _fate(line: Line, step: int) -> Fate:
+def _action_for(line: Line, step: int) -> LineAction:
     line_step = step_of(parse(line.content)) if line.is_whole else None
     if line_step is not None:
         return "keep" if line_step <= step else "later"

@@ -149,7 +149,11 @@ def _raise_open_files_limit() -> None:
 
 
 def _without_unreadable(data: DataSpec) -> DataSpec:
-    """Return `data` without its rules for unreadable rows, so that a run that one has ended may skip it."""
+    """Return `data` without its rules for unreadable rows.
+
+    The text is identified without them, so that a run stopped by an unreadable row can be resumed with rules that skip
+    it.
+    """
     corpora = [
         corpus.model_copy(update={"unreadable": "refuse"}) if isinstance(corpus, RowCorpus) else corpus
         for corpus in data.corpora

@@ -11,7 +11,7 @@ for another.
 from collections.abc import Iterable
 from reprlib import repr as short
 
-from switchcli.tasks.columns import answers, asked, text, value
+from switchcli.tasks.columns import answers, question_example, text, value
 from switchcli.tasks.label_tasks import label_task, prefixed
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match
@@ -37,7 +37,7 @@ def _winogrande(row: Row, purpose: Purpose) -> Iterable[Example]:
     if answer != "" and (not isinstance(answer, str) or answer not in WINOGRANDE_OPTIONS):
         raise ValueError(f"answer: is {short(answer)}, and should be '1' or '2', or '' if it is secret")
     targets = answers([text(row, WINOGRANDE_OPTIONS[answer])] if answer else [])
-    return asked(prefixed("winogrande", row, WINOGRANDE_COLUMNS, WINOGRANDE_COLUMNS), targets, purpose)
+    return question_example(prefixed("winogrande", row, WINOGRANDE_COLUMNS, WINOGRANDE_COLUMNS), targets, purpose)
 
 
 TASKS: tuple[Task, ...] = (

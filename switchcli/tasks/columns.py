@@ -44,8 +44,8 @@ def answers(candidates: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(candidate for candidate in candidates if candidate.strip()))
 
 
-def asked(question: str, targets: tuple[str, ...], purpose: Purpose) -> Iterator[Example]:
-    """Yield the only example of a row, or none if its answer is secret and the row is to train on."""
+def question_example(question: str, targets: tuple[str, ...], purpose: Purpose) -> Iterator[Example]:
+    """Yield the row's example; nothing when training and its answer is not published."""
     if targets or purpose == "scoring":
         yield Example(question, targets)
 

@@ -8,7 +8,7 @@ from reprlib import repr as short
 
 import numpy as np
 
-from switchcli.tasks.columns import asked, text, value
+from switchcli.tasks.columns import question_example, text, value
 from switchcli.tasks.label_metrics import ACCURACY, PEARSON, REFERENT_ACCURACY, SPEARMAN, f1, matthews
 from switchcli.tasks.label_tasks import SECRET, label_task, label_word, prefixed, referent_example
 from switchcli.tasks.pronouns import resolve
@@ -28,7 +28,7 @@ SCORES = tuple(f"{fifths / 5:.1f}" for fifths in range(26))
 
 def _stsb(row: Row, purpose: Purpose) -> Iterable[Example]:
     """Ask for the similarity of two sentences, from 0.0 to 5.0 in steps of 0.2."""
-    return asked(prefixed("stsb", row, SENTENCES, SENTENCES), _rounded_score(value(row, "label")), purpose)
+    return question_example(prefixed("stsb", row, SENTENCES, SENTENCES), _rounded_score(value(row, "label")), purpose)
 
 
 def _rounded_score(label: object) -> tuple[str, ...]:

@@ -143,7 +143,7 @@ def _pairs(answered: Sequence[AnsweredExample]) -> Numbers:
 def _correlation(x: Numbers, y: Numbers) -> float:
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
-    # Answers may be any finite numbers, such as 1e308. Scaling to [-1, 1] prevents that their squares overflow.
+    # Answers may be any finite numbers, such as 1e308. Scaling to [-1, 1] keeps their squares from overflowing.
     x, y = (values / np.abs(values).max() for values in (x, y))
     x, y = x - x.mean(), y - y.mean()
     return max(-100.0, min(100.0, _percentage(float(x @ y), float(np.linalg.norm(x) * np.linalg.norm(y)))))

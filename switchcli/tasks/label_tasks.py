@@ -6,7 +6,7 @@ Texts keep unusual spaces, because T5 does not change them either.
 from collections.abc import Iterator, Sequence
 from reprlib import repr as short
 
-from switchcli.tasks.columns import asked, text, value
+from switchcli.tasks.columns import question_example, text, value
 from switchcli.tasks.label_metrics import ACCURACY
 from switchcli.tasks.task import Example, HubSource, Metric, Purpose, Row, Task
 
@@ -62,7 +62,9 @@ def label_task(
     """
 
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:
-        return asked(prefixed(prefix or name, row, columns, keys or columns), label_word(row, labels), purpose)
+        return question_example(
+            prefixed(prefix or name, row, columns, keys or columns), label_word(row, labels), purpose
+        )
 
     return Task(
         name,

@@ -16,7 +16,7 @@ import re
 import string
 from collections.abc import Iterator
 
-from switchcli.tasks.columns import answers, asked, text, texts
+from switchcli.tasks.columns import answers, question_example, text, texts
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, squad_em, squad_f1, trivia_em, trivia_f1
 
@@ -40,15 +40,15 @@ def space_punctuation(sentence: str) -> str:
 def _squad(row: Row, purpose: Purpose) -> Iterator[Example]:
     question, context = space_punctuation(text(row, "question")), space_punctuation(text(row, "context"))
     targets = answers(space_punctuation(answer) for answer in texts(row, "answers.text"))
-    return asked(f"question: {question} context: {context}", targets, purpose)
+    return question_example(f"question: {question} context: {context}", targets, purpose)
 
 
 def _natural_questions(row: Row, purpose: Purpose) -> Iterator[Example]:
-    return asked(f"nq question: {text(row, 'question')}", answers(texts(row, "answer")), purpose)
+    return question_example(f"nq question: {text(row, 'question')}", answers(texts(row, "answer")), purpose)
 
 
 def _web_questions(row: Row, purpose: Purpose) -> Iterator[Example]:
-    return asked(f"wq question: {text(row, 'question')}", answers(texts(row, "answers")), purpose)
+    return question_example(f"wq question: {text(row, 'question')}", answers(texts(row, "answers")), purpose)
 
 
 def _trivia_qa(row: Row, purpose: Purpose) -> Iterator[Example]:
@@ -64,7 +64,7 @@ def _trivia_qa(row: Row, purpose: Purpose) -> Iterator[Example]:
     else:
         # T5 cannot score a row without aliases. Here its value is the right answer.
         targets = answers(sorted(aliases, key=lambda alias: alias != value)) or answers(known_value)
-    return asked(f"trivia_qa question: {text(row, 'question')}", targets, purpose)
+    return question_example(f"trivia_qa question: {text(row, 'question')}", targets, purpose)
 
 
 def _arc(row: Row, purpose: Purpose) -> Iterator[Example]:
@@ -80,7 +80,7 @@ def _arc(row: Row, purpose: Purpose) -> Iterator[Example]:
         raise ValueError(f"answerKey: is {key!r}, and should be one of {', '.join(names)}, or empty if it is secret")
     choices = (f"choice_{letter}: {option}" for letter, option in zip(string.ascii_lowercase, options, strict=False))
     targets = answers([options[names.index(key)]] if key else [])
-    return asked(f"arc question: {question} {' '.join(choices)}", targets, purpose)
+    return question_example(f"arc question: {question} {' '.join(choices)}", targets, purpose)
 
 
 def _arc_task(name: str, config: str) -> Task:

@@ -23,7 +23,7 @@ from switchcli.data.sources.python_stdlib import (
     parse_source,
     source_text,
 )
-from switchcli.tasks.columns import answers, asked, text
+from switchcli.tasks.columns import answers, question_example, text
 from switchcli.tasks.task import EmbeddedSource, Example, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, rouge1, rouge2, rouge_lsum
 
@@ -87,7 +87,7 @@ def _module_examples(row: Row, purpose: Purpose) -> Iterator[Example]:
     module = text(row, "module")
     if module not in MODULES:
         raise ValueError(f"module: is {module!r}, and should be one of {', '.join(MODULES)}")
-    return asked(f"python_modules docstring: {without_names(text(row, 'docstring'))}", (module,), purpose)
+    return question_example(f"python_modules docstring: {without_names(text(row, 'docstring'))}", (module,), purpose)
 
 
 # python_docstrings
@@ -136,7 +136,9 @@ def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list
 
 
 def _docstring_examples(row: Row, purpose: Purpose) -> Iterator[Example]:
-    return asked(f"python_docstrings source: {text(row, 'source')}", answers([text(row, "summary")]), purpose)
+    return question_example(
+        f"python_docstrings source: {text(row, 'source')}", answers([text(row, "summary")]), purpose
+    )
 
 
 # Both tasks

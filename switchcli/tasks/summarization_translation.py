@@ -5,7 +5,7 @@ The Switch paper reports ROUGE-2 for summaries. Translations are scored by the B
 
 from collections.abc import Iterator
 
-from switchcli.tasks.columns import answers, asked, text
+from switchcli.tasks.columns import answers, question_example, text
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import bleu, rouge1, rouge2, rouge_lsum
 
@@ -16,7 +16,7 @@ def _summarization(name: str, source: HubSource, article: str, summary: str) -> 
     """Return the task of a data set with the columns `article` and `summary`."""
 
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:
-        return asked(f"summarize: {text(row, article)}", answers([text(row, summary)]), purpose)
+        return question_example(f"summarize: {text(row, article)}", answers([text(row, summary)]), purpose)
 
     return Task(
         name=name,
@@ -36,7 +36,7 @@ def _translation(year: int, source: str, target: str) -> Task:
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:
         sentence = text(row, f"translation.{source}")
         prefix = f"translate {LANGUAGES[source]} to {LANGUAGES[target]}: "
-        return asked(prefix + sentence, answers([text(row, f"translation.{target}")]), purpose)
+        return question_example(prefix + sentence, answers([text(row, f"translation.{target}")]), purpose)
 
     return Task(
         name=f"wmt{year}_{source}_{target}",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from reprlib import repr as short
 
-from switchcli.tasks.columns import answers, asked, text, texts, value
+from switchcli.tasks.columns import answers, question_example, text, texts, value
 from switchcli.tasks.label_metrics import ACCURACY, EXACT_MATCH_BY_UNIT, REFERENT_ACCURACY, f1, macro_f1, matthews
 from switchcli.tasks.label_tasks import label_task, label_word, prefixed, referent_example
 from switchcli.tasks.pronouns import mark_first, mark_word
@@ -27,7 +27,7 @@ def _multirc(row: Row, purpose: Purpose) -> Iterable[Example]:
     """Ask whether an answer to a question is right. The question is the unit; <br>, <b> and </b> are removed."""
     question = re.sub("</?b>", "", prefixed("multirc", row, MULTIRC, MULTIRC).replace("<br>", " "))
     unit = f"{value(row, 'idx.paragraph')}/{value(row, 'idx.question')}"
-    return (example._replace(unit=unit) for example in asked(question, label_word(row, FALSE_TRUE), purpose))
+    return (example._replace(unit=unit) for example in question_example(question, label_word(row, FALSE_TRUE), purpose))
 
 
 def _record(row: Row, purpose: Purpose) -> Iterable[Example]:
@@ -65,7 +65,7 @@ def _dpr(row: Row, purpose: Purpose) -> Iterable[Example]:
     if len(candidates) != 2:
         raise ValueError(f"candidates: has {len(candidates)} texts, and should have 2")
     targets = answers(label_word(row, candidates))
-    return asked(mark_first(text(row, "sentence"), text(row, "pronoun")), targets, purpose)
+    return question_example(mark_first(text(row, "sentence"), text(row, "pronoun")), targets, purpose)
 
 
 def _source(config: str) -> HubSource:

@@ -160,30 +160,30 @@ def sum_in_chunks(loss: LogitsLoss, hidden_ND: torch.Tensor, vocabulary: Vocabul
     gradient of the vocabulary are accumulated in float32 or float64.
     """
     axis = vocabulary.axis
-    learns = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     # Each rank of the model axis computes with its rows of the vocabulary. The sums over ranks are taken of the results
     # below, and of the gradient of the hidden states, which `enter_region` does in the backward pass.
     region_ND = axis.enter_region(hidden_ND)
-    sums_M: torch.Tensor = _SumInChunks.apply(region_ND, vocabulary.weight_VD, loss, learns)  # type: ignore[no-untyped-call]
+    sums_M: torch.Tensor = _SumInChunks.apply(region_ND, vocabulary.weight_VD, loss, grad_enabled)  # type: ignore[no-untyped-call]
     return axis.all_reduce(sums_M)
 
 
 class _SumInChunks(torch.autograd.Function):
     """The sums of a loss with the gradients of its two factors, which are computed in the forward pass.
 
-    So each chunk's logits exist once and are computed once. A gradient that nobody needs is not computed. `learns` says
-    whether gradients are enabled, because torch disables them in `forward`.
+    So each chunk's logits exist once and are computed once. An unneeded gradient is not computed. `grad_enabled` says
+    whether gradients are enabled for the caller, because torch disables them in `forward`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, loss: LogitsLoss, learns: bool
+        ctx: Any, hidden_ND: torch.Tensor, vocabulary_VD: torch.Tensor, loss: LogitsLoss, grad_enabled: bool
     ) -> torch.Tensor:
         assert len(hidden_ND), "no targets"
         dtype = compute_dtype(hidden_ND)
         exact = at_least_float32(hidden_ND)
         weight_VD = vocabulary_VD.to(dtype)
-        needs_hidden, needs_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         hidden_gradient_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         weight_gradient_VD = torch.zeros_like(vocabulary_VD, dtype=exact) if needs_weight else None
         ctx.save_for_backward(hidden_gradient_ND, weight_gradient_VD)  # filled in place below

@@ -190,21 +190,21 @@ def test_preparing_says_pieces_tokens_their_rate_and_the_time_left(monkeypatch: 
     times = iter([0.0, 10.0, 40.0, 50.0, 60.0])
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(times))
     console, stream = plain()
-    with console.preparing("tokenising", 4, 1000) as show:
+    with console.preparing("tokenizing", 4, 1000) as show:
         show(Done(0, 0, 500_000))
         show(Done(1, 250, 2_000_000))
         show(Done(4, 1000, 8_000_000))
     going, done = stream.getvalue().splitlines()
-    assert not lacking(going, "tokenising: 2.00M 50.0k tokens/s 1 4 pieces 0:02:00")
-    assert not lacking(done, "tokenising: 8,000,000 0:01:00 133k tokens/s")
+    assert not lacking(going, "tokenizing: 2.00M 50.0k tokens/s 1 4 pieces 0:02:00")
+    assert not lacking(done, "tokenizing: 8,000,000 0:01:00 133k tokens/s")
 
 
 def test_preparing_in_a_terminal_has_its_rate_beside_the_bar(terminal: tuple[Console, int]) -> None:
     console, reader = terminal
-    with console.preparing("tokenising", 4, None) as show:
+    with console.preparing("tokenizing", 4, None) as show:
         show(Done(1, 0, 2_000_000))
         console._progress.refresh()
-    assert re.search(r"tokenising: 2.00M tokens, \S+ tokens/s .*1/4", read(reader))
+    assert re.search(r"tokenizing: 2.00M tokens, \S+ tokens/s .*1/4", read(reader))
 
 
 def test_a_bar_is_taken_down_when_the_run_fails(terminal: tuple[Console, int]) -> None:
