@@ -1,7 +1,6 @@
 """`switchcli launch`: a run on several machines, by SLURM or by torchrun. Imports no torch."""
 
 import os
-import shlex
 import shutil
 import subprocess
 from typing import Annotated
@@ -9,6 +8,7 @@ from typing import Annotated
 import typer
 
 from switchcli.errors import DistributedError, RecipeError
+from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster
 from switchcli.runs.sweep_list import VERBS
 
@@ -79,6 +79,6 @@ def launch(
         head = "localhost"
     command = cluster.torchrun_command(arguments, head, port, nodes, ranks, restarts)
     if print_only:
-        typer.echo(shlex.join(command))
+        typer.echo(shell_words(*command))
         return
     os.execve(command[0], command, cluster.torchrun_environment())

@@ -1,6 +1,5 @@
 """`switchcli sweep`: many runs by one command, as many at once as there are GPUs or processors. Imports no torch."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from switchcli.commands._options import Json, Quiet
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.report.console import Console, print_json
+from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster, sweep_list
 
 app = typer.Typer()
@@ -40,7 +40,7 @@ def sweep(
 
     A failed run stops no others, except those that need it. The exit code is then 1.
     """
-    from switchcli.runs.sweep_runner import Sweep, available_slots, command
+    from switchcli.runs.sweep_runner import STOPPED, Sweep, available_slots, command
 
     if slurm and as_json:
         raise RecipeError("--json: cannot be used with --slurm, which prints a shell script")
@@ -50,7 +50,7 @@ def sweep(
         return
     if print_only:
         for run in runs:
-            typer.echo(shlex.join(command(run, out)))
+            typer.echo(shell_words(*command(run, out)))
         return
     if errors := list(sweep_list.missing_runs(runs, out)):
         raise RecipeError(*errors)
@@ -62,7 +62,7 @@ def sweep(
     started.run()
     has_failed = False
     for name, outcome in started.outcomes.items():
-        if outcome.status in ("failed", "not started"):
+        if outcome.status in ("failed", "not started") and outcome.reason != STOPPED:
             has_failed = True
             console.warning(f"failed: {name}: {outcome.reason}")
     if started.stopped:

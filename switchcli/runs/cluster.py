@@ -4,12 +4,12 @@ A job script runs the command with srun. It saves and goes back into the queue b
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from switchcli.report.safe_text import shell_word, shell_words
 from switchcli.runs.sweep_list import SweepRun
 from switchcli.runs.sweep_runner import command
 
@@ -41,7 +41,7 @@ class Nodes(NamedTuple):
             "--signal=USR1@300",
             "--requeue",
             "--open-mode=append",
-            *map(shlex.quote, self.options),
+            *map(shell_word, self.options),
         ]
         return [f"#SBATCH {option}" for option in options]
 
@@ -62,7 +62,7 @@ exit "$code"
 def slurm_job(arguments: Sequence[str], nodes: Nodes) -> str:
     """Return a job script for one run on all ranks of the nodes."""
     lines = ["#!/usr/bin/env bash", *nodes.lines("switchcli"), "set -uo pipefail", ""]
-    body = _RUN_AND_REQUEUE.format(command=shlex.join(["switchcli", *arguments]), job="$SLURM_JOB_ID")
+    body = _RUN_AND_REQUEUE.format(command=shell_words("switchcli", *arguments), job="$SLURM_JOB_ID")
     return "\n".join(lines) + "\n" + body
 
 
@@ -81,7 +81,7 @@ def slurm_preparation(arguments: Sequence[str], nodes: Nodes) -> str:
         "set -euo pipefail",
         "",
         ': "${SWITCHCLI_CACHE:?set it to a folder that all machines see}"',
-        f"exec {shlex.join(['switchcli', *arguments])} {processes} --share {share}",
+        f"exec {shell_words('switchcli', *arguments)} {processes} --share {share}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -95,14 +95,14 @@ def slurm_sweep(runs: Sequence[SweepRun], out: Path, nodes: Nodes) -> str:
         "#!/usr/bin/env bash",
         f"# Submits {len(runs)} runs. Usage: bash SCRIPT [OPTIONS OF SBATCH ...]",
         "set -euo pipefail",
-        f"mkdir -p {shlex.quote(str(out))}",
+        f"mkdir -p {shell_word(str(out))}",
         "after=()",
     ]
     for stage in sorted({run.stage for run in runs}):
         members = [run for run in runs if run.stage == stage]
         log = out / "slurm-%A-%a.log"
         array = nodes._replace(options=(f"--array=0-{len(members) - 1}", f"--output={log}", *nodes.options))
-        cases = [f"    {number}) set -- {shlex.join(command(run, out))} ;;" for number, run in enumerate(members)]
+        cases = [f"    {number}) set -- {shell_words(*command(run, out))} ;;" for number, run in enumerate(members)]
         # `afterany`, not `afterok`: a run that needs no failed run still starts; one that does ends with an error.
         script += [
             'job=$(sbatch --parsable ${after[@]+"${after[@]}"} "$@" <<\'JOB\'',

@@ -7,7 +7,6 @@ interrupted one resumes, since its verb resumes. A failed run stops no other run
 import itertools
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,9 +21,12 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from switchcli.distributed.signals import stop_signals
 from switchcli.errors import Interrupted
 from switchcli.report.console import Console
+from switchcli.report.safe_text import shell_words
 from switchcli.runs.sweep_list import SweepRun
 
 RESULT = "result.json"
+STOPPED = "the sweep was stopped"
+"""The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
 Status = Literal["done", "skipped", "failed", "not started"]
 
 
@@ -87,7 +89,7 @@ class Sweep:
             label = f"[{self._num_started}/{len(self.runs)}] {run.name}"
             failed = [name for name, outcome in self.outcomes.items() if outcome.status in ("failed", "not started")]
         if self.stopped:
-            return Outcome("not started", "the sweep was stopped")
+            return Outcome("not started", STOPPED)
         if (self._out / run.name / RESULT).exists():
             self._console.message(f"{label}: complete already")
             return Outcome("skipped")
@@ -106,7 +108,7 @@ class Sweep:
 
     def _run_on(self, slot: Mapping[str, str], run: SweepRun, label: str) -> Outcome:
         log = self._out / f"{run.name}.log"
-        self._console.message(f"{label}: {shlex.join(command(run, self._out))}")
+        self._console.message(f"{label}: {shell_words(*command(run, self._out))}")
         started = time.monotonic()
         with log.open("ab") as file, self._start(run, file, {**os.environ, **slot}) as process:
             code = process.wait()
@@ -117,7 +119,7 @@ class Sweep:
             return Outcome("done", minutes=minutes)
         # A run that is stopped while Python still starts dies of the signal itself: it has nothing to save.
         if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM):
-            return Outcome("not started", "the sweep was stopped", minutes)
+            return Outcome("not started", STOPPED, minutes)
         return Outcome("failed", f"exit code {code}: {_last_line(log)} ({log})", minutes)
 
     def _needs(self, run: SweepRun, other: str) -> bool:
