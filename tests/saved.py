@@ -34,7 +34,7 @@ def numbered(named: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
 
 
 def wanted(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same names, dtypes and shapes, without values."""
+    """Return tensors on `meta` with the same names, dtypes and shapes."""
     return {name: tensor.to("meta") for name, tensor in named.items()}
 
 

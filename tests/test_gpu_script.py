@@ -99,7 +99,7 @@ def test_its_tests_run_without_plugins_and_failures_have_a_reason(tmp_path: Path
 
 
 def test_the_largest_batch_is_found_whatever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within an eighth, never above what fits, and nothing where even one unit does not."""
+    """It is within an eighth, never above what fits, and 0 where even one unit does not fit."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
     import gpu_device
 

@@ -51,7 +51,8 @@ def test_parameters_of_table_9_to_the_last_digit(name: str, parameters: int) -> 
     ],
 )
 def test_parameters_as_printed_in_millions(name: str, printed: int) -> None:
-    """Within a fifth of a percent, to which the printed figures are rounded. Switch-XXL is untied, as released."""
+    """They agree within a fifth of a percent, to which the printed figures are rounded. Switch-XXL is untied, as
+    released."""
     assert count(sized(name)).parameters / 1e6 == pytest.approx(printed, rel=2e-3)
 
 

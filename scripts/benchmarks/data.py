@@ -52,11 +52,11 @@ MODELS = {
 }
 """The smallest models of the recipes, and the length of the inputs that they are trained on."""
 BATCHES = 20
-"""Of the loader, timed together."""
+"""Number of the loader's batches that are timed together."""
 
 
 def data(job: Job) -> Result:
-    """What `job["what"]` is: `text`, which makes what the others read; `loader`, or one of the others once."""
+    """Run one part of the benchmark, `job["what"]`: `text` writes the files that the others read."""
     os.environ["RAYON_NUM_THREADS"] = str(job["threads"])  # the tokenizer's
     jobs = {"text": _text, "prepare": _prepare, "map": _map, "load and map": _map, "loader": _loader}
     return jobs[job["what"]](job)

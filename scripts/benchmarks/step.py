@@ -61,7 +61,7 @@ def step(job: Job) -> Result:
 
 
 class OneBatch(BatchSource):
-    """The same batch in every step."""
+    """Source that returns an equal batch in every step."""
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         return batch()

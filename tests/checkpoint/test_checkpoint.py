@@ -184,7 +184,7 @@ def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Pat
 def test_a_file_that_is_removed_while_it_is_opened_is_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a run that prunes; the library opens it once for its header and again for its tensors."""
+    """A run that prunes removes it; the library opens it once for its header and again for its tensors."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(tensor_file.encode({"weight": torch.ones(2)}))
 

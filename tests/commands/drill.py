@@ -65,7 +65,7 @@ def newest(run: Path) -> int:
 
 
 def tensors(run: Path, *kinds: str) -> dict[str, np.ndarray]:
-    """Those of the newest checkpoint's model and optimizer, or of one of them."""
+    """Return the tensors of the newest checkpoint: model and optimizer, or one of them."""
     return {
         f"{kind}/{name}": tensor
         for kind in kinds or ("model", "optimizer")

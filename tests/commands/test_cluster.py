@@ -119,7 +119,7 @@ def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str
 def test_a_job_that_is_stopped_as_soon_as_it_begins_does_not_come_back_for_ever(
     job: dict[str, str], tmp_path: Path, restarts: str, code: int
 ) -> None:
-    """As a job whose ranks are stopped because one fails on another machine."""
+    """The job's ranks are stopped because one fails on another machine."""
     stopped = tmp_path / "tools" / "srun"
     stopped.write_text("#!/bin/sh\nexit 75\n")
     environment = {**job, "SLURM_RESTART_COUNT": restarts}

@@ -73,7 +73,7 @@ def test_what_a_clean_up_makes_of_it_is_the_signals_doing() -> None:
 
 
 def unraisable(action: Callable[[], None]) -> None:
-    """As a caller in C has it that cannot fail."""
+    """Call `action` from a finalizer, whose errors Python only prints."""
 
     class Dying:
         def __del__(self) -> None:
@@ -83,7 +83,7 @@ def unraisable(action: Callable[[], None]) -> None:
 
 
 def refused(action: Callable[[], None]) -> None:
-    """As a library has it that tries something."""
+    """Call `action` and drop its errors, as a library may."""
     with suppress(Exception):
         action()
 
@@ -165,7 +165,7 @@ def test_a_signal_does_not_replace_the_error_that_a_command_ends_by() -> None:
 
 
 def test_where_it_was_is_found_though_a_chain_of_errors_comes_back_to_its_beginning() -> None:
-    """As a library makes it that raises an error of its own from ours, which is raised from that in turn."""
+    """A library raises an error of its own from ours, and ours is raised from that in turn."""
     first, second = Interrupted("stopped"), ValueError("its own")
     second.__cause__, first.__cause__ = first, second
     assert training_location(first) == "outside training"

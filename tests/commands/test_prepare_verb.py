@@ -220,7 +220,7 @@ def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of texts that are far larger than a window."""
+    """Make windows far smaller than the texts."""
     monkeypatch.setattr("switchcli.data.streaming.WINDOW_CHARACTERS", 4000)
     monkeypatch.setattr("switchcli.data.streaming.MIN_WINDOW_CHARACTERS", 1000)
 

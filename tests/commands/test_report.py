@@ -239,7 +239,7 @@ def test_an_evaluation_of_the_name_of_a_run_has_a_column_of_its_own(runs: list[s
 
 
 def an_evaluation(folder: str, tokenizer: str | None = None, task: str = "rte") -> str:
-    """Of a task and a text."""
+    """Write the folder of an evaluation of one task and one text."""
     text = {"de": {"neg_log_perplexity": -2.5, "bits_per_byte": 1.25}}
     passes = [{"tasks": {task: {"score": {"value": 61.25}}}, "texts": text}]
     Path(folder).mkdir()

@@ -58,7 +58,7 @@ def run(*arguments: object) -> Any:
 
 
 def from_pretrained(folder: Path) -> torch.nn.Module:
-    """By the class that config.json names, with no name missing and none left over."""
+    """Load the class that config.json names, with no tensor missing and none left over."""
     model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -81,7 +81,7 @@ def ours(folder: Path, spec: ModelSpec) -> Path:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Of a checkpoint of ours, under logical names."""
+    """Return the weights of a checkpoint of ours, under logical names."""
     found = Checkpoint.open(path)
     return dict(found.read("model", logical_tensors(opened(path).model)))
 

@@ -21,7 +21,7 @@ SENTINELS = 900 - np.arange(300)
 
 
 class _Tokenizer:
-    """As much of one as objectives look at: a prompt has an id of its own for each character."""
+    """Tokenizer with what objectives use: a prompt has one id per character."""
 
     def __init__(self, sentinels: NDArray[np.int64] = SENTINELS, unknown: str = "") -> None:
         self.sentinels, self._unknown = sentinels, unknown

@@ -101,7 +101,7 @@ class Corpus(NamedTuple):
 
     @property
     def folders(self) -> list[Path]:
-        """Of the pieces that are whole."""
+        """Return the folders of the complete source shards."""
         return [path.parent for path in sorted(self.cache.glob("tokens/*/piece-*/manifest.json"))]
 
 
@@ -329,7 +329,7 @@ def test_of_a_large_text_that_is_not_whole_yet_a_check_finds_the_damaged_piece_a
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_folder_of_another_piece_is_made_anew(corpus: Corpus, whole: bool) -> None:
-    """As where one was copied to a place of another: it is true of itself."""
+    """A folder copied over another's has a manifest that is valid for its own files."""
     straight = corpus._replace(cache=corpus.cache.with_name("straight")).prepare()
     if whole:
         corpus.prepare()
@@ -363,7 +363,7 @@ def test_the_folder_of_another_piece_is_no_share_of_another_machine(corpus: Corp
 
 
 def test_texts_count_together_as_large(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many languages, each small, no more is compared than of one large text."""
+    """Many small languages are compared no more than one large text."""
     corpora = tuple(one.model_copy(update={"language": str(n)}) for n, one in enumerate(corpus.spec.corpora))
     spec = corpus.spec.model_copy(update={"corpora": corpora, "mixture": WeightedMixing()})
     texts = module.prepare(spec, corpus.context()).texts

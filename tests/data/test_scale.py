@@ -84,7 +84,7 @@ class _Sentinels:
 
 
 def test_the_batch_of_step_a_million_is_there_within_a_second(tmp_path: Path) -> None:
-    """Of 16 billion tokens in shards as large as they get, those of its window compared with their checksums."""
+    """The text has 16 billion tokens in shards of the largest size; the window's are compared with their checksums."""
     shards, tokens, length = 1000, 2**24, 512
     folder = tmp_path / "text"
     folder.mkdir()

@@ -113,7 +113,7 @@ def test_lines_that_it_was_not_trained_on(model: Model) -> None:
 
 
 def test_decomposed_text_is_composed_first(model: Model) -> None:
-    """Of what SentencePiece composes: text in NFD, its marks in Unicode's order."""
+    """The text is in NFD, with its marks in Unicode's order, which SentencePiece composes."""
     decomposed = [unicodedata.normalize("NFD", line) for line in lines(2, 100)]
     assert [line for line in decomposed if not is_same(model, line)] == []
 

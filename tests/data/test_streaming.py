@@ -44,7 +44,7 @@ NUM_WORDS = sum(FILES.values()) * DOCUMENTS * WORDS_A_DOCUMENT
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
-    """As windows are beside texts that are far larger than one."""
+    """Make windows far smaller than the texts."""
     patch.setattr(module, "WINDOW_CHARACTERS", WINDOW)
     patch.setattr(module, "MIN_WINDOW_CHARACTERS", WINDOW // 10)
 
@@ -371,7 +371,7 @@ def test_a_lane_without_a_row_in_any_epoch_is_told_of(files: list[int], lane: in
 
 
 def test_no_lane_shows_its_documents_twice_as_often_as_another_where_one_piece_is_very_small(tmp_path: Path) -> None:
-    """As a corpus has it whose last piece is what was left over."""
+    """The last source shard of a corpus holds the rest, which may be small."""
     files = [60, 60, 60, 2]
     spec, pieces = lines_in_files(tmp_path, files)
     readers = [a_reader(spec, lane, "", pieces) for lane in range(LANES)]

@@ -43,7 +43,7 @@ LENGTHS = [1, 50, 3, 17, 200, 2, 9, 31, 44]
 
 
 class _Sentinels:
-    """As much of a tokenizer as the stream looks at."""
+    """Tokenizer with what the stream uses."""
 
     def __init__(self, number: int) -> None:
         self.sentinels: NDArray[np.int64] = 60_000 - np.arange(number)

@@ -126,7 +126,7 @@ MIXTURES = {
 @pytest.mark.parametrize("lanes", [1, 8])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_after_ten_thousand_rows_every_share_is_as_intended_within_a_hundredth(name: str, lanes: int) -> None:
-    """Of itself, or by the rows that a lane's share is rounded by: 20 rows are no more than 20."""
+    """A hundredth of the fraction itself, or the rows by which a stream shard is rounded."""
     mixture, rows = TextMixture(MIXTURES[name], seed=7, stream_shards=lanes), 10_000
     found = np.array([*mixture.fractions_after(rows).values()])
     intended = np.array([*MIXTURES[name].values()])
@@ -199,7 +199,7 @@ def test_turns_differ_among_lanes_seeds_and_from_one_to_the_next() -> None:
 
 
 class _Sentinels:
-    """As much of a tokenizer as the stream looks at."""
+    """Tokenizer with what the stream uses."""
 
     sentinels: NDArray[np.int64] = 60_000 - np.arange(100)
 

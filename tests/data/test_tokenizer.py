@@ -158,7 +158,7 @@ def test_a_vocabulary_without_room_for_pieces_is_refused() -> None:
 
 
 def test_unknown_may_have_any_id() -> None:
-    """As in umT5, which has `<s>` before it."""
+    """umT5 has `<s>` before it."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), ("<extra_id_0>", -1.0), ("a", -1.0)]
     tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=3)), "made")
     assert tokenizer.unknown == 3

@@ -94,7 +94,7 @@ def gradients(
     recomputed: bool = False,
     parallel: ParallelSpec = ALONE,
 ) -> Arrays:
-    """Of one step of `fit` on these ranks: every gradient and metric, by name.
+    """Return every gradient and metric of one step of `fit` on these ranks, by name.
 
     `collapsed`: every token goes to the first expert. `recomputed`: blocks are computed again on the way back.
     """
@@ -177,7 +177,7 @@ def naive(clip_norm: float | None = None) -> Arrays:
 
 
 def as_held(whole: Arrays, part: Arrays) -> Arrays:
-    """Of `whole` what the rank that has `part` holds."""
+    """Return the part of `whole` that the rank which has `part` holds."""
     return {
         name: array[part[HERE]] if ".experts." in name and HERE in part else array
         for name, array in whole.items()
@@ -439,8 +439,8 @@ def test_what_is_computed_again_is_the_same_bit_for_bit(case: str) -> None:
 
 
 def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[str, Any]]) -> None:
-    """As far from those of float32 as one process's: a model axis rounds other sums, and a ReLU near zero, or a router
-    between two experts, then turns the other way, so that entries differ more than by a rounding."""
+    """They are as far from those of float32 as one process's: a model axis rounds other sums, and a ReLU near zero, or
+    a router between two experts, then turns the other way, so that entries differ more than by a rounding."""
     exact, alone = gradients(DENSE, None, None), ROUNDED()
 
     def distance(found: Arrays) -> float:

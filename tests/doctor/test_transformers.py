@@ -45,7 +45,7 @@ def test_every_finding_of_a_fresh_one(fresh: dict[str, Finding]) -> None:
 
 @pytest.mark.slow
 def test_the_router_is_saturated_at_initialisation(fresh: dict[str, Finding]) -> None:
-    """By transformers' own recorder: logits of std 28 at d_model 768, and a mean top probability of 0.95."""
+    """transformers' own recorder gives logits of std 28 at d_model 768, and a mean top probability of 0.95."""
     subject = theirs()
     inputs_BS, targets_BT = texts.broad(subject)
     with torch.no_grad():

@@ -72,7 +72,7 @@ def at_once(model: SwitchTransformer, inputs_BS: torch.Tensor, targets_BT: torch
 
 @torch.no_grad()
 def step_by_step(model: SwitchTransformer, inputs_BS: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """The same from one target at a time and what is kept of those before."""
+    """Return the logits [B, T, V] decoded one target at a time with the cache."""
     encoded = model.encode(inputs_BS)
     before_BT, cache, steps = F.pad(targets_BT, (1, -1), value=PAD), model.decoder.cache(encoded), []
     for step in range(targets_BT.shape[1]):
@@ -131,7 +131,7 @@ def test_greedy_answers_are_what_teacher_forcing_finds_most_probable(name: str, 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("policy", ["dropless", "paper"])
 def test_a_row_alone_is_the_row_among_neighbours_where_it_is_a_group(name: str, policy: Policy) -> None:
-    """Of the same padding: under `paper` that counts in the capacity."""
+    """Both have the same padding, which counts in the capacity under `paper`."""
     model = a_model(name)
     with evaluating(model, policy):
         alone = [at_once(model, INPUTS[row, None], TARGETS[row, None]) for row in range(4)]

@@ -92,7 +92,7 @@ def test_the_draws_are_uniform_and_each_rows_own() -> None:
 
 
 def test_answers_are_drawn_by_the_models_probabilities() -> None:
-    """Of two tokens the shares of all pairs, over many rows of one input, against the model's own probabilities."""
+    """Frequencies of all pairs of tokens, over many rows of one input, agree with the model's probabilities."""
     model, inputs_1S = a_model(SPEC, 3), some_inputs(1, 3)
     many = 4000
     decoding = Decoding(max_tokens=2, temperature=1.5, seed=1)

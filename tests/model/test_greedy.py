@@ -137,7 +137,7 @@ def test_the_steps_are_the_columns_of_the_answer_and_are_made_when_they_are_aske
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_caller_may_say_when_to_stop(beams: int) -> None:
-    """As ranks do that step together: a few steps more change no answer."""
+    """Ranks stop together, so some take a few steps more; these change no answer."""
     decoding = Decoding(max_tokens=30, beams=beams)
     model, inputs_BS = model_and_inputs_that_end(4, decoding)
     alone_BT = generate(model, inputs_BS, decoding)

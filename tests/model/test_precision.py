@@ -140,7 +140,7 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [SPARSE, NOISY], ids=["plain", "noise"])
 def test_fifty_steps_in_selective_precision_track_those_in_float32(spec: ModelSpec) -> None:
-    """Within 0.02 nats of a loss that falls by more than half a nat.
+    """The losses agree within 0.02 nats while they fall by more than half a nat.
 
     bfloat16 keeps 2**-9 of a number: a logit is off by about a hundredth, with both signs over dozens of targets, and
     later steps start where that has led. Another seed is five times as far away and more.

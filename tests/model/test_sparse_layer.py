@@ -225,7 +225,7 @@ def test_evaluation_has_no_expert_dropout(router: RouterSpec) -> None:
 
 
 def test_the_positions_of_a_sequence_share_the_mask_of_expert_dropout() -> None:
-    """As in T5's other layers; sequences have masks of their own."""
+    """T5's other layers do the same; each sequence has a mask of its own."""
     shape = {"d_model": 8, "d_ff": 64, "num_heads": 2, "num_layers": 1, "num_experts": 2, "sparse_every": 1}
     router = SwitchRouter(capacity_factor="dropless", jitter=0.0)
     layer = SwitchLayer(ModelSpec(**shape, expert_dropout=0.5, router=router), "encoder", 64)

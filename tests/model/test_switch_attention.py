@@ -184,7 +184,8 @@ def test_no_router_that_a_decoder_may_have_sees_the_future_where_nothing_is_drop
     ids=lambda value: getattr(value, "kind", value),
 )
 def test_short_of_slots_a_later_first_choice_goes_before_an_earlier_second_one(router: RouterSpec, mode: str) -> None:
-    """As in Mesh-TensorFlow: all first choices queue before any second. Drawn at random, later tokens may be first."""
+    """Mesh-TensorFlow does so: all first choices queue before any second. Drawn at random, later tokens may be
+    first."""
     assert earlier_changes(router, mode) > 1e-3
 
 

@@ -71,8 +71,8 @@ def gradients(spec: ModelSpec, group: TrainableSet) -> dict[str, torch.Tensor | 
 @pytest.mark.parametrize("spec", [SPARSE, BOTH], ids=["feed_forward", "both"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_learns_has_the_gradient_that_it_has_when_all_learns(spec: ModelSpec, group: TrainableSet) -> None:
-    """Within 4e-6 of the largest entry: where fewer gradients are wanted torch takes other kernels, whose sums of some
-    hundred float32 terms, each rounded by 6e-8, have another order; which ones depends on the processor."""
+    """Equal within 4e-6 of the largest entry: where fewer gradients are wanted torch takes other kernels, whose sums of
+    some hundred float32 terms, each rounded by 6e-8, have another order; which ones depends on the processor."""
     whole = gradients(spec, "all")
     for name, gradient in gradients(spec, group).items():
         if re.fullmatch(NAMES[group], name):
@@ -82,7 +82,7 @@ def test_what_learns_has_the_gradient_that_it_has_when_all_learns(spec: ModelSpe
 
 
 def flops(group: TrainableSet) -> int:
-    """Of a step, without grouped products, which torch does not count."""
+    """Return the FLOPs of a step, without grouped products, which torch does not count."""
     model = a_model(SPARSE).train()
     freeze(model, group)
     with FlopCounterMode(display=False) as counter:

@@ -190,7 +190,7 @@ def test_the_peak_of_a_rank_is_within_the_plan(mesh: str) -> None:
 
 
 def predicted(spec: ModelSpec, step: Step) -> int:
-    """The same: activations, and what the loss and autocast keep beside them."""
+    """Return the planned bytes: activations, and what the loss and autocast keep beside them."""
     own = held_of(spec)
     copies = 2 * own.products if step.product_bytes == 2 else 0
     return activation_bytes(spec, step, Mesh(1), step.sequences).total + copies + 4 * spec.vocab_size * spec.d_model

@@ -52,7 +52,8 @@ NAMES = [*SPECS, *(name + AGAIN for name in ("12 experts", "Switch attention", "
 
 
 def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32") -> Traffic:
-    """Of one step on this rank. The parts in which a gradient is summed are not the plan's: they count as one call."""
+    """Return the traffic of one step on this rank. The parts in which a gradient is summed are not the plan's: they
+    count as one call."""
     context = DistributedContext("cpu", precision, parallel)
     plain = model_of(SPECS[name.removesuffix(AGAIN)], context)[0]
     if name.endswith(AGAIN):

@@ -26,7 +26,7 @@ def a_layer(experts: int, pieces: list[str]) -> dict[str, Any]:
 
 
 def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any]:
-    """Of two checkpoints; the experts of the second are numbered the other way round."""
+    """Return the routing report of two checkpoints; the experts of the second are numbered the other way round."""
     layer = a_layer(experts, ["the"] if pieces is None else pieces)
     drift: dict[str, Any] = {
         "tokens": 60,

@@ -31,7 +31,7 @@ def a_made_run(
 
 
 def facts(found: Comparison) -> dict[str, str]:
-    """By what they are of."""
+    """Return the highlights by what they measure."""
     return {what: figure for figure, what in highlights(found)}
 
 

@@ -123,7 +123,7 @@ def test_it_draws_fits_and_says_nothing(browser: Browser, report: Path, size: di
 
 
 def contrasts(tab: Page) -> dict[str, float]:
-    """Of each text with what is behind it, as WCAG counts it."""
+    """Return the contrast of each text with its background, as WCAG counts it."""
     return tab.evaluate(
         """() => {
         const light = (colour) => colour.slice(0, 3).map((part) => part / 255)

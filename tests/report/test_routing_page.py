@@ -47,7 +47,8 @@ def test_the_maps_show_what_was_counted() -> None:
 
 
 def test_of_many_experts_those_with_most_tokens_are_drawn() -> None:
-    """Of the survey, the last ones; those of the second that match the first's are numbered the other way round."""
+    """They are the last ones of the report; those of the second that match the first's are numbered the other way
+    round."""
     drawn, words = 0, f"{PAGE_EXPERTS} {2 * PAGE_EXPERTS} experts --json"
     most_used = {*range(PAGE_EXPERTS, 2 * PAGE_EXPERTS)}
     for figure in every_figure(a_survey(experts=2 * PAGE_EXPERTS)):

@@ -28,7 +28,7 @@ ALL = (
 
 
 def answers(targets: str, predictions: str, units: str = "") -> list[AnsweredExample]:
-    """Of words with spaces between; `-` is an empty prediction."""
+    """Return answers from words separated by spaces; `-` is an empty prediction."""
     said = ["" if word == "-" else word for word in predictions.split()]
     of = units.split() or [""] * len(said)
     rows = zip(targets.split(), said, of, strict=True)
@@ -69,7 +69,8 @@ def test_figures(metric: Metric, targets: str, predictions: str, figure: float) 
 
 
 def test_multirc_counts_answers_for_f1_and_questions_for_exact_match() -> None:
-    """By hand: questions u (all right), v (one of two wrong) and w (right); 3 true, 1 false positive, no miss."""
+    """Worked out by hand: questions u (all right), v (one of two wrong) and w (right); 3 true, 1 false positive, no
+    miss."""
     answered = answers("True False True False True", "True False True True True", "u v w v u")
     f1a = f1("False", "True", name="f1a")
     assert f1a.name == "f1a"

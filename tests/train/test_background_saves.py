@@ -64,7 +64,7 @@ def parts_of(folder: Path, files: FileOperations, background: bool = True) -> Pa
 
 
 def run(parts: Parts, *others: Callback, steps: int = STEPS) -> None:
-    """As a verb does it: a save after every step, and one more after a stop."""
+    """Train as a verb does: a save after every step, and one more after a stop."""
     with parts.saver.background_saves(parts.stop, NoWarnings()):
         if not parts.train(steps, [SaveCallback(1, parts.saver), *others]):
             parts.saver.save(parts.state)

@@ -233,7 +233,7 @@ def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:
 
 @pytest.mark.parametrize("seen", [0, 1, 2])
 def test_a_stop_ends_an_evaluation_between_two_batches_and_notes_nothing(seen: int) -> None:
-    """Of the first text, or in the second."""
+    """The stop comes within the first text or the second."""
     stop, log = StopAfter(seen), Records()
     before = TrainState(step=4, eval_metrics={HELD_OUT: -2.0}, evaluated_step=4, texts={"de": {}}, bits_per_byte=1.0)
     state, texts = replace(before, step=5), {"de": DE, "fr": FR}

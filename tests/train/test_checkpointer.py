@@ -78,7 +78,7 @@ def test_a_number_that_is_lost_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_nor_is_a_metric_that_is_lost_without_harm(tmp_path: Path) -> None:
-    """As the divergence of a teacher whose logits are infinite: state.json, which has them, cannot hold it."""
+    """The divergence from a teacher with infinite logits is NaN, which state.json cannot hold."""
     parts = Parts(tmp_path, NOISY, AdamW(), seed=0)
     parts.train(1)
     parts.state.metrics_since_log["divergence"] = Mean(torch.tensor(math.nan), torch.tensor(1.0))

@@ -20,7 +20,7 @@ def parameters(shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0) -> di
 
 
 def gradients(parameter: torch.Tensor, seed: int = 1) -> list[torch.Tensor]:
-    """Of sizes from 1e-4 to 1e2, so that updates are clipped at some steps and not at others."""
+    """Return gradients of sizes from 1e-4 to 1e2, so that updates are clipped at some steps and not at others."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(parameter.shape, generator=generator) * 10.0 ** (step * 7 % 13 / 2 - 4) for step in range(STEPS)

@@ -27,7 +27,7 @@ NAMES = ("encoder.first", "decoder.second")
 
 
 def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = None, **fields: float) -> RouterStats:
-    """Of one group; f and P uniform."""
+    """Return the statistics of one group with uniform f and P."""
     uniform, count = torch.full((1, len(load)), 1 / len(load)), sum(load) if tokens is None else tokens
     return RouterStats(
         fraction_GE=uniform,

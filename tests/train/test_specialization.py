@@ -60,7 +60,7 @@ def test_a_value_that_decides_says_all_and_one_that_is_dealt_at_random_nothing()
 
 
 def of_several(experts_AK: torch.Tensor, id_A: torch.Tensor) -> LayerCounts:
-    """Of tokens that chose several of 8 experts each."""
+    """Return the counts of tokens that chose several of 8 experts each."""
     chosen_AE = torch.zeros(len(id_A), 8).scatter_(1, experts_AK, 1.0)
     places = StackTokens(torch.ones(1, len(id_A)).bool(), id_A, torch.zeros_like(id_A))
     return count_choices(places, ExpertChoices(chosen_AE / experts_AK.shape[1], chosen_AE.bool(), chosen_AE.bool()))
@@ -83,7 +83,7 @@ def test_a_token_that_decides_all_its_experts_says_all_and_one_that_decides_none
 def test_what_is_dealt_is_each_value_and_each_expert_as_often_and_no_expert_twice_to_a_token(
     orders: list[list[int]], k: int
 ) -> None:
-    """Of values that came once each: a pair that is dealt twice would be one expert twice at one token."""
+    """Each value comes once: a pair that is dealt twice would be one expert twice at one token."""
     choices = [(value, expert) for value, order in enumerate(orders) for expert in order[:k]]
     found = information_by_chance(pairs_of(choices, 5), 5, len(orders))
     assert set(found.count_X.tolist()) == {1}

@@ -43,14 +43,14 @@ RESUME = ("pretrain", "tiny.yaml", "train.steps=3", "--out", "run", "--quiet")
 
 
 class Runs:
-    """As a pickle: code."""
+    """Object whose pickle runs code."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (MARK,)
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
-    """The same in short and in long: there is nothing to repeat."""
+    """Yield the rows of the table, the same in short and in long: there is nothing to repeat."""
     lay_out(folder)
     for group, attacks in GROUPS.items():
         wrong = [said for name in attacks for said in tried(folder, attacks[name], name)]
@@ -357,7 +357,7 @@ YAML: dict[str, Attack] = {
 
 
 def tokenizer(**keys: Any) -> Attack:
-    """That of the run with other parts: refused, or it cuts a text, at once."""
+    """Return an attack by the run's tokenizer with other parts: it is refused, or encodes a text, at once."""
 
     def attack() -> str:
         found = json.loads(Path("run/tokenizer.json").read_text())

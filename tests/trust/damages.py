@@ -112,7 +112,7 @@ def other_step(checkpoint: Path) -> Path:
 
 
 def digest(run: Path) -> str:
-    """Of all bytes and names of a run but for its lock."""
+    """Return a digest of all bytes and names of a run except its lock."""
     found = hashlib.sha256()
     for path in sorted(run.rglob("*")):
         if path.is_file() and path.name != "run.lock":
@@ -124,7 +124,7 @@ def digest(run: Path) -> str:
 
 
 def damages(checkpoint: Path, times: int, seed: int = 0) -> Iterator[Damage]:
-    """As many, drawn alike for each file and each kind, and other for each seed."""
+    """Yield `times` damages, drawn equally for each file and kind; another seed draws others."""
     draw = random.Random(seed)
     names = [path.name for path in sorted(checkpoint.iterdir())]
     kinds = [flip, cut, zeros, longer, lost, of_another_step, link, folder_instead, hole]

@@ -108,7 +108,7 @@ def killed_everywhere(folder: Path, verb: str, output: Output, first: int, strid
 
 @contextlib.contextmanager
 def fresh(sound: Path, place: Path, output: Output) -> Iterator[None]:
-    """Within: the current folder is a copy of the sound files, with an output to replace if there is to be one."""
+    """Make the current folder a copy of the sound files, with an output to replace if there is to be one."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(sound, place)
     with contextlib.chdir(place):

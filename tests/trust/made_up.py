@@ -139,8 +139,8 @@ def _set(tree: dict[str, Any], path: Path_, what: Any) -> None:
 
 
 def slips(count: int) -> list[tuple[type[Spec], dict[str, Any], str, str]]:
-    """Of so many: the verb's schema, a sound recipe with one key misspelt, that key as it is there, and as it should
-    be."""
+    """Return `count` times: the verb's schema, a sound recipe with one key misspelt, that key as it is there, and as it
+    should be."""
     draw = random.Random(0)
     keys = [
         (schema, path)

@@ -40,7 +40,7 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_json(content: bytes, draw: random.Random) -> bytes:
-    """The same object with one to three places of it changed, or, now and then, its bytes."""
+    """Return the object with one to three values changed, or now and then its bytes."""
     if draw.random() < 0.2:
         return mutate_bytes(content, draw)
     value = json.loads(content)

@@ -155,7 +155,7 @@ class Run:
         """The state has it too."""
 
     def restore(self, state: TrainState) -> bool:
-        """As a training verb goes back."""
+        """Restore the newest checkpoint as a training verb does."""
         self.context.reshard(self.model)
         return self.saver.restore(state, NoWarnings())
 
@@ -314,7 +314,7 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
 
 
 def faults(policy: Policy, world: int, long: bool) -> list[Fault]:
-    """Those that one number of ranks meets, on each of its meshes in turn; of the short form two or four are of two."""
+    """Return the faults for a number of ranks, on each of its meshes in turn; the short form has two or four."""
     if long:
         return [Fault(place, number, world - 1, step) for place, step, number in product(PLACES, range(1, 6), NUMBERS)]
     numbers = NUMBERS if policy == "stop" else ["NaN"]

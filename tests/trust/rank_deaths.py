@@ -98,7 +98,7 @@ def command(run: Path, torchrun: Sequence[str] = ()) -> list[str]:
 
 
 def environment(folder: Path, planted: dict[str, object] | None = None) -> dict[str, str]:
-    """That of a command, with a fault for one of its ranks."""
+    """Return the environment of a command, with a fault for one of its ranks."""
     places = ([str(Path(__file__).with_name("planted"))] if planted else []) + [str(ROOT)]
     cache = {"SWITCHCLI_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     planting = {"PLANTED": json.dumps(planted)} if planted else {}
@@ -163,7 +163,7 @@ def then(run: Path, straight: Path) -> str:
 
 
 def differs(run: Path, straight: Path) -> str:
-    """Of the end of a run, against that of one that nothing happened to."""
+    """Say how the end of a run differs from that of an undisturbed one; empty if it does not."""
     far, left = apart(tensors(run), tensors(straight)), leftovers(run)
     return f"weights or optimizer state are {far:.1e} apart; left {left}" if far > ROUNDING or left else ""
 

@@ -276,7 +276,7 @@ def differs(run: Path, straight: Path, world: int) -> str:
 
 
 def by_launcher(trial: Trial, run: Path, world: int, strike: Strike, at: int, notes: Path) -> dict[int, int | None]:
-    """The same through `--processes`; the one code is the launcher's."""
+    """Stop the run through `--processes`; the only exit code is the launcher's."""
     python = run.with_suffix(".python").absolute()
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$@"\n')
     python.chmod(0o755)
