@@ -23,6 +23,7 @@ from switchcli.errors import Interrupted
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.sweep_list import SweepRun
+from switchcli.startup import available_processors
 
 RESULT = "result.json"
 STOPPED = "the sweep was stopped"
@@ -175,20 +176,12 @@ def available_slots(jobs: int | None) -> list[dict[str, str]]:
     Several slots share a GPU if there are more jobs than GPUs. OpenMP threads are divided among the slots.
     """
     gpus = _visible_gpus()
-    cores = _usable_cores()
+    cores = available_processors()
     count = jobs or len(gpus) or cores
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // count))}
     if not gpus:
         return [dict(threads) for _ in range(count)]
     return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]
-
-
-def _usable_cores() -> int:
-    """Return the processors that this process may use. macOS does not know a process's own."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
 
 
 def _visible_gpus() -> list[str]:

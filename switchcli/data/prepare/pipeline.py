@@ -5,7 +5,6 @@ each source shard, which appears when it is complete, and a manifest of all of t
 Preparation can therefore go on after a stop, and machines that see the same cache can divide the source shards.
 """
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from switchcli.data.sources.corpus import Corpus
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
+from switchcli.startup import available_processors
 
 PROCESSES_FROM = 2**23
 """Bytes of sources above which starting more than one process saves time."""
@@ -273,20 +273,12 @@ def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer_file: Path, con
         return
     sizes = [job.source_shard.size for job in jobs]
     size = None if None in sizes else sum(size or 0 for size in sizes)
-    num_processors = _available_processors()
+    num_processors = available_processors()
     default_processes = num_processors if size is None or size >= PROCESSES_FROM else 1
     processes = min(context.processes or default_processes, len(jobs))
     threads = max(1, num_processors // processes)
     with context.show(f"tokenizing{_suffix(label)}", len(jobs), size) as show:
         tokenize_shards(jobs, tokenizer_file, processes, threads, show)
-
-
-def _available_processors() -> int:
-    """Return how many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has no such call
-        return os.cpu_count() or 1
 
 
 def _write_merged_manifest(folder: Path, jobs: Sequence[TokenizeJob], tokenizer: Tokenizer) -> None:
